@@ -1,0 +1,44 @@
+"""The three levels of errors: a sample's, a shard's, and the infrastructure's.
+
+A sample's error is recorded with its reason and the shard goes on; a shard's error makes a failed receipt and the
+run goes on; an infrastructure error stops the run with one clear line and exit code 2.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_SHARDS_FAILED = 1
+EXIT_USAGE = 2  # usage or infrastructure
+EXIT_WORK_LEFT = 75  # EX_TEMPFAIL: stopped by a signal or the deadline with work left
+
+
+class SampleError(Exception):
+    """One sample cannot be used.  ``reason`` is a short snake_case word that is counted; ``detail`` says more."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class ShardError(Exception):
+    """One shard cannot be processed (truncated tar, too many bad samples): a failed receipt, and the run goes on.
+
+    The message names the file, and the sample where there is one.
+    """
+
+
+class InfrastructureError(Exception):
+    """The run cannot go on (no model, no endpoint, disk full, wrong options): one clear line and exit code 2."""
+
+
+class UsageError(InfrastructureError):
+    """An option's value makes no sense: exit code 2, before any work is done."""
+
+
+class LostClaim(Exception):
+    """Another worker has taken or committed this shard: drop the attempt quietly and go on."""
+
+
+class Stopped(Exception):
+    """A signal or the deadline asked to stop and everything durable has been saved: exit code 75."""

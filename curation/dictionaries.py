@@ -105,7 +105,9 @@ def write_dictionary(file: BinaryIO, items: Iterable[tuple[str, Any]]) -> int:
 
 def _depth_within_bound(data: bytes | memoryview) -> bool:
     data = bytes(data)
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:  # nearly every file: no need to look at the nesting
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:  # nearly every sample: no need to look at the nesting
+        return True
+    if len(data) > MAX_SAMPLE_JSON_BYTES:  # a whole shard's dictionary: orjson's own bound of 1024 is enough
         return True
     depth = 0
     for token in _OPENING.finditer(data):

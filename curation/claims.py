@@ -1,0 +1,215 @@
+"""Leased claims on shards over a shared filesystem, without a server and without trusting any clock but one's own.
+
+A claim saves work: two workers that hold the same shard waste time, nothing else, because the commit (``publish``)
+lets only one attempt win.  See docs/design.md for why file ages, locks and node clocks are not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from curation.cluster import host_identity, process_start
+from curation.errors import InfrastructureError
+
+MAX_CLAIM_BYTES = 64 << 10
+
+
+@dataclass(slots=True)
+class Claim:
+    """A shard that this process holds.
+
+    token: random per attempt, and in the name of every file that the attempt writes.
+    predecessors: tokens of the attempts that died holding this shard, whose partial files can be taken up.
+    """
+
+    shard_id: str
+    path: Path
+    token: str
+    predecessors: list[str] = field(default_factory=list)
+
+
+class Heartbeat:
+    """One file per process with a counter in it that a thread raises every quarter of the lease.
+
+    Observers open and read it, because attribute caches make file times useless.  A process that reports no progress
+    for ``stall_s`` stops beating, so that a hung GPU does not keep its shard for ever.
+    """
+
+    def __init__(self, folder: Path, lease_s: float, stall_s: float) -> None:
+        self.name = secrets.token_hex(8)
+        self.lease_s = lease_s
+        self.stall_s = stall_s
+        self._path = folder / self.name
+        self._counter = 0
+        self._last_beat = -float("inf")
+        self._last_progress = time.monotonic()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._beat()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def progress(self) -> None:
+        """Something was finished: the process is alive in the sense that matters."""
+        self._last_progress = time.monotonic()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the last beat is recent enough that nobody can have taken this process's claims."""
+        return time.monotonic() - self._last_beat < self.lease_s
+
+    def _run(self) -> None:
+        while not self._ended.wait(self.lease_s / 4 * random.uniform(0.8, 1.2)):
+            if time.monotonic() - self._last_progress < self.stall_s:
+                with contextlib.suppress(OSError):  # a full disk or a hiccup: a later beat may succeed, or the lease ends
+                    self._beat()
+
+    def _beat(self) -> None:
+        before = time.monotonic()  # taken before the write, so that our own lease ends before an observer's
+        self._counter += 1
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, b"%020d" % self._counter)
+        finally:
+            os.close(descriptor)
+        self._last_beat = before
+
+
+class Claims:
+    """The claims of one stage below ``folder``; ``bucket`` spreads them over folders of about a thousand."""
+
+    def __init__(self, folder: Path, lease_s: float = 60.0, stall_s: float = 1800.0) -> None:
+        self._folder = folder
+        self._beats = folder / "_beats"
+        self.heartbeat = Heartbeat(self._beats, lease_s, stall_s)
+        self._lease_s = lease_s
+        self._seen: dict[tuple[str, str], tuple[bytes, float]] = {}  # (shard, token) → counter, since when unchanged
+
+    def take(self, bucket: str, shard_id: str) -> Claim | None:
+        """Claim a shard: at once if it is free, or from a holder that is dead.  None while another holds it."""
+        path = self._folder / bucket / f"{shard_id}.claim"
+        claim = self._create(path, shard_id, [])
+        if claim is not None:
+            return claim
+        observed = _read_claim(path)
+        if observed is None:  # given back in between
+            return self._create(path, shard_id, [])
+        if not self._expired(shard_id, observed):
+            return None
+        return self._take_over(path, shard_id, observed)
+
+    def holds(self, claim: Claim) -> bool:
+        """Whether the claim is still ours and nobody can have presumed us dead."""
+        current = _read_claim(claim.path)
+        return current is not None and current.get("token") == claim.token and self.heartbeat.fresh
+
+    def give_back(self, claim: Claim) -> None:
+        """Let others have the shard.  Without effect if it was taken over."""
+        current = _read_claim(claim.path)
+        if current is not None and current.get("token") == claim.token:
+            claim.path.unlink(missing_ok=True)
+
+    def _create(self, path: Path, shard_id: str, predecessors: list[str]) -> Claim | None:
+        token = secrets.token_hex(8)
+        host, boot, namespace = host_identity()
+        record = {
+            "token": token,
+            "beat": self.heartbeat.name,
+            "host": host,
+            "boot": boot,
+            "pid_namespace": namespace,
+            "pid": os.getpid(),
+            "pid_start": process_start(os.getpid()),
+            "predecessors": predecessors,
+        }
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return None
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return self._create(path, shard_id, predecessors)
+        except OSError as error:
+            raise InfrastructureError(f"{path}: cannot be created ({error.strerror}); is the folder writable?") from error
+        try:
+            os.write(descriptor, orjson.dumps(record))  # never fsynced: a claim that a crash loses is a claim given back
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise InfrastructureError(f"{path}: cannot be written ({error.strerror})") from error
+        finally:
+            os.close(descriptor)
+        return Claim(shard_id, path, token, predecessors)
+
+    def _expired(self, shard_id: str, observed: dict[str, Any]) -> bool:
+        if (observed.get("host"), observed.get("boot"), observed.get("pid_namespace")) == host_identity():
+            start = process_start(int(observed.get("pid", -1)))
+            if host_identity()[1] and start != observed.get("pid_start"):
+                return True
+        counter = self._read_beat(str(observed.get("beat", "")))
+        now = time.monotonic()
+        seen = self._seen.setdefault((shard_id, str(observed.get("token", ""))), (counter, now))
+        if seen[0] != counter:
+            self._seen[(shard_id, str(observed.get("token", "")))] = (counter, now)
+            return False
+        return now - seen[1] >= self._lease_s
+
+    def _read_beat(self, name: str) -> bytes:
+        if not name.isalnum():  # an empty or foreign claim has no heartbeat: it expires like a dead one
+            return b""
+        try:
+            with open(self._beats / name, "rb") as file:
+                return file.read(64)
+        except OSError:
+            return b""
+
+    def _take_over(self, path: Path, shard_id: str, observed: dict[str, Any]) -> Claim | None:
+        aside = path.with_name(f".{shard_id}.{secrets.token_hex(8)}.stale")
+        try:
+            os.rename(path, aside)  # of several takers one wins; the others see ENOENT
+        except FileNotFoundError:
+            return None
+        moved = _read_claim(aside) or {}
+        if moved.get("token") != observed.get("token"):  # a live claim was made in between: put it back
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+            aside.unlink(missing_ok=True)
+            return None
+        predecessors = [str(token) for token in observed.get("predecessors", [])][-15:]
+        if observed.get("token"):
+            predecessors.append(str(observed["token"]))
+        claim = self._create(path, shard_id, predecessors)
+        aside.unlink(missing_ok=True)
+        return claim
+
+
+def _read_claim(path: Path) -> dict[str, Any] | None:
+    """The claim's record; ``{}`` for one whose holder died between creating and writing it; None when there is none."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CLAIM_BYTES)
+    except OSError:
+        return None
+    try:
+        record = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return {}
+    return record if isinstance(record, dict) else {}

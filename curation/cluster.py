@@ -1,0 +1,218 @@
+"""Where this process runs (one task of a SLURM step, or a worker on this machine), until when, and how it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from types import FrameType
+
+from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
+
+WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
+RUN_VARIABLE = "CURATION_RUN_ID"
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What one process was given.
+
+    rank, world: its number among all tasks that were started together, and how many there are.
+    local_rank: its number on this node.  gpu: the index of its CUDA device among the visible ones, None without one.
+    threads: the CPU threads that are its own.  deadline: Unix time at which it is ended, None where nobody ends it.
+    run_id: the same for every process of one submission.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    gpu: int | None = None
+    threads: int = 1
+    deadline: float | None = None
+    run_id: str = ""
+
+    @staticmethod
+    def detect(workers: int = 1, environ: Mapping[str, str] = os.environ) -> Allocation:
+        """Read SLURM's variables, or a parent's, or take the whole machine.  Needs no SLURM and no torch."""
+        rank, world = _int(environ, "SLURM_PROCID", 0), max(1, _int(environ, "SLURM_NTASKS", 1))
+        local_rank = _int(environ, "SLURM_LOCALID", 0)
+        array = max(1, _int(environ, "SLURM_ARRAY_TASK_COUNT", 1))
+        if array > 1:
+            first = _int(environ, "SLURM_ARRAY_TASK_MIN", 0)
+            rank += world * ((_int(environ, "SLURM_ARRAY_TASK_ID", 0) - first) % array)
+            world *= array
+        index, _, count = environ.get(WORKER_VARIABLE, "").partition("/")
+        if index.isdigit() and count.isdigit():
+            workers = int(count)
+            rank, world, local_rank = rank * workers + int(index), world * workers, local_rank * workers + int(index)
+        return Allocation(
+            rank=rank,
+            world=world,
+            local_rank=local_rank,
+            gpu=_own_gpu(environ, local_rank),
+            threads=max(1, _cpus(environ) // max(1, workers)),
+            run_id=run_id(environ),
+        )
+
+
+def run_id(environ: Mapping[str, str] = os.environ) -> str:
+    """What all processes of one submission share: the parent's mark, the array's or the job's id; empty on a lone start."""
+    for name in (RUN_VARIABLE, "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"):
+        if environ.get(name):
+            return f"{'slurm' if name.startswith('SLURM') else 'run'}-{environ[name]}"
+    return ""
+
+
+def slurm_ids(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The job, array element, task and restart that a receipt records."""
+    names = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "PROCID", "RESTART_COUNT", "JOB_PARTITION")
+    return {name.lower(): environ[f"SLURM_{name}"] for name in names if environ.get(f"SLURM_{name}")}
+
+
+@lru_cache(maxsize=1)
+def host_identity() -> tuple[str, str, str]:
+    """(host name, boot id, pid namespace): two processes that share all three see each other's pids."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+        return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux: nobody is ever presumed dead by pid
+        return socket.gethostname(), "", ""
+
+
+def process_start(pid: int) -> str | None:
+    """The start time of a live process in clock ticks since boot, None when it is gone (a zombie is gone too)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[str, str] = os.environ) -> float | None:
+    """``--deadline`` as Unix time: ``none``, ``30m``, ``1.5h``, ``90s``, ``HH:MM:SS`` from now, or an ISO date and time.
+
+    None asks SLURM when this job ends; where SLURM does not answer there is no deadline.
+    Raises UsageError for anything else.
+    """
+    now = time.time() if now is None else now
+    if text is None:
+        return slurm_job_end(environ)
+    text = text.strip().lower()
+    if text == "none":
+        return None
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text):
+        return now + float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    if match := re.fullmatch(r"(\d+):(\d\d):(\d\d)", text):
+        return now + int(match[1]) * 3600 + int(match[2]) * 60 + int(match[3])
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise UsageError(f"--deadline {text!r}: write none, 30m, 1.5h, 01:30:00 or 2026-01-31T18:00:00") from None
+
+
+def slurm_job_end(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When SLURM will end this job, Unix time; None outside a job or where SLURM does not say within ten seconds."""
+    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        return float(environ["SLURM_JOB_END_TIME"])
+    job = environ.get("SLURM_JOB_ID", "")
+    if not job.isdigit() or not shutil.which("squeue"):
+        return None
+    command = ["squeue", "--noheader", "--jobs", job, "--format=%e"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return datetime.fromisoformat(answer.splitlines()[0]).timestamp()
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+class StopSignal:
+    """Whether this process was asked to end, and how soon.
+
+    SIGUSR1, SIGUSR2, SIGINT and the deadline drain: the batch in hand is finished and saved.  SIGTERM is urgent: what
+    is done is saved at once, for the scheduler kills soon after.  A second SIGINT or SIGTERM exits on the spot; every output is
+    still under a temporary name then, so nothing half-written is left under a final one.
+    """
+
+    def __init__(self, deadline: float | None = None, margin_s: float = 60.0) -> None:
+        self.deadline = None if deadline is None else deadline - margin_s
+        self.cause: str | None = None
+        self._draining = threading.Event()
+        self._urgent = threading.Event()
+        self._fatal_signals = 0
+
+    def install(self) -> None:
+        """Take over the signals.  Main thread only."""
+        for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._received)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self._fatal_signals += 1
+            if self._fatal_signals > 1:
+                os._exit(EXIT_WORK_LEFT)
+        self.ask(signal.Signals(number).name, urgent=number == signal.SIGTERM)
+
+    def ask(self, cause: str, *, urgent: bool = False) -> None:
+        """Ask to stop; the first cause is kept."""
+        self.cause = self.cause or cause
+        if urgent:
+            self._urgent.set()
+        self._draining.set()
+
+    @property
+    def draining(self) -> bool:
+        """No new work may be begun."""
+        if not self._draining.is_set() and self.deadline is not None and time.time() >= self.deadline:
+            self.ask("deadline")
+        return self._draining.is_set()
+
+    @property
+    def urgent(self) -> bool:
+        """Not even the batch in hand may be finished."""
+        return self._urgent.is_set()
+
+    def check(self, *, urgent_only: bool = False) -> None:
+        """Raise Stopped when it is time.  ``urgent_only``: go on while merely draining (a shard that takes seconds)."""
+        if self.urgent or (self.draining and not urgent_only):
+            raise Stopped(self.cause or "asked to stop")
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but wake when asked to stop; True when so."""
+        if self.deadline is not None:
+            seconds = min(seconds, max(0.0, self.deadline - time.time()) + 0.01)
+        self._draining.wait(seconds)
+        return self.draining
+
+
+def _int(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = environ.get(name, "")
+    return int(value) if value.isdigit() else default
+
+
+def _cpus(environ: Mapping[str, str]) -> int:
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(affinity, _int(environ, "SLURM_CPUS_PER_TASK", affinity)) or 1
+
+
+def _own_gpu(environ: Mapping[str, str], local_rank: int) -> int | None:
+    """SLURM may show a task its own GPU alone, or all of the node's; accelerate's LOCAL_RANK is never there."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        devices = [d for d in visible.split(",") if d.strip() and d.strip() != "-1"]
+        return local_rank % len(devices) if devices else None
+    try:
+        found = [n for n in os.listdir("/proc/driver/nvidia/gpus")]
+    except OSError:
+        return None
+    return local_rank % len(found) if found else None

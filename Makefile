@@ -1,0 +1,37 @@
+# From a fresh clone: `make demo` shows the whole pipeline, `make test` runs everything that must hold.
+.PHONY: demo test lint soak bench install clean
+.DELETE_ON_ERROR:
+
+PY := .venv/bin/python
+READY := .venv/.installed
+OLLAMA := .venv-ollama/.installed
+
+demo: $(READY)
+	$(PY) examples/demo.py
+
+test: $(READY) $(OLLAMA) lint
+	$(PY) -m pytest -q
+
+# Long repetitions: kills at many moments, large shards.
+soak: $(READY) $(OLLAMA)
+	$(PY) -m pytest -q -m soak --timeout 3600
+
+bench: $(READY)
+	$(PY) benchmarks/run_all.py
+
+lint: $(READY)
+	$(PY) -m ruff check --quiet .
+	$(PY) -m mypy
+
+install: $(READY)
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(READY): pyproject.toml constraints.txt model-packages.txt install.sh
+	./install.sh
+
+$(OLLAMA): tests/ollama-requirements.txt install.sh
+	./install.sh ollama
+
+clean:
+	rm -rf .venv .venv-ollama demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

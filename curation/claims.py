@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from curation.cluster import host_identity, process_start
-from curation.errors import InfrastructureError
+from curation.publish import storage_error
 
 MAX_CLAIM_BYTES = 64 << 10
 
@@ -80,7 +80,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._ended.wait(self.lease_s / 4 * random.uniform(0.8, 1.2)):
             if time.monotonic() - self._last_progress < self.stall_s:
-                with contextlib.suppress(OSError):  # a full disk or a hiccup: a later beat may succeed, or the lease ends
+                with contextlib.suppress(OSError):  # a hiccup: a later beat may succeed, or the lease ends
                     self._beat()
 
     def _beat(self) -> None:
@@ -149,12 +149,12 @@ class Claims:
             path.parent.mkdir(parents=True, exist_ok=True)
             return self._create(path, shard_id, predecessors)
         except OSError as error:
-            raise InfrastructureError(f"{path}: cannot be created ({error.strerror}); is the folder writable?") from error
+            raise storage_error(path, error) from error
         try:
-            os.write(descriptor, orjson.dumps(record))  # never fsynced: a claim that a crash loses is a claim given back
+            os.write(descriptor, orjson.dumps(record))  # never fsynced: a claim lost in a crash is one given back
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise InfrastructureError(f"{path}: cannot be written ({error.strerror})") from error
+            raise storage_error(path, error) from error
         finally:
             os.close(descriptor)
         return Claim(shard_id, path, token, predecessors)

@@ -1,4 +1,4 @@
-"""Where this process runs (one task of a SLURM step, or a worker on this machine), until when, and how it is told to stop."""
+"""Where this process runs (a task of a SLURM step, or a worker on this machine), until when, and how it is stopped."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Allocation:
 
 
 def run_id(environ: Mapping[str, str] = os.environ) -> str:
-    """What all processes of one submission share: the parent's mark, the array's or the job's id; empty on a lone start."""
+    """What all processes of one submission share: the parent's mark, or the job's id; empty on a lone start."""
     for name in (RUN_VARIABLE, "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"):
         if environ.get(name):
             return f"{'slurm' if name.startswith('SLURM') else 'run'}-{environ[name]}"
@@ -100,7 +100,7 @@ def process_start(pid: int) -> str | None:
 
 
 def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[str, str] = os.environ) -> float | None:
-    """``--deadline`` as Unix time: ``none``, ``30m``, ``1.5h``, ``90s``, ``HH:MM:SS`` from now, or an ISO date and time.
+    """``--deadline`` as Unix time: ``none``, ``30m``, ``1.5h``, ``90s``, ``HH:MM:SS`` from now, or a date and time.
 
     None asks SLURM when this job ends; where SLURM does not answer there is no deadline.
     Raises UsageError for anything else.
@@ -140,8 +140,8 @@ class StopSignal:
     """Whether this process was asked to end, and how soon.
 
     SIGUSR1, SIGUSR2, SIGINT and the deadline drain: the batch in hand is finished and saved.  SIGTERM is urgent: what
-    is done is saved at once, for the scheduler kills soon after.  A second SIGINT or SIGTERM exits on the spot; every output is
-    still under a temporary name then, so nothing half-written is left under a final one.
+    is done is saved at once, for the scheduler kills soon after.  A second SIGINT or SIGTERM exits on the spot; every
+    output is still under a temporary name then, so nothing half-written is left under a final one.
     """
 
     def __init__(self, deadline: float | None = None, margin_s: float = 60.0) -> None:
@@ -212,7 +212,7 @@ def _own_gpu(environ: Mapping[str, str], local_rank: int) -> int | None:
         devices = [d for d in visible.split(",") if d.strip() and d.strip() != "-1"]
         return local_rank % len(devices) if devices else None
     try:
-        found = [n for n in os.listdir("/proc/driver/nvidia/gpus")]
+        found = os.listdir("/proc/driver/nvidia/gpus")
     except OSError:
         return None
     return local_rank % len(found) if found else None

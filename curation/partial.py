@@ -115,7 +115,7 @@ class PartialLog:
         return [self._folder / name for name in sorted(names) if name.startswith(self._prefix) and name != mine]
 
     def _load(self, path: Path) -> None:
-        """Index a predecessor's records; of two records of one key that of the lowest token counts, everywhere alike."""
+        """Index a predecessor's records; of two records of one key that of the lowest token counts."""
         try:
             file = open(path, "rb")  # noqa: SIM115 - closed by close()
         except FileNotFoundError:

@@ -118,7 +118,7 @@ def _paths(source: str, suffix: str) -> Iterator[Path]:
     elif any(c in source for c in "*?["):
         yield from _globbed(source)
     else:
-        raise UsageError(f"{source!r} is not there: give a folder, a glob, a brace pattern, a list file or one *{suffix}")
+        raise UsageError(f"{source!r} is not there: give a folder, a glob, braces, a list file or one *{suffix}")
 
 
 def _globbed(pattern: str) -> Iterator[Path]:

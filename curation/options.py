@@ -1,0 +1,113 @@
+"""Flags that every stage shares, parsing of a stage's own, and logging."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from curation.dictionaries import clean_text
+from curation.errors import EXIT_USAGE, InfrastructureError, UsageError
+
+logger = logging.getLogger("curation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Which shards, how many workers, until when."""
+
+    shards: str | None = None
+    """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
+    rerun: bool = False
+    """Do the selected shards again, with other options if need be, and replace what is there."""
+    retry_failed: bool = False
+    """Try shards again that failed before (up to three times; a shard named by --shards always)."""
+    workers: int = 1
+    """Worker processes on this machine; they share the shards by claims."""
+    deadline: str | None = None
+    """Finish and save before this time: 30m, 1.5h, 01:30:00 from now, a date and time, or none.  Default: the end of
+    the SLURM job."""
+    max_error_rate: float = 0.2
+    """A shard of whose samples a greater share fails is failed, not done."""
+    quiet: bool = False
+    """Only warnings and errors."""
+    dry_run: bool = False
+    """Count what would be done, and do nothing."""
+    lease_s: float = 60.0
+    """A worker that shows no life for so many seconds loses its shard to another."""
+    stall_s: float = 1800.0
+    """A worker that finishes no sample for so many seconds counts as hung."""
+
+    def check(self) -> None:
+        """Raise UsageError for values that make no sense."""
+        if self.workers < 1:
+            raise UsageError("--workers must be at least 1")
+        if not 0 <= self.max_error_rate <= 1:
+            raise UsageError("--max_error_rate is a share between 0 and 1")
+        if self.lease_s < 1:
+            raise UsageError("--lease_s must be at least 1 second")
+
+
+AnyOptions = TypeVar("AnyOptions", bound=RunOptions)
+
+
+def parse_options(kind: type[AnyOptions], argv: Sequence[str] | None = None, prog: str | None = None) -> AnyOptions:
+    """The stage's options from the command line; ``--num_threads`` and ``--num-threads`` are alike.
+
+    Ends the process with exit code 2 on an unknown flag or a value of the wrong type, naming the nearest flags.
+    """
+    import tyro
+
+    return tyro.cli(
+        kind,
+        args=None if argv is None else list(argv),
+        prog=prog,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+        compact_help=False,
+    )
+
+
+class _CleanFormatter(logging.Formatter):
+    """Names and captions from the web reach the log: one line each, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).splitlines()
+        return "\n".join(clean_text(line) if i == 0 else line for i, line in enumerate(lines))
+
+
+def set_up_logging(quiet: bool, name: str = "") -> None:
+    """Lines on stderr with the time, the level where it is not plain information, and the worker's name."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_CleanFormatter(f"%(asctime)s {name + ' ' if name else ''}%(message)s", "%H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+
+
+def exit_code(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """Decorates a script's ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except InfrastructureError as error:
+            say_error(error)
+            return EXIT_USAGE
+
+    return guarded
+
+
+def say_error(text: Any) -> None:
+    """The one clear line that an infrastructure error ends with."""
+    print(f"error: {clean_text(str(text))}", file=sys.stderr, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether stderr is a terminal that bars may be drawn on."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

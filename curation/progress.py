@@ -1,0 +1,74 @@
+"""Showing how a run gets on: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any, Self
+
+from curation.cluster import WORKER_VARIABLE
+from curation.options import logger, on_terminal
+
+LINE_EVERY_S = 30.0
+
+
+class Progress:
+    """Shards and samples done.  Thread-safe; costs a lock and an addition per call."""
+
+    def __init__(self, title: str, shards: int, quiet: bool) -> None:
+        self._title = title
+        self._shards = shards
+        self._quiet = quiet
+        self._shards_done = 0
+        self._samples = 0
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+        self._last_line = self._began
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        if not self._quiet and on_terminal() and WORKER_VARIABLE not in os.environ:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("shards · {task.fields[samples]:,} samples · {task.fields[rate]:,.1f}/s"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                refresh_per_second=4,
+                transient=True,
+            )
+            self._task = self._bar.add_task(self._title, total=self._shards, samples=0, rate=0.0)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def samples_done(self, count: int) -> None:
+        with self._lock:
+            self._samples += count
+            self._show()
+
+    def shard_passed(self) -> None:
+        """A shard is done, failed, blocked, or was done before."""
+        with self._lock:
+            self._shards_done += 1
+            self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        rate = self._samples / max(now - self._began, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._shards_done, samples=self._samples, rate=rate)
+        elif now - self._last_line >= LINE_EVERY_S and not self._quiet:
+            self._last_line = now
+            logger.info(
+                f"{self._title}: {self._shards_done}/{self._shards} shards, {self._samples:,} samples, {rate:,.1f}/s"
+            )

@@ -1,0 +1,87 @@
+"""What a receipt says: the whole story of one shard in one stage, in one JSON object."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from curation import __version__
+from curation.cluster import Allocation, host_identity, slurm_ids
+from curation.publish import Published
+from curation.work import ShardWork
+
+
+class _Named(Protocol):
+    name: str
+    version: int
+
+
+def build_receipt(
+    work: ShardWork,
+    stage: _Named,
+    allocation: Allocation,
+    token: str,
+    *,
+    epoch: int,
+    outputs: Sequence[Published],
+    began: float,
+    error: dict[str, str] | None,
+) -> dict[str, Any]:
+    """The receipt of one attempt.  ``error`` None: done.  Times and hosts stand here and nowhere else.
+
+    Units: seconds are wall-clock seconds by phase, summed over threads; ``started`` and ``finished`` are Unix times.
+    """
+    previous = work.previous or {}
+    receipt: dict[str, Any] = {
+        "shard": work.shard.id,
+        "stage": stage.name,
+        "version": stage.version,
+        "status": "failed" if error else "done",
+        "epoch": epoch,
+        "generation": int(previous.get("generation", 0)) + 1,
+        "token": token,
+        "run": allocation.run_id,
+        "counts": {
+            "in": work.samples_in,
+            "kept": work.kept,
+            "dropped": dict(sorted(work.dropped.items())),
+            "failed": dict(sorted(work.failed.items())),
+        },
+        "inputs": list(work.inputs),
+        "outputs": [
+            {"path": o.path, "temporary": o.temporary, "size": o.size, "digest": o.digest, "checked": o.checked}
+            for o in outputs
+        ],
+        "notes": work.notes,
+        "warnings": work.warnings,
+        "seconds": {phase: round(seconds, 4) for phase, seconds in sorted(work.seconds.items())},
+        "host": host_identity()[0],
+        "rank": allocation.rank,
+        "slurm": slurm_ids(),
+        "code": code_version(),
+        "started": round(began, 3),
+        "finished": round(time.time(), 3),
+    }
+    if error:
+        receipt["error"] = error
+        failed_before = previous.get("status") == "failed" and previous.get("epoch") == epoch
+        receipt["attempts"] = int(previous.get("attempts", 0)) + 1 if failed_before else 1
+    return receipt
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """The package's version, with the commit where it runs from a checkout."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return __version__
+    command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{commit}"

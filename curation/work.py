@@ -1,0 +1,221 @@
+"""What a stage is given to work on one shard: counting, outputs, checkpoints, timing, and the way to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from curation.claims import Claim
+from curation.cluster import Allocation, StopSignal
+from curation.dictionaries import clean_text, dump_json
+from curation.errors import ShardError
+from curation.ledger import Ledger, bucket_of
+from curation.partial import PartialLog
+from curation.publish import OutputFile, Published
+from curation.shards import Shard
+
+MAX_DETAIL = 500  # characters of a reject's detail
+
+
+class ShardWork:
+    """One attempt at one shard.  Thread-safe where a stage's threads need it: counting, rejects, provenance, phases.
+
+    Every sample that comes in (``sample_in``) must leave by exactly one of ``keep``, ``drop`` and ``fail``.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        *,
+        ledger: Ledger,
+        claim: Claim,
+        allocation: Allocation,
+        stop: StopSignal,
+        inputs: tuple[dict[str, Any], ...],
+        previous: dict[str, Any] | None,
+        on_progress: Callable[[int], None],
+        on_warning: Callable[[str], None],
+    ) -> None:
+        self.shard = shard
+        self.allocation = allocation
+        self.previous = previous  # the shard's last receipt, for a stage that keeps what has not changed
+        self.inputs = inputs
+        self.samples_in = 0
+        self.kept = 0
+        self.dropped: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+        self.notes: dict[str, Any] = {}
+        self.warnings: list[str] = []
+        self.outputs: list[tuple[OutputFile, bool]] = []
+        self._ledger = ledger
+        self._claim = claim
+        self._stop = stop
+        self._on_progress = on_progress
+        self._on_warning = on_warning
+        self._lock = threading.Lock()
+        self._drops: list[tuple[str, str]] = []
+        self._rejects: list[dict[str, Any]] = []
+        self._provenance: list[bytes] = []
+        self._logs: list[PartialLog] = []
+
+    # ---- every sample exactly once
+
+    def sample_in(self, count: int = 1) -> None:
+        """Samples have come in."""
+        with self._lock:
+            self.samples_in += count
+
+    def keep(self, count: int = 1) -> None:
+        """Samples go on to the output."""
+        with self._lock:
+            self.kept += count
+        self._on_progress(count)
+
+    def drop(self, key: str, reason: str) -> None:
+        """A routine drop (no face, another language): the key goes into the shard's compressed list."""
+        with self._lock:
+            self.dropped[reason] += 1
+            self._drops.append((reason, key))
+        self._on_progress(1)
+
+    def fail(self, key: str, reason: str, detail: str = "") -> None:
+        """A sample that could not be used: a line in ``_rejects/`` with its reason."""
+        line = {"key": key, "reason": reason}
+        if detail:
+            line["detail"] = clean_text(detail)[:MAX_DETAIL]
+        with self._lock:
+            self.failed[reason] += 1
+            self._rejects.append(line)
+        self._on_progress(1)
+
+    def assert_conservation(self) -> None:
+        """Raise ShardError unless in = kept + dropped + failed."""
+        out = self.kept + self.dropped.total() + self.failed.total()
+        if out != self.samples_in:
+            raise ShardError(
+                f"shard {self.shard.id}: {self.samples_in} samples came in, but {self.kept} kept + "
+                f"{self.dropped.total()} dropped + {self.failed.total()} failed = {out} came out; this is a bug"
+            )
+
+    # ---- what is written
+
+    @contextlib.contextmanager
+    def output(self, path: Path, *, checked: bool = True) -> Iterator[OutputFile]:
+        """A binary file that appears under ``path`` when the shard is committed.
+
+        checked: whether readers may insist on its digest; False for a copy that another stage may replace.
+        """
+        file = OutputFile(path, self._claim.token)
+        with self._lock:
+            self.outputs.append((file, checked))
+        with file:
+            yield file
+
+    def provenance(self, record: dict[str, Any]) -> None:
+        """A line of ``_provenance/<stage>/<shard>.jsonl``."""
+        line = dump_json(record)
+        with self._lock:
+            self._provenance.append(line)
+
+    def note(self, name: str, value: Any) -> None:
+        """An extra fact for the receipt, a JSON value."""
+        with self._lock:
+            self.notes[name] = value
+
+    def warn(self, text: str) -> None:
+        """A line in the log and in the receipt."""
+        text = clean_text(text)
+        with self._lock:
+            self.warnings.append(text)
+        self._on_warning(f"{self.shard.id}: {text}")
+
+    # ---- time
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the wall-clock seconds spent inside to the receipt's phase ``name`` (read, decode, infer, write)."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(name, time.perf_counter() - began)
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        """Seconds of a phase that was timed elsewhere."""
+        with self._lock:
+            self.seconds[name] += seconds  # type: ignore[assignment]  # a Counter of floats
+
+    def progress(self, count: int = 0) -> None:
+        """Something was finished that is no sample yet: keeps the stall watch quiet."""
+        self._on_progress(count)
+
+    def check_stop(self, *, urgent_only: bool = False) -> None:
+        """Raise Stopped when a signal or the deadline asks to end; call it after each batch that is in the partial log.
+
+        urgent_only: go on while merely draining, for a shard that takes seconds and has no partial log.
+        """
+        self._stop.check(urgent_only=urgent_only)
+
+    # ---- checkpoints
+
+    def partial(self, fingerprint: str = "") -> PartialLog:
+        """The checkpoint of this shard: samples that an earlier, interrupted attempt finished are found in it.
+
+        fingerprint: whatever beyond the stage's options a record depends on, short and fit for a file name.
+        """
+        folder = self._ledger.root / "_partial" / self._ledger.stage / bucket_of(self.shard.id)
+        mark = f"{self._ledger.fingerprint}{'-' + fingerprint if fingerprint else ''}"
+        log = PartialLog(folder, self.shard.id, mark, self._claim.token)
+        with self._lock:
+            self._logs.append(log)
+        if log.recovered:
+            self.note("recovered", log.recovered)
+        return log
+
+    # ---- for the runner
+
+    def close_outputs(self) -> list[Published]:
+        """Write the rejects, drops and provenance, make everything durable, and list it for the receipt."""
+        self._write_lines("rejects", ".jsonl", [dump_json(line) for line in self._rejects])
+        self._write_lines("provenance", ".jsonl", self._provenance)
+        if self._drops:
+            lines = b"".join(reason.encode() + b"\t" + dump_json(key) + b"\n" for reason, key in self._drops)
+            with self.output(self._ledger.place("rejects", self.shard.id, ".drops.tsv.gz")) as file:
+                file.write(gzip.compress(lines, mtime=0))
+        published = []
+        for file, checked in self.outputs:
+            file.close()
+            path = Path(_relative(file.final, self._ledger.root))
+            published.append(Published(str(path), file.temporary.name, file.size, file.digest, checked))
+        return published
+
+    def discard(self) -> None:
+        """Remove every temporary file of this attempt; the partial log stays, durable."""
+        for file, _ in self.outputs:
+            file.discard()
+        for log in self._logs:
+            log.flush()
+            log.close()
+
+    def finish(self) -> None:
+        """After the commit: the partial files are no longer needed."""
+        for log in self._logs:
+            log.remove()
+
+    def _write_lines(self, kind: str, suffix: str, lines: list[bytes]) -> None:
+        if lines:
+            with self.output(self._ledger.place(kind, self.shard.id, suffix)) as file:
+                for line in lines:
+                    file.write(line + b"\n")
+
+
+def _relative(path: Path, root: Path) -> str:
+    return os.path.relpath(os.path.realpath(path.parent), os.path.realpath(root)) + "/" + path.name

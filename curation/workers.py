@@ -1,0 +1,118 @@
+"""Several worker processes on one machine: started, watched, restarted when one dies, and told to stop together."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import inspect
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, run_id
+from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
+from curation.options import RunOptions, logger
+
+MAX_RESTARTS = 3  # per worker: a machine that keeps killing it will not stop doing so
+_PR_SET_PDEATHSIG = 1
+
+
+def is_worker() -> bool:
+    """Whether this process was started by ``run_workers``; it then ends when its parent does."""
+    if WORKER_VARIABLE not in os.environ:
+        return False
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    return True
+
+
+def run_workers(stage: object, options: RunOptions) -> int:
+    """Run the stage's script in ``options.workers`` processes that share the shards by claims; returns the exit code.
+
+    A worker that dies by a signal is started again, up to three times; the others take its shard up meanwhile.
+    """
+    script = inspect.getsourcefile(type(stage)) or sys.argv[0]
+    command = [sys.executable, script, *to_argv(options)]
+    shared = run_id().partition("-")[2] or secrets.token_hex(8)
+    threads = str(Allocation.detect(options.workers).threads)
+    slots = [_Worker(command, index, options.workers, shared, threads) for index in range(options.workers)]
+    stopping: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        stopping.append(number)
+        for slot in slots:
+            slot.send(number)
+
+    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, pass_on)
+    while any(slot.running for slot in slots):
+        time.sleep(0.1)
+        for slot in slots:
+            code = slot.poll()
+            if code == EXIT_USAGE and not stopping:  # the others would run into the same wall
+                pass_on(signal.SIGTERM, None)
+            elif code is not None and code < 0 and not stopping:
+                logger.error(f"worker {slot.index} died: {signal.Signals(-code).name}")
+                slot.restart()
+    codes = {slot.code if slot.code >= 0 else EXIT_SHARDS_FAILED for slot in slots}
+    for code in (EXIT_USAGE, EXIT_WORK_LEFT):
+        if code in codes:
+            return code
+    return EXIT_OK if codes == {EXIT_OK} else EXIT_SHARDS_FAILED
+
+
+class _Worker:
+    def __init__(self, command: list[str], index: int, count: int, shared: str, threads: str) -> None:
+        self.index = index
+        self.code = EXIT_OK
+        self.running = True
+        self._command = command
+        self._restarts = 0
+        self._environment = {
+            **os.environ,
+            WORKER_VARIABLE: f"{index}/{count}",
+            RUN_VARIABLE: shared,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        }
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # a session of its own: a terminal's Ctrl-C reaches it once, by the parent, and not twice
+        return subprocess.Popen(self._command, env=self._environment, start_new_session=True)
+
+    def poll(self) -> int | None:
+        """The exit code, once, when it has ended."""
+        if not self.running:
+            return None
+        code = self._process.poll()
+        if code is None:
+            return None
+        self.code, self.running = code, False
+        return code
+
+    def restart(self) -> None:
+        if self._restarts < MAX_RESTARTS:
+            self._restarts += 1
+            self._process, self.running = self._start(), True
+
+    def send(self, number: int) -> None:
+        if self.running and self._process.poll() is None:
+            self._process.send_signal(number)
+
+
+def to_argv(options: RunOptions) -> list[str]:
+    """The command line that gives these options again."""
+    argv = []
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if value is None or (item.default is not dataclasses.MISSING and value == item.default):
+            continue
+        if isinstance(value, bool):
+            argv.append(f"--{item.name}" if value else f"--no_{item.name}")
+        else:
+            argv += [f"--{item.name}", str(value)]
+    return argv

@@ -42,7 +42,7 @@ def fast_digest(path: Path, block_bytes: int = 4 << 20) -> str:
 def storage_error(path: Path, error: OSError) -> InfrastructureError:
     """What to tell the user when a folder or file cannot be written."""
     what = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
-    return InfrastructureError(f"{path}: cannot be written: {what}. Nothing published is lost; mend it and start again.")
+    return InfrastructureError(f"{path}: cannot be written: {what}; mend it and start again, nothing published is lost")
 
 
 class OutputFile:

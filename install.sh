@@ -13,7 +13,7 @@ need_system_package() {
     local package=$1 why=$2
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         say "installing the system package $package ($why)"
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package"; } >&2
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends "$package"; } >/dev/null
     else
         say "$why. Please install it and start again, on Debian and Ubuntu: sudo apt-get install $package"
         exit 2

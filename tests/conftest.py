@@ -1,0 +1,24 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.pipeline import Undisturbed, run_undisturbed
+
+
+@pytest.fixture(scope="session")
+def llm_port() -> Iterator[int]:
+    """A server with Ollama's wire format whose replies are a function of the request."""
+    from tests.servers import deterministic_llm_server
+
+    with deterministic_llm_server(delay_s=0.02) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def undisturbed(llm_port: int, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Stages 01 to 04 run once over the example shards; treat the folders as read-only."""
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), llm_port)

@@ -1,0 +1,108 @@
+"""The main job on the example shards, for tests that need all four stages: small models, a deterministic language model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples" / "shards"
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """How to start a stage on a folder, and which of the folder's own folders it publishes into."""
+
+    name: str
+    command: Callable[[Path], list[str]]
+    outputs: tuple[str, ...]
+
+
+def stage_runs(llm_port: int) -> list[StageRun]:
+    """Stages 01 to 04 on ``root/shards``, ready to be started in that order."""
+    quick = ["--lease_s", "2", "--quiet"]
+    return [
+        StageRun(
+            "01_filter_noface",
+            lambda root: [
+                *["01_filter_noface.py", "--input", f"{root}/shards", "--output", f"{root}/captions"],
+                *["--edits", f"{root}/edits", "--embedded", "--threads", "1", *quick],
+            ],
+            ("captions", "edits"),
+        ),
+        StageRun(
+            "02_captions_processor",
+            lambda root: [
+                *["02_captions_processor.py", "--input", f"{root}/captions", "--output", f"{root}/prompts"],
+                *["--ports", str(llm_port), "--api", "ollama", *quick],
+            ],
+            ("prompts",),
+        ),
+        StageRun(
+            "03_generate_images",
+            lambda root: [
+                *["03_generate_images_multigpu.py", "--prompts", f"{root}/prompts", "--edits", f"{root}/edits"],
+                *["--embedded", "--height", "64", "--width", "64", "--batch_size", "4", *quick],
+            ],
+            ("edits",),
+        ),
+        StageRun(
+            "04_reshard",
+            lambda root: [
+                *["04_reshard.py", "--input", f"{root}/shards", "--edits", f"{root}/edits"],
+                *["--prompts", f"{root}/prompts", "--output", f"{root}/hybrid", *quick],
+            ],
+            ("hybrid",),
+        ),
+    ]
+
+
+def start(stage: StageRun, root: Path, *more: str) -> subprocess.Popen[bytes]:
+    """The stage's script as a user starts it, in a process group of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, *stage.command(root), *more]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+
+
+@dataclass
+class Undisturbed:
+    """One whole run: the folder before and after each stage, and each stage's seconds."""
+
+    stages: list[StageRun]
+    before: dict[str, Path] = field(default_factory=dict)
+    after: dict[str, Path] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def stage(self, name: str) -> StageRun:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def root(self) -> Path:
+        return self.after["04_reshard"]
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """With modification times: inputs made elsewhere count by them."""
+    shutil.copytree(source, target, copy_function=shutil.copy2)
+
+
+def run_undisturbed(base: Path, llm_port: int) -> Undisturbed:
+    run = Undisturbed(stage_runs(llm_port))
+    current = base / "input"
+    copy_tree(EXAMPLES, current / "shards")
+    for stage in run.stages:
+        run.before[stage.name] = current
+        after = base / f"after_{stage.name}"
+        copy_tree(current, after)
+        began = time.monotonic()
+        code = start(stage, after).wait(timeout=300)
+        assert code == 0, f"{stage.name} ended with {code}"
+        run.seconds[stage.name] = time.monotonic() - began
+        run.after[stage.name] = current = after
+    return run

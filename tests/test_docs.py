@@ -1,0 +1,162 @@
+"""The documentation cannot rot: links resolve, every flag has its line, the README's commands run."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from curation.options import RunOptions
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+SHARED = {field.name for field in dataclasses.fields(RunOptions)}
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def prose(page: Path) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+
+
+def code_lines(page: Path) -> Iterator[str]:
+    """The commands in the page's bash blocks, continued lines joined, comments taken off."""
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), flags=re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.split("  #", 1)[0].strip()
+            if line and not line.startswith("#"):
+                yield line
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+\s+(.*)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def flags_of(script: Path) -> set[str]:
+    """The flags that --help lists, without the ``--no_`` twins and ``--help`` itself."""
+    command = [sys.executable, str(script), "--help"]
+    help_text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    names = set(re.findall(r"--([a-z]\w*)", " ".join(re.findall(r"^[│\s]*(--?\w.*)$", help_text, flags=re.M))))
+    return {name for name in names if not (name.startswith("no_") and name[3:] in names)} - {"help"}
+
+
+def page_of(script: Path) -> Path:
+    return ROOT / "docs" / f"stage-{script.name[:2]}.md"
+
+
+def tabled_flags(page: Path) -> set[str]:
+    """The flags that the page's tables describe: those in the first column."""
+    rows = re.findall(r"^\|([^|]*)\|", page.read_text("utf-8"), flags=re.M)
+    return {flag for row in rows for flag in re.findall(r"`--(\w+)", row)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    for target in LINK.findall(prose(page)):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert ROOT in file.parents, f"{page.name} links out of the project: {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_names_a_machine(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for name in ("/work/", "shared/data", "/root/", "localhost:3"):
+        assert name not in text, f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_every_flag_is_documented(script: Path) -> None:
+    flags = flags_of(script)
+    assert flags > SHARED
+    missing = flags - SHARED - tabled_flags(page_of(script))
+    assert not missing, f"{page_of(script).name} has no line for {sorted(missing)}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_no_page_describes_a_flag_that_is_gone(script: Path) -> None:
+    gone = tabled_flags(page_of(script)) - flags_of(script)
+    assert not gone, f"{page_of(script).name} describes {sorted(gone)}"
+
+
+def test_shared_flags_are_documented() -> None:
+    assert tabled_flags(ROOT / "docs" / "running.md") == SHARED
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_every_flag_in_a_command_exists(script: Path) -> None:
+    known = {name for flag in flags_of(script) for name in (flag, f"no_{flag}")}
+    for page in PAGES:
+        for line in code_lines(page):
+            if script.name in line:
+                used = set(re.findall(r"--(\w+)", line.partition(script.name)[2]))
+                assert used <= known, f"{page.name}: {line}"
+
+
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M))
+    named = {name for page in PAGES for name in re.findall(r"`make ([a-z]+)`", page.read_text("utf-8"))}
+    named |= {line.split()[1] for page in PAGES for line in code_lines(page) if line.startswith("make ")}
+    assert named
+    assert named <= targets
+
+
+def test_every_script_and_folder_that_a_command_names_exists() -> None:
+    for page in PAGES:
+        for line in code_lines(page):
+            for word in shlex.split(line, comments=True):
+                if re.fullmatch(r"(?:[\w-]+/)*[\w-]+\.(?:py|sh)", word):
+                    assert (ROOT / word).exists(), f"{page.name}: {line}"
+
+
+def test_the_readme_gives_every_file_a_line() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    tops = [*SCRIPTS, *ROOT.glob("*.sh"), ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt"]
+    for path in tops:
+        assert f"`{path.name}`" in readme, f"README.md does not name {path.name}"
+    for folder in ("curation", "docs", "examples", "tests", "benchmarks"):
+        assert f"`{folder}/`" in readme, f"README.md does not name {folder}/"
+
+
+def test_design_gives_every_module_a_line() -> None:
+    design = (ROOT / "docs" / "design.md").read_text("utf-8")
+    for module in (ROOT / "curation").glob("[a-z]*.py"):
+        assert re.search(rf"\b{module.stem}\b", design), f"docs/design.md does not name {module.name}"
+
+
+def test_the_readmes_stage_commands_run(tmp_path: Path) -> None:
+    """Each stage's command of the front page, on the examples: counted with --dry_run, nothing loaded."""
+    lines = [line for line in code_lines(ROOT / "README.md") if re.match(r"python3? 0\d_", line)]
+    assert {line.split()[1] for line in lines} >= {script.name for script in SCRIPTS}
+    key = "ade12832110daef2e00df4fa4616877a-0.json"
+    for folder, value in (("captions", "Official portrait"), ("prompts", "A portrait"), ("edits", {"caption": "x"})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "00000003.json").write_text(json.dumps({key: value}))
+    for line in lines:
+        words = shlex.split(line.replace("/path/to/", f"{tmp_path}/").replace(f"{tmp_path}/shards", "examples/shards"))
+        command = [sys.executable, *words[1:], "--dry_run"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
+def test_options_have_docstrings() -> None:
+    """tyro shows them as help, so that --help and the code cannot differ."""
+    for script in SCRIPTS:
+        module = importlib.import_module(script.stem)
+        source = script.read_text("utf-8")
+        for field in dataclasses.fields(module.Options):
+            if field.name not in SHARED:
+                assert re.search(rf'^    {field.name}: .*\n    """', source, flags=re.M), f"{script.name} {field.name}"

@@ -299,14 +299,7 @@ class Ledger:
     def _upstream_receipts(self, folder: Path, stage: str) -> Path | None:
         """The receipts folder of ``stage`` for files in ``folder``; None where that stage never ran there."""
         if (folder, stage) not in self._upstream:
-            place: Path | None = folder / "_receipts" / stage
-            assert place is not None
-            pointer = read_record(place / "_home.json")
-            if pointer is not None:
-                place = Path(os.path.normpath(folder / str(pointer.get("output", ".")))) / "_receipts" / stage
-            elif not place.is_dir():
-                place = None
-            self._upstream[(folder, stage)] = place
+            self._upstream[(folder, stage)] = receipts_of(folder, stage)
         return self._upstream[(folder, stage)]
 
 
@@ -325,6 +318,23 @@ def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) ->
                 f"{wanted.path}: is not what {wanted.stage} published (its receipt says {record['size']:,} bytes, "
                 f"{record['digest']}); run {wanted.stage} again for this shard"
             )
+
+
+def receipts_of(folder: Path, stage: str) -> Path | None:
+    """The receipts folder of ``stage`` for files in ``folder``, by its pointer if need be; None where it never ran there."""
+    place = folder / "_receipts" / stage
+    pointer = read_record(place / "_home.json")
+    if pointer is not None:
+        return Path(os.path.normpath(folder / str(pointer.get("output", ".")))) / "_receipts" / stage
+    return place if place.is_dir() else None
+
+
+def stage_version(folder: Path, stage: str, shard_id: str) -> int | None:
+    """The version of ``stage`` that made a shard's files in ``folder``; None for files made elsewhere."""
+    receipts = receipts_of(folder, stage)
+    receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json") if receipts else None
+    version = receipt.get("version") if receipt else None
+    return version if isinstance(version, int) else None
 
 
 def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:

@@ -205,14 +205,18 @@ def _cpus(environ: Mapping[str, str]) -> int:
     return min(affinity, _int(environ, "SLURM_CPUS_PER_TASK", affinity)) or 1
 
 
-def _own_gpu(environ: Mapping[str, str], local_rank: int) -> int | None:
-    """SLURM may show a task its own GPU alone, or all of the node's; accelerate's LOCAL_RANK is never there."""
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """How many CUDA devices this process may use.  Needs no torch."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        devices = [d for d in visible.split(",") if d.strip() and d.strip() != "-1"]
-        return local_rank % len(devices) if devices else None
+        return len([device for device in visible.split(",") if device.strip() and device.strip() != "-1"])
     try:
-        found = os.listdir("/proc/driver/nvidia/gpus")
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
     except OSError:
-        return None
-    return local_rank % len(found) if found else None
+        return 0
+
+
+def _own_gpu(environ: Mapping[str, str], local_rank: int) -> int | None:
+    """SLURM may show a task its own GPU alone, or all of the node's; accelerate's LOCAL_RANK is never there."""
+    count = visible_gpus(environ)
+    return local_rank % count if count else None

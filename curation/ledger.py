@@ -321,7 +321,7 @@ def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) ->
 
 
 def receipts_of(folder: Path, stage: str) -> Path | None:
-    """The receipts folder of ``stage`` for files in ``folder``, by its pointer if need be; None where it never ran there."""
+    """The receipts folder of ``stage`` for files in ``folder``; None where it never ran there."""
     place = folder / "_receipts" / stage
     pointer = read_record(place / "_home.json")
     if pointer is not None:

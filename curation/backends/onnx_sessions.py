@@ -1,0 +1,54 @@
+"""ONNX Runtime sessions with explicit thread counts, for the backends that run ONNX files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+from curation.errors import InfrastructureError
+
+
+def read_weights(path: Path) -> tuple[bytes, str]:
+    """The file's bytes and its revision, ``sha256:`` and 16 hex digits; InfrastructureError where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InfrastructureError(f"the model {path} cannot be read: {error.strerror}") from None
+    return data, f"sha256:{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tuple[Any, str]:
+    """An ``onnxruntime.InferenceSession``, safe to run from several threads at once, and the device it runs on.
+
+    threads: CPU threads of one run.  gpu: the index of a visible CUDA device, used if this onnxruntime has CUDA.
+    path: for messages.  Raises InfrastructureError where the model is none, or where CUDA is there and does not
+    start: a GPU node is not for running on its CPU unnoticed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InfrastructureError(f"onnxruntime cannot be imported ({error}): pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors: the warnings are about the exporter's habits
+    providers: list[Any] = ["CPUExecutionProvider"]
+    wants_cuda = gpu is not None and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if wants_cuda:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            onnxruntime.preload_dlls()
+        # The default measures which kernel is fastest, and so may choose another one, and other last digits, each time.
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": str(gpu), "cudnn_conv_algo_search": "HEURISTIC"}))
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=providers)
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises kinds of its own, which it does not document
+        raise InfrastructureError(f"the model {path} cannot be loaded: {str(error)[:300]}") from None
+    if wants_cuda and "CUDAExecutionProvider" not in session.get_providers():
+        raise InfrastructureError(
+            f"onnxruntime could not start CUDA on GPU {gpu} for {path} (does its version fit this node's CUDA and "
+            "cuDNN?); with CUDA_VISIBLE_DEVICES= it runs on the CPU"
+        )
+    return session, f"cuda:{gpu}" if wants_cuda else "cpu"

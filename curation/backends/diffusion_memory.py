@@ -1,0 +1,89 @@
+"""The batch size that fits: told by running out of memory once, and remembered for the next process.
+
+One file per kind of device, model and picture size, below the output folder, so that a run over many GPUs finds out
+once and not once per process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+
+import xxhash
+
+_ALLOCATION_FAILURES = (  # what libraries below torch say instead of raising torch.OutOfMemoryError
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory",  # torch's CPU allocator
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a failed call would succeed with a smaller batch."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, UnboundLocalError):  # SanaSprintPipeline swallows the error of its VAE and then misses `image`
+        return "image" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILURES)
+
+
+class WorkingBatch:
+    """The largest batch known to fit, per picture size; ``planned`` until memory ran out once.
+
+    folder: where to remember it across processes, None for this process only.
+    what: everything else that the limit depends on (kind of device, its memory, model, dtype).
+    """
+
+    def __init__(self, planned: int, what: str, folder: Path | None = None) -> None:
+        self.planned = planned
+        self._what = what
+        self._folder = folder
+        self._limits: dict[tuple[int, int], int] = {}
+
+    def limit(self, width: int, height: int) -> int:
+        """How many pictures of a size to make at once."""
+        size = (width, height)
+        if size not in self._limits:
+            self._limits[size] = self._read(size) or self.planned
+        return min(self.planned, self._limits[size])
+
+    def shrink(self, width: int, height: int, tried: int) -> int:
+        """``tried`` pictures were too many: remember and return half of it.  The caller ends the run at 1."""
+        limit = max(1, tried // 2)
+        self._limits[(width, height)] = limit
+        self._write((width, height), limit)
+        return limit
+
+    def _path(self, size: tuple[int, int]) -> Path | None:
+        if self._folder is None:
+            return None
+        mark = f"{self._what}\0{size[0]}x{size[1]}"
+        return self._folder / f"{xxhash.xxh3_64_hexdigest(mark.encode())}.json"
+
+    def _read(self, size: tuple[int, int]) -> int | None:
+        path = self._path(size)
+        if path is None:
+            return None
+        try:
+            found = json.loads(path.read_bytes())["batch_size"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if isinstance(found, int) and found > 0 else None
+
+    def _write(self, size: tuple[int, int], limit: int) -> None:
+        """A lost or late write costs one more time out of memory, nothing else: failure to write is no error."""
+        path = self._path(size)
+        if path is None:
+            return
+        record = {"batch_size": limit, "what": self._what, "width": size[0], "height": size[1]}
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)

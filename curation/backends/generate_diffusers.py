@@ -1,0 +1,316 @@
+"""Text to images with any diffusers pipeline: batches that the device never waits for, and that shrink to what fits."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from curation.backends.diffusion_calls import PipelineCall, Texts, denoiser_of
+from curation.backends.diffusion_loading import ModelSource, load_pipeline
+from curation.backends.diffusion_memory import WorkingBatch, is_out_of_memory
+from curation.backends.diffusion_presets import Preset
+from curation.errors import InfrastructureError, SampleError
+
+Compile = Literal["none", "blocks", "full", "max"]
+RECOMPILE_LIMIT = 64  # graphs per function: a few sizes times a few batch sizes; torch's own limit is 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedUps:
+    """What makes a GPU faster at the same pictures, to within rounding.  All off is diffusers as it comes.
+
+    compile: ``blocks`` compiles a transformer's repeated blocks (a UNet, whose blocks differ, as a whole) and the VAE's
+    decoder: a minute; ``full`` the whole denoiser; ``max`` that with autotuning: many minutes.  Batches are padded to
+    one size, so that one graph serves.
+    channels_last: convolutions (UNet, VAE) in the layout that tensor cores read.
+    fuse_qkv: one projection for query, key and value.
+    """
+
+    compile: Compile = "none"
+    channels_last: bool = False
+    fuse_qkv: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One picture: what to draw, and the seed of its own noise."""
+
+    prompt: str
+    seed: int
+
+
+def seed_of(seed: int, key: str) -> int:
+    """The 63-bit seed of one sample's noise: a hash of the run's seed and the sample's key, whatever its batch."""
+    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Images:
+    """Pictures on their way from the device.  ``image`` waits for them; any thread may ask."""
+
+    def __init__(self, chunks: Sequence[_Chunk]) -> None:
+        self._rows = [(chunk, row) for chunk in chunks for row in range(chunk.count)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def image(self, index: int) -> npt.NDArray[np.uint8]:
+        """Picture ``index``, height × width × 3.
+
+        Raises SampleError ``blank_image`` (not a number anywhere, or one colour everywhere: numbers overflowed) and
+        ``flagged_by_safety_checker`` (the pipeline has one, and it blackened the picture).
+        """
+        chunk, row = self._rows[index]
+        return chunk.image(row)
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """One call's pictures.  ``ready`` is a CUDA event, None where the pixels are there at once."""
+
+    pixels: Any  # uint8 tensor, count × height × width × 3, on the host
+    broken: Any  # int8 tensor, count: 1 not a number, 2 one colour
+    flagged: Sequence[bool]
+    count: int
+    ready: Any = None
+
+    def image(self, row: int) -> npt.NDArray[np.uint8]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        if self.flagged and self.flagged[row]:
+            raise SampleError("flagged_by_safety_checker", "the pipeline's safety checker blackened the picture")
+        pixels: npt.NDArray[np.uint8] = self.pixels[row].numpy()
+        match int(self.broken[row]):
+            case 1:
+                raise SampleError("blank_image", "the model's output is not a number")
+            case 2:
+                red, green, blue = (int(value) for value in pixels[0, 0])
+                raise SampleError("blank_image", f"every pixel is ({red}, {green}, {blue})")
+        return pixels
+
+
+class Backend:
+    """One pipeline on one device.  Not thread-safe: one thread generates, any may fetch the pictures.
+
+    settings: the model's preset with the user's flags in it.  ``call`` afterwards holds what was resolved.
+    device: ``cpu`` or ``cuda:<n>``.  threads: CPU threads for torch.
+    remember_in: a folder for batch sizes that were found to fit.
+    Raises InfrastructureError (the model cannot be loaded) and UsageError (it cannot do what the settings ask).
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        settings: Preset,
+        *,
+        negative_prompt: str = "",
+        speed_ups: SpeedUps | None = None,
+        device: str = "cpu",
+        threads: int = 1,
+        remember_in: Path | None = None,
+    ) -> None:
+        import torch
+
+        self._torch = torch
+        self.source = source
+        self.device = device
+        self.speed_ups = speed_ups or SpeedUps()
+        torch.set_num_threads(threads)
+        what = self._device_kind()
+        self.pipeline = load_pipeline(source, settings.dtype, device)
+        self.call = PipelineCall(self.pipeline, settings, negative_prompt)
+        self.batch = WorkingBatch(
+            settings.batch_size, f"{what}\0{source.name}\0{source.revision}\0{settings.dtype}", remember_in
+        )
+        self._apply(self.speed_ups)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        width: int,
+        height: int,
+        texts: Texts | None = None,
+        check_stop: Callable[[], None] | None = None,
+    ) -> Images:
+        """Pictures for the requests, all of one size (pixels), queued on the device; returns before a GPU has finished.
+
+        texts: the prompts' embeddings from ``encode``, row by row.
+        check_stop: called between steps; what it raises comes out of here.
+        Where memory runs out the batch is halved, the size that fits is remembered, and nothing is lost; a single
+        picture that does not fit raises InfrastructureError.
+        """
+        chunks: list[_Chunk] = []
+        start = 0
+        while start < len(requests):
+            limit = self.batch.limit(width, height)
+            rows = list(range(start, min(start + limit, len(requests))))
+            count = len(rows)
+            if self.speed_ups.compile != "none":  # one graph: the last batch is as long as the others
+                rows += rows[-1:] * (limit - count)
+            chunk = self._run(requests, rows, count, width, height, texts, check_stop)
+            if chunk is None:
+                self._shrink(width, height, len(rows))
+                continue
+            chunks.append(chunk)
+            start += count
+        return Images(chunks)
+
+    def encode(self, prompts: Sequence[str], at_once: int) -> Texts | None:
+        """Text embeddings, ``at_once`` prompts a call; None where this pipeline only encodes inside its own call.
+
+        at_once is fixed by the caller's plan, since the rounding depends on it; it is halved where memory runs out.
+        """
+        if not self.call.can_encode_ahead:
+            return None
+        parts: list[Texts] = []
+        start = 0
+        while start < len(prompts):
+            part = self._encode(prompts[start : start + at_once])
+            if part is None:
+                if at_once == 1:
+                    raise InfrastructureError(f"{self.source.name}: one prompt's text does not fit on {self.device}")
+                at_once = max(1, at_once // 2)
+                self._release()
+                continue
+            parts.append(part)
+            start += part.count
+        return Texts.join(parts)
+
+    def _encode(self, prompts: Sequence[str]) -> Texts | None:
+        try:
+            return self.call.encode(prompts)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise self._explain(error) from error
+        return None
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        rows: Sequence[int],
+        count: int,
+        width: int,
+        height: int,
+        texts: Texts | None,
+        check_stop: Callable[[], None] | None,
+    ) -> _Chunk | None:
+        """One call of the pipeline; None when memory ran out (the caller goes on outside the handler, whose traceback
+        would keep the tensors alive)."""
+        batch = [requests[row] for row in rows]
+        arguments = self.call.arguments(None if texts else [request.prompt for request in batch], len(batch))
+        if texts:
+            arguments |= texts.rows(rows)
+        if check_stop and self.call.takes_step_callback:
+            arguments["callback_on_step_end"] = _between_steps(check_stop)
+        # on the host, so that a sample's noise does not depend on the kind of GPU
+        generators = [self._torch.Generator("cpu").manual_seed(request.seed) for request in batch]
+        try:
+            output = self.pipeline(width=width, height=height, generator=generators, output_type="pt", **arguments)
+            return self._to_host(output, count, width, height)
+        except (RuntimeError, MemoryError, UnboundLocalError) as error:
+            if not is_out_of_memory(error):
+                raise self._explain(error) from error
+        return None
+
+    def _to_host(self, output: Any, count: int, width: int, height: int) -> _Chunk:
+        """The first ``count`` pictures as bytes: rounded on the device exactly as diffusers rounds them on the host."""
+        torch = self._torch
+        images = output.images[:count]
+        if tuple(images.shape[1:]) != (3, height, width):
+            raise InfrastructureError(
+                f"{self.call.name} made {tuple(images.shape)} where {count} pictures of {width}×{height} were asked for"
+            )
+        finite = images.isfinite().flatten(1).all(1)
+        pixels = images.float().nan_to_num_().mul_(255).round_().to(torch.uint8)
+        flat = pixels.flatten(2)
+        one_colour = (flat.amax(2) == flat.amin(2)).all(1)
+        broken = torch.where(finite, one_colour.to(torch.int8) * 2, 1)
+        pixels = pixels.permute(0, 2, 3, 1).contiguous()
+        flagged = [bool(flag) for flag in getattr(output, "nsfw_content_detected", None) or []]
+        if not self.device.startswith("cuda"):
+            return _Chunk(pixels, broken, flagged, count)
+        host_pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
+        host_broken = torch.empty(broken.shape, dtype=broken.dtype, pin_memory=True).copy_(broken, non_blocking=True)
+        ready = torch.cuda.Event(blocking=True)
+        ready.record()
+        return _Chunk(host_pixels, host_broken, flagged, count, ready)
+
+    def _shrink(self, width: int, height: int, tried: int) -> None:
+        if tried == 1:
+            raise InfrastructureError(
+                f"{self.source.name}: one picture of {width}×{height} does not fit into memory ({self._device_kind()})"
+            )
+        self.batch.shrink(width, height, tried)
+        self._release()
+
+    def _release(self) -> None:
+        gc.collect()
+        if self.device.startswith("cuda"):
+            self._torch.cuda.empty_cache()
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """A failing GPU or compiler ends the run in one line; anything else is a bug and keeps its traceback."""
+        origin = type(error).__module__
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        if origin.startswith(("torch._dynamo", "torch._inductor")):
+            return InfrastructureError(f"{self.source.name} cannot be compiled here ({line}); use --compile none")
+        if isinstance(error, getattr(self._torch, "AcceleratorError", ())) or "CUDA error" in str(error):
+            return InfrastructureError(f"{self.device} ({self._device_kind()}) failed: {line}")
+        return error
+
+    def _device_kind(self) -> str:
+        """What the memory limit depends on: the device's name and its size in GiB."""
+        if not self.device.startswith("cuda"):
+            return "cpu"
+        torch = self._torch
+        if not torch.cuda.is_available():
+            raise InfrastructureError(
+                f"{self.device} was given but this torch cannot use it: install a CUDA build of torch, "
+                "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        try:
+            torch.cuda.set_device(self.device)
+            properties = torch.cuda.get_device_properties(self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InfrastructureError(f"{self.device} cannot be used: {str(error).splitlines()[0]}") from error
+        return f"{properties.name} {properties.total_memory >> 30} GiB"
+
+    def _apply(self, speed_ups: SpeedUps) -> None:
+        """Change the pipeline's modules in place; each is left alone where the model has nothing to change."""
+        torch = self._torch
+        denoiser, vae = denoiser_of(self.pipeline), self.pipeline.vae
+        if speed_ups.fuse_qkv:
+            for module in (denoiser, vae):
+                if hasattr(module, "fuse_qkv_projections"):
+                    module.fuse_qkv_projections()
+        if speed_ups.channels_last:
+            for module in (getattr(self.pipeline, "unet", None), vae):
+                if module is not None:
+                    module.to(memory_format=torch.channels_last)
+        if speed_ups.compile == "none":
+            return
+        from torch import _dynamo
+
+        _dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        mode = "max-autotune-no-cudagraphs" if speed_ups.compile == "max" else None
+        is_transformer = getattr(self.pipeline, "transformer", None) is not None
+        if speed_ups.compile == "blocks" and is_transformer and getattr(denoiser, "_repeated_blocks", None):
+            denoiser.compile_repeated_blocks(dynamic=False)
+        else:
+            denoiser.compile(dynamic=False, mode=mode)
+        vae.decoder.compile(dynamic=False, mode=mode)
+
+
+def _between_steps(check_stop: Callable[[], None]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        check_stop()
+        return {}
+
+    return on_step_end

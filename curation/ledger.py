@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,25 +19,18 @@ from typing import Any
 import orjson
 import xxhash
 
-from curation.errors import InfrastructureError, ShardError, UsageError
-from curation.publish import Commit, fast_digest, link_exclusively, read_record, storage_error
+from curation.dictionaries import clean_text
+from curation.errors import InfrastructureError, UsageError
+from curation.inputs import Input, Upstream, receipts_of, stage_version, verify_inputs
+from curation.publish import Commit, link_exclusively, make_folder, read_record
+from curation.shards import bucket_of
+
+__all__ = [
+    "Epoch", "Input", "Ledger", "State", "bucket_of", "done_receipts", "receipts_of", "stage_version", "verify_inputs"
+]  # fmt: skip
 
 MAX_ATTEMPTS = 3  # a shard that failed so often runs again only when it is named
-VERIFY_BYTES = 64 << 20  # inputs up to this size are hashed before they are used; larger ones by those who read them
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One file that a shard is made from.
-
-    stage: the upstream stage whose receipt vouches for it; where that stage left no receipts in the file's folder, or
-    with None, the file was made elsewhere and counts by size and modification time.
-    optional: it may be absent, and its absence is recorded.
-    """
-
-    path: Path
-    stage: str | None = None
-    optional: bool = False
+_TRIES, _RETRY_S = 100, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +53,17 @@ class Epoch:
     shards: frozenset[str] | None
     run_id: str
 
+    @staticmethod
+    def from_record(number: int, record: dict[str, Any]) -> Epoch:
+        shards = record.get("shards")
+        return Epoch(
+            number=number,
+            version=int(record.get("version", 0)),
+            options=record.get("options", {}),
+            shards=None if shards is None else frozenset(shards),
+            run_id=str(record.get("run", "")),
+        )
+
     def covers(self, shard_id: str) -> bool:
         return self.shards is None or shard_id in self.shards
 
@@ -65,25 +71,36 @@ class Epoch:
         return self.version == version and self.options == options
 
 
-def bucket_of(shard_id: str) -> str:
-    """The folder of about a thousand shards that a shard's records live in."""
-    if shard_id.isdigit():
-        return shard_id[:-3] or "0"
-    return "x" + xxhash.xxh3_64_hexdigest(shard_id.encode())[:3]
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """The receipts and the records of commits under way in one bucket, as they were when it was listed."""
+
+    receipts: frozenset[str]
+    commits: tuple[str, ...]
 
 
 class Ledger:
-    """Receipts of ``stage`` below ``root``.  Reading creates nothing; ``prepare`` makes the folders."""
+    """Receipts of ``stage`` below ``root``.  ``prepare`` makes the folders.
 
-    def __init__(self, root: Path, stage: str, version: int, options: dict[str, Any]) -> None:
+    read_only: nothing at all is written; else reading finishes what a dead process left half-committed.
+    """
+
+    def __init__(
+        self, root: Path, stage: str, version: int, options: dict[str, Any], *, read_only: bool = False
+    ) -> None:
         self.root = root
         self.stage = stage
         self.version = version
-        self.options = orjson.loads(orjson.dumps(options))  # as a receipt will give them back
+        try:
+            self.options = orjson.loads(orjson.dumps(options))  # as a receipt will give them back
+        except TypeError as error:
+            raise UsageError(f"{stage}: an option cannot be recorded: {error}") from None
         self.receipts = root / "_receipts" / stage
+        self._read_only = read_only
         self._epochs: list[Epoch] = []
-        self._listings: dict[str, set[str]] = {}
-        self._upstream: dict[tuple[Path, str], Path | None] = {}
+        self._lock = threading.Lock()
+        self._listings: dict[str, _Listing] = {}
+        self._upstream = Upstream()
 
     # ---- folders
 
@@ -93,11 +110,22 @@ class Ledger:
             make_folder(folder)
         for folder in other_outputs:
             if folder.resolve() != self.root.resolve():
-                place = folder / "_receipts" / self.stage
-                make_folder(place)
-                home = os.path.relpath(self.root, folder)
-                record = orjson.dumps({"output": home}, option=orjson.OPT_INDENT_2)
-                link_exclusively(place / "_home.json", record, secrets.token_hex(4))
+                self._leave_pointer(folder)
+
+    def _leave_pointer(self, folder: Path) -> None:
+        pointer = folder / "_receipts" / self.stage / "_home.json"
+        make_folder(pointer.parent)
+        home = os.path.relpath(self.root.resolve(), folder.resolve())
+        there = read_record(pointer)
+        if there is None:
+            record = orjson.dumps({"output": home}, option=orjson.OPT_INDENT_2)
+            link_exclusively(pointer, record, secrets.token_hex(8))
+            there = read_record(pointer) or {}
+        if there.get("output") != home:
+            raise UsageError(
+                f"{folder}: {self.stage} has put its files there with --output {clean_text(str(there.get('output')))} "
+                f"(seen from there); give that one, or another folder, or remove {pointer} with what it stands for"
+            )
 
     def place(self, kind: str, shard_id: str, suffix: str) -> Path:
         """The path of a shard's file in ``_rejects`` or ``_provenance``."""
@@ -120,34 +148,37 @@ class Ledger:
         Raises UsageError when the stage ran here with other options and ``rerun`` was not asked for.
         """
         self._load_epochs()
-        while True:
-            if not rerun:
-                if self._epochs:
-                    self._insist_on_same_options(selected)
-                    return
-                shards = None
-            else:
-                latest = self._epochs[-1] if self._epochs else None
-                if latest and run_id and latest.run_id == run_id and latest.same_options(self.options, self.version):
-                    return  # another task of this submission made it
-                shards = None if subset is None else sorted(subset)
+        covered = None if subset is None else frozenset(subset)
+        for _ in range(_TRIES):
+            if not rerun and self._epochs:
+                self._insist_on_same_options(selected)
+                return
+            if rerun and any(self._is_of_this_run(epoch, run_id, covered) for epoch in self._epochs):
+                return  # this run began it: another of its tasks, or the job before it was requeued
+            if self._read_only:
+                return
             number = len(self._epochs) + 1
             record = {
                 "epoch": number,
                 "stage": self.stage,
                 "version": self.version,
                 "options": self.options,
-                "shards": shards,
+                "shards": sorted(covered) if rerun and covered is not None else None,
                 "run": run_id,
             }
             data = orjson.dumps(record, option=orjson.OPT_INDENT_2)
-            link_exclusively(self.receipts / f"_epoch.{number}.json", data, secrets.token_hex(4))
-            self._load_epochs()
-            if not rerun:
-                continue  # another process may have been first, with other options
-            mine = self._epochs[number - 1]
-            if mine.run_id == run_id and mine.same_options(self.options, self.version):
-                return
+            if not link_exclusively(self.receipts / f"_epoch.{number}.json", data, secrets.token_hex(8)):
+                time.sleep(_RETRY_S)  # another process was first; its record may take a moment to be seen here
+            self._load_epochs()  # and then ask again whether it fits
+        raise InfrastructureError(f"{self.receipts}: the options of this run cannot be recorded; try again")
+
+    def _is_of_this_run(self, epoch: Epoch, run_id: str, covered: frozenset[str] | None) -> bool:
+        return (
+            bool(run_id)
+            and epoch.run_id == run_id
+            and epoch.shards == covered
+            and epoch.same_options(self.options, self.version)
+        )
 
     def governing(self, shard_id: str) -> Epoch:
         """The last epoch that covers a shard."""
@@ -157,32 +188,26 @@ class Ledger:
         return Epoch(1, self.version, self.options, None, "")  # nothing ran here yet
 
     def insist_on_epoch(self, shard_id: str, number: int) -> None:
-        """Raise InfrastructureError when a newer epoch has taken the shard over since ``number`` was read."""
-        if (self.receipts / f"_epoch.{len(self._epochs) + 1}.json").exists():
-            self._load_epochs()
+        """Look for newer epochs; raise InfrastructureError when one has taken the shard over from ``number``."""
+        self._load_epochs()
         if self.governing(shard_id).number != number:
             raise InfrastructureError(
                 f"{self.stage} on {self.root}: another run began with --rerun and other options; this older run stops"
             )
 
     def _load_epochs(self) -> None:
-        while True:
-            path = self.receipts / f"_epoch.{len(self._epochs) + 1}.json"
-            value = read_record(path)
-            if value is None:
-                if path.exists():
-                    raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
-                return
-            shards = value.get("shards")
-            self._epochs.append(
-                Epoch(
-                    number=len(self._epochs) + 1,
-                    version=int(value.get("version", 0)),
-                    options=value.get("options", {}),
-                    shards=None if shards is None else frozenset(shards),
-                    run_id=str(value.get("run", "")),
-                )
-            )
+        with self._lock:
+            while True:
+                number = len(self._epochs) + 1
+                path = self.receipts / f"_epoch.{number}.json"
+                value = read_record(path)
+                if value is None and path.exists():
+                    value = read_record(path)  # made a moment ago
+                    if value is None:
+                        raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
+                if value is None:
+                    return
+                self._epochs.append(Epoch.from_record(number, value))
 
     def _insist_on_same_options(self, selected: Sequence[str]) -> None:
         base = next((e for e in reversed(self._epochs) if e.shards is None), self._epochs[0])
@@ -208,7 +233,7 @@ class Ledger:
         """Whether a shard is to be done.  ``fresh``: look at the disk even if the folder's listing knows no receipt."""
         now: list[dict[str, Any]] = []
         for wanted in inputs:
-            record, why = self._identify(wanted, shard_id)
+            record, why = self._upstream.identify(wanted, shard_id)
             if record is None:
                 return State("blocked", why)
             now.append(record)
@@ -231,32 +256,36 @@ class Ledger:
 
     def receipt(self, shard_id: str, *, fresh: bool = True) -> dict[str, Any] | None:
         """The shard's receipt, after finishing a commit that a dead process may have left half-done."""
-        bucket = bucket_of(shard_id)
-        names = self._listing(bucket)
         commit = self.commit(shard_id)
-        if any(name.startswith(f".{shard_id}.") and name.endswith(".commit") for name in self._commits(names)):
-            commit.finish_pending(self._commits(names))
-            names.add(f"{shard_id}.json")
-        if not fresh and f"{shard_id}.json" not in names:
-            return None
-        return commit.read_receipt()
+        if not fresh:
+            listing = self._listing(bucket_of(shard_id))
+            if not self._read_only and listing.commits and commit.finish_pending(names=listing.commits):
+                return commit.read_receipt()
+            return commit.read_receipt() if f"{shard_id}.json" in listing.receipts else None
+        receipt = commit.read_receipt()
+        generation = int(receipt.get("generation", 0)) if receipt else 0
+        if not self._read_only and commit.finish_pending(generation):
+            return commit.read_receipt()
+        return receipt
 
     def forget_listing(self) -> None:
         """Look at the folders again at the next question."""
         self._listings.clear()
 
-    def _listing(self, bucket: str) -> set[str]:
-        """The names in a bucket: one listing per bucket and process, until it is known to be out of date."""
-        if bucket not in self._listings:
+    def _listing(self, bucket: str) -> _Listing:
+        """One listing per bucket and process, until it is known to be out of date."""
+        listing = self._listings.get(bucket)
+        if listing is None:
             try:
-                self._listings[bucket] = set(os.listdir(self.receipts / bucket))
+                names = os.listdir(self.receipts / bucket)
             except FileNotFoundError:
-                self._listings[bucket] = set()
-        return self._listings[bucket]
-
-    @staticmethod
-    def _commits(names: set[str]) -> list[str]:
-        return [name for name in names if name.endswith(".commit")]
+                names = []
+            except OSError as error:
+                raise InfrastructureError(f"{self.receipts / bucket}: cannot be read ({error.strerror})") from error
+            receipts = frozenset(name for name in names if not name.startswith("."))
+            listing = _Listing(receipts, tuple(name for name in names if name.endswith(".commit")))
+            self._listings[bucket] = listing
+        return listing
 
     def _outputs_are_there(self, receipt: dict[str, Any]) -> bool:
         for output in receipt.get("outputs", []):
@@ -268,73 +297,6 @@ class Ledger:
             except OSError:
                 return False
         return True
-
-    # ---- inputs
-
-    def _identify(self, wanted: Input, shard_id: str) -> tuple[dict[str, Any] | None, str]:
-        """What the input is now, or None and why the shard is not ready."""
-        name = wanted.path.name
-        receipts = self._upstream_receipts(wanted.path.parent, wanted.stage) if wanted.stage else None
-        if receipts is None:
-            try:
-                found = os.stat(wanted.path)
-            except OSError as error:
-                if wanted.optional and isinstance(error, FileNotFoundError):
-                    return {"path": name, "absent": True}, ""
-                return None, f"{wanted.path}: {error.strerror}"
-            return {"path": name, "size": found.st_size, "mtime_ns": found.st_mtime_ns}, ""
-        receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json")
-        if receipt is None:
-            return None, f"{wanted.stage} has no receipt for it yet in {receipts}"
-        if receipt.get("status") != "done":
-            return None, f"{wanted.stage} failed on it; mend that first (its receipt is in {receipts})"
-        home = receipts.parent.parent
-        for output in receipt.get("outputs", []):
-            if os.path.basename(output["path"]) == name and _same_path(home / output["path"], wanted.path):
-                return {"path": name, "size": output["size"], "digest": output["digest"]}, ""
-        if wanted.optional:
-            return {"path": name, "absent": True}, ""
-        return None, f"the receipt of {wanted.stage} names no {name}"
-
-    def _upstream_receipts(self, folder: Path, stage: str) -> Path | None:
-        """The receipts folder of ``stage`` for files in ``folder``; None where that stage never ran there."""
-        if (folder, stage) not in self._upstream:
-            self._upstream[(folder, stage)] = receipts_of(folder, stage)
-        return self._upstream[(folder, stage)]
-
-
-def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
-    """Raise ShardError unless every input that a receipt vouches for is whole: size, and digest up to 64 MiB."""
-    for wanted, record in zip(inputs, records, strict=True):
-        if "digest" not in record:
-            continue
-        try:
-            size = wanted.path.stat().st_size
-            whole = size == record["size"] and (size > VERIFY_BYTES or fast_digest(wanted.path) == record["digest"])
-        except OSError as error:
-            raise ShardError(f"{wanted.path}: cannot be read ({error.strerror})") from error
-        if not whole:
-            raise ShardError(
-                f"{wanted.path}: is not what {wanted.stage} published (its receipt says {record['size']:,} bytes, "
-                f"{record['digest']}); run {wanted.stage} again for this shard"
-            )
-
-
-def receipts_of(folder: Path, stage: str) -> Path | None:
-    """The receipts folder of ``stage`` for files in ``folder``; None where it never ran there."""
-    place = folder / "_receipts" / stage
-    pointer = read_record(place / "_home.json")
-    if pointer is not None:
-        return Path(os.path.normpath(folder / str(pointer.get("output", ".")))) / "_receipts" / stage
-    return place if place.is_dir() else None
-
-
-def stage_version(folder: Path, stage: str, shard_id: str) -> int | None:
-    """The version of ``stage`` that made a shard's files in ``folder``; None for files made elsewhere."""
-    receipts = receipts_of(folder, stage)
-    receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json") if receipts else None
-    version = receipt.get("version") if receipt else None
-    return version if isinstance(version, int) else None
 
 
 def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
@@ -350,18 +312,6 @@ def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
                 receipt = read_record(receipts / bucket / name)
                 if receipt is not None:
                     yield receipt
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents; InfrastructureError names what stands in the way."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(folder, error) from error
-
-
-def _same_path(one: Path, other: Path) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _short(value: Any) -> str:

@@ -73,11 +73,15 @@ def parse_options(kind: type[AnyOptions], argv: Sequence[str] | None = None, pro
 
 
 class _CleanFormatter(logging.Formatter):
-    """Names and captions from the web reach the log: one line each, without control characters."""
+    """Names and captions from the web reach the log: without control characters, each line after a message's first
+    indented, so that none passes for a message of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).splitlines()
-        return "\n".join(clean_text(line) if i == 0 else line for i, line in enumerate(lines))
+        first, *rest = super().format(record).splitlines() or [""]
+        indents = [len(line) - len(line.lstrip(" ")) for line in rest]
+        return "\n".join(
+            [clean_text(first), *(" " * (4 + n) + clean_text(x) for n, x in zip(indents, rest, strict=True))]
+        )
 
 
 def set_up_logging(quiet: bool, name: str = "") -> None:

@@ -5,8 +5,11 @@ A file has one writer ever.  A successor reads its predecessors' files up to the
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +18,14 @@ from typing import BinaryIO
 import xxhash
 
 from curation.errors import InfrastructureError, LostClaim
+from curation.publish import storage_error
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic, length of key, of digest, of payload; xxh3-64 of all three
 _MAGIC = b"cpr1"
 FSYNC_EVERY_S = 30.0
 MAX_PAYLOAD_BYTES = 256 << 20
+_GONE = (errno.ENOENT, errno.ESTALE)  # removed here, or from another node
+_Key = tuple[str, str]  # a sample's key, and the digest of its input
 
 
 class PartialLog:
@@ -32,10 +38,11 @@ class PartialLog:
         self._prefix = f"{shard_id}.{fingerprint}."
         self._folder = folder
         self._path = folder / f"{self._prefix}{token}"
-        self._records: dict[str, tuple[str, BinaryIO, int, int]] = {}  # key → digest, file, offset, length
+        self._records: dict[_Key, tuple[BinaryIO, int, int]] = {}  # → file, offset, length
         self._readers: list[BinaryIO] = []
         self._writer: BinaryIO | None = None
         self._last_fsync = time.monotonic()
+        self._lock = threading.Lock()
         for path in self._predecessors():
             self._load(path)
         self.recovered = len(self._records)
@@ -45,65 +52,80 @@ class PartialLog:
 
     def get(self, key: str, input_digest: str) -> bytes | None:
         """The payload recorded for ``key``, None where there is none or it was made from another input."""
-        record = self._records.get(key)
-        if record is None or record[0] != input_digest:
+        record = self._records.get((key, input_digest))
+        if record is None:
             return None
-        _, file, offset, length = record
+        file, offset, length = record
         try:
-            return os.pread(file.fileno(), length, offset)
+            payload = os.pread(file.fileno(), length, offset)
         except OSError as error:
-            raise LostClaim(f"{self._path}: {error.strerror}") from error
+            raise LostClaim(f"{file.name}: {error.strerror}") from error
+        if len(payload) < length:
+            raise LostClaim(f"{file.name}: was cut short while it was in use")
+        return payload
 
     def append(self, records: Iterable[tuple[str, str, bytes]]) -> None:
         """Add (key, input digest, payload) records in one write, so that a batch is durable together.
 
-        Raises LostClaim when the file is gone: another worker has finished the shard.
+        Thread-safe.  Raises LostClaim when the file is gone: another worker has finished the shard.
         """
-        writer = self._writer or self._create()
         block = bytearray()
-        start = writer.tell()
-        added = []
+        added: list[tuple[_Key, int, int]] = []
         for key, digest, payload in records:
+            if len(payload) > MAX_PAYLOAD_BYTES:
+                raise ValueError(f"a checkpoint of {len(payload):,} bytes, the bound is {MAX_PAYLOAD_BYTES:,}")
             name, mark = key.encode("utf-8", "surrogatepass"), digest.encode("ascii")
             checksum = xxhash.xxh3_64_intdigest(name + mark + payload)
             block += _HEADER.pack(_MAGIC, len(name), len(mark), len(payload), checksum) + name + mark
-            added.append((key, (digest, writer, start + len(block), len(payload))))
+            added.append(((key, digest), len(block), len(payload)))
             block += payload
-        try:
-            if not os.path.exists(self._path):
-                raise LostClaim(f"{self._path}: gone; another worker has finished the shard")
-            writer.write(block)
-            if time.monotonic() - self._last_fsync > FSYNC_EVERY_S:
-                self.flush()
-        except OSError as error:
-            if error.errno in (116, 2):  # ESTALE, ENOENT: removed by another node
-                raise LostClaim(f"{self._path}: {error.strerror}") from error
-            raise InfrastructureError(f"{self._path}: cannot be written ({error.strerror})") from error
-        self._records.update(added)
+        with self._lock:
+            writer = self._writer or self._create()
+            try:
+                start = writer.tell()
+                if not os.path.exists(self._path):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                view = memoryview(block)
+                while view:
+                    view = view[writer.write(view) :]
+                if time.monotonic() - self._last_fsync > FSYNC_EVERY_S:
+                    self._fsync()
+            except OSError as error:
+                raise self._error(error) from error
+            for key_and_digest, offset, length in added:
+                self._records[key_and_digest] = (writer, start + offset, length)
 
     def flush(self) -> None:
         """Make every record durable."""
+        with self._lock:
+            try:
+                self._fsync()
+            except OSError as error:
+                raise self._error(error) from error
+
+    def _fsync(self) -> None:
         if self._writer is not None:
             os.fsync(self._writer.fileno())
             self._last_fsync = time.monotonic()
 
+    def _error(self, error: OSError) -> Exception:
+        if error.errno in _GONE:
+            return LostClaim(f"{self._path}: gone; another worker has finished the shard")
+        return storage_error(self._path, error)
+
     def close(self) -> None:
         for file in [*self._readers, *([self._writer] if self._writer else [])]:
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
         self._readers, self._writer = [], None
-
-    def remove(self) -> None:
-        """Delete this shard's files: its receipt is written."""
-        self.close()
-        for path in [*self._predecessors(), self._path]:
-            path.unlink(missing_ok=True)
+        self._records.clear()
 
     def _create(self) -> BinaryIO:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._writer = open(self._path, "x+b", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
-            raise InfrastructureError(f"{self._path}: cannot be created ({error.strerror})") from error
+            raise storage_error(self._path, error) from error
         return self._writer
 
     def _predecessors(self) -> list[Path]:
@@ -111,17 +133,26 @@ class PartialLog:
             names = os.listdir(self._folder)
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise InfrastructureError(f"{self._folder}: cannot be read ({error.strerror})") from error
         mine = self._path.name
         return [self._folder / name for name in sorted(names) if name.startswith(self._prefix) and name != mine]
 
     def _load(self, path: Path) -> None:
-        """Index a predecessor's records; of two records of one key that of the lowest token counts."""
+        """Index a predecessor's records; of two records of one sample that of the lowest token counts."""
         try:
             file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        except FileNotFoundError:
+        except OSError:  # removed meanwhile; what cannot be read is done again
             return
         self._readers.append(file)
-        found: dict[str, tuple[str, BinaryIO, int, int]] = {}
+        found: dict[_Key, tuple[BinaryIO, int, int]] = {}
+        with contextlib.suppress(OSError):
+            self._index(file, found)
+        for key, record in found.items():
+            self._records.setdefault(key, record)
+
+    @staticmethod
+    def _index(file: BinaryIO, found: dict[_Key, tuple[BinaryIO, int, int]]) -> None:
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
             magic, key_length, digest_length, length, checksum = _HEADER.unpack(header)
             if magic != _MAGIC or length > MAX_PAYLOAD_BYTES or key_length + digest_length > 1 << 20:
@@ -132,6 +163,18 @@ class PartialLog:
             if len(payload) < length or xxhash.xxh3_64_intdigest(names + payload) != checksum:
                 break  # the write that a kill cut short
             key = names[:key_length].decode("utf-8", "surrogatepass")
-            found[key] = (names[key_length:].decode("ascii"), file, offset, length)
-        for key, record in found.items():
-            self._records.setdefault(key, record)
+            found[(key, names[key_length:].decode("ascii"))] = (file, offset, length)
+
+
+def remove_partial(folder: Path, shard_id: str) -> None:
+    """Delete a shard's checkpoints, whatever options and attempt they are of: its receipt is written.
+
+    An attempt that still lives finds its file gone and drops out.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name.rsplit(".", 2)[0] == shard_id:  # <shard>.<fingerprint>.<token>
+            (folder / name).unlink(missing_ok=True)

@@ -5,12 +5,51 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Self
 
 from curation.cluster import WORKER_VARIABLE
 from curation.options import logger, on_terminal
 
 LINE_EVERY_S = 30.0
+_TOLD = {  # what became of a shard, and how it is told, in this order
+    "worked": "done",
+    "done": "were done before",
+    "failed": "failed",
+    "blocked": "blocked",
+    "left": "left",
+    "others": "in other hands",
+}
+
+
+class Tally:
+    """What became of the shards and of the samples, in this process.  Thread-safe."""
+
+    def __init__(self) -> None:
+        self._shards: Counter[str] = Counter()
+        self._samples: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, what: str) -> int:
+        return self._shards[what]
+
+    def shards(self, what: str, count: int = 1) -> None:
+        """worked | done | failed | blocked | left | others"""
+        with self._lock:
+            self._shards[what] += count
+
+    def samples(self, counts: Mapping[str, int]) -> None:
+        with self._lock:
+            self._samples.update(counts)
+
+    def text(self, seconds: float) -> str:
+        """``3 done, 2 failed; samples: 30 in, 20 kept, 8 dropped, 2 failed (5.0/s)``"""
+        text = ", ".join(f"{self._shards[what]} {words}" for what, words in _TOLD.items() if self._shards[what])
+        if self._samples["in"]:
+            text += "; samples: " + ", ".join(f"{n:,} {what}" for what, n in self._samples.items())
+            text += f" ({self._samples['in'] / max(seconds, 1e-9):,.1f}/s)"
+        return text
 
 
 class Progress:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import orjson
 import xxhash
 
-from curation.errors import InfrastructureError, LostClaim
+from curation.dictionaries import dump_json, parse_json
+from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError
 
 MAX_RECEIPT_BYTES = 256 << 20  # the `files` layout names every file of a shard
 _BUFFER_BYTES = 1 << 20
+_MAX_NAME_BYTES = 255  # of one path component, on every filesystem that clusters use
+_TRIES = 20
+_GONE = (errno.ENOENT, errno.ESTALE)  # of one's own file: another worker cleared it away
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -45,6 +49,25 @@ def storage_error(path: Path, error: OSError) -> InfrastructureError:
     return InfrastructureError(f"{path}: cannot be written: {what}; mend it and start again, nothing published is lost")
 
 
+def is_storage_trouble(error: OSError) -> bool:
+    """Whether the filesystem refuses everybody, so that the next shard would fare no better."""
+    return error.errno in _CAUSES
+
+
+def temporary_name(name: str, token: str) -> str:
+    """The name that an attempt writes a file under: hidden, its own, and within what a filesystem allows."""
+    if len(os.fsencode(name)) + len(token) + 6 > _MAX_NAME_BYTES:
+        name = "~" + xxhash.xxh3_128_hexdigest(os.fsencode(name))
+    return f".{name}.{token}.tmp"
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
 class OutputFile:
     """A binary file under a temporary name, hashed as it is written; small writes are gathered, large ones go straight.
 
@@ -53,7 +76,9 @@ class OutputFile:
 
     def __init__(self, final: Path, token: str) -> None:
         self.final = final
-        self.temporary = final.with_name(f".{final.name}.{token}.tmp")
+        if len(os.fsencode(final.name)) > _MAX_NAME_BYTES:  # a rename to it could never be finished
+            raise ShardError(f"{final.parent}: no file can have the name {final.name[:60]!r}..., it is too long")
+        self.temporary = final.with_name(temporary_name(final.name, token))
         self.size = 0
         self._digest = xxhash.xxh3_128()
         self._pending = bytearray()
@@ -78,19 +103,21 @@ class OutputFile:
         if self._descriptor < 0:
             return
         try:
-            self._drain()
-            os.fsync(self._descriptor)
+            try:
+                self._drain()
+                os.fsync(self._descriptor)
+            finally:
+                descriptor, self._descriptor = self._descriptor, -1
+                os.close(descriptor)  # NFS reports a full disk here
         except OSError as error:
-            raise storage_error(self.temporary, error) from error
-        finally:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            raise _own_file_error(self.temporary, error) from error
 
     def discard(self) -> None:
         """Close without keeping anything."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with contextlib.suppress(OSError):
+            if self._descriptor >= 0:
+                descriptor, self._descriptor = self._descriptor, -1
+                os.close(descriptor)
         with contextlib.suppress(OSError):
             self.temporary.unlink(missing_ok=True)
 
@@ -120,7 +147,7 @@ class OutputFile:
             while view:
                 view = view[os.write(self._descriptor, view) :]
         except OSError as error:
-            raise storage_error(self.temporary, error) from error
+            raise _own_file_error(self.temporary, error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +168,7 @@ class Commit:
     """The commit of one shard in the receipts folder of one stage.
 
     root: the stage's output folder, which every path in a receipt is relative to.  folder: the bucket of receipts.
+    named: whether a valid record may name this attempt's temporary files, which must then stay for whoever finishes it.
     """
 
     def __init__(self, root: Path, folder: Path, shard_id: str) -> None:
@@ -148,6 +176,7 @@ class Commit:
         self._folder = folder
         self._shard_id = shard_id
         self.receipt_path = folder / f"{shard_id}.json"
+        self.named = False
 
     def read_receipt(self) -> dict[str, Any] | None:
         """The shard's receipt, None where there is none (or one that is no receipt: the shard is then done again)."""
@@ -157,87 +186,121 @@ class Commit:
         """Publish the outputs that ``receipt`` names, and the receipt last.  Its outputs are durable under their
         temporary names already.  Raises LostClaim when another attempt won."""
         token, generation = str(receipt["token"]), int(receipt["generation"])
-        prepared = self._prepared(token)
-        record = self._folder / f".{self._shard_id}.{generation}.commit"
+        prepared = self.prepared(token)
         try:
-            _write_durably(prepared, orjson.dumps(receipt, option=orjson.OPT_INDENT_2))
-        except OSError as error:
-            raise storage_error(prepared, error) from error
+            _write_durably(prepared, dump_json(receipt, indent=True))
+            winner = self._link(prepared, self._record(generation), receipt)
+        except BaseException as error:
+            if not self.named:
+                with contextlib.suppress(OSError):
+                    prepared.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise _own_file_error(prepared, error) from error
+            raise
         try:
-            os.link(prepared, record)
-        except FileExistsError:
-            winner = read_record(record)
-            if winner is not None and winner.get("token") != token:
-                self._finish(record, winner)
-                prepared.unlink(missing_ok=True)
-                raise LostClaim(f"shard {self._shard_id}: another attempt committed first") from None
-        self._finish(record, receipt)
-        final = self.read_receipt()
-        if final is None or final.get("token") != token:
+            self._finish(self._record(generation), winner)
+            final = self.read_receipt()
+            if final is not None and final.get("token") == token:
+                return
+            self.named = False  # whoever won, a record of ours is void from here on
             prepared.unlink(missing_ok=True)
-            raise LostClaim(f"shard {self._shard_id}: a later attempt committed first")
+        except OSError as error:
+            raise storage_error(self.receipt_path, error) from error
+        raise LostClaim(f"shard {self._shard_id}: another attempt committed first")
 
-    def finish_pending(self, names: Iterable[str]) -> bool:
-        """Finish commits that a dead process left, among ``names`` of the folder; whether there was any."""
-        prefix, found = f".{self._shard_id}.", False
-        for name in names:
-            if name.startswith(prefix) and name.endswith(".commit") and name[len(prefix) : -7].isdigit():
-                record = self._folder / name
-                value = read_record(record)
-                if value is not None:
+    def finish_pending(self, after_generation: int = 0, names: Iterable[str] | None = None) -> bool:
+        """Finish a commit that a dead process left; whether there was any.
+
+        A valid record has the generation that follows the receipt's: only that one is looked for, or those among
+        ``names`` of the folder.
+        """
+        if names is None:
+            records = [self._record(after_generation + 1)]
+        else:
+            prefix = f".{self._shard_id}."
+            middles = [n[len(prefix) : -7] for n in names if n.startswith(prefix) and n.endswith(".commit")]
+            records = [self._record(int(middle)) for middle in middles if middle.isdecimal()]
+        found = False
+        for record in records:
+            value = read_record(record)
+            if value is not None:
+                found = True
+                try:
                     self._finish(record, value)
-                    found = True
+                except OSError as error:
+                    raise storage_error(self.receipt_path, error) from error
         return found
 
+    def _link(self, prepared: Path, record: Path, receipt: dict[str, Any]) -> dict[str, Any]:
+        """Step 2: the receipt of the attempt that holds the record, which is this one if it could be linked."""
+        for _ in range(_TRIES):
+            try:
+                self.named = True
+                os.link(prepared, record)
+                return receipt
+            except FileExistsError:
+                self.named = False
+                winner = read_record(record)
+                if winner is not None:
+                    self.named = winner.get("token") == receipt["token"]  # the answer to our link was lost on its way
+                    return winner
+                # Finished in between.  Going on without a record of our own would be unsafe: link it, and step 3
+                # finds it void.
+                time.sleep(0.001)
+            except FileNotFoundError:
+                self.named = False
+                raise LostClaim(f"shard {self._shard_id}: its files were cleared; another attempt won") from None
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                    self.named = False
+                    raise InfrastructureError(
+                        f"{self._folder}: this filesystem has no hard links ({error.strerror}), and commits need them"
+                    ) from error
+                raise
+        raise InfrastructureError(f"{record}: is no record of a commit; move it away and start again")
+
     def _finish(self, record: Path, value: dict[str, Any]) -> None:
-        """Steps that any process may take, in this order, at any time, any number of times."""
+        """Steps 3 and 4, which any process may take, in this order, at any time, any number of times."""
         current = self.read_receipt()  # after the record was read
         if current is not None and int(current.get("generation", 0)) >= int(value["generation"]):
             record.unlink(missing_ok=True)
             return
-        outputs: Sequence[dict[str, Any]] = value.get("outputs", [])
         folders: set[Path] = set()
-        for output in outputs:
+        for output in value.get("outputs", []):
             final = self._root / output["path"]
             with contextlib.suppress(FileNotFoundError):  # renamed already
                 os.rename(final.with_name(output["temporary"]), final)
             folders.add(final.parent)
-        for output in outputs:
-            try:
-                whole = os.stat(self._root / output["path"]).st_size == output["size"]
-            except FileNotFoundError:
-                whole = False
-            if not whole:  # someone cleared the attempt's files away: it published nothing
-                record.unlink(missing_ok=True)
-                return
         for folder in folders:
             _fsync_folder(folder)
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self._prepared(str(value["token"])), self.receipt_path)
+            os.rename(self.prepared(str(value["token"])), self.receipt_path)
         _fsync_folder(self._folder)
         record.unlink(missing_ok=True)
 
-    def _prepared(self, token: str) -> Path:
-        return self._folder / f".{self._shard_id}.{token}.tmp"
+    def prepared(self, token: str) -> Path:
+        """The receipt of an attempt before it is committed."""
+        return self._folder / temporary_name(self._shard_id, token)
 
-    def clear(self, token: str, outputs: Iterable[Path]) -> None:
-        """Remove what a dead attempt left behind.  Only after one's own commit: then its late commit is void."""
-        for path in [*(o.with_name(f".{o.name}.{token}.tmp") for o in outputs), self._prepared(token)]:
-            path.unlink(missing_ok=True)
+    def _record(self, generation: int) -> Path:
+        return self._folder / f".{self._shard_id}.{generation}.commit"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """A JSON object of the ledger's own, None where there is none or where it is not one."""
+    for attempt in range(_TRIES):
+        try:
+            with open(path, "rb") as file:
+                data = file.read(MAX_RECEIPT_BYTES)
+            break
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE or attempt == _TRIES - 1:  # replaced while it was read: look again
+                raise InfrastructureError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_RECEIPT_BYTES)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InfrastructureError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
+        value = parse_json(data, MAX_RECEIPT_BYTES)
+    except SampleError:
         return None
     return value if isinstance(value, dict) else None
 
@@ -262,8 +325,17 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
+def _own_file_error(path: Path, error: OSError) -> Exception:
+    if error.errno in _GONE:
+        return LostClaim(f"{path}: gone; another worker has taken the shard")
+    return storage_error(path, error)
+
+
 def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return  # somebody removed it with all that was in it: readers will see that the outputs are not there
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -66,11 +67,22 @@ def build_receipt(
         "started": round(began, 3),
         "finished": round(time.time(), 3),
     }
+    superseded = _superseded(work, {o.path for o in outputs})
+    if superseded:
+        receipt["superseded"] = superseded
     if error:
         receipt["error"] = error
         failed_before = previous.get("status") == "failed" and previous.get("epoch") == epoch
         receipt["attempts"] = int(previous.get("attempts", 0)) + 1 if failed_before else 1
     return receipt
+
+
+def _superseded(work: ShardWork, paths: set[str]) -> list[str]:
+    """Files that the last receipt named and this one does not: to be removed, by whoever finds them after a crash."""
+    previous = work.previous or {}
+    named = [output["path"] for output in previous.get("outputs", []) if output.get("checked", True)]
+    still_there = [path for path in previous.get("superseded", []) if os.path.lexists(work.root / path)]
+    return [path for path in [*named, *still_there] if path not in paths]
 
 
 @lru_cache(maxsize=1)

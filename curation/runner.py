@@ -9,31 +9,22 @@ import random
 import secrets
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import xxhash
 
+from curation.attempt import Attempts
 from curation.claims import Claim, Claims
-from curation.cluster import Allocation, StopSignal, parse_deadline
-from curation.errors import (
-    EXIT_OK,
-    EXIT_SHARDS_FAILED,
-    EXIT_WORK_LEFT,
-    InfrastructureError,
-    LostClaim,
-    ShardError,
-    Stopped,
-)
-from curation.ledger import MAX_ATTEMPTS, Input, Ledger, State, bucket_of, verify_inputs
+from curation.cluster import Allocation, StopSignal, parse_deadline, run_id
+from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT
+from curation.ledger import Input, Ledger, bucket_of
 from curation.options import RunOptions, logger, set_up_logging
-from curation.progress import Progress
-from curation.receipts import build_receipt
+from curation.progress import Progress, Tally
 from curation.shards import Shard, select
 from curation.work import ShardWork
 from curation.workers import is_worker, run_workers
@@ -42,6 +33,7 @@ __all__ = ["Input", "ShardWork", "Stage", "run_shards", "run_stage"]
 
 _WATCHED = 16  # claims of others that an idle worker looks at
 _MISSES_BEFORE_RELISTING = 6
+_LOSSES = 3  # of one shard to this process, before it leaves the shard to others
 
 
 class Stage(Protocol):
@@ -81,7 +73,9 @@ def run_stage(stage: Stage, options: RunOptions, shards: Sequence[Shard]) -> int
         return _dry_run(stage, options, selected)
     if options.workers > 1 and not is_worker():
         set_up_logging(options.quiet)
-        return run_workers(stage, options)
+        shared = run_id().partition("-")[2] or secrets.token_hex(8)
+        _enter(stage, selected, options, f"run-{shared}")  # what is wrong with them is then said once
+        return run_workers(stage, options, shared)
     allocation = Allocation.detect(options.workers)
     set_up_logging(options.quiet, f"[{allocation.rank}]" if allocation.world > 1 else "")
     stop = StopSignal(parse_deadline(options.deadline))
@@ -94,284 +88,230 @@ def run_shards(
     stage: Stage, shards: Sequence[Shard], options: RunOptions, allocation: Allocation, stop: StopSignal
 ) -> int:
     """Work on every pending shard until none is left that this process could take; returns the exit code."""
-    ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()))
-    ledger.prepare(stage.other_outputs)
     allocation = replace(allocation, run_id=allocation.run_id or f"run-{secrets.token_hex(8)}")
-    subset = [shard.id for shard in shards] if options.shards else None
-    ledger.enter(allocation.run_id, options.rerun, subset, [shard.id for shard in shards])
+    ledger = _enter(stage, shards, options, allocation.run_id)
     claims = Claims(stage.output / "_claims" / stage.name, options.lease_s, options.stall_s)
     claims.heartbeat.start()
     try:
         return _Run(stage, shards, options, allocation, stop, ledger, claims).go()
     finally:
-        stage.close()
-        claims.heartbeat.stop()
+        try:
+            stage.close()
+        finally:
+            claims.heartbeat.stop()
 
 
-@dataclass
+def _enter(stage: Stage, shards: Sequence[Shard], options: RunOptions, run: str) -> Ledger:
+    """Make the stage's folders and record its options there, or find that they fit."""
+    ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()))
+    ledger.prepare(stage.other_outputs)
+    ids = [shard.id for shard in shards]
+    ledger.enter(run, options.rerun, ids if options.shards else None, ids)
+    return ledger
+
+
 class _Run:
-    stage: Stage
-    shards: Sequence[Shard]
-    options: RunOptions
-    allocation: Allocation
-    stop: StopSignal
-    ledger: Ledger
-    claims: Claims
-    outcome: Counter[str] = field(default_factory=Counter)  # what became of the shards
-    samples: Counter[str] = field(default_factory=Counter)  # what became of the samples, in this process
-    fatal: BaseException | None = None
+    """The main thread looks for shards and claims them; as many threads as the stage wants shards in flight work."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        shards: Sequence[Shard],
+        options: RunOptions,
+        allocation: Allocation,
+        stop: StopSignal,
+        ledger: Ledger,
+        claims: Claims,
+    ) -> None:
+        self._stage = stage
+        self._shards = shards
+        self._options = options
+        self._allocation = allocation
+        self._stop = stop
+        self._ledger = ledger
+        self._claims = claims
+        self._progress = Progress(stage.name, len(shards), options.quiet)
+        self._tally = Tally()
+        self._attempts = Attempts(stage, options, allocation, stop, ledger, claims, self._progress, self._tally)
+        self._slots = threading.Semaphore(stage.shards_in_flight)
+        self._opened = False
+        self._misses = 0
+        self._untidy: list[Shard] = []
+        # shared with the threads
+        self._lock = threading.Lock()
+        self._waiting: list[Shard] = []  # others hold them, or took them from us
+        self._losses: Counter[str] = Counter()
+        self._in_flight = 0
+        self._landed = threading.Event()  # one of those in flight
+        self._fatal: BaseException | None = None
 
     def go(self) -> int:
-        self.progress = Progress(self.stage.name, len(self.shards), self.options.quiet)
-        slots = threading.Semaphore(self.stage.shards_in_flight)
-        self._lock = threading.Lock()
-        self._opened = False
         began = time.monotonic()
-        with self.progress, ThreadPoolExecutor(self.stage.shards_in_flight, "shard") as pool:
-            for shard, claim in self._claimed(slots):
-                pool.submit(self._attempt_and_release, shard, claim, slots)
-        if self.fatal is not None:
-            raise self.fatal
+        with self._progress, ThreadPoolExecutor(self._stage.shards_in_flight, "shard") as pool:
+            try:
+                for shard, claim in self._claimed():
+                    with self._lock:
+                        self._in_flight += 1
+                    pool.submit(self._attempt, shard, claim)
+            except BaseException:
+                self._stop.ask("error")  # those in flight
+                raise
+        if self._fatal is not None:
+            raise self._fatal
+        self._tidy_up()
         return self._conclude(time.monotonic() - began)
 
     # ---- which shard next
 
-    def _claimed(self, slots: threading.Semaphore) -> Iterator[tuple[Shard, Claim]]:
+    def _claimed(self) -> Iterator[tuple[Shard, Claim]]:
         """Claim pending shards one after the other; each comes with one slot taken that the attempt gives back."""
-        waiting: list[Shard] = []
-        misses = 0
         for shard in self._order():
-            while not slots.acquire(timeout=0.5):
+            while not self._slots.acquire(timeout=0.5):
                 pass  # signal handlers run in between
             if self._ended():
-                self.outcome["left"] += 1
-                slots.release()
-                continue
-            state = self.ledger.state(shard.id, self.stage.inputs(shard))
-            if not self._wanted(state):
-                self._count(state, shard)
-                slots.release()
-                continue
-            claim = self._claim(shard)
-            if claim is None:
-                waiting.append(shard)
-                misses += 1
-                if misses % (_MISSES_BEFORE_RELISTING + random.randrange(3)) == 0:
-                    self.ledger.forget_listing()
-                slots.release()
-                continue
-            yield shard, claim
-        yield from self._watch(waiting, slots)
+                self._tally.shards("left")
+                self._slots.release()
+            elif (claim := self._look_at(shard)) is not None:
+                yield shard, claim
+            else:
+                self._slots.release()
+        yield from self._watch()
+        with self._lock:
+            self._tally.shards("left", len(self._waiting))
+            self._waiting.clear()
 
-    def _watch(self, waiting: list[Shard], slots: threading.Semaphore) -> Iterator[tuple[Shard, Claim]]:
+    def _look_at(self, shard: Shard, *, fresh: bool = False) -> Claim | None:
+        """Claim the shard if it is to be done; one that another holds is put among the waiting."""
+        state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=fresh)
+        if not self._attempts.wanted(state):
+            self._attempts.count(state, shard)
+            if self._claims.left_behind(bucket_of(shard.id), shard.id):
+                self._untidy.append(shard)
+            return None
+        if not self._opened:  # models are loaded only when there is something to do
+            self._stage.open(self._allocation)
+            self._opened = True
+        claim = self._claims.take(bucket_of(shard.id), shard.id)
+        if claim is None:
+            with self._lock:
+                self._waiting.append(shard)
+            self._missed()
+        return claim
+
+    def _missed(self) -> None:
+        """Others are ahead of what the listing says: after several times, look again."""
+        with self._lock:
+            self._misses += 1
+        if self._misses % (_MISSES_BEFORE_RELISTING + random.randrange(3)) == 0:
+            self._ledger.forget_listing()
+
+    def _watch(self) -> Iterator[tuple[Shard, Claim]]:
         """Shards that others hold: take what they give back or die on, until nothing was to be had for two leases."""
         idle_since = time.monotonic()
-        pause = min(1.0, self.options.lease_s / 8)
-        while waiting and not self._ended():
-            self.claims.heartbeat.progress()
-            for shard in random.sample(waiting, min(_WATCHED, len(waiting))):
-                state = self.ledger.state(shard.id, self.stage.inputs(shard), fresh=True)
-                if not self._wanted(state):
-                    self._count(state, shard)
-                    waiting.remove(shard)
-                elif (claim := self._claim(shard)) is not None:
-                    waiting.remove(shard)
-                    idle_since = time.monotonic()
-                    slots.acquire()
+        pause_s = min(1.0, self._options.lease_s / 8)
+        while not self._ended():
+            with self._lock:
+                watched = random.sample(self._waiting, min(_WATCHED, len(self._waiting)))
+                busy = self._in_flight > 0
+            if not watched:
+                if not busy:
+                    return
+                self._landed.wait(0.5)
+                self._landed.clear()
+                continue
+            for shard in watched:
+                if not self._slots.acquire(blocking=False):
+                    break
+                with self._lock:
+                    self._waiting.remove(shard)
+                if (claim := self._look_at(shard, fresh=True)) is not None:
+                    busy = True
                     yield shard, claim
-            if waiting and time.monotonic() - idle_since > 2 * self.options.lease_s:
-                self.outcome["others"] += len(waiting)
-                logger.info(f"{len(waiting)} shards are in other workers' hands; this one ends")
+                else:
+                    self._slots.release()
+            if busy:
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since > 2 * self._options.lease_s:
+                self._leave_to_others()
                 return
-            self.stop.wait(pause * random.uniform(0.7, 1.3))
-        self.outcome["left"] += len(waiting)
+            self._stop.wait(pause_s * random.uniform(0.7, 1.3))
+
+    def _leave_to_others(self) -> None:
+        with self._lock:
+            count = len(self._waiting)
+            self._waiting.clear()
+        if count:
+            self._tally.shards("others", count)
+            logger.info(f"{count} shards are in other workers' hands; this one ends")
 
     def _order(self) -> Sequence[Shard]:
         """The shards' own order for a lone worker; among several, one hashed by worker, so that they do not race."""
-        if self.allocation.world == 1:
-            return self.shards
-        mark = f"{self.claims.heartbeat.name}:".encode()
-        return sorted(self.shards, key=lambda shard: xxhash.xxh3_64_intdigest(mark + shard.id.encode()))
-
-    def _wanted(self, state: State) -> bool:
-        if state.what != "failed":
-            return state.what == "pending"
-        receipt = state.receipt or {}
-        if receipt.get("run") == self.allocation.run_id:
-            return False  # this very run has tried
-        if self.options.shards is not None:
-            return True  # asked for by name
-        return self.options.retry_failed and int(receipt.get("attempts", 1)) < MAX_ATTEMPTS
-
-    def _claim(self, shard: Shard) -> Claim | None:
-        self._open_stage()
-        return self.claims.take(bucket_of(shard.id), shard.id)
-
-    def _open_stage(self) -> None:
-        """Models are loaded only when there is something to do."""
-        if not self._opened:
-            self.stage.open(self.allocation)
-            self._opened = True
-            self.claims.heartbeat.progress()
+        if self._allocation.world == 1:
+            return self._shards
+        mark = f"{self._claims.heartbeat.name}:".encode()
+        return sorted(self._shards, key=lambda shard: xxhash.xxh3_64_intdigest(mark + shard.id.encode()))
 
     def _ended(self) -> bool:
-        return self.fatal is not None or self.stop.draining
-
-    def _count(self, state: State, shard: Shard) -> None:
-        self.outcome[state.what] += 1
-        if state.what in ("blocked", "failed"):
-            logger.warning(f"{shard.id} {state.what}: {state.why}")
-        self.progress.shard_passed()
+        return self._fatal is not None or self._stop.draining
 
     # ---- one shard
 
-    def _attempt_and_release(self, shard: Shard, claim: Claim, slots: threading.Semaphore) -> None:
+    def _attempt(self, shard: Shard, claim: Claim) -> None:
         try:
-            self._attempt(shard, claim)
+            result = self._attempts.attempt(shard, claim)
+            if result == "lost":
+                self._lost(shard)
+            elif result == "late":
+                self._missed()
         except BaseException as error:  # noqa: BLE001 - the main thread raises it
             with self._lock:
-                self.fatal = self.fatal or error
-            self.stop.ask("error")
+                self._fatal = self._fatal or error
+            self._stop.ask("error")
         finally:
-            self.claims.give_back(claim)
-            slots.release()
+            self._claims.give_back(claim)
+            with self._lock:
+                self._in_flight -= 1
+            self._slots.release()
+            self._landed.set()
 
-    def _attempt(self, shard: Shard, claim: Claim) -> None:
-        inputs = self.stage.inputs(shard)
-        state = self.ledger.state(shard.id, inputs, fresh=True)
-        if not self._wanted(state):
-            self._count(state, shard)
-            return
-        work = ShardWork(
-            shard,
-            ledger=self.ledger,
-            claim=claim,
-            allocation=self.allocation,
-            stop=self.stop,
-            inputs=state.inputs,
-            previous=state.receipt,
-            on_progress=self._on_progress,
-            on_warning=logger.warning,
-        )
-        began = time.time()
-        epoch = self.ledger.governing(shard.id).number
-        try:
-            verify_inputs(inputs, state.inputs)
-            self.stage.process(work)
-            work.assert_conservation()
-            self._check_error_rate(work)
-            self._commit(work, claim, epoch, began, None)
-        except Stopped:
-            self.outcome["left"] += 1
-        except LostClaim as error:
-            logger.info(f"{shard.id}: {error}")
-            self.outcome["others"] += 1
-        except InfrastructureError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the shard's boundary: a failed receipt, and the run goes on
-            self._fail(work, claim, epoch, began, error)
-        finally:
-            work.discard()
-
-    def _on_progress(self, count: int) -> None:
-        self.claims.heartbeat.progress()
-        self.progress.samples_done(count)
-
-    def _check_error_rate(self, work: ShardWork) -> None:
-        failed = work.failed.total()
-        if work.samples_in and failed / work.samples_in > self.options.max_error_rate:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in work.failed.most_common(5))
-            raise ShardError(
-                f"{failed} of {work.samples_in} samples failed ({reasons}), more than --max_error_rate "
-                f"{self.options.max_error_rate:g}; {work.shard.path}"
-            )
-        if work.samples_in == 0:
-            work.warn(f"{work.shard.path}: no samples")
-
-    def _fail(self, work: ShardWork, claim: Claim, epoch: int, began: float, error: Exception) -> None:
-        expected = isinstance(error, ShardError)
-        message = str(error) if expected else f"{type(error).__name__}: {error}"
-        trace = "" if expected else "".join(traceback.format_exception(error))
-        logger.error(f"{work.shard.id} failed: {message}{chr(10) + trace if trace else ''}")
-        work.discard()
-        work.outputs.clear()
-        try:
-            self._commit(work, claim, epoch, began, {"message": message, "traceback": trace})
-        except LostClaim:
-            self.outcome["others"] += 1
-
-    def _commit(self, work: ShardWork, claim: Claim, epoch: int, began: float, error: dict[str, str] | None) -> None:
-        with work.phase("commit"):
-            outputs = work.close_outputs()
-        receipt = build_receipt(
-            work, self.stage, self.allocation, claim.token, epoch=epoch, outputs=outputs, began=began, error=error
-        )
-        self.ledger.insist_on_epoch(work.shard.id, epoch)
-        if not self.claims.holds(claim):
-            raise LostClaim("its claim was taken over")
-        commit = self.ledger.commit(work.shard.id)
-        commit.write(receipt)
-        finals = [self.ledger.root / output.path for output in outputs]
-        for token in claim.predecessors:
-            commit.clear(token, finals)
-        if error is None:
-            work.finish()
-        self._remove_leftovers(work.previous, receipt)
-        self._tell(work, receipt)
-
-    def _remove_leftovers(self, previous: dict[str, Any] | None, receipt: dict[str, Any]) -> None:
-        """Files that the last receipt named and this one does not: nobody may mistake them for this one's."""
-        kept = {output["path"] for output in receipt["outputs"]}
-        for output in (previous or {}).get("outputs", []):
-            if output["path"] not in kept and output.get("checked", True):
-                (self.ledger.root / output["path"]).unlink(missing_ok=True)
-
-    def _tell(self, work: ShardWork, receipt: dict[str, Any]) -> None:
-        status = receipt["status"]
-        self.outcome["worked" if status == "done" else "failed"] += 1
-        self.progress.shard_passed()
-        if status != "done":
-            return
-        gone = [f"{count} {reason}" for reason, count in (work.dropped + work.failed).most_common()]
-        seconds = receipt["finished"] - receipt["started"]
-        logger.info(
-            f"{work.shard.id} done: {work.samples_in} in, {work.kept} kept"
-            f"{', ' if gone else ''}{', '.join(gone)} ({seconds:.1f} s)"
-        )
+    def _lost(self, shard: Shard) -> None:
+        """Another worker won it or will; if not, this one comes back to it."""
         with self._lock:
-            self.samples["in"] += work.samples_in
-            self.samples["kept"] += work.kept
-            self.samples["dropped"] += work.dropped.total()
-            self.samples["failed"] += work.failed.total()
+            self._losses[shard.id] += 1
+            if self._losses[shard.id] < _LOSSES:
+                self._waiting.append(shard)
+                return
+        logger.warning(f"{shard.id}: lost {_LOSSES} times; start again to go on with it")
+        self._tally.shards("left")
+
+    def _tidy_up(self) -> None:
+        """Shards that were done when this run came, on which a dead process still has a claim."""
+        for shard in self._untidy:
+            if self._stop.draining:
+                return
+            claim = self._claims.take(bucket_of(shard.id), shard.id)
+            if claim is not None:
+                try:
+                    self._attempts.tidy(shard, claim)
+                finally:
+                    self._claims.give_back(claim)
 
     def _conclude(self, seconds: float) -> int:
-        told = {
-            "worked": "done",
-            "done": "were done before",
-            "failed": "failed",
-            "blocked": "blocked",
-            "left": "left",
-            "others": "in other hands",
-        }
-        parts = [f"{self.outcome[what]} {words}" for what, words in told.items() if self.outcome[what]]
-        text = f"{self.stage.name}: of {len(self.shards)} shards {', '.join(parts)}"
-        if self.samples["in"]:
-            text += "; samples: " + ", ".join(f"{n:,} {what}" for what, n in self.samples.items())
-            text += f" ({self.samples['in'] / max(seconds, 1e-9):,.1f}/s)"
-        logger.info(text)
-        if self.outcome["left"]:
-            logger.warning(f"stopped ({self.stop.cause}) with work left: start the same command again")
+        logger.info(f"{self._stage.name}: of {len(self._shards)} shards {self._tally.text(seconds)}")
+        if self._tally["left"]:
+            cause = self._stop.cause or "lost shards"
+            logger.warning(f"stopped ({cause}) with work left: start the same command again")
             return EXIT_WORK_LEFT
-        if self.outcome["failed"] or self.outcome["blocked"]:
-            logger.warning(f"receipts of failed shards are in {self.ledger.receipts}; --retry_failed tries them again")
+        if self._tally["failed"] or self._tally["blocked"]:
+            logger.warning(f"receipts of failed shards are in {self._ledger.receipts}; --retry_failed tries them again")
             return EXIT_SHARDS_FAILED
         return EXIT_OK
 
 
 def _dry_run(stage: Stage, options: RunOptions, shards: Sequence[Shard]) -> int:
     """Say what would be done.  Writes nothing."""
-    ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()))
-    if ledger.receipts.is_dir() and not options.rerun:
+    ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()), read_only=True)
+    if not options.rerun:
         ledger.enter("", False, None, [shard.id for shard in shards])
     counts: Counter[str] = Counter()
     for shard in shards:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+import xxhash
 
 from curation.errors import UsageError
 
@@ -49,6 +51,13 @@ def discover(source: str, suffix: str = ".tar") -> list[Shard]:
     return sorted(shards.values(), key=lambda shard: shard.id)
 
 
+def bucket_of(shard_id: str) -> str:
+    """The folder of about a thousand shards that a shard's records live in."""
+    if shard_id.isdigit():
+        return shard_id[:-3] or "0"
+    return "x" + xxhash.xxh3_64_hexdigest(shard_id.encode())[:3]
+
+
 def select(shards: list[Shard], spec: str | None) -> list[Shard]:
     """The subset of ``shards`` that ``spec`` names; all of them where it is None.
 
@@ -60,11 +69,11 @@ def select(shards: list[Shard], spec: str | None) -> list[Shard]:
         return shards
     known = {shard.id: shard for shard in shards}
     chosen: set[str] = set()
-    for item in _spec_items(spec):
-        if ".." in item:
-            chosen.update(_range_ids(item, known))
-        elif item in known:
+    for item in _spec_items(spec, known):
+        if item in known:
             chosen.add(item)
+        elif ".." in item:
+            chosen.update(_range_ids(item, known))
         else:
             first, last = shards[0].id, shards[-1].id
             raise UsageError(f"--shards: there is no shard {item!r} (there are {len(shards):,}: {first} to {last})")
@@ -87,7 +96,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
     choices: Iterable[str]
     if span:
         first, last = span.groups()
-        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
         step = 1 if int(first) <= int(last) else -1
         choices = (str(n).zfill(width) for n in range(int(first), int(last) + step, step))
     elif "," in body:
@@ -102,8 +112,11 @@ def expand_braces(pattern: str) -> Iterator[str]:
 def _paths(source: str, suffix: str) -> Iterator[Path]:
     path = Path(source)
     if path.is_dir():
-        with os.scandir(path) as entries:  # one listing, no stat per shard
-            names = [e.name for e in entries if e.name.endswith(suffix) and not e.name.startswith(".")]
+        try:
+            with os.scandir(path) as entries:  # one listing, no stat per shard
+                names = [e.name for e in entries if e.name.endswith(suffix) and not e.name.startswith(".")]
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be listed ({error.strerror})") from None
         yield from (path / name for name in sorted(names))
     elif source.endswith(suffix) and path.is_file():
         yield path
@@ -126,18 +139,23 @@ def _globbed(pattern: str) -> Iterator[Path]:
 
 
 def _listed(list_file: Path) -> Iterator[Path]:
-    try:
-        lines = list_file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{list_file}: not a list of paths in UTF-8 ({error})") from None
-    for number, line in enumerate(lines, 1):
-        name = line.split("#", 1)[0].strip()
-        if not name:
-            continue
+    for number, name in _lines(list_file):
         path = list_file.parent / name
         if not path.is_file():
             raise UsageError(f"{list_file}, line {number}: no file {name!r}")
         yield path
+
+
+def _lines(list_file: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a list, without comments: a ``#`` at the start or after white space."""
+    try:
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{list_file}: not a list in UTF-8 ({error})") from None
+    for number, line in enumerate(lines, 1):
+        text = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
+        if text:
+            yield number, text
 
 
 def _shard_id(path: Path, suffix: str) -> str:
@@ -148,30 +166,25 @@ def _shard_id(path: Path, suffix: str) -> str:
     return shard_id
 
 
-def _spec_items(spec: str, depth: int = 0) -> Iterator[str]:
-    for item in (part.strip() for part in spec.split(",")):
-        if not item:
-            continue
+def _spec_items(spec: str, known: Container[str], inside: Path | None = None) -> Iterator[str]:
+    for item in filter(None, (part.strip() for part in spec.split(","))):
         file = Path(item.removeprefix("@"))
-        if not item.startswith("@") and not (os.sep in item or file.suffix) and not file.is_file():
+        if item in known or not (item.startswith("@") or file.is_file()):  # an id goes before a file of that name
             yield item
-            continue
-        if not file.is_file():
-            if item.startswith("@"):
-                raise UsageError(f"--shards: no file {str(file)!r}")
-            yield item
-            continue
-        if depth:
-            raise UsageError(f"--shards: {file} is named inside another list")
-        for line in file.read_text(encoding="utf-8").splitlines():
-            yield from _spec_items(line.split("#", 1)[0].strip(), depth + 1)
+        elif inside is not None:
+            raise UsageError(f"--shards: {file} is named inside {inside}, which is a list itself")
+        elif not file.is_file():
+            raise UsageError(f"--shards: no file {str(file)!r}")
+        else:
+            for _, line in _lines(file):
+                yield from _spec_items(line, known, file)
 
 
 def _range_ids(item: str, known: dict[str, Shard]) -> list[str]:
     first, _, last = item.partition("..")
-    if not (first.isdigit() and last.isdigit()):
+    if not (first.isdecimal() and last.isdecimal()):
         raise UsageError(f"--shards: cannot read the range {item!r}; write 00000010..00000019")
     low, high = int(first), int(last)
     if low > high:
         raise UsageError(f"--shards: the range {item!r} runs backwards")
-    return [name for name in known if name.isdigit() and low <= int(name) <= high]
+    return [name for name in known if name.isdecimal() and low <= int(name) <= high]

@@ -15,9 +15,9 @@ from typing import Any
 from curation.claims import Claim
 from curation.cluster import Allocation, StopSignal
 from curation.dictionaries import clean_text, dump_json
-from curation.errors import ShardError
+from curation.errors import LostClaim, ShardError
 from curation.ledger import Ledger, bucket_of
-from curation.partial import PartialLog
+from curation.partial import PartialLog, remove_partial
 from curation.publish import OutputFile, Published
 from curation.shards import Shard
 
@@ -44,6 +44,7 @@ class ShardWork:
         on_warning: Callable[[str], None],
     ) -> None:
         self.shard = shard
+        self.root = ledger.root
         self.allocation = allocation
         self.previous = previous  # the shard's last receipt, for a stage that keeps what has not changed
         self.inputs = inputs
@@ -55,6 +56,8 @@ class ShardWork:
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
         self.outputs: list[tuple[OutputFile, bool]] = []
+        self._finals: set[Path] = set()  # of this receipt
+        self._touched: set[Path] = set()  # of all that this attempt tried
         self._ledger = ledger
         self._claim = claim
         self._stop = stop
@@ -113,11 +116,20 @@ class ShardWork:
 
         checked: whether readers may insist on its digest; False for a copy that another stage may replace.
         """
-        file = OutputFile(path, self._claim.token)
+        with self._lock:
+            if path in self._finals:
+                raise ShardError(f"{path}: the stage writes it twice; this is a bug")
+            self._finals.add(path)
+            self._touched.add(path)
+        try:
+            with OutputFile(path, self._claim.token) as file:
+                yield file
+        except BaseException:  # what an error cut short is gone, and not listed
+            with self._lock:
+                self._finals.discard(path)
+            raise
         with self._lock:
             self.outputs.append((file, checked))
-        with file:
-            yield file
 
     def provenance(self, record: dict[str, Any]) -> None:
         """A line of ``_provenance/<stage>/<shard>.jsonl``."""
@@ -126,7 +138,8 @@ class ShardWork:
             self._provenance.append(line)
 
     def note(self, name: str, value: Any) -> None:
-        """An extra fact for the receipt, a JSON value."""
+        """An extra fact for the receipt, a JSON value.  Raises TypeError for anything else."""
+        dump_json(value)
         with self._lock:
             self.notes[name] = value
 
@@ -171,9 +184,8 @@ class ShardWork:
 
         fingerprint: whatever beyond the stage's options a record depends on, short and fit for a file name.
         """
-        folder = self._ledger.root / "_partial" / self._ledger.stage / bucket_of(self.shard.id)
         mark = f"{self._ledger.fingerprint}{'-' + fingerprint if fingerprint else ''}"
-        log = PartialLog(folder, self.shard.id, mark, self._claim.token)
+        log = PartialLog(partial_folder(self._ledger, self.shard.id), self.shard.id, mark, self._claim.token)
         with self._lock:
             self._logs.append(log)
         if log.recovered:
@@ -183,11 +195,15 @@ class ShardWork:
     # ---- for the runner
 
     def close_outputs(self) -> list[Published]:
-        """Write the rejects, drops and provenance, make everything durable, and list it for the receipt."""
+        """Write the rejects, drops and provenance, make everything durable, and list it for the receipt.
+
+        Lines are sorted, so that a stage's threads and a resumed attempt give the same bytes.
+        """
         self._write_lines("rejects", ".jsonl", [dump_json(line) for line in self._rejects])
         self._write_lines("provenance", ".jsonl", self._provenance)
         if self._drops:
-            lines = b"".join(reason.encode() + b"\t" + dump_json(key) + b"\n" for reason, key in self._drops)
+            drops = sorted((reason.encode(), dump_json(key)) for reason, key in self._drops)
+            lines = b"".join(reason + b"\t" + key + b"\n" for reason, key in drops)
             with self.output(self._ledger.place("rejects", self.shard.id, ".drops.tsv.gz")) as file:
                 file.write(gzip.compress(lines, mtime=0))
         published = []
@@ -197,24 +213,46 @@ class ShardWork:
             published.append(Published(str(path), file.temporary.name, file.size, file.digest, checked))
         return published
 
+    def places(self) -> list[Path]:
+        """Every path that an attempt at this shard may have written beside, under a temporary name."""
+        own = [self._ledger.place("rejects", self.shard.id, end) for end in (".jsonl", ".drops.tsv.gz")]
+        own.append(self._ledger.place("provenance", self.shard.id, ".jsonl"))
+        earlier = [self._ledger.root / output["path"] for output in (self.previous or {}).get("outputs", [])]
+        return [*{*self._touched, *own, *earlier}]
+
     def discard(self) -> None:
         """Remove every temporary file of this attempt; the partial log stays, durable."""
         for file, _ in self.outputs:
             file.discard()
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """A commit names the temporary files now: they are no longer this attempt's to remove."""
+        self.outputs.clear()
+        self._finals.clear()
+
+    def close(self) -> None:
+        """Nothing more is written; the partial log stays, durable."""
         for log in self._logs:
-            log.flush()
+            with contextlib.suppress(LostClaim):
+                log.flush()
             log.close()
 
     def finish(self) -> None:
-        """After the commit: the partial files are no longer needed."""
-        for log in self._logs:
-            log.remove()
+        """After the commit: no partial file is needed any more."""
+        self.close()
+        remove_partial(partial_folder(self._ledger, self.shard.id), self.shard.id)
 
     def _write_lines(self, kind: str, suffix: str, lines: list[bytes]) -> None:
         if lines:
             with self.output(self._ledger.place(kind, self.shard.id, suffix)) as file:
-                for line in lines:
+                for line in sorted(lines):
                     file.write(line + b"\n")
+
+
+def partial_folder(ledger: Ledger, shard_id: str) -> Path:
+    """Where the checkpoints of a shard lie."""
+    return ledger.root / "_partial" / ledger.stage / bucket_of(shard_id)
 
 
 def _relative(path: Path, root: Path) -> str:

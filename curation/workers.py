@@ -6,14 +6,14 @@ import ctypes
 import dataclasses
 import inspect
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from types import FrameType
 
-from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, run_id
+from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, parse_deadline
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
 from curation.options import RunOptions, logger
 
@@ -30,16 +30,20 @@ def is_worker() -> bool:
     return True
 
 
-def run_workers(stage: object, options: RunOptions) -> int:
+def run_workers(stage: object, options: RunOptions, shared: str) -> int:
     """Run the stage's script in ``options.workers`` processes that share the shards by claims; returns the exit code.
 
+    shared: what marks the processes of this run.
     A worker that dies by a signal is started again, up to three times; the others take its shard up meanwhile.
     """
+    if options.deadline is not None:  # 30m is counted from now, also for a worker that is started again
+        end = parse_deadline(options.deadline)
+        text = "none" if end is None else datetime.fromtimestamp(end).isoformat()
+        options = dataclasses.replace(options, deadline=text)
     script = inspect.getsourcefile(type(stage)) or sys.argv[0]
     command = [sys.executable, script, *to_argv(options)]
-    shared = run_id().partition("-")[2] or secrets.token_hex(8)
     threads = str(Allocation.detect(options.workers).threads)
-    slots = [_Worker(command, index, options.workers, shared, threads) for index in range(options.workers)]
+    slots: list[_Worker] = []
     stopping: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -49,6 +53,11 @@ def run_workers(stage: object, options: RunOptions) -> int:
 
     for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
         signal.signal(name, pass_on)
+    for index in range(options.workers):
+        if not stopping:
+            slots.append(_Worker(command, index, options.workers, shared, threads))
+            if stopping:  # asked meanwhile
+                slots[-1].send(stopping[-1])
     while any(slot.running for slot in slots):
         time.sleep(0.1)
         for slot in slots:
@@ -58,7 +67,10 @@ def run_workers(stage: object, options: RunOptions) -> int:
             elif code is not None and code < 0 and not stopping:
                 logger.error(f"worker {slot.index} died: {signal.Signals(-code).name}")
                 slot.restart()
-    codes = {slot.code if slot.code >= 0 else EXIT_SHARDS_FAILED for slot in slots}
+    by_signal = EXIT_WORK_LEFT if stopping else EXIT_SHARDS_FAILED  # asked to stop before it could listen, or killed
+    codes = {slot.code if slot.code >= 0 else by_signal for slot in slots}
+    if len(slots) < options.workers:
+        codes.add(EXIT_WORK_LEFT)
     for code in (EXIT_USAGE, EXIT_WORK_LEFT):
         if code in codes:
             return code
@@ -109,10 +121,12 @@ def to_argv(options: RunOptions) -> list[str]:
     argv = []
     for item in dataclasses.fields(options):
         value = getattr(options, item.name)
-        if value is None or (item.default is not dataclasses.MISSING and value == item.default):
+        if item.default is not dataclasses.MISSING and value == item.default:
             continue
         if isinstance(value, bool):
             argv.append(f"--{item.name}" if value else f"--no_{item.name}")
+        elif isinstance(value, list | tuple):
+            argv += [f"--{item.name}", *map(str, value)]
         else:
-            argv += [f"--{item.name}", str(value)]
+            argv.append(f"--{item.name}={value}")  # in one word: the value may begin with a dash
     return argv

@@ -16,7 +16,7 @@ MODULES = sorted((ROOT / "curation").rglob("*.py"))
 PROGRAMS = [*SCRIPTS, *MODULES]
 
 BASE = {"errors", "shards"}
-TOP = {"runner", "options", "work", "workers", "receipts", "progress", "backends", "inspect", "__main__"}
+TOP = {"runner", "attempt", "options", "work", "workers", "receipts", "progress", "backends", "inspect", "__main__"}
 HEAVY = ("torch", "onnxruntime", "onnx", "diffusers", "transformers", "accelerate", "insightface", "cv2", "xllamacpp")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 70
 

@@ -1,0 +1,213 @@
+"""What happens to one claimed shard: the attempt, its commit or failure, and clearing up after those that died."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from curation.claims import Claim, Claims
+from curation.cluster import Allocation, StopSignal
+from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped
+from curation.ledger import MAX_ATTEMPTS, Input, Ledger, State, verify_inputs
+from curation.leftovers import Leftovers
+from curation.options import RunOptions, logger
+from curation.progress import Progress, Tally
+from curation.publish import is_storage_trouble, storage_error
+from curation.receipts import build_receipt
+from curation.shards import Shard
+from curation.work import ShardWork
+
+
+class _Stage(Protocol):
+    name: str
+    version: int
+
+    def inputs(self, shard: Shard) -> list[Input]: ...
+
+    def process(self, work: ShardWork) -> None: ...
+
+
+class Attempts:
+    """Attempts at shards of one stage by one process, one after the other or in several threads."""
+
+    def __init__(
+        self,
+        stage: _Stage,
+        options: RunOptions,
+        allocation: Allocation,
+        stop: StopSignal,
+        ledger: Ledger,
+        claims: Claims,
+        progress: Progress,
+        tally: Tally,
+    ) -> None:
+        self._stage = stage
+        self._options = options
+        self._allocation = allocation
+        self._stop = stop
+        self._ledger = ledger
+        self._claims = claims
+        self._progress = progress
+        self._tally = tally
+        self._leftovers = Leftovers()
+
+    def wanted(self, state: State) -> bool:
+        """Whether this run is to work on a shard in that state."""
+        if state.what != "failed":
+            return state.what == "pending"
+        receipt = state.receipt or {}
+        if receipt.get("run") == self._allocation.run_id:
+            return False  # this very run has tried
+        if self._options.shards is not None:
+            return True  # asked for by name
+        return self._options.retry_failed and int(receipt.get("attempts", 1)) < MAX_ATTEMPTS
+
+    def count(self, state: State, shard: Shard) -> None:
+        """The shard is not wanted: tell what it is."""
+        self._tally.shards(state.what)
+        if state.what in ("blocked", "failed"):
+            logger.warning(f"{shard.id} {state.what}: {state.why}")
+        self._progress.shard_passed()
+
+    def attempt(self, shard: Shard, claim: Claim) -> Literal["settled", "late", "lost"]:
+        """Work on a shard.  late: another worker had done it; lost: another took it, it is to be looked at again.
+
+        Raises InfrastructureError where the run cannot go on.
+        """
+        self._ledger.insist_on_epoch(shard.id, self._ledger.governing(shard.id).number)
+        inputs = self._stage.inputs(shard)
+        state = self._ledger.state(shard.id, inputs, fresh=True)  # after claiming
+        if not self.wanted(state):
+            self.count(state, shard)
+            return "late"
+        work = self._work(shard, claim, state)
+        epoch, began = self._ledger.governing(shard.id).number, time.time()
+        try:
+            self._run(work, claim, epoch, began, inputs)
+        except Stopped:
+            self._tally.shards("left")
+        except LostClaim as error:
+            logger.info(f"{shard.id}: {error}")
+            return "lost"
+        finally:
+            work.discard()
+            work.close()
+        return "settled"
+
+    def tidy(self, shard: Shard, claim: Claim) -> None:
+        """Finish what an attempt that was killed after its commit had still to clear away."""
+        state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=True)
+        if state.receipt is None or self.wanted(state):
+            return
+        # Of those presumed dead one may live and be about to commit the next generation: its files stay.
+        dead = [claim.buried] if claim.buried else []
+        work = self._work(shard, claim, state)
+        self._clear_away(work, state.receipt, Leftovers(), self._places(work), dead)
+
+    def _work(self, shard: Shard, claim: Claim, state: State) -> ShardWork:
+        return ShardWork(
+            shard,
+            ledger=self._ledger,
+            claim=claim,
+            allocation=self._allocation,
+            stop=self._stop,
+            inputs=state.inputs,
+            previous=state.receipt,
+            on_progress=self._on_progress,
+            on_warning=logger.warning,
+        )
+
+    def _run(self, work: ShardWork, claim: Claim, epoch: int, began: float, inputs: list[Input]) -> None:
+        try:
+            verify_inputs(inputs, work.inputs)
+            self._stage.process(work)
+            work.assert_conservation()
+            self._check_error_rate(work)
+            self._commit(work, claim, epoch, began, None)
+        except (Stopped, LostClaim, InfrastructureError):
+            raise
+        except Exception as error:  # the shard's boundary: a failed receipt, and the run goes on
+            if isinstance(error, OSError) and is_storage_trouble(error):  # in a file of the stage's own
+                raise storage_error(Path(error.filename or self._ledger.root), error) from error
+            self._fail(work, claim, epoch, began, error)
+
+    def _on_progress(self, count: int) -> None:
+        self._claims.heartbeat.progress()
+        self._progress.samples_done(count)
+
+    def _check_error_rate(self, work: ShardWork) -> None:
+        failed = work.failed.total()
+        if work.samples_in and failed / work.samples_in > self._options.max_error_rate:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in work.failed.most_common(5))
+            raise ShardError(
+                f"{failed} of {work.samples_in} samples failed ({reasons}), more than --max_error_rate "
+                f"{self._options.max_error_rate:g}; {work.shard.path}"
+            )
+        if work.samples_in == 0:
+            work.warn(f"{work.shard.path}: no samples")
+
+    def _fail(self, work: ShardWork, claim: Claim, epoch: int, began: float, error: Exception) -> None:
+        expected = isinstance(error, ShardError)
+        message = str(error) if expected else f"{type(error).__name__}: {error}"
+        trace = "" if expected else "".join(traceback.format_exception(error))
+        logger.error(f"{work.shard.id} failed: {message}{chr(10) + trace if trace else ''}")
+        work.discard()
+        self._commit(work, claim, epoch, began, {"message": message, "traceback": trace})
+
+    def _commit(self, work: ShardWork, claim: Claim, epoch: int, began: float, error: dict[str, str] | None) -> None:
+        with work.phase("commit"):
+            outputs = work.close_outputs()
+        receipt = build_receipt(
+            work, self._stage, self._allocation, claim.token, epoch=epoch, outputs=outputs, began=began, error=error
+        )
+        places = self._places(work)
+        self._leftovers.look(places)
+        commit = self._ledger.commit(work.shard.id)
+        self._ledger.insist_on_epoch(work.shard.id, epoch)
+        if not self._claims.holds(claim):
+            raise LostClaim("its claim was taken over, or its heartbeat stood still")
+        try:
+            commit.write(receipt)
+        finally:
+            if commit.named:
+                work.hand_over()
+        self._clear_away(work, receipt, self._leftovers, places, claim.predecessors)
+        self._tell(work, receipt)
+
+    def _places(self, work: ShardWork) -> list[Path]:
+        receipt = self._ledger.commit(work.shard.id).receipt_path
+        return [*work.places(), receipt.with_name(work.shard.id)]  # a prepared receipt is named for the shard alone
+
+    def _clear_away(
+        self, work: ShardWork, receipt: dict[str, Any], leftovers: Leftovers, places: list[Path], dead: list[str]
+    ) -> None:
+        """After a commit: checkpoints, files of dead attempts, and what the last receipt named and this one does not,
+        which nobody may take for this one's.  The shard is done whether or not this succeeds."""
+        try:
+            leftovers.clear(places, receipt["token"], dead)
+            if receipt["status"] == "done":
+                work.finish()
+            superseded = receipt.get("superseded", [])
+            current = self._ledger.commit(work.shard.id).read_receipt() if superseded else None
+            if current is not None and current.get("token") == receipt["token"]:  # else they may be a newer one's
+                for path in superseded:
+                    (work.root / path).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning(f"{work.shard.id}: something was left behind: {error}")
+
+    def _tell(self, work: ShardWork, receipt: dict[str, Any]) -> None:
+        done = receipt["status"] == "done"
+        self._tally.shards("worked" if done else "failed")
+        self._progress.shard_passed()
+        if not done:
+            return
+        gone = [f"{count} {reason}" for reason, count in (work.dropped + work.failed).most_common()]
+        seconds = receipt["finished"] - receipt["started"]
+        logger.info(
+            f"{work.shard.id} done: {work.samples_in} in, {work.kept} kept"
+            f"{', ' if gone else ''}{', '.join(gone)} ({seconds:.1f} s)"
+        )
+        dropped, failed = work.dropped.total(), work.failed.total()
+        self._tally.samples({"in": work.samples_in, "kept": work.kept, "dropped": dropped, "failed": failed})

@@ -9,8 +9,9 @@ from typing import Any
 
 import xxhash
 
-# Width to height, from 1:2 to 2:1.  Few: every size has a last batch that is not full, and a compiled graph.
-ASPECT_RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
+# Width to height.  Few: every size has a last batch that is not full, and a compiled graph.
+ASPECT_RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0)  # and their inverses
+MIN_AREA = 0.75  # of the area asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +39,25 @@ class Batch:
 def bucket_sizes(width: int, height: int, multiple: int) -> list[tuple[int, int]]:
     """The (width, height) for each of ``ASPECT_RATIOS``, in pixels, none larger in area than ``width`` × ``height``.
 
-    Sides are multiples of ``multiple``; of the sizes that are possible, the one that is nearest in ratio and in area,
-    both by the logarithm.  Very small areas give fewer sizes, as several ratios fall on one.
+    Sides are multiples of ``multiple``; of the sizes that are possible, the nearest in ratio and in area, both by the
+    logarithm, the ratio counting double.  Small areas give fewer sizes, as several ratios fall on one.
     """
     budget = width * height
     possible = [
         (w, h)
-        for w in range(multiple, budget // multiple + 1, multiple)
-        if (h := budget // w // multiple * multiple) >= multiple
+        for w in range(multiple, min(3 * math.isqrt(budget), budget // multiple) + 1, multiple)
+        for h in range(budget // w // multiple * multiple, multiple - 1, -multiple)
+        if w * h >= MIN_AREA * budget
     ]
 
     def cost(size: tuple[int, int], ratio: float) -> float:
         w, h = size
-        return abs(math.log(w / h / ratio)) + math.log(budget / (w * h))
+        return 2 * abs(math.log(w / h / ratio)) + math.log(budget / (w * h))
 
     if not possible:
         return [(width, height)]
-    sizes = {min(possible, key=lambda size: (cost(size, ratio), size)) for ratio in ASPECT_RATIOS}
-    return sorted(sizes, key=lambda size: size[0] / size[1])
+    upright = {min(possible, key=lambda size: (cost(size, ratio), size)) for ratio in ASPECT_RATIOS}
+    return sorted(upright | {(h, w) for w, h in upright}, key=lambda size: size[0] / size[1])
 
 
 def nearest_size(

@@ -16,6 +16,7 @@ from curation.backends.diffusion_tiny import (
     fill_with_noise,
     quiet_save,
     save_tiny_sd,
+    t5_tokenizer,
 )
 
 
@@ -165,13 +166,6 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tiny-Z-Image-Turbo": save_tiny_z_image,
     "tiny-Sana_Sprint": save_tiny_sana_sprint,
 }
-
-
-def t5_tokenizer() -> Any:
-    from transformers import T5TokenizerFast
-
-    letters = [("▁", -2.0), *((chr(code), -3.0) for code in range(33, 127))]
-    return T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], extra_ids=4)
 
 
 def qwen_tokenizer() -> Any:

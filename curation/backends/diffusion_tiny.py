@@ -168,6 +168,14 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
 
 
+def t5_tokenizer() -> Any:
+    """T5's tokenizer over single ASCII letters, for pipelines that are built offline."""
+    from transformers import T5TokenizerFast
+
+    letters = [("▁", -2.0), *((chr(code), -3.0) for code in range(33, 127))]
+    return T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], extra_ids=4)
+
+
 def clip_text_config(kind: Any, tokenizer: Any, hidden_size: int = 32) -> Any:
     """A two-layer CLIP text model over that tokenizer."""
     return kind(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ class Backend:
     settings: the model's preset with the user's flags in it.  ``call`` afterwards holds what was resolved.
     device: ``cpu`` or ``cuda:<n>``.  threads: CPU threads for torch.
     remember_in: a folder for batch sizes that were found to fit.
+    pipeline: one that is on the device already; loaded from ``source`` where None.
     Raises InfrastructureError (the model cannot be loaded) and UsageError (it cannot do what the settings ask).
     """
 
@@ -115,6 +117,7 @@ class Backend:
         device: str = "cpu",
         threads: int = 1,
         remember_in: Path | None = None,
+        pipeline: Any = None,
     ) -> None:
         import torch
 
@@ -123,11 +126,11 @@ class Backend:
         self.device = device
         self.speed_ups = speed_ups or SpeedUps()
         torch.set_num_threads(threads)
-        what = self._device_kind()
-        self.pipeline = load_pipeline(source, settings.dtype, device)
+        self.device_kind = self._find_device()
+        self.pipeline = load_pipeline(source, settings.dtype, device) if pipeline is None else pipeline
         self.call = PipelineCall(self.pipeline, settings, negative_prompt)
         self.batch = WorkingBatch(
-            settings.batch_size, f"{what}\0{source.name}\0{source.revision}\0{settings.dtype}", remember_in
+            settings.batch_size, f"{self.device_kind}\0{source.name}\0{source.revision}\0{settings.dtype}", remember_in
         )
         self._apply(self.speed_ups)
 
@@ -245,7 +248,7 @@ class Backend:
     def _shrink(self, width: int, height: int, tried: int) -> None:
         if tried == 1:
             raise InfrastructureError(
-                f"{self.source.name}: one picture of {width}×{height} does not fit into memory ({self._device_kind()})"
+                f"{self.source.name}: one picture of {width}×{height} does not fit into memory ({self.device_kind})"
             )
         self.batch.shrink(width, height, tried)
         self._release()
@@ -262,11 +265,11 @@ class Backend:
         if origin.startswith(("torch._dynamo", "torch._inductor")):
             return InfrastructureError(f"{self.source.name} cannot be compiled here ({line}); use --compile none")
         if isinstance(error, getattr(self._torch, "AcceleratorError", ())) or "CUDA error" in str(error):
-            return InfrastructureError(f"{self.device} ({self._device_kind()}) failed: {line}")
+            return InfrastructureError(f"{self.device} ({self.device_kind}) failed: {line}")
         return error
 
-    def _device_kind(self) -> str:
-        """What the memory limit depends on: the device's name and its size in GiB."""
+    def _find_device(self) -> str:
+        """Make the device current.  Returns its kind, on which memory and rounding depend: a name and a size."""
         if not self.device.startswith("cuda"):
             return "cpu"
         torch = self._torch
@@ -298,6 +301,7 @@ class Backend:
             return
         from torch import _dynamo
 
+        warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor)")  # advice to torch's own developers
         _dynamo.config.recompile_limit = RECOMPILE_LIMIT
         mode = "max-autotune-no-cudagraphs" if speed_ups.compile == "max" else None
         is_transformer = getattr(self.pipeline, "transformer", None) is not None

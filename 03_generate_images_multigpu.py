@@ -1,0 +1,372 @@
+#!/usr/bin/env python3
+"""Stage 03: generate one image for each prompt, and write jpg, txt and json of every edited sample."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from curation import backends
+from curation.backends.diffusion_calls import Texts
+from curation.backends.diffusion_loading import ModelSource, resolve
+from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
+from curation.backends.diffusion_tiny import build_embedded, embedded_source
+from curation.backends.generate_diffusers import Images, Request, SpeedUps, seed_of
+from curation.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches
+from curation.cluster import Allocation, visible_gpus
+from curation.dictionaries import KEY_SUFFIX, dump_json, read_dictionary
+from curation.edited import (
+    GENERATED_XMP,
+    EarlierEdits,
+    edited_metadata,
+    edits_sink,
+    json_of,
+    recipe,
+    txt_of,
+)
+from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
+from curation.ledger import Input, stage_version
+from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.originals import Originals, checked_prompt, read_provenance, with_suffix
+from curation.picture_log import PictureLog
+from curation.runner import ShardWork, run_stage
+from curation.shards import Shard, discover
+
+ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
+METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Generate one image per prompt with a diffusers pipeline; one process per GPU."""
+
+    prompts: str
+    """Prompts: folder of <shard>.json (stage 02's --output), a glob, braces, a list file or one file."""
+    edits: str
+    """Folder with the samples' metadata (stage 01's --edits); the generated samples are written there too."""
+    model: str = DEFAULT_MODEL
+    """A diffusers pipeline: a local folder or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model.  Default: main, as it is when the run starts."""
+    variant: str | None = None
+    """Which weight files of the model to read, such as fp16."""
+    embedded: bool = False
+    """A tiny pipeline with random weights, built here: its pictures are noise.  For trying out without a model."""
+    steps: int | None = None
+    """Denoising steps.  Default: the model's preset."""
+    guidance: float | None = None
+    """Guidance scale.  Default: the model's preset."""
+    height: int | None = None
+    """Height in pixels.  Default: the model's preset."""
+    width: int | None = None
+    """Width in pixels.  Default: the model's preset."""
+    size: Literal["fixed", "original"] = "fixed"
+    """fixed: every picture has --width and --height.  original: the aspect ratio of the original, the same area."""
+    text_tokens: int | None = None
+    """Length that prompts are padded or cut to, where the model has a choice.  Default: the model's preset."""
+    batch_size: int | None = None
+    """Pictures generated at once; halved where memory runs out.  Default: the model's preset."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Precision of the weights.  Default: the model's preset."""
+    seed: int = 0
+    """Seed; each sample's noise comes from a hash of it and the sample's key."""
+    negative_prompt: str = ""
+    """What the pictures should not show, where the model and its guidance use one."""
+    prompt_suffix: str = ""
+    """Text put behind every prompt for the model only, such as ', high quality photo'."""
+    quality: int = 90
+    """JPEG quality, 1 to 100."""
+    num_gpus: int | None = None
+    """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
+    edits_layout: Literal["tar", "files"] = "tar"
+    """tar: one <shard>.tar.  files: <shard>/<key>.{jpg,txt,json}, three files a sample."""
+    compile: Literal["none", "blocks", "full", "max"] = "none"
+    """torch.compile with fixed sizes: transformer blocks, the whole denoiser, or that with autotuning."""
+    channels_last: bool = False
+    """Convolutions in the memory layout that tensor cores read."""
+    fuse_qkv: bool = False
+    """One projection for query, key and value."""
+    text_batches: int = 0
+    """Encode the prompts of so many batches at once, ahead of their pictures; 0: each batch's own within its call."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("steps", "height", "width", "batch_size", "text_tokens", "num_gpus"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1")
+        if not 1 <= self.quality <= 100:
+            raise UsageError("--quality is between 1 and 100")
+        if self.text_batches < 0:
+            raise UsageError("--text_batches must not be negative")
+        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
+            raise UsageError("--guidance must not be negative")
+        if self.embedded and (self.model != DEFAULT_MODEL or self.revision or self.variant):
+            raise UsageError("--embedded brings its own model: leave --model, --revision and --variant out")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample to be edited: the picture to make, what it is made of, and the metadata it replaces."""
+
+    job: Job
+    curation: Mapping[str, Any]
+    original: Mapping[str, Any]
+
+
+class GenerateImages:
+    """One shard: prompts/<shard>.json and the samples' metadata → edits/<shard>.tar."""
+
+    name = "03_generate_images"
+    version = 1
+    other_outputs: tuple[Path, ...] = ()
+    shards_in_flight = 1
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.output = Path(options.edits)
+        self._encoders = ThreadPoolExecutor(ENCODERS, "jpeg")
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The exact model, found without loading it."""
+        o = self.options
+        return embedded_source() if o.embedded else resolve(o.model, o.revision, o.variant)
+
+    @cached_property
+    def settings(self) -> Preset:
+        """The model's preset with the flags in it."""
+        o = self.options
+        preset = PRESETS["tiny-sd"] if o.embedded else replace(preset_for(o.model)[1], model=o.model)
+        flags = ("steps", "guidance", "height", "width", "text_tokens", "dtype", "batch_size")
+        return replace(preset, **{flag: getattr(o, flag) for flag in flags if getattr(o, flag) is not None})
+
+    def fingerprint(self) -> dict[str, object]:
+        o, s = self.options, self.settings
+        model: dict[str, object] = {"model": s.model}
+        try:
+            model = {"model": self.source.name, "revision": self.source.revision, "variant": self.source.variant}
+        except InfrastructureError as error:
+            if not o.dry_run:
+                raise
+            logger.warning(f"{error}")
+        preset = {name: getattr(s, name) for name in ("steps", "guidance", "height", "width", "text_tokens", "dtype")}
+        names = ("size", "seed", "negative_prompt", "prompt_suffix", "quality", "edits_layout")
+        speed = ("compile", "channels_last", "fuse_qkv", "text_batches")
+        mine = {name: getattr(o, name) for name in (*names, *speed)}
+        return {**model, **preset, "batch_size": s.batch_size, **mine}
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        return [
+            Input(shard.path, PROMPTS_STAGE),
+            Input(self.output / f"{shard.id}.json", METADATA_STAGE, optional=True),  # absent where the files are loose
+            Input(provenance_path(shard), PROMPTS_STAGE, optional=True),
+        ]
+
+    def open(self, allocation: Allocation) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        self.threads = int(given) if given.isdigit() and int(given) else allocation.threads
+        o = self.options
+        device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
+        if o.embedded:
+            build_embedded(self.source)
+            logger.warning("--embedded: the pictures are noise from random weights")
+        elif device == "cpu":
+            logger.warning(f"no GPU: {self.source.name} on the CPU takes seconds to many minutes a picture")
+        self.backend = backends.load("generate", "diffusers")(
+            self.source,
+            self.settings,
+            negative_prompt=o.negative_prompt,
+            speed_ups=SpeedUps(compile=o.compile, channels_last=o.channels_last, fuse_qkv=o.fuse_qkv),
+            device=device,
+            threads=self.threads,
+            remember_in=self.output / "_batch_sizes" / self.name,
+        )
+        call = self.backend.call
+        for warning in call.warnings:
+            logger.warning(warning)
+        if o.text_batches and not call.can_encode_ahead:
+            logger.warning(f"--text_batches has no effect: {call.name} encodes prompts within its call")
+        self.fixed_size = (call.width, call.height)
+        self.sizes = bucket_sizes(*self.fixed_size, call.bucket_multiple) if o.size == "original" else [self.fixed_size]
+
+    def close(self) -> None:
+        self._encoders.shutdown(cancel_futures=True)
+
+    def process(self, work: ShardWork) -> None:
+        with work.phase("read"):
+            samples = self._read(work)
+            earlier = EarlierEdits(self.output, work.shard.id)
+            reused = earlier.matching({s.job.key: recipe(s.curation, self.name) for s in samples}, self.name)
+        work.keep(len(reused))
+        jobs = [sample.job for sample in samples if sample.job.key not in reused]
+        batches = plan_batches(jobs, self.settings.batch_size)
+        step = max(1, self.options.text_batches)
+        groups = [batches[start : start + step] for start in range(0, len(batches), step)]
+        log = work.partial()
+        pictures = PictureLog(work, log, groups, self._encoders, self.options.quality, GENERATED_XMP)
+        self._generate(work, groups, pictures)
+        work.note("reused", len(reused))
+        work.note("generated", len(jobs))
+        work.note("device", self.backend.device_kind)
+        work.note("threads", self.threads)
+        self._note_shrunk_batches(work, batches)
+        with work.phase("write"):
+            self._write(work, samples, earlier, reused, pictures)
+
+    # ---- what comes in
+
+    def _read(self, work: ShardWork) -> list[Sample]:
+        """The samples to edit, in the order of the prompts; those that cannot be are recorded."""
+        prompts = read_dictionary(work.shard.path)
+        work.sample_in(len(prompts))
+        if not prompts:
+            return []
+        shard = work.shard
+        originals = Originals(self.output, shard.id, self.name)
+        made = read_provenance(provenance_path(shard))
+        versions = {
+            METADATA_STAGE: stage_version(self.output, METADATA_STAGE, shard.id),
+            PROMPTS_STAGE: stage_version(shard.path.parent, PROMPTS_STAGE, shard.id),
+            self.name: self.version,
+        }
+        stages = {stage: version for stage, version in versions.items() if version is not None}
+        samples = []
+        for name, prompt in prompts.items():
+            key = name.removesuffix(KEY_SUFFIX)
+            try:
+                samples.append(self._sample(key, checked_prompt(key, prompt), originals, made.get(key, {}), stages))
+            except SampleError as error:
+                work.fail(key, error.reason, error.detail)
+        return samples
+
+    def _sample(
+        self, key: str, prompt: str, originals: Originals, made: Mapping[str, Any], stages: Mapping[str, int]
+    ) -> Sample:
+        original = originals.find(key)
+        width, height = nearest_size(self.sizes, original, self.fixed_size)
+        o, call, source = self.options, self.backend.call, self.source
+        image_model = {"name": source.name, "revision": source.revision, "dtype": self.settings.dtype}
+        if source.variant:
+            image_model["variant"] = source.variant
+        prompt_model = {"prompt": made["model"]} if "model" in made else {}
+        curation = {
+            "prompt": prompt,
+            "prompt_suffix": o.prompt_suffix,
+            "negative_prompt": call.negative_prompt,
+            "group": made.get("group"),
+            "models": {**prompt_model, "image": image_model},
+            "seed": o.seed,
+            "steps": call.steps,
+            "guidance": call.guidance,
+            "text_tokens": self.settings.text_tokens,
+            "size": [width, height],
+            "quality": o.quality,
+            "stages": dict(stages),
+        }
+        digest = xxhash.xxh3_64_hexdigest(dump_json([key, recipe(curation, self.name)]))
+        return Sample(Job(key, with_suffix(prompt, o.prompt_suffix), width, height, digest), curation, original)
+
+    # ---- pictures
+
+    def _generate(self, work: ShardWork, groups: Sequence[Sequence[Batch]], pictures: PictureLog) -> None:
+        """Make every batch that is not logged.  While the device works on one, the one before it is encoded."""
+        try:
+            for group in groups:
+                missing = [batch for batch in group if not pictures.has(batch)]
+                texts = self._encode_texts(work, group) if missing and self.options.text_batches else None
+                start = 0
+                for batch in group:
+                    count = len(batch.jobs)
+                    if batch in missing:
+                        part = texts.part(start, count) if texts else None
+                        pictures.take(batch, self._make(work, batch, part))
+                        work.check_stop()
+                    start += count
+        except Stopped:
+            pictures.finish()
+            raise
+        pictures.finish()
+
+    def _encode_texts(self, work: ShardWork, group: Sequence[Batch]) -> Texts | None:
+        prompts = [job.prompt for batch in group for job in batch.jobs]
+        with work.phase("infer"):
+            return self.backend.encode(prompts, at_once=len(prompts))
+
+    def _make(self, work: ShardWork, batch: Batch, texts: Texts | None) -> Images:
+        requests = [Request(job.prompt, seed_of(self.options.seed, job.key)) for job in batch.jobs]
+
+        def check_stop() -> None:
+            work.check_stop(urgent_only=True)
+
+        with work.phase("infer"):
+            return self.backend.generate(requests, batch.width, batch.height, texts, check_stop)
+
+    def _note_shrunk_batches(self, work: ShardWork, batches: Sequence[Batch]) -> None:
+        """A shard whose batches did not fit is exempt from the promise of identical bytes, and its receipt says so."""
+        fullest = {(batch.width, batch.height): len(batch.jobs) for batch in reversed(batches)}
+        limits = {size: self.backend.batch.limit(*size) for size in fullest}
+        shrunk = {f"{w}x{h}": limit for (w, h), limit in limits.items() if limit < fullest[w, h]}
+        if shrunk:
+            work.note("batch_shrunk_to", shrunk)
+            work.warn(f"memory ran out: batches of {self.settings.batch_size} were halved ({shrunk})")
+
+    # ---- what goes out
+
+    def _write(
+        self,
+        work: ShardWork,
+        samples: Sequence[Sample],
+        earlier: EarlierEdits,
+        reused: Mapping[str, str],
+        pictures: PictureLog,
+    ) -> None:
+        """Every edited sample, in the shard's order.  Nothing is written where there is none."""
+        if not work.kept:
+            return
+        with edits_sink(self.output, work.shard.id, self.options.edits_layout, work.output) as add:
+            for sample in samples:
+                key, job = sample.job.key, sample.job
+                found = (earlier.jpg(key), reused[key]) if key in reused else pictures.picture(key)
+                if found is None:
+                    continue
+                jpg, sha256 = found
+                metadata = edited_metadata(sample.original, sample.curation, sha256, job.width, job.height)
+                add(key, jpg, txt_of(sample.curation["prompt"]), json_of(metadata))
+                work.provenance({"key": key, "sha256": sha256, **sample.curation})
+
+
+def provenance_path(shard: Shard) -> Path:
+    """What stage 02 recorded about each prompt of a shard."""
+    return shard.path.parent / "_provenance" / PROMPTS_STAGE / f"{shard.id}.jsonl"
+
+
+def one_process_per_gpu(options: Options) -> Options:
+    """``--num_gpus`` as ``--workers``, which starts the processes.  Under srun with several tasks each is one."""
+    if options.num_gpus is None:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        alone = options.workers == 1 and not (tasks.isdigit() and int(tasks) > 1)
+        return replace(options, workers=max(1, visible_gpus())) if alone else options
+    if 0 < visible_gpus() < options.num_gpus:
+        raise UsageError(f"--num_gpus {options.num_gpus}: only {visible_gpus()} can be seen here")
+    return replace(options, workers=options.num_gpus)
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(Options, argv)
+    options.check()
+    return run_stage(GenerateImages(options), one_process_per_gpu(options), discover(options.prompts, ".json"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

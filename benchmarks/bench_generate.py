@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Stage 03 beside the bare diffusers pipeline called in a loop at the same batch size: images a second, in one run.
+
+Both use the embedded tiny pipeline on the CPU, with enough steps that the model takes nearly all of the time, the same
+prompts, seeds, batches and threads.  The loop throws its pictures away; the stage reads prompts and metadata, encodes
+JPEGs, checkpoints and publishes the tar.  Start-up (imports, loading) is left out of both.  Rounds alternate, so that
+a busy machine slows both alike; the medians are compared.  Aim: at least 0.95.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+AIM = 0.95
+
+
+def make_input(root: Path, shards: int, images: int) -> list[tuple[str, str]]:
+    """Prompts and metadata for ``shards`` × ``images`` samples; returns (key, prompt) in order."""
+    samples = []
+    for folder in ("prompts", "edits"):
+        (root / folder).mkdir(parents=True)
+    for shard in range(shards):
+        keys = [f"{shard:06d}{number:06d}" for number in range(images)]
+        prompts = {f"{key}.json": f"A photo of person {key} in a street" for key in keys}
+        metadata = {name: {"caption": "before", "width": 512, "height": 512, "face_bboxes": []} for name in prompts}
+        (root / f"prompts/{shard:08d}.json").write_text(json.dumps(prompts))
+        (root / f"edits/{shard:08d}.json").write_text(json.dumps(metadata))
+        samples += list(zip(keys, prompts.values(), strict=True))
+    return samples
+
+
+def time_bare_loop(pipeline: Any, samples: list[tuple[str, str]], side: int, steps: int, batch_size: int) -> float:
+    """Seconds for the pipeline called batch after batch, as its documentation shows."""
+    import torch
+
+    from curation.backends.generate_diffusers import seed_of
+
+    began = time.perf_counter()
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        pipeline(
+            prompt=[prompt for _, prompt in batch],
+            height=side,
+            width=side,
+            num_inference_steps=steps,
+            guidance_scale=0.0,
+            generator=[torch.Generator("cpu").manual_seed(seed_of(0, key)) for key, _ in batch],
+        )
+    return time.perf_counter() - began
+
+
+def time_stage(root: Path, side: int, steps: int, batch_size: int) -> tuple[float, dict[str, float]]:
+    """Seconds from the first shard's start to the last one's commit, by the receipts; and the seconds of each phase."""
+    stage = importlib.import_module("03_generate_images_multigpu")
+    flags = ["--prompts", f"{root}/prompts", "--edits", f"{root}/edits", "--embedded", "--quiet"]
+    flags += ["--height", str(side), "--width", str(side), "--steps", str(steps), "--batch_size", str(batch_size)]
+    if stage.main(flags) != 0:
+        raise SystemExit("the stage failed")
+    receipts = [json.loads(path.read_bytes()) for path in root.glob("edits/_receipts/03_generate_images/*/*.json")]
+    phases: dict[str, float] = {}
+    for receipt in receipts:
+        for phase, seconds in receipt["seconds"].items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    return max(r["finished"] for r in receipts) - min(r["started"] for r in receipts), phases
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--images", type=int, default=24, help="images a shard")
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads, in both")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+
+    import torch
+
+    from curation.backends.diffusion_loading import load_pipeline
+    from curation.backends.diffusion_tiny import build_embedded, embedded_source
+
+    torch.set_num_threads(options.threads)
+    source = embedded_source()
+    build_embedded(source)
+    pipeline = load_pipeline(source, "float32", "cpu")
+    work = (options.side, options.steps, options.batch_size)
+    bare, staged, phases = [], [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        samples = make_input(Path(folder) / "warm", 1, options.batch_size)
+        time_bare_loop(pipeline, samples, *work)
+        time_stage(Path(folder) / "warm", *work)
+        for number in range(options.rounds):
+            root = Path(folder) / str(number)
+            samples = make_input(root, options.shards, options.images)
+            bare.append(time_bare_loop(pipeline, samples, *work))
+            seconds, phases = time_stage(root, *work)
+            staged.append(seconds)
+    count = len(samples)
+    ratio = statistics.median(bare) / statistics.median(staged)
+    each = [b / s for b, s in zip(bare, staged, strict=True)]
+    print(f"stage 03, {options.side}×{options.side}, {options.steps} steps, batch {options.batch_size}, ", end="")
+    print(f"{options.threads} thread(s), {count} images in {options.shards} shards, {options.rounds} rounds")
+    print("| | images/s | of the bare loop |")
+    print("|---|---|---|")
+    print(f"| bare pipeline in a loop | {count / statistics.median(bare):.2f} | 1 |")
+    rate, spread = count / statistics.median(staged), f"{min(each):.3f} to {max(each):.3f}"
+    print(f"| stage 03 | {rate:.2f} | {ratio:.3f} (rounds {spread}) |")
+    print("phases of the last round: " + ", ".join(f"{name} {s:.2f} s" for name, s in sorted(phases.items())))
+    return 0 if ratio >= AIM else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

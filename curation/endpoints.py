@@ -7,64 +7,142 @@ to the others.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Literal
 
-import requests
-
-from curation.errors import InfrastructureError, SampleError
-from curation.options import logger
-from curation.wire import WIRES, Api, EndpointError, ModelMissing, Reply, Request, Wire, detect_api, new_session, post
+from curation.concurrency import Concurrency
+from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.wire import (
+    WIRES,
+    EndpointError,
+    ModelMissing,
+    Reply,
+    Request,
+    Session,
+    Wire,
+    answers,
+    detect_api,
+    post,
+)
 
 FAILURES_TO_OPEN = 3  # in a row: one broken connection is no broken server
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
-ATTEMPTS = 4  # of one request that fails on servers that answer others
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+ATTEMPTS = 4  # of one request that keeps failing while servers are alive
+PROBE_S = 5.0  # for a sign of life
+MUTE_S, MUTE_LATENCIES, MIN_ANSWERS = 2.0, 10.0, 16
+
+logger = logging.getLogger("curation")
 
 
 def endpoint_urls(ports: str, host: str = "localhost", endpoints: str | None = None) -> list[str]:
     """The servers' URLs: ``endpoints`` (comma-separated, whole URLs) or one on each of ``ports`` of ``host``.
 
-    Raises InfrastructureError for what is neither.
+    Raises UsageError for what is neither.
     """
     if endpoints:
-        urls = [url.strip().rstrip("/") for url in endpoints.split(",") if url.strip()]
+        urls = [url.strip().rstrip("/").removesuffix("/v1") for url in endpoints.split(",") if url.strip()]
         for url in urls:
             if not url.startswith(("http://", "https://")):
-                raise InfrastructureError(f"--endpoints: {url!r} is not a URL; write http://host:port")
-        urls = [url.removesuffix("/v1") for url in urls]
+                raise UsageError(f"--endpoints: {url!r} is not a URL; write http://host:port")
     else:
         numbers = [port.strip() for port in ports.split(",") if port.strip()]
         for port in numbers:
-            if not port.isdigit() or not 0 < int(port) < 65536:
-                raise InfrastructureError(f"--ports: {port!r} is not a port; write 11434,11435")
+            if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+                raise UsageError(f"--ports: {port!r} is not a port; write 11434,11435")
         urls = [f"http://{host}:{port}" for port in numbers]
     if not urls:
-        raise InfrastructureError("no endpoint is named: give --ports or --endpoints")
+        raise UsageError("no endpoint is named: give --ports or --endpoints")
     return list(dict.fromkeys(urls))
 
 
-@dataclass
-class Endpoint:
-    """One server, as the pool sees it.  Only the pool, under its lock, changes these."""
+class Call:
+    """One request that is out.  ``in_flight``: the requests its server had when it was sent, itself included;
+    ``full``: whether its server was at its limit while it was out."""
 
-    url: str
-    wire: Wire
-    limit: float = 1.0
-    in_flight: int = 0
-    latency_s: float = 0.0  # of the last successes, smoothed
-    slow_start: bool = True
-    failures: int = 0  # in a row
-    pause_s: float = FIRST_PAUSE_S
-    closed_until: float = 0.0  # monotonic; 0: healthy
-    shrunk_at: float = 0.0
-    served: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
+    __slots__ = ("began", "endpoint", "full", "in_flight")
+
+    def __init__(self, endpoint: Endpoint, began: float, in_flight: int) -> None:
+        self.endpoint = endpoint
+        self.began = began
+        self.in_flight = in_flight
+        self.full = False
+
+
+class Endpoint:
+    """One server as the pool sees it, and its circuit breaker.  Only the pool, under its lock, changes it."""
+
+    def __init__(self, url: str, wire: Wire, timeout_s: float) -> None:
+        self.url = url
+        self.wire = wire
+        self.concurrency = Concurrency(timeout_s)
+        self.calls: set[Call] = set()
+        self.latency_s = 0.0  # smoothed
+        self.counts: Counter[str] = Counter()
+        self.broken = False  # left alone until a request on trial succeeds
+        self.trial_at = 0.0  # monotonic: when one may be sent
+        self._failures = 0  # in a row
+        self._pause_s = FIRST_PAUSE_S
+
+    def has_room(self, now: float) -> bool:
+        if now < self.trial_at:
+            return False
+        return len(self.calls) < (1 if self.broken else self.concurrency.limit)
+
+    def timeout_s(self, longest: float) -> float:
+        """For the first try of a request: a server silent so much longer than usual has fallen mute."""
+        usual = self.latency_s if self.counts["answered"] >= MIN_ANSWERS else longest
+        return min(longest, max(MUTE_S, MUTE_LATENCIES * usual))
+
+    def begin(self, now: float) -> Call:
+        call = Call(self, now, len(self.calls) + 1)
+        self.calls.add(call)
+        if call.in_flight >= self.concurrency.limit:
+            for out in self.calls:
+                out.full = True
+        return call
+
+    def succeeded(self, call: Call, now: float) -> None:
+        latency_s = now - call.began
+        self.counts["answered"] += 1
+        self.latency_s += (0.2 if self.latency_s else 1.0) * (latency_s - self.latency_s)
+        self.concurrency.answered(call.in_flight, latency_s, now, full=call.full)
+        self.recovered()
+
+    def recovered(self) -> None:
+        self._failures, self._pause_s, self.trial_at = 0, FIRST_PAUSE_S, 0.0
+        if self.broken:
+            self.broken = False
+            logger.info(f"{self.url} answers again")
+
+    def failed(self, error: EndpointError | ModelMissing, call: Call, now: float) -> None:
+        """Count it, lower the limit, and leave the server alone if it has failed before or asks for that."""
+        busy, timed_out = getattr(error, "busy", False), getattr(error, "timed_out", False)
+        self.counts["busy" if busy else "timeouts" if timed_out else "errors"] += 1
+        others = len(self.calls) - 1
+        retry_after_s = getattr(error, "retry_after_s", 0.0)
+        if busy:
+            self.concurrency.refused(others, now)
+        elif timed_out:
+            self.concurrency.timed_out(now)
+        if busy and others and not self.broken:  # it serves those
+            self.trial_at = now + retry_after_s
+            return
+        self._failures += 1
+        gone = getattr(error, "refused", False) or isinstance(error, ModelMissing)
+        if self.broken or self._failures >= FAILURES_TO_OPEN or gone or retry_after_s:
+            pause_s = retry_after_s or self._pause_s * random.uniform(0.8, 1.2)
+            self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
+            self.trial_at = max(self.trial_at, now + pause_s)
+            if not self.broken:
+                self.broken = True
+                self.concurrency = Concurrency(self.concurrency.timeout_s)  # it comes back cold
+                logger.warning(f"{self.url}: {error}; leaving it alone for {pause_s:.1f} s")
 
 
 class EndpointPool:
@@ -97,164 +175,132 @@ class EndpointPool:
         self._last_success = time.monotonic()
 
     def open(self) -> None:
-        """Find out which servers answer and have the model ready on each.
+        """Find out which servers answer and have the model loaded on each of them.
 
         Raises InfrastructureError when none answers, or when one of them does not have the model.
         """
-        with ThreadPoolExecutor(max(1, len(self._urls))) as pool:
-            found = list(pool.map(self._open_one, self._urls))
-        self._endpoints = [endpoint for endpoint, _ in found if endpoint is not None]
-        for url, (endpoint, why) in zip(self._urls, found, strict=True):
-            if endpoint is None:
-                logger.warning(f"{url} does not answer ({why}); going on without it")
+        with ThreadPoolExecutor(len(self._urls)) as threads:
+            found = list(threads.map(self._open_one, self._urls))
+        reasons = "; ".join(f"{url}: {why}" for url, why in zip(self._urls, found, strict=True) if isinstance(why, str))
+        self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
-            reasons = "; ".join(f"{url}: {why}" for url, (_, why) in zip(self._urls, found, strict=True))
             raise InfrastructureError(
                 f"no endpoint answers ({reasons}). Start the servers, name others with --ports or --endpoints, or use "
                 "--embedded for the small stand-in model"
             )
+        if reasons:
+            logger.warning(f"going on without {reasons}")
         self._last_success = time.monotonic()
 
     def ask(self, request: Request, check_stop: Callable[[], None] | None = None) -> Reply:
         """Have the request answered by whichever server is free, again and elsewhere where it fails.
 
         check_stop: called before each attempt and while waiting; what it raises comes out of here.
-        Raises SampleError (``llm_bad_request``, ``llm_timeout``, ``llm_error``) when this request fails on servers that
-        answer others, and InfrastructureError when no server has answered anything for ``patience_s``.
+        Raises SampleError (``llm_bad_request``, ``llm_timeout``, ``llm_error``) when the request keeps failing although
+        servers are alive, and InfrastructureError when no server has answered anything for ``patience_s``.
         """
-        failures = 0
-        tried: Endpoint | None = None
+        failures = refusals = 0
+        last: Endpoint | None = None
         while True:
-            endpoint = self._acquire(tried, check_stop)
-            began = time.monotonic()
+            call = self._acquire(last, check_stop)
+            last = call.endpoint
             try:
-                reply = self._send(endpoint, request)
-            except EndpointError as error:
-                self._failed(endpoint, error)
-                tried = endpoint
-                failures += not error.busy
-                if failures >= ATTEMPTS and self._others_are_served(began):
-                    reason = "llm_timeout" if error.timed_out else "llm_error"
-                    raise SampleError(reason, f"{failures} attempts, the last at {endpoint.url}: {error}") from None
+                path, body = last.wire.body(self.model, request)
+                timeout_s = self._timeout_s if failures else last.timeout_s(self._timeout_s)
+                reply = last.wire.reply(post(self._session(), last.url + path, body, timeout_s))
+            except (EndpointError, ModelMissing) as error:
+                self._failed(call, error)
+                if getattr(error, "busy", False):
+                    refusals += 1
+                    self._back_off(refusals)
+                elif not getattr(error, "refused", False):  # a refused connection says nothing about the request
+                    failures += 1
+                    if failures >= ATTEMPTS and self._any_alive():
+                        reason = "llm_timeout" if getattr(error, "timed_out", False) else "llm_error"
+                        raise SampleError(reason, f"{failures} attempts, the last at {last.url}: {error}") from None
             except SampleError:
-                self._succeeded(endpoint, None)  # it answered: the request is at fault
+                self._answered(call, None)  # the server is well: the request is at fault
                 raise
-            except ModelMissing as error:
-                raise InfrastructureError(f"{endpoint.url} has no model {self.model!r} any more ({error})") from None
             else:
-                self._succeeded(endpoint, time.monotonic() - began)
+                self._answered(call, time.monotonic())
                 return reply
             finally:
-                self._release(endpoint)
+                self._release(call)
 
     def facts(self) -> dict[str, dict[str, object]]:
-        """What each server did, for the log: served requests, failures by kind, its limit, its latency in seconds."""
+        """What each server did, for the log: answers and failures by kind, its limit, its latency in seconds."""
         with self._changed:
             return {
-                e.url: {
-                    "served": e.served,
-                    **e.counts,
-                    "limit": round(e.limit, 1),
-                    "latency_s": round(e.latency_s, 3),
-                }
+                e.url: {**e.counts, "limit": e.concurrency.limit, "latency_s": round(e.latency_s, 3)}
                 for e in self._endpoints
             }
 
     # ---- opening
 
-    def _open_one(self, url: str) -> tuple[Endpoint | None, str]:
-        session = new_session()
-        try:
-            api: Api = detect_api(session, url, min(self._timeout_s, 10.0)) if self._api == "auto" else self._api
-            wire = WIRES[api]
-            wire.load(session, url, self.model, self._load_timeout_s)
-        except (EndpointError, ModelMissing, SampleError) as error:
-            return None, str(error)
-        finally:
-            session.close()
-        return Endpoint(url, wire), ""
+    def _open_one(self, url: str) -> Endpoint | str:
+        with Session() as session:
+            try:
+                api = detect_api(session, url, min(self._timeout_s, PROBE_S)) if self._api == "auto" else self._api
+                WIRES[api].load(session, url, self.model, self._load_timeout_s)
+            except (EndpointError, ModelMissing, SampleError) as error:
+                return str(error)
+        return Endpoint(url, WIRES[api], self._timeout_s)
 
     # ---- routing, under the lock
 
-    def _acquire(self, avoid: Endpoint | None, check_stop: Callable[[], None] | None) -> Endpoint:
+    def _acquire(self, avoid: Endpoint | None, check_stop: Callable[[], None] | None) -> Call:
         with self._changed:
             while True:
                 if check_stop is not None:
                     check_stop()
                 now = time.monotonic()
-                free = [e for e in self._endpoints if e.closed_until <= now and e.in_flight < self._room(e)]
+                free = [endpoint for endpoint in self._endpoints if endpoint.has_room(now)]
                 if len(free) > 1 and avoid in free:
                     free.remove(avoid)
                 if free:
-                    chosen = min(free, key=lambda e: (e.in_flight, e.latency_s, random.random()))
-                    chosen.in_flight += 1
-                    return chosen
-                if all(e.closed_until for e in self._endpoints) and now - self._last_success > self._patience_s:
+                    return min(free, key=lambda e: (len(e.calls), e.latency_s, random.random())).begin(now)
+                if all(e.broken for e in self._endpoints) and now - self._last_success > self._patience_s:
                     raise InfrastructureError(
                         f"no endpoint has answered for {self._patience_s:g} s "
                         f"({', '.join(e.url for e in self._endpoints)}). Replies so far are kept: start again when "
                         "the servers are back"
                     )
-                opens = [e.closed_until - now for e in self._endpoints if e.closed_until > now]
+                opens = [e.trial_at - now for e in self._endpoints if e.trial_at > now]
                 self._changed.wait(min([0.5, *opens]))
 
-    @staticmethod
-    def _room(endpoint: Endpoint) -> int:
-        """How many requests it may have at once: one on trial after a failure."""
-        return 1 if endpoint.closed_until else int(endpoint.limit)
-
-    def _release(self, endpoint: Endpoint) -> None:
+    def _release(self, call: Call) -> None:
         with self._changed:
-            endpoint.in_flight -= 1
+            call.endpoint.calls.discard(call)
             self._changed.notify()
 
-    def _succeeded(self, endpoint: Endpoint, latency_s: float | None) -> None:
+    def _answered(self, call: Call, now: float | None) -> None:
         with self._changed:
             self._last_success = time.monotonic()
-            endpoint.served += 1
-            endpoint.failures = 0
-            if endpoint.closed_until:
-                logger.info(f"{endpoint.url} answers again")
-                endpoint.closed_until, endpoint.pause_s = 0.0, FIRST_PAUSE_S
-            if latency_s is None:
+            if now is None:
+                call.endpoint.recovered()
                 return
-            endpoint.latency_s = 0.8 * endpoint.latency_s + 0.2 * latency_s if endpoint.latency_s else latency_s
-            # Growing costs nothing but waiting in the server's own queue, until that wait nears the time-out.
-            if endpoint.in_flight >= int(endpoint.limit) and latency_s < self._timeout_s / 2:
-                endpoint.limit += 1.0 if endpoint.slow_start else 1.0 / endpoint.limit
-                self._changed.notify()
+            limit = call.endpoint.concurrency.limit
+            call.endpoint.succeeded(call, now)
+            if call.endpoint.concurrency.limit > limit:
+                self._changed.notify()  # one more than the one that _release wakes
 
-    def _failed(self, endpoint: Endpoint, error: EndpointError) -> None:
+    def _failed(self, call: Call, error: EndpointError | ModelMissing) -> None:
         with self._changed:
-            now = time.monotonic()
-            kind = "busy" if error.busy else "timeouts" if error.timed_out else "errors"
-            endpoint.counts[kind] = endpoint.counts.get(kind, 0) + 1
-            if error.busy or error.timed_out:
-                if now - endpoint.shrunk_at > max(endpoint.latency_s, 0.05):  # once per round trip, not per request
-                    endpoint.limit, endpoint.shrunk_at = max(1.0, endpoint.limit / 2), now
-                endpoint.slow_start = False
-            if error.busy and not error.retry_after_s and endpoint.in_flight > 1:
-                return  # it serves the others
-            endpoint.failures += 1
-            trial_failed = endpoint.closed_until > 0
-            if trial_failed or endpoint.failures >= FAILURES_TO_OPEN or error.retry_after_s:
-                pause = error.retry_after_s or endpoint.pause_s * random.uniform(0.8, 1.2)
-                endpoint.pause_s = min(LONGEST_PAUSE_S, endpoint.pause_s * 2)
-                endpoint.closed_until = now + pause
-                if not trial_failed:
-                    logger.warning(f"{endpoint.url}: {error}; leaving it alone for {pause:.1f} s")
+            call.endpoint.failed(error, call, time.monotonic())
 
-    def _others_are_served(self, since: float) -> bool:
-        return self._last_success >= since - self._timeout_s
+    # ---- failures
 
-    # ---- one request
+    def _back_off(self, refusals: int) -> None:
+        """Refused everywhere, a request waits longer each time; the first time another server may be free at once."""
+        if refusals > 1:
+            time.sleep(random.uniform(0.5, 1.0) * min(1.0, 0.01 * 2 ** min(refusals, 10)))
 
-    def _send(self, endpoint: Endpoint, request: Request) -> Reply:
-        path, body = endpoint.wire.body(self.model, request)
-        return endpoint.wire.reply(post(self._session(), endpoint.url + path, body, self._timeout_s))
+    def _any_alive(self) -> bool:
+        """Whether some server shows a sign of life: then it is this request that they cannot answer."""
+        return any(answers(self._session(), endpoint.url, PROBE_S) for endpoint in self._endpoints)
 
-    def _session(self) -> requests.Session:
+    def _session(self) -> Session:
         if not hasattr(self._sessions, "value"):
-            self._sessions.value = new_session()
-        session: requests.Session = self._sessions.value
+            self._sessions.value = Session()
+        session: Session = self._sessions.value
         return session

@@ -12,26 +12,43 @@ from typing import Any, Literal, Protocol
 
 import orjson
 import requests
+import urllib3
 
 from curation.errors import InfrastructureError, SampleError
 
 Api = Literal["ollama", "openai"]
 
 MAX_REPLY_BYTES = 4 << 20
+CHUNK_BYTES = 64 << 10
+CONNECT_TIMEOUT_S = 5.0
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
 
 class EndpointError(Exception):
     """The server is at fault or too busy: the same request may well succeed elsewhere or later.
 
-    busy: it said so (503, 429), rather than breaking.  retry_after_s: when it asked to be asked again.
+    busy: it said so (503, 429), rather than breaking.  timed_out: it said nothing.  refused: it was never reached.
+    retry_after_s: when it asked to be asked again.
     """
 
-    def __init__(self, text: str, *, busy: bool = False, timed_out: bool = False, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        text: str,
+        *,
+        busy: bool = False,
+        timed_out: bool = False,
+        refused: bool = False,
+        retry_after_s: float = 0.0,
+    ) -> None:
         super().__init__(text)
         self.busy = busy
         self.timed_out = timed_out
+        self.refused = refused
         self.retry_after_s = retry_after_s
+
+
+class ModelMissing(Exception):
+    """404: the server does not have the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +93,7 @@ class Wire(Protocol):
     def reply(self, payload: bytes) -> Reply:
         """The reply in a 200's body.  EndpointError where it holds an error or is no reply."""
 
-    def load(self, session: requests.Session, url: str, model: str, timeout_s: float) -> None:
+    def load(self, session: Session, url: str, model: str, timeout_s: float) -> None:
         """Return once the model is ready.  InfrastructureError when the server does not have it."""
 
 
@@ -95,7 +112,7 @@ class Ollama:
         }
         if request.stop:
             options["stop"] = list(request.stop)
-        common = {"model": model, "stream": False, "keep_alive": -1, "options": options}  # stream defaults to true
+        common = {"model": model, "stream": False, "options": options}  # stream defaults to true
         if request.prompt:
             return "/api/generate", orjson.dumps({**common, "prompt": request.prompt, "raw": True})
         return "/api/chat", orjson.dumps({**common, "messages": request.messages()})
@@ -117,7 +134,8 @@ class Ollama:
             raise EndpointError(f"no reply in {payload[:100]!r}")
         return Reply("".join(parts), reason != "length")
 
-    def load(self, session: requests.Session, url: str, model: str, timeout_s: float) -> None:
+    def load(self, session: Session, url: str, model: str, timeout_s: float) -> None:
+        # kept until the first request, however long the other servers take to load; after it by the server's own rule
         body = orjson.dumps({"model": model, "keep_alive": -1, "stream": False})
         try:
             post(session, f"{url}/api/generate", body, timeout_s)
@@ -160,7 +178,7 @@ class OpenAI:
             raise EndpointError(f"no reply in {payload[:100]!r}")
         return Reply(text, first.get("finish_reason") != "length")
 
-    def load(self, session: requests.Session, url: str, model: str, timeout_s: float) -> None:
+    def load(self, session: Session, url: str, model: str, timeout_s: float) -> None:
         ends = time.monotonic() + timeout_s
         while True:
             try:
@@ -176,14 +194,33 @@ class OpenAI:
             raise InfrastructureError(f"{url} serves {', '.join(names[:5])}, not {model!r}: name it with --model_name")
 
 
+class Session(requests.Session):
+    """A requests session for one thread: keeps its connections, and reads no proxies or passwords from the environment.
+
+    Preparing a request costs requests more than sending it, and here all requests to a URL differ in their body only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trust_env = False
+        self._prepared: dict[tuple[str, str], requests.PreparedRequest] = {}
+
+    def prepared(self, method: str, url: str, body: bytes | None) -> requests.PreparedRequest:
+        """Valid until the next one to the same URL.  Raises what requests raises for a malformed URL."""
+        request = self._prepared.get((method, url))
+        if request is None:
+            request = self.prepare_request(requests.Request(method, url, headers=_JSON))
+            self._prepared[method, url] = request
+        if body is not None:
+            request.body = body
+            request.headers["Content-Length"] = str(len(body))
+        return request
+
+
 WIRES: Mapping[Api, Wire] = {"ollama": Ollama(), "openai": OpenAI()}
 
 
-class ModelMissing(Exception):
-    """404: the server does not have the model."""
-
-
-def detect_api(session: requests.Session, url: str, timeout_s: float) -> Api:
+def detect_api(session: Session, url: str, timeout_s: float) -> Api:
     """Which API the server at ``url`` speaks.  EndpointError when it does not answer or speaks neither."""
     try:
         if b"ollama" in get(session, f"{url}/", timeout_s).lower():
@@ -202,7 +239,18 @@ def detect_api(session: requests.Session, url: str, timeout_s: float) -> Api:
     raise EndpointError("answers neither /v1/models nor /api/tags")
 
 
-def post(session: requests.Session, url: str, body: bytes, timeout_s: float) -> bytes:
+def answers(session: Session, url: str, timeout_s: float) -> bool:
+    """Whether the server at ``url`` shows any sign of life within ``timeout_s``."""
+    try:
+        get(session, f"{url}/", timeout_s)
+    except EndpointError as error:
+        return error.busy
+    except (ModelMissing, SampleError):
+        return True
+    return True
+
+
+def post(session: Session, url: str, body: bytes, timeout_s: float) -> bytes:
     """The body of a 200.
 
     Raises EndpointError (connection, time-out, 5xx, 429), ModelMissing (404) or SampleError ``llm_bad_request`` (any
@@ -211,47 +259,52 @@ def post(session: requests.Session, url: str, body: bytes, timeout_s: float) -> 
     return _call(session, "POST", url, body, timeout_s)
 
 
-def get(session: requests.Session, url: str, timeout_s: float) -> bytes:
+def get(session: Session, url: str, timeout_s: float) -> bytes:
     """Like ``post``."""
     return _call(session, "GET", url, None, timeout_s)
 
 
-def new_session() -> requests.Session:
-    """A session for one thread: keeps its connections, reads no proxies or passwords from the environment."""
-    session = requests.Session()
-    session.trust_env = False
-    return session
-
-
-def _call(session: requests.Session, method: str, url: str, body: bytes | None, timeout_s: float) -> bytes:
+def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s: float) -> bytes:
+    ends = time.monotonic() + timeout_s
+    payload = bytearray()
+    timeouts = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
     try:
-        with session.request(
-            method, url, data=body, headers=_JSON, timeout=(min(5.0, timeout_s), timeout_s), stream=True,
-            allow_redirects=False,
-        ) as response:  # fmt: skip
-            payload = response.raw.read(MAX_REPLY_BYTES + 1, decode_content=True)
-            status, headers = response.status_code, response.headers
-    except requests.exceptions.Timeout:
-        raise EndpointError(f"no answer within {timeout_s:g} s", timed_out=True) from None
+        with session.send(session.prepared(method, url, body), stream=True, timeout=timeouts) as response:
+            while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
+                payload += chunk
+                if len(payload) > MAX_REPLY_BYTES:
+                    raise EndpointError(f"a reply of more than {MAX_REPLY_BYTES:,} bytes")
+                if time.monotonic() > ends:  # requests' own time-out starts anew with every packet
+                    raise EndpointError(f"no whole answer within {timeout_s:g} s", timed_out=True)
     except requests.exceptions.InvalidURL as error:
         raise InfrastructureError(f"{url}: {error}") from None
-    except Exception as error:  # requests and urllib3 raise many kinds for a connection that breaks
-        if isinstance(error, requests.exceptions.RequestException | OSError) or "urllib3" in type(error).__module__:
-            timed_out = "Timeout" in type(error).__name__
-            raise EndpointError(_short(error), timed_out=timed_out) from None
-        raise
-    if len(payload) > MAX_REPLY_BYTES:
-        raise EndpointError(f"a reply of more than {MAX_REPLY_BYTES:,} bytes")
+    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise _connection_error(error, timeout_s) from None
+    status, text = response.status_code, bytes(payload[:200]).decode("utf-8", "replace")
     if status == 200:
-        return payload
-    text = payload[:200].decode("utf-8", "replace")
+        return bytes(payload)
     if status in (429, 503):
-        raise EndpointError(f"{status}: {text}", busy=True, retry_after_s=_retry_after(headers.get("Retry-After", "")))
+        retry_after_s = _seconds(response.headers.get("Retry-After", ""))
+        raise EndpointError(f"{status}: {text}", busy=True, retry_after_s=retry_after_s)
     if status >= 500 or status in (408, 499) or 300 <= status < 400:
         raise EndpointError(f"{status}: {text}", timed_out=status == 408)
     if status == 404:
         raise ModelMissing(text)
     raise SampleError("llm_bad_request", f"{status}: {text}")
+
+
+def _connection_error(error: Exception, timeout_s: float) -> EndpointError:
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return EndpointError("no connection", timed_out=True, refused=True)
+    if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError):
+        return EndpointError(f"no answer within {timeout_s:g} s", timed_out=True)
+    text = str(error)
+    if "NewConnectionError" in text or "NameResolutionError" in text:
+        why = "connection refused" if "refused" in text else "cannot be reached"
+        return EndpointError(why, refused=True)
+    if "Read timed out" in text:  # requests turns urllib3's into a ConnectionError while a body is read
+        return EndpointError(f"no whole answer within {timeout_s:g} s", timed_out=True)
+    return EndpointError(f"connection broken ({type(error).__name__})")
 
 
 def _object(payload: bytes) -> dict[str, Any]:
@@ -264,13 +317,6 @@ def _object(payload: bytes) -> dict[str, Any]:
     return value
 
 
-def _retry_after(text: str) -> float:
-    """Seconds; the HTTP-date form is not used by model servers."""
-    return min(60.0, float(text)) if text.isdigit() else 0.0
-
-
-def _short(error: BaseException) -> str:
-    text = str(error)
-    if "refused" in text:
-        return "connection refused"
-    return f"{type(error).__name__}: {text}"[:200]
+def _seconds(text: str) -> float:
+    """Of Retry-After, at most a minute; its other form, a date, is not used by model servers."""
+    return min(60.0, float(text)) if text.isascii() and text.isdigit() else 0.0

@@ -1,117 +1,162 @@
 """A small server with Ollama's wire format, for what a real one will not do on demand: answer in a fixed time, the same
-to the same question, be busy, load slowly, break in mid-stream, die.
+to the same question, be busy, load slowly, break in mid-stream, hang, die.
 
-Prints its port.  Words in the caption choose the reply: REFUSE, PREAMBLE, TWOLINES, EMPTY, ECHO, HANG, BREAK, E500,
-NOTJSON.  Everything else is answered with one line made from the caption and the group.
+Prints its port.  Words in the question choose the reply: REFUSE, PREAMBLE, TWOLINES, EMPTY, ECHO, LENGTH, HANG, BREAK,
+MIDSTREAM, E500, E400, NOTJSON; behind ONCE- they do so the first time only.  Everything else is answered with one line
+made from the caption and the group.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import heapq
 import json
 import os
 import re
 import time
 
+BUSY = b'{"error":"server busy, please try again.  maximum pending requests exceeded"}'
+WORDS = (
+    *("REFUSE", "PREAMBLE", "TWOLINES", "EMPTY", "ECHO", "LENGTH"),
+    *("HANG", "BREAK", "MIDSTREAM", "E500", "E400", "NOTJSON"),
+)
 
-class Server:
+
+class Model:
+    """The slots: a request takes the one that is free first, for a fixed time, and waits for it where none is."""
+
     def __init__(self, flags: argparse.Namespace) -> None:
         self.flags = flags
-        self.slots = asyncio.Semaphore(flags.slots)
-        self.waiting = 0
+        self.free_at = [0.0] * flags.slots
+        self.pending = 0
         self.served = 0
-        self.loaded = flags.load_s == 0
+        self.loaded_at = 0.0 if flags.load_s == 0 else float("inf")
+        self.seen: set[str] = set()
         self.log = open(flags.log, "a", buffering=1) if flags.log else None  # noqa: SIM115 - lives as long as we do
 
-    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                method, path, _ = head.split(b" ", 2)
-                match = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
-                body = await reader.readexactly(int(match[1])) if match else b""
-                status, content = await self.answer(method.decode(), path.decode(), body)
-                if status == 0:  # break off in mid-reply
-                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + content)
-                    await writer.drain()
-                    break
-                retry = b"Retry-After: 1\r\n" if status == 503 and self.flags.retry_after else b""
-                writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n%s\r\n" % (status, len(content), retry) + content)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+    def finish_at(self, now: float) -> float:
+        """A slot turns to the next request the moment it is done with one, however late the loop notices."""
+        start = max(now, heapq.heappop(self.free_at), self.load(now))
+        heapq.heappush(self.free_at, start + self.flags.latency_s)
+        return start + self.flags.latency_s
 
-    async def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        if method == "GET":
-            return self.listing(path)
-        request = json.loads(body)
-        if request.get("model") != self.flags.model:
-            return 404, json.dumps({"error": f"model '{request.get('model')}' not found"}).encode()
-        if path == "/api/generate" and not request.get("prompt"):
-            await asyncio.sleep(self.flags.load_s)
-            self.loaded = True
-            return 200, json.dumps({"model": self.flags.model, "done": True, "done_reason": "load"}).encode()
-        if self.waiting >= self.flags.slots + self.flags.queue:
-            return 503, b'{"error":"server busy, please try again.  maximum pending requests exceeded"}'
-        self.waiting += 1
-        try:
-            async with self.slots:
-                return await self.generate(request, body)
-        finally:
-            self.waiting -= 1
+    def load(self, now: float) -> float:
+        """When the model is there; a cold one is loaded for the first request, as Ollama does it."""
+        self.loaded_at = min(self.loaded_at, now + self.flags.load_s)
+        return self.loaded_at
 
-    def listing(self, path: str) -> tuple[int, bytes]:
-        if path == "/":
-            return 200, b"Ollama is running"
-        if path == "/api/tags":
-            return 200, json.dumps({"models": [{"name": self.flags.model}]}).encode()
-        return 404, b"404 page not found"
+    def word(self, text: str) -> str:
+        for word in WORDS:
+            if f"ONCE-{word}" in text:
+                new = text not in self.seen
+                self.seen.add(text)
+                return word if new else ""
+            if word in text:
+                return word
+        return ""
 
-    async def generate(self, request: dict, body: bytes) -> tuple[int, bytes]:
-        if not self.loaded:  # as Ollama does it: the first request waits for the model
-            await asyncio.sleep(self.flags.load_s)
-            self.loaded = True
-        text = request["messages"][-1]["content"] if "messages" in request else request["prompt"]
-        if self.log:
-            self.log.write(json.dumps({"at": time.time(), "body": body.decode()}) + "\n")
-        await asyncio.sleep(3600 if "HANG" in text else self.flags.latency_s)
-        self.served += 1
-        if self.flags.die_after and self.served >= self.flags.die_after:
-            os._exit(1)
-        if "E500" in text:
-            return 500, b'{"error":"llama runner process has terminated"}'
-        if "BREAK" in text:
-            return 0, b'{"message":'
-        if "NOTJSON" in text:
-            return 200, b"<html>"
-        reply = {
-            "model": self.flags.model,
-            "message": {"role": "assistant", "content": reply_to(text)},
+    def reply(self, text: str, word: str) -> bytes:
+        flags = self.flags
+        content = FIXED.get(word, "") if word != "ECHO" else text
+        if word not in ("REFUSE", "PREAMBLE", "TWOLINES", "EMPTY", "ECHO", "LENGTH"):
+            content = prompt_for(text)
+        final = {
+            "model": flags.model,
+            "message": {"role": "assistant", "content": content},
             "done": True,
-            "done_reason": "stop",
-            "total_duration": int(self.flags.latency_s * 1e9),
+            "done_reason": "length" if word == "LENGTH" else "stop",
+            "total_duration": int(flags.latency_s * 1e9),
         }
-        return 200, json.dumps(reply).encode()
+        return json.dumps(final).encode()
 
 
-def reply_to(text: str) -> str:
+class Connection(asyncio.Protocol):
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.buffer = b""
+        self.loop = asyncio.get_running_loop()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        head, found, rest = self.buffer.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+        size = int(length[1]) if length else 0
+        if found and len(rest) >= size:
+            self.buffer = rest[size:]
+            method, path, _ = head.split(b" ", 2)
+            self.handle(method, path.decode(), rest[:size])
+
+    def handle(self, method: bytes, path: str, body: bytes) -> None:
+        flags = self.model.flags
+        if method == b"GET":
+            found = {"/": b"Ollama is running", "/api/tags": json.dumps({"models": [{"name": flags.model}]}).encode()}
+            return self.send(200 if path in found else 404, found.get(path, b"404 page not found"))
+        request = json.loads(body)
+        if request.get("model") != flags.model:
+            return self.send(404, json.dumps({"error": f"model '{request.get('model')}' not found"}).encode())
+        now = self.loop.time()
+        if path == "/api/generate" and not request.get("prompt"):
+            loaded = json.dumps({"model": flags.model, "response": "", "done": True, "done_reason": "load"}).encode()
+            return self.later(self.model.load(now), self.send, 200, loaded)
+        if self.model.pending >= flags.slots + flags.queue:
+            return self.send(503, BUSY)
+        if self.model.log:
+            self.model.log.write(json.dumps({"at": time.time(), "body": body.decode()}) + "\n")
+        text = request["messages"][-1]["content"] if "messages" in request else request["prompt"]
+        self.model.pending += 1
+        return self.later(self.model.finish_at(now), self.finish, text)
+
+    def later(self, at: float, call: object, *arguments: object) -> None:
+        self.loop.call_at(at, call, *arguments)  # type: ignore[arg-type]
+
+    def finish(self, text: str) -> None:
+        model = self.model
+        model.pending -= 1
+        model.served += 1
+        if model.flags.die_after and model.served >= model.flags.die_after:
+            os._exit(1)
+        word = model.word(text)
+        if word == "HANG" or (model.flags.hang_after and model.served >= model.flags.hang_after):
+            return
+        if word == "E500":
+            self.send(500, b'{"error":"llama runner process has terminated"}')
+        elif word == "E400":
+            self.send(400, b'{"error":"the prompt is too long"}')
+        elif word == "NOTJSON":
+            self.send(200, b"<html>")
+        elif word == "MIDSTREAM":
+            self.send(200, b'{"message":{"content":"A photo"},"done":false}\n{"error":"an error was encountered"}\n')
+        elif word == "BREAK":
+            self.transport.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"message":')
+            self.transport.close()
+        else:
+            self.send(200, model.reply(text, word))
+
+    def send(self, status: int, content: bytes) -> None:
+        retry = b"Retry-After: %d\r\n" % self.model.flags.retry_after if status == 503 else b""
+        retry = retry if self.model.flags.retry_after else b""
+        self.transport.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n%s\r\n" % (status, len(content), retry) + content)
+
+
+FIXED = {
+    "REFUSE": "I'm sorry, but I can't help with that request.",
+    "PREAMBLE": "Sure! Here is the modified sentence: a person in a garden.",
+    "TWOLINES": "A person in a garden.\nI hope this helps!",
+    "EMPTY": " \n",
+    "LENGTH": "A person in a garden with a",
+}
+
+
+def prompt_for(text: str) -> str:
     """A prompt that is a function of the question."""
-    fixed = {
-        "REFUSE": "I'm sorry, but I can't help with that request.",
-        "PREAMBLE": "Sure! Here is the modified sentence: a person in a garden.",
-        "TWOLINES": "A person in a garden.\nI hope this helps!",
-        "EMPTY": "",
-        "ECHO": text,
-    }
-    for word, reply in fixed.items():
-        if word in text:
-            return reply
-    sentence = re.search(r'sentence: "(.*)"', text, re.DOTALL)
+    sentence = re.search(r'sentence: "(.*?)"', text, re.DOTALL)
     group = re.search(r'group: ?"([^"]*)"', text)
-    caption = (sentence[1] if sentence else text).replace('\\"', "'").replace('"', "'").replace("\n", " ")
+    caption = (sentence[1] if sentence else text).replace("\n", " ")
     return f"A photo of a {group[1]} person, {caption[:300]}" if group else f"A photo, {caption[:300]}"
 
 
@@ -124,13 +169,14 @@ async def main() -> None:
     parser.add_argument("--latency_s", type=float, default=0.0)
     parser.add_argument("--load_s", type=float, default=0.0, help="a cold model takes so long to load")
     parser.add_argument("--die_after", type=int, default=0, help="exit on this request")
+    parser.add_argument("--hang_after", type=int, default=0, help="answer nothing from this request on")
     parser.add_argument("--retry_after", type=int, default=0, help="send Retry-After with a 503")
     parser.add_argument("--log", default="", help="append every generating request's body to this file")
     flags = parser.parse_args()
-    server = await asyncio.start_server(Server(flags).connected, "127.0.0.1", flags.port)
+    model = Model(flags)
+    server = await asyncio.get_running_loop().create_server(lambda: Connection(model), "127.0.0.1", flags.port)
     print(server.sockets[0].getsockname()[1], flush=True)
-    async with server:
-        await server.serve_forever()
+    await server.serve_forever()
 
 
 if __name__ == "__main__":

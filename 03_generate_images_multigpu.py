@@ -49,9 +49,9 @@ class Options(RunOptions):
     """Generate one image per prompt with a diffusers pipeline; one process per GPU."""
 
     prompts: str
-    """Prompts: folder of <shard>.json (stage 02's --output), a glob, braces, a list file or one file."""
+    """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file."""
     edits: str
-    """Folder with the samples' metadata (stage 01's --edits); the generated samples are written there too."""
+    """Folder with the samples' metadata as stage 01 writes it; the generated samples are written there too."""
     model: str = DEFAULT_MODEL
     """A diffusers pipeline: a local folder or a hub id."""
     revision: str | None = None

@@ -241,8 +241,6 @@ def test_the_suffix_is_for_the_model_alone(root: Path, monkeypatch: pytest.Monke
     assert {data.decode() for name, data in read_tar(root).items() if name.endswith(".txt")} == {
         f"A photo of person {number}" for number in range(10)
     }
-    assert stage.with_suffix("a cat", "photo") == "a cat photo"
-    assert stage.with_suffix("a cat", "") == "a cat"
 
 
 @pytest.mark.parametrize("flags", [[], ["--text_batches", "2"], ["--size", "original"]], ids=" ".join)

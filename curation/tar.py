@@ -1,0 +1,152 @@
+"""Shards as tar files: their samples in memory, and a writer.
+
+A sample is the run of members that share a key, by WebDataset's rule.  How a tar is read, and what becomes of a
+damaged one, is in ``tar_pass.py``; what its header blocks look like in ``tar_headers.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from curation.errors import SampleError
+from curation.tar_headers import MAX_NAME_BYTES, RECORD, make_header, padding, split_name
+from curation.tar_pass import IMAGE_SUFFIXES, Damage, Member, SampleSpan, TarPass, TarReport
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_MEMBER_BYTES",
+    "Damage",
+    "Member",
+    "Sample",
+    "SampleSpan",
+    "TarPass",
+    "TarReport",
+    "TarWriter",
+    "is_safe_name",
+    "read_samples",
+    "split_name",
+]
+
+MAX_MEMBER_BYTES: Final = 256 << 20  # what is loaded into memory; larger members are only copied
+
+
+@dataclass(slots=True)
+class Sample:
+    """A sample in memory.
+
+    members: suffix (after the first dot, lower case) → bytes, of the members that were wanted, in the shard's order.
+    mtimes: of the same, seconds since 1970.  suffixes: of all its members, wanted or not.
+    problem: (reason, detail) why it must not be used, None for a sound one.
+    """
+
+    key: str
+    members: dict[str, bytes]
+    mtimes: dict[str, int]
+    suffixes: tuple[str, ...]
+    problem: tuple[str, str] | None = None
+
+    def check(self) -> None:
+        """Raise SampleError with the problem, if there is one."""
+        if self.problem is not None:
+            raise SampleError(*self.problem)
+
+    @property
+    def image_suffix(self) -> str | None:
+        """The suffix of its first image, wanted or not."""
+        return next((suffix for suffix in self.suffixes if suffix in IMAGE_SUFFIXES), None)
+
+
+def read_samples(
+    path: str | os.PathLike[str],
+    want: Collection[str] | Callable[[str], bool] | None = None,
+    report: TarReport | None = None,
+    max_member_bytes: int = MAX_MEMBER_BYTES,
+) -> Iterator[Sample]:
+    """The samples of a shard in order, those with a problem among them.
+
+    want: the suffixes (lower case) to load, or a test of one; all by default.  What is not wanted is not copied.
+    report: filled with what else was found; complete after the last sample.
+    Problems: ``damaged_tar`` (a member is cut or lost; see tar_pass), ``duplicate_key``, ``duplicate_member``,
+    ``not_a_file`` (a link, a device, a sparse file), ``unsafe_name``, ``member_too_large`` (of a wanted one).
+    Raises ShardError when the file cannot be read.
+    """
+    wanted: Callable[[str], bool]
+    if want is None or callable(want):
+        wanted = want or (lambda suffix: True)
+    else:
+        wanted = frozenset(want).__contains__
+    tar = TarPass(path, report)
+    for spans in tar.windows():
+        for span in spans:
+            if span.key:
+                yield _load(tar, span, wanted, max_member_bytes)
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a file of this name lies below the folder that it is unpacked into."""
+    parts = name.split("/")
+    too_long = len(name) > MAX_NAME_BYTES or max(map(len, parts)) > 255
+    return bool(parts[0]) and ".." not in parts and "\0" not in name and not too_long
+
+
+class Writable(Protocol):
+    def write(self, data: bytes | bytearray | memoryview, /) -> object: ...
+
+
+class TarWriter:
+    """Writes members of plain files: ustar, a pax header where a name or size needs one, no trace of the machine."""
+
+    def __init__(self, file: Writable) -> None:
+        self._file = file
+        self.size = 0
+
+    def add(self, name: str | bytes, data: bytes | memoryview, mtime: int = 0) -> None:
+        """One member.  Raises ValueError for a name that is empty, holds a NUL, or is longer than a path may be."""
+        self._write(make_header(name, len(data), mtime))
+        self._write(data)
+        self._write(padding(len(data)))
+
+    def close(self) -> None:
+        """The end-of-archive blocks, padded to whole records as GNU tar does.  The file stays open."""
+        end = 2 * 512
+        self._write(bytes(end + -(self.size + end) % RECORD))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self.size += len(data)
+
+
+def _load(tar: TarPass, span: SampleSpan, wanted: Callable[[str], bool], max_member_bytes: int) -> Sample:
+    members: dict[str, bytes] = {}
+    mtimes: dict[str, int] = {}
+    problem = problem_of(span)
+    for member in span.members:
+        if not wanted(member.suffix) or not member.regular or member.suffix in members:
+            continue
+        if member.size <= max_member_bytes:
+            members[member.suffix] = tar.read(member.data, member.size)
+            mtimes[member.suffix] = member.mtime
+        elif problem is None:
+            problem = "member_too_large", f"{member.text_name}: {member.size:,} bytes, at most {max_member_bytes:,}"
+    return Sample(span.key, members, mtimes, tuple([member.suffix for member in span.members]), problem)
+
+
+def problem_of(span: SampleSpan) -> tuple[str, str] | None:
+    """(reason, detail) why a sample must not be used, None for a sound one."""
+    if span.torn:
+        return "damaged_tar", span.torn
+    if span.repeated:
+        return "duplicate_key", "an earlier sample of the shard has the same key"
+    seen = set()
+    for member in span.members:
+        if not member.regular:
+            return "not_a_file", f"{member.text_name} is a link, a device or a sparse file"
+        if member.suffix in seen:
+            return "duplicate_member", f"it has several members .{member.suffix}"
+        seen.add(member.suffix)
+    if not is_safe_name(span.key):
+        return "unsafe_name", "as a path it could lead outside a folder"
+    return None

@@ -1,0 +1,241 @@
+"""Tar header blocks: reading them from a buffer, and making them.
+
+Formats read: v7, ustar, GNU (long names and links, base-256 numbers, old sparse files) and pax.  Written: ustar, with a
+pax header in front where a name or a size does not fit.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from functools import lru_cache
+from typing import Final
+
+BLOCK: Final = 512
+RECORD: Final = 20 * BLOCK  # tar pads an archive to whole records
+MAX_EXTENSION_BYTES: Final = 1 << 20  # a long name or a pax header; real ones are a few hundred bytes
+MAX_NAME_BYTES: Final = 4096  # PATH_MAX
+ZERO_BLOCK: Final = bytes(BLOCK)
+
+# A header's type flag, as the byte's value.
+REGULAR: Final = frozenset(b"0\x007")
+LONG_NAME, LONG_LINK, GNU_SPARSE = b"LKS"
+EXTENSIONS: Final = frozenset(b"LKxX")  # of the member behind them; "X" is Solaris's "x".  "g" stands by itself
+WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: whatever their size field says
+
+_FIELDS = struct.Struct("100s24x12s12s8sB100x6s82xB166x")  # of the prefix only the first byte: it is rare
+_PREFIX = slice(345, 500)
+_CHECKSUM = slice(148, 156)
+_MODULUS = 65521  # of Adler-32
+_SPACES_SUM = 8 * ord(" ")
+
+
+class BadHeader(ValueError):
+    """A block where a header should be that is none, or one that makes no sense."""
+
+
+def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, int]:
+    """The header block at ``buffer[at:at + 512]`` as (name, size, mtime field, type flag).
+
+    Raises BadHeader where the checksum does not fit.  This is the inner loop of every pass over a shard: the sum of the
+    bytes comes from Adler-32, whose low half is 1 + their sum modulo 65521, computed in C.
+    """
+    name, size_field, mtime, checksum, kind, magic, has_prefix = _FIELDS.unpack_from(buffer, at)
+    if zlib.adler32(buffer[at : at + BLOCK]) & 0xFFFF != _adler_low_half(checksum):
+        stored = parse_number(checksum)
+        if stored != _signed_sum(buffer, at):
+            raise BadHeader("no header where one is due: its checksum does not fit")
+    try:
+        size = int(size_field[:11], 8) if size_field[11] in b"\0 " else parse_number(size_field)
+    except ValueError:
+        size = parse_number(size_field)
+    if size < 0:
+        raise BadHeader(f"the header gives a size of {size}")
+    end = name.find(0)
+    if end >= 0:
+        name = name[:end]
+    if has_prefix and magic == b"ustar\0":  # GNU's "ustar " keeps times there
+        name = bytes(buffer[at : at + BLOCK][_PREFIX]).partition(b"\0")[0] + b"/" + name
+    return name, size, mtime, kind
+
+
+@lru_cache(4096)
+def _adler_low_half(checksum: bytes) -> int:
+    """The low half of the header's Adler-32, as its checksum field foretells it: 1 + the sum of all bytes.
+
+    The checksum counts its own field as eight spaces.
+    """
+    return (parse_number(checksum) + sum(checksum) - _SPACES_SUM + 1) % _MODULUS
+
+
+def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes, int, bytes, int, int] | None:
+    """A header that is not a plain file's, with the extensions in front of it.
+
+    Returns (name, size as stored, mtime field, type flag, bytes from ``at`` to the data), None where ``limit`` comes
+    first.  A type flag of a plain file whose data are not its contents (pax's sparse format) becomes GNU_SPARSE.
+    Where extensions disagree the first holds, as in Python's tarfile.
+    """
+    start = at
+    pax: dict[str, bytes] = {}
+    while True:
+        if at + BLOCK > limit:
+            return None
+        name, size, mtime, kind = parse_header(buffer, at)
+        at += BLOCK
+        if kind not in EXTENSIONS:
+            break
+        if size > MAX_EXTENSION_BYTES or at - start > MAX_EXTENSION_BYTES:
+            raise BadHeader(f"an extended header of {size + at - start:,} bytes")
+        if at + size > limit:
+            return None
+        body = bytes(buffer[at : at + size])
+        if kind == LONG_NAME:
+            pax.setdefault("path", body.partition(b"\0")[0])
+        elif kind != LONG_LINK:
+            pax = parse_pax(body) | pax
+        at += padded(size)
+    if pax:
+        name = pax.get("GNU.sparse.name") or pax.get("path") or name
+        if pax.get("size", b"").isdigit():
+            size = int(pax["size"][:20])
+        if (seconds := pax.get("mtime", b"").partition(b".")[0]).isdigit():
+            mtime = b"%o" % int(seconds[:20])
+        if kind in REGULAR and any(keyword.startswith("GNU.sparse.") for keyword in pax):
+            kind = GNU_SPARSE
+    elif kind == GNU_SPARSE:
+        more = buffer[at - BLOCK + 482]
+        while more:  # blocks that go on with the map of holes
+            if at + BLOCK > limit:
+                return None
+            if at - start > MAX_EXTENSION_BYTES:
+                raise BadHeader("a sparse file with too many holes")
+            more = buffer[at + 504]
+            at += BLOCK
+    if kind in WITHOUT_DATA or (kind == 0 and name.endswith(b"/")):  # v7 marks a folder so
+        size = 0
+    return name, size, mtime, kind, at - start
+
+
+def parse_number(field: bytes) -> int:
+    """A numeric field: octal digits among spaces and NULs, or base-256 where the first bit is set."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big", signed=True) if field[0] & 0x40 else _unsigned_base256(field)
+    text = field.partition(b"\0")[0].strip(b" ")
+    if not text:
+        return 0
+    if not text.isdigit():
+        raise BadHeader("a field of the header is no number")
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise BadHeader("a field of the header is no number") from None
+
+
+def parse_pax(data: bytes) -> dict[str, bytes]:
+    """The records ``"<length> <keyword>=<value>\\n"`` of a pax header.  Raises BadHeader where they are malformed."""
+    records: dict[str, bytes] = {}
+    at = 0
+    while at < len(data) and data[at]:
+        space = data.find(b" ", at, at + 10)
+        if space < 0 or not data[at:space].isdigit():
+            raise BadHeader("a malformed pax header")
+        end = at + int(data[at:space])
+        keyword, equals, value = data[space + 1 : end - 1].partition(b"=")
+        if end > len(data) or end <= space + 1 or not equals or data[end - 1] != 0x0A:
+            raise BadHeader("a malformed pax header")
+        records[keyword.decode("utf-8", "surrogateescape")] = value
+        at = end
+    return records
+
+
+def make_header(name: str | bytes, size: int, mtime: int = 0, *, regular_type: bytes = b"0") -> bytes:
+    """The header blocks of a regular file: mode 0644, owner 0, nothing of the machine, so that bytes repeat.
+
+    A name beyond ustar's 100 bytes (or 155 + 100 at a slash) or a size of 8 GiB and more gets a pax header in front.
+    Raises ValueError for a name that is empty, too long, or holds a NUL.
+    """
+    raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+    if not raw or len(raw) > MAX_NAME_BYTES or b"\0" in raw:
+        raise ValueError(f"not a name for a tar member: {raw[:100]!r}")
+    records = b""
+    prefix, base = _split_name(raw)
+    if not base:
+        records += _pax_record(b"path", raw)
+        base = raw[-100:]
+    if size >= 8 << 30:
+        records += _pax_record(b"size", b"%d" % size)
+    mtime = min(max(mtime, 0), 0o77777777777)
+    header = _ustar(prefix, base, size if size < 8 << 30 else 0, mtime, regular_type)
+    if not records:
+        return header
+    return _ustar(b"", b"PaxHeader/" + base[-80:], len(records), mtime, b"x") + records + padding(len(records)) + header
+
+
+def split_name(name: bytes) -> tuple[bytes, bytes] | None:
+    """(key, suffix) by WebDataset's rule: split at the first dot of the basename, the folder belongs to the key.
+
+    None for a name without a key: a folder, or a basename that has no dot or nothing before it.
+    """
+    base = name.rfind(b"/") + 1
+    dot = name.find(b".", base)
+    return (name[:dot], name[dot + 1 :]) if dot > base else None
+
+
+def padding(size: int) -> bytes:
+    """The zeros that fill the last block of ``size`` bytes of data."""
+    return ZERO_BLOCK[: -size % BLOCK]
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to whole blocks."""
+    return size + -size % BLOCK
+
+
+def _ustar(prefix: bytes, name: bytes, size: int, mtime: int, kind: bytes) -> bytes:
+    block = bytearray(
+        struct.pack(
+            "100s8s8s8s12s12s8s1s100s8s80x155s12x",
+            name,
+            b"0000644",
+            b"0000000",
+            b"0000000",
+            b"%011o" % size,
+            b"%011o" % mtime,
+            b" " * 8,
+            kind,
+            b"",
+            b"ustar\x0000",
+            prefix,
+        )
+    )
+    block[_CHECKSUM] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def _split_name(raw: bytes) -> tuple[bytes, bytes]:
+    """ustar's (prefix, name); an empty name where it does not fit."""
+    if len(raw) <= 100:
+        return b"", raw
+    slash = raw.find(b"/", len(raw) - 101)
+    if 0 < slash <= 155 and slash + 1 < len(raw):
+        return raw[:slash], raw[slash + 1 :]
+    return b"", b""
+
+
+def _pax_record(keyword: bytes, value: bytes) -> bytes:
+    length = len(keyword) + len(value) + 3  # a space, an equals sign, a newline, and the length's own digits
+    digits = len(str(length))
+    while len(str(length + digits)) != digits:
+        digits += 1
+    return b"%d %s=%s\n" % (length + digits, keyword, value)
+
+
+def _unsigned_base256(field: bytes) -> int:
+    return int.from_bytes(bytes((field[0] & 0x7F,)) + field[1:], "big")
+
+
+def _signed_sum(buffer: bytearray | bytes, at: int) -> int:
+    """Some old tars summed signed bytes."""
+    block = bytearray(buffer[at : at + BLOCK])
+    block[_CHECKSUM] = b" " * 8
+    return sum(block) - 256 * sum(byte > 127 for byte in block)

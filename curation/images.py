@@ -24,7 +24,6 @@ from curation.errors import SampleError
 Pixels = NDArray[np.uint8]  # height × width × 3, RGB
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; the largest phone cameras make 200 MP, the web serves a tenth of that
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif")  # of a sample's members, lower case
 MAX_XMP_BYTES = 65_502  # what one APP1 segment holds after its name (XMP part 3, 1.1.3)
 
 # What web pages show.  Pillow would open many more, some by starting other programs (EPS by Ghostscript).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
@@ -258,6 +259,7 @@ def test_a_jpeg_whose_rest_was_lost_is_not_grey_below() -> None:
     assert reason_of(data[: len(data) // 2] + b"\xff\xd9") == "undecodable"
 
 
+@functools.cache
 def huge_png() -> bytes:
     """30,000 × 30,000 black pixels, one bit each: 110 kB."""
     return png(30_000, 30_000, 1, 0, bytes(30_000 * 3751))

@@ -1,0 +1,344 @@
+#!/usr/bin/env python3
+"""Stage 01: keep the samples whose image shows a face, and hand on their captions and metadata."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from curation import backends
+from curation.ahead import in_order
+from curation.backends.onnx_sessions import read_weights
+from curation.checkpoints import Checkpoints
+from curation.cluster import Allocation
+from curation.dictionaries import KEY_SUFFIX, dump_json, parse_json, write_dictionary
+from curation.errors import SampleError, UsageError
+from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_boxes
+from curation.images import decode_rgb, image_size
+from curation.ledger import Input
+from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.runner import ShardWork, run_stage
+from curation.samples import caption_of, check_loose_name, image_of, metadata_of
+from curation.shards import Shard, discover
+from curation.tar import IMAGE_SUFFIXES, Sample, TarReport, read_samples
+
+CHECKPOINT = 64  # detected samples that go into the partial log together
+MAX_BYTES_AHEAD = 256 << 20  # of images read ahead of the detector
+LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
+
+BLURRED = (
+    "DataComp's published faces are often blurred, and a detector misses those: --detector recorded trusts the boxes "
+    "that were made before the blurring"
+)
+
+Boxes = list[list[float]]  # x0, y0, x1, y1 as shares of width and height; a detector's have their score behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Keep the samples whose image shows at least one face; write their captions and their metadata."""
+
+    input: str
+    """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
+    output: str
+    """Folder for the captions, one <shard>.json each."""
+    edits: str
+    """Folder for the kept samples' metadata, one <shard>.json each; later stages write their edits there too."""
+    detector: Literal["auto", "recorded", "scrfd", "centerface"] = "auto"
+    """recorded: trust face_bboxes of the metadata.  scrfd, centerface: look at the pixels.  auto: recorded where the
+    field is there and not null, else scrfd (with --embedded: centerface)."""
+    embedded: bool = False
+    """Where auto has to look at pixels, use the small detector that comes with this project (CenterFace)."""
+    model: str | None = None
+    """Another ONNX file for the detector.  Default: insightface's buffalo_l, or CenterFace's own."""
+    det_size: int | None = None
+    """Pixels that an image's longest side is brought to for the detector.  Default: 640."""
+    threshold: float | None = None
+    """Score from which a detection counts as a face.  Default: 0.5 for scrfd, 0.4 for centerface."""
+    min_faces: int = 1
+    """Faces that a sample needs."""
+    select: Literal["face", "noface"] = "face"
+    """Keep the samples that have them, or those that have not."""
+    threads: int | None = None
+    """Images decoded and looked at side by side, one core each.  Default: the cores that this process was given."""
+    edits_layout: Literal["tar", "files"] = "tar"
+    """files: each kept sample's metadata also as a loose <shard>/<key>.json in --edits, as older tools expect."""
+
+    def check(self) -> None:
+        super().check()
+        if Path(self.output).absolute() == Path(self.edits).absolute():
+            raise UsageError("--output and --edits must be two folders: both hold <shard>.json")
+        if self.min_faces < 1:
+            raise UsageError("--min_faces must be at least 1")
+        if self.det_size is not None and (self.det_size % 32 or not 32 <= self.det_size <= 4096):
+            raise UsageError("--det_size is a multiple of 32, at most 4096")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise UsageError("--threshold is between 0 and 1")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError("--threads must be at least 1")
+        if self.embedded and self.detector == "scrfd":
+            raise UsageError(
+                "--embedded is for --detector auto or centerface: SCRFD's weights do not come with the project"
+            )
+        if self.detector == "recorded" and (self.model or self.det_size or self.threshold):
+            raise UsageError("--detector recorded looks at no pixels: leave --model, --det_size and --threshold out")
+
+    @property
+    def pixel_detector(self) -> str | None:
+        """The backend that looks at pixels, if this run may need one."""
+        if self.detector == "recorded":
+            return None
+        if self.detector == "auto":
+            return "centerface" if self.embedded else "scrfd"
+        return self.detector
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A sample on its way: what was read, then its boxes or what is wrong with it."""
+
+    key: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    txt: bytes | None = None
+    image: bytes | None = None  # only while a detector needs it
+    digest: str = ""  # of the image
+    recorded: Boxes | None = None
+    detected: Boxes | None = None
+    error: SampleError | None = None
+
+    @property
+    def faces(self) -> int:
+        boxes = self.recorded if self.detected is None else self.detected
+        return len(boxes or ())
+
+
+class FilterFaces:
+    """One shard: shards/<shard>.tar → captions/<shard>.json and edits/<shard>.json."""
+
+    name = "01_filter_noface"
+    version = 1
+    shards_in_flight = 1
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.output = Path(options.output)
+        self.other_outputs: tuple[Path, ...] = (Path(options.edits),)
+        self._threads = 1
+        self._gpu: int | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._one_large_image = threading.Lock()
+        self._lock = threading.Lock()
+        self._agreement = Agreement()
+
+    def fingerprint(self) -> dict[str, object]:
+        o = self.options
+        return {
+            "detector": o.detector,
+            "pixels": o.pixel_detector,
+            "model": read_weights(Path(o.model))[1] if o.model else None,
+            "det_size": o.det_size,
+            "threshold": o.threshold,
+            "min_faces": o.min_faces,
+            "select": o.select,
+            "edits_layout": o.edits_layout,
+        }
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        return [Input(shard.path)]
+
+    def open(self, allocation: Allocation) -> None:
+        self._threads = self.options.threads or allocation.threads
+        self._gpu = allocation.gpu
+        if self.options.detector in ("scrfd", "centerface"):
+            _ = self.detector
+
+    @cached_property
+    def detector(self) -> FaceDetector:
+        """Loaded when the first image needs it: ``auto`` needs none where every sample has recorded boxes."""
+        o = self.options
+        backend = backends.load("faces", o.pixel_detector or "")
+        # One thread a run, and as many runs side by side as there are threads: twice as fast as the other way round.
+        loaded: FaceDetector = backend(Path(o.model) if o.model else None, o.det_size, o.threshold, 1, self._gpu)
+        logger.info(f"faces: {loaded.name} ({loaded.revision}) on {loaded.device}, {self._threads} threads")
+        self._pool = ThreadPoolExecutor(self._threads, "faces")
+        return loaded
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if self._agreement.total:
+            level = logging.WARNING if self._agreement.is_low else logging.INFO
+            logger.log(level, f"{self.name}: {self._agreement.describe()}")
+
+    # ---- one shard
+
+    def process(self, work: ShardWork) -> None:
+        agreement = Agreement()
+        captions: list[tuple[str, str]] = []
+        edits = Path(self.options.edits)
+
+        def kept() -> Iterator[tuple[str, Any]]:
+            for candidate in self._with_boxes(self._read(work), work):
+                caption = self._decide(candidate, work, agreement)
+                if caption is not None:
+                    name = candidate.key + KEY_SUFFIX
+                    captions.append((name, caption))
+                    if self.options.edits_layout == "files":
+                        with work.output(edits / work.shard.id / name, checked=False) as file:
+                            file.write(dump_json(candidate.metadata))
+                    yield name, candidate.metadata
+
+        with work.output(edits / f"{work.shard.id}.json") as file:
+            write_dictionary(file, kept())
+        with work.output(self.output / f"{work.shard.id}.json") as file:
+            write_dictionary(file, captions)
+        self._report(agreement, work)
+
+    def _read(self, work: ShardWork) -> Iterator[Candidate]:
+        """Every sample of the tar, with its metadata, and with its image where a detector needs it."""
+        images = () if self.options.detector == "recorded" else IMAGE_SUFFIXES
+        report = TarReport()
+        for sample in timed(read_samples(work.shard.path, {"json", "txt", *images}, report), work):
+            work.sample_in()
+            candidate = Candidate(sample.key)
+            try:
+                sample.check()
+                self._fill(candidate, sample)
+            except SampleError as error:
+                candidate.error = error
+            yield candidate
+        if report.samples:  # the runner tells of an empty shard itself
+            for line in report.warnings():
+                work.warn(line)
+
+    def _fill(self, candidate: Candidate, sample: Sample) -> None:
+        candidate.metadata = metadata_of(sample)
+        candidate.txt = sample.members.get("txt")
+        detector = self.options.detector
+        try:
+            candidate.recorded = recorded_boxes(candidate.metadata)
+        except SampleError:
+            if detector in ("auto", "recorded"):  # beside a detector they are only compared
+                raise
+        if candidate.recorded is None and detector == "recorded":
+            how = "null" if RECORDED_FIELD in candidate.metadata else "absent"
+            raise SampleError(f"{how}_{RECORDED_FIELD}", "--detector auto looks at the pixels of such samples")
+        if candidate.recorded is None or detector in ("scrfd", "centerface"):
+            candidate.image = image_of(sample)
+            candidate.digest = xxhash.xxh3_128_hexdigest(candidate.image)
+
+    # ---- looking at pixels
+
+    def _with_boxes(self, candidates: Iterable[Candidate], work: ShardWork) -> Iterator[Candidate]:
+        """The candidates in their order, each with its boxes or its error; detected ones are in the partial log."""
+        checkpoints = Checkpoints(lambda: work.partial(mark(self.detector)), work.check_stop, CHECKPOINT)
+
+        def begin(candidate: Candidate) -> Future[Boxes] | None:
+            if candidate.image is None:
+                return None
+            found = checkpoints.find(candidate.key, candidate.digest)
+            candidate.detected = None if found is None else parse_json(found)
+            if candidate.detected is not None or self._pool is None:  # there is a pool where there is a detector
+                return None
+            return self._pool.submit(self._detect, candidate.image, work)
+
+        def size_of(candidate: Candidate) -> int:
+            return len(candidate.image or b"")
+
+        for candidate, pending in in_order(candidates, begin, size_of, 4 * self._threads, MAX_BYTES_AHEAD):
+            if pending is not None:
+                try:
+                    candidate.detected = pending.result()
+                    checkpoints.add(candidate.key, candidate.digest, dump_json(candidate.detected))
+                except SampleError as error:
+                    candidate.error = error
+            candidate.image = None
+            checkpoints.check_urgent()
+            yield candidate
+        checkpoints.save()
+
+    def _detect(self, image: bytes, work: ShardWork) -> Boxes:
+        """In a thread of the pool: x0, y0, x1, y1 as shares of width and height, and the score, of each face."""
+        width, height = image_size(image)
+        with self._one_large_image if width * height > LARGE_PIXELS else nullcontext():
+            with work.phase("decode"):
+                rgb = decode_rgb(image, at_least=self.detector.wants_pixels)
+            with work.phase("infer"):
+                boxes = self.detector.detect(rgb)
+        return [[round(float(value), 4) for value in box] for box in boxes]
+
+    # ---- what becomes of a sample
+
+    def _decide(self, candidate: Candidate, work: ShardWork, agreement: Agreement) -> str | None:
+        """The caption of a sample that is kept; None for one that was dropped or has failed."""
+        o = self.options
+        key, faces = candidate.key, candidate.faces
+        try:
+            if candidate.error is not None:
+                raise candidate.error
+            if candidate.detected is not None and candidate.recorded is not None:
+                agreement.add(recorded=bool(candidate.recorded), detected=bool(candidate.detected))
+            if (faces >= o.min_faces) != (o.select == "face"):
+                work.drop(key, "face" if o.select == "noface" else "too_few_faces" if faces else "no_face")
+                return None
+            caption = caption_of(candidate.metadata, candidate.txt)
+            if o.edits_layout == "files":
+                check_loose_name(key)
+        except SampleError as error:
+            work.fail(key, error.reason, error.detail)
+            return None
+        work.keep()
+        if candidate.detected is not None:
+            by = {"detector": self.detector.name, "revision": self.detector.revision}
+            work.provenance({"key": key, "faces": faces, "boxes": candidate.detected, **by})
+        return caption
+
+    def _report(self, agreement: Agreement, work: ShardWork) -> None:
+        """How far the detector and the recorded boxes agree, where both were there."""
+        if not agreement.total:
+            return
+        work.note("agreement", {**asdict(agreement), "kappa": round(agreement.kappa, 4)})
+        if agreement.is_low:
+            work.warn(f"{agreement.describe()}.  {BLURRED}")
+        with self._lock:
+            self._agreement += agreement
+
+
+def mark(detector: FaceDetector) -> str:
+    """Detections of other weights are not taken up."""
+    return f"{detector.name}-{detector.revision[-8:]}"
+
+
+def timed(samples: Iterable[Sample], work: ShardWork) -> Iterator[Sample]:
+    """The samples; the time that they take to come is the phase ``read``."""
+    seconds, iterator = 0.0, iter(samples)
+    while True:
+        began = time.perf_counter()
+        sample = next(iterator, None)
+        seconds += time.perf_counter() - began
+        if sample is None:
+            work.add_seconds("read", seconds)
+            return
+        yield sample
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(Options, argv)
+    options.check()
+    return run_stage(FilterFaces(options), options, discover(options.input))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

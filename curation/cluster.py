@@ -60,7 +60,7 @@ class Allocation:
             rank += world * ((_int(environ, "SLURM_ARRAY_TASK_ID", 0) - first) % array)
             world *= array
         index, _, count = environ.get(WORKER_VARIABLE, "").partition("/")
-        if index.isdigit() and count.isdigit():
+        if index.isdecimal() and count.isdecimal():
             workers = int(count)
             rank, world, local_rank = rank * workers + int(index), world * workers, local_rank * workers + int(index)
         return Allocation(
@@ -153,10 +153,10 @@ def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[
 
 def slurm_job_end(environ: Mapping[str, str] = os.environ) -> float | None:
     """When SLURM will end this job, Unix time; None outside a job or where SLURM does not say within ten seconds."""
-    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
+    if environ.get("SLURM_JOB_END_TIME", "").isdecimal():
         return float(environ["SLURM_JOB_END_TIME"])
     job = environ.get("SLURM_JOB_ID", "")
-    if not job.isdigit() or not shutil.which("squeue"):
+    if not job.isdecimal() or not shutil.which("squeue"):
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format=%e"]
     try:

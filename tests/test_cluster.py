@@ -1,0 +1,288 @@
+"""Where a process runs, until when, and how it is stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from curation import cluster
+from curation.cluster import (
+    Allocation,
+    StopSignal,
+    host_identity,
+    parse_deadline,
+    process_is_gone,
+    process_start,
+    run_id,
+    slurm_ids,
+    slurm_job_end,
+    visible_gpus,
+)
+from curation.errors import Stopped, UsageError
+
+
+def detect(workers: int = 1, **environ: str) -> Allocation:
+    return Allocation.detect(workers, environ)
+
+
+def test_a_lone_start_takes_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert detect(CUDA_VISIBLE_DEVICES="") == Allocation(threads=6)
+    assert detect(workers=4, CUDA_VISIBLE_DEVICES="").threads == 1
+    assert detect(workers=100, CUDA_VISIBLE_DEVICES="").threads == 1
+
+
+def test_a_task_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    found = detect(
+        SLURM_JOB_ID="77", SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_CPUS_PER_TASK="16",
+        CUDA_VISIBLE_DEVICES="0,1,2,3",
+    )  # fmt: skip
+    assert (found.rank, found.world, found.local_rank, found.gpu, found.threads) == (5, 8, 1, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("element", "first", "rank"), [("3", "3", 1), ("5", "3", 5), ("0", "0", 1), ("9", "9", 1)]
+)  # elements may start anywhere
+def test_an_array_counts_its_elements(element: str, first: str, rank: int) -> None:
+    found = detect(
+        SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_ARRAY_TASK_COUNT="4", SLURM_ARRAY_TASK_ID=element,
+        SLURM_ARRAY_TASK_MIN=first,
+    )  # fmt: skip
+    assert (found.rank, found.world) == (rank, 8)
+
+
+def test_every_process_of_an_array_of_steps_of_workers_has_its_own_rank() -> None:
+    ranks = [
+        detect(
+            SLURM_PROCID=str(task), SLURM_NTASKS="3", SLURM_LOCALID=str(task), SLURM_ARRAY_TASK_COUNT="2",
+            SLURM_ARRAY_TASK_ID=str(element), SLURM_ARRAY_TASK_MIN="1", CURATION_WORKER=f"{worker}/4",
+            CUDA_VISIBLE_DEVICES="0,1",
+        )
+        for element in (1, 2) for task in range(3) for worker in range(4)
+    ]  # fmt: skip
+    assert sorted(found.rank for found in ranks) == list(range(24))
+    assert {found.world for found in ranks} == {24}
+    assert {found.gpu for found in ranks} == {0, 1}
+
+
+@pytest.mark.parametrize("junk", ["", "x", "-1", "1(x3)", "²"])
+def test_variables_that_are_no_numbers_count_as_absent(junk: str) -> None:
+    found = detect(SLURM_PROCID=junk, SLURM_NTASKS=junk, SLURM_ARRAY_TASK_COUNT=junk, CURATION_WORKER=f"{junk}/2")
+    assert (found.rank, found.world) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        ("", 0), ("0", 1), ("3", 1), ("0,1,2,3", 4), (" 0 , 1 ", 2), ("-1", 0), ("NoDevFiles", 0), ("0,-1,1", 1),
+        ("GPU-8f6d1a2c-0000,GPU-9", 2), ("MIG-5c8a", 1), ("MIG-GPU-8f/1/0,MIG-GPU-8f/2/0", 2), ("0,,1", 1), ("none", 0),
+    ],
+)  # fmt: skip
+def test_shapes_of_cuda_visible_devices(visible: str, count: int) -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": visible}
+    assert visible_gpus(environ) == count
+    gpus = [detect(SLURM_LOCALID=str(rank), CUDA_VISIBLE_DEVICES=visible).gpu for rank in range(5)]
+    assert gpus == ([rank % count for rank in range(5)] if count else [None] * 5)
+
+
+def test_run_ids() -> None:
+    def of(interactive: bool = False, **environ: str) -> str:
+        return run_id(environ, interactive)
+
+    assert of() == ""
+    assert of(SLURM_JOB_ID="12") == "slurm-12"
+    assert of(SLURM_JOB_ID="14", SLURM_ARRAY_JOB_ID="12") == "slurm-12", "the elements of an array are one run"
+    assert of(SLURM_JOB_ID="12", CURATION_RUN_ID="abc") == "run-abc"
+    assert of(interactive=True, SLURM_JOB_ID="12") == "", "two commands typed in one allocation are two runs"
+    assert of(interactive=True, CURATION_RUN_ID="abc") == "run-abc"
+
+
+def test_what_a_receipt_records_of_slurm() -> None:
+    environ = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "2", "SLURM_PROCID": "", "SLURM_SECRET": "x"}
+    assert slurm_ids(environ) == {"job_id": "1", "restart_count": "2"}
+
+
+NOW = datetime(2026, 1, 31, 12, 0, 0).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", 90), ("30m", 1800), ("1.5h", 5400), ("01:30:00", 5400), ("100:00:01", 360_001), ("2H", 7200),
+        ("2026-01-31T18:00:00", 6 * 3600), ("2026-01-31 18:00", 6 * 3600), (" 10m ", 600),
+    ],
+)  # fmt: skip
+def test_deadlines(text: str, seconds: float) -> None:
+    assert parse_deadline(text, NOW, {}) == NOW + seconds
+
+
+def test_a_deadline_in_another_zone() -> None:
+    assert parse_deadline("2026-01-31T18:00:00Z", NOW, {}) == parse_deadline("2026-01-31T20:00:00+02:00", NOW, {})
+
+
+def test_no_deadline() -> None:
+    assert parse_deadline("none", NOW, {"SLURM_JOB_END_TIME": "5"}) is None
+    assert parse_deadline(None, NOW, {}) is None
+
+
+@pytest.mark.parametrize("text", ["", "soon", "30", "1d", "1:2:3", "-5m", "31.01.2026", "25:61", "nan"])
+def test_deadlines_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--deadline"):
+        parse_deadline(text, NOW, {})
+
+
+def test_the_end_of_the_job_is_the_deadline() -> None:
+    assert parse_deadline(None, NOW, {"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": "1790000000"}) == 1790000000.0
+
+
+@pytest.mark.parametrize(
+    ("script", "end"),
+    [
+        ("echo 2026-01-31T18:00:00", NOW + 6 * 3600),
+        ("echo N/A", None),
+        ("echo", None),
+        ("exit 1", None),
+        ("echo Invalid job id >&2; exit 1", None),
+    ],
+)
+def test_asking_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, end: float | None) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{script}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert slurm_job_end({"SLURM_JOB_ID": "4711"}) == end
+    assert "--jobs 4711" in (tmp_path / "asked").read_text()
+
+
+def test_a_job_id_is_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("asked"))
+    assert slurm_job_end({"SLURM_JOB_ID": "--me"}) is None
+
+
+# ---- who lives
+
+
+def test_processes() -> None:
+    me = process_start(os.getpid())
+    assert me is not None
+    assert not process_is_gone(os.getpid(), me)
+    assert process_is_gone(os.getpid(), str(int(me) + 1)), "the pid was given to another process"
+    child = subprocess.Popen(["sleep", "60"])
+    start = process_start(child.pid)
+    assert start is not None
+    assert not process_is_gone(child.pid, start)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_is_gone(child.pid, start), "a zombie does no work"
+    child.wait()
+    assert process_is_gone(child.pid, start)
+
+
+def test_a_process_that_proc_hides_is_not_presumed_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc mounted with hidepid shows nothing of another user's processes."""
+    monkeypatch.setattr(cluster, "process_start", lambda pid: None)
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+
+    def not_permitted(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", not_permitted)
+    assert not process_is_gone(4711, "1")
+
+
+def test_identity_tells_hosts_boots_and_containers_apart() -> None:
+    host, boot, namespace = host_identity()
+    assert host
+    assert len(boot) == 36
+    assert namespace.startswith("pid:[")
+
+
+# ---- stopping
+
+
+def test_a_deadline_drains_before_it_comes() -> None:
+    far = StopSignal(time.time() + 3600)
+    assert not far.draining
+    assert far.deadline is not None
+    assert 55 < time.time() + 3600 - far.deadline < 65, "a minute to save in"
+    near = StopSignal(time.time() + 10)
+    assert not near.draining, "a short run is not all margin"
+    past = StopSignal(time.time() - 1)
+    assert past.draining
+    assert past.cause == "deadline"
+    assert not past.urgent
+    past.check(urgent_only=True)
+    with pytest.raises(Stopped, match="deadline"):
+        past.check()
+
+
+def test_waiting_ends_at_the_deadline() -> None:
+    stop = StopSignal(time.time() + 0.2)
+    began = time.monotonic()
+    assert stop.wait(30)
+    assert time.monotonic() - began < 5
+    assert StopSignal(time.time() - 100).wait(30)
+
+
+def test_the_first_cause_is_kept() -> None:
+    stop = StopSignal()
+    assert not stop.wait(0)
+    stop.ask("SIGUSR1")
+    stop.ask("SIGTERM", urgent=True)
+    assert stop.cause == "SIGUSR1"
+    assert stop.urgent
+    with pytest.raises(Stopped):
+        stop.check(urgent_only=True)
+
+
+PROGRAM = """
+import sys, time
+from curation.cluster import StopSignal
+stop = StopSignal()
+stop.install()
+print("ready", flush=True)
+while not stop.draining:
+    stop.wait(60)
+print(stop.cause, "urgent" if stop.urgent else "drains", flush=True)
+time.sleep(float(sys.argv[1]))
+print("ended by itself", stop.cause, "urgent" if stop.urgent else "drains", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "says", "code"),
+    [
+        (["USR1"], "SIGUSR1 drains", 0),
+        (["USR2"], "SIGUSR2 drains", 0),
+        (["INT"], "SIGINT drains", 0),
+        (["TERM"], "SIGTERM urgent", 0),
+        (["USR1", "USR1", "TERM"], "SIGUSR1 urgent", 0),
+        (["TERM", "TERM"], None, 75),
+        (["INT", "INT"], None, 75),
+        (["INT", "TERM"], None, 75),
+    ],
+)
+def test_signals(signals: list[str], says: str | None, code: int) -> None:
+    """One drains or hurries, the second of SIGINT and SIGTERM ends on the spot."""
+    seconds = "0.3" if says else "60"
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, seconds], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, f"SIG{signals[0]}"))
+    first = process.stdout.readline()
+    for name in signals[1:]:
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        time.sleep(0.05)
+    rest = process.stdout.read()
+    assert process.wait(timeout=10) == code
+    if says is None:
+        assert "by itself" not in rest
+    else:
+        assert first.split()[0] == says.split()[0]
+        assert rest == f"ended by itself {says}\n"

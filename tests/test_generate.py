@@ -473,6 +473,12 @@ def test_the_hubs_cache_is_enough(tiny: Callable[[str], Path], monkeypatch: pyte
     assert resolve(str(snapshot)) == replace(source, location=str(snapshot))
     with pytest.raises(InfrastructureError, match="the hub does not answer"):
         resolve("org/tiny-sd", revision="../../refs/main")
+    monkeypatch.chdir(tmp_path)
+    assert type(load_pipeline(source, "float32", "cpu")).__name__ == "StableDiffusionPipeline"
+    (snapshot / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InfrastructureError, match="org/tiny-sd: cannot be loaded") as caught:
+        load_pipeline(source, "float32", "cpu")  # a download that was cut short
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_has_no_other_revision(tiny: Callable[[str], Path]) -> None:

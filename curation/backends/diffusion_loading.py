@@ -56,25 +56,16 @@ def resolve(model: str, revision: str | None = None, variant: str | None = None)
 def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:
     """The pipeline, on ``device``, in ``dtype`` (a torch dtype's name), without progress bars.
 
+    A hub model is read from the hub's cache without asking the hub, as long as it is whole there: compute nodes often
+    have no network, and a thousand processes need not ask.
     Raises InfrastructureError, one line, for whatever keeps it from loading.
     """
     quiet_libraries()
     import torch
-    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
     from safetensors import SafetensorError
 
     try:
-        folder = source.location if source.is_folder else _download(source)
-        _refuse_pickles(Path(folder), source)
-        arguments: dict[str, Any] = {"use_safetensors": True, "dtype": getattr(torch, dtype), "local_files_only": True}
-        if source.variant:
-            arguments["variant"] = source.variant
-        try:
-            pipeline = AutoPipelineForText2Image.from_pretrained(folder, **arguments)
-        except ValueError as error:
-            if "can't find a pipeline linked to" not in str(error):
-                raise
-            pipeline = DiffusionPipeline.from_pretrained(folder, **arguments)  # SanaSprintPipeline is not in Auto's map
+        pipeline = _from_cache(source, dtype) or _from_folder(Path(_download(source)), source, dtype)
         pipeline.to(device)
     except torch.OutOfMemoryError as error:
         raise InfrastructureError(f"--model {source.location}: does not fit on {device} in {dtype}") from error
@@ -84,6 +75,33 @@ def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:
         raise InfrastructureError(f"--model {source.location}: damaged weights: {_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _from_cache(source: ModelSource, dtype: str) -> Any:
+    """The hub model from the hub's cache; None where it is not there or not whole."""
+    folder = _snapshot(source.location, source.revision)
+    if source.is_folder or not (folder / "model_index.json").is_file():
+        return None
+    try:
+        return _from_folder(folder, source, dtype)
+    except OSError:
+        return None
+
+
+def _from_folder(folder: Path, source: ModelSource, dtype: str) -> Any:
+    import torch
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+    _refuse_pickles(folder, source)
+    arguments: dict[str, Any] = {"use_safetensors": True, "dtype": getattr(torch, dtype), "local_files_only": True}
+    if source.variant:
+        arguments["variant"] = source.variant
+    try:
+        return AutoPipelineForText2Image.from_pretrained(str(folder), **arguments)
+    except ValueError as error:
+        if "can't find a pipeline linked to" not in str(error):
+            raise
+        return DiffusionPipeline.from_pretrained(str(folder), **arguments)  # SanaSprintPipeline is not in Auto's map
 
 
 def _resolve_folder(folder: Path, revision: str | None, variant: str | None) -> ModelSource:
@@ -169,16 +187,23 @@ def _cached_commit(model: str, revision: str) -> str | None:
     """The commit of a branch, tag or commit in the hub's cache, None where it is not there."""
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
-    if _COMMIT.fullmatch(revision):
-        return revision if (folder / "snapshots" / revision / "model_index.json").is_file() else None
-    if ".." in Path(revision).parts:
-        return None
-    try:
-        commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return commit if (folder / "snapshots" / commit / "model_index.json").is_file() else None
+    commit = revision
+    if not _COMMIT.fullmatch(revision):
+        if ".." in Path(revision).parts:
+            return None
+        folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
+        try:
+            commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+    return commit if (_snapshot(model, commit) / "model_index.json").is_file() else None
+
+
+def _snapshot(model: str, commit: str) -> Path:
+    """Where the hub's cache keeps a commit of a model."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots" / commit
 
 
 def _offline() -> bool:
@@ -188,7 +213,9 @@ def _offline() -> bool:
 
 
 def _download(source: ModelSource) -> str:
-    """The folder of the hub's cache, filled if need be; safe with many processes at once (the hub's client locks)."""
+    """The model's folder: its own, or one of the hub's cache, filled if need be (the hub's client locks)."""
+    if source.is_folder:
+        return source.location
     from diffusers import DiffusionPipeline
 
     arguments: dict[str, Any] = {"variant": source.variant} if source.variant else {}

@@ -55,12 +55,14 @@ class ModelMissing(Exception):
 class Request:
     """One question.  ``prompt`` alone: a raw completion; otherwise a chat of ``system`` (if any) and ``user``.
 
+    default_system: the system prompt for APIs whose models carry none of their own, as Ollama's do in their Modelfile.
     max_tokens bounds the reply; context_tokens must be the same for every request of a run, because Ollama loads the
     model anew when it changes.  extra: further sampling options of servers that know them.
     """
 
     user: str = ""
     system: str = ""
+    default_system: str = ""
     prompt: str = ""
     temperature: float = 0.8
     seed: int = 0
@@ -69,9 +71,9 @@ class Request:
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def messages(self) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.user}]
+    def messages(self, system: str) -> list[dict[str, str]]:
+        first = [{"role": "system", "content": system}] if system else []
+        return [*first, {"role": "user", "content": self.user}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class Ollama:
         common = {"model": model, "stream": False, "options": options}  # stream defaults to true
         if request.prompt:
             return "/api/generate", orjson.dumps({**common, "prompt": request.prompt, "raw": True})
-        return "/api/chat", orjson.dumps({**common, "messages": request.messages()})
+        return "/api/chat", orjson.dumps({**common, "messages": request.messages(request.system)})
 
     def reply(self, payload: bytes) -> Reply:
         parts, reason = [], "stop"
@@ -141,8 +143,8 @@ class Ollama:
             post(session, f"{url}/api/generate", body, timeout_s)
         except ModelMissing as error:
             raise InfrastructureError(
-                f"{url} has no model {model!r} ({error}); make it with `ollama create {model} -f Modelfile` or name "
-                "another with --model_name"
+                f"{url} has no model {model!r} ({error}); make it with `ollama create {model} -f "
+                "examples/ollama/Modelfile`, or name another with --model_name"
             ) from None
         except SampleError:  # a server behind this API that insists on a prompt: it answers, and that is enough
             return
@@ -166,7 +168,9 @@ class OpenAI:
             common["stop"] = list(request.stop)
         if request.prompt:
             return "/v1/completions", orjson.dumps({**common, "prompt": request.prompt})
-        return "/v1/chat/completions", orjson.dumps({**common, "messages": request.messages()})
+        return "/v1/chat/completions", orjson.dumps(
+            {**common, "messages": request.messages(request.system or request.default_system)}
+        )
 
     def reply(self, payload: bytes) -> Reply:
         value = _object(payload)

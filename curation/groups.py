@@ -1,0 +1,91 @@
+"""The groups of people that prompts portray, and which sample portrays which: balanced, and the same on every run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import xxhash
+import yaml
+
+from curation.dictionaries import clean_text
+from curation.errors import UsageError
+
+# The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its words
+ETHNICITIES = ("black", "white", "asian", "latino", "middle east", "indian")
+GENDERS = ("male", "female")
+
+MAX_FILE_BYTES = 64 << 10
+MAX_GROUPS = 10_000
+MAX_CHARACTERS = 100
+
+Groups = tuple[str, ...]
+
+
+def read_groups(choice: str) -> Groups:
+    """The table that ``--groups`` names: ``default``, ``none`` (no groups at all) or a YAML file.
+
+    The file holds a list of groups, each a text, or a mapping of attributes to lists of values, of which every
+    combination is a group, its values in the mapping's order: ``{ethnicity: [black, …], gender: [male, female]}``
+    gives "black male" first.  Raises UsageError for anything else.
+    """
+    if choice == "none":
+        return ()
+    if choice == "default":
+        return combinations([ETHNICITIES, GENDERS])
+    path = Path(choice)
+    try:
+        data = path.open("rb").read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"--groups {choice}: {error.strerror}; give default, none or a YAML file") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"--groups {choice}: more than {MAX_FILE_BYTES:,} bytes")
+    try:
+        table = yaml.safe_load(data)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(f"--groups {choice}: not YAML ({str(error).splitlines()[0]})") from None
+    lists = list(table.values()) if isinstance(table, dict) else [table]
+    if not lists or not all(isinstance(values, list) and values for values in lists):
+        raise UsageError(f"--groups {choice}: write a list of groups, or attributes with lists of values")
+    return combinations([[_checked(value, choice) for value in values] for values in lists])
+
+
+def combinations(lists: Sequence[Sequence[str]]) -> Groups:
+    """One value of each list, in all ways, the last varying fastest.  UsageError for too many, or one twice."""
+    count = 1
+    for values in lists:
+        count *= len(values)
+    if count > MAX_GROUPS:
+        raise UsageError(f"--groups: {count:,} groups, at most {MAX_GROUPS:,} make sense")
+    groups = tuple(" ".join(values) for values in itertools.product(*lists))
+    if len(set(groups)) < len(groups):
+        raise UsageError("--groups: the same group twice")
+    return groups
+
+
+def assign_groups(keys: Iterable[str], shard_id: str, groups: Groups, seed: int) -> dict[str, str | None]:
+    """key → group.  In a shard each group is given equally often, to within one.
+
+    The keys are dealt in an order hashed from seed and key, beginning at a group hashed from seed and shard, so that
+    many small shards together are balanced too.
+    """
+    dealt = sorted(keys, key=lambda key: (hash_of(seed, key), key))
+    if not groups:
+        return dict.fromkeys(dealt)
+    first = hash_of(seed, "shard", shard_id)
+    return {key: groups[(first + number) % len(groups)] for number, key in enumerate(dealt)}
+
+
+def hash_of(seed: int, *parts: object) -> int:
+    """64 bits that are the same everywhere; parts are told apart."""
+    text = "\0".join(str(part) for part in (seed, *parts))
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def _checked(value: object, choice: str) -> str:
+    if not isinstance(value, str) or not value or len(value) > MAX_CHARACTERS or '"' in value:
+        raise UsageError(f"--groups {choice}: {str(value)[:50]!r} is not a text of 1 to {MAX_CHARACTERS} characters")
+    if clean_text(value) != value:
+        raise UsageError(f"--groups {choice}: {value!r} has control characters or spaces at its ends")
+    return value

@@ -1,0 +1,213 @@
+"""What is asked of a language model about a caption, and which of its answers becomes a text-to-image prompt."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from curation.dictionaries import clean_text
+from curation.groups import hash_of
+from curation.wire import Reply, Request
+
+MAX_CAPTION_CHARACTERS = 2000  # about 500 tokens of English
+MAX_PROMPT_CHARACTERS = 1000  # text-to-image models read 77 to 512 tokens
+MIN_PROMPT_CHARACTERS = 8
+CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the model anew when it changes
+MAX_TOKENS = 256
+WARMER = 0.2  # a reply that was refused is asked for again at a higher temperature, up to:
+HOTTEST = 1.5
+
+# The system prompt.  Ollama models carry it in their Modelfile (examples/ollama/Modelfile has this very text).
+SYSTEM = """\
+You edit image captions. Each message holds a sentence that describes a picture, and may name a group of people, like \
+this: sentence: "a man reading in a park" group:"asian female"
+
+Rewrite the sentence so that the person or people in the picture belong to that group, and so that it can be given to \
+a text-to-image model:
+- Change as little as possible: keep the scene, the objects, the style and the length.
+- If the sentence already names a gender or an ethnicity, put the given one in its place, and let pronouns agree.
+- If it names a person, you may drop the name or choose one that fits the group.
+- If it mentions nobody, add one person of the group where it is natural.
+- Leave out file names, prices, web addresses, photo credits and hashtags.
+- If no group is given, only turn the sentence into a clear description of the picture.
+Answer with the rewritten English sentence alone, on one line: no quotation marks, no remarks, no explanation.
+"""
+
+
+class Verdict(NamedTuple):
+    """The prompt, or None and the reason why the reply is none."""
+
+    prompt: str | None
+    reason: str = ""
+
+
+def chat_request(caption: str, group: str | None, *, seed: int, key: str, attempt: int, temperature: float) -> Request:
+    """The question as the published pipeline puts it: ``sentence: "…" group:"…"``.
+
+    The caption cannot break out of its quotation marks, and is at most ``MAX_CAPTION_CHARACTERS`` long.
+    """
+    user = f'sentence: "{quotable(caption)}"' + (f' group:"{quotable(group)}"' if group else "")
+    return Request(
+        user=user,
+        default_system=SYSTEM,
+        temperature=_temperature(temperature, attempt),
+        seed=_seed(seed, key, attempt),
+        max_tokens=MAX_TOKENS,
+        context_tokens=CONTEXT_TOKENS,
+    )
+
+
+def completion_request(
+    caption: str, group: str | None, *, seed: int, key: str, attempt: int, temperature: float
+) -> Request:
+    """The question to a small model that was never taught to chat: eight examples, and the beginning of the answer.
+
+    Such a model would not heed the group, so the beginning names it: see ``opening``.
+    """
+    shots = "".join(f"Caption: {shot}\n{_person(who)}Image: {opening(who)}{image}\n\n" for shot, who, image in _SHOTS)
+    if group is None:
+        shots = "".join(f"Caption: {shot}\nImage: {opening(who)}{image}\n\n" for shot, who, image in _SHOTS)
+    asked = f"Caption: {quotable(caption)}\n{_person(group)}Image:"
+    return Request(
+        prompt=f"{shots}{asked} {opening(group)}".rstrip(),
+        temperature=_temperature(temperature, attempt),
+        seed=_seed(seed, key, attempt),
+        max_tokens=64,
+        context_tokens=CONTEXT_TOKENS,
+        stop=("\n",),
+        extra=_SMALL_MODEL,
+    )
+
+
+def opening(group: str | None) -> str:
+    """The beginning of a completion: "A black woman " for "black female"; nothing without a group."""
+    if not group:
+        return ""
+    words = _in_plain_words(group)
+    return f"{'An' if words[0] in 'aeiou' else 'A'} {words} "
+
+
+def quotable(text: str) -> str:
+    """One line without double quotation marks, HTML entities and control characters: safe within ``"…"``."""
+    return _DOUBLE_QUOTES.sub("'", clean_text(html.unescape(text)))
+
+
+def judge(reply: Reply, begun: str = "") -> Verdict:
+    """Whether a reply can be given to a text-to-image model: one line, within bounds, and nothing but the sentence.
+
+    begun: what the request had put at the reply's beginning.
+    """
+    if not reply.complete:
+        return Verdict(None, "reply_cut_short")
+    lines = [line for line in _LINES.split(reply.text) if line.strip()]
+    if not lines:
+        return Verdict(None, "reply_empty")
+    if len(lines) > 1:
+        return Verdict(None, "reply_many_lines")
+    text = _unquoted(clean_text(begun.rstrip() + lines[0]))
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        return Verdict(None, "reply_too_long")
+    plain = text.replace("’", "'")
+    for reason, gives_away in _UNFIT:
+        if gives_away(plain):
+            return Verdict(None, reason)
+    if len(text) < MIN_PROMPT_CHARACTERS or not _WORD(text):
+        return Verdict(None, "reply_too_short")
+    return Verdict(text)
+
+
+_DOUBLE_QUOTES = re.compile('["“”„‟〝〞＂]')
+_LINES = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
+_WORD = re.compile(r"[^\W\d_]{2}").search
+_QUOTED = {'"': '"', "“": "”", "„": "“", "'": "'", "‘": "’", "«": "»", "`": "`", "*": "*"}
+
+
+# In this order; a reason is counted, so it says what went wrong and not which words gave it away.
+_UNFIT = tuple(
+    (reason, re.compile(pattern, re.IGNORECASE).search)
+    for reason, pattern in (
+        ("reply_echo", r"^\W*(sentence|group)\s*:|\b(sentence|group)\s*:\s*[\"“']"),
+        (
+            "reply_refusal",
+            r"^\W*((I'm|I am) (\w+ )?sorry\b[^a-z]*(but|I\b|,|\.|$)|sorry, (but )?(I|as)\b|I apologi[sz]e\b"
+            r"|(I'm|I am) (not able|unable|not comfortable)\b|I (can't|cannot|can not|won't|will not|must decline)\b)"
+            r"|\bas an? (AI|artificial intelligence|(large )?language model)\b",
+        ),
+        (
+            "reply_preamble",
+            r"^\W*((sure|certainly|of course|absolutely|okay|ok|yes)\s*[,!:.]"
+            r"|here('s| is| are)\b.{0,80}?(:|\b(sentence|caption|version|prompt|description)\b)"
+            r"|(the )?(modified|rewritten|revised|updated|new|edited) (sentence|caption|text|version|prompt)\b"
+            r"|(answer|output|result|response|prompt|caption|image|rewritten|modified)\s*:)",
+        ),
+        ("reply_remark", r"\b(note|explanation|remark)\s*:|\bI (have )?(changed|replaced|modified) the\b"),
+        ("reply_markup", r"<\|.*?\|>|</?(think|s|bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]|```"),
+    )
+)
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotation marks that stand around the whole of it."""
+    while len(text) > 1 and _QUOTED.get(text[0]) == text[-1] and text[-1] not in text[1:-1].strip("*"):
+        text = text[1:-1].strip()
+    return text
+
+
+def _temperature(temperature: float, attempt: int) -> float:
+    return round(max(temperature, min(HOTTEST, temperature + WARMER * attempt)), 3)
+
+
+def _seed(seed: int, key: str, attempt: int) -> int:
+    return hash_of(seed, key, attempt) & 0x7FFFFFFF  # servers take 31 bits
+
+
+def _person(group: str | None) -> str:
+    return f"Person: {_in_plain_words(group)}\n" if group else ""
+
+
+def _in_plain_words(group: str) -> str:
+    return " ".join(_PLAIN.get(word, word) for word in quotable(group).replace("middle east", "middle-eastern").split())
+
+
+_PLAIN: Mapping[str, str] = {"male": "man", "female": "woman", "middle-eastern": "middle eastern"}
+
+# What keeps a model of 270 million parameters from repeating itself
+_SMALL_MODEL: Mapping[str, float] = {"repeat_penalty": 1.05, "dry_multiplier": 0.8}
+
+# Caption, group, and how the image's description goes on after the opening
+_SHOTS = (
+    ("Man fishing on a wooden pier at dawn", "asian female", "fishing on a wooden pier at dawn, soft pink light."),
+    (
+        "Nurse Practitioner - City Hospital Careers",
+        "black male",
+        "in a nurse's uniform smiles in the corridor of a city hospital.",
+    ),
+    (
+        "Set of 4 Modern Dining Chairs, Velvet, Gold Legs",
+        "indian female",
+        "sits on a modern velvet dining chair with gold legs in a light room.",
+    ),
+    (
+        "Portrait of John Smith, CEO of Acme Inc.",
+        "latino female",
+        "in a business suit, portrait of the CEO of a company.",
+    ),
+    (
+        "Football in the park | Stock Photo 123456",
+        "middle east male",
+        "plays football with his friends in a sunny park.",
+    ),
+    ("blonde girl with red dress on the beach at sunset", "white female", "in a red dress on the beach at sunset."),
+    (
+        "NEW YORK MARATHON 2014 - finish line",
+        "black female",
+        "runs across the finish line of the New York marathon.",
+    ),
+    (
+        "Old farmer and tractor, 1950s © archive",
+        "white male",
+        "stands beside his tractor, a farmer in a black and white photograph from the 1950s.",
+    ),
+)

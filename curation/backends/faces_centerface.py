@@ -59,23 +59,28 @@ class Backend:
 
     def detect(self, rgb: Pixels) -> Boxes:
         """The faces of a height × width × 3 image: n × 5, corners x0, y0, x1, y1 in [0, 1] and score, best first."""
-        height, width = rgb.shape[:2]
-        scale = self.det_size / max(height, width)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        heatmap, log_size, offset = self._session.run(None, {"rgb": self._padded(rgb, size)})
+        array, size = self.prepare(rgb)
+        heatmap, log_size, offset = self.infer(array)
         boxes = _decode(heatmap[0, 0], log_size[0], offset[0], self.threshold)
         return normalised(boxes[non_maximum_suppression(boxes, _NMS_IOU)], *size)
 
-    def _padded(self, rgb: Pixels, size: tuple[int, int]) -> Pixels:
-        """Resized to (width, height) at the image's own aspect ratio, then filled up to multiples of 32 with black."""
+    def prepare(self, rgb: Pixels) -> tuple[Pixels, tuple[int, int]]:
+        """What the network sees: 1 × height × width × 3, resized at the image's own aspect ratio so that its longest
+        side is det_size, then filled up to multiples of 32 with black; and (width, height) before the filling."""
         cv2 = self._cv2
         height, width = rgb.shape[:2]
+        scale = self.det_size / max(height, width)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
         if size != (width, height):
-            shrinks = size[0] < width or size[1] < height
-            rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+            rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         below, right = -size[1] % _MULTIPLE, -size[0] % _MULTIPLE
         padded: Pixels = cv2.copyMakeBorder(rgb, 0, below, 0, right, cv2.BORDER_CONSTANT)
-        return padded[None]
+        return padded[None], size
+
+    def infer(self, array: Pixels) -> tuple[Floats, Floats, Floats]:
+        """The network's heatmap, logarithm of sizes, and offsets: 1 × (1, 2, 2) × rows × columns."""
+        heatmap, log_size, offset = self._session.run(None, {"rgb": array})
+        return heatmap, log_size, offset
 
 
 def _packaged_model() -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from curation.dictionaries import clean_text
+from curation.errors import UsageError
 from curation.groups import hash_of
 from curation.wire import Reply, Request
 
@@ -16,6 +17,7 @@ MAX_PROMPT_CHARACTERS = 1000  # text-to-image models read 77 to 512 tokens
 MIN_PROMPT_CHARACTERS = 8
 CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the model anew when it changes
 MAX_TOKENS = 256
+MAX_SYSTEM_BYTES = 64 << 10
 WARMER = 0.2  # a reply that was refused is asked for again at a higher temperature, up to:
 HOTTEST = 1.5
 
@@ -43,14 +45,18 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-def chat_request(caption: str, group: str | None, *, seed: int, key: str, attempt: int, temperature: float) -> Request:
+def chat_request(
+    caption: str, group: str | None, seed: int, key: str, attempt: int, temperature: float, system: str = ""
+) -> Request:
     """The question as the published pipeline puts it: ``sentence: "…" group:"…"``.
 
-    The caption cannot break out of its quotation marks, and is at most ``MAX_CAPTION_CHARACTERS`` long.
+    The caption, which cannot break out of its quotation marks, is to be at most ``MAX_CAPTION_CHARACTERS`` long.
+    system: a system prompt of the user's own, sent to every server.
     """
     user = f'sentence: "{quotable(caption)}"' + (f' group:"{quotable(group)}"' if group else "")
     return Request(
         user=user,
+        system=system,
         default_system=SYSTEM,
         temperature=_temperature(temperature, attempt),
         seed=_seed(seed, key, attempt),
@@ -60,7 +66,7 @@ def chat_request(caption: str, group: str | None, *, seed: int, key: str, attemp
 
 
 def completion_request(
-    caption: str, group: str | None, *, seed: int, key: str, attempt: int, temperature: float
+    caption: str, group: str | None, seed: int, key: str, attempt: int, temperature: float
 ) -> Request:
     """The question to a small model that was never taught to chat: eight examples, and the beginning of the answer.
 
@@ -79,6 +85,21 @@ def completion_request(
         stop=("\n",),
         extra=_SMALL_MODEL,
     )
+
+
+def read_system_prompt(path: str | None) -> str:
+    """The text of ``--system_prompt``, empty without one.  UsageError where it is no text of at most 64 kB."""
+    if path is None:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_SYSTEM_BYTES + 1)
+        text = data.decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--system_prompt {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if not text or len(data) > MAX_SYSTEM_BYTES:
+        raise UsageError(f"--system_prompt {path}: holds {'too much' if text else 'nothing'}")
+    return text
 
 
 def opening(group: str | None) -> str:

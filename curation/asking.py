@@ -1,0 +1,149 @@
+"""Asking the questions of one shard: many at once, each until a reply is fit, every reply durable before it counts."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from curation.crew import Crew
+from curation.dictionaries import dump_json, parse_json_object
+from curation.errors import SampleError, Stopped
+from curation.partial import PartialLog
+
+BATCH = 256  # replies that are recorded in one write, at most
+WAIT_S = 0.5  # how often a signal is looked for while nothing comes
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about one sample.  ``digest``: of all that the reply depends on beyond the stage's options."""
+
+    caption: str
+    group: str | None
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The prompt, or None and why there is none.  ``asked``: how many replies it took."""
+
+    prompt: str | None
+    asked: int
+    reason: str = ""
+    detail: str = ""
+
+
+class CheckStop(Protocol):
+    def __call__(self, *, urgent_only: bool = False) -> None:
+        """Raise Stopped when it is time to end."""
+
+
+Ask = Callable[[str, Question, Callable[[], None]], Outcome]
+Settle = Callable[[str, Outcome], None]
+
+
+def ask_all(
+    questions: Mapping[str, Question],
+    ask: Ask,
+    *,
+    crew: Crew,
+    log: PartialLog,
+    check_stop: CheckStop,
+    settle: Settle,
+    patience_s: float,
+) -> dict[str, Outcome]:
+    """key → outcome of every question.  What the log has is not asked again.
+
+    ask: called in the crew's threads with key, question, and a function to call before each try and while waiting.
+        A SampleError of it is an outcome that is not recorded (the server was at fault, and may not be next time).
+    settle: called in the calling thread with each key and outcome, once it is recorded.
+    patience_s: how long replies that are on their way are waited for once it is time to end.
+    Raises Stopped, with every reply that came recorded; and whatever else ``ask`` raises.
+    """
+    outcomes = {}
+    for key, question in questions.items():
+        recorded = log.get(key, question.digest)
+        if recorded is not None:
+            outcomes[key] = Outcome(**parse_json_object(recorded))
+            settle(key, outcomes[key])
+    shard = _Shard(questions, ask)
+    for key in questions:
+        if key not in outcomes:
+            shard.give(crew, key)
+    try:
+        while shard.awaited:
+            _take(shard, log, outcomes, settle)
+            check_stop()
+    except Stopped:
+        shard.halt.set()  # nothing more is begun
+        ends = time.monotonic() + patience_s
+        while shard.awaited and time.monotonic() < ends:
+            check_stop(urgent_only=True)
+            _take(shard, log, outcomes, settle)
+        raise
+    finally:
+        shard.halt.set()
+    return outcomes
+
+
+class _Shard:
+    """The questions of one shard that are with the crew, and what came back."""
+
+    def __init__(self, questions: Mapping[str, Question], ask: Ask) -> None:
+        self.questions = questions
+        self.halt = threading.Event()
+        self.awaited = 0
+        self.back: queue.SimpleQueue[tuple[str, Outcome | BaseException]] = queue.SimpleQueue()
+        self._ask = ask
+
+    def give(self, crew: Crew, key: str) -> None:
+        self.awaited += 1
+        crew.give(lambda: self._answer(key))
+
+    def _answer(self, key: str) -> None:
+        """In a thread of the crew."""
+        try:
+            self._check()
+            outcome: Outcome | BaseException = self._ask(key, self.questions[key], self._check)
+        except BaseException as error:  # noqa: BLE001 - the shard's thread raises it
+            outcome = error
+        self.back.put((key, outcome))
+
+    def _check(self) -> None:
+        if self.halt.is_set():
+            raise Stopped("the shard is given up")
+
+
+def _take(shard: _Shard, log: PartialLog, outcomes: dict[str, Outcome], settle: Settle) -> None:
+    """What has come back meanwhile: record it, then count it."""
+    came: dict[str, Outcome] = {}
+    records = []
+    problem: BaseException | None = None
+    try:
+        key, result = shard.back.get(timeout=WAIT_S)
+        while True:
+            shard.awaited -= 1
+            if isinstance(result, Outcome):
+                came[key] = result
+                fields = {"prompt": result.prompt, "asked": result.asked, "reason": result.reason}
+                records.append((key, shard.questions[key].digest, dump_json({**fields, "detail": result.detail})))
+            elif isinstance(result, SampleError):
+                came[key] = Outcome(None, 0, result.reason, result.detail)
+            elif not isinstance(result, Stopped):
+                problem = problem or result
+            if len(came) >= BATCH:
+                break
+            key, result = shard.back.get_nowait()
+    except queue.Empty:
+        pass
+    if records:
+        log.append(records)
+    outcomes |= came
+    for key, outcome in came.items():
+        settle(key, outcome)
+    if problem is not None:
+        raise problem

@@ -9,9 +9,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -606,3 +608,26 @@ def test_a_read_only_output_folder_is_named(run: Run) -> None:
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert f"{run.root}/captions" in line
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_what_is_done_and_ends_with_75(run: Run, sent: signal.Signals) -> None:
+    shades = [sample(f"{i:03}", boxes=None, jpg=plain_jpeg(i)) for i in range(192)]
+    run.add("00000000", *shades)
+    folders = ["--input", f"{run.root}/shards", "--output", f"{run.root}/captions", "--edits", f"{run.root}/edits"]
+    options = ["--embedded", "--threads", "1", "--det_size", "192"]
+    command = [sys.executable, str(ROOT / "01_filter_noface.py"), *folders, *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        partial = run.root / "captions" / "_partial"
+        while process.poll() is None and not any(path.is_file() for path in partial.rglob("*")):
+            time.sleep(0.01)
+        process.send_signal(sent)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 75, log
+    assert sent.name in log
+    assert not (run.root / "captions" / "00000000.json").exists()
+    assert run(*options) == 0
+    assert 64 <= run.receipt()["notes"]["recovered"] <= 192
+    taken_up = run.files()
+    assert run(*options, "--rerun") == 0
+    assert run.files() == taken_up

@@ -8,11 +8,12 @@ upstream does not apply them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import re
 import warnings
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -82,39 +83,30 @@ def encode_jpeg(rgb: Pixels, quality: int, xmp: bytes | None = None) -> bytes:
     return data[:end_of_jfif] + segment + data[end_of_jfif:]
 
 
-class _opened:
-    """An image opened by Pillow: header read, size within the bound; every error inside becomes a SampleError."""
-
-    def __init__(self, data: bytes | memoryview, max_pixels: int) -> None:
-        self._data = data
-        self._max_pixels = max_pixels
-        self._image: Image.Image | None = None
-
-    def __enter__(self) -> Image.Image:
-        if len(self._data) == 0:
-            raise SampleError("empty_image", "zero bytes")
-        _silence_pillow()
-        try:
-            self._image = Image.open(io.BytesIO(self._data), formats=_FORMATS)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a hostile header makes Pillow's plugins raise anything
-            raise _as_sample_error(error) from None
-        _check_bound(*self._image.size, self._max_pixels)
-        return self._image
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._image is not None:
-            self._image.close()
-        if isinstance(error, Exception) and not isinstance(error, (SampleError, MemoryError)):
-            raise _as_sample_error(error) from None
+@contextlib.contextmanager
+def _opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
+    """The image opened by Pillow: header read, size within the bound; every error inside becomes a SampleError."""
+    if len(data) == 0:
+        raise SampleError("empty_image", "zero bytes")
+    _silence_pillow()
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_bound(*image.size, max_pixels)
+            yield image
+    except (SampleError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - hostile bytes make Pillow's plugins raise anything
+        raise _as_sample_error(error, max_pixels) from None
 
 
-def _as_sample_error(error: Exception) -> SampleError:
+def _as_sample_error(error: Exception, max_pixels: int) -> SampleError:
     if isinstance(error, UnidentifiedImageError):  # its own text holds an address in memory
         return SampleError("undecodable", f"none of {', '.join(_FORMATS)}")
-    reason = "image_too_large" if isinstance(error, Image.DecompressionBombError) else "undecodable"
-    return SampleError(reason, _ADDRESS.sub("0x…", f"{type(error).__name__}: {error}")[:300])
+    if isinstance(error, Image.DecompressionBombError):  # beyond what Pillow itself opens
+        found = re.search(r"\d+", str(error))
+        size = f"{int(found[0]):,} pixels" if found else "too many pixels"
+        return SampleError("image_too_large", f"{size}; the bound is {max_pixels:,}")
+    return SampleError("undecodable", _ADDRESS.sub("0x…", f"{type(error).__name__}: {error}")[:300])
 
 
 def _check_bound(width: int, height: int, max_pixels: int) -> None:

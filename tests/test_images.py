@@ -272,6 +272,7 @@ def test_thirty_thousand_squared_is_refused_before_it_is_decoded() -> None:
         with pytest.raises(SampleError) as caught:
             call(data)
         assert caught.value.reason == "image_too_large"
+        assert caught.value.detail == "900,000,000 pixels; the bound is 100,000,000"
     assert time.perf_counter() - began < 0.5
 
 

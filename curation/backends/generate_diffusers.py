@@ -288,11 +288,11 @@ class Backend:
     def _apply(self, speed_ups: SpeedUps) -> None:
         """Change the pipeline's modules in place; each is left alone where the model has nothing to change."""
         torch = self._torch
-        denoiser, vae = denoiser_of(self.pipeline), self.pipeline.vae
+        denoiser, vae = denoiser_of(self.pipeline), getattr(self.pipeline, "vae", None)
         if speed_ups.fuse_qkv:
             for module in (denoiser, vae):
-                if hasattr(module, "fuse_qkv_projections"):
-                    module.fuse_qkv_projections()
+                if fuse := getattr(module, "fuse_qkv_projections", None):
+                    fuse()
         if speed_ups.channels_last:
             for module in (getattr(self.pipeline, "unet", None), vae):
                 if module is not None:
@@ -309,7 +309,8 @@ class Backend:
             denoiser.compile_repeated_blocks(dynamic=False)
         else:
             denoiser.compile(dynamic=False, mode=mode)
-        vae.decoder.compile(dynamic=False, mode=mode)
+        if decoder := getattr(vae, "decoder", None):
+            decoder.compile(dynamic=False, mode=mode)
 
 
 def _between_steps(check_stop: Callable[[], None]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:

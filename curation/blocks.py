@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Self
+
+from curation.errors import ShardError
 
 READ_BYTES: Final = 4 << 20
 MAX_KEPT_BYTES: Final = 4 << 20  # of what began in the block before; where that is more, it is read again if needed
@@ -20,11 +23,15 @@ _REREAD_BYTES = 1 << 20
 class FileBlocks:
     """The window ``buffer`` holds the file's bytes up to ``end``; byte ``n`` of the file is ``buffer[n - shift]``.
 
-    ``size`` is the file's; it is corrected when the file proves shorter.  Raises OSError.
+    ``size`` is the file's; it is corrected when the file proves shorter.  Raises ShardError when it cannot be read.
     """
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
         self.size = os.fstat(self._descriptor).st_size
         self.end = 0
         capacity = MAX_KEPT_BYTES + min(READ_BYTES, self.size)
@@ -58,8 +65,9 @@ class FileBlocks:
             self.size = self.end  # it became shorter
         if self.end < self.size:
             self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-            self._ahead_at = self.end
-            self._ahead = self._reader.submit(self._fill, self._spare_view[MAX_KEPT_BYTES:], self._ahead_at)
+            self._ahead_at, started = self.end, threading.Event()
+            self._ahead = self._reader.submit(self._fill_ahead, self._ahead_at, started)
+            started.wait()  # else it might wait for the interpreter until this thread waits for it
 
     def pieces(self, start: int, end: int) -> Iterator[memoryview]:
         """The bytes from ``start`` to ``end``: a view of the window, or, where they are not in it, read again in
@@ -95,12 +103,16 @@ class FileBlocks:
             else self._fill(self._spare_view[MAX_KEPT_BYTES:], start)
         )
 
+    def _fill_ahead(self, start: int, started: threading.Event) -> int:
+        started.set()
+        return self._fill(self._spare_view[MAX_KEPT_BYTES:], start)
+
     def _fill(self, view: memoryview, start: int) -> int:
         """Fill ``view`` from the file, as far as it goes: a shared filesystem may return less than it was asked for."""
         total = 0
-        while total < len(view):
-            count = os.preadv(self._descriptor, [view[total:]], start + total)
-            if count == 0:
-                break
-            total += count
+        try:
+            while total < len(view) and (count := os.preadv(self._descriptor, [view[total:]], start + total)):
+                total += count
+        except OSError as error:  # a folder, a bad disk, a file that another node removed
+            raise ShardError(f"{self._path}: cannot be read at byte {start + total:,} ({error.strerror})") from error
         return total

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from curation.errors import ShardError
 from curation.publish import fast_digest, read_record
 from curation.shards import bucket_of
@@ -23,11 +25,13 @@ class Input:
     stage: the upstream stage whose receipt vouches for it; where that stage left no receipts in the file's folder, or
     with None, the file was made elsewhere and counts by size and modification time.
     optional: it may be absent, and its absence is recorded.
+    loose: a folder of files, of which the receipt names each; whoever reads them compares (``published_below``).
     """
 
     path: Path
     stage: str | None = None
     optional: bool = False
+    loose: bool = False
 
 
 class Upstream:
@@ -54,6 +58,10 @@ class Upstream:
         if receipt.get("status") != "done":
             return None, f"{wanted.stage} failed on it; mend that first (its receipt is in {receipts})"
         home = receipts.parent.parent
+        if wanted.loose and (files := _below(wanted.path, home, receipt)):
+            lines = "".join(f"{path} {size} {digest}\n" for path, (size, digest) in sorted(files.items()))
+            digest = xxhash.xxh3_128_hexdigest(lines.encode("utf-8", "surrogateescape"))
+            return {"path": f"{name}/", "files": len(files), "digest": digest}, ""
         for output in receipt.get("outputs", []):
             path = home / output["path"]
             if path.name == name and _real(path.parent) == _real(wanted.path.parent):
@@ -72,7 +80,7 @@ class Upstream:
 def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
     """Raise ShardError unless every input that a receipt vouches for is whole: size, and digest up to 64 MiB."""
     for wanted, record in zip(inputs, records, strict=True):
-        if "digest" not in record:
+        if "digest" not in record or wanted.loose:
             continue
         try:
             size = wanted.path.stat().st_size
@@ -95,12 +103,33 @@ def receipts_of(folder: Path, stage: str) -> Path | None:
     return place if place.is_dir() else None
 
 
+def published_below(folder: Path, stage: str, shard_id: str) -> dict[str, tuple[int, str]] | None:
+    """The files below ``folder`` that a shard's receipt of ``stage`` names: path below it → (size, digest).
+
+    None where the stage never ran there: the files were made elsewhere.
+    """
+    receipts = receipts_of(folder.parent, stage)
+    if receipts is None:
+        return None
+    receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json") or {}
+    return _below(folder, receipts.parent.parent, receipt)
+
+
 def stage_version(folder: Path, stage: str, shard_id: str) -> int | None:
     """The version of ``stage`` that made a shard's files in ``folder``; None for files made elsewhere."""
     receipts = receipts_of(folder, stage)
     receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json") if receipts else None
     version = receipt.get("version") if receipt else None
     return version if isinstance(version, int) else None
+
+
+def _below(folder: Path, home: Path, receipt: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    start = os.path.relpath(_real(folder.parent) + "/" + folder.name, _real(home)) + "/"
+    return {
+        output["path"][len(start) :]: (output["size"], output["digest"])
+        for output in receipt.get("outputs", [])
+        if output["path"].startswith(start)
+    }
 
 
 @lru_cache(maxsize=1024)

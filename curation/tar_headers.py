@@ -7,9 +7,9 @@ pax header in front where a name or a size does not fit.
 from __future__ import annotations
 
 import struct
-import zlib
 from functools import lru_cache
 from typing import Final
+from zlib import adler32
 
 BLOCK: Final = 512
 RECORD: Final = 20 * BLOCK  # tar pads an archive to whole records
@@ -23,11 +23,14 @@ LONG_NAME, LONG_LINK, GNU_SPARSE = b"LKS"
 EXTENSIONS: Final = frozenset(b"LKxX")  # of the member behind them; "X" is Solaris's "x".  "g" stands by itself
 WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: whatever their size field says
 
-_FIELDS = struct.Struct("100s24x12s12s8sB100x6s82xB166x")  # of the prefix only the first byte: it is rare
+_unpack = struct.Struct("100s24x12s12s8sB100x6s82xB166x").unpack_from  # of the prefix one byte: it is rare
 _PREFIX = slice(345, 500)
 _CHECKSUM = slice(148, 156)
 _MODULUS = 65521  # of Adler-32
 _SPACES_SUM = 8 * ord(" ")
+_OWNER = b"0000644\x000000000\x000000000\x00"  # mode, user and group
+_NO_LINK_AND_MAGIC = bytes(100) + b"ustar\x0000" + bytes(80)
+_CONSTANT_SUM = sum(_OWNER) + sum(_NO_LINK_AND_MAGIC) + _SPACES_SUM
 
 
 class BadHeader(ValueError):
@@ -40,8 +43,8 @@ def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes,
     Raises BadHeader where the checksum does not fit.  This is the inner loop of every pass over a shard: the sum of the
     bytes comes from Adler-32, whose low half is 1 + their sum modulo 65521, computed in C.
     """
-    name, size_field, mtime, checksum, kind, magic, has_prefix = _FIELDS.unpack_from(buffer, at)
-    if zlib.adler32(buffer[at : at + BLOCK]) & 0xFFFF != _adler_low_half(checksum):
+    name, size_field, mtime, checksum, kind, magic, has_prefix = _unpack(buffer, at)
+    if adler32(buffer[at : at + BLOCK]) & 0xFFFF != _adler_low_half(checksum):
         stored = parse_number(checksum)
         if stored != _signed_sum(buffer, at):
             raise BadHeader("no header where one is due: its checksum does not fit")
@@ -111,6 +114,8 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
                 raise BadHeader("a sparse file with too many holes")
             more = buffer[at + 504]
             at += BLOCK
+    if name.startswith(b"\0"):
+        raise BadHeader("a name that begins with NUL")
     if kind in WITHOUT_DATA or (kind == 0 and name.endswith(b"/")):  # v7 marks a folder so
         size = 0
     return name, size, mtime, kind, at - start
@@ -148,7 +153,7 @@ def parse_pax(data: bytes) -> dict[str, bytes]:
     return records
 
 
-def make_header(name: str | bytes, size: int, mtime: int = 0, *, regular_type: bytes = b"0") -> bytes:
+def make_header(name: str | bytes, size: int, mtime: int = 0) -> bytes:
     """The header blocks of a regular file: mode 0644, owner 0, nothing of the machine, so that bytes repeat.
 
     A name beyond ustar's 100 bytes (or 155 + 100 at a slash) or a size of 8 GiB and more gets a pax header in front.
@@ -165,7 +170,7 @@ def make_header(name: str | bytes, size: int, mtime: int = 0, *, regular_type: b
     if size >= 8 << 30:
         records += _pax_record(b"size", b"%d" % size)
     mtime = min(max(mtime, 0), 0o77777777777)
-    header = _ustar(prefix, base, size if size < 8 << 30 else 0, mtime, regular_type)
+    header = _ustar(prefix, base, size if size < 8 << 30 else 0, mtime, b"0")
     if not records:
         return header
     return _ustar(b"", b"PaxHeader/" + base[-80:], len(records), mtime, b"x") + records + padding(len(records)) + header
@@ -192,24 +197,19 @@ def padded(size: int) -> int:
 
 
 def _ustar(prefix: bytes, name: bytes, size: int, mtime: int, kind: bytes) -> bytes:
-    block = bytearray(
-        struct.pack(
-            "100s8s8s8s12s12s8s1s100s8s80x155s12x",
-            name,
-            b"0000644",
-            b"0000000",
-            b"0000000",
-            b"%011o" % size,
-            b"%011o" % mtime,
-            b" " * 8,
+    numbers = b"%011o\0%011o\0" % (size, mtime)
+    checksum = _CONSTANT_SUM + sum(name) + sum(prefix) + sum(numbers) + kind[0]
+    return b"".join(
+        (
+            name.ljust(100, b"\0"),
+            _OWNER,
+            numbers,
+            b"%06o\0 " % checksum,
             kind,
-            b"",
-            b"ustar\x0000",
-            prefix,
+            _NO_LINK_AND_MAGIC,
+            prefix.ljust(167, b"\0"),
         )
     )
-    block[_CHECKSUM] = b"%06o\0 " % sum(block)
-    return bytes(block)
 
 
 def _split_name(raw: bytes) -> tuple[bytes, bytes]:

@@ -20,7 +20,6 @@ from functools import lru_cache
 from typing import Final
 
 from curation.blocks import FileBlocks
-from curation.errors import ShardError
 from curation.tar_headers import (
     BLOCK,
     REGULAR,
@@ -136,8 +135,6 @@ class TarReport:
             lines.append(f"{self.path}: ends in {self.end_bytes:,} zero bytes; were there members once?")
         if self.repeated_keys:
             lines.append(f"{self.path}: {self.repeated_keys:,} samples have the key of an earlier one")
-        if not self.samples:
-            lines.append(f"{self.path}: no samples")
         return lines
 
 
@@ -156,7 +153,6 @@ class TarPass:
         self._next = 0  # where the next header is due
         self._open: SampleSpan | None = None
         self._prefix = _NO_PREFIX  # the open sample's key and the dot
-        self._covered = 0  # the end of the last member
         self._keys: set[int] = set()  # hashes: a shard may hold a million keys
         self._last_whole: SampleSpan | None = None
         self._lost: tuple[int, str] | None = None  # where damage began and how, while the next header is sought
@@ -167,16 +163,13 @@ class TarPass:
 
     def windows(self) -> Iterator[list[SampleSpan]]:
         """The samples in order, a few megabytes at a time.  Raises ShardError when the file cannot be read."""
-        try:
-            with FileBlocks(self.path) as self._blocks:
-                while self._next < self._blocks.size and self._blocks.end < self._blocks.size:
-                    self._blocks.advance(self._open.start if self._open else self._next, self._next)
-                    self._scan()
-                    yield self._take()
-                self._finish()
+        with FileBlocks(self.path) as self._blocks:
+            while self._next < self._blocks.size and self._blocks.end < self._blocks.size:
+                self._blocks.advance(self._open.start if self._open else self._next, self._next)
+                self._scan()
                 yield self._take()
-        except OSError as error:
-            raise ShardError(f"{self.path}: cannot be read ({error.strerror or error})") from error
+            self._finish()
+            yield self._take()
 
     def read(self, start: int, size: int) -> bytes:
         """A copy of ``size`` bytes at ``start``."""
@@ -192,9 +185,12 @@ class TarPass:
     # ---- members and samples
 
     def _scan(self) -> None:
-        """Every header in the window, up to one that is not wholly there."""
-        buffer, shift, limit, size = self._blocks.buffer, self._blocks.shift, self._blocks.end, self._blocks.size
+        """Every header in the window, up to one that is not wholly there.  Locals, for this is where a pass spends
+        its time."""
+        blocks = self._blocks
+        buffer, shift, limit, size = blocks.buffer, blocks.shift, blocks.end, blocks.size
         at = self._next if self._lost is None else self._resume(self._next)
+        prefix, span = self._prefix, self._open
         while at + BLOCK <= limit:
             data = at + BLOCK
             try:
@@ -205,22 +201,25 @@ class TarPass:
                         break  # it goes on in the next block: parsed again from its start
                     if special is None:
                         raise BadHeader("the file ends in the header of a member")
-                    name, length, mtime, kind, blocks = special
-                    data = at + blocks
+                    name, length, mtime, kind, header_bytes = special
+                    data = at + header_bytes
             except BadHeader as error:
                 at = self._not_a_header(at, str(error))
+                prefix = self._prefix
                 continue
             if data + length > size:
                 at = self._cut(at, data, name, data + length - size)
+                prefix = self._prefix
                 continue
-            end = data + length + -length % BLOCK
-            suffix = _suffix_text(name[len(self._prefix) :]) if name.startswith(self._prefix) else None
+            suffix = _suffix_text(name[len(prefix) :]) if name.startswith(prefix) else None
             if suffix is None:
                 suffix = self._enter(name, at)
-            assert self._open is not None
-            members = self._open.members if suffix is not None else self._open.foreign
-            members.append(Member(name, suffix or "", at, data, length, end, kind in REGULAR, mtime))
-            at = self._covered = end
+                prefix, span = self._prefix, self._open
+            assert span is not None
+            end = span.end = data + length + -length % BLOCK
+            member = Member(name, suffix or "", at, data, length, end, kind in REGULAR, mtime)
+            (span.foreign if suffix is None else span.members).append(member)
+            at = end
         self._next = at
 
     def _enter(self, name: bytes, at: int) -> str | None:
@@ -230,27 +229,28 @@ class TarPass:
             if self._open is None:
                 self._open = SampleSpan("", at, at)
             return None
-        key = split[0].decode("utf-8", "surrogateescape")
+        raw_key, raw_suffix = split
+        key = raw_key.decode("utf-8", "surrogateescape")
         if self._open is None or key != self._open.key:
             self._close()
-            mark = hash(key)
-            repeated = mark in self._keys
-            self._keys.add(mark)
+            self._open = span = SampleSpan(key, at, at)
             self.report.samples += 1
-            self.report.repeated_keys += repeated
-            self._open = SampleSpan(key, at, at, repeated=repeated)
+            mark = hash(key)
+            if mark in self._keys:
+                span.repeated = True
+                self.report.repeated_keys += 1
+            self._keys.add(mark)
             if self._damage:
-                self._open.damages.append(self._damage)
+                span.damages.append(self._damage)
         self._damage = None
-        self._prefix = split[0] + b"."
-        return split[1].decode("utf-8", "surrogateescape").lower()
+        self._prefix = raw_key + b"."
+        return _suffix_text(raw_suffix)
 
     def _close(self) -> None:
         """The open sample has ended: judge whether it is torn, and hand it out."""
         span, self._open, self._prefix = self._open, None, _NO_PREFIX
         if span is None:
             return
-        span.end = max(span.start, self._covered)
         if span.key and span.damages:
             usual = self._last_whole.kinds if self._last_whole else _EXPECTED_KINDS
             if not span.torn and not span.kinds >= usual:
@@ -261,7 +261,8 @@ class TarPass:
         elif span.key:
             self._last_whole = span
         self._done.append(span)
-        self._resolve(self._damage)
+        if self._unresolved:
+            self._resolve(self._damage)
 
     def _resolve(self, pending: Damage | None) -> None:
         """Damage between whole samples is a lost sample.  ``pending``: its neighbour behind is still to come."""

@@ -149,7 +149,7 @@ _QUOTED = {'"': '"', "“": "”", "„": "“", "'": "'", "‘": "’", "«": "
 _UNFIT = tuple(
     (reason, re.compile(pattern, re.IGNORECASE).search)
     for reason, pattern in (
-        ("reply_echo", r"^\W*(sentence|group)\s*:|\b(sentence|group)\s*:\s*[\"“']"),
+        ("reply_echo", r"^\W*(sentence|group)\W?\s*:|\b(sentence|group)\W?\s*:\s*[\"“']"),
         (
             "reply_refusal",
             r"^\W*((I'm|I am) (\w+ )?sorry\b[^a-z]*(but|I\b|,|\.|$)|sorry, (but )?(I|as)\b|I apologi[sz]e\b"

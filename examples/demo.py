@@ -68,7 +68,7 @@ def print_funnel(output: Path) -> None:
         ("English", texts["in"] - other_language, f"{other_language} not_english" if other_language else ""),
         ("rewritten", texts["kept"], _told(no_text - Counter({"not_english": other_language}))),
         ("generated", images["kept"], _told(no_image)),
-        ("replaced", hybrid["replaced"], f"of {hybrid['in']} samples in the hybrid shards"),
+        ("replaced", hybrid["edited"], f"of {hybrid['in']} samples in the hybrid shards"),
     ]
     print("\nWhat happened to the samples")
     for name, count, rest in rows:

@@ -1,0 +1,44 @@
+"""``make demo`` as a new user runs it: all four stages with the embedded models, the funnel, and nothing to do again."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_demo(output: Path) -> tuple[str, float]:
+    began = time.monotonic()
+    command = [sys.executable, "examples/demo.py", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, time.monotonic() - began
+
+
+def funnel(printed: str) -> dict[str, int]:
+    names = ("in", "with a face", "English", "rewritten", "generated", "replaced")
+    found = {name: re.search(rf"^  {name} +(\d+)", printed, flags=re.M) for name in names}
+    assert all(found.values()), printed
+    return {name: int(match.group(1)) for name, match in found.items() if match}
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_happened_and_does_nothing_twice(tmp_path: Path) -> None:
+    printed, _ = run_demo(tmp_path / "demo")
+    counts = funnel(printed)
+    rows = (ROOT / "examples" / "truth.tsv").read_text("utf-8").splitlines()
+    assert counts["in"] == len(rows) - 1
+    assert list(counts.values()) == sorted(counts.values(), reverse=True)
+    assert counts["generated"] == counts["replaced"] > 0
+    assert "small stand-in model" in printed
+    assert "noise" in printed
+    for shard in (ROOT / "examples" / "shards").glob("*.tar"):
+        assert (tmp_path / "demo" / "shards" / shard.name).is_file()
+
+    again, seconds = run_demo(tmp_path / "demo")
+    assert funnel(again) == counts
+    assert seconds < 20

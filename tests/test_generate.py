@@ -544,7 +544,7 @@ def test_the_embedded_pipeline_has_the_same_bytes_wherever_it_is_built(tmp_path:
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-def test_many_processes_may_build_the_embedded_pipeline_at_once(tmp_path: Path) -> None:
+def test_processes_may_build_the_embedded_pipeline_at_once(tmp_path: Path) -> None:
     code = (
         "from curation.backends.diffusion_tiny import build_embedded, embedded_source\n"
         "source = embedded_source()\nbuild_embedded(source)\nprint(source.location)"
@@ -552,10 +552,10 @@ def test_many_processes_may_build_the_embedded_pipeline_at_once(tmp_path: Path) 
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     builders = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     folders = {builder.communicate(timeout=120)[0].strip() for builder in builders}
-    assert [builder.returncode for builder in builders] == [0, 0, 0]
+    assert [builder.returncode for builder in builders] == [0, 0]
     (folder,) = (Path(name) for name in folders)
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}, "no half-built folder is left"
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.rglob("*"))

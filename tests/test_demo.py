@@ -1,4 +1,4 @@
-"""``make demo`` as a new user runs it: all four stages with the embedded models, the funnel, and nothing to do again."""
+"""``make demo`` as a new user runs it: four stages with the embedded models, the funnel, and nothing to do again."""
 
 import re
 import subprocess

@@ -76,7 +76,7 @@ class Attempts:
 
         Raises InfrastructureError where the run cannot go on.
         """
-        self._ledger.insist_on_epoch(shard.id, self._ledger.governing(shard.id).number)
+        self._ledger.insist_on_epoch(shard.id)
         inputs = self._stage.inputs(shard)
         state = self._ledger.state(shard.id, inputs, fresh=True)  # after claiming
         if not self.wanted(state):
@@ -165,7 +165,7 @@ class Attempts:
         places = self._places(work)
         self._leftovers.look(places)
         commit = self._ledger.commit(work.shard.id)
-        self._ledger.insist_on_epoch(work.shard.id, epoch)
+        self._ledger.insist_on_epoch(work.shard.id)
         if not self._claims.holds(claim):
             raise LostClaim("its claim was taken over, or its heartbeat stood still")
         try:

@@ -98,6 +98,7 @@ class Ledger:
         self.receipts = root / "_receipts" / stage
         self._read_only = read_only
         self._epochs: list[Epoch] = []
+        self._entered = 1  # the last epoch when this run began
         self._lock = threading.Lock()
         self._listings: dict[str, _Listing] = {}
         self._upstream = Upstream()
@@ -150,6 +151,7 @@ class Ledger:
         self._load_epochs()
         covered = None if subset is None else frozenset(subset)
         for _ in range(_TRIES):
+            self._entered = max(1, len(self._epochs))
             if not rerun and self._epochs:
                 self._insist_on_same_options(selected)
                 return
@@ -187,10 +189,14 @@ class Ledger:
                 return epoch
         return Epoch(1, self.version, self.options, None, "")  # nothing ran here yet
 
-    def insist_on_epoch(self, shard_id: str, number: int) -> None:
-        """Look for newer epochs; raise InfrastructureError when one has taken the shard over from ``number``."""
-        self._load_epochs()
-        if self.governing(shard_id).number != number:
+    def insist_on_epoch(self, shard_id: str, *, look: bool = True) -> None:
+        """Raise InfrastructureError when an epoch that began after ``enter`` has taken the shard over.
+
+        look: for newer ones on the disk first.
+        """
+        if look:
+            self._load_epochs()
+        if self.governing(shard_id).number > self._entered:
             raise InfrastructureError(
                 f"{self.stage} on {self.root}: another run began with --rerun and other options; this older run stops"
             )

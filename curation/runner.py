@@ -182,6 +182,7 @@ class _Run:
 
     def _look_at(self, shard: Shard, *, fresh: bool = False) -> Claim | None:
         """Claim the shard if it is to be done; one that another holds is put among the waiting."""
+        self._ledger.insist_on_epoch(shard.id, look=False)
         state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=fresh)
         if not self._attempts.wanted(state):
             self._attempts.count(state, shard)

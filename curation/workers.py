@@ -19,6 +19,7 @@ from curation.options import RunOptions, logger
 
 MAX_RESTARTS = 3  # per worker: a machine that keeps killing it will not stop doing so
 _PR_SET_PDEATHSIG = 1
+_PARENT_VARIABLE = "CURATION_PARENT"
 
 
 def is_worker() -> bool:
@@ -27,6 +28,8 @@ def is_worker() -> bool:
         return False
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.environ.get(_PARENT_VARIABLE) not in (None, str(os.getppid())):
+        sys.exit(EXIT_WORK_LEFT)  # it ended before it could be watched
     return True
 
 
@@ -88,6 +91,7 @@ class _Worker:
             **os.environ,
             WORKER_VARIABLE: f"{index}/{count}",
             RUN_VARIABLE: shared,
+            _PARENT_VARIABLE: str(os.getpid()),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         }
         self._process = self._start()

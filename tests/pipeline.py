@@ -1,4 +1,5 @@
-"""The main job on the example shards, for tests that need all four stages: small models, a deterministic language model."""
+"""The main job on the example shards, for tests that need all four stages: small models, a deterministic language
+model."""
 
 from __future__ import annotations
 

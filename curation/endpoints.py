@@ -86,6 +86,7 @@ class Endpoint:
         self.counts: Counter[str] = Counter()
         self.broken = False  # left alone until a request on trial succeeds
         self.trial_at = 0.0  # monotonic: when one may be sent
+        self._broken_at = 0.0
         self._failures = 0  # in a row
         self._pause_s = FIRST_PAUSE_S
 
@@ -115,9 +116,9 @@ class Endpoint:
         self.recovered()
 
     def recovered(self) -> None:
-        self._failures, self._pause_s, self.trial_at = 0, FIRST_PAUSE_S, 0.0
+        self._failures, self._pause_s = 0, FIRST_PAUSE_S
         if self.broken:
-            self.broken = False
+            self.broken, self.trial_at = False, 0.0
             logger.info(f"{self.url} answers again")
 
     def failed(self, error: EndpointError | ModelMissing, call: Call, now: float) -> None:
@@ -130,6 +131,8 @@ class Endpoint:
             self.concurrency.refused(others, now)
         elif timed_out:
             self.concurrency.timed_out(now)
+        if self.broken and call.began < self._broken_at:
+            return  # one of those that were out when it broke
         if busy and others and not self.broken:  # it serves those
             self.trial_at = now + retry_after_s
             return
@@ -140,7 +143,7 @@ class Endpoint:
             self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
             self.trial_at = max(self.trial_at, now + pause_s)
             if not self.broken:
-                self.broken = True
+                self.broken, self._broken_at = True, now
                 self.concurrency = Concurrency(self.concurrency.timeout_s)  # it comes back cold
                 logger.warning(f"{self.url}: {error}; leaving it alone for {pause_s:.1f} s")
 

@@ -273,7 +273,9 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
     payload = bytearray()
     timeouts = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
     try:
-        with session.send(session.prepared(method, url, body), stream=True, timeout=timeouts) as response:
+        with session.send(
+            session.prepared(method, url, body), stream=True, timeout=timeouts, allow_redirects=False
+        ) as response:
             while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
                 payload += chunk
                 if len(payload) > MAX_REPLY_BYTES:

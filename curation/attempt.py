@@ -82,10 +82,15 @@ class Attempts:
         if not self.wanted(state):
             self.count(state, shard)
             return "late"
+        try:
+            verify_inputs(inputs, state.inputs)
+        except ShardError as error:  # upstream is just replacing it, or somebody else did: not this stage's failure
+            self.count(State("blocked", str(error)), shard)
+            return "settled"
         work = self._work(shard, claim, state)
         epoch, began = self._ledger.governing(shard.id).number, time.time()
         try:
-            self._run(work, claim, epoch, began, inputs)
+            self._run(work, claim, epoch, began)
         except Stopped:
             self._tally.shards("left")
         except LostClaim as error:
@@ -119,9 +124,8 @@ class Attempts:
             on_warning=logger.warning,
         )
 
-    def _run(self, work: ShardWork, claim: Claim, epoch: int, began: float, inputs: list[Input]) -> None:
+    def _run(self, work: ShardWork, claim: Claim, epoch: int, began: float) -> None:
         try:
-            verify_inputs(inputs, work.inputs)
             self._stage.process(work)
             work.assert_conservation()
             self._check_error_rate(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
 
 WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
 RUN_VARIABLE = "CURATION_RUN_ID"
+ONE_SIGNAL_S = 1.0  # SLURM sends SIGTERM to every process of a step, and a parent passes its own on to its workers
 MARGIN_S = 60.0  # before the deadline, at which no new work is begun
 
 
@@ -182,6 +184,7 @@ class StopSignal:
         self._draining = threading.Event()
         self._urgent = threading.Event()
         self._fatal_signals = 0
+        self._last_term = -math.inf
 
     def install(self) -> None:
         """Take over the signals.  Main thread only."""
@@ -189,7 +192,11 @@ class StopSignal:
             signal.signal(name, self._received)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if number in (signal.SIGINT, signal.SIGTERM):
+        now = time.monotonic()
+        echo = number == signal.SIGTERM and now - self._last_term < ONE_SIGNAL_S
+        if number == signal.SIGTERM:
+            self._last_term = now
+        if number in (signal.SIGINT, signal.SIGTERM) and not echo:
             self._fatal_signals += 1
             if self._fatal_signals > 1:
                 os._exit(EXIT_WORK_LEFT)

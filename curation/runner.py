@@ -192,6 +192,9 @@ class _Run:
         if not self._opened:  # models are loaded only when there is something to do
             self._stage.open(self._allocation)
             self._opened = True
+            if self._ended():  # it may have taken minutes
+                self._tally.shards("left")
+                return None
         claim = self._claims.take(bucket_of(shard.id), shard.id)
         if claim is None:
             with self._lock:

@@ -12,6 +12,7 @@ import pytest
 
 from curation import cluster
 from curation.cluster import (
+    ONE_SIGNAL_S,
     Allocation,
     StopSignal,
     host_identity,
@@ -263,13 +264,14 @@ print("ended by itself", stop.cause, "urgent" if stop.urgent else "drains", flus
         (["INT"], "SIGINT drains", 0),
         (["TERM"], "SIGTERM urgent", 0),
         (["USR1", "USR1", "TERM"], "SIGUSR1 urgent", 0),
-        (["TERM", "TERM"], None, 75),
+        (["TERM", "TERM"], "SIGTERM urgent", 0),  # one signal on two ways
+        (["TERM", "", "TERM"], None, 75),
         (["INT", "INT"], None, 75),
         (["INT", "TERM"], None, 75),
     ],
 )
 def test_signals(signals: list[str], says: str | None, code: int) -> None:
-    """One drains or hurries, the second of SIGINT and SIGTERM ends on the spot."""
+    """One drains or hurries, the second of SIGINT and SIGTERM ends on the spot (``""`` is a while)."""
     seconds = "0.3" if says else "60"
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, seconds], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -277,8 +279,9 @@ def test_signals(signals: list[str], says: str | None, code: int) -> None:
     process.send_signal(getattr(signal, f"SIG{signals[0]}"))
     first = process.stdout.readline()
     for name in signals[1:]:
-        process.send_signal(getattr(signal, f"SIG{name}"))
-        time.sleep(0.05)
+        if name:
+            process.send_signal(getattr(signal, f"SIG{name}"))
+        time.sleep(0.05 if name else ONE_SIGNAL_S)
     rest = process.stdout.read()
     assert process.wait(timeout=10) == code
     if says is None:

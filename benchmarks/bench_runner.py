@@ -1,0 +1,144 @@
+"""What the machinery costs: CPU time of run_shards on work that is empty, and the time of a restart with nothing to do.
+
+    python benchmarks/bench_runner.py [--json] [--folder DIR] [--shards 100,1000,10000]
+
+Bar: under 5 ms of CPU time (user + system) a shard, and flat from 100 to 10,000 shards.  The work on each shard is one
+sample that is kept; a shard leaves one small output, a line of provenance and its receipt.  Runs in memory (/dev/shm)
+where that is to be had, so that the system's share is the filesystem calls and not the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from curation.cluster import Allocation, StopSignal
+from curation.options import RunOptions, set_up_logging
+from curation.runner import Input, ShardWork, run_shards
+from curation.shards import Shard, discover
+
+BAR_MS = 5.0
+FLAT = 1.5  # a shard among the most costs at most so many times what one among the fewest does
+
+
+class Empty:
+    """A stage that does nothing but what every stage must."""
+
+    name, version, shards_in_flight = "empty", 1, 1
+    other_outputs: tuple[Path, ...] = ()
+
+    def __init__(self, output: Path, publishes: bool) -> None:
+        self.output = output
+        self._publishes = publishes
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"publishes": self._publishes}
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        return [Input(shard.path)]
+
+    def open(self, allocation: Allocation) -> None: ...
+
+    def close(self) -> None: ...
+
+    def process(self, work: ShardWork) -> None:
+        work.sample_in()
+        work.keep()
+        if self._publishes:
+            work.provenance({"key": work.shard.id})
+            with work.output(self.output / f"{work.shard.id}.json") as file:
+                file.write(b"{}\n")
+
+
+@dataclass(frozen=True)
+class Row:
+    work: str
+    shards: int
+    cpu_ms: float  # a shard
+    wall_ms: float
+    restart_cpu_ms: float
+    restart_wall_s: float  # of the whole run
+
+
+def measure(base: Path, shards: int, publishes: bool) -> Row:
+    source = base / "in"
+    source.mkdir()
+    for number in range(shards):
+        (source / f"{number:08d}.tar").touch()
+    found = discover(str(source))
+    stage = Empty(base / "out", publishes)
+    (cpu_s, wall_s), (restart_cpu_s, restart_wall_s) = run(stage, found), run(stage, found)
+    for folder in (source, base / "out"):
+        shutil.rmtree(folder)
+    return Row(
+        work="output + provenance" if publishes else "nothing",
+        shards=shards,
+        cpu_ms=cpu_s / shards * 1e3,
+        wall_ms=wall_s / shards * 1e3,
+        restart_cpu_ms=restart_cpu_s / shards * 1e3,
+        restart_wall_s=restart_wall_s,
+    )
+
+
+def run(stage: Empty, shards: Sequence[Shard]) -> tuple[float, float]:
+    """(CPU seconds, wall-clock seconds) of one run over all shards."""
+    before, began = cpu_seconds(), time.perf_counter()
+    code = run_shards(stage, shards, RunOptions(quiet=True), Allocation(), StopSignal())
+    if code != 0:
+        raise RuntimeError(f"run_shards ended with {code}")
+    return cpu_seconds() - before, time.perf_counter() - began
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)  # git, asked once for the code's version
+    return used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
+
+
+def default_folder() -> Path:
+    return Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="where to run")
+    parser.add_argument("--shards", default="100,1000,10000")
+    arguments = parser.parse_args()
+    set_up_logging(quiet=True)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-runner-", dir=arguments.folder) as base:
+        measure(Path(base), 20, True)  # imports, caches
+        for publishes in (False, True):
+            rows += [measure(Path(base), int(count), publishes) for count in arguments.shards.split(",")]
+    empty = [row.cpu_ms for row in rows if row.work == "nothing"]
+    passed = max(empty) < BAR_MS and empty[-1] <= FLAT * empty[0]
+    if arguments.json:
+        result = {"folder": str(arguments.folder), "bar_cpu_ms": BAR_MS, "passed": passed}
+        print(json.dumps(result | {"rows": [vars(row) for row in rows]}, indent=2))
+        return 0 if passed else 1
+    print(f"run_shards in {arguments.folder}; one process, {os.cpu_count()} cores")
+    print("| work | shards | CPU ms/shard | wall ms/shard | restart CPU ms/shard | restart s |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row.work} | {row.shards:,} | {row.cpu_ms:.2f} | {row.wall_ms:.2f} "
+            f"| {row.restart_cpu_ms:.3f} | {row.restart_wall_s:.2f} |"
+        )
+    print(f"bar: under {BAR_MS:g} ms of CPU on empty work, and flat: {'reached' if passed else 'MISSED'}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

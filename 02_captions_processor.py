@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class RewriteCaptions:
         self.output = Path(options.output)
         self.groups = read_groups(options.groups)
         self.system = read_system_prompt(options.system_prompt)
+        self._one_at_a_time = threading.Lock()
         self._server: Any = None
         self._crew: Crew | None = None
         self._pool: EndpointPool | None = None
@@ -174,12 +176,13 @@ class RewriteCaptions:
     # ---- one shard
 
     def process(self, work: ShardWork) -> None:
-        with work.phase("read"):
-            captions = dict(self._read(work))
-        with work.phase("language"):
-            guesses = self._keep_language(captions, work)
-        groups = assign_groups(guesses, work.shard.id, self.groups, self.options.seed)
-        questions = {key: question(captions[key], groups[key]) for key in guesses}
+        with self._one_at_a_time:  # nothing but computing: side by side, all shards' first questions would wait
+            with work.phase("read"):
+                captions = dict(self._read(work))
+            with work.phase("language"):
+                guesses = self._keep_language(captions, work)
+            groups = assign_groups(guesses, work.shard.id, self.groups, self.options.seed)
+            questions = {key: question(captions[key], groups[key]) for key in guesses}
         with work.phase("infer"):
             outcomes = self._ask(questions, work)
         with work.phase("write"):

@@ -15,6 +15,7 @@ from curation.errors import SampleError, Stopped
 from curation.partial import PartialLog
 
 BATCH = 256  # replies that are recorded in one write, at most
+GATHER_S = 0.01  # a reply waits so long for others, so that one write is not made for each
 WAIT_S = 0.5  # how often a signal is looked for while nothing comes
 
 
@@ -125,6 +126,8 @@ def _take(shard: _Shard, log: PartialLog, outcomes: dict[str, Outcome], settle: 
     problem: BaseException | None = None
     try:
         key, result = shard.back.get(timeout=WAIT_S)
+        if shard.awaited > 1:
+            time.sleep(GATHER_S)
         while True:
             shard.awaited -= 1
             if isinstance(result, Outcome):

@@ -84,6 +84,7 @@ class Endpoint:
         self.calls: set[Call] = set()
         self.latency_s = 0.0  # smoothed
         self.counts: Counter[str] = Counter()
+        self.problem = ""  # the last one
         self.broken = False  # left alone until a request on trial succeeds
         self.trial_at = 0.0  # monotonic: when one may be sent
         self._broken_at = 0.0
@@ -123,23 +124,23 @@ class Endpoint:
 
     def failed(self, error: EndpointError | ModelMissing, call: Call, now: float) -> None:
         """Count it, lower the limit, and leave the server alone if it has failed before or asks for that."""
-        busy, timed_out = getattr(error, "busy", False), getattr(error, "timed_out", False)
-        self.counts["busy" if busy else "timeouts" if timed_out else "errors"] += 1
+        if isinstance(error, ModelMissing):
+            error = EndpointError(f"404: {error}", refused=True)
+        self.problem = str(error)
+        self.counts["busy" if error.busy else "timeouts" if error.timed_out else "errors"] += 1
         others = len(self.calls) - 1
-        retry_after_s = getattr(error, "retry_after_s", 0.0)
-        if busy:
+        if error.busy:
             self.concurrency.refused(others, now)
-        elif timed_out:
+        elif error.timed_out:
             self.concurrency.timed_out(now)
         if self.broken and call.began < self._broken_at:
             return  # one of those that were out when it broke
-        if busy and others and not self.broken:  # it serves those
-            self.trial_at = now + retry_after_s
+        if error.busy and others and not self.broken:  # it serves those
+            self.trial_at = now + error.retry_after_s
             return
         self._failures += 1
-        gone = getattr(error, "refused", False) or isinstance(error, ModelMissing)
-        if self.broken or self._failures >= FAILURES_TO_OPEN or gone or retry_after_s:
-            pause_s = retry_after_s or self._pause_s * random.uniform(0.8, 1.2)
+        if self.broken or self._failures >= FAILURES_TO_OPEN or error.refused or error.retry_after_s:
+            pause_s = error.retry_after_s or self._pause_s * random.uniform(0.8, 1.2)
             self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
             self.trial_at = max(self.trial_at, now + pause_s)
             if not self.broken:
@@ -208,27 +209,17 @@ class EndpointPool:
             call = self._acquire(last, check_stop)
             last = call.endpoint
             try:
-                path, body = last.wire.body(self.model, request)
-                timeout_s = self._timeout_s if failures else last.timeout_s(self._timeout_s)
-                reply = last.wire.reply(post(self._session(), last.url + path, body, timeout_s))
+                return self._send(call, request, self._timeout_s if failures else last.timeout_s(self._timeout_s))
             except (EndpointError, ModelMissing) as error:
-                self._failed(call, error)
-                if getattr(error, "busy", False):
-                    refusals += 1
-                    self._back_off(refusals)
-                elif not getattr(error, "refused", False):  # a refused connection says nothing about the request
-                    failures += 1
-                    if failures >= ATTEMPTS and self._any_alive():
-                        reason = "llm_timeout" if getattr(error, "timed_out", False) else "llm_error"
-                        raise SampleError(reason, f"{failures} attempts, the last at {last.url}: {error}") from None
-            except SampleError:
-                self._answered(call, None)  # the server is well: the request is at fault
-                raise
-            else:
-                self._answered(call, time.monotonic())
-                return reply
-            finally:
-                self._release(call)
+                problem = error
+            if isinstance(problem, EndpointError) and problem.busy:
+                refusals += 1
+                self._back_off(refusals)
+            elif not (isinstance(problem, ModelMissing) or problem.refused):  # those say nothing about the request
+                failures += 1
+                if failures >= ATTEMPTS and self._any_alive():
+                    reason = "llm_timeout" if problem.timed_out else "llm_error"
+                    raise SampleError(reason, f"{failures} attempts, the last at {last.url}: {problem}")
 
     def facts(self) -> dict[str, dict[str, object]]:
         """What each server did, for the log: answers and failures by kind, its limit, its latency in seconds."""
@@ -265,31 +256,39 @@ class EndpointPool:
                 if all(e.broken for e in self._endpoints) and now - self._last_success > self._patience_s:
                     raise InfrastructureError(
                         f"no endpoint has answered for {self._patience_s:g} s "
-                        f"({', '.join(e.url for e in self._endpoints)}). Replies so far are kept: start again when "
-                        "the servers are back"
+                        f"({'; '.join(f'{e.url}: {e.problem}' for e in self._endpoints)}). Replies so far are kept: "
+                        "start again when the servers are back"
                     )
                 opens = [e.trial_at - now for e in self._endpoints if e.trial_at > now]
                 self._changed.wait(min([0.5, *opens]))
 
-    def _release(self, call: Call) -> None:
-        with self._changed:
-            call.endpoint.calls.discard(call)
-            self._changed.notify()
-
-    def _answered(self, call: Call, now: float | None) -> None:
-        with self._changed:
-            self._last_success = time.monotonic()
-            if now is None:
-                call.endpoint.recovered()
-                return
-            limit = call.endpoint.concurrency.limit
-            call.endpoint.succeeded(call, now)
-            if call.endpoint.concurrency.limit > limit:
-                self._changed.notify()  # one more than the one that _release wakes
-
-    def _failed(self, call: Call, error: EndpointError | ModelMissing) -> None:
-        with self._changed:
-            call.endpoint.failed(error, call, time.monotonic())
+    def _send(self, call: Call, request: Request, timeout_s: float) -> Reply:
+        """One attempt, and what it says about the server."""
+        endpoint = call.endpoint
+        try:
+            path, body = endpoint.wire.body(self.model, request)
+            reply = endpoint.wire.reply(post(self._session(), endpoint.url + path, body, timeout_s))
+        except (EndpointError, ModelMissing) as error:
+            with self._changed:
+                endpoint.failed(error, call, time.monotonic())
+            raise
+        except SampleError:  # the server is well: the request is at fault
+            with self._changed:
+                self._last_success = time.monotonic()
+                endpoint.recovered()
+            raise
+        else:
+            with self._changed:
+                self._last_success = now = time.monotonic()
+                limit = endpoint.concurrency.limit
+                endpoint.succeeded(call, now)
+                if endpoint.concurrency.limit > limit:
+                    self._changed.notify()  # for one more than the one whose place becomes free
+            return reply
+        finally:
+            with self._changed:
+                endpoint.calls.discard(call)
+                self._changed.notify()
 
     # ---- failures
 

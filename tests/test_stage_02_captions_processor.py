@@ -211,14 +211,14 @@ def test_other_options_are_refused_until_rerun(run: Run) -> None:
 
 
 def test_small_shards_share_the_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No shard's last replies leave slots idle: twelve shards of four captions on eight slots of 0.1 s each."""
-    with ollama_stub(slots=8, latency_s=0.1, log=tmp_path / "requests.jsonl") as port:
+    """No shard's last replies leave slots idle: with four captions a shard more than four are asked about at once."""
+    with ollama_stub(slots=8, latency_s=0.2, log=tmp_path / "requests.jsonl") as port:
         run = Run(tmp_path, port, capsys)
-        for shard in range(12):
+        for shard in range(9):
             run.add(english(4), f"{shard:08d}")
         assert run() == 0
         times = [json.loads(line)["at"] for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
-    assert max(times) - min(times) < 1.5 * 48 * 0.1 / 8, "one shard after the other would take 1.2 s and more"
+    assert max(sum(at <= other < at + 0.19 for other in times) for at in times) > 4
 
 
 # ---- replies that do not count

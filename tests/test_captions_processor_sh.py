@@ -1,0 +1,124 @@
+"""02_captions_processor.sh with stand-ins for ollama and scontrol: servers, exit codes, signals, and queueing again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "02_captions_processor.sh"
+STUB = ROOT / "tests" / "servers" / "ollama_stub.py"
+
+OLLAMA = f"""#!/bin/bash
+[ "$1" = serve ] || exit 9
+echo "$CUDA_VISIBLE_DEVICES $OLLAMA_HOST $OLLAMA_NUM_PARALLEL $OLLAMA_KEEP_ALIVE" >>"$LOG/ollama"
+[ -n "${{BROKEN:-}}" ] && echo "no such driver" && exit 1
+exec {sys.executable} {STUB} --port "${{OLLAMA_HOST#*:}}" --latency_s "${{LATENCY_S:-0}}"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >>"$LOG/scontrol"
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job with two GPUs and captions to ask about."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("ollama", OLLAMA), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    folder = tmp_path / "captions with a space"
+    folder.mkdir()
+    captions = {f"{n:03d}.json": f"A woman walks her dog along the beach, number {n}" for n in range(60)}
+    (folder / "00000000.json").write_text(json.dumps(captions))
+    return {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "CAPTIONS": str(folder),
+        "PROMPTS": f"{tmp_path}/prompts",
+        "CUDA_VISIBLE_DEVICES": "0,GPU-7",
+        "LOG": str(tmp_path),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+
+
+def left_behind(tmp_path: Path) -> list[str]:
+    return [path.name for path in (tmp_path / "prompts").glob(".job-*")]
+
+
+def test_a_server_per_gpu_and_the_stage_with_them(job: dict[str, str], tmp_path: Path) -> None:
+    assert subprocess.run([SCRIPT, "--groups", "none"], env=job, check=False, timeout=60).returncode == 0
+    servers = sorted(line.split() for line in (tmp_path / "ollama").read_text().splitlines())
+    assert [gpu for gpu, *_ in servers] == ["0", "GPU-7"]
+    assert len({host for _, host, *_ in servers}) == 2
+    assert all(rest == ["4", "-1"] for _, _, *rest in servers)
+    prompts = json.loads((tmp_path / "prompts" / "00000000.json").read_bytes())
+    assert len(prompts) == 60
+    assert prompts["000.json"].startswith("A photo, A woman walks")
+    assert not left_behind(tmp_path)
+    port = int(servers[0][1].split(":")[1])
+    assert subprocess.run(
+        ["bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port}"], check=False, capture_output=True
+    ).returncode
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"BROKEN": "1", "START_TIMEOUT_S": "1"}, "no such driver"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "no GPU was allocated"),
+        ({"OLLAMA": "no-such-ollama"}, "no no-such-ollama on the PATH"),
+        ({"ENDPOINTS": "http://127.0.0.1:1"}, "no endpoint answers"),
+    ],
+)
+def test_what_the_machine_lacks(changes: dict[str, str], says: str, job: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run([SCRIPT], env={**job, **changes}, check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not left_behind(tmp_path)
+
+
+def test_folders_must_be_named(job: dict[str, str]) -> None:
+    del job["CAPTIONS"]
+    done = subprocess.run([SCRIPT], env=job, check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "the folder of captions that stage 01 wrote" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "restarts", "requeued"),
+    [(signal.SIGUSR1, "0", True), (signal.SIGUSR1, "50", False), (signal.SIGTERM, "0", False)],
+)
+def test_at_the_time_limit_it_queues_itself_again(
+    number: signal.Signals, restarts: str, requeued: bool, job: dict[str, str], tmp_path: Path
+) -> None:
+    process = subprocess.Popen([SCRIPT], env={**job, "LATENCY_S": "0.5", "SLURM_RESTART_COUNT": restarts})
+    partial = tmp_path / "prompts" / "_partial"
+    until = time.monotonic() + 30
+    while not any(path.is_file() and path.stat().st_size for path in partial.rglob("*")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 75
+    asked = (tmp_path / "scontrol").read_text().split() if (tmp_path / "scontrol").exists() else []
+    assert asked == (["requeue", job["SLURM_JOB_ID"]] if requeued else [])
+    assert not left_behind(tmp_path)
+
+
+def test_an_array_element_queues_itself_alone(job: dict[str, str], tmp_path: Path) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"}
+    process = subprocess.Popen([SCRIPT], env={**job, **array, "LATENCY_S": "0.5"})
+    while not any(path.is_file() and path.stat().st_size for path in (tmp_path / "prompts" / "_partial").rglob("*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "scontrol").read_text().split() == ["requeue", "70_3"]

@@ -40,6 +40,7 @@ from curation.tar import TarReport, read_samples
 
 CAPTIONS_STAGE = "01_filter_noface"
 TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3
+EMBEDDED_MODEL = "embedded/gemma-3-270m"
 EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
 
 STAND_IN = (
@@ -133,7 +134,7 @@ class RewriteCaptions:
 
     @property
     def model(self) -> str:
-        return "embedded" if self.options.embedded else self.options.model_name
+        return EMBEDDED_MODEL if self.options.embedded else self.options.model_name
 
     @property
     def temperature(self) -> float:

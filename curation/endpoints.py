@@ -19,6 +19,7 @@ from typing import Literal
 from curation.concurrency import Concurrency
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.wire import (
+    CONTEXT_TOKENS,
     WIRES,
     EndpointError,
     ModelMissing,
@@ -155,6 +156,7 @@ class EndpointPool:
 
     timeout_s: for an answer.  load_timeout_s: for a cold model to load, before the first request.
     patience_s: how long ``ask`` waits while no server at all answers before it ends the run.
+    context_tokens: of every request, for the model is loaded with room for so many.
     """
 
     def __init__(
@@ -166,6 +168,7 @@ class EndpointPool:
         timeout_s: float = 10.0,
         load_timeout_s: float = 300.0,
         patience_s: float = 60.0,
+        context_tokens: int = CONTEXT_TOKENS,
     ) -> None:
         self.model = model
         self._urls = list(urls)
@@ -173,6 +176,7 @@ class EndpointPool:
         self._timeout_s = timeout_s
         self._load_timeout_s = load_timeout_s
         self._patience_s = patience_s
+        self._context_tokens = context_tokens
         self._endpoints: list[Endpoint] = []
         self._changed = threading.Condition()
         self._sessions = threading.local()
@@ -235,7 +239,7 @@ class EndpointPool:
         with Session() as session:
             try:
                 api = detect_api(session, url, min(self._timeout_s, PROBE_S)) if self._api == "auto" else self._api
-                WIRES[api].load(session, url, self.model, self._load_timeout_s)
+                WIRES[api].load(session, url, self.model, self._context_tokens, self._load_timeout_s)
             except (EndpointError, ModelMissing, SampleError) as error:
                 return str(error)
         return Endpoint(url, WIRES[api], self._timeout_s)

@@ -10,12 +10,11 @@ from typing import NamedTuple
 from curation.dictionaries import clean_text
 from curation.errors import UsageError
 from curation.groups import hash_of
-from curation.wire import Reply, Request
+from curation.wire import CONTEXT_TOKENS, Reply, Request
 
 MAX_CAPTION_CHARACTERS = 2000  # about 500 tokens of English
 MAX_PROMPT_CHARACTERS = 1000  # text-to-image models read 77 to 512 tokens
 MIN_PROMPT_CHARACTERS = 8
-CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the model anew when it changes
 MAX_TOKENS = 256
 MAX_SYSTEM_BYTES = 64 << 10
 WARMER = 0.2  # a reply that was refused is asked for again at a higher temperature, up to:

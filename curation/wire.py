@@ -6,7 +6,7 @@ Knows the paths, the bodies, where the reply stands and what each error means.  
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -21,6 +21,7 @@ Api = Literal["ollama", "openai"]
 MAX_REPLY_BYTES = 4 << 20
 CHUNK_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 5.0
+CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the model anew when it changes
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
 
@@ -67,7 +68,7 @@ class Request:
     temperature: float = 0.8
     seed: int = 0
     max_tokens: int = 256
-    context_tokens: int = 4096
+    context_tokens: int = CONTEXT_TOKENS
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,7 +96,7 @@ class Wire(Protocol):
     def reply(self, payload: bytes) -> Reply:
         """The reply in a 200's body.  EndpointError where it holds an error or is no reply."""
 
-    def load(self, session: Session, url: str, model: str, timeout_s: float) -> None:
+    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
         """Return once the model is ready.  InfrastructureError when the server does not have it."""
 
 
@@ -136,11 +137,12 @@ class Ollama:
             raise EndpointError(f"no reply in {payload[:100]!r}")
         return Reply("".join(parts), reason != "length")
 
-    def load(self, session: Session, url: str, model: str, timeout_s: float) -> None:
-        # kept until the first request, however long the other servers take to load; after it by the server's own rule
-        body = orjson.dumps({"model": model, "keep_alive": -1, "stream": False})
+    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
+        # With the context of the requests, or the first of them would load it anew.  Kept until that comes, however
+        # long the other servers take to load; after it by the server's own rule.
+        load = {"model": model, "keep_alive": -1, "stream": False, "options": {"num_ctx": context_tokens}}
         try:
-            post(session, f"{url}/api/generate", body, timeout_s)
+            _patiently(lambda left_s: post(session, f"{url}/api/generate", orjson.dumps(load), left_s), timeout_s)
         except ModelMissing as error:
             raise InfrastructureError(
                 f"{url} has no model {model!r} ({error}); make it with `ollama create {model} -f "
@@ -182,16 +184,8 @@ class OpenAI:
             raise EndpointError(f"no reply in {payload[:100]!r}")
         return Reply(text, first.get("finish_reason") != "length")
 
-    def load(self, session: Session, url: str, model: str, timeout_s: float) -> None:
-        ends = time.monotonic() + timeout_s
-        while True:
-            try:
-                value = _object(get(session, f"{url}/v1/models", min(timeout_s, 30.0)))
-                break
-            except EndpointError as error:  # llama-server and vLLM answer 503 while they load
-                if not error.busy or time.monotonic() > ends:
-                    raise
-                time.sleep(0.2)
+    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
+        value = _object(_patiently(lambda left_s: get(session, f"{url}/v1/models", left_s), timeout_s))
         entries = value.get("data") if isinstance(value.get("data"), list) else []
         names = [str(entry.get("id")) for entry in entries or [] if isinstance(entry, dict)]
         if names and model not in names:
@@ -226,18 +220,20 @@ WIRES: Mapping[Api, Wire] = {"ollama": Ollama(), "openai": OpenAI()}
 
 def detect_api(session: Session, url: str, timeout_s: float) -> Api:
     """Which API the server at ``url`` speaks.  EndpointError when it does not answer or speaks neither."""
-    try:
-        if b"ollama" in get(session, f"{url}/", timeout_s).lower():
-            return "ollama"
-    except (ModelMissing, SampleError):  # it answers, but shows nothing at its root
-        pass
-    for path, api in (("/v1/models", "openai"), ("/api/tags", "ollama")):
+    probes: tuple[tuple[str, bytes, Api], ...] = (
+        ("/", b"ollama", "ollama"),
+        ("/v1/models", b"", "openai"),
+        ("/api/tags", b"", "ollama"),
+    )
+    for path, says, api in probes:
         try:
-            get(session, f"{url}{path}", timeout_s)
-            return api  # type: ignore[return-value]
+            if says in get(session, f"{url}{path}", timeout_s).lower():
+                return api
         except EndpointError as error:
-            if error.busy:  # it is loading its model
-                return api  # type: ignore[return-value]
+            if error.refused or error.timed_out:
+                raise
+            if error.busy and not says:
+                return api  # it is loading its model
         except (ModelMissing, SampleError):
             continue
     raise EndpointError("answers neither /v1/models nor /api/tags")
@@ -281,7 +277,7 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
                 if len(payload) > MAX_REPLY_BYTES:
                     raise EndpointError(f"a reply of more than {MAX_REPLY_BYTES:,} bytes")
                 if time.monotonic() > ends:  # requests' own time-out starts anew with every packet
-                    raise EndpointError(f"no whole answer within {timeout_s:g} s", timed_out=True)
+                    raise EndpointError(f"no whole answer within {timeout_s:.3g} s", timed_out=True)
     except requests.exceptions.InvalidURL as error:
         raise InfrastructureError(f"{url}: {error}") from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
@@ -299,17 +295,29 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
     raise SampleError("llm_bad_request", f"{status}: {text}")
 
 
+def _patiently(attempt: Callable[[float], bytes], timeout_s: float) -> bytes:
+    """What ``attempt(seconds left)`` gives, tried again while the server says that it is busy: loading its model."""
+    ends = time.monotonic() + timeout_s
+    while True:
+        try:
+            return attempt(max(0.1, ends - time.monotonic()))
+        except EndpointError as error:
+            if not error.busy or time.monotonic() > ends:
+                raise
+            time.sleep(0.2)
+
+
 def _connection_error(error: Exception, timeout_s: float) -> EndpointError:
     if isinstance(error, requests.exceptions.ConnectTimeout):
         return EndpointError("no connection", timed_out=True, refused=True)
     if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError):
-        return EndpointError(f"no answer within {timeout_s:g} s", timed_out=True)
+        return EndpointError(f"no answer within {timeout_s:.3g} s", timed_out=True)
     text = str(error)
     if "NewConnectionError" in text or "NameResolutionError" in text:
         why = "connection refused" if "refused" in text else "cannot be reached"
         return EndpointError(why, refused=True)
     if "Read timed out" in text:  # requests turns urllib3's into a ConnectionError while a body is read
-        return EndpointError(f"no whole answer within {timeout_s:g} s", timed_out=True)
+        return EndpointError(f"no whole answer within {timeout_s:.3g} s", timed_out=True)
     return EndpointError(f"connection broken ({type(error).__name__})")
 
 

@@ -205,7 +205,7 @@ def test_an_independent_ollama_server(server: Backend, tmp_path: Path) -> None:
     with ollama_proxy(server, tmp_path) as url:
         with Session() as session:
             assert detect_api(session, url, 10.0) == "ollama"
-            WIRES["ollama"].load(session, url, "tulu3:fairclip", 120.0)
+            WIRES["ollama"].load(session, url, "tulu3:fairclip", 4096, 120.0)
         pool = EndpointPool([url], "tulu3:fairclip", timeout_s=120.0)
         pool.open()
         reply = pool.ask(Request(user="Say hello.", max_tokens=8, temperature=0.0))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from curation.errors import UsageError
 from curation.groups import read_groups
 from curation.prompts import (
-    CONTEXT_TOKENS,
     MAX_PROMPT_CHARACTERS,
     MAX_TOKENS,
     SYSTEM,
@@ -23,7 +22,7 @@ from curation.prompts import (
     quotable,
     read_system_prompt,
 )
-from curation.wire import Reply
+from curation.wire import CONTEXT_TOKENS, Reply
 
 ROOT = Path(__file__).parent.parent
 CAPTION = "Portrait of a man in a park"

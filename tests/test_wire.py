@@ -268,6 +268,8 @@ def test_no_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) ->
         ([http(200, b"<html>"), http(503, b"Loading model")], "openai"),
         ([http(404, b""), http(404, b""), http(200, b'{"models":[]}')], "ollama"),
         ([http(401, b""), http(200, b'{"data":[]}')], "openai"),
+        ([http(503, b"Loading model")] * 2, "openai"),
+        ([http(302, b"", b"Location: /ui"), http(200, b'{"data":[]}')], "openai"),
     ],
 )
 def test_servers_are_told_apart(responses: list[bytes], api: str) -> None:
@@ -289,10 +291,25 @@ def test_signs_of_life() -> None:
 def test_an_openai_server_without_the_model_names_those_it_has() -> None:
     listing = http(200, b'{"data":[{"id":"llama"},{"id":"tulu"}]}')
     with serving(listing) as url, Session() as session, pytest.raises(InfrastructureError, match="llama, tulu"):
-        WIRES["openai"].load(session, url, "m", 5.0)
+        WIRES["openai"].load(session, url, "m", 64, 5.0)
 
 
 def test_an_openai_server_that_is_loading_is_waited_for() -> None:
     listing = http(200, b'{"data":[{"id":"m"}]}')
     with serving(http(503, b"Loading model"), listing) as url, Session() as session:
-        WIRES["openai"].load(session, url, "m", 5.0)
+        WIRES["openai"].load(session, url, "m", 64, 5.0)
+
+
+def test_an_ollama_server_that_is_busy_is_waited_for() -> None:
+    loaded = http(200, b'{"done_reason":"load"}')
+    with serving(http(503, b"server busy"), loaded) as url, Session() as session:
+        WIRES["ollama"].load(session, url, "m", 64, 5.0)
+
+
+def test_a_server_that_stays_busy_is_not() -> None:
+    with (
+        serving(*[http(503, b"server busy")] * 9) as url,
+        Session() as session,
+        pytest.raises(EndpointError, match="busy"),
+    ):
+        WIRES["ollama"].load(session, url, "m", 64, 0.5)

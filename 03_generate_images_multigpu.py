@@ -19,7 +19,7 @@ from curation.backends.diffusion_calls import Texts
 from curation.backends.diffusion_loading import ModelSource, resolve
 from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
 from curation.backends.diffusion_tiny import build_embedded, embedded_source
-from curation.backends.generate_diffusers import Images, Request, SpeedUps, seed_of
+from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps, seed_of
 from curation.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches
 from curation.cluster import Allocation, visible_gpus
 from curation.dictionaries import KEY_SUFFIX, dump_json, read_dictionary
@@ -182,7 +182,8 @@ class GenerateImages:
             logger.warning("--embedded: the pictures are noise from random weights")
         elif device == "cpu":
             logger.warning(f"no GPU: {self.source.name} on the CPU takes seconds to many minutes a picture")
-        self.backend = backends.load("generate", "diffusers")(
+        kind: type[Backend] = backends.load("generate", "diffusers")
+        self.backend = kind(
             self.source,
             self.settings,
             negative_prompt=o.negative_prompt,
@@ -200,6 +201,8 @@ class GenerateImages:
         self.sizes = bucket_sizes(*self.fixed_size, call.bucket_multiple) if o.size == "original" else [self.fixed_size]
 
     def close(self) -> None:
+        if hasattr(self, "backend"):
+            self.backend.close()
         self._encoders.shutdown(cancel_futures=True)
 
     def process(self, work: ShardWork) -> None:

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,8 @@ class _Chunk:
 
 
 class Backend:
-    """One pipeline on one device.  Not thread-safe: one thread generates, any may fetch the pictures.
+    """One pipeline on one device.  Any thread may call it, and fetch the pictures; one thread of its own does the work,
+    since CUDA's current device is a thread's own, and OpenMP keeps a team of threads for each that computes.
 
     settings: the model's preset with the user's flags in it.  ``call`` afterwards holds what was resolved.
     device: ``cpu`` or ``cuda:<n>``.  threads: CPU threads for torch.
@@ -119,12 +121,27 @@ class Backend:
         remember_in: Path | None = None,
         pipeline: Any = None,
     ) -> None:
-        import torch
-
-        self._torch = torch
         self.source = source
         self.device = device
         self.speed_ups = speed_ups or SpeedUps()
+        self._thread = ThreadPoolExecutor(1, "device")
+        try:
+            self._thread.submit(self._open, settings, negative_prompt, threads, remember_in, pipeline).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the thread.  Pictures that were made can still be fetched."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _open(
+        self, settings: Preset, negative_prompt: str, threads: int, remember_in: Path | None, pipeline: Any
+    ) -> None:
+        import torch
+
+        self._torch = torch
+        source, device = self.source, self.device
         torch.set_num_threads(threads)
         self.device_kind = self._find_device()
         self.pipeline = load_pipeline(source, settings.dtype, device) if pipeline is None else pipeline
@@ -149,6 +166,25 @@ class Backend:
         Where memory runs out the batch is halved, the size that fits is remembered, and nothing is lost; a single
         picture that does not fit raises InfrastructureError.
         """
+        return self._thread.submit(self._generate, requests, width, height, texts, check_stop).result()
+
+    def encode(self, prompts: Sequence[str], at_once: int) -> Texts | None:
+        """Text embeddings, ``at_once`` prompts a call; None where this pipeline only encodes inside its own call.
+
+        at_once is fixed by the caller's plan, since the rounding depends on it; it is halved where memory runs out.
+        """
+        if not self.call.can_encode_ahead:
+            return None
+        return self._thread.submit(self._encode_all, prompts, at_once).result()
+
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        width: int,
+        height: int,
+        texts: Texts | None,
+        check_stop: Callable[[], None] | None,
+    ) -> Images:
         chunks: list[_Chunk] = []
         start = 0
         while start < len(requests):
@@ -165,13 +201,7 @@ class Backend:
             start += count
         return Images(chunks)
 
-    def encode(self, prompts: Sequence[str], at_once: int) -> Texts | None:
-        """Text embeddings, ``at_once`` prompts a call; None where this pipeline only encodes inside its own call.
-
-        at_once is fixed by the caller's plan, since the rounding depends on it; it is halved where memory runs out.
-        """
-        if not self.call.can_encode_ahead:
-            return None
+    def _encode_all(self, prompts: Sequence[str], at_once: int) -> Texts:
         parts: list[Texts] = []
         start = 0
         while start < len(prompts):
@@ -242,7 +272,7 @@ class Backend:
         host_pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
         host_broken = torch.empty(broken.shape, dtype=broken.dtype, pin_memory=True).copy_(broken, non_blocking=True)
         ready = torch.cuda.Event(blocking=True)
-        ready.record()
+        ready.record(torch.cuda.current_stream(self.device))
         return _Chunk(host_pixels, host_broken, flagged, count, ready)
 
     def _shrink(self, width: int, height: int, tried: int) -> None:

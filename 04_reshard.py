@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -56,50 +56,46 @@ class Options(RunOptions):
             raise UsageError("--on_missing drop needs --prompts: without them no edit is missing")
 
 
-@dataclass(slots=True)
 class Plan:
-    """What is to become of the samples of one shard, and what has become of them."""
+    """What is to become of the samples of one shard, and what has become of them.
 
-    edits: Edits
-    prompts: Collection[str] | None  # "<key>.json"; None: every edit is applied
-    drops_missing: bool
-    unused: set[str] = field(default_factory=set)  # edits that no sample has claimed
-    unasked: int = 0  # edits without a prompt
-    missing: list[str] = field(default_factory=list)  # samples with a prompt, without an edit
+    prompts: "<key>.json" of the samples that are to be edited; None: those that have an edit.
+    """
 
-    def __post_init__(self) -> None:
-        self.unused = set(self.edits.keys())
+    def __init__(self, edits: Edits, prompts: Collection[str] | None, drops_missing: bool) -> None:
+        self.edits, self.prompts, self.drops_missing = edits, prompts, drops_missing
+        self.edited = edits.keys()
+        self.unused = set(self.edited)  # edits that no sample has claimed yet
+        self.unasked = 0  # edits without a prompt
+        self.missing: list[str] = []  # samples with a prompt, without an edit
 
     def decide(self, span: SampleSpan) -> Edit | Fate:
         """The same answer each time it is asked.  Of samples with one key the first is edited."""
-        key = span.key
         if span.torn:
             return Fate.LEFT_OUT
-        if span.repeated:
+        if span.repeated or (self.prompts is not None and span.key + KEY_SUFFIX not in self.prompts):
             return Fate.STAYS
-        if self.prompts is not None and key + KEY_SUFFIX not in self.prompts:
-            return Fate.STAYS
-        if key in self.edits.keys():  # noqa: SIM118 - it is no dictionary
-            return self.edits.read(key)
+        if span.key in self.edited:
+            return self.edits.read(span.key)
         return Fate.LEFT_OUT if self.drops_missing else Fate.STAYS
 
-    def count(self, span: SampleSpan, fate: Edit | Fate, work: ShardWork) -> None:
+    def count(self, decided: Sequence[tuple[SampleSpan, Edit | Fate]], work: ShardWork) -> None:
         """Every sample once: kept, dropped or failed."""
-        work.sample_in()
-        if span.torn:
-            work.fail(span.key, "damaged_tar", span.torn)
-        elif fate is Fate.LEFT_OUT:
-            work.drop(span.key, "no_edit")
-        else:
-            work.keep()
-        if span.repeated or span.torn:
-            return
-        has_prompt = self.prompts is not None and span.key + KEY_SUFFIX in self.prompts
-        if span.key in self.unused:
-            self.unused.remove(span.key)
-            self.unasked += not isinstance(fate, Edit)
-        elif has_prompt:
-            self.missing.append(span.key)
+        work.sample_in(len(decided))
+        kept = len(decided)
+        for span, fate in decided:
+            if fate is Fate.LEFT_OUT:
+                kept -= 1
+                if span.torn:
+                    work.fail(span.key, "damaged_tar", span.torn)
+                    continue
+                work.drop(span.key, "no_edit")
+            if span.key in self.unused and not span.repeated:
+                self.unused.remove(span.key)
+                self.unasked += not isinstance(fate, Edit)
+            elif self.prompts is not None and span.key + KEY_SUFFIX in self.prompts and not span.repeated:
+                self.missing.append(span.key)
+        work.keep(kept)
 
 
 class Reshard:
@@ -145,8 +141,7 @@ class Reshard:
             report = TarReport()
             with work.phase("write"), work.output(self.output / f"{work.shard.id}.tar") as file:
                 for decided in splice(TarPass(source, report), file, plan.decide):
-                    for span, fate in decided:
-                        plan.count(span, fate, work)
+                    plan.count(decided, work)
                     work.check_stop(urgent_only=True)
             self._report(plan, report, work)
             if o.verify:
@@ -181,7 +176,7 @@ class Reshard:
         if plan.missing:
             kept = "dropped" if plan.drops_missing else "kept as they were"
             work.warn(f"{len(plan.missing):,} samples with a prompt have no edit, {kept}: {some(plan.missing)}")
-        work.note("edited", len(edits.keys()) - plan.unasked)
+        work.note("edited", len(plan.edited) - plan.unasked)
         work.note("missing_edits", len(plan.missing))
 
 

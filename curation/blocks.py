@@ -1,27 +1,58 @@
 """A file read once, in order, in large blocks, into fixed memory.
 
-Reading ahead is done by a thread into a second buffer, so that a shared filesystem's latency hides behind the work on
-the block before.  No mmap: on GPFS and Lustre it faults page by page.
+No mmap: on GPFS and Lustre it faults page by page.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Self
 
 from curation.errors import ShardError
 
-READ_BYTES: Final = 4 << 20
+READ_BYTES: Final = 2 << 20  # large enough for a shared filesystem, small enough for a processor's cache
 MAX_KEPT_BYTES: Final = 4 << 20  # of what began in the block before; where that is more, it is read again if needed
 _REREAD_BYTES = 1 << 20
 
 
+class Block:
+    """What is in memory of a file, the bytes from ``begin`` to ``end``: byte ``n`` is ``buffer[n - shift]``."""
+
+    __slots__ = ("_file", "_view", "begin", "buffer", "end", "shift")
+
+    def __init__(self, file: FileBlocks, buffer: bytearray, shift: int, begin: int, end: int) -> None:
+        self._file = file
+        self._view = memoryview(buffer)
+        self.buffer, self.shift, self.begin, self.end = buffer, shift, begin, end
+
+    def view(self, start: int, end: int) -> memoryview | None:
+        """The bytes from ``start`` to ``end`` without a copy, None where they are not all in memory."""
+        inside = self.begin <= start and end <= self.end
+        return self._view[start - self.shift : end - self.shift] if inside else None
+
+    def pieces(self, start: int, end: int) -> Iterator[memoryview]:
+        """The bytes from ``start`` to ``end``, zeros beyond the end of the file: a view, or, where they are not in
+        memory, read again in pieces of which each is valid until the next.  Raises ShardError."""
+        if (view := self.view(start, end)) is not None:
+            yield view
+            return
+        scratch = memoryview(bytearray(min(end - start, _REREAD_BYTES)))
+        while start < end:
+            piece = scratch[: end - start]
+            count = self._file.fill(piece, start)
+            piece[count:] = bytes(len(piece) - count)
+            yield piece
+            start += len(piece)
+
+    def read(self, start: int, size: int) -> bytes:
+        """A copy of ``size`` bytes at ``start``."""
+        return b"".join(self.pieces(start, start + size))
+
+
 class FileBlocks:
-    """The window ``buffer`` holds the file's bytes up to ``end``; byte ``n`` of the file is ``buffer[n - shift]``.
+    """One pass over a file.  Two buffers take turns: a block stays as it is while the next is read.
 
     ``size`` is the file's; it is corrected when the file proves shorter.  Raises ShardError when it cannot be read.
     """
@@ -33,81 +64,34 @@ class FileBlocks:
         except OSError as error:
             raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
         self.size = os.fstat(self._descriptor).st_size
-        self.end = 0
         capacity = MAX_KEPT_BYTES + min(READ_BYTES, self.size)
-        self.buffer, self._spare = bytearray(capacity), bytearray(capacity)  # memory only once it is touched
-        self._view, self._spare_view = memoryview(self.buffer), memoryview(self._spare)
-        self.shift = -MAX_KEPT_BYTES
-        self._begin = 0
-        self._reader: ThreadPoolExecutor | None = None
-        self._ahead: Future[int] | None = None
-        self._ahead_at = -1
+        self._buffers = bytearray(capacity), bytearray(capacity)  # memory only where it is filled
+        self._turn = 0
+        self.block = Block(self, self._buffers[0], -MAX_KEPT_BYTES, 0, 0)
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
-    def advance(self, kept_from: int, wanted: int) -> None:
-        """Read the next block; the bytes from ``kept_from`` to the window's end stay where there is room for them.
+    def advance(self, kept_from: int, wanted: int) -> Block:
+        """Read the next block; the bytes from ``kept_from`` to the last one's end stay where there is room for them.
 
-        wanted: where parsing goes on; the bytes from there always stay, and blocks wholly before it are skipped.
+        wanted: where parsing goes on; the bytes from there always stay, and what lies wholly before it is skipped.
         """
-        skips = wanted >= self.end + READ_BYTES
-        start = wanted if skips else self.end
-        keep = kept_from if self.end - kept_from <= MAX_KEPT_BYTES and not skips else min(wanted, self.end)
-        kept = self._view[keep - self.shift : self.end - self.shift]
-        count = self._fill_spare(start)
-        self._spare_view[MAX_KEPT_BYTES - len(kept) : MAX_KEPT_BYTES] = kept
-        self.buffer, self._spare = self._spare, self.buffer
-        self._view, self._spare_view = self._spare_view, self._view
-        self.shift = start - MAX_KEPT_BYTES
-        self._begin = start - len(kept)
-        self.end = start + count
-        if self.end < min(self.size, start + READ_BYTES):
-            self.size = self.end  # it became shorter
-        if self.end < self.size:
-            self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-            self._ahead_at, started = self.end, threading.Event()
-            self._ahead = self._reader.submit(self._fill_ahead, self._ahead_at, started)
-            started.wait()  # else it might wait for the interpreter until this thread waits for it
+        last = self.block
+        skips = wanted >= last.end + READ_BYTES
+        start = wanted if skips else last.end
+        keep = kept_from if last.end - kept_from <= MAX_KEPT_BYTES and not skips else min(wanted, last.end)
+        kept = last.view(keep, last.end) or b""
+        self._turn = 1 - self._turn
+        buffer = self._buffers[self._turn]
+        count = self.fill(memoryview(buffer)[MAX_KEPT_BYTES:], start)
+        buffer[MAX_KEPT_BYTES - len(kept) : MAX_KEPT_BYTES] = kept
+        end = start + count
+        if end < min(self.size, start + READ_BYTES):
+            self.size = end  # it became shorter
+        self.block = Block(self, buffer, start - MAX_KEPT_BYTES, start - len(kept), end)
+        return self.block
 
-    def pieces(self, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes from ``start`` to ``end``: a view of the window, or, where they are not in it, read again in
-        pieces of which each is valid until the next.  Zeros beyond the end of the file."""
-        if self._begin <= start and end <= self.end:
-            yield self._view[start - self.shift : end - self.shift]
-            return
-        scratch = memoryview(bytearray(min(end - start, _REREAD_BYTES)))
-        while start < end:
-            piece = scratch[: end - start]
-            count = self._fill(piece, start)
-            piece[count:] = bytes(len(piece) - count)
-            yield piece
-            start += len(piece)
-
-    def close(self) -> None:
-        if self._reader is not None:
-            self._reader.shutdown(wait=True)
-        os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _fill_spare(self, start: int) -> int:
-        ahead, self._ahead = self._ahead, None
-        count = ahead.result() if ahead is not None else 0
-        return (
-            count
-            if ahead is not None and self._ahead_at == start
-            else self._fill(self._spare_view[MAX_KEPT_BYTES:], start)
-        )
-
-    def _fill_ahead(self, start: int, started: threading.Event) -> int:
-        started.set()
-        return self._fill(self._spare_view[MAX_KEPT_BYTES:], start)
-
-    def _fill(self, view: memoryview, start: int) -> int:
+    def fill(self, view: memoryview, start: int) -> int:
         """Fill ``view`` from the file, as far as it goes: a shared filesystem may return less than it was asked for."""
         total = 0
         try:
@@ -116,3 +100,12 @@ class FileBlocks:
         except OSError as error:  # a folder, a bad disk, a file that another node removed
             raise ShardError(f"{self._path}: cannot be read at byte {start + total:,} ({error.strerror})") from error
         return total
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -9,6 +9,7 @@ import os
 from array import array
 from collections.abc import Iterator, KeysView
 from pathlib import Path
+from struct import Struct
 from typing import Protocol, Self
 
 import xxhash
@@ -21,6 +22,7 @@ from curation.splice import Edit
 from curation.tar import MAX_MEMBER_BYTES, TarPass, TarReport, problem_of
 
 _PARTS = ("jpg", "txt", "json")
+_ROW = Struct("6q")
 
 
 class Edits(Protocol):
@@ -53,11 +55,11 @@ class TarredEdits:
             raise ShardError(f"{path}: is not what its receipt says; generate this shard's images again")
         self.incomplete = 0
         self._rows: dict[str, int] = {}
-        self._places = array("q")  # of each edit: offset and size of its jpg, txt and json
+        self._places = array("q")  # of each edit: offset and size of its jpg, txt and json: ten thousand take 1 MB
         report = TarReport()
         tar = TarPass(path, report)
-        for spans in tar.windows():
-            for span in spans:
+        for window in tar.windows():
+            for span in window.spans:
                 if span.torn or span.repeated:
                     raise ShardError(f"{path}: {_short(span.key)}: {span.torn or 'two edits of one key'}")
                 members = {member.suffix: member for member in span.members}
@@ -67,10 +69,11 @@ class TarredEdits:
                 if problem := problem_of(span):
                     raise ShardError(f"{path}: {_short(span.key)}: {problem[0]}: {problem[1]}")
                 self._rows[span.key] = len(self._rows)
+                if max(member.size for member in span.members) > MAX_MEMBER_BYTES:
+                    raise ShardError(f"{path}: {_short(span.key)}: a member of more than {MAX_MEMBER_BYTES:,} bytes")
                 for part in _PARTS:
-                    if members[part].size > MAX_MEMBER_BYTES:
-                        raise ShardError(f"{path}: {members[part].text_name}: {members[part].size:,} bytes")
-                    self._places.extend((members[part].data, members[part].size))
+                    self._places.append(members[part].data)
+                    self._places.append(members[part].size)
         if report.damages or report.missing_end:
             raise ShardError("; ".join(report.warnings()))
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -79,14 +82,13 @@ class TarredEdits:
         return self._rows.keys()
 
     def read(self, key: str) -> Edit:
-        row = 2 * len(_PARTS) * self._rows[key]
-        places = self._places[row : row + 2 * len(_PARTS)]
-        begin = min(places[0::2])
-        end = max(offset + size for offset, size in zip(places[0::2], places[1::2], strict=True))
-        data = memoryview(os.pread(self._descriptor, end - begin, begin))
-        if len(data) < end - begin:
+        jpg, jpg_size, txt, txt_size, json, json_size = _ROW.unpack_from(self._places, _ROW.size * self._rows[key])
+        begin = min(jpg, txt, json)
+        size = max(jpg + jpg_size, txt + txt_size, json + json_size) - begin
+        data = memoryview(os.pread(self._descriptor, size, begin))  # the three lie together
+        if len(data) < size:
             raise ShardError(f"{self._path}: changed while it was read")
-        return Edit(*(data[offset - begin :][:size] for offset, size in zip(places[0::2], places[1::2], strict=True)))
+        return Edit(data[jpg - begin :][:jpg_size], data[txt - begin :][:txt_size], data[json - begin :][:json_size])
 
     def close(self) -> None:
         os.close(self._descriptor)

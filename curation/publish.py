@@ -10,8 +10,10 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +25,7 @@ from curation.errors import InfrastructureError, LostClaim, SampleError, ShardEr
 MAX_RECEIPT_BYTES = 256 << 20  # the `files` layout names every file of a shard
 _BUFFER_BYTES = 256 << 10
 _HURRY_BYTES = 8 << 20
+_MAX_PIECES = 1024  # of one writev, on Linux
 _MAX_NAME_BYTES = 255  # of one path component, on every filesystem that clusters use
 _TRIES = 20
 _GONE = (errno.ENOENT, errno.ESTALE)  # of one's own file: another worker cleared it away
@@ -97,6 +100,13 @@ class OutputFile:
             self._write(data)
         return len(data)
 
+    def write_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """``write`` of each, in one go."""
+        self._drain()
+        for piece in pieces:
+            self._digest.update(piece)
+        self._put(pieces)
+
     def tell(self) -> int:
         return self.size + len(self._pending)
 
@@ -143,11 +153,18 @@ class OutputFile:
 
     def _write(self, data: bytes | bytearray | memoryview) -> None:
         self._digest.update(data)
-        view = memoryview(data)
-        self.size += len(view)
+        self._put([data])
+
+    def _put(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
+        views = deque(memoryview(piece) for piece in pieces)
         try:
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+            while views:
+                count = os.writev(self._descriptor, list(islice(views, _MAX_PIECES)))
+                self.size += count
+                while views and count >= len(views[0]):
+                    count -= len(views.popleft())
+                if count:
+                    views[0] = views[0][count:]
             if self.size - self._hurried >= _HURRY_BYTES:
                 self._hurry()
         except OSError as error:

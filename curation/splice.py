@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Protocol
 
 import xxhash
 
 from curation.errors import ShardError
-from curation.tar import Writable
 from curation.tar_headers import RECORD, make_header, padding
-from curation.tar_pass import IMAGE_SUFFIXES, Member, SampleSpan, TarPass
+from curation.tar_pass import IMAGE_SUFFIXES, Member, SampleSpan, TarPass, Window
 
 END_OF_ARCHIVE: Final = 2 * 512
 
@@ -46,51 +45,117 @@ Decide = Callable[[SampleSpan], Edit | Fate]
 """What becomes of a sample: the same answer each time it is asked."""
 
 
-def splice(tar: TarPass, file: Writable, decide: Decide) -> Iterator[list[tuple[SampleSpan, Edit | Fate]]]:
-    """Copy a shard to ``file``; yields what was decided, a few megabytes of samples at a time, once they are written.
+class Target(Protocol):
+    """Where a spliced shard goes: see ``OutputFile``."""
+
+    def write_pieces(self, pieces: Sequence[bytes | memoryview], /) -> object: ...
+
+
+def splice(tar: TarPass, file: Target, decide: Decide) -> Iterator[list[tuple[SampleSpan, Edit | Fate]]]:
+    """Copy a shard to ``file``; yields what was decided, a few megabytes of samples at a time.
 
     In an edited sample the jpg takes the place of the first image of any type, under the name ``<key>.jpg``, and
     further images go; what the source lacks comes behind its last member.  New members take the times of those they
     replace.  Spans without a key are not asked about.
     """
-    size = 0
-
-    def write(data: bytes | memoryview) -> None:
-        nonlocal size
-        size += len(data)
-        file.write(data)
-
-    def copy(start: int, end: int) -> None:
-        for piece in tar.pieces(start, end):
-            write(piece)
-
-    for spans in tar.windows():
+    out = _Out(file)
+    for window in tar.windows():
         decided: list[tuple[SampleSpan, Edit | Fate]] = []
-        begun = done = 0  # a run of bytes that stay and are not written yet
-        for span in spans:
-            fate = decide(span) if span.key else Fate.STAYS
+        out.window = window
+        for span in window.spans:
+            fate: Edit | Fate = Fate.STAYS
             if span.key:
+                fate = decide(span)
                 decided.append((span, fate))
-            if fate is Fate.STAYS and not span.damages:
-                if span.start != done:
-                    copy(begun, done)
-                    begun = span.start
-                done = span.end
-                continue
-            copy(begun, done)
-            begun = done = span.end
             if isinstance(fate, Edit):
-                for part in _edited(span, fate):
-                    if isinstance(part, Member):
-                        copy(part.start, part.end)
-                    else:
-                        write(part)
+                out.add_edited(span, fate)
+            elif fate is Fate.LEFT_OUT:
+                out.copy_members(span.foreign)
+            elif span.damages:
+                out.copy_members(_in_order(span))
             else:
-                for member in _in_order(span) if fate is Fate.STAYS else span.foreign:
-                    copy(member.start, member.end)
-        copy(begun, done)
+                out.copy(span.start, span.end)
+        out.flush()
         yield decided
-    file.write(bytes(END_OF_ARCHIVE + -(size + END_OF_ARCHIVE) % RECORD))
+    out.end()
+
+
+class _Out:
+    """What goes to the target.  Bytes of the source are gathered as views, and those that lie together as one."""
+
+    window: Window
+
+    def __init__(self, file: Target) -> None:
+        self._file = file
+        self._pieces: list[bytes | memoryview] = []
+        self._begun = self._done = 0  # a run of source bytes that is not among the pieces yet
+        self._size = 0
+
+    def copy(self, start: int, end: int) -> None:
+        """The source's bytes from ``start`` to ``end``."""
+        if start != self._done:
+            self._end_run()
+            self._begun = start
+        self._done = end
+
+    def copy_members(self, members: Iterable[Member]) -> None:
+        for member in members:
+            self.copy(member.start, member.end)
+
+    def add_edited(self, span: SampleSpan, edit: Edit) -> None:
+        """Members that stay, and new ones in the place of others."""
+        stem = span.key.encode("utf-8", "surrogateescape") + b"."
+        missing = ["jpg", "txt", "json"]
+        new: list[bytes | memoryview] = []
+
+        def replace(suffix: str, mtime: int) -> None:
+            missing.remove(suffix)
+            data = edit.part(suffix)
+            new.extend((make_header(stem + suffix.encode(), len(data), mtime), data, padding(len(data))))
+
+        for member in _in_order(span):
+            suffix = _replaced_by(member)
+            if suffix is None:
+                self._add(new)
+                self.copy(member.start, member.end)
+            elif suffix in missing:
+                replace(suffix, member.mtime)
+        for suffix in tuple(missing):
+            replace(suffix, span.members[0].mtime)
+        self._add(new)
+        if self._begun == self._done:  # the next run may begin right behind the members that went
+            self._begun = self._done = span.end
+
+    def flush(self) -> None:
+        """Write what was gathered, before the window moves on."""
+        self._end_run()
+        self._file.write_pieces(self._pieces)
+        self._pieces.clear()
+
+    def end(self) -> None:
+        """The end-of-archive blocks, padded to a record as GNU tar does."""
+        self._file.write_pieces([bytes(END_OF_ARCHIVE + -(self._size + END_OF_ARCHIVE) % RECORD)])
+
+    def _add(self, new: list[bytes | memoryview]) -> None:
+        if new:
+            self._end_run()
+            self._pieces.append(b"".join(new))
+            self._size += len(self._pieces[-1])
+            new.clear()
+
+    def _end_run(self) -> None:
+        start, end = self._begun, self._done
+        self._begun = self._done
+        if start == end:
+            return
+        self._size += end - start
+        if (view := self.window.view(start, end)) is not None:
+            self._pieces.append(view)
+            return
+        self._file.write_pieces(self._pieces)
+        self._pieces.clear()
+        for piece in self.window.pieces(start, end):  # of a very large sample
+            self._file.write_pieces([piece])
 
 
 def verify_splice(source: Path, result: Path, decide: Decide) -> None:
@@ -101,35 +166,35 @@ def verify_splice(source: Path, result: Path, decide: Decide) -> None:
     """
     _forget(result)
     old, new = TarPass(source), TarPass(result)
-    theirs = (span for spans in new.windows() for span in spans)
+    theirs = ((window, span) for window in new.windows() for span in window.spans)
     foreign_in, foreign_out = xxhash.xxh3_128(), xxhash.xxh3_128()
 
     def wrong(what: str) -> NoReturn:
         raise ShardError(f"{result}: not what {source.name} and its edits make: {what}")
 
-    def next_with_key() -> SampleSpan | None:
-        for span in theirs:
-            _add(foreign_out, new, span.foreign)
+    def next_with_key() -> tuple[Window, SampleSpan] | None:
+        for window, span in theirs:
+            _add(foreign_out, window, span.foreign)
             if span.key:
-                return span
+                return window, span
         return None
 
-    for spans in old.windows():
-        for span in spans:
-            _add(foreign_in, old, span.foreign)
+    for window in old.windows():
+        for span in window.spans:
+            _add(foreign_in, window, span.foreign)
             fate = decide(span) if span.key else Fate.LEFT_OUT
             if fate is Fate.LEFT_OUT:
                 continue
             found = next_with_key()
-            if found is None or found.key != span.key:
-                wrong(f"{span.key} should be there, found {found.key if found else 'the end'}")
+            if found is None or found[1].key != span.key:
+                wrong(f"{span.key} should be there, found {found[1].key if found else 'the end'}")
             if fate is Fate.STAYS:
-                if _digest(old, span.members) != _digest(new, found.members):
+                if _digest(window, span.members) != _digest(found[0], found[1].members):
                     wrong(f"{span.key} should be as it was")
-            elif (what := _differs(old, span, new, found, fate)) is not None:
+            elif (what := _differs(window, span, *found, fate)) is not None:
                 wrong(f"{span.key}: {what}")
     if (more := next_with_key()) is not None:
-        wrong(f"{more.key} should not be there")
+        wrong(f"{more[1].key} should not be there")
     if foreign_in.digest() != foreign_out.digest():
         wrong("members that belong to no sample should be as they were")
     if new.report.damages or new.report.missing_end or new.report.gaps:
@@ -140,28 +205,6 @@ def _forget(path: Path) -> None:
     """Have the kernel drop what it has of a file in memory, so that it is read from where it is stored."""
     with open(path, "rb") as file, contextlib.suppress(OSError):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _edited(span: SampleSpan, edit: Edit) -> Iterator[Member | bytes | memoryview]:
-    """An edited sample in order: members that stay, and the bytes of new ones."""
-    stem = span.key.encode("utf-8", "surrogateescape") + b"."
-    missing = ["jpg", "txt", "json"]
-
-    def new(suffix: str, mtime: int) -> Iterator[bytes | memoryview]:
-        missing.remove(suffix)
-        data = edit.part(suffix)
-        yield make_header(stem + suffix.encode(), len(data), mtime)
-        yield data
-        yield padding(len(data))
-
-    for member in _in_order(span):
-        suffix = _replaced_by(member)
-        if suffix is None:
-            yield member
-        elif suffix in missing:
-            yield from new(suffix, member.mtime)
-    for suffix in tuple(missing):
-        yield from new(suffix, span.members[0].mtime)
 
 
 def _replaced_by(member: Member) -> str | None:
@@ -177,7 +220,7 @@ def _in_order(span: SampleSpan) -> list[Member]:
     return sorted((*span.members, *span.foreign), key=lambda member: member.start)
 
 
-def _differs(old: TarPass, span: SampleSpan, new: TarPass, found: SampleSpan, edit: Edit) -> str | None:
+def _differs(old: Window, span: SampleSpan, new: Window, found: SampleSpan, edit: Edit) -> str | None:
     """How an edited sample is not what it should be."""
     edited = [member for member in found.members if _replaced_by(member)]
     if sorted(member.suffix for member in edited) != ["jpg", "json", "txt"]:
@@ -197,20 +240,20 @@ def _differs(old: TarPass, span: SampleSpan, new: TarPass, found: SampleSpan, ed
     return None
 
 
-def _digest(tar: TarPass, members: list[Member]) -> bytes:
+def _digest(window: Window, members: list[Member]) -> bytes:
     digest = xxhash.xxh3_128()
-    _add(digest, tar, members)
+    _add(digest, window, members)
     return digest.digest()
 
 
-def _add(digest: xxhash.xxh3_128, tar: TarPass, members: list[Member]) -> None:
+def _add(digest: xxhash.xxh3_128, window: Window, members: list[Member]) -> None:
     """Headers, data and padding; in as few pieces as they lie."""
     begun = done = 0
     for member in members:
         if member.start != done:
-            for piece in tar.pieces(begun, done):
+            for piece in window.pieces(begun, done):
                 digest.update(piece)
             begun = member.start
         done = member.end
-    for piece in tar.pieces(begun, done):
+    for piece in window.pieces(begun, done):
         digest.update(piece)

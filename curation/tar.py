@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from curation.errors import SampleError
 from curation.tar_headers import MAX_NAME_BYTES, RECORD, make_header, padding, split_name
-from curation.tar_pass import IMAGE_SUFFIXES, Damage, Member, SampleSpan, TarPass, TarReport
+from curation.tar_pass import IMAGE_SUFFIXES, Damage, Member, SampleSpan, TarPass, TarReport, Window
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -25,6 +25,7 @@ __all__ = [
     "TarPass",
     "TarReport",
     "TarWriter",
+    "Window",
     "is_safe_name",
     "read_samples",
     "split_name",
@@ -79,10 +80,10 @@ def read_samples(
     else:
         wanted = frozenset(want).__contains__
     tar = TarPass(path, report)
-    for spans in tar.windows():
-        for span in spans:
+    for window in tar.windows():
+        for span in window.spans:
             if span.key:
-                yield _load(tar, span, wanted, max_member_bytes)
+                yield _load(window, span, wanted, max_member_bytes)
 
 
 def is_safe_name(name: str) -> bool:
@@ -119,7 +120,7 @@ class TarWriter:
         self.size += len(data)
 
 
-def _load(tar: TarPass, span: SampleSpan, wanted: Callable[[str], bool], max_member_bytes: int) -> Sample:
+def _load(window: Window, span: SampleSpan, wanted: Callable[[str], bool], max_member_bytes: int) -> Sample:
     members: dict[str, bytes] = {}
     mtimes: dict[str, int] = {}
     problem = problem_of(span)
@@ -127,7 +128,7 @@ def _load(tar: TarPass, span: SampleSpan, wanted: Callable[[str], bool], max_mem
         if not wanted(member.suffix) or not member.regular or member.suffix in members:
             continue
         if member.size <= max_member_bytes:
-            members[member.suffix] = tar.read(member.data, member.size)
+            members[member.suffix] = window.read(member.data, member.size)
             mtimes[member.suffix] = member.mtime
         elif problem is None:
             problem = "member_too_large", f"{member.text_name}: {member.size:,} bytes, at most {max_member_bytes:,}"

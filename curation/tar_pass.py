@@ -1,6 +1,6 @@
 """One sequential pass over a tar: where its samples lie, and what is damaged.
 
-Large blocks are read in order into fixed buffers, and headers are parsed where they lie.
+Blocks are read in order into fixed buffers, and headers are parsed where they lie.
 
 A shard comes from anywhere and may be damaged.  Garbage is skipped up to the next valid header, a cut file is read to
 its last whole member, and what was lost is handed out as a torn sample, so that it can be counted:
@@ -12,6 +12,7 @@ its last whole member, and what was lost is handed out as a torn sample, so that
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
 
-from curation.blocks import FileBlocks
+from curation.beside import Beside
+from curation.blocks import Block, FileBlocks
 from curation.tar_headers import (
     BLOCK,
     REGULAR,
@@ -138,18 +140,33 @@ class TarReport:
         return lines
 
 
-class TarPass:
-    """One pass: ``for spans in tar.windows(): for span in spans: …``; ``read`` and ``pieces`` give a span's bytes.
+class Window:
+    """Samples that lie together, and the part of the file they lie in.  Gone with the next but one.
 
-    The bytes of the spans in the last list are in memory (but for very large samples, which are read again); those of
-    earlier lists no longer are.  Memory is fixed, whatever the file's size.
+    ``view``, ``pieces`` and ``read`` give the bytes of its spans (see ``Block``).  Those of a very large sample are not
+    in memory, but read again.
+    """
+
+    __slots__ = ("pieces", "read", "spans", "view")
+
+    def __init__(self, spans: list[SampleSpan], block: Block) -> None:
+        self.spans = spans
+        self.view, self.pieces, self.read = block.view, block.pieces, block.read
+
+
+class TarPass:
+    """One pass: ``for window in tar.windows(): for span in window.spans: …``.
+
+    A thread reads and parses one window ahead: a shared filesystem's latency hides behind the caller's work, and the
+    parsing behind the caller's reads and writes.  Memory is fixed, whatever the file's size.
     """
 
     def __init__(self, path: str | os.PathLike[str], report: TarReport | None = None) -> None:
         self.path = os.fspath(path)
         self.report = report if report is not None else TarReport()
         self.report.path = self.path
-        self._blocks: FileBlocks
+        self._file: FileBlocks
+        self._block: Block
         self._next = 0  # where the next header is due
         self._open: SampleSpan | None = None
         self._prefix = _NO_PREFIX  # the open sample's key and the dot
@@ -161,34 +178,33 @@ class TarPass:
         self._zeros = (-1, -1)  # the last run of zero blocks
         self._done: list[SampleSpan] = []
 
-    def windows(self) -> Iterator[list[SampleSpan]]:
+    def windows(self) -> Iterator[Window]:
         """The samples in order, a few megabytes at a time.  Raises ShardError when the file cannot be read."""
-        with FileBlocks(self.path) as self._blocks:
-            while self._next < self._blocks.size and self._blocks.end < self._blocks.size:
-                self._blocks.advance(self._open.start if self._open else self._next, self._next)
-                self._scan()
-                yield self._take()
+        with FileBlocks(self.path) as self._file, contextlib.closing(Beside[Window]("read-ahead")) as beside:
+            self._block = self._file.block
+            more = self._file.size > 0
+            if more:
+                beside.start(self._step)
+            while more:
+                window = beside.result()
+                if more := self._next < self._file.size and self._block.end < self._file.size:
+                    beside.start(self._step)
+                yield window
             self._finish()
             yield self._take()
 
-    def read(self, start: int, size: int) -> bytes:
-        """A copy of ``size`` bytes at ``start``."""
-        return b"".join(self._blocks.pieces(start, start + size))
-
-    def pieces(self, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes from ``start`` to ``end`` without a copy, each piece valid until the next.
-
-        Where the file ends within the padding of its last member there are zeros.
-        """
-        return self._blocks.pieces(start, end)
+    def _step(self) -> Window:
+        """Read and parse one block further."""
+        self._block = self._file.advance(self._open.start if self._open else self._next, self._next)
+        self._scan()
+        return self._take()
 
     # ---- members and samples
 
     def _scan(self) -> None:
         """Every header in the window, up to one that is not wholly there.  Locals, for this is where a pass spends
         its time."""
-        blocks = self._blocks
-        buffer, shift, limit, size = blocks.buffer, blocks.shift, blocks.end, blocks.size
+        buffer, shift, limit, size = self._block.buffer, self._block.shift, self._block.end, self._file.size
         at = self._next if self._lost is None else self._resume(self._next)
         prefix, span = self._prefix, self._open
         while at + BLOCK <= limit:
@@ -273,15 +289,15 @@ class TarPass:
                 self._done.append(SampleSpan(f"@{damage.offset}", damage.offset, damage.offset, torn=damage.detail))
         self._unresolved = [damage for damage in self._unresolved if not damage.explained]
 
-    def _take(self) -> list[SampleSpan]:
+    def _take(self) -> Window:
         done, self._done = self._done, []
-        return done
+        return Window(done, self._block)
 
     # ---- damage
 
     def _not_a_header(self, at: int, why: str) -> int:
         """What stands at ``at`` is the end of the archive, or damage: where to go on."""
-        buffer, shift, limit = self._blocks.buffer, self._blocks.shift, self._blocks.end
+        buffer, shift, limit = self._block.buffer, self._block.shift, self._block.end
         if buffer.startswith(ZERO_BLOCK, at - shift):
             nonzero = _NONZERO.search(buffer, at - shift, limit - shift)
             until = limit if nonzero is None else nonzero.start() + shift
@@ -304,7 +320,7 @@ class TarPass:
 
     def _resume(self, at: int) -> int:
         """The next valid header from ``at`` on, at any alignment; without one, where to seek in the next window."""
-        buffer, shift, limit = self._blocks.buffer, self._blocks.shift, self._blocks.end
+        buffer, shift, limit = self._block.buffer, self._block.shift, self._block.end
         while (found := buffer.find(_MAGIC, at - shift + _MAGIC_AT, limit - shift)) >= 0:
             at = found - _MAGIC_AT + shift
             if at + BLOCK > limit:
@@ -316,8 +332,8 @@ class TarPass:
                 continue
             self._lose(until=at)
             return at
-        if limit >= self._blocks.size:
-            return self._blocks.size
+        if limit >= self._file.size:
+            return self._file.size
         return at if found >= 0 else max(at, limit - _MAGIC_AT - len(_MAGIC) + 1)
 
     def _lose(self, until: int) -> None:
@@ -338,9 +354,9 @@ class TarPass:
 
     def _finish(self) -> None:
         """The end of the file: what was missing there, and the last sample."""
-        size = self._blocks.size
+        size = self._file.size
         ended = self._zeros[0] >= 0
-        if self._lost is None and self._next < size and any(self.read(self._next, size - self._next)):
+        if self._lost is None and self._next < size and any(self._block.read(self._next, size - self._next)):
             self._lost = (self._next, "the file ends in the header of a member")
         if self._lost is not None and self._lost[0] == self._zeros[1]:
             self._lost = (self._lost[0], "behind the end of the archive, no members")

@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Stage 04 beside `cp`, Python's tarfile and webdataset, in one run.  One shard of 10,000 samples, 10 % of them edited.
+
+The stage is the real one, through the runner: claim, digest, fsync, receipt, commit.  `cp` is followed by an fsync of
+its copy; tarfile and webdataset do the same edits and an fsync.  All read from a warm cache, and start-up (imports) is
+taken off.  Rounds alternate, so that a busy machine slows all alike; the median of the rounds' ratios counts.
+
+Aims: at least 0.9 of cp's bandwidth, 5 times tarfile, 9 times webdataset, and a peak of memory under 150 MB that does
+not grow with the shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARD = "00000000"
+AIMS = {"cp + fsync": 0.9, "tarfile": 5.0, "webdataset": 9.0}
+MEMORY_AIM_MB = 150
+MTIME = 1_700_000_000
+
+
+# ---- the shard and its edits
+
+
+def jpeg_bytes() -> bytes:
+    """Real JPEG data, cut from the example shards, for payloads of any size."""
+    from curation.tar import read_samples
+
+    shards = sorted((ROOT / "examples" / "shards").glob("*.tar"))
+    return b"".join(data for path in shards for s in read_samples(path, {"jpg"}) for data in s.members.values())
+
+
+def make_input(folder: Path, count: int, share: float) -> None:
+    """shards/<shard>.tar with ``count`` samples of about 35 kB, and edits/<shard>.tar for ``share`` of them."""
+    from curation.tar import TarWriter
+
+    dice, payload = random.Random(1), memoryview(jpeg_bytes())
+
+    def picture() -> memoryview:
+        size = dice.randint(15_000, 55_000)
+        begin = dice.randrange(len(payload) - size)
+        return payload[begin : begin + size]
+
+    for name in ("shards", "edits"):
+        (folder / name).mkdir()
+    with open(folder / f"shards/{SHARD}.tar", "wb") as source, open(folder / f"edits/{SHARD}.tar", "wb") as edits:
+        shard, edited = TarWriter(source), TarWriter(edits)
+        for number in range(count):
+            key = f"{dice.getrandbits(128):032x}-0"
+            metadata = {"uid": key[:32], "face_bboxes": [], "caption": "A photo of something", "exif": "x" * 500}
+            shard.add(f"{key}.jpg", picture(), MTIME)
+            shard.add(f"{key}.json", json.dumps(metadata, indent=4).encode(), MTIME)
+            shard.add(f"{key}.txt", b"A photo of something", MTIME)
+            if number % round(1 / share) == 3:
+                edited.add(f"{key}.jpg", picture())
+                edited.add(f"{key}.txt", b"A portrait of someone")
+                edited.add(f"{key}.json", json.dumps(metadata | {"curation": {"prompt": "y" * 300}}).encode())
+        for tar, file in ((shard, source), (edited, edits)):
+            tar.close()
+            file.flush()
+            os.fsync(file.fileno())
+
+
+# ---- the contenders: each writes ``output`` from shards/ and edits/
+
+
+def stage(folder: Path, output: Path) -> None:
+    flags = ["--input", f"{folder}/shards", "--edits", f"{folder}/edits", "--output", str(output), "--quiet"]
+    if importlib.import_module("04_reshard").main(flags) != 0:
+        raise SystemExit("the stage failed")
+
+
+def cp(folder: Path, output: Path) -> None:
+    output.mkdir()
+    subprocess.run(["cp", f"{folder}/shards/{SHARD}.tar", f"{output}/{SHARD}.tar"], check=True)
+    descriptor = os.open(output / f"{SHARD}.tar", os.O_RDWR)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def with_tarfile(folder: Path, output: Path) -> None:
+    output.mkdir()
+    with (
+        tarfile.open(folder / f"edits/{SHARD}.tar") as edits,
+        tarfile.open(folder / f"shards/{SHARD}.tar") as source,
+        durable(output / f"{SHARD}.tar") as file,
+        tarfile.open(fileobj=file, mode="w") as target,
+    ):
+        edited = {member.name: member for member in edits}
+        for member in source:
+            data = source.extractfile(member)
+            if (edit := edited.get(member.name)) is not None:
+                member.size, data = edit.size, edits.extractfile(edit)
+            target.addfile(member, data)
+
+
+def with_webdataset(folder: Path, output: Path) -> None:
+    import webdataset
+
+    output.mkdir()
+    read = {"shardshuffle": False, "nodesplitter": None, "workersplitter": None}
+    edits = {s["__key__"]: s for s in webdataset.WebDataset(f"{folder}/edits/{SHARD}.tar", **read)}
+    with durable(output / f"{SHARD}.tar") as file, webdataset.TarWriter(file, encoder=False) as target:
+        for sample in webdataset.WebDataset(f"{folder}/shards/{SHARD}.tar", **read):
+            edit = edits.get(sample["__key__"], {})
+            target.write({name: edit.get(name, data) for name, data in sample.items() if name not in WDS_OWN})
+
+
+WDS_OWN = ("__url__", "__local_path__")
+
+
+@contextlib.contextmanager
+def durable(path: Path) -> Iterator[io.BufferedWriter]:
+    with open(path, "wb", buffering=1 << 20) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---- measuring
+
+
+def seconds_of(contender: Callable[[Path, Path], None], folder: Path) -> float:
+    output = folder / "output"
+    os.sync()
+    began = time.perf_counter()
+    contender(folder, output)
+    took = time.perf_counter() - began
+    shutil.rmtree(output)
+    return took
+
+
+def same_members(folder: Path) -> None:
+    """The stage's output and tarfile's have the same names and bytes."""
+    listings = []
+    for contender in (stage, with_tarfile):
+        contender(folder, folder / "output")
+        with tarfile.open(folder / f"output/{SHARD}.tar") as tar:
+            listings.append([(member.name, tar.extractfile(member).read()) for member in tar])  # type: ignore[union-attr]
+        shutil.rmtree(folder / "output")
+    if listings[0] != listings[1]:
+        raise SystemExit("the stage's output is not tarfile's")
+
+
+def peak_mb(folder: Path) -> float:
+    """Peak memory of the stage in a process of its own."""
+    code = (
+        "import importlib, re, sys; sys.path.insert(0, '.'); "
+        "code = importlib.import_module('04_reshard').main(sys.argv[1:]); "
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
+    )
+    flags = ["--input", f"{folder}/shards", "--edits", f"{folder}/edits", "--output", f"{folder}/output", "--quiet"]
+    command = [sys.executable, "-c", code, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    shutil.rmtree(folder / "output")
+    return int(result.stdout) / 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", help="where to work: the filesystem that is measured (default: a temporary one)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
+    options = parser.parse_args()
+    contenders = {"cp + fsync": cp, "tarfile": with_tarfile, "webdataset": with_webdataset, "stage 04": stage}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        make_input(folder, options.samples, 0.1)
+        size = (folder / f"shards/{SHARD}.tar").stat().st_size
+        same_members(folder)  # and everything is imported
+        for contender in (cp, with_webdataset):
+            seconds_of(contender, folder)
+        for _ in range(options.rounds):
+            for name, contender in contenders.items():
+                seconds[name].append(seconds_of(contender, folder))
+        memory = peak_mb(folder)
+        shutil.rmtree(folder / "shards")
+        shutil.rmtree(folder / "edits")
+        make_input(folder, 4 * options.samples, 0.1)
+        memory_of_larger = peak_mb(folder)
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["stage 04"], strict=True)) for name in AIMS
+    }
+    met = all(ratios[name] >= aim for name, aim in AIMS.items()) and memory_of_larger < MEMORY_AIM_MB
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    if options.json:
+        print(json.dumps({"bytes": size, "seconds": seconds, "ratios": ratios, "peak_mb": [memory, memory_of_larger]}))
+        return 0 if met else 1
+    print(f"{options.samples:,} samples, {size / 1e6:.0f} MB, median of {options.rounds} rounds\n")
+    print("| | seconds | MB/s | stage 04 is so many times as fast | aim |\n|---|---|---|---|---|")
+    for name, median in medians.items():
+        ratio = f"{ratios[name]:.2f} | {AIMS[name]:g}" if name in AIMS else "|"
+        print(f"| {name} | {median:.3f} | {size / median / 1e6:.0f} | {ratio} |")
+    print(f"\nPeak memory: {memory:.0f} MB; on a shard four times as large {memory_of_larger:.0f} MB (aim: under 150).")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

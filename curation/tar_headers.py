@@ -14,6 +14,7 @@ from zlib import adler32
 BLOCK: Final = 512
 RECORD: Final = 20 * BLOCK  # tar pads an archive to whole records
 MAX_EXTENSION_BYTES: Final = 1 << 20  # a long name or a pax header; real ones are a few hundred bytes
+MAX_EXTENSIONS: Final = 16  # of one member; real ones have up to three
 MAX_NAME_BYTES: Final = 4096  # PATH_MAX
 ZERO_BLOCK: Final = bytes(BLOCK)
 
@@ -80,14 +81,14 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
     """
     start = at
     pax: dict[str, bytes] = {}
-    while True:
+    for _ in range(MAX_EXTENSIONS):
         if at + BLOCK > limit:
             return None
         name, size, mtime, kind = parse_header(buffer, at)
         at += BLOCK
         if kind not in EXTENSIONS:
             break
-        if size > MAX_EXTENSION_BYTES or at - start > MAX_EXTENSION_BYTES:
+        if size + at - start > MAX_EXTENSION_BYTES:
             raise BadHeader(f"an extended header of {size + at - start:,} bytes")
         if at + size > limit:
             return None
@@ -97,6 +98,8 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
         elif kind != LONG_LINK:
             pax = parse_pax(body) | pax
         at += padded(size)
+    else:
+        raise BadHeader(f"more than {MAX_EXTENSIONS} extended headers of one member")
     if pax:
         name = pax.get("GNU.sparse.name") or pax.get("path") or name
         if pax.get("size", b"").isdigit():

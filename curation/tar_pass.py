@@ -359,9 +359,8 @@ class TarPass:
         if self._lost is None and self._next < size and any(self._block.read(self._next, size - self._next)):
             self._lost = (self._next, "the file ends in the header of a member")
         if self._lost is not None and self._lost[0] == self._zeros[1]:
-            self._lost = (self._lost[0], "behind the end of the archive, no members")
-            self._lose(until=size)
-            self._unresolved.pop()
+            behind = self._lost[0]
+            self.report.damages.append(Damage(behind, size - behind, "behind the end of the archive, no members"))
         elif self._lost is not None:
             self._lose(until=size)
             ended = False

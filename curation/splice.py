@@ -225,10 +225,12 @@ def _differs(old: Window, span: SampleSpan, new: Window, found: SampleSpan, edit
     edited = [member for member in found.members if _replaced_by(member)]
     if sorted(member.suffix for member in edited) != ["jpg", "json", "txt"]:
         return f"its members are {', '.join(member.text_name for member in found.members)}"
+    replaced = {_replaced_by(member): member for member in reversed(span.members)}
     for member in edited:
-        if member.text_name != f"{span.key}.{member.suffix}" or not member.regular:
-            return f"{member.text_name} should be {span.key}.{member.suffix}"
-        if new.read(member.data, member.size) != edit.part(member.suffix):
+        data = edit.part(member.suffix)
+        mtime = replaced.get(member.suffix, span.members[0]).mtime
+        header = make_header(f"{span.key}.{member.suffix}", len(data), mtime)
+        if new.read(member.start, member.end - member.start) != b"".join((header, data, padding(len(data)))):
             return f"{member.text_name} is not the edit's"
     staying = [member for member in span.members if not _replaced_by(member)]
     stayed = [member for member in found.members if not _replaced_by(member)]

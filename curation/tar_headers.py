@@ -35,7 +35,7 @@ _CONSTANT_SUM = sum(_OWNER) + sum(_NO_LINK_AND_MAGIC) + _SPACES_SUM
 
 
 class BadHeader(ValueError):
-    """A block where a header should be that is none, or one that makes no sense."""
+    """A block where a header is due that is none, or one that makes no sense; the message says what "it" lacks."""
 
 
 def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, int]:
@@ -48,13 +48,13 @@ def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes,
     if adler32(buffer[at : at + BLOCK]) & 0xFFFF != _adler_low_half(checksum):
         stored = parse_number(checksum)
         if stored != _signed_sum(buffer, at):
-            raise BadHeader("no header where one is due: its checksum does not fit")
+            raise BadHeader("its checksum does not fit")
     try:
         size = int(size_field[:11], 8) if size_field[11] in b"\0 " else parse_number(size_field)
     except ValueError:
         size = parse_number(size_field)
     if size < 0:
-        raise BadHeader(f"the header gives a size of {size}")
+        raise BadHeader(f"it has a size of {size}")
     end = name.find(0)
     if end >= 0:
         name = name[:end]
@@ -89,7 +89,7 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
         if kind not in EXTENSIONS:
             break
         if size + at - start > MAX_EXTENSION_BYTES:
-            raise BadHeader(f"an extended header of {size + at - start:,} bytes")
+            raise BadHeader(f"it has an extended header of {size + at - start:,} bytes")
         if at + size > limit:
             return None
         body = bytes(buffer[at : at + size])
@@ -99,7 +99,7 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
             pax = parse_pax(body) | pax
         at += padded(size)
     else:
-        raise BadHeader(f"more than {MAX_EXTENSIONS} extended headers of one member")
+        raise BadHeader(f"it has more than {MAX_EXTENSIONS} extended headers")
     if pax:
         name = pax.get("GNU.sparse.name") or pax.get("path") or name
         if pax.get("size", b"").isdigit():
@@ -114,11 +114,11 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
             if at + BLOCK > limit:
                 return None
             if at - start > MAX_EXTENSION_BYTES:
-                raise BadHeader("a sparse file with too many holes")
+                raise BadHeader("it has a map of too many holes")
             more = buffer[at + 504]
             at += BLOCK
     if name.startswith(b"\0"):
-        raise BadHeader("a name that begins with NUL")
+        raise BadHeader("its name begins with NUL")
     if kind in WITHOUT_DATA or (kind == 0 and name.endswith(b"/")):  # v7 marks a folder so
         size = 0
     return name, size, mtime, kind, at - start
@@ -132,11 +132,11 @@ def parse_number(field: bytes) -> int:
     if not text:
         return 0
     if not text.isdigit():
-        raise BadHeader("a field of the header is no number")
+        raise BadHeader("a field of it is no number")
     try:
         return int(text, 8)
     except ValueError:
-        raise BadHeader("a field of the header is no number") from None
+        raise BadHeader("a field of it is no number") from None
 
 
 def parse_pax(data: bytes) -> dict[str, bytes]:
@@ -146,11 +146,11 @@ def parse_pax(data: bytes) -> dict[str, bytes]:
     while at < len(data) and data[at]:
         space = data.find(b" ", at, at + 10)
         if space < 0 or not data[at:space].isdigit():
-            raise BadHeader("a malformed pax header")
+            raise BadHeader("its pax header is malformed")
         end = at + int(data[at:space])
         keyword, equals, value = data[space + 1 : end - 1].partition(b"=")
         if end > len(data) or end <= space + 1 or not equals or data[end - 1] != 0x0A:
-            raise BadHeader("a malformed pax header")
+            raise BadHeader("its pax header is malformed")
         records[keyword.decode("utf-8", "surrogateescape")] = value
         at = end
     return records

@@ -40,6 +40,7 @@ _EXPECTED_KINDS = frozenset(("image", "txt", "json"))  # DataComp's, until the s
 _USUAL_END_BYTES = 64 << 10  # tar pads to 10 kB unless told otherwise
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _NONZERO = re.compile(rb"[^\0]")
+_NO_HEADER = "no header where one is due: "
 _NO_PREFIX = b"\0"  # no member's name begins so
 
 
@@ -216,7 +217,7 @@ class TarPass:
                     if special is None and limit < size:
                         break  # it goes on in the next block: parsed again from its start
                     if special is None:
-                        raise BadHeader("the file ends in the header of a member")
+                        raise BadHeader("the file ends in it")
                     name, length, mtime, kind, header_bytes = special
                     data = at + header_bytes
             except BadHeader as error:
@@ -307,7 +308,7 @@ class TarPass:
                 self._zeros = (at, at)
             self._zeros = (self._zeros[0], until)
             return until
-        self._lost = (at, why)
+        self._lost = (at, _NO_HEADER + why)
         return self._resume(at + 1)
 
     def _cut(self, at: int, data: int, name: bytes, missing: int) -> int:
@@ -357,7 +358,7 @@ class TarPass:
         size = self._file.size
         ended = self._zeros[0] >= 0
         if self._lost is None and self._next < size and any(self._block.read(self._next, size - self._next)):
-            self._lost = (self._next, "the file ends in the header of a member")
+            self._lost = (self._next, _NO_HEADER + "the file ends in it")
         if self._lost is not None and self._lost[0] == self._zeros[1]:
             behind = self._lost[0]
             self.report.damages.append(Damage(behind, size - behind, "behind the end of the archive, no members"))

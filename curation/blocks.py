@@ -48,7 +48,8 @@ class Block:
 
     def read(self, start: int, size: int) -> bytes:
         """A copy of ``size`` bytes at ``start``."""
-        return b"".join(self.pieces(start, start + size))
+        view = self.view(start, start + size)
+        return bytes(view) if view is not None else b"".join(map(bytes, self.pieces(start, start + size)))
 
 
 class FileBlocks:

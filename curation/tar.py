@@ -7,6 +7,7 @@ damaged one, is in ``tar_pass.py``; what its header blocks look like in ``tar_he
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -141,13 +142,17 @@ def problem_of(span: SampleSpan) -> tuple[str, str] | None:
         return "damaged_tar", span.torn
     if span.repeated:
         return "duplicate_key", "an earlier sample of the shard has the same key"
-    seen = set()
-    for member in span.members:
-        if not member.regular:
-            return "not_a_file", f"{member.text_name} is a link, a device or a sparse file"
-        if member.suffix in seen:
-            return "duplicate_member", f"it has several members .{member.suffix}"
-        seen.add(member.suffix)
+    suffixes = {member.suffix for member in span.members if member.regular}
+    if len(suffixes) < len(span.members):
+        return _odd_member(span.members)
     if not is_safe_name(span.key):
         return "unsafe_name", "as a path it could lead outside a folder"
     return None
+
+
+def _odd_member(members: list[Member]) -> tuple[str, str]:
+    for member in members:
+        if not member.regular:
+            return "not_a_file", f"{member.text_name} is a link, a device or a sparse file"
+    doubles = Counter(member.suffix for member in members).most_common(1)
+    return "duplicate_member", f"it has several members .{doubles[0][0]}"

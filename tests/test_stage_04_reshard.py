@@ -144,6 +144,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything happens at the edges of windows."""
     monkeypatch.setattr(blocks, "READ_BYTES", 4096)
     monkeypatch.setattr(blocks, "MAX_KEPT_BYTES", 16 << 10)
+    monkeypatch.setattr(blocks, "_REREAD_BYTES", 3000)
 
 
 # ---- what is replaced and what stays

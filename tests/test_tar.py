@@ -41,12 +41,14 @@ def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param:
         monkeypatch.setattr(blocks, "READ_BYTES", 4096)
         monkeypatch.setattr(blocks, "MAX_KEPT_BYTES", request.param)
+        monkeypatch.setattr(blocks, "_REREAD_BYTES", 3000)
 
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "READ_BYTES", 4096)
     monkeypatch.setattr(blocks, "MAX_KEPT_BYTES", 16 << 10)
+    monkeypatch.setattr(blocks, "_REREAD_BYTES", 3000)
 
 
 def tar_of(

@@ -3,8 +3,8 @@
 
 The stage is the real one, through the runner: claim, digest, fsync, receipt, commit.  `cp` is followed by an fsync of
 its copy; tarfile and webdataset do the same edits and an fsync.  All read from a warm cache; start-up (imports, the
-command line) is taken off.  Rounds alternate, so that a busy machine slows all alike; the median of the rounds' ratios
-counts.
+command line) is taken off.  Each has a process of its own.  Rounds alternate, so that a busy machine slows all alike;
+the median of the rounds' ratios counts.
 
 Aims: at least 0.9 of cp's bandwidth, 5 times tarfile, 9 times webdataset, and a peak of memory under 150 MB that does
 not grow with the shard.
@@ -142,6 +142,34 @@ def durable(path: Path) -> Iterator[io.BufferedWriter]:
 # ---- measuring
 
 
+class Apart:
+    """A contender in a process of its own: what the others have imported does not burden it.
+
+    It warms up with one run; then each ``seconds()`` is one more.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        command = [sys.executable, __file__, "--contender", name, "--folder", str(folder)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.seconds()
+
+    def seconds(self) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+def serve(contender: Callable[[Path, Path], None], folder: Path) -> None:
+    """In the process of its own: a run for every line that comes in."""
+    for _ in sys.stdin:
+        print(seconds_of(contender, folder), flush=True)
+
+
 def seconds_of(contender: Callable[[Path, Path], None], folder: Path) -> float:
     output = folder / "output"
     os.sync()
@@ -178,25 +206,38 @@ def peak_mb(folder: Path) -> float:
     return int(result.stdout) / 1024
 
 
+CONTENDERS = {"cp + fsync": cp, "tarfile": with_tarfile, "webdataset": with_webdataset, "stage 04": stage}
+
+
+def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds by contender, one after the other in each round."""
+    apart = {name: Apart(name, folder) for name in CONTENDERS}
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for _ in range(rounds):
+        for name, contender in apart.items():
+            seconds[name].append(contender.seconds())
+    for contender in apart.values():
+        contender.end()
+    return seconds
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", help="where to work: the filesystem that is measured (default: a temporary one)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    contenders = {"cp + fsync": cp, "tarfile": with_tarfile, "webdataset": with_webdataset, "stage 04": stage}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    if options.contender:
+        serve(CONTENDERS[options.contender], Path(options.folder))
+        return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         make_input(folder, options.samples, 0.1)
         size = (folder / f"shards/{SHARD}.tar").stat().st_size
-        same_members(folder)  # and everything is imported
-        for contender in (cp, with_webdataset):
-            seconds_of(contender, folder)
-        for _ in range(options.rounds):
-            for name, contender in contenders.items():
-                seconds[name].append(seconds_of(contender, folder))
+        same_members(folder)
+        seconds = measure(folder, options.rounds)
         memory = peak_mb(folder)
         shutil.rmtree(folder / "shards")
         shutil.rmtree(folder / "edits")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -11,32 +10,30 @@ T = TypeVar("T")
 
 
 class Beside(Generic[T]):
-    """A thread for one call at a time, begun with the first."""
+    """A thread for one call at a time.  A call that it has not begun when the result is wanted, the caller makes.
+
+    So a machine with a core to spare does two things at once, and on a busy one nobody waits to be woken up.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._pool: ThreadPoolExecutor | None = None
-        self._running: Future[T] | None = None
+        self._next: tuple[Callable[[], T], Future[T]] | None = None
 
     def start(self, call: Callable[[], T]) -> None:
-        """Returns once the call has begun: else a caller that never rests might keep it from beginning at all."""
+        """Hand over a call; its result is to be taken before the next is handed over."""
+        assert self._next is None
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix=self._name)
-        begun = threading.Event()
-
-        def begin() -> T:
-            begun.set()
-            return call()
-
-        self._running = self._pool.submit(begin)
-        begun.wait()
+        self._next = call, self._pool.submit(call)
 
     def result(self) -> T:
-        """Of the call that was started, after waiting for it; what it raised is raised here."""
-        assert self._running is not None
-        return self._running.result()
+        """Of the call that was handed over; what it raised is raised here."""
+        assert self._next is not None
+        (call, future), self._next = self._next, None
+        return call() if future.cancel() else future.result()
 
     def close(self) -> None:
-        """Wait for the call, whatever becomes of it, and end the thread."""
+        """Wait for the call if it has begun, whatever becomes of it, and end the thread."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)

@@ -19,6 +19,8 @@ from curation.asking import Outcome, Question, ask_all
 from curation.cluster import Allocation
 from curation.crew import Crew
 from curation.dictionaries import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
+from curation.endpoint_folder import EndpointFolder
+from curation.endpoint_watch import FolderWatch
 from curation.endpoints import EndpointPool, endpoint_urls
 from curation.errors import SampleError, UsageError
 from curation.groups import assign_groups, read_groups
@@ -65,6 +67,10 @@ class Options(RunOptions):
     """Host of the model servers."""
     endpoints: str | None = None
     """Whole URLs of the model servers, separated by commas, in place of --host and --ports."""
+    endpoints_dir: str | None = None
+    """A folder in which servers register (serve_endpoints.sh); they may come and go while the run lasts."""
+    endpoint_wait: float = 600.0
+    """Seconds to wait for the first server of --endpoints_dir."""
     api: Literal["auto", "ollama", "openai"] = "auto"
     """What the servers speak; auto asks each of them."""
     model_name: str = "tulu3:fairclip"
@@ -102,10 +108,12 @@ class Options(RunOptions):
             raise UsageError("--retries must not be negative")
         if not 0 <= self.lang_threshold <= 1:
             raise UsageError("--lang_threshold is a probability, between 0 and 1")
-        if min(self.timeout, self.load_timeout, self.give_up) <= 0:
-            raise UsageError("--timeout, --load_timeout and --give_up are more than 0 seconds")
+        if min(self.timeout, self.load_timeout, self.give_up, self.endpoint_wait) <= 0:
+            raise UsageError("--timeout, --load_timeout, --give_up and --endpoint_wait are more than 0 seconds")
         if self.temperature is not None and not 0 <= self.temperature <= 2:
             raise UsageError("--temperature is between 0 and 2")
+        if self.endpoints_dir and (self.endpoints or self.embedded):
+            raise UsageError("--endpoints_dir names the servers: leave --endpoints and --embedded out")
         if self.embedded and (self.endpoints or self.system_prompt):
             raise UsageError("--embedded brings its own server and prompt: leave --endpoints and --system_prompt out")
 
@@ -127,6 +135,7 @@ class RewriteCaptions:
         self._server: Any = None
         self._crew: Crew | None = None
         self._pool: EndpointPool | None = None
+        self._watch: FolderWatch | None = None
 
     @cached_property
     def languages(self) -> LanguageIdentifier:
@@ -159,14 +168,19 @@ class RewriteCaptions:
             self._server = backends.load("llm", "embedded")(allocation.threads)
             urls, model, timeout_s = [self._server.url], self._server.model, max(o.timeout, EMBEDDED_TIMEOUT_S)
         else:
-            urls, model, timeout_s = endpoint_urls(o.ports, o.host, o.endpoints), o.model_name, o.timeout
-        self._pool = EndpointPool(
-            urls, model, api=o.api, timeout_s=timeout_s, load_timeout_s=o.load_timeout, patience_s=o.give_up
-        )
-        self._pool.open()
+            urls = [] if o.endpoints_dir else endpoint_urls(o.ports, o.host, o.endpoints)
+            model, timeout_s = o.model_name, o.timeout
+        times = {"load_timeout_s": o.load_timeout, "patience_s": o.give_up, "wait_s": o.endpoint_wait}
+        self._pool = EndpointPool(urls, model, api=o.api, timeout_s=timeout_s, **times)
+        if o.endpoints_dir:
+            self._watch = FolderWatch(self._pool, EndpointFolder(Path(o.endpoints_dir))).start()
+        else:
+            self._pool.open()
         self._crew = Crew(o.num_threads, "ask")
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
         if self._crew is not None and self._pool is not None:
             self._crew.dismiss()
             for url, facts in self._pool.facts().items():

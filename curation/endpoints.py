@@ -88,12 +88,13 @@ class Endpoint:
         self.problem = ""  # the last one
         self.broken = False  # left alone until a request on trial succeeds
         self.trial_at = 0.0  # monotonic: when one may be sent
+        self.leaving = False  # gets no more requests, and goes once those that are out are back
         self._broken_at = 0.0
         self._failures = 0  # in a row
         self._pause_s = FIRST_PAUSE_S
 
     def has_room(self, now: float) -> bool:
-        if now < self.trial_at:
+        if self.leaving or now < self.trial_at:
             return False
         return len(self.calls) < (1 if self.broken else self.concurrency.limit)
 
@@ -152,10 +153,12 @@ class Endpoint:
 
 class EndpointPool:
     """Servers that all offer the same model.  Thread-safe: ``ask`` is called from as many threads as there are to be
-    requests in flight.
+    requests in flight, and servers come (``add``) and go (``leave``) meanwhile.
 
+    urls: those to begin with, which ``open`` opens; none where all of them come by ``add``.
     timeout_s: for an answer.  load_timeout_s: for a cold model to load, before the first request.
     patience_s: how long ``ask`` waits while no server at all answers before it ends the run.
+    wait_s: how long it waits for the very first one where there are no ``urls``.
     context_tokens: of every request, for the model is loaded with room for so many.
     """
 
@@ -168,6 +171,7 @@ class EndpointPool:
         timeout_s: float = 10.0,
         load_timeout_s: float = 300.0,
         patience_s: float = 60.0,
+        wait_s: float = 600.0,
         context_tokens: int = CONTEXT_TOKENS,
     ) -> None:
         self.model = model
@@ -176,8 +180,12 @@ class EndpointPool:
         self._timeout_s = timeout_s
         self._load_timeout_s = load_timeout_s
         self._patience_s = patience_s
+        self._wait_s = wait_s
         self._context_tokens = context_tokens
-        self._endpoints: list[Endpoint] = []
+        self.absence = "no endpoint is named"  # why there is none, for the one who ends the run for it
+        self._endpoints: list[Endpoint] = []  # replaced, never changed in place
+        self._gone: dict[str, Counter[str]] = {}
+        self._peopled = False  # whether there has ever been a server
         self._changed = threading.Condition()
         self._sessions = threading.local()
         self._last_success = time.monotonic()
@@ -188,7 +196,7 @@ class EndpointPool:
         Raises InfrastructureError when none answers, or when one of them does not have the model.
         """
         with ThreadPoolExecutor(len(self._urls)) as threads:
-            found = list(threads.map(self._open_one, self._urls))
+            found = list(threads.map(self.try_to_open, self._urls))
         reasons = "; ".join(f"{url}: {why}" for url, why in zip(self._urls, found, strict=True) if isinstance(why, str))
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
@@ -198,6 +206,7 @@ class EndpointPool:
             )
         if reasons:
             logger.warning(f"going on without {reasons}")
+        self._peopled = True
         self._last_success = time.monotonic()
 
     def ask(self, request: Request, check_stop: Callable[[], None] | None = None) -> Reply:
@@ -228,21 +237,57 @@ class EndpointPool:
     def facts(self) -> dict[str, dict[str, object]]:
         """What each server did, for the log: answers and failures by kind, its limit, its latency in seconds."""
         with self._changed:
-            return {
+            here = {
                 e.url: {**e.counts, "limit": e.concurrency.limit, "latency_s": round(e.latency_s, 3)}
                 for e in self._endpoints
             }
+            return {**{url: dict(counts) for url, counts in self._gone.items()}, **here}
 
-    # ---- opening
+    # ---- coming and going
 
-    def _open_one(self, url: str) -> Endpoint | str:
+    def try_to_open(self, url: str, known: Literal["ollama", "openai", "auto"] = "auto") -> Endpoint | str:
+        """The server with its model loaded, not yet among those that are asked; or why it does not answer.
+
+        Raises InfrastructureError when it does not have the model.
+        """
+        api = known if self._api == "auto" else self._api
         with Session() as session:
             try:
-                api = detect_api(session, url, min(self._timeout_s, PROBE_S)) if self._api == "auto" else self._api
+                api = detect_api(session, url, min(self._timeout_s, PROBE_S)) if api == "auto" else api
                 WIRES[api].load(session, url, self.model, self._context_tokens, self._load_timeout_s)
             except (EndpointError, ModelMissing, SampleError) as error:
                 return str(error)
         return Endpoint(url, WIRES[api], self._timeout_s)
+
+    def members(self) -> dict[str, bool]:
+        """The servers that are asked, and whether each is sound."""
+        with self._changed:
+            return {e.url: not e.broken for e in self._endpoints if not e.leaving}
+
+    def add(self, endpoint: Endpoint) -> None:
+        """From now on it is asked."""
+        with self._changed:
+            endpoint.counts = self._gone.pop(endpoint.url, endpoint.counts)
+            self._endpoints = [*(e for e in self._endpoints if e.url != endpoint.url), endpoint]
+            self._peopled = True
+            self._last_success = time.monotonic()
+            self._changed.notify_all()
+
+    def leave(self, url: str) -> None:
+        """It is asked nothing more; the answers to what it has been asked still count."""
+        with self._changed:
+            for endpoint in self._endpoints:
+                if endpoint.url == url and not endpoint.leaving:
+                    endpoint.leaving = True
+                    if not endpoint.broken:  # those that wait for another wait from now on
+                        self._last_success = time.monotonic()
+                    self._let_go(endpoint)
+
+    def _let_go(self, endpoint: Endpoint) -> None:
+        """Under the lock: take it out if it is leaving and nothing is out."""
+        if endpoint.leaving and not endpoint.calls and endpoint in self._endpoints:
+            self._endpoints = [e for e in self._endpoints if e is not endpoint]
+            self._gone[endpoint.url] = endpoint.counts
 
     # ---- routing, under the lock
 
@@ -257,14 +302,23 @@ class EndpointPool:
                     free.remove(avoid)
                 if free:
                     return min(free, key=lambda e: (len(e.calls), e.latency_s, random.random())).begin(now)
-                if all(e.broken for e in self._endpoints) and now - self._last_success > self._patience_s:
-                    raise InfrastructureError(
-                        f"no endpoint has answered for {self._patience_s:g} s "
-                        f"({'; '.join(f'{e.url}: {e.problem}' for e in self._endpoints)}). Replies so far are kept: "
-                        "start again when the servers are back"
-                    )
+                self._insist_on_hope(now)
                 opens = [e.trial_at - now for e in self._endpoints if e.trial_at > now]
                 self._changed.wait(min([0.5, *opens]))
+
+    def _insist_on_hope(self, now: float) -> None:
+        """Raise InfrastructureError once every server has been broken or gone for too long."""
+        if not all(e.broken or e.leaving for e in self._endpoints):
+            return
+        if now - self._last_success <= (self._patience_s if self._peopled else self._wait_s):
+            return
+        if not self._peopled:
+            raise InfrastructureError(f"no model server came within {self._wait_s:g} s ({self.absence})")
+        problems = "; ".join(f"{e.url}: {e.problem}" for e in self._endpoints) or self.absence
+        raise InfrastructureError(
+            f"no endpoint has answered for {self._patience_s:g} s ({problems}). Replies so far are kept: start again "
+            "when the servers are back"
+        )
 
     def _send(self, call: Call, request: Request, timeout_s: float) -> Reply:
         """One attempt, and what it says about the server."""
@@ -292,6 +346,7 @@ class EndpointPool:
         finally:
             with self._changed:
                 endpoint.calls.discard(call)
+                self._let_go(endpoint)
                 self._changed.notify()
 
     # ---- failures

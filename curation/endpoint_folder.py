@@ -1,0 +1,324 @@
+"""A shared folder in which model servers register: one small file a server, read by every worker of every node.
+
+A registration is written under a temporary name and renamed, rewritten every few seconds with a counter that rises,
+and removed when its server ends.  A counter that stands still, timed on the reader's own clock, marks what a dead job
+left behind; whether a server answers is what counts in the end.
+
+``python -m curation.endpoint_folder register --dir D --url U --model M`` waits for the server at U, has it load the
+model, registers it, and keeps the registration until it is told to end or the server falls silent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import heapq
+import logging
+import os
+import re
+import secrets
+import signal
+import stat
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn, get_args
+from urllib.parse import urlsplit
+
+from curation.cluster import slurm_ids
+from curation.dictionaries import clean_text, dump_json, parse_json_object
+from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError
+from curation.publish import make_folder
+from curation.wire import CONTEXT_TOKENS, WIRES, Api, EndpointError, ModelMissing, Session, answers, detect_api
+
+AnyApi = Literal["auto", "ollama", "openai"]
+
+SUFFIX = ".json"
+MAX_BYTES, MAX_DEPTH, MAX_TEXT = 16 << 10, 4, 512
+MAX_SERVERS = 4096
+BEAT_S = 3.0
+SILENCE_S = 30.0  # a counter that has stood still for so long is a dead job's
+FORGET_S = 600.0  # after so long, and when its server does not answer, its file is removed by another server's process
+PROBE_S = 5.0  # for a sign of life
+MUTE_S = 60.0  # without one, a server is given up
+EXIT_NO_SERVER = 3  # it does not answer: to be started again
+
+logger = logging.getLogger("curation")
+
+
+# ---- one registration
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """One server: where it is, what it serves, and who started it (for people: nothing follows from it)."""
+
+    url: str
+    model: str
+    api: AnyApi = "auto"
+    host: str = ""
+    pid: int = 0
+    slurm: Mapping[str, str] = field(default_factory=dict)
+    beat: int = 0
+
+
+def server_url(text: str) -> str:
+    """``text`` if it is http(s)://host:port and nothing more.  Raises ValueError."""
+    parts = urlsplit(text) if len(text) <= MAX_TEXT and text.isascii() else None
+    host = parts.hostname if parts else None
+    if not parts or not host or parts.scheme not in ("http", "https") or not parts.port:
+        raise ValueError(f"{text[:MAX_TEXT]!r} is not http://host:port")
+    if not re.fullmatch(r"[\w.-]+|[\da-f:.]+", host):
+        raise ValueError(f"{host!r} is no host name")
+    plain = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{parts.port}"
+    if text.lower().rstrip("/") != plain:
+        raise ValueError(f"{text!r} is more than http://host:port")
+    return plain
+
+
+def parse_registration(data: bytes) -> Registration:
+    """Raises ValueError for anything that is no registration."""
+    try:
+        value = parse_json_object(data, MAX_BYTES, MAX_DEPTH)
+    except SampleError as error:
+        raise ValueError(str(error)) from None
+    url, model, api, beat = (value.get(name) for name in ("url", "model", "api", "beat"))
+    if not isinstance(url, str):
+        raise ValueError("it names no url")
+    if not isinstance(model, str) or not 0 < len(model) <= MAX_TEXT:
+        raise ValueError("it names no model")
+    if api != "auto" and api != "ollama" and api != "openai":
+        raise ValueError(f"its api is {str(api)[:40]!r}, not one of {', '.join(get_args(AnyApi))}")
+    if type(beat) is not int or not 0 <= beat < 1 << 63:
+        raise ValueError("its beat is no counter")
+    host, pid, slurm = value.get("host"), value.get("pid"), value.get("slurm")
+    return Registration(
+        server_url(url),
+        model,
+        api,
+        host=host if isinstance(host, str) else "",
+        pid=pid if type(pid) is int else 0,
+        slurm={str(k): str(v) for k, v in slurm.items()} if isinstance(slurm, dict) else {},
+        beat=beat,
+    )
+
+
+# ---- reading
+
+
+@dataclass(slots=True)
+class Listed:
+    """A registration as this reader has seen it.  ``since``: when its counter was last seen to move, monotonic."""
+
+    name: str
+    registration: Registration
+    since: float
+
+    def silent(self, seconds: float = SILENCE_S) -> bool:
+        return time.monotonic() - self.since > seconds
+
+
+class EndpointFolder:
+    """What is registered in a folder that others write, seen again and again by one reader."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: dict[str, Listed] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    def read(self) -> dict[str, Listed]:
+        """The registrations by URL.  Damaged files are left out, each with one line in the log.
+
+        Raises OSError where the folder cannot be listed.
+        """
+        with os.scandir(self.folder) as entries:
+            named = (e.name for e in entries if e.name.endswith(SUFFIX) and not e.name.startswith("."))
+            names = heapq.nsmallest(MAX_SERVERS + 1, named)
+        if len(names) > MAX_SERVERS:
+            self._warn("", f"more than {MAX_SERVERS:,} files: the others are ignored")
+        seen = {name: listed for name in names[:MAX_SERVERS] if (listed := self._look_at(name)) is not None}
+        self._seen = seen
+        found: dict[str, Listed] = {}
+        for listed in sorted(seen.values(), key=lambda listed: listed.since):  # of two for one URL, the livelier
+            found[listed.registration.url] = listed
+        return found
+
+    def _look_at(self, name: str) -> Listed | None:
+        before = self._seen.get(name)
+        try:
+            registration = parse_registration(_read_plain_file(self.folder / name))
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # a hiccup of the filesystem is no server's end
+            self._warn(name, str(error.strerror))
+            return before
+        except ValueError as error:
+            self._warn(name, str(error))
+            return None
+        if before is not None and before.registration == registration:
+            return before
+        return Listed(name, registration, time.monotonic())
+
+    def _warn(self, name: str, why: str) -> None:
+        if (name, why) not in self._warned and len(self._warned) < 4 * MAX_SERVERS:
+            self._warned.add((name, why))
+            logger.warning(clean_text(f"{self.folder / name}: ignored: {why}"))
+
+
+def _read_plain_file(path: Path) -> bytes:
+    """Its first bytes, one more than a registration may have.  ValueError where it is no plain file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would block
+    except OSError as error:
+        if path.is_symlink():
+            raise ValueError("it is a link") from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no plain file")
+        return os.read(descriptor, MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
+
+
+# ---- writing
+
+
+class Registrar:
+    """The one writer of one registration."""
+
+    def __init__(self, folder: Path, registration: Registration) -> None:
+        parts = urlsplit(registration.url)
+        host = re.sub(r"[^\w.-]", "_", parts.hostname or "")[:100]
+        self._name = f"{host}-{parts.port}-{secrets.token_hex(4)}"
+        self._folder = folder
+        self._registration = registration
+        self._beats = 0
+
+    @property
+    def path(self) -> Path:
+        return self._folder / f"{self._name}{SUFFIX}"
+
+    def beat(self) -> None:
+        """Write the registration with its next count; one that was removed by mistake is there again."""
+        self._beats += 1
+        data = dump_json(asdict(replace(self._registration, beat=self._beats)), indent=True) + b"\n"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(self._temporary, flags, 0o666), "wb") as file:
+            file.write(data)
+        os.replace(self._temporary, self.path)
+
+    def remove(self) -> None:
+        for path in (self.path, self._temporary):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    @property
+    def _temporary(self) -> Path:
+        return self._folder / f".{self._name}.tmp"
+
+
+# ---- the process beside each server
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m curation.endpoint_folder", description=__doc__)
+    register_ = parser.add_subparsers(required=True).add_parser("register", help="register one server while it lives")
+    register_.add_argument("--dir", required=True, type=Path, help="the folder of registrations")
+    register_.add_argument("--url", required=True, help="http://host:port, as the readers reach it")
+    register_.add_argument("--model", required=True, help="the model that it is to load")
+    register_.add_argument("--api", choices=get_args(AnyApi), default="auto", help="what it speaks")
+    register_.add_argument("--pid", type=int, default=0, help="the server's process, noted for people")
+    register_.add_argument("--start_timeout", type=float, default=600.0, help="seconds for its first sign of life")
+    register_.add_argument("--load_timeout", type=float, default=600.0, help="seconds to load the model")
+    return parser.parse_args(argv)
+
+
+def _wait_for_server(session: Session, url: str, api: AnyApi, timeout_s: float) -> Api:
+    """What it speaks, once it answers.  EndpointError when it does not within ``timeout_s``."""
+    ends = time.monotonic() + timeout_s
+    while True:
+        try:
+            found = detect_api(session, url, PROBE_S)
+            return found if api == "auto" else api
+        except EndpointError:
+            if time.monotonic() > ends:
+                raise
+        time.sleep(0.3)
+
+
+def register(arguments: argparse.Namespace) -> int:
+    """Register the server until a signal (exit code 0) or its silence (3); 2 where it cannot serve the model."""
+    url = server_url(arguments.url)
+    with Session() as session:
+        api = _wait_for_server(session, url, arguments.api, arguments.start_timeout)
+        WIRES[api].load(session, url, arguments.model, CONTEXT_TOKENS, arguments.load_timeout)
+        slurm = slurm_ids()
+        make_folder(arguments.dir)
+        registration = Registration(url, arguments.model, api, os.uname().nodename, arguments.pid, slurm)
+        registrar = Registrar(arguments.dir, registration)
+        try:
+            return _keep(registrar, EndpointFolder(arguments.dir), session, url)
+        finally:
+            _on_signals(signal.SIG_IGN)  # nothing comes between the removal and the end
+            registrar.remove()
+
+
+def _keep(registrar: Registrar, folder: EndpointFolder, session: Session, url: str) -> int:
+    """Beat as long as the server answers."""
+    last_sign = time.monotonic()
+    announced, trouble = False, ""
+    while time.monotonic() - last_sign < MUTE_S:
+        if answers(session, url, PROBE_S):
+            last_sign = time.monotonic()
+            try:
+                registrar.beat()
+                if not announced:
+                    logger.info(f"{url} is registered in {registrar.path.parent}")
+                announced, trouble = True, ""
+                _forget_the_dead(folder, session, registrar.path.name)
+            except OSError as error:  # a full disk, a folder that went away: the next beat may succeed
+                if trouble != str(error):
+                    logger.warning(f"{registrar.path}: {error.strerror}; trying again")
+                trouble = str(error)
+        time.sleep(BEAT_S)
+    logger.warning(f"{url} has not answered for {MUTE_S:g} s")
+    return EXIT_NO_SERVER
+
+
+def _forget_the_dead(folder: EndpointFolder, session: Session, own: str) -> None:
+    """Remove what killed jobs left.  Should one of those live after all, its next beat writes its file anew."""
+    for listed in folder.read().values():
+        if listed.name != own and listed.silent(FORGET_S) and not answers(session, listed.registration.url, PROBE_S):
+            (folder.folder / listed.name).unlink(missing_ok=True)
+            logger.info(f"{folder.folder / listed.name}: removed, its server is gone")
+
+
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(EXIT_OK)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stderr)
+    _on_signals(_end)
+    try:
+        return register(arguments)
+    except (InfrastructureError, SampleError, ModelMissing, ValueError) as error:
+        code, why = EXIT_USAGE, error
+    except EndpointError as error:
+        code, why = EXIT_NO_SERVER, InfrastructureError(f"{arguments.url}: {error}")
+    print(f"error: {clean_text(str(why))}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

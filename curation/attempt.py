@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from curation.claims import Claim, Claims
 from curation.cluster import Allocation, StopSignal
 from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped
+from curation.holders import Death
 from curation.ledger import MAX_ATTEMPTS, Input, Ledger, State, verify_inputs
 from curation.leftovers import Leftovers
 from curation.options import RunOptions, logger
+from curation.partial import tokens_with_checkpoints
 from curation.progress import Progress, Tally
 from curation.publish import is_storage_trouble, storage_error
 from curation.receipts import build_receipt
 from curation.shards import Shard
-from curation.work import ShardWork
+from curation.suspects import REASON, Room, fruitless, insist_on_innocence, is_suspect
+from curation.work import ShardWork, partial_folder
 
 
 class _Stage(Protocol):
@@ -27,6 +33,17 @@ class _Stage(Protocol):
     def inputs(self, shard: Shard) -> list[Input]: ...
 
     def process(self, work: ShardWork) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One attempt.  epoch: the one it works for; began: Unix time."""
+
+    work: ShardWork
+    claim: Claim
+    inputs: Sequence[Input]
+    epoch: int
+    began: float
 
 
 class Attempts:
@@ -52,6 +69,7 @@ class Attempts:
         self._progress = progress
         self._tally = tally
         self._leftovers = Leftovers()
+        self._room = Room()
 
     def wanted(self, state: State) -> bool:
         """Whether this run is to work on a shard in that state."""
@@ -88,9 +106,9 @@ class Attempts:
             self.count(State("blocked", str(error)), shard)
             return "settled"
         work = self._work(shard, claim, state)
-        epoch, began = self._ledger.governing(shard.id).number, time.time()
+        epoch = self._ledger.governing(shard.id).number
         try:
-            self._run(work, claim, epoch, began)
+            self._run(_Attempt(work, claim, inputs, epoch, time.time()))
         except Stopped:
             self._tally.shards("left")
         except LostClaim as error:
@@ -120,25 +138,35 @@ class Attempts:
             stop=self._stop,
             inputs=state.inputs,
             previous=state.receipt,
-            on_progress=self._on_progress,
+            on_progress=partial(self._on_progress, shard.id),
             on_warning=logger.warning,
         )
 
-    def _run(self, work: ShardWork, claim: Claim, epoch: int, began: float) -> None:
+    def _run(self, this: _Attempt) -> None:
+        work, claim = this.work, this.claim
         try:
-            self._stage.process(work)
+            deaths: Sequence[Death] = claim.deaths
+            if deaths:
+                folder = partial_folder(self._ledger, work.shard.id)
+                deaths = fruitless(deaths, tokens_with_checkpoints(folder, work.shard.id))
+                insist_on_innocence(work.shard.id, deaths)
+            alone = is_suspect(deaths)
+            with self._room.enter(alone=alone, check=self._stop.check):
+                if alone:
+                    self._claims.mark_alone(claim)
+                self._stage.process(work)
             work.assert_conservation()
             self._check_error_rate(work)
-            self._commit(work, claim, epoch, began, None)
+            self._commit(this, None)
         except (Stopped, LostClaim, InfrastructureError):
             raise
         except Exception as error:  # the shard's boundary: a failed receipt, and the run goes on
             if isinstance(error, OSError) and is_storage_trouble(error):  # in a file of the stage's own
                 raise storage_error(Path(error.filename or self._ledger.root), error) from error
-            self._fail(work, claim, epoch, began, error)
+            self._fail(this, error)
 
-    def _on_progress(self, count: int) -> None:
-        self._claims.heartbeat.progress()
+    def _on_progress(self, shard_id: str, count: int) -> None:
+        self._claims.heartbeat.progress(shard_id, count)
         self._progress.samples_done(count)
 
     def _check_error_rate(self, work: ShardWork) -> None:
@@ -147,24 +175,37 @@ class Attempts:
             reasons = ", ".join(f"{n} {reason}" for reason, n in work.failed.most_common(5))
             raise ShardError(
                 f"{failed} of {work.samples_in} samples failed ({reasons}), more than --max_error_rate "
-                f"{self._options.max_error_rate:g}; {work.shard.path}"
+                f"{self._options.max_error_rate:g}; {work.shard.path}",
+                "too_many_errors",
             )
         if work.samples_in == 0:
             work.warn(f"{work.shard.path}: no samples")
 
-    def _fail(self, work: ShardWork, claim: Claim, epoch: int, began: float, error: Exception) -> None:
+    def _fail(self, this: _Attempt, error: Exception) -> None:
+        work = this.work
         expected = isinstance(error, ShardError)
+        reason = error.reason if isinstance(error, ShardError) else type(error).__name__
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         trace = "" if expected else "".join(traceback.format_exception(error))
         logger.error(f"{work.shard.id} failed: {message}{chr(10) + trace if trace else ''}")
         work.discard()
-        self._commit(work, claim, epoch, began, {"message": message, "traceback": trace})
+        self._commit(this, {"reason": reason, "message": message, "traceback": trace})
 
-    def _commit(self, work: ShardWork, claim: Claim, epoch: int, began: float, error: dict[str, str] | None) -> None:
+    def _commit(self, this: _Attempt, error: dict[str, str] | None) -> None:
+        work, claim = this.work, this.claim
         with work.phase("commit"):
             outputs = work.close_outputs()
         receipt = build_receipt(
-            work, self._stage, self._allocation, claim.token, epoch=epoch, outputs=outputs, began=began, error=error
+            work,
+            self._stage,
+            self._allocation,
+            claim.token,
+            epoch=this.epoch,
+            outputs=outputs,
+            began=this.began,
+            error=error,
+            quarantine=error is not None and error["reason"] == REASON,
+            sources=this.inputs,
         )
         places = self._places(work)
         self._leftovers.look(places)

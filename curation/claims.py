@@ -7,6 +7,7 @@ lets only one attempt win.  See docs/design.md for why file ages, locks and node
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import secrets
@@ -14,14 +15,20 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-from curation.cluster import host_identity, process_is_gone, process_start
+from curation.cluster import Allocation, host_identity, process_is_gone, process_start, slurm_ids
+from curation.holders import (
+    COUNTER_DIGITS,
+    MAX_PREDECESSORS,
+    Death,
+    Holder,
+    beat_content,
+    claim_record,
+    read_claim,
+)
 from curation.publish import make_folder, storage_error
 
-MAX_CLAIM_BYTES = 64 << 10
+logger = logging.getLogger("curation")
 
 
 @dataclass(slots=True)
@@ -31,6 +38,7 @@ class Claim:
     token: random per attempt, and in the name of every file that the attempt writes.
     predecessors: tokens of the attempts that died holding this shard, whose partial files can be taken up.
     buried: the token of the last of them where its process is known to have ended; the others were presumed dead.
+    deaths: what is known of those attempts; the last of them had no other shard in hand where it says ``alone``.
     """
 
     shard_id: str
@@ -38,13 +46,15 @@ class Claim:
     token: str
     predecessors: list[str] = field(default_factory=list)
     buried: str | None = None
+    deaths: tuple[Death, ...] = ()
 
 
 class Heartbeat:
     """One file per process with a counter in it that a thread raises every quarter of the lease.
 
-    Observers open and read it, because attribute caches make file times useless.  A process that reports no progress
-    for ``stall_s`` stops beating, so that a hung GPU does not keep its shard for ever.
+    Behind the counter stands, for show, how far the process is with each shard.  Observers open and read the file,
+    because attribute caches make file times useless.  A process that reports no progress for ``stall_s`` stops
+    beating, so that a hung GPU does not keep its shard for ever.
     """
 
     def __init__(self, folder: Path, lease_s: float, stall_s: float) -> None:
@@ -56,7 +66,8 @@ class Heartbeat:
         self._last_beat = -float("inf")
         self._last_progress = time.monotonic()
         self._lock = threading.Lock()
-        self._claims_held = 0
+        self._working: dict[str, int] = {}  # shards claimed → samples so far
+        self._working_lock = threading.Lock()  # never held while the filesystem is waited for
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -72,19 +83,26 @@ class Heartbeat:
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
 
-    def progress(self) -> None:
-        """Something was finished: the process is alive in the sense that matters."""
-        self._last_progress = time.monotonic()
+    def progress(self, shard_id: str | None = None, samples: int = 0) -> None:
+        """Something was finished: the process is alive in the sense that matters.
 
-    def claimed(self) -> None:
+        samples: how many more of ``shard_id``.
+        """
+        self._last_progress = time.monotonic()
+        if samples and shard_id is not None:
+            with self._working_lock:
+                if shard_id in self._working:
+                    self._working[shard_id] += samples
+
+    def claimed(self, shard_id: str) -> None:
         """A shard was claimed: from now on there is something to get on with."""
-        with self._lock:
-            self._claims_held += 1
+        with self._working_lock:
+            self._working[shard_id] = 0
         self.progress()
 
-    def gave_back(self) -> None:
-        with self._lock:
-            self._claims_held -= 1
+    def gave_back(self, shard_id: str) -> None:
+        with self._working_lock:
+            self._working.pop(shard_id, None)
 
     @property
     def fresh(self) -> bool:
@@ -93,7 +111,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.wait(self.lease_s / 4 * random.uniform(0.8, 1.2)):
-            if not self._claims_held or time.monotonic() - self._last_progress < self.stall_s:
+            if not self._working or time.monotonic() - self._last_progress < self.stall_s:
                 with contextlib.suppress(OSError):  # a hiccup: a later beat may succeed, or the lease ends
                     self._beat()
 
@@ -107,13 +125,15 @@ class Heartbeat:
         with self._lock:
             before = time.monotonic()  # taken before the write, so that our own lease ends before an observer's
             self._counter += 1
+            with self._working_lock:
+                content = beat_content(self._counter, self._working)
             try:
                 descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
             except FileNotFoundError:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
-                os.write(descriptor, b"%020d" % self._counter)
+                os.write(descriptor, content)
             finally:
                 os.close(descriptor)
             self._last_beat = before
@@ -129,21 +149,30 @@ class Claims:
         self._lease_s = lease_s
         self._seen: dict[str, tuple[bytes, float]] = {}  # heartbeat → its counter, since when unchanged
         self._listings: dict[str, set[str]] = {}
+        self._warned: set[Path] = set()
+        self._rank = Allocation.detect().rank
 
     def take(self, bucket: str, shard_id: str) -> Claim | None:
         """Claim a shard: at once if it is free, or from a holder that is dead.  None while another holds it."""
         path = self._folder / bucket / f"{shard_id}.claim"
-        claim = self._create(path, shard_id, [])
+        claim = self._create(path, shard_id)
         if claim is None:
-            observed = _read_claim(path)
+            observed = read_claim(path)
             if observed is None:  # given back in between
-                claim = self._create(path, shard_id, [])
-            elif self._expired(shard_id, observed):
+                claim = self._create(path, shard_id)
+            elif self._expired(path, shard_id, observed):
                 claim = self._take_over(path, shard_id, observed)
         if claim is not None:
             self._seen.pop(_unsigned(shard_id), None)
-            self.heartbeat.claimed()
+            self.heartbeat.claimed(shard_id)
         return claim
+
+    def mark_alone(self, claim: Claim) -> None:
+        """Leave word that this process works on nothing but this shard, so that its death can be laid at its door."""
+        try:
+            os.close(os.open(_alone_mark(claim.path, claim.token), os.O_WRONLY | os.O_CREAT, 0o666))
+        except OSError as error:
+            raise storage_error(claim.path, error) from error
 
     def left_behind(self, bucket: str, shard_id: str) -> bool:
         """Whether there was a claim on the shard when this process first looked: one listing a bucket."""
@@ -156,78 +185,89 @@ class Claims:
 
     def holds(self, claim: Claim) -> bool:
         """Whether the claim is still ours and nobody can have presumed us dead."""
-        current = _read_claim(claim.path)
-        return current is not None and current.get("token") == claim.token and self.heartbeat.fresh
+        current = read_claim(claim.path)
+        return current is not None and current.token == claim.token and self.heartbeat.fresh
 
     def give_back(self, claim: Claim) -> None:
         """Let others have the shard, once a claim.  Leaves alone what another has taken over."""
-        self.heartbeat.gave_back()
-        current = _read_claim(claim.path)
-        if current is not None and current.get("token") == claim.token:
-            with contextlib.suppress(OSError):  # it ends with this process then
+        self.heartbeat.gave_back(claim.shard_id)
+        current = read_claim(claim.path)
+        with contextlib.suppress(OSError):  # it ends with this process then
+            if claim.deaths:
+                _alone_mark(claim.path, claim.token).unlink(missing_ok=True)
+            if current is not None and current.token == claim.token:
                 claim.path.unlink(missing_ok=True)
 
-    def _create(self, path: Path, shard_id: str, predecessors: list[str]) -> Claim | None:
+    def _create(
+        self, path: Path, shard_id: str, predecessors: list[str] | None = None, deaths: tuple[Death, ...] = ()
+    ) -> Claim | None:
         token = secrets.token_hex(8)
-        host, boot, namespace = host_identity()
-        record = {
-            "token": token,
-            "beat": self.heartbeat.name,
-            "host": host,
-            "boot": boot,
-            "pid_namespace": namespace,
-            "pid": os.getpid(),
-            "pid_start": process_start(os.getpid()),
-            "predecessors": predecessors,
-        }
+        predecessors = predecessors or []
+        record = claim_record(
+            token,
+            self.heartbeat.name,
+            host_identity(),
+            (os.getpid(), process_start(os.getpid())),
+            slurm=slurm_ids(),
+            rank=self._rank,
+            lease_s=self._lease_s,
+            predecessors=predecessors,
+            deaths=deaths,
+        )
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return None
         except FileNotFoundError:
             make_folder(path.parent)
-            return self._create(path, shard_id, predecessors)
+            return self._create(path, shard_id, predecessors, deaths)
         except OSError as error:
             raise storage_error(path, error) from error
         try:
             try:
-                os.write(descriptor, orjson.dumps(record))  # never fsynced: a claim lost in a crash is one given back
+                os.write(descriptor, record)  # never fsynced: a claim lost in a crash is one given back
             finally:
                 os.close(descriptor)
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             raise storage_error(path, error) from error
-        return Claim(shard_id, path, token, predecessors)
+        return Claim(shard_id, path, token, predecessors, deaths=deaths)
 
-    def _expired(self, shard_id: str, observed: dict[str, Any]) -> bool:
+    def _expired(self, path: Path, shard_id: str, observed: Holder) -> bool:
         """Whether the holder is gone: by its pid where that can be seen, else by a heartbeat that stands still.
 
         What is watched is the holder's heartbeat, so that all claims of a dead process expire together.
         """
         if _is_gone(observed):
             return True
-        holder = str(observed.get("beat") or _unsigned(shard_id))
-        if holder != _unsigned(shard_id):
+        holder = observed.beat or _unsigned(shard_id)
+        if observed.beat:
             self._seen.pop(_unsigned(shard_id), None)
-        counter = self._read_beat(holder)
+        counter = self._read_beat(observed.beat)
         now = time.monotonic()
         seen = self._seen.get(holder)
         if seen is None or (counter and counter != seen[0]):
             self._seen[holder] = (counter, now)
             return False
+        if observed.trouble and path not in self._warned:  # seen twice: it is not just being written
+            self._warned.add(path)
+            logger.warning(
+                f"{path}: not a claim that this version can read ({observed.trouble}); the shard is taken over once "
+                f"its holder's heartbeat has stood still for {self._lease_s:g} s"
+            )
         return now - seen[1] >= self._lease_s
 
     def _read_beat(self, name: str) -> bytes:
-        if not name.isalnum():  # an empty or foreign claim has no heartbeat: it expires like a dead one
+        if not name:  # an empty or foreign claim has no heartbeat: it expires like a dead one
             return b""
         try:
             with open(self._beats / name, "rb") as file:
-                return file.read(64)
+                return file.read(COUNTER_DIGITS)
         except OSError:
             return b""
 
-    def _take_over(self, path: Path, shard_id: str, observed: dict[str, Any]) -> Claim | None:
+    def _take_over(self, path: Path, shard_id: str, observed: Holder) -> Claim | None:
         aside = path.with_name(f".{shard_id}.{secrets.token_hex(8)}.stale")
         try:
             os.rename(path, aside)  # of several takers one wins; the others see ENOENT
@@ -235,48 +275,40 @@ class Claims:
             return None
         except OSError as error:
             raise storage_error(path, error) from error
-        moved = _read_claim(aside) or {}
-        if moved.get("token") != observed.get("token"):  # a live claim was made in between: put it back
+        moved = read_claim(aside) or Holder()
+        if moved.raw != observed.raw:  # a live claim was made in between: put it back
             with contextlib.suppress(OSError):
                 os.link(aside, path)
             aside.unlink(missing_ok=True)
             return None
-        predecessors = [str(token) for token in observed.get("predecessors", [])][-15:]
-        if observed.get("token"):
-            predecessors.append(str(observed["token"]))
-        claim = self._create(path, shard_id, predecessors)
+        alone = _alone_mark(path, observed.token)
+        predecessors = [*observed.predecessors, *([observed.token] if observed.token else [])][-MAX_PREDECESSORS:]
+        claim = self._create(path, shard_id, predecessors, observed.died(alone=alone.exists()))
         if claim is not None and _is_gone(observed):
-            claim.buried = str(observed["token"])
+            claim.buried = observed.token
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-            beat = str(observed.get("beat", ""))
-            if beat.isalnum():  # of the dead; who lives after all makes it anew
-                (self._beats / beat).unlink(missing_ok=True)
+            if observed.deaths:
+                alone.unlink(missing_ok=True)
+            if observed.beat:  # of the dead; who lives after all makes it anew
+                (self._beats / observed.beat).unlink(missing_ok=True)
         return claim
 
 
-def _is_gone(observed: dict[str, Any]) -> bool:
+def _is_gone(observed: Holder) -> bool:
     """Whether the holder's process has certainly ended; False where it ran out of this one's sight."""
     host, boot, namespace = host_identity()
-    if not boot or [observed.get(name) for name in ("host", "boot", "pid_namespace")] != [host, boot, namespace]:
+    if not boot or (observed.host, observed.boot, observed.pid_namespace) != (host, boot, namespace):
         return False
-    return process_is_gone(int(observed["pid"]), str(observed["pid_start"]))
+    if observed.pid is None or not observed.pid_start:
+        return False
+    return process_is_gone(observed.pid, observed.pid_start)
+
+
+def _alone_mark(path: Path, token: str) -> Path:
+    return path.with_name(f".{path.stem}.{token or 'unsigned'}.alone")
 
 
 def _unsigned(shard_id: str) -> str:
     """What stands for the heartbeat of a claim whose holder was killed before it could write, or is about to."""
     return f"claim of {shard_id}"
-
-
-def _read_claim(path: Path) -> dict[str, Any] | None:
-    """The claim's record; ``{}`` for one whose holder died between creating and writing it; None when there is none."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_CLAIM_BYTES)
-    except OSError:
-        return None
-    try:
-        record = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return {}
-    return record if isinstance(record, dict) else {}

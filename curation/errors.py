@@ -24,8 +24,13 @@ class SampleError(Exception):
 class ShardError(Exception):
     """One shard cannot be processed (truncated tar, too many bad samples): a failed receipt, and the run goes on.
 
-    The message names the file, and the sample where there is one.
+    The message names the file, and the sample where there is one.  ``reason`` is a short snake_case word by which
+    ``status`` counts failures and ``retry`` finds them.
     """
+
+    def __init__(self, message: str = "", reason: str = "shard_error") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class InfrastructureError(Exception):

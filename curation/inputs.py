@@ -33,6 +33,13 @@ class Input:
     optional: bool = False
     loose: bool = False
 
+    def origin(self, root: Path) -> dict[str, str]:
+        """For the receipt of a stage whose output folder is ``root``: the input's folder as seen from there, and the
+        stage that vouches for it.  Empty for an input that was made elsewhere, or is vouched for by none."""
+        if self.stage is None:
+            return {}
+        return {"stage": self.stage, "folder": os.path.relpath(_real(self.path.parent), _real(root))}
+
 
 class Upstream:
     """The receipts of upstream stages, found once a folder."""
@@ -46,35 +53,48 @@ class Upstream:
         receipts = self._receipts(wanted.path.parent, wanted.stage) if wanted.stage else None
         if receipts is None:
             try:
-                found = os.stat(wanted.path)
+                there = os.stat(wanted.path)
             except OSError as error:
                 if wanted.optional and isinstance(error, FileNotFoundError):
                     return {"path": name, "absent": True}, ""
                 return None, f"{wanted.path}: {error.strerror}"
-            return {"path": name, "size": found.st_size, "mtime_ns": found.st_mtime_ns}, ""
+            return {"path": name, "size": there.st_size, "mtime_ns": there.st_mtime_ns}, ""
         receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json")
         if receipt is None:
             return None, f"{wanted.stage} has no receipt for it yet in {receipts}"
+        if receipt.get("status") == "retry":
+            return None, f"{wanted.stage} has not done it yet: it is to try it again"
         if receipt.get("status") != "done":
             return None, f"{wanted.stage} failed on it; mend that first (its receipt is in {receipts})"
-        home = receipts.parent.parent
-        if wanted.loose and (files := _below(wanted.path, home, receipt)):
-            lines = "".join(f"{path} {size} {digest}\n" for path, (size, digest) in sorted(files.items()))
-            digest = xxhash.xxh3_128_hexdigest(lines.encode("utf-8", "surrogateescape"))
-            return {"path": f"{name}/", "files": len(files), "digest": digest}, ""
-        for output in receipt.get("outputs", []):
-            path = home / output["path"]
-            if path.name == name and _real(path.parent) == _real(wanted.path.parent):
-                return {"path": name, "size": output["size"], "digest": output["digest"]}, ""
-        if wanted.optional:
+        place = f"{_real(wanted.path.parent)}/{name}"
+        found = vouched_for(place, _real(receipts.parent.parent), receipt.get("outputs", []), loose=wanted.loose)
+        if found is None and wanted.optional:
             return {"path": name, "absent": True}, ""
-        return None, f"the receipt of {wanted.stage} names no {name}"
+        return found, "" if found else f"the receipt of {wanted.stage} names no {name}"
 
     def _receipts(self, folder: Path, stage: str) -> Path | None:
         place = self._places.get((folder, stage)) or receipts_of(folder, stage)
         if place is not None:  # where there are none yet, the stage may begin while this run goes on
             self._places[(folder, stage)] = place
         return place
+
+
+def vouched_for(path: str, home: str, outputs: Sequence[dict[str, Any]], *, loose: bool) -> dict[str, Any] | None:
+    """What a receipt says of the input ``path``, as the receipts of those who read it record it; None for nothing.
+
+    home: the real path of the output folder that the paths in ``outputs`` are relative to.  loose: ``path`` may be a
+    folder of files that the receipt names.
+    """
+    name = os.path.basename(path)
+    if loose and (files := _below(path, home, outputs)):
+        lines = "".join(f"{below} {size} {digest}\n" for below, (size, digest) in sorted(files.items()))
+        digest = xxhash.xxh3_128_hexdigest(lines.encode("utf-8", "surrogateescape"))
+        return {"path": f"{name}/", "files": len(files), "digest": digest}
+    for output in outputs:
+        folder, _, end = output["path"].rpartition("/")
+        if end == name and f"{_folder_of(home, folder)}/{name}" == path:
+            return {"path": name, "size": output["size"], "digest": output["digest"]}
+    return None
 
 
 def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
@@ -112,7 +132,8 @@ def published_below(folder: Path, stage: str, shard_id: str) -> dict[str, tuple[
     if receipts is None:
         return None
     receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json") or {}
-    return _below(folder, receipts.parent.parent, receipt)
+    place = f"{_real(folder.parent)}/{folder.name}"
+    return _below(place, _real(receipts.parent.parent), receipt.get("outputs", []))
 
 
 def stage_version(folder: Path, stage: str, shard_id: str) -> int | None:
@@ -123,13 +144,19 @@ def stage_version(folder: Path, stage: str, shard_id: str) -> int | None:
     return version if isinstance(version, int) else None
 
 
-def _below(folder: Path, home: Path, receipt: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    start = os.path.relpath(_real(folder.parent) + "/" + folder.name, _real(home)) + "/"
+def _below(place: str, home: str, outputs: Sequence[dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    start = os.path.relpath(place, home) + "/"
     return {
         output["path"][len(start) :]: (output["size"], output["digest"])
-        for output in receipt.get("outputs", [])
+        for output in outputs
         if output["path"].startswith(start)
     }
+
+
+@lru_cache(maxsize=1024)
+def _folder_of(home: str, relative: str) -> str:
+    """The real path of the folder ``relative`` to ``home``."""
+    return os.path.realpath(os.path.join(home, relative))
 
 
 @lru_cache(maxsize=1024)

@@ -253,7 +253,7 @@ class Ledger:
         same = receipt.get("epoch") == epoch.number and receipt.get("inputs") == list(current)
         if same and receipt.get("status") == "failed":
             return State("failed", str(receipt.get("error", {}).get("message", "")), current, receipt)
-        if same and self._outputs_are_there(receipt):
+        if same and receipt.get("status") == "done" and self._outputs_are_there(receipt):
             return State("done", inputs=current, receipt=receipt)
         if not epoch.same_options(self.options, self.version):
             why = f"it belongs to a rerun with other options (epoch {epoch.number})"

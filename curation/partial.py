@@ -166,6 +166,18 @@ class PartialLog:
             found[(key, names[key_length:].decode("ascii"))] = (file, offset, length)
 
 
+def tokens_with_checkpoints(folder: Path, shard_id: str) -> set[str]:
+    """The attempts at a shard that finished at least something, whatever options they ran with."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            name, _, token = entry.name.rpartition(".")
+            with contextlib.suppress(OSError):
+                if name.rpartition(".")[0] == shard_id and entry.stat().st_size:
+                    found.add(token)
+    return found
+
+
 def remove_partial(folder: Path, shard_id: str) -> None:
     """Delete a shard's checkpoints, whatever options and attempt they are of: its receipt is written.
 

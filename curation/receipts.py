@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from curation import __version__
 from curation.cluster import Allocation, host_identity, slurm_ids
+from curation.inputs import Input
+from curation.ledger import MAX_ATTEMPTS
 from curation.publish import Published
 from curation.work import ShardWork
 
@@ -31,9 +33,13 @@ def build_receipt(
     outputs: Sequence[Published],
     began: float,
     error: dict[str, str] | None,
+    quarantine: bool = False,
+    sources: Sequence[Input] = (),
 ) -> dict[str, Any]:
     """The receipt of one attempt.  ``error`` None: done.  Times and hosts stand here and nowhere else.
 
+    sources: where the inputs come from, one for each of ``work.inputs``.
+    quarantine: count the failure as the last that is tried unasked.
     Units: seconds are wall-clock seconds by phase, summed over threads; ``started`` and ``finished`` are Unix times.
     """
     previous = work.previous or {}
@@ -53,6 +59,7 @@ def build_receipt(
             "failed": dict(sorted(work.failed.items())),
         },
         "inputs": list(work.inputs),
+        "sources": [source.origin(work.root) for source in sources],
         "outputs": [
             {"path": o.path, "temporary": o.temporary, "size": o.size, "digest": o.digest, "checked": o.checked}
             for o in outputs
@@ -63,6 +70,7 @@ def build_receipt(
         "host": host_identity()[0],
         "rank": allocation.rank,
         "slurm": slurm_ids(),
+        "gpu": allocation.gpu,
         "code": code_version(),
         "started": round(began, 3),
         "finished": round(time.time(), 3),
@@ -72,8 +80,9 @@ def build_receipt(
         receipt["superseded"] = superseded
     if error:
         receipt["error"] = error
-        failed_before = previous.get("status") == "failed" and previous.get("epoch") == epoch
-        receipt["attempts"] = int(previous.get("attempts", 0)) + 1 if failed_before else 1
+        failed_before = previous.get("status") in ("failed", "retry") and previous.get("epoch") == epoch
+        attempts = int(previous.get("attempts", 0)) + 1 if failed_before else 1
+        receipt["attempts"] = max(attempts, MAX_ATTEMPTS) if quarantine else attempts
     return receipt
 
 

@@ -51,6 +51,11 @@ def discover(source: str, suffix: str = ".tar") -> list[Shard]:
     return sorted(shards.values(), key=lambda shard: shard.id)
 
 
+def is_safe_id(text: str) -> bool:
+    """Whether ``text`` can name a shard, and so a file in every output folder."""
+    return _SAFE_ID.fullmatch(text) is not None
+
+
 def bucket_of(shard_id: str) -> str:
     """The folder of about a thousand shards that a shard's records live in."""
     if shard_id.isdigit():

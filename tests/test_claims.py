@@ -495,3 +495,87 @@ def test_claims_are_spread_by_chance_over_the_heartbeat(folder: Path) -> None:
         assert all(0.1 * LEASE_S < s < 0.35 * LEASE_S for s in waits)
         seen.update(waits)
     assert len(seen) == 20
+
+
+# ---- claims of other versions, and those who died
+
+
+FOREIGN = [
+    b'{"format": 2, "token": "abc", "beat": "def", "pid": {"of": "another kind"}}',
+    b'{"format": 1, "token": "abc"}',
+    b"not JSON at all",
+    b"[1, 2]",
+    b'{"token": ["a"], "beat": 7, "predecessors": "abc", "deaths": [1], "pid": null}',
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN, ids=range(len(FOREIGN)))
+def test_a_claim_that_cannot_be_read_is_named_and_expires_by_the_lease(
+    content: bytes, host: Callable[[], Host], clock: Clock, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder / BUCKET / "1.claim"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    b = host()
+    assert b.take() is None
+    assert not caplog.records, "it may just be being written"
+    clock.now += LEASE_S - 1
+    assert b.take() is None
+    assert b.take() is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert str(path) in line
+    clock.now += 1
+    assert b.take() is not None
+
+
+def test_one_of_a_later_version_that_beats_is_not_robbed(host: Callable[[], Host], clock: Clock, folder: Path) -> None:
+    beat = folder / "_beats" / "feed"
+    path = folder / BUCKET / "1.claim"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'{"format": 99, "token": "abc", "beat": "feed", "new": true}')
+    b = host()
+    for number in range(5):
+        beat.write_bytes(b"%020d whatever it says" % number)
+        assert b.take() is None
+        clock.now += LEASE_S - 1
+    clock.now += LEASE_S
+    assert b.take() is not None
+
+
+def test_what_a_heartbeat_says_behind_its_counter_does_not_keep_it_alive(
+    host: Callable[[], Host], clock: Clock, folder: Path
+) -> None:
+    a, b = host(), host()
+    assert a.take()
+    assert b.take() is None
+    clock.now += LEASE_S
+    path = folder / "_beats" / a.claims.heartbeat.name
+    path.write_bytes(path.read_bytes()[:20] + b' {"working": {"1": 5}}\n')
+    assert b.take() is not None
+
+
+def test_a_taker_knows_who_died_before(host: Callable[[], Host], clock: Clock) -> None:
+    a, b, c = host(), host(), host()
+    first = a.take()
+    assert first is not None
+    assert first.deaths == ()
+    b.take()
+    clock.now += LEASE_S
+    second = b.take()
+    assert second is not None
+    assert [(death.token, death.host, death.alone) for death in second.deaths] == [
+        (first.token, a._identity[0], False)
+    ]
+    b.claims.mark_alone(second)
+    b.beat()
+    c.take()
+    clock.now += LEASE_S
+    third = c.take()
+    assert third is not None
+    assert [(death.token, death.alone) for death in third.deaths] == [(first.token, False), (second.token, True)]
+    c.claims.mark_alone(third)
+    c.claims.give_back(third)
+    fourth = a.take()
+    assert fourth is not None
+    assert fourth.deaths == (), "who gave it back was not killed by it"
+    assert sorted(path.name for path in fourth.path.parent.iterdir()) == ["1.claim"]

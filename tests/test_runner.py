@@ -136,6 +136,7 @@ def test_a_shard_that_fails_does_not_stop_the_others(place: Place, capsys: Err) 
     }  # fmt: skip
     error = receipts["00000001"]["error"]
     assert error["message"].endswith("00000001.tar: is truncated")
+    assert error["reason"] == "shard_error"
     assert error["traceback"] == ""
     assert "00000001 failed: " in capsys.readouterr().err
     assert place.litter() == []
@@ -148,6 +149,7 @@ def test_a_bug_makes_a_receipt_with_its_traceback(place: Place, capsys: Err) -> 
     assert place.run() == 1
     error = place.receipt("1")["error"]
     assert error["message"].startswith("KeyError: ")
+    assert error["reason"] == "KeyError"
     assert "_go_wrong" in error["traceback"]
     assert "toy_stage.py" in error["traceback"]
     assert place.receipt("2")["status"] == "done"
@@ -169,6 +171,7 @@ def test_max_error_rate(place: Place) -> None:
     assert place.receipt("1")["status"] == "done"
     assert place.receipt("2")["status"] == "failed"
     assert "2 of 4 samples failed (2 broken)" in place.receipt("2")["error"]["message"]
+    assert place.receipt("2")["error"]["reason"] == "too_many_errors"
     assert len(rejects(place, "2")) == 2, "the rejects say which"
     assert not (place.out / "2.txt").exists()
     assert place.run("--retry_failed", "--max_error_rate", "0.5") == 0

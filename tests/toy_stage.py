@@ -142,6 +142,8 @@ class Toy:
                 for _ in range(64):
                     file.write(b"x" * (1 << 20))
             work.keep()
+        if line == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         if line == "kill once":
             work.keep()
             once = self.output / f"killed-{work.shard.id}"

@@ -1,13 +1,22 @@
 #!/bin/bash
-# Stage 02 on a cluster: an Ollama server for each GPU of the node, and the stage that asks them.  Start it as often and as
+# Stage 02 on a cluster: a model server for each GPU of the node, and the stage that asks them.  Start it as often and as
 # wide as you like, until nothing is pending; all share the shards by claims:
 #
-#     CAPTIONS=/path/to/captions PROMPTS=/path/to/prompts sbatch --array=0-9 02_captions_processor.sh
-#     CAPTIONS=… PROMPTS=… sbatch 02_captions_processor.sh --groups none                     # any flag of the stage
-#     CAPTIONS=… PROMPTS=… ENDPOINTS=http://gpu1:8000,http://gpu2:8000 sbatch --gpus=0 02_captions_processor.sh
+#     ROOT=/path/to/root sbatch --array=0-9 02_captions_processor.sh
+#     SRC_DIR=/path/to/captions TARGET_DIR=/path/to/prompts sbatch 02_captions_processor.sh --groups none
+#
+# SRC_DIR, by default $ROOT/captions, is what stage 01 wrote; TARGET_DIR, by default $ROOT/prompts, takes the prompts.
+# With one of these it starts no server, and needs no GPU:
+#
+#     ENDPOINTS_DIR=/path/to/endpoints  where servers register that are other jobs (serve_endpoints.sh)
+#     ENDPOINTS=http://gpu1:8000,…      servers that run elsewhere
+#     PORTS=11434,11435                 servers that run on this node
 #
 # The model must have been made where the servers look for it (OLLAMA_MODELS, by default ~/.ollama/models):
 #     ollama create tulu3:fairclip -f examples/ollama/Modelfile
+#
+# Without SLURM it runs on this machine, with WORKERS processes.  docs/stage-02.md has the variables of the servers,
+# docs/slurm.md all others; those of the site's accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
 # it puts itself (this array element alone) into the queue again, as long as it gets on.
@@ -20,80 +29,62 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
+#SBATCH --output=logs/%x-%A_%a.log
 set -u
 
-: "${CAPTIONS:?the folder of captions that stage 01 wrote}" "${PROMPTS:?the folder for the prompts}"
-PYTHON=${PYTHON:-.venv/bin/python}
-OLLAMA=${OLLAMA:-ollama}
-PARALLEL=${PARALLEL:-4} # captions that each server works on at once
-MAX_RESTARTS=${MAX_RESTARTS:-50}
-START_TIMEOUT_S=${START_TIMEOUT_S:-120}
-cd "${SLURM_SUBMIT_DIR:-.}" || exit 2 # sbatch runs a copy of this file elsewhere
+# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
+    [ -f "$PROJECT/slurm_tasks.sh" ] && break
+done
+[ -f "$PROJECT/slurm_tasks.sh" ] || PROJECT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | grep -oP '^ *Command=\K\S+')")
+source "$PROJECT/slurm_tasks.sh" || exit 2
 
-mkdir -p "$PROMPTS" || exit 2
-notes=$(mktemp -d "$PROMPTS/.job-${SLURM_JOB_ID:-0}.XXXXXX") || exit 2
-touch "$notes/begun"
-servers=() stage=
-clear_up() {
-    [ ${#servers[@]} -gt 0 ] && kill "${servers[@]}" 2>/dev/null
-    rm -rf "$notes"
-}
-trap clear_up EXIT
+SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/captions}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/prompts}}
+need SRC_DIR "the folder of captions that stage 01 wrote (or ROOT)"
+need TARGET_DIR "the folder for the prompts (or ROOT)"
 
-cause=
-forward() {
-    cause=${cause:-$1}
-    [ -n "$stage" ] && kill -s "$1" "$stage" 2>/dev/null
-}
-trap 'forward USR1' USR1
-trap 'forward TERM' TERM
+# The servers load the model that the stage will ask for.
+MODEL=${MODEL:-tulu3:fairclip}
+previous=
+for word in "$@"; do
+    case $previous in --model_name | --model-name) MODEL=$word ;; esac
+    case $word in --model_name=* | --model-name=*) MODEL=${word#*=} ;; esac
+    previous=$word
+done
 
-listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-
-# One server per GPU.  The ports follow from the job, so that two jobs on one node do not meet.
+# The servers of this job alone: they end with it, even when it is killed.
 start_servers() {
-    local gpus gpu port=$((20000 + ${SLURM_JOB_ID:-0} % 20000)) ports=()
-    IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
-    [ ${#gpus[@]} -gt 0 ] || { echo "error: no GPU was allocated (CUDA_VISIBLE_DEVICES is empty); set ENDPOINTS" >&2 && exit 2; }
-    command -v "$OLLAMA" >/dev/null || { echo "error: no $OLLAMA on the PATH; set OLLAMA or ENDPOINTS" >&2 && exit 2; }
-    for gpu in "${gpus[@]}"; do
-        while listens "$port"; do port=$((port + 1)); done
-        CUDA_VISIBLE_DEVICES=$gpu OLLAMA_HOST=127.0.0.1:$port OLLAMA_NUM_PARALLEL=$PARALLEL OLLAMA_KEEP_ALIVE=-1 \
-            "$OLLAMA" serve >"$notes/ollama.$gpu.log" 2>&1 &
-        servers+=($!)
-        ports+=("$port")
-        port=$((port + 1))
+    mkdir -p "$TARGET_DIR" || usage_error "the folder $TARGET_DIR cannot be made"
+    own=$(mktemp -d "$TARGET_DIR/.job-servers-${SLURM_JOB_ID:-0}.XXXXXX") || usage_error "the folder $TARGET_DIR cannot be written"
+    trap clear_up EXIT
+    trap 'asked=yes' USR1 TERM INT
+    MODEL=$MODEL ENDPOINTS_DIR=$own SERVER_LOGS=$own BIND=127.0.0.1 SERVER_HOST='' DRAIN_S=0 SERVE_FOR=$$ \
+        "$PROJECT/serve_endpoints.sh" &
+    servers=$!
+    until [ -n "$(find "$own" -name '*.json' -print -quit)" ]; do
+        kill -0 "$servers" 2>/dev/null || usage_error "no model server started"
+        [ -n "$asked" ] && exit 75
+        sleep 0.2
     done
-    for port in "${ports[@]}"; do
-        local ends=$((SECONDS + START_TIMEOUT_S))
-        until listens "$port"; do
-            if [ $SECONDS -ge $ends ] || [ -n "$cause" ]; then
-                echo "error: the Ollama server on port $port did not start:" >&2
-                tail -n 3 "$notes"/ollama.*.log >&2
-                exit 2
-            fi
-            sleep 0.2
-        done
-    done
-    where=(--host 127.0.0.1 --ports "$(IFS=, && echo "${ports[*]}")" --api ollama)
+    where=(--endpoints_dir "$own")
 }
 
-if [ -n "${ENDPOINTS:-}" ]; then where=(--endpoints "$ENDPOINTS"); else start_servers; fi
-"$PYTHON" 02_captions_processor.py --input "$CAPTIONS" --output "$PROMPTS" "${where[@]}" "$@" &
-stage=$!
-while kill -0 "$stage" 2>/dev/null; do wait "$stage"; done # a trapped signal ends a wait
-wait "$stage"
-code=$?
-case $code in 0 | 1 | 2) exit "$code" ;; 75) ;; *) exit 1 ;; esac
+servers='' own='' asked=''
+clear_up() {
+    [ -n "$servers" ] && kill "$servers" 2>/dev/null && while kill -0 "$servers" 2>/dev/null; do wait "$servers"; done
+    [ -n "$own" ] && rm -rf "$own"
+    servers='' own=''
+}
 
-# Work is left.  Again only after the time limit (never after scancel's TERM), and only if something was finished.
-progress=$(find "$PROMPTS/_receipts" "$PROMPTS/_partial" -type f -newer "$notes/begun" -print -quit 2>/dev/null)
-if [ "$cause" = USR1 ] && [ -n "$progress" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then
-    job=$SLURM_JOB_ID
-    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
-    echo "requeueing $job (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
-    clear_up # a requeued job is ended on the spot
-    scontrol requeue "$job"
+if [ -n "${ENDPOINTS_DIR:-}" ]; then
+    where=(--endpoints_dir "$ENDPOINTS_DIR")
+elif [ -n "${ENDPOINTS:-}" ]; then
+    where=(--endpoints "$ENDPOINTS")
+elif [ -n "${PORTS:-}" ]; then
+    where=(--ports "$PORTS")
+else
+    start_servers
 fi
-exit 75
+
+stage=("$PYTHON" "$PROJECT/02_captions_processor.py" --input "$SRC_DIR" --output "$TARGET_DIR" --model_name "$MODEL")
+run_tasks "$TARGET_DIR" "${stage[@]}" "${where[@]}" "${workers[@]}" "$@"

@@ -2,11 +2,15 @@
 # Stage 01 on a cluster: several tasks a node, all sharing the shards by claims.  Start it as often and as wide as you
 # like, until nothing is pending:
 #
-#     SHARDS=/path/to/shards CAPTIONS=/path/to/captions EDITS=/path/to/edits sbatch --array=0-9 01_filter_noface.sh
-#     SHARDS=… CAPTIONS=… EDITS=… sbatch 01_filter_noface.sh --embedded                     # any flag of the stage
-#     SHARDS=… CAPTIONS=… EDITS=… sbatch --gpus-per-task=1 01_filter_noface.sh --detector scrfd
+#     SRC_DIR=/path/to/shards TARGET_DIR=/path/to/root/captions sbatch --array=0-9 01_filter_noface.sh
+#     SRC_DIR=… ROOT=/path/to/root sbatch 01_filter_noface.sh --embedded                     # any flag of the stage
+#     SRC_DIR=… ROOT=… sbatch --gpus-per-task=1 01_filter_noface.sh --detector scrfd
 #
-# SHARDS is a folder, a glob in quotes, braces in quotes, or a list file.
+# SRC_DIR is a folder, a glob in quotes, braces in quotes, or a list file.  The kept samples' metadata go to EDITS_DIR, by
+# default edits/ beside TARGET_DIR.
+# Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
+# accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
+#
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
 # it puts itself (this array element alone) into the queue again, as long as it gets on.
 #SBATCH --job-name=01_filter_noface
@@ -18,13 +22,21 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
+#SBATCH --output=logs/%x-%A_%a.log
 set -u
 
-: "${SHARDS:?the source shards}" "${CAPTIONS:?the folder for the captions}" "${EDITS:?the folder for the metadata}"
-PYTHON=${PYTHON:-.venv/bin/python}
-cd "${SLURM_SUBMIT_DIR:-.}" || exit 2  # sbatch runs a copy of this file elsewhere
+# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
+    [ -f "$PROJECT/slurm_tasks.sh" ] && break
+done
+[ -f "$PROJECT/slurm_tasks.sh" ] || PROJECT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | grep -oP '^ *Command=\K\S+')")
+source "$PROJECT/slurm_tasks.sh" || exit 2
+
+TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/captions}}
+need SRC_DIR "the source shards"
+need TARGET_DIR "the folder for the captions (or ROOT, which holds captions/)"
+EDITS_DIR=${EDITS_DIR:-$(dirname "$TARGET_DIR")/edits}
 
 # One task uses --cpus-per-task threads for a detector; with recorded boxes, more tasks of fewer CPUs are faster.
-source ./slurm_tasks.sh
-run_tasks "$CAPTIONS" "$PYTHON" 01_filter_noface.py --input "$SHARDS" --output "$CAPTIONS" --edits "$EDITS" "$@"
+stage=("$PYTHON" "$PROJECT/01_filter_noface.py" --input "$SRC_DIR" --output "$TARGET_DIR" --edits "$EDITS_DIR")
+run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

@@ -2,8 +2,13 @@
 # Stage 03 on a cluster: one task per GPU, all sharing the shards by claims.  Start it as often and as wide as you like,
 # until nothing is pending:
 #
-#     PROMPTS=/path/to/prompts EDITS=/path/to/edits sbatch --array=0-9 03_generate_images.sh
-#     PROMPTS=… EDITS=… sbatch 03_generate_images.sh --model stabilityai/sd-turbo      # any flag of the stage
+#     ROOT=/path/to/root sbatch --array=0-9 03_generate_images.sh
+#     SRC_DIR=/path/to/prompts TARGET_DIR=/path/to/edits sbatch 03_generate_images.sh --model stabilityai/sd-turbo
+#
+# SRC_DIR, by default $ROOT/prompts, is what stage 02 wrote; TARGET_DIR, by default $ROOT/edits, holds the metadata that
+# stage 01 wrote, and takes the images.
+# Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
+# accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
 # it puts itself (this array element alone) into the queue again, as long as it gets on.
@@ -16,14 +21,24 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
+#SBATCH --output=logs/%x-%A_%a.log
 set -u
 
-: "${PROMPTS:?the folder of prompts that stage 02 wrote}" "${EDITS:?the folder of metadata that stage 01 wrote}"
-PYTHON=${PYTHON:-.venv/bin/python}
-cd "${SLURM_SUBMIT_DIR:-.}" || exit 2  # sbatch runs a copy of this file elsewhere
+# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
+    [ -f "$PROJECT/slurm_tasks.sh" ] && break
+done
+[ -f "$PROJECT/slurm_tasks.sh" ] || PROJECT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | grep -oP '^ *Command=\K\S+')")
+source "$PROJECT/slurm_tasks.sh" || exit 2
+
+SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/prompts}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/edits}}
+need SRC_DIR "the folder of prompts that stage 02 wrote (or ROOT)"
+need TARGET_DIR "the folder of metadata that stage 01 wrote (or ROOT)"
+# Without SLURM: a process for each GPU of the machine.
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+[ "${#workers[@]}" -gt 0 ] && workers=(--workers "${WORKERS:-$((gpus > 0 ? gpus : 1))}")
 
 # torch.compile and the like are worth trying on your GPUs (docs/stage-03.md, Speed):
 #     sbatch 03_generate_images.sh --compile blocks --channels_last --fuse_qkv --text_batches 4
-source ./slurm_tasks.sh
-run_tasks "$EDITS" "$PYTHON" 03_generate_images_multigpu.py --prompts "$PROMPTS" --edits "$EDITS" "$@"
+stage=("$PYTHON" "$PROJECT/03_generate_images_multigpu.py" --prompts "$SRC_DIR" --edits "$TARGET_DIR")
+run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

@@ -2,10 +2,14 @@
 # Stage 04 on a cluster: several tasks a node, all sharing the shards by claims.  Start it as often and as wide as you
 # like, until nothing is pending:
 #
-#     SHARDS=/path/to/shards EDITS=/path/to/edits PROMPTS=/path/to/prompts HYBRID=/path/to/hybrid sbatch 04_reshard.sh
-#     SHARDS=… EDITS=… PROMPTS=… HYBRID=… sbatch --array=0-9 04_reshard.sh --verify          # any flag of the stage
+#     SRC_DIR=/path/to/shards TARGET_DIR=/path/to/root/shards sbatch 04_reshard.sh
+#     SRC_DIR=… ROOT=/path/to/root sbatch --array=0-9 04_reshard.sh --verify                 # any flag of the stage
 #
-# SHARDS is a folder, a glob in quotes, braces in quotes, or a list file.
+# SRC_DIR, the source shards, is a folder, a glob in quotes, braces in quotes, or a list file.  EDITS_DIR and PROMPTS_DIR
+# are by default edits/ and prompts/ beside TARGET_DIR; with ROOT, TARGET_DIR is $ROOT/shards.
+# Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
+# accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
+#
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
 # it puts itself (this array element alone) into the queue again, as long as it gets on.
 #SBATCH --job-name=04_reshard
@@ -17,14 +21,21 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
+#SBATCH --output=logs/%x-%A_%a.log
 set -u
 
-: "${SHARDS:?the source shards}" "${EDITS:?the folder of the edits}" "${PROMPTS:?the folder of the prompts}"
-: "${HYBRID:?the folder for the hybrid shards}"
-PYTHON=${PYTHON:-.venv/bin/python}
-cd "${SLURM_SUBMIT_DIR:-.}" || exit 2  # sbatch runs a copy of this file elsewhere
+# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
+    [ -f "$PROJECT/slurm_tasks.sh" ] && break
+done
+[ -f "$PROJECT/slurm_tasks.sh" ] || PROJECT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | grep -oP '^ *Command=\K\S+')")
+source "$PROJECT/slurm_tasks.sh" || exit 2
+
+TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/shards}}
+need SRC_DIR "the source shards"
+need TARGET_DIR "the folder for the hybrid shards (or ROOT, which holds shards/)"
+EDITS_DIR=${EDITS_DIR:-$(dirname "$TARGET_DIR")/edits} PROMPTS_DIR=${PROMPTS_DIR:-$(dirname "$TARGET_DIR")/prompts}
 
 # A task uses two CPUs: one reads ahead while the other writes.
-source ./slurm_tasks.sh
-run_tasks "$HYBRID" "$PYTHON" 04_reshard.py --input "$SHARDS" --edits "$EDITS" --prompts "$PROMPTS" --output "$HYBRID" "$@"
+stage=("$PYTHON" "$PROJECT/04_reshard.py" --input "$SRC_DIR" --edits "$EDITS_DIR" --prompts "$PROMPTS_DIR")
+run_tasks "$TARGET_DIR" "${stage[@]}" --output "$TARGET_DIR" "${workers[@]}" "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -23,11 +24,9 @@ from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
 
 WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
 RUN_VARIABLE = "CURATION_RUN_ID"
+TIME_LEFT_VARIABLE = "CURATION_TIME_LEFT"  # what SLURM said when the tasks were started, as squeue writes it
 ONE_SIGNAL_S = 1.0  # SLURM sends SIGTERM to every process of a step, and a parent passes its own on to its workers
 MARGIN_S = 60.0  # before the deadline, at which no new work is begun
-
-
-_DEVICE = re.compile(r"\d+$|GPU-|MIG-")  # an index, or a GPU's or a slice's UUID
 
 
 _DEVICE = re.compile(r"\d+$|GPU-|MIG-")  # an index, or a GPU's or a slice's UUID
@@ -56,11 +55,8 @@ class Allocation:
         """Read SLURM's variables, or a parent's, or take the whole machine.  Needs no SLURM and no torch."""
         rank, world = _int(environ, "SLURM_PROCID", 0), max(1, _int(environ, "SLURM_NTASKS", 1))
         local_rank = _int(environ, "SLURM_LOCALID", 0)
-        array = max(1, _int(environ, "SLURM_ARRAY_TASK_COUNT", 1))
-        if array > 1:
-            first = _int(environ, "SLURM_ARRAY_TASK_MIN", 0)
-            rank += world * ((_int(environ, "SLURM_ARRAY_TASK_ID", 0) - first) % array)
-            world *= array
+        element, elements = _array_element(environ)
+        rank, world = rank + world * element, world * elements
         index, _, count = environ.get(WORKER_VARIABLE, "").partition("/")
         if index.isdecimal() and count.isdecimal():
             workers = int(count)
@@ -154,18 +150,34 @@ def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[
 
 
 def slurm_job_end(environ: Mapping[str, str] = os.environ) -> float | None:
-    """When SLURM will end this job, Unix time; None outside a job or where SLURM does not say within ten seconds."""
-    if environ.get("SLURM_JOB_END_TIME", "").isdecimal():
-        return float(environ["SLURM_JOB_END_TIME"])
+    """When SLURM will end this job, by this node's clock; None outside a job or where SLURM does not say within ten
+    seconds.
+
+    From the time that is left rather than from the end: a node's clock may be minutes off SLURM's.
+    """
+    now = time.time()
+    if environ.get(TIME_LEFT_VARIABLE):  # the job's script asked once for all its tasks
+        left = parse_time_left(environ[TIME_LEFT_VARIABLE])
+        return None if left is None else now + left
     job = environ.get("SLURM_JOB_ID", "")
-    if not job.isdecimal() or not shutil.which("squeue"):
+    if job.isdecimal() and shutil.which("squeue"):
+        command = ["squeue", "--noheader", "--jobs", job, "--format=%L"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+            left = parse_time_left(answer.strip())
+            return None if left is None else now + left
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) if end.isdecimal() else None
+
+
+def parse_time_left(text: str) -> float | None:
+    """``[days-]hours:minutes:seconds`` as squeue writes it, in seconds; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(?:(\d+):)?(\d+)", text)
+    if match is None:
         return None
-    command = ["squeue", "--noheader", "--jobs", job, "--format=%e"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        return datetime.fromisoformat(answer.splitlines()[0]).timestamp()
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+    days, first, second, seconds = (int(part or 0) for part in match.groups())
+    hours, minutes = (first, second) if match[3] is not None else (0, first)
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class StopSignal:
@@ -232,6 +244,23 @@ class StopSignal:
             seconds = max(0.0, min(seconds, self.deadline - time.time() + 0.01))
         self._draining.wait(seconds)
         return self.draining
+
+
+def _array_element(environ: Mapping[str, str]) -> tuple[int, int]:
+    """The number of this element among those of its job array, and how many there are; (0, 1) outside an array.
+
+    Raises UsageError for a number that the array cannot have: such a job was put together by hand.
+    """
+    text = environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not text:
+        return 0, 1
+    count = max(1, _int(environ, "SLURM_ARRAY_TASK_COUNT", 1))
+    first = _int(environ, "SLURM_ARRAY_TASK_MIN", 0)
+    last = _int(environ, "SLURM_ARRAY_TASK_MAX", first + count - 1)
+    if not text.isdecimal() or ("SLURM_ARRAY_TASK_MAX" in environ and not first <= int(text) <= last):
+        raise UsageError(f"SLURM_ARRAY_TASK_ID={text!r} is no element of this job's array ({first} to {last})")
+    step = max(1, _int(environ, "SLURM_ARRAY_TASK_STEP", 1))
+    return (int(text) - first) // step % count, count
 
 
 def _int(environ: Mapping[str, str], name: str, default: int) -> int:

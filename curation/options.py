@@ -37,7 +37,7 @@ class RunOptions:
     """Only warnings and errors."""
     dry_run: bool = False
     """Count what would be done, and do nothing."""
-    lease_s: float = 60.0
+    lease_s: float = 120.0
     """A worker that shows no life for so many seconds loses its shard to another."""
     stall_s: float = 1800.0
     """A worker that finishes no sample for so many seconds counts as hung."""

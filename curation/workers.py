@@ -39,8 +39,8 @@ def run_workers(stage: object, options: RunOptions, shared: str) -> int:
     shared: what marks the processes of this run.
     A worker that dies by a signal is started again, up to three times; the others take its shard up meanwhile.
     """
-    if options.deadline is not None:  # 30m is counted from now, also for a worker that is started again
-        end = parse_deadline(options.deadline)
+    end = parse_deadline(options.deadline)
+    if end is not None or options.deadline is not None:  # counted from now, also for a worker that is started again
         text = "none" if end is None else datetime.fromtimestamp(end).isoformat()
         options = dataclasses.replace(options, deadline=text)
     script = inspect.getsourcefile(type(stage)) or sys.argv[0]

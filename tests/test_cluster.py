@@ -138,6 +138,27 @@ def test_deadlines_that_are_none(text: str) -> None:
         parse_deadline(text, NOW, {})
 
 
+def test_a_clock_that_is_off_does_not_move_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": "1790000000", "CURATION_TIME_LEFT": "1:00:00"}
+    monkeypatch.setattr(time, "time", lambda: 1_790_000_000.0 + 600)  # the job seems over
+    assert parse_deadline(None, None, environment) == 1_790_000_000.0 + 600 + 3600
+
+
+@pytest.mark.parametrize("element", ["x", "-1", "9", "²"])
+def test_an_array_element_that_cannot_be(element: str) -> None:
+    with pytest.raises(UsageError, match="SLURM_ARRAY_TASK_ID"):
+        detect(SLURM_ARRAY_TASK_ID=element, SLURM_ARRAY_TASK_MIN="0", SLURM_ARRAY_TASK_MAX="7")
+
+
+def test_an_array_with_steps() -> None:
+    elements = [
+        detect(SLURM_ARRAY_TASK_ID=n, SLURM_ARRAY_TASK_COUNT="3", SLURM_ARRAY_TASK_MIN="5", SLURM_ARRAY_TASK_MAX="13",
+               SLURM_ARRAY_TASK_STEP="4").rank
+        for n in ("5", "9", "13")
+    ]  # fmt: skip
+    assert elements == [0, 1, 2]
+
+
 def test_the_end_of_the_job_is_the_deadline() -> None:
     assert parse_deadline(None, NOW, {"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": "1790000000"}) == 1790000000.0
 
@@ -145,8 +166,12 @@ def test_the_end_of_the_job_is_the_deadline() -> None:
 @pytest.mark.parametrize(
     ("script", "end"),
     [
-        ("echo 2026-01-31T18:00:00", NOW + 6 * 3600),
-        ("echo N/A", None),
+        ("echo 6:00:00", 6 * 3600),
+        ("echo 1-00:00:10", 86_410),
+        ("echo 2:05", 125),
+        ("echo 0:00", 0),
+        ("echo UNLIMITED", None),
+        ("echo INVALID", None),
         ("echo", None),
         ("exit 1", None),
         ("echo Invalid job id >&2; exit 1", None),
@@ -157,7 +182,8 @@ def test_asking_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: 
     squeue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{script}\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert slurm_job_end({"SLURM_JOB_ID": "4711"}) == end
+    found = slurm_job_end({"SLURM_JOB_ID": "4711"})
+    assert found == (None if end is None else pytest.approx(time.time() + end, abs=3))
     assert "--jobs 4711" in (tmp_path / "asked").read_text()
 
 

@@ -1,0 +1,48 @@
+"""One cluster for all tests here, in good order before each of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.jobs import Jobs, small_shards
+
+
+@pytest.fixture(scope="session")
+def booted() -> Iterator[Cluster]:
+    missing = missing_programs()
+    if missing and not os.environ.get("CI"):
+        pytest.skip(f"a real SLURM needs {', '.join(missing)} (tests/slurm/install.sh)")
+    assert not missing, "CI must run these tests"
+    base = Path(tempfile.mkdtemp(prefix="slurm-"))
+    base.chmod(0o755)  # munge insists that its socket can be reached
+    cluster = Cluster(base)
+    try:
+        cluster.boot()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(booted: Cluster) -> Cluster:
+    booted.call("scancel", "--user=root", check=False)
+    booted.revive()
+    return booted
+
+
+@pytest.fixture(scope="session")
+def forty_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("forty"), 40)
+
+
+@pytest.fixture
+def jobs(cluster: Cluster, forty_shards: Path, tmp_path: Path) -> Jobs:
+    return Jobs(cluster, forty_shards, tmp_path / "root")

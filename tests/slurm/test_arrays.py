@@ -1,0 +1,33 @@
+"""Stages as job arrays over several nodes, and as tasks with a GPU each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.slurm.jobs import Jobs, published
+
+
+def test_an_array_over_three_nodes_does_every_shard_once(jobs: Jobs, tmp_path: Path, llm_port: int) -> None:
+    array = {"sbatch": ("--array=0-7",)}
+    recorded, asks = ["--detector", "recorded"], {"PORTS": str(llm_port)}
+    alone = tmp_path / "alone"
+    for script, flags, variables in (
+        ("01_filter_noface.sh", recorded, {}),
+        ("02_captions_processor.sh", ["--api", "ollama"], asks),
+        ("04_reshard.sh", [], {}),
+    ):
+        jobs.run(script, *flags, **array, variables=variables)
+        jobs.alone(alone, script, *flags, variables=variables)
+    for folder, stage in (
+        ("captions", "01_filter_noface"), ("prompts", "02_captions_processor"), ("shards", "04_reshard"),
+    ):  # fmt: skip
+        receipts = jobs.receipts(folder, stage)
+        assert len(receipts) == 40
+        assert {receipt["generation"] for receipt in receipts.values()} == {1}, "each was committed once"
+        assert {receipt["host"] for receipt in receipts.values()} == {"node1", "node2", "node3"}
+        elements = {receipt["slurm"]["array_task_id"] for receipt in receipts.values()}
+        assert len(elements) > 1, "the elements share the shards"
+    assert published(jobs.root, "captions", "edits", "prompts", "shards") == published(
+        alone, "captions", "edits", "prompts", "shards"
+    )
+    assert not jobs.litter()

@@ -239,7 +239,7 @@ class Claims:
 
         What is watched is the holder's heartbeat, so that all claims of a dead process expire together.
         """
-        if _is_gone(observed):
+        if is_gone(observed):
             return True
         holder = observed.beat or _unsigned(shard_id)
         if observed.beat:
@@ -284,7 +284,7 @@ class Claims:
         alone = _alone_mark(path, observed.token)
         predecessors = [*observed.predecessors, *([observed.token] if observed.token else [])][-MAX_PREDECESSORS:]
         claim = self._create(path, shard_id, predecessors, observed.died(alone=alone.exists()))
-        if claim is not None and _is_gone(observed):
+        if claim is not None and is_gone(observed):
             claim.buried = observed.token
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -295,7 +295,7 @@ class Claims:
         return claim
 
 
-def _is_gone(observed: Holder) -> bool:
+def is_gone(observed: Holder) -> bool:
     """Whether the holder's process has certainly ended; False where it ran out of this one's sight."""
     host, boot, namespace = host_identity()
     if not boot or (observed.host, observed.boot, observed.pid_namespace) != (host, boot, namespace):

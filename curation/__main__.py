@@ -1,0 +1,39 @@
+"""``python -m curation <command>``: what to do with the folders of a dataset beside running its stages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from curation.errors import EXIT_OK, EXIT_USAGE
+
+COMMANDS = {  # command → the module whose ``main(argv)`` it is, imported when it is asked for; what it does
+    "status": (
+        "curation.inspect.status",
+        "how far the stages below a folder are: done, failed, running, pending, stale",
+    ),
+    "retry": ("curation.inspect.retry", "make failed shards of a stage pending again"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return EXIT_OK
+    if arguments[0] not in COMMANDS:
+        print(f"error: there is no command {arguments[0]!r}\n\n{usage()}", file=sys.stderr)
+        return EXIT_USAGE
+    code: int = import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    return code
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: python -m curation COMMAND ...", "", *lines, "", "Each has its own --help."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Where stages ran below a folder, found by the receipts that they left."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from curation.dictionaries import clean_text
+from curation.errors import UsageError
+from curation.shards import bucket_of
+
+_POINTER = "_home.json"  # in a folder of which the receipts lie elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlace:
+    """One stage on one output folder.  home: the folder, as a real path."""
+
+    stage: str
+    home: Path
+
+    @property
+    def receipts(self) -> Path:
+        return self.home / "_receipts" / self.stage
+
+    @property
+    def claims(self) -> Path:
+        return self.home / "_claims" / self.stage
+
+    def claim(self, shard_id: str) -> Path:
+        return self.claims / bucket_of(shard_id) / f"{shard_id}.claim"
+
+    @property
+    def plan(self) -> Path:
+        return self.home / "_plan" / self.stage
+
+
+def find_stages(root: Path) -> list[StagePlace]:
+    """The stages whose receipts lie in ``root`` or in a folder in it, by name.  UsageError where there are none."""
+    if not root.is_dir():
+        raise UsageError(f"{root}: no such folder")
+    found: dict[str, StagePlace] = {}
+    for folder in [root, *_folders_in(root)]:
+        for receipts in _folders_in(folder / "_receipts", hidden="."):
+            if not (receipts / _POINTER).exists():
+                real = Path(os.path.realpath(receipts))
+                found[str(real)] = StagePlace(receipts.name, real.parent.parent)
+    if not found:
+        raise UsageError(f"{root}: no stage has run here or in a folder in it (there is no _receipts/<stage>/)")
+    return sorted(found.values(), key=lambda place: (place.stage, place.home))
+
+
+def stage_named(root: Path, stage: str) -> StagePlace:
+    """The one stage of that name below ``root``; raises UsageError where there is none, or more than one."""
+    places = find_stages(root)
+    matching = [place for place in places if place.stage == stage]
+    if not matching:
+        names = ", ".join(sorted({clean_text(place.stage) for place in places}))
+        raise UsageError(f"{root}: there is no stage {stage!r}; there are: {names}")
+    if len(matching) > 1:
+        folders = ", ".join(str(place.home) for place in matching)
+        raise UsageError(f"{root}: {stage} ran on several folders ({folders}); give one of them")
+    return matching[0]
+
+
+def _folders_in(folder: Path, hidden: str = "._") -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(e.path) for e in entries if e.name[0] not in hidden and e.is_dir())
+    except OSError:
+        return []

@@ -1,0 +1,333 @@
+"""A model of the commit protocol, one step a file operation.
+
+The steps are those of ``publish.Commit``, ``leftovers.Leftovers`` and ``attempt.Attempts``, in their order; a test runs
+those beside this model in lockstep (test_commit_lockstep).  commit_search goes through all that can happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Op = tuple[str, ...]  # what is done, to which files: ("rename", "tmp A a", "A")
+
+
+class Receipt(NamedTuple):
+    token: str
+    generation: int
+    outputs: tuple[str, ...]
+    superseded: tuple[str, ...]
+
+
+class Disk(NamedTuple):
+    """What others can see.  Files of which each attempt has its own are named by its token."""
+
+    finals: tuple[tuple[str, str], ...]  # path, token of the attempt that made what lies there; sorted
+    temporaries: frozenset[tuple[str, str]]  # path, token
+    prepared: frozenset[Receipt]
+    receipt: Receipt | None
+    records: frozenset[Receipt]  # linked under their generation
+    claim: tuple[str, ...]  # predecessors and the holder, last; empty: free
+
+
+class Process(NamedTuple):
+    """Where an attempt is.  Only what it still needs is remembered, so that states that differ in nothing else meet."""
+
+    at: str
+    receipt: Receipt | None = None  # as it was read after claiming; once the commit begins, its own
+    value: Receipt | None = None  # the record that it finishes
+    then: str = ""  # where it goes on after that
+    todo: tuple[tuple[str, str], ...] = ()  # files that a loop has still to go through, as (path, token)
+    found: frozenset[tuple[str, str]] = frozenset()  # other attempts' files that it will clear away
+    paths: tuple[str, ...] = ()  # that the last receipt named, where it clears as well
+    groups: tuple[tuple[tuple[str, str], ...], ...] = ()  # the files to clear, in the order of the places
+    predecessors: tuple[str, ...] = ()  # whom it took the claim from
+
+
+Step = tuple[Op, Disk, Process]
+
+
+class State(NamedTuple):
+    disk: Disk
+    processes: tuple[Process, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The protocol and the ways in which a test breaks it.
+
+    eager: an attempt works on the shard even if it is done, as a rerun with other options would.
+    """
+
+    eager: bool = True
+    check_void: bool = True  # step 3
+    receipt_last: bool = True  # step 4: the outputs before the receipt
+    receipt_after_record: bool = True  # of step 3, for one who comes upon a record
+    check_claim: bool = True
+    link_exclusive: bool = True  # step 2
+    tidy_superseded: bool = True  # who finds a done shard removes what its receipt superseded, claim left behind or not
+
+
+@dataclass(frozen=True)
+class Attempt:
+    token: str
+    outputs: tuple[str, ...]
+
+
+START = Process("claim")
+GIVE_BACK = Process("give_back")
+ENDED = Process("ended")
+PREPARED = "R"  # stands for the prepared receipt among the places that are cleared
+
+
+class Model:
+    """Attempts on one shard, on which there may be a receipt of an older attempt ``o``."""
+
+    def __init__(self, attempts: tuple[Attempt, ...], rules: Rules, before: tuple[str, ...] = ()) -> None:
+        self.attempts = attempts
+        self.rules = rules
+        old = Receipt("o", 1, before, ()) if before else None
+        finals = tuple(sorted((path, "o") for path in before))
+        self.start = State(Disk(finals, frozenset(), frozenset(), old, frozenset(), ()), (START,) * len(attempts))
+
+    # ---- what a process does next
+
+    def options(self, state: State, who: int) -> list[tuple[Op, State]]:
+        """Its next operation with the state after it: one, or several where the order within a loop is open."""
+        process = state.processes[who]
+        if process.at == "ended":
+            return []
+        step: Callable[[Disk, Process, Attempt], list[Step]] = getattr(self, "_" + process.at)
+        after = []
+        for op, disk, local in step(state.disk, process, self.attempts[who]):
+            processes = (*state.processes[:who], local, *state.processes[who + 1 :])
+            after.append((op, State(disk, processes)))
+        return after
+
+    def _arrive(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """A process that is new lists the folder and finishes whatever record it finds, valid or void."""
+        for value in sorted(disk.records):
+            return [(("list",), disk, Process("finish", None, value, "arrive"))]
+        receipt = disk.receipt
+        if self.rules.eager or receipt is None or receipt.token == "o" or not outputs_are_there(disk, receipt):
+            return [(("list",), disk, START)]
+        lies = any(path in dict(disk.finals) for path in receipt.superseded)
+        left = disk.claim or (self.rules.tidy_superseded and lies)
+        tidy = Process("still_mine", receipt) if left and receipt.superseded else GIVE_BACK
+        return [(("list",), disk._replace(claim=(me.token,)), tidy)]
+
+    def _claim(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """Takes it from whoever has it, presumed dead."""
+        local = Process("first_receipt", predecessors=disk.claim)
+        return [(("claim", me.token), disk._replace(claim=(*disk.claim, me.token)), local)]
+
+    def _first_receipt(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        return [(("read", "receipt"), disk, p._replace(at="first_record", receipt=disk.receipt))]
+
+    def _first_record(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        generation = generation_of(p.receipt) + 1
+        value = record_of(disk, generation)
+        if value is None:
+            return [(("read", f"record {generation}"), disk, self._decided(disk, p, p.receipt, me))]
+        local = p._replace(at="finish", receipt=None, value=value, then="second_receipt")
+        if not self.rules.receipt_after_record:
+            local = self._publishing(local)
+        return [(("read", f"record {generation}"), disk, local)]
+
+    def _second_receipt(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        return [(("read", "receipt"), disk, self._decided(disk, p, disk.receipt, me))]
+
+    def _decided(self, disk: Disk, p: Process, receipt: Receipt | None, me: Attempt) -> Process:
+        """Whether the shard is to be done: there is no receipt, it is of other options, or its outputs are gone."""
+        if not self.rules.eager and receipt is not None and receipt.token != "o" and outputs_are_there(disk, receipt):
+            return GIVE_BACK
+        return p._replace(at="write", receipt=receipt, todo=tuple((path, me.token) for path in me.outputs))
+
+    def _write(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """Step 1: the outputs under temporary names."""
+        file, rest = p.todo[0], p.todo[1:]
+        local = p._replace(todo=rest) if rest else self._after_writing(p, me)
+        op = ("create", _temporary(*file))
+        return [(op, disk._replace(temporaries=disk.temporaries | {file}), local)]
+
+    def _after_writing(self, p: Process, me: Attempt) -> Process:
+        last = p.receipt
+        perhaps = tuple((path, "") for path in (last.superseded if last else ()))
+        mine = [path for path in (last.outputs if last else ()) if path not in me.outputs]
+        paths = last.outputs if last else ()
+        own = Receipt(me.token, generation_of(last) + 1, me.outputs, tuple(mine))
+        return p._replace(at="still_there" if perhaps else "look", receipt=own, todo=perhaps, paths=paths)
+
+    def _still_there(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """What the last receipt had superseded, and nobody removed yet, is superseded by this one too."""
+        (path, _), rest = p.todo[0], p.todo[1:]
+        own = p.receipt
+        assert own is not None
+        if path in dict(disk.finals) and path not in own.outputs:
+            own = own._replace(superseded=(*own.superseded, path))
+        return [(("stat", path), disk, p._replace(at="still_there" if rest else "look", receipt=own, todo=rest))]
+
+    def _look(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """The listing of the folders: one step, as the first listing's time is what counts."""
+        found = {file for file in disk.temporaries if file[0] in (*me.outputs, *p.paths)}
+        found |= {(PREPARED, receipt.token) for receipt in disk.prepared}
+        others = frozenset(file for file in found if file[1] != me.token)
+        return [(("look",), disk, p._replace(at="holds", found=others))]
+
+    def _holds(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        held = not self.rules.check_claim or disk.claim[-1:] == (me.token,)
+        local = p._replace(at="prepare") if held else self._discarding(me)
+        return [(("holds",), disk, local)]
+
+    def _prepare(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        assert p.receipt is not None
+        disk = disk._replace(prepared=disk.prepared | {p.receipt})
+        return [(("create", _temporary(PREPARED, me.token)), disk, p._replace(at="link"))]
+
+    def _link(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """Step 2."""
+        own = p.receipt
+        assert own is not None
+        op = ("link", _temporary(PREPARED, me.token), f"record {own.generation}")
+        if own not in disk.prepared:
+            return [(op, disk, p._replace(at="unprepare"))]
+        there = record_of(disk, own.generation)
+        if there is not None and self.rules.link_exclusive:
+            return [(op, disk, p._replace(at="foreign_record"))]
+        records = (disk.records - {there}) | {own} if there else disk.records | {own}
+        return [(op, disk._replace(records=records), p._replace(at="finish", value=own, then="outcome"))]
+
+    def _foreign_record(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        assert p.receipt is not None
+        value = record_of(disk, p.receipt.generation)
+        local = p._replace(at="link") if value is None else p._replace(at="finish", value=value, then="outcome")
+        return [(("read", f"record {p.receipt.generation}"), disk, local)]
+
+    # ---- steps 3 and 4
+
+    def _finish(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        value = p.value
+        assert value is not None
+        op = ("read", "receipt")
+        if self.rules.check_void and generation_of(disk.receipt) >= value.generation:
+            return [(op, disk, p._replace(at="unlink_record"))]
+        return [(op, disk, self._publishing(p))]
+
+    def _publishing(self, p: Process) -> Process:
+        assert p.value is not None
+        names = [(path, p.value.token) for path in p.value.outputs]
+        prepared = (PREPARED, p.value.token)
+        return p._replace(at="publish", todo=(*names, prepared) if self.rules.receipt_last else (prepared, *names))
+
+    def _publish(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        value, file, rest = p.value, p.todo[0], p.todo[1:]
+        assert value is not None
+        local = p._replace(todo=rest) if rest else p._replace(at="unlink_record", todo=())
+        path, token = file
+        if path == PREPARED:
+            op = ("rename", _temporary(PREPARED, token), "receipt")
+            for receipt in disk.prepared:
+                if receipt.token == token:
+                    disk = disk._replace(prepared=disk.prepared - {receipt}, receipt=receipt)
+        else:
+            op = ("rename", _temporary(path, token), path)
+            if file in disk.temporaries:
+                finals = dict(disk.finals) | {path: token}
+                disk = disk._replace(temporaries=disk.temporaries - {file}, finals=tuple(sorted(finals.items())))
+        return [(op, disk, local)]
+
+    def _unlink_record(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        assert p.value is not None
+        generation = p.value.generation
+        there = record_of(disk, generation)
+        after = disk._replace(records=disk.records - {there}) if there else disk
+        return [(("unlink", f"record {generation}"), after, p._replace(at=p.then, value=None, then=""))]
+
+    # ---- afterwards
+
+    def _outcome(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        op = ("read", "receipt")
+        if disk.receipt is None or disk.receipt.token != me.token:
+            return [(op, disk, p._replace(at="unprepare"))]
+        return [(op, disk, self._clearing(p, me))]
+
+    def _unprepare(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        prepared = frozenset(receipt for receipt in disk.prepared if receipt.token != me.token)
+        return [(("unlink", _temporary(PREPARED, me.token)), disk._replace(prepared=prepared), self._discarding(me))]
+
+    def _discarding(self, me: Attempt) -> Process:
+        return Process("discard", todo=tuple((path, me.token) for path in me.outputs))
+
+    def _discard(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        file, rest = p.todo[0], p.todo[1:]
+        local = p._replace(todo=rest) if rest else Process("give_back")
+        return [(("unlink", _temporary(*file)), disk._replace(temporaries=disk.temporaries - {file}), local)]
+
+    def _clearing(self, p: Process, me: Attempt) -> Process:
+        """The winner clears away what it found, and whatever those it took the claim from have written since."""
+        own = p.receipt
+        assert own is not None
+        groups = []
+        for places in ({*me.outputs, *p.paths}, {PREPARED}):
+            names = {file for file in p.found if file[0] in places}
+            groups.append(tuple(sorted(names | {(place, token) for place in places for token in p.predecessors})))
+        local = Process("clear", own, groups=tuple(group for group in groups if group))
+        return local if local.groups else self._cleared(local)
+
+    def _clear(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """Within a group in any order; the search takes the first."""
+        steps = []
+        for file in p.groups[0]:
+            path, token = file
+            group = tuple(other for other in p.groups[0] if other != file)
+            local = p._replace(groups=(group, *p.groups[1:]) if group else p.groups[1:])
+            after = _without(disk, path, token)
+            steps.append((("unlink", _temporary(path, token)), after, local if local.groups else self._cleared(local)))
+        return steps
+
+    def _cleared(self, p: Process) -> Process:
+        assert p.receipt is not None
+        return Process("still_mine", p.receipt) if p.receipt.superseded else GIVE_BACK
+
+    def _still_mine(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        own = p.receipt
+        assert own is not None
+        mine = disk.receipt is not None and disk.receipt.token == own.token
+        todo = tuple((path, "") for path in own.superseded)
+        return [(("read", "receipt"), disk, Process("supersede", todo=todo) if mine else GIVE_BACK)]
+
+    def _supersede(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        (path, _), rest = p.todo[0], p.todo[1:]
+        finals = tuple(pair for pair in disk.finals if pair[0] != path)
+        return [(("unlink", path), disk._replace(finals=finals), p._replace(todo=rest) if rest else GIVE_BACK)]
+
+    def _give_back(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        claim = () if disk.claim[-1:] == (me.token,) else disk.claim
+        return [(("give back", me.token), disk._replace(claim=claim), ENDED)]
+
+
+# ---- files
+
+
+def generation_of(receipt: Receipt | None) -> int:
+    return receipt.generation if receipt else 0
+
+
+def record_of(disk: Disk, generation: int) -> Receipt | None:
+    return next((record for record in disk.records if record.generation == generation), None)
+
+
+def outputs_are_there(disk: Disk, receipt: Receipt) -> bool:
+    finals = dict(disk.finals)
+    return all(finals.get(path) == receipt.token for path in receipt.outputs)
+
+
+def _without(disk: Disk, path: str, token: str) -> Disk:
+    if path == PREPARED:
+        return disk._replace(prepared=frozenset(r for r in disk.prepared if r.token != token))
+    return disk._replace(temporaries=disk.temporaries - {(path, token)})
+
+
+def _temporary(path: str, token: str) -> str:
+    return f"tmp {path} {token}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -189,9 +189,12 @@ class Attempts:
         trace = "" if expected else "".join(traceback.format_exception(error))
         logger.error(f"{work.shard.id} failed: {message}{chr(10) + trace if trace else ''}")
         work.discard()
-        self._commit(this, {"reason": reason, "message": message, "traceback": trace})
+        told: dict[str, Any] = {"reason": reason, "message": message, "traceback": trace}
+        if reason == REASON:
+            told["deaths"] = [asdict(death) for death in this.claim.deaths]
+        self._commit(this, told)
 
-    def _commit(self, this: _Attempt, error: dict[str, str] | None) -> None:
+    def _commit(self, this: _Attempt, error: dict[str, Any] | None) -> None:
         work, claim = this.work, this.claim
         with work.phase("commit"):
             outputs = work.close_outputs()

@@ -32,7 +32,7 @@ def build_receipt(
     epoch: int,
     outputs: Sequence[Published],
     began: float,
-    error: dict[str, str] | None,
+    error: dict[str, Any] | None,
     quarantine: bool = False,
     sources: Sequence[Input] = (),
 ) -> dict[str, Any]:

@@ -238,7 +238,7 @@ class EndpointPool:
         """What each server did, for the log: answers and failures by kind, its limit, its latency in seconds."""
         with self._changed:
             gone: dict[str, dict[str, object]] = {url: dict[str, object](counts) for url, counts in self._gone.items()}
-            here = {
+            here: dict[str, dict[str, object]] = {
                 e.url: {**e.counts, "limit": e.concurrency.limit, "latency_s": round(e.latency_s, 3)}
                 for e in self._endpoints
             }

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.servers import ollama_stub
-from tests.test_generate_images_sh import SCONTROL, SRUN
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "02_captions_processor.sh"
@@ -26,6 +25,18 @@ echo "$CUDA_VISIBLE_DEVICES $OLLAMA_HOST $OLLAMA_NUM_PARALLEL $OLLAMA_KEEP_ALIVE
 [ -n "${{BROKEN:-}}" ] && echo "no such driver" && exit 1
 exec {sys.executable} {STUB} --port "${{OLLAMA_HOST#*:}}" --latency_s "${{LATENCY_S:-0}}" \\
     --die_after "${{DIE_AFTER:-0}}" --model "${{MODEL_OF_STUB:-tulu3:fairclip}}"
+"""
+# One task; signals reach every process of it, as SLURM sends them.
+SRUN = """#!/bin/bash
+shift
+setsid "$@" &
+trap 'kill -USR1 -- -$!' USR1
+trap 'kill -TERM -- -$!' TERM
+while kill -0 $! 2>/dev/null; do wait $!; done
+wait $!
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >>"$LOG/scontrol"
 """
 NO_SLURM = """#!/bin/bash
 exit 1
@@ -52,7 +63,6 @@ def job(tmp_path: Path) -> dict[str, str]:
         "LOG": str(tmp_path),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "TASK_CODES": "0",
         "RESTART_PAUSE_S": "0.1",
     }
 

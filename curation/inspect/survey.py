@@ -122,7 +122,10 @@ class Survey:
                         else:
                             seen[number] = _Seen(receipt)
                 for number, this in seen.items():
-                    self._count(number, shard_id, this, seen, total[number])
+                    try:
+                        self._count(number, shard_id, this, seen, total[number])
+                    except (TypeError, ValueError, KeyError, AttributeError):  # made by hand
+                        total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
             for number, stage in enumerate(self.stages):
                 planned = (stage.planned or {}).get(bucket, set())
                 total[number].untouched += len(planned - names[number] - stage.claimed)

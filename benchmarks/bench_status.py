@@ -1,0 +1,202 @@
+"""How long status takes over 100,000 receipts, and finding 100,000 shards.
+
+    python benchmarks/bench_status.py [--json] [--folder DIR] [--receipts 100000]
+
+Aims: status in under 5 s and 300 MB (the whole of its processes), discovery in under 2 s.  The receipts are of two
+stages, the second made from the first, so that each of its shards is checked for being stale; they are of the size
+that a stage with a detector leaves, in buckets as the ledger makes them.  A hundred are stale and a hundred have
+failed, and status must say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from curation.publish import temporary_name
+from curation.shards import bucket_of
+
+ROOT = Path(__file__).resolve().parent.parent
+STATUS_S, STATUS_MB, DISCOVERY_S = 5.0, 300.0, 2.0
+RUNS = 3  # the best counts: the machine may be busy with other things
+DISCOVER = """
+import sys, time
+from curation.shards import discover
+began = time.perf_counter()
+found = discover(sys.argv[1])
+print(len(found), time.perf_counter() - began)
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    number: int
+    seconds: float
+    aim_s: float
+    megabytes: float | None = None
+    aim_mb: float | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.seconds < self.aim_s and (self.megabytes is None or self.megabytes < (self.aim_mb or 0))
+
+
+def receipt(stage: str, shard: str, number: int, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> bytes:
+    """As ``curation.receipts`` writes it, indented as the ledger does."""
+    failed = stage == "02" and number % 500 == 7
+    value: dict[str, Any] = {
+        "shard": shard, "stage": stage, "version": 1, "status": "failed" if failed else "done", "epoch": 1,
+        "generation": 1, "token": f"{number:016x}", "run": "slurm-4711",
+        "counts": {
+            "in": 10_000, "kept": 1234, "dropped": {"english": 1, "no_face": 8760, "too_small": 3},
+            "failed": {"bad_json": 1, "bad_image": 1},
+        },
+        "inputs": inputs,
+        "sources": [{"stage": "01", "folder": "../captions"}] if stage == "02" else [{}],
+        "outputs": [] if failed else outputs,
+        "notes": {"languages": {"es": 1000, "en": 200, "fr": 34}, "recovered": 7}, "warnings": [],
+        "seconds": {"commit": 0.0123, "decode": 101.5, "infer": 88.25, "read": 3.5, "write": 0.75},
+        "host": f"node{number % 64:03d}", "rank": number % 64,
+        "slurm": {"job_id": str(5000 + number % 64), "array_job_id": "4711", "array_task_id": str(number % 64),
+                  "procid": "0", "job_partition": "gpu"},
+        "gpu": 0, "code": "0.1.0+0123456789ab", "started": 1.7e9 + number, "finished": 1.7e9 + number + 190,
+    }  # fmt: skip
+    if failed:
+        value["error"] = {"reason": "shard_error", "message": f"{shard}: is truncated", "traceback": ""}
+        value["attempts"] = 1
+    return json.dumps(value, indent=2).encode()
+
+
+def output(folder: str, shard: str, suffix: str, digest: str) -> dict[str, Any]:
+    name = f"{shard}{suffix}"
+    return {
+        "path": f"{folder}{name}", "temporary": temporary_name(name, digest[:16]), "size": 123_456, "digest": digest,
+        "checked": True,
+    }  # fmt: skip
+
+
+def make(root: Path, receipts: int) -> int:
+    """Half of them of each stage; returns the bytes of one."""
+    options = json.dumps({"version": 1, "options": {"mark": "x"}, "run": "slurm-4711"}).encode()
+    for stage, folder in (("01", "captions"), ("02", "prompts")):
+        place = root / folder / "_receipts" / stage
+        place.mkdir(parents=True)
+        (place / "_epoch.1.json").write_bytes(options)
+        for number in range(receipts // 2):
+            shard = f"{number:08d}"
+            bucket = place / bucket_of(shard)
+            if number % 1000 == 0:
+                bucket.mkdir()
+            stale = stage == "02" and number % 500 == 3
+            first = {"path": f"{shard}.json", "size": 123_456, "digest": f"{number + stale:032x}"}
+            source = {"path": f"{shard}.tar", "size": 300_000_000, "mtime_ns": 1_700_000_000_000_000_000}
+            data = receipt(
+                stage, shard, number, [first if stage == "02" else source],
+                [
+                    output("", shard, ".json", f"{number:032x}"),
+                    output("../edits/", shard, ".json", f"{number:032x}"),
+                    output(f"_rejects/{stage}/", shard, ".drops.tsv.gz", f"{number:032x}"),
+                    output(f"_provenance/{stage}/", shard, ".jsonl", f"{number:032x}"),
+                ],
+            )  # fmt: skip
+            (bucket / f"{shard}.json").write_bytes(data)
+    return len(data)
+
+
+def tree_megabytes(pid: int) -> float:
+    """The memory of a process and its children, each page counted once."""
+    total, todo = 0.0, [pid]
+    while todo:
+        one = todo.pop()
+        try:
+            for task in os.listdir(f"/proc/{one}/task"):
+                todo += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
+            rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
+            total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1e3
+        except (OSError, StopIteration):
+            continue  # it has ended
+    return total
+
+
+def run_status(root: Path) -> tuple[float, float, dict[str, Any]]:
+    """Seconds from start to end of the command, megabytes at most, what it said."""
+    command = [sys.executable, "-m", "curation", "status", str(root), "--json"]
+    began = time.perf_counter()
+    peak = 0.0
+    with tempfile.TemporaryFile() as told, subprocess.Popen(command, stdout=told, cwd=ROOT) as process:
+        while process.poll() is None:
+            peak = max(peak, tree_megabytes(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - began
+        told.seek(0)
+        result: dict[str, Any] = json.loads(told.read())
+    return seconds, peak, result
+
+
+def measure_status(base: Path, receipts: int) -> tuple[Row, int]:
+    size = make(base, receipts)
+    runs = [run_status(base) for _ in range(RUNS)]
+    for _, _, result in runs:
+        first, second = result["stages"]
+        half, some = receipts // 2, receipts // 2 // 500
+        found = (first["done"], second["done"], second["stale"].get("inputs", 0), sum(second["failed"].values()))
+        if found != (half, half - 2 * some, some, some):
+            raise RuntimeError(f"status is wrong: {found}")
+    seconds, megabytes = min(run[0] for run in runs), max(run[1] for run in runs)
+    return Row("status", receipts, seconds, STATUS_S, megabytes, STATUS_MB), size
+
+
+def measure_discovery(base: Path, shards: int) -> Row:
+    for number in range(shards):
+        (base / f"{number:08d}.tar").touch()
+    runs = []
+    for _ in range(RUNS):
+        command = [sys.executable, "-c", DISCOVER, str(base)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+        if int(told[0]) != shards:
+            raise RuntimeError(f"{told[0]} shards were found")
+        runs.append(float(told[1]))
+    return Row("discovery", shards, min(runs), DISCOVERY_S)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    memory = Path("/dev/shm")
+    default = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    parser.add_argument("--folder", type=Path, default=default, help="where to make the files")
+    parser.add_argument("--receipts", type=int, default=100_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-status-", dir=arguments.folder) as base:
+        status, size = measure_status(Path(base), arguments.receipts)
+    with tempfile.TemporaryDirectory(prefix="bench-status-", dir=arguments.folder) as base:
+        rows = [status, measure_discovery(Path(base), arguments.receipts)]
+    passed = all(row.met for row in rows)
+    if arguments.json:
+        print(json.dumps({"passed": passed, "receipt_bytes": size, "rows": [vars(row) for row in rows]}, indent=2))
+        return 0 if passed else 1
+    print(f"in {arguments.folder}, {os.cpu_count()} cores, receipts of {size:,} bytes; the best of {RUNS} runs")
+    print("| what | files | seconds | aim | MB at most | aim | |")
+    print("|---|---:|---:|---:|---:|---:|---|")
+    for row in rows:
+        held = ("", "") if row.megabytes is None else (f"{row.megabytes:.0f}", f"< {row.aim_mb:g}")
+        verdict = "met" if row.met else "MISSED"
+        print(
+            f"| {row.what} | {row.number:,} | {row.seconds:.2f} | < {row.aim_s:g} | {held[0]} | {held[1]} | {verdict} |"
+        )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,7 @@ PROGRAMS = [*SCRIPTS, *MODULES]
 
 BASE = {"errors", "shards"}
 TOP = {"runner", "attempt", "options", "work", "workers", "receipts", "progress", "backends", "inspect", "__main__"}
+TOP |= {"model_files"}
 HEAVY = ("torch", "onnxruntime", "onnx", "diffusers", "transformers", "accelerate", "insightface", "cv2", "xllamacpp")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 70
 
@@ -87,9 +88,10 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_only_scripts_and_backends_import_backends() -> None:
+    """And the command that fetches what they load."""
     for path in MODULES:
         mine = name_of(path)
-        if not mine.startswith("backends"):
+        if not mine.startswith("backends") and mine != "model_files":
             reached = {name for name in own_imports(path) if name.startswith("backends")}
             assert not reached, f"{mine} imports {sorted(reached)}"
 

@@ -116,9 +116,9 @@ def scrfd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _centerface_file() -> Path:
-    from curation.backends.faces_centerface import _packaged_model
+    from curation.backends.faces_centerface import packaged_model
 
-    return _packaged_model()
+    return packaged_model()
 
 
 def photos(shard: str, count: int) -> dict[str, tuple[np.ndarray, dict[str, object]]]:

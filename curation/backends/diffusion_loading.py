@@ -65,14 +65,14 @@ def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:
     from safetensors import SafetensorError
 
     try:
-        pipeline = _from_cache(source, dtype) or _from_folder(Path(_download(source)), source, dtype)
+        pipeline = _from_cache(source, dtype) or _from_folder(Path(download(source)), source, dtype)
         pipeline.to(device)
     except torch.OutOfMemoryError as error:
         raise InfrastructureError(f"--model {source.location}: does not fit on {device} in {dtype}") from error
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError) as error:
-        raise InfrastructureError(f"--model {source.location}: cannot be loaded: {_line(error)}") from error
+        raise InfrastructureError(f"--model {source.location}: cannot be loaded: {hub_error_line(error)}") from error
     except SafetensorError as error:
-        raise InfrastructureError(f"--model {source.location}: damaged weights: {_line(error)}") from error
+        raise InfrastructureError(f"--model {source.location}: damaged weights: {hub_error_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -168,7 +168,8 @@ def _hub_commit(model: str, revision: str) -> str:
             logging.getLogger(__name__).warning("the hub does not answer; using %s %s from its cache", model, cached)
             return cached
         raise InfrastructureError(
-            f"--model {model}: no such folder, not in the hub's cache, and the hub does not answer ({_line(error)})"
+            f"--model {model}: no such folder, not in the hub's cache, and the hub does not answer "
+            f"({hub_error_line(error)})"
         ) from error
     if not commit:
         raise InfrastructureError(f"--model {model}: the hub names no commit for revision {revision!r}")
@@ -212,7 +213,7 @@ def _offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _download(source: ModelSource) -> str:
+def download(source: ModelSource) -> str:
     """The model's folder: its own, or one of the hub's cache, filled if need be (the hub's client locks)."""
     if source.is_folder:
         return source.location
@@ -224,7 +225,7 @@ def _download(source: ModelSource) -> str:
             DiffusionPipeline.download(source.location, revision=source.revision, use_safetensors=True, **arguments)
         )
     except _hub_errors() as error:
-        raise OSError(f"download failed: {_line(error)}") from error
+        raise OSError(f"download failed: {hub_error_line(error)}") from error
 
 
 def _refuse_pickles(folder: Path, source: ModelSource) -> None:
@@ -251,7 +252,7 @@ def quiet_libraries() -> None:
     diffusers_logging.disable_progress_bar()
 
 
-def _line(error: BaseException) -> str:
+def hub_error_line(error: BaseException) -> str:
     """The first line that says something, short enough for a terminal."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

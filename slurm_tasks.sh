@@ -40,27 +40,27 @@ fi
 # stage's exit code, after queueing the job (this array element alone) again where it reached its time limit with work
 # left.  OUTPUT must be a folder that all nodes share.
 run_tasks() {
-    local output=$1 codes killed progress
+    local output=$1 codes killed
     shift
     mkdir -p "$output" || usage_error "the folder $output cannot be made"
     cause='' step=''
     trap 'forward USR1' USR1
-    trap 'forward TERM' TERM
-    trap 'forward INT' INT
     if [ -z "${SLURM_JOB_ID:-}" ]; then
+        trap 'forward TERM' TERM
+        trap 'forward INT' INT
         trap clear_up EXIT
         "${wrap[@]}" "$@" &
         step=$!
         wait_for_step
         exit "$code"
     fi
+    trap 'cause=TERM' TERM # SLURM sends it to the tasks too; srun, on TERM, would kill them
     command -v srun >/dev/null || usage_error "no srun on this node, though SLURM_JOB_ID is set; unset it to run without SLURM"
 
     # srun gives only the highest code of its tasks, so that 75 would hide a 2: each task writes its own down.
     notes=$(mktemp -d "$output/.job-$SLURM_JOB_ID.XXXXXX") || usage_error "the folder $output cannot be written"
     trap 'rm -rf "$notes"; clear_up' EXIT
-    touch "$notes/begun"
-    export NOTES=$notes
+    export NOTES=$notes CURATION_PROGRESS=$notes/progress # the stage makes that file when it finished something
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}} # srun does not take it from the job
     CURATION_TIME_LEFT=$(time_left)
     export CURATION_TIME_LEFT
@@ -95,15 +95,14 @@ run_tasks() {
     esac
 
     # Work is left.  Again only at the time limit (never after scancel's TERM), and only if something was finished.
-    progress=$(find "$output/_receipts" "$output/_partial" -type f -newer "$notes/begun" -print -quit 2>/dev/null)
     if [ "$cause" = TERM ] || [ "$cause" = INT ]; then
         exit 75
     elif [ -z "$cause" ] && [ "$(seconds_of "$(time_left)")" -gt "$WARNING_S" ]; then
         echo "not queued again: the time limit is far"
-    elif [ -z "$progress" ]; then
+    elif [ ! -e "$notes/progress" ]; then
         echo "not queued again: nothing was finished in the time there was"
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
-        echo "not queued again: restarted $SLURM_RESTART_COUNT times (MAX_RESTARTS)"
+        echo "not queued again: restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS)"
     else
         queue_again
     fi

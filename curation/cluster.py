@@ -24,6 +24,7 @@ from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
 
 WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
 RUN_VARIABLE = "CURATION_RUN_ID"
+PROGRESS_VARIABLE = "CURATION_PROGRESS"  # a file that a job's script wants to be made when something was finished
 TIME_LEFT_VARIABLE = "CURATION_TIME_LEFT"  # what SLURM said when the tasks were started, as squeue writes it
 ONE_SIGNAL_S = 1.0  # SLURM sends SIGTERM to every process of a step, and a parent passes its own on to its workers
 MARGIN_S = 60.0  # before the deadline, at which no new work is begun
@@ -178,6 +179,15 @@ def parse_time_left(text: str) -> float | None:
     days, first, second, seconds = (int(part or 0) for part in match.groups())
     hours, minutes = (first, second) if match[3] is not None else (0, first)
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+@lru_cache(maxsize=1)
+def note_progress() -> None:
+    """Something was published or checkpointed: the job's script may queue the job again, for it gets on."""
+    path = os.environ.get(PROGRESS_VARIABLE)
+    if path:
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
 
 
 class StopSignal:

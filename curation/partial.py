@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from curation.cluster import note_progress
 from curation.errors import InfrastructureError, LostClaim
 from curation.publish import storage_error
 
@@ -88,6 +89,7 @@ class PartialLog:
                 view = memoryview(block)
                 while view:
                     view = view[writer.write(view) :]
+                note_progress()
                 if time.monotonic() - self._last_fsync > FSYNC_EVERY_S:
                     self._fsync()
             except OSError as error:

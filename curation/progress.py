@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Self
 
-from curation.cluster import WORKER_VARIABLE
+from curation.cluster import WORKER_VARIABLE, note_progress
 from curation.options import logger, on_terminal
 
 LINE_EVERY_S = 30.0
@@ -36,6 +36,8 @@ class Tally:
 
     def shards(self, what: str, count: int = 1) -> None:
         """worked | done | failed | blocked | left | others"""
+        if what in ("worked", "failed"):
+            note_progress()
         with self._lock:
             self._shards[what] += count
 

@@ -68,7 +68,7 @@ class Jobs:
         logs.mkdir(exist_ok=True)
         own = {"SRC_DIR": str(self.shards)} if script in ("01_filter_noface.sh", "04_reshard.sh") else {}
         return self.cluster.sbatch(
-            f"--output={logs}/%x-%A_%a.log", f"--ntasks-per-node={tasks}", *SIZE, *sbatch, str(ROOT / script), *flags,
+            f"--output={logs}/%x-%j.log", f"--ntasks-per-node={tasks}", *SIZE, *sbatch, str(ROOT / script), *flags,
             cwd=self.root, variables=self.variables({**own, **(variables or {})}),
         )  # fmt: skip
 

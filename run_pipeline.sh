@@ -1,0 +1,203 @@
+#!/bin/bash
+# Stages 01 to 04 in one go.  On a cluster it submits them as jobs that depend on each other; where there is no sbatch it
+# runs them here, one after the other.  Start it as often as you like: what is done stays done.
+#
+#     SRC_DIR=/path/to/shards ROOT=/path/to/root ./run_pipeline.sh [--follow] [--stages 02-04] [--dry_run] [-- FLAGS]
+#
+#     --follow         a stage starts as soon as the stage before runs, and takes its shards as they are published
+#     --stages 02-04   only these: one (03) or a range; by default 01-04
+#     --dry_run        print the commands, and do nothing
+#     -- FLAGS         flags for every one of the stages, such as --quiet or --shards 00000000..00000099
+#
+# Variables:
+#     SRC_DIR                     the source shards: a folder, a glob, braces or a list file (stages 01 and 04)
+#     ROOT                        takes captions/, prompts/, edits/ and shards/ (the hybrid shards)
+#     ARRAY_01 … ARRAY_04         the stage as a job array: ARRAY_01=0-9, ARRAY_03=0-63%16
+#     SBATCH_01 … SBATCH_04       further words for its sbatch: SBATCH_01='--partition=cpu --time=01:00:00'
+#     FLAGS_01 … FLAGS_04         further flags of the stage: FLAGS_01='--detector scrfd'
+#     ENDPOINTS_DIR, ENDPOINTS or PORTS: the model servers of stage 02; without one it starts its own on its GPUs
+# SBATCH_*, FLAGS_* and FLAGS are words between spaces; no shell looks at them.  docs/slurm.md has all other variables.
+#
+# A stage starts when the one before has ended, whatever with: shards that failed stop nobody but themselves.  Ends with 0
+# when all jobs are submitted, 2 when one could not be.  Without sbatch it stops at a stage that ends with 2 or 75, goes on
+# after a 1 (some shards failed), and ends with the worst.
+set -u
+
+# inside a job this file is a copy: the project is where it was submitted from, or where the original lies
+for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
+    [ -f "$PROJECT/slurm_tasks.sh" ] && break
+done
+
+usage_error() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+[ -f "$PROJECT/slurm_tasks.sh" ] || usage_error "the project is not found: set CURATION_HOME to its folder"
+PROJECT=$(cd "$PROJECT" && pwd) || exit 2
+
+SCRIPTS=(01_filter_noface.sh 02_captions_processor.sh 03_generate_images.sh 04_reshard.sh)
+follow='' dry_run='' stages=01-04
+while [ $# -gt 0 ]; do
+    case $1 in
+    --follow) follow=yes ;;
+    --dry_run | --dry-run) dry_run=yes ;;
+    --stages=*) stages=${1#*=} ;;
+    --stages)
+        [ $# -gt 1 ] || usage_error "--stages needs a value, such as 02-04"
+        stages=$2
+        shift
+        ;;
+    -h | --help)
+        sed -n '2,/^set -u/{/^#/!d;s/^# \{0,1\}//;p}' "$0"
+        exit 0
+        ;;
+    --)
+        shift
+        break
+        ;;
+    *) usage_error "no such option: $1; flags of the stages come after --, or in FLAGS_01 … FLAGS_04" ;;
+    esac
+    shift
+done
+all_flags=("$@")
+
+[[ $stages =~ ^0([1-4])(-0([1-4]))?$ ]] || usage_error "--stages $stages: write one of 01 to 04, or a range such as 02-04"
+first=${BASH_REMATCH[1]} last=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
+[ "$first" -le "$last" ] || usage_error "--stages $stages: the range runs backwards"
+
+[ -n "${ROOT:-}" ] || usage_error "ROOT is not set: the folder that takes captions/, prompts/, edits/ and shards/"
+ROOT=$(realpath -m -- "$ROOT") || exit 2
+if [ "$first" = 1 ] || [ "$last" = 4 ]; then
+    [ -n "${SRC_DIR:-}" ] || usage_error "SRC_DIR is not set: the source shards"
+    case $SRC_DIR in
+    *[*?[{]*) ;; # a glob or braces
+    *) [ -e "$SRC_DIR" ] || usage_error "SRC_DIR=$SRC_DIR is not there" ;;
+    esac
+    [[ $SRC_DIR -ef $ROOT/shards ]] && usage_error "SRC_DIR is $ROOT/shards, which takes the hybrid shards: choose another ROOT"
+fi
+for n in 1 2 3 4; do
+    array=ARRAY_0$n
+    [[ ${!array:-0} =~ ^[0-9]+([-:,][0-9]+)*(%[0-9]+)?$ ]] || usage_error "$array=${!array}: write it as sbatch --array, as in 0-9 or 0-63%16"
+done
+if [ -n "${ENDPOINTS_DIR:-}" ] && [ "$first" -le 2 ] && [ "$last" -ge 2 ]; then
+    ENDPOINTS_DIR=$(realpath -m -- "$ENDPOINTS_DIR")
+    export ENDPOINTS_DIR
+fi
+
+# words_of NAME: sets ``words`` to those of a variable.
+words_of() {
+    words=()
+    IFS=$' \t\n' read -r -d '' -a words <<<"${!1:-}"
+    return 0
+}
+
+# stage_words N: sets ``stage`` to the stage's flags and ``place`` to its variables.  SRC_DIR and the folders mean another
+# thing to each stage: it is given ROOT, from which it takes its own.
+stage_words() {
+    words_of "FLAGS_0$1"
+    stage=("${all_flags[@]}" "${words[@]}")
+    place=(env -u TARGET_DIR -u EDITS_DIR -u PROMPTS_DIR)
+    case $1 in 2 | 3) place+=(-u SRC_DIR) ;; *) place+=("SRC_DIR=$SRC_DIR") ;; esac
+    place+=("ROOT=$ROOT" "CURATION_HOME=$PROJECT")
+}
+
+show() { printf '%q ' "$@" && echo; }
+
+how_to_look() {
+    printf 'how far it is:  cd %q && %q -m curation status %q\n' "$PROJECT" "${PYTHON:-$PROJECT/.venv/bin/python}" "$ROOT"
+}
+
+# ---- on a cluster
+
+# sbatch_words N: sets ``submit``.  What SBATCH_0N says comes last, and so goes before what is said here.
+sbatch_words() {
+    local array=ARRAY_0$1 kind=afterany element=
+    submit=(sbatch --parsable --kill-on-invalid-dep=yes)
+    [ -n "${SBATCH_OUTPUT:-}" ] || submit+=(--output="$PROJECT/logs/%x-%j.log")
+    [ -n "${!array:-}" ] && submit+=(--array="${!array}")
+    if [ -n "$before" ]; then
+        if [ -n "$follow" ]; then
+            kind=after
+            array=ARRAY_0$(($1 - 1)) # all of an array may never run at once: its first element is enough
+            element=${!array:+_${!array%%[!0-9]*}}
+        fi
+        submit+=(--dependency="$kind:$before$element")
+    fi
+    [ "$1" = 2 ] && [ -n "${ENDPOINTS_DIR:-}${ENDPOINTS:-}${PORTS:-}" ] && submit+=(--gpus-per-node=0)
+    words_of "SBATCH_0$1"
+    submit+=("${words[@]}" "$PROJECT/${SCRIPTS[$1 - 1]}")
+}
+
+if command -v sbatch >/dev/null; then
+    case ,${SBATCH_EXPORT:-ALL}, in
+    *,ALL,*) ;;
+    *) usage_error "SBATCH_EXPORT=$SBATCH_EXPORT keeps the variables from the jobs: unset it" ;;
+    esac
+    [ -n "$dry_run" ] || mkdir -p "$PROJECT/logs" "$ROOT" || usage_error "$PROJECT/logs or $ROOT cannot be made"
+    before='' jobs=()
+    for ((n = first; n <= last; n++)); do
+        stage_words "$n"
+        sbatch_words "$n"
+        [ -n "$before" ] && [ -n "$follow" ] && stage+=(--follow)
+        if [ -n "$dry_run" ]; then
+            show "${place[@]}" "${submit[@]}" "${stage[@]}"
+            before=JOB_0$n
+            continue
+        fi
+        if ! before=$("${place[@]}" "${submit[@]}" "${stage[@]}"); then
+            [ ${#jobs[@]} -gt 0 ] && echo "submitted before: ${jobs[*]}; scancel ${jobs[*]} takes them back" >&2
+            usage_error "sbatch did not take stage 0$n: $(show "${submit[@]}" "${stage[@]}")"
+        fi
+        before=${before%%;*} # the cluster's name may follow
+        jobs+=("$before")
+        echo "stage 0$n is job $before"
+    done
+    how_to_look
+    exit 0
+fi
+
+# ---- on one machine
+
+[ -n "$follow" ] && echo "--follow is for a cluster: here a stage starts when the one before has ended" >&2
+
+# A stage has a process group of its own, in which signals are not ignored, and is handed what this script is sent.
+child='' asked=''
+forward() {
+    asked=yes
+    [ -n "$child" ] && kill -s "$1" "$child" 2>/dev/null
+}
+trap 'forward INT' INT
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM HUP
+
+worst=0
+for ((n = first; n <= last; n++)); do
+    stage_words "$n"
+    command=("${place[@]}" bash "$PROJECT/${SCRIPTS[n - 1]}" "${stage[@]}")
+    if [ -n "$dry_run" ]; then
+        show "${command[@]}"
+        continue
+    fi
+    [ -n "$asked" ] && exit 75
+    echo "stage 0$n: ${SCRIPTS[n - 1]}"
+    set -m
+    "${command[@]}" &
+    child=$!
+    set +m
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    wait "$child"
+    code=$?
+    child=''
+    echo "stage 0$n ended with $code"
+    case $code in
+    0) ;;
+    1) worst=1 ;;
+    *)
+        how_to_look
+        exit "$code"
+        ;;
+    esac
+done
+[ -n "$dry_run" ] || how_to_look
+exit "$worst"

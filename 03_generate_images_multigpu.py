@@ -18,7 +18,7 @@ from curation import backends
 from curation.backends.diffusion_calls import Texts
 from curation.backends.diffusion_loading import ModelSource, resolve
 from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
-from curation.backends.diffusion_tiny import build_embedded, embedded_source
+from curation.backends.diffusion_tiny import build_embedded, cuda_works, embedded_source
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps, seed_of
 from curation.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches
 from curation.cluster import Allocation, visible_gpus
@@ -180,6 +180,8 @@ class GenerateImages:
         if o.embedded:
             build_embedded(self.source)
             logger.warning("--embedded: the pictures are noise from random weights")
+            if not cuda_works():  # the stand-in asks for no GPU, whatever the job was given
+                device = "cpu"
         elif device == "cpu":
             logger.warning(f"no GPU: {self.source.name} on the CPU takes seconds to many minutes a picture")
         kind: type[Backend] = backends.load("generate", "diffusers")

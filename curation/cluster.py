@@ -295,6 +295,14 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
         return 0
 
 
+def gpu_name(index: int | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """What CUDA_VISIBLE_DEVICES calls the device of that index among the visible ones: a number or a UUID."""
+    if index is None:
+        return None
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return visible[index].strip() if index < len(visible) and visible[index].strip() else str(index)
+
+
 def _own_gpu(environ: Mapping[str, str], local_rank: int) -> int | None:
     """SLURM may show a task its own GPU alone, or all of the node's; accelerate's LOCAL_RANK is never there."""
     count = visible_gpus(environ)

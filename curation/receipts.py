@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from curation import __version__
-from curation.cluster import Allocation, host_identity, slurm_ids
+from curation.cluster import Allocation, gpu_name, host_identity, slurm_ids
 from curation.inputs import Input
 from curation.ledger import MAX_ATTEMPTS
 from curation.publish import Published
@@ -70,7 +70,7 @@ def build_receipt(
         "host": host_identity()[0],
         "rank": allocation.rank,
         "slurm": slurm_ids(),
-        "gpu": allocation.gpu,
+        "gpu": gpu_name(allocation.gpu),
         "code": code_version(),
         "started": round(began, 3),
         "finished": round(time.time(), 3),

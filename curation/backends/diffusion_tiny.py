@@ -49,6 +49,13 @@ def build_embedded(source: ModelSource) -> None:
         raise InfrastructureError(text) from error
 
 
+def cuda_works() -> bool:
+    """Whether this torch can use a GPU here."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def user_cache() -> Path:
     """``$XDG_CACHE_HOME/curation`` or ``~/.cache/curation``; a private temporary one where that cannot be written."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

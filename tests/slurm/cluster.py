@@ -131,7 +131,7 @@ class Cluster:
         """slurmd, its stepds, and every process of the node's jobs."""
         self.kill_slurmd(name)
         for _ in range(3):  # some may just be starting others
-            for pid in self._job_processes(name):
+            for pid in self.job_processes(name):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -140,7 +140,7 @@ class Cluster:
         for number in range(1, self.nodes + 1):
             name = f"node{number}"
             if self.processes[name].poll() is not None:
-                for pid in self._job_processes(name):
+                for pid in self.job_processes(name):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 self.start_node(name)
@@ -158,7 +158,7 @@ class Cluster:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
-        for pid in self._job_processes(None):
+        for pid in self.job_processes(None):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -168,7 +168,7 @@ class Cluster:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(), start_new_session=True
             )
 
-    def _job_processes(self, node: str | None) -> list[int]:
+    def job_processes(self, node: str | None) -> list[int]:
         """Processes of this cluster's jobs and their stepds, on one node or on all."""
         found = []
         mark = f"SLURM_CONF={self.configuration}".encode()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipeline import copy_tree
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.jobs import Jobs, small_shards
 
@@ -46,3 +47,23 @@ def forty_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def jobs(cluster: Cluster, forty_shards: Path, tmp_path: Path) -> Jobs:
     return Jobs(cluster, forty_shards, tmp_path / "root")
+
+
+@pytest.fixture(scope="session")
+def prepared(booted: Cluster, llm_port: int, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Twelve shards, and a root folder on which stages 01 and 02 have run."""
+    base = tmp_path_factory.mktemp("prepared")
+    (base / "shards").mkdir()
+    jobs = Jobs(booted, small_shards(base / "shards", 12), base / "root")
+    jobs.alone(jobs.root, "01_filter_noface.sh", "--detector", "recorded", "--quiet")
+    asks = {"PORTS": str(llm_port)}
+    jobs.alone(jobs.root, "02_captions_processor.sh", "--api", "ollama", "--quiet", variables=asks)
+    return base / "shards", jobs.root
+
+
+@pytest.fixture
+def ready_to_generate(cluster: Cluster, prepared: tuple[Path, Path], tmp_path: Path) -> Jobs:
+    """A root of its own on which stages 01 and 02 have run."""
+    shards, root = prepared
+    copy_tree(root, tmp_path / "root")
+    return Jobs(cluster, shards, tmp_path / "root")

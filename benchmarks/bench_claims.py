@@ -199,7 +199,7 @@ def describe(line: str, base: Path) -> str | None:
     call = re.match(r"\d+\s+(\w+)\(", line)
     if call is None:
         return None
-    named = [path for path in re.findall(r'"([^"]*)"', line) if concerns(path, base)]
+    named = [path for path in re.findall(r'"([^"]*)"', line) if path and concerns(path, base)]
     opened = [path for path in re.findall(r"\(\d+<([^>]*)>", line) if concerns(path, base)]
     if call[1] == "getdents64" and opened:
         return f"list {kind(opened[0], base)}"

@@ -39,6 +39,7 @@ class Claim:
     predecessors: tokens of the attempts that died holding this shard, whose partial files can be taken up.
     buried: the token of the last of them where its process is known to have ended; the others were presumed dead.
     deaths: what is known of those attempts; the last of them had no other shard in hand where it says ``alone``.
+    lapses: those of the heartbeat when the claim was last seen to be ours.
     """
 
     shard_id: str
@@ -47,6 +48,7 @@ class Claim:
     predecessors: list[str] = field(default_factory=list)
     buried: str | None = None
     deaths: tuple[Death, ...] = ()
+    lapses: int | None = None
 
 
 class Heartbeat:
@@ -64,6 +66,7 @@ class Heartbeat:
         self._path = folder / self.name
         self._counter = 0
         self._last_beat = -float("inf")
+        self.lapses = 0  # times that the heartbeat stood still for a lease, so that others may have taken the claims
         self._last_progress = time.monotonic()
         self._lock = threading.Lock()
         self._working: dict[str, int] = {}  # shards claimed → samples so far
@@ -136,6 +139,7 @@ class Heartbeat:
                 os.write(descriptor, content)
             finally:
                 os.close(descriptor)
+            self.lapses += time.monotonic() - self._last_beat >= self.lease_s
             self._last_beat = before
 
 
@@ -151,6 +155,7 @@ class Claims:
         self._listings: dict[str, set[str]] = {}
         self._warned: set[Path] = set()
         self._rank = Allocation.detect().rank
+        self._process = (os.getpid(), process_start(os.getpid()))
 
     def take(self, bucket: str, shard_id: str) -> Claim | None:
         """Claim a shard: at once if it is free, or from a holder that is dead.  None while another holds it."""
@@ -185,17 +190,25 @@ class Claims:
 
     def holds(self, claim: Claim) -> bool:
         """Whether the claim is still ours and nobody can have presumed us dead."""
-        current = read_claim(claim.path)
-        return current is not None and current.token == claim.token and self.heartbeat.fresh
+        lapses, current = self.heartbeat.lapses, read_claim(claim.path)
+        held = current is not None and current.token == claim.token and self.heartbeat.fresh
+        claim.lapses = lapses if held else None
+        return held
 
     def give_back(self, claim: Claim) -> None:
-        """Let others have the shard, once a claim.  Leaves alone what another has taken over."""
+        """Let others have the shard, once a claim.  Leaves alone what another has taken over.
+
+        Nobody can have where the claim was ours at a look and the heartbeat has not stood still since.
+        """
         self.heartbeat.gave_back(claim.shard_id)
-        current = read_claim(claim.path)
+        ours = self.heartbeat.fresh and claim.lapses == self.heartbeat.lapses
+        if not ours:
+            current = read_claim(claim.path)
+            ours = current is not None and current.token == claim.token
         with contextlib.suppress(OSError):  # it ends with this process then
             if claim.deaths:
                 _alone_mark(claim.path, claim.token).unlink(missing_ok=True)
-            if current is not None and current.token == claim.token:
+            if ours:
                 claim.path.unlink(missing_ok=True)
 
     def _create(
@@ -207,7 +220,7 @@ class Claims:
             token,
             self.heartbeat.name,
             host_identity(),
-            (os.getpid(), process_start(os.getpid())),
+            self._process,
             slurm=slurm_ids(),
             rank=self._rank,
             lease_s=self._lease_s,

@@ -22,7 +22,7 @@ import xxhash
 from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError, UsageError
 from curation.inputs import Input, Upstream, receipts_of, stage_version, verify_inputs
-from curation.publish import Commit, link_exclusively, make_folder, read_record
+from curation.publish import Commit, link_exclusively, make_folder, parse_record, read_record, read_whole
 from curation.shards import bucket_of
 
 __all__ = [
@@ -148,7 +148,7 @@ class Ledger:
 
         Raises UsageError when the stage ran here with other options and ``rerun`` was not asked for.
         """
-        self._load_epochs()
+        self.load_epochs()
         covered = None if subset is None else frozenset(subset)
         for _ in range(_TRIES):
             self._entered = max(1, len(self._epochs))
@@ -171,7 +171,7 @@ class Ledger:
             data = orjson.dumps(record, option=orjson.OPT_INDENT_2)
             if not link_exclusively(self.receipts / f"_epoch.{number}.json", data, secrets.token_hex(8)):
                 time.sleep(_RETRY_S)  # another process was first; its record may take a moment to be seen here
-            self._load_epochs()  # and then ask again whether it fits
+            self.load_epochs()  # and then ask again whether it fits
         raise InfrastructureError(f"{self.receipts}: the options of this run cannot be recorded; try again")
 
     def _is_of_this_run(self, epoch: Epoch, run_id: str, covered: frozenset[str] | None) -> bool:
@@ -195,31 +195,31 @@ class Ledger:
         look: for newer ones on the disk first.
         """
         if look:
-            self._load_epochs()
+            self.load_epochs()
         if self.governing(shard_id).number > self._entered:
             raise InfrastructureError(
                 f"{self.stage} on {self.root}: another run began with --rerun and other options; this older run stops"
             )
 
-    def _load_epochs(self) -> None:
+    def load_epochs(self) -> None:
+        """Read the epochs that have begun since the last look."""
         with self._lock:
             while True:
                 number = len(self._epochs) + 1
                 path = self.receipts / f"_epoch.{number}.json"
-                value = read_record(path)
-                if value is None and path.exists():
-                    value = read_record(path)  # made a moment ago
-                    if value is None:
-                        raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
-                if value is None:
+                data = read_whole(path)
+                if data is None:
                     return
+                value = parse_record(data) or read_record(path)  # it may have been made a moment ago
+                if value is None:
+                    raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
                 self._epochs.append(Epoch.from_record(number, value))
 
     def _insist_on_same_options(self, selected: Sequence[str]) -> None:
         base = next((e for e in reversed(self._epochs) if e.shards is None), self._epochs[0])
         if base.same_options(self.options, self.version):
             return
-        if all(self.governing(s).same_options(self.options, self.version) for s in selected):
+        if selected and all(self.governing(s).same_options(self.options, self.version) for s in selected):
             return  # going on with a subset that was rerun with these options
         changes = []
         if base.version != self.version:

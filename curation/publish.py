@@ -21,6 +21,7 @@ import xxhash
 
 from curation.dictionaries import dump_json, parse_json
 from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError
+from curation.folders import forget_folder, fsync_folder
 
 MAX_RECEIPT_BYTES = 256 << 20  # the `files` layout names every file of a shard
 _BUFFER_BYTES = 256 << 10
@@ -228,7 +229,8 @@ class Commit:
                 raise _own_file_error(prepared, error) from error
             raise
         try:
-            self._finish(self._record(generation), winner)
+            if self._finish(self._record(generation), winner) and winner.get("token") == token:
+                return  # nobody else can have renamed our receipt: it stood there, whatever has followed it since
             final = self.read_receipt()
             if final is not None and final.get("token") == token:
                 return
@@ -289,12 +291,15 @@ class Commit:
                 raise
         raise InfrastructureError(f"{record}: is no record of a commit; move it away and start again")
 
-    def _finish(self, record: Path, value: dict[str, Any]) -> None:
-        """Steps 3 and 4, which any process may take, in this order, at any time, any number of times."""
+    def _finish(self, record: Path, value: dict[str, Any]) -> bool:
+        """Steps 3 and 4, which any process may take, in this order, at any time, any number of times.
+
+        Returns whether this call put the receipt in its place; False where another had, or the record was void.
+        """
         current = self.read_receipt()  # after the record was read
         if current is not None and int(current.get("generation", 0)) >= int(value["generation"]):
             record.unlink(missing_ok=True)
-            return
+            return False
         folders: set[Path] = set()
         for output in value.get("outputs", []):
             final = self._root / output["path"]
@@ -302,11 +307,14 @@ class Commit:
                 os.rename(final.with_name(output["temporary"]), final)
             folders.add(final.parent)
         for folder in folders:
-            _fsync_folder(folder)
+            fsync_folder(folder)
+        published = False
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.prepared(str(value["token"])), self.receipt_path)
-        _fsync_folder(self._folder)
+            published = True
+        fsync_folder(self._folder)
         record.unlink(missing_ok=True)
+        return published
 
     def prepared(self, token: str) -> Path:
         """The receipt of an attempt before it is committed."""
@@ -318,16 +326,11 @@ class Commit:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """A JSON object of the ledger's own, None where there is none or where it is not one."""
-    for attempt in range(_TRIES):
-        try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_RECEIPT_BYTES)
-            break
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if error.errno != errno.ESTALE or attempt == _TRIES - 1:  # replaced while it was read: look again
-                raise InfrastructureError(f"{path}: cannot be read ({error.strerror})") from error
+    data = read_whole(path)
+    return None if data is None else parse_record(data)
+
+
+def parse_record(data: bytes) -> dict[str, Any] | None:
     try:
         value = parse_json(data, MAX_RECEIPT_BYTES)
     except SampleError:
@@ -335,11 +338,27 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def read_whole(path: Path) -> bytes | None:
+    """The bytes of a file of the ledger's own, None where there is none."""
+    tries = _TRIES
+    while True:
+        tries -= 1
+        try:
+            with open(path, "rb") as file:
+                return file.read(MAX_RECEIPT_BYTES)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE or tries == 0:  # replaced while it was read: look again
+                raise InfrastructureError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def _create(path: Path) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         return os.open(path, flags, 0o666)
     except FileNotFoundError:
+        forget_folder(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, flags, 0o666)
 
@@ -359,20 +378,6 @@ def _own_file_error(path: Path, error: OSError) -> Exception:
     if error.errno in _GONE:
         return LostClaim(f"{path}: gone; another worker has taken the shard")
     return storage_error(path, error)
-
-
-def _fsync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return  # somebody removed it with all that was in it: readers will see that the outputs are not there
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # a filesystem that has no fsync of folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def link_exclusively(path: Path, data: bytes, token: str) -> bool:

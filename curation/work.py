@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,8 @@ class ShardWork:
         published = []
         for file, checked in self.outputs:
             file.close()
-            path = Path(_relative(file.final, self._ledger.root))
-            published.append(Published(str(path), file.temporary.name, file.size, file.digest, checked))
+            path = os.path.normpath(f"{_relative(file.final.parent, self._ledger.root)}/{file.final.name}")
+            published.append(Published(path, file.temporary.name, file.size, file.digest, checked))
         return published
 
     def places(self) -> list[Path]:
@@ -255,5 +256,7 @@ def partial_folder(ledger: Ledger, shard_id: str) -> Path:
     return ledger.root / "_partial" / ledger.stage / bucket_of(shard_id)
 
 
-def _relative(path: Path, root: Path) -> str:
-    return os.path.relpath(os.path.realpath(path.parent), os.path.realpath(root)) + "/" + path.name
+@lru_cache(maxsize=1024)
+def _relative(folder: Path, root: Path) -> str:
+    """An output folder as seen from the stage's: looked up once, because outputs lie in few folders."""
+    return os.path.relpath(os.path.realpath(folder), os.path.realpath(root))

@@ -229,6 +229,8 @@ class Model:
             op = ("rename", _temporary(PREPARED, token), "receipt")
             for receipt in disk.prepared:
                 if receipt.token == token:
+                    if token == me.token and p.then == "outcome":
+                        local = local._replace(then="won")  # nobody else can have put it there
                     disk = disk._replace(prepared=disk.prepared - {receipt}, receipt=receipt)
         else:
             op = ("rename", _temporary(path, token), path)
@@ -242,7 +244,8 @@ class Model:
         generation = p.value.generation
         there = record_of(disk, generation)
         after = disk._replace(records=disk.records - {there}) if there else disk
-        return [(("unlink", f"record {generation}"), after, p._replace(at=p.then, value=None, then=""))]
+        local = self._clearing(p, me) if p.then == "won" else p._replace(at=p.then, value=None, then="")
+        return [(("unlink", f"record {generation}"), after, local)]
 
     # ---- afterwards
 

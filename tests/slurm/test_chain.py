@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 
 from curation.tar import TarWriter, read_samples
 from tests.pipeline import ROOT
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import wait_until
 from tests.slurm.jobs import SIZE, Jobs, published, small_shards
 
 SHARDS = 6
@@ -130,3 +129,178 @@ def test_a_failed_shard_stops_nobody_but_itself(chain: Chain) -> None:
     assert {name: after[name] for name in before if BAD not in name} == {
         name: data for name, data in before.items() if BAD not in name
     }
+
+
+# ---- what is submitted, with a program in place of the stages
+
+# $LOG/stages: a line for each start.  Stage n ends with the n-th of $CODES; "wait": 75 when asked to stop, or 0 once
+# $LOG/go is there.
+STAGE = f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+log = pathlib.Path(os.environ["LOG"])
+with open(log / "stages", "a") as file:
+    print(*sys.argv[1:], file=file)
+code = os.environ["CODES"].split()[int(pathlib.Path(sys.argv[1]).name[:2]) - 1]
+if code != "wait":
+    sys.exit(int(code))
+for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(name, lambda *_: sys.exit(75))
+(log / "waiting").touch()
+while not (log / "go").exists():
+    time.sleep(0.05)
+"""
+
+
+class StandIn(Chain):
+    def __init__(self, jobs: Jobs, port: int, codes: str) -> None:
+        super().__init__(jobs, port)
+        stage = self.folder / "stage.sh"
+        stage.write_text(STAGE)
+        stage.chmod(0o755)
+        self.variables |= {"PYTHON": str(stage), "LOG": str(self.folder), "CODES": codes}
+
+    def started(self) -> list[str]:
+        """What was started: each stage with its words."""
+        try:
+            return [line.replace(f"{ROOT}/", "") for line in (self.folder / "stages").read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
+
+def test_the_stages_words(jobs: Jobs) -> None:
+    """Each stage has the folders that follow from ROOT, the flags for all, and its own behind them."""
+    chain = StandIn(jobs, 11434, "0 1 2 0")
+    numbers = chain.submit("--stages", "01-04", "--", "--lease_s", "60")
+    assert [set(jobs.cluster.wait(number)) for number in numbers] == [{0}, {1}, {2}, {0}], "whatever it ended with"
+    root = jobs.root
+    assert list(dict.fromkeys(chain.started())) == [
+        f"01_filter_noface.py --input {chain.shards} --output {root}/captions --edits {root}/edits --lease_s 60 "
+        "--detector recorded",
+        f"02_captions_processor.py --input {root}/captions --output {root}/prompts --model_name tulu3:fairclip "
+        "--ports 11434 --lease_s 60 --api ollama",
+        f"03_generate_images_multigpu.py --prompts {root}/prompts --edits {root}/edits --lease_s 60 --embedded "
+        "--height 64 --width 64 --steps 1 --batch_size 4",
+        f"04_reshard.py --input {chain.shards} --edits {root}/edits --prompts {root}/prompts --output {root}/shards "
+        "--lease_s 60",
+    ]
+
+
+def test_follow_starts_a_stage_while_the_one_before_runs(jobs: Jobs) -> None:
+    """And while most of its array has not begun."""
+    chain = StandIn(jobs, 11434, "wait 0 0 0")
+    numbers = chain.submit("--follow", "--stages=01-03", ARRAY_01="2-5%1")
+    assert set(jobs.cluster.wait(*numbers[1:])) == {0}
+    states = [state for state, _ in jobs.cluster.squeue(numbers[0]).values()]
+    assert sorted(states) == ["PENDING"] * 3 + ["RUNNING"]
+    (chain.folder / "go").touch()
+    assert set(jobs.cluster.wait(numbers[0])) == {0}
+    assert ["--follow" in line for line in dict.fromkeys(chain.started())] == [False, True, True]
+
+
+def test_a_dry_run_submits_nothing(jobs: Jobs) -> None:
+    chain = StandIn(jobs, 11434, "0 0 0 0")
+    known = jobs.cluster.call("scontrol", "show", "job", check=False).stdout
+    said = chain.start("--dry_run", "--follow", ENDPOINTS_DIR="end points").stdout
+    lines = [line for line in said.splitlines() if " sbatch " in line]
+    assert [re.findall(r"--dependency=(\S+)", line) for line in lines] == [
+        [], ["after:JOB_01_2"], ["after:JOB_02"], ["after:JOB_03"],
+    ]  # fmt: skip
+    assert ["--gpus-per-node=0" in line for line in lines] == [False, True, False, False], "it starts no servers"
+    assert all("--kill-on-invalid-dep=yes" in line for line in lines)
+    assert jobs.cluster.call("scontrol", "show", "job", check=False).stdout == known
+    assert not jobs.root.exists()
+
+
+def test_what_sbatch_refuses(jobs: Jobs) -> None:
+    chain = StandIn(jobs, 11434, "wait 0 0 0")
+    done = chain.start(check=False, SBATCH_03="--partition=nowhere")
+    assert done.returncode == 2
+    first, second = re.findall(r"^stage 0\d is job (\d+)$", done.stdout, flags=re.M)
+    assert f"scancel {first} {second} takes them back" in done.stderr
+    assert "error: sbatch did not take stage 03" in done.stderr
+    jobs.cluster.call("scancel", first, second)
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "says"),
+    [
+        (("--quiet",), {}, "flags of the stages come after --"),
+        (("--stages", "05"), {}, "--stages 05: write one of 01 to 04"),
+        (("--stages=03-02",), {}, "runs backwards"),
+        (("--stages",), {}, "--stages needs a value"),
+        ((), {"ROOT": ""}, "ROOT is not set"),
+        ((), {"SRC_DIR": ""}, "SRC_DIR is not set"),
+        ((), {"SRC_DIR": "/nowhere at all"}, "SRC_DIR=/nowhere at all is not there"),
+        ((), {"ARRAY_03": "0-9; true"}, "ARRAY_03=0-9; true: write it as"),
+        ((), {"SBATCH_EXPORT": "NONE"}, "keeps the variables from the jobs"),
+    ],
+)
+def test_wrong_usage(words: tuple[str, ...], variables: Mapping[str, str], says: str, jobs: Jobs) -> None:
+    chain = StandIn(jobs, 11434, "0 0 0 0")
+    done = chain.start(*words, check=False, **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
+
+
+def test_the_source_is_not_overwritten(jobs: Jobs) -> None:
+    """ROOT/shards takes the hybrid shards."""
+    chain = StandIn(jobs, 11434, "0 0 0 0")
+    done = chain.start(check=False, ROOT=str(chain.folder), SRC_DIR=f"{chain.folder}/shards")
+    assert done.returncode == 2  # it is not there
+    chain.shards.rename(chain.folder / "shards")
+    done = chain.start(check=False, ROOT=str(chain.folder), SRC_DIR=f"{chain.folder}/shards/")
+    assert done.returncode == 2
+    assert "choose another ROOT" in done.stderr
+
+
+# ---- without sbatch
+
+
+@pytest.fixture
+def workstation(tmp_path: Path) -> Mapping[str, str]:
+    """A PATH without SLURM."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    slurm = {"sbatch", "srun", "squeue", "scontrol", "sacct", "scancel", "nvidia-smi"}
+    for place in os.environ["PATH"].split(":"):
+        for program in Path(place).glob("*"):
+            if program.name not in slurm and not (folder / program.name).is_symlink():
+                (folder / program.name).symlink_to(program)
+    assert shutil.which("sbatch", path=str(folder)) is None
+    return {"PATH": str(folder)}
+
+
+def test_on_a_workstation(chain: Chain, workstation: Mapping[str, str]) -> None:
+    """One after the other; a failed shard stops nobody but itself."""
+    chain.damage()
+    done = chain.start("--", "--quiet", check=False, **workstation)
+    assert done.returncode == 1, done.stderr
+    ends = re.findall(r"^stage 0\d ended with (\d)$", done.stdout, flags=re.M)
+    assert ends == ["1", "0", "0", "1"]
+    sound = {f"{n:08d}": "done" for n in range(SHARDS) if f"{n:08d}" != BAD}
+    assert list(chain.receipts().values()) == [{**sound, BAD: "failed"}, sound, sound, sound]
+    small_shards(chain.shards, SHARDS)
+    assert chain.start("--stages", "01-04", "--", "--quiet", check=False, **workstation).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "stages"),
+    [("0 0 0 0", 0, 4), ("0 1 0 0", 1, 4), ("1 75 0 0", 75, 2), ("1 0 2 0", 2, 3), ("137 0 0 0", 137, 1)],
+)
+def test_where_it_stops(codes: str, expected: int, stages: int, jobs: Jobs, workstation: Mapping[str, str]) -> None:
+    chain = StandIn(jobs, 11434, codes)
+    assert chain.start(check=False, **workstation).returncode == expected
+    assert len(chain.started()) == stages
+    assert all("--workers 1" in line for line in chain.started())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_it_hands_on_what_it_is_sent(name: str, jobs: Jobs, workstation: Mapping[str, str]) -> None:
+    chain = StandIn(jobs, 11434, "0 wait 0 0")
+    environment = jobs.cluster.environment({**chain.variables, **workstation})
+    process = subprocess.Popen(["bash", ROOT / "run_pipeline.sh"], env=environment, cwd=chain.folder)
+    wait_until((chain.folder / "waiting").exists, 20, "stage 02")
+    process.send_signal(signal.Signals[name])
+    assert process.wait(20) == 75
+    assert len(chain.started()) == 2

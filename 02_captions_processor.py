@@ -35,7 +35,7 @@ from curation.prompts import (
     opening,
     read_system_prompt,
 )
-from curation.runner import ShardWork, run_stage
+from curation.runner import Follows, ShardWork, run_stage
 from curation.samples import caption_of, metadata_of
 from curation.shards import Shard, discover
 from curation.tar import TarReport, read_samples
@@ -325,7 +325,9 @@ def find_input(source: str) -> list[Shard]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
-    return run_stage(RewriteCaptions(options), options, find_input(options.input))
+    follows = Follows(CAPTIONS_STAGE, Path(options.input), ".json")
+    shards = follows.discover() if options.follow else find_input(options.input)
+    return run_stage(RewriteCaptions(options), options, shards, follows)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from curation.ledger import Input, stage_version
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.originals import Originals, checked_prompt, read_provenance, with_suffix
 from curation.picture_log import PictureLog
-from curation.runner import ShardWork, run_stage
+from curation.runner import Follows, ShardWork, run_stage
 from curation.shards import Shard, discover
 
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
@@ -370,7 +370,9 @@ def one_process_per_gpu(options: Options) -> Options:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
-    return run_stage(GenerateImages(options), one_process_per_gpu(options), discover(options.prompts, ".json"))
+    follows = Follows(PROMPTS_STAGE, Path(options.prompts), ".json")
+    shards = follows.discover() if options.follow else discover(options.prompts, ".json")
+    return run_stage(GenerateImages(options), one_process_per_gpu(options), shards, follows)
 
 
 if __name__ == "__main__":

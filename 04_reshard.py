@@ -15,7 +15,7 @@ from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import ShardError, UsageError
 from curation.inputs import VERIFY_BYTES, Input, published_below
 from curation.options import RunOptions, exit_code, parse_options
-from curation.runner import ShardWork, run_stage
+from curation.runner import Follows, ShardWork, run_stage
 from curation.shards import Shard, discover
 from curation.splice import Edit, Fate, splice, verify_splice
 from curation.tar import SampleSpan, TarPass, TarReport
@@ -48,7 +48,7 @@ class Options(RunOptions):
     def check(self) -> None:
         super().check()
         for flag, folder in (("edits", self.edits), ("prompts", self.prompts)):
-            if folder is not None and not Path(folder).is_dir():
+            if folder is not None and not self.follow and not Path(folder).is_dir():
                 raise UsageError(f"--{flag}: there is no folder {folder}")
         if Path(self.output).resolve() == Path(self.edits).resolve():
             raise UsageError("--output and --edits must be two folders: both hold <shard>.tar")
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = discover(options.input)
     if Path(options.output).resolve() in {shard.path.parent.resolve() for shard in shards}:
         raise UsageError("--output must not be the folder of the source shards: it would replace them")
-    return run_stage(Reshard(options), options, shards)
+    return run_stage(Reshard(options), options, shards, Follows(EDITS_STAGE, Path(options.edits)))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ class RunOptions:
     """A worker that shows no life for so many seconds loses its shard to another."""
     stall_s: float = 1800.0
     """A worker that finishes no sample for so many seconds counts as hung."""
+    follow: bool = False
+    """Work on shards as soon as the stage before has published them, and end when that stage is complete."""
+    follow_idle_s: float = 900.0
+    """With --follow: end with exit code 1 when the stage before has shown no life for so many seconds."""
 
     def check(self) -> None:
         """Raise UsageError for values that make no sense."""
@@ -50,6 +54,10 @@ class RunOptions:
             raise UsageError("--max_error_rate is a share between 0 and 1")
         if self.lease_s < 1:
             raise UsageError("--lease_s must be at least 1 second")
+        if not self.follow_idle_s >= 1:
+            raise UsageError("--follow_idle_s must be at least 1 second")
+        if self.follow and self.rerun and self.shards is not None:
+            raise UsageError("--rerun --shards begins with a list of shards that is fixed: leave --follow out")
 
 
 AnyOptions = TypeVar("AnyOptions", bound=RunOptions)

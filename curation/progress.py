@@ -19,6 +19,7 @@ _TOLD = {  # what became of a shard, and how it is told, in this order
     "failed": "failed",
     "blocked": "blocked",
     "left": "left",
+    "missing": "missing upstream",
     "others": "in other hands",
 }
 
@@ -35,7 +36,7 @@ class Tally:
         return self._shards[what]
 
     def shards(self, what: str, count: int = 1) -> None:
-        """worked | done | failed | blocked | left | others"""
+        """worked | done | failed | blocked | left | missing | others"""
         if what in ("worked", "failed"):
             note_progress()
         with self._lock:
@@ -91,6 +92,13 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def expect(self, shards: int) -> None:
+        """There are so many shards in all, it has turned out."""
+        with self._lock:
+            self._shards = shards
+            if self._bar is not None:
+                self._bar.update(self._task, total=shards)
 
     def samples_done(self, count: int) -> None:
         with self._lock:

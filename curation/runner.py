@@ -21,15 +21,17 @@ import xxhash
 from curation.attempt import Attempts
 from curation.claims import Claim, Claims
 from curation.cluster import Allocation, StopSignal, parse_deadline, run_id
-from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT
+from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT, UsageError
+from curation.follow import Follower, Follows
 from curation.ledger import Input, Ledger, bucket_of
 from curation.options import RunOptions, logger, set_up_logging
+from curation.plan import record_plan
 from curation.progress import Progress, Tally
 from curation.shards import Shard, select
 from curation.work import ShardWork
 from curation.workers import is_worker, run_workers
 
-__all__ = ["Input", "ShardWork", "Stage", "run_shards", "run_stage"]
+__all__ = ["Follows", "Input", "ShardWork", "Stage", "run_shards", "run_stage"]
 
 _WATCHED = 16  # claims of others that an idle worker looks at
 _MISSES_BEFORE_RELISTING = 6
@@ -61,39 +63,51 @@ class Stage(Protocol):
         """Once per process, after the last shard, whether or not ``open`` was reached."""
 
 
-def run_stage(stage: Stage, options: RunOptions, shards: Sequence[Shard]) -> int:
+def run_stage(stage: Stage, options: RunOptions, shards: Sequence[Shard], follows: Follows | None = None) -> int:
     """Run a stage over the selected shards in this process, or in ``--workers`` of them; returns the exit code.
 
+    follows: what ``--follow`` waits for; None for a stage that has none before it.
     Raises InfrastructureError where the run cannot go on; ``exit_code`` turns it into a line and code 2.
     """
     options.check()
-    selected = select(list(shards), options.shards)
+    if not options.follow:
+        follows = None
+    elif follows is None:
+        raise UsageError(f"--follow: there is no stage before {stage.name} that it could follow")
+    selected = list(shards) if follows else select(list(shards), options.shards)
     if options.dry_run:
         set_up_logging(options.quiet)
-        return _dry_run(stage, options, selected)
+        return _dry_run(stage, options, selected, _follower(follows, selected, options))
     if options.workers > 1 and not is_worker():
         set_up_logging(options.quiet)
         shared = run_id().partition("-")[2] or secrets.token_hex(8)
-        _enter(stage, selected, options, f"run-{shared}")  # what is wrong with them is then said once
+        follower = _follower(follows, selected, options)
+        _enter(stage, selected, options, f"run-{shared}", follower)  # what is wrong with them is then said once
         return run_workers(stage, options, shared)
     allocation = Allocation.detect(options.workers)
     set_up_logging(options.quiet, f"[{allocation.rank}]" if allocation.world > 1 else "")
     stop = StopSignal(parse_deadline(options.deadline))
     if threading.current_thread() is threading.main_thread():
         stop.install()
-    return run_shards(stage, selected, options, replace(allocation, deadline=stop.deadline), stop)
+    return run_shards(stage, selected, options, replace(allocation, deadline=stop.deadline), stop, follows)
 
 
 def run_shards(
-    stage: Stage, shards: Sequence[Shard], options: RunOptions, allocation: Allocation, stop: StopSignal
+    stage: Stage,
+    shards: Sequence[Shard],
+    options: RunOptions,
+    allocation: Allocation,
+    stop: StopSignal,
+    follows: Follows | None = None,
 ) -> int:
     """Work on every pending shard until none is left that this process could take; returns the exit code."""
     allocation = replace(allocation, run_id=allocation.run_id or f"run-{secrets.token_hex(8)}")
-    ledger = _enter(stage, shards, options, allocation.run_id)
+    follower = _follower(follows, shards, options)
+    ledger = _enter(stage, shards, options, allocation.run_id, follower)
     claims = Claims(stage.output / "_claims" / stage.name, options.lease_s, options.stall_s)
     claims.heartbeat.start()
     try:
-        return _Run(stage, shards, options, allocation, stop, ledger, claims).go()
+        return _Run(stage, shards, options, allocation, stop, ledger, claims, follower).go()
     finally:
         try:
             stage.close()
@@ -101,13 +115,33 @@ def run_shards(
             claims.heartbeat.stop()
 
 
-def _enter(stage: Stage, shards: Sequence[Shard], options: RunOptions, run: str) -> Ledger:
-    """Make the stage's folders and record its options there, or find that they fit."""
+def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOptions) -> Follower | None:
+    if follows is None:
+        return None
+    return Follower(follows, shards, options.shards, options.follow_idle_s, options.lease_s)
+
+
+def _enter(
+    stage: Stage, shards: Sequence[Shard], options: RunOptions, run: str, follower: Follower | None = None
+) -> Ledger:
+    """Make the stage's folders, record its options there or find that they fit, and record its list of shards."""
+    if follower is not None:
+        shards = list(follower.shards.values())
     ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()))
     ledger.prepare(stage.other_outputs)
     ids = [shard.id for shard in shards]
     ledger.enter(run, options.rerun, ids if options.shards else None, ids)
+    _record_plan(stage, shards, follower)
     return ledger
+
+
+def _record_plan(stage: Stage, shards: Sequence[Shard], follower: Follower | None) -> None:
+    """For those who follow this run.  One that follows itself names only shards that upstream has named."""
+    if follower is not None:
+        shards = [follower.shards[shard_id] for shard_id in follower.planned()]
+    if shards:
+        sources = [wanted.origin(stage.output) for wanted in stage.inputs(shards[0])]
+        record_plan(stage.output, stage.name, (shard.id for shard in shards), sources)
 
 
 class _Run:
@@ -122,15 +156,17 @@ class _Run:
         stop: StopSignal,
         ledger: Ledger,
         claims: Claims,
+        follower: Follower | None,
     ) -> None:
         self._stage = stage
-        self._shards = shards
+        self._follower = follower
+        self._shards = shards if follower is None else list(follower.shards.values())
         self._options = options
         self._allocation = allocation
         self._stop = stop
         self._ledger = ledger
         self._claims = claims
-        self._progress = Progress(stage.name, len(shards), options.quiet)
+        self._progress = Progress(stage.name, len(self._shards), options.quiet)
         self._tally = Tally()
         self._attempts = Attempts(stage, options, allocation, stop, ledger, claims, self._progress, self._tally)
         self._slots = threading.Semaphore(stage.shards_in_flight)
@@ -165,7 +201,15 @@ class _Run:
 
     def _claimed(self) -> Iterator[tuple[Shard, Claim]]:
         """Claim pending shards one after the other; each comes with one slot taken that the attempt gives back."""
-        for shard in self._order():
+        if self._follower is None:
+            yield from self._try(self._shards)
+        yield from self._watch()
+        with self._lock:
+            self._tally.shards("left", len(self._waiting))
+            self._waiting.clear()
+
+    def _try(self, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Claim]]:
+        for shard in self._order(shards):
             while not self._slots.acquire(timeout=0.5):
                 pass  # signal handlers run in between
             if self._ended():
@@ -175,13 +219,24 @@ class _Run:
                 yield shard, claim
             else:
                 self._slots.release()
-        yield from self._watch()
-        with self._lock:
-            self._tally.shards("left", len(self._waiting))
-            self._waiting.clear()
+
+    def _arrived(self) -> Sequence[Shard]:
+        """With ``--follow``: shards that upstream has just published.  What it has planned since is planned here."""
+        follower = self._follower
+        if follower is None:
+            return ()
+        arrived = follower.poll()
+        if follower.has_grown:
+            follower.has_grown = False
+            self._shards = list(follower.shards.values())
+            self._progress.expect(len(self._shards))
+            _record_plan(self._stage, self._shards, follower)
+        return arrived
 
     def _look_at(self, shard: Shard, *, fresh: bool = False) -> Claim | None:
         """Claim the shard if it is to be done; one that another holds is put among the waiting."""
+        if self._follower is not None and not self._follower.settled(shard):
+            return None
         self._ledger.insist_on_epoch(shard.id, look=False)
         state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=fresh)
         if not self._attempts.wanted(state):
@@ -210,15 +265,18 @@ class _Run:
             self._ledger.forget_listing()
 
     def _watch(self) -> Iterator[tuple[Shard, Claim]]:
-        """Shards that others hold: take what they give back or die on, until nothing was to be had for two leases."""
+        """Shards that others hold: take what they give back or die on, until nothing was to be had for two leases.
+        And with ``--follow`` those that upstream publishes meanwhile, until it is complete."""
         idle_since = time.monotonic()
         pause_s = min(1.0, self._options.lease_s / 8)
         while not self._ended():
+            yield from self._try(self._arrived())
+            expecting = self._follower is not None and self._follower.expecting
             with self._lock:
                 watched = random.sample(self._waiting, min(_WATCHED, len(self._waiting)))
                 busy = self._in_flight > 0
             if not watched:
-                if not busy:
+                if not busy and not expecting:
                     return
                 self._landed.wait(0.5)
                 self._landed.clear()
@@ -233,7 +291,7 @@ class _Run:
                     yield shard, claim
                 else:
                     self._slots.release()
-            if busy:
+            if busy or expecting:
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > 2 * self._options.lease_s:
                 self._leave_to_others()
@@ -248,12 +306,12 @@ class _Run:
             self._tally.shards("others", count)
             logger.info(f"{count} shards are in other workers' hands; this one ends")
 
-    def _order(self) -> Sequence[Shard]:
+    def _order(self, shards: Sequence[Shard]) -> Sequence[Shard]:
         """The shards' own order for a lone worker; among several, one hashed by worker, so that they do not race."""
         if self._allocation.world == 1:
-            return self._shards
+            return shards
         mark = f"{self._claims.heartbeat.name}:".encode()
-        return sorted(self._shards, key=lambda shard: xxhash.xxh3_64_intdigest(mark + shard.id.encode()))
+        return sorted(shards, key=lambda shard: xxhash.xxh3_64_intdigest(mark + shard.id.encode()))
 
     def _ended(self) -> bool:
         return self._fatal is not None or self._stop.draining
@@ -301,24 +359,30 @@ class _Run:
                     self._claims.give_back(claim)
 
     def _conclude(self, seconds: float) -> int:
+        follower = self._follower
+        if follower is not None:
+            self._tally.shards("missing" if follower.gave_up else "left", follower.missing or follower.waiting)
         logger.info(f"{self._stage.name}: of {len(self._shards)} shards {self._tally.text(seconds)}")
-        if self._tally["left"]:
+        if self._tally["left"] or (follower is not None and follower.expecting):
             cause = self._stop.cause or "lost shards"
             logger.warning(f"stopped ({cause}) with work left: start the same command again")
             return EXIT_WORK_LEFT
         if self._tally["failed"] or self._tally["blocked"]:
             logger.warning(f"receipts of failed shards are in {self._ledger.receipts}; --retry_failed tries them again")
             return EXIT_SHARDS_FAILED
-        return EXIT_OK
+        return EXIT_SHARDS_FAILED if follower is not None and follower.gave_up else EXIT_OK
 
 
-def _dry_run(stage: Stage, options: RunOptions, shards: Sequence[Shard]) -> int:
+def _dry_run(stage: Stage, options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:
     """Say what would be done.  Writes nothing."""
     ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()), read_only=True)
     if not options.rerun:
         ledger.enter("", False, None, [shard.id for shard in shards])
     counts: Counter[str] = Counter()
-    for shard in shards:
+    for shard in shards if follower is None else follower.shards.values():
+        if follower is not None and not follower.settled(shard):
+            counts["waiting"] += 1
+            continue
         state = ledger.state(shard.id, stage.inputs(shard))
         counts["pending" if options.rerun and state.what in ("done", "failed") else state.what] += 1
         if state.what in ("failed", "blocked"):

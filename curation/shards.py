@@ -30,12 +30,13 @@ class Shard:
     path: Path
 
 
-def discover(source: str, suffix: str = ".tar") -> list[Shard]:
+def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False) -> list[Shard]:
     """The shards that ``source`` names, sorted by id.
 
     source: a folder (every ``*<suffix>`` in it, not below it), a glob, a brace pattern (``{00000..00042}.tar``,
         ``{a,b}``), a list file (one path a line, relative to the list; ``#`` comments), or one file that ends in
         ``suffix``.
+    may_be_empty: nothing there is no error: it may come.
     Raises UsageError where nothing is found, where two files would be the same shard, or where a name is unsafe.
     """
     shards: dict[str, Shard] = {}
@@ -46,7 +47,7 @@ def discover(source: str, suffix: str = ".tar") -> list[Shard]:
             raise UsageError(f"two files are shard {shard.id}: {other.path} and {path}; give each shard one id")
         if len(shards) > MAX_SHARDS:
             raise UsageError(f"{source} names more than {MAX_SHARDS:,} shards")
-    if not shards:
+    if not shards and not may_be_empty:
         raise UsageError(f"no *{suffix} shards found in {source!r}")
     return sorted(shards.values(), key=lambda shard: shard.id)
 
@@ -63,11 +64,12 @@ def bucket_of(shard_id: str) -> str:
     return "x" + xxhash.xxh3_64_hexdigest(shard_id.encode())[:3]
 
 
-def select(shards: list[Shard], spec: str | None) -> list[Shard]:
+def select(shards: list[Shard], spec: str | None, *, may_be_empty: bool = False) -> list[Shard]:
     """The subset of ``shards`` that ``spec`` names; all of them where it is None.
 
     spec: comma-separated ids, inclusive ranges ``00000010..00000019``, or files of those (``@ids.txt``, or the path
         of an existing file), one or more a line.  Ranges may span gaps; a single id must exist.
+    may_be_empty: of shards that are not there yet, none is missed.
     Raises UsageError for an id that is not there and for a spec that selects nothing.
     """
     if spec is None:
@@ -79,10 +81,12 @@ def select(shards: list[Shard], spec: str | None) -> list[Shard]:
             chosen.add(item)
         elif ".." in item:
             chosen.update(_range_ids(item, known))
-        else:
+        elif not may_be_empty:
+            if not shards:
+                raise UsageError(f"--shards: there is no shard {item!r}, nor any other")
             first, last = shards[0].id, shards[-1].id
             raise UsageError(f"--shards: there is no shard {item!r} (there are {len(shards):,}: {first} to {last})")
-    if not chosen:
+    if not chosen and not may_be_empty:
         raise UsageError(f"--shards {spec!r} selects none of the {len(shards):,} shards")
     return [shard for shard in shards if shard.id in chosen]
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, ShardError
 from curation.options import RunOptions, exit_code, parse_options
-from curation.runner import Input, ShardWork, run_stage
+from curation.runner import Follows, Input, ShardWork, run_stage
 from curation.shards import Shard, discover
 
 
@@ -160,7 +160,9 @@ class Toy:
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
-    return run_stage(Toy(options), options, discover(options.input, options.suffix))
+    follows = Follows(options.upstream, Path(options.input), options.suffix) if options.upstream else None
+    shards = follows.discover() if follows and options.follow else discover(options.input, options.suffix)
+    return run_stage(Toy(options), options, shards, follows)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,6 @@ class StagePlace:
     def claim(self, shard_id: str) -> Path:
         return self.claims / bucket_of(shard_id) / f"{shard_id}.claim"
 
-    @property
-    def plan(self) -> Path:
-        return self.home / "_plan" / self.stage
-
 
 def find_stages(root: Path) -> list[StagePlace]:
     """The stages whose receipts lie in ``root`` or in a folder in it, by name.  UsageError where there are none."""

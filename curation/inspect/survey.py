@@ -22,8 +22,9 @@ from curation.inputs import receipts_of, vouched_for
 from curation.inspect.counts import Counts
 from curation.inspect.places import StagePlace
 from curation.ledger import MAX_ATTEMPTS, Epoch
+from curation.plan import planned
 from curation.publish import MAX_RECEIPT_BYTES, read_record
-from curation.shards import bucket_of, is_safe_id
+from curation.shards import bucket_of
 
 MAX_PROCESSES = 8  # a shared filesystem answers several at once; a login node is not ours alone
 _BUCKETS_A_PROCESS = 4  # fewer are not worth starting one for
@@ -193,18 +194,10 @@ class Survey:
 
     def _planned(self, place: StagePlace) -> dict[str, set[str]] | None:
         """The shards that the runs of a stage set out to do, by bucket."""
-        found: dict[str, set[str]] | None = None
-        for path in sorted(place.plan.glob("[!.]*.json")):
-            record = read_record(path)
-            shards = record.get("shards") if record else None
-            if not isinstance(shards, list):
-                self.warnings.append(f"{path}: not a plan")
-                continue
-            found = found if found is not None else {}
-            for shard_id in shards:
-                if isinstance(shard_id, str) and is_safe_id(shard_id):
-                    found.setdefault(bucket_of(shard_id), set()).add(shard_id)
-        return found
+        found: dict[str, set[str]] = {}
+        for shard_id in planned(place.home, place.stage, self.warnings.append):
+            found.setdefault(bucket_of(shard_id), set()).add(shard_id)
+        return found or None
 
 
 def _buckets(receipts: Path) -> Iterator[str]:

@@ -1,0 +1,106 @@
+"""What the runs of a stage set out to do: lists of shards below the stage's output folder, one file a list.
+
+A stage that follows another learns from them what is still to come, and ``status`` what is pending.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import orjson
+import xxhash
+
+from curation.dictionaries import clean_text
+from curation.errors import InfrastructureError
+from curation.publish import link_exclusively, make_folder, read_record
+from curation.shards import MAX_SHARDS, is_safe_id
+
+logger = logging.getLogger("curation")
+
+MAX_LISTS = 10_000  # of one stage: each run leaves at most one for each time that its list grows
+_MAX_SOURCES = 64
+_MAX_PATH = 4096
+
+
+def record_plan(output: Path, stage: str, ids: Iterable[str], sources: Sequence[Mapping[str, str]] = ()) -> None:
+    """Record that a run of ``stage`` sets out to do these shards.  The same list is one file, however many record it.
+
+    sources: where the shards come from, as receipts say it: ``{"stage": ..., "folder": seen from output}``.
+    """
+    shards = sorted(set(ids))
+    if not shards:
+        return
+    named = sorted((dict(source) for source in sources if source), key=lambda s: (s["stage"], s["folder"]))
+    unique = [source for number, source in enumerate(named) if source not in named[:number]]
+    data = orjson.dumps({"stage": stage, "sources": unique, "shards": shards})
+    path = output / "_plan" / stage / f"{xxhash.xxh3_128_hexdigest(data)}.json"
+    if not path.exists():
+        make_folder(path.parent)
+        link_exclusively(path, data, secrets.token_hex(8))
+
+
+def planned(output: Path, stage: str, on_warning: Callable[[str], None] = logger.warning) -> set[str]:
+    """Every shard that a run of ``stage`` set out to do; empty where none has left its list."""
+    plan = Plan(output, stage, on_warning)
+    plan.look()
+    return plan.ids
+
+
+class Plan:
+    """The lists of one stage together.  A list never changes once it is there, so each is read once.
+
+    sources: (stage, folder seen from the output folder) of what the shards are made from.
+    """
+
+    def __init__(self, output: Path, stage: str, on_warning: Callable[[str], None] = logger.warning) -> None:
+        self.ids: set[str] = set()
+        self.sources: set[tuple[str, str]] = set()
+        self._folder = output / "_plan" / stage
+        self._stage = stage
+        self._warn = on_warning
+        self._read: set[str] = set()
+
+    def look(self) -> bool:
+        """Read the lists that are new; whether they name further shards."""
+        before = len(self.ids)
+        for name in self._new_names():
+            if len(self._read) >= MAX_LISTS or len(self.ids) > MAX_SHARDS:
+                self._warn(f"{self._folder}: more lists than {MAX_LISTS:,}, or more shards than {MAX_SHARDS:,}")
+                break
+            self._read.add(name)
+            self._take(self._folder / name)
+        return len(self.ids) > before
+
+    def _new_names(self) -> list[str]:
+        try:
+            with os.scandir(self._folder) as entries:
+                return sorted(
+                    entry.name
+                    for entry in entries
+                    if entry.name.endswith(".json") and entry.name[0] != "." and entry.name not in self._read
+                )
+        except OSError:  # no run yet
+            return []
+
+    def _take(self, path: Path) -> None:
+        try:
+            record = None if path.is_symlink() or not path.is_file() else read_record(path)
+        except (OSError, InfrastructureError):
+            record = None
+        shards = record.get("shards") if record else None
+        if record is None or not isinstance(shards, list) or record.get("stage", self._stage) != self._stage:
+            self._warn(f"{path}: not a plan")
+            return
+        safe = {shard_id for shard_id in shards if isinstance(shard_id, str) and is_safe_id(shard_id)}
+        self.ids |= safe
+        if len(safe) < len(shards):
+            self._warn(f"{path}: {len(shards) - len(safe):,} names that are no shard's, or stand there twice")
+        sources = record.get("sources", [])
+        for source in sources[:_MAX_SOURCES] if isinstance(sources, list) else []:
+            stage, folder = (source.get("stage"), source.get("folder")) if isinstance(source, dict) else (None, None)
+            if isinstance(stage, str) and is_safe_id(stage) and isinstance(folder, str) and len(folder) < _MAX_PATH:
+                self.sources.add((stage, clean_text(folder)))

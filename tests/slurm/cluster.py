@@ -168,8 +168,8 @@ class Cluster:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(), start_new_session=True
             )
 
-    def job_processes(self, node: str | None) -> list[int]:
-        """Processes of this cluster's jobs and their stepds, on one node or on all."""
+    def job_processes(self, node: str | None, job: str | None = None) -> list[int]:
+        """Processes of this cluster's jobs and their stepds, on one node or on all, of one job or of all."""
         found = []
         mark = f"SLURM_CONF={self.configuration}".encode()
         for entry in Path("/proc").iterdir():
@@ -186,6 +186,8 @@ class Cluster:
             of_node = node is None or f"SLURMD_NODENAME={node}".encode() in variables
             is_stepd = name == "slurmstepd" and (node is None or node.encode() in _host_of(entry))
             is_job = any(v.startswith(b"SLURM_JOB_ID=") for v in variables) and of_node
+            if job is not None and f"SLURM_JOB_ID={job}".encode() not in variables:
+                continue
             if is_stepd or (is_job and b"slurmctld" not in arguments):
                 found.append(int(entry.name))
         return found

@@ -13,6 +13,7 @@ import pytest
 from tests.pipeline import copy_tree
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.jobs import Jobs, small_shards
+from tests.slurm.rewriting import Rewriting
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +68,8 @@ def ready_to_generate(cluster: Cluster, prepared: tuple[Path, Path], tmp_path: P
     shards, root = prepared
     copy_tree(root, tmp_path / "root")
     return Jobs(cluster, shards, tmp_path / "root")
+
+
+@pytest.fixture
+def rewriting(jobs: Jobs, tmp_path: Path) -> Rewriting:
+    return Rewriting(jobs, tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -100,15 +99,10 @@ class Jobs:
 
 
 def published(root: Path, *folders: str) -> dict[str, bytes]:
-    """Everything below ``folders`` but the records that have times in them."""
+    """Everything below ``folders`` but the records that have times in them, and what the scripts of killed jobs left."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for folder in folders
         for path in sorted((root / folder).rglob("*"))
-        if path.is_file() and not HAVE_TIMES & set(path.parts)
+        if path.is_file() and not HAVE_TIMES & set(path.parts) and not path.parent.name.startswith(".job-")
     }
-
-
-def environ_of(pid: int) -> dict[str, str]:
-    with open(f"/proc/{pid}/environ", "rb") as file:
-        return dict(item.split("=", 1) for item in os.fsdecode(file.read()).split("\0") if "=" in item)

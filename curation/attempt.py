@@ -17,13 +17,13 @@ from curation.holders import Death
 from curation.ledger import MAX_ATTEMPTS, Input, Ledger, State, verify_inputs
 from curation.leftovers import Leftovers
 from curation.options import RunOptions, logger
-from curation.partial import tokens_with_checkpoints
+from curation.partial import Partials, tokens_with_checkpoints
 from curation.progress import Progress, Tally
 from curation.publish import is_storage_trouble, storage_error
 from curation.receipts import build_receipt
 from curation.shards import Shard
 from curation.suspects import REASON, Room, fruitless, insist_on_innocence, is_suspect
-from curation.work import ShardWork, partial_folder
+from curation.work import ShardWork
 
 
 class _Stage(Protocol):
@@ -69,6 +69,7 @@ class Attempts:
         self._progress = progress
         self._tally = tally
         self._leftovers = Leftovers()
+        self._partials = Partials(ledger.root / "_partial" / stage.name)
         self._room = Room()
 
     def wanted(self, state: State) -> bool:
@@ -134,6 +135,7 @@ class Attempts:
             shard,
             ledger=self._ledger,
             claim=claim,
+            partials=self._partials,
             allocation=self._allocation,
             stop=self._stop,
             inputs=state.inputs,
@@ -147,8 +149,8 @@ class Attempts:
         try:
             deaths: Sequence[Death] = claim.deaths
             if deaths:
-                folder = partial_folder(self._ledger, work.shard.id)
-                deaths = fruitless(deaths, tokens_with_checkpoints(folder, work.shard.id))
+                tokens = tokens_with_checkpoints(self._partials.folder(work.shard.id), work.shard.id)
+                deaths = fruitless(deaths, tokens)
                 insist_on_innocence(work.shard.id, deaths)
             alone = is_suspect(deaths)
             with self._room.enter(alone=alone, check=self._stop.check):

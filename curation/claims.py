@@ -39,6 +39,7 @@ class Claim:
     predecessors: tokens of the attempts that died holding this shard, whose partial files can be taken up.
     buried: the token of the last of them where its process is known to have ended; the others were presumed dead.
     deaths: what is known of those attempts; the last of them had no other shard in hand where it says ``alone``.
+    given_back: another held the shard while this process ran, and left nobody's token.
     lapses: those of the heartbeat when the claim was last seen to be ours.
     """
 
@@ -48,6 +49,7 @@ class Claim:
     predecessors: list[str] = field(default_factory=list)
     buried: str | None = None
     deaths: tuple[Death, ...] = ()
+    given_back: bool = False
     lapses: int | None = None
 
 
@@ -154,6 +156,7 @@ class Claims:
         self._seen: dict[str, tuple[bytes, float]] = {}  # heartbeat → its counter, since when unchanged
         self._listings: dict[str, set[str]] = {}
         self._warned: set[Path] = set()
+        self._held: set[str] = set()  # shards that others were seen to hold
         self._rank = Allocation.detect().rank
         self._process = (os.getpid(), process_start(os.getpid()))
 
@@ -162,12 +165,15 @@ class Claims:
         path = self._folder / bucket / f"{shard_id}.claim"
         claim = self._create(path, shard_id)
         if claim is None:
+            self._held.add(shard_id)
             observed = read_claim(path)
             if observed is None:  # given back in between
                 claim = self._create(path, shard_id)
             elif self._expired(path, shard_id, observed):
                 claim = self._take_over(path, shard_id, observed)
         if claim is not None:
+            claim.given_back = shard_id in self._held and not claim.predecessors
+            self._held.discard(shard_id)
             self._seen.pop(_unsigned(shard_id), None)
             self.heartbeat.claimed(shard_id)
         return claim

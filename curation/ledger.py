@@ -235,16 +235,23 @@ class Ledger:
 
     # ---- states
 
-    def state(self, shard_id: str, inputs: Sequence[Input], *, fresh: bool = False) -> State:
-        """Whether a shard is to be done.  ``fresh``: look at the disk even if the folder's listing knows no receipt."""
+    def state(self, shard_id: str, inputs: Sequence[Input], *, fresh: bool = False, cursory: bool = False) -> State:
+        """Whether a shard is to be done.  ``fresh``: look at the disk even if the folder's listing knows no receipt.
+
+        cursory: it will be asked again after claiming, so that inputs that were made elsewhere need no look where
+        there is no receipt to compare them with.
+        """
+        cursory = cursory and all(wanted.stage is None and not wanted.optional for wanted in inputs)
+        receipt = self.receipt(shard_id, fresh=fresh) if cursory else None
         now: list[dict[str, Any]] = []
-        for wanted in inputs:
+        for wanted in () if cursory and receipt is None else inputs:
             record, why = self._upstream.identify(wanted, shard_id)
             if record is None:
                 return State("blocked", why)
             now.append(record)
         current = tuple(now)
-        receipt = self.receipt(shard_id, fresh=fresh)
+        if not cursory:
+            receipt = self.receipt(shard_id, fresh=fresh)
         epoch = self.governing(shard_id)
         if receipt is None:
             if not epoch.same_options(self.options, self.version):

@@ -20,10 +20,12 @@ import xxhash
 from curation.cluster import note_progress
 from curation.errors import InfrastructureError, LostClaim
 from curation.publish import storage_error
+from curation.shards import bucket_of
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic, length of key, of digest, of payload; xxh3-64 of all three
 _MAGIC = b"cpr1"
 FSYNC_EVERY_S = 30.0
+LIST_EVERY_S = 60.0
 MAX_PAYLOAD_BYTES = 256 << 20
 _GONE = (errno.ENOENT, errno.ESTALE)  # removed here, or from another node
 _Key = tuple[str, str]  # a sample's key, and the digest of its input
@@ -33,9 +35,12 @@ class PartialLog:
     """The finished samples of one shard under one fingerprint: key → (digest of the sample's input, payload).
 
     The payloads stay on disk; memory holds one small entry a record.
+    names: files of the folder among which the predecessors' are; None: list the folder for them.
     """
 
-    def __init__(self, folder: Path, shard_id: str, fingerprint: str, token: str) -> None:
+    def __init__(
+        self, folder: Path, shard_id: str, fingerprint: str, token: str, names: Iterable[str] | None = None
+    ) -> None:
         self._prefix = f"{shard_id}.{fingerprint}."
         self._folder = folder
         self._path = folder / f"{self._prefix}{token}"
@@ -44,9 +49,15 @@ class PartialLog:
         self._writer: BinaryIO | None = None
         self._last_fsync = time.monotonic()
         self._lock = threading.Lock()
-        for path in self._predecessors():
-            self._load(path)
+        for name in sorted(set(_listed(folder) if names is None else names)):
+            if name.startswith(self._prefix) and name != self._path.name:
+                self._load(folder / name)
         self.recovered = len(self._records)
+
+    @property
+    def name(self) -> str | None:
+        """Of this attempt's own file, None where it has written nothing."""
+        return self._path.name if self._writer is not None else None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -130,16 +141,6 @@ class PartialLog:
             raise storage_error(self._path, error) from error
         return self._writer
 
-    def _predecessors(self) -> list[Path]:
-        try:
-            names = os.listdir(self._folder)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise InfrastructureError(f"{self._folder}: cannot be read ({error.strerror})") from error
-        mine = self._path.name
-        return [self._folder / name for name in sorted(names) if name.startswith(self._prefix) and name != mine]
-
     def _load(self, path: Path) -> None:
         """Index a predecessor's records; of two records of one sample that of the lowest token counts."""
         try:
@@ -173,22 +174,58 @@ def tokens_with_checkpoints(folder: Path, shard_id: str) -> set[str]:
     found = set()
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            name, _, token = entry.name.rpartition(".")
             with contextlib.suppress(OSError):
-                if name.rpartition(".")[0] == shard_id and entry.stat().st_size:
-                    found.add(token)
+                if _shard_of(entry.name) == shard_id and entry.stat().st_size:
+                    found.add(entry.name.rpartition(".")[2])
     return found
 
 
-def remove_partial(folder: Path, shard_id: str) -> None:
-    """Delete a shard's checkpoints, whatever options and attempt they are of: its receipt is written.
+class Partials:
+    """The checkpoints of one stage that others left, found with a listing a bucket and minute, not one a shard.
 
-    An attempt that still lives finds its file gone and drops out.
+    An attempt that dies leaves its token in its claim, so that its file has a known name; one that is asked to end
+    leaves nothing but the file, which the next listing shows.
     """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listings: dict[str, tuple[float, dict[str, list[str]]]] = {}  # bucket → when, shard → names
+        self._lock = threading.Lock()
+
+    def folder(self, shard_id: str) -> Path:
+        return self._folder / bucket_of(shard_id)
+
+    def names(self, shard_id: str, *, fresh: bool = False) -> list[str]:
+        """The files of a shard, whatever options and attempt they are of.  fresh: as they are now."""
+        bucket = bucket_of(shard_id)
+        with self._lock:
+            listed, found = self._listings.get(bucket, (-float("inf"), {}))
+            if fresh or time.monotonic() - listed > LIST_EVERY_S:
+                listed, found = time.monotonic(), {}
+                for name in _listed(self._folder / bucket):
+                    found.setdefault(_shard_of(name), []).append(name)
+                self._listings[bucket] = listed, found
+            return list(found.get(shard_id, ()))
+
+    def remove(self, shard_id: str, own: Iterable[str] = (), *, fresh: bool = False) -> None:
+        """Delete a shard's checkpoints, whatever options and attempt they are of: its receipt is written.
+
+        own: names that no listing need show.  An attempt that still lives finds its file gone and drops out.
+        """
+        for name in {*own, *self.names(shard_id, fresh=fresh)}:
+            (self.folder(shard_id) / name).unlink(missing_ok=True)
+        with self._lock:
+            self._listings[bucket_of(shard_id)][1].pop(shard_id, None)
+
+
+def _shard_of(name: str) -> str:
+    return name.rsplit(".", 2)[0]  # <shard>.<fingerprint>.<token>
+
+
+def _listed(folder: Path) -> list[str]:
     try:
-        names = os.listdir(folder)
+        return os.listdir(folder)
     except FileNotFoundError:
-        return
-    for name in names:
-        if name.rsplit(".", 2)[0] == shard_id:  # <shard>.<fingerprint>.<token>
-            (folder / name).unlink(missing_ok=True)
+        return []
+    except OSError as error:
+        raise InfrastructureError(f"{folder}: cannot be read ({error.strerror})") from error

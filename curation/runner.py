@@ -238,7 +238,7 @@ class _Run:
         if self._follower is not None and not self._follower.settled(shard):
             return None
         self._ledger.insist_on_epoch(shard.id, look=False)
-        state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=fresh)
+        state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=fresh, cursory=self._opened)
         if not self._attempts.wanted(state):
             self._attempts.count(state, shard)
             if self._claims.left_behind(bucket_of(shard.id), shard.id):

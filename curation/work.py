@@ -17,8 +17,8 @@ from curation.claims import Claim
 from curation.cluster import Allocation, StopSignal
 from curation.dictionaries import clean_text, dump_json
 from curation.errors import LostClaim, ShardError
-from curation.ledger import Ledger, bucket_of
-from curation.partial import PartialLog, remove_partial
+from curation.ledger import Ledger
+from curation.partial import PartialLog, Partials
 from curation.publish import OutputFile, Published
 from curation.shards import Shard
 
@@ -37,6 +37,7 @@ class ShardWork:
         *,
         ledger: Ledger,
         claim: Claim,
+        partials: Partials,
         allocation: Allocation,
         stop: StopSignal,
         inputs: tuple[dict[str, Any], ...],
@@ -61,6 +62,7 @@ class ShardWork:
         self._touched: set[Path] = set()  # of all that this attempt tried
         self._ledger = ledger
         self._claim = claim
+        self._partials = partials
         self._stop = stop
         self._on_progress = on_progress
         self._on_warning = on_warning
@@ -186,7 +188,9 @@ class ShardWork:
         fingerprint: whatever beyond the stage's options a record depends on, short and fit for a file name.
         """
         mark = f"{self._ledger.fingerprint}{'-' + fingerprint if fingerprint else ''}"
-        log = PartialLog(partial_folder(self._ledger, self.shard.id), self.shard.id, mark, self._claim.token)
+        names = self._partials.names(self.shard.id, fresh=self._claim.given_back)
+        names += [f"{self.shard.id}.{mark}.{token}" for token in self._claim.predecessors]
+        log = PartialLog(self._partials.folder(self.shard.id), self.shard.id, mark, self._claim.token, names)
         with self._lock:
             self._logs.append(log)
         if log.recovered:
@@ -239,21 +243,21 @@ class ShardWork:
                 log.flush()
             log.close()
 
-    def finish(self) -> None:
-        """After the commit: no partial file is needed any more."""
+    def finish(self, *, alone: bool = True) -> None:
+        """After the commit: no partial file is needed any more.
+
+        alone: nobody else is known to have worked on the shard since this process listed its checkpoints.
+        """
+        own = [log.name for log in self._logs if log.name is not None]
         self.close()
-        remove_partial(partial_folder(self._ledger, self.shard.id), self.shard.id)
+        alone = alone and not self._claim.predecessors and not self._claim.given_back
+        self._partials.remove(self.shard.id, own, fresh=not alone)
 
     def _write_lines(self, kind: str, suffix: str, lines: list[bytes]) -> None:
         if lines:
             with self.output(self._ledger.place(kind, self.shard.id, suffix)) as file:
                 for line in sorted(lines):
                     file.write(line + b"\n")
-
-
-def partial_folder(ledger: Ledger, shard_id: str) -> Path:
-    """Where the checkpoints of a shard lie."""
-    return ledger.root / "_partial" / ledger.stage / bucket_of(shard_id)
 
 
 @lru_cache(maxsize=1024)

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 from curation import partial
 from curation.errors import InfrastructureError, LostClaim
-from curation.partial import PartialLog, remove_partial
+from curation.partial import PartialLog, Partials
 
-SHARD = "00000001"
+SHARD, BUCKET = "00000001", "00000"
 RECORDS = [("a", "d1", b"first"), ("b/ü", "d2", b""), ("c\ud800", "", b"\x00" * 40), ("", "d4", b"last")]
 
 
-def log(folder: Path, token: str, fingerprint: str = "f", shard: str = SHARD) -> PartialLog:
-    return PartialLog(folder, shard, fingerprint, token)
+def log(
+    folder: Path, token: str, fingerprint: str = "f", shard: str = SHARD, names: list[str] | None = None
+) -> PartialLog:
+    return PartialLog(folder, shard, fingerprint, token, names)
 
 
 def written(folder: Path, token: str, records: list[tuple[str, str, bytes]]) -> Path:
@@ -127,12 +129,12 @@ def test_a_predecessor_that_lives_cannot_disturb(tmp_path: Path) -> None:
 
 
 def test_ones_own_file_gone_is_a_lost_claim(tmp_path: Path) -> None:
-    mine = log(tmp_path, "1")
+    mine = log(tmp_path / BUCKET, "1")
     mine.append(RECORDS[:1])
-    remove_partial(tmp_path, SHARD)
+    Partials(tmp_path).remove(SHARD)
     with pytest.raises(LostClaim, match="another worker has finished"):
         mine.append(RECORDS[1:])
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / BUCKET).iterdir())
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
@@ -270,11 +272,33 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 
 
 def test_removing_spares_other_shards(tmp_path: Path) -> None:
-    written(tmp_path, "1", RECORDS)
+    folder = tmp_path / BUCKET
+    written(folder, "1", RECORDS)
     for fingerprint, shard in (("g-x", SHARD), ("f", f"{SHARD}.b"), ("f", "00000010"), ("f", "0000000")):
-        other = log(tmp_path, "2", fingerprint, shard)
+        other = log(folder, "2", fingerprint, shard)
         other.append(RECORDS[:1])
         other.close()
-    remove_partial(tmp_path, SHARD)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000000.f.2", "00000001.b.f.2", "00000010.f.2"]
-    remove_partial(tmp_path / "absent", SHARD)
+    Partials(tmp_path).remove(SHARD)
+    assert sorted(p.name for p in folder.iterdir()) == ["0000000.f.2", "00000001.b.f.2", "00000010.f.2"]
+    Partials(tmp_path / "absent").remove(SHARD)
+
+
+def test_a_bucket_is_listed_once_and_not_for_each_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, partials = tmp_path / BUCKET, Partials(tmp_path)
+    path = written(folder, "1", RECORDS)
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda place: listed.append(place) or listdir(place))  # type: ignore[func-returns-value]
+    assert partials.names(SHARD) == [path.name]
+    for number in range(2, 100):
+        assert partials.names(f"{number:08d}") == []
+        partials.remove(f"{number:08d}", [f"{number:08d}.f.own"])
+    assert listed == [folder]
+    late = written(folder, "2", RECORDS)  # by one that began after the listing
+    monkeypatch.undo()
+    assert sorted(partials.names(SHARD, fresh=True)) == [path.name, late.name]
+    assert log(folder, "3", names=[path.name, f"{SHARD}.f.never-written"]).recovered == len(RECORDS)
+    monkeypatch.setattr(partial, "LIST_EVERY_S", -1.0)
+    newest = written(folder, "4", RECORDS)
+    assert newest.name in partials.names(SHARD), "the listing was due"
+    partials.remove(SHARD)
+    assert not list(folder.iterdir())

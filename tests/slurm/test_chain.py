@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,83 +10,15 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from curation.tar import TarWriter, read_samples
+from curation.claims import Claims
+from curation.shards import bucket_of
 from tests.pipeline import ROOT
+from tests.slurm.chain import BAD, SHARDS, SOUND, STAGES, Chain, StandIn
 from tests.slurm.cluster import wait_until
-from tests.slurm.jobs import SIZE, Jobs, published, small_shards
-
-SHARDS = 6
-BAD = "00000003"
-STAGES = {
-    "01_filter_noface": "captions",
-    "02_captions_processor": "prompts",
-    "03_generate_images": "edits",
-    "04_reshard": "shards",
-}
-FLAGS = {
-    "FLAGS_01": "--detector recorded",
-    "FLAGS_02": "--api ollama",
-    "FLAGS_03": "--embedded --height 64 --width 64\n --steps 1 --batch_size 4",
-}
-
-
-class Chain:
-    """run_pipeline.sh on a few shards of which one may be damaged beyond use."""
-
-    def __init__(self, jobs: Jobs, port: int) -> None:
-        self.jobs = jobs
-        self.folder = jobs.root.parent
-        self.shards = self.folder / "source shards"
-        self.shards.mkdir()
-        small_shards(self.shards, SHARDS)
-        small = " ".join(("--ntasks-per-node=1", *SIZE, f"--output={self.folder}/logs/%x-%j.log"))
-        (self.folder / "logs").mkdir()
-        self.variables = {
-            **jobs.variables({"CURATION_HOME": "", "SRC_DIR": str(self.shards), "PORTS": str(port), **FLAGS}),
-            **{f"SBATCH_0{n}": small for n in range(1, 5)},
-            "SBATCH_03": f"{small} --gpus-per-task=0",
-            "ARRAY_01": "2-5",
-            "ARRAY_04": "0-1",
-            "TARGET_DIR": "/not/for/any/stage",
-        }
-
-    def start(self, *words: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
-        """From a folder that is not the project's."""
-        command = ("bash", str(ROOT / "run_pipeline.sh"), *words)
-        return self.jobs.cluster.call(*command, check=check, cwd=self.folder, more={**self.variables, **more})
-
-    def submit(self, *words: str, **more: str) -> list[str]:
-        """The jobs' ids."""
-        said = self.start(*words, **more).stdout
-        assert f"-m curation status {self.jobs.root}" in said
-        return re.findall(r"^stage 0\d is job (\d+)$", said, flags=re.M)
-
-    def damage(self) -> None:
-        """None of the samples of one shard has metadata that can be read."""
-        path = self.shards / f"{BAD}.tar"
-        samples = list(read_samples(path, {"jpg", "txt", "json"}))
-        with open(path, "wb") as file:
-            tar = TarWriter(file)
-            for sample in samples:
-                for suffix, data in sample.members.items():
-                    tar.add(f"{sample.key}.{suffix}", b"{" if suffix == "json" else data)
-            tar.close()
-
-    def status(self) -> dict[str, dict[str, Any]]:
-        command = [sys.executable, "-m", "curation", "status", str(self.jobs.root), "--json", "--look_s", "0"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-        return {stage["stage"]: stage for stage in json.loads(done.stdout)["stages"]}
-
-    def receipts(self) -> dict[str, dict[str, str]]:
-        """Stage → shard → its status."""
-        return {
-            stage: {shard: receipt["status"] for shard, receipt in self.jobs.receipts(folder, stage).items()}
-            for stage, folder in STAGES.items()
-        }
+from tests.slurm.jobs import Jobs, published, small_shards
 
 
 @pytest.fixture
@@ -105,10 +36,9 @@ def test_a_failed_shard_stops_nobody_but_itself(chain: Chain) -> None:
     assert codes == [{1}, {0}, {0}, {1}], f"the first fails on it, the last lacks it\n{jobs.logs()}"
     assert [len(cluster.facts(number)) for number in numbers] == [4, 1, 1, 2], "ARRAY_01 and ARRAY_04"
 
-    sound = {f"{n:08d}": "done" for n in range(SHARDS) if f"{n:08d}" != BAD}
     first, *rest = chain.receipts().values()
-    assert first == {**sound, BAD: "failed"}
-    assert rest == [sound, sound, sound]
+    assert first == {**SOUND, BAD: "failed"}
+    assert rest == [SOUND, SOUND, SOUND]
     status = chain.status()
     assert status["01_filter_noface"]["failed"] == {"too_many_errors": 1}
     assert [failure["shard"] for failure in status["01_filter_noface"]["failures"]] == [BAD]
@@ -124,47 +54,36 @@ def test_a_failed_shard_stops_nobody_but_itself(chain: Chain) -> None:
     small_shards(chain.shards, SHARDS)
     numbers = chain.submit("--", "--quiet")
     assert [set(cluster.wait(number)) for number in numbers] == [{0}] * 4, jobs.logs()
-    assert list(chain.receipts().values()) == [{**sound, BAD: "done"}] * 4
+    assert list(chain.receipts().values()) == [{**SOUND, BAD: "done"}] * 4
     after = published(jobs.root, *STAGES.values())
     assert {name: after[name] for name in before if BAD not in name} == {
         name: data for name, data in before.items() if BAD not in name
     }
 
 
+def test_follow_works_on_what_is_published(chain: Chain) -> None:
+    """All four stages are through with what there is while one shard of the first is still in somebody's hands."""
+    jobs, cluster = chain.jobs, chain.jobs.cluster
+    chain.damage()
+    late = "00000005"
+    others = Claims(jobs.root / "captions" / "_claims" / "01_filter_noface")
+    others.heartbeat.start()
+    claim = others.take(bucket_of(late), late)
+    assert claim is not None
+    numbers = chain.submit("--follow", "--", "--quiet", "--lease_s", "20")
+    published_early = {shard: done for shard, done in SOUND.items() if shard != late}
+    wait_until(lambda: chain.receipts()["04_reshard"] == published_early, 60, jobs.logs())
+    assert {state for state, _ in cluster.squeue().values()} == {"RUNNING"}
+    others.give_back(claim)
+    others.heartbeat.stop()
+    codes = [set(cluster.wait(number)) for number in numbers]
+    first, *rest = chain.receipts().values()
+    assert (first, rest) == ({**SOUND, BAD: "failed"}, [SOUND, SOUND, SOUND]), jobs.logs()
+    assert codes == [{1}, {1}, {1}, {1}], jobs.logs()
+    assert not jobs.litter()
+
+
 # ---- what is submitted, with a program in place of the stages
-
-# $LOG/stages: a line for each start.  Stage n ends with the n-th of $CODES; "wait": 75 when asked to stop, or 0 once
-# $LOG/go is there.
-STAGE = f"""#!{sys.executable}
-import os, pathlib, signal, sys, time
-log = pathlib.Path(os.environ["LOG"])
-with open(log / "stages", "a") as file:
-    print(*sys.argv[1:], file=file)
-code = os.environ["CODES"].split()[int(pathlib.Path(sys.argv[1]).name[:2]) - 1]
-if code != "wait":
-    sys.exit(int(code))
-for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-    signal.signal(name, lambda *_: sys.exit(75))
-(log / "waiting").touch()
-while not (log / "go").exists():
-    time.sleep(0.05)
-"""
-
-
-class StandIn(Chain):
-    def __init__(self, jobs: Jobs, port: int, codes: str) -> None:
-        super().__init__(jobs, port)
-        stage = self.folder / "stage.sh"
-        stage.write_text(STAGE)
-        stage.chmod(0o755)
-        self.variables |= {"PYTHON": str(stage), "LOG": str(self.folder), "CODES": codes}
-
-    def started(self) -> list[str]:
-        """What was started: each stage with its words."""
-        try:
-            return [line.replace(f"{ROOT}/", "") for line in (self.folder / "stages").read_text().splitlines()]
-        except FileNotFoundError:
-            return []
 
 
 def test_the_stages_words(jobs: Jobs) -> None:
@@ -278,8 +197,7 @@ def test_on_a_workstation(chain: Chain, workstation: Mapping[str, str]) -> None:
     assert done.returncode == 1, done.stderr
     ends = re.findall(r"^stage 0\d ended with (\d)$", done.stdout, flags=re.M)
     assert ends == ["1", "0", "0", "1"]
-    sound = {f"{n:08d}": "done" for n in range(SHARDS) if f"{n:08d}" != BAD}
-    assert list(chain.receipts().values()) == [{**sound, BAD: "failed"}, sound, sound, sound]
+    assert list(chain.receipts().values()) == [{**SOUND, BAD: "failed"}, SOUND, SOUND, SOUND]
     small_shards(chain.shards, SHARDS)
     assert chain.start("--stages", "01-04", "--", "--quiet", check=False, **workstation).returncode == 0
 

@@ -10,6 +10,7 @@ demo: $(READY)
 	$(PY) examples/demo.py
 
 test: $(READY) $(OLLAMA) lint
+	@tests/slurm/install.sh
 	$(PY) -m pytest -q
 
 # Long repetitions: kills at many moments, large shards.

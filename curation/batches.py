@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,12 @@ def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[Batch]:
             del waiting[size]
     numbered += [(first[size], _batch(row)) for size, row in waiting.items()]
     return [batch for _, batch in sorted(numbered, key=lambda item: item[0])]
+
+
+def seed_of(seed: int, key: str) -> int:
+    """The 63-bit seed of one sample's randomness: a hash of the run's seed and the sample's key, whatever its batch."""
+    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _batch(jobs: list[Job]) -> Batch:

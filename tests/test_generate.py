@@ -16,10 +16,11 @@ import pytest
 
 from curation import backends
 from curation.backends.diffusion_loading import ModelSource, load_pipeline, resolve
-from curation.backends.diffusion_memory import WorkingBatch, is_out_of_memory
 from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for, public_name
 from curation.backends.diffusion_tiny import build_atomically, build_embedded, embedded_source, save_tiny_sd
-from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps, seed_of
+from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
+from curation.batches import seed_of
+from curation.device_memory import WorkingBatch, is_out_of_memory
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from tests.tiny_pipelines import BUILDERS, save_sd_with_safety_checker
 

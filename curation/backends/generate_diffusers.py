@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,8 @@ import numpy.typing as npt
 
 from curation.backends.diffusion_calls import PipelineCall, Texts, denoiser_of
 from curation.backends.diffusion_loading import ModelSource, load_pipeline
-from curation.backends.diffusion_memory import WorkingBatch, is_out_of_memory
 from curation.backends.diffusion_presets import Preset
+from curation.device_memory import WorkingBatch, is_out_of_memory
 from curation.errors import InfrastructureError, SampleError
 
 Compile = Literal["none", "blocks", "full", "max"]
@@ -46,12 +45,6 @@ class Request:
 
     prompt: str
     seed: int
-
-
-def seed_of(seed: int, key: str) -> int:
-    """The 63-bit seed of one sample's noise: a hash of the run's seed and the sample's key, whatever its batch."""
-    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Images:
@@ -280,7 +273,7 @@ class Backend:
             raise InfrastructureError(
                 f"{self.source.name}: one picture of {width}×{height} does not fit into memory ({self.device_kind})"
             )
-        self.batch.shrink(width, height, tried)
+        self.batch.shrink(width, height, tried=tried)
         self._release()
 
     def _release(self) -> None:

@@ -1,6 +1,6 @@
 """The batch size that fits: told by running out of memory once, and remembered for the next process.
 
-One file per kind of device, model and picture size, below the output folder, so that a run over many GPUs finds out
+One file per kind of device, model and size of input, below the output folder, so that a run over many GPUs finds out
 once and not once per process.
 """
 
@@ -34,7 +34,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class WorkingBatch:
-    """The largest batch known to fit, per picture size; ``planned`` until memory ran out once.
+    """The largest batch known to fit, per size of input (``width, height``, or any other row of numbers that says how
+    large one sample is on the device); ``planned`` until memory ran out once.
 
     folder: where to remember it across processes, None for this process only.
     what: everything else that the limit depends on (kind of device, its memory, model, dtype).
@@ -44,29 +45,28 @@ class WorkingBatch:
         self.planned = planned
         self._what = what
         self._folder = folder
-        self._limits: dict[tuple[int, int], int] = {}
+        self._limits: dict[tuple[int, ...], int] = {}
 
-    def limit(self, width: int, height: int) -> int:
-        """How many pictures of a size to make at once."""
-        size = (width, height)
+    def limit(self, *size: int) -> int:
+        """How many samples of a size to compute at once."""
         if size not in self._limits:
             self._limits[size] = self._read(size) or self.planned
         return min(self.planned, self._limits[size])
 
-    def shrink(self, width: int, height: int, tried: int) -> int:
-        """``tried`` pictures were too many: remember and return half of it.  The caller ends the run at 1."""
+    def shrink(self, *size: int, tried: int) -> int:
+        """``tried`` samples were too many: remember and return half of it.  What to do at 1 is the caller's affair."""
         limit = max(1, tried // 2)
-        self._limits[(width, height)] = limit
-        self._write((width, height), limit)
+        self._limits[size] = limit
+        self._write(size, limit)
         return limit
 
-    def _path(self, size: tuple[int, int]) -> Path | None:
+    def _path(self, size: tuple[int, ...]) -> Path | None:
         if self._folder is None:
             return None
-        mark = f"{self._what}\0{size[0]}x{size[1]}"
+        mark = f"{self._what}\0{'x'.join(map(str, size))}"
         return self._folder / f"{xxhash.xxh3_64_hexdigest(mark.encode())}.json"
 
-    def _read(self, size: tuple[int, int]) -> int | None:
+    def _read(self, size: tuple[int, ...]) -> int | None:
         path = self._path(size)
         if path is None:
             return None
@@ -76,12 +76,12 @@ class WorkingBatch:
             return None
         return found if isinstance(found, int) and found > 0 else None
 
-    def _write(self, size: tuple[int, int], limit: int) -> None:
+    def _write(self, size: tuple[int, ...], limit: int) -> None:
         """A lost or late write costs one more time out of memory, nothing else: failure to write is no error."""
         path = self._path(size)
         if path is None:
             return
-        record = {"batch_size": limit, "what": self._what, "width": size[0], "height": size[1]}
+        record = {"batch_size": limit, "what": self._what, "size": list(size)}
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

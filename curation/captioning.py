@@ -1,0 +1,312 @@
+"""What a captioner is: the models by their names, the seam to their backends, and batches that shrink to what fits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from curation.device_memory import WorkingBatch
+from curation.errors import InfrastructureError, SampleError
+
+Detail = Literal["brief", "detailed", "more_detailed"]
+Quantize = Literal["4bit", "8bit"]
+DETAILS: tuple[Detail, ...] = ("brief", "detailed", "more_detailed")
+MOST_WAITING = 4096  # prepared images that wait for others of their shape, over all shapes
+LARGEST_BATCH = 1024
+WORTH_DOUBLING = 1.05  # images a second, to those with half the batch
+
+Item = TypeVar("Item")
+
+
+class OutOfMemory(Exception):
+    """A batch did not fit on the device: a smaller one may."""
+
+
+class Prepared(Protocol):
+    """An image as the model takes it, on the host.  A batch holds images of one ``shape`` only."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class CaptionBackend(Protocol):
+    """One captioner on one device.  ``name`` and ``revision`` say exactly which model it is.
+
+    device_kind: on what batches that fit, and the last bits, depend (a GPU's name and memory).
+    """
+
+    name: str
+    revision: str
+    device_kind: str
+
+    def prepare(self, image: Any) -> Any:
+        """The Pillow image (RGB) as ``Prepared``.  Called in many threads.
+
+        Raises SampleError ``processor_refused`` where the model's processor cannot use it.
+        """
+
+    def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> Sequence[str | SampleError]:
+        """A caption, or why there is none, for each prepared image: one call of the device, from one thread.
+
+        seeds: one for each image, for models that sample.  Raises OutOfMemory.
+        """
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What holds for all models of a family unless a flag says otherwise: upstream's defaults, one each.
+
+    model_types: of ``config.json``.
+    """
+
+    batch_size: int
+    max_tokens: int
+    model_types: tuple[str, ...] = ()
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "florence2": Family(16, 256, ("florence2",)),
+        "gemma3": Family(1, 256, ("gemma3",)),
+        "llava": Family(48, 120, ("llava", "llava_next", "llava_onevision")),
+        "qwen": Family(48, 120, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        "endpoint": Family(48, 120),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One line of ``--list_models``.  memory_gb: of the device, weights in 16 bits and a small batch."""
+
+    short: str
+    source: str
+    family: str
+    memory_gb: float
+    suits: str
+
+
+MODELS: tuple[Model, ...] = (
+    Model("florence2-base", "florence-community/Florence-2-base", "florence2", 2, "millions of images: the fastest"),
+    Model("florence2-large", "florence-community/Florence-2-large", "florence2", 4, "the same, more exact, slower"),
+    Model("florence2-base-ft", "florence-community/Florence-2-base-ft", "florence2", 2, "tuned on public captions"),
+    Model("florence2-large-ft", "florence-community/Florence-2-large-ft", "florence2", 4, "tuned on public captions"),
+    Model("gemma3-4b", "google/gemma-3-4b-it", "gemma3", 10, "style, medium, palette, mood; licence to be accepted"),
+    Model("gemma3-12b", "google/gemma-3-12b-it", "gemma3", 26, "the same, better"),
+    Model("gemma3-27b", "google/gemma-3-27b-it", "gemma3", 58, "the same, best; 4bit: 20 GB"),
+    Model("llava-1.6", "llava-hf/llava-v1.6-mistral-7b-hf", "llava", 18, "plain descriptions"),
+    Model("llava-onevision-0.5b", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava", 4, "small cards"),
+    Model(
+        "llava-onevision-7b", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava", 20, "charts and text in images too"
+    ),
+    Model("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct", "qwen", 7, "small cards; text in images"),
+    Model("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct", "qwen", 20, "text in images, many languages"),
+    Model("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "qwen", 10, "small cards; text in images"),
+    Model("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen", 20, "documents and text in images"),
+    Model("qwen3-vl-2b", "Qwen/Qwen3-VL-2B-Instruct", "qwen", 7, "small cards"),
+    Model("qwen3-vl-4b", "Qwen/Qwen3-VL-4B-Instruct", "qwen", 12, "good captions for their cost"),
+    Model("qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct", "qwen", 22, "long, exact captions"),
+)
+
+_ALIASES: Mapping[str, str] = MappingProxyType(  # upstream's own names; Microsoft's repositories bring code along
+    {
+        "base": "florence2-base",
+        "large": "florence2-large",
+        **{
+            f"microsoft/florence-2-{size}{tuned}": f"florence2-{size}{tuned}"
+            for size in ("base", "large")
+            for tuned in ("", "-ft")
+        },
+    }
+)
+_FAMILY_NAMES = (  # hub ids of models that are not in the list, without asking the hub
+    (r"florence-?2", "florence2"),
+    (r"gemma-?3(?!n)", "gemma3"),
+    (r"llava", "llava"),
+    (r"qwen-?(2|2\.5|3)-?vl", "qwen"),
+)
+
+
+def resolve(model: str) -> tuple[str, str]:
+    """(family, source) of ``--model``: a short name, a folder, a hub id, or ``endpoint:<the server's model>``.
+
+    Raises InfrastructureError where no backend can load it.
+    """
+    if model.startswith("endpoint:"):
+        return "endpoint", model.partition(":")[2]
+    if os.path.isdir(model):
+        return _family_of_folder(model), model
+    lower = model.lower()
+    lower = _ALIASES.get(lower, lower)
+    for known in MODELS:
+        if lower in (known.short, known.source.lower()):
+            return known.family, known.source
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+        name = lower.partition("/")[2].replace("_", "-")
+        for pattern, family in _FAMILY_NAMES:
+            if re.search(pattern, name):
+                return family, model
+        raise InfrastructureError(
+            f"--model {model}: of no family that is known here ({', '.join(FAMILIES)}); a folder's config.json tells it"
+        )
+    shorts = ", ".join(known.short for known in MODELS)
+    raise InfrastructureError(f"--model {model}: neither a folder, nor a hub id, nor a short name ({shorts})")
+
+
+def _family_of_folder(folder: str) -> str:
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            model_type = json.load(file)["model_type"]
+    except OSError:
+        raise InfrastructureError(f"--model {folder}: not a model's folder (it has no config.json)") from None
+    except (ValueError, KeyError, TypeError):
+        raise InfrastructureError(f"--model {folder}: its config.json names no model_type") from None
+    for name, family in FAMILIES.items():
+        if model_type in family.model_types:
+            return name
+    types = ", ".join(kind for family in FAMILIES.values() for kind in family.model_types)
+    raise InfrastructureError(f"--model {folder}: is a {model_type!r}; there are backends for {types}")
+
+
+def list_models() -> str:
+    """The table of ``--list_models``."""
+    rows = [("name", "hub id", "GPU memory", "suits")]
+    rows += [(m.short, m.source, f"{m.memory_gb:g} GB", m.suits) for m in MODELS]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    lines.append("A folder, another hub id of these families, or endpoint:<model> for a vision server serve as well.")
+    return "\n".join(lines)
+
+
+class ShapeGroups(Generic[Item]):
+    """Items of one shape together, ``size`` at a time, by the order in which they come and nothing else: the same
+    shard gives the same batches, whoever works on it.
+
+    Where more than ``most_waiting`` wait over all shapes, the longest row goes first, full or not.
+    """
+
+    def __init__(self, size: int, most_waiting: int = MOST_WAITING) -> None:
+        self._size = size
+        self._most = max(size, most_waiting)
+        self._rows: dict[tuple[int, ...], list[Item]] = {}
+        self._waiting = 0
+
+    def add(self, shape: tuple[int, ...], item: Item) -> list[Item]:
+        """The batch that ``item`` completes; an empty list where it waits for others."""
+        row = self._rows.setdefault(shape, [])
+        row.append(item)
+        self._waiting += 1
+        if len(row) == self._size:
+            return self._take(shape)
+        if self._waiting > self._most:
+            return self._take(max(self._rows, key=lambda key: len(self._rows[key])))
+        return []
+
+    def rest(self) -> Iterator[list[Item]]:
+        """What waits at the shard's end, by the first image of each shape."""
+        while self._rows:
+            yield self._take(next(iter(self._rows)))
+
+    def _take(self, shape: tuple[int, ...]) -> list[Item]:
+        row = self._rows.pop(shape)
+        self._waiting -= len(row)
+        return row
+
+
+def caption_batch(
+    backend: CaptionBackend, memory: WorkingBatch, batch: Sequence[Prepared], seeds: Sequence[int]
+) -> list[str | SampleError]:
+    """Captions of images of one shape, or why there is none, in order.
+
+    Where memory runs out the batch is halved and the size that fits is remembered in ``memory``; an image that does
+    not fit alone is ``out_of_memory``, and a caption without a word is ``empty_caption``: those rows and no others.
+    """
+    captions: list[str | SampleError] = []
+    while len(captions) < len(batch):
+        start = len(captions)
+        shape = batch[start].shape
+        end = min(start + memory.limit(*shape), len(batch))
+        try:
+            captions += map(_checked, backend.caption(batch[start:end], seeds[start:end]))
+        except OutOfMemory as error:
+            if end - start == 1:
+                captions.append(SampleError("out_of_memory", f"{'×'.join(map(str, shape))}: {error}"))
+            else:
+                memory.shrink(*shape, tried=end - start)
+    return captions
+
+
+def _checked(caption: str | SampleError) -> str | SampleError:
+    if isinstance(caption, SampleError):
+        return caption
+    return caption.strip() or SampleError("empty_caption", "the model said nothing")
+
+
+def find_batch_size(backend: CaptionBackend, sample: Prepared, largest: int = LARGEST_BATCH) -> int:
+    """The batch size of ``--batch_size auto``: doubled as long as it fits and makes captioning clearly faster.
+
+    sample: a typical image.  Each size is tried once, with as many tokens as the model cares to write about it.
+    """
+    best, best_rate, size = 1, 0.0, 1
+    _fits(backend, sample, 1)  # the first call pays for kernels that are loaded and chosen
+    while size <= largest:
+        began = time.perf_counter()
+        if not _fits(backend, sample, size):
+            break
+        rate = size / max(1e-9, time.perf_counter() - began)
+        if rate < best_rate * WORTH_DOUBLING:
+            break
+        best, best_rate, size = size, rate, size * 2
+    return best
+
+
+def _fits(backend: CaptionBackend, sample: Prepared, size: int) -> bool:
+    """Whether ``size`` copies of an image fit."""
+    try:
+        backend.caption([sample] * size, list(range(size)))
+    except OutOfMemory:
+        return False
+    return True
+
+
+def settled_batch_size(file: Path, find: Callable[[], int]) -> int:
+    """The batch size that a run recorded in ``file``, or that ``find`` finds and the first worker to write records.
+
+    It decides which images are computed together, and so the last bits: all workers, and every run that goes on with
+    the work, take one and the same.
+    """
+    size = _recorded(file)
+    if size is None:
+        size = find()
+        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"batch_size": size}) + "\n", encoding="ascii")
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, file)
+            size = _recorded(file) or size
+        except OSError as error:
+            raise InfrastructureError(f"{file}: cannot be written ({error.strerror})") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    return size
+
+
+def _recorded(file: Path) -> int | None:
+    try:
+        size = json.loads(file.read_bytes())["batch_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return size if isinstance(size, int) and size > 0 else None

@@ -16,10 +16,10 @@ import xxhash
 
 from curation import backends
 from curation.backends.diffusion_calls import Texts
-from curation.backends.diffusion_loading import ModelSource, resolve
 from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
 from curation.backends.diffusion_tiny import build_embedded, cuda_works, embedded_source
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.hub_models import ModelSource, resolve
 from curation.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
 from curation.cluster import Allocation, visible_gpus
 from curation.dictionaries import KEY_SUFFIX, dump_json, read_dictionary

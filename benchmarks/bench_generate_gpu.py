@@ -29,10 +29,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from curation.backends.diffusion_calls import Texts
-from curation.backends.diffusion_loading import ModelSource, quiet_libraries
+from curation.backends.diffusion_loading import quiet_libraries
 from curation.backends.diffusion_presets import PRESETS, Preset
 from curation.backends.diffusion_tiny import clip_tokenizer, t5_tokenizer
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.hub_models import ModelSource
 from curation.edited import GENERATED_XMP
 from curation.errors import SampleError
 from curation.images import encode_jpeg

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import xxhash
 
+from curation.errors import InfrastructureError
+
 _ALLOCATION_FAILURES = (  # what libraries below torch say instead of raising torch.OutOfMemoryError
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -31,6 +33,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, UnboundLocalError):  # SanaSprintPipeline swallows the error of its VAE and then misses `image`
         return "image" in str(error)
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILURES)
+
+
+def use_device(device: str) -> str:
+    """Make ``cpu`` or ``cuda:<n>`` this thread's device.  Returns its kind, on which memory and rounding depend: a
+    name and a size.  Raises InfrastructureError when torch cannot use it."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InfrastructureError(
+            f"{device} was given but this torch cannot use it: install a CUDA build of torch, "
+            "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    try:
+        torch.cuda.set_device(device)
+        properties = torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InfrastructureError(f"{device} cannot be used: {str(error).splitlines()[0]}") from error
+    return f"{properties.name} {properties.total_memory >> 30} GiB"
 
 
 class WorkingBatch:

@@ -18,11 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from curation.backends.diffusion_loading import download, hub_error_line, resolve
+from curation.backends.diffusion_loading import download
 from curation.backends.diffusion_presets import is_hub_id
 from curation.backends.diffusion_tiny import build_embedded, embedded_source
 from curation.backends.faces_centerface import packaged_model
 from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
+from curation.backends.hub_models import hub_error_line, resolve
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.language import find_model
 from curation.options import exit_code, parse_options

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from curation.backends.diffusion_loading import ModelSource, quiet_libraries
+from curation.backends.diffusion_loading import quiet_libraries
+from curation.backends.hub_models import ModelSource
 from curation.errors import InfrastructureError
 
 BUILDER_VERSION = 1  # raised when the same libraries give other bytes

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.backends.diffusion_calls import PipelineCall, Texts, denoiser_of
-from curation.backends.diffusion_loading import ModelSource, load_pipeline
+from curation.backends.diffusion_loading import load_pipeline
 from curation.backends.diffusion_presets import Preset
-from curation.device_memory import WorkingBatch, is_out_of_memory
+from curation.backends.hub_models import ModelSource
+from curation.device_memory import WorkingBatch, is_out_of_memory, use_device
 from curation.errors import InfrastructureError, SampleError
 
 Compile = Literal["none", "blocks", "full", "max"]
@@ -136,7 +137,7 @@ class Backend:
         self._torch = torch
         source, device = self.source, self.device
         torch.set_num_threads(threads)
-        self.device_kind = self._find_device()
+        self.device_kind = use_device(device)
         self.pipeline = load_pipeline(source, settings.dtype, device) if pipeline is None else pipeline
         self.call = PipelineCall(self.pipeline, settings, negative_prompt)
         self.batch = WorkingBatch(
@@ -290,23 +291,6 @@ class Backend:
         if isinstance(error, getattr(self._torch, "AcceleratorError", ())) or "CUDA error" in str(error):
             return InfrastructureError(f"{self.device} ({self.device_kind}) failed: {line}")
         return error
-
-    def _find_device(self) -> str:
-        """Make the device current.  Returns its kind, on which memory and rounding depend: a name and a size."""
-        if not self.device.startswith("cuda"):
-            return "cpu"
-        torch = self._torch
-        if not torch.cuda.is_available():
-            raise InfrastructureError(
-                f"{self.device} was given but this torch cannot use it: install a CUDA build of torch, "
-                "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
-            )
-        try:
-            torch.cuda.set_device(self.device)
-            properties = torch.cuda.get_device_properties(self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise InfrastructureError(f"{self.device} cannot be used: {str(error).splitlines()[0]}") from error
-        return f"{properties.name} {properties.total_memory >> 30} GiB"
 
     def _apply(self, speed_ups: SpeedUps) -> None:
         """Change the pipeline's modules in place; each is left alone where the model has nothing to change."""

@@ -1,0 +1,239 @@
+"""Tiny captioners of every family, with random weights, saved as the hub's models are and loaded by the real code.
+
+0.3 to 1 MB each; a caption of a few tokens takes milliseconds on one core, and says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from curation.backends.diffusion_tiny import byte_letters, fill_with_noise
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 56, "patch_size": 14,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def save_florence2(folder: Path) -> None:
+    from transformers import (
+        BartTokenizerFast,
+        CLIPImageProcessorPil,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+        Florence2Processor,
+    )
+
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *byte_letters()]
+    tokenizer = BartTokenizerFast(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], extra_special_tokens={"image_token": "<image>"}
+    )
+    images = CLIPImageProcessorPil(
+        size={"height": 64, "width": 64}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )
+    images.image_seq_length = 1 + 2 * 2
+    config = Florence2Config(
+        vision_config={
+            "embed_dim": [8, 16, 32, 32], "depths": [1] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4,
+            "window_size": 4, "projection_dim": 32,
+        },
+        text_config={
+            "model_type": "bart", "d_model": 32, "vocab_size": len(tokenizer), "encoder_layers": 1,
+            "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64, "max_position_embeddings": 256,
+        },
+        image_token_id=tokenizer.image_token_id,
+    )  # fmt: skip
+    model = Florence2ForConditionalGeneration(config)
+    model.generation_config.update(
+        num_beams=3, no_repeat_ngram_size=3, decoder_start_token_id=2, bos_token_id=0, eos_token_id=2, pad_token_id=1
+    )  # as the real ones come
+    _save(model, Florence2Processor(images, tokenizer), folder)
+
+
+def save_gemma3(folder: Path) -> None:
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3ImageProcessorPil,
+        Gemma3Processor,
+    )
+
+    tokenizer = _byte_tokenizer(
+        "<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>",
+        pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+        image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config={**TEXT, "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 32},
+        vision_config={**VISION, "vision_use_head": False},
+        mm_tokens_per_image=4,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+    )
+    images = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
+    template = "{{ bos_token }}" + CHAT.replace("IMAGE", "<start_of_image>")
+    processor = Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+    _save(Gemma3ForConditionalGeneration(config), processor, folder, eos="<end_of_turn>")
+
+
+def save_llava_next(folder: Path) -> None:
+    from transformers import (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
+    )
+
+    tokenizer = _chat_tokenizer("<image>", image_token="<image>")
+    pinpoints = [[56, 112], [112, 56], [112, 112]]
+    config = LlavaNextConfig(
+        vision_config={**VISION, "model_type": "clip_vision_model", "projection_dim": 32},
+        text_config={**TEXT, "model_type": "mistral", "vocab_size": len(tokenizer)},
+        image_token_index=tokenizer.image_token_id,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-2,
+    )
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints
+    )
+    processor = LlavaNextProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=CHAT.replace("IMAGE", "<image>\n"),
+    )  # fmt: skip
+    _save(LlavaNextForConditionalGeneration(config), processor, folder)
+
+
+def save_llava_onevision(folder: Path) -> None:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessorPil,
+        LlavaOnevisionProcessor,
+    )
+
+    tokenizer = _chat_tokenizer("<image>", "<video>", image_token="<image>", video_token="<video>")
+    pinpoints = [[56, 56], [56, 112], [112, 56], [112, 112]]
+    config = LlavaOnevisionConfig(
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer)},
+        image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id,
+        image_grid_pinpoints=pinpoints,
+    )
+    images = LlavaOnevisionImageProcessorPil(size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints)
+    processor = _images_only(LlavaOnevisionProcessor)(
+        images, tokenizer, num_image_tokens=16, vision_feature_select_strategy="full",
+        chat_template=CHAT.replace("IMAGE", "<image>\n"),
+    )  # fmt: skip
+    _save(LlavaOnevisionForConditionalGeneration(config), processor, folder)
+
+
+def _qwen(folder: Path, generation: str) -> None:
+    import transformers
+    from transformers import Qwen2VLImageProcessorPil
+
+    prefix = {"2": "Qwen2VL", "2.5": "Qwen2_5_VL", "3": "Qwen3VL"}[generation]
+    tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer = _chat_tokenizer(*tokens, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    patch = 16 if generation == "3" else 14
+    vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": patch}
+    if generation == "2":
+        vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
+    if generation == "2.5":
+        vision |= {"fullatt_block_indexes": [1], "window_size": 56}
+    if generation == "3":
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = {**TEXT, "vocab_size": len(tokenizer), "rope_parameters": rope, "tie_word_embeddings": False}
+    if generation == "3":
+        text |= {"head_dim": 8}
+        rope["mrope_interleaved"] = True
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in zip(
+            ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), tokens, strict=True
+        )
+    }
+    config = getattr(transformers, f"{prefix}Config")(vision_config=vision, text_config=text, **ids)
+    images = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}, patch_size=patch, merge_size=2
+    )
+    kind = f"{prefix}Processor" if generation != "2.5" else "Qwen2_5_VLProcessor"
+    processor = _images_only(getattr(transformers, kind))(
+        images, tokenizer, chat_template=CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    )
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
+    model.generation_config.update(do_sample=True, temperature=0.01, top_k=1, top_p=0.001)  # as the real ones come
+    _save(model, processor, folder)
+
+
+def save_qwen2_vl(folder: Path) -> None:
+    _qwen(folder, "2")
+
+
+def save_qwen2_5_vl(folder: Path) -> None:
+    _qwen(folder, "2.5")
+
+
+def save_qwen3_vl(folder: Path) -> None:
+    _qwen(folder, "3")
+
+
+BUILDERS: dict[str, Callable[[Path], None]] = {
+    "florence2": save_florence2,
+    "gemma3": save_gemma3,
+    "llava-next": save_llava_next,
+    "llava-onevision": save_llava_onevision,
+    "qwen2-vl": save_qwen2_vl,
+    "qwen2.5-vl": save_qwen2_5_vl,
+    "qwen3-vl": save_qwen3_vl,
+}
+
+
+def _chat_tokenizer(*more: str, **named: str) -> Any:
+    return _byte_tokenizer(*CHAT_TOKENS, *more, pad_token="<|endoftext|>", eos_token="<|im_end|>", **named)
+
+
+def _byte_tokenizer(*special: str, **named: str) -> Any:
+    """One token a byte, and the special ones.  ``named``: which of those is which."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens: Sequence[str] = list(dict.fromkeys([*special, *named.values()]))
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*byte_letters(), *tokens])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    standard = {name: named.pop(name) for name in ("pad_token", "eos_token", "bos_token") if name in named}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **standard, extra_special_tokens=named)
+
+
+def _images_only(kind: Any) -> Any:
+    """A processor without its video half, which cannot be made without torchvision."""
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: ["image_processor", "tokenizer"])})
+
+
+def _save(model: Any, processor: Any, folder: Path, eos: str | None = None) -> None:
+    fill_with_noise(model, 1)
+    if eos is not None:
+        model.generation_config.update(eos_token_id=processor.tokenizer.convert_tokens_to_ids(eos))
+    elif model.generation_config.eos_token_id is None:
+        model.generation_config.update(eos_token_id=processor.tokenizer.eos_token_id)
+    model.save_pretrained(folder, safe_serialization=True)
+    processor.save_pretrained(folder)

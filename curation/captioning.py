@@ -81,7 +81,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gemma3": Family(1, 256, ("gemma3",)),
         "llava": Family(48, 120, ("llava", "llava_next", "llava_onevision")),
         "qwen": Family(48, 120, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
-        "endpoint": Family(48, 120),
+        "endpoint": Family(256, 120),  # many: a batch ends with its slowest answer
     }
 )
 

@@ -1,4 +1,4 @@
-"""What model servers speak: Ollama's API and OpenAI's, told apart by asking.
+"""What model servers speak: Ollama's API and OpenAI's, told apart by asking.  Questions may come with a picture.
 
 Knows the paths, the bodies, where the reply stands and what each error means.  Nothing here retries or routes.
 """
@@ -6,6 +6,7 @@ Knows the paths, the bodies, where the reply stands and what each error means.  
 from __future__ import annotations
 
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -56,6 +57,8 @@ class ModelMissing(Exception):
 class Request:
     """One question.  ``prompt`` alone: a raw completion; otherwise a chat of ``system`` (if any) and ``user``.
 
+    jpeg: a picture that ``user`` asks about.
+
     default_system: the system prompt for APIs whose models carry none of their own, as Ollama's do in their Modelfile.
     max_tokens bounds the reply; context_tokens must be the same for every request of a run, because Ollama loads the
     model anew when it changes.  extra: further sampling options of servers that know them.
@@ -70,11 +73,13 @@ class Request:
     max_tokens: int = 256
     context_tokens: int = CONTEXT_TOKENS
     stop: tuple[str, ...] = ()
+    jpeg: bytes = b""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def messages(self, system: str) -> list[dict[str, str]]:
+    def messages(self, system: str, user: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The chat; ``user``: what the wire format makes of the user's part."""
         first = [{"role": "system", "content": system}] if system else []
-        return [*first, {"role": "user", "content": self.user}]
+        return [*first, {"role": "user", **user}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,10 @@ class Ollama:
         common = {"model": model, "stream": False, "options": options}  # stream defaults to true
         if request.prompt:
             return "/api/generate", orjson.dumps({**common, "prompt": request.prompt, "raw": True})
-        return "/api/chat", orjson.dumps({**common, "messages": request.messages(request.system)})
+        user: dict[str, Any] = {"content": request.user}
+        if request.jpeg:
+            user["images"] = [b64encode(request.jpeg).decode()]
+        return "/api/chat", orjson.dumps({**common, "messages": request.messages(request.system, user)})
 
     def reply(self, payload: bytes) -> Reply:
         parts, reason = [], "stop"
@@ -170,9 +178,12 @@ class OpenAI:
             common["stop"] = list(request.stop)
         if request.prompt:
             return "/v1/completions", orjson.dumps({**common, "prompt": request.prompt})
-        return "/v1/chat/completions", orjson.dumps(
-            {**common, "messages": request.messages(request.system or request.default_system)}
-        )
+        content: Any = request.user
+        if request.jpeg:  # no URL that a server would fetch: the picture itself
+            url = "data:image/jpeg;base64," + b64encode(request.jpeg).decode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.user}]
+        messages = request.messages(request.system or request.default_system, {"content": content})
+        return "/v1/chat/completions", orjson.dumps({**common, "messages": messages})
 
     def reply(self, payload: bytes) -> Reply:
         value = _object(payload)

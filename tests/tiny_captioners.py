@@ -60,7 +60,7 @@ def save_florence2(folder: Path) -> None:
     model.generation_config.update(
         num_beams=3, no_repeat_ngram_size=3, decoder_start_token_id=2, bos_token_id=0, eos_token_id=2, pad_token_id=1
     )  # as the real ones come
-    _save(model, Florence2Processor(images, tokenizer), folder)
+    _save(model, Florence2Processor(images, tokenizer, post_processor_config={"pure_text": {}}), folder)
 
 
 def save_gemma3(folder: Path) -> None:
@@ -231,6 +231,7 @@ def _images_only(kind: Any) -> Any:
 
 def _save(model: Any, processor: Any, folder: Path, eos: str | None = None) -> None:
     fill_with_noise(model, 1)
+    model.generation_config.update(min_new_tokens=3)  # random weights may well begin with the end
     if eos is not None:
         model.generation_config.update(eos_token_id=processor.tokenizer.convert_tokens_to_ids(eos))
     elif model.generation_config.eos_token_id is None:

@@ -24,13 +24,18 @@ END_OF_ARCHIVE: Final = 2 * 512
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What a sample is replaced with.  Its other members stay."""
+    """What a sample is replaced with.  Its other members stay, and so do those for which there is None here."""
 
-    jpg: bytes | memoryview
-    txt: bytes | memoryview
-    json: bytes | memoryview
+    jpg: bytes | memoryview | None
+    txt: bytes | memoryview | None
+    json: bytes | memoryview | None
 
-    def part(self, suffix: str) -> bytes | memoryview:
+    @property
+    def parts(self) -> list[str]:
+        """The suffixes of what is new."""
+        return [suffix for suffix in ("jpg", "txt", "json") if self.part(suffix) is not None]
+
+    def part(self, suffix: str) -> bytes | memoryview | None:
         return self.jpg if suffix == "jpg" else self.txt if suffix == "txt" else self.json
 
 
@@ -105,20 +110,21 @@ class _Out:
     def add_edited(self, span: SampleSpan, edit: Edit) -> None:
         """Members that stay, and new ones in the place of others."""
         stem = span.key.encode("utf-8", "surrogateescape") + b"."
-        missing = ["jpg", "txt", "json"]
+        missing = edit.parts
+        parts = frozenset(missing)
         new: list[bytes | memoryview] = []
 
         def replace(suffix: str, mtime: int) -> None:
             missing.remove(suffix)
-            data = edit.part(suffix)
+            data = edit.part(suffix) or b""
             new.extend((make_header(stem + suffix.encode(), len(data), mtime), data, padding(len(data))))
 
         for member in _in_order(span):
             suffix = _replaced_by(member)
-            if suffix is None:
+            if suffix not in parts:
                 self._add(new)
                 self.copy(member.start, member.end)
-            elif suffix in missing:
+            elif suffix is not None and suffix in missing:
                 replace(suffix, member.mtime)
         for suffix in tuple(missing):
             replace(suffix, span.members[0].mtime)
@@ -222,21 +228,21 @@ def _in_order(span: SampleSpan) -> list[Member]:
 
 def _differs(old: Window, span: SampleSpan, new: Window, found: SampleSpan, edit: Edit) -> str | None:
     """How an edited sample is not what it should be."""
-    edited = [member for member in found.members if _replaced_by(member)]
-    if sorted(member.suffix for member in edited) != ["jpg", "json", "txt"]:
+    edited = [member for member in found.members if _replaced_by(member) in edit.parts]
+    if sorted(member.suffix for member in edited) != sorted(edit.parts):
         return f"its members are {', '.join(member.text_name for member in found.members)}"
     replaced = {_replaced_by(member): member for member in reversed(span.members)}
     for member in edited:
-        data = edit.part(member.suffix)
+        data = edit.part(member.suffix) or b""
         mtime = replaced.get(member.suffix, span.members[0]).mtime
         header = make_header(f"{span.key}.{member.suffix}", len(data), mtime)
         if new.read(member.start, member.end - member.start) != b"".join((header, data, padding(len(data)))):
             return f"{member.text_name} is not the edit's"
-    staying = [member for member in span.members if not _replaced_by(member)]
-    stayed = [member for member in found.members if not _replaced_by(member)]
+    staying = [member for member in span.members if _replaced_by(member) not in edit.parts]
+    stayed = [member for member in found.members if _replaced_by(member) not in edit.parts]
     if _digest(old, staying) != _digest(new, stayed):
         return "members that are not edited should be as they were"
-    order = [kind for kind in dict.fromkeys(map(_replaced_by, span.members)) if kind]
+    order = [kind for kind in dict.fromkeys(map(_replaced_by, span.members)) if kind in edit.parts]
     if [member.suffix for member in edited][: len(order)] != order:
         return "its members are in another order"
     return None

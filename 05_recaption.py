@@ -1,0 +1,402 @@
+#!/usr/bin/env python3
+"""Stage 05: a new caption for each image of the shards, by a vision-language model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from curation import backends, captioning
+from curation.batches import seed_of
+from curation.caption_compare import write_comparison
+from curation.caption_feed import Batch, Feed, Picture, beside, recalling
+from curation.caption_outputs import Format, finish_parquet, import_arrow, parse_formats, write_format
+from curation.caption_rows import ROWS_FOLDER, jsonl_lines, make_row, reusable_captions, rows_path, write_rows
+from curation.caption_trial import first_images, show_trial
+from curation.cluster import Allocation, visible_gpus
+from curation.device_memory import WorkingBatch
+from curation.dictionaries import dump_json
+from curation.errors import UsageError
+from curation.images import Pixels
+from curation.jsonl_merge import JsonlMerge
+from curation.ledger import Input, Ledger
+from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.partial import PartialLog
+from curation.runner import ShardWork, run_stage
+from curation.shards import Shard, discover, select
+from curation.tar import TarReport
+
+JSONL_NAME = "captions.jsonl"
+CACHE = Path("~/.cache/curation")
+
+
+def also(*names: str) -> Any:
+    """Further spellings of a flag, those of the tools that this stage stands for."""
+    return tyro.conf.arg(aliases=names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
+
+    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH")] = None
+    """Source shards, as --data_path."""
+    data_path: Annotated[str | None, also("--data_dir", "--input")] = None
+    """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
+    output_dir: Annotated[str, also("-o", "--output", "--checkpoint_dir")] = "recaptions"
+    """Folder for the captions."""
+    format: str = "jsonl"
+    """jsonl, parquet, files, tar, several with commas between them, or all."""
+    model: Annotated[str, also("--model_name")] = "florence2-base"
+    """A short name (--list_models), a hub id, a local folder, or endpoint:<the server's model>."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model.  Default: main, as it is when the run starts."""
+    list_models: bool = False
+    """Print the models by their short names, with memory and what they suit, and end."""
+    detail: Literal["brief", "detailed", "more_detailed"] = "more_detailed"
+    """How much the caption says: Florence-2's own tasks, a prompt of that kind for the other families."""
+    prompt: str | None = None
+    """What the model is asked, instead of --detail's words."""
+    prompt_file: str | None = None
+    """A file with the prompt."""
+    max_tokens: int | None = None
+    """Length of a caption in tokens.  Default: the model family's."""
+    temperature: float = 0.0
+    """0: the likeliest words; above: sampled, with a seed for each key."""
+    seed: int = 0
+    """Seed of the sampling; each image's is a hash of it and its key."""
+    batch_size: Annotated[int | Literal["auto"], also("-b")] = "auto"
+    """Images captioned at once; halved where memory runs out.  auto: found by trying on a GPU, else the family's."""
+    dataloader_num_workers: int | None = None
+    """Threads that decode and prepare images ahead of the model.  Default: the cores that this process was given."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of the weights.  auto: bfloat16 on a GPU, float32 on the CPU."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Quantise the weights, where the family allows it."""
+    offload: bool = False
+    """Keep on the CPU what does not fit on the GPU: for small cards, slower."""
+    num_gpus: int | None = None
+    """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
+    gpus: str | None = None
+    """Only these GPUs of the machine, such as 0,2,3; one process each."""
+    resume: bool = False
+    """Accepted and without effect: every run goes on where the last one ended."""
+    max_images: int | None = None
+    """Only so many images, the first ones of the shards in order."""
+    smoke: int | None = None
+    """A quick trial on so many images, from start to end, into a folder of its own; prints the captions."""
+    detect_watermarks: bool = False
+    """Score each image by --watermark_model and record the score."""
+    watermark_model: str | None = None
+    """ONNX classifier (256×256, two classes): a path, or a URL with --watermark_sha256."""
+    watermark_sha256: str | None = None
+    """sha256 that the classifier's file must have."""
+    max_watermark: float | None = None
+    """Leave out images whose watermark score is above this; they are listed as dropped.  Default: none is."""
+    compare: str | None = None
+    """Another run's captions.jsonl: write compare.html with the images and the captions of both, side by side."""
+    push_every: int = 500
+    """Images between two uploads to the hub."""
+    hf_repo: str | None = None
+    """Dataset repository on the hub to upload to.  Default: nothing is uploaded."""
+    hf_username: str | None = None
+    """Owner of --hf_repo.  Default: who is logged in."""
+    push: bool = True
+    """Whether to upload at all; --no_push has the last word."""
+
+    def check(self) -> None:
+        super().check()
+        if (self.data is None) == (self.data_path is None):
+            raise UsageError("give the source shards once: DATA_PATH or --data_path")
+        for name in ("max_tokens", "batch_size", "dataloader_num_workers", "num_gpus", "max_images", "smoke"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"--{name} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError("--temperature must not be negative")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UsageError("--prompt and --prompt_file are one too many")
+        if self.detect_watermarks != (self.watermark_model is not None):
+            raise UsageError("--detect_watermarks and --watermark_model need each other")
+        if self.max_watermark is not None and not self.detect_watermarks:
+            raise UsageError("--max_watermark needs --detect_watermarks")
+        if self.gpus is not None and not all(part.strip().isdecimal() for part in self.gpus.split(",")):
+            raise UsageError("--gpus is a list of numbers such as 0,2,3")
+        if self.follow:
+            raise UsageError("--follow: there is no stage before 05_recaption that it could follow")
+        if self.hf_repo is not None and self.push:
+            raise UsageError("--hf_repo: uploading to the hub is not built yet; leave it out, or add --no_push")
+        if "parquet" in self.formats:
+            import_arrow()
+
+    @property
+    def source(self) -> str:
+        return self.data or self.data_path or ""
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        try:
+            return parse_formats(self.format)
+        except ValueError as error:
+            raise UsageError(f"--format {error}") from None
+
+
+class Recaption:
+    """One shard: shards/<shard>.tar → rows/<shard>.jsonl and the formats that were asked for.
+
+    limits: of some shards, how many images are read at most; all of them of the others.
+    """
+
+    name = "05_recaption"
+    version = 1
+    other_outputs: tuple[Path, ...] = ()
+    shards_in_flight = 1
+
+    def __init__(self, options: Options, limits: dict[str, int]) -> None:
+        self.options = options
+        self.output = Path(options.output_dir)
+        self._limits = limits
+        self._size: int | None = None  # of batches, once it is known
+        self._merge: JsonlMerge | None = None
+
+    @cached_property
+    def _prompt(self) -> str | None:
+        o = self.options
+        if o.prompt_file is None:
+            return o.prompt
+        try:
+            return Path(o.prompt_file).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--prompt_file {o.prompt_file}: cannot be read ({error})") from None
+
+    @cached_property
+    def _watermark_file(self) -> Path | None:
+        o = self.options
+        if o.watermark_model is None:
+            return None
+        from curation.backends.watermark_onnx import weights_file
+
+        return weights_file(o.watermark_model, o.watermark_sha256, CACHE.expanduser())
+
+    def fingerprint(self) -> dict[str, object]:
+        o = self.options
+        names = ("revision", "detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize")
+        watermarks = hashlib.sha256(self._watermark_file.read_bytes()).hexdigest() if self._watermark_file else None
+        return {
+            "model": captioning.resolve(o.model)[1],
+            **{name: getattr(o, name) for name in (*names, "max_watermark", "max_images")},
+            "prompt": self._prompt,
+            "watermarks": watermarks,
+            "format": list(o.formats),
+        }
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        return [Input(shard.path)]
+
+    def open(self, allocation: Allocation) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        o = self.options
+        family, source = captioning.resolve(o.model)
+        self._family = captioning.FAMILIES[family]
+        device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
+        self.backend: captioning.CaptionBackend = backends.load("caption", family)(
+            source,
+            revision=o.revision,
+            prompt=self._prompt,
+            detail=o.detail,
+            max_tokens=o.max_tokens or self._family.max_tokens,
+            temperature=o.temperature,
+            quantize=o.quantize,
+            offload=o.offload,
+            device=device,
+            threads=allocation.threads,
+            dtype=o.dtype,
+        )
+        score: Callable[[Pixels], float] | None = None
+        if self._watermark_file is not None:
+            score = backends.load("watermark", "onnx")(self._watermark_file).score
+        threads = o.dataloader_num_workers or allocation.threads
+        self.feed = Feed(self.backend, threads, score, o.max_watermark)
+        self._on_gpu = allocation.gpu is not None
+
+    def close(self) -> None:
+        if hasattr(self, "feed"):
+            self.feed.close()
+        if hasattr(self, "backend"):
+            self.backend.close()
+        self._finish_formats()
+
+    # ---- one shard
+
+    def process(self, work: ShardWork) -> None:
+        if "jsonl" in self.options.formats:
+            self._merger().grow()
+        pictures: list[Picture] = []
+        report = TarReport()
+        recipe = self._recipe()
+        log = work.partial()
+        begin = recalling(log, reusable_captions(self.output, work.previous, recipe))
+        size = self._batch_size(work.shard)
+        memory = WorkingBatch(size, self._device(), self.output / "_batch_sizes" / self.name)
+        limit = self._limits.get(work.shard.id)
+        read = self.feed.pictures(work.shard.path, work, report, limit, begin, size)
+        with beside(self.feed.batches(read, size, pictures)) as take:
+            while True:
+                with work.phase("wait"):
+                    batch = take()
+                if batch is None:
+                    break
+                self._caption(work, batch, log, memory)
+        for line in report.warnings():
+            work.warn(line)
+        with work.phase("write"):
+            self._write(work, pictures)
+        work.note("recipe", recipe)
+        work.note("batch_size", size)
+        work.note("device", self.backend.device_kind)
+
+    def _caption(self, work: ShardWork, batch: Batch, log: PartialLog, memory: WorkingBatch) -> None:
+        """A batch that is not in the log yet is captioned and logged; its pictures are counted."""
+        if not batch.done:
+            images = [picture.prepared for picture in batch.pictures]
+            seeds = [seed_of(self.options.seed, picture.key) for picture in batch.pictures]
+            fits = min(len(images), memory.limit(*images[0].shape))
+            with work.phase("infer"):
+                captions = captioning.caption_batch(self.backend, memory, images, seeds)
+            if memory.limit(*images[0].shape) < min(len(images), memory.planned) or fits < len(images):
+                work.note("batch_shrunk_to", memory.limit(*images[0].shape))
+            pairs = zip(batch.pictures, captions, strict=True)
+            log.append((p.key, p.digest, p.outcome(caption, batch.mark)) for p, caption in pairs)
+        for picture in batch.pictures:
+            picture.let_go()
+            if (failed := picture.record.get("failed")) is not None:
+                work.fail(picture.key, *failed)
+            else:
+                work.keep()
+        if not batch.done:
+            work.check_stop()
+
+    def _write(self, work: ShardWork, pictures: Sequence[Picture]) -> None:
+        """The shard's rows, and each format that is a function of them."""
+        reused = sum(picture.caption is not None for picture in pictures)
+        work.keep(reused)
+        if reused:
+            work.note("reused", reused)
+        model = {"model": self.backend.name, "revision": self.backend.revision}
+        rows = [
+            make_row(
+                key=picture.key,
+                shard=work.shard.id,
+                metadata=picture.metadata,
+                txt=picture.txt,
+                caption=caption,
+                size=picture.size,
+                image_sha256=picture.sha256,
+                model=model,
+                watermark_score=picture.score,
+            )
+            for picture in pictures
+            if (caption := picture.caption if picture.caption is not None else picture.record.get("caption"))
+        ]
+        with work.output(rows_path(self.output, work.shard.id)) as file:
+            write_rows(file, rows)
+        for name in self.options.formats:
+            write_format(name, self.output, work.shard.path, work.shard.id, rows, work)
+
+    # ---- batches
+
+    def _device(self) -> str:
+        b, o = self.backend, self.options
+        return f"{b.device_kind}\0{b.name}\0{b.revision}\0{o.dtype}\0{o.quantize}\0{o.max_tokens}"
+
+    def _batch_size(self, shard: Shard) -> int:
+        """Found once per kind of device and model, with the first image that can be prepared, and then kept."""
+        if self._size is None:
+            asked = self.options.batch_size
+            if asked != "auto":
+                self._size = int(asked)
+            elif not self._on_gpu:
+                self._size = self._family.batch_size
+            else:
+                name = hashlib.sha256(self._device().encode()).hexdigest()[:16]
+                file = self.output / "_batch_sizes" / self.name / f"auto-{name}.json"
+                typical = self.feed.first_prepared(shard.path)
+                if typical is None:
+                    return self._family.batch_size
+                find = captioning.find_batch_size
+                self._size = captioning.settled_batch_size(file, lambda: find(self.backend, typical))
+        return self._size
+
+    def _recipe(self) -> str:
+        """What decides a caption: rows with the same one are taken over by a run with other formats."""
+        fields = {name: value for name, value in self.fingerprint().items() if name not in ("format", "max_images")}
+        return hashlib.sha256(dump_json([fields, self.backend.name, self.backend.revision])).hexdigest()[:32]
+
+    # ---- what is made of all shards
+
+    def _ledger(self) -> Ledger:
+        return Ledger(self.output, self.name, self.version, self.fingerprint(), read_only=True)
+
+    def _merger(self) -> JsonlMerge:
+        if self._merge is None:
+            target = self.output / JSONL_NAME
+            self._merge = JsonlMerge(self._ledger(), target, lambda shard: f"{ROWS_FOLDER}/{shard}.jsonl", jsonl_lines)
+        return self._merge
+
+    def _finish_formats(self) -> None:
+        if "jsonl" in self.options.formats:
+            self._merger().finish()
+        if "parquet" in self.options.formats:
+            finish_parquet(self._ledger())
+
+
+def one_process_per_gpu(options: Options) -> Options:
+    """``--num_gpus`` and ``--gpus`` as ``--workers``.  Under srun with several tasks each is one already."""
+    if options.gpus is not None:
+        chosen = [part.strip() for part in options.gpus.split(",")]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        return replace(options, workers=len(chosen))
+    if options.num_gpus is None:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        alone = options.workers == 1 and not (tasks.isdigit() and int(tasks) > 1)
+        return replace(options, workers=max(1, visible_gpus())) if alone else options
+    if 0 < visible_gpus() < options.num_gpus:
+        raise UsageError(f"--num_gpus {options.num_gpus}: only {visible_gpus()} can be seen here")
+    return replace(options, workers=options.num_gpus)
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(Options, argv)
+    if options.list_models:
+        print(captioning.list_models())
+        return 0
+    options.check()
+    compare = None if options.compare is None or options.dry_run else Path(options.compare)
+    options = replace(options, data=None, data_path=options.source, compare=None)  # as the workers are told
+    shards = select(discover(options.source), options.shards)
+    if options.smoke is not None:
+        folder = Path(options.output_dir) / f"_smoke-{options.smoke}"
+        options = replace(options, output_dir=str(folder), max_images=options.smoke, rerun=True, workers=1, num_gpus=1)
+    limits: dict[str, int] = {}
+    if options.max_images is not None:
+        limits = first_images(shards, options.max_images)
+        shards = [shard for shard in shards if shard.id in limits]
+    code = run_stage(Recaption(options, limits), one_process_per_gpu(options), shards)
+    if options.smoke is not None and not options.dry_run:
+        show_trial(Path(options.output_dir), list(limits))
+    if compare is not None:
+        logger.info(f"{write_comparison(Path(options.output_dir), shards, compare)}: captions side by side")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

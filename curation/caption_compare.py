@@ -1,0 +1,126 @@
+"""Captions of two models or precisions side by side with their images, as one HTML page without any other file.
+
+Captions come from the open web and from models: the page shows them as text, whatever is in them.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from curation.caption_rows import parse_rows, rows_path
+from curation.errors import InfrastructureError, SampleError, ShardError
+from curation.images import decode_rgb, encode_jpeg
+from curation.samples import image_of
+from curation.shards import Shard
+from curation.tar import IMAGE_SUFFIXES, read_samples
+
+PAGE_NAME = "compare.html"
+MAX_PAIRS = 200  # on one page: thumbnails of 10 to 20 kB each
+THUMBNAIL = 256
+MAX_OTHER_BYTES = 16 << 30
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Captions side by side</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; }
+table { border-collapse: collapse; width: 100%; }
+td, th { border-top: 1px solid #ccc; padding: .6em; text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; }
+.key { color: #666; font-size: 12px; }
+.same { color: #666; }
+</style>
+</head>
+<body>
+<h1>Captions side by side</h1>
+<p>{{ pairs | length }} of {{ total }} images that both have; {{ same }} captions on this page are alike.</p>
+<table>
+<tr><th>Image</th><th>{{ mine }}</th><th>{{ theirs }}</th><th>In the source</th></tr>
+{% for pair in pairs %}
+<tr{% if pair.left == pair.right %} class="same"{% endif %}>
+<td>{% if pair.image %}<img alt="" src="data:image/jpeg;base64,{{ pair.image }}">{% endif %}
+<div class="key">{{ pair.shard }}/{{ pair.key }}</div></td>
+<td>{{ pair.left }}</td><td>{{ pair.right }}</td><td>{{ pair.original }}</td>
+</tr>
+{% endfor %}
+</table>
+</body>
+</html>
+"""
+
+
+def write_comparison(output: Path, shards: Sequence[Shard], other: Path) -> Path:
+    """``compare.html`` in ``output``: the rows there beside those of ``other``, a JSONL of the same kind.
+
+    The first images that both have, in the shards' order; returns the page's path.
+    """
+    try:
+        from jinja2 import Environment
+    except ImportError as error:
+        raise InfrastructureError(f"--compare needs jinja2 ({error}): pip install jinja2") from None
+    theirs = _captions(other)
+    pairs: list[dict[str, Any]] = []
+    total = 0
+    model = ""
+    sources = {shard.id: shard.path for shard in shards}
+    for shard_id in sorted(sources):
+        rows = {row["key"]: row for row in _rows(output, shard_id) if (shard_id, row["key"]) in theirs}
+        total += len(rows)
+        chosen = dict(list(rows.items())[: MAX_PAIRS - len(pairs)])
+        images = dict(_thumbnails(sources[shard_id], set(chosen))) if chosen else {}
+        for key, row in chosen.items():
+            model = f"{row['model']} ({row['revision']})"
+            pair = {"shard": shard_id, "key": key, "image": images.get(key, ""), "left": row["caption"]}
+            pairs.append(pair | {"right": theirs[shard_id, key], "original": row["original_caption"]})
+    template = Environment(autoescape=True).from_string(_PAGE)
+    same = sum(pair["left"] == pair["right"] for pair in pairs)
+    page = output / PAGE_NAME
+    text = template.render(pairs=pairs, total=total, same=same, mine=model or "this run", theirs=str(other))
+    try:
+        page.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InfrastructureError(f"{page}: cannot be written ({error.strerror})") from None
+    return page
+
+
+def _rows(output: Path, shard_id: str) -> Iterator[dict[str, Any]]:
+    path = rows_path(output, shard_id)
+    if path.is_file():
+        yield from parse_rows(path.read_bytes(), path)
+
+
+def _captions(path: Path) -> dict[tuple[str, str], str]:
+    """(shard, key) → caption of a merged JSONL; InfrastructureError where it is none."""
+    try:
+        if path.stat().st_size > MAX_OTHER_BYTES:
+            raise InfrastructureError(f"--compare {path}: larger than {MAX_OTHER_BYTES:,} bytes")
+        data = path.read_bytes()
+        rows = list(parse_rows(data, path))
+        return {(str(row["tar_file"]).removesuffix(".tar"), str(row["key"])): str(row["caption"]) for row in rows}
+    except (OSError, ShardError, KeyError) as error:
+        raise InfrastructureError(f"--compare {path}: not a captions.jsonl ({error})") from None
+
+
+def _thumbnails(source: Path, keys: set[str]) -> Iterator[tuple[str, str]]:
+    """Small JPEGs of the samples named, in base64; those that cannot be decoded are left out."""
+    for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
+        if sample.key not in keys:
+            continue
+        keys.discard(sample.key)
+        try:
+            image = Image.fromarray(decode_rgb(image_of(sample), at_least=THUMBNAIL))
+        except SampleError:
+            continue
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        yield sample.key, base64.b64encode(encode_jpeg(np.asarray(image), 80)).decode("ascii")
+        if not keys:
+            return

@@ -1,0 +1,263 @@
+"""Images of a shard decoded and prepared ahead of the model, and gathered into batches that only the shard decides."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+import xxhash
+from PIL import Image
+
+from curation.ahead import in_order
+from curation.beside import Beside
+from curation.caption_rows import Row, lenient_metadata, sha256_of
+from curation.captioning import CaptionBackend, ShapeGroups
+from curation.dictionaries import clean_text, dump_json
+from curation.errors import SampleError
+from curation.images import Pixels, decode_rgb, image_size
+from curation.partial import PartialLog
+from curation.samples import image_of
+from curation.tar import IMAGE_SUFFIXES, Sample, TarReport, read_samples
+
+MAX_BYTES_AHEAD = 256 << 20  # of images as they lie in the shard
+MOST_WAITING = 512  # images that wait for others of their shape, at up to a few megabytes each
+LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
+_WANTED = frozenset(IMAGE_SUFFIXES) | {"txt", "json"}
+
+
+class Work(Protocol):
+    """What is needed of a shard's work."""
+
+    def sample_in(self, count: int = 1) -> None: ...
+
+    def keep(self, count: int = 1) -> None: ...
+
+    def drop(self, key: str, reason: str) -> None: ...
+
+    def fail(self, key: str, reason: str, detail: str = "") -> None: ...
+
+    def add_seconds(self, name: str, seconds: float) -> None: ...
+
+
+@dataclass(slots=True)
+class Picture:
+    """A sample with an image on its way to its caption.
+
+    image: its bytes, until it is captioned.  digest: of the key and those bytes.  size: width, height.
+    caption: of an earlier run.  record: what this run found out, perhaps in an earlier attempt.
+    """
+
+    key: str
+    metadata: dict[str, Any]
+    txt: bytes | None
+    image: bytes
+    digest: str
+    size: tuple[int, int] = (0, 0)
+    sha256: str = ""
+    score: float | None = None
+    shape: tuple[int, ...] = ()
+    prepared: Any = None
+    caption: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def outcome(self, caption: str | SampleError, mark: str) -> bytes:
+        """The record of a caption, or of why there is none, as a member of the batch ``mark``."""
+        record: dict[str, Any] = {
+            "size": self.size, "sha256": self.sha256, "score": self.score, "shape": self.shape, "mark": mark
+        }  # fmt: skip
+        if isinstance(caption, SampleError):
+            record["failed"] = [caption.reason, clean_text(caption.detail)]
+        else:
+            record["caption"] = clean_text(caption)
+        self.record = record
+        return dump_json(record)
+
+    def recall(self) -> None:
+        """Take over what the record says but for the caption."""
+        record = self.record
+        self.size, self.sha256 = (record["size"][0], record["size"][1]), record["sha256"]
+        self.score, self.shape = record["score"], tuple(record["shape"])
+
+    def let_go(self) -> None:
+        """The bytes and tensors: of a shard's pictures only a few are in memory at a time."""
+        self.image, self.prepared = b"", None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pictures of one shape.  done: an earlier attempt captioned all of them together."""
+
+    pictures: Sequence[Picture]
+    mark: str
+    done: bool
+
+
+class Feed:
+    """Prepares pictures in threads, on the host; one for all shards of a process.
+
+    score: how much an image looks watermarked, from its pixels; None where nobody asks.  ahead: pictures prepared
+    before the first of them is awaited; more than two batches, or the model waits.
+    """
+
+    def __init__(
+        self,
+        backend: CaptionBackend,
+        threads: int,
+        score: Callable[[Pixels], float] | None = None,
+        max_watermark: float | None = None,
+    ) -> None:
+        self._backend, self._threads = backend, threads
+        self._score, self._max_watermark = score, max_watermark
+        self._pool = ThreadPoolExecutor(threads, "prepare")
+        self._one_large_image = threading.Lock()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def pictures(
+        self,
+        source: Path,
+        work: Work,
+        report: TarReport,
+        limit: int | None,
+        begin: Callable[[Picture], None],
+        batch_size: int,
+    ) -> Iterator[Picture]:
+        """The pictures of a shard in its order, prepared or recalled; the others are counted with their reasons.
+
+        limit: pictures to read at most.  begin: fills in the ``record`` or the caption of those captioned before.
+        """
+
+        def start(picture: Picture) -> Future[None] | None:
+            begin(picture)
+            if picture.caption is not None:
+                return None
+            if picture.record:
+                picture.recall()
+                return None
+            return self._pool.submit(self._prepare, picture)
+
+        samples = self._samples(source, work, report, limit)
+        ahead = 2 * batch_size + 2 * self._threads
+        for picture, future in in_order(samples, start, lambda p: len(p.image), ahead, MAX_BYTES_AHEAD):
+            try:
+                if future is not None:
+                    future.result()
+            except SampleError as error:
+                picture.let_go()
+                work.fail(picture.key, error.reason, error.detail)
+                continue
+            if self._max_watermark is not None and picture.score is not None and picture.score > self._max_watermark:
+                picture.let_go()
+                work.drop(picture.key, "watermark")
+                continue
+            yield picture
+
+    def first_prepared(self, source: Path) -> Any | None:
+        """The first image of a shard that can be prepared, to try batch sizes with."""
+        for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
+            with contextlib.suppress(SampleError):
+                sample.check()
+                return self._backend.prepare(Image.fromarray(decode_rgb(image_of(sample))))
+        return None
+
+    def batches(self, pictures: Iterable[Picture], batch_size: int, seen: list[Picture]) -> Iterator[Batch]:
+        """Batches of one shape; ``seen`` is filled with the pictures in the shard's order."""
+        groups: ShapeGroups[Picture] = ShapeGroups(batch_size, MOST_WAITING)
+        for picture in pictures:
+            seen.append(picture)
+            if picture.caption is not None:  # an earlier run's
+                picture.let_go()
+            elif full := groups.add(picture.shape, picture):
+                yield self._batch(full)
+        for rest in groups.rest():
+            yield self._batch(rest)
+
+    def _batch(self, pictures: Sequence[Picture]) -> Batch:
+        """What an earlier attempt left unfinished of a batch is prepared and done again with all of it: a caption's
+        bytes depend on which images were with it."""
+        mark = xxhash.xxh3_64_hexdigest("\0".join(picture.digest for picture in pictures).encode())
+        done = all(picture.record.get("mark") == mark for picture in pictures)
+        if not done:
+            waiting = [self._pool.submit(self._prepare, p) for p in pictures if p.prepared is None]
+            for future in waiting:
+                future.result()  # it could be prepared before
+        return Batch(pictures, mark, done)
+
+    def _samples(self, source: Path, work: Work, report: TarReport, limit: int | None) -> Iterator[Picture]:
+        count = 0
+        for sample in read_samples(source, _WANTED.__contains__, report):
+            if limit is not None and count >= limit:
+                return
+            work.sample_in()
+            try:
+                sample.check()
+                picture = self._picture(sample)
+            except SampleError as error:
+                work.fail(sample.key, error.reason, error.detail)
+                continue
+            count += 1
+            yield picture
+
+    def _picture(self, sample: Sample) -> Picture:
+        image = image_of(sample)
+        txt, metadata = sample.members.get("txt"), lenient_metadata(sample.members.get("json"))
+        digest = xxhash.xxh3_64(sample.key.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(image)
+        return Picture(sample.key, metadata, txt, image, digest.hexdigest())
+
+    def _prepare(self, picture: Picture) -> None:
+        """In a thread: hash, decode, score, and turn into what the model takes."""
+        width, height = image_size(picture.image)
+        heavy = self._one_large_image if width * height > LARGE_PIXELS else contextlib.nullcontext()
+        with heavy:
+            pixels = decode_rgb(picture.image)
+            if not picture.record and self._score is not None:
+                picture.score = self._score(pixels)
+            if self._max_watermark is None or picture.score is None or picture.score <= self._max_watermark:
+                picture.prepared = self._backend.prepare(Image.fromarray(pixels))
+                picture.shape = tuple(picture.prepared.shape)
+        picture.size, picture.sha256 = (width, height), sha256_of(picture.image)
+
+
+@contextlib.contextmanager
+def beside(batches: Iterator[Batch]) -> Iterator[Callable[[], Batch | None]]:
+    """A function that gives one batch after the other, None at the end; the next is gathered while the caller works."""
+    following = partial(next, batches, None)
+    reader: Beside[Batch | None] = Beside("batches")
+    try:
+        reader.start(following)
+
+        def take() -> Batch | None:
+            batch = reader.result()
+            if batch is not None:
+                reader.start(following)
+            return batch
+
+        yield take
+    finally:
+        reader.close()
+        if (close := getattr(batches, "close", None)) is not None:
+            close()
+
+
+def recalling(log: PartialLog, earlier: Mapping[tuple[str, str], Row]) -> Callable[[Picture], None]:
+    """Fills in what is known of a picture: by an interrupted attempt of this run, or by an earlier run's rows."""
+
+    def begin(picture: Picture) -> None:
+        data = log.get(picture.key, picture.digest)
+        if data is not None:
+            picture.record = orjson.loads(data)
+        elif earlier and (row := earlier.get((picture.key, sha256_of(picture.image)))) is not None:
+            width, height = row["image_size"]
+            picture.caption, picture.size, picture.sha256 = row["caption"], (width, height), row["image_sha256"]
+            picture.score = row["watermark_score"]
+
+    return begin

@@ -1,0 +1,233 @@
+"""What stage 05 writes for a shard beside its rows, each format a function of the rows and the source alone."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import xxhash
+
+from curation.caption_rows import Row, lenient_metadata
+from curation.dictionaries import dump_json
+from curation.errors import InfrastructureError
+from curation.ledger import Ledger
+from curation.plan import planned
+from curation.publish import OutputFile
+from curation.splice import Edit, Fate, splice
+from curation.tar import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window, read_samples
+
+logger = logging.getLogger("curation")
+
+Format = Literal["jsonl", "parquet", "files", "tar"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+ALL_PARQUET = "all_captions.parquet"
+PARQUET_FOLDER, TAR_FOLDER, FILES_FOLDER = "parquet", "shards", "files"
+
+# ContraStyles' columns in its order; the source's own columns among them by name.
+PARQUET_COLUMNS = (
+    "key", "original_key", "url", "original_caption", "vlm_caption", "width", "height", "original_width",
+    "original_height", "sha256", "md5", "tags", "merged_tags",
+)  # fmt: skip
+# Behind them, so that nothing of the source is lost: ``extra`` is its other fields as JSON.
+MORE_COLUMNS = ("uid", "model", "revision", "watermark_score", "extra")
+_FROM_SOURCE = ("original_key", "md5", "tags", "merged_tags")
+_NUMBERS = ("width", "height", "original_width", "original_height")
+
+_Output = Callable[[Path], AbstractContextManager[OutputFile]]
+
+
+class Work(Protocol):
+    """What is needed of a shard's work."""
+
+    def output(self, path: Path, /) -> AbstractContextManager[OutputFile]: ...
+
+
+def parse_formats(text: str) -> tuple[Format, ...]:
+    """``jsonl,tar`` as formats in their fixed order; ``all`` is every one.  Raises ValueError for another word."""
+    words = {word.strip() for word in text.split(",") if word.strip()}
+    if words == {"all"}:
+        return FORMATS
+    if not words or words - {*FORMATS}:
+        raise ValueError(f"{text!r}: formats are {', '.join(FORMATS)}, several with commas between them, or all")
+    return tuple(name for name in FORMATS if name in words)
+
+
+def write_format(name: Format, output: Path, source: Path, shard_id: str, rows: Sequence[Row], work: Work) -> None:
+    """One format of a shard below ``output``.  ``jsonl`` is merged from the rows and needs no file of its own."""
+    if name == "parquet":
+        with work.output(output / PARQUET_FOLDER / f"{shard_id}.parquet") as file:
+            file.write(parquet_bytes(rows))
+    elif name == "tar":
+        with work.output(output / TAR_FOLDER / f"{shard_id}.tar") as file:
+            write_tar(file, source, rows)
+    elif name == "files":
+        write_files(output / FILES_FOLDER / shard_id, source, rows, work.output)
+
+
+# ---- parquet
+
+
+def parquet_bytes(rows: Sequence[Row]) -> bytes:
+    """A parquet file of the rows; the same bytes for the same rows and version of pyarrow."""
+    arrow, parquet = import_arrow()
+    columns = {name: [_cell(row, name) for row in rows] for name in (*PARQUET_COLUMNS, *MORE_COLUMNS)}
+    buffer = io.BytesIO()
+    table = arrow.table({name: arrow.array(values, _type(arrow, name)) for name, values in columns.items()})
+    parquet.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def import_arrow() -> tuple[Any, Any]:
+    """(pyarrow, pyarrow.parquet); InfrastructureError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InfrastructureError(f"--format parquet needs pyarrow ({error}): pip install pyarrow") from None
+    return pyarrow, pyarrow.parquet
+
+
+def _cell(row: Row, name: str) -> Any:
+    extra: Mapping[str, Any] = row["extra"]
+    if name in _FROM_SOURCE:
+        return _text(extra.get(name))
+    if name == "extra":
+        return _text({key: value for key, value in extra.items() if key not in _FROM_SOURCE})
+    value = row["caption" if name == "vlm_caption" else name]
+    return value if name in _NUMBERS or name == "watermark_score" else _text(value)
+
+
+def _text(value: Any) -> str | None:
+    """A column of text: whatever else the source has there, as JSON; no lone surrogates, which parquet cannot hold."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else dump_json(value).decode()
+    return text.encode("utf-8", "replace").decode()
+
+
+def _type(arrow: Any, name: str) -> Any:
+    if name in _NUMBERS:
+        return arrow.int64()
+    return arrow.float64() if name == "watermark_score" else arrow.string()
+
+
+def finish_parquet(ledger: Ledger) -> bool:
+    """``all_captions.parquet`` out of the shards' parts, in their order, once none is pending; whether it is there.
+
+    Whoever comes last makes it, and it appears whole; where it is there already it is left alone.
+    """
+    arrow, parquet = import_arrow()
+    ledger.load_epochs()
+    parts = []
+    for shard_id in sorted(planned(ledger.root, ledger.stage)):
+        receipt = ledger.receipt(shard_id)
+        current = receipt is not None and receipt.get("epoch") == ledger.governing(shard_id).number
+        if receipt is None or not current or receipt.get("status") not in ("done", "failed"):
+            return False
+        name = f"{PARQUET_FOLDER}/{shard_id}.parquet"
+        parts += [(name, out["digest"]) for out in receipt.get("outputs", []) if out["path"] == name]
+    if not parts:
+        return False
+    mark = xxhash.xxh3_128_hexdigest(dump_json(parts)).encode()
+    target = ledger.root / ALL_PARQUET
+    if target.is_file() and (parquet.read_schema(target).metadata or {}).get(b"parts") == mark:
+        return True
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    schema = parquet.read_schema(ledger.root / parts[0][0]).with_metadata({b"parts": mark})
+    try:
+        with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for name, _ in parts:
+                writer.write_table(
+                    parquet.read_table(ledger.root / name, partitioning=None).replace_schema_metadata(schema.metadata)
+                )
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except (OSError, arrow.ArrowException) as error:  # a shard is being done again: whoever does it comes here too
+        logger.warning(f"{target}: not written: {error}")
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+# ---- files
+
+
+def write_files(folder: Path, source: Path, rows: Sequence[Row], output: _Output) -> None:
+    """``<hash>.<suffix>``, the image's bytes as they are, and ``<hash>.json`` beside it.
+
+    The hash is the image's sha256; of equal images in a shard the second is ``<hash>_1`` and so on.
+    """
+    by_key = {row["key"]: row for row in rows}
+    counts: dict[str, int] = {}
+    for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
+        row = by_key.pop(sample.key, None)
+        if row is None:
+            continue
+        suffix, image = next(iter(sample.members.items()))
+        digest = row["image_sha256"]
+        number = counts[digest] = counts.get(digest, -1) + 1
+        name = f"{digest}_{number}" if number else digest
+        with output(folder / f"{name}.{suffix}") as file:
+            file.write(image)
+        told = {"original": row["original_caption"], "predicted": row["caption"]}
+        names = ("key", "shard", "url", "uid", "width", "height", "model", "revision", "watermark_score")
+        with output(folder / f"{name}.json") as file:
+            file.write(dump_json({**told, **{field: row[field] for field in names}}, indent=True) + b"\n")
+
+
+# ---- tar
+
+
+def write_tar(file: OutputFile, source: Path, rows: Sequence[Row]) -> None:
+    """The source with the new captions: ``.txt``, and ``caption`` in the ``.json`` where there is one.
+
+    Images and other members stay byte for byte.  A sample without a new caption is left out: its old one would pass
+    for a new one.
+    """
+    by_key = {row["key"]: row for row in rows}
+    captioned = _Captions(source, by_key)
+    for _ in splice(captioned, file, captioned.decide):
+        pass
+
+
+class _Captions(TarPass):
+    """A pass that gives the edit of each of its samples, whose json is at hand while its window is."""
+
+    def __init__(self, source: Path, rows: dict[str, Row]) -> None:
+        super().__init__(source)
+        self._rows = rows
+        self._window: Window | None = None
+
+    def windows(self) -> Iterator[Window]:
+        for self._window in super().windows():
+            yield self._window
+
+    def decide(self, span: SampleSpan) -> Edit | Fate:
+        row = self._rows.get(span.key)
+        if row is None or span.torn or span.repeated:
+            return Fate.LEFT_OUT
+        assert self._window is not None
+        member = next((member for member in span.members if member.suffix == "json"), None)
+        return Edit(None, row["caption"].encode("utf-8", "replace"), self._json(self._window, member, row))
+
+    @staticmethod
+    def _json(window: Window, member: Member | None, row: Row) -> bytes | None:
+        """The metadata with the new caption; one that cannot be read stays."""
+        if member is None or not member.regular or member.size > MAX_MEMBER_BYTES:
+            return None
+        metadata = lenient_metadata(window.read(member.data, member.size))
+        if not metadata:
+            return None
+        story: dict[str, Any] = {"original_caption": row["original_caption"]}
+        story |= {"recaptioned_by": {"name": row["model"], "revision": row["revision"]}}
+        if isinstance(metadata.get("curation"), dict):
+            story["previous"] = metadata["curation"]
+        return dump_json({**metadata, "caption": row["caption"], "curation": story}, indent=True)

@@ -1,0 +1,227 @@
+"""One ordered JSONL out of the parts of many shards, growing while they are made, by any number of processes.
+
+What is merged is decided by a log of entries, each a file that one process can create exclusively: which shards come
+next, and at which byte.  The bytes of an entry are a function of it (parts are named with their digests), so that
+whoever finds an entry may write its bytes at its place, any number of times, and a killed or sleeping process does no
+harm.  No entry is begun before the bytes of the one before it are durable.
+
+A shard that failed has no rows.  Where one was done again since it was merged, the log no longer holds: when nothing is
+pending any more a second log is begun, and its file takes the first one's place when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from curation.dictionaries import dump_json
+from curation.errors import ShardError
+from curation.ledger import Ledger
+from curation.plan import planned
+from curation.publish import link_exclusively, make_folder, read_record
+
+logger = logging.getLogger("curation")
+
+MERGE_EVERY_S = 5.0
+MAX_ENTRY_BYTES = 64 << 20  # of one entry, of which each process that writes it holds one in memory
+_FOLDER, _DATA = "_merged", "data"
+
+Transform = Callable[[bytes, Path], bytes]
+
+
+@dataclass(slots=True)
+class _Log:
+    """The entries of one log that this process has seen.  end: where the next one begins."""
+
+    folder: Path
+    shards: list[tuple[str, str, int]] = field(default_factory=list)  # id, digest of its part ("": none), bytes
+    last: dict[str, Any] | None = None
+    count: int = 0
+    end: int = 0
+
+    @property
+    def data(self) -> Path:
+        return self.folder / _DATA
+
+    def read(self) -> None:
+        """Take in the entries that were made since the last look."""
+        while (entry := read_record(self.folder / f"{self.count}.json")) is not None:
+            self.shards += [(str(i), str(d), int(n)) for i, d, n in entry["shards"]]
+            self.last, self.count, self.end = entry, self.count + 1, int(entry["end"])
+
+
+class JsonlMerge:
+    """Merges the parts ``part(shard id)`` of a stage's done shards into ``target``, in the order of their ids.
+
+    part: where a shard's part is, relative to the ledger's root, as its receipt names it.
+    transform: (bytes of a part, its path) → its lines in the merged file, always the same.
+    """
+
+    def __init__(self, ledger: Ledger, target: Path, part: Callable[[str], str], transform: Transform) -> None:
+        self._ledger, self._target = ledger, target
+        self._part, self._transform = part, transform
+        self._folder = ledger.root / _FOLDER / target.name
+        self._log: _Log | None = None
+        self._last_look = -float("inf")
+
+    def grow(self) -> None:
+        """Merge what has been done, at most every few seconds."""
+        if time.monotonic() - self._last_look >= MERGE_EVERY_S:
+            self._merge(check=False)
+            self._last_look = time.monotonic()
+
+    def finish(self) -> bool:
+        """Merge what has been done, and again from the start where it was done again; whether all is merged."""
+        return self._merge(check=True)
+
+    def _merge(self, *, check: bool) -> bool:
+        self._ledger.load_epochs()
+        order = sorted(planned(self._ledger.root, self._ledger.stage))
+        if not order:
+            return True
+        log = self._current()
+        log.read()
+        if [shard_id for shard_id, _, _ in log.shards] != order[: len(log.shards)] or (check and self._is_stale(log)):
+            if any(self._fate(shard_id) is None for shard_id in order):
+                return False  # later: it would be out of date again
+            log = self._begin(int(log.folder.name) + 1)
+            log.read()
+        if not self._complete_last(log):
+            return False
+        while (entry := self._next_entry(log, order)) is not None:
+            link_exclusively(log.folder / f"{log.count}.json", dump_json(entry), secrets.token_hex(8))
+            log.read()
+            if not self._complete_last(log):
+                return False
+            if log.folder.name == "1":
+                self._show(log)
+        whole = len(log.shards) == len(order)
+        if whole or log.folder.name == "1":
+            self._show(log)
+        return whole
+
+    # ---- logs
+
+    def _current(self) -> _Log:
+        numbers = [0]
+        with contextlib.suppress(FileNotFoundError):
+            numbers += [int(name) for name in os.listdir(self._folder) if name.isdecimal()]
+        newest = max(numbers)
+        if newest == 0:
+            return self._begin(1)
+        if self._log is None or self._log.folder.name != str(newest):
+            self._log = _Log(self._folder / str(newest))
+        return self._log
+
+    def _begin(self, number: int) -> _Log:
+        self._log = _Log(self._folder / str(number))
+        make_folder(self._log.folder)
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self._log.data, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        return self._log
+
+    def _is_stale(self, log: _Log) -> bool:
+        return any(self._fate(shard_id) not in (None, digest) for shard_id, digest, _ in log.shards)
+
+    def _show(self, log: _Log) -> None:
+        """Have ``target`` be the log's file, and remove the logs before it."""
+        if self._current().folder != log.folder:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(self._target, log.data):
+                return
+        temporary = self._target.with_name(f".{self._target.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            os.link(log.data, temporary)
+            os.rename(temporary, self._target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for number in range(1, int(log.folder.name)):
+            shutil.rmtree(self._folder / str(number), ignore_errors=True)
+
+    # ---- entries
+
+    def _fate(self, shard_id: str) -> str | None:
+        """The digest of a shard's part; "" where it failed; None while it is pending."""
+        receipt = self._ledger.receipt(shard_id)
+        if receipt is None or receipt.get("epoch") != self._ledger.governing(shard_id).number:
+            return None
+        if receipt.get("status") == "failed":
+            return ""
+        if receipt.get("status") != "done":
+            return None
+        outputs = {output["path"]: output["digest"] for output in receipt.get("outputs", [])}
+        return str(outputs.get(self._part(shard_id), ""))
+
+    def _next_entry(self, log: _Log, order: list[str]) -> dict[str, Any] | None:
+        """The shards that can be merged next; None where the first of them is pending."""
+        shards: list[tuple[str, str, int]] = []
+        size = 0
+        for shard_id in order[len(log.shards) :]:
+            digest = self._fate(shard_id)
+            if digest is None or size >= MAX_ENTRY_BYTES:
+                break
+            lines = self._lines(shard_id, digest)
+            if lines is None:
+                break
+            shards.append((shard_id, digest, len(lines)))
+            size += len(lines)
+        return {"start": log.end, "end": log.end + size, "shards": shards} if shards else None
+
+    def _lines(self, shard_id: str, digest: str) -> bytes | None:
+        """A shard's lines; None where its part is another one by now."""
+        if not digest:
+            return b""
+        path = self._ledger.root / self._part(shard_id)
+        try:
+            data = path.read_bytes()
+            if xxhash.xxh3_128_hexdigest(data) != digest:
+                return None
+            return self._transform(data, path)
+        except (OSError, ShardError) as error:
+            logger.warning(f"{path}: cannot be merged: {error}")
+            return None
+
+    def _complete_last(self, log: _Log) -> bool:
+        """Write the bytes of the last entry, whoever made it; False where a part of it is gone."""
+        entry = log.last
+        if entry is None:
+            return True
+        try:
+            descriptor = os.open(log.data, os.O_WRONLY)
+        except FileNotFoundError:  # a newer log has taken over
+            return False
+        try:
+            for offset, data in self._pieces(entry):
+                if data is None:
+                    return self._is_written(log, entry)
+                view = memoryview(data)
+                while view:
+                    count = os.pwrite(descriptor, view, offset)
+                    view, offset = view[count:], offset + count
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _pieces(self, entry: dict[str, Any]) -> Iterator[tuple[int, bytes | None]]:
+        offset = int(entry["start"])
+        for shard_id, digest, size in entry["shards"]:
+            data = self._lines(shard_id, digest)
+            yield offset, data
+            offset += size
+
+    @staticmethod
+    def _is_written(log: _Log, entry: dict[str, Any]) -> bool:
+        """Whether the file reaches as far as an entry: its parts were replaced after they were merged."""
+        return log.data.stat().st_size >= int(entry["end"])

@@ -19,12 +19,13 @@ from curation.batches import seed_of
 from curation.caption_compare import write_comparison
 from curation.caption_feed import Batch, Feed, Picture, beside, recalling
 from curation.caption_outputs import Format, finish_parquet, import_arrow, parse_formats, write_format
-from curation.caption_rows import ROWS_FOLDER, jsonl_lines, make_row, reusable_captions, rows_path, write_rows
+from curation.caption_rows import jsonl_lines, make_row, reusable_captions, rows_name, write_rows
 from curation.caption_trial import first_images, show_trial
-from curation.cluster import Allocation, visible_gpus
+from curation.cluster import Allocation, workers_for_gpus
 from curation.device_memory import WorkingBatch
 from curation.dictionaries import dump_json
-from curation.errors import UsageError
+from curation.endpoints import endpoint_urls
+from curation.errors import InfrastructureError, UsageError
 from curation.images import Pixels
 from curation.jsonl_merge import JsonlMerge
 from curation.ledger import Input, Ledger
@@ -33,9 +34,11 @@ from curation.partial import PartialLog
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover, select
 from curation.tar import TarReport
+from curation.workers import is_worker
 
 JSONL_NAME = "captions.jsonl"
 CACHE = Path("~/.cache/curation")
+NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 
 
 def also(*names: str) -> Any:
@@ -83,6 +86,12 @@ class Options(RunOptions):
     """Quantise the weights, where the family allows it."""
     offload: bool = False
     """Keep on the CPU what does not fit on the GPU: for small cards, slower."""
+    ports: str = "8000"
+    """Ports of the vision servers on this machine, with --model endpoint:<the server's model>."""
+    endpoints: str | None = None
+    """Whole URLs of the vision servers, separated by commas, in place of --ports."""
+    timeout: float = 120.0
+    """Seconds that a vision server has for one caption."""
     num_gpus: int | None = None
     """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
     gpus: str | None = None
@@ -128,8 +137,6 @@ class Options(RunOptions):
             raise UsageError("--detect_watermarks and --watermark_model need each other")
         if self.max_watermark is not None and not self.detect_watermarks:
             raise UsageError("--max_watermark needs --detect_watermarks")
-        if self.gpus is not None and not all(part.strip().isdecimal() for part in self.gpus.split(",")):
-            raise UsageError("--gpus is a list of numbers such as 0,2,3")
         if self.follow:
             raise UsageError("--follow: there is no stage before 05_recaption that it could follow")
         if self.hf_repo is not None and self.push:
@@ -164,7 +171,6 @@ class Recaption:
         self.options = options
         self.output = Path(options.output_dir)
         self._limits = limits
-        self._size: int | None = None  # of batches, once it is known
         self._merge: JsonlMerge | None = None
 
     @cached_property
@@ -186,12 +192,29 @@ class Recaption:
 
         return weights_file(o.watermark_model, o.watermark_sha256, CACHE.expanduser())
 
+    @cached_property
+    def _model(self) -> dict[str, str]:
+        """The exact model, found without loading it."""
+        family, source = captioning.resolve(self.options.model)
+        if family == "endpoint":
+            return {"model": source, "revision": self.options.revision or "served"}
+        from curation.backends.hub_models import TRANSFORMER, resolve
+
+        try:
+            found = resolve(source, self.options.revision, kind=TRANSFORMER)
+        except InfrastructureError as error:
+            if not self.options.dry_run:
+                raise
+            logger.warning(f"{error}")
+            return {"model": source}
+        return {"model": found.name, "revision": found.revision}
+
     def fingerprint(self) -> dict[str, object]:
         o = self.options
-        names = ("revision", "detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize")
+        names = ("detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize")
         watermarks = hashlib.sha256(self._watermark_file.read_bytes()).hexdigest() if self._watermark_file else None
         return {
-            "model": captioning.resolve(o.model)[1],
+            **self._model,
             **{name: getattr(o, name) for name in (*names, "max_watermark", "max_images")},
             "prompt": self._prompt,
             "watermarks": watermarks,
@@ -207,6 +230,9 @@ class Recaption:
         family, source = captioning.resolve(o.model)
         self._family = captioning.FAMILIES[family]
         device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
+        more: dict[str, Any] = {}
+        if family == "endpoint":
+            more = {"urls": endpoint_urls(o.ports, "localhost", o.endpoints), "timeout_s": o.timeout}
         self.backend: captioning.CaptionBackend = backends.load("caption", family)(
             source,
             revision=o.revision,
@@ -219,6 +245,7 @@ class Recaption:
             device=device,
             threads=allocation.threads,
             dtype=o.dtype,
+            **more,
         )
         score: Callable[[Pixels], float] | None = None
         if self._watermark_file is not None:
@@ -259,9 +286,8 @@ class Recaption:
             work.warn(line)
         with work.phase("write"):
             self._write(work, pictures)
-        work.note("recipe", recipe)
-        work.note("batch_size", size)
-        work.note("device", self.backend.device_kind)
+        for name, value in (("recipe", recipe), ("batch_size", size), ("device", self.backend.device_kind)):
+            work.note(name, value)
 
     def _caption(self, work: ShardWork, batch: Batch, log: PartialLog, memory: WorkingBatch) -> None:
         """A batch that is not in the log yet is captioned and logged; its pictures are counted."""
@@ -306,7 +332,7 @@ class Recaption:
             for picture in pictures
             if (caption := picture.caption if picture.caption is not None else picture.record.get("caption"))
         ]
-        with work.output(rows_path(self.output, work.shard.id)) as file:
+        with work.output(self.output / rows_name(work.shard.id)) as file:
             write_rows(file, rows)
         for name in self.options.formats:
             write_format(name, self.output, work.shard.path, work.shard.id, rows, work)
@@ -315,29 +341,19 @@ class Recaption:
 
     def _device(self) -> str:
         b, o = self.backend, self.options
-        return f"{b.device_kind}\0{b.name}\0{b.revision}\0{o.dtype}\0{o.quantize}\0{o.max_tokens}"
+        return "\0".join(map(str, (b.device_kind, b.name, b.revision, o.dtype, o.quantize, o.max_tokens)))
 
     def _batch_size(self, shard: Shard) -> int:
-        """Found once per kind of device and model, with the first image that can be prepared, and then kept."""
-        if self._size is None:
-            asked = self.options.batch_size
-            if asked != "auto":
-                self._size = int(asked)
-            elif not self._on_gpu:
-                self._size = self._family.batch_size
-            else:
-                name = hashlib.sha256(self._device().encode()).hexdigest()[:16]
-                file = self.output / "_batch_sizes" / self.name / f"auto-{name}.json"
-                typical = self.feed.first_prepared(shard.path)
-                if typical is None:
-                    return self._family.batch_size
-                find = captioning.find_batch_size
-                self._size = captioning.settled_batch_size(file, lambda: find(self.backend, typical))
-        return self._size
+        asked = self.options.batch_size
+        if asked != "auto":
+            return int(asked)
+        if not self._on_gpu:
+            return self._family.batch_size
+        return self.feed.found_batch_size(self.output / "_batch_sizes" / self.name, self._device(), shard.path)
 
     def _recipe(self) -> str:
         """What decides a caption: rows with the same one are taken over by a run with other formats."""
-        fields = {name: value for name, value in self.fingerprint().items() if name not in ("format", "max_images")}
+        fields = {name: value for name, value in self.fingerprint().items() if name not in NO_PART_OF_A_CAPTION}
         return hashlib.sha256(dump_json([fields, self.backend.name, self.backend.revision])).hexdigest()[:32]
 
     # ---- what is made of all shards
@@ -347,8 +363,7 @@ class Recaption:
 
     def _merger(self) -> JsonlMerge:
         if self._merge is None:
-            target = self.output / JSONL_NAME
-            self._merge = JsonlMerge(self._ledger(), target, lambda shard: f"{ROWS_FOLDER}/{shard}.jsonl", jsonl_lines)
+            self._merge = JsonlMerge(self._ledger(), self.output / JSONL_NAME, rows_name, jsonl_lines)
         return self._merge
 
     def _finish_formats(self) -> None:
@@ -356,21 +371,6 @@ class Recaption:
             self._merger().finish()
         if "parquet" in self.options.formats:
             finish_parquet(self._ledger())
-
-
-def one_process_per_gpu(options: Options) -> Options:
-    """``--num_gpus`` and ``--gpus`` as ``--workers``.  Under srun with several tasks each is one already."""
-    if options.gpus is not None:
-        chosen = [part.strip() for part in options.gpus.split(",")]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-        return replace(options, workers=len(chosen))
-    if options.num_gpus is None:
-        tasks = os.environ.get("SLURM_NTASKS", "1")
-        alone = options.workers == 1 and not (tasks.isdigit() and int(tasks) > 1)
-        return replace(options, workers=max(1, visible_gpus())) if alone else options
-    if 0 < visible_gpus() < options.num_gpus:
-        raise UsageError(f"--num_gpus {options.num_gpus}: only {visible_gpus()} can be seen here")
-    return replace(options, workers=options.num_gpus)
 
 
 @exit_code
@@ -390,7 +390,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.max_images is not None:
         limits = first_images(shards, options.max_images)
         shards = [shard for shard in shards if shard.id in limits]
-    code = run_stage(Recaption(options, limits), one_process_per_gpu(options), shards)
+    if not is_worker():
+        options = replace(options, workers=workers_for_gpus(options.workers, options.num_gpus, options.gpus))
+    code = run_stage(Recaption(options, limits), options, shards)
     if options.smoke is not None and not options.dry_run:
         show_trial(Path(options.output_dir), list(limits))
     if compare is not None:

@@ -18,7 +18,7 @@ from PIL import Image
 from curation.ahead import in_order
 from curation.beside import Beside
 from curation.caption_rows import Row, lenient_metadata, sha256_of
-from curation.captioning import CaptionBackend, ShapeGroups
+from curation.captioning import CaptionBackend, ShapeGroups, find_batch_size, settled_batch_size
 from curation.dictionaries import clean_text, dump_json
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
@@ -117,6 +117,7 @@ class Feed:
         self._score, self._max_watermark = score, max_watermark
         self._pool = ThreadPoolExecutor(threads, "prepare")
         self._one_large_image = threading.Lock()
+        self._found: int | None = None  # the batch size
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -160,8 +161,18 @@ class Feed:
                 continue
             yield picture
 
-    def first_prepared(self, source: Path) -> Any | None:
-        """The first image of a shard that can be prepared, to try batch sizes with."""
+    def found_batch_size(self, folder: Path, device: str, source: Path) -> int:
+        """Found by trying, once per kind of device and model over all workers, with the first image of a shard that
+        can be prepared; ``folder`` keeps it.  1 where the shard has none."""
+        if self._found is None:
+            file = folder / f"auto-{xxhash.xxh3_64_hexdigest(device.encode())}.json"
+            typical = self._first_prepared(source)
+            if typical is None:
+                return 1
+            self._found = settled_batch_size(file, lambda: find_batch_size(self._backend, typical))
+        return self._found
+
+    def _first_prepared(self, source: Path) -> Any | None:
         for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
             with contextlib.suppress(SampleError):
                 sample.check()

@@ -21,9 +21,13 @@ ROWS_FOLDER = "rows"
 _OWN_FIELDS = ("caption", "url", "uid", "width", "height", "original_width", "original_height", "sha256")
 
 
+def rows_name(shard_id: str) -> str:
+    """Where the rows of a shard are below the output folder, whatever formats are asked for."""
+    return f"{ROWS_FOLDER}/{shard_id}.jsonl"
+
+
 def rows_path(output: Path, shard_id: str) -> Path:
-    """Where the rows of a shard are, whatever other formats are asked for."""
-    return output / ROWS_FOLDER / f"{shard_id}.jsonl"
+    return output / rows_name(shard_id)
 
 
 def lenient_metadata(data: bytes | None) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def reusable_captions(output: Path, receipt: Mapping[str, Any] | None, recipe: s
     except (OSError, ValueError):
         return {}
     named = {out["path"]: out["size"] for out in receipt.get("outputs", [])}
-    if named.get(f"{ROWS_FOLDER}/{path.name}") != len(data):
+    if named.get(rows_name(str(receipt["shard"]))) != len(data):
         return {}
     return {(row["key"], row["image_sha256"]): row for row in rows}
 

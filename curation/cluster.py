@@ -283,6 +283,27 @@ def _cpus(environ: Mapping[str, str]) -> int:
     return min(affinity, _int(environ, "SLURM_CPUS_PER_TASK", affinity)) or 1
 
 
+def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None) -> int:
+    """How many processes to start here, one per GPU: as many as were asked for, else as GPUs can be seen.
+
+    gpus: numbers such as ``0,2``: only these are seen from now on.  Where srun starts several tasks each is one
+    already.  Raises UsageError where more are asked for than there are.
+    """
+    if gpus is not None:
+        chosen = [part.strip() for part in gpus.split(",")]
+        if not all(part.isdecimal() for part in chosen) or len({*chosen}) < len(chosen):
+            raise UsageError(f"--gpus {gpus!r}: write different numbers such as 0,2,3")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        return len(chosen)
+    if num_gpus is None:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        alone = workers == 1 and not (tasks.isdigit() and int(tasks) > 1)
+        return max(1, visible_gpus()) if alone else workers
+    if 0 < visible_gpus() < num_gpus:
+        raise UsageError(f"--num_gpus {num_gpus}: only {visible_gpus()} can be seen here")
+    return num_gpus
+
+
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
     """How many CUDA devices this process may use.  Needs no torch."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.backends.diffusion_tiny import byte_letters, fill_with_noise
+from curation.backends.diffusion_tiny import byte_letters, fill_with_noise, strengthen
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -231,6 +231,9 @@ def _images_only(kind: Any) -> Any:
 
 def _save(model: Any, processor: Any, folder: Path, eos: str | None = None) -> None:
     fill_with_noise(model, 1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # four tokens of Gemma's picture among 300 of its question
+            strengthen(parameter, 20.0)
     model.generation_config.update(min_new_tokens=3)  # random weights may well begin with the end
     if eos is not None:
         model.generation_config.update(eos_token_id=processor.tokenizer.convert_tokens_to_ids(eos))

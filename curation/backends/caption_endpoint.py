@@ -1,4 +1,4 @@
-"""Captions by vision servers over HTTP: OpenAI's API (vLLM, SGLang, llama-server) or Ollama's, through a pool of them."""
+"""Captions by a pool of vision servers: OpenAI's API (vLLM, SGLang, llama-server) or Ollama's."""
 
 from __future__ import annotations
 

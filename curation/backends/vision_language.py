@@ -76,6 +76,7 @@ class VisionLanguageModel:
         self.max_tokens = max_tokens or FAMILIES[self.family].max_tokens
         quiet_transformers()
         import torch
+        from safetensors import SafetensorError
 
         self._torch = torch
         torch.set_num_threads(threads)
@@ -87,7 +88,10 @@ class VisionLanguageModel:
             self.model = self._load_model(folder, quantize, offload)
             self._configure(prompt)
         except torch.OutOfMemoryError as error:
-            raise InfrastructureError(f"--model {source}: does not fit on {device}; try --quantize or --offload") from error
+            text = f"--model {source}: does not fit on {device}; try --quantize or --offload"
+            raise InfrastructureError(text) from error
+        except SafetensorError as error:
+            raise InfrastructureError(f"--model {source}: damaged weights: {hub_error_line(error)}") from error
         except _LOADING_ERRORS as error:
             raise InfrastructureError(f"--model {source}: cannot be loaded: {hub_error_line(error)}") from error
 
@@ -173,11 +177,10 @@ class VisionLanguageModel:
         return torch.float32 if self.half_overflows else torch.float16
 
     def _load_processor(self, folder: Path) -> Any:
-        """The model's processor, for images alone and with Pillow: the same pixels on every machine, and no torchvision,
-        on which the video half of some processors insists."""
+        """The model's processor, for images alone and with Pillow: the same pixels on every machine, and none of
+        torchvision, on which the video half of some processors insists."""
         from transformers import AutoConfig
-        from transformers.models.auto.processing_auto import processor_class_from_name
-        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
         model_type = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
         kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])
@@ -208,7 +211,8 @@ class VisionLanguageModel:
             **arguments,
         )
         if missing := sorted(found["missing_keys"]) or sorted(map(str, found["mismatched_keys"])):
-            raise ValueError(f"its weights are not those of {type(model).__name__} ({missing[0]} is missing or misshapen)")
+            kind = type(model).__name__
+            raise ValueError(f"its weights are not those of {kind} ({missing[0]} is missing or misshapen)")
         if "device_map" not in arguments:
             model.to(self.device)
         model.eval()

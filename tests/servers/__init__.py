@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 STUB = Path(__file__).with_name("ollama_stub.py")
+VISION_SERVER = Path(__file__).with_name("vision_server.py")
 
 
 @contextlib.contextmanager
@@ -30,3 +32,26 @@ def ollama_stub(**settings: object) -> Iterator[int]:
 def deterministic_llm_server(delay_s: float = 0.0) -> contextlib.AbstractContextManager[int]:
     """The stub as a plain, sound server."""
     return ollama_stub(latency_s=delay_s, slots=8)
+
+
+@contextlib.contextmanager
+def vision_server(folder: Path, name: str = "tiny-vision") -> Iterator[int]:
+    """llama.cpp's server with a real language model and a tiny vision encoder, which is written to ``folder``."""
+    from curation.backends.llm_embedded import model_file
+    from tests.tiny_gguf import GEMMA_WIDTH, save_vision_encoder
+
+    encoder = folder / "encoder.gguf"
+    save_vision_encoder(encoder, GEMMA_WIDTH)
+    process = subprocess.Popen(
+        [sys.executable, str(VISION_SERVER), str(model_file()), str(encoder), name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+    )
+    try:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()

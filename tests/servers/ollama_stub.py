@@ -1,15 +1,17 @@
-"""A small server with Ollama's wire format, for what a real one will not do on demand: answer in a fixed time, the same
-to the same question, be busy, load slowly, break in mid-stream, hang, die.
+"""A small server with Ollama's wire format, or OpenAI's (``--api openai``), for what a real one will not do on demand:
+answer in a fixed time, the same to the same question, be busy, load slowly, break in mid-stream, hang, die.
 
 Prints its port.  Words in the question choose the reply: REFUSE, PREAMBLE, TWOLINES, EMPTY, ECHO, LENGTH, HANG, BREAK,
 MIDSTREAM, E500, E400, NOTJSON; behind ONCE- they do so the first time only.  Everything else is answered with one line
-made from the caption and the group.
+made from the caption and the group; a question about a picture with one made from the picture's bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import hashlib
 import heapq
 import json
 import os
@@ -61,6 +63,10 @@ class Model:
         content = FIXED.get(word, "") if word != "ECHO" else text
         if word not in ("REFUSE", "PREAMBLE", "TWOLINES", "EMPTY", "ECHO", "LENGTH"):
             content = prompt_for(text)
+        if flags.api == "openai":
+            message = {"role": "assistant", "content": content}
+            reason = "length" if word == "LENGTH" else "stop"
+            return json.dumps({"choices": [{"message": message, "finish_reason": reason}]}).encode()
         final = {
             "model": flags.model,
             "message": {"role": "assistant", "content": content},
@@ -95,6 +101,8 @@ class Connection(asyncio.Protocol):
         flags = self.model.flags
         if method == b"GET":
             found = {"/": b"Ollama is running", "/api/tags": json.dumps({"models": [{"name": flags.model}]}).encode()}
+            if flags.api == "openai":
+                found = {"/v1/models": json.dumps({"data": [{"id": flags.model}]}).encode()}
             return self.send(200 if path in found else 404, found.get(path, b"404 page not found"))
         request = json.loads(body)
         if request.get("model") != flags.model:
@@ -107,7 +115,7 @@ class Connection(asyncio.Protocol):
             return self.send(503, BUSY)
         if self.model.log:
             self.model.log.write(json.dumps({"at": time.time(), "body": body.decode()}) + "\n")
-        text = request["messages"][-1]["content"] if "messages" in request else request["prompt"]
+        text = question(request["messages"][-1]) if "messages" in request else request["prompt"]
         self.model.pending += 1
         return self.later(self.model.finish_at(now), self.finish, text)
 
@@ -152,8 +160,21 @@ FIXED = {
 }
 
 
+def question(message: dict[str, object]) -> str:
+    """What is asked; behind it, where there is a picture, ``PICTURE`` and a hash of it."""
+    content, pictures = message["content"], message.get("images") or []
+    if isinstance(content, list):
+        pictures = [part["image_url"]["url"].partition(",")[2] for part in content if part["type"] == "image_url"]
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    assert isinstance(pictures, list)
+    hashes = [hashlib.sha256(base64.b64decode(picture)).hexdigest()[:16] for picture in pictures]
+    return " PICTURE ".join([str(content), *hashes])
+
+
 def prompt_for(text: str) -> str:
     """A prompt that is a function of the question."""
+    if picture := re.search(r" PICTURE (\w+)$", text):
+        return f"A picture, {picture[1]}"
     sentence = re.search(r'sentence: "(.*?)"', text, re.DOTALL)
     group = re.search(r'group: ?"([^"]*)"', text)
     caption = (sentence[1] if sentence else text).replace("\n", " ")
@@ -164,6 +185,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--model", default="tulu3:fairclip")
+    parser.add_argument("--api", default="ollama", choices=("ollama", "openai"))
     parser.add_argument("--slots", type=int, default=4, help="requests worked on at once")
     parser.add_argument("--queue", type=int, default=512, help="requests that may wait; beyond: 503")
     parser.add_argument("--latency_s", type=float, default=0.0)

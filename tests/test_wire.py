@@ -104,6 +104,17 @@ def test_a_system_prompt_of_ones_own_goes_to_either() -> None:
         assert orjson.loads(wire.body("m", own)[1])["messages"][0] == {"role": "system", "content": "be brief"}
 
 
+def test_a_picture_is_in_the_body_itself() -> None:
+    asked = Request(user="what is this?", jpeg=b"\xff\xd8\xff")
+    (message,) = orjson.loads(WIRES["ollama"].body("m", asked)[1])["messages"]
+    assert message == {"role": "user", "content": "what is this?", "images": ["/9j/"]}
+    (message,) = orjson.loads(WIRES["openai"].body("m", asked)[1])["messages"]
+    assert message["content"] == [
+        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,/9j/"}},
+        {"type": "text", "text": "what is this?"},
+    ]
+
+
 @pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
 def test_the_same_request_is_the_same_bytes(wire: object) -> None:
     assert WIRES["ollama"].body("m", CHAT) == WIRES["ollama"].body("m", CHAT)

@@ -77,13 +77,16 @@ def save_gemma3(folder: Path) -> None:
         image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
     )  # fmt: skip
     config = Gemma3Config(
-        text_config={**TEXT, "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 32},
+        text_config={
+            **TEXT, "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 1,
+        },
         vision_config={**VISION, "vision_use_head": False},
         mm_tokens_per_image=4,
         boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,
         image_token_index=tokenizer.image_token_id,
-    )
+    )  # fmt: skip
     images = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
     template = "{{ bos_token }}" + CHAT.replace("IMAGE", "<start_of_image>")
     processor = Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)

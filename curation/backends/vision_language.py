@@ -82,7 +82,7 @@ class VisionLanguageModel:
         torch.set_num_threads(threads)
         self.device_kind = use_device(device)
         self.dtype = self._choose_dtype(dtype)
-        folder = _folder_of(self.source)
+        folder = local_folder(self.source)
         try:
             self.processor = self._load_processor(folder)
             self.model = self._load_model(folder, quantize, offload)
@@ -106,8 +106,13 @@ class VisionLanguageModel:
 
     def _texts(self, sequences: Any, prompt_length: int) -> list[str]:
         """The captions in what ``generate`` gave."""
-        new = sequences[:, prompt_length:].tolist()
-        texts: list[str] = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        ends = self.generation.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        rows = []
+        for row in sequences[:, prompt_length:].tolist():  # behind its end a row is padded, by some models with a word
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            rows.append(row[:end])
+        texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
     # ---- the seam of curation.captioning
@@ -274,7 +279,7 @@ def _insist_on_bitsandbytes(quantize: str, device: str) -> None:
         raise InfrastructureError(f"--quantize {quantize} needs bitsandbytes: pip install bitsandbytes")
 
 
-def _folder_of(source: ModelSource) -> Path:
+def local_folder(source: ModelSource) -> Path:
     """The model's folder: its own, or one of the hub's cache, filled if need be (the hub's client locks)."""
     if source.is_folder:
         return Path(source.location)

@@ -17,9 +17,9 @@ import tyro
 from curation import backends, captioning
 from curation.batches import seed_of
 from curation.caption_compare import write_comparison
-from curation.caption_feed import Batch, Feed, Picture, beside, recalling
+from curation.caption_feed import Batch, Feed, Picture, beside, recalling, row_of
 from curation.caption_outputs import Format, finish_parquet, import_arrow, parse_formats, write_format
-from curation.caption_rows import jsonl_lines, make_row, reusable_captions, rows_name, write_rows
+from curation.caption_rows import jsonl_lines, reusable_captions, rows_name, write_rows
 from curation.caption_trial import first_images, show_trial
 from curation.cluster import Allocation, workers_for_gpus
 from curation.device_memory import WorkingBatch
@@ -123,8 +123,6 @@ class Options(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if (self.data is None) == (self.data_path is None):
-            raise UsageError("give the source shards once: DATA_PATH or --data_path")
         for name in ("max_tokens", "batch_size", "dataloader_num_workers", "num_gpus", "max_images", "smoke"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -146,7 +144,10 @@ class Options(RunOptions):
 
     @property
     def source(self) -> str:
-        return self.data or self.data_path or ""
+        given = self.data or self.data_path
+        if given is None or (self.data and self.data_path):
+            raise UsageError("give the source shards once: DATA_PATH or --data_path")
+        return given
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -200,21 +201,22 @@ class Recaption:
             return {"model": source, "revision": self.options.revision or "served"}
         from curation.backends.hub_models import TRANSFORMER, resolve
 
-        try:
-            found = resolve(source, self.options.revision, kind=TRANSFORMER)
-        except InfrastructureError as error:
-            if not self.options.dry_run:
-                raise
-            logger.warning(f"{error}")
-            return {"model": source}
+        found = resolve(source, self.options.revision, kind=TRANSFORMER)
         return {"model": found.name, "revision": found.revision}
 
     def fingerprint(self) -> dict[str, object]:
         o = self.options
         names = ("detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize")
         watermarks = hashlib.sha256(self._watermark_file.read_bytes()).hexdigest() if self._watermark_file else None
+        model: dict[str, str] = {}
+        try:
+            model = self._model
+        except InfrastructureError as error:
+            if not o.dry_run:
+                raise
+            logger.warning(f"{error}")
         return {
-            **self._model,
+            **model,
             **{name: getattr(o, name) for name in (*names, "max_watermark", "max_images")},
             "prompt": self._prompt,
             "watermarks": watermarks,
@@ -294,11 +296,10 @@ class Recaption:
         if not batch.done:
             images = [picture.prepared for picture in batch.pictures]
             seeds = [seed_of(self.options.seed, picture.key) for picture in batch.pictures]
-            fits = min(len(images), memory.limit(*images[0].shape))
             with work.phase("infer"):
                 captions = captioning.caption_batch(self.backend, memory, images, seeds)
-            if memory.limit(*images[0].shape) < min(len(images), memory.planned) or fits < len(images):
-                work.note("batch_shrunk_to", memory.limit(*images[0].shape))
+            if (limit := memory.limit(*images[0].shape)) < len(images):
+                work.note("batch_shrunk_to", limit)
             pairs = zip(batch.pictures, captions, strict=True)
             log.append((p.key, p.digest, p.outcome(caption, batch.mark)) for p, caption in pairs)
         for picture in batch.pictures:
@@ -317,21 +318,7 @@ class Recaption:
         if reused:
             work.note("reused", reused)
         model = {"model": self.backend.name, "revision": self.backend.revision}
-        rows = [
-            make_row(
-                key=picture.key,
-                shard=work.shard.id,
-                metadata=picture.metadata,
-                txt=picture.txt,
-                caption=caption,
-                size=picture.size,
-                image_sha256=picture.sha256,
-                model=model,
-                watermark_score=picture.score,
-            )
-            for picture in pictures
-            if (caption := picture.caption if picture.caption is not None else picture.record.get("caption"))
-        ]
+        rows = [row for picture in pictures if (row := row_of(picture, work.shard.id, model)) is not None]
         with work.output(self.output / rows_name(work.shard.id)) as file:
             write_rows(file, rows)
         for name in self.options.formats:

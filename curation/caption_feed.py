@@ -17,7 +17,7 @@ from PIL import Image
 
 from curation.ahead import in_order
 from curation.beside import Beside
-from curation.caption_rows import Row, lenient_metadata, sha256_of
+from curation.caption_rows import Row, lenient_metadata, make_row, sha256_of
 from curation.captioning import CaptionBackend, ShapeGroups, find_batch_size, settled_batch_size
 from curation.dictionaries import clean_text, dump_json
 from curation.errors import SampleError
@@ -226,6 +226,12 @@ class Feed:
 
     def _prepare(self, picture: Picture) -> None:
         """In a thread: hash, decode, score, and turn into what the model takes."""
+        try:
+            self._decode(picture)
+        except MemoryError:
+            raise SampleError("out_of_memory", "decoding it, on the host") from None
+
+    def _decode(self, picture: Picture) -> None:
         width, height = image_size(picture.image)
         heavy = self._one_large_image if width * height > LARGE_PIXELS else contextlib.nullcontext()
         with heavy:
@@ -272,3 +278,21 @@ def recalling(log: PartialLog, earlier: Mapping[tuple[str, str], Row]) -> Callab
             picture.score = row["watermark_score"]
 
     return begin
+
+
+def row_of(picture: Picture, shard_id: str, model: Mapping[str, str]) -> Row | None:
+    """The row of a picture; None for one that has no caption."""
+    caption = picture.caption if picture.caption is not None else picture.record.get("caption")
+    if caption is None:
+        return None
+    return make_row(
+        key=picture.key,
+        shard=shard_id,
+        metadata=picture.metadata,
+        txt=picture.txt,
+        caption=caption,
+        size=picture.size,
+        image_sha256=picture.sha256,
+        model=model,
+        watermark_score=picture.score,
+    )

@@ -32,7 +32,7 @@ from curation.publish import link_exclusively, make_folder, read_record
 
 logger = logging.getLogger("curation")
 
-MERGE_EVERY_S = 5.0
+MERGE_EVERY_S = 2.0
 MAX_ENTRY_BYTES = 64 << 20  # of one entry, of which each process that writes it holds one in memory
 _FOLDER, _DATA = "_merged", "data"
 

@@ -23,7 +23,9 @@ from curation.backends.diffusion_presets import is_hub_id
 from curation.backends.diffusion_tiny import build_embedded, embedded_source
 from curation.backends.faces_centerface import packaged_model
 from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
-from curation.backends.hub_models import hub_error_line, resolve
+from curation.backends.hub_models import TRANSFORMER, hub_error_line, resolve
+from curation.backends.vision_language import local_folder
+from curation.captioning import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.language import find_model
 from curation.options import exit_code, parse_options
@@ -38,7 +40,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 USAGE = """usage: python -m curation models fetch STAGE [--dry_run] [the stage's own flags]
 
-Fetches the weights that the stage's options name, for nodes without internet.  STAGE: 01, 02, 03, 04, or the script's
+Fetches the weights that the stage's options name, for nodes without internet.  STAGE: 01 to 05, or the script's
 whole name.  Flags that name no model may be left out.  --dry_run: only say what would be fetched, with sizes."""
 
 
@@ -62,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     script = _script(arguments[1])
     options = _options(_load(script), script, arguments[2:])
-    fetchers: dict[str, Callable[[Any], None]] = {"01": _fetch_detector, "02": _fetch_language, "03": _fetch_pipeline}
+    fetchers: dict[str, Callable[[Any], None]] = {
+        "01": _fetch_detector,
+        "02": _fetch_language,
+        "03": _fetch_pipeline,
+        "05": _fetch_captioner,
+    }
     fetch = fetchers.get(script.name[:2])
     if fetch is None:
         print("this stage needs no model: nothing to fetch")
@@ -350,3 +357,20 @@ def _sha256(path: Path) -> str:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+# ---- stage 05
+
+
+def _fetch_captioner(options: Any) -> None:
+    family, source = resolve_captioner(options.model)
+    if family == "endpoint":
+        print(f"{source}: its server loads it, nothing to fetch")
+        return
+    found = resolve(source, options.revision, kind=TRANSFORMER)
+    if found.is_folder:
+        print(f"{found.location}: a folder, nothing to fetch (revision {found.revision})")
+    elif options.dry_run:
+        print(f"{source}: would be fetched at {found.revision}")
+    else:
+        print(f"{source} ({found.revision}): {local_folder(found)}")

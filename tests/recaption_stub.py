@@ -59,7 +59,8 @@ class Backend:
         assert len({picture.shape for picture in batch}) == 1
         if len(batch) > self.fits or any(picture.colour == OVERFLOWS for picture in batch):
             raise captioning.OutOfMemory("the stub's memory is full")
-        return ["" if picture.colour == SILENT else f"A photo of {picture.digest}" for picture in batch]
+        words = self.options["prompt"] or "A photo of"
+        return ["" if picture.colour == SILENT else f"{words} {picture.digest}" for picture in batch]
 
     def close(self) -> None:
         pass

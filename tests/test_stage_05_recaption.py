@@ -209,7 +209,7 @@ def test_a_dead_worker_is_noticed_and_its_shard_taken_up(undisturbed: Path, tmp_
 
 
 def test_the_jsonl_can_be_read_while_it_grows(tmp_path: Path) -> None:
-    process = start(SHARDS, tmp_path, pause_s=0.6)
+    process = start(SHARDS, tmp_path, pause_s=0.25)
     seen: set[int] = set()
     while process.poll() is None:
         if (tmp_path / "captions.jsonl").exists():
@@ -287,6 +287,36 @@ def test_a_failed_shard_holds_nothing_up_and_comes_in_when_it_is_mended(tmp_path
     assert run(source, out) == 0
     assert order(out) == images(SHARDS)
     assert os.listdir(out / "_merged/captions.jsonl") == ["2"], "the first log is gone"
+
+
+def test_bytes_that_a_killed_process_did_not_write_are_written_by_the_next(undisturbed: Path, tmp_path: Path) -> None:
+    """An entry of the log is there before its bytes are."""
+    out = tmp_path / "out"
+    assert run(SHARDS, out) == 0
+    whole = (out / "captions.jsonl").read_bytes()
+    (log,) = out.glob("_merged/captions.jsonl/1")
+    last = json.loads(max(log.glob("*.json"), key=lambda path: int(path.stem)).read_bytes())
+    os.truncate(log / "data", last["start"] + 100)
+    assert run(SHARDS, out) == 0
+    assert (out / "captions.jsonl").read_bytes() == whole == (undisturbed / "captions.jsonl").read_bytes()
+    (out / "captions.jsonl").unlink()
+    assert run(SHARDS, out) == 0
+    assert (out / "captions.jsonl").read_bytes() == whole
+
+
+def test_shards_that_are_done_again_take_the_place_of_what_was_merged(tmp_path: Path) -> None:
+    assert run(SHARDS, tmp_path) == 0
+    assert run(SHARDS, tmp_path, "--rerun", "--shards", "00000001,00000003", "--prompt", "A picture of") == 0
+    assert order(tmp_path) == images(SHARDS)
+    for row in lines(tmp_path / "captions.jsonl"):
+        again = row["tar_file"] in ("00000001.tar", "00000003.tar")
+        assert row["caption"].startswith("A picture of " if again else "A photo of ")
+
+
+def test_shards_that_are_added_later_are_merged_in_their_place(undisturbed: Path, tmp_path: Path) -> None:
+    for shards in ("00000003", "00000000,00000007", "00000001..00000004"):
+        assert run(SHARDS, tmp_path, "--shards", shards) == 0
+    assert (tmp_path / "captions.jsonl").read_bytes() == (undisturbed / "captions.jsonl").read_bytes()
 
 
 # ---- formats

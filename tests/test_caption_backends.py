@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from curation import backends
+from curation.backends.square_images import SquareImages
 from curation.captioning import (
     FAMILIES,
     MODELS,
@@ -231,6 +233,39 @@ def test_the_prompt_and_the_detail_are_what_a_chat_is_asked(tiny: Callable[..., 
     assert "in one sentence" in asked(detail="brief")
     assert "signature or watermark" in asked()
     assert asked().endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("name", ["florence2", "gemma3"])
+def test_pixels_are_the_processors_to_the_last_bit(
+    name: str, tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the sizes and with the numbers of the real models too, although half of the work is done on the device."""
+    backend = tiny(name)
+    taken: list[Any] = []
+    generate = backend.model.generate
+    monkeypatch.setattr(backend.model, "generate", lambda **given: (taken.append(given), generate(**given))[1])
+    backend.caption([backend.prepare(photo) for photo in photos], [0] * len(photos))
+    expected = backend.processor.image_processor(photos, return_tensors="pt")["pixel_values"]
+    assert bool((taken[0]["pixel_values"] == expected).all())
+    own = copy.deepcopy(backend.processor.image_processor)
+    own.size, own.image_mean, own.image_std = (
+        {"height": 768, "width": 768},
+        [0.485, 0.456, 0.406],
+        [0.229, 0.224, 0.225],
+    )
+    squares = SquareImages.of(own)
+    assert squares is not None
+    for photo in photos[:3]:
+        got = squares.numbers_of(squares.bytes_of(photo), backend.dtype)
+        assert bool((got == own(photo, return_tensors="pt")["pixel_values"]).all())
+
+
+def test_a_processor_that_does_more_is_left_to_it(tiny: Callable[..., Any]) -> None:
+    images = tiny("llava-next").processor.image_processor
+    assert SquareImages.of(images) is None
+    crops = copy.deepcopy(tiny("florence2").processor.image_processor)
+    crops.do_center_crop = True
+    assert SquareImages.of(crops) is None
 
 
 def test_processors_work_in_many_threads_at_once(tiny: Callable[..., Any], photos: list[Any]) -> None:

@@ -14,6 +14,7 @@ class Backend(VisionLanguageModel):
     """Every image becomes a square of one size: all batches have one shape, and none is padded."""
 
     family = "florence2"
+    squeezes = True
 
     def _configure(self, prompt: str | None) -> None:
         from PIL import Image
@@ -27,7 +28,7 @@ class Backend(VisionLanguageModel):
         self._mask = self._torch.ones_like(self._text_ids)
 
     def _inputs(self, image: Any) -> Inputs:
-        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
+        pixels = self._pixels(image)
         tensors = {"pixel_values": pixels, "input_ids": self._text_ids, "attention_mask": self._mask}
         return Inputs(tensors, tuple(pixels.shape[2:]))
 

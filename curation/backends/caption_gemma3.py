@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from curation.backends.chat_captions import ChatCaptioner
+from curation.backends.vision_language import Inputs
 
 
 class Backend(ChatCaptioner):
@@ -10,3 +13,14 @@ class Backend(ChatCaptioner):
 
     family = "gemma3"
     half_overflows = True
+    squeezes = True
+
+    def _configure(self, prompt: str | None) -> None:
+        """The text around a picture is the same for all: it is made once."""
+        from PIL import Image
+
+        super()._configure(prompt)
+        self._blank = super()._inputs(Image.new("RGB", (64, 64)))
+
+    def _inputs(self, image: Any) -> Inputs:
+        return Inputs({**self._blank.tensors, "pixel_values": self._pixels(image)}, self._blank.shape)

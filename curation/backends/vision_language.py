@@ -19,6 +19,7 @@ from curation.backends.hub_models import (
     resolve,
     snapshot,
 )
+from curation.backends.square_images import SquareImages
 from curation.captioning import FAMILIES, Detail, OutOfMemory, Quantize
 from curation.device_memory import is_out_of_memory, use_device
 from curation.errors import InfrastructureError, SampleError, UsageError
@@ -50,6 +51,7 @@ class VisionLanguageModel:
 
     family = ""
     half_overflows = False  # activations beyond float16's range
+    squeezes = False  # every image into one rectangle
 
     def __init__(
         self,
@@ -79,12 +81,14 @@ class VisionLanguageModel:
         from safetensors import SafetensorError
 
         self._torch = torch
+        self._squares: SquareImages | None = None
         torch.set_num_threads(threads)
         self.device_kind = use_device(device)
         self.dtype = self._choose_dtype(dtype)
         folder = local_folder(self.source)
         try:
             self.processor = self._load_processor(folder)
+            self._squares = SquareImages.of(self.processor.image_processor) if self.squeezes else None
             self.model = self._load_model(folder, quantize, offload)
             self._configure(prompt)
         except torch.OutOfMemoryError as error:
@@ -114,6 +118,12 @@ class VisionLanguageModel:
             rows.append(row[:end])
         texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
+
+    def _pixels(self, image: Any) -> Any:
+        """The image for a model that squeezes, 1 × 3 × height × width."""
+        if self._squares:
+            return self._squares.bytes_of(image)
+        return self.processor.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
 
     # ---- the seam of curation.captioning
 
@@ -148,6 +158,8 @@ class VisionLanguageModel:
         torch = self._torch
         joined = {name: torch.cat([inputs.tensors[name] for inputs in batch]) for name in batch[0].tensors}
         moved = {name: self._to_device(tensor) for name, tensor in joined.items()}
+        if self._squares:
+            moved["pixel_values"] = self._squares.numbers_of(moved["pixel_values"], self.dtype)
         processors = [SeededSampling(self.temperature, seeds, self.max_tokens)] if self.temperature > 0 else []
         with torch.inference_mode():
             sequences = self.model.generate(**moved, generation_config=self.generation, logits_processor=processors)

@@ -102,8 +102,8 @@ class Batch:
 class Feed:
     """Prepares pictures in threads, on the host; one for all shards of a process.
 
-    score: how much an image looks watermarked, from its pixels; None where nobody asks.  ahead: pictures prepared
-    before the first of them is awaited; more than two batches, or the model waits.
+    score: how much an image looks watermarked, from its pixels; None where nobody asks.
+    max_watermark: the score above which a picture is dropped; None: never.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Feed:
             return self._pool.submit(self._prepare, picture)
 
         samples = self._samples(source, work, report, limit)
-        ahead = 2 * batch_size + 2 * self._threads
+        ahead = batch_size + 2 * self._threads  # one batch works, one waits, one is prepared
         for picture, future in in_order(samples, start, lambda p: len(p.image), ahead, MAX_BYTES_AHEAD):
             try:
                 if future is not None:

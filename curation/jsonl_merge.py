@@ -27,7 +27,7 @@ import xxhash
 from curation.dictionaries import dump_json
 from curation.errors import ShardError
 from curation.ledger import Ledger
-from curation.plan import planned
+from curation.plan import Plan
 from curation.publish import link_exclusively, make_folder, read_record
 
 logger = logging.getLogger("curation")
@@ -48,6 +48,7 @@ class _Log:
     last: dict[str, Any] | None = None
     count: int = 0
     end: int = 0
+    written: int = 0  # of the entries, those whose bytes this process knows to be durable
 
     @property
     def data(self) -> Path:
@@ -72,30 +73,36 @@ class JsonlMerge:
         self._part, self._transform = part, transform
         self._folder = ledger.root / _FOLDER / target.name
         self._log: _Log | None = None
+        self._plan = Plan(ledger.root, ledger.stage)
+        self._order: list[str] = []
         self._last_look = -float("inf")
 
     def grow(self) -> None:
         """Merge what has been done, at most every few seconds."""
         if time.monotonic() - self._last_look >= MERGE_EVERY_S:
-            self._merge(check=False)
+            self._merge(is_last=False)
             self._last_look = time.monotonic()
 
     def finish(self) -> bool:
         """Merge what has been done, and again from the start where it was done again; whether all is merged."""
-        return self._merge(check=True)
+        return self._merge(is_last=True)
 
-    def _merge(self, *, check: bool) -> bool:
+    def _merge(self, *, is_last: bool) -> bool:
+        """is_last: compare what is merged with the receipts, and write the last entry's bytes whoever did before."""
         self._ledger.load_epochs()
-        order = sorted(planned(self._ledger.root, self._ledger.stage))
-        if not order:
+        if self._plan.look():
+            self._order = sorted(self._plan.ids)
+        if not (order := self._order):
             return True
         log = self._current()
         log.read()
-        if [shard_id for shard_id, _, _ in log.shards] != order[: len(log.shards)] or (check and self._is_stale(log)):
+        if [shard_id for shard_id, _, _ in log.shards] != order[: len(log.shards)] or (is_last and self._is_stale(log)):
             if any(self._fate(shard_id) is None for shard_id in order):
                 return False  # later: it would be out of date again
             log = self._begin(int(log.folder.name) + 1)
             log.read()
+        if is_last:
+            log.written = 0
         if not self._complete_last(log):
             return False
         while (entry := self._next_entry(log, order)) is not None:
@@ -195,7 +202,7 @@ class JsonlMerge:
     def _complete_last(self, log: _Log) -> bool:
         """Write the bytes of the last entry, whoever made it; False where a part of it is gone."""
         entry = log.last
-        if entry is None:
+        if entry is None or log.written == log.count:
             return True
         try:
             descriptor = os.open(log.data, os.O_WRONLY)
@@ -212,6 +219,7 @@ class JsonlMerge:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        log.written = log.count
         return True
 
     def _pieces(self, entry: dict[str, Any]) -> Iterator[tuple[int, bytes | None]]:

@@ -435,6 +435,32 @@ def test_the_revision_tells_weights_apart(folder: Callable[[str], Path], tmp_pat
         backends.load("caption", "florence2")(str(copy), revision="main")
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_hub_model_is_taken_from_the_hubs_cache(
+    folder: Callable[[str], Path], photos: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word to the hub where it is whole; where a file of it is missing, the line says so."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache = tmp_path / "models--somebody--tiny-gemma3"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(folder("gemma3"), cache / "snapshots" / COMMIT)
+    family, source = resolve("somebody/tiny-gemma3")
+    backend = backends.load("caption", family)(source, max_tokens=4)
+    assert (backend.name, backend.revision) == ("somebody/tiny-gemma3", COMMIT)
+    assert backend.caption([backend.prepare(photos[0])], [0])[0]
+    (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(InfrastructureError, match=r"somebody/tiny-gemma3: (download failed|cannot be loaded)"):
+        backends.load("caption", family)(source)
+    with pytest.raises(InfrastructureError, match="not in the hub's cache and HF_HUB_OFFLINE is set"):
+        backends.load("caption", family)("somebody/else-gemma3")
+
+
 # ---- batches
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,16 +293,34 @@ def _insist_on_bitsandbytes(quantize: str, device: str) -> None:
 
 
 def local_folder(source: ModelSource) -> Path:
-    """The model's folder: its own, or one of the hub's cache, filled if need be (the hub's client locks)."""
+    """The model's folder: its own, or one of the hub's cache, filled if need be (the hub's client locks).
+
+    What is whole there is taken without asking the hub: compute nodes often have no network.
+    """
     if source.is_folder:
         return Path(source.location)
+    folder = snapshot(source.location, source.revision)
+    if _is_whole(folder):
+        return folder
     from huggingface_hub import snapshot_download
 
     arguments: dict[str, Any] = {"revision": source.revision, "allow_patterns": _FILES}
     try:
         return Path(snapshot_download(source.location, **arguments))
     except hub_errors() as error:
-        folder = snapshot(source.location, source.revision)
-        if (folder / TRANSFORMER[0]).is_file():  # whole or not, loading will tell
-            return folder
         raise InfrastructureError(f"--model {source.location}: download failed: {hub_error_line(error)}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the hub's client has fetched all that is loaded: it fetches file by file, in any order."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        weights = set(index["weight_map"].values())
+    except FileNotFoundError:
+        weights = {"model.safetensors"}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    either = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "tokenizer.model"))
+    return all((folder / name).is_file() for name in {"config.json", "tokenizer_config.json", *weights}) and all(
+        any((folder / name).is_file() for name in names) for names in either
+    )

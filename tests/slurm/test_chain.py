@@ -81,6 +81,8 @@ def test_follow_works_on_what_is_published(chain: Chain) -> None:
     assert (first, rest) == ({**SOUND, BAD: "failed"}, [SOUND, SOUND, SOUND]), jobs.logs()
     assert codes == [{1}, {1}, {1}, {1}], jobs.logs()
     assert not jobs.litter()
+    for stage, folder in STAGES.items():
+        assert (jobs.root / folder / "_plan" / stage).is_dir(), "where run_pipeline.sh looks for an earlier list"
 
 
 # ---- what is submitted, with a program in place of the stages
@@ -114,6 +116,16 @@ def test_follow_starts_a_stage_while_the_one_before_runs(jobs: Jobs) -> None:
     (chain.folder / "go").touch()
     assert set(jobs.cluster.wait(numbers[0])) == {0}
     assert ["--follow" in line for line in dict.fromkeys(chain.started())] == [False, True, True]
+
+
+def test_a_follower_leaves_the_stage_before_time_to_make_an_earlier_list_longer(jobs: Jobs) -> None:
+    chain = StandIn(jobs, 11434, "wait 0 0 0")
+    (jobs.root / "captions" / "_plan" / "01_filter_noface").mkdir(parents=True)
+    numbers = chain.submit("--follow")
+    first, second, third = (jobs.cluster.facts(number)[0]["Dependency"] for number in numbers[1:])
+    assert first.startswith(f"after:{numbers[0]}_2+1(")
+    assert (second.split("(")[0], third.split("(")[0]) == (f"after:{numbers[1]}", f"after:{numbers[2]}")
+    jobs.cluster.call("scancel", *numbers)
 
 
 def test_a_dry_run_submits_nothing(jobs: Jobs) -> None:

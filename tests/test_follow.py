@@ -311,7 +311,8 @@ def test_a_dry_run_counts_who_waits(chain: Chain) -> None:
     ("more", "said"),
     [
         (["--rerun", "--shards", "1"], "leave --follow out"),
-        (["--follow_idle_s", "0"], "--follow_idle_s"),
+        (["--follow_idle_s", "0"], "at least 1 second"),
+        (["--lease_s", "60", "--follow_idle_s", "30"], "shorter than --lease_s"),
     ],
 )
 def test_flags_that_make_no_sense_together(chain: Chain, more: list[str], said: str) -> None:

@@ -364,6 +364,22 @@ def test_a_look_at_a_hundred_thousand_waiting_shards_is_short(tmp_path: Path) ->
     assert follower.waiting == 89_999
 
 
+def test_where_shards_are_found_elsewhere_only_those_are_waited_for_that_both_name(tmp_path: Path) -> None:
+    """As in stage 04: the list of sources is the frame, the plan says which of them will come."""
+    sources = [Shard(shard_id, tmp_path / f"{shard_id}.tar") for shard_id in ("1", "2", "3")]
+    record_plan(tmp_path, "a", ["1", "2", "9"])
+    receipts = tmp_path / "_receipts" / "a" / "0"
+    receipts.mkdir(parents=True)
+    follower = Follower(Follows("a", tmp_path), sources, None, 900.0, 60.0)
+    assert (follower.planned(), follower.waiting) == (["1", "2"], 3)
+    assert follower.poll() == []
+    arrived = []
+    for shard_id in ("1", "2"):
+        (receipts / f"{shard_id}.json").write_text('{"status": "failed", "epoch": 1}')
+    until(lambda: arrived.extend(follower.poll()) or not follower.expecting)
+    assert arrived == sources, "the third at the end: nobody will do it"
+
+
 # ---- the real stages
 
 

@@ -20,8 +20,10 @@ need() {
 # The site's own file: module load …, source activate …, export HF_HOME=…
 if [ -n "${CURATION_SETUP:-}" ]; then
     [ -r "$CURATION_SETUP" ] || usage_error "CURATION_SETUP=$CURATION_SETUP cannot be read"
+    set +u # such files seldom expect it
     # shellcheck disable=SC1090  # the user's
-    source "$CURATION_SETUP"
+    source "$CURATION_SETUP" || usage_error "CURATION_SETUP=$CURATION_SETUP ended with an error"
+    set -u
 fi
 # Without SLURM, so many processes on this machine share the shards.
 workers=()
@@ -99,7 +101,7 @@ run_tasks() {
         exit 75
     elif [ -z "$cause" ] && [ "$(seconds_of "$(time_left)")" -gt "$WARNING_S" ]; then
         echo "not queued again: the time limit is far"
-    elif [ ! -e "$notes/progress" ]; then
+    elif [ ! -e "$notes/progress" ] && [[ " $* " != *" --follow "* ]]; then # a follower may only have waited
         echo "not queued again: nothing was finished in the time there was"
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
         echo "not queued again: restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS)"

@@ -19,8 +19,8 @@ import xxhash
 
 from curation.cluster import note_progress
 from curation.errors import InfrastructureError, LostClaim
-from curation.publish import storage_error
 from curation.shards import bucket_of
+from curation.storage import storage_error
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic, length of key, of digest, of payload; xxh3-64 of all three
 _MAGIC = b"cpr1"

@@ -56,7 +56,8 @@ run_tasks() {
         wait_for_step
         exit "$code"
     fi
-    trap 'cause=TERM' TERM # SLURM sends it to the tasks too; srun, on TERM, would kill them
+    # SLURM sends TERM to the tasks too, but for scancel --batch.  srun, on TERM, would kill them; USR1 it hands on.
+    trap 'forward USR1; cause=TERM' TERM
     command -v srun >/dev/null || usage_error "no srun on this node, though SLURM_JOB_ID is set; unset it to run without SLURM"
 
     # srun gives only the highest code of its tasks, so that 75 would hide a 2: each task writes its own down.

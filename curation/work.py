@@ -188,7 +188,9 @@ class ShardWork:
         fingerprint: whatever beyond the stage's options a record depends on, short and fit for a file name.
         """
         mark = f"{self._ledger.fingerprint}{'-' + fingerprint if fingerprint else ''}"
-        names = self._partials.names(self.shard.id, fresh=self._claim.given_back)
+        # As it is now: an attempt that was asked to end a moment ago left nothing but its file.  The folder holds the
+        # checkpoints of shards that are being worked on, not of all.
+        names = self._partials.names(self.shard.id, fresh=True)
         names += [f"{self.shard.id}.{mark}.{token}" for token in self._claim.predecessors]
         log = PartialLog(self._partials.folder(self.shard.id), self.shard.id, mark, self._claim.token, names)
         with self._lock:

@@ -37,7 +37,8 @@ usage_error() {
 PROJECT=$(cd "$PROJECT" && pwd) || exit 2
 
 SCRIPTS=(01_filter_noface.sh 02_captions_processor.sh 03_generate_images.sh 04_reshard.sh)
-follow='' dry_run='' stages=01-04
+PLANS=(captions/_plan/01_filter_noface prompts/_plan/02_captions_processor edits/_plan/03_generate_images)
+follow='' dry_run='''' stages=01-04
 while [ $# -gt 0 ]; do
     case $1 in
     --follow) follow=yes ;;
@@ -121,6 +122,8 @@ sbatch_words() {
             kind=after
             array=ARRAY_0$(($1 - 1)) # all of an array may never run at once: its first element is enough
             element=${!array:+_${!array%%[!0-9]*}}
+            # an earlier run's list of shards looks complete until the new run has made it longer: give it a minute
+            [ -e "$ROOT/${PLANS[$1 - 2]}" ] && element+=+1
         fi
         submit+=(--dependency="$kind:$before$element")
     fi

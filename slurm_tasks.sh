@@ -20,8 +20,10 @@ need() {
 # The site's own file: module load …, source activate …, export HF_HOME=…
 if [ -n "${CURATION_SETUP:-}" ]; then
     [ -r "$CURATION_SETUP" ] || usage_error "CURATION_SETUP=$CURATION_SETUP cannot be read"
+    set +u # such files seldom expect it
     # shellcheck disable=SC1090  # the user's
-    source "$CURATION_SETUP"
+    source "$CURATION_SETUP" || usage_error "CURATION_SETUP=$CURATION_SETUP ended with an error"
+    set -u
 fi
 # Without SLURM, so many processes on this machine share the shards.
 workers=()
@@ -54,7 +56,8 @@ run_tasks() {
         wait_for_step
         exit "$code"
     fi
-    trap 'cause=TERM' TERM # SLURM sends it to the tasks too; srun, on TERM, would kill them
+    # SLURM sends TERM to the tasks too, but for scancel --batch.  srun, on TERM, would kill them; USR1 it hands on.
+    trap 'forward USR1; cause=TERM' TERM
     command -v srun >/dev/null || usage_error "no srun on this node, though SLURM_JOB_ID is set; unset it to run without SLURM"
 
     # srun gives only the highest code of its tasks, so that 75 would hide a 2: each task writes its own down.
@@ -99,7 +102,7 @@ run_tasks() {
         exit 75
     elif [ -z "$cause" ] && [ "$(seconds_of "$(time_left)")" -gt "$WARNING_S" ]; then
         echo "not queued again: the time limit is far"
-    elif [ ! -e "$notes/progress" ]; then
+    elif [ ! -e "$notes/progress" ] && [[ " $* " != *" --follow "* ]]; then # a follower may only have waited
         echo "not queued again: nothing was finished in the time there was"
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
         echo "not queued again: restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS)"

@@ -19,9 +19,10 @@ from curation.leftovers import Leftovers
 from curation.options import RunOptions, logger
 from curation.partial import Partials, tokens_with_checkpoints
 from curation.progress import Progress, Tally
-from curation.publish import is_storage_trouble, storage_error
 from curation.receipts import build_receipt
 from curation.shards import Shard
+from curation.storage import is_storage_trouble, storage_error
+from curation.superseded import lie_about, remove_superseded
 from curation.suspects import REASON, Room, fruitless, insist_on_innocence, is_suspect
 from curation.work import ShardWork
 
@@ -100,7 +101,9 @@ class Attempts:
         state = self._ledger.state(shard.id, inputs, fresh=True)  # after claiming
         if not self.wanted(state):
             self.count(state, shard)
-            return "late"
+            if claim.predecessors or (state.receipt or {}).get("superseded"):  # others may have left something
+                self._tidy(shard, claim, state)
+            return "settled" if state.what == "blocked" else "late"
         try:
             verify_inputs(inputs, state.inputs)
         except ShardError as error:  # upstream is just replacing it, or somebody else did: not this stage's failure
@@ -114,21 +117,31 @@ class Attempts:
             self._tally.shards("left")
         except LostClaim as error:
             logger.info(f"{shard.id}: {error}")
+            if work.checkpointed and (self._ledger.commit(shard.id).read_receipt() or {}).get("status") == "done":
+                work.finish(alone=False)  # the winner did not know of this one's checkpoints
             return "lost"
         finally:
             work.discard()
             work.close()
         return "settled"
 
+    def untidy(self, state: State) -> bool:
+        """Whether a file lies about that the receipt of a shard superseded, which only its winner knew of."""
+        return state.what in ("done", "failed") and lie_about(self._ledger.root, state.receipt)
+
     def tidy(self, shard: Shard, claim: Claim) -> None:
         """Finish what an attempt that was killed after its commit had still to clear away."""
         state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=True)
-        if state.receipt is None or self.wanted(state):
+        if not self.wanted(state):
+            self._tidy(shard, claim, state)
+
+    def _tidy(self, shard: Shard, claim: Claim, state: State) -> None:
+        if state.receipt is None:
             return
         # Of those presumed dead one may live and be about to commit the next generation: its files stay.
         dead = [claim.buried] if claim.buried else []
         work = self._work(shard, claim, state)
-        self._clear_away(work, state.receipt, Leftovers(), self._places(work), dead)
+        self._clear_away(work, claim, state.receipt, Leftovers(), self._places(work), dead)
 
     def _work(self, shard: Shard, claim: Claim, state: State) -> ShardWork:
         return ShardWork(
@@ -223,7 +236,7 @@ class Attempts:
         finally:
             if commit.named:
                 work.hand_over()
-        self._clear_away(work, receipt, self._leftovers, places, claim.predecessors)
+        self._clear_away(work, claim, receipt, self._leftovers, places, claim.predecessors)
         self._tell(work, receipt)
 
     def _places(self, work: ShardWork) -> list[Path]:
@@ -231,7 +244,13 @@ class Attempts:
         return [*work.places(), receipt.with_name(work.shard.id)]  # a prepared receipt is named for the shard alone
 
     def _clear_away(
-        self, work: ShardWork, receipt: dict[str, Any], leftovers: Leftovers, places: list[Path], dead: list[str]
+        self,
+        work: ShardWork,
+        claim: Claim,
+        receipt: dict[str, Any],
+        leftovers: Leftovers,
+        places: list[Path],
+        dead: list[str],
     ) -> None:
         """After a commit: checkpoints, files of dead attempts, and what the last receipt named and this one does not,
         which nobody may take for this one's.  The shard is done whether or not this succeeds."""
@@ -239,11 +258,8 @@ class Attempts:
             leftovers.clear(places, receipt["token"], dead)
             if receipt["status"] == "done":
                 work.finish()
-            superseded = receipt.get("superseded", [])
-            current = self._ledger.commit(work.shard.id).read_receipt() if superseded else None
-            if current is not None and current.get("token") == receipt["token"]:  # else they may be a newer one's
-                for path in superseded:
-                    (work.root / path).unlink(missing_ok=True)
+            commit = self._ledger.commit(work.shard.id)
+            remove_superseded(work.root, commit, receipt, claim.token, claim.predecessors)
         except OSError as error:
             logger.warning(f"{work.shard.id}: something was left behind: {error}")
 

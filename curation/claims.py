@@ -26,7 +26,8 @@ from curation.holders import (
     claim_record,
     read_claim,
 )
-from curation.publish import make_folder, storage_error
+from curation.publish import make_folder
+from curation.storage import storage_error
 
 logger = logging.getLogger("curation")
 

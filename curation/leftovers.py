@@ -26,7 +26,7 @@ class Leftovers:
             found: dict[str, list[str]] = {}
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.endswith(".tmp"):
+                    if entry.name.endswith((".tmp", ".old")):
                         found.setdefault(_without_token(entry.name), []).append(entry.name)
             self._found[folder] = found
 

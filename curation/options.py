@@ -56,6 +56,8 @@ class RunOptions:
             raise UsageError("--lease_s must be at least 1 second")
         if not self.follow_idle_s >= 1:
             raise UsageError("--follow_idle_s must be at least 1 second")
+        if self.follow and self.follow_idle_s < self.lease_s:  # heartbeats come every quarter of a lease
+            raise UsageError("--follow_idle_s must not be shorter than --lease_s: a live stage would seem dead")
         if self.follow and self.rerun and self.shards is not None:
             raise UsageError("--rerun --shards begins with a list of shards that is fixed: leave --follow out")
 

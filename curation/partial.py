@@ -19,8 +19,8 @@ import xxhash
 
 from curation.cluster import note_progress
 from curation.errors import InfrastructureError, LostClaim
-from curation.publish import storage_error
 from curation.shards import bucket_of
+from curation.storage import storage_error
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic, length of key, of digest, of payload; xxh3-64 of all three
 _MAGIC = b"cpr1"
@@ -181,10 +181,11 @@ def tokens_with_checkpoints(folder: Path, shard_id: str) -> set[str]:
 
 
 class Partials:
-    """The checkpoints of one stage that others left, found with a listing a bucket and minute, not one a shard.
+    """The checkpoints of one stage that others left.
 
     An attempt that dies leaves its token in its claim, so that its file has a known name; one that is asked to end
-    leaves nothing but the file, which the next listing shows.
+    leaves nothing but the file, which a listing shows: a fresh one for a stage that takes checkpoints up, else one a
+    bucket and minute.
     """
 
     def __init__(self, folder: Path) -> None:

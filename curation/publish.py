@@ -22,6 +22,7 @@ import xxhash
 from curation.dictionaries import dump_json, parse_json
 from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError
 from curation.folders import forget_folder, fsync_folder
+from curation.storage import storage_error
 
 MAX_RECEIPT_BYTES = 256 << 20  # the `files` layout names every file of a shard
 _BUFFER_BYTES = 256 << 10
@@ -30,11 +31,6 @@ _MAX_PIECES = 1024  # of one writev, on Linux
 _MAX_NAME_BYTES = 255  # of one path component, on every filesystem that clusters use
 _TRIES = 20
 _GONE = (errno.ENOENT, errno.ESTALE)  # of one's own file: another worker cleared it away
-_CAUSES = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota is used up",
-    errno.EROFS: "the filesystem is read-only",
-}
 
 
 def fast_digest(path: Path, block_bytes: int = 4 << 20) -> str:
@@ -48,22 +44,11 @@ def fast_digest(path: Path, block_bytes: int = 4 << 20) -> str:
     return digest.hexdigest()
 
 
-def storage_error(path: Path, error: OSError) -> InfrastructureError:
-    """What to tell the user when a folder or file cannot be written."""
-    what = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
-    return InfrastructureError(f"{path}: cannot be written: {what}; mend it and start again, nothing published is lost")
-
-
-def is_storage_trouble(error: OSError) -> bool:
-    """Whether the filesystem refuses everybody, so that the next shard would fare no better."""
-    return error.errno in _CAUSES
-
-
-def temporary_name(name: str, token: str) -> str:
-    """The name that an attempt writes a file under: hidden, its own, and within what a filesystem allows."""
+def temporary_name(name: str, token: str, end: str = "tmp") -> str:
+    """The name that an attempt writes a file under, or, with ``old``, puts one aside: hidden, its own, not too long."""
     if len(os.fsencode(name)) + len(token) + 6 > _MAX_NAME_BYTES:
         name = "~" + xxhash.xxh3_128_hexdigest(os.fsencode(name))
-    return f".{name}.{token}.tmp"
+    return f".{name}.{token}.{end}"
 
 
 def make_folder(folder: Path) -> None:
@@ -220,7 +205,7 @@ class Commit:
         prepared = self.prepared(token)
         try:
             _write_durably(prepared, dump_json(receipt, indent=True))
-            winner = self._link(prepared, self._record(generation), receipt)
+            winner = self._link(prepared, self.record(generation), receipt)
         except BaseException as error:
             if not self.named:
                 with contextlib.suppress(OSError):
@@ -229,7 +214,7 @@ class Commit:
                 raise _own_file_error(prepared, error) from error
             raise
         try:
-            if self._finish(self._record(generation), winner) and winner.get("token") == token:
+            if self._finish(self.record(generation), winner) and winner.get("token") == token:
                 return  # nobody else can have renamed our receipt: it stood there, whatever has followed it since
             final = self.read_receipt()
             if final is not None and final.get("token") == token:
@@ -247,11 +232,11 @@ class Commit:
         ``names`` of the folder.
         """
         if names is None:
-            records = [self._record(after_generation + 1)]
+            records = [self.record(after_generation + 1)]
         else:
             prefix = f".{self._shard_id}."
             middles = [n[len(prefix) : -7] for n in names if n.startswith(prefix) and n.endswith(".commit")]
-            records = [self._record(int(middle)) for middle in middles if middle.isdecimal()]
+            records = [self.record(int(middle)) for middle in middles if middle.isdecimal()]
         found = False
         for record in records:
             value = read_record(record)
@@ -320,7 +305,7 @@ class Commit:
         """The receipt of an attempt before it is committed."""
         return self._folder / temporary_name(self._shard_id, token)
 
-    def _record(self, generation: int) -> Path:
+    def record(self, generation: int) -> Path:
         return self._folder / f".{self._shard_id}.{generation}.commit"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -87,11 +86,13 @@ def build_receipt(
 
 
 def _superseded(work: ShardWork, paths: set[str]) -> list[str]:
-    """Files that the last receipt named and this one does not: to be removed, by whoever finds them after a crash."""
+    """Files that the last receipt named and this one does not: to be removed, by whoever finds them after a crash.
+
+    Those that the last one superseded stay listed: one may be lying aside just now, under a name that nobody knows.
+    """
     previous = work.previous or {}
     named = [output["path"] for output in previous.get("outputs", []) if output.get("checked", True)]
-    still_there = [path for path in previous.get("superseded", []) if os.path.lexists(work.root / path)]
-    return [path for path in [*named, *still_there] if path not in paths]
+    return [path for path in dict.fromkeys([*named, *previous.get("superseded", [])]) if path not in paths]
 
 
 @lru_cache(maxsize=1)

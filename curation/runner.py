@@ -241,7 +241,7 @@ class _Run:
         state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=fresh, cursory=self._opened)
         if not self._attempts.wanted(state):
             self._attempts.count(state, shard)
-            if self._claims.left_behind(bucket_of(shard.id), shard.id):
+            if self._attempts.untidy(state) or self._claims.left_behind(bucket_of(shard.id), shard.id):
                 self._untidy.append(shard)
             return None
         if not self._opened:  # models are loaded only when there is something to do

@@ -188,7 +188,9 @@ class ShardWork:
         fingerprint: whatever beyond the stage's options a record depends on, short and fit for a file name.
         """
         mark = f"{self._ledger.fingerprint}{'-' + fingerprint if fingerprint else ''}"
-        names = self._partials.names(self.shard.id, fresh=self._claim.given_back)
+        # As it is now: an attempt that was asked to end a moment ago left nothing but its file.  The folder holds the
+        # checkpoints of shards that are being worked on, not of all.
+        names = self._partials.names(self.shard.id, fresh=True)
         names += [f"{self.shard.id}.{mark}.{token}" for token in self._claim.predecessors]
         log = PartialLog(self._partials.folder(self.shard.id), self.shard.id, mark, self._claim.token, names)
         with self._lock:
@@ -222,8 +224,9 @@ class ShardWork:
         """Every path that an attempt at this shard may have written beside, under a temporary name."""
         own = [self._ledger.place("rejects", self.shard.id, end) for end in (".jsonl", ".drops.tsv.gz")]
         own.append(self._ledger.place("provenance", self.shard.id, ".jsonl"))
-        earlier = [self._ledger.root / output["path"] for output in (self.previous or {}).get("outputs", [])]
-        return [*{*self._touched, *own, *earlier}]
+        previous = self.previous or {}
+        paths = [*(output["path"] for output in previous.get("outputs", [])), *previous.get("superseded", [])]
+        return [*{*self._touched, *own, *(self._ledger.root / path for path in paths)}]
 
     def discard(self) -> None:
         """Remove every temporary file of this attempt; the partial log stays, durable."""
@@ -242,6 +245,11 @@ class ShardWork:
             with contextlib.suppress(LostClaim):
                 log.flush()
             log.close()
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether this attempt has written a partial file."""
+        return any(log.name is not None for log in self._logs)
 
     def finish(self, *, alone: bool = True) -> None:
         """After the commit: no partial file is needed any more.

@@ -1,7 +1,7 @@
 """A model of the commit protocol, one step a file operation.
 
-The steps are those of ``publish.Commit``, ``leftovers.Leftovers`` and ``attempt.Attempts``, in their order; a test runs
-those beside this model in lockstep (test_commit_lockstep).  commit_search goes through all that can happen.
+The steps are those of ``publish.Commit``, ``leftovers.Leftovers``, ``superseded`` and ``attempt.Attempts``, in their
+order; test_commit_lockstep runs those beside this model.  commit_search goes through all that can happen.
 """
 
 from __future__ import annotations
@@ -10,25 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-Op = tuple[str, ...]  # what is done, to which files: ("rename", "tmp A a", "A")
-
-
-class Receipt(NamedTuple):
-    token: str
-    generation: int
-    outputs: tuple[str, ...]
-    superseded: tuple[str, ...]
-
-
-class Disk(NamedTuple):
-    """What others can see.  Files of which each attempt has its own are named by its token."""
-
-    finals: tuple[tuple[str, str], ...]  # path, token of the attempt that made what lies there; sorted
-    temporaries: frozenset[tuple[str, str]]  # path, token
-    prepared: frozenset[Receipt]
-    receipt: Receipt | None
-    records: frozenset[Receipt]  # linked under their generation
-    claim: tuple[str, ...]  # predecessors and the holder, last; empty: free
+from tests.commit_disk import (
+    OLD,
+    PREPARED,
+    Disk,
+    Op,
+    Receipt,
+    aside,
+    generation_of,
+    outputs_are_there,
+    record_of,
+    temporary,
+    without,
+)
 
 
 class Process(NamedTuple):
@@ -39,10 +33,12 @@ class Process(NamedTuple):
     value: Receipt | None = None  # the record that it finishes
     then: str = ""  # where it goes on after that
     todo: tuple[tuple[str, str], ...] = ()  # files that a loop has still to go through, as (path, token)
-    found: frozenset[tuple[str, str]] = frozenset()  # other attempts' files that it will clear away
+    found: frozenset[tuple[str, str]] = frozenset()  # other attempts' files that it will clear away, or that are named
+    found_receipt: Receipt | None = None  # the newest, when it is asked what is named
     paths: tuple[str, ...] = ()  # that the last receipt named, where it clears as well
     groups: tuple[tuple[tuple[str, str], ...], ...] = ()  # the files to clear, in the order of the places
     predecessors: tuple[str, ...] = ()  # whom it took the claim from
+    sources: tuple[str, ...] = ()  # whose files put aside it has still to look for, after those in ``todo``
 
 
 Step = tuple[Op, Disk, Process]
@@ -66,6 +62,8 @@ class Rules:
     receipt_after_record: bool = True  # of step 3, for one who comes upon a record
     check_claim: bool = True
     link_exclusive: bool = True  # step 2
+    put_aside: bool = True  # before what was superseded is removed
+    record_before_receipt: bool = True  # when it is asked what may be removed
     tidy_superseded: bool = True  # who finds a done shard removes what its receipt superseded, claim left behind or not
 
 
@@ -78,7 +76,6 @@ class Attempt:
 START = Process("claim")
 GIVE_BACK = Process("give_back")
 ENDED = Process("ended")
-PREPARED = "R"  # stands for the prepared receipt among the places that are cleared
 
 
 class Model:
@@ -89,7 +86,8 @@ class Model:
         self.rules = rules
         old = Receipt("o", 1, before, ()) if before else None
         finals = tuple(sorted((path, "o") for path in before))
-        self.start = State(Disk(finals, frozenset(), frozenset(), old, frozenset(), ()), (START,) * len(attempts))
+        empty: frozenset[tuple[str, str]] = frozenset()
+        self.start = State(Disk(finals, empty, frozenset(), old, frozenset(), ()), (START,) * len(attempts))
 
     # ---- what a process does next
 
@@ -114,7 +112,7 @@ class Model:
             return [(("list",), disk, START)]
         lies = any(path in dict(disk.finals) for path in receipt.superseded)
         left = disk.claim or (self.rules.tidy_superseded and lies)
-        tidy = Process("still_mine", receipt) if left and receipt.superseded else GIVE_BACK
+        tidy = Process("still_mine", receipt, sources=disk.claim) if left and receipt.superseded else GIVE_BACK
         return [(("list",), disk._replace(claim=(me.token,)), tidy)]
 
     def _claim(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
@@ -141,36 +139,26 @@ class Model:
     def _decided(self, disk: Disk, p: Process, receipt: Receipt | None, me: Attempt) -> Process:
         """Whether the shard is to be done: there is no receipt, it is of other options, or its outputs are gone."""
         if not self.rules.eager and receipt is not None and receipt.token != "o" and outputs_are_there(disk, receipt):
-            return GIVE_BACK
+            return Process("still_mine", receipt, sources=p.predecessors) if receipt.superseded else GIVE_BACK
         return p._replace(at="write", receipt=receipt, todo=tuple((path, me.token) for path in me.outputs))
 
     def _write(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         """Step 1: the outputs under temporary names."""
         file, rest = p.todo[0], p.todo[1:]
         local = p._replace(todo=rest) if rest else self._after_writing(p, me)
-        op = ("create", _temporary(*file))
+        op = ("create", temporary(*file))
         return [(op, disk._replace(temporaries=disk.temporaries | {file}), local)]
 
     def _after_writing(self, p: Process, me: Attempt) -> Process:
         last = p.receipt
-        perhaps = tuple((path, "") for path in (last.superseded if last else ()))
-        mine = [path for path in (last.outputs if last else ()) if path not in me.outputs]
-        paths = last.outputs if last else ()
-        own = Receipt(me.token, generation_of(last) + 1, me.outputs, tuple(mine))
-        return p._replace(at="still_there" if perhaps else "look", receipt=own, todo=perhaps, paths=paths)
-
-    def _still_there(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
-        """What the last receipt had superseded, and nobody removed yet, is superseded by this one too."""
-        (path, _), rest = p.todo[0], p.todo[1:]
-        own = p.receipt
-        assert own is not None
-        if path in dict(disk.finals) and path not in own.outputs:
-            own = own._replace(superseded=(*own.superseded, path))
-        return [(("stat", path), disk, p._replace(at="still_there" if rest else "look", receipt=own, todo=rest))]
+        before = (*last.outputs, *last.superseded) if last else ()
+        own = Receipt(me.token, generation_of(last) + 1, me.outputs, tuple(p for p in before if p not in me.outputs))
+        return p._replace(at="look", receipt=own, todo=(), paths=before)
 
     def _look(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         """The listing of the folders: one step, as the first listing's time is what counts."""
         found = {file for file in disk.temporaries if file[0] in (*me.outputs, *p.paths)}
+        found |= {(OLD + path, by) for path, _, by in disk.aside if path in (*me.outputs, *p.paths)}
         found |= {(PREPARED, receipt.token) for receipt in disk.prepared}
         others = frozenset(file for file in found if file[1] != me.token)
         return [(("look",), disk, p._replace(at="holds", found=others))]
@@ -183,13 +171,13 @@ class Model:
     def _prepare(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         assert p.receipt is not None
         disk = disk._replace(prepared=disk.prepared | {p.receipt})
-        return [(("create", _temporary(PREPARED, me.token)), disk, p._replace(at="link"))]
+        return [(("create", temporary(PREPARED, me.token)), disk, p._replace(at="link"))]
 
     def _link(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         """Step 2."""
         own = p.receipt
         assert own is not None
-        op = ("link", _temporary(PREPARED, me.token), f"record {own.generation}")
+        op = ("link", temporary(PREPARED, me.token), f"record {own.generation}")
         if own not in disk.prepared:
             return [(op, disk, p._replace(at="unprepare"))]
         there = record_of(disk, own.generation)
@@ -226,14 +214,14 @@ class Model:
         local = p._replace(todo=rest) if rest else p._replace(at="unlink_record", todo=())
         path, token = file
         if path == PREPARED:
-            op = ("rename", _temporary(PREPARED, token), "receipt")
+            op = ("rename", temporary(PREPARED, token), "receipt")
             for receipt in disk.prepared:
                 if receipt.token == token:
                     if token == me.token and p.then == "outcome":
                         local = local._replace(then="won")  # nobody else can have put it there
                     disk = disk._replace(prepared=disk.prepared - {receipt}, receipt=receipt)
         else:
-            op = ("rename", _temporary(path, token), path)
+            op = ("rename", temporary(path, token), path)
             if file in disk.temporaries:
                 finals = dict(disk.finals) | {path: token}
                 disk = disk._replace(temporaries=disk.temporaries - {file}, finals=tuple(sorted(finals.items())))
@@ -257,7 +245,7 @@ class Model:
 
     def _unprepare(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         prepared = frozenset(receipt for receipt in disk.prepared if receipt.token != me.token)
-        return [(("unlink", _temporary(PREPARED, me.token)), disk._replace(prepared=prepared), self._discarding(me))]
+        return [(("unlink", temporary(PREPARED, me.token)), disk._replace(prepared=prepared), self._discarding(me))]
 
     def _discarding(self, me: Attempt) -> Process:
         return Process("discard", todo=tuple((path, me.token) for path in me.outputs))
@@ -265,7 +253,7 @@ class Model:
     def _discard(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         file, rest = p.todo[0], p.todo[1:]
         local = p._replace(todo=rest) if rest else Process("give_back")
-        return [(("unlink", _temporary(*file)), disk._replace(temporaries=disk.temporaries - {file}), local)]
+        return [(("unlink", temporary(*file)), disk._replace(temporaries=disk.temporaries - {file}), local)]
 
     def _clearing(self, p: Process, me: Attempt) -> Process:
         """The winner clears away what it found, and whatever those it took the claim from have written since."""
@@ -273,9 +261,10 @@ class Model:
         assert own is not None
         groups = []
         for places in ({*me.outputs, *p.paths}, {PREPARED}):
-            names = {file for file in p.found if file[0] in places}
+            names = {file for file in p.found if file[0].removeprefix(OLD) in places}
             groups.append(tuple(sorted(names | {(place, token) for place in places for token in p.predecessors})))
-        local = Process("clear", own, groups=tuple(group for group in groups if group))
+        groups = [group for group in groups if group]
+        local = Process("clear", own, groups=tuple(groups), sources=p.predecessors)
         return local if local.groups else self._cleared(local)
 
     def _clear(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
@@ -285,52 +274,99 @@ class Model:
             path, token = file
             group = tuple(other for other in p.groups[0] if other != file)
             local = p._replace(groups=(group, *p.groups[1:]) if group else p.groups[1:])
-            after = _without(disk, path, token)
-            steps.append((("unlink", _temporary(path, token)), after, local if local.groups else self._cleared(local)))
+            after = without(disk, path, token)
+            steps.append((("unlink", temporary(path, token)), after, local if local.groups else self._cleared(local)))
         return steps
 
     def _cleared(self, p: Process) -> Process:
         assert p.receipt is not None
-        return Process("still_mine", p.receipt) if p.receipt.superseded else GIVE_BACK
+        return Process("still_mine", p.receipt, sources=p.sources) if p.receipt.superseded else GIVE_BACK
 
     def _still_mine(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         own = p.receipt
         assert own is not None
-        mine = disk.receipt is not None and disk.receipt.token == own.token
+        if disk.receipt is None or disk.receipt.token != own.token:
+            return [(("read", "receipt"), disk, GIVE_BACK)]
         todo = tuple((path, "") for path in own.superseded)
-        return [(("read", "receipt"), disk, Process("supersede", todo=todo) if mine else GIVE_BACK)]
+        if not self.rules.put_aside:
+            return [(("read", "receipt"), disk, Process("supersede", todo=todo))]
+        return [(("read", "receipt"), disk, Process("put_aside", own, todo=todo, sources=p.sources))]
 
     def _supersede(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """Without a name of one's own in between: an error."""
         (path, _), rest = p.todo[0], p.todo[1:]
         finals = tuple(pair for pair in disk.finals if pair[0] != path)
         return [(("unlink", path), disk._replace(finals=finals), p._replace(todo=rest) if rest else GIVE_BACK)]
 
+    def _put_aside(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """What was superseded, then what the dead had put aside of it, under a name of one's own."""
+        (path, source), rest = p.todo[0], p.todo[1:]
+        op = ("rename", temporary(OLD + path, source) if source else path, temporary(OLD + path, me.token))
+        made_by = aside(disk, path, source) if source else dict(disk.finals).get(path)
+        if made_by is not None:
+            if source:
+                disk = disk._replace(aside=disk.aside - {(path, made_by, source)})
+            else:
+                disk = disk._replace(finals=tuple(pair for pair in disk.finals if pair[0] != path))
+            disk = disk._replace(aside=disk.aside | {(path, made_by, me.token)})
+            p = p._replace(paths=(*p.paths, path))
+        if rest:
+            return [(op, disk, p._replace(todo=rest))]
+        if p.paths:
+            first = "next_record" if self.rules.record_before_receipt else "newest"
+            return [(op, disk, p._replace(at=first, todo=()))]
+        return [(op, disk, self._next_source(p))]
+
+    def _next_source(self, p: Process) -> Process:
+        own = p.receipt
+        assert own is not None
+        if not p.sources:
+            return GIVE_BACK
+        todo = tuple((path, p.sources[0]) for path in own.superseded)
+        return Process("put_aside", own, todo=todo, sources=p.sources[1:])
+
+    def _next_record(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        newest = p.found_receipt or p.receipt
+        generation = generation_of(newest) + 1
+        local = p._replace(at="newest", value=record_of(disk, generation))
+        if not self.rules.record_before_receipt:
+            local = self._removing(disk, local, me)
+        return [(("read", f"record {generation}"), disk, local)]
+
+    def _newest(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """The receipt after the record of the next commit: where it is newer, again from there."""
+        newest = p.found_receipt or p.receipt
+        local = p._replace(found_receipt=disk.receipt)
+        if not self.rules.record_before_receipt:
+            return [(("read", "receipt"), disk, local._replace(at="next_record"))]
+        if generation_of(disk.receipt) > generation_of(newest):
+            return [(("read", "receipt"), disk, local._replace(at="next_record", value=None))]
+        return [(("read", "receipt"), disk, self._removing(disk, local, me))]
+
+    def _removing(self, disk: Disk, p: Process, me: Attempt) -> Process:
+        """It is settled what is named: a file that is one of those is put back, the others go."""
+        named = frozenset((path, it.token) for it in (p.found_receipt, p.value) if it for path in it.outputs)
+        todo = tuple((path, "") for path in p.paths)
+        return self._next_of(disk, p._replace(todo=todo, paths=(), value=None, found_receipt=None, found=named), me)
+
+    def _next_of(self, disk: Disk, p: Process, me: Attempt) -> Process:
+        path, _ = p.todo[0]
+        return p._replace(at="put_back" if (path, aside(disk, path, me.token)) in p.found else "remove")
+
+    def _put_back(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        path, _ = p.todo[0]
+        finals, made_by = dict(disk.finals), aside(disk, path, me.token)
+        if made_by is not None:
+            finals.setdefault(path, made_by)
+        after = disk._replace(finals=tuple(sorted(finals.items())))
+        return [(("link", temporary(OLD + path, me.token), path), after, p._replace(at="remove"))]
+
+    def _remove(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        (path, _), rest = p.todo[0], p.todo[1:]
+        after = without(disk, OLD + path, me.token)
+        local = self._next_of(after, p._replace(todo=rest), me) if rest else self._next_source(p)
+        return [(("unlink", temporary(OLD + path, me.token)), after, local)]
+
     def _give_back(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         claim = () if disk.claim[-1:] == (me.token,) else disk.claim
         return [(("give back", me.token), disk._replace(claim=claim), ENDED)]
-
-
-# ---- files
-
-
-def generation_of(receipt: Receipt | None) -> int:
-    return receipt.generation if receipt else 0
-
-
-def record_of(disk: Disk, generation: int) -> Receipt | None:
-    return next((record for record in disk.records if record.generation == generation), None)
-
-
-def outputs_are_there(disk: Disk, receipt: Receipt) -> bool:
-    finals = dict(disk.finals)
-    return all(finals.get(path) == receipt.token for path in receipt.outputs)
-
-
-def _without(disk: Disk, path: str, token: str) -> Disk:
-    if path == PREPARED:
-        return disk._replace(prepared=frozenset(r for r in disk.prepared if r.token != token))
-    return disk._replace(temporaries=disk.temporaries - {(path, token)})
-
-
-def _temporary(path: str, token: str) -> str:
-    return f"tmp {path} {token}"

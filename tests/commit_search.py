@@ -9,18 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tests.commit_model import (
-    Attempt,
-    Disk,
-    Model,
-    Op,
-    Process,
-    Rules,
-    State,
-    generation_of,
-    outputs_are_there,
-    record_of,
-)
+from tests.commit_disk import Disk, Op, generation_of, outputs_are_there, record_of
+from tests.commit_model import Attempt, Model, Process, Rules, State
 
 
 class Violation(AssertionError):
@@ -29,11 +19,26 @@ class Violation(AssertionError):
 
 def check_reader(disk: Disk) -> str:
     """What must hold at every moment: the receipt's outputs are there, unless a record says that they are being
-    replaced.  What is wrong, or nothing."""
+    replaced, or one was put aside by an attempt that is about to find out that it is named.  What is wrong, or nothing.
+    """
     receipt = disk.receipt
-    if receipt is None or record_of(disk, receipt.generation + 1) is not None or outputs_are_there(disk, receipt):
+    if receipt is None or record_of(disk, receipt.generation + 1) is not None:
+        return ""
+    there = {*disk.finals, *((path, token) for path, token, _ in disk.aside)}
+    if all((path, receipt.token) in there for path in receipt.outputs):
         return ""
     return f"the receipt is {receipt.token}'s, generation {receipt.generation}, and on disk is {dict(disk.finals)}"
+
+
+def check_survivors(state: State) -> str:
+    """What must hold where nobody was killed: nothing that the newest receipt names is missing, for no successor need
+    come.  What is wrong, or nothing."""
+    receipt = state.disk.receipt
+    if receipt is None or any(process.at != "ended" for process in state.processes):
+        return ""
+    if outputs_are_there(state.disk, receipt) and not state.disk.aside:
+        return ""
+    return f"all have ended, the receipt is {receipt.token}'s, and on disk is {dict(state.disk.finals)}"
 
 
 def check_end(disk: Disk, *, hidden: bool) -> str:
@@ -45,8 +50,8 @@ def check_end(disk: Disk, *, hidden: bool) -> str:
         return f"the receipt is {disk.receipt.token}'s, and on disk is {dict(disk.finals)}"
     if disk.records:
         return f"a record is left: {sorted(disk.records)}"
-    if hidden and (disk.temporaries or disk.prepared):
-        return f"left behind: {sorted(disk.temporaries)} {sorted(disk.prepared)}"
+    if hidden and (disk.temporaries or disk.prepared or disk.aside):
+        return f"left behind: {sorted(disk.temporaries)} {sorted(disk.prepared)} {sorted(disk.aside)}"
     return ""
 
 
@@ -56,17 +61,17 @@ class Searched:
     folders: int  # different folders that a successor came to
 
 
-def search(model: Model, successor: Attempt, *, at_every_moment: bool = True) -> Searched:
+def search(model: Model, successor: Attempt) -> Searched:
     """Go through every state.  Each is one in which all the rest may have been killed: there a successor comes alone.
 
-    at_every_moment: check what a reader may rely on in every state, too.  Raises Violation.
+    Raises Violation.
     """
     came_from: dict[State, tuple[State, str, Op] | None] = {model.start: None}
     pending, folders = [model.start], set()
     alike = len({attempt.outputs for attempt in model.attempts}) == 1
     while pending:
         state = pending.pop()
-        if at_every_moment and (wrong := check_reader(state.disk)):
+        if wrong := check_reader(state.disk) or check_survivors(state):
             raise Violation(_story(came_from, state, wrong))
         if state.disk not in folders:
             folders.add(state.disk)

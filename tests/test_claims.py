@@ -327,6 +327,49 @@ def test_a_heartbeat_survives_that_its_folder_is_removed(folder: Path) -> None:
         claims.heartbeat.stop()
 
 
+def test_a_claim_that_was_ours_at_the_last_look_is_given_back_unread(
+    host: Callable[[], Host], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can have taken it while the heartbeat was fresh all along; once it has stood still, a look is due."""
+    a, b = host(), host()
+    looks, read = [], module.read_claim
+    monkeypatch.setattr(module, "read_claim", lambda path: looks.append(path) or read(path))  # type: ignore[func-returns-value]
+    first, second, third = a.take("1"), a.take("2"), a.take("3")
+    assert first and second and third
+    a.claims.give_back(first)
+    assert looks == [first.path], "nobody has looked at it since it was made"
+    assert a.claims.holds(second) and a.claims.holds(third)
+    looks.clear()
+    clock.now += LEASE_S / 2
+    a.claims.heartbeat._beat()
+    clock.now += LEASE_S / 2
+    a.claims.give_back(second)
+    assert (looks, second.path.exists()) == ([], False)
+    assert b.take("3") is None
+    clock.now += LEASE_S + 1
+    taken = b.take("3")
+    assert taken is not None and taken.predecessors == [third.token]
+    a.claims.heartbeat._beat()  # the process was only asleep, and beats before it gives back
+    assert a.claims.heartbeat.fresh
+    a.claims.give_back(third)
+    b.claims.heartbeat._beat()
+    assert b.claims.holds(taken), "what another has taken over is left alone"
+
+
+def test_a_shard_that_others_held_and_gave_back_is_known(host: Callable[[], Host], clock: Clock) -> None:
+    """Its checkpoints have names that no claim tells."""
+    a, b = host(), host()
+    first = a.take("1")
+    assert first is not None and not first.given_back
+    assert b.take("1") is None
+    a.claims.give_back(first)
+    second = b.take("1")
+    assert second is not None and second.given_back and not second.predecessors
+    b.claims.give_back(second)
+    third = b.take("1")
+    assert third is not None and not third.given_back
+
+
 def test_a_place_that_cannot_be_written_is_told_by_name(tmp_path: Path) -> None:
     (tmp_path / "_claims").touch()
     with pytest.raises(InfrastructureError, match="_claims"):
@@ -563,9 +606,7 @@ def test_a_taker_knows_who_died_before(host: Callable[[], Host], clock: Clock) -
     clock.now += LEASE_S
     second = b.take()
     assert second is not None
-    assert [(death.token, death.host, death.alone) for death in second.deaths] == [
-        (first.token, a._identity[0], False)
-    ]
+    assert [(death.token, death.host, death.alone) for death in second.deaths] == [(first.token, a._identity[0], False)]
     b.claims.mark_alone(second)
     b.beat()
     c.take()

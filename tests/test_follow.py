@@ -311,7 +311,8 @@ def test_a_dry_run_counts_who_waits(chain: Chain) -> None:
     ("more", "said"),
     [
         (["--rerun", "--shards", "1"], "leave --follow out"),
-        (["--follow_idle_s", "0"], "--follow_idle_s"),
+        (["--follow_idle_s", "0"], "at least 1 second"),
+        (["--lease_s", "60", "--follow_idle_s", "30"], "shorter than --lease_s"),
     ],
 )
 def test_flags_that_make_no_sense_together(chain: Chain, more: list[str], said: str) -> None:
@@ -361,6 +362,22 @@ def test_a_look_at_a_hundred_thousand_waiting_shards_is_short(tmp_path: Path) ->
     assert follower.poll() == [Shard("00099991", tmp_path / "00099991.txt")]
     assert time.process_time() - began < 0.5
     assert follower.waiting == 89_999
+
+
+def test_where_shards_are_found_elsewhere_only_those_are_waited_for_that_both_name(tmp_path: Path) -> None:
+    """As in stage 04: the list of sources is the frame, the plan says which of them will come."""
+    sources = [Shard(shard_id, tmp_path / f"{shard_id}.tar") for shard_id in ("1", "2", "3")]
+    record_plan(tmp_path, "a", ["1", "2", "9"])
+    receipts = tmp_path / "_receipts" / "a" / "0"
+    receipts.mkdir(parents=True)
+    follower = Follower(Follows("a", tmp_path), sources, None, 900.0, 60.0)
+    assert (follower.planned(), follower.waiting) == (["1", "2"], 3)
+    assert follower.poll() == []
+    arrived = []
+    for shard_id in ("1", "2"):
+        (receipts / f"{shard_id}.json").write_text('{"status": "failed", "epoch": 1}')
+    until(lambda: arrived.extend(follower.poll()) or not follower.expecting)
+    assert arrived == sources, "the third at the end: nobody will do it"
 
 
 # ---- the real stages

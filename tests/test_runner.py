@@ -403,7 +403,7 @@ def test_what_a_kill_right_after_the_commit_left_is_cleared_by_the_next_run(
         patch.setattr(claims.Heartbeat, "stop", lambda self: None)
         with pytest.raises(Killed):
             place.run("--checkpoint")
-    assert place.receipt("1")["superseded"] == ["1.txt", "_provenance/toy/1.jsonl"]
+    assert place.receipt("1")["superseded"] == ["1.txt", "_provenance/toy/1.jsonl", "../more/1.more"]
     assert (place.out / "1.txt").exists()
     claim = next(place.out.glob("_claims/toy/*/1.claim"))
     claim.write_text(claim.read_text().replace('"pid_start":"', '"pid_start":"9'))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,8 @@ def test_done_failed_pending_and_samples(place: Place, status: Status) -> None:
 def test_without_a_plan_it_says_that_it_does_not_know(place: Place, status: Status) -> None:
     place.shards(2)
     assert place.run("--shards", "00000000") == 0
+    assert status()["toy"]["planned"] == 1, "what was selected, and no more"
+    shutil.rmtree(place.out / "_plan")
     assert status()["toy"]["planned"] is None
     assert status()["toy"]["pending"] == 0
 

@@ -14,7 +14,7 @@ from typing import Any
 from tests import toy_stage
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
-HAVE_TIMES = {"_receipts", "_claims"}
+NO_OUTPUTS = {"_receipts", "_claims", "_plan"}
 
 
 class Place:
@@ -79,12 +79,12 @@ class Place:
         self.journal.unlink(missing_ok=True)
 
     def published(self) -> dict[str, bytes]:
-        """Everything but the records that have times in them."""
+        """Everything but the records of the runs: those that have times in them, and plans."""
         return {
             str(path.relative_to(self.root)): path.read_bytes()
             for folder in (self.out, self.more)
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and not HAVE_TIMES & set(path.relative_to(self.root).parts)
+            if path.is_file() and not NO_OUTPUTS & set(path.relative_to(self.root).parts)
         }
 
     def litter(self) -> list[str]:

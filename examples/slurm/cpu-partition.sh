@@ -14,7 +14,7 @@ export SBATCH_ACCOUNT=${SBATCH_ACCOUNT:-my_account}
 export SBATCH_PARTITION=${SBATCH_PARTITION:-cpu}
 
 # Stage 01.  DataComp's shards record where the faces are: one CPU a task, and each task works on a shard of its own.  Ten
-# jobs of 32 such tasks; with fewer shards than tasks, the rest end at once.
+# jobs of 32 such tasks; with fewer shards than tasks, the rest end after a few minutes.
 export ARRAY_01=${ARRAY_01:-0-9}
 export SBATCH_01="--ntasks-per-node=32 --cpus-per-task=1 --time=02:00:00 ${SBATCH_01:-}"
 export FLAGS_01=${FLAGS_01:---detector recorded}

@@ -83,8 +83,8 @@ class Chain:
         }
 
 
-# $LOG/stages: a line for each start.  Stage n ends with the n-th of $CODES; "wait": 75 when asked to stop, or 0 once
-# $LOG/go is there.
+# $LOG/stages: a line for each start.  Stage n ends with the n-th of $CODES; "wait": 75 when asked to stop,
+# with something done, or 0 once $LOG/go is there.
 STAGE = f"""#!{sys.executable}
 import os, pathlib, signal, sys, time
 log = pathlib.Path(os.environ["LOG"])
@@ -93,8 +93,12 @@ with open(log / "stages", "a") as file:
 code = os.environ["CODES"].split()[int(pathlib.Path(sys.argv[1]).name[:2]) - 1]
 if code != "wait":
     sys.exit(int(code))
+def stop(*_):
+    if "CURATION_PROGRESS" in os.environ:
+        pathlib.Path(os.environ["CURATION_PROGRESS"]).touch()
+    sys.exit(75)
 for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-    signal.signal(name, lambda *_: sys.exit(75))
+    signal.signal(name, stop)
 (log / "waiting").touch()
 while not (log / "go").exists():
     time.sleep(0.05)

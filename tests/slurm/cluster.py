@@ -165,8 +165,9 @@ class Cluster:
     def _start(self, name: str, *command: str) -> None:
         with open(self.base / "log" / f"{name}.out", "ab") as log:
             self.processes[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(), start_new_session=True
-            )
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=self.environment(),
+            )  # fmt: skip
 
     def job_processes(self, node: str | None, job: str | None = None) -> list[int]:
         """Processes of this cluster's jobs and their stepds, on one node or on all, of one job or of all."""
@@ -232,6 +233,7 @@ class Cluster:
 
     def wait(self, *jobs: str, seconds: float = 120) -> list[int]:
         """Until they are over; the exit codes of all elements."""
+
         def over() -> bool:
             states = {facts["JobState"] for job in jobs for facts in self.facts(job)}
             return not states & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}

@@ -99,7 +99,7 @@ class Jobs:
 
 
 def published(root: Path, *folders: str) -> dict[str, bytes]:
-    """Everything below ``folders`` but the records that have times in them, and what the scripts of killed jobs left."""
+    """Everything below ``folders`` but records with times in them, and what the scripts of killed jobs left."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for folder in folders

@@ -81,6 +81,8 @@ def test_follow_works_on_what_is_published(chain: Chain) -> None:
     assert (first, rest) == ({**SOUND, BAD: "failed"}, [SOUND, SOUND, SOUND]), jobs.logs()
     assert codes == [{1}, {1}, {1}, {1}], jobs.logs()
     assert not jobs.litter()
+    for stage, folder in STAGES.items():
+        assert (jobs.root / folder / "_plan" / stage).is_dir(), "where run_pipeline.sh looks for an earlier list"
 
 
 # ---- what is submitted, with a program in place of the stages
@@ -104,6 +106,20 @@ def test_the_stages_words(jobs: Jobs) -> None:
     ]
 
 
+def test_a_job_that_queues_itself_again_has_not_ended(jobs: Jobs) -> None:
+    """The next stage waits for its restart too."""
+    chain = StandIn(jobs, 11434, "wait 0 0 0")
+    numbers = chain.submit("--stages=01-02", ARRAY_01="0-1")
+    wait_until(lambda: len(chain.started()) == 2, 20, "both elements")
+    wait_until((chain.folder / "waiting").exists, 20, "stage 01")
+    jobs.cluster.call("scancel", "--batch", "--signal=USR1", f"{numbers[0]}_1")  # as SLURM does before the time limit
+    wait_until(lambda: len(chain.started()) == 3, 40, "the restart")
+    assert f"requeueing {numbers[0]}_1" in jobs.logs()
+    (chain.folder / "go").touch()
+    assert set(jobs.cluster.wait(*numbers)) == {0}
+    assert [line[:2] for line in chain.started()] == ["01", "01", "01", "02"]
+
+
 def test_follow_starts_a_stage_while_the_one_before_runs(jobs: Jobs) -> None:
     """And while most of its array has not begun."""
     chain = StandIn(jobs, 11434, "wait 0 0 0")
@@ -113,7 +129,17 @@ def test_follow_starts_a_stage_while_the_one_before_runs(jobs: Jobs) -> None:
     assert sorted(states) == ["PENDING"] * 3 + ["RUNNING"]
     (chain.folder / "go").touch()
     assert set(jobs.cluster.wait(numbers[0])) == {0}
-    assert ["--follow" in line for line in dict.fromkeys(chain.started())] == [False, True, True]
+    assert {line[:2]: "--follow" in line for line in chain.started()} == {"01": False, "02": True, "03": True}
+
+
+def test_a_follower_leaves_the_stage_before_time_to_make_an_earlier_list_longer(jobs: Jobs) -> None:
+    chain = StandIn(jobs, 11434, "wait 0 0 0")
+    (jobs.root / "captions" / "_plan" / "01_filter_noface").mkdir(parents=True)
+    numbers = chain.submit("--follow")
+    first, second, third = (jobs.cluster.facts(number)[0]["Dependency"] for number in numbers[1:])
+    assert first.startswith(f"after:{numbers[0]}_2+1(")
+    assert (second.split("(")[0], third.split("(")[0]) == (f"after:{numbers[1]}", f"after:{numbers[2]}")
+    jobs.cluster.call("scancel", *numbers)
 
 
 def test_a_dry_run_submits_nothing(jobs: Jobs) -> None:

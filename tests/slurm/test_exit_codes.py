@@ -1,9 +1,10 @@
-"""What a job ends with, and when it queues itself again: the stages' scripts with a program in place of the stage, under
-the real sbatch, srun and scontrol."""
+"""What a job ends with, and when it queues itself again: the stages' scripts with a program in place of the stage,
+under the real sbatch, srun and scontrol."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +103,7 @@ def test_under_plain_bash(script: str, jobs: Jobs, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("signal", "finishes", "restarts", "says"),
     [
+        ("USR1", "follow", "50", "requeueing"),  # it may only have waited for the stage before
         ("USR1", "yes", "50", "requeueing"),
         ("USR1", "", "50", "nothing was finished"),  # it would go round for ever
         ("USR1", "yes", "0", "MAX_RESTARTS"),
@@ -112,7 +114,9 @@ def test_it_queues_itself_again_only_at_the_time_limit_and_with_something_done(
     signal: str, finishes: str, restarts: str, says: str, job: Job, tmp_path: Path
 ) -> None:
     cluster = job.jobs.cluster
-    number = job.submit("wait 0", sbatch=("--array=3",), FINISHES=finishes, MAX_RESTARTS=restarts)
+    flags = ["--follow"] if finishes == "follow" else []
+    saved = "" if flags else finishes
+    number = job.submit("wait 0", *flags, sbatch=("--array=3",), FINISHES=saved, MAX_RESTARTS=restarts)
     element = f"{number}_3"
     wait_until((tmp_path / "waiting.").exists, 20, job.jobs.logs())
     # USR1 as SLURM sends it before the end, to the script; TERM as it sends it to the tasks
@@ -156,12 +160,9 @@ def test_the_end_of_the_job_is_asked_for_again(job: Job, tmp_path: Path) -> None
 def test_no_scontrol_on_the_node(job: Job, tmp_path: Path) -> None:
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name in ("srun", "squeue"):
-        (bin_folder / name).symlink_to(f"/usr/bin/{name}")
-    for name in ("bash", "env", "dirname", "mktemp", "mkdir", "touch", "cat", "sort", "tr", "rm", "find", "sleep", "awk"):
-        (bin_folder / name).symlink_to(Path("/usr/bin") / name)
-    for name in ("head", "timeout", "date", "hostname"):
-        (bin_folder / name).symlink_to(Path("/usr/bin") / name if Path("/usr/bin", name).exists() else Path("/bin", name))
+    wanted = "srun squeue bash env dirname mktemp mkdir touch cat sort tr rm sleep awk head timeout date hostname"
+    for name in wanted.split():
+        (bin_folder / name).symlink_to(str(shutil.which(name)))
     number = job.submit("wait", FINISHES="yes", sbatch=(f"--export=ALL,PATH={bin_folder}",))
     wait_until((tmp_path / "waiting.").exists, 20, job.jobs.logs())
     job.jobs.cluster.call("scancel", "--batch", "--signal=USR1", number)
@@ -173,7 +174,8 @@ def test_a_folder_that_is_not_shared(job: Job, cluster: Cluster, tmp_path: Path)
     """A task on a node where another filesystem is mounted there."""
     job.target.mkdir(parents=True)
     wrap = tmp_path / "on another filesystem"
-    wrap.write_text(f'#!/bin/bash\nexec unshare --mount sh -c \'mount -t tmpfs none "{job.target}" && exec "$@"\' sh "$@"\n')
+    elsewhere = f'mount -t tmpfs none "{job.target}" && exec "$@"'
+    wrap.write_text(f"#!/bin/bash\nexec unshare --mount sh -c '{elsewhere}' sh \"$@\"\n")
     wrap.chmod(0o755)
     link = Path("/tmp") / f"wrap-{os.getpid()}"
     link.symlink_to(wrap)
@@ -203,7 +205,7 @@ def test_a_wrong_array_element(job: Job) -> None:
 
 def test_the_sites_own_setup(job: Job, tmp_path: Path) -> None:
     setup = tmp_path / "setup.sh"
-    setup.write_text('echo "modules loaded" >&2\nexport CODES=1\n')
+    setup.write_text('echo "modules loaded: $NOT_SET" >&2\nexport CODES=1\n')
     assert job.jobs.cluster.wait(job.submit("0", CURATION_SETUP=str(setup))) == [1]
     assert "modules loaded" in job.jobs.logs()
     assert job.jobs.cluster.wait(job.submit("0", CURATION_SETUP=f"{setup}.not")) == [2]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.slurm.jobs import Jobs, published
 
-SMALL = ("--embedded", "--height", "64", "--width", "64", "--steps", "40", "--batch_size", "2")  # slow enough that all four have a part
+# slow enough that all four have a part
+SMALL = ("--embedded", "--height", "64", "--width", "64", "--steps", "40", "--batch_size", "2")
 
 
 def test_four_tasks_have_four_devices_and_every_sample_is_made_once(ready_to_generate: Jobs) -> None:

@@ -1,0 +1,104 @@
+"""Folders made durable through descriptors that stay open: bounded, shared by threads, never of a dead folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from curation import folders
+from curation.folders import fsync_folder
+from curation.publish import OutputFile
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that were fsynced, as the kernel names them."""
+    seen: list[str] = []
+    fsync = os.fsync
+
+    def told(descriptor: int) -> None:
+        seen.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", told)
+    return seen
+
+
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    seen: list[str] = []
+    real = os.open
+
+    def told(path: str, *rest: int) -> int:
+        seen.append(str(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", told)
+    return seen
+
+
+def test_a_folder_is_opened_once_and_synced_each_time(
+    tmp_path: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = opened(monkeypatch)
+    for _ in range(5):
+        fsync_folder(tmp_path)
+    assert seen == [str(tmp_path)]
+    assert synced == [str(tmp_path)] * 5
+
+
+def test_descriptors_are_bounded_even_among_threads(tmp_path: Path) -> None:
+    places = [tmp_path / str(number) for number in range(200)]
+    for place in places:
+        place.mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(fsync_folder, places * 3))
+    assert len(os.listdir("/proc/self/fd")) <= before + folders._KEPT
+
+
+def test_a_folder_that_is_gone_is_nobodys_trouble(tmp_path: Path) -> None:
+    fsync_folder(tmp_path / "never")
+
+
+def test_a_stale_handle_is_opened_again(tmp_path: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync_folder(tmp_path)
+    fsync, stale = os.fsync, [True]
+
+    def first_stale(descriptor: int) -> None:
+        if stale.pop() if stale else False:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", first_stale)
+    seen = opened(monkeypatch)
+    fsync_folder(tmp_path)
+    assert seen == [str(tmp_path)]
+    assert synced == [str(tmp_path)] * 2
+
+
+def test_a_folder_made_anew_is_the_one_that_is_synced(tmp_path: Path, synced: list[str]) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    fsync_folder(place)
+    shutil.rmtree(place)
+    with OutputFile(place / "a", "t") as file:
+        file.write(b"x")
+    synced.clear()
+    fsync_folder(place)
+    assert synced == [str(place)], "and not the one that was removed"
+
+
+def test_other_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        fsync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EINVAL, "none here")))
+    fsync_folder(tmp_path)  # a filesystem that has no fsync of folders

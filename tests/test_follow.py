@@ -138,7 +138,8 @@ def test_two_stages_started_together(chain: Chain) -> None:
     ids = chain.place.shards(6)
     b = chain.start("b")
     a = chain.start("a", "--sample_s", "0.2")
-    assert (ended(a)[0], ended(b)[0]) == (0, 0)
+    (code_a, text_a), (code_b, text_b) = ended(a), ended(b)
+    assert (code_a, code_b) == (0, 0), text_a + text_b
     assert chain.receipts("b") == dict.fromkeys(ids, "done")
     assert chain.samples(b)[0] < chain.samples(a)[-1], "it began before upstream had ended"
 
@@ -231,13 +232,14 @@ def test_an_upstream_that_never_begins_is_told_of(chain: Chain) -> None:
 
 
 def test_a_plan_that_grows_in_mid_run(chain: Chain) -> None:
-    ids = chain.place.shards(3)
+    ids = chain.place.shards(5)
     c, b = chain.start("c"), chain.start("b")
-    a = chain.start("a", "--sample_s", "0.3")
+    a = chain.start("a", "--sample_s", "0.7")  # still at it when the others are told of more
     until(lambda: chain.receipts("c"))
     more = [f"1{number:07d}" for number in range(3)]
     for shard_id in more:
         chain.place.shard(shard_id, "keep", "keep")
+    assert a.poll() is None
     second = chain.start("a", "--sample_s", "0.3")
     assert [ended(p)[0] for p in (a, second, b, c)] == [0, 0, 0, 0]
     assert chain.receipts("c") == dict.fromkeys(ids + more, "done")

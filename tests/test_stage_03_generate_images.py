@@ -647,14 +647,19 @@ def test_no_hub_and_no_model_is_code_2_but_counting_works(
 
 
 def test_a_gpu_that_torch_cannot_use_is_told(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
+
+    from tests.tiny_pipelines import BUILDERS
 
     if torch.cuda.is_available():
         pytest.skip("this torch can")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert run(root) == 2
+    assert run(root) == 0, "the stand-in asks for no GPU"
+    BUILDERS["tiny-FLUX.1-schnell"](tmp_path / "tiny-FLUX.1-schnell")
+    small = ["--model", str(tmp_path / "tiny-FLUX.1-schnell"), "--quiet", "--height", "64", "--width", "64"]
+    assert run(root, "--rerun", small=small) == 2
     assert "set CUDA_VISIBLE_DEVICES= to run on the CPU" in capsys.readouterr().err
 
 

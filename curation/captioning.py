@@ -88,7 +88,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One line of ``--list_models``.  memory_gb: of the device, weights in 16 bits and a small batch."""
+    """One line of ``--list_models``.  memory_gb: of the device, weights in 16 bits and a small batch,
+    reckoned from the number of parameters and not measured."""
 
     short: str
     source: str
@@ -181,7 +182,7 @@ def _family_of_folder(folder: str) -> str:
 
 def list_models() -> str:
     """The table of ``--list_models``."""
-    rows = [("name", "hub id", "GPU memory", "suits")]
+    rows = [("name", "hub id", "GPU memory, about", "suits")]
     rows += [(m.short, m.source, f"{m.memory_gb:g} GB", m.suits) for m in MODELS]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]

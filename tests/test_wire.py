@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def serving(*responses: bytes, gap_s: float = 0.0) -> Iterator[str]:
         for response in responses:
             connection, _ = listener.accept()
             with connection:
-                connection.recv(1 << 16)
+                read_request(connection)
                 step = 1 if gap_s else max(1, len(response))
                 for start in range(0, len(response), step):
                     if gap_s:
@@ -60,6 +61,18 @@ def serving(*responses: bytes, gap_s: float = 0.0) -> Iterator[str]:
     finally:
         stopping.set()
         listener.close()
+
+
+def read_request(connection: socket.socket) -> None:
+    """All of it: a connection that is closed with bytes unread is reset, and the answer may be lost."""
+    received = b""
+    while b"\r\n\r\n" not in received and (more := connection.recv(1 << 16)):
+        received += more
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    missing = (int(length[1]) if length else 0) - len(body)
+    while missing > 0 and (more := connection.recv(1 << 16)):
+        missing -= len(more)
 
 
 def http(status: int, body: bytes, *headers: bytes) -> bytes:

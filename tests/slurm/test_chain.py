@@ -243,7 +243,9 @@ def test_where_it_stops(codes: str, expected: int, stages: int, jobs: Jobs, work
 def test_it_hands_on_what_it_is_sent(name: str, jobs: Jobs, workstation: Mapping[str, str]) -> None:
     chain = StandIn(jobs, 11434, "0 wait 0 0")
     environment = jobs.cluster.environment({**chain.variables, **workstation})
-    process = subprocess.Popen(["bash", ROOT / "run_pipeline.sh"], env=environment, cwd=chain.folder)
+    # bash cannot trap what its parent ignored, and nohup ignores SIGHUP
+    command = ["env", "--default-signal=HUP", "bash", ROOT / "run_pipeline.sh"]
+    process = subprocess.Popen(command, env=environment, cwd=chain.folder)
     wait_until((chain.folder / "waiting").exists, 20, "stage 02")
     process.send_signal(signal.Signals[name])
     assert process.wait(20) == 75

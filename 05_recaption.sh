@@ -34,9 +34,7 @@ source "$PROJECT/slurm_tasks.sh" || exit 2
 SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/shards}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/recaptions}}
 need SRC_DIR "the shards whose images get new captions (or ROOT)"
 need TARGET_DIR "the folder for the captions (or ROOT)"
-# Without SLURM: a process for each GPU of the machine.
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
-[ "${#workers[@]}" -gt 0 ] && workers=(--workers "${WORKERS:-$((gpus > 0 ? gpus : 1))}")
+a_worker_for_each_gpu
 
 stage=("$PYTHON" "$PROJECT/05_recaption.py" --data_path "$SRC_DIR" --output_dir "$TARGET_DIR")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

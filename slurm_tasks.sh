@@ -29,6 +29,14 @@ fi
 workers=()
 [ -z "${SLURM_JOB_ID:-}" ] && workers=(--workers "${WORKERS:-1}")
 
+# Without SLURM, a process for each GPU of the machine, unless WORKERS says otherwise.
+a_worker_for_each_gpu() {
+    local gpus
+    [ -n "${SLURM_JOB_ID:-}" ] && return
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    workers=(--workers "${WORKERS:-$((gpus > 0 ? gpus : 1))}")
+}
+
 # Words before every command, such as: apptainer exec --nv image.sif
 read -r -a wrap <<<"${CURATION_WRAP:-}"
 

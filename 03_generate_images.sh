@@ -34,7 +34,6 @@ source "$PROJECT/slurm_tasks.sh" || exit 2
 SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/prompts}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/edits}}
 need SRC_DIR "the folder of prompts that stage 02 wrote (or ROOT)"
 need TARGET_DIR "the folder of metadata that stage 01 wrote (or ROOT)"
-a_worker_for_each_gpu
 
 # torch.compile and the like are worth trying on your GPUs (docs/stage-03.md, Speed):
 #     sbatch 03_generate_images.sh --compile blocks --channels_last --fuse_qkv --text_batches 4

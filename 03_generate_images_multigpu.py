@@ -21,7 +21,7 @@ from curation.backends.diffusion_tiny import build_embedded, cuda_works, embedde
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.hub_models import ModelSource, resolve
 from curation.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
-from curation.cluster import Allocation, visible_gpus
+from curation.cluster import Allocation, workers_for_gpus
 from curation.dictionaries import KEY_SUFFIX, dump_json, read_dictionary
 from curation.edited import (
     GENERATED_XMP,
@@ -357,13 +357,7 @@ def provenance_path(shard: Shard) -> Path:
 
 def one_process_per_gpu(options: Options) -> Options:
     """``--num_gpus`` as ``--workers``, which starts the processes.  Under srun with several tasks each is one."""
-    if options.num_gpus is None:
-        tasks = os.environ.get("SLURM_NTASKS", "1")
-        alone = options.workers == 1 and not (tasks.isdigit() and int(tasks) > 1)
-        return replace(options, workers=max(1, visible_gpus())) if alone else options
-    if 0 < visible_gpus() < options.num_gpus:
-        raise UsageError(f"--num_gpus {options.num_gpus}: only {visible_gpus()} can be seen here")
-    return replace(options, workers=options.num_gpus)
+    return replace(options, workers=workers_for_gpus(options.workers, options.num_gpus))
 
 
 @exit_code

@@ -34,7 +34,6 @@ source "$PROJECT/slurm_tasks.sh" || exit 2
 SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/shards}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/recaptions}}
 need SRC_DIR "the shards whose images get new captions (or ROOT)"
 need TARGET_DIR "the folder for the captions (or ROOT)"
-a_worker_for_each_gpu
 
 stage=("$PYTHON" "$PROJECT/05_recaption.py" --data_path "$SRC_DIR" --output_dir "$TARGET_DIR")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

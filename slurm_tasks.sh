@@ -25,17 +25,9 @@ if [ -n "${CURATION_SETUP:-}" ]; then
     source "$CURATION_SETUP" || usage_error "CURATION_SETUP=$CURATION_SETUP ended with an error"
     set -u
 fi
-# Without SLURM, so many processes on this machine share the shards.
+# Without SLURM, so many processes on this machine share the shards; stages 03 and 05 make one for each GPU of it.
 workers=()
 [ -z "${SLURM_JOB_ID:-}" ] && workers=(--workers "${WORKERS:-1}")
-
-# Without SLURM, a process for each GPU of the machine, unless WORKERS says otherwise.
-a_worker_for_each_gpu() {
-    local gpus
-    [ -n "${SLURM_JOB_ID:-}" ] && return
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
-    workers=(--workers "${WORKERS:-$((gpus > 0 ? gpus : 1))}")
-}
 
 # Words before every command, such as: apptainer exec --nv image.sif
 read -r -a wrap <<<"${CURATION_WRAP:-}"

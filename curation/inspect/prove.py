@@ -1,7 +1,7 @@
 """The fast proof of one hybrid shard: every byte is foretold from the source and the edits, and compared.
 
 What is foretold is worked out here and not by the code that wrote the shard.  Samples that lie together and stay are
-compared in one piece of memory; the hybrid's headers are not even parsed.  Where a byte differs nothing more can be said
+compared in one piece of memory; the hybrid's headers are not even parsed.  Where a byte differs no more can be said
 from here: ``explain.py`` reads both files by their samples.
 """
 

@@ -72,6 +72,7 @@ class Attempts:
         self._leftovers = Leftovers()
         self._partials = Partials(ledger.root / "_partial" / stage.name)
         self._room = Room()
+        self.open_s = 0.0  # that this process took to get ready
 
     def wanted(self, state: State) -> bool:
         """Whether this run is to work on a shard in that state."""
@@ -224,6 +225,7 @@ class Attempts:
             error=error,
             quarantine=error is not None and error["reason"] == REASON,
             sources=this.inputs,
+            open_s=self.open_s,
         )
         places = self._places(work)
         self._leftovers.look(places)

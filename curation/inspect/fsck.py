@@ -77,7 +77,7 @@ def _verdicts(tasks: Sequence[Task], workers: int) -> Iterator[Verdict]:
     if workers < 2:
         yield from map(check_shard, tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             yield from pool.map(check_shard, tasks)
         except BrokenProcessPool:

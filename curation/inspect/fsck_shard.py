@@ -285,13 +285,14 @@ def _check_receipts(task: Task, findings: Findings) -> None:
         if receipts is None or receipt is None:
             continue
         home = os.path.realpath(receipts.parent.parent)
+        if home == os.path.realpath(folder) and receipt.get("status") != "done":
+            findings.add("not_done", "", f"the receipt of {stage} says {clean_text(str(receipt.get('status')))!r}")
         try:
             said = vouched_for(place, home, receipt.get("outputs", []), loose=False)
-        except (TypeError, KeyError, AttributeError):
-            said = None
+        except (TypeError, KeyError, AttributeError):  # made by hand, or damaged
+            findings.add("wrong_digest", "", f"the receipt of {stage} makes no sense")
+            continue
         if said is None:
-            if home == os.path.realpath(folder) and receipt.get("status") != "done":
-                findings.add("not_done", "", f"the receipt of {stage} says {clean_text(str(receipt.get('status')))}")
             continue
         size = task.path.stat().st_size
         digest = fast_digest(task.path) if size == said["size"] else ""

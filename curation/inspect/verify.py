@@ -107,8 +107,8 @@ def _verdicts(tasks: Sequence[Task], workers: int) -> Iterator[Verdict]:
     if workers < 2:
         yield from map(verify_shard, tasks)
         return
-    # forkserver: not a copy of this process's threads and locks
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+    # spawn: not a copy of this process's threads and locks
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             yield from pool.map(verify_shard, tasks)
         except BrokenProcessPool:

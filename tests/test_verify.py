@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import importlib
@@ -9,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 import pytest
 
 from curation.__main__ import main
+from curation.inspect import fsck_shard
 from curation.inspect.manifest import manifest_line, write_manifest
 from curation.inspect.verify_shard import REMEDIES
 from curation.publish import fast_digest
@@ -631,6 +634,31 @@ def test_help_answers_in_under_a_second(command: str) -> None:
         if seconds[-1] < 1:
             break
     assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("command", ["verify", "fsck"])
+def test_every_flag_and_every_kind_of_finding_is_documented(command: str) -> None:
+    page = (ROOT / "docs" / "verify.md").read_text("utf-8")
+    section = page.partition(f"\n## {command}\n")[2].partition("\n## ")[0]
+    fields = dataclasses.fields(importlib.import_module(f"curation.inspect.{command}").Options)
+    flags = {("no_" if f.default is True else "") + f.name for f in fields if f.default is not dataclasses.MISSING}
+    assert {row.split("`")[1][2:] for row in section.splitlines() if row.startswith("| `--")} == flags
+    if command == "fsck":
+        table = section.partition("| kinds |")[2].partition("\n\n")[0]
+        assert set(re.findall(r"`([a-z0-9_]+)`", table)) - {"curation"} == set(fsck_shard.REMEDIES)
+
+
+def test_every_kind_of_finding_has_its_remedy() -> None:
+    """As the sources name them: the first argument of add, the first of a pair."""
+    folder = ROOT / "curation" / "inspect"
+    for names, remedies in (
+        (("verify", "verify_shard", "explain", "conservation", "edited_samples"), REMEDIES),
+        (("fsck", "fsck_shard", "sample_checks", "edited_samples"), fsck_shard.REMEDIES),
+    ):
+        text = "".join((folder / f"{name}.py").read_text("utf-8") for name in names)
+        kinds = set(re.findall(r'(?:findings\.add\(|yield |found\.append\(\(|\[\*found, \()\s*"(\w+)"', text))
+        assert len(kinds) > 8
+        assert kinds - {"original_lost"} <= remedies.keys()
 
 
 def test_the_proof_foretells_a_sample_of_several_images(tmp_path: Path) -> None:

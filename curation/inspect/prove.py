@@ -17,6 +17,7 @@ from typing import Final, Self
 
 import xxhash
 
+from curation.dictionaries import MAX_SAMPLE_JSON_BYTES
 from curation.errors import ShardError
 from curation.splice import Edit
 from curation.tar import IMAGE_SUFFIXES, Member, SampleSpan, TarPass, Window
@@ -188,7 +189,7 @@ def in_order(span: SampleSpan) -> Sequence[Member]:
 
 def _source_json(window: Window, span: SampleSpan) -> bytes | None:
     for member in span.members:
-        if member.suffix == "json" and member.regular and member.size <= READ_BYTES:
+        if member.suffix == "json" and member.regular and member.size <= MAX_SAMPLE_JSON_BYTES:
             return window.read(member.data, member.size)
     return None
 

@@ -14,14 +14,14 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
 from curation.dictionaries import clean_text, dump_json
 from curation.errors import ShardError
-from curation.inspect.fsck_shard import Kinds, Task, Verdict, sample_problems
+from curation.inspect.sample_checks import Kinds, sample_problems
 from curation.publish import OutputFile
 from curation.storage import storage_error
 from curation.tar import Member, SampleSpan
@@ -58,21 +58,20 @@ class _Left:
             self.listed.append({"key": key, "reason": reason, "detail": clean_text(detail)[:400]})
 
 
-def salvage(task: Task, verdict: Verdict) -> None:
-    """Write ``<repair>/<shard>.tar``, headers and data as they are, and, last, ``<shard>.salvage.json``, which tells
-    what was saved and what was not.
+def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *, images: bool) -> int:
+    """Write ``<folder>/<shard>.tar``, headers and data as they are, and, last, ``<shard>.salvage.json``, which tells
+    what was saved and what was not; returns how many samples were saved.
 
+    found: what is wrong with the tar, for the report.  images: a picture that cannot be decoded is not saved.
     Raises InfrastructureError where the folder cannot be written, ShardError where the tar cannot be read.
     """
-    assert task.repair is not None
-    final = task.repair / f"{task.shard_id}.tar"
     began = time.time()
     left = _Left()
     try:
-        task.repair.mkdir(parents=True, exist_ok=True)
-        with _Bytes(task.path) as source, OutputFile(final, secrets.token_hex(8)) as output:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _Bytes(path) as source, OutputFile(folder / f"{shard_id}.tar", secrets.token_hex(8)) as output:
             saved = 0
-            for span in _whole_samples(task, source, left):
+            for span in _whole_samples(source, left, images=images):
                 for member in span.members:
                     end = member.data + member.size
                     for begin in range(member.start, end, _READ_BYTES):
@@ -80,27 +79,27 @@ def salvage(task: Task, verdict: Verdict) -> None:
                     output.write(bytes(member.end - end))  # bytes that are none of its own may stand there
                 saved += 1
             output.write(bytes(2 * BLOCK + -(output.tell() + 2 * BLOCK) % RECORD))
-        os.replace(output.temporary, final)
+        os.replace(output.temporary, output.final)
         report: dict[str, Any] = {
-            "shard": task.shard_id,
-            "source": str(task.path),
-            "source_size": verdict.size,
-            "outputs": [{"path": final.name, "size": output.size, "digest": output.digest}],
+            "shard": shard_id,
+            "source": str(path),
+            "source_size": source.size,
+            "outputs": [{"path": output.final.name, "size": output.size, "digest": output.digest}],
             "counts": {"in": saved + left.counts.total(), "kept": saved, "failed": dict(left.counts.most_common())},
             "left_out": left.listed,
-            "found": dict(verdict.findings.counts.most_common()),
+            "found": dict(found),
             "finished": round(time.time(), 3),
             "seconds": round(time.time() - began, 3),
         }
-        with OutputFile(task.repair / f"{task.shard_id}.salvage.json", secrets.token_hex(8)) as file:
+        with OutputFile(folder / f"{shard_id}.salvage.json", secrets.token_hex(8)) as file:
             file.write(dump_json(report, indent=True))
         os.replace(file.temporary, file.final)
     except OSError as error:
-        raise storage_error(task.repair, error) from error
-    verdict.salvaged, verdict.salvage_path = saved, str(final)
+        raise storage_error(folder, error) from error
+    return saved
 
 
-def _whole_samples(task: Task, source: _Bytes, left: _Left) -> Iterator[SampleSpan]:
+def _whole_samples(source: _Bytes, left: _Left, *, images: bool) -> Iterator[SampleSpan]:
     """The samples without a fault, in order; the others are put on the list.
 
     Of several runs of members with one key the first whole one is taken, and where none is, what they have together.
@@ -117,7 +116,7 @@ def _whole_samples(task: Task, source: _Bytes, left: _Left) -> Iterator[SampleSp
     def fault(span: SampleSpan) -> tuple[str, str] | None:
         if lacking := usual - span.kinds:
             return "incomplete_sample", f"it has no {', '.join(sorted(lacking))}"
-        problems = sample_problems(span, lambda m: source.read(m.data, m.size), images=task.images)
+        problems = sample_problems(span, lambda m: source.read(m.data, m.size), images=images)
         return problems[0] if problems else None
 
     def whole(span: SampleSpan) -> SampleSpan | None:

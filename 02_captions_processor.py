@@ -200,6 +200,10 @@ class RewriteCaptions:
             questions = {key: question(captions[key], groups[key]) for key in guesses}
         with work.phase("infer"):
             outcomes = self._ask(questions, work)
+        if any(outcome.tokens_read or outcome.tokens_written for outcome in outcomes.values()):
+            read = sum(outcome.tokens_read for outcome in outcomes.values())
+            written = sum(outcome.tokens_written for outcome in outcomes.values())
+            work.note("tokens", {"read": read, "written": written})
         with work.phase("write"):
             self._write(guesses, questions, outcomes, work)
 
@@ -272,17 +276,20 @@ class RewriteCaptions:
         o = self.options
         begun = opening(asked.group) if o.embedded else ""
         reason = text = ""
+        read = written = 0
         for attempt in range(o.retries + 1):
             if o.embedded:
                 request = completion_request(asked.caption, asked.group, o.seed, key, attempt, self.temperature)
             else:
                 request = chat_request(asked.caption, asked.group, o.seed, key, attempt, self.temperature, self.system)
             reply = self._pool.ask(request, check_stop)
+            read, written = read + reply.tokens_read, written + reply.tokens_written
             prompt, reason = judge(reply, begun)
             if prompt is not None:
-                return Outcome(prompt, attempt + 1)
+                return Outcome(prompt, attempt + 1, tokens_read=read, tokens_written=written)
             text = reply.text
-        return Outcome(None, o.retries + 1, reason, f"the last of {o.retries + 1} replies: {clean_text(text[:300])!r}")
+        last = f"the last of {o.retries + 1} replies: {clean_text(text[:300])!r}"
+        return Outcome(None, o.retries + 1, reason, last, tokens_read=read, tokens_written=written)
 
     # ---- what goes out
 

@@ -16,6 +16,7 @@ COMMANDS = {  # command → the module whose ``main(argv)`` it is, imported when
     "retry": ("curation.inspect.retry", "make failed shards of a stage pending again"),
     "verify": ("curation.inspect.verify", "prove that hybrid shards are their source with the edits in place"),
     "fsck": ("curation.inspect.fsck", "what is wrong with tar shards, and every whole sample out of damaged ones"),
+    "plan": ("curation.inspect.plan", "forecast hours, bytes, files and tokens from a few shards; the sbatch lines"),
     "models": ("curation.model_files", "fetch: the weights that a stage's options name, for nodes without internet"),
 }
 

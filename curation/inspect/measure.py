@@ -59,7 +59,8 @@ class StageCost:
     """One stage: what the measured shards cost, and what all of them will.
 
     measured: quantity → one value a measured shard.  cpus, gpus: of one worker.  open_s: what a worker takes to begin.
-    left: shards to do.  spent, to_come: quantity → what the finished shards cost, and the estimate for the others.
+    left: shards to do.  reads_source: whether it reads the source shards themselves.
+    spent, to_come: quantity → what the finished shards cost, and the estimate for the others.
     """
 
     stage: str
@@ -71,7 +72,7 @@ class StageCost:
     cpus: float = 1.0
     gpus: float = 0.0
     open_s: float = 0.0
-    longest_s: float = 0.0
+    reads_source: bool = False
     spent: dict[str, Estimate] = field(default_factory=dict)
     to_come: dict[str, Estimate] = field(default_factory=dict)
 
@@ -102,7 +103,7 @@ def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: Sizes) -> Stag
     cost.cpus = mean(_number(receipt.get("cpus"), 1) for receipt in receipts.values())
     cost.gpus = mean(receipt.get("gpu") is not None for receipt in receipts.values())
     cost.open_s = mean(_number(receipt.get("open_s"), 0) for receipt in receipts.values())
-    cost.longest_s = max(worker_s.values())
+    cost.reads_source = any({} in _listed(receipt, "sources") for receipt in receipts.values())
     _extrapolate(cost, sizes)
     return cost
 
@@ -120,8 +121,8 @@ def _extrapolate(cost: StageCost, sizes: Sizes) -> None:
 
 
 def _worker_seconds(receipts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Wall-clock seconds of one worker for each shard.  A worker that has several shards in hand at once is busy for the
-    union of their times, which is shared out by their lengths."""
+    """Wall-clock seconds of one worker for each shard.  A worker that has several shards in hand at once is busy for
+    the union of their times, which is shared out by their lengths."""
     spans: dict[tuple[str, ...], list[tuple[float, float, str]]] = defaultdict(list)
     for shard_id, receipt in receipts.items():
         worker = tuple(str(receipt.get(name)) for name in ("host", "rank", "run", "slurm"))
@@ -140,8 +141,7 @@ def _worker_seconds(receipts: Mapping[str, Mapping[str, Any]]) -> dict[str, floa
 
 
 def _values(receipt: Mapping[str, Any]) -> dict[str, float]:
-    outputs = receipt.get("outputs")
-    named = [output for output in outputs if isinstance(output, dict)] if isinstance(outputs, list) else []
+    named = [output for output in _listed(receipt, "outputs") if isinstance(output, dict)]
     notes, counts = receipt.get("notes"), receipt.get("counts")
     tokens = notes.get("tokens") if isinstance(notes, dict) else None
     tokens = tokens if isinstance(tokens, dict) else {}
@@ -162,6 +162,11 @@ def _with_receipts(place: StagePlace, ids: set[str]) -> set[str]:
         except OSError:  # no shard of it has been done
             continue
     return found
+
+
+def _listed(receipt: Mapping[str, Any], name: str) -> list[Any]:
+    value = receipt.get(name)
+    return value if isinstance(value, list) else []
 
 
 def _number(value: Any, otherwise: float) -> float:

@@ -45,8 +45,8 @@ def rooms(folder: Path) -> list[Room]:
 
 
 def read_lustre(text: str, what: str) -> Iterator[Room]:
-    """``lfs quota -q``: path, kilobytes, soft and hard limit, grace, files, soft and hard limit, grace; a number that is
-    over its limit has a star, and 0 is no limit."""
+    """``lfs quota -q``: path, kilobytes, soft and hard limit, grace, files, soft and hard limit, grace; a number that
+    is over its limit has a star, and 0 is no limit."""
     words = text.split()
     if len(words) < 8:
         return
@@ -56,7 +56,7 @@ def read_lustre(text: str, what: str) -> Iterator[Room]:
 
 
 def read_quota(text: str) -> Iterator[Room]:
-    """``quota -w -p``: two heading lines, then filesystem, blocks of 1 KiB, soft, hard, grace, files, soft, hard, grace."""
+    """``quota -w -p``: two heading lines, then filesystem, KiB, soft and hard limit, grace, files, and theirs."""
     for line in text.splitlines():
         words = line.split()
         if len(words) < 9 or not re.fullmatch(r"\d+\*?", words[1]):

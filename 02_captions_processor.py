@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -204,6 +204,8 @@ class RewriteCaptions:
             read = sum(outcome.tokens_read for outcome in outcomes.values())
             written = sum(outcome.tokens_written for outcome in outcomes.values())
             work.note("tokens", {"read": read, "written": written})
+        if self.groups:
+            work.note("groups", counts_by_group(questions, outcomes))
         with work.phase("write"):
             self._write(guesses, questions, outcomes, work)
 
@@ -312,6 +314,16 @@ class RewriteCaptions:
 
 def question(caption: str, group: str | None) -> Question:
     return Question(caption, group, xxhash.xxh3_64_hexdigest(dump_json([caption, group])))
+
+
+def counts_by_group(questions: Mapping[str, Question], outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, int]]:
+    """group → how many samples were assigned to it, became prompts, or did not for each reason: for the audit."""
+    counts: dict[str, Counter[str]] = {}
+    for key, asked in questions.items():
+        of_group = counts.setdefault(asked.group or "", Counter())
+        of_group["assigned"] += 1
+        of_group["accepted" if outcomes[key].prompt is not None else outcomes[key].reason] += 1
+    return {group: dict(counts[group]) for group in sorted(counts)}
 
 
 def is_tar(shard: Shard) -> bool:

@@ -22,21 +22,24 @@ Takes = Literal["image", "text", "sample"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of the parquet.  needs_image: whether a sample without a readable image has null there; None: as the
-    extractor's preparations and needs tell."""
+    """A column of the parquet.  needs_image, needs_text: whether a sample without a readable image, or without a
+    caption, has null there; None: as the extractor's preparations and needs tell."""
 
     name: str
     kind: Kind
     needs_image: bool | None = None
+    needs_text: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """A row of ``width`` numbers for each sample, for the npz.  needs_image: as of ``Column``, with NaN for null."""
+    """A row of ``width`` numbers for each sample, for the npz.  needs_image, needs_text: as of ``Column``, with NaN
+    for null."""
 
     name: str
     width: int
     needs_image: bool | None = None
+    needs_text: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,8 @@ class Preparation(Protocol):
 class Batch(Protocol):
     """Samples of one shard that are computed together.
 
-    readable: which of them have an image that could be read.  The results of the others are thrown away, but for
-    columns and features that need no image.
+    readable: which of them have an image that could be read.  What is computed for the others is thrown away, but for
+    columns and features that need no image; likewise where there is no caption.
     """
 
     readable: NDArray[np.bool_]
@@ -143,12 +146,15 @@ def order(extractors: Sequence[Extractor]) -> list[Extractor]:
     return placed
 
 
-def image_dependent(extractors: Sequence[Extractor]) -> frozenset[str]:
-    """The names of the columns and features that an unreadable image leaves without a value.  In ``order``."""
+def dependents(extractors: Sequence[Extractor], takes: Literal["image", "text"]) -> frozenset[str]:
+    """The names of the columns and features that a sample without a readable image, or without a caption, has no value
+    of.  extractors: in ``order``."""
     found: set[str] = set()
     for extractor in extractors:
-        takes = any(p.takes == "image" for p in extractor.preparations) or not found.isdisjoint(extractor.needs)
-        for output in (*extractor.columns, *extractor.features):
-            if takes if output.needs_image is None else output.needs_image:
+        inferred = any(p.takes == takes for p in extractor.preparations) or not found.isdisjoint(extractor.needs)
+        outputs: list[Column | Feature] = [*extractor.columns, *extractor.features]
+        for output in outputs:
+            told = output.needs_image if takes == "image" else output.needs_text
+            if inferred if told is None else told:
                 found.add(output.name)
     return frozenset(found)

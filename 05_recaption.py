@@ -34,10 +34,10 @@ from curation.partial import PartialLog
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover, select
 from curation.tar import TarReport
+from curation.weights import CACHE, fetch_weights
 from curation.workers import is_worker
 
 JSONL_NAME = "captions.jsonl"
-CACHE = Path("~/.cache/curation")
 NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 
 
@@ -189,9 +189,7 @@ class Recaption:
         o = self.options
         if o.watermark_model is None:
             return None
-        from curation.backends.watermark_onnx import weights_file
-
-        return weights_file(o.watermark_model, o.watermark_sha256, CACHE.expanduser())
+        return fetch_weights(o.watermark_model, o.watermark_sha256, CACHE, name="--watermark_model")
 
     @cached_property
     def _model(self) -> dict[str, str]:

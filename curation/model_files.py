@@ -12,23 +12,23 @@ import secrets
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from curation.backends.diffusion_loading import download
-from curation.backends.diffusion_presets import is_hub_id
 from curation.backends.diffusion_tiny import build_embedded, embedded_source
 from curation.backends.faces_centerface import packaged_model
 from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
-from curation.backends.hub_models import TRANSFORMER, hub_error_line, resolve
+from curation.backends.hub_models import TRANSFORMER, resolve
 from curation.backends.vision_language import local_folder
 from curation.captioning import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.language import find_model
 from curation.options import exit_code, parse_options
+from curation.weights import hub_error_line, is_hub_id, open_url, save
 
 MAX_PACK_BYTES = 1 << 30  # buffalo_l.zip has 275 MB
 MAX_GRAPH_BYTES = 512 << 20  # its detector has 17 MB
@@ -135,7 +135,7 @@ def fetch_scrfd(url: str, model: Path, *, dry_run: bool = False) -> None:
     if model.is_file():
         print(f"{model}: is there ({_megabytes(model.stat().st_size)}), nothing to fetch")
         return
-    response = _open_url(url)
+    response = open_url(url)
     with response:
         stated = response.headers.get("Content-Length", "")
         size = int(stated) if stated.isdigit() else None
@@ -147,41 +147,14 @@ def fetch_scrfd(url: str, model: Path, *, dry_run: bool = False) -> None:
         archive = model.with_name(f".pack.{secrets.token_hex(8)}.tmp")
         try:
             model.parent.mkdir(parents=True, exist_ok=True)
-            _save(response.iter_content(_BLOCK), archive, url, size)
+            with open(archive, "xb") as file:
+                save(response, file, url, MAX_PACK_BYTES, "the pack")
             _take_out(archive, model, url)
         except OSError as error:
             raise InfrastructureError(f"{model}: cannot be written ({error.strerror or error})") from error
         finally:
             archive.unlink(missing_ok=True)
     print(f"{model}: {_megabytes(model.stat().st_size)}, sha256 {_sha256(model)}")
-
-
-def _open_url(url: str) -> Any:
-    import requests
-
-    try:
-        response = requests.get(url, stream=True, timeout=_TIMEOUT_S)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        raise InfrastructureError(f"{url}: cannot be fetched: {hub_error_line(error)}") from error
-    return response
-
-
-def _save(blocks: Iterator[bytes], path: Path, url: str, expected: int | None) -> None:
-    import requests
-
-    size = 0
-    try:
-        with open(path, "xb") as file:
-            for block in blocks:
-                size += len(block)
-                if size > MAX_PACK_BYTES:
-                    raise InfrastructureError(f"{url}: more than {_megabytes(MAX_PACK_BYTES)}; that is not the pack")
-                file.write(block)
-    except requests.RequestException as error:
-        raise InfrastructureError(f"{url}: broke off after {size:,} bytes; start again") from error
-    if expected is not None and size != expected:
-        raise InfrastructureError(f"{url}: broke off after {size:,} of {expected:,} bytes; start again")
 
 
 def _take_out(archive: Path, model: Path, url: str) -> None:

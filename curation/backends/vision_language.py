@@ -11,21 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curation.backends.hub_models import (
-    TRANSFORMER,
-    ModelSource,
-    hub_error_line,
-    hub_errors,
-    quiet_transformers,
-    resolve,
-    snapshot,
-)
+from curation.backends.hub_models import TRANSFORMER, ModelSource, quiet_transformers, resolve, snapshot
 from curation.backends.square_images import SquareImages
 from curation.captioning import FAMILIES, Detail, OutOfMemory, Quantize
 from curation.device_memory import is_out_of_memory, use_device
 from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.weights import MODEL_FILES, hub_error_line, hub_errors
 
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]  # of a hub model: no pickles, no code
 _WHOLE = ["vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head"]  # stay in 16 bits: few, frail
 _GPU_SHARE = 0.7  # of the free memory, for weights under --offload; the rest is for what they compute
 _LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError)
@@ -304,7 +296,7 @@ def local_folder(source: ModelSource) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    arguments: dict[str, Any] = {"revision": source.revision, "allow_patterns": _FILES}
+    arguments: dict[str, Any] = {"revision": source.revision, "allow_patterns": list(MODEL_FILES)}
     try:
         return Path(snapshot_download(source.location, **arguments))
     except hub_errors() as error:

@@ -49,7 +49,7 @@ class CentreCrop:
         resized = int(self.side * long / short)
         first = round((resized - self.side) / 2)
         if self.side * resized > MAX_RESIZED_PIXELS:
-            return _far_too_long(image.convert("RGB"), self.side, resized, first)
+            return _far_too_long(np.asarray(image.convert("RGB")), self.side, resized, first)
         wide = width >= height
         image = image.resize((resized, self.side) if wide else (self.side, resized), self.resample)
         left, top = (first, 0) if wide else (0, first)
@@ -114,20 +114,21 @@ class Normalise:
         return numbers.permute(0, 3, 1, 2).to(self._dtype).contiguous()
 
 
-def _far_too_long(image: Image.Image, side: int, resized: int, first: int) -> Pixels:
+def _far_too_long(pixels: Pixels, side: int, resized: int, first: int) -> Pixels:
     """The crop of a picture with an extreme shape: the long side's pixels that it shows, and no others."""
-    pixels = np.asarray(image)
     upright = pixels.shape[0] > pixels.shape[1]
     rows = pixels if upright else pixels.transpose(1, 0, 2)  # the long side goes down
     spans = [_coefficients(len(rows), resized, at) for at in range(first, first + side)]
-    begin, end = min(s for s, _ in spans), max(s + len(k) for s, k in spans)
-    few = Image.fromarray(np.ascontiguousarray(rows[begin:end]))
-    if upright:  # Pillow resizes along rows first, and rounds in between
-        narrow = np.asarray(few.resize((side, end - begin), Image.Resampling.BICUBIC)).astype(np.int64)
-        return _weighted(narrow, spans, begin)
-    long = _weighted(np.asarray(few).astype(np.int64), spans, begin)  # side × short × 3, not squeezed yet
-    short = Image.fromarray(np.ascontiguousarray(long.transpose(1, 0, 2)))
-    return np.asarray(short.resize((side, side), Image.Resampling.BICUBIC))
+    begin, end = min(start for start, _ in spans), max(start + len(k) for start, k in spans)
+    few = np.ascontiguousarray(rows[begin:end])
+    # Pillow rounds to bytes between the two directions, so their order matters: rows first, but for a tall picture
+    # that shrinks.
+    if upright and resized >= len(rows):
+        few = np.asarray(Image.fromarray(few).resize((side, len(few)), Image.Resampling.BICUBIC))
+        return _weighted(few.astype(np.int64), spans, begin)
+    long = Image.fromarray(_weighted(few.astype(np.int64), spans, begin))
+    crop = np.asarray(long.resize((side, side), Image.Resampling.BICUBIC))
+    return crop if upright else np.ascontiguousarray(crop.transpose(1, 0, 2))
 
 
 def _weighted(rows: NDArray[np.int64], spans: list[tuple[int, NDArray[np.int64]]], begin: int) -> Pixels:

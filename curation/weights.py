@@ -44,8 +44,9 @@ def fetch_weights(
 ) -> Path:
     """The file (or, for a whole model of the hub, the folder) that ``source`` names, checked before it is returned.
 
-    source: a path; an http(s) URL, which needs ``sha256`` or ends in ``#sha256=…``; or ``organisation/model``, with ``@revision`` for a commit,
-        branch or tag of it, and ``:path/in/it`` for one file.  A path that is there goes before a hub id.
+    source: a path; an http(s) URL, with ``sha256`` or with ``#sha256=…`` at its end; or ``organisation/model`` with
+        ``@revision`` for a commit, branch or tag of it and ``:path/in/it`` for one file.  A path that is there goes
+        before a hub id.
     sha256: 64 hex digits of the file's content; looked at on every call.
     cache: the folder that downloads from URLs stay in; the hub's client has its own (``HF_HOME``).
     name: what messages call it, such as the flag that it was given by.

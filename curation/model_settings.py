@@ -29,7 +29,7 @@ class ModelSettings:
     revision: of a hub id.
     embeddings, embeddings_sha256: of the images that near duplicates are looked for in, likewise.
     device: torch's name for it.  threads: of one session on the CPU.
-    dtype: auto is float16 on a GPU, as upstream runs CLIP there, and float32 elsewhere.
+    dtype: auto is what upstream computes in: float16 for CLIP on a GPU, float32 elsewhere.
     resize: ``fast`` lets pictures be shrunk by cheaper means than upstream's.
     cache: the folder that downloads stay in.
     """
@@ -55,12 +55,12 @@ class ModelSettings:
             return WeightSource(f"{found.source}@{self.revision}", found.sha256)
         return found
 
-    def torch_dtype(self) -> Any:
-        """The dtype that the model computes in."""
+    def torch_dtype(self, *, half_on_gpu: bool = False) -> Any:
+        """The dtype that the model computes in.  half_on_gpu: whether upstream runs this one in float16 there."""
         import torch
 
         if self.dtype == "auto":
-            return torch.float16 if self.device.startswith("cuda") else torch.float32
+            return torch.float16 if half_on_gpu and self.device.startswith("cuda") else torch.float32
         return getattr(torch, self.dtype)
 
 
@@ -74,13 +74,18 @@ def file_revision(path: Path) -> str:
 
 
 def load_tensors(path: Path, what: str) -> Any:
-    """What torch.save wrote into ``path``, tensors and plain containers only: nothing in the file is run."""
+    """What torch.save wrote into ``path``, tensors and plain containers only: nothing in the file is run.
+
+    An argparse.Namespace, which training scripts like to leave there, counts as one: it holds values and no code.
+    """
+    import argparse
     import pickle
 
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         line = str(error).strip().partition("\n")[0][:200]
         raise InfrastructureError(f"{path}: no {what} that can be loaded safely ({line})") from error

@@ -178,3 +178,50 @@ class SampleBatch:
         import torch
 
         return torch.from_numpy(self.prepared(preparation)).to(self._device)
+
+
+def save_isc(path: Path, seed: int = 6) -> Path:
+    """A descriptor network of seven stages and few channels, saved as the published one is: under the names of a
+    parallel wrapper, beside the training's arguments."""
+    import argparse
+
+    import torch
+
+    shapes: dict[str, tuple[int, ...]] = {"backbone.conv_stem.weight": (8, 3, 3, 3)}
+    norms = {"backbone.bn1": 8, "bn": 256}
+    widths = (8, 8, 8, 12, 16, 16, 24, 32)
+    for stage, (inputs, out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for block in range(2):
+            name, wide = f"backbone.blocks.{stage}.{block}", 2 * inputs
+            if stage == 0:
+                shapes[f"{name}.conv.weight"] = (out, inputs, 3, 3)
+                norms[f"{name}.bn1"] = out
+            elif stage < 3:
+                shapes |= {
+                    f"{name}.conv_exp.weight": (wide, inputs, 3, 3),
+                    f"{name}.conv_pwl.weight": (out, wide, 1, 1),
+                }
+                norms |= {f"{name}.bn1": wide, f"{name}.bn2": out}
+            else:
+                shapes |= {
+                    f"{name}.conv_pw.weight": (wide, inputs, 1, 1), f"{name}.conv_dw.weight": (wide, 1, 3, 3),
+                    f"{name}.se.conv_reduce.weight": (4, wide, 1, 1), f"{name}.se.conv_reduce.bias": (4,),
+                    f"{name}.se.conv_expand.weight": (wide, 4, 1, 1), f"{name}.se.conv_expand.bias": (wide,),
+                    f"{name}.conv_pwl.weight": (out, wide, 1, 1),
+                }  # fmt: skip
+                norms |= {f"{name}.bn1": wide, f"{name}.bn2": wide, f"{name}.bn3": out}
+            inputs = out
+    shapes["fc.weight"] = (256, 32)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    tensors = {n: rng.standard_normal(s, np.float32) / np.sqrt(max(1, np.prod(s[1:]))) for n, s in shapes.items()}
+    for name, size in norms.items():
+        tensors |= {
+            f"{name}.weight": rng.uniform(0.8, 1.4, size), f"{name}.bias": rng.normal(0, 0.1, size),
+            f"{name}.running_mean": rng.normal(0, 0.1, size), f"{name}.running_var": rng.uniform(0.5, 1.5, size),
+        }  # fmt: skip
+    state = {f"module.{n}": torch.from_numpy(np.asarray(v, np.float32)) for n, v in tensors.items()}
+    state |= {f"module.{n}.num_batches_tracked": torch.tensor(9) for n in norms}
+    torch.save(
+        {"arch": "tf_efficientnetv2_m_in21ft1k", "args": argparse.Namespace(input_size=512), "state_dict": state}, path
+    )
+    return path

@@ -1,8 +1,8 @@
 """CLIP's tokens of a caption, as OpenAI's tokenizer makes them: 77 integers, cut off where the caption is longer.
 
-OpenAI's: ftfy, HTML unescaped twice, whitespace made single spaces, lower case, split by one pattern, byte-pair encoding
-of each piece.  The tokenizer that the hub's library builds from the same files does without the first two, lowers each
-letter by itself and composes accents after unescaping, so it differs on captions from the web.
+OpenAI's: ftfy, HTML unescaped twice, whitespace made single spaces, lower case, split by one pattern, byte-pair
+encoding of each piece.  The tokenizer that the hub's library builds from the same files does without the first two and
+lowers each letter by itself, so it differs on captions from the web.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[
 
 @dataclass(frozen=True, slots=True)
 class ClipTokens:
-    """A caption → ``length`` int32, zeros behind its end.  folder: with vocab.json and merges.txt, or tokenizer.json."""
+    """A caption → ``length`` int32, zeros behind its end.  folder: has vocab.json and merges.txt, or tokenizer.json."""
 
     takes: ClassVar[Literal["text"]] = "text"
     folder: str
@@ -46,7 +46,7 @@ class Encoder:
     """The byte-pair encoding of one vocabulary."""
 
     def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
-        import regex
+        import regex  # type: ignore[import-untyped]
         from tokenizers.models import BPE
 
         self._start, self._end = vocabulary[START], vocabulary[END]
@@ -86,7 +86,7 @@ def encoder(folder: str) -> Encoder:
         return Encoder(vocabulary, [(left, right) for left, right in pairs])
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - hostile files, and tokenizers raises nothing narrower
+    except Exception as error:  # a broken file, and tokenizers raises nothing narrower
         raise InfrastructureError(f"{folder}: CLIP's tokenizer cannot be read there ({error!r:.200})") from error
 
 

@@ -75,11 +75,12 @@ class Backend:
         folder = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
         self.name = short_name(directive)
         self.revision = folder_digest(folder)
+        dtype = settings.torch_dtype(half_on_gpu=True)
         wants_sigmoid = directive.startswith("siglip:")
         try:
             config = AutoConfig.from_pretrained(str(folder))
             _check_family(directive, config.model_type, wants_sigmoid)
-            model = AutoModel.from_pretrained(str(folder), dtype=settings.torch_dtype(), config=config)
+            model = AutoModel.from_pretrained(str(folder), dtype=dtype, config=config)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             line = str(error).strip().partition("\n")[0][:300]
             raise InfrastructureError(f"{directive}: {folder} cannot be loaded: {line}") from error
@@ -87,7 +88,7 @@ class Backend:
         pictures = _openai_pictures(settings) if directive in SOURCES else _own_pictures(folder, settings)
         _check_size(directive, pictures.crop, config)
         self._crop, self._tokens = pictures.crop, _tokens(folder, config)
-        self._normalise = Normalise(pictures.mean, pictures.deviation, settings.device, settings.torch_dtype())
+        self._normalise = Normalise(pictures.mean, pictures.deviation, settings.device, dtype)
         self.preparations: tuple[Preparation, ...] = (self._crop, self._tokens)
         width = int(getattr(config, "projection_dim", 0) or config.vision_config.hidden_size)
         self.features = (

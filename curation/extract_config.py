@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from curation.errors import UsageError
+from curation.model_settings import Precision, Resize
 
 logger = logging.getLogger("curation")
 
@@ -66,12 +67,21 @@ ALL = ("all",)  # of the columns or features that the models give
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """A file, a folder, a hub id (``@revision`` behind it), or a URL with its sha256."""
+
+    source: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ExtractConfig:
     """The keys of the YAML, dataset2metadata's first.
 
     device: ``cpu`` or a GPU's number among the visible ones; None: the one that this process was given.
     postprocess_columns, postprocess_features: ``all`` stands for what the models give, in their order.
-    additional_fields: name → type, None where the values tell it.  weights: directive → file, folder, hub id or URL.
+    additional_fields: name → type, None where the values tell it.  weights: in place of a directive's own.
+    embeddings: of the images that ``dedup-isc-ft-v107`` looks for.
     """
 
     models: tuple[str, ...]
@@ -89,9 +99,12 @@ class ExtractConfig:
     tars_per_wds: int = 0
     logging: bool = False
     warn_and_continue: bool = False
-    weights: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, Weights] = field(default_factory=dict)
+    embeddings: Weights | None = None
     feature_dtype: str = "float16"
-    dtype: str = "auto"
+    compress: bool = False
+    dtype: Precision = "auto"
+    resize: Resize = "exact"
 
     def public_name(self, name: str) -> str:
         """What a column or feature is called in the files."""
@@ -176,9 +189,6 @@ def check_names_early(config: ExtractConfig) -> None:
 
 
 def _known_outputs(directive: str) -> Directive | None:
-    family = family_of(directive)
-    if ":" in directive and family is not None:
-        return _clip(directive, family)
     known = DIRECTIVES.get(directive)
     return known if known is not None and (known.columns or known.features) else None
 
@@ -257,15 +267,21 @@ def _fields(value: Any) -> dict[str, str | None]:
     return found
 
 
-def _weights(value: Any) -> dict[str, str]:
+def _weights(value: Any) -> dict[str, Weights]:
     if isinstance(value, str):
         pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
-        if not all(name and source for name, _, source in pairs):
-            raise ValueError("wants directive=path, several with commas between them")
-        return {name: source for name, _, source in pairs}
-    if not isinstance(value, dict) or not all(isinstance(t, str) and t for pair in value.items() for t in pair):
-        raise ValueError("wants a path for each directive")
-    return dict(value)
+        value = {name: source for name, _, source in pairs}
+    if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError("wants directive: path, or directive=path with commas between several")
+    return {name: _one_weights(source) for name, source in value.items()}
+
+
+def _one_weights(value: Any) -> Weights:
+    """``source``, or ``source#sha256=<64 hex digits>``."""
+    if not isinstance(value, str) or not value:
+        raise ValueError("wants a path, a hub id, or a URL with #sha256=… behind it")
+    source, mark, sha256 = value.rpartition("#sha256=")
+    return Weights(source, sha256) if mark else Weights(value)
 
 
 def _text(value: Any) -> str:
@@ -328,7 +344,10 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "logging": _truth,
         "warn_and_continue": _truth,
         "weights": _weights,
+        "embeddings": _one_weights,
         "feature_dtype": _one_of("float16", "float32"),
+        "compress": _truth,
+        "resize": _one_of("exact", "fast"),
         "dtype": _one_of("auto", "float32", "float16", "bfloat16"),
     }
 )

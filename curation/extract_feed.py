@@ -1,4 +1,4 @@
-"""Samples of a shard decoded and prepared ahead of the models by worker processes, in batches that only the shard decides.
+"""Samples of a shard prepared ahead of the models by worker processes, in batches that only the shard decides.
 
 A process that dies or hangs on an image is replaced; its samples are tried again one by one, and the one that does it
 again is the only one lost.

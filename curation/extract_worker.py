@@ -162,7 +162,11 @@ class _Preparer:
     def __init__(self, preparations: Sequence[Preparation], slots: Slots) -> None:
         self._preparations = preparations
         self._slots = slots
-        self._wants_pixels = any(preparation.takes == "image" for preparation in preparations)
+        pictures = [preparation for preparation in preparations if preparation.takes == "image"]
+        self._wants_pixels = bool(pictures)
+        # Where none of them minds a picture that is decoded at a reduced scale.
+        sides = [int(getattr(preparation, "min_short_side", 0)) for preparation in pictures]
+        self._min_short_side = max(sides, default=0) if all(sides) else 0
 
     def prepare(self, job: Job) -> Outcome:
         outcome = Outcome()
@@ -197,7 +201,7 @@ class _Preparer:
             pixels = None
             if self._wants_pixels:
                 with self._alone() if size[0] * size[1] > LARGE_PIXELS else contextlib.nullcontext():
-                    pixels = decode_rgb(job.image)
+                    pixels = decode_rgb(job.image, at_least=self._at_least(*size))
             outcome.size = size
             return pixels
         except SampleError as error:
@@ -205,6 +209,12 @@ class _Preparer:
         except MemoryError:
             outcome.unreadable = "out_of_memory", "decoding it, on the host"
         return None
+
+    def _at_least(self, width: int, height: int) -> int | None:
+        """Pixels of the long side that are needed."""
+        if not self._min_short_side:
+            return None
+        return -(-self._min_short_side * max(width, height) // min(width, height))
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -81,8 +81,12 @@ class Batch(Protocol):
     columns and features that need no image; likewise where there is no caption.
     """
 
-    readable: NDArray[np.bool_]
-    features: Mapping[str, Any]  # of the extractors before: arrays or tensors on the device, one row per sample
+    @property
+    def readable(self) -> NDArray[np.bool_]: ...
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """Of the extractors before: arrays or tensors on the device, one row per sample."""
 
     def __len__(self) -> int: ...
 

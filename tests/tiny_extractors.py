@@ -6,6 +6,7 @@ Each answers in milliseconds on one core, and its scores say nothing.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def save_isc(path: Path, seed: int = 6) -> Path:
     shapes: dict[str, tuple[int, ...]] = {"backbone.conv_stem.weight": (8, 3, 3, 3)}
     norms = {"backbone.bn1": 8, "bn": 256}
     widths = (8, 8, 8, 12, 16, 16, 24, 32)
-    for stage, (inputs, out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for stage, (inputs, out) in enumerate(itertools.pairwise(widths)):
         for block in range(2):
             name, wide = f"backbone.blocks.{stage}.{block}", 2 * inputs
             if stage == 0:

@@ -36,7 +36,7 @@ class Hashes:
 def phash(grey: Image.Image) -> str:
     """Of a picture in mode L."""
     small = np.asarray(grey.resize((_LARGE, _LARGE), Image.Resampling.LANCZOS), np.float64)
-    lowest = _COSINES @ small @ _COSINES.T
+    lowest = np.round(_COSINES @ small @ _COSINES.T, 6)  # what is zero but for the order of sums is zero
     return _hexadecimal(lowest > np.median(lowest))
 
 

@@ -1,8 +1,8 @@
-"""The network of the image-similarity challenge's descriptor: EfficientNetV2, a pooling, a layer of 256, a normalisation.
+"""The network of the image-similarity challenge's descriptor: EfficientNetV2, pooling, 256 numbers of length one.
 
-EfficientNetV2 is Tan and Le 2021 (arXiv:2104.00298) in TensorFlow's variant ("same" padding, ε = 0.001); parameters have
-the names that timm gives them, as in the published file.  Depths and widths are read from the tensors themselves, so
-that the sizes S, M, L and XL load alike.
+EfficientNetV2 is Tan and Le 2021 (arXiv:2104.00298) in TensorFlow's variant ("same" padding, ε = 0.001); parameters
+have the names that timm gives them, as in the published file.  Depths and widths are read from the tensors themselves,
+so that the sizes S, M, L and XL load alike.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def build(tensors: Mapping[str, Any]) -> IscNetwork:
     with torch.device("meta"):  # no time for random weights that nobody sees
         network = IscNetwork(tensors)
     network.load_state_dict(tensors, assign=True)
-    return network.eval()
+    network.eval()
+    return network
 
 
 def clean_names(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:

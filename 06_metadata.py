@@ -33,7 +33,8 @@ from curation.extract_config import (
 )
 from curation.extract_feed import WANTED, Feed, FeedBatch, FeedSample, feed_sample
 from curation.extract_outputs import Row, Spool, Table, import_arrow, write_npz, write_parquet
-from curation.extract_plugins import extractors_of, load_plugin
+from curation.extract_plugins import load_plugin
+from curation.extract_upstream import extractors_of
 from curation.extracting import Extractor, order
 from curation.ledger import Input, Ledger
 from curation.model_settings import ModelSettings

@@ -6,7 +6,8 @@
 #     SRC_DIR=/path/to/shards TARGET_DIR=/path/to/metadata sbatch 06_metadata.sh --models oai-clip-vit-b32
 #
 # SRC_DIR, by default $ROOT/shards, is a folder, a glob in quotes, braces in quotes, or a list file; TARGET_DIR, by
-# default $ROOT/metadata, takes the parquets and npzs.  Both go before what the YAML says.
+# default $ROOT/metadata, takes the parquets and npzs.  Both go before what the YAML says; without
+# them its own input_tars and output_metadata_dir count.
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
@@ -32,8 +33,9 @@ done
 source "$PROJECT/slurm_tasks.sh" || exit 2
 
 SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/shards}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/metadata}}
-need SRC_DIR "the shards whose samples are scored (or ROOT)"
-need TARGET_DIR "the folder for the parquets and npzs (or ROOT)"
+folders=() # what is not set here, the YAML tells
+[ -n "$SRC_DIR" ] && folders+=(--input_tars "$SRC_DIR")
+[ -n "$TARGET_DIR" ] && folders+=(--output_metadata_dir "$TARGET_DIR")
 
-stage=("$PYTHON" "$PROJECT/06_metadata.py" --input_tars "$SRC_DIR" --output_metadata_dir "$TARGET_DIR")
-run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"
+stage=("$PYTHON" "$PROJECT/06_metadata.py" "${folders[@]}")
+run_tasks "${TARGET_DIR:-$PWD/logs}" "${stage[@]}" "${workers[@]}" "$@"

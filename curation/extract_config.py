@@ -46,8 +46,11 @@ DIRECTIVES: Mapping[str, Directive] = MappingProxyType(
         "dedup-isc-ft-v107": Directive("isc", ("dedup-isc-ft-v107-score",), ("dedup-isc-ft-v107-image",)),
         "nudenet": Directive("nudenet"),
         "hashes": Directive("hashes", ("phash", "dhash")),
-        "language": Directive("language"),
-        "statistics": Directive("statistics"),
+        "language": Directive("language", ("language", "language-probability")),
+        "statistics": Directive(
+            "statistics",
+            ("image-width", "image-height", "image-aspect", "image-bytes", "caption-words", "caption-characters"),
+        ),
     }
 )
 HUB_FAMILIES: Mapping[str, str] = MappingProxyType({"clip": "clip", "siglip": "clip"})  # prefix → family

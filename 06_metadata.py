@@ -29,6 +29,7 @@ from curation.extract_config import (
     check_names_early,
     check_outputs,
     family_of,
+    model_settings,
     read_config,
 )
 from curation.extract_feed import WANTED, Feed, FeedBatch, FeedSample, feed_sample
@@ -37,13 +38,13 @@ from curation.extract_plugins import load_plugin
 from curation.extract_upstream import extractors_of
 from curation.extracting import Extractor, order
 from curation.ledger import Input, Ledger
-from curation.model_settings import ModelSettings
-from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover
 from curation.tar import TarReport, read_samples
 from curation.workers import is_worker
 
+SWITCHES = ("reprocess", "use_datacomp_keys", "logging", "warn_and_continue", "compress")
 MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught
 
 
@@ -160,31 +161,22 @@ class Metadata:
             if directive in self._plugin or family is None:
                 continue
             try:
-                found[directive] = identify(weight_sources(family, directive, self._settings(directive)))
+                found[directive] = identify(weight_sources(family, directive, model_settings(self.config, directive)))
             except InfrastructureError as error:
                 if not self.options.dry_run:
                     raise
                 logger.warning(f"{error}")
         return found
 
+    @property
+    def _carried(self) -> dict[str, str | None]:
+        """uid and key are the first columns, whether they are asked for or not."""
+        return {name: kind for name, kind in self.config.additional_fields.items() if name not in ("uid", "key")}
+
     def inputs(self, shard: Shard) -> list[Input]:
         return [Input(shard.path)]
 
     # ---- models
-
-    def _settings(self, directive: str, device: str = "cpu", threads: int = 1) -> ModelSettings:
-        c = self.config
-        own, known = c.weights.get(directive), c.embeddings
-        return ModelSettings(
-            weights=own.source if own else None,
-            sha256=own.sha256 if own else None,
-            embeddings=known.source if known else None,
-            embeddings_sha256=known.sha256 if known else None,
-            device=device,
-            threads=threads,
-            dtype=c.dtype,
-            resize=c.resize,
-        )
 
     def _device(self, allocation: Allocation) -> str:
         """``device`` counts for a lone process; among several each has its own GPU."""
@@ -198,7 +190,7 @@ class Metadata:
         c = self.config
         device = self._device(allocation)
         for directive in c.models:
-            settings = self._settings(directive, device, allocation.threads)
+            settings = model_settings(c, directive, device, allocation.threads)
             kind = self._plugin.get(directive) or backends.load("extract", str(family_of(directive)))
             extractor: Extractor = kind(directive, settings)
             self._closing.append(extractor)
@@ -212,7 +204,7 @@ class Metadata:
         check_outputs(asked_features, "postprocess_features", [*features])
         models = {d: {"name": e.name, "revision": e.revision} for d, e in zip(c.models, self._extractors, strict=True)}
         self.table = Table(
-            c.additional_fields,
+            self._carried,
             {c.public_name(name): columns[name].kind for name in asked_columns},
             {c.public_name(name): features[name].width for name in asked_features},
             c.feature_dtype,
@@ -241,7 +233,7 @@ class Metadata:
         mark = xxhash.xxh3_64_hexdigest(dump_json([list(work.inputs), self._models_mark]))
         spool = Spool(work.partial(mark), list(self.table.features))
         report = TarReport()
-        batches = rows = 0
+        batches = rows = recovered = 0
         missing: Counter[str] = Counter()
         with self.feed.batches(self._samples(work, report), spool.has) as take:
             while True:
@@ -256,8 +248,12 @@ class Metadata:
                     self._compute(work, batch, spool)
                 missing += self._count(work, batch, spool)
                 batches, rows = batches + 1, rows + len(batch.samples)
-                if not batch.done:
+                if batch.done:
+                    recovered += len(batch.samples)
+                else:
                     work.check_stop()
+        if recovered:
+            work.note("recovered", recovered)
         for line in report.warnings():
             work.warn(line)
         with work.phase("write"):
@@ -284,7 +280,7 @@ class Metadata:
             spool.put(batch.number, rows, missing, named)
 
     def _rows(self, batch: FeedBatch, computed: Computed) -> tuple[list[Row], Counter[str]]:
-        fields = list(self.config.additional_fields)
+        fields = list(self._carried)
         missing: Counter[str] = Counter()
         rows = []
         for number, sample in enumerate(batch.samples):
@@ -353,10 +349,24 @@ def _begins_anew(stage: Metadata, shards: Sequence[Shard]) -> bool:
     return not all(ledger.governing(shard.id).same_options(ledger.options, stage.version) for shard in shards)
 
 
+def _spelled_out(argv: Sequence[str]) -> list[str]:
+    """``--reprocess`` and ``--no_reprocess`` as ``--reprocess=True`` and ``False``: a switch that is not there leaves
+    the YAML's key alone."""
+    words = {
+        f"--{prefix}{name}": f"--{name}={value}" for name in SWITCHES for prefix, value in (("", True), ("no_", False))
+    }
+    found = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        key = word.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else word
+        found.append(words[key] if key in words and following not in ("True", "False", "None") else word)
+    return found
+
+
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(Options, argv)
+    options = parse_options(Options, _spelled_out(sys.argv[1:] if argv is None else argv))
     options.check()
+    set_up_logging(options.quiet)
     config = read_config(options.yml, options.given)
     stage = Metadata(options, config)
     shards = _shards(config)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from curation.errors import UsageError
-from curation.model_settings import Precision, Resize
+from curation.model_settings import ModelSettings, Precision, Resize
 
 logger = logging.getLogger("curation")
 
@@ -154,6 +154,21 @@ def family_of(directive: str) -> str | None:
         return HUB_FAMILIES[prefix]
     known = DIRECTIVES.get(directive)
     return known.family if known else None
+
+
+def model_settings(config: ExtractConfig, directive: str, device: str = "cpu", threads: int = 1) -> ModelSettings:
+    """How the model of a directive is to be loaded."""
+    own, known = config.weights.get(directive), config.embeddings
+    return ModelSettings(
+        weights=own.source if own else None,
+        sha256=own.sha256 if own else None,
+        embeddings=known.source if known else None,
+        embeddings_sha256=known.sha256 if known else None,
+        device=device,
+        threads=threads,
+        dtype=config.dtype,
+        resize=config.resize,
+    )
 
 
 def check_directives(config: ExtractConfig, plugin: Iterable[str] = ()) -> None:

@@ -125,7 +125,7 @@ def _assign(vectors: Vectors, probes: int, faiss: Any) -> tuple[NDArray[np.int32
     cells = max(1, min(int(2 * count**0.5), count // _SAMPLES_PER_CELL))
     sample = np.random.default_rng(_SEED).permutation(count)[: cells * _SAMPLES_PER_CELL]
     means = faiss.Kmeans(vectors.width, cells, niter=_ITERATIONS, spherical=True, seed=_SEED, verbose=False)
-    means.train(vectors.take(np.sort(sample)))
+    means.train(_sampled(vectors, np.sort(sample)))
     index = faiss.IndexFlatIP(vectors.width)
     index.add(means.centroids)
     nearest = np.empty((count, min(probes, cells)), np.int32)
@@ -133,6 +133,14 @@ def _assign(vectors: Vectors, probes: int, faiss: Any) -> tuple[NDArray[np.int32
         _, found = index.search(vectors.read(start, start + TILE_ROWS), nearest.shape[1])
         nearest[start : start + len(found)] = found
     return nearest, cells
+
+
+def _sampled(vectors: Vectors, places: NDArray[np.int64]) -> Rows:
+    """The rows at ``places``, sorted, read in order: gathered at once they would pull the whole file into memory."""
+    starts = range(0, len(vectors), TILE_ROWS)
+    parts = np.split(places, np.searchsorted(places, np.array(starts[1:], np.int64)))
+    read = [vectors.read(start, start + TILE_ROWS)[part - start] for start, part in zip(starts, parts, strict=True)]
+    return np.concatenate(read)
 
 
 def _close(rows: Rows, others: Rows, threshold: float, start: int, other: int, *, same: bool = False) -> Pairs:

@@ -71,8 +71,8 @@ def fetch_weights(
     if sha256 is not None:
         if path.is_dir():
             raise UsageError(f"{name} {source}: a sha256 is of one file, this is a folder")
-        if _sha256(path) != sha256.lower():
-            raise InfrastructureError(f"{name} {source}: its sha256 is {_sha256(path)}, not {sha256.lower()}")
+        if sha256_of(path) != sha256.lower():
+            raise InfrastructureError(f"{name} {source}: its sha256 is {sha256_of(path)}, not {sha256.lower()}")
     return path
 
 
@@ -147,7 +147,7 @@ def _from_url(url: str, sha256: str, cache: Path, max_bytes: int) -> Path:
 
 def _is(path: Path, sha256: str) -> bool:
     try:
-        return _sha256(path) == sha256
+        return sha256_of(path) == sha256
     except FileNotFoundError:
         return False
 
@@ -264,12 +264,12 @@ def save(response: Any, file: BinaryIO, url: str, max_bytes: int, what: str = "t
     end = begin + int(stated) if stated.isdigit() else None
     size = begin
     if end is not None and end > max_bytes:
-        raise InfrastructureError(f"{shown(url)}: more than {max_bytes / 1e6:,.1f} MB; that is not {what}")
+        raise InfrastructureError(f"{shown(url)}: more than {megabytes(max_bytes)}; that is not {what}")
     try:
         for block in response.iter_content(_BLOCK):
             size += len(block)
             if size > max_bytes:
-                raise InfrastructureError(f"{shown(url)}: more than {max_bytes / 1e6:,.1f} MB; that is not {what}")
+                raise InfrastructureError(f"{shown(url)}: more than {megabytes(max_bytes)}; that is not {what}")
             file.write(block)
     except requests.RequestException as error:
         file.flush()
@@ -284,6 +284,10 @@ def _digest(file: BufferedRandom | BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return _digest(file)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

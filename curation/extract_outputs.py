@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from curation.dictionaries import dump_json
+from curation.dictionaries import MAX_DEPTH, dump_json, parse_json
 from curation.errors import InfrastructureError, ShardError
 from curation.extracting import Kind
-from curation.partial import PartialLog
+from curation.partial import MAX_PAYLOAD_BYTES, PartialLog
 from curation.publish import OutputFile
 
 OWN_FIELDS = ("uid", "key", "tar")
@@ -94,7 +93,7 @@ class Spool:
         self._log.append([*parts, (str(number), "rows", dump_json(told))])  # last: where it is, the others are
 
     def rows(self, number: int) -> tuple[list[Row], Counter[str]]:
-        told = orjson.loads(self._read(number, "rows"))
+        told = parse_json(self._read(number, "rows"), MAX_PAYLOAD_BYTES, MAX_DEPTH + 4)
         return [Row(*row) for row in told["rows"]], Counter(told["missing"])
 
     def feature(self, number: int, name: str) -> bytes:

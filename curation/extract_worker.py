@@ -201,7 +201,7 @@ class _Preparer:
             pixels = None
             if self._wants_pixels:
                 with self._alone() if size[0] * size[1] > LARGE_PIXELS else contextlib.nullcontext():
-                    pixels = decode_rgb(job.image, at_least=self._at_least(*size))
+                    pixels = decode_rgb(job.image, at_least=self._at_least(*size), on_white=False)
             outcome.size = size
             return pixels
         except SampleError as error:

@@ -40,6 +40,8 @@ STUB = [
 ]  # fmt: skip
 HAVE_TIMES = {"_receipts", "_claims", "_partial", "_plan", "_batch_sizes"}
 
+DESCRIPTOR_WIDTH = 256
+
 stage = importlib.import_module(NAME)
 
 
@@ -580,6 +582,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "oai-clip-vit-l14": made.save_clip(folder / "l14", width=768, seed=9),
         "nsfw-detoxify": made.save_toxicity(folder / "toxicity"),
         "nsfw-image-oai-clip-vit-l-14": made.save_nsfw_head(folder / "nsfw.pt"),
+        "faces-scrfd10g": made.save_scrfd(folder / "scrfd.pt"),
+        "dedup-isc-ft-v107": made.save_isc(folder / "isc.pt"),
     }
 
 
@@ -647,5 +651,31 @@ def test_a_plugin_in_dataset2metadatas_style(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_readmes_second_example_runs(tmp_path: Path, tiny: dict[str, Path]) -> None:
-    pytest.skip("DATACOMP")
-    assert DATACOMP
+    out = tmp_path / "out"
+    embeddings = tmp_path / "others.npy"
+    weights = "".join(f"  {directive}: {path}\n" for directive, path in tiny.items())
+    np.save(embeddings, np.eye(2, DESCRIPTOR_WIDTH, dtype=np.float32))
+    more = f"weights:\n{weights}embeddings: {embeddings}\nuse_datacomp_keys: True\nfeature_dtype: float32"
+    path = yaml_of(tmp_path, DATACOMP, SHARDS / "00000003.tar", out, more)
+    assert stage.main(["--yml", str(path), "--quiet", "--batch_size", "4"]) == 0
+    found = rows(out, "00000003")
+    schema = parquet.read_schema(out / "00000003.parquet")
+    assert schema.names == [
+        "uid", "key", "tar", "url", "caption", "original_width", "original_height", "sha256",
+        "clip_b32_similarity_score", "clip_l14_similarity_score", "nsfw-detoxify-score", "nsfw-image-score",
+        "face_bboxes", "dedup", "status",
+    ]  # fmt: skip
+    assert str(schema.field("clip_l14_similarity_score").type) == "double"
+    with np.load(out / "00000003.npz", allow_pickle=False) as arrays:
+        assert arrays.files == ["b32_img", "b32_txt", "l14_img", "l14_txt", "dedup-isc-ft-v107-image"]
+        assert arrays["l14_img"].shape == (8, 768)
+        for name, column in (("b32", "clip_b32_similarity_score"), ("l14", "clip_l14_similarity_score")):
+            scores = (arrays[f"{name}_img"] * arrays[f"{name}_txt"]).sum(1)
+            assert np.allclose(scores, [row[column] for row in found], atol=1e-6)
+        nearest = arrays["dedup-isc-ft-v107-image"][:, :2].max(1)
+        assert np.allclose(nearest, [row["dedup"] for row in found], atol=1e-5)
+    for row in found:
+        assert row["status"] == "ok" and 0 <= row["nsfw-image-score"] <= 1 and 0 <= row["nsfw-detoxify-score"] <= 1
+        assert all(len(box) == 4 and all(0 <= side <= 1 for side in box) for box in row["face_bboxes"])
+    told = json.loads(schema.metadata[b"curation"])
+    assert set(told["models"]) == set(tiny)

@@ -6,7 +6,6 @@ Each answers in milliseconds on one core, and its scores say nothing.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -188,41 +187,172 @@ def save_isc(path: Path, seed: int = 6) -> Path:
 
     import torch
 
-    shapes: dict[str, tuple[int, ...]] = {"backbone.conv_stem.weight": (8, 3, 3, 3)}
-    norms = {"backbone.bn1": 8, "bn": 256}
-    widths = (8, 8, 8, 12, 16, 16, 24, 32)
-    for stage, (inputs, out) in enumerate(itertools.pairwise(widths)):
-        for block in range(2):
-            name, wide = f"backbone.blocks.{stage}.{block}", 2 * inputs
+    stages = ((1, 8, 1), (2, 8, 2), (1, 12, 2), (2, 16, 2), (1, 16, 2), (1, 24, 2), (1, 32, 2))
+    tensors = filled(isc_shapes(stages, stem=8), seed)
+    tensors["bn.running_mean"].zero_()
+    tensors["bn.bias"].zero_()
+    state = {f"module.{name}": value for name, value in tensors.items()}
+    arguments = argparse.Namespace(input_size=512)
+    torch.save({"arch": "tf_efficientnetv2_m_in21ft1k", "args": arguments, "state_dict": state}, path)
+    return path
+
+
+MODES = ("RGB", "RGBA", "LA", "P", "L", "CMYK")
+
+
+def exact_pictures() -> Any:
+    """(mode, width, height, Pillow image) of 210 sizes and six modes, from integers: the same everywhere."""
+    from PIL import Image
+
+    rng = np.random.Generator(np.random.PCG64(2024))
+    extreme = [(1, 1), (1, 300), (300, 1), (224, 224), (225, 224), (2, 449), (1, 330), (331, 1), (223, 447), (640, 480)]
+    sizes = [*extreme, *((int(w), int(h)) for w, h in rng.integers(1, 700, (200, 2)))]
+    for number, (width, height) in enumerate(sizes):
+        mode = MODES[number % len(MODES)]
+        channels = len(Image.new(mode, (1, 1)).getbands())
+        coarse = rng.integers(0, 200, (-(-height // 9), -(-width // 9), channels), np.uint8)
+        smooth = coarse.repeat(9, 0).repeat(9, 1)[:height, :width]
+        pixels = smooth + rng.integers(0, 56, (height, width, channels), np.uint8)
+        image = Image.frombytes(mode, (width, height), pixels.tobytes())
+        if mode == "P":
+            image.putpalette(rng.integers(0, 256, 768, np.uint8).tobytes())
+        yield mode, width, height, image
+
+
+CAPTIONS = (
+    "a photo of the cat", "", "  ", "Caf\u00e9 &amp;amp; cr&egrave;me", "e&#769;t\u00e9",
+    "\u039f\u0394\u039f\u03a3 \u0130stanbul \u1e9e",
+    "don't I'VE we'll", "\U0001f926\U0001f3fd\u200d\u2640\ufe0f \u6f22\u5b57 \ud55c\uad6d\uc5b4", "x" * 500,
+    "a,b;c:::--- 100% 3.14 \u00bd \u2163", "line\nbreak\t\u00a0nbsp\u2003em",
+    "\u00e2\u20ac\u0153mojibake\u00e2\u20ac\x9d sch\u00c3\u00b6n", "\u017f'\u017f \u212a",
+    "painting of the red cat and " * 40, "\x1c\x1d sep\x85next", "\x00nul", "\ufb01 ligature \uff8a\uff9d",
+    "it\u2019s \u201cquoted\u201d", "&lt;b&gt;bold&lt;/b&gt;", "\u200bzero\u200d",
+)  # fmt: skip
+
+
+def filled(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Any]:
+    """A value for every tensor of a network, whatever made it, the same on every machine: matrices normal with
+    deviation 1/√fan-in, running variances and one-dimensional weights around one, everything else around zero."""
+    import torch
+    import xxhash
+
+    made = {}
+    for name, shape in shapes.items():
+        rng = np.random.Generator(np.random.PCG64([seed, xxhash.xxh3_64_intdigest(name.encode())]))
+        if name.endswith("num_batches_tracked"):
+            made[name] = torch.tensor(7)
+            continue
+        if len(shape) >= 2:
+            values = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(np.prod(shape[1:])))
+        elif name.endswith(("running_var", "weight", "scale")):
+            values = rng.random(shape, np.float32) + np.float32(0.5)
+        else:
+            values = (rng.random(shape, np.float32) - np.float32(0.5)) / 4
+        made[name] = torch.from_numpy(np.array(values, np.float32))
+    return made
+
+
+def scrfd_tensors(seed: int = 7) -> dict[str, Any]:
+    """Weights of SCRFD-10GF under the names of the published file, lively enough to see many boxes."""
+    made = filled(scrfd_shapes(), seed)
+    made["bbox_head.stride_cls.0.weight"] *= 4
+    made["bbox_head.stride_cls.0.bias"] -= 6
+    made["bbox_head.stride_reg.0.weight"] *= 0.2
+    made["bbox_head.stride_reg.0.bias"] += 2
+    return made
+
+
+def scrfd_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def norm(name: str, width: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (width,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    for number, (out, inputs) in {0: (28, 3), 3: (28, 28), 6: (56, 28)}.items():
+        shapes[f"backbone.stem.{number}.weight"] = (out, inputs, 3, 3)
+        norm(f"backbone.stem.{number + 1}", out)
+    inputs = 56
+    for stage, (depth, width) in enumerate(((3, 56), (4, 88), (2, 88), (3, 224)), 1):
+        for block in range(depth):
+            name = f"backbone.layer{stage}.{block}"
+            shapes |= {f"{name}.conv1.weight": (width, inputs, 3, 3), f"{name}.conv2.weight": (width, width, 3, 3)}
+            norm(f"{name}.bn1", width)
+            norm(f"{name}.bn2", width)
+            if block == 0 and stage > 1:
+                shapes[f"{name}.downsample.1.weight"] = (width, inputs, 1, 1)
+                norm(f"{name}.downsample.2", width)
+            inputs = width
+    necks = {
+        "lateral_convs": (88, 88, 224),
+        "fpn_convs": (56,) * 3,
+        "downsample_convs": (56,) * 2,
+        "pafpn_convs": (56,) * 2,
+    }
+    for part, all_inputs in necks.items():
+        for i, inputs in enumerate(all_inputs):
+            kernel = 1 if part == "lateral_convs" else 3
+            shapes |= {
+                f"neck.{part}.{i}.conv.weight": (56, inputs, kernel, kernel),
+                f"neck.{part}.{i}.conv.bias": (56,),
+            }
+    for i, inputs in enumerate((56, 80, 80)):
+        name = f"bbox_head.cls_stride_convs.0.{i}"
+        shapes |= {f"{name}.conv.weight": (80, inputs, 3, 3), f"{name}.gn.weight": (80,), f"{name}.gn.bias": (80,)}
+    for part, out in (("stride_cls", 2), ("stride_reg", 8)):
+        shapes |= {f"bbox_head.{part}.0.weight": (out, 80, 3, 3), f"bbox_head.{part}.0.bias": (out,)}
+    shapes |= {f"bbox_head.scales.{i}.scale": () for i in range(3)}
+    return shapes | {"bbox_head.integral.project": (9,)}
+
+
+def save_scrfd(path: Path, seed: int = 7) -> Path:
+    """SCRFD's weights as DataComp publishes them."""
+    import torch
+
+    torch.save({"state_dict": scrfd_tensors(seed)}, path)
+    return path
+
+
+# Depth, width and widening of EfficientNetV2-M's stages.
+ISC_STAGES = ((3, 24, 1), (5, 48, 4), (5, 80, 4), (7, 160, 4), (14, 176, 6), (18, 304, 6), (5, 512, 6))
+
+
+def isc_shapes(stages: tuple[tuple[int, int, int], ...] = ISC_STAGES, stem: int = 24) -> dict[str, tuple[int, ...]]:
+    """The tensors of the descriptor network, under timm's names."""
+    shapes: dict[str, tuple[int, ...]] = {"backbone.conv_stem.weight": (stem, 3, 3, 3)}
+
+    def norm(name: str, width: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (width,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    norm("backbone.bn1", stem)
+    inputs = stem
+    for stage, (depth, out, wider) in enumerate(stages):
+        for block in range(depth):
+            name, wide = f"backbone.blocks.{stage}.{block}", wider * inputs
             if stage == 0:
                 shapes[f"{name}.conv.weight"] = (out, inputs, 3, 3)
-                norms[f"{name}.bn1"] = out
+                widths = [out]
             elif stage < 3:
                 shapes |= {
                     f"{name}.conv_exp.weight": (wide, inputs, 3, 3),
                     f"{name}.conv_pwl.weight": (out, wide, 1, 1),
                 }
-                norms |= {f"{name}.bn1": wide, f"{name}.bn2": out}
+                widths = [wide, out]
             else:
+                gate = max(1, inputs // 4)
                 shapes |= {
                     f"{name}.conv_pw.weight": (wide, inputs, 1, 1), f"{name}.conv_dw.weight": (wide, 1, 3, 3),
-                    f"{name}.se.conv_reduce.weight": (4, wide, 1, 1), f"{name}.se.conv_reduce.bias": (4,),
-                    f"{name}.se.conv_expand.weight": (wide, 4, 1, 1), f"{name}.se.conv_expand.bias": (wide,),
+                    f"{name}.se.conv_reduce.weight": (gate, wide, 1, 1), f"{name}.se.conv_reduce.bias": (gate,),
+                    f"{name}.se.conv_expand.weight": (wide, gate, 1, 1), f"{name}.se.conv_expand.bias": (wide,),
                     f"{name}.conv_pwl.weight": (out, wide, 1, 1),
                 }  # fmt: skip
-                norms |= {f"{name}.bn1": wide, f"{name}.bn2": wide, f"{name}.bn3": out}
+                widths = [wide, wide, out]
+            for number, width in enumerate(widths, 1):
+                norm(f"{name}.bn{number}", width)
             inputs = out
-    shapes["fc.weight"] = (256, 32)
-    rng = np.random.Generator(np.random.PCG64(seed))
-    tensors = {n: rng.standard_normal(s, np.float32) / np.sqrt(max(1, np.prod(s[1:]))) for n, s in shapes.items()}
-    for name, size in norms.items():
-        tensors |= {
-            f"{name}.weight": rng.uniform(0.8, 1.4, size), f"{name}.bias": rng.normal(0, 0.1, size),
-            f"{name}.running_mean": rng.normal(0, 0.1, size), f"{name}.running_var": rng.uniform(0.5, 1.5, size),
-        }  # fmt: skip
-    state = {f"module.{n}": torch.from_numpy(np.asarray(v, np.float32)) for n, v in tensors.items()}
-    state |= {f"module.{n}.num_batches_tracked": torch.tensor(9) for n in norms}
-    torch.save(
-        {"arch": "tf_efficientnetv2_m_in21ft1k", "args": argparse.Namespace(input_size=512), "state_dict": state}, path
-    )
-    return path
+    shapes["fc.weight"] = (256, inputs)
+    norm("bn", 256)
+    return shapes

@@ -22,7 +22,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = int(Image.Resampling.BICUBIC)
 # Beyond, only the part of the resized picture that is looked at is computed: 1 × 100,000,000 pixels would become
 # 224 × 22,400,000,000.
-MAX_RESIZED_PIXELS = 1 << 24
+MAX_RESIZED_PIXELS = 1 << 25
 
 _PRECISION_BITS = 22  # of Pillow's coefficients for 8-bit samples (Resample.c)
 

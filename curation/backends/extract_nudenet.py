@@ -54,13 +54,16 @@ class CornerSquare:
         down, across = share[:, None, None], share[None, :, None]
         upper = _taken(pixels, first, first) * (1 - across) + _taken(pixels, first, second) * across
         lower = _taken(pixels, second, first) * (1 - across) + _taken(pixels, second, second) * across
-        return np.rint(upper * (1 - down) + lower * down).astype(np.uint8)
+        square: Pixels = np.rint(upper * (1 - down) + lower * down).astype(np.uint8)
+        return square
 
 
 def _taken(pixels: Pixels, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float32]:
     """The pixels at each row and column, black beyond the picture."""
     height, width = pixels.shape[:2]
-    found = pixels[np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)[None]].astype(np.float32)
+    found: NDArray[np.float32] = pixels[
+        np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)[None]
+    ].astype(np.float32)
     found[rows >= height] = 0
     found[:, columns >= width] = 0
     return found

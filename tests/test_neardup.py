@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -17,6 +19,7 @@ from PIL import Image
 
 from curation.__main__ import main
 from curation.features import Vectors, normalise
+from curation.inspect.neardup import Options
 from curation.near_duplicates import TOLERANCE, Groups, cell_pairs, exact_pairs
 
 pa = pytest.importorskip("pyarrow")
@@ -311,6 +314,12 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "in/1.npz").unlink()
     (tmp_path / "in/0.npz").unlink()
     assert "has no features" in says(*known, "0.9")
+
+
+def test_the_page_tells_every_flag() -> None:
+    page = (ROOT / "docs/neardup.md").read_text("utf-8")
+    flags = {field.name for field in dataclasses.fields(Options)} - {"folder"}
+    assert set(re.findall(r"^\| `--(\w+)`", page, flags=re.M)) == flags
 
 
 MEMORY = """

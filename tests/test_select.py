@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from curation.__main__ import main
+from curation.inspect.select import Options
 from curation.selection import BASELINES
 from curation.uid_subset import parse_uids, sort_uids, write_subset
 
@@ -185,8 +188,6 @@ def test_duplicates_are_kept_unless_unique(pool: Pool, tmp_path: Path) -> None:
 def test_conditions_that_are_none_or_reach_too_far(
     where: str, says: str, pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     other = tmp_path / "other" / "other.parquet"
     other.parent.mkdir()
     pq.write_table(pa.table({"uid": ["0" * 32]}), other)
@@ -210,6 +211,15 @@ def test_rows_without_a_uid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["select", str(folder), "--out", str(tmp_path / "keep.npy"), *flags]) == 0
     assert json.loads(capsys.readouterr().out)["bad_uids"] == 5
     assert np.load(tmp_path / "keep.npy").tolist() == [(0, 2), ((1 << 64) - 1, (1 << 64) - 1)]
+
+
+def test_the_page_tells_every_flag_and_every_baseline() -> None:
+    page = (Path(__file__).parent.parent / "docs/select.md").read_text("utf-8")
+    flags = {field.name for field in dataclasses.fields(Options)} - {"folder"}
+    assert set(re.findall(r"^\| `--(\w+)`", page, flags=re.M)) == flags
+    for name, condition in BASELINES.items():
+        assert f"| `{name}` |" in page
+        assert condition in page
 
 
 # ---- which tables
@@ -278,6 +288,7 @@ def test_uids_are_parsed_in_slices_too() -> None:
 MEMORY = """
 import re, sys
 from curation.__main__ import main
+from curation.inspect.select import Options
 code = main(sys.argv[1:])
 # not ru_maxrss, which begins with the parent's
 print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) // 1024)

@@ -27,6 +27,8 @@ MAX_WEIGHTS_BYTES = 16 << 30
 CACHE = Path("~/.cache/curation/weights")
 # What a model folder is loaded from: no pickles, no code.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+# Of a model that was never saved as safetensors (openai/clip-vit-base-patch32): a pickle that is read as tensors only.
+OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _HUB_FILE = re.compile(r"(?P<model>[^:@]+)(?:@(?P<revision>[^:@]+))?(?::(?P<file>[^:]+))?")
 _TIMEOUT_S = 30.0  # to connect, and between two blocks
@@ -107,7 +109,10 @@ def _from_hub(model: str, revision: str | None, file: str | None, name: str) -> 
     try:
         if file is not None:
             return Path(hf_hub_download(model, file, revision=revision))
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(MODEL_FILES)))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(MODEL_FILES)))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*MODEL_FILES, *OLD_WEIGHTS]))
+        return folder
     except hub_errors() as error:
         raise InfrastructureError(f"{name} {model}: cannot be fetched from the hub: {hub_error_line(error)}") from error
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from curation.backends import clip_preparation, extract_clip, extract_clip_head, extract_toxicity
 from curation.backends.clip_preparation import (
@@ -171,6 +172,21 @@ def test_any_clip_by_folder_has_its_own_size_and_a_short_name(tmp_path: Path) ->
     assert [f.name for f in backend.features] == ["clip-tiny-patch16-image", "clip-tiny-patch16-text"]
     assert backend.preparations[0] == CentreCrop(64)
     assert backend.compute(batch(2))["clip-tiny-patch16-image"].shape == (2, 24)
+
+
+def test_weights_saved_before_safetensors_load_and_are_told_apart(models: Path, tmp_path: Path) -> None:
+    found = []
+    for seed in (1, 8):
+        folder = tmp_path / str(seed)
+        tiny.save_clip(folder, seed=seed)
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        backend = extract_clip.Backend(B32, settings(folder))
+        found.append((backend.revision, backend.compute(batch(2))[f"{B32}-score"].tolist()))
+    safe = extract_clip.Backend(B32, settings(models / "clip"))
+    assert found[0][1] == safe.compute(batch(2))[f"{B32}-score"].tolist()
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_siglip_scores_as_its_own_model_does(models: Path) -> None:

@@ -79,9 +79,12 @@ def folder_digest(folder: Path) -> str:
     """
     digest = xxhash.xxh3_64()
     try:
-        for path in sorted(folder.rglob("*")):
+        paths = sorted(folder.rglob("*"))
+        has_safetensors = any(path.suffix == ".safetensors" for path in paths)
+        suffixes = _CONTENT_SUFFIXES if has_safetensors else (*_CONTENT_SUFFIXES, ".bin")  # what is loaded then
+        for path in paths:
             relative = path.relative_to(folder)
-            if any(part.startswith(".") for part in relative.parts) or path.suffix not in _CONTENT_SUFFIXES:
+            if any(part.startswith(".") for part in relative.parts) or path.suffix not in suffixes:
                 continue
             if not path.is_file():
                 continue

@@ -24,9 +24,9 @@ from curation.backends import (
     extract_nudenet,
     extract_scrfd,
     extract_statistics,
-    isc_network,
 )
 from curation.backends.faces_centerface import packaged_model
+from curation.backends.isc_network import IscNetwork
 from curation.backends.scrfd_boxes import MAX_SQUARE_SIDE, WhiteSquare
 from curation.errors import InfrastructureError, UsageError
 from curation.extracting import SampleFacts
@@ -132,7 +132,7 @@ def test_the_descriptor_network_is_timms_with_the_published_head() -> None:
     shapes = tiny.isc_shapes()
     listed = [f"{n} {s}" for n, s in sorted(shapes.items()) if n.startswith("backbone.")]
     assert hashlib.sha256("\n".join(listed).encode()).hexdigest() == REFERENCES["isc"]["names"]
-    network = isc_network.build(tiny.filled(shapes, 6))
+    network = IscNetwork(tiny.filled(shapes, 6))
     seen = np.stack([tiny.picture(seed, 97, 97) for seed in (1, 2)]).transpose(0, 3, 1, 2)
     with torch.inference_mode():
         found = network(torch.from_numpy(seen.astype(np.float32) / 127.5 - 1))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from curation.backends.clip_preparation import Normalise, Squeeze
+from curation.backends.isc_network import IscNetwork
 from curation.errors import InfrastructureError, UsageError
 from curation.extracting import Batch, Column, Feature, Preparation
 from curation.model_settings import ModelSettings, WeightSource, file_revision, load_tensors
@@ -53,21 +54,19 @@ class Backend:
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch
 
-        from curation.backends import isc_network
-
         self._torch = torch
         weights, *embeddings = sources(directive, settings)
         path = fetch_weights(weights.source, weights.sha256, settings.cache, name=directive)
         self.name, self.revision = directive, file_revision(path)
         saved = load_tensors(path, "descriptor network")
         try:
-            tensors = saved.get("state_dict", saved)
-            network = isc_network.build(isc_network.clean_names(tensors))
+            network = IscNetwork(saved.get("state_dict", saved))
         except (KeyError, ValueError, IndexError, RuntimeError, TypeError, AttributeError) as error:
             line = " ".join(str(error).split())[:300]
             raise InfrastructureError(f"{directive}: {path} holds another network's weights: {line}") from error
         dtype = settings.torch_dtype()
-        self._network: Any = network.to(settings.device, dtype)
+        network.move(settings.device, dtype)
+        self._network: Any = network
         self._crop = Squeeze(SIDE)
         self._normalise = Normalise((0.5,) * 3, (0.5,) * 3, settings.device, dtype)
         self.preparations: tuple[Preparation, ...] = (self._crop,)

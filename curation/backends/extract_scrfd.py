@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from curation.backends.clip_preparation import Normalise
 from curation.backends.onnx_sessions import open_session, read_weights
 from curation.backends.scrfd_boxes import PictureSize, WhiteSquare, boxes_in_picture, boxes_in_square
+from curation.backends.scrfd_network import ScrfdNetwork
 from curation.errors import InfrastructureError
 from curation.extracting import Batch, Column, Feature, Preparation
 from curation.model_settings import ModelSettings, WeightSource, file_revision, load_tensors
@@ -75,18 +76,17 @@ class _Torch:
     def __init__(self, path: Path, settings: ModelSettings) -> None:
         import torch
 
-        from curation.backends import scrfd_network
-
         self._torch = torch
         self.revision = file_revision(path)
         saved = load_tensors(path, "SCRFD")
         try:
-            network = scrfd_network.build(saved.get("state_dict", saved))
+            network = ScrfdNetwork(saved.get("state_dict", saved))
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             line = " ".join(str(error).split())[:300]
             raise InfrastructureError(f"{path} holds other weights than SCRFD's: {line}") from error
         dtype = settings.torch_dtype()
-        self._network: Any = network.to(settings.device, dtype)
+        network.move(settings.device, dtype)
+        self._network: Any = network
         self._normalise = Normalise((0.5,) * 3, (0.5,) * 3, settings.device, dtype)
 
     def answers(self, batch: Batch, square: WhiteSquare) -> Iterator[Answer]:

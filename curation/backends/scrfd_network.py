@@ -1,151 +1,89 @@
 """SCRFD-10GF as a torch network (Guo et al. 2021, arXiv:2105.04714), for the weights that DataComp detects faces with.
 
-A residual network, a path-aggregation neck and one head for the strides 8, 16 and 32 with two anchors a cell;
-parameters have the names of the published file.  Widths and depths are read from the tensors themselves.
+A residual network, a path-aggregation neck (Liu et al. 2018, arXiv:1803.01534) and one head for the strides 8, 16 and
+32 with two anchors a cell.  Tensors have the names of the published file; depths and widths are their own.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn import functional
+from curation.backends.named_tensors import NamedTensors
 
-STRIDES = (8, 16, 32)
 _GROUPS = 16  # of the head's group normalisation
-_IGNORED = re.compile(r"bbox_head\.integral\.project")  # of another kind of head
+_IGNORED = ["bbox_head.integral.project"]  # of another kind of head
+_TRIAL_SIDE = 64
 
 
-class _Residual(nn.Module):  # type: ignore[misc]
-    def __init__(self, inputs: int, width: int, stride: int, shrinks: bool) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample: Any = None
-        if shrinks:
-            pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-            self.downsample = nn.Sequential(pool, nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x: Any) -> Any:
-        y = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
-        return functional.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class _Backbone(nn.Module):  # type: ignore[misc]
-    """Features at the strides 4, 8, 16 and 32."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        super().__init__()
-        stem: list[Any] = []
-        for number, stride in ((0, 2), (3, 1), (6, 1)):
-            out, inputs = tensors[f"backbone.stem.{number}.weight"].shape[:2]
-            stem += [nn.Conv2d(inputs, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        self.stem = nn.Sequential(*stem)
-        for stage in range(1, 5):
-            blocks: list[Any] = []
-            while (key := f"backbone.layer{stage}.{len(blocks)}.conv1.weight") in tensors:
-                width, inputs = tensors[key].shape[:2]
-                shrinks = key.replace("conv1", "downsample.1") in tensors
-                blocks.append(_Residual(inputs, width, 2 if stage > 1 and not blocks else 1, shrinks))
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-
-    def forward(self, x: Any) -> list[Any]:
-        x = functional.max_pool2d(self.stem(x), 2, 2)
-        found = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            found.append(x)
-        return found
-
-
-def _plain(tensor: Any, stride: int = 1) -> Any:
-    """A convolution with a bias, under the name ``conv``."""
-    out, inputs, kernel, _ = tensor.shape
-    return nn.ModuleDict({"conv": nn.Conv2d(inputs, out, kernel, stride, kernel // 2)})
-
-
-class _Neck(nn.Module):  # type: ignore[misc]
-    """Down the pyramid, and up again (Liu et al. 2018, arXiv:1803.01534), over the strides 8, 16 and 32."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        super().__init__()
-        for name, count, stride in (
-            ("lateral_convs", 3, 1),
-            ("fpn_convs", 3, 1),
-            ("downsample_convs", 2, 2),
-            ("pafpn_convs", 2, 1),
-        ):
-            parts = [_plain(tensors[f"neck.{name}.{i}.conv.weight"], stride) for i in range(count)]
-            self.add_module(name, nn.ModuleList(parts))
-
-    def forward(self, features: list[Any]) -> list[Any]:
-        found = [part["conv"](x) for part, x in zip(self.lateral_convs, features[1:], strict=True)]
-        for i in (1, 0):
-            found[i] = found[i] + functional.interpolate(found[i + 1], size=found[i].shape[2:], mode="nearest")
-        found = [part["conv"](x) for part, x in zip(self.fpn_convs, found, strict=True)]
-        for i in (0, 1):
-            found[i + 1] = found[i + 1] + self.downsample_convs[i]["conv"](found[i])
-        return [found[0], *(self.pafpn_convs[i]["conv"](found[i + 1]) for i in (0, 1))]
-
-
-class _Scale(nn.Module):  # type: ignore[misc]
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
-
-
-class _Head(nn.Module):  # type: ignore[misc]
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        super().__init__()
-        layers: list[Any] = []
-        while (key := f"bbox_head.cls_stride_convs.0.{len(layers)}.conv.weight") in tensors:
-            out, inputs = tensors[key].shape[:2]
-            convolution = nn.Conv2d(inputs, out, 3, padding=1, bias=False)
-            layers.append(nn.ModuleDict({"conv": convolution, "gn": nn.GroupNorm(_GROUPS, out)}))
-        self.cls_stride_convs = nn.ModuleDict({"0": nn.ModuleList(layers)})
-        for name in ("stride_cls", "stride_reg"):
-            out, inputs = tensors[f"bbox_head.{name}.0.weight"].shape[:2]
-            self.add_module(name, nn.ModuleDict({"0": nn.Conv2d(inputs, out, 3, padding=1)}))
-        self.scales = nn.ModuleList(_Scale() for _ in STRIDES)
-
-    def forward(self, features: list[Any]) -> tuple[list[Any], list[Any]]:
-        scores, distances = [], []
-        for x, scale in zip(features, self.scales, strict=True):
-            for layer in self.cls_stride_convs["0"]:
-                x = functional.relu(layer["gn"](layer["conv"](x)))
-            score = self.stride_cls["0"](x).sigmoid()
-            reach = self.stride_reg["0"](x) * scale.scale
-            scores.append(score.permute(0, 2, 3, 1).flatten(1))
-            distances.append(reach.permute(0, 2, 3, 1).reshape(len(reach), -1, 4))
-        return scores, distances
-
-
-class ScrfdNetwork(nn.Module):  # type: ignore[misc]
+class ScrfdNetwork:
     """samples × 3 × side × side, −1 to 1 → for each stride the scores (samples × anchors) and, in steps of the stride,
     the distances of the four sides from the anchor (samples × anchors × 4)."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.backbone, self.neck, self.bbox_head = _Backbone(tensors), _Neck(tensors), _Head(tensors)
+        """Raises KeyError, ValueError or RuntimeError where the tensors are of no such network."""
+        import torch
 
-    def forward(self, pictures: Any) -> tuple[list[Any], list[Any]]:
-        found: tuple[list[Any], list[Any]] = self.bbox_head(self.neck(self.backbone(pictures)))
-        return found
+        self._functional = torch.nn.functional
+        self._layers = NamedTensors(tensors)
+        with torch.inference_mode():
+            self(torch.zeros(1, 3, _TRIAL_SIDE, _TRIAL_SIDE))  # tensors of another shape are told now
+        if unused := [name for name in self._layers.unused() if name not in _IGNORED]:
+            raise ValueError(f"tensors that it has no place for: {', '.join(unused[:3])}")
 
+    def move(self, device: str, dtype: Any) -> None:
+        self._layers.move(device, dtype)
 
-def build(tensors: Mapping[str, Any]) -> ScrfdNetwork:
-    """The network that the tensors are of, ready to answer.
+    def __call__(self, pictures: Any) -> tuple[list[Any], list[Any]]:
+        scores, distances = [], []
+        for number, features in enumerate(self._neck(self._backbone(pictures))):
+            score, reach = self._head(features, number)
+            scores.append(score.permute(0, 2, 3, 1).flatten(1))
+            distances.append(reach.permute(0, 2, 3, 1).reshape(len(reach), -1, 4))
+        return scores, distances
 
-    Raises KeyError, ValueError or RuntimeError where they are of none.
-    """
-    tensors = {name: tensor for name, tensor in tensors.items() if not _IGNORED.match(name)}
-    with torch.device("meta"):
-        network = ScrfdNetwork(tensors)
-    network.load_state_dict(tensors, assign=True)
-    network.eval()
-    return network
+    def _activated(self, convolution: str, norm: str, x: Any, stride: int = 1) -> Any:
+        return self._functional.relu(self._layers.batch_norm(norm, self._layers.convolution(convolution, x, stride)))
+
+    def _backbone(self, x: Any) -> list[Any]:
+        """Features at the strides 8, 16 and 32."""
+        for number, stride in ((0, 2), (3, 1), (6, 1)):
+            x = self._activated(f"backbone.stem.{number}", f"backbone.stem.{number + 1}", x, stride)
+        x = self._functional.max_pool2d(x, 2, 2)
+        found = []
+        for stage in range(1, 5):
+            block = 0
+            while f"backbone.layer{stage}.{block}.conv1.weight" in self._layers:
+                x = self._residual(f"backbone.layer{stage}.{block}", x, 2 if stage > 1 and block == 0 else 1)
+                block += 1
+            found.append(x)
+        return found[1:]
+
+    def _residual(self, name: str, x: Any, stride: int) -> Any:
+        y = self._activated(f"{name}.conv1", f"{name}.bn1", x, stride)
+        y = self._layers.batch_norm(f"{name}.bn2", self._layers.convolution(f"{name}.conv2", y))
+        if f"{name}.downsample.1.weight" in self._layers:
+            x = self._functional.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
+            x = self._layers.batch_norm(f"{name}.downsample.2", self._layers.convolution(f"{name}.downsample.1", x))
+        return self._functional.relu(y + x)
+
+    def _neck(self, features: list[Any]) -> list[Any]:
+        """Down the pyramid, and up again."""
+        layers = self._layers
+        found = [layers.convolution(f"neck.lateral_convs.{i}.conv", x) for i, x in enumerate(features)]
+        for i in (1, 0):
+            found[i] = found[i] + self._functional.interpolate(found[i + 1], size=found[i].shape[2:], mode="nearest")
+        found = [layers.convolution(f"neck.fpn_convs.{i}.conv", x) for i, x in enumerate(found)]
+        for i in (0, 1):
+            found[i + 1] = found[i + 1] + layers.convolution(f"neck.downsample_convs.{i}.conv", found[i], 2)
+        return [found[0], *(layers.convolution(f"neck.pafpn_convs.{i}.conv", found[i + 1]) for i in (0, 1))]
+
+    def _head(self, x: Any, number: int) -> tuple[Any, Any]:
+        layer = 0
+        while f"{(name := f'bbox_head.cls_stride_convs.0.{layer}')}.conv.weight" in self._layers:
+            x = self._layers.group_norm(f"{name}.gn", self._layers.convolution(f"{name}.conv", x), _GROUPS)
+            x = self._functional.relu(x)
+            layer += 1
+        reach = self._layers.convolution("bbox_head.stride_reg.0", x)
+        score = self._layers.convolution("bbox_head.stride_cls.0", x).sigmoid()
+        return score, reach * self._layers[f"bbox_head.scales.{number}.scale"]

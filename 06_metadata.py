@@ -124,7 +124,7 @@ class Metadata:
     name = "06_metadata"
     version = 1
     other_outputs: tuple[Path, ...] = ()
-    shards_in_flight = 1
+    shards_in_flight = 2  # the next one is read and prepared ahead while this one is computed and written
 
     def __init__(self, options: Options, config: ExtractConfig) -> None:
         self.options = options

@@ -53,14 +53,15 @@ class FeedSample:
 @dataclass(slots=True, eq=False)
 class FeedBatch:
     """The samples of the shard from number × batch size on.  done: an earlier attempt finished it, and nothing is
-    prepared.  seconds_read: from the shard, by one thread.  waiting: each gives the seconds of a process."""
+    prepared.  seconds_read: from the shard, by one thread.  waiting: each gives the seconds of a process; with the
+    bytes of images that it holds."""
 
     number: int
     done: bool
     slot: int | None = None
     samples: list[FeedSample] = field(default_factory=list)
     seconds_read: float = 0.0
-    waiting: list[Future[float]] = field(default_factory=list)
+    waiting: list[tuple[Future[float], int]] = field(default_factory=list)
 
 
 def feed_sample(sample: Sample) -> FeedSample:
@@ -88,8 +89,29 @@ def _caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
     return told[:MAX_CAPTION_CHARACTERS].encode("utf-8", "replace").decode()
 
 
+class _Stream:
+    """One shard on its way through the feed.  begun: batches that were given a slot."""
+
+    def __init__(self, samples: Iterator[FeedSample], is_done: Callable[[int], bool], ticket: int) -> None:
+        self.samples, self.is_done, self.ticket = samples, is_done, ticket
+        self.ready: queue.Queue[FeedBatch | None] = queue.Queue(2 * MAX_SLOTS)
+        self.begun: list[FeedBatch] = []
+        self.stop = threading.Event()
+
+    def put(self, item: FeedBatch | None) -> bool:
+        """Whether it could be put before somebody stopped."""
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self.ready.put(item, timeout=_POLL_S)
+                return True
+        return False
+
+
 class Feed:
     """Prepares the samples of one shard after the other; one for all shards of a process.
+
+    Shards in flight are read, and taken from, in the order in which they came: the next is read ahead once the one
+    before is read to its end, and computed once that one is computed, so that no shard's beginning leaves a model idle.
 
     preparations: different ones, in the order of their numbers.  plugin: the file that some of them come from.
     """
@@ -106,7 +128,8 @@ class Feed:
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(count):
             self._free.put(slot)
-        self._begun: list[FeedBatch] = []  # those that have a slot
+        self._tickets = itertools.count()
+        self._reading, self._taking = Turns(), Turns()
         self._bytes = _Budget(MAX_BYTES_AHEAD)
         self._chunk = max(1, min(CHUNK, -(-batch_size // (2 * processes))))
         self._needs_facts = any(preparation.takes == "sample" for preparation in self.preparations)
@@ -138,9 +161,8 @@ class Feed:
     def release(self, batch: FeedBatch) -> None:
         """Its arrays may be used for another batch."""
         if batch.slot is not None:
-            self._begun.remove(batch)
-            self._free.put(batch.slot)
-            batch.slot = None
+            slot, batch.slot = batch.slot, None
+            self._free.put(slot)
 
     @contextlib.contextmanager
     def batches(
@@ -151,83 +173,85 @@ class Feed:
 
         is_done: whether an earlier attempt finished the batch of that number, so that its images are not needed.
         """
-        ready: queue.Queue[FeedBatch | None] = queue.Queue(2 * MAX_SLOTS)
-        stop = threading.Event()
+        stream = _Stream(iter(samples), is_done, next(self._tickets))
         reader = ThreadPoolExecutor(1, "read")
-        reading = reader.submit(self._read, iter(samples), is_done, ready, stop)
+        reading = reader.submit(self._read, stream)
 
         def take() -> tuple[FeedBatch, float] | None:
-            batch = ready.get()
+            batch = stream.ready.get()
             if batch is None:
                 reading.result()  # raises what went wrong there
                 return None
-            return batch, sum(future.result() for future in batch.waiting)
+            return batch, sum(future.result() for future, _ in batch.waiting)
 
         try:
+            self._taking.wait(stream.ticket, stream.stop)
             yield take
         finally:
-            stop.set()
+            stream.stop.set()
             reader.shutdown(wait=True)
-            for batch in list(self._begun):
+            for batch in stream.begun:
                 self._abandon(batch)
-            self._bytes.reset()
+            self._taking.pass_on(stream.ticket)
 
     def _abandon(self, batch: FeedBatch) -> None:
-        """Of a shard that is given up: its slot, once nobody writes there any more."""
-        for future in batch.waiting:
-            if not future.cancel():
+        """Of a shard that is given up: its slot, once nobody writes there any more.  Released batches have none."""
+        if batch.slot is None:
+            return
+        for future, size in batch.waiting:
+            if future.cancel():
+                self._bytes.give_back(size)
+            else:
                 future.exception()
         self.release(batch)
 
     # ---- the reading thread
 
-    def _read(
-        self,
-        samples: Iterator[FeedSample],
-        is_done: Callable[[int], bool],
-        ready: queue.Queue[FeedBatch | None],
-        stop: threading.Event,
-    ) -> None:
+    def _read(self, stream: _Stream) -> None:
         try:
+            self._reading.wait(stream.ticket, stream.stop)
             for number in itertools.count():
                 began = time.perf_counter()
-                first = next(samples, None)
-                if first is None:
+                first = next(stream.samples, None)
+                if first is None or stream.stop.is_set():
                     return
-                batch = FeedBatch(number, is_done(number), seconds_read=time.perf_counter() - began)
-                if not batch.done and not self._take_slot(batch, stop):
+                batch = FeedBatch(number, stream.is_done(number), seconds_read=time.perf_counter() - began)
+                if not batch.done and not self._take_slot(batch, stream):
                     return
-                self._fill(batch, first, samples, stop)
-                if not _put(ready, batch, stop):
+                self._fill(batch, first, stream)
+                if not stream.put(batch):
                     return
         finally:
-            _put(ready, None, stop)
+            self._reading.pass_on(stream.ticket)
+            stream.put(None)
 
-    def _take_slot(self, batch: FeedBatch, stop: threading.Event) -> bool:
-        while not stop.is_set():
+    def _take_slot(self, batch: FeedBatch, stream: _Stream) -> bool:
+        while not stream.stop.is_set():
             with contextlib.suppress(queue.Empty):
                 batch.slot = self._free.get(timeout=_POLL_S)
-                self._begun.append(batch)
+                stream.begun.append(batch)
                 return True
         return False
 
-    def _fill(self, batch: FeedBatch, first: FeedSample, samples: Iterator[FeedSample], stop: threading.Event) -> None:
+    def _fill(self, batch: FeedBatch, first: FeedSample, stream: _Stream) -> None:
         """Read the batch's samples and hand them on as they come, so that few of its images are in memory."""
         jobs: list[Job] = []
         sample: FeedSample | None = first
-        while sample is not None and not stop.is_set():
-            if batch.slot is not None:
-                self._hand_on(batch, sample, jobs, stop)
-            sample.image = None
-            batch.samples.append(sample)
-            if len(jobs) == self._chunk:
-                self._submit(batch, jobs)
-            if len(batch.samples) == self._batch_size:
-                break
-            began = time.perf_counter()
-            sample = next(samples, None)
-            batch.seconds_read += time.perf_counter() - began
-        self._submit(batch, jobs)
+        try:
+            while sample is not None and not stream.stop.is_set():
+                if batch.slot is not None:
+                    self._hand_on(batch, sample, jobs, stream.stop)
+                sample.image = None
+                batch.samples.append(sample)
+                if len(jobs) == self._chunk:
+                    self._submit(batch, jobs)
+                if len(batch.samples) == self._batch_size:
+                    break
+                began = time.perf_counter()
+                sample = next(stream.samples, None)
+                batch.seconds_read += time.perf_counter() - began
+        finally:
+            self._submit(batch, jobs)
 
     def _hand_on(self, batch: FeedBatch, sample: FeedSample, jobs: list[Job], stop: threading.Event) -> None:
         assert batch.slot is not None
@@ -244,7 +268,8 @@ class Feed:
 
     def _submit(self, batch: FeedBatch, jobs: list[Job]) -> None:
         if jobs:
-            batch.waiting.append(self._couriers.submit(self._prepare, batch, tuple(jobs)))
+            size = sum(len(job.image or b"") for job in jobs)
+            batch.waiting.append((self._couriers.submit(self._prepare, batch, tuple(jobs)), size))
             jobs.clear()
 
     # ---- a thread for each process
@@ -307,16 +332,26 @@ class _Budget:
             self._held -= size
             self._changed.notify_all()
 
-    def reset(self) -> None:
-        """Nobody holds anything any more."""
+
+class Turns:
+    """Who comes first by a ticket goes first, whoever else waits."""
+
+    def __init__(self) -> None:
+        self._now = 0
+        self._passed: set[int] = set()
+        self._changed = threading.Condition()
+
+    def wait(self, ticket: int, stop: threading.Event) -> None:
+        """Until it is the ticket's turn, or somebody stops."""
         with self._changed:
-            self._held = 0
+            while self._now != ticket and not stop.is_set():
+                self._changed.wait(_POLL_S)
 
-
-def _put(ready: queue.Queue[FeedBatch | None], item: FeedBatch | None, stop: threading.Event) -> bool:
-    """Whether it could be put before somebody stopped."""
-    while not stop.is_set():
-        with contextlib.suppress(queue.Full):
-            ready.put(item, timeout=_POLL_S)
-            return True
-    return False
+    def pass_on(self, ticket: int) -> None:
+        """The ticket needs its turn no more, whether it had it or not."""
+        with self._changed:
+            self._passed.add(ticket)
+            while self._now in self._passed:
+                self._passed.remove(self._now)
+                self._now += 1
+            self._changed.notify_all()

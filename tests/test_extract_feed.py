@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +172,32 @@ def test_a_shard_that_breaks_off_gives_its_memory_back(feed: Feed, tmp_path: Pat
     for _ in range(2 * MAX_SLOTS):
         with feed.batches(samples_of(SHARD), lambda _: False) as take:
             take()  # and then the stage stops
+    assert len(collect(feed, SHARD)) == 20
+
+
+def test_the_next_shard_is_prepared_while_this_one_is_taken_and_comes_after_it(feed: Feed, stub_log: Path) -> None:
+    """Even where the second has more batches than there are slots, and one of three is given up."""
+    order: list[tuple[str, int]] = []
+    other = ROOT / "examples/shards/00000001.tar"
+
+    def consume(name: str, source: Path, most: int) -> None:
+        with feed.batches(samples_of(source), lambda _: False) as take:
+            while most and (taken := take()) is not None:
+                most -= 1
+                order.append((name, taken[0].number))
+                time.sleep(0.05)
+                feed.release(taken[0])
+
+    threads = []
+    for name, source, most in (("first", SHARD, 9), ("given up", other, 1), ("third", SHARD, 9)):
+        thread = threading.Thread(target=consume, args=(name, source, most))
+        threads.append(thread)
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert order == [("first", n) for n in range(3)] + [("given up", 0)] + [("third", n) for n in range(3)]
     assert len(collect(feed, SHARD)) == 20
 
 

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from curation.backends import clip_preparation, extract_clip, extract_clip_head, extract_toxicity
 from curation.backends.clip_preparation import (
@@ -190,7 +193,7 @@ def test_weights_saved_before_safetensors_load_and_are_told_apart(models: Path, 
 
 
 def test_siglip_scores_as_its_own_model_does(models: Path) -> None:
-    from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
+    from transformers import AutoImageProcessor, SiglipModel
 
     pictures, captions = [tiny.picture(*p) for p in PICTURES[:2]], list(tiny.CAPTIONS[:2])
     backend = extract_clip.Backend(f"siglip:{models / 'siglip'}", ModelSettings())
@@ -272,6 +275,19 @@ def test_toxicity_is_the_largest_of_detoxifys_seven(models: Path) -> None:
     backend = extract_toxicity.Backend("nsfw-detoxify", settings(models / "toxicity"))
     found = backend.compute(SampleBatch([None] * len(TOXICITY_TEXTS), list(TOXICITY_TEXTS)))["nsfw-detoxify-score"]
     assert np.allclose(found, REFERENCES["toxicity"], atol=1e-6)
+
+
+def test_tokens_of_a_folder_need_no_torch_in_a_worker_process(models: Path) -> None:
+    tokens = extract_toxicity.Backend("nsfw-detoxify", settings(models / "toxicity")).preparations[0]
+    program = (
+        "import pickle, sys; tokens = pickle.load(sys.stdin.buffer); print(tokens('a \\ud800 cat' * 99).tolist()); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(tokens), capture_output=True, check=True)
+    expected = AutoTokenizer.from_pretrained(models / "toxicity")(
+        "a ? cat" * 99, truncation=True, max_length=128, padding="max_length"
+    )["input_ids"]
+    assert json.loads(done.stdout) == tokens("a \ud800 cat" * 99).tolist() == expected
 
 
 def test_outputs_without_names_are_taken_in_detoxifys_order() -> None:

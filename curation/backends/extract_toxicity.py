@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from curation.backends.folder_tokens import FolderTokens, tokenizer
+from curation.backends.folder_tokens import FolderTokens
 from curation.backends.hub_models import folder_digest, quiet_transformers
 from curation.errors import InfrastructureError
 from curation.extracting import Batch, Column, Feature, Preparation
@@ -50,8 +50,7 @@ class Backend:
             raise InfrastructureError(f"{directive}: {folder} cannot be loaded: {line}") from error
         self._model: Any = model.to(settings.device).eval()
         self._outputs = toxicity_outputs(model.config.id2label)
-        length = min(MAX_TOKENS, int(tokenizer(str(folder)).model_max_length))
-        self._tokens = FolderTokens.of(folder, length, masked=True)
+        self._tokens = FolderTokens.of(folder, MAX_TOKENS, masked=True)
         self.preparations: tuple[Preparation, ...] = (self._tokens,)
         self.columns = (Column(f"{directive}-score", "float32"),)
 

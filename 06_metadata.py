@@ -35,7 +35,7 @@ from curation.extract_config import (
 from curation.extract_feed import WANTED, Feed, FeedBatch, FeedSample, feed_sample
 from curation.extract_outputs import Row, Spool, Table, import_arrow, write_npz, write_parquet
 from curation.extract_plugins import load_plugin
-from curation.extract_upstream import extractors_of
+from curation.extract_upstream import extractors_of, make_extractor
 from curation.extracting import Extractor, order
 from curation.ledger import Input, Ledger
 from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
@@ -191,8 +191,10 @@ class Metadata:
         device = self._device(allocation)
         for directive in c.models:
             settings = model_settings(c, directive, device, allocation.threads)
-            kind = self._plugin.get(directive) or backends.load("extract", str(family_of(directive)))
-            extractor: Extractor = kind(directive, settings)
+            if directive in self._plugin:
+                extractor = make_extractor(self._plugin[directive], directive, settings)
+            else:
+                extractor = backends.load("extract", str(family_of(directive)))(directive, settings)
             self._closing.append(extractor)
             self._extractors.append(extractor)
         columns = {column.name: column for extractor in self._extractors for column in extractor.columns}

@@ -98,7 +98,10 @@ class Computer:
                 outputs[output.name] = found[output.name]
             view.features.update({feature.name: found[feature.name] for feature in extractor.features})
         cells = {column.name: _cells(outputs[column.name]) for column in self._columns}
-        return cells | {feature.name: _array(outputs[feature.name], feature) for feature in self._features}
+        features = {feature.name: _array(outputs[feature.name], feature) for feature in self._features}
+        if self._device.startswith("cuda"):  # nothing reads the shared memory any more, asked for or not
+            sys.modules["torch"].cuda.synchronize(self._device)
+        return cells | features
 
     def _judge(
         self,

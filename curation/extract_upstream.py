@@ -7,6 +7,7 @@ A file of the latter has four tables: ``model_lookup``, ``preprocessor_lookup``,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curation.errors import UsageError
+from curation.errors import InfrastructureError, UsageError
 from curation.extract_plugins import load_plugin
-from curation.extracting import Batch, Column, Feature, Kind, Preparation, Takes
+from curation.extracting import Batch, Column, Extractor, Feature, Kind, Preparation, Takes
 from curation.model_settings import ModelSettings
 
 OWN_TABLE = "EXTRACTORS"
+_PARTS = ("name", "revision", "columns", "features", "needs", "preparations", "compute", "close")
 TABLES = ("model_lookup", "preprocessor_lookup", "postprocess_parquet_lookup", "postprocess_feature_lookup")
 _OTHERS_FEATURES = ("oai-clip-vit-b32", "oai-clip-vit-l14")  # whose outputs are an image's and a text's features
 
@@ -36,6 +38,23 @@ def extractors_of(module: ModuleType, path: str) -> Mapping[str, Callable[[str, 
         tables = f" ({', '.join(missing)} of dataset2metadata's style are missing too)" if len(missing) < 4 else ""
         raise UsageError(f"custom_pypath {path}: it has no {OWN_TABLE} = {{directive: class}}{tables}")
     return {name: partial(UpstreamExtractor, path) for name in module.model_lookup}
+
+
+def make_extractor(kind: Callable[[str, ModelSettings], Any], directive: str, settings: ModelSettings) -> Extractor:
+    """A plugin's extractor.  Raises InfrastructureError where the user's code does not do its part."""
+    try:
+        extractor: Extractor = kind(directive, settings)
+        missing = [name for name in _PARTS if not hasattr(extractor, name)]
+    except (UsageError, InfrastructureError):
+        raise
+    except Exception as error:
+        raise InfrastructureError(f"{directive}: cannot be made: {type(error).__name__}: {error}") from error
+    if missing:
+        raise UsageError(f"{directive}: the plugin's class has no {', '.join(missing)}")
+    for feature in extractor.features:
+        if not re.fullmatch(r"[\w.+=:@-]+", feature.name):  # becomes a member of the npz
+            raise UsageError(f"{directive}: {feature.name!r} cannot name a feature: letters, digits and _.+=:@- only")
+    return extractor
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,11 @@ class Layout:
         offset = 0
         places: list[tuple[int, tuple[int, ...], str] | None] = []
         for preparation in preparations:
-            given = preparation(trial_of(preparation))
+            try:
+                given = preparation(trial_of(preparation))
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}"
+                raise InfrastructureError(f"the preparation {preparation!r} fails on a trial: {what}") from error
             if isinstance(given, dict):
                 places.append(None)
                 continue

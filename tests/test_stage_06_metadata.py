@@ -409,6 +409,28 @@ def test_a_model_that_keeps_a_column_back_fails_the_shard_with_its_name(tmp_path
     assert "forgetful: it gives no 'forgotten'" in receipt(tmp_path, "00000003")["error"]["message"]
 
 
+NAMED = """
+from dataclasses import dataclass
+from curation.extracting import Feature
+
+@dataclass(frozen=True)
+class Fails:
+    takes = "text"
+    def __call__(self, caption): return {{}}[caption]
+
+class X:
+    name = revision = "x"
+    columns = needs = ()
+    features = (Feature("{}", 1),)
+    preparations = {}
+    def __init__(self, directive, settings): pass
+    def compute(self, batch): return {{}}
+    def close(self): pass
+
+EXTRACTORS = {{"x": X}}
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -416,6 +438,10 @@ def test_a_model_that_keeps_a_column_back_fails_the_shard_with_its_name(tmp_path
         ("import nothing_of_this_name", "ModuleNotFoundError"),
         ("model_lookup = {}\npreprocessor_lookup = {}", "postprocess_parquet_lookup, postprocess_feature_lookup"),
         ("1/0", "ZeroDivisionError"),
+        ("class X:\n    def __init__(self, d, s): 1/0\nEXTRACTORS = {'x': X}", "x: cannot be made: ZeroDivisionError"),
+        ("class X:\n    def __init__(self, d, s): pass\nEXTRACTORS = {'x': X}", "has no name, revision, columns"),
+        (NAMED.format("../x", "()"), "'../x' cannot name a feature"),
+        (NAMED.format("x", "(Fails(),)"), "the preparation Fails() fails on a trial: KeyError"),
     ],
 )
 def test_plugins_that_are_none(tmp_path: Path, text: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,7 +449,7 @@ def test_plugins_that_are_none(tmp_path: Path, text: str, told: str, capsys: pyt
     plugin.write_text(text)
     assert run(SHARDS, tmp_path / "out", "--custom_pypath", plugin, "--models", "x") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line and "plugin.py" in line
+    assert told in line
 
 
 def test_a_plugin_is_part_of_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -561,6 +587,18 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_once_it_is_mended(
         assert published(disk / "out") == published(undisturbed)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_the_script_without_slurm(tmp_path: Path) -> None:
+    text = f"models: [statistics]\ninput_tars: {SHARDS}\noutput_metadata_dir: {tmp_path}/out\nnworkers: 1\n"
+    (tmp_path / "c.yml").write_text(text)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in ("ROOT", "SRC_DIR")}
+    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    command = ["bash", str(ROOT / f"{NAME}.sh"), "--yml", str(tmp_path / "c.yml")]
+    for folders, out in (({}, "out"), ({"SRC_DIR": str(SHARDS / "00000003.tar"), "TARGET_DIR": f"{tmp_path}/b"}, "b")):
+        result = subprocess.run(command, env=environment | folders, cwd=tmp_path, capture_output=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert len(list((tmp_path / out).glob("*.parquet"))) == (1 if folders else 5)
 
 
 def test_receipts_tell_where_the_time_went(undisturbed: Path) -> None:

@@ -53,7 +53,8 @@ def decode_rgb(
     Transparency is laid on white (as img2dataset does); 16-bit samples keep their high byte; CMYK becomes RGB.
     ``at_least``: the longest side may come out smaller than it is, but not below this many pixels: a JPEG more than
     twice that long is decoded at reduced scale.  ``on_white``: False leaves transparency away and shows the colours
-    beneath it, as Pillow's ``convert("RGB")`` does, and with it CLIP's and DataComp's tools.  ``max_pixels`` is checked in the header, before anything is decoded.
+    beneath it, as Pillow's ``convert("RGB")`` does, and with it CLIP's and DataComp's tools.  ``max_pixels`` is checked
+    in the header, before anything is decoded.
 
     Raises SampleError ``empty_image``, ``image_too_large`` or ``undecodable`` (a truncated image is undecodable).
     """

@@ -44,7 +44,7 @@ DIRECTIVES: Mapping[str, Directive] = MappingProxyType(
         "aesthetic": Directive("clip_head", ("aesthetic-score",)),
         "faces-scrfd10g": Directive("scrfd", ("face-boxes",)),
         "dedup-isc-ft-v107": Directive("isc", ("dedup-isc-ft-v107-score",), ("dedup-isc-ft-v107-image",)),
-        "nudenet": Directive("nudenet"),
+        "nudenet": Directive("nudenet", ("nudenet-score", "nudenet-label")),
         "hashes": Directive("hashes", ("phash", "dhash")),
         "language": Directive("language", ("language", "language-probability")),
         "statistics": Directive(

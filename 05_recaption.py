@@ -26,6 +26,7 @@ from curation.device_memory import WorkingBatch
 from curation.dictionaries import dump_json
 from curation.endpoints import endpoint_urls
 from curation.errors import InfrastructureError, UsageError
+from curation.hub_pushing import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonl_merge import JsonlMerge
 from curation.ledger import Input, Ledger
@@ -38,6 +39,7 @@ from curation.workers import is_worker
 
 JSONL_NAME = "captions.jsonl"
 CACHE = Path("~/.cache/curation")
+PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
 NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 
 
@@ -47,7 +49,7 @@ def also(*names: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class Options(HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH")] = None
@@ -112,14 +114,6 @@ class Options(RunOptions):
     """Leave out images whose watermark score is above this; they are listed as dropped.  Default: none is."""
     compare: str | None = None
     """Another run's captions.jsonl: write compare.html with the images and the captions of both, side by side."""
-    push_every: int = 500
-    """Images between two uploads to the hub."""
-    hf_repo: str | None = None
-    """Dataset repository on the hub to upload to.  Default: nothing is uploaded."""
-    hf_username: str | None = None
-    """Owner of --hf_repo.  Default: who is logged in."""
-    push: bool = True
-    """Whether to upload at all; --no_push has the last word."""
 
     def check(self) -> None:
         super().check()
@@ -137,8 +131,7 @@ class Options(RunOptions):
             raise UsageError("--max_watermark needs --detect_watermarks")
         if self.follow:
             raise UsageError("--follow: there is no stage before 05_recaption that it could follow")
-        if self.hf_repo is not None and self.push:
-            raise UsageError("--hf_repo: uploading to the hub is not built yet; leave it out, or add --no_push")
+        self.check_hub()
         if "parquet" in self.formats:
             import_arrow()
 
@@ -173,6 +166,7 @@ class Recaption:
         self.output = Path(options.output_dir)
         self._limits = limits
         self._merge: JsonlMerge | None = None
+        self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
 
     @cached_property
     def _prompt(self) -> str | None:
@@ -255,8 +249,10 @@ class Recaption:
         threads = o.dataloader_num_workers or allocation.threads
         self.feed = Feed(self.backend, threads, score, o.max_watermark)
         self._on_gpu = allocation.gpu is not None
+        self.pushing.begin(allocation)
 
     def close(self) -> None:
+        self.pushing.end()
         if hasattr(self, "feed"):
             self.feed.close()
         if hasattr(self, "backend"):
@@ -288,6 +284,7 @@ class Recaption:
             work.warn(line)
         with work.phase("write"):
             self._write(work, pictures)
+        self.pushing.saw(len(pictures))
         for name, value in (("recipe", recipe), ("batch_size", size), ("device", self.backend.device_kind)):
             work.note(name, value)
 
@@ -372,14 +369,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = select(discover(options.source), options.shards)
     if options.smoke is not None:
         folder = Path(options.output_dir) / f"_smoke-{options.smoke}"
-        options = replace(options, output_dir=str(folder), max_images=options.smoke, rerun=True, workers=1, num_gpus=1)
+        options = replace(options, output_dir=str(folder), max_images=options.smoke, rerun=True, push=False)
+        options = replace(options, workers=1, num_gpus=1)
     limits: dict[str, int] = {}
     if options.max_images is not None:
         limits = first_images(shards, options.max_images)
         shards = [shard for shard in shards if shard.id in limits]
     if not is_worker():
         options = replace(options, workers=workers_for_gpus(options.workers, options.num_gpus, options.gpus))
-    code = run_stage(Recaption(options, limits), options, shards)
+    stage = Recaption(options, limits)
+    code = run_stage(stage, options, shards)
+    if not options.dry_run:
+        stage.pushing.finish(code)
     if options.smoke is not None and not options.dry_run:
         show_trial(Path(options.output_dir), list(limits))
     if compare is not None:

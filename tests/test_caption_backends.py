@@ -170,7 +170,7 @@ def test_sampling_draws_from_the_distribution() -> None:
     """Against torch's own softmax: 20,000 draws from three tokens, within four standard deviations."""
     import torch
 
-    from curation.backends.vision_language import SeededSampling
+    from curation.backends.decoding import SeededSampling
 
     rows = 20_000
     scores = torch.tensor([[2.0, 1.0, -torch.inf, 0.0]]).repeat(rows, 1)
@@ -199,7 +199,9 @@ def test_the_calls_of_the_device(
     assert call["pixel_values"].shape[0] == sum(one.tensors["pixel_values"].shape[0] for one in batch)
     settings = call["generation_config"]
     assert (settings.num_beams, settings.do_sample, settings.max_new_tokens) == (1, False, TOKENS)
-    assert call["logits_processor"] == []
+    processors = [type(processor).__name__ for processor in call["logits_processor"]]
+    assert processors == (["NoRepeatedNgrams"] if name == "florence2" else [])
+    assert not settings.no_repeat_ngram_size
 
 
 @pytest.mark.parametrize(("name", "most"), [("florence2", 1), ("gemma3", 1), ("llava-next", 4), ("qwen3-vl", 4)])

@@ -96,12 +96,14 @@ class _Push:
         self._repository = repository
         self._options = options
         self._patience = _Patience(options.tries, sleep)
+        self._wanted: list[str] = []
         self._log = ContentLog(home / "_hub" / f"{stage}.contents.jsonl")
         self._done = Pushed(repository.name, repository.url)
 
     def go(self) -> Pushed:
-        found = collect(self._home, self._stage, self._options.only)
-        if not found.parts:
+        found = collect(self._home, self._stage)
+        self._wanted = found.matching(self._options.only)
+        if not self._wanted:
             raise UsageError(f"{self._home}: {self._stage} has no finished shard to upload (of --only, if given)")
         if found.elsewhere or found.unnamed:
             logger.warning(
@@ -159,15 +161,14 @@ class _Push:
         deletions = self._gone(found, head)[:MAX_COMMIT_FILES] if self._options.prune else []
         if len(deletions) == MAX_COMMIT_FILES:
             return additions, deletions, False
-        text = write_card(self._repository.card(head), found, self._home, self._stage, self._options.licence)
-        card = addition_of(CARD, text.encode("utf-8"))
+        card = self._card(found, head, additions, deletions)
         return additions + ([] if card.is_in(head.files) else [card]), deletions, True
 
     def _missing(self, found: Collection, head: Head) -> Iterator[Addition]:
         """Parts that the repository has not, or has otherwise.  Those that are not what they should be are left out."""
         uploaded = set(self._done.uploaded)
         changed, unchanged = [], 0
-        for path in sorted(found.parts):
+        for path in self._wanted:
             addition = self._log.addition(found.parts[path])
             if addition is None:
                 changed.append(path)
@@ -179,8 +180,15 @@ class _Push:
 
     def _gone(self, found: Collection, head: Head) -> list[str]:
         """Files of the repository that are named as parts are and of which the folder has no shard any more."""
-        kinds = {_kind(part.path) for part in found.parts.values()}
+        kinds = {_kind(path) for path in self._wanted}
         return sorted(path for path in head.files.keys() - found.parts.keys() if _kind(path) in kinds)
+
+    def _card(self, found: Collection, head: Head, additions: Sequence[Addition], deletions: Sequence[str]) -> Addition:
+        """The card of what the repository will hold, which may be more than this push was asked for."""
+        there = (head.files.keys() | {addition.path for addition in additions}) - set(deletions)
+        before = self._repository.card(head)
+        text = write_card(before, found.within(there), self._home, self._stage, self._options.licence)
+        return addition_of(CARD, text.encode("utf-8"))
 
     def _note(self, additions: Sequence[Addition], deletions: Sequence[str]) -> None:
         parts = [addition for addition in additions if addition.path != CARD]
@@ -198,15 +206,13 @@ class _Push:
         """What a push would do, all of it."""
         parts = list(missing)
         self._log.save()
-        text = write_card(
-            self._repository.card(head) if head.commit else "", found, self._home, self._stage, self._options.licence
-        )
+        gone = self._gone(found, head) if self._options.prune else []
         return replace(
             self._done,
             uploaded=tuple(part.path for part in parts),
             bytes=sum(part.size for part in parts),
-            removed=tuple(self._gone(found, head)) if self._options.prune else (),
-            card=not addition_of(CARD, text.encode("utf-8")).is_in(head.files),
+            removed=tuple(gone),
+            card=not self._card(found, head, parts, gone).is_in(head.files),
         )
 
 

@@ -8,8 +8,8 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,9 +31,13 @@ _MAX_REGULAR_BYTES = 64 << 20  # what is larger the hub keeps as a large file, f
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of a shard.  path: in the repository.  digest: xxh3-128, None where readers may not insist on it."""
+    """One file of a shard.  path, source: in the repository, in the folder.
+
+    digest: xxh3-128, None where readers may not insist on it.
+    """
 
     path: str
+    source: str
     file: Path
     size: int
     digest: str | None
@@ -56,10 +60,21 @@ class Collection:
     elsewhere: int = 0
     unnamed: int = 0
 
+    def matching(self, only: Sequence[str]) -> list[str]:
+        """The parts, by their paths in the repository, whose paths in the folder match a pattern; without any, all."""
+        return sorted(
+            path
+            for path, part in self.parts.items()
+            if not only or any(fnmatch.fnmatchcase(part.source, pattern) for pattern in only)
+        )
 
-def collect(home: Path, stage: str, only: Sequence[str] = ()) -> Collection:
-    """Read all receipts.  only: patterns of paths in the folder, such as ``parquet/*``; without any, everything but
-    what lies in folders whose names begin with ``_``."""
+    def within(self, paths: Container[str]) -> Collection:
+        """The same with those parts only."""
+        return replace(self, parts={path: part for path, part in self.parts.items() if path in paths})
+
+
+def collect(home: Path, stage: str) -> Collection:
+    """Read all receipts.  What lies in folders whose names begin with ``_`` is no part of the output."""
     found = Collection()
     for receipt in done_receipts(home, stage):
         if receipt.get("status") != "done":
@@ -69,7 +84,7 @@ def collect(home: Path, stage: str, only: Sequence[str] = ()) -> Collection:
         found.versions.add(int(receipt.get("version", 0)))
         _count(found.counts, receipt.get("counts") or {})
         for output in receipt.get("outputs", []):
-            _add(found, home, str(receipt.get("shard")), output, only)
+            _add(found, home, str(receipt.get("shard")), output)
     return found
 
 
@@ -80,18 +95,18 @@ def _count(totals: Counter[str], counts: dict[str, Any]) -> None:
         totals[name] += sum(map(int, (counts.get(name) or {}).values()))
 
 
-def _add(found: Collection, home: Path, shard_id: str, output: dict[str, Any], only: Sequence[str]) -> None:
+def _add(found: Collection, home: Path, shard_id: str, output: dict[str, Any]) -> None:
     path = str(output["path"])
     if path.startswith("/") or ".." in path.split("/"):
         found.elsewhere += 1
-    elif path.startswith("_") or (only and not any(fnmatch.fnmatchcase(path, pattern) for pattern in only)):
+    elif path.startswith("_"):
         return
     elif not _can_be_named(path):
         found.unnamed += 1
     else:
         name = path_in_repository(path)
         digest = str(output["digest"]) if output.get("checked", True) else None
-        found.parts[name] = Part(name, home / path, int(output["size"]), digest, shard_id)
+        found.parts[name] = Part(name, path, home / path, int(output["size"]), digest, shard_id)
 
 
 def path_in_repository(path: str) -> str:

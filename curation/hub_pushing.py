@@ -1,8 +1,8 @@
 """Uploading while a stage runs: ``python -m curation publish`` as a process beside it, now and then and at the end.
 
 A process of its own, so that nothing that the hub, its client or a broken network does can stop, slow or kill the
-stage.  One process of a run uploads while it goes on (rank 0); at the end each command that was started does, for it may
-be the last.  They need not agree: a push adds what is missing, whoever made it.
+stage.  One process of a run uploads while it goes on (rank 0); at the end each command that was started does, for it
+may be the last.  They need not agree: a push adds what is missing, whoever made it.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ class Pushing:
         if self._repo is None or WORKER_VARIABLE in os.environ:
             return
         if code == EXIT_WORK_LEFT:
-            logger.info(
-                f"{self._repo}: the next start, or `python -m curation publish`, uploads the rest"
-            )
+            logger.info(f"{self._repo}: the next start, or `python -m curation publish`, uploads the rest")
             return
         self._ended = False
         with self._stopped_by_signals():

@@ -151,6 +151,11 @@ def test_only_what_receipts_of_done_shards_name(server: Hub, folder: Path, uploa
 
 def test_only_some(server: Hub, folder: Path, upload: Any) -> None:
     assert upload(only=("parquet/*",)).uploaded == tuple(PARQUET)
+    assert upload(only=("rows/*",)).commits == 1
+    card = server.datasets.repos[REPO].files["README.md"].decode()
+    assert "data/&#42;.parquet" in card, "it tells of all that is there"
+    assert "shards/" not in card
+    assert [upload(only=(pattern,)).commits for pattern in ("parquet/*", "rows/*")] == [0, 0]
 
 
 def test_a_file_that_is_not_what_its_receipt_says_is_left(server: Hub, folder: Path, upload: Any) -> None:
@@ -352,8 +357,7 @@ def test_several_at_once(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPa
     results = [json.loads(pusher.communicate(timeout=60)[0]) for pusher in pushers]
     repo = server.datasets.repos[REPO]
     assert len(repo.commits) == 2
-    assert sum(result["commits"] for result in results) == 1
-    assert sum(len(result["uploaded"]) for result in results) == 15
+    assert {path for result in results for path in result["uploaded"]} == {path for path in repo.files if "/" in path}
     for path in PARQUET:
         assert repo.files[path] == (folder / "parquet" / path.partition("/")[2]).read_bytes()
 
@@ -514,7 +518,7 @@ def test_data_cannot_write_into_the_card(tmp_path: Path) -> None:
     epoch = home / "_receipts" / "stage" / "_epoch.1.json"
     epoch.parent.mkdir(parents=True)
     epoch.write_text(json.dumps({"options": {hostile: hostile, "where": "/home/me/model", "none": None}}))
-    part = hub_parts.Part("rows/x.jsonl", home / "rows" / "x.jsonl", 1, None, "x")
+    part = hub_parts.Part("rows/x.jsonl", "rows/x.jsonl", home / "rows" / "x.jsonl", 1, None, "x")
     text = write_card("", Collection(parts={part.path: part}, epochs={1}), home, "stage")
     assert text.count("curation:end -->") == 1
     assert "<script>" not in text

@@ -106,6 +106,8 @@ class _Cut(Exception):
 class DatasetRoutes(BaseHTTPRequestHandler):
     """Beside what ``hub`` answers; the server has ``datasets``."""
 
+    disable_nagle_algorithm = True
+
     def take(self) -> bool:
         """Answer a request if it is about datasets; whether it was."""
         url = urlsplit(self.path)

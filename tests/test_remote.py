@@ -26,6 +26,7 @@ from curation.shards import discover
 from curation.tar import TarReport, TarWriter, read_samples
 from tests import recaption_stub as stub
 from tests.servers.files import FileServer, file_server
+from tests.servers.hub import Model, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS = ROOT / "examples" / "shards"
@@ -358,6 +359,23 @@ def test_an_object_that_is_replaced_while_it_is_read(
             pass
 
 
+def test_the_hub_gives_what_the_file_has(tmp_path: Path) -> None:
+    """In a process of its own: its client reads the environment when it is imported."""
+    (tmp_path / "shards").mkdir()
+    shutil.copy(SHARD, tmp_path / "shards")
+    code = (
+        "import sys; from curation.shards import discover; from tests import test_remote as t\n"
+        "t.transports._RANGE_BYTES, t.transports.PATIENCE = 400_000, t.QUICK\n"
+        "(shard,) = discover('hf://me/model/shards/')\n"
+        "sys.exit(t.read(shard.path) != t.read(t.SHARD))"
+    )
+    with serve({"me/model": Model(tmp_path, breaks_off={f"shards/{SHARD.name}": 100_000})}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=60)
+        ranges = [asked for _, path, asked in hub.requests if path.endswith(".tar") and asked]
+    assert set(ranges) == {f"bytes={at}-{min(at + 400_000, len(DATA)) - 1}" for at in range(0, len(DATA), 400_000)}
+
+
 def test_a_package_that_is_missing_is_named() -> None:
     with pytest.raises(InfrastructureError, match="pip install gcsfs"):
         discover("gs://bucket/0.tar")
@@ -526,6 +544,23 @@ def test_a_run_that_is_killed_goes_on_over_the_web(web: FileServer, local: Path,
     assert run(urls, out) == 0
     same_as(local, out, "0", "rows")
     assert (out / "captions.jsonl").read_bytes() == (local / "captions.jsonl").read_bytes()
+
+
+def test_a_trial_with_the_first_images_of_commands(
+    local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = f"pipe:cat {SHARDS}/0000000{{0,1}}.tar; sleep 0"
+    assert run(source, tmp_path / "out", "--allow_pipe", "--smoke", "3") == 0
+    assert capsys.readouterr().out.count("00000000/") == 3
+
+
+def test_two_workers_over_the_web(web: FileServer, local: Path, tmp_path: Path) -> None:
+    for path in SHARDS.glob("*.tar"):
+        web.add(path.name, path.read_bytes())
+    flags = ["--batch_size", "4", "--workers", "2", "--quiet", "--dataloader_num_workers", "2"]
+    command = [sys.executable, stub.__file__, f"{web.url}/0000000{{0,1,3,4,7}}.tar", "-o", str(tmp_path), *flags]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    assert (tmp_path / "captions.jsonl").read_bytes() == (local / "captions.jsonl").read_bytes()
 
 
 def test_a_file_that_changes_between_two_passes(

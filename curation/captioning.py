@@ -129,6 +129,8 @@ _ALIASES: Mapping[str, str] = MappingProxyType(  # upstream's own names; Microso
     {
         "base": "florence2-base",
         "large": "florence2-large",
+        "llava": "llava-1.6",
+        "qwen": "qwen2-vl-7b",
         **{
             f"microsoft/florence-2-{size}{tuned}": f"florence2-{size}{tuned}"
             for size in ("base", "large")

@@ -375,17 +375,16 @@ def _megabytes(count: int) -> str:
 
 
 def _fetch_captioner(options: Any) -> None:
-    if options.watermark_model is not None and options.dry_run:
-        print(f"{options.watermark_model}: the classifier of watermarks would be fetched if it is not here")
-    elif options.watermark_model is not None:
+    if options.watermark_model is not None and not options.dry_run:
         print(f"{weights_file(options.watermark_model, options.watermark_sha256)}: the classifier of watermarks")
     family, source = resolve_captioner(options.model)
     if family == "endpoint":
-        return print(f"{source}: its server loads it, nothing to fetch")
-    if not os.path.isdir(source):
-        return fetch_captioner(source, options.revision or "main", dry_run=options.dry_run)
-    found = resolve(source, options.revision, kind=TRANSFORMER)
-    print(f"{found.location}: a folder, nothing to fetch (revision {found.revision})")
+        print(f"{source}: its server loads it, nothing to fetch")
+    elif os.path.isdir(source):
+        found = resolve(source, options.revision, kind=TRANSFORMER)
+        print(f"{found.location}: a folder, nothing to fetch (revision {found.revision})")
+    else:
+        fetch_captioner(source, options.revision or "main", dry_run=options.dry_run)
 
 
 def fetch_captioner(model: str, revision: str, *, dry_run: bool = False) -> None:

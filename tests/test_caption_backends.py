@@ -92,6 +92,8 @@ def of_one_shape(prepared: Sequence[Any]) -> list[Any]:
     [
         ("florence2-base", "florence2", "florence-community/Florence-2-base"),
         ("large", "florence2", "florence-community/Florence-2-large"),
+        ("llava", "llava", "llava-hf/llava-v1.6-mistral-7b-hf"),
+        ("qwen", "qwen", "Qwen/Qwen2-VL-7B-Instruct"),
         ("microsoft/Florence-2-base-ft", "florence2", "florence-community/Florence-2-base-ft"),
         ("google/gemma-3-27b-it", "gemma3", "google/gemma-3-27b-it"),
         ("somebody/my-gemma3-tuned", "gemma3", "somebody/my-gemma3-tuned"),

@@ -29,7 +29,7 @@ from curation.inputs import (
     source_inputs,
     stage_version,
     verify_inputs,
-)  # fmt: skip
+)
 from curation.publish import Commit, link_exclusively, make_folder, parse_record, read_record, read_whole
 from curation.shards import bucket_of
 

@@ -399,6 +399,15 @@ def unpack(tar: Path, folder: Path, *leave_out: str) -> list[dict[str, Any]]:
     return rows
 
 
+def test_a_loose_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack(SHARD, tmp_path / "00000000")
+    opened: list[str] = []
+    really_open = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: (opened.append(str(path)), really_open(path, *a, **k))[1])
+    read(tmp_path / "00000000")
+    assert sorted(opened) == sorted(map(str, (tmp_path / "00000000").iterdir()))
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_loose_files_are_the_samples_of_the_tar(tmp_path: Path) -> None:
     unpack(SHARD, tmp_path / "00000000")

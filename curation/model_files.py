@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +19,9 @@ from curation.backends.diffusion_loading import download
 from curation.backends.diffusion_tiny import build_embedded, embedded_source
 from curation.backends.faces_centerface import packaged_model
 from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
-from curation.backends.hub_models import TRANSFORMER, resolve
+from curation.backends.hub_models import PIPELINE, TRANSFORMER, resolve
 from curation.backends.scrfd_pack import fetch_scrfd
-from curation.backends.vision_language import local_folder
+from curation.backends.vision_language import is_loaded, local_folder
 from curation.backends.weight_identity import weight_sources
 from curation.captioning import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
@@ -30,7 +31,17 @@ from curation.extract_upstream import extractors_of
 from curation.language import find_model
 from curation.model_settings import ModelSettings, WeightSource
 from curation.options import exit_code, parse_options
-from curation.weights import cached, fetch_weights, hub_error_line, is_hub_id, is_url, megabytes, sha256_of, shown
+from curation.weights import (
+    CACHE,
+    cached,
+    fetch_weights,
+    hub_error_line,
+    is_hub_id,
+    is_url,
+    megabytes,
+    sha256_of,
+    shown,
+)
 
 PACK_URL_VARIABLE = "SCRFD_PACK_URL"  # a mirror of the release
 _TIMEOUT_S = 30.0
@@ -167,9 +178,22 @@ def _fetch_pipeline(options: Any) -> None:
 
 
 def fetch_pipeline(model: str, revision: str, variant: str | None, *, dry_run: bool = False) -> None:
-    """A diffusers pipeline into the hub's cache, under its commit and under the branch or tag that was asked for, so
-    that a stage without network finds both."""
-    from huggingface_hub import HfApi, constants, get_token
+    """A diffusers pipeline into the hub's cache."""
+    wanted, fetch = partial(wanted_files, variant=variant), lambda c: Path(download(resolve(model, c, variant)))
+    _fetch_from_hub(model, revision, PIPELINE, wanted, fetch, dry_run)
+
+
+def _fetch_from_hub(
+    model: str,
+    revision: str,
+    kind: tuple[str, str],
+    wanted: Callable[[Sequence[Any]], list[HubFile]],
+    fetch: Callable[[str], Path],
+    dry_run: bool,
+) -> None:
+    """A model under its commit and under the branch or tag that was asked for, so that a stage without network finds
+    both; each file compared with what the hub says of it.  wanted: of the repository's files.  fetch: the commit."""
+    from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 
     if constants.HF_HUB_OFFLINE:
         raise InfrastructureError("HF_HUB_OFFLINE is set: unset it to fetch")
@@ -178,22 +202,19 @@ def fetch_pipeline(model: str, revision: str, variant: str | None, *, dry_run: b
     except Exception as error:
         raise _hub_trouble(model, revision, error) from error
     if dry_run:
-        wanted = wanted_files(info.siblings or [], variant)
-        for file in wanted:
+        files = wanted(info.siblings or [])
+        for file in files:
             print(f"  {megabytes(file.size):>12}  {file.path}")
         gated = f"gated ({info.gated}): needs a token" if info.gated else "not gated: needs no token"
-        print(f"{model} {info.sha}: {megabytes(sum(f.size for f in wanted))} in {len(wanted)} files, {gated}")
+        print(f"{model} {info.sha}: {megabytes(sum(f.size for f in files))} in {len(files)} files, {gated}")
     if info.gated and get_token() is None:
         raise _gated(model)
     if dry_run:
         return
     print(f"{model} {info.sha}: fetching into {constants.HF_HUB_CACHE}", flush=True)
     try:
-        from huggingface_hub import hf_hub_download
-
-        index = hf_hub_download(model, "model_index.json", revision=revision)  # remembers what the revision stands for
-        source = resolve(model, Path(index).parent.name, variant)
-        folder = Path(download(source))
+        marker = hf_hub_download(model, kind[0], revision=revision)  # remembers what the revision stands for
+        folder = fetch(Path(marker).parent.name)
     except InfrastructureError:
         raise
     except Exception as error:
@@ -281,17 +302,29 @@ def _gated(model: str) -> InfrastructureError:
 
 
 def _fetch_captioner(options: Any) -> None:
+    if options.watermark_model is not None and not options.dry_run:
+        classifier = fetch_weights(options.watermark_model, options.watermark_sha256, CACHE, name="--watermark_model")
+        print(f"{classifier}: the classifier of watermarks")
     family, source = resolve_captioner(options.model)
     if family == "endpoint":
         print(f"{source}: its server loads it, nothing to fetch")
-        return
-    found = resolve(source, options.revision, kind=TRANSFORMER)
-    if found.is_folder:
+    elif os.path.isdir(source):
+        found = resolve(source, options.revision, kind=TRANSFORMER)
         print(f"{found.location}: a folder, nothing to fetch (revision {found.revision})")
-    elif options.dry_run:
-        print(f"{source}: would be fetched at {found.revision}")
     else:
-        print(f"{source} ({found.revision}): {local_folder(found)}")
+        fetch_captioner(source, options.revision or "main", dry_run=options.dry_run)
+
+
+def fetch_captioner(model: str, revision: str, *, dry_run: bool = False) -> None:
+    """A captioner of transformers into the hub's cache: what is loaded, no pickles and no code."""
+
+    def wanted(siblings: Sequence[Any]) -> list[HubFile]:
+        return sorted((f for f in map(_hub_file, siblings) if is_loaded(f.path)), key=lambda file: file.path)
+
+    def fetch(commit: str) -> Path:
+        return local_folder(resolve(model, commit, kind=TRANSFORMER))
+
+    _fetch_from_hub(model, revision, TRANSFORMER, wanted, fetch, dry_run)
 
 
 # ---- stage 06

@@ -21,7 +21,7 @@ from curation.backends.diffusion_tiny import save_tiny_sd
 from curation.backends.scrfd_pack import fetch_scrfd
 from curation.errors import InfrastructureError
 from curation.model_files import wanted_files
-from tests.servers.files import serve_files
+from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Hub, Model, serve
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +204,8 @@ def test_a_configuration_of_stage_06(tmp_path: Path) -> None:
         keys = [f"models: {models}", "input_tars: nowhere", f"output_metadata_dir: {tmp_path}/out", "weights:", *lines]
         config.write_text("\n".join(keys))
 
-    with serve({"somebody/clip": Model(clip)}) as hub, serve_files({"/scrfd.pt": content}) as files:
+    with serve({"somebody/clip": Model(clip)}) as hub, file_server() as files:
+        files.add("scrfd.pt", content)
         write(**{"faces-scrfd10g": f"{files.url}/scrfd.pt#sha256={'0' * 64}", "aesthetic": str(own)})
         done = python(["-m", "curation", "models", "fetch", str(config)], tmp_path, HF_ENDPOINT=hub.url)
         assert done.returncode == 2
@@ -213,10 +214,10 @@ def test_a_configuration_of_stage_06(tmp_path: Path) -> None:
         write(**{"faces-scrfd10g": f"{files.url}/scrfd.pt#sha256={digest}", "aesthetic": str(own)})
         dry = python(["-m", "curation", "models", "fetch", str(config), "--dry_run"], tmp_path, HF_ENDPOINT=hub.url)
         assert f"faces-scrfd10g: {files.url}/scrfd.pt, would be fetched" in dry.stdout
-        files.requests.clear()
+        files.asked("scrfd.pt").clear()
         done = python(["-m", "curation", "models", "fetch", str(config)], tmp_path, HF_ENDPOINT=hub.url)
         assert done.returncode == 0, done.stderr
-        assert len(files.requests) == 1
+        assert len(files.asked("scrfd.pt")) == 1
     told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert Path(told["faces-scrfd10g"]).read_bytes() == content
     assert {path.name for path in Path(told["clip:somebody/clip"]).iterdir()} == {"config.json", "model.safetensors"}

@@ -16,7 +16,7 @@ import pytest
 from curation import weights
 from curation.errors import InfrastructureError, UsageError
 from curation.weights import BrokeOff, cached, fetch_weights
-from tests.servers.files import Files, serve_files
+from tests.servers.files import FileServer, Served, file_server
 from tests.servers.hub import Model, serve
 
 ROOT = Path(__file__).parent.parent
@@ -25,13 +25,18 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setattr(weights, "_PAUSE_S", 0.01)
-    with serve_files({"/release/scrfd.pt": CONTENT}) as server:
+    with file_server() as server:
+        server.add("release/scrfd.pt", CONTENT)
         yield server
 
 
-def fetch(files: Files, cache: Path, sha256: str | None = SHA256, **more: int) -> Path:
+def served(files: FileServer) -> Served:
+    return files.files["/release/scrfd.pt"]
+
+
+def fetch(files: FileServer, cache: Path, sha256: str | None = SHA256, **more: int) -> Path:
     return fetch_weights(f"{files.url}/release/scrfd.pt", sha256, cache, **more)
 
 
@@ -39,62 +44,62 @@ def left(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
 
 
-def test_a_url_is_downloaded_once_and_checked_on_every_use(files: Files, tmp_path: Path) -> None:
+def test_a_url_is_downloaded_once_and_checked_on_every_use(files: FileServer, tmp_path: Path) -> None:
     path = fetch(files, tmp_path / "cache")
     assert path.read_bytes() == CONTENT
     assert path == cached(f"{files.url}/release/scrfd.pt", SHA256, tmp_path / "cache")
     assert path.suffix == ".pt"
     assert fetch(files, tmp_path / "cache", SHA256.upper()) == path
     assert fetch_weights(f"{files.url}/release/scrfd.pt#sha256={SHA256}", None, tmp_path / "cache") == path
-    assert len(files.requests) == 1
+    assert len(served(files).asked) == 1
     path.write_bytes(CONTENT[:-1] + b"x")
     assert fetch(files, tmp_path / "cache").read_bytes() == CONTENT, "a damaged file in the cache is fetched anew"
-    assert len(files.requests) == 2
+    assert len(served(files).asked) == 2
     assert left(tmp_path / "cache") == [path.name]
 
 
-def test_another_sha256_keeps_nothing(files: Files, tmp_path: Path) -> None:
+def test_another_sha256_keeps_nothing(files: FileServer, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match=f"its sha256 is {SHA256}, not {'0' * 64}"):
         fetch(files, tmp_path, "0" * 64)
     assert left(tmp_path) == []
 
 
-def test_a_url_needs_a_sha256_that_is_one(files: Files, tmp_path: Path) -> None:
+def test_a_url_needs_a_sha256_that_is_one(files: FileServer, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs the sha256"):
         fetch(files, tmp_path, None)
     with pytest.raises(UsageError, match="64 hexadecimal digits"):
         fetch(files, tmp_path, "abc")
-    assert files.requests == []
+    assert served(files).asked == []
 
 
-def test_a_cut_download_goes_on_where_it_broke_off(files: Files, tmp_path: Path) -> None:
-    files.cuts = [1 << 20, 1 << 20]
+def test_a_cut_download_goes_on_where_it_broke_off(files: FileServer, tmp_path: Path) -> None:
+    served(files).next_cuts = [1 << 20, 1 << 20]
     assert fetch(files, tmp_path).read_bytes() == CONTENT
-    assert [asked for _, asked in files.requests] == ["", f"bytes={1 << 20}-", f"bytes={2 << 20}-"]
+    assert [asked for _, asked in served(files).asked] == [None, f"bytes={1 << 20}-", f"bytes={2 << 20}-"]
 
 
-def test_a_later_start_goes_on_where_an_earlier_one_gave_up(files: Files, tmp_path: Path) -> None:
-    files.cuts = [1 << 20, 0, 0, 0]
+def test_a_later_start_goes_on_where_an_earlier_one_gave_up(files: FileServer, tmp_path: Path) -> None:
+    served(files).next_cuts = [1 << 20, 0, 0, 0]
     with pytest.raises(BrokeOff, match=r"broke off after 1,048,576 (of .*)?bytes; start again"):
         fetch(files, tmp_path)
     assert len(left(tmp_path)) == 1
     assert left(tmp_path)[0].endswith(".part")
-    files.requests.clear()
+    served(files).asked.clear()
     assert fetch(files, tmp_path).read_bytes() == CONTENT
-    assert files.requests[0][1] == f"bytes={1 << 20}-"
+    assert served(files).asked[0][1] == f"bytes={1 << 20}-"
     assert len(left(tmp_path)) == 1
 
 
-def test_a_server_without_ranges_is_asked_for_everything_again(files: Files, tmp_path: Path) -> None:
-    files.cuts, files.ranges, files.states_length = [1 << 20], False, True
+def test_a_server_without_ranges_is_asked_for_everything_again(files: FileServer, tmp_path: Path) -> None:
+    served(files).next_cuts, served(files).ranges = [1 << 20], False
     assert fetch(files, tmp_path).read_bytes() == CONTENT
-    assert len(files.requests) == 2
+    assert len(served(files).asked) == 2
 
 
 @pytest.mark.parametrize(
     "remains", [CONTENT[:9] + b"x" * 1000, CONTENT + b"more", CONTENT], ids=["other", "long", "all"]
 )
-def test_what_an_attempt_left_is_no_ground_for_trust(remains: bytes, files: Files, tmp_path: Path) -> None:
+def test_what_an_attempt_left_is_no_ground_for_trust(remains: bytes, files: FileServer, tmp_path: Path) -> None:
     path = cached(f"{files.url}/release/scrfd.pt", SHA256, tmp_path)
     path.with_name(f".{path.name}.part").write_bytes(remains)
     assert fetch(files, tmp_path).read_bytes() == CONTENT
@@ -102,14 +107,14 @@ def test_what_an_attempt_left_is_no_ground_for_trust(remains: bytes, files: File
 
 
 @pytest.mark.parametrize("states_length", [True, False])
-def test_a_file_that_is_too_large_is_refused(states_length: bool, files: Files, tmp_path: Path) -> None:
-    files.states_length = states_length
+def test_a_file_that_is_too_large_is_refused(states_length: bool, files: FileServer, tmp_path: Path) -> None:
+    served(files).length = states_length
     with pytest.raises(InfrastructureError, match=r"more than 2\.0 MB"):
         fetch(files, tmp_path, max_bytes=2_000_000)
     assert left(tmp_path) == []
 
 
-def test_no_server_and_no_file_are_one_clear_line_without_secrets(files: Files, tmp_path: Path) -> None:
+def test_no_server_and_no_file_are_one_clear_line_without_secrets(files: FileServer, tmp_path: Path) -> None:
     for url in ("http://user:secret@127.0.0.1:9/w.pt?signature=secret", f"{files.url}/none.pt?signature=secret"):
         with pytest.raises(InfrastructureError, match="cannot be fetched") as caught:
             fetch_weights(url, SHA256, tmp_path)
@@ -125,18 +130,18 @@ print(fetch_weights(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
 """
 
 
-def test_four_processes_at_once_are_one_download(files: Files, tmp_path: Path) -> None:
+def test_four_processes_at_once_are_one_download(files: FileServer, tmp_path: Path) -> None:
     command = [sys.executable, "-c", FETCH, f"{files.url}/release/scrfd.pt", SHA256, str(tmp_path / "cache")]
     started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     said = {process.communicate(timeout=60)[0].strip() for process in started}
     assert [process.returncode for process in started] == [0] * 4
     assert len(said) == 1
     assert Path(said.pop()).read_bytes() == CONTENT
-    assert len(files.requests) == 1
+    assert len(served(files).asked) == 1
     assert len(left(tmp_path / "cache")) == 1
 
 
-def test_a_filesystem_without_locks(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_filesystem_without_locks(files: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 

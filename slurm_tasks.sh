@@ -25,7 +25,7 @@ if [ -n "${CURATION_SETUP:-}" ]; then
     source "$CURATION_SETUP" || usage_error "CURATION_SETUP=$CURATION_SETUP ended with an error"
     set -u
 fi
-# Without SLURM, so many processes on this machine share the shards; stages 03 and 05 make one for each GPU of it.
+# Without SLURM, so many processes on this machine share the shards; stages 03, 05 and 06 make one for each GPU of it.
 workers=()
 [ -z "${SLURM_JOB_ID:-}" ] && workers=(--workers "${WORKERS:-1}")
 

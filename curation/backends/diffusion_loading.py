@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curation.backends.hub_models import ModelSource, hub_error_line, hub_errors, quiet_transformers, snapshot
+from curation.backends.hub_models import ModelSource, quiet_transformers, snapshot
 from curation.errors import InfrastructureError
+from curation.weights import hub_error_line, hub_errors
 
 
 def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import xxhash
 
-from curation.backends.diffusion_presets import is_hub_id, public_name
+from curation.backends.diffusion_presets import public_name
 from curation.errors import InfrastructureError
+from curation.weights import hub_error_line, hub_errors, is_hub_id
 
 HUB_TIMEOUT_S = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -78,9 +79,12 @@ def folder_digest(folder: Path) -> str:
     """
     digest = xxhash.xxh3_64()
     try:
-        for path in sorted(folder.rglob("*")):
+        paths = sorted(folder.rglob("*"))
+        has_safetensors = any(path.suffix == ".safetensors" for path in paths)
+        suffixes = _CONTENT_SUFFIXES if has_safetensors else (*_CONTENT_SUFFIXES, ".bin")  # what is loaded then
+        for path in paths:
             relative = path.relative_to(folder)
-            if any(part.startswith(".") for part in relative.parts) or path.suffix not in _CONTENT_SUFFIXES:
+            if any(part.startswith(".") for part in relative.parts) or path.suffix not in suffixes:
                 continue
             if not path.is_file():
                 continue
@@ -131,14 +135,6 @@ def _hub_commit(model: str, revision: str, marker: str) -> str:
     return commit
 
 
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when the hub or the network does not work: its HTTP library has changed twice."""
-    import huggingface_hub.errors as errors
-
-    transport = getattr(errors, "HTTPError", OSError)
-    return (OSError, errors.HfHubHTTPError, transport)
-
-
 def _cached_commit(model: str, revision: str, marker: str) -> str | None:
     """The commit of a branch, tag or commit in the hub's cache, None where it is not there."""
     from huggingface_hub import constants
@@ -166,12 +162,6 @@ def _offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def hub_error_line(error: BaseException) -> str:
-    """The first line that says something, short enough for a terminal."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def quiet_transformers() -> None:

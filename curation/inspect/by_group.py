@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def tally(places: Mapping[str, StagePlace], workers: int) -> Tallies:
     ids = sorted(_shard_ids(places[PROMPTS]))
     total = Tallies()
     one = partial(tally_shards, dict(places))
-    chunks = iter(lambda ids=iter(ids): list(islice(ids, _CHUNK)), [])  # type: ignore[misc]
+    chunks = [ids[begin : begin + _CHUNK] for begin in range(0, len(ids), _CHUNK)]
     if workers == 1 or len(ids) <= _CHUNK:
         results: Iterable[Tallies] = map(one, chunks)
         for result in results:

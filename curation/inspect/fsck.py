@@ -22,7 +22,7 @@ from curation.inspect.findings import as_lines, as_record
 from curation.inspect.fsck_shard import REMEDIES, Task, Verdict, check_shard
 from curation.options import exit_code, set_up_logging
 from curation.progress import Progress
-from curation.shards import discover, select
+from curation.shards import discover, files_of, select
 
 FSCK_FORMAT = 1
 
@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--workers must be at least 1")
     set_up_logging(options.quiet)
     began = time.monotonic()
-    shards = select(discover(options.tars), options.shards)
+    files = files_of(select(discover(options.tars), options.shards))
     if options.repair is not None:
-        if options.repair.resolve() in {shard.path.parent.resolve() for shard in shards}:
+        if options.repair.resolve() in {path.parent.resolve() for path in files.values()}:
             raise UsageError("--repair must not be the folder of the tars: it would replace them")
         if options.repair.exists() and not options.repair.is_dir():
             raise UsageError(f"--repair {options.repair}: is no folder")
-    tasks = [Task(shard.path, shard.id, options.images, options.repair) for shard in shards]
+    tasks = [Task(path, shard_id, options.images, options.repair) for shard_id, path in files.items()]
     verdicts: list[Verdict] = []
     with Progress("fsck", len(tasks), options.quiet) as progress:
         for verdict in _verdicts(tasks, min(options.workers or Allocation.detect().threads, len(tasks))):

@@ -13,7 +13,7 @@ from curation.errors import UsageError
 from curation.inspect.estimate import Estimate, ratio_estimate
 from curation.inspect.places import StagePlace
 from curation.publish import read_record
-from curation.shards import Shard, bucket_of
+from curation.shards import Shard, bucket_of, files_of
 
 MAX_RECEIPTS = 2_000  # of one stage that are read: evenly spaced; more would not narrow the error
 MAX_SIZES = 20_000  # source shards whose size is looked up: likewise
@@ -39,11 +39,11 @@ class Sizes:
 def sizes_of(shards: Sequence[Shard]) -> Sizes:
     """Raises UsageError for a shard that cannot be looked at."""
     known = {}
-    for shard in evenly(shards, MAX_SIZES):
+    for shard_id, path in files_of(evenly(shards, MAX_SIZES)).items():
         try:
-            known[shard.id] = os.stat(shard.path).st_size
+            known[shard_id] = os.stat(path).st_size
         except OSError as error:
-            raise UsageError(f"{shard.path}: cannot be looked at ({error.strerror})") from None
+            raise UsageError(f"{path}: cannot be looked at ({error.strerror})") from None
     return Sizes(known, len(shards), mean(known.values()) if known else 0.0)
 
 

@@ -9,13 +9,13 @@ from functools import lru_cache
 # Words that state a value of an attribute, as regular expressions between word boundaries.  Those of the published
 # pipeline's groups; a value that is not here is looked for by its own words.
 _PERSON = (
-    r"(?: (?!hair|haired|and|suit|dress|shirt)\w+)?[ -](?:man|men|woman|women|boys?|girls?|males?|females?|person|people|couple"
-    r"|family|child|children|kids?|lady|ladies|gentlem[ae]n|baby|teenagers?|adults?|model|actor|actress)"
+    r"(?: (?!hair|haired|and|suit|dress|shirt)\w+)?[ -](?:man|men|woman|women|boys?|girls?|males?|females?|person"
+    r"|people|couple|family|child|children|kids?|lady|ladies|gentlem[ae]n|baby|teenagers?|adults?|model|actor|actress)"
 )  # black and white are colours too
 WORDS: Mapping[str, Mapping[str, str]] = {
     "gender": {
-        "male": r"male|males|man|men|boy|boys|gentleman|gentlemen|guy|father|dad|son|husband|grandfather|king|prince|he|his|him",
-        "female": r"female|females|woman|women|girl|girls|lady|ladies|mother|mom|daughter|wife|grandmother|queen|princess|she|her",
+        "male": r"males?|man|men|boys?|gentlem[ae]n|guys?|father|dad|son|husband|grandfather|king|prince|he|his|him",
+        "female": r"females?|wom[ae]n|girls?|lady|ladies|mother|mom|daughter|wife|grandmother|queen|princess|she|hers?",
     },
     "ethnicity": {
         "black": rf"black{_PERSON}|african|african[- ]american|afro\w*",

@@ -30,7 +30,7 @@ from curation.inspect.verify_shard import CAPTIONS, EDITS, HYBRID, PROMPTS, REME
 from curation.options import exit_code, logger, set_up_logging
 from curation.progress import Progress
 from curation.publish import read_record
-from curation.shards import Shard, bucket_of, discover, is_safe_id, select
+from curation.shards import Shard, bucket_of, discover, files_of, is_safe_id, select
 
 VERIFY_FORMAT = 1
 MANIFEST = "manifest.tsv"
@@ -82,13 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(options.quiet)
     began = time.monotonic()
     everything = discover(options.source)
-    if options.hybrid.resolve() in {shard.path.parent.resolve() for shard in everything}:
+    files = files_of(everything)
+    if options.hybrid.resolve() in {path.parent.resolve() for path in files.values()}:
         raise UsageError("HYBRID is the folder of the source shards: there would be nothing to compare")
     shards = select(everything, options.shards)
     edits, prompts, captions = _folders(options, shards)
     verdicts = _strays(options, everything, edits)
     tasks = [
-        Task(s.id, s.path, options.hybrid / f"{s.id}.tar", edits, prompts, captions, options.provenance) for s in shards
+        Task(s.id, files[s.id], options.hybrid / f"{s.id}.tar", edits, prompts, captions, options.provenance)
+        for s in shards
     ]
     workers = min(options.workers or Allocation.detect().threads, len(tasks))
     with Progress("verify", len(tasks), options.quiet) as progress:

@@ -14,13 +14,15 @@ from typing import Annotated, Any
 import orjson
 import tyro
 
+from curation.cluster import Allocation
 from curation.dictionaries import clean_text
 from curation.errors import EXIT_OK, UsageError
 from curation.inspect.arguments import parse_arguments
-from curation.inspect.by_group import STEPS, GroupCounts, Tallies, stage_places, tally
+from curation.inspect.by_group import EDITS, HYBRID, STEPS, GroupCounts, Tallies, stage_places, tally
+from curation.inspect.places import StagePlace
 from curation.inspect.rates import CONFIDENCE, Difference, difference, wilson
 from curation.inspect.stated import attributes_of
-from curation.options import exit_code
+from curation.options import exit_code, logger, set_up_logging
 
 AUDIT_FORMAT = 1
 # what is lost at each step: name → (those who came, those who went on), what is said of a sample that did not
@@ -39,6 +41,19 @@ class Options:
     """The folder of the dataset: stages 02 to 04 are found in it or in a folder in it."""
     workers: int | None = None
     """Processes that read.  Default: one a CPU, at most 8."""
+    clip: str | None = None
+    """Let this model look at generated images: oai-clip-vit-b32, oai-clip-vit-l14, clip:<hub id or folder>,
+    siglip:<hub id or folder>."""
+    clip_weights: str | None = None
+    """Weights in place of that model's own: a folder or a hub id."""
+    images: int = 1000
+    """How many images it looks at, spread over the shards."""
+    device: str = "cpu"
+    """Where it runs: cpu, cuda, cuda:1."""
+    card: Path | None = None
+    """A folder: write a dataset card with these tables (README.md: what others wrote stays) and croissant.json."""
+    license: str | None = None
+    """The dataset's licence for the card, one of the hub's ids."""
     json: bool = False
     """One JSON object on one line instead of tables in Markdown."""
 
@@ -46,23 +61,63 @@ class Options:
         """Raise UsageError for values that make no sense."""
         if self.workers is not None and self.workers < 1:
             raise UsageError("--workers must be at least 1")
+        if self.images < 1:
+            raise UsageError("--images must be at least 1")
+        if self.clip is None and self.clip_weights is not None:
+            raise UsageError("--clip_weights needs --clip: which model they are of")
 
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(Options, argv, "audit")
     options.check()
-    result = audit(options.root, options.workers)
+    set_up_logging(options.json)
+    places = stage_places(options.root)
+    result = audit(options.root, places, options.workers)
+    if options.clip is not None:
+        result["images"] = _look_at_images(places, result, options)
+    if options.card is not None:
+        _write_cards(places, result, options)
     print(orjson.dumps(result).decode() if options.json else "\n".join(as_markdown(result)), flush=True)
     return EXIT_OK
 
 
-def audit(root: Path, workers: int | None = None) -> dict[str, Any]:
-    """Everything that is shown, as one JSON value; docs/audit.md describes it."""
-    tallies = tally(stage_places(root), workers or min(8, os.cpu_count() or 1))
+def audit(root: Path, places: Mapping[str, StagePlace] | None = None, workers: int | None = None) -> dict[str, Any]:
+    """Everything that is shown but for what a model saw, as one JSON value; docs/audit.md describes it."""
+    tallies = tally(places or stage_places(root), workers or min(8, os.cpu_count() or 1))
     if not tallies.groups:
         raise UsageError(f"{root}: no sample was assigned to a group (stage 02 ran with --groups none, or on nothing)")
     return as_result(root, tallies)
+
+
+def _look_at_images(places: Mapping[str, StagePlace], result: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    from curation.inspect.zero_shot import look_at_images
+    from curation.model_settings import ModelSettings
+
+    assert options.clip is not None
+    if EDITS not in places:
+        raise UsageError(f"{options.root}: --clip looks at generated images, and {EDITS} has made none")
+    settings = ModelSettings(weights=options.clip_weights, device=options.device, threads=Allocation.detect().threads)
+    groups = [group["group"] for group in result["groups"]]
+    seen = look_at_images(places, groups, options.clip, settings, options.images)
+    rows = []
+    for (attribute, value), (count, agreed) in seen.shown.items():
+        low, high = wilson(agreed, count)
+        rows.append(
+            {"attribute": attribute, "value": value, "images": count, "agreed": agreed, "low": low, "high": high}
+        )
+    return {"model": seen.model, "images": seen.images, "unreadable": seen.unreadable, "shown": rows}
+
+
+def _write_cards(places: Mapping[str, StagePlace], result: Mapping[str, Any], options: Options) -> None:
+    from curation.inspect.cards import write_cards
+
+    assert options.card is not None
+    if HYBRID not in places:
+        raise UsageError(f"{options.root}: --card describes hybrid shards, and {HYBRID} has made none")
+    manifest = places[HYBRID].home / "manifest.tsv"
+    for path in write_cards(options.card, places[HYBRID], manifest, as_markdown(result), options.license):
+        logger.info(f"written: {path}")
 
 
 def as_result(root: Path, tallies: Tallies) -> dict[str, Any]:
@@ -175,9 +230,25 @@ def as_markdown(result: Mapping[str, Any]) -> Iterator[str]:
     for row in result["attributes"]:
         shares = " | ".join(_percent(row[name], row["prompts"]) for name in ("stated", "contradicted"))
         yield f"| {cell(row['attribute'])} | {cell(row['value'])} | {row['prompts']:,} | {shares} |"
+    if "images" in result:
+        yield from _images_as_markdown(result["images"])
     for warning in result["warnings"]:
         yield ""
         yield f"Note: {warning}"
+
+
+def _images_as_markdown(images: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    yield f"What {cell(images['model'])} sees in {images['images']:,} generated images, asked to choose one value:"
+    yield ""
+    yield "| attribute | value | images | it chooses that value |"
+    yield "|---|---|---:|---:|"
+    for row in images["shown"]:
+        share = f"{row['agreed'] / row['images']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
+        yield f"| {cell(row['attribute'])} | {cell(row['value'])} | {row['images']:,} | {share} |"
+    if images["unreadable"]:
+        yield ""
+        yield f"{images['unreadable']:,} images could not be read."
 
 
 def findings(result: Mapping[str, Any]) -> Iterator[str]:

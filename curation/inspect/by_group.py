@@ -76,7 +76,7 @@ def stage_places(root: Path) -> dict[str, StagePlace]:
 
 def tally(places: Mapping[str, StagePlace], workers: int) -> Tallies:
     """Of all shards that stage 02 has done."""
-    ids = sorted(_shard_ids(places[PROMPTS]))
+    ids = sorted(shards_tried(places[PROMPTS]))
     total = Tallies()
     one = partial(tally_shards, dict(places))
     chunks = [ids[begin : begin + _CHUNK] for begin in range(0, len(ids), _CHUNK)]
@@ -109,7 +109,7 @@ def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies
     else:
         _add_noted(noted, total)
     groups: dict[str, str] = {}
-    for line in _provenance(places[PROMPTS], shard_id):
+    for line in provenance(places[PROMPTS], shard_id):
         key, group, prompt = str(line.get("key")), line.get("group"), line.get("prompt")
         if not isinstance(group, str) or not isinstance(prompt, str):
             continue
@@ -123,7 +123,7 @@ def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies
     total.shards[EDITS] += 1
     for group in groups.values():
         total.of(group).steps["to_generate"] += 1
-    generated = {key for line in _provenance(places[EDITS], shard_id) if (key := str(line.get("key"))) in groups}
+    generated = {key for line in provenance(places[EDITS], shard_id) if (key := str(line.get("key"))) in groups}
     for key in generated:
         total.of(groups[key]).steps["generated"] += 1
     for line in _lines(places[EDITS].home / "_rejects" / EDITS / f"{shard_id}.jsonl"):
@@ -176,7 +176,8 @@ def _receipt(place: StagePlace | None, shard_id: str) -> dict[str, Any] | None:
     return receipt
 
 
-def _provenance(place: StagePlace, shard_id: str) -> Iterator[dict[str, Any]]:
+def provenance(place: StagePlace, shard_id: str) -> Iterator[dict[str, Any]]:
+    """What a stage recorded of each sample of a shard."""
     return _lines(place.home / "_provenance" / place.stage / f"{shard_id}.jsonl")
 
 
@@ -196,7 +197,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def _shard_ids(place: StagePlace) -> Iterator[str]:
+def shards_tried(place: StagePlace) -> Iterator[str]:
+    """Ids of shards with receipts, whatever they say."""
     for path in place.receipts.glob("[!_.]*/*.json"):
         if not path.name.startswith("."):
             yield path.stem

@@ -23,10 +23,15 @@ def write_manifest(path: Path, rows: Iterable[tuple[Path, str]]) -> None:
     """
     folder = path.parent.resolve()
     lines = [manifest_line(os.path.relpath(file.resolve(), folder), sha256) for file, sha256 in rows]
+    write_whole(path, b"".join(lines))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that appears whole or not at all.  Raises OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(b"".join(lines))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

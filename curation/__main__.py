@@ -21,6 +21,7 @@ COMMANDS = {  # command → the module whose ``main(argv)`` it is, imported when
     "fsck": ("curation.inspect.fsck", "what is wrong with tar shards, and every whole sample out of damaged ones"),
     "plan": ("curation.inspect.plan", "forecast hours, bytes, files and tokens from a few shards; the sbatch lines"),
     "audit": ("curation.inspect.audit", "what became of each group's samples, and whether one fared otherwise"),
+    "report": ("curation.inspect.report.command", "one page about it all: funnel, shards, speed, gallery, groups"),
     "models": ("curation.model_files", "fetch: the weights that a stage's options name, for nodes without internet"),
 }
 

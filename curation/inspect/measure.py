@@ -17,6 +17,7 @@ from curation.shards import Shard, bucket_of, files_of
 
 MAX_RECEIPTS = 2_000  # of one stage that are read: evenly spaced; more would not narrow the error
 MAX_SIZES = 20_000  # source shards whose size is looked up: likewise
+MIN_STEADY = 2  # shards that were not a worker's first, for a rate from them alone
 QUANTITIES = ("worker_s", "bytes", "files", "tokens_read", "tokens_written", "samples")
 
 
@@ -58,7 +59,9 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
 class StageCost:
     """One stage: what the measured shards cost, and what all of them will.
 
-    measured: quantity → one value a measured shard.  cpus, gpus: of one worker.  open_s: what a worker takes to begin.
+    measured: quantity → one value a measured shard.  cpus, gpus: of one worker.
+    open_s: what a worker takes to begin: getting ready, and what its first shard takes longer than others.
+    steady: places of the measured shards that were not a worker's first; of all where too few are left.
     left: shards to do.  reads_source: whether it reads the source shards themselves.
     spent, to_come: quantity → what the finished shards cost, and the estimate for the others.
     """
@@ -69,6 +72,7 @@ class StageCost:
     left: int
     shards: list[str] = field(default_factory=list)
     measured: dict[str, list[float]] = field(default_factory=dict)
+    steady: list[int] = field(default_factory=list)
     cpus: float = 1.0
     gpus: float = 0.0
     open_s: float = 0.0
@@ -94,7 +98,7 @@ def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: Sizes) -> Stag
     done = len(receipts) if len(there) <= MAX_RECEIPTS else round(len(there) * len(receipts) / MAX_RECEIPTS)
     cost = StageCost(place.stage, place, done, len(shards) - done)
     cost.shards = list(receipts)
-    worker_s = _worker_seconds(receipts)
+    worker_s, first = _worker_seconds(receipts)
     values = {shard_id: _values(receipt) for shard_id, receipt in receipts.items()}
     for quantity in QUANTITIES:
         cost.measured[quantity] = [
@@ -104,32 +108,53 @@ def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: Sizes) -> Stag
     cost.gpus = mean(receipt.get("gpu") is not None for receipt in receipts.values())
     cost.open_s = mean(_number(receipt.get("open_s"), 0) for receipt in receipts.values())
     cost.reads_source = any({} in _listed(receipt, "sources") for receipt in receipts.values())
+    cost.steady = [place for place, shard_id in enumerate(cost.shards) if shard_id not in first]
+    if len(cost.steady) < MIN_STEADY:
+        cost.steady = list(range(len(cost.shards)))
     _extrapolate(cost, sizes)
     return cost
 
 
 def _extrapolate(cost: StageCost, sizes: Sizes) -> None:
     measured = [sizes.of(shard_id) for shard_id in cost.shards]
+    cost.open_s += _warm_up(cost, measured)
     unread = cost.done - len(cost.shards)  # done, but their receipts were not read
     rest_bytes = max(0.0, sizes.total - sum(measured))
     others = cost.left + unread
     for quantity, values in cost.measured.items():
-        per_other = ratio_estimate(measured, values, rest_bytes, others)
+        places = cost.steady if quantity == "worker_s" else range(len(values))
+        per_other = ratio_estimate(
+            [measured[place] for place in places], [values[place] for place in places], rest_bytes, others
+        )
         share = cost.left / others if others else 0.0
         cost.spent[quantity] = Estimate(sum(values)) + per_other.times(1 - share)
         cost.to_come[quantity] = per_other.times(share)
 
 
-def _worker_seconds(receipts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Wall-clock seconds of one worker for each shard.  A worker that has several shards in hand at once is busy for
-    the union of their times, which is shared out by their lengths."""
+def _warm_up(cost: StageCost, sizes: Sequence[float]) -> float:
+    """Seconds that a first shard took longer than its size lets expect: first calls load and choose kernels."""
+    seconds = cost.measured["worker_s"]
+    first = sorted(set(range(len(seconds))) - set(cost.steady))
+    size = sum(sizes[place] for place in cost.steady)
+    if not first or not size:
+        return 0.0
+    rate = sum(seconds[place] for place in cost.steady) / size
+    return mean(max(0.0, seconds[place] - rate * sizes[place]) for place in first)
+
+
+def _worker_seconds(receipts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], set[str]]:
+    """Wall-clock seconds of one worker for each shard, and the shards that were a worker's first.
+
+    A worker that has several shards in hand at once is busy for the union of their times, which is shared out by their
+    lengths."""
     spans: dict[tuple[str, ...], list[tuple[float, float, str]]] = defaultdict(list)
     for shard_id, receipt in receipts.items():
         worker = tuple(str(receipt.get(name)) for name in ("host", "rank", "run", "slurm"))
         began, ended = _number(receipt.get("started"), 0), _number(receipt.get("finished"), 0)
         spans[worker].append((began, max(began, ended), shard_id))
-    seconds = {}
+    seconds, first = {}, set()
     for of_worker in spans.values():
+        first.add(min(of_worker)[2])
         busy = until = 0.0
         for began, ended, _ in sorted(of_worker):
             busy += max(0.0, ended - max(began, until))
@@ -137,7 +162,7 @@ def _worker_seconds(receipts: Mapping[str, Mapping[str, Any]]) -> dict[str, floa
         lengths = sum(ended - began for began, ended, _ in of_worker)
         for began, ended, shard_id in of_worker:
             seconds[shard_id] = (ended - began) * (busy / lengths if lengths else 0.0)
-    return seconds
+    return seconds, first
 
 
 def _values(receipt: Mapping[str, Any]) -> dict[str, float]:

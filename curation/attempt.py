@@ -276,7 +276,7 @@ class Attempts:
         seconds = receipt["finished"] - receipt["started"]
         logger.info(
             f"{work.shard.id} done: {work.samples_in} in, {work.kept} kept"
-            f"{', ' if gone else ''}{', '.join(gone)} ({seconds:.1f} s)"
+            f"{', ' if gone else ''}{', '.join(gone)} ({seconds:.1f} s, {work.samples_in / max(seconds, 1e-3):,.1f}/s)"
         )
         dropped, failed = work.dropped.total(), work.failed.total()
         self._tally.samples({"in": work.samples_in, "kept": work.kept, "dropped": dropped, "failed": failed})

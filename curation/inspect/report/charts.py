@@ -22,6 +22,7 @@ WIDTH, HEIGHT = 400, 210
 _SVG = "{http://www.w3.org/2000/svg}"
 _NOT_SHOWN = ("tooltip", "tooltip-overlay", "text-overlay", "overlay", "titles")
 _TICKS = 5
+_LAST_S = 1e11  # Unix time: the year 5138
 _LENGTHS = (  # seconds that a clock shows as round
     *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30),
     *(60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200),
@@ -77,18 +78,19 @@ def over_time(title: str, spans: Sequence[float], *, bins: int = 48) -> Chart | 
     An attempt's samples are spread evenly over its time; None where the receipts do not tell.
     """
     rows = np.asarray(spans, dtype=np.float64).reshape(-1, 3)
-    rows = rows[np.isfinite(rows).all(axis=1) & (rows[:, 1] >= rows[:, 0])]
+    rows = rows[(rows[:, 1] >= rows[:, 0]) & (rows[:, 0] > 0) & (rows[:, 1] < _LAST_S)]  # clocks may be out of order
     if not len(rows):
         return None
+    rows[:, 1] = np.maximum(rows[:, 1], rows[:, 0] + 1e-3)  # receipts tell milliseconds
     began, ended = float(rows[:, 0].min()), float(rows[:, 1].max())
-    step = max((ended - began) / bins, 1e-3)
+    step = (ended - began) / bins
     edges = began + step * np.arange(bins + 1)
     # How much was done before each edge: a sum of ramps, so that the differences are what was done in each bin.
     before = np.zeros(bins + 1)
     for start in range(0, len(rows), 4096):
         part = rows[start : start + 4096]
-        length = np.maximum(part[:, 1] - part[:, 0], 1e-3)
-        before += (np.clip((edges[:, None] - part[:, 0]) / length, 0, 1) * part[:, 2]).sum(axis=1)
+        done = np.clip((edges[:, None] - part[:, 0]) / (part[:, 1] - part[:, 0]), 0, 1)
+        before += (done * part[:, 2]).sum(axis=1)
     rates = np.diff(before) / step
     bars = [(float(rate), step * number, step * (number + 1)) for number, rate in enumerate(rates)]
     clock = _clock(began, ended)
@@ -107,7 +109,7 @@ def short_number(value: float) -> str:
 def short_time(seconds: float) -> str:
     """``0``, ``850 ms``, ``12.3 s``, ``4 min 10 s``, ``3 h 20 min``, ``2 d 4 h``"""
     if seconds < 1:
-        return f"{seconds * 1000:.0f} ms" if seconds else "0"
+        return f"{seconds * 1000:.3g} ms" if seconds else "0"
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -44,6 +44,8 @@ class Options:
     """Leave out what became of each group: it reads the provenance of every shard."""
     json: bool = False
     """Write no page: print the page's numbers as one JSON object on one line."""
+    quiet: bool = False
+    """Say nothing but what went wrong."""
 
     def check(self) -> None:
         """Raise UsageError for values that make no sense."""
@@ -79,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages, shards = len(facts.told["stages"]), max((stage["shards"] for stage in facts.told["stages"]), default=0)
     for trouble in facts.looked.troubles:
         print(f"warning: {trouble}", file=sys.stderr)
+    if options.quiet:
+        return EXIT_OK
     took_s = time.monotonic() - began
     print(f"{options.output}: {len(page) / 1e6:.2f} MB, {stages} stages, {shards:,} shards ({took_s:.1f} s)")
     return EXIT_OK

@@ -17,7 +17,7 @@ from curation.inspect.audit import audit as audit_groups
 from curation.inspect.holdings import Holdings
 from curation.inspect.places import StagePlace, find_stages
 from curation.inspect.report.looked import EDITS, FACES, HYBRID, PROMPTS, RECAPTION, Looked, look
-from curation.inspect.report.story import Bounds, Cell, Story, cell_of, merged
+from curation.inspect.report.story import MAX_NAME, Bounds, Cell, Story, cell_of, merged
 from curation.inspect.status import stage_result
 from curation.inspect.survey import Stage, Survey
 
@@ -62,7 +62,7 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
     stages = []
     for stage, story, held in zip(survey.stages, stories, held_now, strict=True):
         _see_the_others(stage, story, {holding.shard_id for holding in held})
-        stages.append(stage_result(stage, story, held, {}) | _more(stage, story, shards_page))
+        stages.append(_bounded(stage_result(stage, story, held, {})) | _more(stage, story, shards_page))
     chosen = [[shard for _, shard in sorted(story.chosen, reverse=True)] for story in stories]
     looked = look(places, chosen, 500, CLOSE)
     told: dict[str, Any] = {
@@ -136,6 +136,25 @@ def _more(stage: Stage, story: Story, shards_page: int) -> dict[str, Any]:
         "warned": story.warned,
         "warnings": story.warnings,
     }  # fmt: skip
+
+
+def _bounded(value: Any) -> Any:
+    """Texts of receipts and claims, which are anybody's: one line each, not longer than a page shows; names alike are
+    counted together."""
+    if isinstance(value, str):
+        return clean_text(value[:4000])[:300]
+    if isinstance(value, list):
+        return [_bounded(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found: dict[str, Any] = {}
+    for name, one in value.items():
+        short = clean_text(str(name)[:4000])[:MAX_NAME]
+        if type(one) is int and type(found.get(short)) is int:
+            found[short] += one
+        else:
+            found[short] = _bounded(one)
+    return found
 
 
 def _funnel(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

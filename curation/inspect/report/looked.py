@@ -34,6 +34,9 @@ MAX_REASONS: Final = 200
 EXAMPLES = 4  # samples shown for each reason
 
 
+Box = tuple[float, float, float, float]
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A sample of the gallery.  what: ``edited`` | ``rejected`` | ``recaptioned``.  before, after: caption and prompt,
@@ -48,7 +51,7 @@ class Shown:
     group: str = ""
     reason: str = ""
     detail: str = ""
-    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    boxes: tuple[Box, ...] = ()
 
 
 @dataclass(slots=True)
@@ -107,23 +110,25 @@ def _look_at(place: StagePlace, shard_id: str, places: Mapping[str, StagePlace],
 
 
 def _look_at_faces(place: StagePlace, shard_id: str, looked: Looked) -> None:
-    detected = {line["key"]: line.get("boxes") for line in _provenance(place, shard_id) if "key" in line}
-    if not detected:  # the boxes that the dataset came with stand in the metadata
-        detected = {key: value.get("face_bboxes") for key, value in _metadata(place, shard_id).items()}
-    for boxes in detected.values():
-        found = _boxes(boxes)
-        looked.faces[len(found)] += 1
-        _extend(looked.sides, [math.sqrt(max(0.0, (x1 - x0) * (y1 - y0))) for x0, y0, x1, y1 in found])
+    for boxes in _faces(place, shard_id).values():
+        looked.faces[len(boxes)] += 1
+        _extend(looked.sides, [math.sqrt((x1 - x0) * (y1 - y0)) for x0, y0, x1, y1 in boxes])
 
 
-def _metadata(place: StagePlace, shard_id: str) -> dict[str, Any]:
-    """Stage 01's second output, wherever ``--edits`` was: the receipts of another folder point back at this one."""
-    for folder in sorted({place.home, *place.home.parent.iterdir()}):
+def _faces(place: StagePlace, shard_id: str) -> dict[str, list[Box]]:
+    """Key → faces of the samples that stage 01 kept: as detected, else as recorded in the metadata."""
+    found = {}
+    for folder in sorted({place.home, *place.home.parent.iterdir()}):  # wherever --edits was: it points back here
         path = folder / f"{shard_id}.json"
-        if (folder / "_receipts" / FACES / "_home.json").is_file() and path.is_file():
-            found = read_dictionary(path, MAX_FILE_BYTES)
-            return {key: value for key, value in found.items() if isinstance(value, dict)}
-    return {}
+        if (folder / "_receipts" / place.stage / "_home.json").is_file() and path.is_file():
+            metadata = read_dictionary(path, MAX_FILE_BYTES)
+            found = {
+                name.removesuffix(KEY_SUFFIX): _boxes(value.get("face_bboxes"))
+                for name, value in metadata.items()
+                if isinstance(value, dict)
+            }
+            break
+    return found | {str(line.get("key")): _boxes(line.get("boxes")) for line in _provenance(place, shard_id)}
 
 
 def _look_at_prompts(place: StagePlace, shard_id: str, looked: Looked) -> None:
@@ -138,9 +143,7 @@ def _choose_edited(
     captions = {}
     if PROMPTS in places:
         captions = {str(line.get("key")): line for line in _provenance(places[PROMPTS], shard_id)}
-    boxes = {}
-    if FACES in places:
-        boxes = {str(line.get("key")): line.get("boxes") for line in _provenance(places[FACES], shard_id)}
+    faces = _faces(places[FACES], shard_id) if FACES in places else {}
     for line in _provenance(place, shard_id):
         key = str(line.get("key"))
         shown = Shown(
@@ -151,7 +154,7 @@ def _choose_edited(
             before=_text(captions.get(key, {}).get("caption")),
             after=_text(line.get("prompt")),
             group=_text(line.get("group"), 80),
-            boxes=tuple(_boxes(boxes.get(key))[:20]),
+            boxes=tuple(faces.get(key, ())[:20]),
         )
         _choose(looked.edited, shown, gallery)
 
@@ -192,7 +195,7 @@ def _look_at_recaptions(place: StagePlace, shard_id: str, looked: Looked, galler
 
 
 def _choose(heap: list[tuple[int, Shown]], shown: Shown, at_most: int) -> None:
-    """The samples of the lowest hashes."""
+    """The samples of the lowest hashes, each once."""
     number = -xxhash.xxh3_64_intdigest(f"{shown.shard}/{shown.key}".encode("utf-8", "replace"))
     if any(number == other for other, _ in heap):
         return
@@ -244,7 +247,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def _boxes(value: Any) -> list[tuple[float, float, float, float]]:
+def _boxes(value: Any) -> list[Box]:
     """Faces as parts of the image, 0 to 1; what is no box is left out."""
     found = []
     for box in value if isinstance(value, list) else ():

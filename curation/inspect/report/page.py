@@ -19,13 +19,14 @@ from markupsafe import Markup
 from curation import __version__
 from curation.caption_compare import PAGE_NAME as COMPARISON
 from curation.dictionaries import clean_text
+from curation.errors import InfrastructureError
 from curation.inspect.audit import LOSSES
 from curation.inspect.places import StagePlace
 from curation.inspect.report.charts import Chart, histogram, over_time, short_time
 from curation.inspect.report.facts import Facts
 from curation.inspect.report.looked import EDITS, MAX_REASONS, RECAPTION, Shown, in_order, with_captions
 from curation.inspect.report.pictures import Pictures
-from curation.inspect.report.story import STATES, Cell, Story, merged
+from curation.inspect.report.story import MAX_SECONDS, STATES, Cell, Story, merged
 from curation.shards import bucket_of
 
 MAX_CELLS: Final = 16_000  # on the page, of all stages together: 130 bytes each
@@ -38,19 +39,17 @@ def render(facts: Facts, page: Path, gallery: int, max_bytes: int) -> bytes:
     """The page as HTML.  page: where it will lie, for its links.  Samples are left out until it is small enough."""
     charts = [_stage_charts(story) for story in facts.stories]
     looks = _look_charts(facts)
-    grids = _grids(facts, page)
-    shown = gallery
+    shown, cells = gallery, MAX_CELLS
     while True:
+        grids = _grids(facts, page, cells)
         bare = _fill(facts, page, charts, looks, grids, _samples(facts, shown, Pictures(0)), Pictures(0))
-        if len(bare) + _ROOM < max_bytes or shown == 0:
-            break
-        shown //= 2
-    while True:
-        pictures = Pictures(int(max(0, max_bytes - len(bare) - _ROOM) * _PICTURE_SHARE))
-        html = _fill(facts, page, charts, looks, grids, _samples(facts, shown, pictures), pictures)
-        if len(html) <= max_bytes or shown == 0:
-            return html
-        shown //= 2
+        left = max_bytes - len(bare) - _ROOM
+        if left > 0:
+            pictures = Pictures(int(left * _PICTURE_SHARE))
+            return _fill(facts, page, charts, looks, grids, _samples(facts, shown, pictures), pictures)
+        if not shown and cells < len(facts.places):
+            raise InfrastructureError(f"the page would have more than {max_bytes:,} bytes: name a folder in the root")
+        shown, cells = shown // 2, cells if shown else cells // 2
 
 
 def _fill(
@@ -100,8 +99,8 @@ def _csp_hash(text: str) -> str:
 
 
 def _stage_charts(story: Story) -> dict[str, Any]:
-    seconds = story.spans[1::3]
-    took = [ended - began for began, ended in zip(story.spans[0::3], seconds, strict=True) if ended >= began]
+    lengths = (ended - began for began, ended in zip(story.spans[0::3], story.spans[1::3], strict=True))
+    took = [length for length in lengths if 0 <= length < MAX_SECONDS]
     return {
         "rate": over_time("Samples a second", story.spans),
         "took": histogram("Time of a shard", took, "", show=short_time),
@@ -123,10 +122,11 @@ def _look_charts(facts: Facts) -> list[Chart]:
 # ---- the grid of shards
 
 
-def _grids(facts: Facts, page: Path) -> list[dict[str, Any]]:
-    at_most = MAX_CELLS // max(1, len(facts.places))
+def _grids(facts: Facts, page: Path, cells: int) -> list[dict[str, Any]]:
+    """cells: of all stages together, at most."""
+    at_most = max(1, cells // len(facts.places))
     return [
-        _grid(place, merged(story.cells, min(at_most, 4000)), page)
+        _grid(place, merged(story.cells, at_most), page)
         for place, story in zip(facts.places, facts.stories, strict=True)
     ]
 
@@ -197,15 +197,10 @@ def _samples(facts: Facts, gallery: int, pictures: Pictures) -> dict[str, Any]:
 
 def _take_pictures(facts: Facts, edited: Sequence[Shown], others: Sequence[Shown], pictures: Pictures) -> None:
     homes = {place.stage: place.home for place in facts.places}
-    for kind, folder, shown in (
-        ("new", homes.get(EDITS), edited),
-        ("old", facts.source, edited),
-        ("old", facts.source, others),
-    ):
+    for kind, folder, shown in (("new", homes.get(EDITS), edited), ("old", facts.source, [*edited, *others])):
         wanted: dict[str, list[str]] = {}
         for one in shown:
-            if pictures.get(kind, one.shard, one.key) == "":
-                wanted.setdefault(one.shard, []).append(one.key)
+            wanted.setdefault(one.shard, []).append(one.key)
         for trouble in pictures.add(kind, folder, wanted):
             facts.looked.trouble(trouble)
 

@@ -40,3 +40,5 @@ class Scores:
                         column = batch.column(name).drop_null()
                         numbers = column.to_numpy(zero_copy_only=False).astype("float64")
                         mine.extend(numbers[numbers == numbers].tolist())
+                if all(len(self.values[name]) >= MAX_VALUES for name in names):
+                    break

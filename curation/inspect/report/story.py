@@ -19,6 +19,7 @@ from curation.inspect.counts import Counts, whole
 SLOWEST = 10  # shards that are named
 MAX_NAMES = 2_000  # hosts, languages, phases, notes: more are counted together
 MAX_NAME = 80
+MAX_SECONDS = 1e9  # longer is no attempt but a broken clock
 OTHERS = "(others)"
 STATES = ("done", "stale", "failed", "running", "pending")
 
@@ -124,7 +125,7 @@ class Story(Counts):
         _keep(self.slowest, (seconds, shard_id, host_name, samples), SLOWEST)
         _keep(self.chosen, (-choice_of(shard_id), shard_id), self.bounds.chosen)
         for phase, spent in _items(receipt.get("seconds")):
-            if isinstance(spent, int | float) and not isinstance(spent, bool) and 0 <= spent < 1e9:
+            if isinstance(spent, int | float) and not isinstance(spent, bool) and 0 <= spent < MAX_SECONDS:
                 _add_to(self.phases, phase, spent)
         for note, value in _items(notes):
             _add_to(self.notes, note, whole(value))
@@ -181,7 +182,8 @@ def seconds_of(receipt: dict[str, Any]) -> float:
     started, finished = receipt.get("started"), receipt.get("finished")
     if not (isinstance(started, int | float) and isinstance(finished, int | float)):
         return 0.0
-    return max(0.0, float(finished - started))
+    seconds = float(finished - started)
+    return seconds if 0 <= seconds < MAX_SECONDS else 0.0
 
 
 def name_of(value: Any) -> str:

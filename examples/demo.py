@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The whole pipeline on the example shards, on a CPU, with models that packages ship: ``make demo``.
 
-Runs stages 01 → 02 → 03 → 04 into ``demo-output/`` and then tells, from the receipts, what happened to the samples; last
-it writes ``demo-output/report.html`` about it.
+Runs stages 01 → 02 → 03 → 04 into ``demo-output/`` and then tells, from the receipts, what happened to the samples.
+Last it writes ``demo-output/report.html``, the page to look at.
 Started again it finds everything done and only tells; ``make clean`` or another folder as its argument starts afresh.
 """
 

@@ -5,9 +5,13 @@ Nothing here loads a model.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import os
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,3 +185,42 @@ def quiet_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, where it is installed, before a library that would do so in passing.
+
+    On a CPU with AVX512-BF16 it asks the hub for a further kernel as it is imported, and warns where it gets none: a
+    wait on nodes without internet, and code that nobody asked for.  Its own kernels do the same.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    with _hidden("kernels"), _without_line("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward"):
+        importlib.import_module("bitsandbytes")
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Whoever imports the package meanwhile finds that it is not there."""
+    before = {package: sys.modules[package]} if package in sys.modules else {}
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def _without_line(name: str, words: str) -> Iterator[None]:
+    """A logger without the lines that have these words."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    log = logging.getLogger(name)
+    log.addFilter(others)
+    try:
+        yield
+    finally:
+        log.removeFilter(others)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -518,7 +519,7 @@ def test_the_batch_size_is_found_by_trying(
     monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int, best: int
 ) -> None:
     device: Any = Timed(monkeypatch, seconds, room)
-    assert find_batch_size(device, Image.new("RGB", (8, 8))) == best  # type: ignore[arg-type]
+    assert find_batch_size(device, np.zeros((8, 8, 3), np.uint8)) == best  # type: ignore[arg-type]
 
 
 def test_workers_agree_on_the_batch_size(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def also(*names: str) -> Any:
 class Options(HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH")] = None
+    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH")] = None
     """Source shards, as --data_path."""
     data_path: Annotated[str | None, also("--data_dir", "--input")] = None
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""

@@ -37,14 +37,13 @@ from curation.extract_outputs import Row, Spool, Table, import_arrow, write_npz,
 from curation.extract_plugins import load_plugin
 from curation.extract_upstream import extractors_of, make_extractor
 from curation.extracting import Extractor, order
-from curation.ledger import Input, Ledger
+from curation.ledger import Input, Ledger, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover
 from curation.tar import TarReport, read_samples
 from curation.workers import is_worker
 
-SWITCHES = ("reprocess", "use_datacomp_keys", "logging", "warn_and_continue", "compress")
 MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught
 
 
@@ -69,7 +68,7 @@ class Options(RunOptions):
     device: str | None = None
     """cpu, or the number of the GPU of a lone process.  Default: a process for each GPU that can be seen."""
     input_tars: str | None = None
-    """Source shards: a folder, a glob, braces, a list file or one tar."""
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output_metadata_dir: str | None = None
     """Folder for the parquets and npzs."""
     custom_pypath: str | None = None
@@ -161,7 +160,8 @@ class Metadata:
             if directive in self._plugin or family is None:
                 continue
             try:
-                found[directive] = identify(weight_sources(family, directive, model_settings(self.config, directive)))
+                wanted = weight_sources(family, directive, model_settings(self.config, directive))
+                found[directive] = identify(directive, wanted)
             except InfrastructureError as error:
                 if not self.options.dry_run:
                     raise
@@ -174,7 +174,7 @@ class Metadata:
         return {name: kind for name, kind in self.config.additional_fields.items() if name not in ("uid", "key")}
 
     def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path)]
+        return source_inputs(shard)
 
     # ---- models
 
@@ -323,11 +323,11 @@ class Metadata:
                 work.note(name, dict(sorted(counts.items())))
 
 
-def _shards(config: ExtractConfig) -> list[Shard]:
+def _shards(config: ExtractConfig, allow_pipe: bool) -> list[Shard]:
     """Of every entry of ``input_tars``."""
     found: dict[str, Shard] = {}
     for entry in config.input_tars:
-        for shard in discover(entry):
+        for shard in discover(entry, allow_pipe=allow_pipe):
             if found.setdefault(shard.id, shard).path != shard.path:
                 raise UsageError(f"input_tars: two files are shard {shard.id}: {found[shard.id].path} and {shard.path}")
     return sorted(found.values(), key=lambda shard: shard.id)
@@ -351,27 +351,14 @@ def _begins_anew(stage: Metadata, shards: Sequence[Shard]) -> bool:
     return not all(ledger.governing(shard.id).same_options(ledger.options, stage.version) for shard in shards)
 
 
-def _spelled_out(argv: Sequence[str]) -> list[str]:
-    """``--reprocess`` and ``--no_reprocess`` as ``--reprocess=True`` and ``False``: a switch that is not there leaves
-    the YAML's key alone."""
-    words = {
-        f"--{prefix}{name}": f"--{name}={value}" for name in SWITCHES for prefix, value in (("", True), ("no_", False))
-    }
-    found = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        key = word.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else word
-        found.append(words[key] if key in words and following not in ("True", "False", "None") else word)
-    return found
-
-
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(Options, _spelled_out(sys.argv[1:] if argv is None else argv))
+    options = parse_options(Options, argv)
     options.check()
     set_up_logging(options.quiet)
     config = read_config(options.yml, options.given)
     stage = Metadata(options, config)
-    shards = _shards(config)
+    shards = _shards(config, options.allow_pipe)
     if not is_worker():
         if config.logging:
             logger.warning(

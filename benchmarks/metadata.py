@@ -10,11 +10,13 @@ images a second from cached crops.
     python benchmarks/metadata.py                        # CPU: one core computes, the others decode
     python benchmarks/metadata.py --device cuda:0 --gpu  # a GPU, many more photos
     python benchmarks/metadata.py --tiny --device cpu    # small sizes: tells whether the code runs, not a speed
+    python benchmarks/metadata.py --distances SHARD.tar  # only what an inexact resize gives, and how far features move
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import io
 import itertools
@@ -25,7 +27,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -46,6 +48,7 @@ from curation.backends.clip_preparation import (  # noqa: E402
     FastCentreCrop,
     Normalise,
 )
+from curation.backends.diffusion_tiny import fill_with_noise  # noqa: E402
 from curation.images import decode_rgb, image_size  # noqa: E402
 from tests.tiny_extractors import MERGES, clip_vocabulary  # noqa: E402
 
@@ -54,6 +57,8 @@ B32_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers"
 B32_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 EXACT, FAST = CentreCrop(), FastCentreCrop()
+EXAMPLES = sorted((ROOT / "examples" / "shards").glob("*.tar"))
+DISTANCE_ROUNDS = 3
 MODEL_SHARE, CORES_SHARE, WAIT_SHARE, CACHED_PER_S = 0.95, 0.9, 0.05, 10_000
 
 
@@ -72,7 +77,6 @@ class Setting:
 
 def save_model(folder: Path, tiny: bool) -> Path:
     """CLIP as the hub has it, with random weights."""
-    import torch
     from transformers import CLIPConfig, CLIPModel
 
     words = clip_vocabulary()
@@ -80,19 +84,20 @@ def save_model(folder: Path, tiny: bool) -> Path:
     marks = {"vocab_size": 49408, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     for name, number in (("<|startoftext|>", end - 1), ("<|endoftext|>", end)):
         words[name] = number
-    torch.manual_seed(0)
     vision = {**(TINY if tiny else B32_VISION), "patch_size": 32, "image_size": 224, "hidden_act": "quick_gelu"}
     text = {**(TINY if tiny else B32_TEXT), **marks, "hidden_act": "quick_gelu"}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512)).save_pretrained(folder)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512))
+    fill_with_noise(model, 1)  # as it is initialised, all pictures would have nearly the same features
+    model.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(words), "utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, MERGES)) + "\n", "utf-8")
     return folder
 
 
-def photos() -> list[tuple[bytes, bytes]]:
-    """(image, caption) of the example shards, in their order."""
+def photos(shards: list[Path]) -> list[tuple[bytes, bytes]]:
+    """(image, caption) of some shards, in their order."""
     found: dict[str, dict[str, bytes]] = {}
-    for path in sorted((ROOT / "examples" / "shards").glob("*.tar")):
+    for path in shards:
         with tarfile.open(path) as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
@@ -213,9 +218,22 @@ def crop_exactly(image: bytes) -> np.ndarray[Any, Any]:
     return EXACT(decode_rgb(image, on_white=False))
 
 
-def crop_fast(image: bytes) -> np.ndarray[Any, Any]:
+def crop_fast(image: bytes, crop: FastCentreCrop = FAST) -> np.ndarray[Any, Any]:
     short, long = sorted(image_size(image))
-    return FAST(decode_rgb(image, at_least=-(-FAST.min_short_side * long // short), on_white=False))
+    return crop(decode_rgb(image, at_least=-(-crop.min_short_side * long // short), on_white=False))
+
+
+def crop_as_on_a_device(image: bytes) -> np.ndarray[Any, Any]:
+    """Decoded whole, resized by torch's antialiased bicubic, as a GPU would."""
+    import torch
+
+    pixels = torch.from_numpy(decode_rgb(image, on_white=False)).permute(2, 0, 1)[None].float()
+    height, width = pixels.shape[2:]
+    size = [int(224 * side / min(height, width)) for side in (height, width)]
+    resized = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+    top, left = (round((side - 224) / 2) for side in size)
+    crop = resized[0, :, top : top + 224, left : left + 224]
+    return crop.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
 def _crop_many(task: tuple[list[bytes], bool]) -> int:
@@ -235,19 +253,32 @@ def cores_alone(samples: list[tuple[bytes, bytes]], processes: int, images: int,
         return done / (time.perf_counter() - began)
 
 
-def feature_distance(samples: list[tuple[bytes, bytes]], bare: Bare) -> tuple[float, float]:
-    """(mean, greatest) 1 − cosine between the features of exact and of fast crops.
-
-    With random weights: the size of the change, not what it does to a trained model's scores.
-    """
-    features = []
-    for crop in (crop_exactly, crop_fast):
-        crops = [crop(image) for image, _ in samples]
-        parts = [_compute(bare, crops[start : start + 64]) for start in range(0, len(crops), 64)]
-        whole = np.concatenate([part.numpy() for part in parts]).astype(np.float64)
-        features.append(whole / np.linalg.norm(whole, axis=1, keepdims=True))
-    distances = 1 - (features[0] * features[1]).sum(axis=1)
-    return float(distances.mean()), float(distances.max())
+def distances(samples: list[tuple[bytes, bytes]], bare: Bare) -> Iterator[str]:
+    """What an inexact resize gives and costs, on one thread: a table.  On a CPU the time of the device's way says
+    nothing about a GPU; random weights only tell which way is nearer."""
+    ways: dict[str, Callable[[bytes], Any]] = {
+        "exact": crop_exactly,
+        "`fast`": crop_fast,
+        "`fast`, from no fewer than 448 pixels": functools.partial(crop_fast, crop=FastCentreCrop(margin=2)),
+        "antialiased bicubic, as on a device": crop_as_on_a_device,
+    }
+    yield "| | ms a picture | difference in levels (rms) | cosine with exact, mean | least |"
+    yield "|---|---|---|---|---|"
+    expected: tuple[Any, Any] | None = None
+    for name, way in ways.items():
+        spent = []
+        for _ in range(DISTANCE_ROUNDS):
+            began = time.perf_counter()
+            crops = np.stack([way(image) for image, _ in samples])
+            spent.append(time.perf_counter() - began)
+        parts = [_compute(bare, list(crops[start : start + 64])) for start in range(0, len(crops), 64)]
+        features = np.concatenate([part.numpy() for part in parts]).astype(np.float64)
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        expected = expected or (crops.astype(float), features)
+        levels = np.sqrt(((crops - expected[0]) ** 2).mean())
+        cosines = (features * expected[1]).sum(axis=1)
+        figures = f"{1000 * min(spent) / len(samples):.1f} | {levels:.2f} | {cosines.mean():.5f} | {cosines.min():.5f}"
+        yield f"| {name} | {figures} |"
 
 
 # ---- the table
@@ -255,7 +286,7 @@ def feature_distance(samples: list[tuple[bytes, bytes]], bare: Bare) -> tuple[fl
 
 def measure(setting: Setting, tiny: bool, folder: Path) -> int:
     model = save_model(folder / "model", tiny)
-    samples = photos()
+    samples = photos(EXAMPLES)
     write_shards(folder / "shards", samples, setting)
     bare = Bare(model, setting.device)
     crops = np.stack([crop_exactly(image) for image, _ in itertools.islice(itertools.cycle(samples), setting.batch)])
@@ -272,7 +303,6 @@ def measure(setting: Setting, tiny: bool, folder: Path) -> int:
     cached = bare.on_cached_crops(crops, batches)
     alone = cores_alone(samples, setting.processes, setting.images, exact=True)
     alone_fast = cores_alone(samples, setting.processes, setting.images, exact=False)
-    mean, most = feature_distance(samples, bare)
 
     top, stage, wait = statistics.median(on_tensors), statistics.median(exact), statistics.median(waits)
     beside = statistics.median(  # each run beside the bare model's just before and after: other load comes and goes
@@ -294,11 +324,11 @@ def measure(setting: Setting, tiny: bool, folder: Path) -> int:
         print(line)
     print(f"\nthe model waits for data {wait:.1%} of the stage's time; what limits: ", end="")
     print("the cores' decoding" if alone < top else "the model")
-    print(f"fast resize moves features by 1 − cosine = {mean:.2e} on average, {most:.2e} at most (random weights)")
     reached = stage / alone if alone < top else beside
     met = reached >= share and (alone < top or wait < WAIT_SHARE)
     met = met and (not setting.device.startswith("cuda") or cached >= CACHED_PER_S)
-    print(f"stage / limit = {reached:.3f} (aim {share}): {'met' if met else 'missed'}")
+    print(f"stage / limit = {reached:.3f} (aim {share}): {'met' if met else 'missed'}\n")
+    print("\n".join(distances(samples, bare)))
     return 0 if met or tiny else 1
 
 
@@ -316,6 +346,11 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a small model and few photos")
     parser.add_argument("--images", type=int, help="photos in the shards")
     parser.add_argument("--processes", type=int, help="that decode; default: the cores, less one on a CPU")
+    parser.add_argument(
+        "--distances", nargs="+", type=Path, metavar="SHARD", help="only what inexact resizes cost, on these"
+    )
+    parser.add_argument("--clip", type=Path, help="with --distances: a folder with a trained CLIP ViT-B/32")
+    parser.add_argument("--least_side", type=int, default=0, help="with --distances: only photos of so many pixels")
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     on_cpu = options.device == "cpu"
@@ -329,6 +364,12 @@ def main() -> int:
         repeats=1 if options.tiny else 3,
     )
     with tempfile.TemporaryDirectory(prefix="bench-metadata-") as folder:
+        if options.distances:
+            bare = Bare(options.clip or save_model(Path(folder), options.tiny), options.device)
+            bare.torch.set_num_threads(1)
+            samples = [s for s in photos(options.distances) if min(image_size(s[0])) >= options.least_side]
+            print("\n".join(distances(samples[: options.images], bare)))
+            return 0
         return measure(setting, options.tiny, Path(folder))
 
 

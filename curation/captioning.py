@@ -20,7 +20,6 @@ from curation.errors import InfrastructureError, SampleError
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
 Compile = Literal["none", "decode", "all"]
-DETAILS: tuple[Detail, ...] = ("brief", "detailed", "more_detailed")
 MOST_WAITING = 512  # images that wait for others of their shape, over all shapes
 MOST_WAITING_BYTES = 1 << 30  # of them as they lie in the shard and as the model takes them
 LARGEST_BATCH = 1024

@@ -136,7 +136,9 @@ def read_config(yml: str | None, flags: Mapping[str, Any]) -> ExtractConfig:
     values = {key: value for key, value in values.items() if value is not None}
     for key in _REQUIRED:
         if not values.get(key):
-            raise UsageError(f"{f'{yml} has no {key}' if yml else f'no {key}'}: give it there or as --{key}")
+            raise UsageError(
+                f"{yml} has no {key}: give it there or as --{key}" if yml else f"give --{key}, or a --yml that has it"
+            )
     return ExtractConfig(**values)
 
 
@@ -145,6 +147,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, 1, 0.5)
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+
+
+def short_name(directive: str) -> str:
+    """What the columns of a model are called: ``clip:organisation/model@revision`` → ``model``."""
+    return directive.partition(":")[2].rstrip("/").rpartition("/")[2].partition("@")[0] or directive
 
 
 def family_of(directive: str) -> str | None:
@@ -207,6 +214,13 @@ def check_names_early(config: ExtractConfig) -> None:
 
 
 def _known_outputs(directive: str) -> Directive | None:
+    prefix, colon, _ = directive.partition(":")
+    if colon and prefix in HUB_FAMILIES:
+        name = short_name(directive)
+        clip = _clip(name)
+        return (
+            clip if prefix == "clip" else Directive(clip.family, (*clip.columns, f"{name}-probability"), clip.features)
+        )
     known = DIRECTIVES.get(directive)
     return known if known is not None and (known.columns or known.features) else None
 
@@ -269,9 +283,6 @@ def _paths(value: Any) -> tuple[str, ...]:
     value = [value] if isinstance(value, str) else value  # commas belong to braces
     if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) and name for name in value):
         raise ValueError("wants a path or a list of paths")
-    for name in value:
-        if "://" in name or name.startswith("pipe:"):
-            raise ValueError("wants paths of files that are mounted here")
     return tuple(value)
 
 

@@ -239,7 +239,7 @@ class Ledger:
                 changes.append(f"{name}: {_short(before)} → {_short(now)}")
         raise UsageError(
             f"{self.stage} ran on {self.root} with other options ({'; '.join(changes)}). "
-            "Use the same ones, another --output, or --rerun to do it again with these."
+            "Use the same ones, another output folder, or --rerun to do it again with these."
         )
 
     # ---- states

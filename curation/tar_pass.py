@@ -63,13 +63,6 @@ class SampleSpan:
     damages: list[Damage] = field(default_factory=list)  # inside it and beside it
 
     @property
-    def extents(self) -> list[tuple[int, int]]:
-        """The byte ranges of its members: one, unless there may be damage in between."""
-        if not self.damages:
-            return [(self.start, self.end)]
-        return sorted((member.start, member.end) for member in (*self.members, *self.foreign))
-
-    @property
     def kinds(self) -> frozenset[str]:
         """The suffixes of its members, with "image" for those of images."""
         return frozenset("image" if m.suffix in IMAGE_SUFFIXES else m.suffix for m in self.members)

@@ -254,9 +254,16 @@ def open_url(url: str, start: int = 0) -> Any:
         if not (start and response.status_code == 416):
             response.raise_for_status()
     except requests.RequestException as error:
-        said = re.sub(r"\?\S*|//\S*@", "", hub_error_line(error))
-        raise InfrastructureError(f"{shown(url)}: cannot be fetched: {said}") from error
+        raise InfrastructureError(f"{shown(url)}: cannot be fetched: {_why(error)}") from error
     return response
+
+
+def _why(error: Exception) -> str:
+    """What the library says, without its own names, addresses in memory, and what a URL must not show."""
+    said = re.sub(r"\?\S*|//\S*@", "", hub_error_line(error))
+    if (inner := re.search(r"Failed to resolve '[^']*'|Connection refused|timed out", str(error))) is not None:
+        said = inner[0]
+    return said
 
 
 def save(response: Any, file: BinaryIO, url: str, max_bytes: int, what: str = "the weights") -> None:

@@ -45,6 +45,9 @@ LINES: list[tuple[str, dict[str, Any]]] = [
     ("--output_dir=sample_outputs", {"output_dir": "sample_outputs"}),
     ("--max_tokens=120", {"max_tokens": 120}),
     ("--detect_watermarks", {"detect_watermarks": True}),
+    ("--detect_watermarks=True -b 1", {"detect_watermarks": True, "batch_size": 1}),
+    ("--detect_watermarks True -b 1", {"detect_watermarks": True, "batch_size": 1}),
+    ("--detect_watermarks=False", {"detect_watermarks": False}),
     # ContraStyles: batched_image_inference.py, run_captioning.sh
     ("--max-images 100 --no-push", {"max_images": 100, "push": False}),
     ("--model google/gemma-3-4b-it", {"model": "google/gemma-3-4b-it"}),
@@ -90,6 +93,11 @@ def test_a_command_line_of_the_readmes(line: str, meant: dict[str, Any], spelled
     for field in dataclasses.fields(options):
         if field.name not in named:
             assert getattr(options, field.name) == getattr(untouched, field.name), "no other option is changed"
+
+
+def test_a_switch_wants_a_truth(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage.main(["x", "--detect_watermarks=yes"]) == 2
+    assert "--detect_watermarks: wants True or False, not 'yes'" in capsys.readouterr().err
 
 
 def test_the_pipe_of_a_readme() -> None:

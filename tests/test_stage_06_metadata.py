@@ -601,6 +601,18 @@ def test_the_script_without_slurm(tmp_path: Path) -> None:
         assert len(list((tmp_path / out).glob("*.parquet"))) == (1 if folders else 5)
 
 
+def test_the_script_names_the_python_that_is_not_there(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "ROOT": str(tmp_path)}
+    command = ["bash", str(ROOT / f"{NAME}.sh")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and f"there is no {tmp_path}/python: ./install.sh makes it" in result.stderr
+
+
+def test_a_command_without_flags_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage.main([]) == 2
+    assert "give --models, or a --yml that has it" in capsys.readouterr().err
+
+
 def test_receipts_tell_where_the_time_went(undisturbed: Path) -> None:
     assert {"read", "decode", "infer", "wait", "write"} <= set(receipt(undisturbed, "00000000")["seconds"])
 

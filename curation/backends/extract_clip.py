@@ -25,6 +25,7 @@ from curation.backends.clip_tokens import ClipTokens, is_clip_vocabulary
 from curation.backends.folder_tokens import FolderTokens
 from curation.backends.hub_models import folder_digest, quiet_transformers
 from curation.errors import InfrastructureError, UsageError
+from curation.extract_config import short_name
 from curation.extracting import Batch, Column, Feature, Preparation
 from curation.model_settings import ModelSettings, WeightSource
 from curation.weights import fetch_weights
@@ -44,11 +45,6 @@ def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
     if found is None:
         raise UsageError(f"{directive}: no such CLIP model; there are {', '.join(SOURCES)}, clip:… and siglip:…")
     return [found]
-
-
-def short_name(directive: str) -> str:
-    """What columns and features are called after: the directive, without the kind and the folders before a name."""
-    return directive.partition(":")[2].rstrip("/").rpartition("/")[2].partition("@")[0] or directive
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from curation.backends.decoding import NoRepeatedNgrams, SeededSampling, StaticC
 from curation.backends.hub_models import (
     TRANSFORMER,
     ModelSource,
+    import_bitsandbytes,
     quiet_transformers,
     resolve,
     snapshot,
@@ -281,6 +282,7 @@ class VisionLanguageModel:
     def _quantization(self, quantize: Quantize) -> Any:
         from transformers import BitsAndBytesConfig
 
+        import_bitsandbytes()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line a layer and call: inputs become float16
 
         if quantize == "8bit":

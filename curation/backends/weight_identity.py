@@ -19,15 +19,15 @@ def weight_sources(family: str, directive: str, settings: ModelSettings) -> list
     return list(sources(directive, settings)) if sources is not None else []
 
 
-def identify(sources: Iterable[WeightSource]) -> list[str]:
-    """A line for each: other weights give another one, wherever they lie.
+def identify(directive: str, sources: Iterable[WeightSource]) -> list[str]:
+    """A line for each of a directive's: other weights give another one, wherever they lie.
 
     Raises InfrastructureError where a hub id's revision cannot be found out.
     """
-    return [_identify(source) for source in sources]
+    return [_identify(directive, source) for source in sources]
 
 
-def _identify(source: WeightSource) -> str:
+def _identify(directive: str, source: WeightSource) -> str:
     if is_url(source.source):
         return f"sha256:{source.sha256}"
     path = Path(source.source).expanduser()
@@ -37,5 +37,5 @@ def _identify(source: WeightSource) -> str:
         return file_revision(path)
     model, _, revision = source.source.partition("@")
     if is_hub_id(model):
-        return f"{model}@{resolve(model, revision or None, kind=TRANSFORMER).revision}"
+        return f"{model}@{resolve(model, revision or None, kind=TRANSFORMER, asked_by=directive).revision}"
     return source.source

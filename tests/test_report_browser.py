@@ -178,6 +178,10 @@ def test_it_prints(browser: Any, path: Path, tmp_path: Path) -> None:
         assert tab.page.locator("form.search").is_hidden()
         assert tab.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert tab.page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+        tab.page.set_viewport_size({"width": 680, "height": 1000})  # A4 within its margins
+        cut = tab.page.evaluate("""() => [...document.querySelectorAll(".scroll")].filter((e) => e.checkVisibility())
+            .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.ariaLabel)""")
+        assert cut == []
         pdf = tab.page.pdf(path=tmp_path / "report.pdf", format="A4")
         assert pdf.startswith(b"%PDF")
         assert 3 <= pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") <= 40

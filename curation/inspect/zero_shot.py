@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation import backends
-from curation.backends.extract_clip import short_name
 from curation.edits import LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, SampleError, ShardError
+from curation.extract_config import short_name
 from curation.extracting import Preparation
 from curation.groups import hash_of
 from curation.images import decode_rgb

@@ -163,6 +163,7 @@ class Recaption:
     name = "05_recaption"
     version = 1
     other_outputs: tuple[Path, ...] = ()
+    kept_by_rerun = "Captions of the same model, prompt and settings are taken over, not made again."
     shards_in_flight = 1
 
     def __init__(self, options: Options, limits: dict[str, int]) -> None:

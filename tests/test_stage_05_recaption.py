@@ -408,6 +408,7 @@ def test_another_format_later_costs_no_caption_twice(
     assert run(SHARDS, tmp_path, "--format", "all") == 2
     said = capsys.readouterr().err
     assert "format: [" in said and "or --rerun" in said
+    assert "settings are taken over, not made again" in said
     monkeypatch.setattr(stub.Backend, "caption", lambda *_: pytest.fail("captioned again"))
     assert run(SHARDS, tmp_path, "--format", "all", "--rerun") == 0
     assert published(tmp_path) == published(undisturbed)

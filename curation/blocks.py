@@ -100,6 +100,7 @@ class Blocks:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+        del self.block  # it knows this file: else both, with their megabytes, wait for the collector of cycles
 
 
 class FileBlocks(Blocks):

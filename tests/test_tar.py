@@ -602,3 +602,15 @@ def test_a_process_that_ends_in_mid_pass_ends(tmp_path: Path) -> None:
     code = "import sys; from curation.tar import TarPass; w = TarPass(sys.argv[1]).windows(); next(w); sys.exit(3)"
     command = [sys.executable, "-c", code, str(path)]
     assert subprocess.run(command, cwd=EXAMPLES.parent.parent, timeout=30, check=False).returncode == 3
+
+
+def test_a_pass_leaves_no_memory_to_the_collector() -> None:
+    """Else each shard would leave its buffers behind until the collector of cycles happens to run."""
+    shard = Path(__file__).resolve().parent.parent / "examples" / "shards" / "00000000.tar"
+    gc.collect()
+    gc.disable()
+    try:
+        assert sum(1 for _ in read_samples(shard)) > 0
+        assert not [found for found in gc.get_objects() if isinstance(found, blocks.Blocks)]
+    finally:
+        gc.enable()

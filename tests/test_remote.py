@@ -527,7 +527,7 @@ def test_stage_06_reads_the_same_from_everywhere(
     unpack(SHARDS / "00000007.tar", tmp_path / "00000007")
     listed = tmp_path / "shards.txt"
     listed.write_text(
-        f"{SHARD}\n{web.url}/0000000{{1,2}}.tar?token=secret\ns3://shards/laion/00000003.tar\n"
+        f"{SHARD}\n{web.url}/0000000{{1,5}}.tar?token=secret\ns3://shards/laion/00000003.tar\n"
         f"pipe:cat {SHARDS}/00000004.tar\n00000007\n"
     )
     flags = ["--models", "statistics,hashes", "--postprocess_features", "all", "--nworkers", "1", "--quiet"]
@@ -538,14 +538,14 @@ def test_stage_06_reads_the_same_from_everywhere(
 
     assert metadata(listed, tmp_path / "out") == 2
     assert "only with --allow_pipe" in capsys.readouterr().err
-    assert metadata(listed, tmp_path / "out", "--allow_pipe") == 1  # of 00000002, which is not there
+    assert metadata(listed, tmp_path / "out", "--allow_pipe") == 1  # of 00000005, which is not there
     assert metadata(SHARDS, tmp_path / "local") == 0
     for shard in ("00000000", "00000001", "00000003", "00000004"):
         same_as(tmp_path / "local", tmp_path / "out", f"{shard}.parquet", ".")
     assert (tmp_path / "out" / "00000007.parquet").is_file()
-    (failed,) = (tmp_path / "out").glob("_receipts/06_metadata/*/00000002.json")
+    (failed,) = (tmp_path / "out").glob("_receipts/06_metadata/*/00000005.json")
     message = json.loads(failed.read_bytes())["error"]["message"]
-    assert message == f"{web.url}/00000002.tar?…: 404 Not Found"
+    assert message == f"{web.url}/00000005.tar?…: 404 Not Found"
 
 
 def test_stage_05_reads_loose_files(local: Path, tmp_path: Path) -> None:

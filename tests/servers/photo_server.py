@@ -1,4 +1,6 @@
-"""A web server of real photos and of every kind of bad answer, on all of 127.0.0.0/8: many hosts in one.  Prints its port.
+"""A web server of real photos and of every kind of bad answer, on all of 127.0.0.0/8: many hosts in one.
+
+Prints its port.
 
 The first part of the path says what becomes of a request, the rest which photo it is: ``/photo/17``, ``/404/3``.
 ``/_seen`` tells, as JSON, how often each path was asked for and how many requests were under way at once.

@@ -26,7 +26,7 @@ from curation.dictionaries import KEY_SUFFIX, dump_json, parse_json, write_dicti
 from curation.errors import SampleError, UsageError
 from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_boxes
 from curation.images import decode_rgb, image_size
-from curation.ledger import Input
+from curation.ledger import Input, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.runner import ShardWork, run_stage
 from curation.samples import caption_of, check_loose_name, image_of, metadata_of
@@ -50,7 +50,7 @@ class Options(RunOptions):
     """Keep the samples whose image shows at least one face; write their captions and their metadata."""
 
     input: str
-    """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output: str
     """Folder for the captions, one <shard>.json each."""
     edits: str
@@ -155,7 +155,7 @@ class FilterFaces:
         }
 
     def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path)]
+        return source_inputs(shard)
 
     def open(self, allocation: Allocation) -> None:
         self._threads = self.options.threads or allocation.threads
@@ -337,7 +337,7 @@ def timed(samples: Iterable[Sample], work: ShardWork) -> Iterator[Sample]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
-    return run_stage(FilterFaces(options), options, discover(options.input))
+    return run_stage(FilterFaces(options), options, discover(options.input, allow_pipe=options.allow_pipe))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from curation.prompts import (
     opening,
     read_system_prompt,
 )
+from curation.remote import is_remote
 from curation.runner import Follows, ShardWork, run_stage
 from curation.samples import caption_of, metadata_of
 from curation.shards import Shard, discover
@@ -311,14 +312,15 @@ def is_tar(shard: Shard) -> bool:
     return shard.path.suffix == ".tar"
 
 
-def find_input(source: str) -> list[Shard]:
+def find_input(source: str, *, allow_pipe: bool = False) -> list[Shard]:
     """The caption dictionaries that ``source`` names, or the tars where a folder has no captions but tars.
 
     A folder of tars may hold a downloader's ``<shard>_stats.json`` too, so tars go first there.
     """
     path = Path(source)
-    tars = source.endswith(".tar") or (path.is_dir() and next(path.glob("*.tar"), None) is not None)
-    return discover(source, ".tar" if tars else ".json")
+    in_folder = path.is_dir() and next(path.glob("*.tar"), None) is not None
+    tars = in_folder or is_remote(source) or source.endswith(".tar")
+    return discover(source, ".tar" if tars else ".json", allow_pipe=allow_pipe)
 
 
 @exit_code
@@ -326,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
     follows = Follows(CAPTIONS_STAGE, Path(options.input), ".json")
-    shards = follows.discover() if options.follow else find_input(options.input)
+    shards = follows.discover() if options.follow else find_input(options.input, allow_pipe=options.allow_pipe)
     return run_stage(RewriteCaptions(options), options, shards, follows)
 
 

@@ -13,10 +13,10 @@ from curation.cluster import Allocation
 from curation.dictionaries import KEY_SUFFIX, clean_text, read_dictionary
 from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import ShardError, UsageError
-from curation.inputs import VERIFY_BYTES, Input, published_below
+from curation.inputs import VERIFY_BYTES, Input, published_below, source_inputs
 from curation.options import RunOptions, exit_code, parse_options
 from curation.runner import Follows, ShardWork, run_stage
-from curation.shards import Shard, discover
+from curation.shards import Shard, discover, local_folders
 from curation.splice import Edit, Fate, splice, verify_splice
 from curation.tar import SampleSpan, TarPass, TarReport
 
@@ -30,7 +30,7 @@ class Options(RunOptions):
     """Replace the edited samples of each shard; copy everything else byte for byte."""
 
     input: str
-    """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     edits: str
     """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together."""
     output: str
@@ -116,7 +116,7 @@ class Reshard:
 
     def inputs(self, shard: Shard) -> list[Input]:
         o, edits = self.options, Path(self.options.edits)
-        inputs = [Input(shard.path)]
+        inputs = source_inputs(shard)
         if o.edits_layout != "files":
             inputs.append(Input(edits / f"{shard.id}.tar", EDITS_STAGE, optional=True))
         if o.edits_layout != "tar":
@@ -190,8 +190,8 @@ def some(keys: Collection[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
-    shards = discover(options.input)
-    if Path(options.output).resolve() in {shard.path.parent.resolve() for shard in shards}:
+    shards = discover(options.input, allow_pipe=options.allow_pipe)
+    if Path(options.output).resolve() in local_folders(shards):
         raise UsageError("--output must not be the folder of the source shards: it would replace them")
     return run_stage(Reshard(options), options, shards, Follows(EDITS_STAGE, Path(options.edits)))
 

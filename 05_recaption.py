@@ -26,9 +26,10 @@ from curation.device_memory import WorkingBatch
 from curation.dictionaries import dump_json
 from curation.endpoints import endpoint_urls
 from curation.errors import InfrastructureError, UsageError
+from curation.hub_pushing import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonl_merge import JsonlMerge
-from curation.ledger import Input, Ledger
+from curation.ledger import Input, Ledger, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.partial import PartialLog
 from curation.runner import ShardWork, run_stage
@@ -37,7 +38,7 @@ from curation.tar import TarReport
 from curation.workers import is_worker
 
 JSONL_NAME = "captions.jsonl"
-CACHE = Path("~/.cache/curation")
+PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
 NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 
 
@@ -47,13 +48,13 @@ def also(*names: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class Options(HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH")] = None
     """Source shards, as --data_path."""
     data_path: Annotated[str | None, also("--data_dir", "--input")] = None
-    """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output_dir: Annotated[str, also("-o", "--output", "--checkpoint_dir")] = "recaptions"
     """Folder for the captions."""
     format: str = "jsonl"
@@ -86,10 +87,14 @@ class Options(RunOptions):
     """Quantise the weights, where the family allows it."""
     offload: bool = False
     """Keep on the CPU what does not fit on the GPU: for small cards, slower."""
+    compile: captioning.Compile = "none"
+    """Florence-2 on a GPU: each step as one CUDA graph; or the images' encoder too.  The first batches take minutes."""
     ports: str = "8000"
     """Ports of the vision servers on this machine, with --model endpoint:<the server's model>."""
     endpoints: str | None = None
     """Whole URLs of the vision servers, separated by commas, in place of --ports."""
+    endpoints_dir: str | None = None
+    """A folder in which vision servers register (serve_endpoints.sh), in place of --ports; they may come and go."""
     timeout: float = 120.0
     """Seconds that a vision server has for one caption."""
     num_gpus: int | None = None
@@ -112,14 +117,6 @@ class Options(RunOptions):
     """Leave out images whose watermark score is above this; they are listed as dropped.  Default: none is."""
     compare: str | None = None
     """Another run's captions.jsonl: write compare.html with the images and the captions of both, side by side."""
-    push_every: int = 500
-    """Images between two uploads to the hub."""
-    hf_repo: str | None = None
-    """Dataset repository on the hub to upload to.  Default: nothing is uploaded."""
-    hf_username: str | None = None
-    """Owner of --hf_repo.  Default: who is logged in."""
-    push: bool = True
-    """Whether to upload at all; --no_push has the last word."""
 
     def check(self) -> None:
         super().check()
@@ -137,8 +134,7 @@ class Options(RunOptions):
             raise UsageError("--max_watermark needs --detect_watermarks")
         if self.follow:
             raise UsageError("--follow: there is no stage before 05_recaption that it could follow")
-        if self.hf_repo is not None and self.push:
-            raise UsageError("--hf_repo: uploading to the hub is not built yet; leave it out, or add --no_push")
+        self.check_hub()
         if "parquet" in self.formats:
             import_arrow()
 
@@ -173,6 +169,7 @@ class Recaption:
         self.output = Path(options.output_dir)
         self._limits = limits
         self._merge: JsonlMerge | None = None
+        self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
 
     @cached_property
     def _prompt(self) -> str | None:
@@ -191,7 +188,7 @@ class Recaption:
             return None
         from curation.backends.watermark_onnx import weights_file
 
-        return weights_file(o.watermark_model, o.watermark_sha256, CACHE.expanduser())
+        return weights_file(o.watermark_model, o.watermark_sha256)
 
     @cached_property
     def _model(self) -> dict[str, str]:
@@ -206,7 +203,7 @@ class Recaption:
 
     def fingerprint(self) -> dict[str, object]:
         o = self.options
-        names = ("detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize")
+        names = ("detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize", "compile")
         watermarks = hashlib.sha256(self._watermark_file.read_bytes()).hexdigest() if self._watermark_file else None
         model: dict[str, str] = {}
         try:
@@ -224,17 +221,20 @@ class Recaption:
         }
 
     def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path)]
+        return source_inputs(shard)
 
     def open(self, allocation: Allocation) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         o = self.options
         family, source = captioning.resolve(o.model)
         self._family = captioning.FAMILIES[family]
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        self._threads = int(given) if given.isdecimal() and int(given) else allocation.threads
         device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
         more: dict[str, Any] = {}
         if family == "endpoint":
-            more = {"urls": endpoint_urls(o.ports, "localhost", o.endpoints), "timeout_s": o.timeout}
+            urls = [] if o.endpoints_dir and not o.endpoints else endpoint_urls(o.ports, "localhost", o.endpoints)
+            more = {"urls": urls, "folder": o.endpoints_dir and Path(o.endpoints_dir), "timeout_s": o.timeout}
         self.backend: captioning.CaptionBackend = backends.load("caption", family)(
             source,
             revision=o.revision,
@@ -245,8 +245,9 @@ class Recaption:
             quantize=o.quantize,
             offload=o.offload,
             device=device,
-            threads=allocation.threads,
+            threads=self._threads,
             dtype=o.dtype,
+            compile=o.compile,
             **more,
         )
         score: Callable[[Pixels], float] | None = None
@@ -255,8 +256,10 @@ class Recaption:
         threads = o.dataloader_num_workers or allocation.threads
         self.feed = Feed(self.backend, threads, score, o.max_watermark)
         self._on_gpu = allocation.gpu is not None
+        self.pushing.begin(allocation)
 
     def close(self) -> None:
+        self.pushing.end()
         if hasattr(self, "feed"):
             self.feed.close()
         if hasattr(self, "backend"):
@@ -288,7 +291,9 @@ class Recaption:
             work.warn(line)
         with work.phase("write"):
             self._write(work, pictures)
-        for name, value in (("recipe", recipe), ("batch_size", size), ("device", self.backend.device_kind)):
+        self.pushing.saw(len(pictures))
+        notes = {"recipe": recipe, "batch_size": size, "device": self.backend.device_kind, "threads": self._threads}
+        for name, value in notes.items():
             work.note(name, value)
 
     def _caption(self, work: ShardWork, batch: Batch, log: PartialLog, memory: WorkingBatch) -> None:
@@ -328,7 +333,7 @@ class Recaption:
 
     def _device(self) -> str:
         b, o = self.backend, self.options
-        return "\0".join(map(str, (b.device_kind, b.name, b.revision, o.dtype, o.quantize, o.max_tokens)))
+        return "\0".join(map(str, (b.device_kind, b.name, b.revision, o.dtype, o.quantize, o.compile, o.max_tokens)))
 
     def _batch_size(self, shard: Shard) -> int:
         asked = self.options.batch_size
@@ -369,17 +374,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     compare = None if options.compare is None or options.dry_run else Path(options.compare)
     options = replace(options, data=None, data_path=options.source, compare=None)  # as the workers are told
-    shards = select(discover(options.source), options.shards)
+    shards = select(discover(options.source, allow_pipe=options.allow_pipe), options.shards)
     if options.smoke is not None:
         folder = Path(options.output_dir) / f"_smoke-{options.smoke}"
-        options = replace(options, output_dir=str(folder), max_images=options.smoke, rerun=True, workers=1, num_gpus=1)
+        options = replace(options, output_dir=str(folder), max_images=options.smoke, rerun=True, push=False)
+        options = replace(options, workers=1, num_gpus=1)
     limits: dict[str, int] = {}
     if options.max_images is not None:
         limits = first_images(shards, options.max_images)
         shards = [shard for shard in shards if shard.id in limits]
     if not is_worker():
         options = replace(options, workers=workers_for_gpus(options.workers, options.num_gpus, options.gpus))
-    code = run_stage(Recaption(options, limits), options, shards)
+    stage = Recaption(options, limits)
+    code = run_stage(stage, options, shards)
+    if not options.dry_run:
+        stage.pushing.finish(code)
     if options.smoke is not None and not options.dry_run:
         show_trial(Path(options.output_dir), list(limits))
     if compare is not None:

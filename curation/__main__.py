@@ -14,6 +14,7 @@ COMMANDS = {  # command → the module whose ``main(argv)`` it is, imported when
         "how far the stages below a folder are: done, failed, running, pending, stale",
     ),
     "retry": ("curation.inspect.retry", "make failed shards of a stage pending again"),
+    "publish": ("curation.inspect.publish", "upload a stage's finished outputs to a dataset repository of the hub"),
     "models": ("curation.model_files", "fetch: the weights that a stage's options name, for nodes without internet"),
 }
 

@@ -14,7 +14,7 @@ from curation.claims import Claim, Claims
 from curation.cluster import Allocation, StopSignal
 from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped
 from curation.holders import Death
-from curation.ledger import MAX_ATTEMPTS, Input, Ledger, State, verify_inputs
+from curation.ledger import MAX_ATTEMPTS, Input, Ledger, State, insist_on_same_remote, verify_inputs
 from curation.leftovers import Leftovers
 from curation.options import RunOptions, logger
 from curation.partial import Partials, tokens_with_checkpoints
@@ -171,6 +171,7 @@ class Attempts:
                     self._claims.mark_alone(claim)
                 self._stage.process(work)
             work.assert_conservation()
+            insist_on_same_remote(this.inputs, work.inputs)
             self._check_error_rate(work)
             self._commit(this, None)
         except (Stopped, LostClaim, InfrastructureError):

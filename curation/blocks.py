@@ -22,7 +22,7 @@ class Block:
 
     __slots__ = ("_file", "_view", "begin", "buffer", "end", "shift")
 
-    def __init__(self, file: FileBlocks, buffer: bytearray, shift: int, begin: int, end: int) -> None:
+    def __init__(self, file: Blocks, buffer: bytearray, shift: int, begin: int, end: int) -> None:
         self._file = file
         self._view = memoryview(buffer)
         self.buffer, self.shift, self.begin, self.end = buffer, shift, begin, end
@@ -52,25 +52,18 @@ class Block:
         return bytes(view) if view is not None else b"".join(map(bytes, self.pieces(start, start + size)))
 
 
-class FileBlocks:
-    """One pass over a file.  Two buffers take turns: a block stays as it is while the next is read.
+class Blocks:
+    """One pass over a file, wherever it lies.  Two buffers take turns: a block stays as it is while the next is read.
 
     ``size`` is the file's; it is corrected when the file proves shorter.  Raises ShardError when it cannot be read.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
-        self.size = os.fstat(self._descriptor).st_size
-        capacity = MAX_KEPT_BYTES + min(READ_BYTES, self.size)
+    def __init__(self, size: int) -> None:
+        self.size = size
+        capacity = MAX_KEPT_BYTES + min(READ_BYTES, size)
         self._buffers = bytearray(capacity), bytearray(capacity)  # memory only where it is filled
         self._turn = 0
         self.block = Block(self, self._buffers[0], -MAX_KEPT_BYTES, 0, 0)
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def advance(self, kept_from: int, wanted: int) -> Block:
         """Read the next block; the bytes from ``kept_from`` to the last one's end stay where there is room for them.
@@ -93,6 +86,36 @@ class FileBlocks:
         return self.block
 
     def fill(self, view: memoryview, start: int) -> int:
+        """Fill ``view`` from the file, as far as it goes.  Two threads may ask at once."""
+        raise NotImplementedError
+
+    def let_go(self) -> None:
+        """A ``fill`` that waits for bytes is not to wait any longer: they are not wanted any more."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class FileBlocks(Blocks):
+    """Of a file on a filesystem."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
+        super().__init__(os.fstat(self._descriptor).st_size)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def fill(self, view: memoryview, start: int) -> int:
         """Fill ``view`` from the file, as far as it goes: a shared filesystem may return less than it was asked for."""
         total = 0
         try:
@@ -104,9 +127,3 @@ class FileBlocks:
 
     def close(self) -> None:
         os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()

@@ -16,6 +16,7 @@ from PIL import Image
 from curation.caption_rows import parse_rows, rows_path
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.images import decode_rgb, encode_jpeg
+from curation.remote import Source
 from curation.samples import image_of
 from curation.shards import Shard
 from curation.tar import IMAGE_SUFFIXES, read_samples
@@ -110,7 +111,7 @@ def _captions(path: Path) -> dict[tuple[str, str], str]:
         raise InfrastructureError(f"--compare {path}: not a captions.jsonl ({error})") from None
 
 
-def _thumbnails(source: Path, keys: set[str]) -> Iterator[tuple[str, str]]:
+def _thumbnails(source: Source, keys: set[str]) -> Iterator[tuple[str, str]]:
     """Small JPEGs of the samples named, in base64; those that cannot be decoded are left out."""
     for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
         if sample.key not in keys:

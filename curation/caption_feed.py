@@ -18,16 +18,16 @@ from PIL import Image
 from curation.ahead import in_order
 from curation.beside import Beside
 from curation.caption_rows import Row, lenient_metadata, make_row, sha256_of
-from curation.captioning import CaptionBackend, ShapeGroups, find_batch_size, settled_batch_size
+from curation.captioning import MOST_WAITING_BYTES, CaptionBackend, ShapeGroups, find_batch_size, settled_batch_size
 from curation.dictionaries import clean_text, dump_json
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
 from curation.partial import PartialLog
+from curation.remote import Source
 from curation.samples import image_of
 from curation.tar import IMAGE_SUFFIXES, Sample, TarReport, read_samples
 
-MAX_BYTES_AHEAD = 256 << 20  # of images as they lie in the shard
-MOST_WAITING = 512  # images that wait for others of their shape, at up to a few megabytes each
+MAX_BYTES_AHEAD = 256 << 20  # of images that are being prepared, as they lie in the shard and as they become
 LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
 _WANTED = frozenset(IMAGE_SUFFIXES) | {"txt", "json"}
 
@@ -51,6 +51,7 @@ class Picture:
     """A sample with an image on its way to its caption.
 
     image: its bytes, until it is captioned.  digest: of the key and those bytes.  size: width, height.
+    nbytes: what it weighs until it is captioned: the image, and what the model takes.
     caption: of an earlier run.  record: what this run found out, perhaps in an earlier attempt.
     """
 
@@ -63,6 +64,7 @@ class Picture:
     sha256: str = ""
     score: float | None = None
     shape: tuple[int, ...] = ()
+    nbytes: int = 0
     prepared: Any = None
     caption: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +72,8 @@ class Picture:
     def outcome(self, caption: str | SampleError, mark: str) -> bytes:
         """The record of a caption, or of why there is none, as a member of the batch ``mark``."""
         record: dict[str, Any] = {
-            "size": self.size, "sha256": self.sha256, "score": self.score, "shape": self.shape, "mark": mark
+            "size": self.size, "sha256": self.sha256, "score": self.score, "shape": self.shape, "nbytes": self.nbytes,
+            "mark": mark,
         }  # fmt: skip
         if isinstance(caption, SampleError):
             record["failed"] = [caption.reason, clean_text(caption.detail)]
@@ -83,7 +86,7 @@ class Picture:
         """Take over what the record says but for the caption."""
         record = self.record
         self.size, self.sha256 = (record["size"][0], record["size"][1]), record["sha256"]
-        self.score, self.shape = record["score"], tuple(record["shape"])
+        self.score, self.shape, self.nbytes = record["score"], tuple(record["shape"]), record["nbytes"]
 
     def let_go(self) -> None:
         """The bytes and tensors: of a shard's pictures only a few are in memory at a time."""
@@ -104,6 +107,7 @@ class Feed:
 
     score: how much an image looks watermarked, from its pixels; None where nobody asks.
     max_watermark: the score above which a picture is dropped; None: never.
+    most_bytes: of pictures that wait for others of their shape.
     """
 
     def __init__(
@@ -112,19 +116,22 @@ class Feed:
         threads: int,
         score: Callable[[Pixels], float] | None = None,
         max_watermark: float | None = None,
+        most_bytes: int = MOST_WAITING_BYTES,
     ) -> None:
         self._backend, self._threads = backend, threads
         self._score, self._max_watermark = score, max_watermark
+        self._most_bytes = most_bytes
         self._pool = ThreadPoolExecutor(threads, "prepare")
         self._one_large_image = threading.Lock()
         self._found: int | None = None  # the batch size
+        self._heaviest = 0  # bytes of what an image became, so far
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def pictures(
         self,
-        source: Path,
+        source: Source,
         work: Work,
         report: TarReport,
         limit: int | None,
@@ -147,7 +154,7 @@ class Feed:
 
         samples = self._samples(source, work, report, limit)
         ahead = batch_size + 2 * self._threads  # one batch works, one waits, one is prepared
-        for picture, future in in_order(samples, start, lambda p: len(p.image), ahead, MAX_BYTES_AHEAD):
+        for picture, future in in_order(samples, start, self._expected_bytes, ahead, MAX_BYTES_AHEAD):
             try:
                 if future is not None:
                     future.result()
@@ -161,7 +168,11 @@ class Feed:
                 continue
             yield picture
 
-    def found_batch_size(self, folder: Path, device: str, source: Path) -> int:
+    def _expected_bytes(self, picture: Picture) -> int:
+        """Of a picture that is about to be prepared.  How far ahead that happens decides nothing but memory."""
+        return len(picture.image) + self._heaviest
+
+    def found_batch_size(self, folder: Path, device: str, source: Source) -> int:
         """Found by trying, once per kind of device and model over all workers, with the first image of a shard that
         can be prepared; ``folder`` keeps it.  1 where the shard has none."""
         if self._found is None:
@@ -172,7 +183,7 @@ class Feed:
             self._found = settled_batch_size(file, lambda: find_batch_size(self._backend, typical))
         return self._found
 
-    def _first_prepared(self, source: Path) -> Any | None:
+    def _first_prepared(self, source: Source) -> Any | None:
         for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
             with contextlib.suppress(SampleError):
                 sample.check()
@@ -181,12 +192,12 @@ class Feed:
 
     def batches(self, pictures: Iterable[Picture], batch_size: int, seen: list[Picture]) -> Iterator[Batch]:
         """Batches of one shape; ``seen`` is filled with the pictures in the shard's order."""
-        groups: ShapeGroups[Picture] = ShapeGroups(batch_size, MOST_WAITING)
+        groups: ShapeGroups[Picture] = ShapeGroups(batch_size, most_bytes=self._most_bytes)
         for picture in pictures:
             seen.append(picture)
             if picture.caption is not None:  # an earlier run's
                 picture.let_go()
-            elif full := groups.add(picture.shape, picture):
+            elif full := groups.add(picture.shape, picture, picture.nbytes):
                 yield self._batch(full)
         for rest in groups.rest():
             yield self._batch(rest)
@@ -202,7 +213,7 @@ class Feed:
                 future.result()  # it could be prepared before
         return Batch(pictures, mark, done)
 
-    def _samples(self, source: Path, work: Work, report: TarReport, limit: int | None) -> Iterator[Picture]:
+    def _samples(self, source: Source, work: Work, report: TarReport, limit: int | None) -> Iterator[Picture]:
         count = 0
         for sample in read_samples(source, _WANTED.__contains__, report):
             if limit is not None and count >= limit:
@@ -241,6 +252,8 @@ class Feed:
             if self._max_watermark is None or picture.score is None or picture.score <= self._max_watermark:
                 picture.prepared = self._backend.prepare(Image.fromarray(pixels))
                 picture.shape = tuple(picture.prepared.shape)
+                picture.nbytes = len(picture.image) + picture.prepared.nbytes
+                self._heaviest = max(self._heaviest, picture.prepared.nbytes)
         picture.size, picture.sha256 = (width, height), sha256_of(picture.image)
 
 

@@ -14,6 +14,7 @@ from curation.errors import InfrastructureError
 from curation.ledger import Ledger
 from curation.merge_parquet import merge_parquet
 from curation.publish import OutputFile
+from curation.remote import Source
 from curation.splice import Edit, Fate, splice
 from curation.tar import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window, read_samples
 
@@ -51,7 +52,7 @@ def parse_formats(text: str) -> tuple[Format, ...]:
     return tuple(name for name in FORMATS if name in words)
 
 
-def write_format(name: Format, output: Path, source: Path, shard_id: str, rows: Sequence[Row], work: Work) -> None:
+def write_format(name: Format, output: Path, source: Source, shard_id: str, rows: Sequence[Row], work: Work) -> None:
     """One format of a shard below ``output``.  ``jsonl`` is merged from the rows and needs no file of its own."""
     if name == "parquet":
         with work.output(output / PARQUET_FOLDER / f"{shard_id}.parquet") as file:
@@ -119,7 +120,7 @@ def finish_parquet(ledger: Ledger) -> bool:
 # ---- files
 
 
-def write_files(folder: Path, source: Path, rows: Sequence[Row], output: _Output) -> None:
+def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Output) -> None:
     """``<hash>.<suffix>``, the image's bytes as they are, and ``<hash>.json`` beside it.
 
     The hash is the image's sha256; of equal images in a shard the second is ``<hash>_1`` and so on.
@@ -145,7 +146,7 @@ def write_files(folder: Path, source: Path, rows: Sequence[Row], output: _Output
 # ---- tar
 
 
-def write_tar(file: OutputFile, source: Path, rows: Sequence[Row]) -> None:
+def write_tar(file: OutputFile, source: Source, rows: Sequence[Row]) -> None:
     """The source with the new captions: ``.txt``, and ``caption`` in the ``.json`` where there is one.
 
     Images and other members stay byte for byte.  A sample without a new caption is left out: its old one would pass
@@ -160,7 +161,7 @@ def write_tar(file: OutputFile, source: Path, rows: Sequence[Row]) -> None:
 class _Captions(TarPass):
     """A pass that gives the edit of each of its samples, whose json is at hand while its window is."""
 
-    def __init__(self, source: Path, rows: dict[str, Row]) -> None:
+    def __init__(self, source: Source, rows: dict[str, Row]) -> None:
         super().__init__(source)
         self._rows = rows
         self._window: Window | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from curation.caption_rows import parse_rows, rows_path
 from curation.dictionaries import clean_text
 from curation.errors import ShardError
+from curation.remote import Source
 from curation.shards import Shard
 from curation.tar import IMAGE_SUFFIXES, TarPass, problem_of
 
@@ -28,7 +29,7 @@ def first_images(shards: Sequence[Shard], count: int) -> dict[str, int]:
     return limits
 
 
-def _images(path: Path, enough: int) -> int:
+def _images(path: Source, enough: int) -> int:
     found = 0
     try:
         for window in TarPass(path).windows():

@@ -19,8 +19,10 @@ from curation.errors import InfrastructureError, SampleError
 
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
+Compile = Literal["none", "decode", "all"]
 DETAILS: tuple[Detail, ...] = ("brief", "detailed", "more_detailed")
-MOST_WAITING = 4096  # prepared images that wait for others of their shape, over all shapes
+MOST_WAITING = 512  # images that wait for others of their shape, over all shapes
+MOST_WAITING_BYTES = 1 << 30  # of them as they lie in the shard and as the model takes them
 LARGEST_BATCH = 1024
 WORTH_DOUBLING = 1.05  # images a second, to those with half the batch
 
@@ -36,6 +38,9 @@ class Prepared(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class CaptionBackend(Protocol):
@@ -194,22 +199,29 @@ class ShapeGroups(Generic[Item]):
     """Items of one shape together, ``size`` at a time, by the order in which they come and nothing else: the same
     shard gives the same batches, whoever works on it.
 
-    Where more than ``most_waiting`` wait over all shapes, the longest row goes first, full or not.
+    Where more than ``most_bytes`` wait over all shapes, the row that holds the most bytes goes first, full or not;
+    where more than ``most_waiting`` items wait, the longest row.
     """
 
-    def __init__(self, size: int, most_waiting: int = MOST_WAITING) -> None:
+    def __init__(self, size: int, most_waiting: int = MOST_WAITING, most_bytes: int = MOST_WAITING_BYTES) -> None:
         self._size = size
-        self._most = max(size, most_waiting)
+        self._most, self._most_bytes = max(size, most_waiting), most_bytes
         self._rows: dict[tuple[int, ...], list[Item]] = {}
+        self._bytes: dict[tuple[int, ...], int] = {}
         self._waiting = 0
+        self.bytes_waiting = 0
 
-    def add(self, shape: tuple[int, ...], item: Item) -> list[Item]:
-        """The batch that ``item`` completes; an empty list where it waits for others."""
+    def add(self, shape: tuple[int, ...], item: Item, nbytes: int = 0) -> list[Item]:
+        """The batch that ``item`` completes or displaces; an empty list where all wait for others."""
         row = self._rows.setdefault(shape, [])
         row.append(item)
+        self._bytes[shape] = self._bytes.get(shape, 0) + nbytes
         self._waiting += 1
+        self.bytes_waiting += nbytes
         if len(row) == self._size:
             return self._take(shape)
+        if self.bytes_waiting > self._most_bytes:  # one row is enough: the heaviest is no lighter than what was added
+            return self._take(max(self._bytes, key=self._bytes.__getitem__))
         if self._waiting > self._most:
             return self._take(max(self._rows, key=lambda key: len(self._rows[key])))
         return []
@@ -222,6 +234,7 @@ class ShapeGroups(Generic[Item]):
     def _take(self, shape: tuple[int, ...]) -> list[Item]:
         row = self._rows.pop(shape)
         self._waiting -= len(row)
+        self.bytes_waiting -= self._bytes.pop(shape)
         return row
 
 
@@ -257,9 +270,11 @@ def _checked(caption: str | SampleError) -> str | SampleError:
 def find_batch_size(backend: CaptionBackend, sample: Prepared, largest: int = LARGEST_BATCH) -> int:
     """The batch size of ``--batch_size auto``: doubled as long as it fits and makes captioning clearly faster.
 
-    sample: a typical image.  Each size is tried once, with as many tokens as the model cares to write about it.
+    sample: a typical image.  Each size is tried once, with as many tokens as the model cares to write about it; none
+    that could not be gathered.
     """
     best, best_rate, size = 1, 0.0, 1
+    largest = min(largest, MOST_WAITING_BYTES // max(1, sample.nbytes))
     _fits(backend, sample, 1)  # the first call pays for kernels that are loaded and chosen
     while size <= largest:
         began = time.perf_counter()

@@ -201,8 +201,7 @@ class EndpointPool:
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
             raise InfrastructureError(
-                f"no endpoint answers ({reasons}). Start the servers, name others with --ports or --endpoints, or use "
-                "--embedded for the small stand-in model"
+                f"no endpoint answers ({reasons}). Start the servers, or name others with --ports or --endpoints"
             )
         if reasons:
             logger.warning(f"going on without {reasons}")

@@ -12,15 +12,19 @@ from typing import Any
 import xxhash
 
 from curation.errors import ShardError
+from curation.loose_shards import table_of
 from curation.publish import fast_digest, read_record
-from curation.shards import bucket_of
+from curation.remote import RemoteFile, Source
+from curation.resumed import look_at
+from curation.shards import TAR, Shard, bucket_of
+from curation.transports import Facts, Unavailable
 
 VERIFY_BYTES = 64 << 20  # inputs up to this size are hashed before they are used; larger ones by those who read them
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One file that a shard is made from.
+    """One file that a shard is made from: a file or folder, or a remote one, which no stage vouches for.
 
     stage: the upstream stage whose receipt vouches for it; where that stage left no receipts in the file's folder, or
     with None, the file was made elsewhere and counts by size and modification time.
@@ -28,7 +32,7 @@ class Input:
     loose: a folder of files, of which the receipt names each; whoever reads them compares (``published_below``).
     """
 
-    path: Path
+    path: Source
     stage: str | None = None
     optional: bool = False
     loose: bool = False
@@ -36,9 +40,16 @@ class Input:
     def origin(self, root: Path) -> dict[str, str]:
         """For the receipt of a stage whose output folder is ``root``: the input's folder as seen from there, and the
         stage that vouches for it.  Empty for an input that was made elsewhere, or is vouched for by none."""
-        if self.stage is None:
+        if self.stage is None or isinstance(self.path, RemoteFile):
             return {}
         return {"stage": self.stage, "folder": os.path.relpath(_real(self.path.parent), _real(root))}
+
+
+def source_inputs(shard: Shard) -> list[Input]:
+    """A source shard that was made elsewhere; of loose files the table beside them too."""
+    if isinstance(shard.path, Path) and shard.path.suffix != TAR and shard.path.is_dir():
+        return [Input(shard.path), Input(table_of(shard.path), optional=True)]
+    return [Input(shard.path)]
 
 
 class Upstream:
@@ -47,8 +58,13 @@ class Upstream:
     def __init__(self) -> None:
         self._places: dict[tuple[Path, str], Path] = {}
 
-    def identify(self, wanted: Input, shard_id: str) -> tuple[dict[str, Any] | None, str]:
-        """What the input is now, or None and why the shard is not ready."""
+    def identify(self, wanted: Input, shard_id: str, *, fresh: bool = True) -> tuple[dict[str, Any] | None, str]:
+        """What the input is now, or None and why the shard is not ready.
+
+        fresh: of a remote file, not what its listing said.
+        """
+        if isinstance(wanted.path, RemoteFile):
+            return _identify_remote(wanted.path, fresh=fresh)
         name = wanted.path.name
         receipts = self._receipts(wanted.path.parent, wanted.stage) if wanted.stage else None
         if receipts is None:
@@ -79,6 +95,34 @@ class Upstream:
         return place
 
 
+def _identify_remote(file: RemoteFile, *, fresh: bool) -> tuple[dict[str, Any] | None, str]:
+    """Its size, and its etag or time; of a command, its text.  One that is not to be had is an input of that kind, so
+    that the shard fails until that changes."""
+    if file.command is not None:
+        return {"path": file.name, "command": xxhash.xxh3_128_hexdigest(file.command.encode("utf-8", "replace"))}, ""
+    if file.known is not None and not fresh:
+        return {"path": file.name, **Facts(file.known[0], **dict(file.known[1])).record()}, ""
+    try:
+        return {"path": file.name, **look_at(file).record()}, ""
+    except Unavailable as error:
+        return {"path": file.name, "unavailable": error.why}, ""
+    except ShardError as error:
+        return None, str(error)
+
+
+def insist_on_same_remote(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
+    """Raise ShardError where a remote input is another one than when the shard was begun: each pass reads it anew.
+
+    Of one that cannot be looked at any more, such as by a URL that has expired, nothing is known, and what was read of
+    it counts.
+    """
+    for wanted, record in zip(inputs, records, strict=True):
+        if isinstance(wanted.path, RemoteFile):
+            now, _ = _identify_remote(wanted.path, fresh=True)
+            if now is not None and "unavailable" not in now and now != record:
+                raise ShardError(f"{wanted.path}: it changed while it was worked on; start again", "changed")
+
+
 def vouched_for(path: str, home: str, outputs: Sequence[dict[str, Any]], *, loose: bool) -> dict[str, Any] | None:
     """What a receipt says of the input ``path``, as the receipts of those who read it record it; None for nothing.
 
@@ -100,7 +144,7 @@ def vouched_for(path: str, home: str, outputs: Sequence[dict[str, Any]], *, loos
 def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
     """Raise ShardError unless every input that a receipt vouches for is whole: size, and digest up to 64 MiB."""
     for wanted, record in zip(inputs, records, strict=True):
-        if "digest" not in record or wanted.loose:
+        if "digest" not in record or wanted.loose or isinstance(wanted.path, RemoteFile):
             continue
         try:
             size = wanted.path.stat().st_size

@@ -21,12 +21,21 @@ import xxhash
 
 from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError, UsageError
-from curation.inputs import Input, Upstream, receipts_of, stage_version, verify_inputs
+from curation.inputs import (
+    Input,
+    Upstream,
+    insist_on_same_remote,
+    receipts_of,
+    source_inputs,
+    stage_version,
+    verify_inputs,
+)  # fmt: skip
 from curation.publish import Commit, link_exclusively, make_folder, parse_record, read_record, read_whole
 from curation.shards import bucket_of
 
 __all__ = [
-    "Epoch", "Input", "Ledger", "State", "bucket_of", "done_receipts", "receipts_of", "stage_version", "verify_inputs"
+    "Epoch", "Input", "Ledger", "State", "bucket_of", "done_receipts", "insist_on_same_remote", "receipts_of",
+    "source_inputs", "stage_version", "verify_inputs",
 ]  # fmt: skip
 
 MAX_ATTEMPTS = 3  # a shard that failed so often runs again only when it is named
@@ -245,7 +254,7 @@ class Ledger:
         receipt = self.receipt(shard_id, fresh=fresh) if cursory else None
         now: list[dict[str, Any]] = []
         for wanted in () if cursory and receipt is None else inputs:
-            record, why = self._upstream.identify(wanted, shard_id)
+            record, why = self._upstream.identify(wanted, shard_id, fresh=fresh)
             if record is None:
                 return State("blocked", why)
             now.append(record)
@@ -257,6 +266,9 @@ class Ledger:
             if not epoch.same_options(self.options, self.version):
                 return State("blocked", f"it belongs to a rerun with other options (epoch {epoch.number})", current)
             return State("pending", inputs=current)
+        gone = next((record["unavailable"] for record in current if "unavailable" in record), None)
+        if gone is not None and receipt.get("status") == "done":
+            return State("blocked", f"{inputs[0].path}: {gone}; what it was made into stays", current, receipt)
         same = receipt.get("epoch") == epoch.number and receipt.get("inputs") == list(current)
         if same and receipt.get("status") == "failed":
             return State("failed", str(receipt.get("error", {}).get("message", "")), current, receipt)

@@ -14,6 +14,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +24,9 @@ from curation.backends.diffusion_presets import is_hub_id
 from curation.backends.diffusion_tiny import build_embedded, embedded_source
 from curation.backends.faces_centerface import packaged_model
 from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
-from curation.backends.hub_models import TRANSFORMER, hub_error_line, resolve
-from curation.backends.vision_language import local_folder
+from curation.backends.hub_models import PIPELINE, TRANSFORMER, hub_error_line, resolve
+from curation.backends.vision_language import is_loaded, local_folder
+from curation.backends.watermark_onnx import weights_file
 from curation.captioning import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.language import find_model
@@ -240,9 +242,22 @@ def _fetch_pipeline(options: Any) -> None:
 
 
 def fetch_pipeline(model: str, revision: str, variant: str | None, *, dry_run: bool = False) -> None:
-    """A diffusers pipeline into the hub's cache, under its commit and under the branch or tag that was asked for, so
-    that a stage without network finds both."""
-    from huggingface_hub import HfApi, constants, get_token
+    """A diffusers pipeline into the hub's cache."""
+    wanted, fetch = partial(wanted_files, variant=variant), lambda c: Path(download(resolve(model, c, variant)))
+    _fetch_from_hub(model, revision, PIPELINE, wanted, fetch, dry_run)
+
+
+def _fetch_from_hub(
+    model: str,
+    revision: str,
+    kind: tuple[str, str],
+    wanted: Callable[[Sequence[Any]], list[HubFile]],
+    fetch: Callable[[str], Path],
+    dry_run: bool,
+) -> None:
+    """A model under its commit and under the branch or tag that was asked for, so that a stage without network finds
+    both; each file compared with what the hub says of it.  wanted: of the repository's files.  fetch: the commit."""
+    from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 
     if constants.HF_HUB_OFFLINE:
         raise InfrastructureError("HF_HUB_OFFLINE is set: unset it to fetch")
@@ -251,22 +266,19 @@ def fetch_pipeline(model: str, revision: str, variant: str | None, *, dry_run: b
     except Exception as error:
         raise _hub_trouble(model, revision, error) from error
     if dry_run:
-        wanted = wanted_files(info.siblings or [], variant)
-        for file in wanted:
+        files = wanted(info.siblings or [])
+        for file in files:
             print(f"  {_megabytes(file.size):>12}  {file.path}")
         gated = f"gated ({info.gated}): needs a token" if info.gated else "not gated: needs no token"
-        print(f"{model} {info.sha}: {_megabytes(sum(f.size for f in wanted))} in {len(wanted)} files, {gated}")
+        print(f"{model} {info.sha}: {_megabytes(sum(f.size for f in files))} in {len(files)} files, {gated}")
     if info.gated and get_token() is None:
         raise _gated(model)
     if dry_run:
         return
     print(f"{model} {info.sha}: fetching into {constants.HF_HUB_CACHE}", flush=True)
     try:
-        from huggingface_hub import hf_hub_download
-
-        index = hf_hub_download(model, "model_index.json", revision=revision)  # remembers what the revision stands for
-        source = resolve(model, Path(index).parent.name, variant)
-        folder = Path(download(source))
+        marker = hf_hub_download(model, kind[0], revision=revision)  # remembers what the revision stands for
+        folder = fetch(Path(marker).parent.name)
     except InfrastructureError:
         raise
     except Exception as error:
@@ -363,14 +375,26 @@ def _megabytes(count: int) -> str:
 
 
 def _fetch_captioner(options: Any) -> None:
+    if options.watermark_model is not None and options.dry_run:
+        print(f"{options.watermark_model}: the classifier of watermarks would be fetched if it is not here")
+    elif options.watermark_model is not None:
+        print(f"{weights_file(options.watermark_model, options.watermark_sha256)}: the classifier of watermarks")
     family, source = resolve_captioner(options.model)
     if family == "endpoint":
-        print(f"{source}: its server loads it, nothing to fetch")
-        return
+        return print(f"{source}: its server loads it, nothing to fetch")
+    if not os.path.isdir(source):
+        return fetch_captioner(source, options.revision or "main", dry_run=options.dry_run)
     found = resolve(source, options.revision, kind=TRANSFORMER)
-    if found.is_folder:
-        print(f"{found.location}: a folder, nothing to fetch (revision {found.revision})")
-    elif options.dry_run:
-        print(f"{source}: would be fetched at {found.revision}")
-    else:
-        print(f"{source} ({found.revision}): {local_folder(found)}")
+    print(f"{found.location}: a folder, nothing to fetch (revision {found.revision})")
+
+
+def fetch_captioner(model: str, revision: str, *, dry_run: bool = False) -> None:
+    """A captioner of transformers into the hub's cache: what is loaded, no pickles and no code."""
+
+    def wanted(siblings: Sequence[Any]) -> list[HubFile]:
+        return sorted((f for f in map(_hub_file, siblings) if is_loaded(f.path)), key=lambda file: file.path)
+
+    def fetch(commit: str) -> Path:
+        return local_folder(resolve(model, commit, kind=TRANSFORMER))
+
+    _fetch_from_hub(model, revision, TRANSFORMER, wanted, fetch, dry_run)

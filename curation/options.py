@@ -41,6 +41,8 @@ class RunOptions:
     """A worker that shows no life for so many seconds loses its shard to another."""
     stall_s: float = 1800.0
     """A worker that finishes no sample for so many seconds counts as hung."""
+    allow_pipe: bool = False
+    """Run the commands of pipe: sources.  Without it they are refused."""
     follow: bool = False
     """Work on shards as soon as the stage before has published them, and end when that stage is complete."""
     follow_idle_s: float = 900.0

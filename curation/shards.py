@@ -1,4 +1,4 @@
-"""Which shards there are: discovery by folder, glob, braces, list file or one path, and the choice of a subset.
+"""Which shards there are: discovery by folder, glob, braces, list file, URL or one path, and the choice of a subset.
 
 A shard's id is its file's name without the suffix (``00000012.tar`` → ``00000012``); everything that the pipeline
 records is keyed by it.  Numbering may have gaps and needs no common width.
@@ -17,30 +17,33 @@ from pathlib import Path
 import xxhash
 
 from curation.errors import UsageError
+from curation.remote import PIPE, RemoteFile, Source, find_remote, is_remote
 
+TAR = ".tar"
 MAX_SHARDS = 10_000_000  # a brace pattern such as {0..99999999999} is a slip of the finger, not a dataset
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")  # becomes a file name in every output folder
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard: ``id`` names it in every folder of the pipeline, ``path`` is the file it is read from."""
+    """One shard: ``id`` names it in every folder of the pipeline, ``path`` is what it is read from: a file, a folder of
+    loose files (``is_loose``), a URL or a command."""
 
     id: str
-    path: Path
+    path: Source
 
 
-def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False) -> list[Shard]:
+def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False, allow_pipe: bool = False) -> list[Shard]:
     """The shards that ``source`` names, sorted by id.
 
-    source: a folder (every ``*<suffix>`` in it, not below it), a glob, a brace pattern (``{00000..00042}.tar``,
-        ``{a,b}``), a list file (one path a line, relative to the list; ``#`` comments), or one file that ends in
-        ``suffix``.
-    may_be_empty: nothing there is no error: it may come.
+    source: a folder (every ``*<suffix>`` in it, not below it; where it has no tars, its folders of loose files), a
+        glob, a brace pattern (``{00000..00042}.tar``, ``{a,b}``), a list file (one name a line, paths relative to the
+        list; ``#`` comments), one file that ends in ``suffix``, a URL or ``pipe:`` and a command, with braces or not.
+    may_be_empty: nothing there is no error: it may come.  allow_pipe: commands may be run.
     Raises UsageError where nothing is found, where two files would be the same shard, or where a name is unsafe.
     """
     shards: dict[str, Shard] = {}
-    for path in _paths(source, suffix):
+    for path in _paths(source, suffix, allow_pipe):
         shard = Shard(_shard_id(path, suffix), path)
         other = shards.setdefault(shard.id, shard)
         if other.path != path:
@@ -50,6 +53,17 @@ def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False) -
     if not shards and not may_be_empty:
         raise UsageError(f"no *{suffix} shards found in {source!r}")
     return sorted(shards.values(), key=lambda shard: shard.id)
+
+
+def is_loose(path: Path) -> bool:
+    """Whether a folder is a shard of loose files as img2dataset leaves them: it is a number, or its table is beside."""
+    name = path.name
+    return path.is_dir() and ((name.isascii() and name.isdigit()) or path.with_name(f"{name}.parquet").is_file())
+
+
+def local_folders(shards: Iterable[Shard]) -> set[Path]:
+    """The real folders of the shards that lie on a filesystem."""
+    return {Path(os.path.realpath(folder)) for folder in {s.path.parent for s in shards if isinstance(s.path, Path)}}
 
 
 def is_safe_id(text: str) -> bool:
@@ -91,12 +105,13 @@ def select(shards: list[Shard], spec: str | None, *, may_be_empty: bool = False)
     return [shard for shard in shards if shard.id in chosen]
 
 
-def expand_braces(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str, *, leave_others: bool = False) -> Iterator[str]:
     """Bash's brace expansion, of one or more ``{a,b}`` and ``{000..042}`` (zero padding kept), left to right.
 
+    leave_others: braces that are neither stay as they are, as in a command; else they are a UsageError.
     Lazy, so that a caller can stop a pattern that names too many.
     """
-    match = re.search(r"\{([^{}]*)\}", pattern)
+    match = re.search(r"\{(\d+\.\.\d+|[^{}\s]*,[^{}\s]*)\}" if leave_others else r"\{([^{}]*)\}", pattern)
     if not match:
         yield pattern
         return
@@ -114,23 +129,21 @@ def expand_braces(pattern: str) -> Iterator[str]:
     else:
         raise UsageError(f"cannot read the braces {{{body}}} in {pattern!r}: use {{000..042}} or {{a,b}}")
     for choice in choices:
-        for rest in expand_braces(after):
+        for rest in expand_braces(after, leave_others=leave_others):
             yield f"{before}{choice}{rest}"
 
 
-def _paths(source: str, suffix: str) -> Iterator[Path]:
+def _paths(source: str, suffix: str, allow_pipe: bool) -> Iterator[Source]:
+    if is_remote(source):
+        yield from _remote(source, suffix, allow_pipe)
+        return
     path = Path(source)
     if path.is_dir():
-        try:
-            with os.scandir(path) as entries:  # one listing, no stat per shard
-                names = [e.name for e in entries if e.name.endswith(suffix) and not e.name.startswith(".")]
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be listed ({error.strerror})") from None
-        yield from (path / name for name in sorted(names))
+        yield from _in_folder(path, suffix)
     elif source.endswith(suffix) and path.is_file():
         yield path
     elif path.is_file():
-        yield from _listed(path)
+        yield from _listed(path, suffix, allow_pipe)
     elif "{" in source:
         for name in islice(expand_braces(source), MAX_SHARDS + 1):
             if any(c in name for c in "*?["):
@@ -143,14 +156,39 @@ def _paths(source: str, suffix: str) -> Iterator[Path]:
         raise UsageError(f"{source!r} is not there: give a folder, a glob, braces, a list file or one *{suffix}")
 
 
+def _in_folder(folder: Path, suffix: str) -> Iterator[Path]:
+    """Its files with the suffix; where it has no tars, its folders of loose files, or itself if it is one."""
+    try:
+        with os.scandir(folder) as entries:  # one listing, no stat per shard
+            every = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be listed ({error.strerror})") from None
+    names = [entry.name for entry in every if entry.name.endswith(suffix)]
+    if not names and suffix == TAR:
+        names = [entry.name for entry in every if entry.is_dir() and is_loose(folder / entry.name)]
+        if not names and is_loose(folder):
+            yield folder
+    yield from (folder / name for name in sorted(names))
+
+
+def _remote(text: str, suffix: str, allow_pipe: bool) -> Iterator[RemoteFile]:
+    if suffix != TAR:
+        raise UsageError(f"{RemoteFile(text)}: only tars are read from there; copy *{suffix} files to this machine")
+    for name in islice(expand_braces(text, leave_others=text.startswith(PIPE)), MAX_SHARDS + 1):
+        yield from find_remote(name, suffix, allow_pipe=allow_pipe)
+
+
 def _globbed(pattern: str) -> Iterator[Path]:
     yield from (Path(name) for name in sorted(glob.glob(pattern)))
 
 
-def _listed(list_file: Path) -> Iterator[Path]:
+def _listed(list_file: Path, suffix: str, allow_pipe: bool) -> Iterator[Source]:
     for number, name in _lines(list_file):
+        if is_remote(name):
+            yield from _remote(name, suffix, allow_pipe)
+            continue
         path = list_file.parent / name
-        if not path.is_file():
+        if not path.is_file() and not is_loose(path):
             raise UsageError(f"{list_file}, line {number}: no file {name!r}")
         yield path
 
@@ -167,7 +205,7 @@ def _lines(list_file: Path) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def _shard_id(path: Path, suffix: str) -> str:
+def _shard_id(path: Source, suffix: str) -> str:
     name = path.name
     shard_id = name[: -len(suffix)] if name.endswith(suffix) else name.split(".", 1)[0]
     if not _SAFE_ID.fullmatch(shard_id):

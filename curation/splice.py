@@ -16,8 +16,9 @@ from typing import Final, NoReturn, Protocol
 import xxhash
 
 from curation.errors import ShardError
-from curation.tar_headers import RECORD, make_header, padding
-from curation.tar_pass import IMAGE_SUFFIXES, Member, SampleSpan, TarPass, Window
+from curation.remote import Source
+from curation.tar_headers import RECORD, Member, make_header, padding
+from curation.tar_pass import IMAGE_SUFFIXES, SampleSpan, TarPass, Window
 
 END_OF_ARCHIVE: Final = 2 * 512
 
@@ -164,7 +165,7 @@ class _Out:
             self._file.write_pieces([piece])
 
 
-def verify_splice(source: Path, result: Path, decide: Decide) -> None:
+def verify_splice(source: Source, result: Path, decide: Decide) -> None:
     """Read both tars and raise ShardError unless ``result`` is ``source`` spliced as decided.
 
     Keys and their order, the bytes of what stays, the members of what is edited: by what the two files say, not by how

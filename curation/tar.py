@@ -6,15 +6,15 @@ damaged one, is in ``tar_pass.py``; what its header blocks look like in ``tar_he
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from curation.errors import SampleError
-from curation.tar_headers import MAX_NAME_BYTES, RECORD, make_header, padding, split_name
-from curation.tar_pass import IMAGE_SUFFIXES, Damage, Member, SampleSpan, TarPass, TarReport, Window
+from curation.remote import Source
+from curation.tar_headers import MAX_NAME_BYTES, RECORD, Member, make_header, padding, split_name
+from curation.tar_pass import IMAGE_SUFFIXES, Damage, SampleSpan, TarPass, TarReport, Window
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -62,7 +62,7 @@ class Sample:
 
 
 def read_samples(
-    path: str | os.PathLike[str],
+    path: str | Source,
     want: Collection[str] | Callable[[str], bool] | None = None,
     report: TarReport | None = None,
     max_member_bytes: int = MAX_MEMBER_BYTES,

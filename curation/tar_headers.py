@@ -7,6 +7,7 @@ pax header in front where a name or a size does not fit.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 from zlib import adler32
@@ -36,6 +37,38 @@ _CONSTANT_SUM = sum(_OWNER) + sum(_NO_LINK_AND_MAGIC) + _SPACES_SUM
 
 class BadHeader(ValueError):
     """A block where a header is due that is none, or one that makes no sense; the message says what "it" lacks."""
+
+
+@dataclass(slots=True)
+class Member:
+    """A member and where it lies, all offsets in the file.
+
+    suffix: after the first dot of the basename, lower case; "" where there is no key.  start: its first header block,
+    with the long name or pax header before it.  data, size: as stored.  end: after the padding.
+    regular: a plain file, not a link, a device or a sparse file.
+    """
+
+    name: bytes
+    suffix: str
+    start: int
+    data: int
+    size: int
+    end: int
+    regular: bool
+    mtime_field: bytes
+
+    @property
+    def mtime(self) -> int:
+        """Whole seconds since 1970; 0 where the field makes no sense."""
+        try:
+            return max(0, parse_number(self.mtime_field))
+        except BadHeader:
+            return 0
+
+    @property
+    def text_name(self) -> str:
+        """The name as text; bytes that are not UTF-8 become lone surrogates, as in Python's tarfile."""
+        return self.name.decode("utf-8", "surrogateescape")
 
 
 def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, int]:

@@ -13,7 +13,6 @@ its last whole member, and what was lost is handed out as a torn sample, so that
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,14 +20,16 @@ from functools import lru_cache
 from typing import Final
 
 from curation.beside import Beside
-from curation.blocks import Block, FileBlocks
+from curation.blocks import Block, Blocks
+from curation.remote import Source
+from curation.streams import open_blocks
 from curation.tar_headers import (
     BLOCK,
     REGULAR,
     ZERO_BLOCK,
     BadHeader,
+    Member,
     parse_header,
-    parse_number,
     parse_special,
     split_name,
 )
@@ -42,38 +43,6 @@ _MAGIC, _MAGIC_AT = b"ustar", 257
 _NONZERO = re.compile(rb"[^\0]")
 _NO_HEADER = "no header where one is due: "
 _NO_PREFIX = b"\0"  # no member's name begins so
-
-
-@dataclass(slots=True)
-class Member:
-    """A member and where it lies, all offsets in the file.
-
-    suffix: after the first dot of the basename, lower case; "" where there is no key.  start: its first header block,
-    with the long name or pax header before it.  data, size: as stored.  end: after the padding.
-    regular: a plain file, not a link, a device or a sparse file.
-    """
-
-    name: bytes
-    suffix: str
-    start: int
-    data: int
-    size: int
-    end: int
-    regular: bool
-    mtime_field: bytes
-
-    @property
-    def mtime(self) -> int:
-        """Whole seconds since 1970; 0 where the field makes no sense."""
-        try:
-            return max(0, parse_number(self.mtime_field))
-        except BadHeader:
-            return 0
-
-    @property
-    def text_name(self) -> str:
-        """The name as text; bytes that are not UTF-8 become lone surrogates, as in Python's tarfile."""
-        return self.name.decode("utf-8", "surrogateescape")
 
 
 @dataclass(slots=True)
@@ -162,11 +131,12 @@ class TarPass:
     parsing behind the caller's reads and writes.  Memory is fixed, whatever the file's size.
     """
 
-    def __init__(self, path: str | os.PathLike[str], report: TarReport | None = None) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, source: str | Source, report: TarReport | None = None) -> None:
+        self.path = str(source)
+        self._source = source
         self.report = report if report is not None else TarReport()
         self.report.path = self.path
-        self._file: FileBlocks
+        self._file: Blocks
         self._block: Block
         self._next = 0  # where the next header is due
         self._open: SampleSpan | None = None
@@ -181,7 +151,10 @@ class TarPass:
 
     def windows(self) -> Iterator[Window]:
         """The samples in order, a few megabytes at a time.  Raises ShardError when the file cannot be read."""
-        with FileBlocks(self.path) as self._file, contextlib.closing(Beside[Window]("read-ahead")) as beside:
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(open_blocks(self._source))
+            beside = stack.enter_context(contextlib.closing(Beside[Window]("read-ahead")))
+            stack.callback(self._file.let_go)  # first, so that nobody waits for bytes that are not wanted
             self._block = self._file.block
             more = self._file.size > 0
             if more:
@@ -313,11 +286,24 @@ class TarPass:
 
     def _cut(self, at: int, data: int, name: bytes, missing: int) -> int:
         """The member at ``at`` is not wholly there: the sample it belongs to is torn, whatever else it has."""
-        why = f"{name.decode('utf-8', 'replace')!r} is cut: {missing:,} of its bytes are missing"
+        why = _cut_text(name, missing)
         if self._enter(name, at) is not None and self._open is not None:
             self._open.torn = why
         self._lost = (at, why)
         return self._resume(data)
+
+    def _take_back(self, span: SampleSpan) -> None:
+        """The file ended in the last member, which nobody could know before: it is as if it had been cut."""
+        members = max(span.members, span.foreign, key=lambda some: some[-1].start if some else -1)
+        last = members[-1]
+        missing = last.data + last.size - self._file.size
+        if missing > 0:
+            del members[-1]
+            span.end = last.start
+            why = _cut_text(last.name, missing)
+            if members is span.members:
+                span.torn = why
+            self._lost = (last.start, why)
 
     def _resume(self, at: int) -> int:
         """The next valid header from ``at`` on, at any alignment; without one, where to seek in the next window."""
@@ -357,6 +343,8 @@ class TarPass:
         """The end of the file: what was missing there, and the last sample."""
         size = self._file.size
         ended = self._zeros[0] >= 0
+        if self._next > size and self._open is not None:
+            self._take_back(self._open)
         if self._lost is None and self._next < size and any(self._block.read(self._next, size - self._next)):
             self._lost = (self._next, _NO_HEADER + "the file ends in it")
         if self._lost is not None and self._lost[0] == self._zeros[1]:
@@ -377,6 +365,10 @@ class TarPass:
         self._damage = None
         self._close()
         self._resolve(None)
+
+
+def _cut_text(name: bytes, missing: int) -> str:
+    return f"{name.decode('utf-8', 'replace')!r} is cut: {missing:,} of its bytes are missing"
 
 
 @lru_cache(1024)

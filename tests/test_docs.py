@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -156,7 +157,7 @@ def test_options_have_docstrings() -> None:
     """tyro shows them as help, so that --help and the code cannot differ."""
     for script in SCRIPTS:
         module = importlib.import_module(script.stem)
-        source = script.read_text("utf-8")
+        source = "\n".join(inspect.getsource(kind) for kind in module.Options.__mro__[:-1])
         for field in dataclasses.fields(module.Options):
             if field.name not in SHARED:
                 assert re.search(rf'^    {field.name}: .*\n    """', source, flags=re.M), f"{script.name} {field.name}"

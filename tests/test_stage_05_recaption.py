@@ -429,11 +429,6 @@ def test_every_flag_of_the_three_readmes_is_taken_in_both_spellings(tmp_path: Pa
         assert stub.main([*words, *where, "--dry_run", "--quiet"]) == 0, line
 
 
-def test_uploading_says_that_it_is_not_built_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(SHARDS, tmp_path, "--hf-repo", "x/y") == 2
-    assert "not built yet" in capsys.readouterr().err
-
-
 def test_max_images_are_the_first_ones_whoever_works_on_them(tmp_path: Path) -> None:
     assert run(SHARDS, tmp_path, "--max-images", "20") == 0
     assert order(tmp_path) == images(SHARDS)[:20]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from curation.backends.chat_captions import PROMPTS
-from curation.captioning import FAMILIES, Detail
+from curation.captioning import FAMILIES, Compile, Detail
+from curation.endpoint_folder import EndpointFolder
+from curation.endpoint_watch import FolderWatch
 from curation.endpoints import EndpointPool
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
@@ -28,11 +31,16 @@ class Picture:
     jpeg: bytes
     shape: tuple[int, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.jpeg)
+
 
 class Backend:
     """Servers that have the model ``source``.  They load it and choose its precision and device themselves.
 
-    urls: the servers, ``http://host:port``; or ``pool``, which is open already, and stays open.
+    urls: the servers, ``http://host:port``; or ``folder``, in which servers register while they come and go; or
+    ``pool``, which is open already, and stays open.
     timeout_s: for one answer.  extra: further sampling options that all the servers know.
     Raises InfrastructureError when no server answers or one does not have the model, and UsageError for options that
     are the servers' own affair.
@@ -52,24 +60,31 @@ class Backend:
         device: str = "cpu",
         threads: int = 1,
         dtype: str = "auto",
+        compile: Compile = "none",
         urls: Sequence[str] = (),
+        folder: Path | None = None,
         pool: EndpointPool | None = None,
         api: Literal["ollama", "openai", "auto"] = "auto",
         timeout_s: float = 120.0,
         in_flight: int = FAMILIES["endpoint"].batch_size,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        if quantize or offload or dtype != "auto":
-            raise UsageError("--quantize, --offload and --dtype: with an endpoint they are the server's own options")
-        if not urls and pool is None:
-            raise UsageError("no endpoint is named: give --ports or --endpoints")
+        if quantize or offload or dtype != "auto" or compile != "none":
+            raise UsageError("--quantize, --offload, --dtype and --compile: with an endpoint the server's own options")
+        if timeout_s <= 0:
+            raise UsageError("--timeout is more than 0 seconds")
+        if urls and folder is not None:
+            raise UsageError("--endpoints_dir names the servers: leave --endpoints out")
+        if not urls and pool is None and folder is None:
+            raise UsageError("no endpoint is named: give --ports, --endpoints or --endpoints_dir")
         self.name, self.revision, self.device_kind = source, revision or "served", "endpoint"
         self._prompt = prompt or PROMPTS[detail]
         self._temperature = temperature
         self._max_tokens = max_tokens or FAMILIES["endpoint"].max_tokens
         self._extra = extra or {}
         self._pool = pool or EndpointPool(urls, source, api=api, timeout_s=timeout_s)
-        if pool is None:
+        self._watch = None if folder is None else FolderWatch(self._pool, EndpointFolder(folder)).start()
+        if pool is None and folder is None:
             self._pool.open()
         self._threads = ThreadPoolExecutor(in_flight, "caption")
 
@@ -106,4 +121,6 @@ class Backend:
 
     def close(self) -> None:
         """Questions that are out are answered to nobody."""
+        if self._watch is not None:
+            self._watch.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -15,6 +15,7 @@ class Backend(VisionLanguageModel):
 
     family = "florence2"
     squeezes = True
+    compiles = True
 
     def _configure(self, prompt: str | None) -> None:
         from PIL import Image
@@ -31,6 +32,9 @@ class Backend(VisionLanguageModel):
         pixels = self._pixels(image)
         tensors = {"pixel_values": pixels, "input_ids": self._text_ids, "attention_mask": self._mask}
         return Inputs(tensors, tuple(pixels.shape[2:]))
+
+    def _images_encoder(self) -> Any:
+        return self.model.model.vision_tower
 
     def _texts(self, sequences: Any, prompt_length: int) -> list[str]:
         """An encoder-decoder gives the answer alone.  Its special tokens are the post-processor's to read, but for the

@@ -6,11 +6,14 @@ import copy
 import gc
 import importlib.util
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from curation.backends.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
 from curation.backends.hub_models import (
     TRANSFORMER,
     ModelSource,
@@ -21,12 +24,13 @@ from curation.backends.hub_models import (
     snapshot,
 )
 from curation.backends.square_images import SquareImages
-from curation.captioning import FAMILIES, Detail, OutOfMemory, Quantize
+from curation.captioning import FAMILIES, Compile, Detail, OutOfMemory, Quantize
 from curation.device_memory import is_out_of_memory, use_device
 from curation.errors import InfrastructureError, SampleError, UsageError
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]  # of a hub model: no pickles, no code
-_WHOLE = ["vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head"]  # stay in 16 bits: few, frail
+# Modules that stay in 16 bits, being few and frail, as patterns of their whole names.
+_WHOLE = [rf"(.*\.)?{name}" for name in ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")]
 _GPU_SHARE = 0.7  # of the free memory, for weights under --offload; the rest is for what they compute
 _LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError)
 _PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError)
@@ -39,20 +43,27 @@ class Inputs:
     tensors: dict[str, Any]
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 class VisionLanguageModel:
     """A captioner in transformers on one device; a family says how its inputs are made and its output read.
 
     source: a hub id or a folder.  prompt: in place of the family's own for ``detail``.
     max_tokens: None for the family's.  temperature: 0 takes the likeliest token, else each image's seed decides.
-    quantize: the language model's weights in 4 or 8 bits (bitsandbytes, CUDA).  offload: what does not fit on the GPU
-    stays in the machine's memory and travels when it is its turn.  dtype: a torch dtype's name, or ``auto``.
+    quantize: the language model's weights in 4 or 8 bits (bitsandbytes).  offload: what does not fit on the GPU stays
+    in the machine's memory and travels when it is its turn.  dtype: a torch dtype's name, or ``auto``.
+    compile: ``decode``: keys and values stay in place, and on a GPU each step is one captured graph; ``all``: the
+    images' encoder is compiled too.
     Raises InfrastructureError, one line, where it cannot be loaded, and UsageError for what cannot be done.
     """
 
     family = ""
     half_overflows = False  # activations beyond float16's range
     squeezes = False  # every image into one rectangle
+    compiles = False  # an encoder-decoder whose step can be captured
 
     def __init__(
         self,
@@ -68,9 +79,12 @@ class VisionLanguageModel:
         device: str = "cpu",
         threads: int = 1,
         dtype: str = "auto",
+        compile: Compile = "none",
     ) -> None:
+        if compile != "none" and not self.compiles:
+            raise UsageError(f"--compile {compile}: not for the family {self.family}, whose images are of many lengths")
         if quantize:
-            _insist_on_bitsandbytes(quantize, device)
+            _insist_on_bitsandbytes(quantize)
         if offload and device.startswith("cuda") and importlib.util.find_spec("accelerate") is None:
             raise InfrastructureError("--offload needs accelerate: pip install accelerate")
         self.source = resolve(source, revision, kind=TRANSFORMER)
@@ -92,6 +106,9 @@ class VisionLanguageModel:
             self._squares = SquareImages.of(self.processor.image_processor) if self.squeezes else None
             self.model = self._load_model(folder, quantize, offload)
             self._configure(prompt)
+            self._caches = None if compile == "none" else StaticCaches(self.model.config.text_config, self.max_tokens)
+            if compile == "all" and device.startswith("cuda"):
+                self._images_encoder().compile(dynamic=False)
         except torch.OutOfMemoryError as error:
             text = f"--model {source}: does not fit on {device}; try --quantize or --offload"
             raise InfrastructureError(text) from error
@@ -126,6 +143,10 @@ class VisionLanguageModel:
             return self._squares.bytes_of(image)
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
 
+    def _images_encoder(self) -> Any:
+        """The module that turns pixels into what the language model reads."""
+        raise NotImplementedError
+
     # ---- the seam of curation.captioning
 
     def prepare(self, image: Any) -> Inputs:
@@ -157,14 +178,28 @@ class VisionLanguageModel:
 
     def _caption(self, batch: Sequence[Inputs], seeds: Sequence[int]) -> list[str]:
         torch = self._torch
-        joined = {name: torch.cat([inputs.tensors[name] for inputs in batch]) for name in batch[0].tensors}
+        rows = [*batch, *[batch[-1]] * (padded_rows(len(batch)) - len(batch) if self._caches else 0)]
+        joined = {name: torch.cat([inputs.tensors[name] for inputs in rows]) for name in rows[0].tensors}
         moved = {name: self._to_device(tensor) for name, tensor in joined.items()}
         if self._squares:
             moved["pixel_values"] = self._squares.numbers_of(moved["pixel_values"], self.dtype)
-        processors = [SeededSampling(self.temperature, seeds, self.max_tokens)] if self.temperature > 0 else []
-        with torch.inference_mode():
-            sequences = self.model.generate(**moved, generation_config=self.generation, logits_processor=processors)
-        return self._texts(sequences, joined["input_ids"].shape[1])
+        prompt_length = joined["input_ids"].shape[1]
+        # What is kept for the next call must not be of inference mode: compiled code would refuse it.
+        with torch.inference_mode() if self._caches is None else torch.no_grad():
+            if self._caches:
+                moved["past_key_values"] = self._caches.get(len(rows), prompt_length)
+            sequences = self.model.generate(
+                **moved, generation_config=self.generation, logits_processor=self._choice(seeds, len(rows))
+            )
+        return self._texts(sequences[: len(batch)], prompt_length)
+
+    def _choice(self, seeds: Sequence[int], rows: int) -> list[Any]:
+        """What decides a token, but for what ``generate`` itself does to its scores."""
+        processors: list[Any] = [NoRepeatedNgrams(self._ngram)] if self._ngram else []
+        if self.temperature > 0:
+            padded = [*seeds, *[0] * (rows - len(seeds))]
+            processors.append(SeededSampling(self.temperature, padded, self.max_tokens))
+        return processors
 
     def _to_device(self, tensor: Any) -> Any:
         if not self.device.startswith("cuda"):
@@ -172,6 +207,8 @@ class VisionLanguageModel:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _release(self) -> None:
+        if self._caches:
+            self._caches.clear()
         gc.collect()
         if self.device.startswith("cuda"):
             self._torch.cuda.empty_cache()
@@ -215,10 +252,8 @@ class VisionLanguageModel:
         arguments: dict[str, Any] = {}
         if quantize:
             arguments |= {"quantization_config": self._quantization(quantize), "device_map": {"": self.device}}
-        if offload and self.device.startswith("cuda"):
-            index = self._torch.device(self.device).index or 0
-            free = int(self._torch.cuda.mem_get_info(index)[0] * _GPU_SHARE)
-            arguments |= {"device_map": "auto", "max_memory": {index: free, "cpu": 1 << 50}}
+        if offload:
+            arguments |= self._placement()
         model, found = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=self.dtype,
@@ -237,8 +272,18 @@ class VisionLanguageModel:
         self.generation = self._generation(model.generation_config)
         return model
 
+    def _placement(self) -> dict[str, Any]:
+        """What fits goes on the GPU, from the first layer on.  Without one there is nothing to take it from."""
+        if not self.device.startswith("cuda"):
+            return {}
+        index = self._torch.device(self.device).index or 0
+        free = int(self._torch.cuda.mem_get_info(index)[0] * _GPU_SHARE)
+        return {"device_map": "auto", "max_memory": {index: free, "cpu": 1 << 50}}
+
     def _quantization(self, quantize: Quantize) -> Any:
         from transformers import BitsAndBytesConfig
+
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line a layer and call: inputs become float16
 
         if quantize == "8bit":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_WHOLE)
@@ -254,42 +299,16 @@ class VisionLanguageModel:
         settings = copy.deepcopy(own)
         settings.update(do_sample=False, num_beams=1, max_new_tokens=self.max_tokens, max_length=None)
         settings.update(temperature=None, top_k=None, top_p=None, early_stopping=None)
+        self._ngram = settings.no_repeat_ngram_size or 0
+        settings.update(no_repeat_ngram_size=0)  # see NoRepeatedNgrams; None would be filled in from the model again
         if settings.pad_token_id is None:
             settings.pad_token_id = self.processor.tokenizer.pad_token_id
         return settings
 
 
-class SeededSampling:
-    """A logits processor that draws each image's tokens from its own seed, whatever batch it is in.
-
-    ``generate`` would draw a whole batch from one generator.  Here the draw is made beforehand: a row's uniform numbers
-    come from its seed, on the host, and pick from the distribution that its logits give at ``temperature``.
-    """
-
-    def __init__(self, temperature: float, seeds: Sequence[int], most_tokens: int) -> None:
-        import torch
-
-        draws = [torch.rand(most_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self._torch = torch
-        self._uniform = torch.stack(draws, 1).double()  # step × row
-        self._temperature = temperature
-        self._step = 0
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        torch = self._torch
-        self._uniform = self._uniform.to(scores.device)
-        cumulated = (scores.double() / self._temperature).softmax(-1).cumsum(-1)
-        target = self._uniform[self._step, :, None] * cumulated[:, -1:]
-        self._step += 1
-        chosen = torch.searchsorted(cumulated, target, right=True).clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
-
-
-def _insist_on_bitsandbytes(quantize: str, device: str) -> None:
-    if not device.startswith("cuda"):
-        raise UsageError(f"--quantize {quantize}: works on CUDA GPUs only, and this is {device}")
+def _insist_on_bitsandbytes(quantize: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InfrastructureError(f"--quantize {quantize} needs bitsandbytes: pip install bitsandbytes")
+        raise UsageError(f"--quantize {quantize} needs the package bitsandbytes: pip install -e '.[quantize]'")
 
 
 def local_folder(source: ModelSource) -> Path:
@@ -309,6 +328,11 @@ def local_folder(source: ModelSource) -> Path:
         return Path(snapshot_download(source.location, **arguments))
     except hub_errors() as error:
         raise InfrastructureError(f"--model {source.location}: download failed: {hub_error_line(error)}") from error
+
+
+def is_loaded(path: str) -> bool:
+    """Whether a file of a model's repository is fetched."""
+    return any(fnmatch(path, pattern) for pattern in _FILES)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from curation.errors import InfrastructureError, UsageError
 from curation.images import Pixels
 
 SIDE = 256
+CACHE = Path("~/.cache/curation")
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 MAX_WEIGHTS_BYTES = 4 << 30
@@ -49,7 +50,7 @@ class Backend:
         return round(float(weights[1] / weights.sum()), 6)
 
 
-def weights_file(place: str, sha256: str | None, cache: Path) -> Path:
+def weights_file(place: str, sha256: str | None, cache: Path = CACHE) -> Path:
     """The classifier's file: ``place`` is a path, or an https:// URL whose content must have that sha256.
 
     A URL is fetched once into ``cache``.  Raises InfrastructureError where it is not there or is something else.
@@ -63,7 +64,7 @@ def weights_file(place: str, sha256: str | None, cache: Path) -> Path:
         return path
     if sha256 is None:
         raise UsageError("--watermark_model by URL needs --watermark_sha256")
-    path = cache / f"watermark-{sha256.lower()[:32]}.onnx"
+    path = cache.expanduser() / f"watermark-{sha256.lower()[:32]}.onnx"
     if not path.is_file() or _sha256(path) != sha256.lower():
         _fetch(place, sha256.lower(), path)
     return path

@@ -1,4 +1,5 @@
-"""A small server of the model hub's routes: what ``huggingface_hub`` asks to list, to resolve and to download.
+"""A small server of the hub's routes: what ``huggingface_hub`` asks to list, to resolve and to download; and of
+datasets (``hub_datasets``) what it asks to create and to commit.
 
 Models are folders.  Content goes out whole or, where a Range is asked for, from there; it can be made to break off, to
 arrive damaged, and to be refused without a token.
@@ -12,10 +13,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.servers.hub_datasets import DatasetRoutes, Datasets
 
 TOKEN = "hf_test"
 _LARGE = ".safetensors"  # kept by the hub as LFS files, of which it tells the SHA-256
@@ -38,14 +41,15 @@ class Hub:
     url: str
     models: dict[str, Model]
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+    datasets: Datasets = field(default_factory=lambda: Datasets(TOKEN))
 
 
 @contextmanager
-def serve(models: dict[str, Model]) -> Iterator[Hub]:
+def serve(models: dict[str, Model] | None = None) -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    hub = Hub(f"http://127.0.0.1:{server.server_port}", models)
-    server.hub = hub  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    hub = Hub(f"http://127.0.0.1:{server.server_port}", models or {})
+    server.hub, server.datasets = hub, hub.datasets  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield hub
@@ -55,14 +59,22 @@ def serve(models: dict[str, Model]) -> Iterator[Hub]:
         thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(DatasetRoutes):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        if not self.take():
+            self._answer(body=True)
+
+    def do_POST(self) -> None:
+        if not self.take():
+            self._refuse(404, "", "no such route")
+
+    do_PUT = do_POST
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        if not self.take():
+            self._answer(body=False)
 
     def log_message(self, *arguments: Any) -> None: ...
 

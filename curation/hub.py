@@ -1,0 +1,263 @@
+"""``push``: the parts of a stage's output folder onto a dataset repository of the hub, each once.
+
+What is to be done follows from the receipts and from what the repository holds, compared by content, so that a push may
+be broken off at any moment, repeated, and made by several processes at once: each commit names the one it was made on
+top of, and whoever is late looks again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from curation.dictionaries import clean_text
+from curation.errors import UsageError
+from curation.hub_card import write_card
+from curation.hub_parts import Collection, ContentLog, addition_of, collect
+from curation.hub_repository import CARD, Addition, Again, Conflict, Head, Repository, connect
+from curation.shards import is_safe_id
+
+logger = logging.getLogger("curation")
+
+MAX_COMMIT_FILES = 200
+MAX_COMMIT_BYTES = 32 << 30  # uploaded before they are committed: what a broken connection may leave for the next push
+MAX_COMMIT_SMALL_BYTES = 64 << 20  # of files that may travel within the commit itself
+_SMALL_BYTES = 10 << 20  # the hub takes no larger ones there
+MAX_CONFLICTS = 20  # in a row
+LONGEST_WAIT_S = 600.0  # a hub that asks for more is left in peace: push later
+_LONGEST_PAUSE_S = 60.0
+
+
+class GaveUp(Exception):
+    """The hub did not work for so many tries; the next push goes on where this one ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushOptions:
+    """only: patterns of paths in the folder; without any, all outputs.  licence: one of the hub's ids.
+
+    public: what a repository becomes that this creates.  prune: remove parts from the repository that the folder has no
+    more.  tries: of the same step, before a push gives up.
+    """
+
+    only: Sequence[str] = ()
+    public: bool = False
+    licence: str | None = None
+    prune: bool = False
+    dry_run: bool = False
+    tries: int = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push did, or would do with ``dry_run``.
+
+    changed: files that are not what their receipt says (any more); the next push looks again.
+    card: whether the card was (or would be) written.  created: whether the repository was not there.
+    """
+
+    repo: str
+    url: str
+    uploaded: tuple[str, ...] = ()
+    bytes: int = 0
+    unchanged: int = 0
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    card: bool = False
+    created: bool = False
+    commits: int = 0
+
+
+def push(
+    home: Path,
+    stage: str,
+    repo: str,
+    options: PushOptions | None = None,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Pushed:
+    """Upload what is new of a stage's output folder.  Raises GaveUp, UsageError and InfrastructureError.
+
+    sleep: how to wait between tries.
+    """
+    with connect(repo) as repository:
+        return _Push(home.absolute(), stage, repository, options or PushOptions(), sleep).go()
+
+
+class _Push:
+    def __init__(
+        self, home: Path, stage: str, repository: Repository, options: PushOptions, sleep: Callable[[float], None]
+    ) -> None:
+        self._home, self._stage = home, stage
+        self._repository = repository
+        self._options = options
+        self._patience = _Patience(options.tries, sleep)
+        self._wanted: list[str] = []
+        self._log = ContentLog(home / "_hub" / f"{stage}.contents.jsonl")
+        self._done = Pushed(repository.name, repository.url)
+
+    def go(self) -> Pushed:
+        found = collect(self._home, self._stage)
+        self._wanted = found.matching(self._options.only)
+        if not self._wanted:
+            raise UsageError(f"{self._home}: {self._stage} has no finished shard to upload (of --only, if given)")
+        if found.elsewhere or found.unnamed:
+            logger.warning(
+                f"not uploaded: {found.elsewhere:,} files outside of {self._home}, {found.unnamed:,} whose names the "
+                "hub does not take"
+            )
+        head: Head | None = None
+        missing: Iterator[Addition] = iter(())
+        while True:
+            try:
+                if head is None:
+                    head = self._head()
+                    missing = self._missing(found, head)
+                if self._options.dry_run:
+                    return self._listed(found, head, missing)
+                additions, deletions, last = self._step(found, head, missing)
+                if not additions and not deletions:
+                    return self._done
+                message = _message(self._stage, additions, deletions)
+                head = self._repository.commit(head, additions, deletions, message)
+                self._note(additions, deletions)
+                self._patience.relax()
+                if last:
+                    return self._done
+            except (Again, Conflict) as error:
+                head = None
+                self._patience.wait(error)
+
+    def _head(self) -> Head:
+        head = self._repository.head()
+        if head is None and not self._options.dry_run:
+            self._repository.create(public=self._options.public)
+            self._done = replace(self._done, created=True)
+            head = self._repository.head()
+            if head is None:
+                raise Again(f"{self._repository.name}: created, and not there yet")
+        if head is None:
+            self._done = replace(self._done, created=True)
+        return head or Head("", {})
+
+    def _step(
+        self, found: Collection, head: Head, missing: Iterator[Addition]
+    ) -> tuple[list[Addition], list[str], bool]:
+        """What the next commit adds and removes, and whether it is the last; the card goes with the last."""
+        additions: list[Addition] = []
+        small = size = 0
+        for addition in missing:
+            additions.append(addition)
+            size += addition.size
+            small += addition.size if addition.size <= _SMALL_BYTES else 0
+            if len(additions) >= MAX_COMMIT_FILES or size >= MAX_COMMIT_BYTES or small >= MAX_COMMIT_SMALL_BYTES:
+                self._log.save()
+                return additions, [], False
+        self._log.save()
+        deletions = self._gone(found, head)[:MAX_COMMIT_FILES] if self._options.prune else []
+        if len(deletions) == MAX_COMMIT_FILES:
+            return additions, deletions, False
+        card = self._card(found, head, additions, deletions)
+        return additions + ([] if card.is_in(head.files) else [card]), deletions, True
+
+    def _missing(self, found: Collection, head: Head) -> Iterator[Addition]:
+        """Parts that the repository has not, or has otherwise.  Those that are not what they should be are left out."""
+        uploaded = set(self._done.uploaded)
+        changed, unchanged = [], 0
+        for path in self._wanted:
+            addition = self._log.addition(found.parts[path])
+            if addition is None:
+                changed.append(path)
+            elif not addition.is_in(head.files):
+                yield addition
+            elif path not in uploaded:  # by this push, before it had to look again
+                unchanged += 1
+        self._done = replace(self._done, changed=tuple(changed), unchanged=unchanged)
+
+    def _gone(self, found: Collection, head: Head) -> list[str]:
+        """Files of the repository that are named as parts are and of which the folder has no shard any more."""
+        kinds = {_kind(path) for path in self._wanted}
+        return sorted(path for path in head.files.keys() - found.parts.keys() if _kind(path) in kinds)
+
+    def _card(self, found: Collection, head: Head, additions: Sequence[Addition], deletions: Sequence[str]) -> Addition:
+        """The card of what the repository will hold, which may be more than this push was asked for."""
+        there = (head.files.keys() | {addition.path for addition in additions}) - set(deletions)
+        before = self._repository.card(head)
+        text = write_card(before, found.within(there), self._home, self._stage, self._options.licence)
+        return addition_of(CARD, text.encode("utf-8"))
+
+    def _note(self, additions: Sequence[Addition], deletions: Sequence[str]) -> None:
+        parts = [addition for addition in additions if addition.path != CARD]
+        self._done = replace(
+            self._done,
+            uploaded=(*self._done.uploaded, *(part.path for part in parts)),
+            bytes=self._done.bytes + sum(part.size for part in parts),
+            removed=(*self._done.removed, *deletions),
+            card=self._done.card or len(parts) < len(additions),
+            commits=self._done.commits + 1,
+        )
+        logger.info(f"{self._repository.name}: {len(self._done.uploaded):,} files, {self._done.bytes / 1e6:,.1f} MB")
+
+    def _listed(self, found: Collection, head: Head, missing: Iterator[Addition]) -> Pushed:
+        """What a push would do, all of it."""
+        parts = list(missing)
+        self._log.save()
+        gone = self._gone(found, head) if self._options.prune else []
+        return replace(
+            self._done,
+            uploaded=tuple(part.path for part in parts),
+            bytes=sum(part.size for part in parts),
+            removed=tuple(gone),
+            card=not self._card(found, head, parts, gone).is_in(head.files),
+        )
+
+
+class _Patience:
+    """Waits that grow, with jitter, or are as long as the hub asks; and how often."""
+
+    def __init__(self, tries: int, sleep: Callable[[float], None]) -> None:
+        self._tries = tries
+        self._sleep = sleep
+        self._failures = self._conflicts = 0
+
+    def relax(self) -> None:
+        """Something was committed."""
+        self._failures = self._conflicts = 0
+
+    def wait(self, error: Again | Conflict) -> None:
+        """Raises GaveUp when it is enough."""
+        if isinstance(error, Conflict):
+            self._conflicts += 1
+            if self._conflicts >= MAX_CONFLICTS:
+                raise GaveUp(f"{error}, {MAX_CONFLICTS} times in a row") from error
+            self._sleep(random.uniform(0.1, 1.0) * min(self._conflicts, 10))
+            return
+        self._failures += 1
+        if self._failures >= self._tries:
+            raise GaveUp(f"{error}; tried {self._failures} times") from error
+        pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (self._failures - 1)) * random.uniform(0.5, 1.5)
+        if error.after_s is not None:
+            if error.after_s > LONGEST_WAIT_S:
+                raise GaveUp(f"{error} and asks to wait {error.after_s:,.0f} s") from error
+            pause_s = error.after_s + random.uniform(0.1, 1.0)
+        logger.warning(f"{error}; trying again in {pause_s:.1f} s")
+        self._sleep(pause_s)
+
+
+def _message(stage: str, additions: Sequence[Addition], deletions: Sequence[str]) -> str:
+    parts = sum(addition.path != CARD for addition in additions)
+    words = [f"add {parts:,} files"] if parts else []
+    words += [f"remove {len(deletions):,}"] if deletions else []
+    return f"{clean_text(stage)}: {', '.join(words or ['the card'])}"
+
+
+def _kind(path: str) -> tuple[str, int, str] | None:
+    """Where a part lies and what it is; None of files that are none."""
+    pure = PurePosixPath(path)
+    if len(pure.parts) < 2 or not is_safe_id(pure.stem):
+        return None
+    return pure.parts[0], len(pure.parts), pure.suffix

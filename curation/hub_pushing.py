@@ -1,0 +1,201 @@
+"""Uploading while a stage runs: ``python -m curation publish`` as a process beside it, now and then and at the end.
+
+A process of its own, so that nothing that the hub, its client or a broken network does can stop, slow or kill the
+stage.  One process of a run uploads while it goes on (rank 0); at the end each command that was started does, for it
+may be the last.  They need not agree: a push adds what is missing, whoever made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import curation
+from curation.cluster import WORKER_VARIABLE, Allocation
+from curation.dictionaries import clean_text
+from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
+from curation.hub_repository import check_access, check_name, scrub
+
+logger = logging.getLogger("curation")
+
+PAUSE_S = 30.0  # between two pushes: the hub takes about two commits a minute
+_TRIES, _LAST_TRIES = 2, 5
+_GRACE_S = 5.0
+_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Flags of a stage that uploads what it makes."""
+
+    push_every: int = 500
+    """Images between two uploads to the hub, half a minute at least."""
+    hf_repo: str | None = None
+    """Dataset repository to upload to: user/name, or name.  Made, private, if it is not there.  Default: none."""
+    hf_username: str | None = None
+    """Owner of --hf_repo.  Default: who is logged in."""
+    push: bool = True
+    """Whether to upload at all; --no_push has the last word."""
+
+    def check_hub(self) -> None:
+        """Raises UsageError where nothing could ever be uploaded.  The hub is not asked."""
+        if self.push_every < 1:
+            raise UsageError("--push_every must be at least 1")
+        repo = self.repository
+        if repo is not None:
+            check_name(repo)
+            check_access()
+
+    @property
+    def repository(self) -> str | None:
+        """Where to; None where nothing is uploaded."""
+        if self.hf_repo is None or not self.push:
+            return None
+        if self.hf_username is None:
+            return self.hf_repo
+        owner, slash, _ = self.hf_repo.rpartition("/")
+        if slash and owner != self.hf_username:
+            raise UsageError(f"--hf_repo {clean_text(self.hf_repo)} is not of --hf_username {self.hf_username}")
+        return self.hf_repo if slash else f"{self.hf_username}/{self.hf_repo}"
+
+
+class Pushing:
+    """The uploads of one process of a stage.
+
+    only: patterns of the outputs to upload, as of ``publish``.  None of the methods raises, whatever the hub does.
+    """
+
+    def __init__(self, options: HubOptions, folder: Path, stage: str, only: Sequence[str] = ()) -> None:
+        self._repo = options.repository
+        self._every = options.push_every
+        self._command = [sys.executable, "-m", "curation", "publish", str(folder.absolute()), "--stage", stage]
+        self._command += [f"--repo={self._repo}", "--quiet", *(["--only", *only] if only else [])]
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._ended = False
+        self._seen = 0
+        self._world = 1
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[str] | None = None
+
+    def begin(self, allocation: Allocation) -> None:
+        """From now on upload now and then, if this is the process of the run that does."""
+        if self._repo is not None and allocation.rank == 0 and self._thread is None:
+            self._world = allocation.world
+            self._thread = threading.Thread(target=self._now_and_then, name="hub", daemon=True)
+            self._thread.start()
+
+    def saw(self, images: int) -> None:
+        """So many images of a shard are done.  Other processes are taken to be as quick as this one."""
+        if self._thread is not None:
+            self._seen += images * self._world
+            if self._seen >= self._every:
+                self._wake.set()
+
+    def end(self) -> None:
+        """Break off what is being uploaded; the last push, or the next start, takes it up."""
+        self._ended = True
+        self._wake.set()
+        self._stop_process()
+        if self._thread is not None:
+            self._thread.join(2 * _GRACE_S)
+            self._thread = None
+
+    def finish(self, code: int) -> None:
+        """Upload the rest, at the end of the command that was started; ``code`` is what it ends with.
+
+        A worker leaves it to its parent.  After a signal there is no time: the next start goes on.
+        """
+        if self._repo is None or WORKER_VARIABLE in os.environ:
+            return
+        if code == EXIT_WORK_LEFT:
+            logger.info(f"{self._repo}: the next start, or `python -m curation publish`, uploads the rest")
+            return
+        self._ended = False
+        with self._stopped_by_signals():
+            self._push(_LAST_TRIES)
+
+    # ---- in the thread, or at the end
+
+    def _now_and_then(self) -> None:
+        while not self._ended:
+            self._wake.wait()
+            self._wake.clear()
+            if self._ended:
+                return
+            self._seen = 0
+            self._push(_TRIES)
+            quiet_until = time.monotonic() + PAUSE_S
+            while not self._ended and time.monotonic() < quiet_until:
+                time.sleep(0.1)
+            if self._seen >= self._every:
+                self._wake.set()
+
+    def _push(self, tries: int) -> None:
+        """One ``publish``, and a line that tells what became of it."""
+        root = str(Path(curation.__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        try:
+            with self._lock:
+                if self._ended:
+                    return
+                self._process = subprocess.Popen(
+                    [*self._command, f"--tries={tries}"],
+                    env={**os.environ, "PYTHONPATH": path},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                )
+            told, _ = self._process.communicate()
+            code = self._process.returncode
+        except OSError as error:
+            told, code = str(error), -1
+        line = next((line for line in reversed(told.splitlines()) if line.strip()), f"exit code {code}")
+        line = clean_text(scrub(line.strip().removeprefix("error: ")))[:500]
+        if code == EXIT_OK:
+            logger.info(f"hub: {line}")
+        elif not self._ended:
+            logger.warning(f"not all is uploaded, captions are not concerned: {line}")
+
+    def _stop_process(self) -> None:
+        with self._lock:
+            process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
+            deadline = time.monotonic() + _GRACE_S
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if process.poll() is None:
+                process.kill()
+
+    @contextlib.contextmanager
+    def _stopped_by_signals(self) -> Iterator[None]:
+        """A signal ends the last push, and with it the command, whose work is done."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._ended = True
+            if self._process is not None and self._process.poll() is None:
+                self._process.kill()
+            logger.warning(f"{signal.Signals(number).name}: not all is uploaded; `python -m curation publish` goes on")
+
+        before = {name: signal.signal(name, stop) for name in _SIGNALS}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)

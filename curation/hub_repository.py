@@ -1,0 +1,335 @@
+"""A dataset repository on the hub, through the hub's own client: created, listed, and added to by commits.
+
+Every failure becomes one of three: ``Again`` (the same may work later), ``Conflict`` (somebody else has committed:
+look again), or an InfrastructureError that waiting does not mend.  None of their messages holds a token.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curation.dictionaries import clean_text
+from curation.errors import InfrastructureError, UsageError
+
+CARD = "README.md"
+MAX_CARD_BYTES = 4 << 20
+REQUEST_TIMEOUT_S = 120.0  # the client itself would wait for ever
+UPLOADS_AT_ONCE = 4
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+_BACK_LATER = (408, 425, 429)  # and 5xx
+_RESETS_IN = re.compile(r";\s*t\s*=\s*(\d{1,6})")  # the hub's RateLimit header: "api";r=0;t=55
+_SECRETS = (
+    (re.compile(r"\bhf_\w{6,}"), "hf_***"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=*-]+"), r"\1 ***"),
+    (re.compile(r"(https?://)[^\s/@]+@"), r"\1***@"),
+    (re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+"), r"\1?***"),  # signed URLs
+)
+
+
+class Again(Exception):
+    """It did not work now and may later.  after_s: what the hub asks to wait, None where it does not say."""
+
+    def __init__(self, message: str, after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
+class Conflict(Exception):
+    """The repository has moved on since it was listed."""
+
+
+class _Busy(Exception):
+    """Raised from within the client, so that it leaves the waiting to us: it would wait without jitter, as long as
+    any server says, and not at all where it sends commits."""
+
+    def __init__(self, status: int, after_s: float | None) -> None:
+        super().__init__(f"HTTP {status}")
+        self.after_s = after_s
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of the repository.  sha256: of its content where the hub keeps it as a large file; else ``git_oid``, the
+    name that git gives the content, tells."""
+
+    size: int
+    git_oid: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The repository as one commit has it."""
+
+    commit: str
+    files: dict[str, RemoteFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A file to be added: a path on this machine or the bytes themselves."""
+
+    path: str
+    source: Path | bytes
+    size: int
+    git_oid: str
+    sha256: str
+
+    def is_in(self, files: Mapping[str, RemoteFile]) -> bool:
+        there = files.get(self.path)
+        if there is None or there.size != self.size:
+            return False
+        return there.git_oid == self.git_oid if there.sha256 is None else there.sha256 == self.sha256
+
+
+def check_name(repo: str) -> None:
+    """Raises UsageError unless it can be the name of a repository, ``user/name`` or one's own ``name``."""
+    owner, slash, name = repo.rpartition("/")
+    words = [owner, name] if slash else [name]
+    bad = not all(_NAME.fullmatch(word) for word in words) or "--" in repo or ".." in repo
+    if bad or repo.endswith((".git", ".ipynb")):
+        raise UsageError(
+            f"{clean_text(repo)!r} is no name of a repository: user/name, of letters, digits, '-', '_' and '.'"
+        )
+
+
+def check_access() -> None:
+    """Raises UsageError where nothing can be uploaded from here: no client, offline, no token.  Asks nobody."""
+    _token()
+
+
+def _token() -> str:
+    try:
+        from huggingface_hub import constants, get_token
+    except ImportError as error:
+        raise UsageError(f"uploading needs huggingface_hub ({error}): pip install huggingface_hub") from None
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError("HF_HUB_OFFLINE is set, so that nothing can be uploaded: unset it")
+    token = get_token()
+    if not token:
+        raise UsageError("no token: log in with `hf auth login`, or set HF_TOKEN to one that may write")
+    return token
+
+
+def scrub(text: str, token: str = "") -> str:
+    """The text without tokens, passwords and the signed parts of URLs."""
+    if token:
+        text = text.replace(token, "***")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+class Repository:
+    """One dataset repository.  Made by ``connect``."""
+
+    def __init__(self, name: str, token: str) -> None:
+        from huggingface_hub import HfApi
+
+        self._token = token
+        self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+        self._known = False
+        self.name = name
+        if "/" not in name:
+            with self._explained():
+                self.name = f"{self._api.whoami()['name']}/{name}"
+            check_name(self.name)
+
+    @property
+    def url(self) -> str:
+        return scrub(f"{self._api.endpoint}/datasets/{self.name}", self._token)
+
+    def create(self, *, public: bool) -> None:
+        """Create it unless it is there; one that is there stays as public as it is."""
+        with self._explained():
+            self._api.create_repo(self.name, repo_type="dataset", private=not public, exist_ok=True)
+
+    def head(self) -> Head | None:
+        """Everything that is in it; None where it is not there, or is hidden from this token."""
+        from huggingface_hub import RepoFile
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        try:
+            with self._explained():
+                commit = self._api.dataset_info(self.name, revision="main", expand=["sha"]).sha
+                files: dict[str, RemoteFile] = {}
+                for entry in self._api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type="dataset"):
+                    if isinstance(entry, RepoFile):
+                        sha256 = None if entry.lfs is None else entry.lfs.sha256
+                        files[entry.path] = RemoteFile(entry.size, entry.blob_id, sha256)
+        except InfrastructureError as error:
+            cause = error.__cause__
+            if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+                return None
+            raise
+        return Head(str(commit), files)
+
+    def card(self, head: Head) -> str:
+        """The text of the card, "" where there is none."""
+        there = head.files.get(CARD)
+        if there is None:
+            return ""
+        if there.size > MAX_CARD_BYTES:
+            raise InfrastructureError(f"{self.name}: its {CARD} has {there.size:,} bytes; make it shorter")
+        with tempfile.TemporaryDirectory(prefix="curation-card-") as folder, self._explained():
+            path = self._api.hf_hub_download(
+                self.name, CARD, repo_type="dataset", revision=head.commit, local_dir=folder
+            )
+            data = Path(path).read_bytes()
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise InfrastructureError(f"{self.name}: its {CARD} is not UTF-8; mend it or delete it") from None
+
+    def commit(self, head: Head, additions: Sequence[Addition], deletions: Sequence[str], message: str) -> Head:
+        """Upload and commit on top of ``head``; returns the head that this makes.
+
+        Raises Conflict where the repository has moved on; what was uploaded by then is not uploaded again.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        with self._explained():
+            operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in deletions]
+            for addition in additions:
+                source = addition.source if isinstance(addition.source, bytes) else str(addition.source)
+                operation = CommitOperationAdd(addition.path, source)
+                operation.upload_info.sha256 = bytes.fromhex(addition.sha256)  # known: it need not be read for it
+                operations.append(operation)
+            made = self._api.create_commit(
+                self.name,
+                operations,
+                commit_message=message,
+                repo_type="dataset",
+                revision="main",
+                parent_commit=head.commit,
+                num_threads=UPLOADS_AT_ONCE,
+            )
+        for path in deletions:
+            head.files.pop(path, None)
+        head.files.update((a.path, RemoteFile(a.size, a.git_oid, a.sha256)) for a in additions)
+        return Head(str(made.oid), head.files)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Whatever the client raises within becomes one of the three errors above."""
+        try:
+            yield
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: Exception) -> Exception:
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__) is not None and len(chain) < 8:
+            chain.append(cause)
+        line = self._line(chain)
+        busy = next((link for link in chain if isinstance(link, _Busy)), None)
+        if busy is not None:
+            return Again(f"{self.name}: the hub answers {busy}", busy.after_s)
+        refusal = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
+        if isinstance(refusal, RepositoryNotFoundError):
+            return InfrastructureError(f"{self.name}: the hub shows no such repository to this token ({line})")
+        if refusal is not None:
+            status = refusal.response.status_code
+            if status in (409, 412):
+                return Conflict(f"{self.name}: somebody else has just committed")
+            if status in (401, 403):
+                return InfrastructureError(
+                    f"{self.name}: the hub refuses this token ({line}); give one that may write there: "
+                    "`hf auth login`, or HF_TOKEN"
+                )
+            if 400 <= status < 500:
+                return InfrastructureError(f"{self.name}: the hub refuses this: {line}")
+        if isinstance(error, HFValidationError) or "Invalid metadata in README.md" in str(error):
+            return InfrastructureError(f"{self.name}: {line}")
+        return Again(f"{self.name}: {line}")
+
+    def _line(self, chain: Sequence[BaseException]) -> str:
+        """The errors in one short line, without secrets and without the client's advice."""
+        texts = []
+        for link in chain[:3]:
+            words = [line.strip() for line in str(link).splitlines() if line.strip()]
+            texts.append(" ".join(words[:2]) or type(link).__name__)
+        return clean_text(scrub("; ".join(dict.fromkeys(texts)), self._token))[:400]
+
+
+@contextmanager
+def connect(name: str) -> Iterator[Repository]:
+    """A repository, by a client that waits for no answer for ever and shows no bars.
+
+    The hub's client has one HTTP client for its process, which is changed meanwhile.  Raises UsageError as
+    ``check_name`` and ``check_access`` do, and what ``Repository`` raises.
+    """
+    check_name(name)
+    token = _token()
+    from huggingface_hub import constants, get_session, set_client_factory
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    session = get_session()
+    kind, hooks = type(session), session.event_hooks.get("request", [])
+    bars = not are_progress_bars_disabled()
+    handlers = logging.getLogger("huggingface_hub").handlers
+    without_secrets = _Scrubbing(token)
+
+    def bounded() -> Any:
+        return kind(
+            event_hooks={"request": hooks, "response": [_leave_waiting_to_us]},
+            follow_redirects=True,
+            timeout=REQUEST_TIMEOUT_S,
+        )
+
+    set_client_factory(bounded)
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
+    for handler in handlers:
+        handler.addFilter(without_secrets)
+    try:
+        yield Repository(name, token)
+    finally:
+        for handler in handlers:
+            handler.removeFilter(without_secrets)
+        if bars and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+            enable_progress_bars()
+        set_client_factory(lambda: kind(event_hooks={"request": hooks}, follow_redirects=True, timeout=None))
+
+
+def _leave_waiting_to_us(response: Any) -> None:
+    """A hook on every answer of the hub and of its stores."""
+    status = int(response.status_code)
+    if status in _BACK_LATER or status >= 500:
+        raise _Busy(status, _asked_to_wait(response.headers))
+
+
+def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds, by Retry-After (a number or a date) or by the hub's RateLimit header."""
+    value = (headers.get("Retry-After") or "").strip()
+    if value.isdecimal() and len(value) < 10:
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        found = _RESETS_IN.search(headers.get("RateLimit") or "")
+        return float(found[1]) if found and "r=0" in headers.get("RateLimit", "").replace(" ", "") else None
+
+
+class _Scrubbing(logging.Filter):
+    """The client's own lines name URLs that are signed."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__()
+        self._token = token
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = scrub(record.getMessage(), self._token), ()
+        return True

@@ -1,0 +1,270 @@
+"""How remote files are asked for: of web servers, and of buckets through fsspec.
+
+One answer at a time; what becomes of one that breaks is in ``resumed.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from curation.errors import ShardError
+from curation.remote import HTTP, RemoteFile, error_line, filesystem, told_by
+
+_HTTP_CHUNK: Final = 1 << 20
+_RANGE_BYTES: Final = 8 << 20  # of a bucket: large enough that its latency does not count
+_GONE: Final = frozenset((400, 401, 403, 404, 405, 407, 410, 411, 414, 451))
+_EXPIRED: Final = frozenset(("FileExpired", "PreconditionFailed"))
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """tries: connections in a row that bring next to nothing.  Waits double from the first to the longest."""
+
+    tries: int = 6
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 30.0
+    connect_s: float = 15.0
+    read_s: float = 60.0
+
+
+PATIENCE = Patience()
+
+
+class Interrupted(Exception):
+    """A connection that broke or was refused for now; ``wait_s`` is what the server asked for."""
+
+    def __init__(self, why: str, wait_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.wait_s = wait_s
+
+
+class Unavailable(ShardError):
+    """The server says that the file is not there, or not for us: trying again would not help."""
+
+    def __init__(self, file: RemoteFile, why: str) -> None:
+        super().__init__(f"{file}: {why}", "not_available")
+        self.why = why
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server tells of a file: its size (None: not told), its etag and its time ("" where there is none)."""
+
+    size: int | None
+    etag: str = ""
+    modified: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """For receipts: what makes it another file when it differs."""
+        mark = {"etag": self.etag} if self.etag else {"modified": self.modified} if self.modified else {}
+        return {**({} if self.size is None else {"size": self.size}), **mark}
+
+    def differs(self, other: Facts) -> bool:
+        """Whether the two can not be of one version of a file."""
+        if None not in (self.size, other.size) and self.size != other.size:
+            return True
+        if self.etag and other.etag:
+            return self.etag != other.etag
+        return bool(self.modified and other.modified and self.modified != other.modified)
+
+
+class Connection(Protocol):
+    """An open answer.  ``begins``: the first byte that it gives, which may lie before the one asked for."""
+
+    facts: Facts
+    begins: int
+
+    def read(self) -> bytes:
+        """The next bytes, b"" at the end.  Raises Interrupted."""
+
+    def close(self) -> None: ...
+
+
+class Server(Protocol):
+    """Where one file comes from."""
+
+    def connect(self, start: int, end: int | None) -> Connection:
+        """Raises Interrupted, and Unavailable or another ShardError where trying again would not help."""
+
+    def look(self) -> Facts:
+        """Without reading it.  Raises the same."""
+
+    def close(self) -> None: ...
+
+
+def server_of(file: RemoteFile, patience: Patience) -> Server:
+    return HttpServer(file, patience) if file.scheme in HTTP else BucketServer(file)
+
+
+# ---- web servers
+
+
+class HttpServer:
+    """Through requests, so that proxies and .netrc of the environment count."""
+
+    def __init__(self, file: RemoteFile, patience: Patience) -> None:
+        import requests
+
+        self._file = file
+        self._session = requests.Session()
+        self._timeout = (patience.connect_s, patience.read_s)
+
+    def connect(self, start: int, end: int | None) -> Connection:
+        ranged = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
+        return _HttpConnection(self._file, self._ask("GET", ranged))
+
+    def look(self) -> Facts:
+        """By HEAD, or, as a signed URL may be good for GET alone, by its first byte."""
+        try:
+            with contextlib.closing(self._ask("HEAD", {})) as response:
+                facts = facts_of(response)
+                if facts.size is not None:
+                    return facts
+        except Unavailable as error:
+            if not error.why.startswith(("400", "403", "405")):
+                raise
+        with contextlib.closing(self._ask("GET", {"Range": "bytes=0-0"})) as response:
+            return facts_of(response)
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _ask(self, method: str, headers: dict[str, str]) -> Any:
+        import requests
+
+        try:
+            response = self._session.request(
+                method,
+                self._file.target,
+                headers={**headers, "Accept-Encoding": "identity"},
+                stream=True,
+                timeout=self._timeout,
+            )
+        except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as error:
+            raise Unavailable(self._file, error_line(error)) from None
+        except requests.RequestException as error:
+            raise Interrupted(error_line(error)) from error
+        if response.status_code in (200, 206):
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                response.close()
+                raise Unavailable(self._file, "the server sends it compressed though it was asked not to")
+            return response
+        response.close()
+        status = f"{response.status_code} {response.reason or ''}".strip()
+        if response.status_code == 416:
+            raise ShardError(f"{self._file}: it is shorter than its server said ({status})", "changed")
+        if response.status_code in _GONE:
+            raise Unavailable(self._file, status)
+        wait = response.headers.get("Retry-After", "")
+        raise Interrupted(status, float(wait) if wait.isdigit() else 0.0)
+
+
+class _HttpConnection:
+    def __init__(self, file: RemoteFile, response: Any) -> None:
+        self._file, self._response = file, response
+        self.facts = facts_of(response)
+        self.begins = 0
+        if response.status_code == 206:
+            match = _content_range(response)
+            if match is None:
+                response.close()
+                raise Unavailable(file, "the server's answer does not say which bytes it is")
+            self.begins = int(match[1])
+
+    def read(self) -> bytes:
+        from urllib3.exceptions import HTTPError
+
+        try:
+            return bytes(self._response.raw.read1(_HTTP_CHUNK, decode_content=False))  # what is there, at most that
+        except (HTTPError, OSError) as error:
+            raise Interrupted(error_line(error)) from error
+
+    def close(self) -> None:
+        self._response.close()
+
+
+def facts_of(response: Any) -> Facts:
+    """Of an answer 200 or 206."""
+    headers = response.headers
+    if response.status_code == 206:
+        match = _content_range(response)
+        total = match[3] if match else "*"
+    else:
+        total = headers.get("Content-Length", "")
+    size = int(total) if total.isascii() and total.isdigit() else None
+    return Facts(size, headers.get("ETag", "")[:200], headers.get("Last-Modified", "")[:100])
+
+
+def _content_range(response: Any) -> re.Match[str] | None:
+    return re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", response.headers.get("Content-Range", "").strip())
+
+
+# ---- buckets
+
+
+class BucketServer:
+    """s3://, gs:// and hf://, through fsspec with the credentials of the environment."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
+        self._store = filesystem(file.scheme)
+
+    def connect(self, start: int, end: int | None) -> Connection:
+        facts = self.look()
+        with self._translated():
+            opened = self._store.open(self._file.target, "rb", cache_type="none", block_size=_RANGE_BYTES)
+            opened.seek(start)
+        return _BucketConnection(self, opened, facts, start, end)
+
+    def look(self) -> Facts:
+        with self._translated():
+            self._store.invalidate_cache()
+            size, marks = told_by(self._store.info(self._file.target))
+        return Facts(size, **dict(marks))
+
+    def close(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """What its filesystem raises, which each has its own words for, as one of the three."""
+        try:
+            yield
+        except (Interrupted, ShardError):
+            raise
+        except (FileNotFoundError, IsADirectoryError):
+            raise Unavailable(self._file, "404 Not Found") from None
+        except PermissionError as error:
+            raise Unavailable(self._file, f"403 Forbidden ({error_line(error)})") from None
+        except Exception as error:
+            if {type(error).__name__, type(error.__cause__).__name__} & _EXPIRED or getattr(error, "errno", 0) == 16:
+                raise ShardError(f"{self._file}: it changed while it was read; start again", "changed") from error
+            if "Credentials" in type(error).__name__:
+                raise Unavailable(self._file, f"{error_line(error)} (credentials come from the environment)") from None
+            raise Interrupted(error_line(error)) from error
+
+
+class _BucketConnection:
+    """One range after the other; at the end it is asked whether it is still the same file."""
+
+    def __init__(self, server: BucketServer, opened: Any, facts: Facts, start: int, end: int | None) -> None:
+        self._server, self._opened = server, opened
+        self.facts, self.begins = facts, start
+        self._at, self._end = start, facts.size if end is None else end
+
+    def read(self) -> bytes:
+        wanted = _RANGE_BYTES if self._end is None else min(_RANGE_BYTES, self._end - self._at)
+        with self._server._translated():
+            data = bytes(self._opened.read(wanted)) if wanted > 0 else b""
+        self._at += len(data)
+        if self._at == self._end and data and self.facts.differs(self._server.look()):
+            raise ShardError(f"{self._server._file}: it changed while it was read; start again", "changed")
+        return data
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._opened.close()

@@ -1,0 +1,152 @@
+"""Memory and batches of the images that are prepared ahead of a captioner: bounded in bytes, by the shard alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from curation.caption_feed import Feed, Picture
+from curation.captioning import ShapeGroups
+from curation.tar import TarReport, TarWriter
+
+IMAGES, BOUND = 240, 2_000_000
+
+
+def test_no_more_bytes_wait_than_they_may_and_no_lighter_row_goes_first() -> None:
+    rng = random.Random(5)
+    groups: ShapeGroups[tuple[int, int, int]] = ShapeGroups(8, most_waiting=1000, most_bytes=1000)
+    waiting: dict[int, int] = {}  # bytes by shape
+    early = count = 0
+    for number in range(2000):
+        item = rng.randrange(40), rng.choice([1, 10, 90, 400]), number  # shape, bytes
+        waiting[item[0]] = waiting.get(item[0], 0) + item[1]
+        if batch := groups.add(item[:1], item, item[1]):
+            count += len(batch)
+            if len(batch) < 8:
+                early += 1
+                assert waiting[batch[0][0]] == max(waiting.values()), "the heaviest row makes room"
+            assert waiting.pop(batch[0][0]) == sum(nbytes for _, nbytes, _ in batch)
+        assert groups.bytes_waiting == sum(waiting.values()) <= 1000
+    assert early > 100
+    assert count + sum(map(len, groups.rest())) == 2000
+    assert groups.bytes_waiting == 0
+
+
+class Arrays:
+    """Prepares an image as floats of its own size, and knows how many of their bytes are alive."""
+
+    name = revision = "arrays"
+    device_kind = "cpu"
+
+    def __init__(self) -> None:
+        self.alive = self.peak = 0
+        self._lock = threading.Lock()
+
+    def count(self, nbytes: int) -> None:
+        with self._lock:
+            self.alive += nbytes
+            self.peak = max(self.peak, self.alive)
+
+    def prepare(self, image: Any) -> Any:
+        return Prepared(self, np.asarray(image, np.float32))
+
+    def caption(self, batch: Any, seeds: Any) -> list[str]:
+        return ["a"] * len(batch)
+
+    def close(self) -> None: ...
+
+
+class Prepared:
+    def __init__(self, owner: Arrays, array: Any) -> None:
+        self._owner, self._array = owner, array
+        self.shape, self.nbytes = array.shape, array.nbytes
+        owner.count(self.nbytes)
+
+    def __del__(self) -> None:
+        self._owner.count(-self.nbytes)
+
+
+class Quiet:
+    """A shard's work that nobody looks at."""
+
+    def sample_in(self, count: int = 1) -> None: ...
+
+    def keep(self, count: int = 1) -> None: ...
+
+    def drop(self, key: str, reason: str) -> None: ...
+
+    def fail(self, key: str, reason: str, detail: str = "") -> None:
+        raise AssertionError(f"{key}: {reason} {detail}")
+
+    def add_seconds(self, name: str, seconds: float) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of 120 shapes, 30 to 150 KB each as the captioner takes them."""
+    path = tmp_path_factory.mktemp("feed") / "0.tar"
+    rng = random.Random(1)
+    sizes = [(rng.randrange(60, 120), rng.randrange(40, 110)) for _ in range(IMAGES // 2)]
+    with open(path, "wb") as file:
+        writer = TarWriter(file)
+        for number in range(IMAGES):
+            buffer = io.BytesIO()
+            Image.new("RGB", rng.choice(sizes), (number, 7, 7)).save(buffer, "png")
+            writer.add(f"{number:04d}.png", buffer.getvalue())
+        writer.close()
+    return path
+
+
+Plan = list[list[str]]
+
+
+def gather(
+    shard: Path, backend: Arrays, threads: int, begin: Callable[[Picture], None] = lambda _: None, **bounds: int
+) -> tuple[Plan, dict[str, dict[str, Any]]]:
+    """Keys of each batch, and the record of each picture.  A batch is let go when the next is asked for."""
+    feed = Feed(backend, threads, **bounds)
+    plan, records = [], {}
+    pictures = feed.pictures(shard, Quiet(), TarReport(), None, begin, 16)
+    for batch in feed.batches(pictures, 16, []):
+        plan.append([picture.key for picture in batch.pictures])
+        for picture in batch.pictures:
+            records[picture.key] = json.loads(picture.outcome("a", batch.mark))
+            picture.let_go()
+    feed.close()
+    return plan, records
+
+
+def test_many_shapes_stay_within_bounds_and_the_plan_is_the_shards(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever works on it, with as many threads as there are, and whatever an earlier attempt has done of it."""
+    everything = Arrays()
+    gather(shard, everything, 2)
+    assert everything.peak > 5 * BOUND, "unbounded, nearly all of it waits"
+    monkeypatch.setattr("curation.caption_feed.MAX_BYTES_AHEAD", BOUND // 2)
+    backend = Arrays()
+    plan, records = gather(shard, backend, 2, most_bytes=BOUND)
+    assert backend.peak < 2 * BOUND, "what waits, and what is prepared meanwhile"
+    assert backend.alive == 0
+    assert sorted(key for batch in plan for key in batch) == [f"{number:04d}" for number in range(IMAGES)]
+    assert any(1 < len(batch) < 16 for batch in plan)
+    for threads in (1, 5):
+        assert gather(shard, Arrays(), threads, most_bytes=BOUND)[0] == plan
+    done = {key for batch in plan[: len(plan) // 2] for key in batch}
+
+    def recall(picture: Picture) -> None:
+        if picture.key in done:
+            picture.record = records[picture.key]
+
+    again = Arrays()
+    assert gather(shard, again, 2, recall, most_bytes=BOUND)[0] == plan
+    assert again.peak < 2 * BOUND

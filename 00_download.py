@@ -26,7 +26,7 @@ from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.row_downloads import RowDownloads, examine_by, refuse
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard
-from curation.stored_images import Encode, ImagePolicy, ResizeMode
+from curation.stored_images import Check, Encode, ImagePolicy, ResizeMode
 from curation.stored_shard import Earlier, OutputFormat
 from curation.tar import MAX_MEMBER_BYTES
 from curation.url_tables import NamedColumns, UrlTables, caption_column_of, url_column_of
@@ -75,6 +75,8 @@ class Options(RunOptions):
     """Bytes of an image at most."""
     encode: Encode = "keep"
     """keep: each image byte for byte as it came.  jpg: decoded, upright, resized as asked, as JPEG."""
+    image_check: Check = "decode"
+    """decode: an image that cannot be decoded to its end has failed.  header: one whose header cannot be read."""
     image_size: int = 0
     """With --encode jpg: pixels of the side that --resize_mode means."""
     resize_mode: ResizeMode = "no"
@@ -155,6 +157,7 @@ class Options(RunOptions):
             self.encode_quality,
             self.min_image_size,
             self.max_aspect_ratio,
+            self.image_check,
         )
 
     def limits(self) -> FetchLimits:
@@ -187,8 +190,8 @@ class Download:
     def fingerprint(self) -> dict[str, object]:
         o = self.options
         names = (
-            "output_format", "rows_per_shard", "url_col", "caption_col", "verify_hash", "encode", "image_size",
-            "resize_mode", "resize_only_if_bigger", "encode_quality", "min_image_size", "max_image_bytes",
+            "output_format", "rows_per_shard", "url_col", "caption_col", "verify_hash", "encode", "image_check",
+            "image_size", "resize_mode", "resize_only_if_bigger", "encode_quality", "min_image_size", "max_image_bytes",
             "disallowed_header_directives",
         )  # fmt: skip
         ratio = None if o.max_aspect_ratio == float("inf") else o.max_aspect_ratio

@@ -159,7 +159,7 @@ class Fetcher:
 
     def _as_fetch_error(self, error: Exception) -> FetchError:
         http, text = self._aiohttp, f"{type(error).__name__}: {error}"
-        if "refused_address" in text:
+        if "refused_address" in str(getattr(error, "os_error", error)):  # of several addresses one error is made
             return FetchError("refused_address", "private, link-local, loopback or reserved")
         if isinstance(error, http.ClientConnectorDNSError):
             return FetchError("dns", str(error.os_error))

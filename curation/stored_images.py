@@ -13,6 +13,7 @@ from curation.errors import SampleError
 from curation.images import MAX_PIXELS, ImageFacts, Pixels, decode_rgb, encode_jpeg, image_facts
 
 Encode = Literal["keep", "jpg"]
+Check = Literal["decode", "header"]
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 _WHITE = 255
@@ -24,6 +25,7 @@ class ImagePolicy:
     """encode: ``keep`` stores what came, byte for byte; ``jpg`` stores JPEG, upright, resized as asked.
 
     size: pixels; which side it is depends on the mode, as in img2dataset.  min_size, max_aspect_ratio: of what came.
+    check: ``header`` takes an image for sound whose header can be read.
     """
 
     encode: Encode = "keep"
@@ -33,6 +35,7 @@ class ImagePolicy:
     quality: int = 95
     min_size: int = 0
     max_aspect_ratio: float = float("inf")
+    check: Check = "decode"
     max_pixels: int = MAX_PIXELS
 
 
@@ -49,7 +52,7 @@ class StoredImage:
 
 
 def make_stored(data: bytes, policy: ImagePolicy) -> StoredImage:
-    """Decode, check, and encode where asked.  Raises SampleError for what is no sound image or none that is wanted."""
+    """Check, decode and encode as asked.  Raises SampleError for what is no sound image or none that is wanted."""
     facts = image_facts(data, policy.max_pixels)
     shorter, longer = sorted((facts.width, facts.height))
     if shorter < policy.min_size:
@@ -58,11 +61,20 @@ def make_stored(data: bytes, policy: ImagePolicy) -> StoredImage:
         raise SampleError("aspect_ratio", f"{facts.width} × {facts.height} pixels")
     digest = hashlib.sha256(data).hexdigest()
     if policy.encode == "keep":
-        decode_rgb(data, policy.max_pixels, at_least=_ENOUGH_TO_CHECK)
+        if policy.check == "decode":
+            decode_rgb(data, policy.max_pixels, at_least=_ENOUGH_TO_CHECK)
         return StoredImage(data, facts.suffix, facts.width, facts.height, facts, digest)
-    pixels = resize(decode_rgb(data, policy.max_pixels), policy)
+    pixels = resize(decode_rgb(data, policy.max_pixels, at_least=_pixels_needed(shorter, longer, policy)), policy)
     height, width = pixels.shape[:2]
     return StoredImage(encode_jpeg(pixels, policy.quality), "jpg", width, height, facts, digest)
+
+
+def _pixels_needed(shorter: int, longer: int, policy: ImagePolicy) -> int | None:
+    """Of the longest side, so that resizing still has at least the pixels that come out; None for all."""
+    if policy.mode == "no":
+        return None
+    whole = longer if policy.mode in ("keep_ratio_largest", "border") else shorter
+    return longer if whole <= policy.size else -(-policy.size * longer // whole)
 
 
 def resize(pixels: Pixels, policy: ImagePolicy) -> Pixels:

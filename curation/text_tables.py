@@ -72,7 +72,7 @@ def _is_jsonl(source: str) -> bool:
 
 
 def _plain(source: str) -> str:
-    return source.removesuffix(".gz")
+    return source.removesuffix("?…").removesuffix(".gz")
 
 
 def _lines(source: str, file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -22,6 +22,7 @@ import xxhash
 from curation.dictionaries import clean_text, dump_json
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.publish import link_exclusively, make_folder, read_record
+from curation.remote import HTTP, PIPE, RemoteFile, error_line, filesystem, is_remote, told_by, without_secrets
 from curation.shards import MAX_SHARDS, Shard
 
 SUFFIXES: Final = (
@@ -70,9 +71,9 @@ class UrlTables:
         self._place = _Place(source)
         self.tables = self._dry_plan() if dry else self._plan()
         if not any(table.rows for table in self.tables):
-            raise UsageError(f"{source}: no rows in {_named(self.tables)}")
+            raise UsageError(f"{without_secrets(source)}: no rows in {_named(self.tables)}")
         if sum(-(-table.rows // rows_per_shard) for table in self.tables) > MAX_SHARDS:
-            raise UsageError(f"{source}: more than {MAX_SHARDS:,} shards of {rows_per_shard:,} rows")
+            raise UsageError(f"{without_secrets(source)}: more than {MAX_SHARDS:,} shards of {rows_per_shard:,} rows")
 
     @property
     def is_local(self) -> bool:
@@ -93,7 +94,7 @@ class UrlTables:
 
     def digest(self) -> str:
         """Says which rows are which shard: of names and numbers of rows."""
-        told = [[table.source.rpartition("/")[2], table.rows] for table in self.tables]
+        told = [[_plain(table.source).rpartition("/")[2], table.rows] for table in self.tables]
         return f"{len(told)} tables, {sum(t.rows for t in self.tables)} rows, {_digest([told, self._rows])[:12]}"
 
     def read(self, shard_id: str) -> Any:
@@ -104,11 +105,11 @@ class UrlTables:
             with self._open_parquet(table) as file:
                 rows = _rows_of(file, first, count)
         except Exception as error:
-            raise ShardError(f"{table.source}: cannot be read: {type(error).__name__}: {error}", "bad_table") from error
+            told = f"{without_secrets(table.source)}: cannot be read: {error_line(error)}"
+            raise ShardError(told, "bad_table") from error
         if rows.num_rows != count:
-            raise ShardError(
-                f"{table.source}: {rows.num_rows:,} rows from {first:,} on, {count:,} expected", "bad_table"
-            )
+            told = f"{without_secrets(table.source)}: {rows.num_rows:,} rows from {first:,} on, {count:,} expected"
+            raise ShardError(told, "bad_table")
         return rows
 
     @contextlib.contextmanager
@@ -130,11 +131,12 @@ class UrlTables:
         record = self._output / TABLES_FOLDER / f"{_digest([_RULES, found, self._rows, asdict(self._columns)])}.json"
         known = read_record(record)
         if known is not None:
-            return [Table(**table) for table in known["tables"]]
+            return [Table(source, **table) for (source, _), table in zip(found, known["tables"], strict=True)]
         make_folder(record.parent)
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             tables = list(pool.map(lambda entry: self._look_at(*entry), found))
-        told = dump_json({"tables": [asdict(table) for table in tables]}, indent=True)
+        facts = [{"mark": table.mark, "rows": table.rows, "file": table.file} for table in tables]
+        told = dump_json({"tables": facts}, indent=True)  # no names: a URL may hold a secret
         link_exclusively(record, told, secrets.token_hex(8))
         return tables
 
@@ -145,26 +147,27 @@ class UrlTables:
     def _look_at(self, source: str, mark: str, *, write: bool = True) -> Table:
         from curation.text_tables import columns_of, count_rows, write_parquet
 
+        told = without_secrets(source)
         try:
-            if source.endswith(".parquet"):
+            if _plain(source).endswith(".parquet"):
                 from pyarrow.parquet import ParquetFile
 
                 with self._place.open(source) as raw, ParquetFile(raw) as file:
-                    self._check(source, file.schema_arrow)
+                    self._check(told, file.schema_arrow)
                     return Table(source, mark, file.metadata.num_rows)
             with self._place.open_text(source) as text:
-                schema = columns_of(source, text)
+                schema = columns_of(told, text)
             if schema is None:
                 return Table(source, mark, 0)
-            self._check(source, schema)
+            self._check(told, schema)
             if not write:
                 with self._place.open_text(source) as text:
-                    return Table(source, mark, count_rows(source, text))
-            name = f"{_digest([_RULES, source, mark, self._rows])}.parquet"
+                    return Table(source, mark, count_rows(told, text))
+            name = f"{_digest([_RULES, _plain(source), mark, self._rows])}.parquet"
             temporary = self._output / TABLES_FOLDER / f".{name}.{secrets.token_hex(8)}.tmp"
             try:
                 with self._place.open_text(source) as text:
-                    rows = write_parquet(source, text, schema, temporary, self._rows)
+                    rows = write_parquet(told, text, schema, temporary, self._rows)
                 temporary.rename(temporary.with_name(name))
             finally:
                 temporary.unlink(missing_ok=True)
@@ -172,7 +175,7 @@ class UrlTables:
         except InfrastructureError:
             raise
         except Exception as error:
-            raise UsageError(f"{source}: cannot be read as a table: {type(error).__name__}: {error}") from error
+            raise UsageError(f"{told}: cannot be read as a table: {error_line(error)}") from error
 
     def _check(self, source: str, schema: Any) -> None:
         wanted = self._columns
@@ -241,52 +244,51 @@ class _Place:
     """Where tables lie and how they are opened: the only place that knows of storages."""
 
     def __init__(self, source: str) -> None:
-        import fsspec
-
+        self.is_local = not is_remote(source)
         self._source = source
-        try:
-            self._files, self._path = fsspec.core.url_to_fs(source)
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"{source}: cannot be read here: {error}") from None
-        self.is_local = "file" in _as_list(self._files.protocol)
+        if source.startswith(PIPE):
+            raise UsageError(f"{source}: a table is read more than once, and a command's output cannot be")
+        self._files = filesystem("file" if self.is_local else RemoteFile(source).scheme)
 
     def find(self) -> list[tuple[str, str]]:
         """(path, mark) of every table, by name."""
-        path = self._path
+        source, told = self._source, without_secrets(self._source)
         try:
-            if any(c in path for c in "*?["):
-                names = self._files.glob(path)
-            elif self._files.isdir(path):
-                names = self._files.ls(path, detail=False)
+            if any(c in _plain(source) for c in "*?["):
+                names = self._files.glob(source)
+            elif RemoteFile(source).scheme not in HTTP and self._files.isdir(source):
+                names = self._files.ls(source, detail=False)
             else:
-                names = [path] if self._files.exists(path) else []
+                names = [source] if self._files.exists(source) else []
+            tables = sorted(str(name) for name in names if _is_table(str(name)))
+            marks = [self._mark(name) for name in tables]
         except Exception as error:
-            raise InfrastructureError(f"{self._source}: cannot be listed: {error}") from error
-        tables = sorted(str(name) for name in names if str(name).endswith(SUFFIXES) and "/." not in str(name))
+            raise InfrastructureError(f"{told}: cannot be listed or read: {error_line(error)}") from error
         if not tables and names:
-            raise UsageError(f"{self._source}: no tables; they end in {', '.join(SUFFIXES)}")
+            raise UsageError(f"{told}: no tables; they end in {', '.join(SUFFIXES)}")
         if not tables:
-            raise UsageError(f"{self._source!r} is not there: give a table, a folder of tables or a glob")
-        return [(name, self._mark(name)) for name in tables]
+            raise UsageError(f"{told!r} is not there: give a table, a folder of tables or a glob")
+        return list(zip(tables, marks, strict=True))
 
     def open(self, path: str) -> BinaryIO:
         return self._files.open(path, "rb")  # type: ignore[no-any-return]
 
     def open_text(self, path: str) -> BinaryIO:
         """The bytes, inflated where the name ends in .gz."""
-        return self._files.open(path, "rb", compression="gzip" if path.endswith(".gz") else None)  # type: ignore[no-any-return]
+        packed = "gzip" if _plain(path).endswith(".gz") else None
+        return self._files.open(path, "rb", compression=packed)  # type: ignore[no-any-return]
 
     def _mark(self, path: str) -> str:
-        try:
-            info = self._files.info(path)
-        except Exception as error:
-            raise InfrastructureError(f"{path}: cannot be read: {error}") from error
-        names = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "sha256", "blob_id")
-        return _digest([str(info[name]) for name in names if info.get(name) is not None])
+        return _digest(told_by(self._files.info(path)))
 
 
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def _plain(source: str) -> str:
+    """Without what a signed URL ends in, which is another one each day.  A path of this machine may hold anything."""
+    return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
+
+
+def _is_table(path: str) -> bool:
+    return _plain(path).endswith(SUFFIXES) and not path.rpartition("/")[2].startswith(".")
 
 
 def _digest(value: Any) -> str:
@@ -294,4 +296,4 @@ def _digest(value: Any) -> str:
 
 
 def _named(tables: Sequence[Table]) -> str:
-    return ", ".join(table.source for table in tables[:5]) + (" …" if len(tables) > 5 else "")
+    return ", ".join(without_secrets(table.source) for table in tables[:5]) + (" …" if len(tables) > 5 else "")

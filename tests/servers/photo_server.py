@@ -197,6 +197,12 @@ class Connection(asyncio.Protocol):
         """Forbids it to another."""
         self.send(200, self.photos.image(path), "X-Robots-Tag: otherbot: noai, noindex")
 
+    def do_table(self, path: str) -> None:
+        """A table of three photos."""
+        port = self.transport.get_extra_info("sockname")[1]
+        urls = "".join(f"http://127.0.0.1:{port}/photo/{number}\n" for number in range(3))
+        self.send(200, f"url\n{urls}".encode(), "Content-Type: text/csv", "ETag: one")
+
     def do_seen(self, path: str) -> None:
         told = {"seen": self.photos.seen, "most": self.photos.most}
         self.send(200, json.dumps(told).encode(), "Content-Type: application/json")

@@ -544,6 +544,46 @@ def test_a_table_on_a_web_server_with_a_signature(web: Web, tmp_path: Path) -> N
     assert not any(b"secret" in text for text in texts)
 
 
+def test_tables_in_a_bucket(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a real S3 server."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    told = {"ACCESS_KEY_ID": "me", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
+    told["ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in told.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    table = write_table(tmp_path / "a.parquet", [web.url("photo", 1), web.url("404", 2)])
+    try:
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="urls")
+        client.put_object(Bucket="urls", Key="tables/a.parquet", Body=table.read_bytes())
+        client.put_object(Bucket="urls", Key="tables/b.csv", Body=f"url\n{web.url('photo', 3)}\n".encode())
+        assert run("s3://urls/tables", tmp_path / "out") == 0
+        assert run("s3://urls/tables/*.parquet", tmp_path / "glob") == 0
+        assert run("s3://urls/nothing", tmp_path / "none") == 2
+    finally:
+        server.stop()
+    found = [row["status"] for shard in ("00000000", "00000001") for row in rows(tmp_path / "out", shard)]
+    assert found == ["success", "failed_to_download", "success"]
+    assert rows(tmp_path / "glob") == rows(tmp_path / "out")
+
+
+def test_the_job_script_runs_without_slurm(web: Web, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.parquet", [web.url("photo", i) for i in range(4)])
+    told = {"URLS": str(table), "ROOT": str(tmp_path), "PYTHON": sys.executable, "WORKERS": "2"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | told
+    command = ["bash", "00_download.sh", *FLAGS, "--rows_per_shard", "2"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=60)
+    assert [len(rows(tmp_path / "shards", f"{number:08d}")) for number in range(2)] == [2, 2]
+    environment.pop("URLS")
+    refused = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "URLS is not set" in refused.stderr
+
+
 def test_shards_of_large_row_groups_are_cut_out_of_them(web: Web, tmp_path: Path) -> None:
     urls = [web.url("photo", i) for i in range(25)]
     pq.write_table(pa.table({"url": urls}), tmp_path / "t.parquet", row_group_size=7)

@@ -34,6 +34,8 @@ from curation.workers import is_worker
 
 FULL_METADATA, SIMPLE_CSV = "full_metadata.parquet", "metadata.csv"
 CSV_COLUMNS = ("key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
+# Threads that look into images.  Several a CPU: on a node that others use as well, each gets its share.
+EXAMINERS_PER_CPU, MAX_EXAMINERS = 4, 32
 HASHES = ("sha256", "md5", "sha512", "sha1")
 
 
@@ -211,7 +213,7 @@ class Download:
             per_host=o.per_host,
             retries=o.retries,
             max_wait_s=o.max_wait,
-            threads=allocation.threads,
+            threads=min(MAX_EXAMINERS, EXAMINERS_PER_CPU * allocation.threads),
         )
         self._pool = ThreadPoolExecutor(allocation.threads, "verify")
 

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 PEER = "img2dataset==1.47.0"
 HOSTS = 50
+ROWS_PER_SHARD = 1000
 # What is done to an image: the stage's flags, img2dataset's flags.
 MODES = {
     "kept, not looked into": (["--image_check", "header"], ["--disable_all_reencoding", "True"]),
@@ -61,7 +62,8 @@ def write_table(path: Path, port: int, count: int) -> None:
 
 def stage(table: Path, output: Path, mode: str, threads: int) -> float:
     command = [sys.executable, str(ROOT / "00_download.py"), "--input", str(table), "--output", str(output), "--quiet"]
-    command += ["--allow_private", "127.0.0.0/8", "--threads", str(threads), "--workers", "1"]
+    command += ["--allow_private", "127.0.0.0/8", "--threads", str(threads)]
+    command += ["--workers", "1", "--rows_per_shard", str(ROWS_PER_SHARD)]
     command += MODES[mode][0]
     subprocess.run(command, check=True, env=quiet_environment())
     receipts = [json.loads(path.read_bytes()) for path in output.glob("_receipts/00_download/*/*.json")]
@@ -75,6 +77,7 @@ def peer(python: Path, table: Path, output: Path, mode: str, threads: int) -> fl
     command = [str(python), "-c", code, "--url_list", str(table), "--output_folder", str(output)]
     command += ["--input_format", "parquet", "--output_format", "webdataset", "--caption_col", "caption"]
     command += ["--processes_count", "1", "--thread_count", str(threads), "--enable_wandb", "False"]
+    command += ["--number_sample_per_shard", str(ROWS_PER_SHARD)]
     command += MODES[mode][1]
     subprocess.run(command, check=True, env=quiet_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stats = [json.loads(path.read_bytes()) for path in output.glob("*_stats.json")]

@@ -64,7 +64,8 @@ def make_stored(data: bytes, policy: ImagePolicy) -> StoredImage:
         if policy.check == "decode":
             decode_rgb(data, policy.max_pixels, at_least=_ENOUGH_TO_CHECK)
         return StoredImage(data, facts.suffix, facts.width, facts.height, facts, digest)
-    pixels = resize(decode_rgb(data, policy.max_pixels, at_least=_pixels_needed(shorter, longer, policy)), policy)
+    pixels = decode_rgb(data, policy.max_pixels, at_least=_pixels_needed(shorter, longer, policy))
+    pixels = resize(pixels, (facts.width, facts.height), policy)
     height, width = pixels.shape[:2]
     return StoredImage(encode_jpeg(pixels, policy.quality), "jpg", width, height, facts, digest)
 
@@ -77,12 +78,15 @@ def _pixels_needed(shorter: int, longer: int, policy: ImagePolicy) -> int | None
     return longer if whole <= policy.size else -(-policy.size * longer // whole)
 
 
-def resize(pixels: Pixels, policy: ImagePolicy) -> Pixels:
+def resize(pixels: Pixels, whole: tuple[int, int], policy: ImagePolicy) -> Pixels:
     """By img2dataset's modes: ``keep_ratio`` and ``center_crop`` bring the shorter side to the size, ``border`` and
-    ``keep_ratio_largest`` the longer one; ``border`` then fills up to a square with white."""
+    ``keep_ratio_largest`` the longer one; ``border`` then fills up to a square with white.
+
+    whole: width and height of the image, of which ``pixels`` may be decoded at reduced scale.
+    """
     if policy.mode == "no":
         return pixels
-    height, width = pixels.shape[:2]
+    width, height = whole
     side = min(height, width) if policy.mode in ("keep_ratio", "center_crop") else max(height, width)
     if policy.only_if_bigger and side <= policy.size:
         return pixels
@@ -91,7 +95,7 @@ def resize(pixels: Pixels, policy: ImagePolicy) -> Pixels:
     if target[0] * target[1] > policy.max_pixels:
         raise SampleError("image_too_large", f"{target[0]:,} × {target[1]:,} pixels after resizing")
     kernel = Image.Resampling.BOX if scale < 1 else Image.Resampling.LANCZOS  # the area; and what img2dataset takes
-    resized = np.asarray(Image.fromarray(pixels).resize(target, kernel)) if scale != 1 else pixels
+    resized = np.asarray(Image.fromarray(pixels).resize(target, kernel)) if pixels.shape[1::-1] != target else pixels
     if policy.mode == "center_crop":
         top, left = ((have - policy.size) // 2 for have in resized.shape[:2])
         return resized[top : top + policy.size, left : left + policy.size]

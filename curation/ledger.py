@@ -339,6 +339,18 @@ def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
                     yield receipt
 
 
+def receipts_of_all(root: Path, stage: str, ids: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    """The receipts of these shards in their order, and the first shard that is not done, "" where all are."""
+    found = {receipt["shard"]: receipt for receipt in done_receipts(root, stage)}
+    receipts = []
+    for shard_id in ids:
+        receipt = found.get(shard_id)
+        if receipt is None or receipt.get("status") != "done":
+            return receipts, shard_id
+        receipts.append(receipt)
+    return receipts, ""
+
+
 def _short(value: Any) -> str:
     text = orjson.dumps(value).decode()
     return text if len(text) <= 80 else text[:77] + "..."

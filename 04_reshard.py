@@ -88,7 +88,7 @@ class Options(RunOptions):
             raise UsageError("--output and --edits must be two folders: both hold <shard>.tar")
         if self.edits is None and self.follow:
             raise UsageError("--follow waits for the edits: it needs --edits")
-        if not (self.edits or self.subset or self.drop_rejected or self.blur_faces or self.shard_size or self.index):
+        if self.is_plain and not (self.edits or self.blur_faces or self.index):
             raise UsageError("--edits is missing: without it, and without a flag that changes the shards, they stay")
         if self.on_missing == "drop" and (self.prompts is None or self.edits is None):
             raise UsageError("--on_missing drop needs --prompts and --edits: without them no edit is missing")
@@ -102,7 +102,7 @@ class Options(RunOptions):
     @property
     def is_plain(self) -> bool:
         """Whether every source shard becomes one of as many samples, at the same place."""
-        return not (self.subset or self.drop_rejected or self.on_missing == "drop" or self.shard_size)
+        return not (self.subset or self.drop_rejected or self.on_missing == "drop" or self.shard_size is not None)
 
     @cached_property
     def material(self) -> Material:
@@ -171,12 +171,20 @@ class Reshard(Stage):
                 opened = self.material.open(work.shard, records_of(self.inputs(work.shard), work))
                 edits, selection = stack.enter_context(opened)
             reports = iter((report,))
+            before = ""  # the key of the last sample that was written
 
             def begin() -> Windows:
+                nonlocal before
+                before = ""
                 return Shown(TarPass(source, next(reports, None)), selection.look, writer.look)
 
             def decide(span: SampleSpan) -> Decision:
+                nonlocal before
                 choice = selection.choose(span)
+                if choice.copies:
+                    if span.key == before:  # what lay between them was left out: they would be taken for one
+                        choice = Choice(0, failed=("duplicate_key", "it would lie right behind another of this key"))
+                    before = span.key
                 keys = copy_keys(span.key, choice.copies) if choice.copies > 1 else ()
                 return writer.make(span, choice, edits, keys)
 
@@ -306,7 +314,9 @@ def tell(report: TarReport, edits: Edits, work: ShardWork) -> None:
 
 def regroup(options: Options, shards: Sequence[Shard]) -> int:
     """Index every source shard; when all are, write the output shards."""
-    index = Index(options)
+    index, output = Index(options), Path(options.output)
+    if not is_worker():
+        insist_on_own(output, STAGE, None, regroups=True, overwrite=options.overwrite)
     if options.step != "write":
         whole = options.shards is None  # --shards names output shards
         step = replace(options, step="index", shards=None, rerun=options.rerun and whole)
@@ -324,7 +334,7 @@ def regroup(options: Options, shards: Sequence[Shard]) -> int:
     logger.info(f"{layout.total:,} samples of {len(shards):,} shards make {len(layout):,} of {options.shard_size:,}")
     outputs = layout.shards
     if not is_worker():
-        insist_on_own(Path(options.output), STAGE, {s.id for s in outputs}, regroups=True, overwrite=options.overwrite)
+        insist_on_own(output, STAGE, {shard.id for shard in outputs}, regroups=True, overwrite=options.overwrite)
     code = run_stage(Regroup(options, layout), replace(options, step="write"), outputs)
     return finish(options, outputs) if code == EXIT_OK else code
 

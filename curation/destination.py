@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -14,11 +15,11 @@ from curation.shards import TAR, bucket_of
 LAYOUT_NOTE = "layout"  # of receipts of shards that were regrouped
 
 
-def insist_on_own(output: Path, stage: str, ids: Collection[str], *, regroups: bool, overwrite: bool) -> None:
+def insist_on_own(output: Path, stage: str, ids: Collection[str] | None, *, regroups: bool, overwrite: bool) -> None:
     """Raise UsageError where ``output`` holds tars that no receipt of ``stage`` vouches for, or shards of another
     layout.  overwrite: such tars are replaced where they are in the way; shards of another layout are removed.
 
-    ids: the shards that are to be there.  regroups: these are all there may be.
+    ids: the shards that are to be there, None where that is not known yet.  regroups: these are all there may be.
     """
     tars = {name.removesuffix(TAR) for name in _names(output) if name.endswith(TAR) and name[0] != "."}
     own = _own(output / "_receipts" / stage)  # looked up after the tars: a commit publishes them before its receipt
@@ -27,7 +28,7 @@ def insist_on_own(output: Path, stage: str, ids: Collection[str], *, regroups: b
             f"--output {output} already holds {len(foreign):,} shards that {stage} has not made: {some(foreign)}. Give "
             "another folder, or --overwrite to replace those that are in the way"
         )
-    surplus = own - set(ids)
+    surplus = own - set(ids) if ids is not None else set()
     if surplus and not regroups:  # shards of other sources may stand beside these, but not those of a layout
         record = read_record(_receipt(output, stage, min(surplus))) or {}
         surplus = surplus if LAYOUT_NOTE in record.get("notes", {}) else set()
@@ -77,5 +78,6 @@ def _remove(output: Path, stage: str, shard_id: str) -> None:
     home = os.path.realpath(output)
     for told in record.get("outputs", []):
         file = os.path.realpath(output / str(told.get("path", "")))
-        if file.startswith(home + os.sep) and os.path.isfile(file):
-            os.unlink(file)
+        if file.startswith(home + os.sep):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                os.unlink(file)

@@ -342,7 +342,7 @@ def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
 def receipts_of_all(root: Path, stage: str, ids: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
     """The receipts of these shards in their order, and the first shard that is not done, "" where all are."""
     found = {receipt["shard"]: receipt for receipt in done_receipts(root, stage)}
-    receipts = []
+    receipts: list[dict[str, Any]] = []
     for shard_id in ids:
         receipt = found.get(shard_id)
         if receipt is None or receipt.get("status") != "done":

@@ -40,6 +40,9 @@ class Writer:
     def make(self, span: SampleSpan, choice: Choice, edits: Edits, keys: Sequence[str] = ()) -> Decision:
         """keys: those that the sample goes out under, where they are not its own."""
         edit: Edit | None = None
+        if self._blur is None and choice.copies == 1 and not choice.edited and not keys:  # nearly all of them
+            self.chosen.append((span, choice))
+            return Fate.STAYS
         if choice.copies and choice.edited:
             edit = edits.read(span.key)
         elif choice.copies and self._blur is not None:

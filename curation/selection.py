@@ -110,6 +110,9 @@ class Selection:
         work.sample_in(len(chosen))
         kept = 0
         for span, choice in chosen:
+            if choice is _AS_IT_IS and span.key not in self.unused:  # nearly all of them
+                kept += 1
+                continue
             if choice.copies:
                 kept += 1
                 self.copies += choice.copies - 1

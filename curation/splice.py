@@ -112,7 +112,7 @@ def splice(
             if span.key:
                 fate = decide(span)
                 decided.append((span, fate))
-            begin = out.position
+            begin = 0 if index is None else out.position
             if isinstance(fate, Edit):
                 out.add_edited(span, fate)
             elif isinstance(fate, Copies):

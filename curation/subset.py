@@ -53,6 +53,8 @@ class Subset:
                 f"--subset: {path}: a sorted one-dimensional array of dtype u8,u8 is wanted (high and low half of each "
                 f"uid), this one is {found}"
             )
+        if not len(array):
+            raise UsageError(f"--subset: {path} names no sample")
         self._halves: NDArray[np.uint64] = array.view(np.ndarray).view(np.uint64).reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class Subset:
 
     def counts(self, uids: Sequence[Halves]) -> list[int]:
         """How often each of these stands in the array: one binary search for all of them together."""
-        if not uids or not len(self):
+        if not uids:
             return [0] * len(uids)
         wanted = np.array(uids, np.uint64)
         found: list[int] = (self._search(wanted, after=True) - self._search(wanted, after=False)).tolist()

@@ -99,18 +99,25 @@ class Run:
     root: Path
     capsys: pytest.CaptureFixture[str]
     log: str = ""
+    out: str = ""
     arguments: list[str] = field(default_factory=list)
 
     def __call__(self, *more: str) -> int:
         folders = {"input": "shards", "edits": "edits", "output": "hybrid"}
+        if not self.has_edits:
+            del folders["edits"]
         argv = [word for flag, name in folders.items() for word in (f"--{flag}", f"{self.root}/{name}")]
         if (self.root / "prompts").exists():
             argv += ["--prompts", f"{self.root}/prompts"]
         self.capsys.readouterr()
         with ThreadPoolExecutor(1) as thread:  # not pytest's main thread, whose signal handlers stay as they are
             code: int = thread.submit(stage_04.main, [*argv, *more]).result()
-        self.log = self.capsys.readouterr().err
+        self.out, self.log = self.capsys.readouterr()
         return code
+
+    @property
+    def has_edits(self) -> bool:
+        return True
 
     def put(self, path: str, data: bytes) -> Path:
         file = self.root / path

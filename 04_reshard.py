@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from curation import backends
-from curation.blur import RECORDED, Blur
 from curation.cluster import Allocation
 from curation.destination import LAYOUT_NOTE, insist_on_own
 from curation.edits import Edits
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
-from curation.faces import FaceDetector
 from curation.inputs import Input
 from curation.layout import IS_EDITED, IndexReader, IndexWriter, Layout, Placed
 from curation.ledger import receipts_of_all
@@ -25,9 +23,9 @@ from curation.material import Material, Records
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.rewriting import Writer
 from curation.runner import Follows, ShardWork, run_stage
-from curation.selection import Choice, copy_keys
+from curation.selection import AS_IT_IS, Choice, copy_keys
 from curation.shards import Shard, discover, local_folders, select
-from curation.splice import Decision, Shown, Windows
+from curation.splice import Decision, Fate, Shown, Windows
 from curation.streams import open_blocks
 from curation.subset import Subset
 from curation.survey import survey
@@ -35,6 +33,9 @@ from curation.tar import SampleSpan, TarPass, TarReport
 from curation.tar_index import write_wids
 from curation.tar_spans import Gathered, Piece
 from curation.workers import is_worker
+
+if TYPE_CHECKING:
+    from curation.blur import Blur
 
 PROMPTS_STAGE = "02_captions_processor"
 EDITS_STAGE = "03_generate_images"
@@ -140,18 +141,22 @@ class Stage:
         self.options = options
         self.material = options.material
         self.output = Path(options.output)
-        self._detector: FaceDetector | None = None
+        self._blur: Callable[[], Blur] | None = None
 
     def open(self, allocation: Allocation) -> None:
-        if self.options.blur_faces not in (None, RECORDED):
-            self._detector = backends.load("faces", str(self.options.blur_faces))(None, None, None, 1, allocation.gpu)
+        if (boxes := self.options.blur_faces) is not None:
+            from curation.blur import Blur
+
+            detector = None
+            if boxes != "recorded":
+                detector = backends.load("faces", boxes)(None, None, None, 1, allocation.gpu)
+            self._blur = partial(Blur, detector)
 
     def close(self) -> None:
         pass
 
     def writer(self) -> Writer:
-        o = self.options
-        blur = None if o.blur_faces is None else Blur(self._detector)
+        o, blur = self.options, None if self._blur is None else self._blur()
         return Writer(self.output, blur, index=o.index, verify=o.verify)
 
 
@@ -165,13 +170,14 @@ class Reshard(Stage):
         return self.material.inputs(shard)
 
     def process(self, work: ShardWork) -> None:
-        source, writer, report = work.shard.path, self.writer(), TarReport()
+        o, source, writer, report = self.options, work.shard.path, self.writer(), TarReport()
         with contextlib.ExitStack() as stack:
             with work.phase("read"):
                 opened = self.material.open(work.shard, records_of(self.inputs(work.shard), work))
                 edits, selection = stack.enter_context(opened)
             reports = iter((report,))
             before = ""  # the key of the last sample that was written
+            plain, choose, chosen = o.is_plain and writer.changes_nothing, selection.choose, writer.chosen
 
             def begin() -> Windows:
                 nonlocal before
@@ -180,8 +186,11 @@ class Reshard(Stage):
 
             def decide(span: SampleSpan) -> Decision:
                 nonlocal before
-                choice = selection.choose(span)
-                if choice.copies:
+                choice = choose(span)
+                if plain and choice is AS_IT_IS:  # nearly all of them
+                    chosen.append((span, choice))
+                    return Fate.STAYS
+                if choice.copies and not plain:
                     if span.key == before:  # what lay between them was left out: they would be taken for one
                         choice = Choice(0, failed=("duplicate_key", "it would lie right behind another of this key"))
                     before = span.key
@@ -190,7 +199,7 @@ class Reshard(Stage):
 
             writer.write(work, begin, decide, lambda: selection.count(writer.chosen, work))
             tell(report, edits, work)
-            selection.report(work, str(self.options.edits))
+            selection.report(work, str(o.edits))
 
 
 class Index(Stage):

@@ -18,7 +18,6 @@ from curation.splice import Edit
 from curation.tar import MAX_MEMBER_BYTES, SampleSpan, Window
 from curation.tar_pass import IMAGE_SUFFIXES
 
-RECORDED: Final = "recorded"
 QUALITY: Final = 95  # of the JPEG, as in DataComp's shards
 _GROWTH = 0.1  # of a box on each side, as a share of its longer side
 _SIGMA = 0.1  # as a share of the largest box's longer side
@@ -92,7 +91,7 @@ class Blur:
     def _json(self, metadata: Mapping[str, Any], jpg: bytes, pixels: Pixels, boxes: Sequence[Box]) -> bytes:
         """Every field as it was, the boxes, what the new image changes, and ``curation.blur``: how it came about."""
         if self._detector is None:
-            by: dict[str, Any] = {"boxes": RECORDED}
+            by: dict[str, Any] = {"boxes": "recorded"}
         else:
             by = {"boxes": self._detector.name, "revision": self._detector.revision}
         story: dict[str, Any] = {

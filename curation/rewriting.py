@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from curation.blur import Blur
 from curation.edits import Edits
 from curation.errors import SampleError
 from curation.publish import OutputFile
@@ -15,6 +14,9 @@ from curation.selection import Account, Choice
 from curation.splice import UNCHANGED, Copies, Decision, Edit, Fate, Windows, splice, verify_splice
 from curation.tar import SampleSpan, Window
 from curation.tar_index import SUFFIX, Entry, dump_index
+
+if TYPE_CHECKING:  # it brings image libraries, for a flag that few runs have
+    from curation.blur import Blur
 
 
 class Work(Account, Protocol):
@@ -37,12 +39,14 @@ class Writer:
         self._window = window
         self.chosen.clear()
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether samples that are not edited stay as they are."""
+        return self._blur is None
+
     def make(self, span: SampleSpan, choice: Choice, edits: Edits, keys: Sequence[str] = ()) -> Decision:
         """keys: those that the sample goes out under, where they are not its own."""
         edit: Edit | None = None
-        if self._blur is None and choice.copies == 1 and not choice.edited and not keys:  # nearly all of them
-            self.chosen.append((span, choice))
-            return Fate.STAYS
         if choice.copies and choice.edited:
             edit = edits.read(span.key)
         elif choice.copies and self._blur is not None:

@@ -49,7 +49,7 @@ class Account(Protocol):
     def warn(self, text: str) -> None: ...
 
 
-_AS_IT_IS, _EDITED = Choice(1), Choice(1, edited=True)
+AS_IT_IS, _EDITED = Choice(1), Choice(1, edited=True)
 _MISSED, _LEFT_OUT = Choice(1, wanted=True), Choice(0, wanted=True, dropped="no_edit")
 _NOT_IN_SUBSET = Choice(0, dropped="not_in_subset")
 
@@ -110,7 +110,7 @@ class Selection:
         work.sample_in(len(chosen))
         kept = 0
         for span, choice in chosen:
-            if choice is _AS_IT_IS and span.key not in self.unused:  # nearly all of them
+            if choice is AS_IT_IS and span.key not in self.unused:  # nearly all of them
                 kept += 1
                 continue
             if choice.copies:
@@ -164,14 +164,14 @@ class Selection:
 
     def _by_edits(self, span: SampleSpan) -> Choice:
         if span.repeated:
-            return _AS_IT_IS
+            return AS_IT_IS
         wanted = self._prompts is None or span.key + KEY_SUFFIX in self._prompts
         if wanted and span.key in self._edited:
             return _EDITED
         if (stage := self._rejected.get(span.key)) is not None:
             return Choice(0, wanted=wanted and self._prompts is not None, dropped=f"rejected_by_{stage}")
         if not wanted or self._prompts is None:
-            return _AS_IT_IS
+            return AS_IT_IS
         return _LEFT_OUT if self._drops_missing else _MISSED
 
     def _note(self, span: SampleSpan, choice: Choice) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from curation import backends
+from curation.choosing import AS_IT_IS, Choice, copy_keys
 from curation.cluster import Allocation
 from curation.destination import LAYOUT_NOTE, insist_on_own
 from curation.edits import Edits
@@ -23,7 +24,6 @@ from curation.material import Material, Records
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.rewriting import Writer
 from curation.runner import Follows, ShardWork, run_stage
-from curation.selection import AS_IT_IS, Choice, copy_keys
 from curation.shards import Shard, discover, local_folders, select
 from curation.splice import Decision, Fate, Shown, Windows
 from curation.streams import open_blocks

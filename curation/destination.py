@@ -7,9 +7,9 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from curation.choosing import some
 from curation.errors import InfrastructureError, UsageError
 from curation.publish import read_record
-from curation.selection import some
 from curation.shards import TAR, bucket_of
 
 LAYOUT_NOTE = "layout"  # of receipts of shards that were regrouped

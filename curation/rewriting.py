@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from curation.choosing import Account, Choice
 from curation.edits import Edits
 from curation.errors import SampleError
 from curation.publish import OutputFile
-from curation.selection import Account, Choice
 from curation.splice import UNCHANGED, Copies, Decision, Edit, Fate, Windows, splice, verify_splice
 from curation.tar import SampleSpan, Window
 from curation.tar_index import SUFFIX, Entry, dump_index

@@ -21,8 +21,8 @@ from curation.crew import Crew
 from curation.dictionaries import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.endpoint_folder import EndpointFolder
 from curation.endpoint_watch import FolderWatch
-from curation.endpoints import EndpointPool, endpoint_urls
-from curation.errors import SampleError, UsageError
+from curation.endpoints import EndpointPool, NoEndpoint, endpoint_urls
+from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.groups import assign_groups, read_groups
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.ledger import Input
@@ -176,7 +176,10 @@ class RewriteCaptions:
         if o.endpoints_dir:
             self._watch = FolderWatch(self._pool, EndpointFolder(Path(o.endpoints_dir))).start()
         else:
-            self._pool.open()
+            try:
+                self._pool.open()
+            except NoEndpoint as error:
+                raise InfrastructureError(f"{error}, or use --embedded for the small stand-in model") from None
         self._crew = Crew(o.num_threads, "ask")
 
     def close(self) -> None:

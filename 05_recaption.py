@@ -35,6 +35,7 @@ from curation.partial import PartialLog
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover, select
 from curation.tar import TarReport
+from curation.weights import CACHE, fetch_weights
 from curation.workers import is_worker
 
 JSONL_NAME = "captions.jsonl"
@@ -51,7 +52,7 @@ def also(*names: str) -> Any:
 class Options(HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH")] = None
+    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH")] = None
     """Source shards, as --data_path."""
     data_path: Annotated[str | None, also("--data_dir", "--input")] = None
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
@@ -162,6 +163,7 @@ class Recaption:
     name = "05_recaption"
     version = 1
     other_outputs: tuple[Path, ...] = ()
+    kept_by_rerun = "Captions of the same model, prompt and settings are taken over, not made again."
     shards_in_flight = 1
 
     def __init__(self, options: Options, limits: dict[str, int]) -> None:
@@ -186,9 +188,7 @@ class Recaption:
         o = self.options
         if o.watermark_model is None:
             return None
-        from curation.backends.watermark_onnx import weights_file
-
-        return weights_file(o.watermark_model, o.watermark_sha256)
+        return fetch_weights(o.watermark_model, o.watermark_sha256, CACHE, name="--watermark_model")
 
     @cached_property
     def _model(self) -> dict[str, str]:

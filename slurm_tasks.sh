@@ -25,7 +25,11 @@ if [ -n "${CURATION_SETUP:-}" ]; then
     source "$CURATION_SETUP" || usage_error "CURATION_SETUP=$CURATION_SETUP ended with an error"
     set -u
 fi
-# Without SLURM, so many processes on this machine share the shards; stages 03 and 05 make one for each GPU of it.
+# With words before every command the Python may lie in a container, where this script cannot look.
+[ -n "${CURATION_WRAP:-}" ] || command -v "$PYTHON" >/dev/null ||
+    usage_error "there is no $PYTHON: ./install.sh makes it, or name your own, as in PYTHON=/path/to/python3"
+
+# Without SLURM, so many processes on this machine share the shards; stages 03, 05 and 06 make one for each GPU of it.
 workers=()
 [ -z "${SLURM_JOB_ID:-}" ] && workers=(--workers "${WORKERS:-1}")
 

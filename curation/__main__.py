@@ -14,6 +14,8 @@ COMMANDS = {  # command → the module whose ``main(argv)`` it is, imported when
         "how far the stages below a folder are: done, failed, running, pending, stale",
     ),
     "retry": ("curation.inspect.retry", "make failed shards of a stage pending again"),
+    "select": ("curation.inspect.select", "the uids of the samples whose scores fulfil a condition"),
+    "neardup": ("curation.inspect.neardup", "near duplicates by features: groups, and one sample of each to keep"),
     "publish": ("curation.inspect.publish", "upload a stage's finished outputs to a dataset repository of the hub"),
     "models": ("curation.model_files", "fetch: the weights that a stage's options name, for nodes without internet"),
 }

@@ -20,7 +20,6 @@ from curation.errors import InfrastructureError, SampleError
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
 Compile = Literal["none", "decode", "all"]
-DETAILS: tuple[Detail, ...] = ("brief", "detailed", "more_detailed")
 MOST_WAITING = 512  # images that wait for others of their shape, over all shapes
 MOST_WAITING_BYTES = 1 << 30  # of them as they lie in the shard and as the model takes them
 LARGEST_BATCH = 1024
@@ -129,6 +128,8 @@ _ALIASES: Mapping[str, str] = MappingProxyType(  # upstream's own names; Microso
     {
         "base": "florence2-base",
         "large": "florence2-large",
+        "llava": "llava-1.6",
+        "qwen": "qwen2-vl-7b",
         **{
             f"microsoft/florence-2-{size}{tuned}": f"florence2-{size}{tuned}"
             for size in ("base", "large")

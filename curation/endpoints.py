@@ -151,6 +151,10 @@ class Endpoint:
                 logger.warning(f"{self.url}: {error}; leaving it alone for {pause_s:.1f} s")
 
 
+class NoEndpoint(InfrastructureError):
+    """None of the servers that were named answers."""
+
+
 class EndpointPool:
     """Servers that all offer the same model.  Thread-safe: ``ask`` is called from as many threads as there are to be
     requests in flight, and servers come (``add``) and go (``leave``) meanwhile.
@@ -200,7 +204,7 @@ class EndpointPool:
         reasons = "; ".join(f"{url}: {why}" for url, why in zip(self._urls, found, strict=True) if isinstance(why, str))
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
-            raise InfrastructureError(
+            raise NoEndpoint(
                 f"no endpoint answers ({reasons}). Start the servers, or name others with --ports or --endpoints"
             )
         if reasons:

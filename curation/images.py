@@ -50,12 +50,16 @@ def image_size(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Pixels:
+def decode_rgb(
+    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, at_least: int | None = None, on_white: bool = True
+) -> Pixels:
     """The picture upright as height × width × 3 uint8 RGB, contiguous; the first frame of an animation.
 
     Transparency is laid on white (as img2dataset does); 16-bit samples keep their high byte; CMYK becomes RGB.
     ``at_least``: the longest side may come out smaller than it is, but not below this many pixels: a JPEG more than
-    twice that long is decoded at reduced scale.  ``max_pixels`` is checked in the header, before anything is decoded.
+    twice that long is decoded at reduced scale.  ``on_white``: False leaves transparency away and shows the colours
+    beneath it, as Pillow's ``convert("RGB")`` does, and with it CLIP's and DataComp's tools.  ``max_pixels`` is checked
+    in the header, before anything is decoded.
 
     Raises SampleError ``empty_image``, ``image_too_large`` or ``undecodable`` (a truncated image is undecodable).
     """
@@ -64,7 +68,7 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS, at_least:
         is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         pixels = _decode_jpeg(data, max_pixels, at_least) if is_plain_jpeg else None
         if pixels is None:
-            pixels = _decode_with_pillow(image)
+            pixels = _decode_with_pillow(image, on_white)
     return _upright(pixels, orientation)
 
 
@@ -192,11 +196,11 @@ def _decode_jpeg(data: bytes | memoryview, max_pixels: int, at_least: int | None
     return pixels
 
 
-def _decode_with_pillow(image: Image.Image) -> Pixels:
+def _decode_with_pillow(image: Image.Image, on_white: bool) -> Pixels:
     if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey, which convert() would clip to white
         grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
+    if on_white and image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
     return np.asarray(image.convert("RGB"))

@@ -29,7 +29,7 @@ from curation.inputs import (
     source_inputs,
     stage_version,
     verify_inputs,
-)  # fmt: skip
+)
 from curation.publish import Commit, link_exclusively, make_folder, parse_record, read_record, read_whole
 from curation.shards import bucket_of
 
@@ -91,11 +91,19 @@ class _Listing:
 class Ledger:
     """Receipts of ``stage`` below ``root``.  ``prepare`` makes the folders.
 
+    kept_by_rerun: what --rerun takes over, told to whoever may want it.
     read_only: nothing at all is written; else reading finishes what a dead process left half-committed.
     """
 
     def __init__(
-        self, root: Path, stage: str, version: int, options: dict[str, Any], *, read_only: bool = False
+        self,
+        root: Path,
+        stage: str,
+        version: int,
+        options: dict[str, Any],
+        *,
+        kept_by_rerun: str = "",
+        read_only: bool = False,
     ) -> None:
         self.root = root
         self.stage = stage
@@ -105,6 +113,7 @@ class Ledger:
         except TypeError as error:
             raise UsageError(f"{stage}: an option cannot be recorded: {error}") from None
         self.receipts = root / "_receipts" / stage
+        self._kept_by_rerun = kept_by_rerun
         self._read_only = read_only
         self._epochs: list[Epoch] = []
         self._entered = 1  # the last epoch when this run began
@@ -239,7 +248,8 @@ class Ledger:
                 changes.append(f"{name}: {_short(before)} → {_short(now)}")
         raise UsageError(
             f"{self.stage} ran on {self.root} with other options ({'; '.join(changes)}). "
-            "Use the same ones, another --output, or --rerun to do it again with these."
+            "Use the same ones, another output folder, or --rerun to do it again with these."
+            f"{' ' if self._kept_by_rerun else ''}{self._kept_by_rerun}"
         )
 
     # ---- states

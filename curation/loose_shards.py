@@ -50,11 +50,14 @@ class LooseStream:
         self._open: tuple[str, int] | None = None  # name and descriptor
 
     def read_at(self, view: memoryview, start: int) -> int:
-        while self._end < start + len(view) and self.size is None:
-            self._extend()
         total = 0
-        while total < len(view) and start + total < self._end:
-            total += self._copy(view[total:], start + total)
+        while total < len(view):
+            if start + total < self._end:
+                total += self._copy(view[total:], start + total)
+            elif self.size is None:
+                self._extend()
+            else:
+                break
         return total
 
     def let_go(self) -> None:

@@ -5,14 +5,10 @@ Compute nodes have none: what is fetched here lies in the caches that the stages
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-import secrets
-import shutil
 import sys
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,30 +16,44 @@ from types import ModuleType
 from typing import Any
 
 from curation.backends.diffusion_loading import download
-from curation.backends.diffusion_presets import is_hub_id
 from curation.backends.diffusion_tiny import build_embedded, embedded_source
 from curation.backends.faces_centerface import packaged_model
 from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
-from curation.backends.hub_models import PIPELINE, TRANSFORMER, hub_error_line, resolve
+from curation.backends.hub_models import PIPELINE, TRANSFORMER, resolve
+from curation.backends.scrfd_pack import fetch_scrfd
 from curation.backends.vision_language import is_loaded, local_folder
-from curation.backends.watermark_onnx import weights_file
+from curation.backends.weight_identity import weight_sources
 from curation.captioning import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
+from curation.extract_config import check_directives, family_of, model_settings, read_config
+from curation.extract_plugins import load_plugin
+from curation.extract_upstream import extractors_of
 from curation.language import find_model
+from curation.model_settings import ModelSettings, WeightSource
 from curation.options import exit_code, parse_options
+from curation.weights import (
+    CACHE,
+    cached,
+    fetch_weights,
+    hub_error_line,
+    is_hub_id,
+    is_url,
+    megabytes,
+    sha256_of,
+    shown,
+)
 
-MAX_PACK_BYTES = 1 << 30  # buffalo_l.zip has 275 MB
-MAX_GRAPH_BYTES = 512 << 20  # its detector has 17 MB
 PACK_URL_VARIABLE = "SCRFD_PACK_URL"  # a mirror of the release
 _TIMEOUT_S = 30.0
-_BLOCK = 1 << 20
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pkl", ".pt", ".pth")
 _ROOT = Path(__file__).resolve().parent.parent
 
 USAGE = """usage: python -m curation models fetch STAGE [--dry_run] [the stage's own flags]
+       python -m curation models fetch CONFIG.yml [--dry_run]
 
-Fetches the weights that the stage's options name, for nodes without internet.  STAGE: 01 to 05, or the script's
-whole name.  Flags that name no model may be left out.  --dry_run: only say what would be fetched, with sizes."""
+Fetches the weights that the stage's options name, for nodes without internet.  STAGE: 01 to 06, or the script's
+whole name.  Flags that name no model may be left out.  CONFIG.yml: stage 06's.  --dry_run: only say what would be
+fetched, with sizes where they are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments) < 2 or arguments[0] != "fetch":
         print(USAGE, file=sys.stderr)
         return EXIT_USAGE
-    script = _script(arguments[1])
-    options = _options(_load(script), script, arguments[2:])
+    is_config = arguments[1].endswith((".yml", ".yaml"))
+    script = _script("06" if is_config else arguments[1])
+    flags = ["--yml", arguments[1], *arguments[2:]] if is_config else arguments[2:]
+    options = _options(_load(script), script, flags)
     fetchers: dict[str, Callable[[Any], None]] = {
         "01": _fetch_detector,
         "02": _fetch_language,
         "03": _fetch_pipeline,
         "05": _fetch_captioner,
+        "06": _fetch_extractors,
     }
     fetch = fetchers.get(script.name[:2])
     if fetch is None:
@@ -126,83 +139,6 @@ def _fetch_detector(options: Any) -> None:
     else:
         url = os.environ.get(PACK_URL_VARIABLE) or PACK_URL
         fetch_scrfd(url, DEFAULT_MODEL.expanduser(), dry_run=options.dry_run)
-
-
-def fetch_scrfd(url: str, model: Path, *, dry_run: bool = False) -> None:
-    """The detector out of insightface's pack ``url``, as the file ``model``; needs no token.
-
-    Only that file is taken out of the archive, whatever else is in it; nobody sees half of it.
-    """
-    print("insightface's pretrained packs are for non-commercial research only; no token is needed")
-    if model.is_file():
-        print(f"{model}: is there ({_megabytes(model.stat().st_size)}), nothing to fetch")
-        return
-    response = _open_url(url)
-    with response:
-        stated = response.headers.get("Content-Length", "")
-        size = int(stated) if stated.isdigit() else None
-        about = "of unknown size" if size is None else _megabytes(size)
-        if dry_run:
-            print(f"{url}: {about}, would be fetched for {model.name} in it, which goes to {model}")
-            return
-        print(f"{url}: fetching {about}", flush=True)
-        archive = model.with_name(f".pack.{secrets.token_hex(8)}.tmp")
-        try:
-            model.parent.mkdir(parents=True, exist_ok=True)
-            _save(response.iter_content(_BLOCK), archive, url, size)
-            _take_out(archive, model, url)
-        except OSError as error:
-            raise InfrastructureError(f"{model}: cannot be written ({error.strerror or error})") from error
-        finally:
-            archive.unlink(missing_ok=True)
-    print(f"{model}: {_megabytes(model.stat().st_size)}, sha256 {_sha256(model)}")
-
-
-def _open_url(url: str) -> Any:
-    import requests
-
-    try:
-        response = requests.get(url, stream=True, timeout=_TIMEOUT_S)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        raise InfrastructureError(f"{url}: cannot be fetched: {hub_error_line(error)}") from error
-    return response
-
-
-def _save(blocks: Iterator[bytes], path: Path, url: str, expected: int | None) -> None:
-    import requests
-
-    size = 0
-    try:
-        with open(path, "xb") as file:
-            for block in blocks:
-                size += len(block)
-                if size > MAX_PACK_BYTES:
-                    raise InfrastructureError(f"{url}: more than {_megabytes(MAX_PACK_BYTES)}; that is not the pack")
-                file.write(block)
-    except requests.RequestException as error:
-        raise InfrastructureError(f"{url}: broke off after {size:,} bytes; start again") from error
-    if expected is not None and size != expected:
-        raise InfrastructureError(f"{url}: broke off after {size:,} of {expected:,} bytes; start again")
-
-
-def _take_out(archive: Path, model: Path, url: str) -> None:
-    """The member with the model's name, in whatever folder of the archive it is."""
-    temporary = model.with_name(f".{model.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with zipfile.ZipFile(archive) as pack:
-            members = [member for member in pack.infolist() if member.filename.rpartition("/")[2] == model.name]
-            if len(members) != 1 or members[0].file_size > MAX_GRAPH_BYTES:
-                raise InfrastructureError(f"{url}: holds no {model.name} of a plausible size; that is not the pack")
-            with pack.open(members[0]) as source, open(temporary, "xb") as target:
-                shutil.copyfileobj(source, target, _BLOCK)  # zipfile checks the size and the checksum
-                target.flush()
-                os.fsync(target.fileno())
-        os.replace(temporary, model)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise InfrastructureError(f"{url}: a damaged archive ({hub_error_line(error)}); start again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- stage 02
@@ -268,9 +204,9 @@ def _fetch_from_hub(
     if dry_run:
         files = wanted(info.siblings or [])
         for file in files:
-            print(f"  {_megabytes(file.size):>12}  {file.path}")
+            print(f"  {megabytes(file.size):>12}  {file.path}")
         gated = f"gated ({info.gated}): needs a token" if info.gated else "not gated: needs no token"
-        print(f"{model} {info.sha}: {_megabytes(sum(f.size for f in files))} in {len(files)} files, {gated}")
+        print(f"{model} {info.sha}: {megabytes(sum(f.size for f in files))} in {len(files)} files, {gated}")
     if info.gated and get_token() is None:
         raise _gated(model)
     if dry_run:
@@ -327,7 +263,7 @@ def _verify(folder: Path, siblings: Sequence[Any], model: str) -> int:
         if file is None:
             continue
         count += 1
-        whole = path.stat().st_size == file.size and (file.sha256 is None or _sha256(path) == file.sha256)
+        whole = path.stat().st_size == file.size and (file.sha256 is None or sha256_of(path) == file.sha256)
         if not whole:
             blob = path.resolve()
             path.unlink(missing_ok=True)
@@ -362,30 +298,21 @@ def _gated(model: str) -> InfrastructureError:
     )
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
-
-
 # ---- stage 05
 
 
 def _fetch_captioner(options: Any) -> None:
-    if options.watermark_model is not None and options.dry_run:
-        print(f"{options.watermark_model}: the classifier of watermarks would be fetched if it is not here")
-    elif options.watermark_model is not None:
-        print(f"{weights_file(options.watermark_model, options.watermark_sha256)}: the classifier of watermarks")
+    if options.watermark_model is not None and not options.dry_run:
+        classifier = fetch_weights(options.watermark_model, options.watermark_sha256, CACHE, name="--watermark_model")
+        print(f"{classifier}: the classifier of watermarks")
     family, source = resolve_captioner(options.model)
     if family == "endpoint":
-        return print(f"{source}: its server loads it, nothing to fetch")
-    if not os.path.isdir(source):
-        return fetch_captioner(source, options.revision or "main", dry_run=options.dry_run)
-    found = resolve(source, options.revision, kind=TRANSFORMER)
-    print(f"{found.location}: a folder, nothing to fetch (revision {found.revision})")
+        print(f"{source}: its server loads it, nothing to fetch")
+    elif os.path.isdir(source):
+        found = resolve(source, options.revision, kind=TRANSFORMER)
+        print(f"{found.location}: a folder, nothing to fetch (revision {found.revision})")
+    else:
+        fetch_captioner(source, options.revision or "main", dry_run=options.dry_run)
 
 
 def fetch_captioner(model: str, revision: str, *, dry_run: bool = False) -> None:
@@ -398,3 +325,48 @@ def fetch_captioner(model: str, revision: str, *, dry_run: bool = False) -> None
         return local_folder(resolve(model, commit, kind=TRANSFORMER))
 
     _fetch_from_hub(model, revision, TRANSFORMER, wanted, fetch, dry_run)
+
+
+# ---- stage 06
+
+
+def _fetch_extractors(options: Any) -> None:
+    """What each directive's model is loaded from; a plugin's own models are its own affair."""
+    config = read_config(options.yml, options.given)
+    plugin = load_plugin(config.custom_pypath) if config.custom_pypath is not None else None
+    own = extractors_of(plugin, str(config.custom_pypath)) if plugin is not None else {}
+    check_directives(config, own)
+    troubles = []
+    for directive in config.models:
+        if directive in own:
+            print(f"{directive}: of {config.custom_pypath}, which fetches what it needs")
+            continue
+        try:
+            _fetch_extractor(directive, model_settings(config, directive), dry_run=options.dry_run)
+        except InfrastructureError as error:  # the others can be fetched all the same
+            troubles.append(str(error))
+    if troubles:
+        raise InfrastructureError("; ".join(troubles))
+
+
+def _fetch_extractor(directive: str, settings: ModelSettings, *, dry_run: bool) -> None:
+    found = weight_sources(str(family_of(directive)), directive, settings)
+    if not found:
+        print(f"{directive}: nothing to fetch")
+    for source in found:
+        if dry_run:
+            print(f"{directive}: {_where(source, settings.cache)}")
+        else:
+            print(
+                f"{directive}: {fetch_weights(source.source, source.sha256, settings.cache, name=directive)}",
+                flush=True,
+            )
+
+
+def _where(source: WeightSource, cache: Path) -> str:
+    if is_url(source.source):
+        there = cached(source.source, source.sha256 or "", cache).is_file()
+        return f"{shown(source.source)}, {'is there' if there else 'would be fetched'}"
+    if Path(source.source).expanduser().exists():
+        return f"{source.source}: one's own, nothing to fetch"
+    return f"{source.source}: would be fetched from the hub, or is in its cache"

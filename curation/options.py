@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from curation.dictionaries import clean_text
-from curation.errors import EXIT_USAGE, InfrastructureError, UsageError
+from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 
 logger = logging.getLogger("curation")
+
+_TRUTHS = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +78,42 @@ def parse_options(kind: type[AnyOptions], argv: Sequence[str] | None = None, pro
     """
     import tyro
 
+    words = _spelled_out(kind, sys.argv[1:] if argv is None else argv)
     return tyro.cli(
         kind,
-        args=None if argv is None else list(argv),
+        args=words,
         prog=prog,
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
         compact_help=False,
     )
+
+
+def _spelled_out(kind: type[AnyOptions], words: Sequence[str]) -> list[str]:
+    """``--switch``, ``--no_switch``, ``--switch=True`` and ``--switch True`` mean the same for every switch, as the
+    tools that the stages stand for take one or the other; each becomes the one that its field is parsed from: a word
+    alone for ``bool``, a value for ``bool | None``, where a switch that is not given leaves another source its say."""
+    hints = get_type_hints(kind)
+    optional = {name: bool in (kinds := get_args(hint)) and NoneType in kinds for name, hint in hints.items()}
+    switches = {name for name, hint in hints.items() if hint is bool or optional[name]}
+    found: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+        negated = name not in switches and name.startswith("no_")
+        name = name.removeprefix("no_") if negated else name
+        if name not in switches:
+            found.append(word)
+            continue
+        if not equals and not negated and rest and rest[0].lower() in _TRUTHS:
+            value = rest.pop(0)
+        if value.lower() not in ("", *_TRUTHS):
+            raise UsageError(f"{flag}: wants True or False, not {value!r}")
+        on = _TRUTHS.get(value.lower(), True) is not negated
+        found.append(f"--{name}={on}" if optional[name] else f"--{'' if on else 'no_'}{name}")
+    return found
 
 
 class _CleanFormatter(logging.Formatter):
@@ -111,12 +143,29 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()
         except InfrastructureError as error:
             say_error(error)
             return EXIT_USAGE
+        except BrokenPipeError:
+            if not _nobody_reads_on():
+                raise
+            return EXIT_OK
+        return code
 
     return guarded
+
+
+def _nobody_reads_on() -> bool:
+    """Whether stdout's reader is gone, as ``head`` is after its lines; what is still to be written goes nowhere."""
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def say_error(text: Any) -> None:

@@ -115,6 +115,12 @@ def run_shards(
             claims.heartbeat.stop()
 
 
+def _ledger(stage: Stage, *, read_only: bool = False) -> Ledger:
+    kept = getattr(stage, "kept_by_rerun", "")  # a sentence, of a stage that need not do everything again
+    fingerprint = dict(stage.fingerprint())
+    return Ledger(stage.output, stage.name, stage.version, fingerprint, kept_by_rerun=kept, read_only=read_only)
+
+
 def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOptions) -> Follower | None:
     if follows is None:
         return None
@@ -127,7 +133,7 @@ def _enter(
     """Make the stage's folders, record its options there or find that they fit, and record its list of shards."""
     if follower is not None:
         shards = list(follower.shards.values())
-    ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()))
+    ledger = _ledger(stage)
     ledger.prepare(stage.other_outputs)
     ids = [shard.id for shard in shards]
     ledger.enter(run, options.rerun, ids if options.shards else None, ids)
@@ -375,7 +381,7 @@ class _Run:
 
 def _dry_run(stage: Stage, options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:
     """Say what would be done.  Writes nothing."""
-    ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()), read_only=True)
+    ledger = _ledger(stage, read_only=True)
     if not options.rerun:
         ledger.enter("", False, None, [shard.id for shard in shards])
     counts: Counter[str] = Counter()

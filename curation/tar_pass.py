@@ -63,13 +63,6 @@ class SampleSpan:
     damages: list[Damage] = field(default_factory=list)  # inside it and beside it
 
     @property
-    def extents(self) -> list[tuple[int, int]]:
-        """The byte ranges of its members: one, unless there may be damage in between."""
-        if not self.damages:
-            return [(self.start, self.end)]
-        return sorted((member.start, member.end) for member in (*self.members, *self.foreign))
-
-    @property
     def own_extents(self) -> list[tuple[int, int]]:
         """The byte ranges of its members that have its key, those that lie together as one."""
         if not self.damages and not self.foreign:

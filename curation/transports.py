@@ -212,18 +212,21 @@ class BucketServer:
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
         self._store = filesystem(file.scheme)
+        self._on_hub = file.scheme == "hf"  # it would list the folder to tell of a file
 
     def connect(self, start: int, end: int | None) -> Connection:
         facts = self.look()
         with self._translated():
-            opened = self._store.open(self._file.target, "rb", cache_type="none", block_size=_RANGE_BYTES)
+            told: dict[str, Any] = {"size": facts.size} if self._on_hub else {}
+            opened = self._store.open(self._file.target, "rb", cache_type="none", block_size=_RANGE_BYTES, **told)
             opened.seek(start)
         return _BucketConnection(self, opened, facts, start, end)
 
     def look(self) -> Facts:
         with self._translated():
             self._store.invalidate_cache()
-            size, marks = told_by(self._store.info(self._file.target))
+            one: dict[str, Any] = {"expand_info": True} if self._on_hub else {}
+            size, marks = told_by(self._store.info(self._file.target, **one))
         return Facts(size, **dict(marks))
 
     def close(self) -> None:

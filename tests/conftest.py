@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.pipeline import Undisturbed, run_undisturbed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes (``-n``) one runs all tests that share something costly."""
+    from tests.sharing import Scheduling
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

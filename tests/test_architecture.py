@@ -134,6 +134,12 @@ def test_help_answers_in_under_a_second(script: Path) -> None:
     assert min(seconds) < 1
 
 
+def test_help_that_nobody_reads_to_its_end() -> None:
+    command = f"{sys.executable} {ROOT / '05_recaption.py'} --help | head -1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_help_loads_no_heavy_library(script: Path) -> None:
     _, result = help_of(script, "-X", "importtime")

@@ -138,6 +138,13 @@ def test_a_transparent_palette_entry_is_laid_on_white(kind: str) -> None:
     assert tuple(pixels[5, 15]) == (200, 10, 10)
 
 
+def test_or_left_away_as_pillow_does() -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (9, 7, 4), np.uint8), "RGBA")
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    assert np.array_equal(decode_rgb(buffer.getvalue(), on_white=False), np.asarray(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_an_animation_shows_its_first_frame(kind: str) -> None:
     frames = [Image.new("RGB", (32, 24), colour) for colour in ("red", "green", "blue")]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -16,8 +18,10 @@ from pathlib import Path
 import pytest
 
 from curation.backends.diffusion_tiny import save_tiny_sd
+from curation.backends.scrfd_pack import fetch_scrfd
 from curation.errors import InfrastructureError
-from curation.model_files import fetch_scrfd, wanted_files
+from curation.model_files import wanted_files
+from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Hub, Model, serve
 
 ROOT = Path(__file__).parent.parent
@@ -181,6 +185,52 @@ def test_stages_that_have_their_models_with_them(hub: Hub, tmp_path: Path) -> No
     assert not hub.requests
 
 
+# ---- stage 06's configuration
+
+
+def test_a_configuration_of_stage_06(tmp_path: Path) -> None:
+    """From the hub, from a URL with its sha256, of the user's own, and one that needs nothing."""
+    clip, own, content = tmp_path / "clip", tmp_path / "own.pt", os.urandom(1 << 20)
+    clip.mkdir()
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        (clip / name).write_bytes(name.encode())
+    own.write_bytes(b"own")
+    digest = hashlib.sha256(content).hexdigest()
+    config = tmp_path / "config.yml"
+
+    def write(**weights: str) -> None:
+        lines = [f"  {name}: {json.dumps(source)}" for name, source in weights.items()]
+        models = "[clip:somebody/clip, faces-scrfd10g, aesthetic, language]"
+        keys = [f"models: {models}", "input_tars: nowhere", f"output_metadata_dir: {tmp_path}/out", "weights:", *lines]
+        config.write_text("\n".join(keys))
+
+    with serve({"somebody/clip": Model(clip)}) as hub, file_server() as files:
+        files.add("scrfd.pt", content)
+        write(**{"faces-scrfd10g": f"{files.url}/scrfd.pt#sha256={'0' * 64}", "aesthetic": str(own)})
+        done = python(["-m", "curation", "models", "fetch", str(config)], tmp_path, HF_ENDPOINT=hub.url)
+        assert done.returncode == 2
+        assert f"its sha256 is {digest}" in done.stderr
+        assert f"aesthetic: {own}" in done.stdout, "the others are fetched all the same"
+        write(**{"faces-scrfd10g": f"{files.url}/scrfd.pt#sha256={digest}", "aesthetic": str(own)})
+        dry = python(["-m", "curation", "models", "fetch", str(config), "--dry_run"], tmp_path, HF_ENDPOINT=hub.url)
+        assert f"faces-scrfd10g: {files.url}/scrfd.pt, would be fetched" in dry.stdout
+        files.asked("scrfd.pt").clear()
+        done = python(["-m", "curation", "models", "fetch", str(config)], tmp_path, HF_ENDPOINT=hub.url)
+        assert done.returncode == 0, done.stderr
+        assert len(files.asked("scrfd.pt")) == 1
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert Path(told["faces-scrfd10g"]).read_bytes() == content
+    assert {path.name for path in Path(told["clip:somebody/clip"]).iterdir()} == {"config.json", "model.safetensors"}
+    assert told["language"] == "nothing to fetch"
+    again = python(["-m", "curation", "models", "fetch", "06", "--yml", str(config)], tmp_path, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    config.write_text("modles: [x]")
+    wrong = python(["-m", "curation", "models", "fetch", str(config)], tmp_path)
+    assert wrong.returncode == 2
+    assert "unknown key 'modles': did you mean 'models'" in wrong.stderr
+
+
 # ---- the pack of SCRFD
 
 
@@ -255,7 +305,7 @@ def test_a_pack_that_is_not_whole(
 def test_a_pack_that_never_ends(pack: tuple[type[_Pack], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, url = pack
     kind.content = bytes(3 << 20)
-    monkeypatch.setattr("curation.model_files.MAX_PACK_BYTES", 2 << 20)
+    monkeypatch.setattr("curation.backends.scrfd_pack.MAX_PACK_BYTES", 2 << 20)
     with pytest.raises(InfrastructureError, match="that is not the pack"):
         fetch_scrfd(url, tmp_path / "det_10g.onnx")
     assert not list(tmp_path.iterdir())

@@ -26,6 +26,7 @@ from curation.shards import discover
 from curation.tar import TarReport, TarWriter, read_samples
 from tests import recaption_stub as stub
 from tests.servers.files import FileServer, file_server
+from tests.servers.hub import Model, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS = ROOT / "examples" / "shards"
@@ -358,6 +359,23 @@ def test_an_object_that_is_replaced_while_it_is_read(
             pass
 
 
+def test_the_hub_gives_what_the_file_has(tmp_path: Path) -> None:
+    """In a process of its own: its client reads the environment when it is imported."""
+    (tmp_path / "shards").mkdir()
+    shutil.copy(SHARD, tmp_path / "shards")
+    code = (
+        "import sys; from curation.shards import discover; from tests import test_remote as t\n"
+        "t.transports._RANGE_BYTES, t.transports.PATIENCE = 400_000, t.QUICK\n"
+        "(shard,) = discover('hf://me/model/shards/')\n"
+        "sys.exit(t.read(shard.path) != t.read(t.SHARD))"
+    )
+    with serve({"me/model": Model(tmp_path, breaks_off={f"shards/{SHARD.name}": 100_000})}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=60)
+        ranges = [asked for _, path, asked in hub.requests if path.endswith(".tar") and asked]
+    assert set(ranges) == {f"bytes={at}-{min(at + 400_000, len(DATA)) - 1}" for at in range(0, len(DATA), 400_000)}
+
+
 def test_a_package_that_is_missing_is_named() -> None:
     with pytest.raises(InfrastructureError, match="pip install gcsfs"):
         discover("gs://bucket/0.tar")
@@ -379,6 +397,15 @@ def unpack(tar: Path, folder: Path, *leave_out: str) -> list[dict[str, Any]]:
                 path.write_bytes(data)
                 os.utime(path, (sample.mtimes[suffix],) * 2)
     return rows
+
+
+def test_a_loose_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack(SHARD, tmp_path / "00000000")
+    opened: list[str] = []
+    really_open = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: (opened.append(str(path)), really_open(path, *a, **k))[1])
+    read(tmp_path / "00000000")
+    assert sorted(opened) == sorted(map(str, (tmp_path / "00000000").iterdir()))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -491,6 +518,36 @@ def test_stage_05_reads_the_same_from_everywhere(
     bucket[0].put_object(Bucket="shards", Key="laion/00000003.tar", Body=data["00000003"])
 
 
+def test_stage_06_reads_the_same_from_everywhere(
+    web: FileServer, bucket: tuple[Any, Cutter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow")
+    data = {path.stem: path.read_bytes() for path in SHARDS.glob("*.tar")}
+    web.add("00000001.tar", data["00000001"], cut_at=300_000, cuts=2)
+    unpack(SHARDS / "00000007.tar", tmp_path / "00000007")
+    listed = tmp_path / "shards.txt"
+    listed.write_text(
+        f"{SHARD}\n{web.url}/0000000{{1,2}}.tar?token=secret\ns3://shards/laion/00000003.tar\n"
+        f"pipe:cat {SHARDS}/00000004.tar\n00000007\n"
+    )
+    flags = ["--models", "statistics,hashes", "--postprocess_features", "all", "--nworkers", "1", "--quiet"]
+
+    def metadata(source: object, out: Path, *more: str) -> int:
+        where = ["--input_tars", str(source), "--output_metadata_dir", str(out)]
+        return int(importlib.import_module("06_metadata").main([*where, *flags, *more]))
+
+    assert metadata(listed, tmp_path / "out") == 2
+    assert "only with --allow_pipe" in capsys.readouterr().err
+    assert metadata(listed, tmp_path / "out", "--allow_pipe") == 1  # of 00000002, which is not there
+    assert metadata(SHARDS, tmp_path / "local") == 0
+    for shard in ("00000000", "00000001", "00000003", "00000004"):
+        same_as(tmp_path / "local", tmp_path / "out", f"{shard}.parquet", ".")
+    assert (tmp_path / "out" / "00000007.parquet").is_file()
+    (failed,) = (tmp_path / "out").glob("_receipts/06_metadata/*/00000002.json")
+    message = json.loads(failed.read_bytes())["error"]["message"]
+    assert message == f"{web.url}/00000002.tar?…: 404 Not Found"
+
+
 def test_stage_05_reads_loose_files(local: Path, tmp_path: Path) -> None:
     for path in SHARDS.glob("*.tar"):
         unpack(path, tmp_path / "in" / path.stem)
@@ -526,6 +583,23 @@ def test_a_run_that_is_killed_goes_on_over_the_web(web: FileServer, local: Path,
     assert run(urls, out) == 0
     same_as(local, out, "0", "rows")
     assert (out / "captions.jsonl").read_bytes() == (local / "captions.jsonl").read_bytes()
+
+
+def test_a_trial_with_the_first_images_of_commands(
+    local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = f"pipe:cat {SHARDS}/0000000{{0,1}}.tar; sleep 0"
+    assert run(source, tmp_path / "out", "--allow_pipe", "--smoke", "3") == 0
+    assert capsys.readouterr().out.count("00000000/") == 3
+
+
+def test_two_workers_over_the_web(web: FileServer, local: Path, tmp_path: Path) -> None:
+    for path in SHARDS.glob("*.tar"):
+        web.add(path.name, path.read_bytes())
+    flags = ["--batch_size", "4", "--workers", "2", "--quiet", "--dataloader_num_workers", "2"]
+    command = [sys.executable, stub.__file__, f"{web.url}/0000000{{0,1,3,4,7}}.tar", "-o", str(tmp_path), *flags]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    assert (tmp_path / "captions.jsonl").read_bytes() == (local / "captions.jsonl").read_bytes()
 
 
 def test_a_file_that_changes_between_two_passes(

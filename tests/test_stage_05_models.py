@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation.backends.watermark_onnx import weights_file
 from curation.endpoint_folder import Registrar, Registration
-from curation.errors import InfrastructureError, UsageError
 from curation.tar import read_samples
 from tests.servers import ollama_stub
+from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Model, serve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,36 +176,6 @@ def test_a_captioner_is_fetched_and_loaded_without_the_hub(tmp_path: Path, monke
 # ---- the classifier
 
 
-class _Weights(http.server.BaseHTTPRequestHandler):
-    """One file: whole, or cut off before its end."""
-
-    content, cut, asked = b"", False, 0
-
-    def do_GET(self) -> None:
-        type(self).asked += 1
-        if self.path != "/weights.onnx":
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.content)))
-        self.end_headers()
-        self.wfile.write(self.content[: len(self.content) // 2] if self.cut else self.content)
-
-    def log_message(self, *arguments: Any) -> None: ...
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Iterator[tuple[type[_Weights], str, str]]:
-    """The server's handler, the URL, the sha256 of a real classifier of 2 MB."""
-    handler = type("Handler", (_Weights,), {"content": classifier()})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/weights.onnx"
-    yield handler, url, hashlib.sha256(handler.content).hexdigest()
-    server.shutdown()
-    server.server_close()
-
-
 def classifier() -> bytes:
     """Two logits of the mean of each channel, and weights that are not used, so that a download takes its time."""
     pytest.importorskip("onnx")
@@ -231,61 +198,19 @@ def classifier() -> bytes:
     return bytes(model.SerializeToString())
 
 
-FETCH = """
-import sys
-from pathlib import Path
-from curation.backends.watermark_onnx import weights_file
-sys.stdin.read()
-print(weights_file(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
-"""
-
-
-def test_several_processes_fetch_the_classifier_at_once_and_never_again(
-    weights: tuple[type[_Weights], str, str], tmp_path: Path
-) -> None:
-    handler, url, sha256 = weights
-    command = [sys.executable, "-c", FETCH, url, sha256.upper(), str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(4)]  # type: ignore[call-overload]
-    for process in processes:
-        process.stdin.close()  # all of them are there
-    paths = {process.stdout.read().strip() for process in processes}
-    assert {process.wait() for process in processes} == {0}
-    (path,) = map(Path, paths)
-    assert path.read_bytes() == handler.content
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name], "nothing is left over"
-    asked = handler.asked
-    assert weights_file(url, sha256, tmp_path) == path and handler.asked == asked
-    path.write_bytes(b"damaged since")
-    assert weights_file(url, sha256, tmp_path).read_bytes() == handler.content
-
-
-def test_a_classifier_that_is_another_or_not_whole_is_refused(
-    weights: tuple[type[_Weights], str, str], tmp_path: Path
-) -> None:
-    handler, url, sha256 = weights
-    with pytest.raises(InfrastructureError, match=f"its sha256 is {sha256}, not {'0' * 64}"):
-        weights_file(url, "0" * 64, tmp_path)
-    with pytest.raises(InfrastructureError, match="404"):
-        weights_file(url + "x", sha256, tmp_path)
-    with pytest.raises(UsageError, match="--watermark_sha256"):
-        weights_file(url, None, tmp_path)
-    handler.cut = True
-    with pytest.raises(InfrastructureError, match="cannot be fetched"):
-        weights_file(url, sha256, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_stage_scores_by_a_classifier_from_a_url(
-    weights: tuple[type[_Weights], str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stage_scores_by_a_classifier_from_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_weights.py has what can go wrong with a download."""
     pytest.importorskip("onnxruntime")
-    _, url, sha256 = weights
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    flags = ["--detect_watermarks", "--watermark_model", url, "--watermark_sha256", sha256]
-    with ollama_stub() as port:
+    content = classifier()
+    with ollama_stub() as port, file_server() as files:
+        url = files.add("weights.onnx", content)
+        flags = ["--detect_watermarks", "--watermark_model", url]
+        assert run(tmp_path / "none", *flags) == 2, "a URL needs a sha256"
+        assert run(tmp_path / "none", *flags, "--watermark_sha256", "0" * 64) == 2
+        flags += ["--watermark_sha256", hashlib.sha256(content).hexdigest()]
         flags += ["--model", "endpoint:tulu3:fairclip", "--ports", str(port)]
         assert run(tmp_path / "out", *flags) == 0
     scores = [json.loads(line)["watermark_score"] for line in (tmp_path / "out/rows/00000003.jsonl").open("rb")]
     assert scores and all(score == pytest.approx(0.5) for score in scores)
-    assert [path.suffix for path in (tmp_path / "home/.cache/curation").iterdir()] == [".onnx"]
+    assert [path.suffix for path in (tmp_path / "home/.cache/curation/weights").iterdir()] == [".onnx"]

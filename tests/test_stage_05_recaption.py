@@ -200,7 +200,7 @@ def test_the_first_signal_finishes_the_batch_and_the_captions_are_not_made_twice
 
 
 def test_a_dead_worker_is_noticed_and_its_shard_taken_up(undisturbed: Path, tmp_path: Path) -> None:
-    first, second = (start(SHARDS, tmp_path, "--format", "all", pause_s=0.2) for _ in range(2))
+    first, second = (start(SHARDS, tmp_path, "--format", "all", pause_s=0.1) for _ in range(2))
     time.sleep(1.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
@@ -209,7 +209,7 @@ def test_a_dead_worker_is_noticed_and_its_shard_taken_up(undisturbed: Path, tmp_
 
 
 def test_the_jsonl_can_be_read_while_it_grows(tmp_path: Path) -> None:
-    process = start(SHARDS, tmp_path, pause_s=0.25)
+    process = start(SHARDS, tmp_path, pause_s=0.08)
     seen: set[int] = set()
     while process.poll() is None:
         if (tmp_path / "captions.jsonl").exists():
@@ -217,7 +217,7 @@ def test_the_jsonl_can_be_read_while_it_grows(tmp_path: Path) -> None:
             found = [json.loads(line) for line in data.splitlines()]
             assert [(row["tar_file"], row["key"]) for row in found] == images(SHARDS)[: len(found)]
             seen.add(len(found))
-        time.sleep(0.05)
+        time.sleep(0.02)
     assert process.returncode == 0
     assert len({count for count in seen if 0 < count < 76}) >= 1, seen
 
@@ -402,31 +402,34 @@ def test_equal_images_in_a_shard_are_two_files(tmp_path: Path) -> None:
 
 
 def test_another_format_later_costs_no_caption_twice(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(SHARDS, tmp_path, "--format", "jsonl") == 0
+    assert run(SHARDS, tmp_path, "--format", "all") == 2
+    said = capsys.readouterr().err
+    assert "format: [" in said and "or --rerun" in said
+    assert "settings are taken over, not made again" in said
     monkeypatch.setattr(stub.Backend, "caption", lambda *_: pytest.fail("captioned again"))
     assert run(SHARDS, tmp_path, "--format", "all", "--rerun") == 0
     assert published(tmp_path) == published(undisturbed)
     assert receipt(tmp_path, "00000000")["notes"]["reused"] == 15
 
 
+def test_more_images_later_cost_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captioned: list[int] = []
+    caption = stub.Backend.caption
+    monkeypatch.setattr(stub.Backend, "caption", lambda *given: (captioned.append(len(given[1])), caption(*given))[1])
+    assert run(SHARDS, tmp_path, "--max_images", "20") == 0
+    assert run(SHARDS, tmp_path, "--max_images", "33") == 2
+    assert "max_images: 20 → 33" in (said := capsys.readouterr().err) and "or --rerun" in said
+    assert sum(captioned) == 20
+    assert run(SHARDS, tmp_path, "--max_images", "33", "--rerun") == 0
+    assert sum(captioned) == 33 and order(tmp_path) == images(SHARDS)[:33]
+
+
 # ---- flags
-
-
-def test_every_flag_of_the_three_readmes_is_taken_in_both_spellings(tmp_path: Path) -> None:
-    old = [
-        f"--model florence-community/Florence-2-base --detail detailed --batch-size 16 --data-dir {SHARDS} --resume",
-        f"--data_path={SHARDS} --model_name llava -b 48 --dataloader_num_workers 8 --max_tokens 120",
-        f"{SHARDS} --max-images 10 --no-push --batch_size 4 --push-every 1000 --checkpoint-dir {tmp_path}/3",
-        f"--data-path {SHARDS} --num-gpus 1 --hf-repo Recap --hf-username me --no_push --max-tokens 256",
-        f"--data_dir {SHARDS} --gpus 0 --output_dir {tmp_path}/5 --model google/gemma-3-12b-it",
-    ]
-    models = {"llava": "llava-1.6"}
-    for number, line in enumerate(old):
-        words = [models.get(word, word) for word in line.split()]
-        where = [] if "3" in line[-2:] or "_dir" in line else ["-o", str(tmp_path / str(number))]
-        assert stub.main([*words, *where, "--dry_run", "--quiet"]) == 0, line
 
 
 def test_max_images_are_the_first_ones_whoever_works_on_them(tmp_path: Path) -> None:

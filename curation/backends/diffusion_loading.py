@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curation.backends.hub_models import ModelSource, hub_error_line, hub_errors, quiet_transformers, snapshot
+from curation.backends.hub_models import ModelSource, import_bitsandbytes, quiet_transformers, snapshot
 from curation.errors import InfrastructureError
+from curation.weights import hub_error_line, hub_errors
 
 
 def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:
@@ -93,6 +94,7 @@ def quiet_libraries() -> None:
     """Model libraries write bars and advice to stderr, where this run's own progress is.  Call it before the imports
     that already give advice."""
     quiet_transformers()
+    import_bitsandbytes()
     import diffusers.utils.logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()

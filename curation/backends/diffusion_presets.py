@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from curation.weights import is_hub_id
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
@@ -95,11 +97,6 @@ def public_name(model: str) -> str:
     if is_hub_id(model):
         return model
     return model.rstrip("/").rpartition("/")[2] or "model"
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether ``model`` has the form ``organisation/name``.  A folder may have it too: the caller looks."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) is not None
 
 
 def _plain(name: str) -> str:

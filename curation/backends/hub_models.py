@@ -5,21 +5,28 @@ Nothing here loads a model.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import os
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from curation.backends.diffusion_presets import is_hub_id, public_name
+from curation.backends.diffusion_presets import public_name
 from curation.errors import InfrastructureError
+from curation.weights import hub_error_line, hub_errors, is_hub_id
 
 HUB_TIMEOUT_S = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 16, 64 << 10, 1 << 20
 _CONTENT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # what decides a pipeline's output
+
+FETCH_FIRST = "`python -m curation models fetch`, where there is internet, gets it for this machine; or give a folder"
 
 # The file that makes a folder a model of a kind, and what the kind is called.
 PIPELINE = ("model_index.json", "diffusers pipeline")
@@ -41,9 +48,16 @@ class ModelSource:
 
 
 def resolve(
-    model: str, revision: str | None = None, variant: str | None = None, kind: tuple[str, str] = PIPELINE
+    model: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    kind: tuple[str, str] = PIPELINE,
+    *,
+    asked_by: str = "--model",
 ) -> ModelSource:
     """Find out which exact model ``--model`` and ``--revision`` mean, before any process loads it.
+
+    asked_by: what messages call the model: the flag or the directive that names it.
 
     A folder's revision is a digest of its configuration and of samples of its weights (``local-…``), so that other
     weights under the same name count as another model; a folder of the hub's cache has its commit.  A hub id's is the
@@ -53,8 +67,10 @@ def resolve(
     if os.path.isdir(model):
         return _resolve_folder(Path(model), revision, variant, kind)
     if not is_hub_id(model):
-        raise InfrastructureError(f"--model {model}: there is no such folder (nor is it a hub id, organisation/name)")
-    commit = _hub_commit(model, revision or "main", kind[0])
+        raise InfrastructureError(
+            f"{asked_by} {model}: there is no such folder (nor is it a hub id, organisation/name)"
+        )
+    commit = _hub_commit(model, revision or "main", kind[0], asked_by)
     return ModelSource(name=model, location=model, revision=commit, variant=variant)
 
 
@@ -78,9 +94,12 @@ def folder_digest(folder: Path) -> str:
     """
     digest = xxhash.xxh3_64()
     try:
-        for path in sorted(folder.rglob("*")):
+        paths = sorted(folder.rglob("*"))
+        has_safetensors = any(path.suffix == ".safetensors" for path in paths)
+        suffixes = _CONTENT_SUFFIXES if has_safetensors else (*_CONTENT_SUFFIXES, ".bin")  # what is loaded then
+        for path in paths:
             relative = path.relative_to(folder)
-            if any(part.startswith(".") for part in relative.parts) or path.suffix not in _CONTENT_SUFFIXES:
+            if any(part.startswith(".") for part in relative.parts) or path.suffix not in suffixes:
                 continue
             if not path.is_file():
                 continue
@@ -96,7 +115,7 @@ def folder_digest(folder: Path) -> str:
     return f"local-{digest.hexdigest()}"
 
 
-def _hub_commit(model: str, revision: str, marker: str) -> str:
+def _hub_commit(model: str, revision: str, marker: str, asked_by: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -105,38 +124,30 @@ def _hub_commit(model: str, revision: str, marker: str) -> str:
         return cached
     if _offline():
         raise InfrastructureError(
-            f"--model {model}: revision {revision} is not in the hub's cache and HF_HUB_OFFLINE is set; "
-            "download it first, or give a folder"
+            f"{asked_by} {model}: revision {revision} is not in the hub's cache and HF_HUB_OFFLINE is set; "
+            f"{FETCH_FIRST}"
         )
     try:
         commit = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).sha
     except GatedRepoError as error:
         raise InfrastructureError(
-            f"--model {model}: gated; accept its licence on the hub and set HF_TOKEN, or give a folder"
+            f"{asked_by} {model}: gated; accept its licence on the hub and set HF_TOKEN, or give a folder"
         ) from error
     except RevisionNotFoundError as error:
-        raise InfrastructureError(f"--model {model}: the hub has no revision {revision!r} of it") from error
+        raise InfrastructureError(f"{asked_by} {model}: the hub has no revision {revision!r} of it") from error
     except RepositoryNotFoundError as error:
-        raise InfrastructureError(f"--model {model}: no such folder, and the hub shows no such model") from error
+        raise InfrastructureError(f"{asked_by} {model}: no such folder, and the hub shows no such model") from error
     except hub_errors() as error:
         if cached:
             logging.getLogger(__name__).warning("the hub does not answer; using %s %s from its cache", model, cached)
             return cached
         raise InfrastructureError(
-            f"--model {model}: no such folder, not in the hub's cache, and the hub does not answer "
-            f"({hub_error_line(error)})"
+            f"{asked_by} {model}: no such folder, not in the hub's cache, and the hub does not answer "
+            f"({hub_error_line(error)}); {FETCH_FIRST}"
         ) from error
     if not commit:
-        raise InfrastructureError(f"--model {model}: the hub names no commit for revision {revision!r}")
+        raise InfrastructureError(f"{asked_by} {model}: the hub names no commit for revision {revision!r}")
     return commit
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when the hub or the network does not work: its HTTP library has changed twice."""
-    import huggingface_hub.errors as errors
-
-    transport = getattr(errors, "HTTPError", OSError)
-    return (OSError, errors.HfHubHTTPError, transport)
 
 
 def _cached_commit(model: str, revision: str, marker: str) -> str | None:
@@ -168,15 +179,48 @@ def _offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def hub_error_line(error: BaseException) -> str:
-    """The first line that says something, short enough for a terminal."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
-
-
 def quiet_transformers() -> None:
     """transformers writes bars and advice to stderr, where this run's own progress is."""
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, where it is installed, before a library that would do so in passing.
+
+    On a CPU with AVX512-BF16 it asks the hub for a further kernel as it is imported, and warns where it gets none: a
+    wait on nodes without internet, and code that nobody asked for.  Its own kernels do the same.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    with _hidden("kernels"), _without_line("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward"):
+        importlib.import_module("bitsandbytes")
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Whoever imports the package meanwhile finds that it is not there."""
+    before = {package: sys.modules[package]} if package in sys.modules else {}
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def _without_line(name: str, words: str) -> Iterator[None]:
+    """A logger without the lines that have these words."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    log = logging.getLogger(name)
+    log.addFilter(others)
+    try:
+        yield
+    finally:
+        log.removeFilter(others)

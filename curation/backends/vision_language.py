@@ -17,8 +17,7 @@ from curation.backends.decoding import NoRepeatedNgrams, SeededSampling, StaticC
 from curation.backends.hub_models import (
     TRANSFORMER,
     ModelSource,
-    hub_error_line,
-    hub_errors,
+    import_bitsandbytes,
     quiet_transformers,
     resolve,
     snapshot,
@@ -27,8 +26,8 @@ from curation.backends.square_images import SquareImages
 from curation.captioning import FAMILIES, Compile, Detail, OutOfMemory, Quantize
 from curation.device_memory import is_out_of_memory, use_device
 from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.weights import MODEL_FILES, hub_error_line, hub_errors
 
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]  # of a hub model: no pickles, no code
 # Modules that stay in 16 bits, being few and frail, as patterns of their whole names.
 _WHOLE = [rf"(.*\.)?{name}" for name in ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")]
 _GPU_SHARE = 0.7  # of the free memory, for weights under --offload; the rest is for what they compute
@@ -283,6 +282,7 @@ class VisionLanguageModel:
     def _quantization(self, quantize: Quantize) -> Any:
         from transformers import BitsAndBytesConfig
 
+        import_bitsandbytes()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line a layer and call: inputs become float16
 
         if quantize == "8bit":
@@ -323,7 +323,7 @@ def local_folder(source: ModelSource) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    arguments: dict[str, Any] = {"revision": source.revision, "allow_patterns": _FILES}
+    arguments: dict[str, Any] = {"revision": source.revision, "allow_patterns": list(MODEL_FILES)}
     try:
         return Path(snapshot_download(source.location, **arguments))
     except hub_errors() as error:
@@ -332,7 +332,7 @@ def local_folder(source: ModelSource) -> Path:
 
 def is_loaded(path: str) -> bool:
     """Whether a file of a model's repository is fetched."""
-    return any(fnmatch(path, pattern) for pattern in _FILES)
+    return any(fnmatch(path, pattern) for pattern in MODEL_FILES)
 
 
 def _is_whole(folder: Path) -> bool:

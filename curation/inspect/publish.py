@@ -79,7 +79,12 @@ def _place(options: Options) -> StagePlace:
         return stage_named(options.folder, options.stage)
     places = find_stages(options.folder)
     if len(places) > 1:
-        names = ", ".join(clean_text(place.stage) for place in places)
+        names = ", ".join(clean_text(place.stage) for place in places[:5]) + (" …" if len(places) > 5 else "")
+        if len({place.home for place in places}) > 1:
+            raise UsageError(
+                f"{options.folder}: the outputs of several stages lie below it ({names}): name the folder of one, such "
+                f"as {places[0].home}"
+            )
         raise UsageError(f"{options.folder}: has several stages ({names}): give --stage")
     return places[0]
 

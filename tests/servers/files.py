@@ -17,6 +17,7 @@ class Served:
     """A file and how it is served.
 
     cut_at: an answer ends, its connection with it, when so many bytes of it were sent; ``cuts`` times, None: always.
+    next_cuts: likewise, of the next answers, one after the other.
     refusals: status codes that the first requests get.  etags: of one request after the other, the last one for all
     that follow.  stall_at: from that byte on nothing more comes, and the connection stays.
     """
@@ -25,6 +26,7 @@ class Served:
     ranges: bool = True
     cut_at: int | None = None
     cuts: int | None = None
+    next_cuts: list[int] = field(default_factory=list)
     refusals: list[int] = field(default_factory=list)
     etags: list[str] = field(default_factory=lambda: ['"1"'])
     length: bool = True
@@ -93,7 +95,9 @@ def file_server() -> Iterator[FileServer]:
 
         def _send(self, served: Served, data: bytes) -> None:
             cut = served.cut_at is not None and (served.cuts is None or served.cuts > 0) and served.cut_at < len(data)
-            if cut:
+            if served.next_cuts:
+                cut, data = True, data[: served.next_cuts.pop(0)]
+            elif cut:
                 data = data[: served.cut_at]
                 if served.cuts is not None:
                     served.cuts -= 1

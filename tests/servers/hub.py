@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.servers.hub_datasets import DatasetRoutes, Datasets
 
@@ -68,7 +68,7 @@ class _Handler(DatasetRoutes):
 
     def do_POST(self) -> None:
         if not self.take():
-            self._refuse(404, "", "no such route")
+            self._answer(body=True)
 
     do_PUT = do_POST
 
@@ -104,8 +104,12 @@ class _Handler(DatasetRoutes):
                 digest = hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"size": len(data), "sha256": digest, "oid": digest, "pointerSize": 130}
             entries.append((path, entry))
+        listed = [{"type": "file", "path": path, **entry} for path, entry in entries]
         if rest[:1] == ["tree"]:
-            return self._json([{"type": "file", "path": path, **entry} for path, entry in entries])
+            return self._json(listed)
+        if rest[:1] == ["paths-info"]:
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+            return self._json([entry for entry in listed if entry["path"] in asked])
         siblings = [{"rfilename": path, "blobId": entry["oid"], **entry} for path, entry in entries]
         gated = "auto" if model.gated else False
         return self._json(
@@ -121,22 +125,24 @@ class _Handler(DatasetRoutes):
         data = file.read_bytes()
         large = path.endswith(_LARGE)
         etag = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
-        start = 0
+        start, end = 0, len(data)
         if (asked := self.headers.get("Range", "")).startswith("bytes=") and body:
-            start = int(asked[6:].split("-")[0] or 0)
-        self.send_response(206 if start else 200)
+            first, _, last = asked[6:].partition("-")
+            start, end = int(first or 0), min(int(last) + 1 if last else end, end)
+        part = (start, end) != (0, len(data))
+        self.send_response(206 if part else 200)
         self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", model.commit)
         if large:
             self.send_header("X-Linked-Etag", f'"{etag}"')
             self.send_header("X-Linked-Size", str(len(data)))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start))
+        if part:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if not body:
             return None
-        data = data[start:]
+        data = data[start:end]
         if path in model.damaged and body:
             model.damaged.discard(path)
             data = data[:-1] + bytes([data[-1] ^ 0xFF])
@@ -155,7 +161,7 @@ class _Handler(DatasetRoutes):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data)
 
     def _refuse(self, status: int, code: str, message: str) -> None:

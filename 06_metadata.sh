@@ -1,0 +1,41 @@
+#!/bin/bash
+# Stage 06 on a cluster: one task per GPU, all sharing the shards by claims.  Start it as often and as wide as you like,
+# until nothing is pending:
+#
+#     ROOT=/path/to/root sbatch --array=0-9 06_metadata.sh --yml datacomp.yml
+#     SRC_DIR=/path/to/shards TARGET_DIR=/path/to/metadata sbatch 06_metadata.sh --models oai-clip-vit-b32
+#
+# SRC_DIR, by default $ROOT/shards, is a folder, a glob in quotes, braces in quotes, or a list file; TARGET_DIR, by
+# default $ROOT/metadata, takes the parquets and npzs.  Both go before what the YAML says; without
+# them its own input_tars and output_metadata_dir count.
+# Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
+# accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
+#
+# Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
+# it puts itself (this array element alone) into the queue again, as long as it gets on.
+#SBATCH --job-name=06_metadata
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/%x-%j.log
+set -u
+
+# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
+    [ -f "$PROJECT/slurm_tasks.sh" ] && break
+done
+[ -f "$PROJECT/slurm_tasks.sh" ] || PROJECT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | grep -oP '^ *Command=\K\S+')")
+source "$PROJECT/slurm_tasks.sh" || exit 2
+
+SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/shards}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/metadata}}
+folders=() # what is not set here, the YAML tells
+[ -n "$SRC_DIR" ] && folders+=(--input_tars "$SRC_DIR")
+[ -n "$TARGET_DIR" ] && folders+=(--output_metadata_dir "$TARGET_DIR")
+
+stage=("$PYTHON" "$PROJECT/06_metadata.py" "${folders[@]}")
+run_tasks "${TARGET_DIR:-$PWD/logs}" "${stage[@]}" "${workers[@]}" "$@"

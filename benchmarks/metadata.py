@@ -1,0 +1,377 @@
+#!/usr/bin/env python3
+"""Stage 06 with CLIP ViT-B/32 beside the bare model, a plain loop, and what the cores alone decode and resize.
+
+The architecture is the real one with random weights, built here (speed does not depend on the weights); the photos are
+those of examples/shards, repeated.  All rows are measured in one run, the stage and the bare model in turn.  Aims: the
+stage at least 0.95 of the bare model on preloaded tensors (or, where the cores' decoding is slower than the model, at
+least 0.9 of that), and less than 5 % of the stage's time spent waiting for data.  With --device cuda:0 also: 10,000
+images a second from cached crops.
+
+    python benchmarks/metadata.py                        # CPU: one core computes, the others decode
+    python benchmarks/metadata.py --device cuda:0 --gpu  # a GPU, many more photos
+    python benchmarks/metadata.py --tiny --device cpu    # small sizes: tells whether the code runs, not a speed
+    python benchmarks/metadata.py --distances SHARD.tar  # only what an inexact resize gives, and how far features move
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import io
+import itertools
+import json
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the model on the CPU: before torch is imported
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from curation.backends.clip_preparation import (  # noqa: E402
+    OPENAI_MEAN,
+    OPENAI_STD,
+    CentreCrop,
+    FastCentreCrop,
+    Normalise,
+)
+from curation.backends.diffusion_tiny import fill_with_noise  # noqa: E402
+from curation.images import decode_rgb, image_size  # noqa: E402
+from tests.tiny_extractors import MERGES, clip_vocabulary  # noqa: E402
+
+STAGE, DIRECTIVE = "06_metadata", "oai-clip-vit-b32"
+B32_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+B32_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+EXACT, FAST = CentreCrop(), FastCentreCrop()
+EXAMPLES = sorted((ROOT / "examples" / "shards").glob("*.tar"))
+DISTANCE_ROUNDS = 3
+MODEL_SHARE, CORES_SHARE, WAIT_SHARE, CACHED_PER_S = 0.95, 0.9, 0.05, 10_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    device: str
+    images: int
+    shards: int
+    batch: int
+    processes: int
+    repeats: int
+
+
+# ---- what is measured
+
+
+def save_model(folder: Path, tiny: bool) -> Path:
+    """CLIP as the hub has it, with random weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    words = clip_vocabulary()
+    end = 49407
+    marks = {"vocab_size": 49408, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    for name, number in (("<|startoftext|>", end - 1), ("<|endoftext|>", end)):
+        words[name] = number
+    vision = {**(TINY if tiny else B32_VISION), "patch_size": 32, "image_size": 224, "hidden_act": "quick_gelu"}
+    text = {**(TINY if tiny else B32_TEXT), **marks, "hidden_act": "quick_gelu"}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512))
+    fill_with_noise(model, 1)  # as it is initialised, all pictures would have nearly the same features
+    model.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(words), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, MERGES)) + "\n", "utf-8")
+    return folder
+
+
+def photos(shards: list[Path]) -> list[tuple[bytes, bytes]]:
+    """(image, caption) of some shards, in their order."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in shards:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                if file := tar.extractfile(member):
+                    found.setdefault(f"{path.stem}/{key}", {})[suffix] = file.read()
+    return [(s.get("jpg") or s["webp"], s.get("txt", b"")) for s in found.values() if "jpg" in s or "webp" in s]
+
+
+def write_shards(folder: Path, samples: list[tuple[bytes, bytes]], setting: Setting) -> None:
+    folder.mkdir()
+    numbered = iter(enumerate(itertools.cycle(samples)))
+    for shard in range(setting.shards):
+        with tarfile.open(folder / f"{shard:08d}.tar", "w") as tar:
+            for number, (image, caption) in itertools.islice(numbered, setting.images // setting.shards):
+                members = {"jpg": image, "txt": caption, "json": json.dumps({"uid": f"{number:032x}"}).encode()}
+                for suffix, data in members.items():
+                    info = tarfile.TarInfo(f"{number:012d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+# ---- the rows
+
+
+class Bare:
+    """The model in the precision that the stage computes in, and nothing around it."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        import torch
+        from transformers import CLIPModel
+
+        self.torch, self.device = torch, device
+        self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        self.model = CLIPModel.from_pretrained(folder, dtype=self.dtype).to(device).eval()
+        self.normalise = Normalise(OPENAI_MEAN, OPENAI_STD, device, self.dtype)
+
+    def __call__(self, pictures: Any, tokens: Any) -> Any:
+        with self.torch.inference_mode():
+            image = self.model.get_image_features(pixel_values=pictures).pooler_output
+            self.model.get_text_features(input_ids=tokens).pooler_output  # noqa: B018 - the work is what counts
+        return image.float()
+
+    def wait(self) -> None:
+        if self.device.startswith("cuda"):
+            self.torch.cuda.synchronize()
+
+    def tokens(self, count: int) -> Any:
+        tokens = self.torch.full((count, 77), 300, dtype=self.torch.long)
+        tokens[:, 76] = 49407
+        return tokens.to(self.device)
+
+    def on_tensors(self, crops: np.ndarray[Any, Any], batches: int) -> float:
+        """Images a second on tensors that lie on the device."""
+        pictures = self.normalise(self.torch.from_numpy(crops).to(self.device))
+        tokens = self.tokens(len(crops))
+        return self._speed(len(crops), batches, lambda: self(pictures, tokens))
+
+    def on_cached_crops(self, crops: np.ndarray[Any, Any], batches: int) -> float:
+        """Images a second where uint8 crops are sent to the device and normalised there, and features come back."""
+        source = self.torch.from_numpy(crops)
+        if self.device.startswith("cuda"):
+            source = source.pin_memory()
+        tokens = self.tokens(len(crops))
+
+        def step() -> None:
+            crops_there = source.to(self.device, non_blocking=True)
+            self(self.normalise(crops_there), tokens).to("cpu", non_blocking=True)
+
+        return self._speed(len(crops), batches, step)
+
+    def _speed(self, count: int, batches: int, step: Any) -> float:
+        step()
+        self.wait()
+        began = time.perf_counter()
+        for _ in range(batches):
+            step()
+        self.wait()
+        return count * batches / (time.perf_counter() - began)
+
+
+def run_stage(shards: Path, output: Path, model: Path, setting: Setting, resize: str) -> tuple[float, float]:
+    """(images a second, share of the time that the model waits), from the first shard's start to the last one's end:
+    loading the model and starting processes is left out."""
+    arguments = ["--input_tars", str(shards), "--output_metadata_dir", str(output), "--models", DIRECTIVE]
+    arguments += ["--weights", f"{DIRECTIVE}={model}", "--postprocess_features", "all", "--quiet", "--resize", resize]
+    arguments += ["--batch_size", str(setting.batch), "--nworkers", str(setting.processes)]
+    arguments += ["--device", setting.device.removeprefix("cuda:")]
+    code = importlib.import_module(STAGE).main(arguments)
+    if code != 0:
+        raise SystemExit(f"{STAGE} ended with {code}")
+    receipts = [json.loads(path.read_text()) for path in (output / "_receipts" / STAGE).rglob("*.json")]
+    receipts = [receipt for receipt in receipts if receipt.get("status") == "done"]
+    seconds = max(r["finished"] for r in receipts) - min(r["started"] for r in receipts)
+    waited = sum(r["seconds"].get("wait", 0.0) for r in receipts)
+    return sum(r["counts"]["in"] for r in receipts) / seconds, waited / seconds
+
+
+def plain_loop(samples: list[tuple[bytes, bytes]], bare: Bare, batch: int, images: int) -> float:
+    """Images a second where one process decodes, resizes and computes by turns."""
+    began, pending, done = time.perf_counter(), [], 0
+    for image, _ in itertools.islice(itertools.cycle(samples), images):
+        pending.append(EXACT.of(Image.open(io.BytesIO(image))))
+        if len(pending) == batch:
+            done += len(_compute(bare, pending))
+            pending = []
+    if pending:
+        done += len(_compute(bare, pending))
+    bare.wait()
+    return done / (time.perf_counter() - began)
+
+
+def _compute(bare: Bare, crops: list[Any]) -> Any:
+    pictures = bare.normalise(bare.torch.from_numpy(np.stack(crops)).to(bare.device))
+    return bare(pictures, bare.tokens(len(crops))).cpu()
+
+
+def crop_exactly(image: bytes) -> np.ndarray[Any, Any]:
+    return EXACT(decode_rgb(image, on_white=False))
+
+
+def crop_fast(image: bytes, crop: FastCentreCrop = FAST) -> np.ndarray[Any, Any]:
+    short, long = sorted(image_size(image))
+    return crop(decode_rgb(image, at_least=-(-crop.min_short_side * long // short), on_white=False))
+
+
+def crop_as_on_a_device(image: bytes) -> np.ndarray[Any, Any]:
+    """Decoded whole, resized by torch's antialiased bicubic, as a GPU would."""
+    import torch
+
+    pixels = torch.from_numpy(decode_rgb(image, on_white=False)).permute(2, 0, 1)[None].float()
+    height, width = pixels.shape[2:]
+    size = [int(224 * side / min(height, width)) for side in (height, width)]
+    resized = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+    top, left = (round((side - 224) / 2) for side in size)
+    crop = resized[0, :, top : top + 224, left : left + 224]
+    return crop.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def _crop_many(task: tuple[list[bytes], bool]) -> int:
+    images, exact = task
+    return sum(len((crop_exactly if exact else crop_fast)(image)) > 0 for image in images)
+
+
+def cores_alone(samples: list[tuple[bytes, bytes]], processes: int, images: int, *, exact: bool) -> float:
+    """Images a second that so many processes decode and resize, with nothing else to do."""
+    everything = [image for image, _ in itertools.islice(itertools.cycle(samples), images)]
+    tasks = [(everything[n::processes], exact) for n in range(processes)]
+    warm = [(everything[:2], exact)] * processes
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        list(pool.map(_crop_many, warm))
+        began = time.perf_counter()
+        done = sum(pool.map(_crop_many, tasks))
+        return done / (time.perf_counter() - began)
+
+
+def distances(samples: list[tuple[bytes, bytes]], bare: Bare) -> Iterator[str]:
+    """What an inexact resize gives and costs, on one thread: a table.  On a CPU the time of the device's way says
+    nothing about a GPU; random weights only tell which way is nearer."""
+    ways: dict[str, Callable[[bytes], Any]] = {
+        "exact": crop_exactly,
+        "`fast`": crop_fast,
+        "`fast`, from no fewer than 448 pixels": functools.partial(crop_fast, crop=FastCentreCrop(margin=2)),
+        "antialiased bicubic, as on a device": crop_as_on_a_device,
+    }
+    yield "| | ms a picture | difference in levels (rms) | cosine with exact, mean | least |"
+    yield "|---|---|---|---|---|"
+    expected: tuple[Any, Any] | None = None
+    for name, way in ways.items():
+        spent = []
+        for _ in range(DISTANCE_ROUNDS):
+            began = time.perf_counter()
+            crops = np.stack([way(image) for image, _ in samples])
+            spent.append(time.perf_counter() - began)
+        parts = [_compute(bare, list(crops[start : start + 64])) for start in range(0, len(crops), 64)]
+        features = np.concatenate([part.numpy() for part in parts]).astype(np.float64)
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        expected = expected or (crops.astype(float), features)
+        levels = np.sqrt(((crops - expected[0]) ** 2).mean())
+        cosines = (features * expected[1]).sum(axis=1)
+        figures = f"{1000 * min(spent) / len(samples):.1f} | {levels:.2f} | {cosines.mean():.5f} | {cosines.min():.5f}"
+        yield f"| {name} | {figures} |"
+
+
+# ---- the table
+
+
+def measure(setting: Setting, tiny: bool, folder: Path) -> int:
+    model = save_model(folder / "model", tiny)
+    samples = photos(EXAMPLES)
+    write_shards(folder / "shards", samples, setting)
+    bare = Bare(model, setting.device)
+    crops = np.stack([crop_exactly(image) for image, _ in itertools.islice(itertools.cycle(samples), setting.batch)])
+    batches = max(1, setting.images // setting.batch)
+    on_tensors, exact, waits, plain_speeds = [], [], [], []
+    for number in range(setting.repeats):
+        on_tensors.append(bare.on_tensors(crops, batches))
+        speed, wait = run_stage(folder / "shards", folder / f"exact{number}", model, setting, "exact")
+        exact.append(speed)
+        waits.append(wait)
+        plain_speeds.append(plain_loop(samples, bare, setting.batch, max(setting.batch, setting.images // 4)))
+    on_tensors.append(bare.on_tensors(crops, batches))
+    fast, _ = run_stage(folder / "shards", folder / "fast", model, setting, "fast")
+    cached = bare.on_cached_crops(crops, batches)
+    alone = cores_alone(samples, setting.processes, setting.images, exact=True)
+    alone_fast = cores_alone(samples, setting.processes, setting.images, exact=False)
+
+    top, stage, wait = statistics.median(on_tensors), statistics.median(exact), statistics.median(waits)
+    beside = statistics.median(  # each run beside the bare model's just before and after: other load comes and goes
+        speed / statistics.mean(pair) for speed, pair in zip(exact, itertools.pairwise(on_tensors), strict=True)
+    )
+    share = CORES_SHARE if alone < top else MODEL_SHARE
+    for line in rows(
+        {
+            "bare model, preloaded tensors": top,
+            "model from cached uint8 crops": cached,
+            f"decode and resize alone, exact ({setting.processes} processes)": alone,
+            f"decode and resize alone, fast ({setting.processes} processes)": alone_fast,
+            "stage 06, exact": stage,
+            "stage 06, --resize fast": fast,
+            "plain loop, one process": statistics.median(plain_speeds),
+        },
+        top,
+    ):
+        print(line)
+    print(f"\nthe model waits for data {wait:.1%} of the stage's time; what limits: ", end="")
+    print("the cores' decoding" if alone < top else "the model")
+    reached = stage / alone if alone < top else beside
+    met = reached >= share and (alone < top or wait < WAIT_SHARE)
+    met = met and (not setting.device.startswith("cuda") or cached >= CACHED_PER_S)
+    print(f"stage / limit = {reached:.3f} (aim {share}): {'met' if met else 'missed'}\n")
+    print("\n".join(distances(samples, bare)))
+    return 0 if met or tiny else 1
+
+
+def rows(speeds: dict[str, float], top: float) -> Iterator[str]:
+    yield "| | images/s | of the bare model |"
+    yield "|---|---|---|"
+    for name, speed in speeds.items():
+        yield f"| {name} | {speed:,.1f} | {speed / top:.3f} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
+    parser.add_argument("--gpu", action="store_true", help="sizes for a GPU: 50,000 photos in batches of 512")
+    parser.add_argument("--tiny", action="store_true", help="a small model and few photos")
+    parser.add_argument("--images", type=int, help="photos in the shards")
+    parser.add_argument("--processes", type=int, help="that decode; default: the cores, less one on a CPU")
+    parser.add_argument(
+        "--distances", nargs="+", type=Path, metavar="SHARD", help="only what inexact resizes cost, on these"
+    )
+    parser.add_argument("--clip", type=Path, help="with --distances: a folder with a trained CLIP ViT-B/32")
+    parser.add_argument("--least_side", type=int, default=0, help="with --distances: only photos of so many pixels")
+    options = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    on_cpu = options.device == "cpu"
+    images = options.images or (128 if options.tiny else 50_000 if options.gpu else 512)
+    setting = Setting(
+        device="cuda:0" if options.gpu and on_cpu and not options.tiny else options.device,
+        images=images,
+        shards=1 if images < 5_000 else 4,
+        batch=16 if options.tiny else 512 if options.gpu else 32,
+        processes=options.processes or max(1, cores - 1 if on_cpu else cores),
+        repeats=1 if options.tiny else 3,
+    )
+    with tempfile.TemporaryDirectory(prefix="bench-metadata-") as folder:
+        if options.distances:
+            bare = Bare(options.clip or save_model(Path(folder), options.tiny), options.device)
+            bare.torch.set_num_threads(1)
+            samples = [s for s in photos(options.distances) if min(image_size(s[0])) >= options.least_side]
+            print("\n".join(distances(samples[: options.images], bare)))
+            return 0
+        return measure(setting, options.tiny, Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""CLIP's tokens of a caption, as OpenAI's tokenizer makes them: 77 integers, cut off where the caption is longer.
+
+OpenAI's: ftfy, HTML unescaped twice, whitespace made single spaces, lower case, split by one pattern, byte-pair
+encoding of each piece.  The tokenizer that the hub's library builds from the same files does without the first two and
+lowers each letter by itself, so it differs on captions from the web.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curation.backends.diffusion_tiny import byte_letters
+from curation.errors import InfrastructureError
+
+CONTEXT_LENGTH = 77
+# A caption that is longer fills the 77 places long before: what is behind these characters changes nothing but time.
+MAX_CHARACTERS = 10_000
+START, END = "<|startoftext|>", "<|endoftext|>"
+_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True, slots=True)
+class ClipTokens:
+    """A caption → ``length`` int32, zeros behind its end.  folder: has vocab.json and merges.txt, or tokenizer.json."""
+
+    takes: ClassVar[Literal["text"]] = "text"
+    folder: str
+    length: int = CONTEXT_LENGTH
+
+    def __call__(self, caption: str) -> NDArray[np.int32]:
+        tokens = np.zeros(self.length, np.int32)
+        found = encoder(self.folder).encode(caption, self.length)
+        tokens[: len(found)] = found
+        return tokens
+
+
+class Encoder:
+    """The byte-pair encoding of one vocabulary."""
+
+    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+        import regex  # type: ignore[import-untyped]
+        from tokenizers.models import BPE
+
+        self._start, self._end = vocabulary[START], vocabulary[END]
+        self._special = {START: (self._start,), END: (self._end,)}
+        self._bpe: Any = BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END)
+        self._find: Any = regex.compile(_PIECES, regex.IGNORECASE).findall
+        self._letters = _letter_of_byte()
+
+    def encode(self, caption: str, length: int) -> list[int]:
+        """Start, the caption's tokens, end: at most ``length``, the end always there."""
+        tokens = [self._start]
+        for piece in self._find(clean(caption)):
+            tokens += self._special.get(piece) or self._pieces(piece)
+            if len(tokens) >= length:
+                break
+        return [*tokens[: length - 1], self._end]
+
+    def _pieces(self, piece: str) -> list[int]:
+        written = "".join(map(self._letters.__getitem__, piece.encode("utf-8", "replace")))
+        return [token.id for token in self._bpe.tokenize(written)]
+
+
+@functools.lru_cache(maxsize=4)
+def encoder(folder: str) -> Encoder:
+    """The encoder of a model's folder, read once in a process; InfrastructureError where it is not CLIP's."""
+    path = Path(folder)
+    try:
+        if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+            vocabulary = json.loads((path / "vocab.json").read_bytes())
+            lines = (path / "merges.txt").read_text("utf-8").splitlines()
+            pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+        else:
+            model = json.loads((path / "tokenizer.json").read_bytes())
+            added = {token["content"]: token["id"] for token in model["added_tokens"]}
+            vocabulary = model["model"]["vocab"] | added
+            pairs = [m.split() if isinstance(m, str) else m for m in model["model"]["merges"]]
+        return Encoder(vocabulary, [(left, right) for left, right in pairs])
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file, and tokenizers raises nothing narrower
+        raise InfrastructureError(f"{folder}: CLIP's tokenizer cannot be read there ({error!r:.200})") from error
+
+
+def _letter_of_byte() -> dict[int, str]:
+    """Byte-level BPE's letter of each byte: printable ones stand for themselves."""
+    letters = byte_letters()
+    own = {ord(letter) for letter in letters if ord(letter) < 256}
+    others = iter(letter for letter in letters if ord(letter) >= 256)
+    return {byte: chr(byte) if byte in own else next(others) for byte in range(256)}
+
+
+def is_clip_vocabulary(folder: Path) -> bool:
+    """Whether the folder's tokenizer is CLIP's byte-pair encoding, and not another family's."""
+    try:
+        encoder(str(folder))
+    except InfrastructureError:
+        return False
+    return True
+
+
+def clean(caption: str) -> str:
+    """The caption as the byte-pair encoding sees it."""
+    import ftfy
+
+    text = ftfy.fix_text(caption[:MAX_CHARACTERS])
+    text = html.unescape(html.unescape(text)).strip()
+    return " ".join(text.split()).lower()

@@ -1,0 +1,181 @@
+"""CLIP and SigLIP: features of picture and caption of length one, and the score that is their dot product.
+
+``oai-clip-vit-b32`` and ``oai-clip-vit-l14`` are DataComp's: OpenAI's weights, preprocessing and tokens.
+``clip:…`` and ``siglip:…`` take any model of the two families by hub id or folder, with its own preprocessing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curation.backends.clip_preparation import (
+    OPENAI_MEAN,
+    OPENAI_SIDE,
+    OPENAI_STD,
+    CentreCrop,
+    FastCentreCrop,
+    Normalise,
+    Squeeze,
+)
+from curation.backends.clip_tokens import ClipTokens, is_clip_vocabulary
+from curation.backends.folder_tokens import FolderTokens
+from curation.backends.hub_models import folder_digest, quiet_transformers
+from curation.errors import InfrastructureError, UsageError
+from curation.extract_config import short_name
+from curation.extracting import Batch, Column, Feature, Preparation
+from curation.model_settings import ModelSettings, WeightSource
+from curation.weights import fetch_weights
+
+SOURCES = {
+    "oai-clip-vit-b32": WeightSource("openai/clip-vit-base-patch32"),
+    "oai-clip-vit-l14": WeightSource("openai/clip-vit-large-patch14"),
+}
+_PREFIXES = ("clip:", "siglip:")
+
+
+def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+    """What has to be on this machine before the directive's model can be loaded."""
+    prefix, colon, place = directive.partition(":")
+    default = WeightSource(place) if colon and f"{prefix}:" in _PREFIXES else SOURCES.get(directive)
+    found = settings.source(default)
+    if found is None:
+        raise UsageError(f"{directive}: no such CLIP model; there are {', '.join(SOURCES)}, clip:… and siglip:…")
+    return [found]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pictures:
+    """How a model wants its pictures."""
+
+    crop: Preparation
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+class Backend:
+    """One model on one device."""
+
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, directive: str, settings: ModelSettings) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModel
+
+        quiet_transformers()
+        self._torch = torch
+        [source] = sources(directive, settings)
+        folder = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
+        self.name = short_name(directive)
+        self.revision = folder_digest(folder)
+        dtype = settings.torch_dtype(half_on_gpu=True)
+        wants_sigmoid = directive.startswith("siglip:")
+        try:
+            config = AutoConfig.from_pretrained(str(folder))
+            _check_family(directive, config.model_type, wants_sigmoid)
+            model = AutoModel.from_pretrained(str(folder), dtype=dtype, config=config)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            line = str(error).strip().partition("\n")[0][:300]
+            raise InfrastructureError(f"{directive}: {folder} cannot be loaded: {line}") from error
+        self._model: Any = model.to(settings.device).eval()
+        pictures = _openai_pictures(settings) if directive in SOURCES else _own_pictures(folder, settings)
+        _check_size(directive, pictures.crop, config)
+        self._crop, self._tokens = pictures.crop, _tokens(folder, config)
+        self._normalise = Normalise(pictures.mean, pictures.deviation, settings.device, dtype)
+        self.preparations: tuple[Preparation, ...] = (self._crop, self._tokens)
+        width = int(getattr(config, "projection_dim", 0) or config.vision_config.hidden_size)
+        self.features = (
+            Feature(f"{self.name}-image", width, needs_text=False),
+            Feature(f"{self.name}-text", width, needs_image=False),
+        )
+        self.columns: tuple[Column, ...] = (Column(f"{self.name}-score", "float32"),)
+        self._sigmoid: tuple[float, float] | None = None
+        if wants_sigmoid:
+            self._sigmoid = (math.exp(model.logit_scale.item()), model.logit_bias.item())
+            self.columns += (Column(f"{self.name}-probability", "float32"),)
+
+    def compute(self, batch: Batch) -> Mapping[str, Any]:
+        """Features in float32, whatever the model computes in."""
+        torch = self._torch
+        with torch.inference_mode():
+            pictures = self._normalise(batch.device_tensor(self._crop))
+            image = _unit(self._model.get_image_features(pixel_values=pictures).pooler_output)
+            tokens = batch.device_tensor(self._tokens).long()
+            text = _unit(self._model.get_text_features(**self._text_inputs(tokens)).pooler_output)
+            score = (image * text).sum(1)
+            found = {f"{self.name}-image": image, f"{self.name}-text": text}
+            found[f"{self.name}-score"] = score.cpu().numpy()
+            if self._sigmoid is not None:
+                scale, bias = self._sigmoid
+                found[f"{self.name}-probability"] = torch.sigmoid(score * scale + bias).cpu().numpy()
+        return found
+
+    def _text_inputs(self, tokens: Any) -> dict[str, Any]:
+        if isinstance(self._tokens, FolderTokens) and self._tokens.masked:
+            return {"input_ids": tokens, "attention_mask": (tokens != self._tokens.padding).long()}
+        return {"input_ids": tokens}
+
+    def close(self) -> None:
+        self._model = None
+
+
+def _unit(features: Any) -> Any:
+    """Rows of length one, in float32."""
+    features = features.float()
+    return features / features.norm(dim=1, keepdim=True)
+
+
+def _check_family(directive: str, model_type: str, wants_sigmoid: bool) -> None:
+    expected = ("siglip", "siglip2") if wants_sigmoid else ("clip",)
+    if model_type not in expected:
+        hint = "siglip:" if model_type.startswith("siglip") else "clip:" if model_type == "clip" else "a plugin"
+        raise UsageError(f"{directive}: a model of the type {model_type!r}, not {' or '.join(expected)}: use {hint}")
+
+
+def _check_size(directive: str, crop: Any, config: Any) -> None:
+    side = int(config.vision_config.image_size)
+    if crop.side != side:
+        raise InfrastructureError(f"{directive}: the model sees {side} pixels, its preprocessing gives {crop.side}")
+
+
+def _openai_pictures(settings: ModelSettings) -> _Pictures:
+    crop = FastCentreCrop(OPENAI_SIDE) if settings.resize == "fast" else CentreCrop(OPENAI_SIDE)
+    return _Pictures(crop, OPENAI_MEAN, OPENAI_STD)
+
+
+def _own_pictures(folder: Path, settings: ModelSettings) -> _Pictures:
+    """As the folder's image processor says; a centre crop is placed as torchvision places it."""
+    from transformers import AutoImageProcessor
+
+    try:
+        own = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
+        size, resample = own.size, int(own.resample)
+        mean, deviation = tuple(map(float, own.image_mean)), tuple(map(float, own.image_std))
+        crop: Preparation
+        if size.get("shortest_edge"):
+            side = int(own.crop_size["height"])
+            if side != int(own.crop_size["width"]) or side != int(size["shortest_edge"]) or not own.do_center_crop:
+                raise ValueError("it crops to another size than it resizes to")
+            crop = FastCentreCrop(side, resample) if settings.resize == "fast" else CentreCrop(side, resample)
+        else:
+            side = int(size["height"])
+            if side != int(size["width"]):
+                raise ValueError("its pictures are not square")
+            crop = Squeeze(side, resample)
+        if abs(own.rescale_factor * 255 - 1) > 1e-6:
+            raise ValueError(f"its rescale_factor is {own.rescale_factor}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        line = str(error).strip().partition("\n")[0][:300]
+        raise InfrastructureError(f"{folder}: its preprocessing is none that can be followed: {line}") from error
+    return _Pictures(crop, mean, deviation)
+
+
+def _tokens(folder: Path, config: Any) -> ClipTokens | FolderTokens:
+    length = int(config.text_config.max_position_embeddings)
+    if config.model_type == "clip" and is_clip_vocabulary(folder):
+        return ClipTokens(str(folder), length)
+    # SigLIP was trained on captions padded to the full length, and sees the padding.
+    return FolderTokens.of(folder, length, masked=config.model_type == "clip")

@@ -1,0 +1,85 @@
+"""``hashes``: 64-bit perceptual hashes of a picture, pHash and dHash, as the package ImageHash computes them.
+
+Copies of a picture differ in few bits.  pHash: the signs of the 8 × 8 lowest frequencies of a 32 × 32 picture against
+their median (Zauner 2010); dHash: whether each of 8 × 8 places is brighter than the one to its left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from curation.extracting import Batch, Column, Feature, Preparation
+from curation.images import Pixels
+from curation.model_settings import ModelSettings, WeightSource
+
+SIDE = 8
+_LARGE = 4 * SIDE
+
+
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """A picture → its hashes as 16 hexadecimal digits each."""
+
+    takes: ClassVar[Literal["image"]] = "image"
+
+    def __call__(self, pixels: Pixels) -> dict[str, Any]:
+        grey = Image.fromarray(pixels).convert("L")
+        return {"phash": phash(grey), "dhash": dhash(grey)}
+
+
+def phash(grey: Image.Image) -> str:
+    """Of a picture in mode L."""
+    small = np.asarray(grey.resize((_LARGE, _LARGE), Image.Resampling.LANCZOS), np.float64)
+    lowest = np.round(_COSINES @ small @ _COSINES.T, 6)  # what is zero but for the order of sums is zero
+    return _hexadecimal(lowest > np.median(lowest))
+
+
+def dhash(grey: Image.Image) -> str:
+    """Of a picture in mode L."""
+    small = np.asarray(grey.resize((SIDE + 1, SIDE), Image.Resampling.LANCZOS))
+    return _hexadecimal(small[:, 1:] > small[:, :-1])
+
+
+def _hexadecimal(bits: NDArray[np.bool_]) -> str:
+    return np.packbits(bits).tobytes().hex()
+
+
+def _lowest_cosines() -> NDArray[np.float64]:
+    """The first rows of the cosine transform (DCT-II) of 32 numbers."""
+    place, frequency = np.arange(_LARGE), np.arange(SIDE)[:, None]
+    return 2 * np.cos(np.pi * frequency * (2 * place + 1) / (2 * _LARGE))
+
+
+_COSINES = _lowest_cosines()
+
+
+def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+    """Nothing: there is no model."""
+    return []
+
+
+class Backend:
+    """What the preparation found, as columns."""
+
+    revision = "1"
+    needs: tuple[str, ...] = ()
+    features: tuple[Feature, ...] = ()
+    columns = (Column("phash", "hash"), Column("dhash", "hash"))
+
+    def __init__(self, directive: str, settings: ModelSettings) -> None:
+        self.name = directive
+        self._hashes = Hashes()
+        self.preparations: tuple[Preparation, ...] = (self._hashes,)
+
+    def compute(self, batch: Batch) -> Mapping[str, Any]:
+        found = batch.prepared(self._hashes)
+        return {column.name: [row.get(column.name) for row in found] for column in self.columns}
+
+    def close(self) -> None:
+        """Nothing is held."""

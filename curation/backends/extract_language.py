@@ -1,0 +1,60 @@
+"""``language``: what a caption is written in, by the detector that stage 02 filters with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from curation.extracting import Batch, Column, Feature, Preparation
+from curation.language import LanguageIdentifier, find_model
+from curation.model_settings import ModelSettings, WeightSource, file_revision
+from curation.weights import fetch_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """A caption → its language (ISO 639, ``zxx`` without words) and how probable that is."""
+
+    takes: ClassVar[Literal["text"]] = "text"
+    model: str
+
+    def __call__(self, caption: str) -> dict[str, Any]:
+        [(language, probability)] = _identifier(self.model).identify([caption])
+        return {"language": language, "language-probability": probability}
+
+
+@functools.lru_cache(maxsize=2)
+def _identifier(model: str) -> LanguageIdentifier:
+    return LanguageIdentifier(Path(model))
+
+
+def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+    """The detector's file, if it is another than the one that came with its package."""
+    found = settings.source(None)
+    return [] if found is None else [found]
+
+
+class Backend:
+    """What the preparation found, as columns."""
+
+    needs: tuple[str, ...] = ()
+    features: tuple[Feature, ...] = ()
+    columns = (Column("language", "string"), Column("language-probability", "float32"))
+
+    def __init__(self, directive: str, settings: ModelSettings) -> None:
+        own = [fetch_weights(s.source, s.sha256, settings.cache, name=directive) for s in sources(directive, settings)]
+        model = own[0] if own else find_model()
+        self.name, self.revision = directive, file_revision(model)
+        self._language = Language(str(model))
+        self._language("a first line")  # a wrong file is told now
+        self.preparations: tuple[Preparation, ...] = (self._language,)
+
+    def compute(self, batch: Batch) -> Mapping[str, Any]:
+        found = batch.prepared(self._language)
+        return {column.name: [row.get(column.name) for row in found] for column in self.columns}
+
+    def close(self) -> None:
+        """Nothing is held."""

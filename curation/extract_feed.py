@@ -1,0 +1,357 @@
+"""Samples of a shard prepared ahead of the models by worker processes, in batches that only the shard decides.
+
+A process that dies or hangs on an image is replaced; its samples are tried again one by one, and the one that does it
+again is the only one lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from curation.caption_rows import lenient_metadata
+from curation.errors import SampleError
+from curation.extract_process import Lost, WorkerProcess
+from curation.extract_worker import Job, Layout, Outcome, Slots
+from curation.extracting import Preparation
+from curation.samples import MAX_CAPTION_CHARACTERS, image_of
+from curation.tar import IMAGE_SUFFIXES, Sample
+
+logger = logging.getLogger("curation")
+
+WANTED = frozenset(IMAGE_SUFFIXES) | {"txt", "json"}
+CHUNK = 16  # samples that a process is given at once
+MAX_BYTES_AHEAD = 192 << 20  # of images as they lie in the shard
+SHARED_BYTES = 1 << 30  # of prepared batches, unless two need more
+MAX_SLOTS = 4
+_POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class FeedSample:
+    """A sample of the shard.  image: its bytes, until they are prepared.  caption: as it lies in the shard, None where
+    there is none.  outcome: what became of it in the worker process, or why it was not sent there."""
+
+    key: str
+    metadata: dict[str, Any]
+    caption: str | None
+    image: bytes | None
+    outcome: Outcome = field(default_factory=Outcome)
+    bad_json: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class FeedBatch:
+    """The samples of the shard from number × batch size on.  done: an earlier attempt finished it, and nothing is
+    prepared.  seconds_read: from the shard, by one thread.  waiting: each gives the seconds of a process; with the
+    bytes of images that it holds."""
+
+    number: int
+    done: bool
+    slot: int | None = None
+    samples: list[FeedSample] = field(default_factory=list)
+    seconds_read: float = 0.0
+    waiting: list[tuple[Future[float], int]] = field(default_factory=list)
+
+
+def feed_sample(sample: Sample) -> FeedSample:
+    """What the models are given of a sample: the .txt (as dataset2metadata gives it), else the json's caption."""
+    data = sample.members.get("json")
+    metadata = lenient_metadata(data)
+    found = FeedSample(sample.key, metadata, _caption(sample, metadata), None, bad_json=not metadata)
+    if sample.problem is not None:
+        found.outcome.broken = sample.problem
+        return found
+    try:
+        found.image = image_of(sample)
+    except SampleError as error:
+        found.outcome.unreadable = error.reason, error.detail
+    return found
+
+
+def _caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
+    txt = sample.members.get("txt")
+    if txt is not None:
+        return txt[: 4 * MAX_CAPTION_CHARACTERS].decode("utf-8", "replace")[:MAX_CAPTION_CHARACTERS]
+    told = metadata.get("caption")
+    if not isinstance(told, str):
+        return None
+    return told[:MAX_CAPTION_CHARACTERS].encode("utf-8", "replace").decode()
+
+
+class _Stream:
+    """One shard on its way through the feed.  begun: batches that were given a slot."""
+
+    def __init__(self, samples: Iterator[FeedSample], is_done: Callable[[int], bool], ticket: int) -> None:
+        self.samples, self.is_done, self.ticket = samples, is_done, ticket
+        self.ready: queue.Queue[FeedBatch | None] = queue.Queue(2 * MAX_SLOTS)
+        self.begun: list[FeedBatch] = []
+        self.stop = threading.Event()
+
+    def put(self, item: FeedBatch | None) -> bool:
+        """Whether it could be put before somebody stopped."""
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self.ready.put(item, timeout=_POLL_S)
+                return True
+        return False
+
+
+class Feed:
+    """Prepares the samples of one shard after the other; one for all shards of a process.
+
+    Shards in flight are read, and taken from, in the order in which they came: the next is read ahead once the one
+    before is read to its end, and computed once that one is computed, so that no shard's beginning leaves a model idle.
+
+    preparations: different ones, in the order of their numbers.  plugin: the file that some of them come from.
+    """
+
+    def __init__(
+        self, preparations: Sequence[Preparation], batch_size: int, processes: int, plugin: str | None = None
+    ) -> None:
+        self.preparations = tuple(preparations)
+        self._batch_size = batch_size
+        layout = Layout.of(self.preparations, batch_size)
+        count = min(MAX_SLOTS, max(2, SHARED_BYTES // max(1, layout.slot_bytes)))
+        layout = Layout(batch_size, count, layout.slot_bytes, layout.places)
+        self._slots = Slots(layout)
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(count):
+            self._free.put(slot)
+        self._tickets = itertools.count()
+        self._reading, self._taking = Turns(), Turns()
+        self._bytes = _Budget(MAX_BYTES_AHEAD)
+        self._chunk = max(1, min(CHUNK, -(-batch_size // (2 * processes))))
+        self._needs_facts = any(preparation.takes == "sample" for preparation in self.preparations)
+        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
+        self._processes = [WorkerProcess(self.preparations, self._slots, plugin) for _ in range(processes)]
+        for process in self._processes:
+            self._idle.put(process)
+        self._couriers = ThreadPoolExecutor(processes, "prepare")
+
+    def close(self) -> None:
+        self._couriers.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.end()
+        self._slots.close()
+
+    def array(self, batch: FeedBatch, number: int) -> NDArray[Any] | None:
+        """One row per sample, of the preparation of that number, until the batch is released; None for dicts."""
+        assert batch.slot is not None
+        array = self._slots.array(batch.slot, number)
+        return None if array is None else array[: len(batch.samples)]
+
+    @property
+    def shared_memory(self) -> list[NDArray[Any]]:
+        """Every array that batches may lie in."""
+        layout = self._slots.layout
+        arrays = [self._slots.array(slot, n) for slot in range(layout.slots) for n in range(len(layout.places))]
+        return [array for array in arrays if array is not None]
+
+    def release(self, batch: FeedBatch) -> None:
+        """Its arrays may be used for another batch."""
+        if batch.slot is not None:
+            slot, batch.slot = batch.slot, None
+            self._free.put(slot)
+
+    @contextlib.contextmanager
+    def batches(
+        self, samples: Iterable[FeedSample], is_done: Callable[[int], bool]
+    ) -> Iterator[Callable[[], tuple[FeedBatch, float] | None]]:
+        """A function that gives one batch after the other with the seconds that its preparation took in all
+        processes; None at the end.  The next ones are read and prepared meanwhile.
+
+        is_done: whether an earlier attempt finished the batch of that number, so that its images are not needed.
+        """
+        stream = _Stream(iter(samples), is_done, next(self._tickets))
+        reader = ThreadPoolExecutor(1, "read")
+        reading = reader.submit(self._read, stream)
+
+        def take() -> tuple[FeedBatch, float] | None:
+            batch = stream.ready.get()
+            if batch is None:
+                reading.result()  # raises what went wrong there
+                return None
+            return batch, sum(future.result() for future, _ in batch.waiting)
+
+        try:
+            self._taking.wait(stream.ticket, stream.stop)
+            yield take
+        finally:
+            stream.stop.set()
+            reader.shutdown(wait=True)
+            for batch in stream.begun:
+                self._abandon(batch)
+            self._taking.pass_on(stream.ticket)
+
+    def _abandon(self, batch: FeedBatch) -> None:
+        """Of a shard that is given up: its slot, once nobody writes there any more.  Released batches have none."""
+        if batch.slot is None:
+            return
+        for future, size in batch.waiting:
+            if future.cancel():
+                self._bytes.give_back(size)
+            else:
+                future.exception()
+        self.release(batch)
+
+    # ---- the reading thread
+
+    def _read(self, stream: _Stream) -> None:
+        try:
+            self._reading.wait(stream.ticket, stream.stop)
+            for number in itertools.count():
+                began = time.perf_counter()
+                first = next(stream.samples, None)
+                if first is None or stream.stop.is_set():
+                    return
+                batch = FeedBatch(number, stream.is_done(number), seconds_read=time.perf_counter() - began)
+                if not batch.done and not self._take_slot(batch, stream):
+                    return
+                self._fill(batch, first, stream)
+                if not stream.put(batch):
+                    return
+        finally:
+            self._reading.pass_on(stream.ticket)
+            stream.put(None)
+
+    def _take_slot(self, batch: FeedBatch, stream: _Stream) -> bool:
+        while not stream.stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                batch.slot = self._free.get(timeout=_POLL_S)
+                stream.begun.append(batch)
+                return True
+        return False
+
+    def _fill(self, batch: FeedBatch, first: FeedSample, stream: _Stream) -> None:
+        """Read the batch's samples and hand them on as they come, so that few of its images are in memory."""
+        jobs: list[Job] = []
+        sample: FeedSample | None = first
+        try:
+            while sample is not None and not stream.stop.is_set():
+                if batch.slot is not None:
+                    self._hand_on(batch, sample, jobs, stream.stop)
+                sample.image = None
+                batch.samples.append(sample)
+                if len(jobs) == self._chunk:
+                    self._submit(batch, jobs)
+                if len(batch.samples) == self._batch_size:
+                    break
+                began = time.perf_counter()
+                sample = next(stream.samples, None)
+                batch.seconds_read += time.perf_counter() - began
+        finally:
+            self._submit(batch, jobs)
+
+    def _hand_on(self, batch: FeedBatch, sample: FeedSample, jobs: list[Job], stop: threading.Event) -> None:
+        assert batch.slot is not None
+        row = len(batch.samples)
+        if sample.outcome.broken is not None:
+            self._slots.clear(batch.slot, row)
+            return
+        size = len(sample.image or b"")
+        if not self._bytes.take(size):
+            self._submit(batch, jobs)
+            self._bytes.wait(size, stop)
+        metadata = sample.metadata if self._needs_facts else {}
+        jobs.append(Job(batch.slot, row, sample.key, sample.image, sample.caption, metadata))
+
+    def _submit(self, batch: FeedBatch, jobs: list[Job]) -> None:
+        if jobs:
+            size = sum(len(job.image or b"") for job in jobs)
+            batch.waiting.append((self._couriers.submit(self._prepare, batch, tuple(jobs)), size))
+            jobs.clear()
+
+    # ---- a thread for each process
+
+    def _prepare(self, batch: FeedBatch, jobs: tuple[Job, ...]) -> float:
+        """Have a process prepare the jobs; the seconds that it took there."""
+        process = self._idle.get()
+        try:
+            outcomes, seconds = self._ask(process, jobs)
+        finally:
+            self._idle.put(process)
+            self._bytes.give_back(sum(len(job.image or b"") for job in jobs))
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            sample = batch.samples[job.row]
+            outcome.unreadable = sample.outcome.unreadable or outcome.unreadable
+            sample.outcome = outcome
+        return seconds
+
+    def _ask(self, process: WorkerProcess, jobs: tuple[Job, ...]) -> tuple[list[Outcome], float]:
+        try:
+            return process.ask(jobs)
+        except Lost:
+            pass
+        outcomes, seconds = [], 0.0
+        for job in jobs:
+            try:
+                (outcome,), took = process.ask((job,))
+                seconds += took
+            except Lost as error:
+                self._slots.clear(job.slot, job.row)
+                outcome = Outcome(broken=error.problem)
+                logger.warning(f"{job.key}: {error.problem[1]}; its row says so")
+            outcomes.append(outcome)
+        return outcomes, seconds
+
+
+class _Budget:
+    """Bytes that may be held at a time; one thing that is larger than all of them goes alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> bool:
+        with self._changed:
+            if self._held and self._held + size > self._most:
+                return False
+            self._held += size
+            return True
+
+    def wait(self, size: int, stop: threading.Event) -> None:
+        """Until it can be taken, or somebody stops."""
+        while not self.take(size) and not stop.is_set():
+            with self._changed:
+                self._changed.wait(_POLL_S)
+
+    def give_back(self, size: int) -> None:
+        with self._changed:
+            self._held -= size
+            self._changed.notify_all()
+
+
+class Turns:
+    """Who comes first by a ticket goes first, whoever else waits."""
+
+    def __init__(self) -> None:
+        self._now = 0
+        self._passed: set[int] = set()
+        self._changed = threading.Condition()
+
+    def wait(self, ticket: int, stop: threading.Event) -> None:
+        """Until it is the ticket's turn, or somebody stops."""
+        with self._changed:
+            while self._now != ticket and not stop.is_set():
+                self._changed.wait(_POLL_S)
+
+    def pass_on(self, ticket: int) -> None:
+        """The ticket needs its turn no more, whether it had it or not."""
+        with self._changed:
+            self._passed.add(ticket)
+            while self._now in self._passed:
+                self._passed.remove(self._now)
+                self._now += 1
+            self._changed.notify_all()

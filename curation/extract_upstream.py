@@ -1,0 +1,177 @@
+"""The extractors of a plugin: by this project's API (``EXTRACTORS``), or in dataset2metadata's style.
+
+A file of the latter has four tables: ``model_lookup``, ``preprocessor_lookup``, ``postprocess_parquet_lookup`` and
+``postprocess_feature_lookup``.  A model class has ``raw_inputs`` (image, text), ``preprocessors``, ``dependencies``,
+``to_device``, is made with the device and called with the stacked inputs.  What it gives is found out by a trial.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from curation.errors import InfrastructureError, UsageError
+from curation.extract_plugins import load_plugin
+from curation.extracting import Batch, Column, Extractor, Feature, Kind, Preparation, Takes
+from curation.model_settings import ModelSettings
+
+OWN_TABLE = "EXTRACTORS"
+_PARTS = ("name", "revision", "columns", "features", "needs", "preparations", "compute", "close")
+TABLES = ("model_lookup", "preprocessor_lookup", "postprocess_parquet_lookup", "postprocess_feature_lookup")
+_OTHERS_FEATURES = ("oai-clip-vit-b32", "oai-clip-vit-l14")  # whose outputs are an image's and a text's features
+
+
+def extractors_of(module: ModuleType, path: str) -> Mapping[str, Callable[[str, ModelSettings], Any]]:
+    """Directive → what makes its extractor.  Raises UsageError where the file has none."""
+    own = getattr(module, OWN_TABLE, None)
+    if isinstance(own, Mapping) and own and all(isinstance(name, str) for name in own):
+        return own
+    missing = [name for name in TABLES if not isinstance(getattr(module, name, None), Mapping)]
+    if missing:
+        tables = f" ({', '.join(missing)} of dataset2metadata's style are missing too)" if len(missing) < 4 else ""
+        raise UsageError(f"custom_pypath {path}: it has no {OWN_TABLE} = {{directive: class}}{tables}")
+    return {name: partial(UpstreamExtractor, path) for name in module.model_lookup}
+
+
+def make_extractor(kind: Callable[[str, ModelSettings], Any], directive: str, settings: ModelSettings) -> Extractor:
+    """A plugin's extractor.  Raises InfrastructureError where the user's code does not do its part."""
+    try:
+        extractor: Extractor = kind(directive, settings)
+        missing = [name for name in _PARTS if not hasattr(extractor, name)]
+    except (UsageError, InfrastructureError):
+        raise
+    except Exception as error:
+        raise InfrastructureError(f"{directive}: cannot be made: {type(error).__name__}: {error}") from error
+    if missing:
+        raise UsageError(f"{directive}: the plugin's class has no {', '.join(missing)}")
+    for feature in extractor.features:
+        if not re.fullmatch(r"[\w.+=:@-]+", feature.name):  # becomes a member of the npz
+            raise UsageError(f"{directive}: {feature.name!r} cannot name a feature: letters, digits and _.+=:@- only")
+    return extractor
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamPreparation:
+    """A preprocessor of the plugin, on one sample: a picture as a Pillow image, a caption as text."""
+
+    path: str
+    name: str
+    takes: Takes
+
+    def __call__(self, given: Any) -> Any:
+        made: Any = given if self.takes == "text" else Image.fromarray(given)
+        if self.name != "identity":
+            made = load_plugin(self.path).preprocessor_lookup[self.name](made)
+        if isinstance(made, str):
+            return {"value": made}
+        array = made.numpy() if callable(getattr(made, "numpy", None)) else np.asarray(made)
+        return np.ascontiguousarray(array)
+
+
+class UpstreamExtractor:
+    """One model of the plugin, with the columns and features that its tables make of it."""
+
+    revision = "custom"
+
+    def __init__(self, path: str, directive: str, settings: ModelSettings) -> None:
+        import torch
+
+        self._torch = torch
+        module = load_plugin(path)
+        kind = module.model_lookup[directive]
+        self.name = directive
+        for name in kind.dependencies:
+            if name not in _OTHERS_FEATURES:
+                raise UsageError(f"{directive}: depends on {name!r}; of others only {_OTHERS_FEATURES} can be given")
+        self._dependencies = tuple(kind.dependencies)
+        self.needs = tuple(f"{name}-{part}" for name in self._dependencies for part in ("image", "text"))
+        pairs = zip(kind.preprocessors, kind.raw_inputs, strict=True)
+        self.preparations: tuple[Preparation, ...] = tuple(
+            _preparation(module, path, directive, name, raw) for name, raw in pairs
+        )
+        self._to_device = bool(kind.to_device)
+        self._device = settings.device
+        number = settings.device.partition(":")[2]
+        self._model = kind(int(number) if number else settings.device)
+        self._tables = {**module.postprocess_parquet_lookup}, {**module.postprocess_feature_lookup}
+        self.columns, self.features = self._try_out()
+
+    def compute(self, batch: Batch) -> Mapping[str, Any]:
+        made = [self._given(batch, preparation) for preparation in self.preparations]
+        made += [tuple(batch.features[f"{name}-{part}"] for part in ("image", "text")) for name in self._dependencies]
+        outputs = self._run(made)
+        wanted = {*(column.name for column in self.columns), *(feature.name for feature in self.features)}
+        tables = {**self._tables[0], **self._tables[1]}
+        return {name: tables[name](outputs) for name in wanted}
+
+    def _given(self, batch: Batch, preparation: Preparation) -> Any:
+        made = batch.prepared(preparation)
+        if isinstance(made, list):
+            return [values.get("value", "") for values in made]
+        return batch.device_tensor(preparation) if self._to_device else self._torch.from_numpy(made)
+
+    def _run(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        with self._torch.inference_mode():
+            return {self.name: self._model(*inputs)}
+
+    def _try_out(self) -> tuple[tuple[Column, ...], tuple[Feature, ...]]:
+        """What two samples of nothing much give tells names, kinds and widths."""
+        inputs: list[Any] = []
+        for preparation in self.preparations:
+            given = np.full((64, 64, 3), 128, np.uint8) if preparation.takes == "image" else "a"
+            made = [preparation(given) for _ in range(2)]
+            if isinstance(made[0], dict):
+                inputs.append([values["value"] for values in made])
+            else:
+                tensor = self._torch.from_numpy(np.stack([np.asarray(array) for array in made]))
+                inputs.append(tensor.to(self._device) if self._to_device else tensor)
+        for name in self._dependencies:
+            width = {"oai-clip-vit-b32": 512}.get(name, 768)
+            inputs.append((self._torch.ones(2, width, device=self._device) / width**0.5,) * 2)
+        outputs = self._run(inputs)
+        columns, features = [], []
+        for name, function in self._tables[0].items():
+            if (values := _given(function, outputs)) is not None:
+                columns.append(Column(name, _kind(values)))
+        for name, function in self._tables[1].items():
+            if (values := _given(function, outputs)) is not None:
+                features.append(Feature(name, int(values.shape[1])))
+        return tuple(columns), tuple(features)
+
+    def close(self) -> None:
+        self._model = None
+
+
+def _preparation(module: ModuleType, path: str, directive: str, name: str, raw: str) -> Preparation:
+    if raw not in ("image", "text"):
+        raise UsageError(f"{directive}: the input {raw!r} is neither image nor text")
+    if name != "identity" and name not in module.preprocessor_lookup:
+        raise UsageError(f"{directive}: the file's preprocessor_lookup has no {name!r}; define it there")
+    return UpstreamPreparation(path, name, "image" if raw == "image" else "text")
+
+
+def _given(function: Callable[[dict[str, Any]], Any], outputs: dict[str, Any]) -> Any:
+    """None where the entry is made of another model's outputs."""
+    try:
+        return function(outputs)
+    except KeyError:
+        return None
+
+
+def _kind(values: Any) -> Kind:
+    first = values[0]
+    if isinstance(first, str):
+        return "string"
+    if isinstance(first, list | tuple):
+        return "boxes"
+    kind = str(getattr(values, "dtype", type(first).__name__))
+    if "bool" in kind:
+        return "bool"
+    return "int64" if "int" in kind else "float32"

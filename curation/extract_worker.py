@@ -1,0 +1,239 @@
+"""A process that decodes images and runs preparations, and the memory that it shares with the process that started it.
+
+It holds no model, sees no GPU and is expendable: whatever a hostile image does to a decoder happens here.  It is
+started as ``python -c``, so that it imports neither the stage's script nor torch, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curation.errors import InfrastructureError, SampleError
+from curation.extract_plugins import load_plugin
+from curation.extracting import Preparation, SampleFacts
+from curation.images import Pixels, decode_rgb, image_size
+
+LARGE_PIXELS = 16_000_000  # such images are decoded by one process at a time: up to 700 MB each
+_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sample to prepare, and the row of the slot that it goes to.  image: None where it has none."""
+
+    slot: int
+    row: int
+    key: str
+    image: bytes | None
+    caption: str | None
+    metadata: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one sample.  unreadable: why its image has no pixels.  broken: why it has nothing at all.
+
+    values: the dicts, by the number of their preparation.
+    """
+
+    size: tuple[int, int] | None = None
+    unreadable: tuple[str, str] | None = None
+    broken: tuple[str, str] | None = None
+    values: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the arrays of a batch lie in a slot: (offset, shape of a row, dtype) for each preparation, None for one
+    that gives a dict."""
+
+    rows: int
+    slots: int
+    slot_bytes: int
+    places: tuple[tuple[int, tuple[int, ...], str] | None, ...]
+
+    @staticmethod
+    def of(preparations: Sequence[Preparation], rows: int) -> Layout:
+        """As a trial of each preparation shows; ``slots`` is 1."""
+        offset = 0
+        places: list[tuple[int, tuple[int, ...], str] | None] = []
+        for preparation in preparations:
+            try:
+                given = preparation(trial_of(preparation))
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}"
+                raise InfrastructureError(f"the preparation {preparation!r} fails on a trial: {what}") from error
+            if isinstance(given, dict):
+                places.append(None)
+                continue
+            places.append((offset, given.shape, given.dtype.str))
+            offset += -(-rows * given.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return Layout(rows, 1, offset, tuple(places))
+
+
+def trial_of(preparation: Preparation) -> Any:
+    """Something for a preparation to show the shape of its results with."""
+    if preparation.takes == "image":
+        return np.full((64, 64, 3), 128, np.uint8)
+    return "" if preparation.takes == "text" else SampleFacts("", {}, None, b"", None)
+
+
+class Slots:
+    """The arrays of several batches in memory that processes share; anonymous, so that nothing stays of it."""
+
+    def __init__(self, layout: Layout, descriptor: int | None = None) -> None:
+        self.layout = layout
+        size = max(_ALIGNMENT, layout.slots * layout.slot_bytes)
+        if descriptor is None:
+            descriptor = _anonymous_file()
+            os.ftruncate(descriptor, size)
+        self.descriptor = descriptor
+        self._map = mmap.mmap(descriptor, size)
+        self._arrays = [
+            [place and self._array(slot * layout.slot_bytes, place) for place in layout.places]
+            for slot in range(layout.slots)
+        ]
+
+    def _array(self, start: int, place: tuple[int, tuple[int, ...], str]) -> NDArray[Any]:
+        offset, shape, dtype = place
+        count = self.layout.rows * int(np.prod(shape, dtype=np.int64))
+        flat = np.frombuffer(self._map, np.dtype(dtype), count, start + offset)
+        return flat.reshape(self.layout.rows, *shape)
+
+    def array(self, slot: int, number: int) -> NDArray[Any] | None:
+        """rows × shape of the preparation of that number; None for one that gives dicts."""
+        return self._arrays[slot][number]
+
+    def clear(self, slot: int, row: int) -> None:
+        """Zeros: nothing of an earlier batch is seen."""
+        for array in self._arrays[slot]:
+            if array is not None:
+                array[row] = 0
+
+    def close(self) -> None:
+        """The descriptor; the memory goes with the last array that somebody holds."""
+        self._arrays = []
+        os.close(self.descriptor)
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("curation-batches")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+# ---- in the process
+
+
+def main(connection_descriptor: int, memory_descriptor: int) -> None:
+    """Answer lists of jobs with lists of outcomes and the seconds that they took, until the other side is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # meant for the parent, which finishes its batch first
+    connection = Connection(connection_descriptor)
+    with contextlib.suppress(EOFError, ConnectionError):
+        try:
+            plugin = connection.recv()
+            if plugin is not None:
+                load_plugin(plugin)  # its classes are among the preparations
+            preparations, layout = connection.recv()
+        except (ImportError, AttributeError, InfrastructureError) as error:
+            connection.send(f"{type(error).__name__}: {error}")
+            return
+        connection.send(None)
+        preparer = _Preparer(preparations, Slots(layout, memory_descriptor))
+        while True:
+            jobs = connection.recv()
+            began = time.perf_counter()
+            outcomes = [preparer.prepare(job) for job in jobs]
+            connection.send((outcomes, time.perf_counter() - began))
+
+
+class _Preparer:
+    def __init__(self, preparations: Sequence[Preparation], slots: Slots) -> None:
+        self._preparations = preparations
+        self._slots = slots
+        pictures = [preparation for preparation in preparations if preparation.takes == "image"]
+        self._wants_pixels = bool(pictures)
+        # Where none of them minds a picture that is decoded at a reduced scale.
+        sides = [int(getattr(preparation, "min_short_side", 0)) for preparation in pictures]
+        self._min_short_side = max(sides, default=0) if all(sides) else 0
+
+    def prepare(self, job: Job) -> Outcome:
+        outcome = Outcome()
+        self._slots.clear(job.slot, job.row)
+        pixels = self._decode(job, outcome)
+        facts = SampleFacts(job.key, job.metadata, job.caption, job.image or b"", outcome.size)
+        for number, preparation in enumerate(self._preparations):
+            given: Any = {"image": pixels, "text": job.caption or "", "sample": facts}[preparation.takes]
+            if given is None:
+                continue
+            try:
+                self._place(job, number, preparation(given), outcome)
+            except SampleError as error:
+                problem = error.reason, error.detail
+            except MemoryError:
+                problem = "out_of_memory", "preparing it, on the host"
+            except Exception as error:  # noqa: BLE001 - a preparation meets whatever the web has
+                problem = "preparation_failed", f"{type(preparation).__name__}: {type(error).__name__}: {error}"[:300]
+            else:
+                continue
+            if preparation.takes == "image":
+                outcome.unreadable = outcome.unreadable or problem
+            else:
+                outcome.broken = outcome.broken or problem
+        return outcome
+
+    def _decode(self, job: Job, outcome: Outcome) -> Pixels | None:
+        if job.image is None:
+            return None
+        try:
+            size = image_size(job.image)
+            pixels = None
+            if self._wants_pixels:
+                with self._alone() if size[0] * size[1] > LARGE_PIXELS else contextlib.nullcontext():
+                    pixels = decode_rgb(job.image, at_least=self._at_least(*size), on_white=False)
+            outcome.size = size
+            return pixels
+        except SampleError as error:
+            outcome.unreadable = error.reason, error.detail
+        except MemoryError:
+            outcome.unreadable = "out_of_memory", "decoding it, on the host"
+        return None
+
+    def _at_least(self, width: int, height: int) -> int | None:
+        """Pixels of the long side that are needed."""
+        if not self._min_short_side:
+            return None
+        return -(-self._min_short_side * max(width, height) // min(width, height))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of all processes that share the memory; a lock that ends with its process."""
+        fcntl.lockf(self._slots.descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._slots.descriptor, fcntl.LOCK_UN)
+
+    def _place(self, job: Job, number: int, made: Any, outcome: Outcome) -> None:
+        array = self._slots.array(job.slot, number)
+        if array is None:
+            outcome.values[number] = dict(made)
+        elif made.shape != array.shape[1:] or made.dtype != array.dtype:
+            raise ValueError(f"{made.dtype} {made.shape} where {array.dtype} {array.shape[1:]} is due")
+        else:
+            array[job.row] = made

@@ -1,0 +1,164 @@
+"""The seam of stage 06: what computes scores and features, the inputs that several share, and their order.
+
+An extractor stands behind each directive of ``models``.  Its preparations run ahead of it in processes of their own,
+one sample at a time; its ``compute`` takes a batch of what they made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curation.errors import UsageError
+
+Kind = Literal["float32", "float64", "int64", "bool", "string", "boxes", "hash"]
+"""Of a column.  boxes: a list of [x0, y0, x1, y1]; hash: hexadecimal digits."""
+Takes = Literal["image", "text", "sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the parquet.  needs_image, needs_text: whether a sample without a readable image, or without a
+    caption, has null there; None: as the extractor's preparations and needs tell."""
+
+    name: str
+    kind: Kind
+    needs_image: bool | None = None
+    needs_text: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A row of ``width`` numbers for each sample, for the npz.  needs_image, needs_text: as of ``Column``, with NaN
+    for null."""
+
+    name: str
+    width: int
+    needs_image: bool | None = None
+    needs_text: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFacts:
+    """What a preparation of the kind ``sample`` is given.
+
+    caption: None where the sample has none.  image: as it lies in the shard, empty where there is none.
+    size: (width, height) upright, None where the image cannot be read.
+    """
+
+    key: str
+    metadata: Mapping[str, Any]
+    caption: str | None
+    image: bytes
+    size: tuple[int, int] | None
+
+
+class Preparation(Protocol):
+    """What is made of one sample ahead of the model, in a worker process: a frozen, hashable, picklable dataclass at a
+    module's top level.  Equal ones are computed once, whoever asks for them.
+
+    takes: the decoded picture (uint8 RGB, height × width × 3, upright), the caption ("" where there is none), or
+    SampleFacts.  Returns an array whose shape and dtype are the same for every sample (a uint8 crop of height × width
+    × 3, int32 tokens), or a dict of plain values.  A picture's is not called for an image that cannot be read: the
+    array's row is zeros, the dict is empty.  Loads what it needs at the first call (``functools.cache`` at the module's
+    top level); imports no torch.
+    """
+
+    @property
+    def takes(self) -> Takes: ...
+
+    def __call__(self, given: Any, /) -> NDArray[Any] | dict[str, Any]: ...
+
+
+class Batch(Protocol):
+    """Samples of one shard that are computed together.
+
+    readable: which of them have an image that could be read.  What is computed for the others is thrown away, but for
+    columns and features that need no image; likewise where there is no caption.
+    """
+
+    @property
+    def readable(self) -> NDArray[np.bool_]: ...
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """Of the extractors before: arrays or tensors on the device, one row per sample."""
+
+    def __len__(self) -> int: ...
+
+    def prepared(self, preparation: Preparation) -> Any:
+        """Stacked: an array with one row per sample, or a list of dicts.  Valid until ``compute`` returns."""
+
+    def device_tensor(self, preparation: Preparation) -> Any:
+        """The same array as a torch tensor on the device, transferred once for all extractors of the batch."""
+
+
+class Extractor(Protocol):
+    """One directive of ``models``, on one device.  torch and the like are imported inside the constructor.
+
+    name, revision: exactly which model it is.  needs: features of other extractors that it computes on.
+    compute: called from one thread; raises RuntimeError "out of memory", as torch does, where a batch is too large.
+    """
+
+    name: str
+    revision: str
+    columns: tuple[Column, ...]
+    features: tuple[Feature, ...]
+    needs: tuple[str, ...]
+    preparations: tuple[Preparation, ...]
+
+    def compute(self, batch: Batch) -> Mapping[str, Any]:
+        """One value per sample for each of its columns (an array, or a list with None for null) and of its features
+        (samples × width, an array or a tensor)."""
+
+    def close(self) -> None: ...
+
+
+def order(extractors: Sequence[Extractor]) -> list[Extractor]:
+    """The extractors with each behind those whose features it needs, else as they were given.
+
+    Raises UsageError that names a cycle, a feature that nobody gives, or a name that two give.
+    """
+    giver: dict[str, Extractor] = {}
+    for extractor in extractors:
+        for name in (*(c.name for c in extractor.columns), *(f.name for f in extractor.features)):
+            other = giver.setdefault(name, extractor)
+            if other is not extractor:
+                raise UsageError(f"{other.name} and {extractor.name} both give {name!r}: leave one of them out")
+    features = {feature.name for extractor in extractors for feature in extractor.features}
+    for extractor in extractors:
+        for name in extractor.needs:
+            if name not in features:
+                raise UsageError(f"{extractor.name} needs the feature {name!r}, which no model of `models` gives")
+    placed: list[Extractor] = []
+
+    def place(extractor: Extractor, trail: tuple[Extractor, ...]) -> None:
+        if any(extractor is passed for passed in trail):
+            names = [e.name for e in (*trail[trail.index(extractor) :], extractor)]
+            raise UsageError(f"these models need one another's features: {' → '.join(names)}")
+        if not any(extractor is done for done in placed):
+            for name in extractor.needs:
+                place(giver[name], (*trail, extractor))
+            placed.append(extractor)
+
+    for extractor in extractors:
+        place(extractor, ())
+    return placed
+
+
+def dependents(extractors: Sequence[Extractor], takes: Literal["image", "text"]) -> frozenset[str]:
+    """The names of the columns and features that a sample without a readable image, or without a caption, has no value
+    of.  extractors: in ``order``."""
+    found: set[str] = set()
+    for extractor in extractors:
+        inferred = any(p.takes == takes for p in extractor.preparations) or not found.isdisjoint(extractor.needs)
+        outputs: list[Column | Feature] = [*extractor.columns, *extractor.features]
+        for output in outputs:
+            told = output.needs_image if takes == "image" else output.needs_text
+            if inferred if told is None else told:
+                found.add(output.name)
+    return frozenset(found)

@@ -1,0 +1,122 @@
+"""The tables of a stage below its output folder: those that finished shards have, and what lies there beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curation.dictionaries import clean_text
+from curation.errors import InfrastructureError, UsageError
+from curation.ledger import done_receipts
+
+_SUFFIX, _FEATURES = ".parquet", ".npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A shard's table, and its features where the stage wrote any."""
+
+    shard_id: str
+    parquet: Path
+    features: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """tables: in the order of the shards.  warnings: what is not among them, in whole sentences."""
+
+    tables: tuple[Table, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def find_tables(folder: Path) -> Tables:
+    """The tables in ``folder``.
+
+    Where a stage has its receipts there, those that its done receipts name, each of the size that was published; else
+    (tables made elsewhere, such as DataComp's) every ``*.parquet`` in it.  Raises UsageError where there are none,
+    InfrastructureError where one is not what its receipt says.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    stages = _stages(folder)
+    found = [_of_stage(folder, stage) for stage in stages]
+    found = [tables for tables in found if tables.tables]
+    if len(found) > 1:
+        raise UsageError(f"{folder}: several stages wrote tables here ({', '.join(stages)}); give a folder of one")
+    if stages and not found:
+        raise UsageError(f"{folder}: no shard with a table is done here (stages: {', '.join(stages)})")
+    tables = found[0] if found else _made_elsewhere(folder)
+    if not tables.tables:
+        raise UsageError(f"{folder}: there is no *{_SUFFIX} in it, and no receipt of a stage that writes some")
+    return tables
+
+
+def _stages(folder: Path) -> list[str]:
+    """Those whose receipts lie in the folder itself."""
+    try:
+        entries = sorted(entry.name for entry in os.scandir(folder / "_receipts") if entry.is_dir())
+    except FileNotFoundError:
+        return []
+    return [name for name in entries if not (folder / "_receipts" / name / "_home.json").exists()]
+
+
+def _of_stage(folder: Path, stage: str) -> Tables:
+    tables, named, not_done = [], set(), 0
+    for receipt in done_receipts(folder, stage):
+        if receipt.get("status") != "done":
+            not_done += 1
+            continue
+        outputs = {str(output["path"]): output for output in receipt.get("outputs", [])}
+        for path in sorted(outputs):
+            if path.endswith(_SUFFIX) and not path.startswith("_"):
+                features = path.removesuffix(_SUFFIX) + _FEATURES
+                table = Table(
+                    str(receipt["shard"]),
+                    _whole(folder, outputs[path]),
+                    _whole(folder, outputs[features]) if features in outputs else None,
+                )
+                tables.append(table)
+                named.add(table.parquet)
+    warnings = [f"{not_done:,} shards are not done: they failed or are to be tried again"] if not_done else []
+    strays = sorted(path for parent in {path.parent for path in named} for path in _parquets(parent) - named)
+    if strays:
+        first = clean_text(str(strays[0]))
+        warnings.append(f"ignored {len(strays):,} tables that no done receipt names (the first: {first})")
+    return Tables(tuple(sorted(tables, key=lambda table: (table.shard_id, table.parquet))), tuple(warnings))
+
+
+def _whole(folder: Path, output: dict[str, Any]) -> Path:
+    path = folder / str(output["path"])
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InfrastructureError(f"{path}: {error.strerror}, but its receipt is there; run the stage again") from None
+    if size != output["size"]:
+        raise InfrastructureError(
+            f"{path}: has {size:,} bytes, its receipt says {output['size']:,}; run the stage again for this shard"
+        )
+    return path
+
+
+def _made_elsewhere(folder: Path) -> Tables:
+    tables = []
+    for path in sorted(_parquets(folder)):
+        features = path.with_suffix(_FEATURES)
+        tables.append(Table(path.stem, path, features if features.is_file() else None))
+    return Tables(tuple(tables))
+
+
+def _parquets(folder: Path) -> set[Path]:
+    with os.scandir(folder) as entries:
+        return {folder / e.name for e in entries if e.name.endswith(_SUFFIX) and e.name[0] not in "._" and e.is_file()}
+
+
+def with_features(tables: Sequence[Table], folder: Path) -> Iterator[tuple[Table, Path]]:
+    """Each table with its features; InfrastructureError where one has none."""
+    for table in tables:
+        if table.features is None:
+            raise InfrastructureError(f"{folder}: shard {table.shard_id} has no features ({table.parquet.stem}.npz)")
+        yield table, table.features

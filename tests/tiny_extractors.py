@@ -1,0 +1,358 @@
+"""Tiny extractors of stage 06 with random weights, saved as the hub's models are and loaded by the real code.
+
+Each answers in milliseconds on one core, and its scores say nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curation.backends.diffusion_tiny import byte_letters, fill_with_noise
+
+# A vocabulary in which some pieces are merged: enough to see whether a tokenizer applies merges as CLIP's does.
+MERGES = [
+    ("a", "n"), ("t", "h"), ("th", "e</w>"), ("i", "n"), ("in", "g</w>"), ("o", "f</w>"), ("an", "d</w>"),
+    ("p", "h"), ("ph", "o"), ("pho", "t"), ("phot", "o</w>"), ("c", "a"), ("ca", "t</w>"), ("'", "t</w>"),
+    ("Ã", "©"), ("r", "e"), ("re", "d</w>"), ("l", "e</w>"),
+]  # fmt: skip
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def clip_vocabulary() -> dict[str, int]:
+    """Letters, letters that end a word, the merges, the two marks: in the order of CLIP's own vocabulary."""
+    letters = byte_letters()
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in MERGES)]
+    return {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+
+
+def save_clip(folder: Path, *, width: int = 64, side: int = 224, patch: int = 32, seed: int = 1) -> Path:
+    """A CLIP whose features have ``width`` numbers; 768 for what stands in for ViT-L/14."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    vocabulary = clip_vocabulary()
+    end = vocabulary["<|endoftext|>"]
+    text = {**SMALL, "vocab_size": len(vocabulary), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    vision = {**SMALL, "image_size": side, "patch_size": patch}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
+    model = CLIPModel(config)
+    fill_with_noise(model, seed)
+    model.save_pretrained(folder, safe_serialization=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, MERGES)) + "\n", "utf-8")
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def save_siglip(folder: Path, seed: int = 2) -> Path:
+    """A SigLIP of 64 pixels and 16 tokens."""
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+
+    tokenizer = letter_tokenizer(pad_token="</s>", eos_token="</s>", unk_token="<unk>", ending="</s>")
+    text = {**SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
+    config = SiglipConfig(text_config=text, vision_config={**SMALL, "image_size": 64, "patch_size": 16})
+    model = SiglipModel(config)
+    fill_with_noise(model, seed)
+    model.logit_scale.data.fill_(2.0)
+    model.logit_bias.data.fill_(-1.5)
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+TOXICITY_LABELS = (
+    "toxicity", "severe_toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit",
+    "male", "female", "homosexual_gay_or_lesbian", "christian", "jewish", "muslim", "black", "white",
+    "psychiatric_or_mental_illness",
+)  # fmt: skip
+
+
+def save_toxicity(folder: Path, seed: int = 3, labels: tuple[str, ...] | None = TOXICITY_LABELS) -> Path:
+    """An XLM-RoBERTa classifier with detoxify's sixteen outputs, of which seven are toxicity; labels: None leaves them
+    without names."""
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    tokenizer = letter_tokenizer(
+        bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", cls_token="<s>", sep_token="</s>",
+        ending="</s>", beginning="<s>",
+    )  # fmt: skip
+    named = {} if labels is None else {"id2label": dict(enumerate(labels))}
+    config = XLMRobertaConfig(
+        **SMALL, vocab_size=len(tokenizer), max_position_embeddings=130, num_labels=16, type_vocab_size=1,
+        pad_token_id=tokenizer.pad_token_id, **named,
+    )  # fmt: skip
+    model = XLMRobertaForSequenceClassification(config)
+    fill_with_noise(model, seed)
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.model_max_length = 128
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def letter_tokenizer(*, ending: str, beginning: str = "", **named: str) -> Any:
+    """One token a byte, with a mark behind the text and perhaps one before it."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = list(dict.fromkeys(named.values()))
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*marks, *byte_letters()])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    used = [(mark, marks.index(mark)) for mark in dict.fromkeys((beginning, ending)) if mark]
+    core.post_processor = processors.TemplateProcessing(single=f"{beginning} $A {ending}".strip(), special_tokens=used)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **named)
+
+
+def save_nsfw_head(path: Path, seed: int = 4) -> Path:
+    """DataComp's image classifier on features of 768 numbers, as its weights are published."""
+    import torch
+
+    tensors = _tensors(seed, {"dense": (64, 768), "dense1": (512, 64), "dense2": (256, 512), "dense3": (1, 256)})
+    rng = np.random.default_rng(seed)
+    tensors |= {
+        "norm.weight": torch.ones(768), "norm.bias": torch.zeros(768),
+        "norm.running_mean": torch.from_numpy(rng.normal(0, 0.02, 768).astype(np.float32)),
+        "norm.running_var": torch.full((768,), 0.0013), "norm.num_batches_tracked": torch.tensor(7),
+    }  # fmt: skip
+    torch.save(tensors, path)
+    return path
+
+
+def save_aesthetic_head(path: Path, seed: int = 5) -> Path:
+    """The improved aesthetic predictor's five layers, as its weights are published."""
+    import torch
+
+    sizes = {"layers.0": (1024, 768), "layers.2": (128, 1024), "layers.4": (64, 128), "layers.6": (16, 64)}
+    torch.save(_tensors(seed, sizes | {"layers.7": (1, 16)}), path)
+    return path
+
+
+def _tensors(seed: int, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    import torch
+
+    rng = np.random.default_rng(seed)
+    made = {}
+    for name, (rows, columns) in sizes.items():
+        made[f"{name}.weight"] = torch.from_numpy(
+            (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        )
+        made[f"{name}.bias"] = torch.zeros(rows)
+    return made
+
+
+@functools.cache
+def picture(seed: int, width: int, height: int) -> Any:
+    """height × width × 3 bytes: a gradient with noise, the same everywhere."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(x / (7 + seed) + c) + np.cos(y / (11 + c)) for c in range(3)], axis=2)
+    noise = np.random.Generator(np.random.PCG64(seed)).integers(-20, 20, waves.shape)
+    return (127.5 + 50 * waves + noise).clip(0, 255).astype(np.uint8)
+
+
+class SampleBatch:
+    """Pictures and captions as an extractor gets them, prepared here and now."""
+
+    def __init__(
+        self, pictures: list[Any], captions: list[str], features: dict[str, Any] | None = None, device: str = "cpu"
+    ) -> None:
+        self._given = {"image": pictures, "text": captions}
+        self.readable = np.ones(len(pictures), bool)
+        self.features = features or {}
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self.readable)
+
+    def prepared(self, preparation: Any) -> Any:
+        made = [preparation(given) for given in self._given[preparation.takes]]
+        return made if isinstance(made[0], dict) else np.stack(made)
+
+    def device_tensor(self, preparation: Any) -> Any:
+        import torch
+
+        return torch.from_numpy(self.prepared(preparation)).to(self._device)
+
+
+def save_isc(path: Path, seed: int = 6) -> Path:
+    """A descriptor network of seven stages and few channels, saved as the published one is: under the names of a
+    parallel wrapper, beside the training's arguments."""
+    import argparse
+
+    import torch
+
+    stages = ((1, 8, 1), (2, 8, 2), (1, 12, 2), (2, 16, 2), (1, 16, 2), (1, 24, 2), (1, 32, 2))
+    tensors = filled(isc_shapes(stages, stem=8), seed)
+    tensors["bn.running_mean"].zero_()
+    tensors["bn.bias"].zero_()
+    state = {f"module.{name}": value for name, value in tensors.items()}
+    arguments = argparse.Namespace(input_size=512)
+    torch.save({"arch": "tf_efficientnetv2_m_in21ft1k", "args": arguments, "state_dict": state}, path)
+    return path
+
+
+MODES = ("RGB", "RGBA", "LA", "P", "L", "CMYK")
+
+
+def exact_pictures() -> Any:
+    """(mode, width, height, Pillow image) of 210 sizes and six modes, from integers: the same everywhere."""
+    from PIL import Image
+
+    rng = np.random.Generator(np.random.PCG64(2024))
+    extreme = [(1, 1), (1, 300), (300, 1), (224, 224), (225, 224), (2, 449), (1, 330), (331, 1), (223, 447), (640, 480)]
+    sizes = [*extreme, *((int(w), int(h)) for w, h in rng.integers(1, 700, (200, 2)))]
+    for number, (width, height) in enumerate(sizes):
+        mode = MODES[number % len(MODES)]
+        channels = len(Image.new(mode, (1, 1)).getbands())
+        coarse = rng.integers(0, 200, (-(-height // 9), -(-width // 9), channels), np.uint8)
+        smooth = coarse.repeat(9, 0).repeat(9, 1)[:height, :width]
+        pixels = smooth + rng.integers(0, 56, (height, width, channels), np.uint8)
+        image = Image.frombytes(mode, (width, height), pixels.tobytes())
+        if mode == "P":
+            image.putpalette(rng.integers(0, 256, 768, np.uint8).tobytes())
+        yield mode, width, height, image
+
+
+CAPTIONS = (
+    "a photo of the cat", "", "  ", "Caf\u00e9 &amp;amp; cr&egrave;me", "e&#769;t\u00e9",
+    "\u039f\u0394\u039f\u03a3 \u0130stanbul \u1e9e",
+    "don't I'VE we'll", "\U0001f926\U0001f3fd\u200d\u2640\ufe0f \u6f22\u5b57 \ud55c\uad6d\uc5b4", "x" * 500,
+    "a,b;c:::--- 100% 3.14 \u00bd \u2163", "line\nbreak\t\u00a0nbsp\u2003em",
+    "\u00e2\u20ac\u0153mojibake\u00e2\u20ac\x9d sch\u00c3\u00b6n", "\u017f'\u017f \u212a",
+    "painting of the red cat and " * 40, "\x1c\x1d sep\x85next", "\x00nul", "\ufb01 ligature \uff8a\uff9d",
+    "it\u2019s \u201cquoted\u201d", "&lt;b&gt;bold&lt;/b&gt;", "\u200bzero\u200d",
+)  # fmt: skip
+
+
+def filled(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Any]:
+    """A value for every tensor of a network, whatever made it, the same on every machine: matrices normal with
+    deviation 1/√fan-in, running variances and one-dimensional weights around one, everything else around zero."""
+    import torch
+    import xxhash
+
+    made = {}
+    for name, shape in shapes.items():
+        rng = np.random.Generator(np.random.PCG64([seed, xxhash.xxh3_64_intdigest(name.encode())]))
+        if name.endswith("num_batches_tracked"):
+            made[name] = torch.tensor(7)
+            continue
+        if len(shape) >= 2:
+            values = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(np.prod(shape[1:])))
+        elif name.endswith(("running_var", "weight", "scale")):
+            values = rng.random(shape, np.float32) + np.float32(0.5)
+        else:
+            values = (rng.random(shape, np.float32) - np.float32(0.5)) / 4
+        made[name] = torch.from_numpy(np.array(values, np.float32))
+    return made
+
+
+def scrfd_tensors(seed: int = 7) -> dict[str, Any]:
+    """Weights of SCRFD-10GF under the names of the published file, lively enough to see many boxes."""
+    made = filled(scrfd_shapes(), seed)
+    made["bbox_head.stride_cls.0.weight"] *= 4
+    made["bbox_head.stride_cls.0.bias"] -= 6
+    made["bbox_head.stride_reg.0.weight"] *= 0.2
+    made["bbox_head.stride_reg.0.bias"] += 2
+    return made
+
+
+def scrfd_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def norm(name: str, width: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (width,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    for number, (out, inputs) in {0: (28, 3), 3: (28, 28), 6: (56, 28)}.items():
+        shapes[f"backbone.stem.{number}.weight"] = (out, inputs, 3, 3)
+        norm(f"backbone.stem.{number + 1}", out)
+    inputs = 56
+    for stage, (depth, width) in enumerate(((3, 56), (4, 88), (2, 88), (3, 224)), 1):
+        for block in range(depth):
+            name = f"backbone.layer{stage}.{block}"
+            shapes |= {f"{name}.conv1.weight": (width, inputs, 3, 3), f"{name}.conv2.weight": (width, width, 3, 3)}
+            norm(f"{name}.bn1", width)
+            norm(f"{name}.bn2", width)
+            if block == 0 and stage > 1:
+                shapes[f"{name}.downsample.1.weight"] = (width, inputs, 1, 1)
+                norm(f"{name}.downsample.2", width)
+            inputs = width
+    necks = {
+        "lateral_convs": (88, 88, 224),
+        "fpn_convs": (56,) * 3,
+        "downsample_convs": (56,) * 2,
+        "pafpn_convs": (56,) * 2,
+    }
+    for part, all_inputs in necks.items():
+        for i, inputs in enumerate(all_inputs):
+            kernel = 1 if part == "lateral_convs" else 3
+            shapes |= {
+                f"neck.{part}.{i}.conv.weight": (56, inputs, kernel, kernel),
+                f"neck.{part}.{i}.conv.bias": (56,),
+            }
+    for i, inputs in enumerate((56, 80, 80)):
+        name = f"bbox_head.cls_stride_convs.0.{i}"
+        shapes |= {f"{name}.conv.weight": (80, inputs, 3, 3), f"{name}.gn.weight": (80,), f"{name}.gn.bias": (80,)}
+    for part, out in (("stride_cls", 2), ("stride_reg", 8)):
+        shapes |= {f"bbox_head.{part}.0.weight": (out, 80, 3, 3), f"bbox_head.{part}.0.bias": (out,)}
+    shapes |= {f"bbox_head.scales.{i}.scale": () for i in range(3)}
+    return shapes | {"bbox_head.integral.project": (9,)}
+
+
+def save_scrfd(path: Path, seed: int = 7) -> Path:
+    """SCRFD's weights as DataComp publishes them."""
+    import torch
+
+    torch.save({"state_dict": scrfd_tensors(seed)}, path)
+    return path
+
+
+# Depth, width and widening of EfficientNetV2-M's stages.
+ISC_STAGES = ((3, 24, 1), (5, 48, 4), (5, 80, 4), (7, 160, 4), (14, 176, 6), (18, 304, 6), (5, 512, 6))
+
+
+def isc_shapes(stages: tuple[tuple[int, int, int], ...] = ISC_STAGES, stem: int = 24) -> dict[str, tuple[int, ...]]:
+    """The tensors of the descriptor network, under timm's names."""
+    shapes: dict[str, tuple[int, ...]] = {"backbone.conv_stem.weight": (stem, 3, 3, 3)}
+
+    def norm(name: str, width: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (width,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    norm("backbone.bn1", stem)
+    inputs = stem
+    for stage, (depth, out, wider) in enumerate(stages):
+        for block in range(depth):
+            name, wide = f"backbone.blocks.{stage}.{block}", wider * inputs
+            if stage == 0:
+                shapes[f"{name}.conv.weight"] = (out, inputs, 3, 3)
+                widths = [out]
+            elif stage < 3:
+                shapes |= {
+                    f"{name}.conv_exp.weight": (wide, inputs, 3, 3),
+                    f"{name}.conv_pwl.weight": (out, wide, 1, 1),
+                }
+                widths = [wide, out]
+            else:
+                gate = max(1, inputs // 4)
+                shapes |= {
+                    f"{name}.conv_pw.weight": (wide, inputs, 1, 1), f"{name}.conv_dw.weight": (wide, 1, 3, 3),
+                    f"{name}.se.conv_reduce.weight": (gate, wide, 1, 1), f"{name}.se.conv_reduce.bias": (gate,),
+                    f"{name}.se.conv_expand.weight": (wide, gate, 1, 1), f"{name}.se.conv_expand.bias": (wide,),
+                    f"{name}.conv_pwl.weight": (out, wide, 1, 1),
+                }  # fmt: skip
+                widths = [wide, wide, out]
+            for number, width in enumerate(widths, 1):
+                norm(f"{name}.bn{number}", width)
+            inputs = out
+    shapes["fc.weight"] = (256, inputs)
+    norm("bn", 256)
+    return shapes

@@ -22,6 +22,7 @@ from curation.layout import IS_EDITED, IndexReader, IndexWriter, Layout, Placed
 from curation.ledger import receipts_of_all
 from curation.material import Material, Records
 from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.remote_outputs import Folder, RemoteFolder, remote_folder
 from curation.rewriting import Writer
 from curation.runner import Follows, ShardWork, run_stage
 from curation.shards import Shard, discover, local_folders, select
@@ -75,8 +76,10 @@ class Options(RunOptions):
     """With --shard_size: index the source shards, write the output shards, or first the one and then the other."""
     index: bool = False
     """Write <shard>.idx beside each output shard, and wids.json for all of them."""
+    publish_to: str | None = None
+    """Write the hybrid shards to this place in a bucket (s3://bucket/folder, gs://…); all else goes to --output."""
     overwrite: bool = False
-    """Replace shards in --output that this stage has not made, and remove those of another layout."""
+    """Replace shards there that this stage has not made, and remove those of another layout."""
     verify: bool = False
     """Read each output back before it is published and compare it with the source and the edits."""
 
@@ -87,6 +90,8 @@ class Options(RunOptions):
                 raise UsageError(f"--{flag}: there is no folder {folder}")
         if self.edits is not None and Path(self.output).resolve() == Path(self.edits).resolve():
             raise UsageError("--output and --edits must be two folders: both hold <shard>.tar")
+        if self.publish_to is not None and self.verify:
+            raise UsageError("--verify reads a tar back before it is published, which no upload allows: leave one out")
         if self.edits is None and self.follow:
             raise UsageError("--follow waits for the edits: it needs --edits")
         if self.is_plain and not (self.edits or self.blur_faces or self.index):
@@ -116,6 +121,11 @@ class Options(RunOptions):
             subset=None if self.subset is None else Subset(Path(self.subset)),
         )
 
+    @cached_property
+    def tars(self) -> Folder:
+        """Where the hybrid shards go."""
+        return Path(self.output) if self.publish_to is None else remote_folder(self.publish_to)
+
     def choices(self) -> dict[str, object]:
         """What decides which samples go on; flags that are not given are not named, as before there were such."""
         chosen: dict[str, object] = {"prompts": self.prompts is not None, "on_missing": self.on_missing}
@@ -125,7 +135,7 @@ class Options(RunOptions):
 
     def forms(self) -> dict[str, object]:
         """What decides the form in which they do."""
-        named = {"blur_faces": self.blur_faces, "index": self.index}
+        named = {"blur_faces": self.blur_faces, "index": self.index, "publish_to": self.publish_to and str(self.tars)}
         return {name: value for name, value in named.items() if value}
 
 
@@ -157,7 +167,7 @@ class Stage:
 
     def writer(self) -> Writer:
         o, blur = self.options, None if self._blur is None else self._blur()
-        return Writer(self.output, blur, index=o.index, verify=o.verify)
+        return Writer(self.output, o.tars, blur, index=o.index, verify=o.verify)
 
 
 class Reshard(Stage):
@@ -323,9 +333,8 @@ def tell(report: TarReport, edits: Edits, work: ShardWork) -> None:
 
 def regroup(options: Options, shards: Sequence[Shard]) -> int:
     """Index every source shard; when all are, write the output shards."""
-    index, output = Index(options), Path(options.output)
-    if not is_worker():
-        insist_on_own(output, STAGE, None, regroups=True, overwrite=options.overwrite)
+    index = Index(options)
+    claim_place(options, None)
     if options.step != "write":
         whole = options.shards is None  # --shards names output shards
         step = replace(options, step="index", shards=None, rerun=options.rerun and whole)
@@ -342,10 +351,17 @@ def regroup(options: Options, shards: Sequence[Shard]) -> int:
     layout = Layout(shards, counts, options.shard_size or 1, options.shuffle_buffer, options.seed)
     logger.info(f"{layout.total:,} samples of {len(shards):,} shards make {len(layout):,} of {options.shard_size:,}")
     outputs = layout.shards
-    if not is_worker():
-        insist_on_own(output, STAGE, {shard.id for shard in outputs}, regroups=True, overwrite=options.overwrite)
+    claim_place(options, outputs)
     code = run_stage(Regroup(options, layout), replace(options, step="write"), outputs)
     return finish(options, outputs) if code == EXIT_OK else code
+
+
+def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
+    """UsageError where the hybrid shards, None where they are not known yet, would stand among others."""
+    if not is_worker():
+        regroups, overwrite = options.shard_size is not None, options.overwrite
+        ids = None if shards is None else {shard.id for shard in shards}
+        insist_on_own(Path(options.output), options.tars, STAGE, ids, regroups=regroups, overwrite=overwrite)
 
 
 def finish(options: Options, shards: Sequence[Shard]) -> int:
@@ -367,6 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = discover(options.input, allow_pipe=options.allow_pipe)
     if Path(options.output).resolve() in local_folders(shards):
         raise UsageError("--output must not be the folder of the source shards: it would replace them")
+    if isinstance(options.tars, RemoteFolder) and options.tars.holds(shards):
+        raise UsageError("--publish_to must not be the folder of the source shards: it would replace them")
     if not is_worker():
         options.material.check()
     if options.dry_run:
@@ -374,8 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(survey(options.material, chosen, options.shard_size, cursory=options.is_plain))
     if options.shard_size is not None:
         return regroup(options, shards)
-    if not is_worker():
-        insist_on_own(Path(options.output), STAGE, {s.id for s in shards}, regroups=False, overwrite=options.overwrite)
+    claim_place(options, shards)
     code = run_stage(Reshard(options), options, shards, Follows(EDITS_STAGE, Path(options.edits or "")))
     return finish(options, shards) if code == EXIT_OK else code
 

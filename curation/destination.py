@@ -10,22 +10,29 @@ from pathlib import Path
 from curation.choosing import some
 from curation.errors import InfrastructureError, UsageError
 from curation.publish import read_record
+from curation.remote import RemoteFile
+from curation.remote_outputs import Folder, RemoteFolder
 from curation.shards import TAR, bucket_of
+from curation.uploads import object_at
 
 LAYOUT_NOTE = "layout"  # of receipts of shards that were regrouped
 
 
-def insist_on_own(output: Path, stage: str, ids: Collection[str] | None, *, regroups: bool, overwrite: bool) -> None:
-    """Raise UsageError where ``output`` holds tars that no receipt of ``stage`` vouches for, or shards of another
+def insist_on_own(
+    output: Path, place: Folder, stage: str, ids: Collection[str] | None, *, regroups: bool, overwrite: bool
+) -> None:
+    """Raise UsageError where ``place`` holds tars that no receipt of ``stage`` vouches for, or shards of another
     layout.  overwrite: such tars are replaced where they are in the way; shards of another layout are removed.
 
+    output: where the receipts are.  place: where the tars go, which may be a bucket.
     ids: the shards that are to be there, None where that is not known yet.  regroups: these are all there may be.
     """
-    tars = {name.removesuffix(TAR) for name in _names(output) if name.endswith(TAR) and name[0] != "."}
+    names = place.names() if isinstance(place, RemoteFolder) else _names(place)
+    tars = {name.removesuffix(TAR) for name in names if name.endswith(TAR) and name[0] != "."}
     own = _own(output / "_receipts" / stage)  # looked up after the tars: a commit publishes them before its receipt
     if (foreign := tars - own) and not overwrite:
         raise UsageError(
-            f"--output {output} already holds {len(foreign):,} shards that {stage} has not made: {some(foreign)}. Give "
+            f"{place} already holds {len(foreign):,} shards that {stage} has not made: {some(foreign)}. Give "
             "another folder, or --overwrite to replace those that are in the way"
         )
     surplus = own - set(ids) if ids is not None else set()
@@ -36,7 +43,7 @@ def insist_on_own(output: Path, stage: str, ids: Collection[str] | None, *, regr
         return
     if not overwrite:
         raise UsageError(
-            f"--output {output} holds {len(surplus):,} shards of another layout, which would stay beside the new ones: "
+            f"{place} holds {len(surplus):,} shards of another layout, which would stay beside the new ones: "
             f"{some(surplus)}. Give another folder, or --overwrite to remove them"
         )
     for shard_id in sorted(surplus):
@@ -77,6 +84,11 @@ def _remove(output: Path, stage: str, shard_id: str) -> None:
     path.unlink(missing_ok=True)
     home = os.path.realpath(output)
     for told in record.get("outputs", []):
+        if "upload" in told:
+            there = object_at(RemoteFile(told["path"]))
+            if (found := there.look()) is not None and found.is_of(told["size"], record["token"]):
+                there.remove(found)
+            continue
         file = os.path.realpath(output / str(told.get("path", "")))
         if file.startswith(home + os.sep):
             with contextlib.suppress(FileNotFoundError):  # another process was faster

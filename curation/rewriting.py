@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 from curation.choosing import Account, Choice
 from curation.edits import Edits
 from curation.errors import SampleError
+from curation.outputs import Output
 from curation.publish import OutputFile
+from curation.remote import Source
+from curation.remote_outputs import Folder
 from curation.splice import UNCHANGED, Copies, Decision, Edit, Fate, Windows, splice, verify_splice
 from curation.tar import SampleSpan, Window
 from curation.tar_index import SUFFIX, Entry, dump_index
@@ -22,16 +25,16 @@ if TYPE_CHECKING:  # it brings image libraries, for a flag that few runs have
 class Work(Account, Protocol):
     """What is given for one shard: see ``ShardWork``."""
 
-    def output(self, path: Path, /) -> AbstractContextManager[OutputFile]: ...
+    def output(self, path: Source, /) -> AbstractContextManager[Output]: ...
     def phase(self, name: str, /) -> AbstractContextManager[None]: ...
     def check_stop(self, *, urgent_only: bool = False) -> None: ...
 
 
 class Writer:
-    """One output shard: what becomes of its samples, and the files."""
+    """One output shard: what becomes of its samples, and the files.  tars: where it goes; folder: its index."""
 
-    def __init__(self, folder: Path, blur: Blur | None, *, index: bool, verify: bool) -> None:
-        self._folder, self._blur, self._index, self._verify = folder, blur, index, verify
+    def __init__(self, folder: Path, tars: Folder, blur: Blur | None, *, index: bool, verify: bool) -> None:
+        self._folder, self._tars, self._blur, self._index, self._verify = folder, tars, blur, index, verify
         self.chosen: list[tuple[SampleSpan, Choice]] = []  # since they were last counted
         self._window: Window
 
@@ -67,21 +70,20 @@ class Writer:
         count: Callable[[], None],
     ) -> None:
         """begin: starts a pass over the samples; decide: about each; count: those that were just decided."""
-        path = self._folder / f"{work.shard.id}.tar"
         entries: list[Entry] | None = [] if self._index else None
-        with work.phase("write"), work.output(path) as file:
+        with work.phase("write"), work.output(self._tars / f"{work.shard.id}.tar") as file:
             for _ in splice(begin(), file, decide, entries):
                 count()
                 work.check_stop(urgent_only=True)
         if entries is not None:
-            with work.output(path.with_suffix(SUFFIX)) as index:
+            with work.output(self._folder / f"{work.shard.id}{SUFFIX}") as index:
                 index.write(dump_index(entries))
             work.note("samples_out", len(entries))
         if self._blur is not None:
             work.note("blurred", self._blur.blurred)
             if self._blur.unknown:
                 work.warn(f"{self._blur.unknown:,} samples do not say whether they show a face: not blurred")
-        if self._verify:
+        if self._verify and isinstance(file, OutputFile):
             with work.phase("verify"):
                 verify_splice(begin(), file.temporary, decide)
             work.note("verified", True)

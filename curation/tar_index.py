@@ -54,8 +54,8 @@ def write_wids(folder: Path, receipts: Iterable[Mapping[str, Any]]) -> Path:
     listed = []
     for receipt in receipts:
         tar = f"{receipt['shard']}.tar"
-        size = next(output["size"] for output in receipt["outputs"] if output["path"] == tar)
-        listed.append({"url": tar, "nsamples": receipt["notes"]["samples_out"], "filesize": size})
+        output = next(output for output in receipt["outputs"] if output["path"].rpartition("/")[2] == tar)
+        listed.append({"url": output["path"], "nsamples": receipt["notes"]["samples_out"], "filesize": output["size"]})
     record = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
     path = folder / WIDS
     temporary = folder / temporary_name(WIDS, secrets.token_hex(8))

@@ -23,6 +23,7 @@ from curation.fetch import FetchLimits
 from curation.ledger import Input, Ledger
 from curation.merge_parquet import merge_parquet, write_csv
 from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.remote_outputs import Folder, RemoteFolder, remote_folder
 from curation.row_downloads import RowDownloads, examine_by, refuse
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard
@@ -53,6 +54,8 @@ class Options(RunOptions):
     https://, hf:// or s3://."""
     output: Annotated[Path, also("-o", "--output_folder")]
     """Folder for the shards."""
+    publish_to: str | None = None
+    """Write the tars to this place in a bucket (s3://bucket/folder, gs://…); all else goes to --output."""
     output_format: OutputFormat = "webdataset"
     """webdataset: <shard>.tar.  files: img2dataset's layout, <shard>/<key>.jpg and so on."""
     rows_per_shard: Annotated[int, also("--number_sample_per_shard")] = 10_000
@@ -134,6 +137,8 @@ class Options(RunOptions):
             raise UsageError(f"--allow_private: {error}") from None
         if self.follow:
             raise UsageError("--follow: there is no stage before 00_download that it could follow")
+        if self.publish_to is not None and self.output_format == "files":
+            raise UsageError("--publish_to takes tars: --output_format files would make an object of every file")
         if self.rerun and (self.retry_failed_urls or self.verify):
             raise UsageError("--rerun downloads everything anew: leave out --retry_failed_urls and --verify")
         if self.hash_to_verify is not None and self.hash_to_verify[0] not in HASHES:
@@ -187,6 +192,7 @@ class Download:
     def __init__(self, options: Options, tables: UrlTables) -> None:
         self.options = options
         self.output = options.output
+        self.tars: Folder = options.output if options.publish_to is None else remote_folder(options.publish_to)
         self.tables = tables
 
     def fingerprint(self) -> dict[str, object]:
@@ -198,7 +204,8 @@ class Download:
         )  # fmt: skip
         ratio = None if o.max_aspect_ratio == float("inf") else o.max_aspect_ratio
         told: dict[str, object] = {name: getattr(o, name) for name in names}
-        return {"tables": self.tables.digest(), "max_aspect_ratio": ratio, **told}
+        place = {} if o.publish_to is None else {"publish_to": str(self.tars)}
+        return {"tables": self.tables.digest(), "max_aspect_ratio": ratio, **told, **place}
 
     def inputs(self, shard: Shard) -> list[Input]:
         return [Input(shard.path)] if self.tables.is_local else []
@@ -264,7 +271,7 @@ class Download:
         log = work.partial("again" if earlier is not None else "")
         rows.download(self._downloader, log)
         with work.phase("write"):
-            rows.write(self.output, o.output_format, log)
+            rows.write(self.output, self.tars, o.output_format, log)
         work.note("recipe", self._recipe)
 
     @cached_property
@@ -283,13 +290,18 @@ class Download:
 
 def insist_on_own_folder(stage: Download, shards: Sequence[Shard], *, rerun: bool) -> None:
     """Raise UsageError where the output folder holds shards of these names that this stage did not make."""
-    if rerun or (stage.output / "_receipts" / stage.name).exists() or not stage.output.is_dir():
+    receipts = stage.output / "_receipts" / stage.name
+    if rerun or receipts.exists():
         return
     ids = {shard.id for shard in shards}
-    foreign = sorted(path.name for path in stage.output.iterdir() if path.name.partition(".")[0] in ids)
-    if foreign:
+    names = [path.name for path in stage.output.iterdir()] if stage.output.is_dir() else []
+    where: Folder = stage.output
+    if isinstance(stage.tars, RemoteFolder) and not any(name.partition(".")[0] in ids for name in names):
+        where, names = stage.tars, stage.tars.names()
+    foreign = sorted(name for name in names if name.partition(".")[0] in ids)
+    if foreign and not receipts.exists():  # else another worker has begun meanwhile
         raise UsageError(
-            f"{stage.output}: holds {foreign[0]}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which this "
+            f"{where}: holds {foreign[0]}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which this "
             "stage did not make; give another --output, or --rerun to replace them"
         )
 

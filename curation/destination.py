@@ -86,7 +86,7 @@ def _remove(output: Path, stage: str, shard_id: str) -> None:
     for told in record.get("outputs", []):
         if "upload" in told:
             there = object_at(RemoteFile(told["path"]))
-            if (found := there.look()) is not None and found.is_of(told["size"], record["token"]):
+            if (found := there.look()) is not None and found.is_of(told):
                 there.remove(found)
             continue
         file = os.path.realpath(output / str(told.get("path", "")))

@@ -329,7 +329,7 @@ class Ledger:
             if not output.get("checked", True):
                 continue
             if "upload" in output:
-                if not self.presence.holds(output, str(receipt.get("token")), fresh=fresh):
+                if not self.presence.holds(output, fresh=fresh):
                     return False
                 continue
             try:

@@ -82,6 +82,7 @@ class RemoteOutput(Output):
     def __init__(self, final: RemoteFile, token: str) -> None:
         super().__init__()
         self.final = final
+        self._token = token
         self._object = object_at(final)
         self._upload = self._object.begin(token)
         self._part = bytearray()
@@ -110,7 +111,7 @@ class RemoteOutput(Output):
             self._object.abort(self._upload)
 
     def published(self, root: Path, *, checked: bool) -> Published:
-        upload = {"id": self._upload, "parts": self._parts}
+        upload = {"id": self._upload, "token": self._token, "parts": self._parts}
         return Published(self.final.target, "", self.size, self.digest, checked, upload)
 
     def _put(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
@@ -139,13 +140,13 @@ class Presence:
     def __init__(self) -> None:
         self._sizes: dict[str, dict[str, int]] = {}  # folder → name → bytes
 
-    def holds(self, output: Mapping[str, Any], token: str, *, fresh: bool) -> bool:
-        """token: of the attempt whose receipt names the output.  fresh: as it is now."""
+    def holds(self, output: Mapping[str, Any], *, fresh: bool) -> bool:
+        """Whether what a receipt names is there.  fresh: as it is now."""
         file = RemoteFile(output["path"])
         if not fresh and self._listed(file) == output["size"]:
             return True
         found = object_at(file).look()
-        return found is not None and found.is_of(output["size"], token)
+        return found is not None and found.is_of(output)
 
     def shows(self, file: RemoteFile) -> bool:
         """Whether anything was there when its folder was listed."""

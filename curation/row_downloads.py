@@ -26,8 +26,10 @@ from curation.download_rows import (
 from curation.downloader import Ask, Downloader, Examine
 from curation.errors import InfrastructureError, SampleError
 from curation.fetch import NETWORK_REASONS, FetchError, host_of
+from curation.outputs import Output
 from curation.partial import PartialLog
-from curation.publish import OutputFile
+from curation.remote import Source
+from curation.remote_outputs import Folder
 from curation.stored_images import ImagePolicy, make_stored
 from curation.stored_shard import Earlier, Members, OutputFormat, write_samples
 
@@ -48,7 +50,7 @@ class Work(Protocol):
     def phase(self, name: str) -> AbstractContextManager[None]: ...
     def note(self, name: str, value: Any) -> None: ...
     def check_stop(self, *, urgent_only: bool = False) -> None: ...
-    def output(self, path: Path, *, checked: bool = True) -> AbstractContextManager[OutputFile]: ...
+    def output(self, path: Source, *, checked: bool = True) -> AbstractContextManager[Output]: ...
 
 
 def examine_by(policy: ImagePolicy) -> Examine:
@@ -180,12 +182,13 @@ class RowDownloads:
 
     # ---- what is published
 
-    def write(self, output: Path, layout: OutputFormat, log: PartialLog) -> None:
+    def write(self, output: Path, samples: Folder, layout: OutputFormat, log: PartialLog) -> None:
+        """samples: where the images go; output: the table and the counts."""
         shard_id = self._work.shard.id
         outcomes = [self._outcome(key) for key in self._keys]
         rows = metadata_rows(self._table, self._keys, outcomes)
         if any(outcome.status == SUCCESS for outcome in outcomes):
-            write_samples(layout, output, shard_id, self._samples(rows, log), self._work)
+            write_samples(layout, samples, shard_id, self._samples(rows, log), self._work)
         with self._work.output(output / f"{shard_id}.parquet") as file:
             file.write(parquet_of(rows))
         with self._work.output(output / f"{shard_id}_stats.json") as file:

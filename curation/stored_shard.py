@@ -13,10 +13,14 @@ from typing import Any, Literal, Protocol
 from curation.ahead import in_order
 from curation.dictionaries import clean_text
 from curation.download_rows import SUCCESS, Outcome, read_outcomes
-from curation.errors import SampleError, ShardError
+from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.images import decode_rgb, image_facts
-from curation.publish import OutputFile, fast_digest
+from curation.outputs import Output
+from curation.publish import fast_digest
+from curation.remote import RemoteFile, Source
+from curation.remote_outputs import Folder, place_of
 from curation.tar import IMAGE_SUFFIXES, Sample, TarWriter, read_samples
+from curation.uploads import object_at
 
 OutputFormat = Literal["webdataset", "files"]
 Members = Mapping[str, bytes | memoryview]
@@ -27,17 +31,17 @@ _AHEAD_BYTES = 256 << 20
 class Work(Protocol):
     """What is needed of a shard's work."""
 
-    def output(self, path: Path, /) -> AbstractContextManager[OutputFile]: ...
+    def output(self, path: Source, /) -> AbstractContextManager[Output]: ...
 
 
 def write_samples(
-    layout: OutputFormat, output: Path, shard_id: str, samples: Iterable[tuple[str, Members]], work: Work
+    layout: OutputFormat, output: Folder, shard_id: str, samples: Iterable[tuple[str, Members]], work: Work
 ) -> None:
-    """``<shard>.tar``, or ``<shard>/<key>.<suffix>``."""
+    """``<shard>.tar``, or ``<shard>/<key>.<suffix>``, in ``output``."""
     if layout == "files":
         for key, members in samples:
             for suffix, data in members.items():
-                with work.output(output / shard_id / f"{key}.{suffix}") as file:
+                with work.output(output / f"{shard_id}/{key}.{suffix}") as file:
                     file.write(data)
         return
     with work.output(output / f"{shard_id}.tar") as file:
@@ -58,13 +62,16 @@ class Earlier:
         self._output, self._shard_id, self._layout = output, shard_id, layout
         named = {entry["path"]: entry for entry in receipt.get("outputs", [])}
         self._files = sorted(path for path in named if path.startswith(f"{shard_id}/"))
-        self._tar = output / f"{shard_id}.tar"
+        tar = next((path for path in named if path.rpartition("/")[2] == f"{shard_id}.tar"), None)
+        self._tar = None if tar is None else place_of(output, tar)
         table = output / f"{shard_id}.parquet"
         self.lost: dict[str, str] = {}
         try:
             data = table.read_bytes()
             self.outcomes = read_outcomes(data)
-            self.is_whole = all(_is_whole(output / path, entry) for path, entry in named.items())
+            self.is_whole = all(_is_whole(place_of(output, path), entry) for path, entry in named.items())
+        except InfrastructureError:
+            raise
         except Exception as error:
             raise ShardError(
                 f"{table}: not what was published: {type(error).__name__}: {error}", "bad_table"
@@ -105,7 +112,7 @@ class Earlier:
 
     def _read(self) -> Iterator[Sample]:
         if self._layout == "webdataset":
-            if self._tar.exists():
+            if isinstance(self._tar, RemoteFile) or (self._tar is not None and self._tar.exists()):
                 yield from read_samples(self._tar)
             return
         by_key: dict[str, list[str]] = {}
@@ -125,7 +132,11 @@ def _images_first(path: str) -> tuple[bool, str]:
     return path.rpartition(".")[2] not in IMAGE_SUFFIXES, path
 
 
-def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
+def _is_whole(path: Source, entry: Mapping[str, Any]) -> bool:
+    """Of an object, as the store tells: it has checked each part that came, and keeps them."""
+    if isinstance(path, RemoteFile):
+        found = object_at(path).look()
+        return found is not None and found.is_of(entry)
     try:
         return bool(path.stat().st_size == entry["size"] and fast_digest(path) == entry["digest"])
     except OSError:

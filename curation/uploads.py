@@ -39,8 +39,9 @@ class Found:
     token: str = ""
     mark: str = ""
 
-    def is_of(self, size: int, token: str) -> bool:
-        return self.size == size and self.token in ("", token)
+    def is_of(self, output: Mapping[str, Any]) -> bool:
+        """Whether it is what a receipt names."""
+        return bool(self.size == output["size"] and self.token in ("", output["upload"]["token"]))
 
 
 class NoUpload(Exception):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 What = Literal["before", "midway", "after"]
-"""Where a connection is cut: the server sees nothing of the request; half of its body; or all, and the client no answer."""
+"""Where a connection is cut: nothing of the request reaches the server, half of its body, or all but no answer the client."""
 
 
 @dataclass

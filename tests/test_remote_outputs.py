@@ -29,6 +29,7 @@ from curation.remote_outputs import RemoteOutput, remote_folder
 from curation.shards import bucket_of, discover
 from curation.superseded import lie_about, remove_superseded
 from curation.tar import TarWriter, read_samples
+from tests.servers import photo_server
 from tests.servers.relay import Relay, Rule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -530,3 +531,34 @@ def test_nothing_is_written_over_that_was_not_made_here(place: Place, store: Sto
     assert "--publish_to must not be the folder of the source shards" in capsys.readouterr().err
     assert place.run("--overwrite") == 0
     insist_on(place, store)
+
+
+# ---- stage 00
+
+
+def test_downloaded_shards_go_to_the_bucket_and_their_tables_stay(store: Store, tmp_path: Path) -> None:
+    """Also when their failed URLs are asked once more: the good samples are copied out of the object."""
+    stage_00, out = importlib.import_module("00_download"), tmp_path / "out"
+    table = tmp_path / "urls.csv"
+    with photo_server(ROOT / "examples" / "shards") as port:
+        kinds = ["photo", "photo", "404", "photo"]
+        rows = [f"http://127.0.0.1:{port}/{kind}/{number}" for number, kind in enumerate(kinds)]
+        table.write_text("\n".join(["url", *rows]) + "\n")
+        flags = ["--allow_private", "127.0.0.0/8", "--retries", "0", "--lease_s", "2", "--quiet"]
+        arguments = ["--input", str(table), "--output", str(out), "--publish_to", "s3://out/photos", *flags]
+        assert stage_00.main(arguments) == 0
+        (before,) = store.objects().values()
+        assert stage_00.main([*arguments, "--retry_failed_urls"]) == 0
+        assert stage_00.main([*arguments, "--verify"]) == 0
+    assert store.objects() == {"photos/00000000.tar": before}
+    assert store.uploads() == []
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
+        "00000000.parquet", "00000000_stats.json", "full_metadata.parquet", "metadata.csv",
+    ]  # fmt: skip
+    (shard,) = discover("s3://out/photos/")
+    assert len([sample for sample in read_samples(shard.path) if "jpg" in sample.members]) == 3
+    text = next((out / "_receipts" / "00_download").rglob("00000000.json")).read_text()
+    assert [o["path"] for o in json.loads(text)["outputs"] if "upload" in o] == ["s3://out/photos/00000000.tar"]
+    assert "unsound" not in json.loads(text)["notes"]
+    with pytest.raises(UsageError, match="an object of every file"):
+        stage_00.Options(input=str(table), output=out, publish_to="s3://out/x", output_format="files").check()

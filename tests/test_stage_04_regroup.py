@@ -436,9 +436,9 @@ def test_a_commit_under_way_is_no_shard_of_others(tmp_path: Path) -> None:
     (tmp_path / "_receipts/s/0").mkdir(parents=True)
     (tmp_path / "_receipts/s/_epoch.1.json").write_bytes(b"{}")
     with pytest.raises(UsageError, match="1 shards that s has not made: 7"):
-        insist_on_own(tmp_path, "s", {"7"}, regroups=True, overwrite=False)
+        insist_on_own(tmp_path, tmp_path, "s", {"7"}, regroups=True, overwrite=False)
     (tmp_path / "_receipts/s/0/.7.1.commit").write_bytes(b"{}")
-    insist_on_own(tmp_path, "s", {"7"}, regroups=True, overwrite=False)
+    insist_on_own(tmp_path, tmp_path, "s", {"7"}, regroups=True, overwrite=False)
 
 
 def test_the_two_steps_one_by_one(run: Runs) -> None:

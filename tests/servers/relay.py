@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 What = Literal["before", "midway", "after"]
-"""Where a connection is cut: nothing of the request reaches the server, half of its body, or all but no answer the client."""
+"""How much of a request the server sees before the cut: nothing, half of the body, or all, with its answer lost."""
 
 
 @dataclass

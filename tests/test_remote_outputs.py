@@ -276,6 +276,23 @@ def test_an_answer_that_is_lost_with_the_process(place: Place, store: Store) -> 
     insist_on(place, store)
 
 
+@pytest.mark.soak
+def test_two_workers_that_are_killed_again_and_again(tmp_path: Path, store: Store) -> None:
+    """At any moment.  The one that lives to the end leaves what a quiet run leaves."""
+    place, dice = Place(tmp_path, tuple(f"{number:08d}" for number in range(12))), random.Random(7)
+    for _ in range(25):
+        processes = [place.start() for _ in range(2)]
+        time.sleep(dice.uniform(0.3, 1.6))
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+        there = store.objects()
+        assert all(len(data) % 512 == 0 and data[-1024:] == bytes(1024) for data in there.values()), "whole tars"
+    assert place.run() == 0
+    insist_on(place, store)
+
+
 def test_two_workers_at_once(tmp_path: Path, store: Store) -> None:
     place = Place(tmp_path, tuple(f"{number:08d}" for number in range(6)))
     processes = [place.start() for _ in range(2)]

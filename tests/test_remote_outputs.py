@@ -280,9 +280,11 @@ def test_an_answer_that_is_lost_with_the_process(place: Place, store: Store) -> 
 def test_two_workers_that_are_killed_again_and_again(tmp_path: Path, store: Store) -> None:
     """At any moment.  The one that lives to the end leaves what a quiet run leaves."""
     place, dice = Place(tmp_path, tuple(f"{number:08d}" for number in range(12))), random.Random(7)
-    for _ in range(25):
+    for number in range(25):
+        for shard in dice.sample(place.ids, 8):
+            place.edit(shard, b"rewritten %d" % number)
         processes = [place.start() for _ in range(2)]
-        time.sleep(dice.uniform(0.3, 1.6))
+        time.sleep(dice.uniform(0.4, 1.4))
         for process in processes:
             process.kill()
         for process in processes:
@@ -548,6 +550,24 @@ def test_nothing_is_written_over_that_was_not_made_here(place: Place, store: Sto
     assert "--publish_to must not be the folder of the source shards" in capsys.readouterr().err
     assert place.run("--overwrite") == 0
     insist_on(place, store)
+
+
+def test_shards_of_one_size_and_their_list(place: Place, store: Store) -> None:
+    """Indexes stay on the disk; another layout takes the objects of the earlier one away."""
+    assert place.run("--shard_size", "4", "--index") == 0
+    assert sorted(store.objects()) == [f"hybrid/0000000{number}.tar" for number in range(3)]
+    assert [name for name in place.files() if name[0] != "_"] == [
+        "00000000.idx", "00000001.idx", "00000002.idx", "wids.json",
+    ]  # fmt: skip
+    listed = json.loads((place.out / "wids.json").read_text())["shardlist"]
+    assert [(entry["url"], entry["nsamples"]) for entry in listed] == [
+        (f"s3://out/hybrid/0000000{number}.tar", 4) for number in range(3)
+    ]
+    assert place.run("--shard_size", "10", "--rerun") == 2
+    assert place.run("--shard_size", "10", "--rerun", "--overwrite") == 0
+    objects = store.objects()
+    assert sorted(objects) == ["hybrid/00000000.tar", "hybrid/00000001.tar"]
+    assert store.uploads() == []
 
 
 # ---- stage 00

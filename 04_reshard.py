@@ -359,9 +359,8 @@ def regroup(options: Options, shards: Sequence[Shard]) -> int:
 def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
     """UsageError where the hybrid shards, None where they are not known yet, would stand among others."""
     if not is_worker():
-        regroups, overwrite = options.shard_size is not None, options.overwrite
-        ids = None if shards is None else {shard.id for shard in shards}
-        insist_on_own(Path(options.output), options.tars, STAGE, ids, regroups=regroups, overwrite=overwrite)
+        o, ids = options, None if shards is None else {shard.id for shard in shards}
+        insist_on_own(Path(o.output), o.tars, STAGE, ids, regroups=o.shard_size is not None, overwrite=o.overwrite)
 
 
 def finish(options: Options, shards: Sequence[Shard]) -> int:

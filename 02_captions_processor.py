@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -204,6 +204,12 @@ class RewriteCaptions:
             questions = {key: question(captions[key], groups[key]) for key in guesses}
         with work.phase("infer"):
             outcomes = self._ask(questions, work)
+        if any(outcome.tokens_read or outcome.tokens_written for outcome in outcomes.values()):
+            read = sum(outcome.tokens_read for outcome in outcomes.values())
+            written = sum(outcome.tokens_written for outcome in outcomes.values())
+            work.note("tokens", {"read": read, "written": written})
+        if self.groups:
+            work.note("groups", counts_by_group(questions, outcomes))
         with work.phase("write"):
             self._write(guesses, questions, outcomes, work)
 
@@ -276,17 +282,20 @@ class RewriteCaptions:
         o = self.options
         begun = opening(asked.group) if o.embedded else ""
         reason = text = ""
+        read = written = 0
         for attempt in range(o.retries + 1):
             if o.embedded:
                 request = completion_request(asked.caption, asked.group, o.seed, key, attempt, self.temperature)
             else:
                 request = chat_request(asked.caption, asked.group, o.seed, key, attempt, self.temperature, self.system)
             reply = self._pool.ask(request, check_stop)
+            read, written = read + reply.tokens_read, written + reply.tokens_written
             prompt, reason = judge(reply, begun)
             if prompt is not None:
-                return Outcome(prompt, attempt + 1)
+                return Outcome(prompt, attempt + 1, tokens_read=read, tokens_written=written)
             text = reply.text
-        return Outcome(None, o.retries + 1, reason, f"the last of {o.retries + 1} replies: {clean_text(text[:300])!r}")
+        last = f"the last of {o.retries + 1} replies: {clean_text(text[:300])!r}"
+        return Outcome(None, o.retries + 1, reason, last, tokens_read=read, tokens_written=written)
 
     # ---- what goes out
 
@@ -309,6 +318,16 @@ class RewriteCaptions:
 
 def question(caption: str, group: str | None) -> Question:
     return Question(caption, group, xxhash.xxh3_64_hexdigest(dump_json([caption, group])))
+
+
+def counts_by_group(questions: Mapping[str, Question], outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, int]]:
+    """group → how many samples were assigned to it, became prompts, or did not for each reason: for the audit."""
+    counts: dict[str, Counter[str]] = {}
+    for key, asked in questions.items():
+        of_group = counts.setdefault(asked.group or "", Counter())
+        of_group["assigned"] += 1
+        of_group["accepted" if outcomes[key].prompt is not None else outcomes[key].reason] += 1
+    return {group: dict(counts[group]) for group in sorted(counts)}
 
 
 def is_tar(shard: Shard) -> bool:

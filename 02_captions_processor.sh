@@ -45,10 +45,10 @@ need TARGET_DIR "the folder for the prompts (or ROOT)"
 
 # The servers load the model that the stage will ask for.
 MODEL=${MODEL:-tulu3:fairclip}
-previous=
+previous='' embedded=''
 for word in "$@"; do
     case $previous in --model_name | --model-name) MODEL=$word ;; esac
-    case $word in --model_name=* | --model-name=*) MODEL=${word#*=} ;; esac
+    case $word in --model_name=* | --model-name=*) MODEL=${word#*=} ;; --embedded) embedded=yes ;; esac
     previous=$word
 done
 
@@ -76,7 +76,10 @@ clear_up() {
     servers='' own=''
 }
 
-if [ -n "${ENDPOINTS_DIR:-}" ]; then
+name=(--model_name "$MODEL") where=()
+if [ -n "$embedded" ]; then
+    name=() # the stage brings its own model
+elif [ -n "${ENDPOINTS_DIR:-}" ]; then
     where=(--endpoints_dir "$ENDPOINTS_DIR")
 elif [ -n "${ENDPOINTS:-}" ]; then
     where=(--endpoints "$ENDPOINTS")
@@ -86,5 +89,5 @@ else
     start_servers
 fi
 
-stage=("$PYTHON" "$PROJECT/02_captions_processor.py" --input "$SRC_DIR" --output "$TARGET_DIR" --model_name "$MODEL")
+stage=("$PYTHON" "$PROJECT/02_captions_processor.py" --input "$SRC_DIR" --output "$TARGET_DIR" "${name[@]}")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${where[@]}" "${workers[@]}" "$@"

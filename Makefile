@@ -11,6 +11,7 @@ demo: $(READY)
 
 test: $(READY) $(OLLAMA) lint
 	@tests/slurm/install.sh
+	@tests/browser/install.sh
 	$(PY) -m pytest -q -n 3 --no-loadscope-reorder
 
 # Long repetitions: kills at many moments, large shards.

@@ -2,10 +2,11 @@
 # Stages 01 to 04 in one go.  On a cluster it submits them as jobs that depend on each other; where there is no sbatch it
 # runs them here, one after the other.  Start it as often as you like: what is done stays done.
 #
-#     SRC_DIR=/path/to/shards ROOT=/path/to/root ./run_pipeline.sh [--follow] [--stages 02-04] [--dry_run] [-- FLAGS]
+#     SRC_DIR=/path/to/shards ROOT=/path/to/root ./run_pipeline.sh [--follow] [--stages 02-04] [--here] [--dry_run] [-- FLAGS]
 #
 #     --follow         a stage starts as soon as the stage before runs, and takes its shards as they are published
 #     --stages 02-04   only these: one (03) or a range; by default 01-04
+#     --here           run them here, even where there is sbatch: inside an allocation, for a few shards
 #     --dry_run        print the commands, and do nothing
 #     -- FLAGS         flags for every one of the stages, such as --quiet or --shards 00000000..00000099
 #
@@ -38,10 +39,11 @@ PROJECT=$(cd "$PROJECT" && pwd) || exit 2
 
 SCRIPTS=(01_filter_noface.sh 02_captions_processor.sh 03_generate_images.sh 04_reshard.sh)
 PLANS=(captions/_plan/01_filter_noface prompts/_plan/02_captions_processor edits/_plan/03_generate_images)
-follow='' dry_run='''' stages=01-04
+follow='' dry_run='' here='' stages=01-04
 while [ $# -gt 0 ]; do
     case $1 in
     --follow) follow=yes ;;
+    --here) here=yes ;;
     --dry_run | --dry-run) dry_run=yes ;;
     --stages=*) stages=${1#*=} ;;
     --stages)
@@ -132,7 +134,7 @@ sbatch_words() {
     submit+=("${words[@]}" "$PROJECT/${SCRIPTS[$1 - 1]}")
 }
 
-if command -v sbatch >/dev/null; then
+if [ -z "$here" ] && command -v sbatch >/dev/null; then
     case ,${SBATCH_EXPORT:-ALL}, in
     *,ALL,*) ;;
     *) usage_error "SBATCH_EXPORT=$SBATCH_EXPORT keeps the variables from the jobs: unset it" ;;

@@ -17,6 +17,11 @@ COMMANDS = {  # command → the module whose ``main(argv)`` it is, imported when
     "select": ("curation.inspect.select", "the uids of the samples whose scores fulfil a condition"),
     "neardup": ("curation.inspect.neardup", "near duplicates by features: groups, and one sample of each to keep"),
     "publish": ("curation.inspect.publish", "upload a stage's finished outputs to a dataset repository of the hub"),
+    "verify": ("curation.inspect.verify", "prove that hybrid shards are their source with the edits in place"),
+    "fsck": ("curation.inspect.fsck", "what is wrong with tar shards, and every whole sample out of damaged ones"),
+    "plan": ("curation.inspect.plan", "forecast hours, bytes, files and tokens from a few shards; the sbatch lines"),
+    "audit": ("curation.inspect.audit", "what became of each group's samples, and whether one fared otherwise"),
+    "report": ("curation.inspect.report.command", "one page about it all: funnel, shards, speed, gallery, groups"),
     "models": ("curation.model_files", "fetch: the weights that a stage's options name, for nodes without internet"),
 }
 

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from curation.crew import Crew
@@ -30,12 +30,17 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The prompt, or None and why there is none.  ``asked``: how many replies it took."""
+    """The prompt, or None and why there is none.  ``asked``: how many replies it took.
+
+    tokens_read, tokens_written: of all those replies and their questions, as the servers count them.
+    """
 
     prompt: str | None
     asked: int
     reason: str = ""
     detail: str = ""
+    tokens_read: int = 0
+    tokens_written: int = 0
 
 
 class CheckStop(Protocol):
@@ -132,8 +137,7 @@ def _take(shard: _Shard, log: PartialLog, outcomes: dict[str, Outcome], settle: 
             shard.awaited -= 1
             if isinstance(result, Outcome):
                 came[key] = result
-                fields = {"prompt": result.prompt, "asked": result.asked, "reason": result.reason}
-                records.append((key, shard.questions[key].digest, dump_json({**fields, "detail": result.detail})))
+                records.append((key, shard.questions[key].digest, dump_json(asdict(result))))
             elif isinstance(result, SampleError):
                 came[key] = Outcome(None, 0, result.reason, result.detail)
             elif not isinstance(result, Stopped):

@@ -73,6 +73,7 @@ class Attempts:
         self._leftovers = Leftovers()
         self._partials = Partials(ledger.root / "_partial" / stage.name)
         self._room = Room()
+        self.open_s = 0.0  # that this process took to get ready
 
     def wanted(self, state: State) -> bool:
         """Whether this run is to work on a shard in that state."""
@@ -226,6 +227,7 @@ class Attempts:
             error=error,
             quarantine=error is not None and error["reason"] == REASON,
             sources=this.inputs,
+            open_s=self.open_s,
         )
         places = self._places(work)
         self._leftovers.look(places)
@@ -276,7 +278,7 @@ class Attempts:
         seconds = receipt["finished"] - receipt["started"]
         logger.info(
             f"{work.shard.id} done: {work.samples_in} in, {work.kept} kept"
-            f"{', ' if gone else ''}{', '.join(gone)} ({seconds:.1f} s)"
+            f"{', ' if gone else ''}{', '.join(gone)} ({seconds:.1f} s, {work.samples_in / max(seconds, 1e-3):,.1f}/s)"
         )
         dropped, failed = work.dropped.total(), work.failed.total()
         self._tally.samples({"in": work.samples_in, "kept": work.kept, "dropped": dropped, "failed": failed})

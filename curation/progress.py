@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +24,13 @@ _TOLD = {  # what became of a shard, and how it is told, in this order
     "missing": "missing upstream",
     "others": "in other hands",
 }
+
+
+def _log_to_stderr() -> None:
+    """Let the log follow ``sys.stderr``, which a bar replaces while it is drawn."""
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
 
 
 class Tally:
@@ -87,11 +96,13 @@ class Progress:
             )
             self._task = self._bar.add_task(self._title, total=self._shards, samples=0, rate=0.0)
             self._bar.start()
+            _log_to_stderr()  # which is the bar's now: lines go above it
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+            _log_to_stderr()
 
     def expect(self, shards: int) -> None:
         """There are so many shards in all, it has turned out."""

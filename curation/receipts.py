@@ -34,10 +34,12 @@ def build_receipt(
     error: dict[str, Any] | None,
     quarantine: bool = False,
     sources: Sequence[Input] = (),
+    open_s: float = 0.0,
 ) -> dict[str, Any]:
     """The receipt of one attempt.  ``error`` None: done.  Times and hosts stand here and nowhere else.
 
     sources: where the inputs come from, one for each of ``work.inputs``.
+    open_s: what it took this process to get ready, models and all.
     quarantine: count the failure as the last that is tried unasked.
     Units: seconds are wall-clock seconds by phase, summed over threads; ``started`` and ``finished`` are Unix times.
     """
@@ -67,6 +69,8 @@ def build_receipt(
         "rank": allocation.rank,
         "slurm": slurm_ids(),
         "gpu": gpu_name(allocation.gpu),
+        "cpus": allocation.threads,
+        "open_s": round(open_s, 3),
         "code": code_version(),
         "started": round(began, 3),
         "finished": round(time.time(), 3),

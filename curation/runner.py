@@ -251,8 +251,10 @@ class _Run:
                 self._untidy.append(shard)
             return None
         if not self._opened:  # models are loaded only when there is something to do
+            began = time.monotonic()
             self._stage.open(self._allocation)
             self._opened = True
+            self._attempts.open_s = time.monotonic() - began
             if self._ended():  # it may have taken minutes
                 self._tally.shards("left")
                 return None

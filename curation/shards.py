@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -64,6 +64,17 @@ def is_loose(path: Path) -> bool:
 def local_folders(shards: Iterable[Shard]) -> set[Path]:
     """The real folders of the shards that lie on a filesystem."""
     return {Path(os.path.realpath(folder)) for folder in {s.path.parent for s in shards if isinstance(s.path, Path)}}
+
+
+def files_of(shards: Sequence[Shard]) -> dict[str, Path]:
+    """shard id → its file, for what needs files on a filesystem.  UsageError for a shard that lies elsewhere."""
+    files = {shard.id: shard.path for shard in shards if isinstance(shard.path, Path)}
+    for shard in shards:
+        if shard.id not in files:
+            raise UsageError(
+                f"{shard.path}: is not on a filesystem of this machine; this command reads only such shards"
+            )
+    return files
 
 
 def is_safe_id(text: str) -> bool:

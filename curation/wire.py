@@ -23,6 +23,7 @@ MAX_REPLY_BYTES = 4 << 20
 CHUNK_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 5.0
 CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the model anew when it changes
+_MOST_TOKENS = 1 << 40
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
 
@@ -84,10 +85,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back.  ``complete`` is False when ``max_tokens`` cut it short."""
+    """What came back.  ``complete`` is False when ``max_tokens`` cut it short.
+
+    tokens_read, tokens_written: of the question and of the reply, as the server counts them; 0 where it does not say.
+    """
 
     text: str
     complete: bool = True
+    tokens_read: int = 0
+    tokens_written: int = 0
 
 
 class Wire(Protocol):
@@ -130,6 +136,7 @@ class Ollama:
 
     def reply(self, payload: bytes) -> Reply:
         parts, reason = [], "stop"
+        value: dict[str, Any] = {}
         for line in payload.splitlines():  # one object, or one a line from servers that stream all the same
             if not line.strip():
                 continue
@@ -143,7 +150,9 @@ class Ollama:
             reason = value.get("done_reason") or reason
         if not parts:
             raise EndpointError(f"no reply in {payload[:100]!r}")
-        return Reply("".join(parts), reason != "length")
+        return Reply(
+            "".join(parts), reason != "length", _count(value.get("prompt_eval_count")), _count(value.get("eval_count"))
+        )
 
     def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
         # With the context of the requests, or the first of them would load it anew.  Kept until that comes, however
@@ -193,7 +202,14 @@ class OpenAI:
         text = message.get("content") if isinstance(message, dict) else first.get("text")
         if not isinstance(text, str):
             raise EndpointError(f"no reply in {payload[:100]!r}")
-        return Reply(text, first.get("finish_reason") != "length")
+        usage = value.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        return Reply(
+            text,
+            first.get("finish_reason") != "length",
+            _count(usage.get("prompt_tokens")),
+            _count(usage.get("completion_tokens")),
+        )
 
     def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
         value = _object(_patiently(lambda left_s: get(session, f"{url}/v1/models", left_s), timeout_s))
@@ -340,6 +356,10 @@ def _object(payload: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise EndpointError(f"a reply that is not an object: {payload[:100]!r}")
     return value
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and 0 <= value <= _MOST_TOKENS else 0
 
 
 def _seconds(text: str) -> float:

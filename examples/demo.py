@@ -2,6 +2,7 @@
 """The whole pipeline on the example shards, on a CPU, with models that packages ship: ``make demo``.
 
 Runs stages 01 → 02 → 03 → 04 into ``demo-output/`` and then tells, from the receipts, what happened to the samples.
+Last it writes ``demo-output/report.html``, the page to look at.
 Started again it finds everything done and only tells; ``make clean`` or another folder as its argument starts afresh.
 """
 
@@ -75,6 +76,15 @@ def print_funnel(output: Path) -> None:
         print(f"  {name:<12} {count:>5}   {rest}".rstrip())
 
 
+def write_report(output: str) -> None:
+    """One page about it all, for a browser."""
+    command = ["-m", "curation", "report", output, "--source", SOURCE, "-o", f"{output}/report.html"]
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
 def _told(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
@@ -84,7 +94,9 @@ def main() -> None:
     began = time.monotonic()
     run_stages(output)
     print_funnel(ROOT / output)
-    print(f"\nThe hybrid shards are in {output}/shards/ ({time.monotonic() - began:.0f} s). Mind that")
+    write_report(output)
+    print(f"\nThe page to look at is {output}/report.html.")
+    print(f"The hybrid shards are in {output}/shards/ ({time.monotonic() - began:.0f} s). Mind that")
     print("  - the prompts come from a small stand-in model (Gemma 3 270M): fit for a demo, not for research;")
     print("  - the pictures are noise: the image model's weights are random.")
     print("\nThe same run with full-size models (language model servers on ports 11434 to 11437, and a GPU):")

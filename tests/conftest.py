@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline import Undisturbed, run_undisturbed
+from tests.synthetic_root import Synthetic, make_root
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -42,3 +43,9 @@ def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     with vision_server(tmp_path_factory.mktemp("server")) as port:
         yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
+    """The receipts of 10,000 shards in four stages; read-only."""
+    return make_root(tmp_path_factory.mktemp("many") / "root", 10_000)

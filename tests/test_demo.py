@@ -39,6 +39,10 @@ def test_the_demo_shows_what_happened_and_does_nothing_twice(tmp_path: Path) -> 
     for shard in (ROOT / "examples" / "shards").glob("*.tar"):
         assert (tmp_path / "demo" / "shards" / shard.name).is_file()
 
+    page = (tmp_path / "demo" / "report.html").read_text("utf-8")
+    assert "replaced in the hybrid shards" in page
+    assert page.count("data:image/jpeg;base64,") > 2 * counts["generated"]
+
     again, seconds = run_demo(tmp_path / "demo")
     assert funnel(again) == counts
     assert seconds < 20

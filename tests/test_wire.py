@@ -143,12 +143,19 @@ def test_ollama_replies() -> None:
     assert reply(b'{"response":"hi","done":true,"done_reason":"length"}') == Reply("hi", complete=False)
     streamed = b'{"message":{"content":"h"},"done":false}\n{"message":{"content":"i"},"done":true}\n'
     assert reply(streamed) == Reply("hi"), "from a server that streams all the same"
+    counted = b'{"message":{"content":"hi"},"done":true,"prompt_eval_count":42,"eval_count":3}'
+    assert reply(counted) == Reply("hi", tokens_read=42, tokens_written=3)
+    strange = b'{"message":{"content":"hi"},"prompt_eval_count":-1,"eval_count":"many"}'
+    assert reply(strange) == Reply("hi")
 
 
 def test_openai_replies() -> None:
     reply = WIRES["openai"].reply
     assert reply(b'{"choices":[{"message":{"content":"hi"},"finish_reason":"stop"}]}') == Reply("hi")
     assert reply(b'{"choices":[{"text":"hi","finish_reason":"length"}]}') == Reply("hi", complete=False)
+    counted = b'{"choices":[{"text":"hi"}],"usage":{"prompt_tokens":42,"completion_tokens":3}}'
+    assert reply(counted) == Reply("hi", tokens_read=42, tokens_written=3)
+    assert reply(b'{"choices":[{"text":"hi"}],"usage":[7]}') == Reply("hi")
 
 
 @pytest.mark.parametrize(

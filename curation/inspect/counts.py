@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 EXAMPLES = 5  # failed shards that are told of for each reason
 WINDOW_S = 600.0  # "in the last while", at least
@@ -49,7 +49,7 @@ class Counts:
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     spans: array[float] = field(default_factory=lambda: array("d"))
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: Self) -> None:
         self.done += other.done
         self.again += other.again
         self.untouched += other.untouched
@@ -63,7 +63,7 @@ class Counts:
         for reason, examples in other.examples.items():
             self.examples[reason] = [*self.examples.get(reason, []), *examples][:EXAMPLES]
 
-    def add_done(self, receipt: dict[str, Any], why_stale: str) -> None:
+    def add_done(self, shard_id: str, receipt: dict[str, Any], why_stale: str) -> None:
         """A shard that is done; ``why_stale`` is empty where it is up to date."""
         if why_stale:
             self.stale[why_stale] += 1
@@ -71,13 +71,13 @@ class Counts:
             self.done += 1
         counts = receipt.get("counts")
         if isinstance(counts, dict):
-            self.samples_in += (count := _whole(counts.get("in")))
-            self.kept += _whole(counts.get("kept"))
+            self.samples_in += (count := whole(counts.get("in")))
+            self.kept += whole(counts.get("kept"))
             for tally, name in ((self.dropped, "dropped"), (self.samples_failed, "failed")):
                 reasons = counts.get(name)
                 if reasons and isinstance(reasons, dict):
                     for reason, number in reasons.items():
-                        tally[reason] += _whole(number)
+                        tally[reason] += whole(number)
             seconds = self._add_time(receipt)
             if seconds >= 0:
                 self.spans.extend((receipt["started"], receipt["finished"], count))
@@ -86,7 +86,7 @@ class Counts:
         error = receipt.get("error")
         error = error if isinstance(error, dict) else {}
         reason = str(error.get("reason", "unknown"))[:100]
-        held = _whole(receipt.get("attempts")) >= max_attempts
+        held = whole(receipt.get("attempts")) >= max_attempts
         (self.quarantined if held else self.failed)[reason] += 1
         self._add_time(receipt)
         jobs = _jobs_of_failure(receipt, error)
@@ -147,5 +147,5 @@ def _jobs_of_failure(receipt: dict[str, Any], error: dict[str, Any]) -> list[str
     return [job for ids in slurm or [receipt.get("slurm")] if (job := job_of(ids))][:16]
 
 
-def _whole(value: Any) -> int:
+def whole(value: Any) -> int:
     return value if type(value) is int and value >= 0 else 0

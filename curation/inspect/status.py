@@ -93,7 +93,7 @@ def _look(root: Path, survey: Survey, holdings: Holdings, look_s: float) -> dict
     began = time.monotonic()
     for stage, held in zip(survey.stages, holdings.look(), strict=True):
         stage.claimed = {holding.shard_id for holding in held}
-    totals = survey.read()
+    totals = survey.read(Counts)
     if any(stage.claimed for stage in survey.stages):
         left_s = look_s - (time.monotonic() - began)
         if left_s > 0 and any(holding.life == "unknown" for held in holdings.look() for holding in held):
@@ -102,7 +102,7 @@ def _look(root: Path, survey: Survey, holdings: Holdings, look_s: float) -> dict
     jobs = {job for counts in totals for _, job in counts.jobs}
     states = slurm_states(jobs | {job_of(h.holder.slurm) for held in held_now for h in held if h.life != "alive"})
     stages = [
-        _stage_result(stage, counts, held, states)
+        stage_result(stage, counts, held, states)
         for stage, counts, held in zip(survey.stages, totals, held_now, strict=True)
     ]
     return {
@@ -115,7 +115,8 @@ def _look(root: Path, survey: Survey, holdings: Holdings, look_s: float) -> dict
     }
 
 
-def _stage_result(stage: Stage, counts: Counts, held: list[Holding], states: dict[str, str]) -> dict[str, Any]:
+def stage_result(stage: Stage, counts: Counts, held: list[Holding], states: dict[str, str]) -> dict[str, Any]:
+    """One stage of the JSON value."""
     fast = speed(counts.spans)
     pending = counts.again + counts.untouched
     lively = [holding for holding in held if holding.life != "gone"]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -53,6 +53,9 @@ class _Seen:
     why: str | None = None
 
 
+AnyCounts = TypeVar("AnyCounts", bound=Counts)
+
+
 class Survey:
     """The stages below a folder and what their receipts add up to."""
 
@@ -62,23 +65,27 @@ class Survey:
         self._index = {str(place.receipts): number for number, place in enumerate(places)}
         self._origins: dict[tuple[int, str, str], tuple[int | None, str]] = {}
 
-    def read(self) -> list[Counts]:
-        """The sums for each stage, in the order of ``stages``."""
+    def read(self, new_counts: Callable[[], AnyCounts]) -> list[AnyCounts]:
+        """The sums for each stage, in the order of ``stages``.
+
+        new_counts: makes an empty sum.  A command that wants to know more than ``Counts`` holds has a subclass of it.
+        """
         names = {name for stage in self.stages for name in _buckets(stage.place.receipts)}
         names |= {name for stage in self.stages for name in stage.planned or ()}
         buckets = sorted(names)
         wanted = min(MAX_PROCESSES, max(2, os.cpu_count() or 1), len(buckets) // _BUCKETS_A_PROCESS)
         if wanted < 2:
-            return self._read(buckets)
+            return self._read(buckets, new_counts)
         context = multiprocessing.get_context("fork")  # they inherit what was read so far
         readers = []
         for number in range(wanted):
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=self._tell, args=(buckets[number::wanted], theirs), daemon=True)
+            mission = (buckets[number::wanted], new_counts, theirs)
+            process = context.Process(target=self._tell, args=mission, daemon=True)
             process.start()
             theirs.close()
             readers.append((process, mine))
-        total = [Counts() for _ in self.stages]
+        total = [new_counts() for _ in self.stages]
         for process, pipe in readers:
             try:
                 part = pipe.recv()
@@ -91,19 +98,19 @@ class Survey:
                 sum_.add(counts)
         return total
 
-    def _tell(self, buckets: list[str], pipe: Connection) -> None:
+    def _tell(self, buckets: list[str], new_counts: Callable[[], AnyCounts], pipe: Connection) -> None:
         try:
-            pipe.send(self._read(buckets))
+            pipe.send(self._read(buckets, new_counts))
         except InfrastructureError as error:
             pipe.send(str(error))
 
-    def _read(self, buckets: Sequence[str]) -> list[Counts]:
-        total = [Counts() for _ in self.stages]
+    def _read(self, buckets: Sequence[str], new_counts: Callable[[], AnyCounts]) -> list[AnyCounts]:
+        total = [new_counts() for _ in self.stages]
         for bucket in buckets:
             self._read_bucket(bucket, total)
         return total
 
-    def _read_bucket(self, bucket: str, total: list[Counts]) -> None:
+    def _read_bucket(self, bucket: str, total: Sequence[Counts]) -> None:
         with contextlib.ExitStack() as stack:
             folders: list[int | None] = []
             names: list[set[str]] = []
@@ -134,7 +141,7 @@ class Survey:
     def _count(self, number: int, shard_id: str, this: _Seen, seen: dict[int, _Seen], counts: Counts) -> None:
         status = this.receipt.get("status")
         if status == "done":
-            counts.add_done(this.receipt, self._why_stale(number, shard_id, seen))
+            counts.add_done(shard_id, this.receipt, self._why_stale(number, shard_id, seen))
         elif status == "failed":
             counts.add_failed(shard_id, this.receipt, MAX_ATTEMPTS)
         elif shard_id not in self.stages[number].claimed:

@@ -66,12 +66,15 @@ class Model:
         if flags.api == "openai":
             message = {"role": "assistant", "content": content}
             reason = "length" if word == "LENGTH" else "stop"
-            return json.dumps({"choices": [{"message": message, "finish_reason": reason}]}).encode()
+            usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(content.split())}
+            return json.dumps({"choices": [{"message": message, "finish_reason": reason}], "usage": usage}).encode()
         final = {
             "model": flags.model,
             "message": {"role": "assistant", "content": content},
             "done": True,
             "done_reason": "length" if word == "LENGTH" else "stop",
+            "prompt_eval_count": len(text.split()),
+            "eval_count": len(content.split()),
             "total_duration": int(flags.latency_s * 1e9),
         }
         return json.dumps(final).encode()

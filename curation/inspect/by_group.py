@@ -1,0 +1,204 @@
+"""What became of the samples of each group, by the receipts and provenance of stages 02 to 04, a shard at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from curation.errors import UsageError
+from curation.inspect.conservation import MAX_LIST_BYTES
+from curation.inspect.places import StagePlace, find_stages
+from curation.inspect.stated import attributes_of, states, states_another
+from curation.publish import read_record
+from curation.shards import bucket_of
+
+PROMPTS, EDITS, HYBRID = "02_captions_processor", "03_generate_images", "04_reshard"
+REPLIED = "reply_"  # reasons of replies that came and were refused begin so
+STEPS = ("assigned", "rewritten", "accepted", "generated", "hybrid")
+_CHUNK = 64  # shards that a process is handed at once
+
+
+@dataclass(slots=True)
+class GroupCounts:
+    """steps: how many samples of the group came so far; to_generate and to_hybrid: those accepted and generated of
+    which the next stage has done the shard.  refused: by "stage: reason".
+    stated, contradicted: attribute=value → prompts that have a word for it, or for another value."""
+
+    steps: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    stated: Counter[str] = field(default_factory=Counter)
+    contradicted: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: GroupCounts) -> None:
+        for name in ("steps", "refused", "stated", "contradicted"):
+            getattr(self, name).update(getattr(other, name))
+
+
+@dataclass(slots=True)
+class Tallies:
+    """groups: by name.  shards: by stage, those that are done.  warnings: what could not be told, once each."""
+
+    groups: dict[str, GroupCounts] = field(default_factory=dict)
+    shards: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Tallies) -> None:
+        for name, counts in other.groups.items():
+            self.groups.setdefault(name, GroupCounts()).add(counts)
+        self.shards.update(other.shards)
+        self.warnings.update(other.warnings)
+
+    def of(self, group: str) -> GroupCounts:
+        return self.groups.setdefault(group, GroupCounts())
+
+
+def stage_places(root: Path) -> dict[str, StagePlace]:
+    """The one place of each stage below a folder.  UsageError where stage 02 is missing, or one is there twice."""
+    places: dict[str, StagePlace] = {}
+    for place in find_stages(root):
+        if place.stage in places:
+            raise UsageError(
+                f"{root}: {place.stage} ran on {places[place.stage].home} and {place.home}; give one of them"
+            )
+        places[place.stage] = place
+    if PROMPTS not in places:
+        raise UsageError(f"{root}: there is no {PROMPTS}, which assigns groups")
+    return places
+
+
+def tally(places: Mapping[str, StagePlace], workers: int) -> Tallies:
+    """Of all shards that stage 02 has done."""
+    ids = sorted(shards_tried(places[PROMPTS]))
+    total = Tallies()
+    one = partial(tally_shards, dict(places))
+    chunks = [ids[begin : begin + _CHUNK] for begin in range(0, len(ids), _CHUNK)]
+    if workers == 1 or len(ids) <= _CHUNK:
+        results: Iterable[Tallies] = map(one, chunks)
+        for result in results:
+            total.add(result)
+        return total
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        for result in pool.map(one, chunks):
+            total.add(result)
+    return total
+
+
+def tally_shards(places: Mapping[str, StagePlace], ids: Iterable[str]) -> Tallies:
+    total = Tallies()
+    for shard_id in ids:
+        _tally_shard(places, shard_id, total)
+    return total
+
+
+def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies) -> None:
+    prompts = _receipt(places.get(PROMPTS), shard_id)
+    if prompts is None:
+        return
+    total.shards[PROMPTS] += 1
+    noted = prompts.get("notes", {}).get("groups")
+    if not isinstance(noted, dict):
+        total.warnings[f"{PROMPTS}: shards whose receipts do not say how many were refused in each group"] += 1
+    else:
+        _add_noted(noted, total)
+    groups: dict[str, str] = {}
+    for line in provenance(places[PROMPTS], shard_id):
+        key, group, prompt = str(line.get("key")), line.get("group"), line.get("prompt")
+        if not isinstance(group, str) or not isinstance(prompt, str):
+            continue
+        groups[key] = group
+        _add_words(group, prompt, total.of(group))
+        if not isinstance(noted, dict):
+            total.of(group).steps.update(assigned=1, rewritten=1, accepted=1)
+    edits = _receipt(places.get(EDITS), shard_id)
+    if edits is None:
+        return
+    total.shards[EDITS] += 1
+    for group in groups.values():
+        total.of(group).steps["to_generate"] += 1
+    generated = {key for line in provenance(places[EDITS], shard_id) if (key := str(line.get("key"))) in groups}
+    for key in generated:
+        total.of(groups[key]).steps["generated"] += 1
+    for line in _lines(places[EDITS].home / "_rejects" / EDITS / f"{shard_id}.jsonl"):
+        if (key := str(line.get("key"))) in groups:
+            total.of(groups[key]).refused[f"{EDITS}: {line.get('reason')}"] += 1
+    hybrid = _receipt(places.get(HYBRID), shard_id)
+    if hybrid is None:
+        return
+    total.shards[HYBRID] += 1
+    lost = {str(line.get("key")) for line in _lines(places[HYBRID].home / "_rejects" / HYBRID / f"{shard_id}.jsonl")}
+    for key in generated:
+        total.of(groups[key]).steps["to_hybrid"] += 1
+    for key in generated - lost:
+        total.of(groups[key]).steps["hybrid"] += 1
+    edited = hybrid.get("notes", {}).get("edited")
+    if edited != len(generated - lost):
+        total.warnings[f"{HYBRID}: shards that hold another number of edits than were generated"] += 1
+
+
+def _add_noted(noted: Mapping[str, Any], total: Tallies) -> None:
+    for group, reasons in noted.items():
+        if not isinstance(reasons, dict):
+            continue
+        counts = total.of(str(group))
+        for reason, number in reasons.items():
+            if type(number) is not int or number < 0:
+                continue
+            if reason in ("assigned", "accepted"):
+                counts.steps[reason] += number
+            else:
+                counts.refused[f"{PROMPTS}: {reason}"] += number
+            if reason == "accepted" or reason.startswith(REPLIED):
+                counts.steps["rewritten"] += number
+
+
+def _add_words(group: str, prompt: str, counts: GroupCounts) -> None:
+    for attribute, value in attributes_of(group):
+        name = f"{attribute}={value}"
+        counts.stated[name] += states(prompt, attribute, value)
+        counts.contradicted[name] += states_another(prompt, attribute, value)
+
+
+def _receipt(place: StagePlace | None, shard_id: str) -> dict[str, Any] | None:
+    """Of a shard that is done."""
+    if place is None:
+        return None
+    receipt = read_record(place.receipts / bucket_of(shard_id) / f"{shard_id}.json")
+    if receipt is None or receipt.get("status") != "done" or not isinstance(receipt.get("notes"), dict):
+        return None
+    return receipt
+
+
+def provenance(place: StagePlace, shard_id: str) -> Iterator[dict[str, Any]]:
+    """What a stage recorded of each sample of a shard."""
+    return _lines(place.home / "_provenance" / place.stage / f"{shard_id}.jsonl")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects, a line each; a file that is not there has none."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_LIST_BYTES)
+    except FileNotFoundError:
+        return
+    for line in data.splitlines():
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def shards_tried(place: StagePlace) -> Iterator[str]:
+    """Ids of shards with receipts, whatever they say."""
+    for path in place.receipts.glob("[!_.]*/*.json"):
+        if not path.name.startswith("."):
+            yield path.stem

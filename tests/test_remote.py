@@ -297,6 +297,7 @@ class Cutter:
 def bucket() -> Iterator[tuple[Any, Cutter]]:
     """A bucket ``shards`` of a real S3 server, behind a relay, with what the environment says about it."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -315,7 +316,9 @@ def bucket() -> Iterator[tuple[Any, Cutter]]:
             client.put_object(Bucket="shards", Key=f"laion/{path.name}", Body=path.read_bytes())
         client.put_object(Bucket="shards", Key="laion/notes.txt", Body=b"no shard")
         client.put_object(Bucket="shards", Key="laion/deeper/9.tar", Body=b"")
+        s3fs.S3FileSystem.clear_instance_cache()  # those of another module's server
         yield client, cutter
+    s3fs.S3FileSystem.clear_instance_cache()
     cutter.close()
     server.stop()
 

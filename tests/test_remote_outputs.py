@@ -59,6 +59,7 @@ class Store:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Store]:
     import boto3
+    import s3fs
     from moto.s3 import models
     from moto.server import ThreadedMotoServer
 
@@ -75,7 +76,9 @@ def server() -> Iterator[Store]:
         for name, value in told.items():
             patch.setenv(name, value)
         patch.setattr(models, "S3_UPLOAD_PART_MIN_SIZE", 1000)  # so that a small shard has several parts
+        s3fs.S3FileSystem.clear_instance_cache()  # those of another server
         yield Store(boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}"), relay)
+    s3fs.S3FileSystem.clear_instance_cache()
     relay.close()
     moto.stop()
 

@@ -6,7 +6,8 @@
 #     SRC_DIR=… ROOT=/path/to/root sbatch --array=0-9 04_reshard.sh --verify                 # any flag of the stage
 #
 # SRC_DIR, the source shards, is a folder, a glob in quotes, braces in quotes, or a list file.  EDITS_DIR and PROMPTS_DIR
-# are by default edits/ and prompts/ beside TARGET_DIR; with ROOT, TARGET_DIR is $ROOT/shards.
+# are by default edits/ and prompts/ beside TARGET_DIR; with ROOT, TARGET_DIR is $ROOT/shards.  EDITS_DIR=none takes the
+# samples as they are, for a subset (--subset keep.npy) or shards of one size (--shard_size 10000).
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
@@ -37,5 +38,6 @@ need TARGET_DIR "the folder for the hybrid shards (or ROOT, which holds shards/)
 EDITS_DIR=${EDITS_DIR:-$(dirname "$TARGET_DIR")/edits} PROMPTS_DIR=${PROMPTS_DIR:-$(dirname "$TARGET_DIR")/prompts}
 
 # A task uses two CPUs: one reads ahead while the other writes.
-stage=("$PYTHON" "$PROJECT/04_reshard.py" --input "$SRC_DIR" --edits "$EDITS_DIR" --prompts "$PROMPTS_DIR")
+stage=("$PYTHON" "$PROJECT/04_reshard.py" --input "$SRC_DIR")
+[ "$EDITS_DIR" = none ] || stage+=(--edits "$EDITS_DIR" --prompts "$PROMPTS_DIR")
 run_tasks "$TARGET_DIR" "${stage[@]}" --output "$TARGET_DIR" "${workers[@]}" "$@"

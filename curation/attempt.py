@@ -20,6 +20,7 @@ from curation.options import RunOptions, logger
 from curation.partial import Partials, tokens_with_checkpoints
 from curation.progress import Progress, Tally
 from curation.receipts import build_receipt
+from curation.remote import Source
 from curation.shards import Shard
 from curation.storage import is_storage_trouble, storage_error
 from curation.superseded import lie_about, remove_superseded
@@ -128,7 +129,7 @@ class Attempts:
 
     def untidy(self, state: State) -> bool:
         """Whether a file lies about that the receipt of a shard superseded, which only its winner knew of."""
-        return state.what in ("done", "failed") and lie_about(self._ledger.root, state.receipt)
+        return state.what in ("done", "failed") and lie_about(self._ledger.root, state.receipt, self._ledger.presence)
 
     def tidy(self, shard: Shard, claim: Claim) -> None:
         """Finish what an attempt that was killed after its commit had still to clear away."""
@@ -242,7 +243,7 @@ class Attempts:
         self._clear_away(work, claim, receipt, self._leftovers, places, claim.predecessors)
         self._tell(work, receipt)
 
-    def _places(self, work: ShardWork) -> list[Path]:
+    def _places(self, work: ShardWork) -> list[Source]:
         receipt = self._ledger.commit(work.shard.id).receipt_path
         return [*work.places(), receipt.with_name(work.shard.id)]  # a prepared receipt is named for the shard alone
 
@@ -252,18 +253,19 @@ class Attempts:
         claim: Claim,
         receipt: dict[str, Any],
         leftovers: Leftovers,
-        places: list[Path],
+        places: list[Source],
         dead: list[str],
     ) -> None:
         """After a commit: checkpoints, files of dead attempts, and what the last receipt named and this one does not,
         which nobody may take for this one's.  The shard is done whether or not this succeeds."""
         try:
-            leftovers.clear(places, receipt["token"], dead)
+            uploads = [output["upload"]["id"] for output in receipt.get("outputs", ()) if "upload" in output]
+            leftovers.clear(places, receipt["token"], dead, uploads)
             if receipt["status"] == "done":
                 work.finish()
             commit = self._ledger.commit(work.shard.id)
             remove_superseded(work.root, commit, receipt, claim.token, claim.predecessors)
-        except OSError as error:
+        except (OSError, InfrastructureError) as error:
             logger.warning(f"{work.shard.id}: something was left behind: {error}")
 
     def _tell(self, work: ShardWork, receipt: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ class Block:
 
     __slots__ = ("_file", "_view", "begin", "buffer", "end", "shift")
 
-    def __init__(self, file: Blocks, buffer: bytearray, shift: int, begin: int, end: int) -> None:
+    def __init__(self, file: Blocks | None, buffer: bytearray, shift: int, begin: int, end: int) -> None:
+        """file: what else of it is read from; None where all of it is in memory."""
         self._file = file
         self._view = memoryview(buffer)
         self.buffer, self.shift, self.begin, self.end = buffer, shift, begin, end
@@ -38,6 +39,8 @@ class Block:
         if (view := self.view(start, end)) is not None:
             yield view
             return
+        if self._file is None:
+            raise ShardError(f"bytes {start:,} to {end:,} are not in memory; this is a bug")
         scratch = memoryview(bytearray(min(end - start, _REREAD_BYTES)))
         while start < end:
             piece = scratch[: end - start]

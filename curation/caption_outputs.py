@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-import xxhash
-
 from curation.caption_rows import Row, lenient_metadata
 from curation.dictionaries import dump_json
 from curation.errors import InfrastructureError
 from curation.ledger import Ledger
-from curation.plan import planned
+from curation.merge_parquet import merge_parquet
 from curation.publish import OutputFile
 from curation.remote import Source
 from curation.splice import Edit, Fate, splice
 from curation.tar import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window, read_samples
-
-logger = logging.getLogger("curation")
 
 Format = Literal["jsonl", "parquet", "files", "tar"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -119,43 +112,9 @@ def _type(arrow: Any, name: str) -> Any:
 
 
 def finish_parquet(ledger: Ledger) -> bool:
-    """``all_captions.parquet`` out of the shards' parts, in their order, once none is pending; whether it is there.
-
-    Whoever comes last makes it, and it appears whole; where it is there already it is left alone.
-    """
-    arrow, parquet = import_arrow()
-    ledger.load_epochs()
-    parts = []
-    for shard_id in sorted(planned(ledger.root, ledger.stage)):
-        receipt = ledger.receipt(shard_id)
-        current = receipt is not None and receipt.get("epoch") == ledger.governing(shard_id).number
-        if receipt is None or not current or receipt.get("status") not in ("done", "failed"):
-            return False
-        name = f"{PARQUET_FOLDER}/{shard_id}.parquet"
-        parts += [(name, out["digest"]) for out in receipt.get("outputs", []) if out["path"] == name]
-    if not parts:
-        return False
-    mark = xxhash.xxh3_128_hexdigest(dump_json(parts)).encode()
-    target = ledger.root / ALL_PARQUET
-    if target.is_file() and (parquet.read_schema(target).metadata or {}).get(b"parts") == mark:
-        return True
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    schema = parquet.read_schema(ledger.root / parts[0][0]).with_metadata({b"parts": mark})
-    try:
-        with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for name, _ in parts:
-                writer.write_table(
-                    parquet.read_table(ledger.root / name, partitioning=None).replace_schema_metadata(schema.metadata)
-                )
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except (OSError, arrow.ArrowException) as error:  # a shard is being done again: whoever does it comes here too
-        logger.warning(f"{target}: not written: {error}")
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
+    """``all_captions.parquet`` out of the shards' parts, once none is pending; whether it is there."""
+    import_arrow()
+    return merge_parquet(ledger, lambda shard_id: f"{PARQUET_FOLDER}/{shard_id}.parquet", ALL_PARQUET)
 
 
 # ---- files

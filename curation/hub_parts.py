@@ -97,7 +97,7 @@ def _count(totals: Counter[str], counts: dict[str, Any]) -> None:
 
 def _add(found: Collection, home: Path, shard_id: str, output: dict[str, Any]) -> None:
     path = str(output["path"])
-    if path.startswith("/") or ".." in path.split("/"):
+    if path.startswith("/") or ".." in path.split("/") or "://" in path:
         found.elsewhere += 1
     elif path.startswith("_"):
         return

@@ -14,12 +14,15 @@ import io
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from curation.dictionaries import clean_text
 from curation.errors import SampleError
 
 Pixels = NDArray[np.uint8]  # height × width × 3, RGB
@@ -29,6 +32,8 @@ MAX_XMP_BYTES = 65_502  # what one APP1 segment holds after its name (XMP part 3
 
 # What web pages show.  Pillow would open many more, some by starting other programs (EPS by Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "AVIF": "avif"}
+_MAX_EXIF_TAGS, _MAX_EXIF_CHARACTERS = 200, 1000
 _ORIENTATION = 0x0112  # the EXIF tag
 _XMP_NAME = b"http://ns.adobe.com/xap/1.0/\x00"
 
@@ -87,6 +92,26 @@ def encode_jpeg(rgb: Pixels, quality: int, xmp: bytes | None = None) -> bytes:
     return data[:end_of_jfif] + segment + data[end_of_jfif:]
 
 
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an image's header says.  suffix: how its file is usually named.  width, height: as a viewer shows it.
+    exif: by tag, named as in ``Image Orientation`` and ``EXIF ExposureTime``."""
+
+    suffix: str
+    width: int
+    height: int
+    exif: dict[str, str]
+
+
+def image_facts(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> ImageFacts:
+    """Raises SampleError like ``image_size``."""
+    with _opened(data, max_pixels) as image:
+        width, height = image.size
+        if _orientation(image) >= 5:
+            width, height = height, width
+        return ImageFacts(_SUFFIXES[str(image.format)], width, height, _exif_of(image))
+
+
 @contextlib.contextmanager
 def _opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
     """The image opened by Pillow: header read, size within the bound; every error inside becomes a SampleError."""
@@ -130,6 +155,24 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # noqa: BLE001 - struct.error, SyntaxError, KeyError, ValueError … by what is broken
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _exif_of(image: Image.Image) -> dict[str, str]:
+    """The tags as text, within bounds; {} where there are none or they are broken."""
+    try:
+        exif = Image.Image.getexif(image)
+        groups = (("Image", dict(exif)), ("EXIF", dict(exif.get_ifd(ExifTags.IFD.Exif)) if exif else {}))
+        found = {
+            f"{group} {ExifTags.TAGS.get(tag, f'{tag:#06x}')}": clean_text(str(value))
+            for group, tags in groups
+            for tag, value in islice(tags.items(), _MAX_EXIF_TAGS)
+            if not isinstance(value, bytes | dict)
+        }
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - as above
+        return {}
+    return {name: value for name, value in found.items() if len(value) <= _MAX_EXIF_CHARACTERS}
 
 
 def _decode_jpeg(data: bytes | memoryview, max_pixels: int, at_least: int | None) -> Pixels | None:

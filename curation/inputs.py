@@ -30,12 +30,14 @@ class Input:
     with None, the file was made elsewhere and counts by size and modification time.
     optional: it may be absent, and its absence is recorded.
     loose: a folder of files, of which the receipt names each; whoever reads them compares (``published_below``).
+    shard: the one whose receipt that is, where it is not the one that is worked on.
     """
 
     path: Source
     stage: str | None = None
     optional: bool = False
     loose: bool = False
+    shard: str | None = None
 
     def origin(self, root: Path) -> dict[str, str]:
         """For the receipt of a stage whose output folder is ``root``: the input's folder as seen from there, and the
@@ -65,6 +67,7 @@ class Upstream:
         """
         if isinstance(wanted.path, RemoteFile):
             return _identify_remote(wanted.path, fresh=fresh)
+        shard_id = shard_id if wanted.shard is None else wanted.shard
         name = wanted.path.name
         receipts = self._receipts(wanted.path.parent, wanted.stage) if wanted.stage else None
         if receipts is None:

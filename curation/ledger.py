@@ -31,6 +31,7 @@ from curation.inputs import (
     verify_inputs,
 )
 from curation.publish import Commit, link_exclusively, make_folder, parse_record, read_record, read_whole
+from curation.remote_outputs import Presence
 from curation.shards import bucket_of
 
 __all__ = [
@@ -120,6 +121,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._listings: dict[str, _Listing] = {}
         self._upstream = Upstream()
+        self.presence = Presence()
 
     # ---- folders
 
@@ -282,7 +284,7 @@ class Ledger:
         same = receipt.get("epoch") == epoch.number and receipt.get("inputs") == list(current)
         if same and receipt.get("status") == "failed":
             return State("failed", str(receipt.get("error", {}).get("message", "")), current, receipt)
-        if same and receipt.get("status") == "done" and self._outputs_are_there(receipt):
+        if same and receipt.get("status") == "done" and self._outputs_are_there(receipt, fresh=fresh):
             return State("done", inputs=current, receipt=receipt)
         if not epoch.same_options(self.options, self.version):
             why = f"it belongs to a rerun with other options (epoch {epoch.number})"
@@ -322,9 +324,13 @@ class Ledger:
             self._listings[bucket] = listing
         return listing
 
-    def _outputs_are_there(self, receipt: dict[str, Any]) -> bool:
+    def _outputs_are_there(self, receipt: dict[str, Any], *, fresh: bool) -> bool:
         for output in receipt.get("outputs", []):
             if not output.get("checked", True):
+                continue
+            if "upload" in output:
+                if not self.presence.holds(output, fresh=fresh):
+                    return False
                 continue
             try:
                 if os.stat(self.root / output["path"]).st_size != output["size"]:
@@ -347,6 +353,18 @@ def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
                 receipt = read_record(receipts / bucket / name)
                 if receipt is not None:
                     yield receipt
+
+
+def receipts_of_all(root: Path, stage: str, ids: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    """The receipts of these shards in their order, and the first shard that is not done, "" where all are."""
+    found = {receipt["shard"]: receipt for receipt in done_receipts(root, stage)}
+    receipts: list[dict[str, Any]] = []
+    for shard_id in ids:
+        receipt = found.get(shard_id)
+        if receipt is None or receipt.get("status") != "done":
+            return receipts, shard_id
+        receipts.append(receipt)
+    return receipts, ""
 
 
 def _short(value: Any) -> str:

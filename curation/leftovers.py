@@ -1,13 +1,17 @@
-"""Temporary files that attempts left behind when they were killed, found with one listing a folder and process."""
+"""What attempts left behind when they were killed: temporary files, found with one listing a folder and process, and
+uploads, found with one question a shard."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from curation.errors import InfrastructureError
 from curation.publish import temporary_name
+from curation.remote import RemoteFile, Source
+from curation.uploads import object_at
 
 
 class Leftovers:
@@ -19,10 +23,15 @@ class Leftovers:
 
     def __init__(self) -> None:
         self._found: dict[Path, dict[str, list[str]]] = {}  # folder → the name without token → names
+        self._uploads: dict[RemoteFile, list[str]] = {}
 
-    def look(self, places: Iterable[Path]) -> None:
-        """List the folders of ``places`` that are not listed yet.  Before the commit."""
-        for folder in {place.parent for place in places} - self._found.keys():
+    def look(self, places: Collection[Source]) -> None:
+        """List the folders of ``places`` that are not listed yet, and the uploads to them.  Before the commit."""
+        for place in places:
+            if isinstance(place, RemoteFile):  # one that may not be listed is left to the bucket's own rules
+                with contextlib.suppress(InfrastructureError):
+                    self._uploads[place] = object_at(place).under_way()
+        for folder in {place.parent for place in places if isinstance(place, Path)} - self._found.keys():
             found: dict[str, list[str]] = {}
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
@@ -30,13 +39,24 @@ class Leftovers:
                         found.setdefault(_without_token(entry.name), []).append(entry.name)
             self._found[folder] = found
 
-    def clear(self, places: Iterable[Path], own_token: str, dead_tokens: Iterable[str] = ()) -> None:
+    def clear(
+        self,
+        places: Iterable[Source],
+        own_token: str,
+        dead_tokens: Iterable[str] = (),
+        own_uploads: Collection[str] = (),
+    ) -> None:
         """Remove what other attempts left beside ``places``; ``dead_tokens`` are of those that died since the look.
 
-        Raises OSError.
+        Raises OSError, and InfrastructureError where a bucket cannot be asked.
         """
         dead_tokens = list(dead_tokens)
         for place in places:
+            if isinstance(place, RemoteFile):
+                for upload in self._uploads.pop(place, ()):
+                    if upload not in own_uploads:
+                        object_at(place).abort(upload)
+                continue
             own = temporary_name(place.name, own_token)
             names = self._found.get(place.parent, {}).pop(_without_token(own), [])
             for name in {*names, *(temporary_name(place.name, token) for token in dead_tokens)} - {own}:

@@ -1,7 +1,8 @@
 """Outputs that appear whole or not at all, and the commit that only one attempt at a shard can win.
 
-Every output is written under a temporary name in its own folder, hashed as it is written.  The commit is a hard link
-that only one attempt of a generation can create, followed by renames that anyone can finish after a crash.
+Every output is written under a temporary name in its own folder, or as an upload that is not completed yet, and hashed
+as it is written.  The commit is a hard link that only one attempt of a generation can create, followed by renames and
+completions that anyone can finish after a crash.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import xxhash
 
 from curation.dictionaries import dump_json, parse_json
 from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError
 from curation.folders import forget_folder, fsync_folder
+from curation.outputs import Output, Published
 from curation.storage import storage_error
+from curation.uploads import complete_upload
 
 MAX_RECEIPT_BYTES = 256 << 20  # the `files` layout names every file of a shard
-_BUFFER_BYTES = 256 << 10
 _HURRY_BYTES = 8 << 20
 _MAX_PIECES = 1024  # of one writev, on Linux
 _MAX_NAME_BYTES = 255  # of one path component, on every filesystem that clusters use
@@ -58,46 +60,22 @@ def make_folder(folder: Path) -> None:
         raise storage_error(folder, error) from error
 
 
-class OutputFile:
-    """A binary file under a temporary name, hashed as it is written; small writes are gathered, large ones go straight.
-
-    Made by ``ShardWork.output``; the final name appears at the commit.
-    """
+class OutputFile(Output):
+    """A binary file under a temporary name.  Made by ``ShardWork.output``; the final name appears at the commit."""
 
     def __init__(self, final: Path, token: str) -> None:
+        super().__init__()
         self.final = final
         if len(os.fsencode(final.name)) > _MAX_NAME_BYTES:  # a rename to it could never be finished
             raise ShardError(f"{final.parent}: no file can have the name {final.name[:60]!r}..., it is too long")
         self.temporary = final.with_name(temporary_name(final.name, token))
-        self.size = 0
         self._hurried = 0  # up to here the kernel was asked to write back
-        self._digest = xxhash.xxh3_128()
-        self._pending = bytearray()
         try:
             self._descriptor = _create(self.temporary)
         except OSError as error:
             raise storage_error(self.temporary, error) from error
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        if len(data) + len(self._pending) < _BUFFER_BYTES:
-            self._pending += data
-        else:
-            self._drain()
-            self._write(data)
-        return len(data)
-
-    def write_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """``write`` of each, in one go."""
-        self._drain()
-        for piece in pieces:
-            self._digest.update(piece)
-        self._put(pieces)
-
-    def tell(self) -> int:
-        return self.size + len(self._pending)
-
     def close(self) -> None:
-        """Flush and make durable.  The digest and size are final after this."""
         if self._descriptor < 0:
             return
         try:
@@ -111,7 +89,6 @@ class OutputFile:
             raise _own_file_error(self.temporary, error) from error
 
     def discard(self) -> None:
-        """Close without keeping anything."""
         with contextlib.suppress(OSError):
             if self._descriptor >= 0:
                 descriptor, self._descriptor = self._descriptor, -1
@@ -119,27 +96,9 @@ class OutputFile:
         with contextlib.suppress(OSError):
             self.temporary.unlink(missing_ok=True)
 
-    @property
-    def digest(self) -> str:
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
-        if exc_type is None:
-            self.close()
-        else:
-            self.discard()
-
-    def _drain(self) -> None:
-        if self._pending:
-            self._write(self._pending)
-            self._pending = bytearray()
-
-    def _write(self, data: bytes | bytearray | memoryview) -> None:
-        self._digest.update(data)
-        self._put([data])
+    def published(self, root: Path, *, checked: bool) -> Published:
+        path = os.path.normpath(f"{_relative(self.final.parent, root)}/{self.final.name}")
+        return Published(path, self.temporary.name, self.size, self.digest, checked)
 
     def _put(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
         views = deque(memoryview(piece) for piece in pieces)
@@ -164,20 +123,6 @@ class OutputFile:
         begun, self._hurried = self._hurried, self.size
         with contextlib.suppress(OSError):  # a filesystem that takes no advice
             os.posix_fadvise(self._descriptor, begun, self.size - begun, os.POSIX_FADV_DONTNEED)
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """One output as a receipt names it: its path relative to the stage's output folder, size, digest.
-
-    checked: whether readers may insist on the digest; a loose copy that a later stage replaces is not.
-    """
-
-    path: str
-    temporary: str
-    size: int
-    digest: str
-    checked: bool = True
 
 
 class Commit:
@@ -287,6 +232,9 @@ class Commit:
             return False
         folders: set[Path] = set()
         for output in value.get("outputs", []):
+            if "upload" in output:
+                complete_upload(output)
+                continue
             final = self._root / output["path"]
             with contextlib.suppress(FileNotFoundError):  # renamed already
                 os.rename(final.with_name(output["temporary"]), final)
@@ -336,6 +284,12 @@ def read_whole(path: Path) -> bytes | None:
         except OSError as error:
             if error.errno != errno.ESTALE or tries == 0:  # replaced while it was read: look again
                 raise InfrastructureError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@lru_cache(maxsize=1024)
+def _relative(folder: Path, root: Path) -> str:
+    """An output folder as seen from the stage's: looked up once, because outputs lie in few folders."""
+    return os.path.relpath(os.path.realpath(folder), os.path.realpath(root))
 
 
 def _create(path: Path) -> int:

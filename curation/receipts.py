@@ -13,7 +13,7 @@ from curation import __version__
 from curation.cluster import Allocation, gpu_name, host_identity, slurm_ids
 from curation.inputs import Input
 from curation.ledger import MAX_ATTEMPTS
-from curation.publish import Published
+from curation.outputs import Published
 from curation.work import ShardWork
 
 
@@ -61,10 +61,7 @@ def build_receipt(
         },
         "inputs": list(work.inputs),
         "sources": [source.origin(work.root) for source in sources],
-        "outputs": [
-            {"path": o.path, "temporary": o.temporary, "size": o.size, "digest": o.digest, "checked": o.checked}
-            for o in outputs
-        ],
+        "outputs": [output.record() for output in outputs],
         "notes": work.notes,
         "warnings": work.warnings,
         "seconds": {phase: round(seconds, 4) for phase, seconds in sorted(work.seconds.items())},

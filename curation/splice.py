@@ -16,7 +16,6 @@ from typing import Final, NoReturn, Protocol
 import xxhash
 
 from curation.errors import ShardError
-from curation.remote import Source
 from curation.tar_headers import RECORD, Member, make_header, padding
 from curation.tar_pass import IMAGE_SUFFIXES, SampleSpan, TarPass, Window
 
@@ -40,6 +39,20 @@ class Edit:
         return self.jpg if suffix == "jpg" else self.txt if suffix == "txt" else self.json
 
 
+UNCHANGED: Final = Edit(None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """A sample that goes into the shard under other keys, once for each of them, edited or not.
+
+    Its members are plain files; those that belong to no sample but lie between them stay once.
+    """
+
+    keys: Sequence[str]
+    edit: Edit = UNCHANGED
+
+
 class Fate(Enum):
     """Of a sample that is not edited."""
 
@@ -47,8 +60,17 @@ class Fate(Enum):
     LEFT_OUT = "left out"  # members that are no sample's, such as folders, stay all the same
 
 
-Decide = Callable[[SampleSpan], Edit | Fate]
+Decision = Edit | Copies | Fate
+Decide = Callable[[SampleSpan], Decision]
 """What becomes of a sample: the same answer each time it is asked."""
+
+
+class Windows(Protocol):
+    """Where the samples come from: see ``TarPass``."""
+
+    path: str
+
+    def windows(self) -> Iterator[Window]: ...
 
 
 class Target(Protocol):
@@ -57,30 +79,59 @@ class Target(Protocol):
     def write_pieces(self, pieces: Sequence[bytes | memoryview], /) -> object: ...
 
 
-def splice(tar: TarPass, file: Target, decide: Decide) -> Iterator[list[tuple[SampleSpan, Edit | Fate]]]:
+class Shown:
+    """A pass whose windows are shown to those who want to look into the samples that they are asked about."""
+
+    def __init__(self, tar: Windows, *viewers: Callable[[Window], object]) -> None:
+        self.path = tar.path
+        self._tar, self._viewers = tar, viewers
+
+    def windows(self) -> Iterator[Window]:
+        for window in self._tar.windows():
+            for view in self._viewers:
+                view(window)
+            yield window
+
+
+def splice(
+    tar: Windows, file: Target, decide: Decide, index: list[tuple[str, int, int]] | None = None
+) -> Iterator[list[tuple[SampleSpan, Decision]]]:
     """Copy a shard to ``file``; yields what was decided, a few megabytes of samples at a time.
 
     In an edited sample the jpg takes the place of the first image of any type, under the name ``<key>.jpg``, and
     further images go; what the source lacks comes behind its last member.  New members take the times of those they
     replace.  Spans without a key are not asked about.
+    index: gains (key, offset, length in bytes) of each sample in the result.
     """
     out = _Out(file)
     for window in tar.windows():
-        decided: list[tuple[SampleSpan, Edit | Fate]] = []
+        decided: list[tuple[SampleSpan, Decision]] = []
         out.window = window
         for span in window.spans:
-            fate: Edit | Fate = Fate.STAYS
+            fate: Decision = Fate.STAYS
             if span.key:
                 fate = decide(span)
                 decided.append((span, fate))
+            begin = 0 if index is None else out.position
             if isinstance(fate, Edit):
                 out.add_edited(span, fate)
+            elif isinstance(fate, Copies):
+                out.copy_members(span.foreign)
+                for key in fate.keys:
+                    begin = out.position
+                    out.add_edited(span, fate.edit, key)
+                    if index is not None:
+                        index.append((key, begin, out.position - begin))
+                continue
             elif fate is Fate.LEFT_OUT:
                 out.copy_members(span.foreign)
+                continue
             elif span.damages:
                 out.copy_members(_in_order(span))
             else:
                 out.copy(span.start, span.end)
+            if index is not None and span.key:
+                index.append((span.key, begin, out.position - begin))
         out.flush()
         yield decided
     out.end()
@@ -97,6 +148,11 @@ class _Out:
         self._begun = self._done = 0  # a run of source bytes that is not among the pieces yet
         self._size = 0
 
+    @property
+    def position(self) -> int:
+        """Bytes of the result so far."""
+        return self._size + self._done - self._begun
+
     def copy(self, start: int, end: int) -> None:
         """The source's bytes from ``start`` to ``end``."""
         if start != self._done:
@@ -108,9 +164,10 @@ class _Out:
         for member in members:
             self.copy(member.start, member.end)
 
-    def add_edited(self, span: SampleSpan, edit: Edit) -> None:
-        """Members that stay, and new ones in the place of others."""
-        stem = span.key.encode("utf-8", "surrogateescape") + b"."
+    def add_edited(self, span: SampleSpan, edit: Edit, key: str | None = None) -> None:
+        """Members that stay, and new ones in the place of others; under another key if one is given."""
+        stem = (span.key if key is None else key).encode("utf-8", "surrogateescape") + b"."
+        suffix_at = len(span.key.encode("utf-8", "surrogateescape")) + 1
         missing = edit.parts
         parts = frozenset(missing)
         new: list[bytes | memoryview] = []
@@ -120,11 +177,13 @@ class _Out:
             data = edit.part(suffix) or b""
             new.extend((make_header(stem + suffix.encode(), len(data), mtime), data, padding(len(data))))
 
-        for member in _in_order(span):
+        for member in _in_order(span) if key is None else span.members:
             suffix = _replaced_by(member)
             if suffix not in parts:
+                if key is not None:
+                    new.append(make_header(stem + member.name[suffix_at:], member.size, member.mtime))
                 self._add(new)
-                self.copy(member.start, member.end)
+                self.copy(member.start if key is None else member.data, member.end)
             elif suffix is not None and suffix in missing:
                 replace(suffix, member.mtime)
         for suffix in tuple(missing):
@@ -165,19 +224,19 @@ class _Out:
             self._file.write_pieces([piece])
 
 
-def verify_splice(source: Source, result: Path, decide: Decide) -> None:
-    """Read both tars and raise ShardError unless ``result`` is ``source`` spliced as decided.
+def verify_splice(old: Windows, result: Path, decide: Decide) -> None:
+    """Read both tars and raise ShardError unless ``result`` is ``old`` spliced as decided.
 
     Keys and their order, the bytes of what stays, the members of what is edited: by what the two files say, not by how
     one was made from the other.
     """
     _forget(result)
-    old, new = TarPass(source), TarPass(result)
+    new = TarPass(result)
     theirs = ((window, span) for window in new.windows() for span in window.spans)
     foreign_in, foreign_out = xxhash.xxh3_128(), xxhash.xxh3_128()
 
     def wrong(what: str) -> NoReturn:
-        raise ShardError(f"{result}: not what {source.name} and its edits make: {what}")
+        raise ShardError(f"{result}: not what {Path(old.path).name} and its edits make: {what}")
 
     def next_with_key() -> tuple[Window, SampleSpan] | None:
         for window, span in theirs:
@@ -192,20 +251,28 @@ def verify_splice(source: Source, result: Path, decide: Decide) -> None:
             fate = decide(span) if span.key else Fate.LEFT_OUT
             if fate is Fate.LEFT_OUT:
                 continue
-            found = next_with_key()
-            if found is None or found[1].key != span.key:
-                wrong(f"{span.key} should be there, found {found[1].key if found else 'the end'}")
-            if fate is Fate.STAYS:
-                if _digest(window, span.members) != _digest(found[0], found[1].members):
-                    wrong(f"{span.key} should be as it was")
-            elif (what := _differs(window, span, *found, fate)) is not None:
-                wrong(f"{span.key}: {what}")
+            for key in fate.keys if isinstance(fate, Copies) else (span.key,):
+                found = next_with_key()
+                if found is None or found[1].key != key:
+                    wrong(f"{key} should be there, found {found[1].key if found else 'the end'}")
+                if (what := _is_not(window, span, *found, fate)) is not None:
+                    wrong(what)
     if (more := next_with_key()) is not None:
         wrong(f"{more[1].key} should not be there")
     if foreign_in.digest() != foreign_out.digest():
         wrong("members that belong to no sample should be as they were")
     if new.report.damages or new.report.missing_end or new.report.gaps:
         wrong("; ".join(new.report.warnings()))
+
+
+def _is_not(old: Window, span: SampleSpan, new: Window, found: SampleSpan, fate: Decision) -> str | None:
+    """How a sample of the result is not what was decided."""
+    if isinstance(fate, Fate):
+        same = _digest(old, span.members) == _digest(new, found.members)
+        return None if same else f"{found.key} should be as it was"
+    edit = fate.edit if isinstance(fate, Copies) else fate
+    what = _differs(old, span, new, found, edit)
+    return None if what is None else f"{found.key}: {what}"
 
 
 def _forget(path: Path) -> None:
@@ -236,12 +303,13 @@ def _differs(old: Window, span: SampleSpan, new: Window, found: SampleSpan, edit
     for member in edited:
         data = edit.part(member.suffix) or b""
         mtime = replaced.get(member.suffix, span.members[0]).mtime
-        header = make_header(f"{span.key}.{member.suffix}", len(data), mtime)
+        header = make_header(f"{found.key}.{member.suffix}", len(data), mtime)
         if new.read(member.start, member.end - member.start) != b"".join((header, data, padding(len(data)))):
             return f"{member.text_name} is not the edit's"
     staying = [member for member in span.members if _replaced_by(member) not in edit.parts]
     stayed = [member for member in found.members if _replaced_by(member) not in edit.parts]
-    if _digest(old, staying) != _digest(new, stayed):
+    same_names = found.key == span.key
+    if _digest(old, staying, same_names) != _digest(new, stayed, same_names):
         return "members that are not edited should be as they were"
     order = [kind for kind in dict.fromkeys(map(_replaced_by, span.members)) if kind in edit.parts]
     if [member.suffix for member in edited][: len(order)] != order:
@@ -249,9 +317,16 @@ def _differs(old: Window, span: SampleSpan, new: Window, found: SampleSpan, edit
     return None
 
 
-def _digest(window: Window, members: list[Member]) -> bytes:
+def _digest(window: Window, members: list[Member], headers: bool = True) -> bytes:
+    """Of members; without their headers of their suffixes, times and data."""
     digest = xxhash.xxh3_128()
-    _add(digest, window, members)
+    if headers:
+        _add(digest, window, members)
+        return digest.digest()
+    for member in members:
+        digest.update(f"{member.suffix} {member.size} {member.mtime}\n".encode("utf-8", "surrogateescape"))
+        for piece in window.pieces(member.data, member.data + member.size):
+            digest.update(piece)
     return digest.digest()
 
 

@@ -3,6 +3,7 @@
 Between a look at the receipt and the removal another attempt may publish a file of the same name, and no filesystem
 removes a file only if it is the one that was looked at.  So it is renamed aside, under a name of the remover's own, and
 only then is it asked what is named: what was moved before no record of a newer commit was there is none of its files.
+An object in a bucket is looked at in its place, in that order too, and removed on the condition that it is still that.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from curation.publish import Commit, fast_digest, read_record, temporary_name
+from curation.remote import RemoteFile
+from curation.remote_outputs import Presence, place_of
+from curation.uploads import object_at
 
 
-def lie_about(root: Path, receipt: Mapping[str, Any] | None) -> bool:
-    """Whether a file is still there that ``receipt`` superseded."""
-    return any(os.path.lexists(root / path) for path in (receipt or {}).get("superseded", ()))
+def lie_about(root: Path, receipt: Mapping[str, Any] | None, presence: Presence | None = None) -> bool:
+    """Whether a file is still there that ``receipt`` superseded.  presence: of objects in buckets."""
+    presence = presence or Presence()
+    places = (place_of(root, path) for path in (receipt or {}).get("superseded", ()))
+    return any(presence.shows(at) if isinstance(at, RemoteFile) else os.path.lexists(at) for at in places)
 
 
 def remove_superseded(
@@ -26,12 +32,14 @@ def remove_superseded(
 ) -> None:
     """Remove what ``receipt`` superseded, if it is the newest one; what ``dead`` had put aside as well.
 
-    token: of the attempt that removes.  Raises OSError.
+    token: of the attempt that removes.  Raises OSError, and InfrastructureError where a bucket cannot be asked.
     """
-    paths = receipt.get("superseded", [])
-    current = commit.read_receipt() if paths else None
+    superseded = receipt.get("superseded", [])
+    current = commit.read_receipt() if superseded else None
     if current is None or current.get("token") != receipt["token"]:
         return  # else they may be a newer one's
+    places = {path: place_of(root, path) for path in superseded}
+    paths = [path for path, place in places.items() if isinstance(place, Path)]
     for source in ("", *dead):
         moved = [path for path in paths if _move_aside(root / path, token, source)]
         if not moved:
@@ -43,6 +51,16 @@ def remove_superseded(
                 with contextlib.suppress(FileExistsError, FileNotFoundError):  # yet a newer one; cleared away
                     os.link(aside, root / path)
             aside.unlink(missing_ok=True)
+    for path, place in places.items():
+        if isinstance(place, RemoteFile):
+            _remove_object(path, place, commit, int(receipt["generation"]))
+
+
+def _remove_object(path: str, place: RemoteFile, commit: Commit, generation: int) -> None:
+    there = object_at(place)
+    found = there.look()
+    if found is not None and all(output["path"] != path for output in _named(commit, generation)):
+        there.remove(found)
 
 
 def _aside(final: Path, token: str) -> Path:

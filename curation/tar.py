@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
-from curation.errors import SampleError
+from curation.blocks import Block
+from curation.errors import SampleError, ShardError
 from curation.remote import Source
-from curation.tar_headers import MAX_NAME_BYTES, RECORD, Member, make_header, padding, split_name
+from curation.tar_headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make_header, padding, split_name
+from curation.tar_index import place_of
 from curation.tar_pass import IMAGE_SUFFIXES, Damage, SampleSpan, TarPass, TarReport, Window
+from curation.tar_spans import MAX_SAMPLE_BYTES, parse_span
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -28,6 +32,7 @@ __all__ = [
     "TarWriter",
     "Window",
     "is_safe_name",
+    "open_sample",
     "read_samples",
     "split_name",
 ]
@@ -85,6 +90,33 @@ def read_samples(
         for span in window.spans:
             if span.key:
                 yield _load(window, span, wanted, max_member_bytes)
+
+
+def open_sample(shard: Path, key: str) -> Sample:
+    """One sample of a shard by its key, through the ``.idx`` beside it: one read, however large the shard.
+
+    Raises SampleError ``no_such_key``, and ShardError where there is no index or it is not this shard's.
+    """
+    place = place_of(shard, key)
+    if place is None:
+        raise SampleError("no_such_key", f"{shard.name} has no sample {key[:200]!r}")
+    offset, length = place
+    if length > MAX_SAMPLE_BYTES:
+        raise SampleError("sample_too_large", f"{length:,} bytes, at most {MAX_SAMPLE_BYTES:,}")
+    try:
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+    except OSError as error:
+        raise ShardError(f"{shard}: cannot be read ({error.strerror})") from error
+    try:
+        span = parse_span(data, 0, length if len(data) == length else -1)
+    except BadHeader:
+        span = None
+    if span is None or span.key != key:
+        raise ShardError(f"{shard}: its index says that {key[:200]!r} is at byte {offset:,}, and it is not there")
+    window = Window([span], Block(None, bytearray(data), 0, 0, length))
+    return _load(window, span, lambda suffix: True, MAX_MEMBER_BYTES)
 
 
 def is_safe_name(name: str) -> bool:

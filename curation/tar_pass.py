@@ -63,6 +63,17 @@ class SampleSpan:
     damages: list[Damage] = field(default_factory=list)  # inside it and beside it
 
     @property
+    def own_extents(self) -> list[tuple[int, int]]:
+        """The byte ranges of its members that have its key, those that lie together as one."""
+        if not self.damages and not self.foreign:
+            return [(self.start, self.end)]
+        runs: list[tuple[int, int]] = []
+        for member in self.members:
+            begin = runs.pop()[0] if runs and runs[-1][1] == member.start else member.start
+            runs.append((begin, member.end))
+        return runs
+
+    @property
     def kinds(self) -> frozenset[str]:
         """The suffixes of its members, with "image" for those of images."""
         return frozenset("image" if m.suffix in IMAGE_SUFFIXES else m.suffix for m in self.members)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from curation.claims import Claim
 from curation.cluster import Allocation, StopSignal
 from curation.dictionaries import clean_text, dump_json
 from curation.errors import LostClaim, ShardError
 from curation.ledger import Ledger
+from curation.outputs import Output, Published
 from curation.partial import PartialLog, Partials
-from curation.publish import OutputFile, Published
+from curation.publish import OutputFile
+from curation.remote import RemoteFile, Source
+from curation.remote_outputs import RemoteOutput, place_of
 from curation.shards import Shard
 
 MAX_DETAIL = 500  # characters of a reject's detail
@@ -57,9 +59,9 @@ class ShardWork:
         self.seconds: Counter[str] = Counter()
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
-        self.outputs: list[tuple[OutputFile, bool]] = []
-        self._finals: set[Path] = set()  # of this receipt
-        self._touched: set[Path] = set()  # of all that this attempt tried
+        self.outputs: list[tuple[Output, bool]] = []
+        self._finals: set[Source] = set()  # of this receipt
+        self._touched: set[Source] = set()  # of all that this attempt tried
         self._ledger = ledger
         self._claim = claim
         self._partials = partials
@@ -113,9 +115,15 @@ class ShardWork:
 
     # ---- what is written
 
+    @overload
+    def output(self, path: Path, *, checked: bool = True) -> AbstractContextManager[OutputFile]: ...
+
+    @overload
+    def output(self, path: Source, *, checked: bool = True) -> AbstractContextManager[Output]: ...
+
     @contextlib.contextmanager
-    def output(self, path: Path, *, checked: bool = True) -> Iterator[OutputFile]:
-        """A binary file that appears under ``path`` when the shard is committed.
+    def output(self, path: Source, *, checked: bool = True) -> Iterator[Any]:
+        """A binary file, or an object in a bucket, that appears under ``path`` when the shard is committed.
 
         checked: whether readers may insist on its digest; False for a copy that another stage may replace.
         """
@@ -125,7 +133,9 @@ class ShardWork:
             self._finals.add(path)
             self._touched.add(path)
         try:
-            with OutputFile(path, self._claim.token) as file:
+            token = self._claim.token
+            file: Output = RemoteOutput(path, token) if isinstance(path, RemoteFile) else OutputFile(path, token)
+            with file:
                 yield file
         except BaseException:  # what an error cut short is gone, and not listed
             with self._lock:
@@ -211,22 +221,21 @@ class ShardWork:
         if self._drops:
             drops = sorted((reason.encode(), dump_json(key)) for reason, key in self._drops)
             lines = b"".join(reason + b"\t" + key + b"\n" for reason, key in drops)
-            with self.output(self._ledger.place("rejects", self.shard.id, ".drops.tsv.gz")) as file:
-                file.write(gzip.compress(lines, mtime=0))
+            with self.output(self._ledger.place("rejects", self.shard.id, ".drops.tsv.gz")) as list_of_drops:
+                list_of_drops.write(gzip.compress(lines, mtime=0))
         published = []
         for file, checked in self.outputs:
             file.close()
-            path = os.path.normpath(f"{_relative(file.final.parent, self._ledger.root)}/{file.final.name}")
-            published.append(Published(path, file.temporary.name, file.size, file.digest, checked))
+            published.append(file.published(self._ledger.root, checked=checked))
         return published
 
-    def places(self) -> list[Path]:
+    def places(self) -> list[Source]:
         """Every path that an attempt at this shard may have written beside, under a temporary name."""
         own = [self._ledger.place("rejects", self.shard.id, end) for end in (".jsonl", ".drops.tsv.gz")]
         own.append(self._ledger.place("provenance", self.shard.id, ".jsonl"))
         previous = self.previous or {}
         paths = [*(output["path"] for output in previous.get("outputs", [])), *previous.get("superseded", [])]
-        return [*{*self._touched, *own, *(self._ledger.root / path for path in paths)}]
+        return [*{*self._touched, *own, *(place_of(self._ledger.root, path) for path in paths)}]
 
     def discard(self) -> None:
         """Remove every temporary file of this attempt; the partial log stays, durable."""
@@ -266,9 +275,3 @@ class ShardWork:
             with self.output(self._ledger.place(kind, self.shard.id, suffix)) as file:
                 for line in sorted(lines):
                     file.write(line + b"\n")
-
-
-@lru_cache(maxsize=1024)
-def _relative(folder: Path, root: Path) -> str:
-    """An output folder as seen from the stage's: looked up once, because outputs lie in few folders."""
-    return os.path.relpath(os.path.realpath(folder), os.path.realpath(root))

@@ -146,6 +146,8 @@ def test_the_readmes_stage_commands_run(tmp_path: Path) -> None:
     for folder, value in (("captions", "Official portrait"), ("prompts", "A portrait"), ("edits", {"caption": "x"})):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "00000003.json").write_text(json.dumps({key: value}))
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "urls.csv").write_text("url\nhttps://images.example/1\n")
     for line in lines:
         words = shlex.split(line.replace("/path/to/", f"{tmp_path}/").replace(f"{tmp_path}/shards", "examples/shards"))
         command = [sys.executable, *words[1:], "--dry_run"]

@@ -6,8 +6,6 @@ generation with the status ``retry`` is committed in its place.
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +15,10 @@ from typing import Annotated, Any
 import tyro
 
 import curation
+from curation.again import make_pending
 from curation.claims import is_gone
 from curation.dictionaries import clean_text
-from curation.errors import EXIT_OK, LostClaim, UsageError
+from curation.errors import EXIT_OK, UsageError
 from curation.holders import read_claim
 from curation.inspect.arguments import parse_arguments
 from curation.inspect.places import StagePlace, stage_named
@@ -115,34 +114,19 @@ def _retry(place: StagePlace, receipt: dict[str, Any], *, named: bool, dry_run: 
     attempts = int(receipt.get("attempts", 1))
     if attempts >= MAX_ATTEMPTS and not named:
         return "quarantined"
-    holder = read_claim(place.claim(shard_id))
-    if holder is not None and not is_gone(holder):  # its work would be lost to this commit
-        return "claimed"
     if dry_run:
-        return "retry"
-    commit = _commit(place, shard_id)
-    generation = int(receipt.get("generation", 0))
-    if commit.finish_pending(generation):  # a worker died in the middle of a newer commit
-        return "lost"
+        holder = read_claim(place.claim(shard_id))
+        return "claimed" if holder is not None and not is_gone(holder) else "retry"
     last = [output["path"] for output in receipt.get("outputs", []) if output.get("checked", True)]
     superseded = [*last, *receipt.get("superseded", [])]  # the next attempt clears them away
-    try:
-        commit.write(
-            {
-                **{name: receipt[name] for name in _KEPT if name in receipt},
-                "status": "retry",
-                "generation": generation + 1,
-                "token": secrets.token_hex(8),
-                "outputs": [],
-                "attempts": 0 if named else attempts,
-                "code": code_version(),
-                "finished": round(time.time(), 3),
-                **({"superseded": superseded} if superseded else {}),
-            }
-        )
-    except LostClaim:
-        return "lost"
-    return "retry"
+    fields = {
+        **{name: receipt[name] for name in _KEPT if name in receipt},
+        "outputs": [],
+        "attempts": 0 if named else attempts,
+        "code": code_version(),
+        **({"superseded": superseded} if superseded else {}),
+    }
+    return make_pending(_commit(place, shard_id), place.claim(shard_id), receipt, fields)
 
 
 def _command(stage: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STUB = Path(__file__).with_name("ollama_stub.py")
+PHOTO_SERVER = Path(__file__).with_name("photo_server.py")
 VISION_SERVER = Path(__file__).with_name("vision_server.py")
 
 
@@ -49,6 +50,19 @@ def vision_server(folder: Path, name: str = "tiny-vision") -> Iterator[int]:
         text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "passive"},
     )
+    try:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def photo_server(folder: Path, latency_s: float = 0.0) -> Iterator[int]:
+    """A web server of the photos in the shards of ``folder``, and of every kind of bad answer; gives its port."""
+    command = [sys.executable, str(PHOTO_SERVER), str(folder), "--latency_s", str(latency_s)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield int(process.stdout.readline())

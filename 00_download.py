@@ -1,0 +1,336 @@
+#!/usr/bin/env python3
+"""Stage 00: the images of URL tables → tar shards, each row of a table accounted for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import curation
+from curation.addresses import parse_networks
+from curation.again import Again, do_again
+from curation.cluster import Allocation, run_id
+from curation.downloader import Downloader
+from curation.errors import InfrastructureError, ShardError, UsageError
+from curation.fetch import FetchLimits
+from curation.ledger import Input, Ledger
+from curation.merge_parquet import merge_parquet, write_csv
+from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.remote_outputs import Folder, RemoteFolder, remote_folder
+from curation.row_downloads import RowDownloads, examine_by, refuse
+from curation.runner import ShardWork, run_stage
+from curation.shards import Shard
+from curation.stored_images import Check, Encode, ImagePolicy, ResizeMode
+from curation.stored_shard import Earlier, OutputFormat
+from curation.tar import MAX_MEMBER_BYTES
+from curation.url_tables import NamedColumns, UrlTables, caption_column_of, url_column_of
+from curation.workers import is_worker
+
+FULL_METADATA, SIMPLE_CSV = "full_metadata.parquet", "metadata.csv"
+CSV_COLUMNS = ("key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
+# Threads that look into images.  Several a CPU: on a node that others use as well, each gets its share.
+EXAMINERS_PER_CPU, MAX_EXAMINERS = 4, 32
+HASHES = ("sha256", "md5", "sha512", "sha1")
+
+
+def also(*names: str) -> Any:
+    """Further spellings of a flag, those of the tools that this stage stands for."""
+    return tyro.conf.arg(aliases=names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Download the images of URL tables into tar shards; any number of processes share the work."""
+
+    input: Annotated[str, also("--url_list")]
+    """URL tables (parquet, csv, tsv, jsonl, txt, the text ones also .gz): one, a folder of them or a glob; local, or
+    https://, hf:// or s3://."""
+    output: Annotated[Path, also("-o", "--output_folder")]
+    """Folder for the shards."""
+    publish_to: str | None = None
+    """Write the tars to this place in a bucket (s3://bucket/folder, gs://…); all else goes to --output."""
+    output_format: OutputFormat = "webdataset"
+    """webdataset: <shard>.tar.  files: img2dataset's layout, <shard>/<key>.jpg and so on."""
+    rows_per_shard: Annotated[int, also("--number_sample_per_shard")] = 10_000
+    """Rows of a table in one shard."""
+    url_col: str | None = None
+    """Column of the URLs.  Default: url, or what is usually called so."""
+    caption_col: str | None = None
+    """Column of the captions.  Default: caption or text, if the table has it."""
+    verify_hash: str | None = None
+    """Column of a hash that the bytes must have, such as sha256 or md5=original_md5."""
+    threads: Annotated[int, also("--thread_count")] = 256
+    """URLs that one process asks for at once."""
+    per_host: int = 16
+    """Of them, at most so many from one host."""
+    timeout: float = 20.0
+    """Seconds that one try may take, from the look-up of the name to the last byte."""
+    retries: int = 2
+    """Further tries of a URL whose server is busy or breaks off."""
+    max_wait: float = 60.0
+    """Longest Retry-After, in seconds, that is waited for."""
+    max_image_bytes: int = 64 << 20
+    """Bytes of an image at most."""
+    encode: Encode = "keep"
+    """keep: each image byte for byte as it came.  jpg: decoded, upright, resized as asked, as JPEG."""
+    image_check: Check = "decode"
+    """decode: an image that cannot be decoded to its end has failed.  header: one whose header cannot be read."""
+    image_size: int = 0
+    """With --encode jpg: pixels of the side that --resize_mode means."""
+    resize_mode: ResizeMode = "no"
+    """no, keep_ratio (the shorter side), keep_ratio_largest, center_crop, border (padded with white)."""
+    resize_only_if_bigger: bool = False
+    """Leave images alone that are smaller."""
+    encode_quality: int = 95
+    """JPEG quality."""
+    min_image_size: int = 0
+    """Refuse images whose shorter side has fewer pixels."""
+    max_aspect_ratio: float = float("inf")
+    """Refuse images whose longer side is more than so many times the shorter."""
+    user_agent: str = f"Mozilla/5.0 (compatible; curation/{curation.__version__})"
+    """What the servers are told who asks."""
+    user_agent_token: str = "curation"  # noqa: S105 - a name
+    """The name by which an X-Robots-Tag may speak to this downloader alone."""
+    disallowed_header_directives: str = "noai,noimageai,noindex,noimageindex"
+    """Directives of X-Robots-Tag that forbid the use of an image; an empty text for none."""
+    ignore_ssl_certificate: bool = False
+    """Take images also from servers whose certificate is not sound."""
+    allow_private: str = ""
+    """Networks that may be asked although they are private, such as 10.1.0.0/16: a mirror inside a site."""
+    retry_failed_urls: bool = False
+    """Ask once more for the rows that failed; good samples are copied byte for byte."""
+    verify: bool = False
+    """Decode every stored image; ask again for those that are not sound, and repair the tables."""
+    max_error_rate: float = 1.0
+    """A shard of whose rows a greater share fails is failed, not done.  Default: none is, URLs rot."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("rows_per_shard", "threads", "per_host", "max_image_bytes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1")
+        for name in ("retries", "max_wait", "image_size", "min_image_size"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{name} must not be negative")
+        if self.max_image_bytes > MAX_MEMBER_BYTES // 2:
+            raise UsageError(f"--max_image_bytes: at most {MAX_MEMBER_BYTES // 2:,}, as readers of shards take them")
+        if not 0 < self.timeout < float("inf"):
+            raise UsageError("--timeout must be more than 0 seconds")
+        if not 1 <= self.encode_quality <= 100:
+            raise UsageError("--encode_quality is a number from 1 to 100")
+        if not self.max_aspect_ratio >= 1:
+            raise UsageError("--max_aspect_ratio must be at least 1")
+        if (self.resize_mode != "no") != (self.image_size > 0):
+            raise UsageError("--image_size and --resize_mode need each other")
+        if self.image_size and self.encode == "keep":
+            raise UsageError("--image_size needs --encode jpg: images that are kept byte for byte keep their size")
+        try:
+            parse_networks(self.allow_private)
+        except ValueError as error:
+            raise UsageError(f"--allow_private: {error}") from None
+        if self.follow:
+            raise UsageError("--follow: there is no stage before 00_download that it could follow")
+        if self.publish_to is not None and self.output_format == "files":
+            raise UsageError("--publish_to takes tars: --output_format files would make an object of every file")
+        if self.rerun and (self.retry_failed_urls or self.verify):
+            raise UsageError("--rerun downloads everything anew: leave out --retry_failed_urls and --verify")
+        if self.hash_to_verify is not None and self.hash_to_verify[0] not in HASHES:
+            raise UsageError(f"--verify_hash {self.verify_hash}: hashes are {', '.join(HASHES)}")
+
+    @property
+    def hash_to_verify(self) -> tuple[str, str] | None:
+        """(hash, column)."""
+        name, _, column = (self.verify_hash or "").partition("=")
+        return (name, column or name) if name else None
+
+    @property
+    def again(self) -> list[Again]:
+        wanted: dict[Again, bool] = {"urls": self.retry_failed_urls, "images": self.verify}
+        return [what for what, asked in wanted.items() if asked]
+
+    def policy(self) -> ImagePolicy:
+        return ImagePolicy(
+            self.encode,
+            self.image_size,
+            self.resize_mode,
+            self.resize_only_if_bigger,
+            self.encode_quality,
+            self.min_image_size,
+            self.max_aspect_ratio,
+            self.image_check,
+        )
+
+    def limits(self) -> FetchLimits:
+        directives = (word.strip().lower() for word in self.disallowed_header_directives.split(","))
+        return FetchLimits(
+            timeout_s=self.timeout,
+            max_bytes=self.max_image_bytes,
+            connections=self.threads,
+            user_agent=self.user_agent,
+            user_agent_token=self.user_agent_token,
+            disallowed=frozenset(filter(None, directives)),
+            allowed_networks=parse_networks(self.allow_private),
+            check_certificates=not self.ignore_ssl_certificate,
+        )
+
+
+class Download:
+    """One shard: a run of a table's rows → <shard>.tar (or <shard>/), <shard>.parquet, <shard>_stats.json."""
+
+    name = "00_download"
+    version = 1
+    other_outputs: tuple[Path, ...] = ()
+    shards_in_flight = 2  # while the slowest URLs of one are waited for, the next one's are asked
+
+    def __init__(self, options: Options, tables: UrlTables) -> None:
+        self.options = options
+        self.output = options.output
+        self.tars: Folder = options.output if options.publish_to is None else remote_folder(options.publish_to)
+        self.tables = tables
+
+    def fingerprint(self) -> dict[str, object]:
+        o = self.options
+        names = (
+            "output_format", "rows_per_shard", "url_col", "caption_col", "verify_hash", "encode", "image_check",
+            "image_size", "resize_mode", "resize_only_if_bigger", "encode_quality", "min_image_size", "max_image_bytes",
+            "disallowed_header_directives",
+        )  # fmt: skip
+        ratio = None if o.max_aspect_ratio == float("inf") else o.max_aspect_ratio
+        told: dict[str, object] = {name: getattr(o, name) for name in names}
+        place = {} if o.publish_to is None else {"publish_to": str(self.tars)}
+        return {"tables": self.tables.digest(), "max_aspect_ratio": ratio, **told, **place}
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        return [Input(shard.path)] if self.tables.is_local else []
+
+    def open(self, allocation: Allocation) -> None:
+        o = self.options
+        self._threads = allocation.threads
+        self._downloader = Downloader(
+            o.limits(),
+            examine_by(o.policy()),
+            refuse,
+            per_host=o.per_host,
+            retries=o.retries,
+            max_wait_s=o.max_wait,
+            threads=min(MAX_EXAMINERS, EXAMINERS_PER_CPU * allocation.threads),
+        )
+        self._pool = ThreadPoolExecutor(allocation.threads, "verify")
+
+    def close(self) -> None:
+        if hasattr(self, "_downloader"):
+            self._downloader.close()
+            self._pool.shutdown()
+        self._finish_tables()
+
+    # ---- one shard
+
+    def process(self, work: ShardWork) -> None:
+        again = self._again(work)
+        if not again:
+            self._process(work, None, again)
+            return
+        try:
+            self._process(work, self._earlier(work, again), again)
+        except ShardError as error:  # a failed receipt would cost the samples that are there
+            raise InfrastructureError(f"{error}; what is there of shard {work.shard.id} is left as it is") from error
+
+    def _again(self, work: ShardWork) -> list[str]:
+        """What this attempt is to do of a shard that was done with the same options."""
+        previous = work.previous or {}
+        same = previous.get("notes", {}).get("recipe") == self._recipe and previous.get("inputs") == list(work.inputs)
+        return list(previous.get("again", ())) if previous.get("status") == "retry" and same else []
+
+    def _earlier(self, work: ShardWork, again: list[str]) -> Earlier:
+        earlier = Earlier(self.output, work.shard.id, work.previous or {}, self.options.output_format)
+        with work.phase("decode"):
+            as_it_came = self.options.encode == "keep"
+            earlier.check(self._pool, self._threads, decode="images" in again, as_it_came=as_it_came)
+        if earlier.lost:
+            work.note("unsound", len(earlier.lost))
+            key, why = next(iter(earlier.lost.items()))
+            work.warn(f"{len(earlier.lost)} stored samples are not sound and are asked for again: {key} ({why}) …")
+        return earlier
+
+    def _process(self, work: ShardWork, earlier: Earlier | None, again: list[str]) -> None:
+        with work.phase("read"):
+            table = self.tables.read(work.shard.id)
+        o = self.options
+        names = table.column_names
+        url, caption = url_column_of("", names, o.url_col), caption_column_of("", names, o.caption_col)
+        rows = RowDownloads(work, table, url, caption, o.rows_per_shard, o.hash_to_verify)
+        if earlier is not None:
+            rows.take_over(earlier, ask_failed="urls" in again)
+        log = work.partial("again" if earlier is not None else "")
+        rows.download(self._downloader, log)
+        with work.phase("write"):
+            rows.write(self.output, self.tars, o.output_format, log)
+        work.note("recipe", self._recipe)
+
+    @cached_property
+    def _recipe(self) -> str:
+        return Ledger(self.output, self.name, self.version, self.fingerprint(), read_only=True).fingerprint
+
+    # ---- what is made of all shards
+
+    def _finish_tables(self) -> None:
+        ledger = Ledger(self.output, self.name, self.version, self.fingerprint(), read_only=True)
+        merge_parquet(ledger, lambda shard_id: f"{shard_id}.parquet", FULL_METADATA, self._write_csv)
+
+    def _write_csv(self, merged: Path) -> None:
+        write_csv(merged, self.output / SIMPLE_CSV, CSV_COLUMNS, lambda row: row["status"] == "success")
+
+
+def insist_on_own_folder(stage: Download, shards: Sequence[Shard], *, rerun: bool) -> None:
+    """Raise UsageError where the output folder holds shards of these names that this stage did not make."""
+    receipts = stage.output / "_receipts" / stage.name
+    if rerun or receipts.exists():
+        return
+    ids = {shard.id for shard in shards}
+    names = [path.name for path in stage.output.iterdir()] if stage.output.is_dir() else []
+    where: Folder = stage.output
+    if isinstance(stage.tars, RemoteFolder) and not any(name.partition(".")[0] in ids for name in names):
+        where, names = stage.tars, stage.tars.names()
+    foreign = sorted(name for name in names if name.partition(".")[0] in ids)
+    if foreign and not receipts.exists():  # else another worker has begun meanwhile
+        raise UsageError(
+            f"{where}: holds {foreign[0]}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which this "
+            "stage did not make; give another --output, or --rerun to replace them"
+        )
+
+
+def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
+    """Make shards pending for --retry_failed_urls and --verify, once a run."""
+    if not options.again or options.dry_run or is_worker() or not (stage.output / "_receipts" / stage.name).exists():
+        return
+    ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()))
+    ledger.enter("", False, None, sorted(ids))
+    counts = do_again(ledger, ids, options.again, run_id())
+    logger.info(f"{counts['retry']:,} shards to look at again")
+    if left := counts["claimed"] + counts["lost"]:
+        logger.warning(f"{left:,} shards are in a worker's hands just now: start again when it is done")
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(Options, argv)
+    options.check()
+    hashed = options.hash_to_verify
+    columns = NamedColumns(options.url_col, options.caption_col, hashed[1] if hashed else None)
+    tables = UrlTables(options.input, options.output, options.rows_per_shard, columns, dry=options.dry_run)
+    shards = tables.shards()
+    stage = Download(options, tables)
+    insist_on_own_folder(stage, shards, rerun=options.rerun)
+    prepare_again(stage, options, {shard.id for shard in shards})
+    return run_stage(stage, options, shards)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

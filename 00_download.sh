@@ -1,0 +1,37 @@
+#!/bin/bash
+# Stage 00 on a cluster, on a partition whose nodes reach the internet: tasks that share the shards by claims.  Start it
+# as often and as wide as you like, until nothing is pending:
+#
+#     URLS=/path/to/tables ROOT=/path/to/root sbatch --array=0-3 00_download.sh
+#     URLS=/path/to/tables TARGET_DIR=/path/to/shards sbatch 00_download.sh --retry_failed_urls
+#
+# URLS is a table of URLs, a folder of them or a glob in quotes; TARGET_DIR, by default $ROOT/shards, takes the shards.
+# Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
+# accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
+#
+# Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
+# it puts itself (this array element alone) into the queue again, as long as it gets on.
+#SBATCH --job-name=00_download
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=4
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/%x-%j.log
+set -u
+
+# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
+    [ -f "$PROJECT/slurm_tasks.sh" ] && break
+done
+[ -f "$PROJECT/slurm_tasks.sh" ] || PROJECT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | grep -oP '^ *Command=\K\S+')")
+source "$PROJECT/slurm_tasks.sh" || exit 2
+
+TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/shards}}
+need URLS "the tables of URLs"
+need TARGET_DIR "the folder for the shards (or ROOT)"
+
+stage=("$PYTHON" "$PROJECT/00_download.py" --input "$URLS" --output "$TARGET_DIR")
+run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

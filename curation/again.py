@@ -1,0 +1,68 @@
+"""A shard with a receipt becomes pending again, without its receipt ever being deleted.
+
+Generations must only grow for the commit to be safe: a receipt of the next one, with the status ``retry``, is committed
+in the place of the old.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from curation.claims import is_gone
+from curation.errors import LostClaim
+from curation.holders import read_claim
+from curation.ledger import Ledger, done_receipts
+from curation.publish import Commit
+from curation.shards import bucket_of
+
+Again = Literal["urls", "images"]
+"""What is to be done of a shard that was done: its failed rows asked once more; its stored images decoded."""
+
+
+def make_pending(
+    commit: Commit, claim: Path, receipt: Mapping[str, Any], fields: Mapping[str, Any]
+) -> Literal["retry", "claimed", "lost"]:
+    """Commit a receipt with the status ``retry`` and these fields in the place of ``receipt``.
+
+    claim: where a worker's claim on the shard would be.  claimed: a live worker has it; lost: it is just committing.
+    """
+    holder = read_claim(claim)
+    if holder is not None and not is_gone(holder):  # its work would be lost to this commit
+        return "claimed"
+    generation = int(receipt.get("generation", 0))
+    if commit.finish_pending(generation):  # a worker died in the middle of a newer commit
+        return "lost"
+    token, now = secrets.token_hex(8), round(time.time(), 3)
+    try:
+        commit.write({**fields, "status": "retry", "generation": generation + 1, "token": token, "finished": now})
+    except LostClaim:
+        return "lost"
+    return "retry"
+
+
+def do_again(ledger: Ledger, shards: Collection[str], what: Collection[Again], run_id: str) -> Counter[str]:
+    """Make done shards pending for ``what``; what they have stays published, and named, until it is replaced.
+
+    For ``urls`` alone, only those with failed rows.  Shards that this very run has done are left.  Counts what became
+    of those that were to be done again: ``retry``, ``claimed``, ``lost``.
+    """
+    counts: Counter[str] = Counter()
+    for receipt in done_receipts(ledger.root, ledger.stage):
+        shard_id = str(receipt.get("shard"))
+        asked = sorted({*what, *receipt.get("again", ())})
+        if shard_id not in shards or receipt.get("status") not in ("done", "retry") or asked == receipt.get("again"):
+            continue
+        if (run_id and receipt.get("run") == run_id) or not ("images" in what or _has_failures(receipt)):
+            continue
+        claim = ledger.root / "_claims" / ledger.stage / bucket_of(shard_id) / f"{shard_id}.claim"
+        counts[make_pending(ledger.commit(shard_id), claim, receipt, {**receipt, "again": asked})] += 1
+    return counts
+
+
+def _has_failures(receipt: Mapping[str, Any]) -> bool:
+    return bool((receipt.get("counts") or {}).get("failed"))

@@ -1,0 +1,257 @@
+"""Many URLs at once: one event loop in a thread of its own, which every shard of the process shares.
+
+The loop asks; a pool of threads looks at what came; the shard's own thread takes the answers in the order in which they
+arrive.  A slot is one URL's from its first byte to its examined image, so that memory is bounded by the slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import random
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from curation.errors import InfrastructureError
+from curation.fetch import NETWORK_REASONS, Fetcher, FetchError, FetchLimits, host_of
+from curation.host_turns import HostTurns
+
+_UNREAD_BYTES = 256 << 20  # of answers that wait for their shard's thread
+_FIRST_PAUSE_S = 0.5
+_FILES = 65_536
+_LOOKUPS_AT_ONCE = 64
+
+
+@dataclass(slots=True)
+class Ask:
+    """One URL.  expected: the name of a hash and its hex digest, which the bytes must have."""
+
+    url: str
+    expected: tuple[str, str] | None = None
+    tries: int = 0
+
+
+Examine = Callable[[Ask, bytes], bytes]
+"""What becomes of the bytes that came: a record for the shard's checkpoint."""
+Refuse = Callable[[Ask, FetchError], bytes]
+"""The record of a URL that gave none."""
+
+
+class Answers:
+    """The answers to one shard's questions, as they come."""
+
+    def __init__(self, owner: Downloader, count: int) -> None:
+        self._owner = owner
+        self._left = count
+        self._queue: queue.SimpleQueue[tuple[Ask, bytes] | BaseException] = queue.SimpleQueue()
+        self.ended = False
+
+    def take(self, most: int, timeout_s: float) -> list[tuple[Ask, bytes]] | None:
+        """Up to ``most`` answers, [] where none came in time; None after the last one."""
+        if not self._left:
+            return None
+        found: list[tuple[Ask, bytes]] = []
+        try:
+            found.append(self._one(timeout_s))
+            while len(found) < min(most, self._left):
+                found.append(self._one(0))
+        except queue.Empty:
+            if not found:
+                self._owner.insist_on_life()
+        self._left -= len(found)
+        self._owner.was_read(sum(len(record) for _, record in found))
+        return found
+
+    def put(self, item: tuple[Ask, bytes] | BaseException) -> None:
+        self._queue.put(item)
+
+    def end(self) -> None:
+        """Nothing more is wanted: what is under way is dropped."""
+        self.ended = True
+        self._owner.drop(self)
+
+    def _one(self, timeout_s: float) -> tuple[Ask, bytes]:
+        item = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+_Job = tuple[Ask, Answers]
+
+
+class Downloader:
+    """``ask`` from any thread; ``close`` when nothing more is wanted.
+
+    retries: further tries of a URL that may yet work.  max_wait_s: a host that asks for a longer pause gets none.
+    """
+
+    def __init__(
+        self,
+        limits: FetchLimits,
+        examine: Examine,
+        refuse: Refuse,
+        *,
+        per_host: int,
+        retries: int,
+        max_wait_s: float,
+        threads: int,
+    ) -> None:
+        self._limits = limits
+        self._examine, self._refuse = examine, refuse
+        self._retries, self._max_wait_s = retries, max_wait_s
+        self._turns: HostTurns[_Job] = HostTurns(per_host)
+        self._running: dict[asyncio.Task[None], _Job] = {}
+        self._pool = ThreadPoolExecutor(threads, "examine")
+        self._lock = threading.Lock()
+        self._unread = 0
+        self._closing = False
+        self._loop = asyncio.new_event_loop()
+        self._news = asyncio.Event()
+        _allow_many_files()
+        self._thread = threading.Thread(target=self._run, name="downloads", daemon=True)
+        self._thread.start()
+
+    def ask(self, asks: Iterable[Ask]) -> Answers:
+        """Begin with these, in about this order."""
+        jobs = list(asks)
+        answers = Answers(self, len(jobs))
+        self._call(self._add, jobs, answers)
+        return answers
+
+    def close(self) -> None:
+        self._closing = True
+        self.wake()
+        self._thread.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def insist_on_life(self) -> None:
+        if not self._thread.is_alive():
+            raise InfrastructureError("the thread that downloads has ended; this is a bug")
+
+    def was_read(self, count: int) -> None:
+        with self._lock:
+            was_full = self._unread > _UNREAD_BYTES
+            self._unread -= count
+        if was_full:
+            self.wake()
+
+    def wake(self) -> None:
+        self._call(self._news.set)
+
+    def drop(self, answers: Answers) -> None:
+        """Cancel what is under way for a shard."""
+        self._call(self._cancel, answers)
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # ---- in the loop's thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.set_default_executor(ThreadPoolExecutor(_LOOKUPS_AT_ONCE, "dns"))
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
+
+    def _add(self, jobs: list[Ask], answers: Answers) -> None:
+        for ask in jobs:
+            try:
+                self._turns.add(host_of(ask.url), (ask, answers))
+            except FetchError as error:
+                self._answer(answers, ask, self._refuse(ask, error))
+        self._news.set()
+
+    async def _serve(self) -> None:
+        fetcher = Fetcher(self._limits)
+        try:
+            while not self._closing:
+                self._news.clear()
+                self._begin(fetcher)
+                due = self._turns.next_at()
+                wait_s = None if due is None else max(0.0, due - time.monotonic())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._news.wait()
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+            await fetcher.close()
+
+    def _cancel(self, answers: Answers) -> None:
+        for task, (_, whose) in list(self._running.items()):
+            if whose is answers:
+                task.cancel()
+
+    def _begin(self, fetcher: Fetcher) -> None:
+        now = time.monotonic()
+        while len(self._running) < self._limits.connections and self._unread <= _UNREAD_BYTES:
+            found = self._turns.next(now)
+            if found is None:
+                return
+            host, job = found
+            if job[1].ended:
+                self._turns.done(host, now)
+                continue
+            if self._turns.is_given_up(host, now):
+                self._turns.done(host, now, failed=True)
+                error = FetchError("host_down", f"{host} failed time after time")
+                self._answer(job[1], job[0], self._refuse(job[0], error))
+                continue
+            task = self._loop.create_task(self._one(fetcher, host, *job))
+            self._running[task] = job
+            task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        _, answers = self._running.pop(task)
+        self._news.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            answers.put(error)  # a bug, or no memory: the shard's thread raises it
+
+    async def _one(self, fetcher: Fetcher, host: str, ask: Ask, answers: Answers) -> None:
+        try:
+            data = await fetcher.fetch(ask.url)
+        except FetchError as error:
+            self._failed(host, ask, answers, error)
+            return
+        except asyncio.CancelledError:
+            self._turns.done(host, time.monotonic())
+            raise
+        self._turns.done(host, time.monotonic())
+        self._answer(answers, ask, await self._loop.run_in_executor(self._pool, self._examine, ask, data))
+
+    def _failed(self, host: str, ask: Ask, answers: Answers, error: FetchError) -> None:
+        now = time.monotonic()
+        pause_s = _FIRST_PAUSE_S * 2**ask.tries * random.uniform(0.8, 1.2)
+        wait_s = pause_s if error.wait_s is None else error.wait_s
+        failed = error.reason in NETWORK_REASONS
+        too_long = wait_s > self._max_wait_s  # then it is not waited for, and the host has failed
+        self._turns.done(host, now, busy=error.busy and not too_long, wait_s=wait_s, failed=failed or too_long)
+        if error.again and ask.tries < self._retries and not too_long:
+            ask.tries += 1
+            self._turns.add_again(host, (ask, answers), now + wait_s)
+        else:
+            self._answer(answers, ask, self._refuse(ask, error))
+
+    def _answer(self, answers: Answers, ask: Ask, record: bytes) -> None:
+        with self._lock:
+            self._unread += len(record)
+        answers.put((ask, record))
+
+
+def _allow_many_files() -> None:
+    """Every connection is a file, and the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

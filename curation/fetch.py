@@ -1,0 +1,243 @@
+"""One URL's bytes over HTTP, within every bound: time, size, redirects, addresses, compression, the site's consent."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+from urllib.parse import urljoin, urlsplit
+
+from curation.addresses import Networks, public_sockets
+from curation.dictionaries import clean_text
+
+MAX_URL_CHARACTERS: Final = 16_384
+MAX_REDIRECTS: Final = 10
+_REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
+_BUSY: Final = frozenset((429, 503))
+_PASSING: Final = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
+# of X-Robots-Tag: rules with a value, whose colon is not that of a user agent
+_RULES_WITH_VALUES: Final = frozenset(("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"))
+# These say that the network was in the way, not the site: asked again by the next run.
+NETWORK_REASONS: Final = frozenset(("dns", "connect", "timeout", "host_down"))
+
+
+class FetchError(Exception):
+    """Why there are no bytes.  ``reason`` is a short word that is counted.
+
+    again: whether another try may help.  wait_s: for how long the host asked not to be asked; None where it did not
+    speak of it.  busy: it has too much to do.
+    """
+
+    def __init__(
+        self, reason: str, detail: str = "", *, again: bool = False, busy: bool = False, wait_s: float | None = None
+    ) -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = clean_text(detail)[:300]
+        self.again = again
+        self.busy = busy
+        self.wait_s = wait_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchLimits:
+    """timeout_s: of one try, from the look-up of the name to the last byte.  max_bytes: of an image.
+
+    disallowed: directives of X-Robots-Tag that forbid the use; user_agent_token: the name that they may speak to.
+    allowed_networks: that may be asked although their addresses are not public.
+    """
+
+    timeout_s: float = 20.0
+    max_bytes: int = 64 << 20
+    connections: int = 256
+    user_agent: str = "curation"
+    user_agent_token: str = ""
+    disallowed: frozenset[str] = field(default_factory=frozenset)
+    allowed_networks: Networks = ()
+    check_certificates: bool = True
+
+
+class Fetcher:
+    """An HTTP client.  Make and use it within one event loop; ``close`` it there."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        import aiohttp
+
+        self._limits = limits
+        self._aiohttp = aiohttp
+        connector = aiohttp.TCPConnector(
+            limit=limits.connections,
+            ttl_dns_cache=600,
+            ssl=limits.check_certificates,
+            socket_factory=public_sockets(limits.allowed_networks),
+            enable_cleanup_closed=False,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,  # a proxy would connect in our stead, wherever it likes
+            timeout=aiohttp.ClientTimeout(total=None),
+            headers={"User-Agent": limits.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def fetch(self, url: str) -> bytes:
+        """The bytes of the image.  Raises FetchError and nothing else."""
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                return await self._follow(url)
+        except TimeoutError:
+            raise FetchError("timeout", f"more than {self._limits.timeout_s:g} s", again=True) from None
+        except FetchError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the sample's boundary: a hostile server makes a client raise anything
+            raise self._as_fetch_error(error) from None
+
+    async def _follow(self, url: str) -> bytes:
+        seen: set[str] = set()
+        for _ in range(MAX_REDIRECTS + 1):
+            if url in seen:
+                raise FetchError("redirect_loop", url)
+            seen.add(url)
+            target = self._parsed(url)
+            async with self._session.get(target, allow_redirects=False) as response:
+                self._insist_on_consent(response.headers)
+                if response.status not in _REDIRECTS:
+                    return await self._body(response)
+                location = response.headers.get("Location", "")
+                response.close()  # its body is of no interest, and may be endless
+            if not location:
+                raise FetchError("bad_redirect", "without a Location")
+            url = urljoin(url, location.strip())
+        raise FetchError("too_many_redirects", f"more than {MAX_REDIRECTS}")
+
+    def _parsed(self, url: str) -> Any:
+        from yarl import URL
+
+        host_of(url)
+        plain = url.isascii() and url.isprintable() and not set(url) & set(' "<>\\^`{|}')
+        try:
+            return URL(url, encoded=plain)  # a URL that needs no quoting goes out as it is: it may be signed
+        except ValueError as error:
+            raise FetchError("bad_url", str(error)) from None
+
+    def _insist_on_consent(self, headers: Any) -> None:
+        found = disallowed_by(headers.getall("X-Robots-Tag", ()), self._limits.user_agent_token)
+        if forbidden := sorted(found & self._limits.disallowed):
+            raise FetchError("disallowed", f"X-Robots-Tag: {', '.join(forbidden)}")
+
+    async def _body(self, response: Any) -> bytes:
+        status, bound = int(response.status), self._limits.max_bytes
+        if status != 200:
+            wait_s = seconds_to_wait(response.headers.get("Retry-After", "")) if status in _BUSY else None
+            busy = status in _BUSY
+            response.close()
+            raise FetchError(
+                f"http_{status}", str(response.reason or ""), again=status in _PASSING, busy=busy, wait_s=wait_s
+            )
+        if (response.content_length or 0) > bound:
+            raise FetchError("too_large", f"{response.content_length:,} bytes, the bound is {bound:,}")
+        coding = response.headers.get("Content-Encoding", "identity").strip().lower() or "identity"
+        inflate = _Inflate(coding, bound)
+        data = bytearray()
+        async for piece in response.content.iter_any():
+            data += inflate(piece)
+            if len(data) > bound:
+                response.close()
+                raise FetchError("too_large", f"more than {bound:,} bytes")
+        if not data:
+            raise FetchError("empty", "no bytes", again=True)
+        return bytes(data)
+
+    def _as_fetch_error(self, error: Exception) -> FetchError:
+        http, text = self._aiohttp, f"{type(error).__name__}: {error}"
+        if "refused_address" in str(getattr(error, "os_error", error)):  # of several addresses one error is made
+            return FetchError("refused_address", "private, link-local, loopback or reserved")
+        if isinstance(error, http.ClientConnectorDNSError):
+            return FetchError("dns", str(error.os_error))
+        if isinstance(error, http.ClientSSLError | ssl.SSLError):
+            return FetchError("tls", text)
+        if isinstance(error, http.InvalidURL | http.NonHttpUrlClientError | UnicodeError):
+            return FetchError("bad_url", text)
+        if isinstance(error, http.ClientConnectorError):
+            return FetchError("connect", str(error.os_error), again=True)
+        if isinstance(error, http.ClientPayloadError | http.ServerDisconnectedError | http.ClientOSError | OSError):
+            return FetchError("cut_off", text, again=True)
+        return FetchError("bad_reply", text)
+
+
+class _Inflate:
+    """Undoes a Content-Encoding that was not asked for, within a bound on what comes out."""
+
+    def __init__(self, coding: str, bound: int) -> None:
+        self._bound = bound
+        self._left = bound + 1
+        self._stream = None
+        if coding in ("gzip", "x-gzip", "deflate"):
+            self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        elif coding != "identity":
+            raise FetchError("encoded", f"Content-Encoding: {coding}")
+
+    def __call__(self, piece: bytes) -> bytes:
+        if self._stream is None:
+            return piece
+        if self._left <= 0:
+            raise FetchError("too_large", f"inflates to more than {self._bound:,} bytes")
+        try:
+            data = self._stream.decompress(piece, self._left)
+        except zlib.error as error:
+            raise FetchError("encoded", str(error)) from None
+        self._left -= len(data)
+        return data
+
+
+def host_of(url: str) -> str:
+    """The host that is asked first.  Raises FetchError ``bad_url`` for what is no http or https URL."""
+    if len(url) > MAX_URL_CHARACTERS:
+        raise FetchError("bad_url", f"{len(url):,} characters")
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError as error:
+        raise FetchError("bad_url", str(error)) from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise FetchError("bad_url", "not http:// or https:// with a host")
+    return host.lower()
+
+
+def disallowed_by(values: Iterable[str], token: str) -> set[str]:
+    """The directives of X-Robots-Tag headers that speak to everybody, or to the user agent ``token``."""
+    found: set[str] = set()
+    for value in values:
+        speaks_to_us = True
+        for part in value.split(","):
+            name, colon, rest = part.partition(":")
+            name = name.strip().lower()
+            if colon and name not in _RULES_WITH_VALUES:
+                speaks_to_us = name in ("*", token.lower())
+                name = rest.strip().lower()
+            if speaks_to_us and name:
+                found.add("noindex" if name == "none" else name)
+    return found
+
+
+def seconds_to_wait(text: str, now: datetime | None = None) -> float | None:
+    """What a Retry-After asks for, a number of seconds or a date; None where it says neither."""
+    text = text.strip()
+    if text.isdecimal() and len(text) < 12:
+        return float(text)
+    try:
+        until = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError):
+        return None
+    until = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())

@@ -1,0 +1,107 @@
+"""What is stored of a downloaded image: its bytes as they came, or a JPEG of the size that was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from curation.errors import SampleError
+from curation.images import MAX_PIXELS, ImageFacts, Pixels, decode_rgb, encode_jpeg, image_facts
+
+Encode = Literal["keep", "jpg"]
+Check = Literal["decode", "header"]
+ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
+RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
+_WHITE = 255
+_ENOUGH_TO_CHECK = 8  # pixels of the longest side: every bit of a JPEG is read all the same, at a fraction of the cost
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePolicy:
+    """encode: ``keep`` stores what came, byte for byte; ``jpg`` stores JPEG, upright, resized as asked.
+
+    size: pixels; which side it is depends on the mode, as in img2dataset.  min_size, max_aspect_ratio: of what came.
+    check: ``header`` takes an image for sound whose header can be read.
+    """
+
+    encode: Encode = "keep"
+    size: int = 0
+    mode: ResizeMode = "no"
+    only_if_bigger: bool = False
+    quality: int = 95
+    min_size: int = 0
+    max_aspect_ratio: float = float("inf")
+    check: Check = "decode"
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """facts: of what came.  sha256: of the bytes that came.  width, height: of ``data``."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    facts: ImageFacts
+    sha256: str
+
+
+def make_stored(data: bytes, policy: ImagePolicy) -> StoredImage:
+    """Check, decode and encode as asked.  Raises SampleError for what is no sound image or none that is wanted."""
+    facts = image_facts(data, policy.max_pixels)
+    shorter, longer = sorted((facts.width, facts.height))
+    if shorter < policy.min_size:
+        raise SampleError("image_too_small", f"{facts.width} × {facts.height} pixels")
+    if longer > policy.max_aspect_ratio * shorter:
+        raise SampleError("aspect_ratio", f"{facts.width} × {facts.height} pixels")
+    digest = hashlib.sha256(data).hexdigest()
+    if policy.encode == "keep":
+        if policy.check == "decode":
+            decode_rgb(data, policy.max_pixels, at_least=_ENOUGH_TO_CHECK)
+        return StoredImage(data, facts.suffix, facts.width, facts.height, facts, digest)
+    pixels = decode_rgb(data, policy.max_pixels, at_least=_pixels_needed(shorter, longer, policy))
+    pixels = resize(pixels, (facts.width, facts.height), policy)
+    height, width = pixels.shape[:2]
+    return StoredImage(encode_jpeg(pixels, policy.quality), "jpg", width, height, facts, digest)
+
+
+def _pixels_needed(shorter: int, longer: int, policy: ImagePolicy) -> int | None:
+    """Of the longest side, so that resizing still has at least the pixels that come out; None for all."""
+    if policy.mode == "no":
+        return None
+    whole = longer if policy.mode in ("keep_ratio_largest", "border") else shorter
+    return longer if whole <= policy.size else -(-policy.size * longer // whole)
+
+
+def resize(pixels: Pixels, whole: tuple[int, int], policy: ImagePolicy) -> Pixels:
+    """By img2dataset's modes: ``keep_ratio`` and ``center_crop`` bring the shorter side to the size, ``border`` and
+    ``keep_ratio_largest`` the longer one; ``border`` then fills up to a square with white.
+
+    whole: width and height of the image, of which ``pixels`` may be decoded at reduced scale.
+    """
+    if policy.mode == "no":
+        return pixels
+    width, height = whole
+    side = min(height, width) if policy.mode in ("keep_ratio", "center_crop") else max(height, width)
+    if policy.only_if_bigger and side <= policy.size:
+        return pixels
+    scale = policy.size / side
+    target = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if target[0] * target[1] > policy.max_pixels:
+        raise SampleError("image_too_large", f"{target[0]:,} × {target[1]:,} pixels after resizing")
+    kernel = Image.Resampling.BOX if scale < 1 else Image.Resampling.LANCZOS  # the area; and what img2dataset takes
+    resized = np.asarray(Image.fromarray(pixels).resize(target, kernel)) if pixels.shape[1::-1] != target else pixels
+    if policy.mode == "center_crop":
+        top, left = ((have - policy.size) // 2 for have in resized.shape[:2])
+        return resized[top : top + policy.size, left : left + policy.size]
+    if policy.mode == "border":
+        square = np.full((policy.size, policy.size, 3), _WHITE, np.uint8)
+        top, left = ((policy.size - have) // 2 for have in resized.shape[:2])
+        square[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
+        return square
+    return resized

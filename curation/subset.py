@@ -1,0 +1,98 @@
+"""A subset of a dataset as DataComp's tools give it: a sorted array of uids, each as often as it is to be taken.
+
+A ``.npy`` file of dtype ``u8,u8``: the high and the low half of the 128 bits that the metadata's ``uid`` writes as 32
+hexadecimal digits.  It may name a billion samples, so it is never loaded: it is mapped, and searched where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curation.errors import SampleError, UsageError
+
+UID: Final = np.dtype("u8,u8")
+_CHUNK = 4 << 20  # uids compared at a time
+_LOW_HALF = (1 << 64) - 1
+
+Halves = tuple[int, int]
+
+
+def uid_of(metadata: Mapping[str, Any]) -> Halves:
+    """The two halves of a sample's uid; SampleError ``no_uid`` where its metadata has none."""
+    uid = metadata.get("uid")
+    if isinstance(uid, str) and 0 < len(uid) <= 32 and uid.isascii() and uid.isalnum():
+        try:
+            value = int(uid, 16)
+        except ValueError:
+            value = -1
+        if value >= 0:
+            return value >> 64, value & _LOW_HALF
+    raise SampleError("no_uid", f"its uid is {str(uid)[:60]!r}, not 32 hexadecimal digits")
+
+
+class Subset:
+    """How often each sample is to be taken."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError for a file that is no such array.  ``check_order`` is for whoever starts a run."""
+        self.path = path
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise UsageError(f"--subset: {path}: cannot be read ({error.strerror or error})") from None
+        except (ValueError, EOFError) as error:
+            raise UsageError(f"--subset: {path}: not an array that numpy.save wrote ({error})") from None
+        if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype != UID:
+            found = f"{getattr(array, 'dtype', type(array).__name__)}, {getattr(array, 'ndim', 0)}-dimensional"
+            raise UsageError(
+                f"--subset: {path}: a sorted one-dimensional array of dtype u8,u8 is wanted (high and low half of each "
+                f"uid), this one is {found}"
+            )
+        if not len(array):
+            raise UsageError(f"--subset: {path} names no sample")
+        self._halves: NDArray[np.uint64] = array.view(np.ndarray).view(np.uint64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._halves)
+
+    def check_order(self) -> None:
+        """Raise UsageError unless the array is sorted.  Reads all of it, once and in order."""
+        for begin in range(0, len(self) - 1, _CHUNK):
+            part = self._halves[begin : begin + _CHUNK + 1]
+            high, low = part[:, 0], part[:, 1]
+            falls = (high[1:] < high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] < low[:-1]))
+            if falls.any():
+                at = begin + int(falls.argmax())
+                raise UsageError(
+                    f"--subset: {self.path} is not sorted: entry {at + 1:,} is smaller than the one before it; sort it "
+                    "with numpy.sort"
+                )
+
+    def counts(self, uids: Sequence[Halves]) -> list[int]:
+        """How often each of these stands in the array: one binary search for all of them together."""
+        if not uids:
+            return [0] * len(uids)
+        wanted = np.array(uids, np.uint64)
+        found: list[int] = (self._search(wanted, after=True) - self._search(wanted, after=False)).tolist()
+        return found
+
+    def _search(self, wanted: NDArray[np.uint64], *, after: bool) -> NDArray[np.int64]:
+        """The first place of each, or the one behind its last.  numpy.searchsorted would copy the columns."""
+        high, low = wanted[:, 0], wanted[:, 1]
+        begin = np.zeros(len(wanted), np.int64)
+        end = np.full(len(wanted), len(self), np.int64)
+        for _ in range(len(self).bit_length()):
+            middle = (begin + end) >> 1
+            open_ = begin < end
+            there = self._halves[np.minimum(middle, len(self) - 1)]
+            less = (there[:, 0] < high) | (
+                (there[:, 0] == high) & ((there[:, 1] <= low) if after else (there[:, 1] < low))
+            )
+            begin = np.where(open_ & less, middle + 1, begin)
+            end = np.where(open_ & ~less, middle, end)
+        return begin

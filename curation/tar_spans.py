@@ -1,0 +1,154 @@
+"""Samples whose place in a tar is known: parsed in memory, and gathered out of several shards as one pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from curation.beside import Beside
+from curation.blocks import Block, Blocks
+from curation.errors import ShardError
+from curation.tar_headers import BLOCK, REGULAR, BadHeader, Member, padded, parse_header, parse_special, split_name
+from curation.tar_pass import SampleSpan, Window
+
+GATHERED_BYTES: Final = 8 << 20  # in memory together
+MAX_SAMPLE_BYTES: Final = 1 << 30
+_OPEN_FILES = 64
+
+
+def parse_span(buffer: bytearray | bytes, at: int, limit: int) -> SampleSpan:
+    """The sample whose members are ``buffer[at:limit]``.  Raises BadHeader where they are no members of one sample."""
+    span = SampleSpan("", at, limit)
+    key: bytes | None = None
+    while at < limit:
+        if at + BLOCK > limit:
+            raise BadHeader("it ends in a header")
+        data = at + BLOCK
+        name, size, mtime, kind = parse_header(buffer, at)
+        if kind not in REGULAR:
+            special = parse_special(buffer, at, limit)
+            if special is None:
+                raise BadHeader("it ends in a header")
+            name, size, mtime, kind, header_bytes = special
+            data = at + header_bytes
+        end = data + padded(size)
+        split = split_name(name)
+        if end > limit or (split is not None and key not in (None, split[0])):
+            raise BadHeader("it holds other members")
+        suffix = ""
+        if split is not None:
+            key = split[0]
+            suffix = split[1].decode("utf-8", "surrogateescape").lower()
+        member = Member(name, suffix, at, data, size, end, kind in REGULAR, mtime)
+        (span.foreign if split is None else span.members).append(member)
+        at = end
+    if key is None:
+        raise BadHeader("it holds no member with a key")
+    span.key = key.decode("utf-8", "surrogateescape")
+    return span
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One sample: the shard by its number, and the byte ranges of its members."""
+
+    source: int
+    extents: Sequence[tuple[int, int]]
+
+    @property
+    def size(self) -> int:
+        return sum(end - start for start, end in self.extents)
+
+
+class Gathered:
+    """Samples out of several shards in a given order, as a pass over one.  See ``TarPass``.
+
+    A thread reads one window ahead.  Within a window samples are read in the order in which they lie, whatever order
+    they go out in.
+    """
+
+    def __init__(self, path: str, pieces: Sequence[Piece], open_source: Callable[[int], Blocks]) -> None:
+        """path: for messages.  open_source: opens a shard by its number."""
+        self.path = path
+        self._pieces = pieces
+        self._open_source = open_source
+        self._sources: OrderedDict[int, Blocks] = OrderedDict()
+        self._next = 0
+
+    def windows(self) -> Iterator[Window]:
+        """Raises ShardError where a shard cannot be read, or is not what was indexed."""
+        self._next = 0
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close)
+            beside = stack.enter_context(contextlib.closing(Beside[Window]("read-ahead")))
+            stack.callback(self._let_go)
+            more = bool(self._pieces)
+            if more:
+                beside.start(self._step)
+            while more:
+                window = beside.result()
+                if more := self._next < len(self._pieces):
+                    beside.start(self._step)
+                yield window
+
+    def _step(self) -> Window:
+        begin, size = self._next, 0
+        while self._next < len(self._pieces) and (size < GATHERED_BYTES or self._next == begin):
+            size += self._pieces[self._next].size
+            self._next += 1
+        if size > MAX_SAMPLE_BYTES + GATHERED_BYTES:
+            raise ShardError(f"{self.path}: a sample of {size:,} bytes; at most {MAX_SAMPLE_BYTES:,} are regrouped")
+        pieces = self._pieces[begin : self._next]
+        buffer = bytearray(size)
+        reads: list[tuple[int, int, int, int]] = []  # source, start, end, place in the buffer
+        bounds: list[tuple[int, int]] = []
+        at = 0
+        for piece in pieces:
+            bounds.append((at, at + piece.size))
+            for start, end in piece.extents:
+                reads.append((piece.source, start, end, at))
+                at += end - start
+        self._read(buffer, sorted(reads))
+        spans = []
+        for piece, (start, end) in zip(pieces, bounds, strict=True):
+            try:
+                spans.append(parse_span(buffer, start, end))
+            except BadHeader as error:
+                raise self._changed(piece.source, f"byte {piece.extents[0][0]:,}: {error}") from None
+        return Window(spans, Block(None, buffer, 0, 0, size))
+
+    def _read(self, buffer: bytearray, reads: Sequence[tuple[int, int, int, int]]) -> None:
+        """What lies together and goes together is read at once."""
+        view = memoryview(buffer)
+        number = 0
+        while number < len(reads):
+            source, start, end, at = reads[number]
+            number += 1
+            while number < len(reads) and reads[number][:2] == (source, end) and reads[number][3] == at + end - start:
+                end = reads[number][2]
+                number += 1
+            if self._source(source).fill(view[at : at + end - start], start) < end - start:
+                raise self._changed(source, f"it ends before byte {end:,}")
+
+    def _source(self, number: int) -> Blocks:
+        found = self._sources.get(number)
+        if found is None:
+            found = self._sources[number] = self._open_source(number)
+            if len(self._sources) > _OPEN_FILES:
+                self._sources.popitem(last=False)[1].close()
+        self._sources.move_to_end(number)
+        return found
+
+    def _changed(self, source: int, what: str) -> ShardError:
+        return ShardError(f"{self.path}: a shard changed since it was indexed ({what}); start again", "changed")
+
+    def _let_go(self) -> None:
+        for source in list(self._sources.values()):
+            source.let_go()
+
+    def _close(self) -> None:
+        while self._sources:
+            self._sources.popitem()[1].close()

@@ -1,0 +1,297 @@
+"""Objects in buckets that appear whole, when the upload that wrote them is completed.
+
+An upload under way is to an object what a temporary file is to a file: nobody sees it, and completing it is the rename
+that can happen once, replaces what was there in one step, and can be asked for by anyone who knows the upload, any
+number of times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from curation import transports
+from curation.errors import InfrastructureError, LostClaim
+from curation.remote import RemoteFile, error_line, filesystem, told_by
+
+PART_BYTES: Final = 16 << 20  # all alike, which some stores insist on; S3 takes 10,000 of at least 5 MiB
+MAX_PARTS: Final = 10_000
+_TOKEN: Final = "curation-token"  # noqa: S105 - in the object's metadata: the attempt that wrote it
+_CHECKSUMS: Final = ("ETag", "ChecksumCRC32", "ChecksumCRC32C", "ChecksumCRC64NVME", "ChecksumSHA1", "ChecksumSHA256")
+_TRANSIENT: Final = frozenset(
+    ("RequestTimeout", "OperationAborted", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
+     "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
+)  # fmt: skip
+_LOST: Final = ("InvalidPart", "InvalidPartOrder", "EntityTooSmall")  # parts of an upload that was tampered with
+_ADVICE: Final = "mend it and start again, nothing published is lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An object as it lies there.  token: of the attempt that wrote it, "" where the store does not tell; mark: what a
+    removal can insist on."""
+
+    size: int
+    token: str = ""
+    mark: str = ""
+
+    def is_of(self, output: Mapping[str, Any]) -> bool:
+        """Whether it is what a receipt names."""
+        return bool(self.size == output["size"] and self.token in ("", output["upload"]["token"]))
+
+
+class NoUpload(Exception):
+    """The upload is completed or aborted."""
+
+
+class UploadedObject(Protocol):
+    """One object, which is there or not, and the uploads to it.  Everything raises InfrastructureError where the store
+    cannot be asked.  ``parallel``: parts that may be sent at once."""
+
+    parallel: int
+
+    def begin(self, token: str) -> str:
+        """A new upload's id."""
+
+    def put(self, upload: str, number: int, data: bytes | bytearray) -> dict[str, str]:
+        """Send part ``number``, from 1; returns what completing it needs.  LostClaim when the upload was aborted."""
+
+    def end(self, upload: str) -> None:
+        """After the last part: everything is durable, and still not to be seen."""
+
+    def complete(self, upload: str, parts: Sequence[Mapping[str, str]]) -> None:
+        """The object appears.  Nothing happens where the upload was completed or aborted before."""
+
+    def abort(self, upload: str) -> None:
+        """Nothing of the upload is left.  Nothing happens where it was completed before."""
+
+    def under_way(self) -> list[str]:
+        """The ids of all uploads to this object."""
+
+    def look(self) -> Found | None: ...
+
+    def remove(self, found: Found) -> None:
+        """Remove the object if it is still the one that was found, as far as the store can tell."""
+
+
+def object_at(file: RemoteFile) -> UploadedObject:
+    """InfrastructureError where the store's package is missing."""
+    store = filesystem(file.scheme)
+    return S3Object(file, store) if file.scheme == "s3" else MovedObject(file, store)
+
+
+def complete_upload(output: Mapping[str, Any]) -> None:
+    """Publish an output of a receipt whose commit is recorded."""
+    upload = output["upload"]
+    object_at(RemoteFile(output["path"])).complete(upload["id"], upload["parts"])
+
+
+def list_objects(folder: str) -> dict[str, int]:
+    """Names and sizes of the objects right below ``folder``, a URL."""
+    file = RemoteFile(folder)
+    store = filesystem(file.scheme)
+    try:
+        infos = _patiently(file, lambda: store.ls(folder.rstrip("/"), detail=True))
+    except FileNotFoundError:  # nothing lies there yet
+        return {}
+    return {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in infos if info.get("type") == "file"}
+
+
+class S3Object:
+    """Through a multipart upload."""
+
+    parallel = 3
+
+    def __init__(self, file: RemoteFile, store: Any) -> None:
+        self._file, self._store = file, store
+        bucket, _, key = file.target.partition("://")[2].partition("/")
+        self._place = {"Bucket": bucket, "Key": key}
+
+    def begin(self, token: str) -> str:
+        return str(self._ask("create_multipart_upload", Metadata={_TOKEN: token})["UploadId"])
+
+    def put(self, upload: str, number: int, data: bytes | bytearray) -> dict[str, str]:
+        if number > MAX_PARTS:
+            raise InfrastructureError(f"{self._file}: larger than an upload's {MAX_PARTS:,} parts")
+        try:
+            told = self._ask_of(upload, "upload_part", PartNumber=number, Body=data)
+        except NoUpload:
+            raise LostClaim(f"{self._file}: its upload was aborted; another worker has taken the shard") from None
+        return {name: str(told[name]) for name in _CHECKSUMS if told.get(name)}
+
+    def end(self, upload: str) -> None:
+        pass
+
+    def complete(self, upload: str, parts: Sequence[Mapping[str, str]]) -> None:
+        numbered = [{"PartNumber": number, **part} for number, part in enumerate(parts, 1)]
+        with contextlib.suppress(NoUpload):
+            self._ask_of(upload, "complete_multipart_upload", MultipartUpload={"Parts": numbered})
+
+    def abort(self, upload: str) -> None:
+        with contextlib.suppress(NoUpload):
+            self._ask("abort_multipart_upload", UploadId=upload)
+
+    def under_way(self) -> list[str]:
+        found: list[str] = []
+        after: dict[str, str] = {}
+        while True:
+            told = self._ask("list_multipart_uploads", Prefix=self._place["Key"], **after)
+            found += [u["UploadId"] for u in told.get("Uploads") or () if u["Key"] == self._place["Key"]]
+            if not told.get("IsTruncated"):
+                return found
+            after = {"KeyMarker": told["NextKeyMarker"], "UploadIdMarker": told["NextUploadIdMarker"]}
+
+    def look(self) -> Found | None:
+        try:
+            told = self._ask("head_object")
+        except FileNotFoundError:
+            return None
+        return Found(int(told["ContentLength"]), told.get("Metadata", {}).get(_TOKEN, ""), str(told.get("ETag", "")))
+
+    def remove(self, found: Found) -> None:
+        try:
+            self._ask("delete_object", **({"IfMatch": found.mark} if found.mark else {}))
+        except _Refused as error:
+            if error.status == 501:  # a store that knows no conditions
+                self._ask("delete_object")
+            elif error.status != 412:  # of which the object is another one by now
+                raise
+        except FileNotFoundError:
+            pass
+
+    def _ask_of(self, upload: str, method: str, **arguments: Any) -> Any:
+        try:
+            return self._ask(method, UploadId=upload, **arguments)
+        except InfrastructureError:
+            if upload in self.under_way():
+                raise
+        raise NoUpload  # which not every store says
+
+    def _ask(self, method: str, **arguments: Any) -> Any:
+        return _patiently(self._file, lambda: self._store.call_s3(method, **self._place, **arguments))
+
+
+class MovedObject:
+    """Written beside its place, under a hidden name, and moved there by the store.  For stores whose multipart uploads
+    their filesystem does not show."""
+
+    parallel = 1
+
+    def __init__(self, file: RemoteFile, store: Any) -> None:
+        self._file, self._store = file, store
+        self._folder, _, self._name = file.target.rpartition("/")
+        self._opened: Any = None
+
+    def begin(self, token: str) -> str:
+        upload = f"{self._folder}/.{self._name}.{token}.tmp"
+        with _translated(self._file):
+            self._opened = self._store.open(upload, "wb", block_size=PART_BYTES)
+        return upload
+
+    def put(self, upload: str, number: int, data: bytes | bytearray) -> dict[str, str]:
+        with _translated(self._file):  # its filesystem tries again; what it gives up cannot be taken up
+            self._opened.write(data)
+        return {}
+
+    def end(self, upload: str) -> None:
+        with _translated(self._file):
+            self._opened.close()
+
+    def complete(self, upload: str, parts: Sequence[Mapping[str, str]]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            _patiently(self._file, lambda: self._store.mv(upload, self._file.target))
+
+    def abort(self, upload: str) -> None:
+        opened, self._opened = self._opened, None
+        with contextlib.suppress(Exception):  # not all filesystems can; what was closed is removed below
+            if opened is not None and not opened.closed:
+                opened.discard()
+                opened.closed = True
+        with contextlib.suppress(FileNotFoundError):
+            _patiently(self._file, lambda: self._store.rm_file(upload))
+
+    def under_way(self) -> list[str]:
+        names = _patiently(self._file, lambda: self._store.glob(f"{self._folder}/.{self._name}.*.tmp"))
+        return [f"{self._folder}/{name.rpartition('/')[2]}" for name in names]
+
+    def look(self) -> Found | None:
+        try:
+            info = _patiently(self._file, lambda: self._store.info(self._file.target))
+        except FileNotFoundError:
+            return None
+        size, marks = told_by(info)
+        return Found(size or 0, "", dict(marks).get("etag", ""))
+
+    def remove(self, found: Found) -> None:
+        if self.look() == found:
+            with contextlib.suppress(FileNotFoundError):
+                _patiently(self._file, lambda: self._store.rm_file(self._file.target))
+
+
+# ---- errors
+
+
+class _Refused(InfrastructureError):
+    """The store has said no.  status: of HTTP."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _patiently(file: RemoteFile, ask: Callable[[], Any]) -> Any:
+    """An answer of the store, asked again where the connection broke or it was busy.
+
+    Raises NoUpload and FileNotFoundError, and InfrastructureError for everything else.
+    """
+    patience = transports.PATIENCE
+    for left in reversed(range(patience.tries)):
+        try:
+            with _translated(file):
+                return ask()
+        except transports.Interrupted as error:
+            if not left:
+                why = f"the store cannot be reached, {patience.tries} times: {error}"
+                raise InfrastructureError(f"{file}: {why}; {_ADVICE}") from error
+            pause_s = patience.first_wait_s * 2 ** (patience.tries - 1 - left)
+            time.sleep(min(patience.longest_wait_s, pause_s) * random.uniform(0.5, 1.0))
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _translated(file: RemoteFile) -> Iterator[None]:
+    """What a filesystem raises, as NoUpload, FileNotFoundError, Interrupted or InfrastructureError."""
+    try:
+        yield
+    except (InfrastructureError, transports.Interrupted):
+        raise
+    except Exception as error:
+        code, status = _answer(error)
+        if code == "NoSuchUpload" or code in _LOST:
+            raise NoUpload from None
+        if code == "NoSuchBucket":
+            raise InfrastructureError(f"{file}: there is no such bucket; {_ADVICE}") from None
+        if isinstance(error, FileNotFoundError):
+            raise
+        if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+            line = f"{code}: {error_line(error)}" if code else error_line(error)
+            raise InfrastructureError(
+                f"{file}: refused: {line} (credentials come from the environment); {_ADVICE}"
+            ) from None
+        if status == 501 or (400 <= status < 500 and status not in (408, 429) and code not in _TRANSIENT):
+            raise _Refused(f"{file}: refused: {code}: {error_line(error)}; {_ADVICE}", status) from None
+        raise transports.Interrupted(error_line(error)) from error
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    """The store's error code and HTTP status, "" and 0 where it did not answer."""
+    for raised in (error, error.__cause__):
+        told = getattr(raised, "response", None)
+        if isinstance(told, dict):
+            code = str(told.get("Error", {}).get("Code", ""))
+            return code, int(told.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return "", int(getattr(error, "code", 0) or 0) if type(error).__name__ == "HttpError" else 0

@@ -1,0 +1,299 @@
+"""Tables of URLs: found, checked once, and cut into shards, without ever holding a whole table.
+
+A shard is a run of rows of one table.  Parquet is read where it lies, a row group at a time; csv, tsv, jsonl and txt,
+which cannot be entered in the middle, are written once as parquet below ``_tables/`` of the output folder, so that a
+shard is a row group there.  Where files are opened is ``_Place``, and nowhere else: a table may lie on any storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import secrets
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import xxhash
+
+from curation.dictionaries import clean_text, dump_json
+from curation.errors import InfrastructureError, ShardError, UsageError
+from curation.publish import link_exclusively, make_folder, read_record
+from curation.remote import HTTP, PIPE, RemoteFile, error_line, filesystem, is_remote, told_by, without_secrets
+from curation.shards import MAX_SHARDS, Shard
+
+SUFFIXES: Final = (
+    ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".txt", ".txt.gz",
+)  # fmt: skip
+TABLES_FOLDER: Final = "_tables"
+_FOOTERS_AT_ONCE = 16
+_BATCH_ROWS = 4096
+_RULES = 1  # of how a table is read: raised when the same table gives other shards
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table.  mark: what changes when it does.  rows: how many.  file: where it was written as parquet, below the
+    output folder, "" for one that is read where it lies."""
+
+    source: str
+    mark: str
+    rows: int
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedColumns:
+    """Columns that the user named.  url, caption: None for the one that is usually called so."""
+
+    url: str | None = None
+    caption: str | None = None
+    hash: str | None = None
+
+
+class UrlTables:
+    """The tables that ``source`` names (a file, a folder, a glob, on this machine or behind a URL), cut into shards of
+    ``rows_per_shard``.
+
+    dry: write nothing.
+    Raises UsageError for what is no table of URLs.
+    """
+
+    def __init__(
+        self, source: str, output: Path, rows_per_shard: int, columns: NamedColumns, *, dry: bool = False
+    ) -> None:
+        self._output = output
+        self._rows = rows_per_shard
+        self._columns = columns
+        self._place = _Place(source)
+        self.tables = self._dry_plan() if dry else self._plan()
+        if not any(table.rows for table in self.tables):
+            raise UsageError(f"{without_secrets(source)}: no rows in {_named(self.tables)}")
+        if sum(-(-table.rows // rows_per_shard) for table in self.tables) > MAX_SHARDS:
+            raise UsageError(f"{without_secrets(source)}: more than {MAX_SHARDS:,} shards of {rows_per_shard:,} rows")
+
+    @property
+    def is_local(self) -> bool:
+        return self._place.is_local
+
+    @cached_property
+    def _starts(self) -> dict[str, tuple[Table, int]]:
+        """Shard id → its table and first row there."""
+        found: dict[str, tuple[Table, int]] = {}
+        for table in self.tables:
+            for first in range(0, table.rows, self._rows):
+                found[f"{len(found):08d}"] = (table, first)
+        return found
+
+    def shards(self) -> list[Shard]:
+        """In the tables' order, which is that of their names, and then that of the rows."""
+        return [Shard(shard_id, Path(table.source)) for shard_id, (table, _) in self._starts.items()]
+
+    def digest(self) -> str:
+        """Says which rows are which shard: of names and numbers of rows."""
+        told = [[_plain(table.source).rpartition("/")[2], table.rows] for table in self.tables]
+        return f"{len(told)} tables, {sum(t.rows for t in self.tables)} rows, {_digest([told, self._rows])[:12]}"
+
+    def read(self, shard_id: str) -> Any:
+        """The rows of a shard as a pyarrow Table.  Raises ShardError."""
+        table, first = self._starts[shard_id]
+        count = min(self._rows, table.rows - first)
+        try:
+            with self._open_parquet(table) as file:
+                rows = _rows_of(file, first, count)
+        except Exception as error:
+            told = f"{without_secrets(table.source)}: cannot be read: {error_line(error)}"
+            raise ShardError(told, "bad_table") from error
+        if rows.num_rows != count:
+            told = f"{without_secrets(table.source)}: {rows.num_rows:,} rows from {first:,} on, {count:,} expected"
+            raise ShardError(told, "bad_table")
+        return rows
+
+    @contextlib.contextmanager
+    def _open_parquet(self, table: Table) -> Iterator[Any]:
+        from pyarrow.parquet import ParquetFile
+
+        if table.file:
+            with ParquetFile(self._output / TABLES_FOLDER / table.file) as file:
+                yield file
+        else:
+            with self._place.open(table.source) as raw, ParquetFile(raw) as file:
+                yield file
+
+    # ---- planning
+
+    def _plan(self) -> list[Table]:
+        """What an earlier process found of the same tables, or a look at each of them."""
+        found = self._place.find()
+        record = self._output / TABLES_FOLDER / f"{_digest([_RULES, found, self._rows, asdict(self._columns)])}.json"
+        known = read_record(record)
+        if known is not None:
+            return [Table(source, **table) for (source, _), table in zip(found, known["tables"], strict=True)]
+        make_folder(record.parent)
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            tables = list(pool.map(lambda entry: self._look_at(*entry), found))
+        facts = [{"mark": table.mark, "rows": table.rows, "file": table.file} for table in tables]
+        told = dump_json({"tables": facts}, indent=True)  # no names: a URL may hold a secret
+        link_exclusively(record, told, secrets.token_hex(8))
+        return tables
+
+    def _dry_plan(self) -> list[Table]:
+        """Counts alone; nothing is written."""
+        return [self._look_at(source, mark, write=False) for source, mark in self._place.find()]
+
+    def _look_at(self, source: str, mark: str, *, write: bool = True) -> Table:
+        from curation.text_tables import columns_of, count_rows, write_parquet
+
+        told = without_secrets(source)
+        try:
+            if _plain(source).endswith(".parquet"):
+                from pyarrow.parquet import ParquetFile
+
+                with self._place.open(source) as raw, ParquetFile(raw) as file:
+                    self._check(told, file.schema_arrow)
+                    return Table(source, mark, file.metadata.num_rows)
+            with self._place.open_text(source) as text:
+                schema = columns_of(told, text)
+            if schema is None:
+                return Table(source, mark, 0)
+            self._check(told, schema)
+            if not write:
+                with self._place.open_text(source) as text:
+                    return Table(source, mark, count_rows(told, text))
+            name = f"{_digest([_RULES, _plain(source), mark, self._rows])}.parquet"
+            temporary = self._output / TABLES_FOLDER / f".{name}.{secrets.token_hex(8)}.tmp"
+            try:
+                with self._place.open_text(source) as text:
+                    rows = write_parquet(told, text, schema, temporary, self._rows)
+                temporary.rename(temporary.with_name(name))
+            finally:
+                temporary.unlink(missing_ok=True)
+            return Table(source, mark, rows, name)
+        except InfrastructureError:
+            raise
+        except Exception as error:
+            raise UsageError(f"{told}: cannot be read as a table: {error_line(error)}") from error
+
+    def _check(self, source: str, schema: Any) -> None:
+        wanted = self._columns
+        if wanted.hash is not None:
+            _column(source, schema.names, wanted.hash, "--verify_hash")
+        caption_column_of(source, schema.names, wanted.caption)
+        name = url_column_of(source, schema.names, wanted.url)
+        kind = str(schema.field(name).type)
+        if "string" not in kind and kind != "null":
+            raise UsageError(f"{source}: the column {name!r} holds {kind}, not text; name another one with --url_col")
+
+
+def caption_column_of(source: str, names: Sequence[str], wanted: str | None) -> str | None:
+    """The column of captions, None for a table without one.  Raises UsageError where it was named and is not there."""
+    if wanted is not None:
+        return _column(source, names, wanted, "--caption_col")
+    return next((name for known in _USUAL_CAPTION_COLUMNS for name in names if name.lower() == known), None)
+
+
+def url_column_of(source: str, names: Sequence[str], wanted: str | None) -> str:
+    """The column of URLs.  Raises UsageError that lists the columns and names the nearest."""
+    if wanted is None:
+        found = (name for known in _USUAL_URL_COLUMNS for name in names if name.lower() == known)
+        wanted = next(found, "url")
+    return _column(source, names, wanted, "--url_col")
+
+
+def _column(source: str, names: Sequence[str], wanted: str, flag: str) -> str:
+    if wanted in names:
+        return wanted
+    near = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], 1, 0.5)
+    nearest = next((name for name in names if near and name.lower() == near[0]), None)
+    listed = ", ".join(clean_text(name)[:60] for name in names[:50]) or "none"
+    hint = f"did you mean {flag} {nearest}?" if nearest else f"name it with {flag}"
+    raise UsageError(f"{source}: no column {wanted!r} among {listed}; {hint}")
+
+
+_USUAL_CAPTION_COLUMNS = ("caption", "text")
+_USUAL_URL_COLUMNS = ("url", "image_url", "img_url", "image_link", "link", "src")
+
+
+def _rows_of(file: Any, first: int, count: int) -> Any:
+    """Rows of a ParquetFile, decoded batch by batch from the row groups that hold them."""
+    import pyarrow
+
+    groups, start, at = [], None, 0
+    for number in range(file.num_row_groups):
+        size = file.metadata.row_group(number).num_rows
+        if at < first + count and at + size > first:
+            groups.append(number)
+            start = at if start is None else start
+        at += size
+    skip, batches = first - (start or 0), []
+    for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups):
+        if skip >= batch.num_rows:
+            skip -= batch.num_rows
+            continue
+        batches.append(batch.slice(skip, count))
+        skip, count = 0, count - batches[-1].num_rows
+        if count <= 0:
+            break
+    return pyarrow.Table.from_batches(batches, file.schema_arrow)
+
+
+class _Place:
+    """Where tables lie and how they are opened: the only place that knows of storages."""
+
+    def __init__(self, source: str) -> None:
+        self.is_local = not is_remote(source)
+        self._source = source
+        if source.startswith(PIPE):
+            raise UsageError(f"{source}: a table is read more than once, and a command's output cannot be")
+        self._files = filesystem("file" if self.is_local else RemoteFile(source).scheme)
+
+    def find(self) -> list[tuple[str, str]]:
+        """(path, mark) of every table, by name."""
+        source, told = self._source, without_secrets(self._source)
+        try:
+            if any(c in _plain(source) for c in "*?["):
+                names = self._files.glob(source)
+            elif RemoteFile(source).scheme not in HTTP and self._files.isdir(source):
+                names = self._files.ls(source, detail=False)
+            else:
+                names = [source] if self._files.exists(source) else []
+            tables = sorted(str(name) for name in names if _is_table(str(name)))
+            marks = [self._mark(name) for name in tables]
+        except Exception as error:
+            raise InfrastructureError(f"{told}: cannot be listed or read: {error_line(error)}") from error
+        if not tables and names:
+            raise UsageError(f"{told}: no tables; they end in {', '.join(SUFFIXES)}")
+        if not tables:
+            raise UsageError(f"{told!r} is not there: give a table, a folder of tables or a glob")
+        return list(zip(tables, marks, strict=True))
+
+    def open(self, path: str) -> BinaryIO:
+        return self._files.open(path, "rb")  # type: ignore[no-any-return]
+
+    def open_text(self, path: str) -> BinaryIO:
+        """The bytes, inflated where the name ends in .gz."""
+        packed = "gzip" if _plain(path).endswith(".gz") else None
+        return self._files.open(path, "rb", compression=packed)  # type: ignore[no-any-return]
+
+    def _mark(self, path: str) -> str:
+        return _digest(told_by(self._files.info(path)))
+
+
+def _plain(source: str) -> str:
+    """Without what a signed URL ends in, which is another one each day.  A path of this machine may hold anything."""
+    return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
+
+
+def _is_table(path: str) -> bool:
+    return _plain(path).endswith(SUFFIXES) and not path.rpartition("/")[2].startswith(".")
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(dump_json(value))
+
+
+def _named(tables: Sequence[Table]) -> str:
+    return ", ".join(without_secrets(table.source) for table in tables[:5]) + (" …" if len(tables) > 5 else "")

@@ -90,6 +90,9 @@ def _told(reasons: Counter[str]) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     output = sys.argv[1] if len(sys.argv) > 1 else "demo-output"
     began = time.monotonic()
     run_stages(output)

@@ -219,7 +219,7 @@ def test_unknown_directives_fail_with_the_nearest_name(tmp_path: Path, flags: di
         ({"postprocess_columns": "face-boxes"}, "given by no model"),
         ({"postprocess_features": "oai-clip-vit-l14-image"}, "did you mean 'oai-clip-vit-b32-image'"),
         ({"postprocess_features": "oai-clip-vit-b32-text,oai-clip-vit-b32-text"}, "is there twice"),
-        ({"models": "clip:org/big@v1", "postprocess_columns": "big-probability"}, "did you mean 'big-score'"),
+        ({"models": "clip:org/big@v1", "postprocess_columns": "big-probability"}, "there are big-score"),
         ({"models": "siglip:/of/one/", "postprocess_columns": "one-probabilty"}, "did you mean 'one-probability'"),
     ],
 )
@@ -229,7 +229,8 @@ def test_unknown_outputs_fail_before_a_model_is_loaded(tmp_path: Path, flags: di
 
 
 def test_any_clip_and_siglip_by_hub_id(tmp_path: Path) -> None:
-    config = read(tmp_path, BASIC, models="clip:org/model,siglip:/folder/of/one", postprocess_columns="all")
+    every = {"postprocess_columns": "all", "postprocess_features": "all"}
+    config = read(tmp_path, BASIC, models="clip:org/model,siglip:/folder/of/one", **every)
     check_directives(config)
     check_names_early(config)
 

@@ -209,13 +209,14 @@ def test_a_dead_worker_is_noticed_and_its_shard_taken_up(undisturbed: Path, tmp_
 
 
 def test_the_jsonl_can_be_read_while_it_grows(tmp_path: Path) -> None:
-    process = start(SHARDS, tmp_path, pause_s=0.08)
+    expected = images(SHARDS)
+    process = start(SHARDS, tmp_path, pause_s=0.15)
     seen: set[int] = set()
     while process.poll() is None:
         if (tmp_path / "captions.jsonl").exists():
             data = (tmp_path / "captions.jsonl").read_bytes()
             found = [json.loads(line) for line in data.splitlines()]
-            assert [(row["tar_file"], row["key"]) for row in found] == images(SHARDS)[: len(found)]
+            assert [(row["tar_file"], row["key"]) for row in found] == expected[: len(found)]
             seen.add(len(found))
         time.sleep(0.02)
     assert process.returncode == 0

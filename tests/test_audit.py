@@ -146,6 +146,16 @@ def test_intervals_are_those_of_the_literature() -> None:
     assert difference(0, 0, 1, 2) is None
 
 
+def test_several_processes_count_what_one_does(tmp_path: Path, audit: Audit) -> None:
+    write_run(tmp_path, {"a": {"assigned": 3, "accepted": 2, "reply_refusal": 1}})
+    (first,) = tmp_path.glob(f"prompts/_receipts/{PROMPTS}/*/0*.json")
+    for number in range(1, 130):
+        first.with_name(f"{number:08d}.json").write_bytes(first.read_bytes())
+    alone = audit(tmp_path, "--workers", "1")
+    assert alone["all"]["assigned"] == 390
+    assert audit(tmp_path, "--workers", "2") == alone
+
+
 # ---- words
 
 
@@ -204,7 +214,8 @@ def test_the_model_is_asked_about_each_image(
 ) -> None:
     """Features that know the answer: every choice is right, and wrong where they are turned round."""
     from curation.inspect import zero_shot
-    from curation.inspect.by_group import provenance, shards_tried, stage_places
+    from curation.inspect.by_group import shards_tried, stage_places
+    from curation.inspect.recorded import provenance
     from curation.model_settings import ModelSettings
 
     places = stage_places(undisturbed.root)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from curation.errors import UsageError
-from curation.inspect.conservation import MAX_LIST_BYTES
 from curation.inspect.places import StagePlace, find_stages
+from curation.inspect.processes import results_in_order
+from curation.inspect.recorded import json_lines, provenance
 from curation.inspect.stated import attributes_of, states, states_another
 from curation.publish import read_record
 from curation.shards import bucket_of
@@ -80,14 +77,8 @@ def tally(places: Mapping[str, StagePlace], workers: int) -> Tallies:
     total = Tallies()
     one = partial(tally_shards, dict(places))
     chunks = [ids[begin : begin + _CHUNK] for begin in range(0, len(ids), _CHUNK)]
-    if workers == 1 or len(ids) <= _CHUNK:
-        results: Iterable[Tallies] = map(one, chunks)
-        for result in results:
-            total.add(result)
-        return total
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
-        for result in pool.map(one, chunks):
-            total.add(result)
+    for result in results_in_order(one, chunks, min(workers, len(chunks))):
+        total.add(result)
     return total
 
 
@@ -126,14 +117,16 @@ def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies
     generated = {key for line in provenance(places[EDITS], shard_id) if (key := str(line.get("key"))) in groups}
     for key in generated:
         total.of(groups[key]).steps["generated"] += 1
-    for line in _lines(places[EDITS].home / "_rejects" / EDITS / f"{shard_id}.jsonl"):
+    for line in json_lines(places[EDITS].home / "_rejects" / EDITS / f"{shard_id}.jsonl"):
         if (key := str(line.get("key"))) in groups:
             total.of(groups[key]).refused[f"{EDITS}: {line.get('reason')}"] += 1
     hybrid = _receipt(places.get(HYBRID), shard_id)
     if hybrid is None:
         return
     total.shards[HYBRID] += 1
-    lost = {str(line.get("key")) for line in _lines(places[HYBRID].home / "_rejects" / HYBRID / f"{shard_id}.jsonl")}
+    lost = {
+        str(line.get("key")) for line in json_lines(places[HYBRID].home / "_rejects" / HYBRID / f"{shard_id}.jsonl")
+    }
     for key in generated:
         total.of(groups[key]).steps["to_hybrid"] += 1
     for key in generated - lost:
@@ -174,27 +167,6 @@ def _receipt(place: StagePlace | None, shard_id: str) -> dict[str, Any] | None:
     if receipt is None or receipt.get("status") != "done" or not isinstance(receipt.get("notes"), dict):
         return None
     return receipt
-
-
-def provenance(place: StagePlace, shard_id: str) -> Iterator[dict[str, Any]]:
-    """What a stage recorded of each sample of a shard."""
-    return _lines(place.home / "_provenance" / place.stage / f"{shard_id}.jsonl")
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects, a line each; a file that is not there has none."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_LIST_BYTES)
-    except FileNotFoundError:
-        return
-    for line in data.splitlines():
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            yield value
 
 
 def shards_tried(place: StagePlace) -> Iterator[str]:

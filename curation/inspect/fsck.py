@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +13,11 @@ import orjson
 import tyro
 
 from curation.cluster import Allocation
-from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, InfrastructureError, UsageError
+from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
 from curation.inspect.arguments import parse_arguments
 from curation.inspect.findings import as_lines, as_record
 from curation.inspect.fsck_shard import REMEDIES, Task, Verdict, check_shard
+from curation.inspect.processes import results_in_order
 from curation.options import exit_code, set_up_logging
 from curation.progress import Progress
 from curation.shards import discover, files_of, select
@@ -63,25 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = [Task(path, shard_id, options.images, options.repair) for shard_id, path in files.items()]
     verdicts: list[Verdict] = []
     with Progress("fsck", len(tasks), options.quiet) as progress:
-        for verdict in _verdicts(tasks, min(options.workers or Allocation.detect().threads, len(tasks))):
+        for verdict in results_in_order(
+            check_shard, tasks, min(options.workers or Allocation.detect().threads, len(tasks))
+        ):
             progress.samples_done(verdict.samples)
             progress.shard_passed()
             verdicts.append(verdict)
     faulty = [verdict for verdict in verdicts if verdict.findings]
     _show(options, verdicts, faulty, time.monotonic() - began)
     return EXIT_SHARDS_FAILED if faulty else EXIT_OK
-
-
-def _verdicts(tasks: Sequence[Task], workers: int) -> Iterator[Verdict]:
-    """In the order of the shards."""
-    if workers < 2:
-        yield from map(check_shard, tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            yield from pool.map(check_shard, tasks)
-        except BrokenProcessPool:
-            raise InfrastructureError("a process was killed (out of memory?): try fewer --workers") from None
 
 
 def _show(options: Options, verdicts: Sequence[Verdict], faulty: Sequence[Verdict], seconds: float) -> None:

@@ -8,11 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +18,12 @@ import tyro
 
 from curation.cluster import Allocation
 from curation.dictionaries import clean_text
-from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, InfrastructureError, UsageError
+from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
 from curation.inputs import receipts_of
 from curation.inspect.arguments import parse_arguments
 from curation.inspect.findings import Findings, as_lines, as_record
 from curation.inspect.manifest import write_manifest
+from curation.inspect.processes import results_in_order
 from curation.inspect.verify_shard import CAPTIONS, EDITS, HYBRID, PROMPTS, REMEDIES, Task, Verdict, verify_shard
 from curation.options import exit_code, logger, set_up_logging
 from curation.progress import Progress
@@ -94,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     workers = min(options.workers or Allocation.detect().threads, len(tasks))
     with Progress("verify", len(tasks), options.quiet) as progress:
-        for verdict in _verdicts(tasks, workers):
+        for verdict in results_in_order(verify_shard, tasks, workers):
             progress.samples_done(verdict.samples)
             progress.shard_passed()
             verdicts.append(verdict)
@@ -102,19 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     manifest = _manifest(options, verdicts) if not faulty else None
     _show(options, verdicts, faulty, manifest, time.monotonic() - began)
     return EXIT_SHARDS_FAILED if faulty else EXIT_OK
-
-
-def _verdicts(tasks: Sequence[Task], workers: int) -> Iterator[Verdict]:
-    """In the order of the shards."""
-    if workers < 2:
-        yield from map(verify_shard, tasks)
-        return
-    # spawn: not a copy of this process's threads and locks
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            yield from pool.map(verify_shard, tasks)
-        except BrokenProcessPool:
-            raise InfrastructureError("a process was killed (out of memory?): try fewer --workers") from None
 
 
 def _folders(options: Options, shards: Sequence[Shard]) -> tuple[Path, Path | None, Path | None]:

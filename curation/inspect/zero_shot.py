@@ -17,9 +17,10 @@ from curation.extract_config import short_name
 from curation.extracting import Preparation
 from curation.groups import hash_of
 from curation.images import decode_rgb
-from curation.inspect.by_group import EDITS, PROMPTS, provenance, shards_tried
+from curation.inspect.by_group import EDITS, PROMPTS, shards_tried
 from curation.inspect.measure import evenly
 from curation.inspect.places import StagePlace
+from curation.inspect.recorded import provenance
 from curation.inspect.stated import attributes_of
 from curation.model_settings import ModelSettings
 

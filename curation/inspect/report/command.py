@@ -5,8 +5,6 @@ It needs no server and no other file: it opens from a filesystem, and prints.  N
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ import tyro
 
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.inspect.arguments import parse_arguments
+from curation.inspect.manifest import write_whole
 from curation.options import exit_code
 
 MAX_PAGE_BYTES = 5_000_000
@@ -90,10 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(path: Path, page: bytes) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(page)
-        os.replace(temporary, path)
+        write_whole(path, page)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InfrastructureError(f"{path}: cannot be written ({error.strerror})") from None

@@ -13,16 +13,15 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import xxhash
 
 from curation.caption_rows import rows_path
 from curation.dictionaries import KEY_SUFFIX, clean_text, parse_json, read_dictionary
 from curation.errors import SampleError, ShardError
 from curation.inspect.places import StagePlace
+from curation.inspect.recorded import json_lines, provenance
 from curation.inspect.report.scores import Scores
 
 FACES, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
@@ -128,11 +127,13 @@ def _faces(place: StagePlace, shard_id: str) -> dict[str, list[Box]]:
                 if isinstance(value, dict)
             }
             break
-    return found | {str(line.get("key")): _boxes(line.get("boxes")) for line in _provenance(place, shard_id)}
+    return found | {
+        str(line.get("key")): _boxes(line.get("boxes")) for line in provenance(place, shard_id, MAX_FILE_BYTES)
+    }
 
 
 def _look_at_prompts(place: StagePlace, shard_id: str, looked: Looked) -> None:
-    for line in _provenance(place, shard_id):
+    for line in provenance(place, shard_id, MAX_FILE_BYTES):
         _extend(looked.captions, [len(str(line.get("caption", "")))])
         _extend(looked.prompts, [len(str(line.get("prompt", "")))])
 
@@ -142,9 +143,9 @@ def _choose_edited(
 ) -> None:
     captions = {}
     if PROMPTS in places:
-        captions = {str(line.get("key")): line for line in _provenance(places[PROMPTS], shard_id)}
+        captions = {str(line.get("key")): line for line in provenance(places[PROMPTS], shard_id, MAX_FILE_BYTES)}
     faces = _faces(places[FACES], shard_id) if FACES in places else {}
-    for line in _provenance(place, shard_id):
+    for line in provenance(place, shard_id, MAX_FILE_BYTES):
         key = str(line.get("key"))
         shown = Shown(
             "edited",
@@ -186,7 +187,7 @@ def with_captions(shown: Iterable[Shown], places: Sequence[StagePlace]) -> dict[
 
 
 def _look_at_recaptions(place: StagePlace, shard_id: str, looked: Looked, gallery: int) -> None:
-    for line in _lines(rows_path(place.home, shard_id)):
+    for line in json_lines(rows_path(place.home, shard_id), MAX_FILE_BYTES):
         _extend(looked.recaptions, [len(str(line.get("caption", "")))])
         if gallery:
             before, after = _text(line.get("original_caption")), _text(line.get("caption"))
@@ -212,7 +213,7 @@ def in_order(heap: Sequence[tuple[int, Shown]]) -> list[Shown]:
 def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
     """(reason, key, detail) of the samples that were dropped or failed."""
     folder = place.home / "_rejects" / place.stage
-    for line in _lines(folder / f"{shard_id}.jsonl"):
+    for line in json_lines(folder / f"{shard_id}.jsonl", MAX_FILE_BYTES):
         yield _text(line.get("reason"), 80), str(line.get("key")), _text(line.get("detail"), 300)
     try:
         with gzip.open(folder / f"{shard_id}.drops.tsv.gz") as file:
@@ -225,26 +226,6 @@ def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
             yield _text(reason.decode("utf-8", "replace"), 80), str(parse_json(key)), ""
         except SampleError:
             continue
-
-
-def _provenance(place: StagePlace, shard_id: str) -> Iterator[dict[str, Any]]:
-    return _lines(place.home / "_provenance" / place.stage / f"{shard_id}.jsonl")
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects, a line each; a file that is not there has none."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES)
-    except FileNotFoundError:
-        return
-    for line in data.splitlines():
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            yield value
 
 
 def _boxes(value: Any) -> list[Box]:

@@ -18,20 +18,20 @@ from typing import Any, Literal
 import xxhash
 
 from curation import backends
-from curation.ahead import in_order
 from curation.backends.onnx_sessions import read_weights
 from curation.checkpoints import Checkpoints
 from curation.cluster import Allocation
-from curation.dictionaries import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.errors import SampleError, UsageError
 from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_boxes
 from curation.images import decode_rgb, image_size
+from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.ledger import Input, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.runner import ShardWork, run_stage
 from curation.samples import caption_of, check_loose_name, image_of, metadata_of
 from curation.shards import Shard, discover
 from curation.tar import IMAGE_SUFFIXES, Sample, TarReport, read_samples
+from curation.threads import in_order
 
 CHECKPOINT = 64  # detected samples that go into the partial log together
 MAX_BYTES_AHEAD = 256 << 20  # of images read ahead of the detector

@@ -17,13 +17,12 @@ import xxhash
 from curation import backends
 from curation.asking import Outcome, Question, ask_all
 from curation.cluster import Allocation
-from curation.crew import Crew
-from curation.dictionaries import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.endpoint_folder import EndpointFolder
 from curation.endpoint_watch import FolderWatch
 from curation.endpoints import EndpointPool, NoEndpoint, endpoint_urls
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.groups import assign_groups, read_groups
+from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.ledger import Input
 from curation.options import RunOptions, exit_code, logger, parse_options
@@ -40,6 +39,7 @@ from curation.runner import Follows, ShardWork, run_stage
 from curation.samples import caption_of, metadata_of
 from curation.shards import Shard, discover
 from curation.tar import TarReport, read_samples
+from curation.threads import Crew
 
 CAPTIONS_STAGE = "01_filter_noface"
 TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3

@@ -22,20 +22,23 @@ from curation.backends.generate_diffusers import Backend, Images, Request, Speed
 from curation.backends.hub_models import ModelSource, resolve
 from curation.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
 from curation.cluster import Allocation, workers_for_gpus
-from curation.dictionaries import KEY_SUFFIX, dump_json, read_dictionary
-from curation.edited import (
+from curation.edits import (
     GENERATED_XMP,
     EarlierEdits,
+    Originals,
+    checked_prompt,
     edited_metadata,
     edits_sink,
     json_of,
+    read_provenance,
     recipe,
     txt_of,
+    with_suffix,
 )
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
+from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.ledger import Input, stage_version
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.originals import Originals, checked_prompt, read_provenance, with_suffix
 from curation.picture_log import PictureLog
 from curation.runner import Follows, ShardWork, run_stage
 from curation.shards import Shard, discover

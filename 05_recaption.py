@@ -23,11 +23,11 @@ from curation.caption_rows import jsonl_lines, reusable_captions, rows_name, wri
 from curation.caption_trial import first_images, show_trial
 from curation.cluster import Allocation, workers_for_gpus
 from curation.device_memory import WorkingBatch
-from curation.dictionaries import dump_json
 from curation.endpoints import endpoint_urls
 from curation.errors import InfrastructureError, UsageError
 from curation.hub_pushing import HubOptions, Pushing
 from curation.images import Pixels
+from curation.jsonio import dump_json
 from curation.jsonl_merge import JsonlMerge
 from curation.ledger import Input, Ledger, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options

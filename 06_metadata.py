@@ -18,7 +18,6 @@ import xxhash
 from curation import backends
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.device_memory import WorkingBatch, use_device
-from curation.dictionaries import dump_json
 from curation.errors import InfrastructureError, UsageError
 from curation.extract_compute import Computed, Computer, distinct
 from curation.extract_config import (
@@ -37,6 +36,7 @@ from curation.extract_outputs import Row, Spool, Table, import_arrow, write_npz,
 from curation.extract_plugins import load_plugin
 from curation.extract_upstream import extractors_of, make_extractor
 from curation.extracting import Extractor, order
+from curation.jsonio import dump_json
 from curation.ledger import Input, Ledger, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
 from curation.runner import ShardWork, run_stage

@@ -34,7 +34,7 @@ from curation.backends.diffusion_presets import PRESETS, Preset
 from curation.backends.diffusion_tiny import clip_tokenizer, t5_tokenizer
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.hub_models import ModelSource
-from curation.edited import GENERATED_XMP
+from curation.edits import GENERATED_XMP
 from curation.errors import SampleError
 from curation.images import encode_jpeg
 

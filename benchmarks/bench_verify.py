@@ -64,7 +64,7 @@ def make_dataset(folder: Path, samples: int) -> None:
 
 def write_edits(source: Path, target: Path) -> None:
     """Edits that say the truth about themselves, as verify asks of them; the pictures are the examples'."""
-    from curation.edited import edited_metadata, json_of, txt_of
+    from curation.edits import edited_metadata, json_of, txt_of
     from curation.images import image_size
     from curation.tar import TarWriter, read_samples
 

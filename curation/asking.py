@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from curation.crew import Crew
-from curation.dictionaries import dump_json, parse_json_object
 from curation.errors import SampleError, Stopped
+from curation.jsonio import dump_json, parse_json_object
 from curation.partial import PartialLog
+from curation.threads import Crew
 
 BATCH = 256  # replies that are recorded in one write, at most
 GATHER_S = 0.01  # a reply waits so long for others, so that one write is not made for each

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from curation.dictionaries import parse_json_object
-from curation.edited import json_of
+from curation.edits import json_of
 from curation.errors import InfrastructureError, SampleError
 from curation.faces import RECORDED_FIELD, FaceDetector, recorded_boxes
 from curation.images import Pixels, decode_rgb, encode_jpeg
+from curation.jsonio import parse_json_object
 from curation.splice import Edit
 from curation.tar import MAX_MEMBER_BYTES, SampleSpan, Window
 from curation.tar_pass import IMAGE_SUFFIXES

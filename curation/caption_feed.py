@@ -15,17 +15,16 @@ import orjson
 import xxhash
 from PIL import Image
 
-from curation.ahead import in_order
-from curation.beside import Beside
 from curation.caption_rows import Row, lenient_metadata, make_row, sha256_of
 from curation.captioning import MOST_WAITING_BYTES, CaptionBackend, ShapeGroups, find_batch_size, settled_batch_size
-from curation.dictionaries import clean_text, dump_json
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
+from curation.jsonio import clean_text, dump_json
 from curation.partial import PartialLog
 from curation.remote import Source
 from curation.samples import image_of
 from curation.tar import IMAGE_SUFFIXES, Sample, TarReport, read_samples
+from curation.threads import Beside, in_order
 
 MAX_BYTES_AHEAD = 256 << 20  # of images that are being prepared, as they lie in the shard and as they become
 LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from curation.caption_rows import Row, lenient_metadata
-from curation.dictionaries import dump_json
 from curation.errors import InfrastructureError
+from curation.jsonio import dump_json
 from curation.ledger import Ledger
 from curation.merge_parquet import merge_parquet
 from curation.publish import OutputFile

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from curation.dictionaries import dump_json, parse_json_object
 from curation.errors import SampleError, ShardError
+from curation.jsonio import dump_json, parse_json_object
 from curation.samples import caption_of
 
 Row = dict[str, Any]

@@ -11,14 +11,15 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from curation.dictionaries import KEY_SUFFIX, clean_text, parse_json_object
 from curation.errors import SampleError, ShardError
+from curation.jsonio import KEY_SUFFIX, parse_json_object, some
 from curation.shards import Shard
 from curation.subset import Halves, Subset, uid_of
 from curation.tar import MAX_MEMBER_BYTES, SampleSpan, Window, problem_of
 
-NAMED: Final = 5  # keys that a message names; the rest are counted
 MAX_REJECTS_BYTES: Final = 1 << 30
+
+
 _ROOM_FOR_A_NUMBER = 16  # bytes that a key may grow by
 
 
@@ -50,7 +51,11 @@ class Account(Protocol):
 
 
 AS_IT_IS, _EDITED = Choice(1), Choice(1, edited=True)
+
+
 _MISSED, _LEFT_OUT = Choice(1, wanted=True), Choice(0, wanted=True, dropped="no_edit")
+
+
 _NOT_IN_SUBSET = Choice(0, dropped="not_in_subset")
 
 
@@ -220,12 +225,6 @@ def reject_files(folder: Path, stage: str, shard_id: str) -> list[Path]:
     """Where a stage that writes below ``folder`` names the samples that did not go on."""
     place = folder / "_rejects" / stage
     return [place / f"{shard_id}.jsonl", place / f"{shard_id}.drops.tsv.gz"]
-
-
-def some(keys: Collection[str]) -> str:
-    """A few keys for a message, and how many more there are."""
-    named = ", ".join(clean_text(key)[:100] for key in sorted(keys)[:NAMED])
-    return f"{named} and {len(keys) - NAMED:,} more" if len(keys) > NAMED else named
 
 
 def _uid(window: Window, span: SampleSpan) -> Halves:

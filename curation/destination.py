@@ -7,8 +7,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from curation.choosing import some
 from curation.errors import InfrastructureError, UsageError
+from curation.jsonio import some
 from curation.publish import read_record
 from curation.remote import RemoteFile
 from curation.remote_outputs import Folder, RemoteFolder

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import orjson
 
-from curation.dictionaries import dump_json
+from curation.jsonio import dump_json
 
 SUCCESS, NOT_DOWNLOADED, NOT_RESIZED = "success", "failed_to_download", "failed_to_resize"
 # img2dataset's names, behind the table's own columns.

@@ -29,8 +29,8 @@ from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import urlsplit
 
 from curation.cluster import slurm_ids
-from curation.dictionaries import clean_text, dump_json, parse_json_object
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError
+from curation.jsonio import clean_text, dump_json, parse_json_object
 from curation.publish import make_folder
 from curation.wire import CONTEXT_TOKENS, WIRES, Api, EndpointError, ModelMissing, Session, answers, detect_api
 

@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass
 from typing import Self
 
-from curation.dictionaries import clean_text
 from curation.endpoint_folder import EndpointFolder, Listed
 from curation.endpoints import Endpoint, EndpointPool
 from curation.errors import InfrastructureError
+from curation.jsonio import clean_text
 
 RESCAN_S = 3.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 3.0, 60.0  # before a server that does not answer is tried again

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.dictionaries import MAX_DEPTH, dump_json, parse_json
 from curation.errors import InfrastructureError, ShardError
 from curation.extracting import Kind
+from curation.jsonio import MAX_DEPTH, dump_json, parse_json
 from curation.partial import MAX_PAYLOAD_BYTES, PartialLog
 from curation.publish import OutputFile
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError, UsageError
+from curation.jsonio import clean_text
 
 BLOCK_ROWS = 2048
 MAX_WIDTH = 1 << 16

@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
 from curation.addresses import Networks, public_sockets
-from curation.dictionaries import clean_text
+from curation.jsonio import clean_text
 
 MAX_URL_CHARACTERS: Final = 16_384
 MAX_REDIRECTS: Final = 10

@@ -9,8 +9,8 @@ from pathlib import Path
 import xxhash
 import yaml
 
-from curation.dictionaries import clean_text
 from curation.errors import UsageError
+from curation.jsonio import clean_text
 
 # The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its words
 ETHNICITIES = ("black", "white", "asian", "latino", "middle east", "indian")

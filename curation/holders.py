@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from curation.dictionaries import clean_text
+from curation.jsonio import clean_text
 from curation.shards import is_safe_id
 
 CLAIM_FORMAT = 1

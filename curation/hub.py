@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from curation.dictionaries import clean_text
 from curation.errors import UsageError
 from curation.hub_card import write_card
 from curation.hub_parts import Collection, ContentLog, addition_of, collect
 from curation.hub_repository import CARD, Addition, Again, Conflict, Head, Repository, connect
+from curation.jsonio import clean_text
 from curation.shards import is_safe_id
 
 logger = logging.getLogger("curation")

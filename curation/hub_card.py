@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from curation.dictionaries import clean_text, dump_json, parse_json
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.hub_parts import DATA_FOLDER, Collection, Part
+from curation.jsonio import clean_text, dump_json, parse_json
 from curation.publish import read_record
 from curation.tar import read_samples
 

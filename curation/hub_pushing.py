@@ -22,9 +22,9 @@ from types import FrameType
 
 import curation
 from curation.cluster import WORKER_VARIABLE, Allocation
-from curation.dictionaries import clean_text
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
 from curation.hub_repository import check_access, check_name, scrub
+from curation.jsonio import clean_text
 
 logger = logging.getLogger("curation")
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError, UsageError
+from curation.jsonio import clean_text
 
 CARD = "README.md"
 MAX_CARD_BYTES = 4 << 20

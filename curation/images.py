@@ -22,8 +22,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from curation.dictionaries import clean_text
 from curation.errors import SampleError
+from curation.jsonio import clean_text
 
 Pixels = NDArray[np.uint8]  # height × width × 3, RGB
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import xxhash
 
-from curation.dictionaries import dump_json
 from curation.errors import ShardError
+from curation.jsonio import dump_json
 from curation.ledger import Ledger
 from curation.plan import Plan
 from curation.publish import link_exclusively, make_folder, read_record

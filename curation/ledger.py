@@ -19,7 +19,6 @@ from typing import Any
 import orjson
 import xxhash
 
-from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError, UsageError
 from curation.inputs import (
     Input,
@@ -30,6 +29,7 @@ from curation.inputs import (
     stage_version,
     verify_inputs,
 )
+from curation.jsonio import clean_text
 from curation.publish import Commit, link_exclusively, make_folder, parse_record, read_record, read_whole
 from curation.remote_outputs import Presence
 from curation.shards import bucket_of

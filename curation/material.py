@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curation.choosing import Selection, read_rejected, reject_files
-from curation.dictionaries import read_dictionary
 from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import UsageError
 from curation.inputs import VERIFY_BYTES, Input, published_below, source_inputs
+from curation.jsonio import read_dictionary
 from curation.shards import Shard
 from curation.subset import Subset
 

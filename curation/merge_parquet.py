@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from curation.dictionaries import dump_json
+from curation.jsonio import dump_json
 from curation.ledger import Ledger
 from curation.plan import planned
 

@@ -1,4 +1,7 @@
-"""Flags that every stage shares, parsing of a stage's own, and logging."""
+"""Flags that every stage shares, parsing of a stage's own, and logging.
+
+Flags of the commands, from a dataclass each, as the stages have theirs.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from curation.dictionaries import clean_text
+import tyro
+
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
+from curation.jsonio import clean_text
 
 logger = logging.getLogger("curation")
 
@@ -176,3 +181,18 @@ def say_error(text: Any) -> None:
 def on_terminal() -> bool:
     """Whether stderr is a terminal that bars may be drawn on."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+Arguments = TypeVar("Arguments")
+
+
+def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: str) -> Arguments:
+    """The command's options.  Ends the process with exit code 2 on an unknown flag or a value of the wrong type."""
+    return tyro.cli(
+        kind,
+        args=None if argv is None else list(argv),
+        prog=f"python -m curation {command}",
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+        compact_help=False,
+    )

@@ -12,9 +12,9 @@ from typing import Protocol
 import orjson
 
 from curation.batches import Batch
-from curation.dictionaries import dump_json
 from curation.errors import SampleError
 from curation.images import Pixels, encode_jpeg
+from curation.jsonio import dump_json
 from curation.partial import PartialLog
 
 _PICTURE, _REFUSED = b"P", b"R"  # the first byte of a record

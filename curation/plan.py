@@ -14,8 +14,8 @@ from pathlib import Path
 import orjson
 import xxhash
 
-from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError
+from curation.jsonio import clean_text
 from curation.publish import link_exclusively, make_folder, read_record
 from curation.shards import MAX_SHARDS, is_safe_id
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from curation.dictionaries import clean_text
 from curation.errors import UsageError
 from curation.groups import hash_of
+from curation.jsonio import clean_text
 from curation.wire import CONTEXT_TOKENS, Reply, Request
 
 MAX_CAPTION_CHARACTERS = 2000  # about 500 tokens of English

@@ -20,9 +20,9 @@ from typing import Any
 
 import xxhash
 
-from curation.dictionaries import dump_json, parse_json
 from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError
 from curation.folders import forget_folder, fsync_folder
+from curation.jsonio import dump_json, parse_json
 from curation.outputs import Output, Published
 from curation.storage import storage_error
 from curation.uploads import complete_upload

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from curation.dictionaries import clean_text, dump_json
 from curation.download_rows import (
     NOT_DOWNLOADED,
     NOT_RESIZED,
@@ -26,6 +25,7 @@ from curation.download_rows import (
 from curation.downloader import Ask, Downloader, Examine
 from curation.errors import InfrastructureError, SampleError
 from curation.fetch import NETWORK_REASONS, FetchError, host_of
+from curation.jsonio import clean_text, dump_json
 from curation.outputs import Output
 from curation.partial import PartialLog
 from curation.remote import Source

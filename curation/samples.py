@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from curation.dictionaries import clean_text, parse_json_object
 from curation.errors import SampleError
+from curation.jsonio import clean_text, parse_json_object
 from curation.tar import IMAGE_SUFFIXES, Sample
 
 MAX_CAPTION_CHARACTERS = 1 << 20

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError, UsageError
 from curation.extract_config import DATACOMP_NAMES
+from curation.jsonio import clean_text
 
 MAX_CONDITION_CHARS = 1 << 20
 _ROWS = 1 << 16  # of a block of results

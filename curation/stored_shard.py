@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from curation.ahead import in_order
-from curation.dictionaries import clean_text
 from curation.download_rows import SUCCESS, Outcome, read_outcomes
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.images import decode_rgb, image_facts
+from curation.jsonio import clean_text
 from curation.outputs import Output
 from curation.publish import fast_digest
 from curation.remote import RemoteFile, Source
 from curation.remote_outputs import Folder, place_of
 from curation.tar import IMAGE_SUFFIXES, Sample, TarWriter, read_samples
+from curation.threads import in_order
 from curation.uploads import object_at
 
 OutputFormat = Literal["webdataset", "files"]

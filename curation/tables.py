@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError, UsageError
+from curation.jsonio import clean_text
 from curation.ledger import done_receipts
 
 _SUFFIX, _FEATURES = ".parquet", ".npz"

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import orjson
 
-from curation.dictionaries import dump_json
 from curation.errors import ShardError
+from curation.jsonio import dump_json
 from curation.publish import temporary_name
 from curation.storage import storage_error
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
 
-from curation.beside import Beside
 from curation.blocks import Block, Blocks
 from curation.remote import Source
 from curation.streams import open_blocks
@@ -33,6 +32,7 @@ from curation.tar_headers import (
     parse_special,
     split_name,
 )
+from curation.threads import Beside
 
 IMAGE_SUFFIXES: Final = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")

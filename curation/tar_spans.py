@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from curation.beside import Beside
 from curation.blocks import Block, Blocks
 from curation.errors import ShardError
 from curation.tar_headers import BLOCK, REGULAR, BadHeader, Member, padded, parse_header, parse_special, split_name
 from curation.tar_pass import SampleSpan, Window
+from curation.threads import Beside
 
 GATHERED_BYTES: Final = 8 << 20  # in memory together
 MAX_SAMPLE_BYTES: Final = 1 << 30

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
-from curation.dictionaries import parse_json_object
 from curation.errors import SampleError, UsageError
+from curation.jsonio import parse_json_object
 
 _MAX_LINE_BYTES: Final = 4 << 20
 _BATCH_ROWS: Final = 4096

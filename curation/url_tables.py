@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, Final
 
 import xxhash
 
-from curation.dictionaries import clean_text, dump_json
 from curation.errors import InfrastructureError, ShardError, UsageError
+from curation.jsonio import clean_text, dump_json
 from curation.publish import link_exclusively, make_folder, read_record
 from curation.remote import HTTP, PIPE, RemoteFile, error_line, filesystem, is_remote, told_by, without_secrets
 from curation.shards import MAX_SHARDS, Shard

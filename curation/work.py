@@ -14,8 +14,8 @@ from typing import Any, overload
 
 from curation.claims import Claim
 from curation.cluster import Allocation, StopSignal
-from curation.dictionaries import clean_text, dump_json
 from curation.errors import LostClaim, ShardError
+from curation.jsonio import clean_text, dump_json
 from curation.ledger import Ledger
 from curation.outputs import Output, Published
 from curation.partial import PartialLog, Partials

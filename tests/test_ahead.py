@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from curation.ahead import in_order
 from curation.checkpoints import Checkpoints
 from curation.errors import Stopped
 from curation.partial import PartialLog
+from curation.threads import in_order
 
 
 @pytest.mark.parametrize("every", [1, 3, 20])

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation import dictionaries
-from curation.dictionaries import (
+from curation import jsonio
+from curation.errors import SampleError, ShardError
+from curation.jsonio import (
     MAX_DEPTH,
     MAX_SAMPLE_JSON_BYTES,
     clean_text,
@@ -22,7 +23,6 @@ from curation.dictionaries import (
     read_dictionary,
     write_dictionary,
 )
-from curation.errors import SampleError, ShardError
 
 ANY_TEXT = st.text(st.characters(codec=None, categories=None), max_size=20) | st.sampled_from(
     ["\ud800", "a\udfff", "\x00", "\n", "\u2028", "\u202e", "\x85", "\ufeff", '"\\', "é" * 9]
@@ -200,7 +200,7 @@ def test_a_dictionary_that_is_too_large_or_absent(tmp_path: Path, monkeypatch: p
 
 def test_a_number_that_cannot_be_written_is_never_read() -> None:
     """Infinity next to a lone surrogate would pass the reader and stop the writer, with it the whole shard."""
-    assert dictionaries.parse_json(b'{"a": "\\ud800", "b": 1e308}')["b"] == 1e308
+    assert jsonio.parse_json(b'{"a": "\\ud800", "b": 1e308}')["b"] == 1e308
     with pytest.raises(SampleError):
         parse_json(b'{"a": "\\ud800", "b": -1e309}')
     assert not math.isinf(parse_json(b"1e308"))

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.edited import (
+from curation.edits import (
     REPLACED_FIELDS,
     EarlierEdits,
+    checked_prompt,
     edited_metadata,
     json_of,
     loose_path,
@@ -23,9 +24,9 @@ from curation.edited import (
     recipe,
     txt_of,
     unsafe_key,
+    with_suffix,
 )
 from curation.errors import LostClaim, SampleError
-from curation.originals import checked_prompt, with_suffix
 from curation.tar import TarWriter
 
 STAGE = "03_generate_images"

@@ -22,7 +22,7 @@ from PIL import Image
 
 from curation.backends.generate_diffusers import Backend
 from curation.cluster import visible_gpus
-from curation.edited import GENERATED_XMP
+from curation.edits import GENERATED_XMP
 from curation.errors import UsageError
 from tests.test_generate import copy_pipeline, limit_memory, spoil
 

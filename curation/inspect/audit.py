@@ -15,14 +15,13 @@ import orjson
 import tyro
 
 from curation.cluster import Allocation
-from curation.dictionaries import clean_text
 from curation.errors import EXIT_OK, UsageError
-from curation.inspect.arguments import parse_arguments
 from curation.inspect.by_group import EDITS, HYBRID, STEPS, GroupCounts, Tallies, stage_places, tally
 from curation.inspect.places import StagePlace
 from curation.inspect.rates import CONFIDENCE, Difference, difference, wilson
 from curation.inspect.stated import attributes_of
-from curation.options import exit_code, logger, set_up_logging
+from curation.jsonio import clean_text
+from curation.options import exit_code, logger, parse_arguments, set_up_logging
 
 AUDIT_FORMAT = 1
 # what is lost at each step: name → (those who came, those who went on), what is said of a sample that did not

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from curation.dictionaries import KEY_SUFFIX, clean_text, parse_json, parse_json_object
 from curation.errors import SampleError, ShardError
 from curation.inputs import receipts_of, vouched_for
 from curation.inspect.findings import Findings
+from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, parse_json_object
 from curation.publish import fast_digest, read_record
 from curation.shards import bucket_of
 

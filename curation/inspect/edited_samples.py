@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from curation.dictionaries import parse_json_object
-from curation.edited import REPLACED_FIELDS
+from curation.edits import REPLACED_FIELDS
 from curation.errors import SampleError
 from curation.images import image_size
+from curation.jsonio import parse_json_object
 
 Problem = tuple[str, str]  # the kind of a finding, and its detail
 

@@ -12,11 +12,11 @@ from typing import Self
 
 import xxhash
 
-from curation.dictionaries import parse_json_object
 from curation.errors import SampleError, ShardError
 from curation.inspect.edited_samples import is_edited, original_problems, self_problems
 from curation.inspect.findings import Findings
 from curation.inspect.prove import Expect, NewMember, Piece, edited_pieces, in_order
+from curation.jsonio import parse_json_object
 from curation.splice import Edit
 from curation.tar import MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window
 

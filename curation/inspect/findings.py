@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from curation.dictionaries import clean_text
+from curation.jsonio import clean_text
 
 SHOWN_OF_A_KIND: Final = 5  # findings of a kind that are told of for each shard; the rest are counted
 MAX_LINES: Final = 200  # of findings on the screen; --json has what a shard kept

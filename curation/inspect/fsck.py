@@ -14,11 +14,10 @@ import tyro
 
 from curation.cluster import Allocation
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
-from curation.inspect.arguments import parse_arguments
 from curation.inspect.findings import as_lines, as_record
 from curation.inspect.fsck_shard import REMEDIES, Task, Verdict, check_shard
 from curation.inspect.processes import results_in_order
-from curation.options import exit_code, set_up_logging
+from curation.options import exit_code, parse_arguments, set_up_logging
 from curation.progress import Progress
 from curation.shards import discover, files_of, select
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from curation.dictionaries import clean_text
 from curation.errors import ShardError
 from curation.inputs import receipts_of, vouched_for
 from curation.inspect.findings import Findings
 from curation.inspect.salvage import salvage
 from curation.inspect.sample_checks import Kinds, sample_problems
+from curation.jsonio import clean_text
 from curation.publish import fast_digest, read_record
 from curation.shards import bucket_of
 from curation.tar import Damage, Member, SampleSpan, TarPass, Window

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from curation.dictionaries import clean_text
 from curation.errors import UsageError
+from curation.jsonio import clean_text
 from curation.shards import bucket_of
 
 _POINTER = "_home.json"  # in a folder of which the receipts lie elsewhere

@@ -17,15 +17,14 @@ from typing import Annotated, Any
 import orjson
 import tyro
 
-from curation.dictionaries import clean_text
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, InfrastructureError, UsageError
-from curation.inspect.arguments import parse_arguments
 from curation.inspect.estimate import Estimate
 from curation.inspect.measure import Sizes, StageCost, evenly, sizes_of, stage_cost
 from curation.inspect.places import find_stages
 from curation.inspect.room import Room, rooms
 from curation.inspect.submission import JobShape, array_commands, job_shape, max_array_size
-from curation.options import exit_code
+from curation.jsonio import clean_text
+from curation.options import exit_code, parse_arguments
 from curation.shards import Shard, discover, select
 
 PLAN_FORMAT = 1

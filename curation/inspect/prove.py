@@ -17,8 +17,8 @@ from typing import Final, Self
 
 import xxhash
 
-from curation.dictionaries import MAX_SAMPLE_JSON_BYTES
 from curation.errors import ShardError
+from curation.jsonio import MAX_SAMPLE_JSON_BYTES
 from curation.splice import Edit
 from curation.tar import IMAGE_SUFFIXES, Member, SampleSpan, TarPass, Window
 from curation.tar_headers import RECORD, make_header, padding

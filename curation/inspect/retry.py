@@ -17,13 +17,12 @@ import tyro
 import curation
 from curation.again import make_pending
 from curation.claims import is_gone
-from curation.dictionaries import clean_text
 from curation.errors import EXIT_OK, UsageError
 from curation.holders import read_claim
-from curation.inspect.arguments import parse_arguments
 from curation.inspect.places import StagePlace, stage_named
+from curation.jsonio import clean_text
 from curation.ledger import MAX_ATTEMPTS, done_receipts
-from curation.options import exit_code
+from curation.options import exit_code, parse_arguments
 from curation.publish import Commit
 from curation.receipts import code_version
 from curation.shards import Shard, bucket_of, select

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from curation.dictionaries import clean_text, dump_json
 from curation.errors import ShardError
 from curation.inspect.sample_checks import Kinds, sample_problems
+from curation.jsonio import clean_text, dump_json
 from curation.publish import OutputFile
 from curation.storage import storage_error
 from curation.tar import Member, SampleSpan

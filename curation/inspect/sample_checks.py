@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from curation.dictionaries import clean_text, parse_json_object
 from curation.errors import SampleError
 from curation.images import decode_rgb
 from curation.inspect.edited_samples import is_edited, self_problems
 from curation.inspect.findings import SHOWN_OF_A_KIND, Findings
+from curation.jsonio import clean_text, parse_json_object
 from curation.tar import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, problem_of
 from curation.tar_headers import MAX_NAME_BYTES
 

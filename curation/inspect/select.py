@@ -14,8 +14,7 @@ import orjson
 import tyro
 
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
-from curation.inspect.arguments import parse_arguments
-from curation.options import exit_code
+from curation.options import exit_code, parse_arguments
 from curation.selection import BASELINES, Condition, Selection
 from curation.tables import Tables, find_tables
 from curation.uid_subset import UID_DTYPE, Uids, parse_uids, write_subset

@@ -17,16 +17,15 @@ from typing import Annotated, Any
 import orjson
 import tyro
 
-from curation.dictionaries import clean_text
 from curation.errors import EXIT_OK, UsageError
-from curation.inspect.arguments import parse_arguments
 from curation.inspect.counts import Counts, job_of, speed
 from curation.inspect.holdings import Holding, Holdings
 from curation.inspect.places import find_stages
 from curation.inspect.show import as_lines, print_tables
 from curation.inspect.slurm_causes import slurm_states
 from curation.inspect.survey import Stage, Survey
-from curation.options import exit_code
+from curation.jsonio import clean_text
+from curation.options import exit_code, parse_arguments
 
 STATUS_FORMAT = 1
 _MOMENT_S = 1.0  # between the two looks at a heartbeat, at least

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from curation.dictionaries import KEY_SUFFIX, clean_text, read_dictionary
 from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, ShardError
 from curation.inputs import published_below
@@ -27,6 +26,7 @@ from curation.inspect.edited_samples import original_problems, self_problems
 from curation.inspect.explain import explain
 from curation.inspect.findings import Findings
 from curation.inspect.prove import Proof, prove
+from curation.jsonio import KEY_SUFFIX, clean_text, read_dictionary
 from curation.splice import Edit
 from curation.tar import SampleSpan
 

@@ -16,9 +16,8 @@ import orjson
 import tyro
 
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
-from curation.inspect.arguments import parse_arguments
 from curation.inspect.manifest import write_whole
-from curation.options import exit_code
+from curation.options import exit_code, parse_arguments
 
 MAX_PAGE_BYTES = 5_000_000
 

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from curation.dictionaries import clean_text
 from curation.errors import UsageError
 from curation.inspect.audit import audit as audit_groups
 from curation.inspect.holdings import Holdings
@@ -20,6 +19,7 @@ from curation.inspect.report.looked import EDITS, FACES, HYBRID, PROMPTS, RECAPT
 from curation.inspect.report.story import MAX_NAME, Bounds, Cell, Story, cell_of, merged
 from curation.inspect.status import stage_result
 from curation.inspect.survey import Stage, Survey
+from curation.jsonio import clean_text
 
 REPORT_FORMAT = 1
 CLOSE = 8  # shards whose samples are shown: each costs a pass over its tars

@@ -18,11 +18,11 @@ from typing import Any, Final
 import xxhash
 
 from curation.caption_rows import rows_path
-from curation.dictionaries import KEY_SUFFIX, clean_text, parse_json, read_dictionary
 from curation.errors import SampleError, ShardError
 from curation.inspect.places import StagePlace
 from curation.inspect.recorded import json_lines, provenance
 from curation.inspect.report.scores import Scores
+from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, read_dictionary
 
 FACES, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
 RECAPTION, METADATA = "05_recaption", "06_metadata"

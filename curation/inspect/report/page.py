@@ -18,7 +18,6 @@ from markupsafe import Markup
 
 from curation import __version__
 from curation.caption_compare import PAGE_NAME as COMPARISON
-from curation.dictionaries import clean_text
 from curation.errors import InfrastructureError
 from curation.inspect.audit import LOSSES
 from curation.inspect.places import StagePlace
@@ -27,6 +26,7 @@ from curation.inspect.report.facts import Facts
 from curation.inspect.report.looked import EDITS, MAX_REASONS, RECAPTION, Shown, in_order, with_captions
 from curation.inspect.report.pictures import Pictures
 from curation.inspect.report.story import MAX_SECONDS, STATES, Cell, Story, merged
+from curation.jsonio import clean_text
 from curation.shards import bucket_of
 
 MAX_CELLS: Final = 16_000  # on the page, of all stages together: 130 bytes each

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import xxhash
 
-from curation.dictionaries import clean_text
 from curation.inspect.counts import Counts, whole
+from curation.jsonio import clean_text
 
 SLOWEST = 10  # shards that are named
 MAX_NAMES = 2_000  # hosts, languages, phases, notes: more are counted together

@@ -9,23 +9,35 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import orjson
 
 from curation.errors import SampleError, ShardError
 
 KEY_SUFFIX = ".json"
+
+
 MAX_SAMPLE_JSON_BYTES = 4 << 20  # DataComp's are about 1 kB, some with long EXIF reach 100 kB
+
+
 MAX_DICTIONARY_BYTES = 1 << 30
+
+
 MAX_DEPTH = 64
 
 # C0 and C1 controls, and the bidirectional overrides that make a log or a page show another text than it holds
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
 _SPACES = re.compile(r"[\s\x85\u2028\u2029]+")
+
+
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
+
+
 _OPENING = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]')
 
 
@@ -143,3 +155,12 @@ def _finite(text: str) -> float:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+NAMED: Final = 5  # keys that a message names; the rest are counted
+
+
+def some(keys: Collection[str]) -> str:
+    """A few keys for a message, and how many more there are."""
+    named = ", ".join(clean_text(key)[:100] for key in sorted(keys)[:NAMED])
+    return f"{named} and {len(keys) - NAMED:,} more" if len(keys) > NAMED else named

@@ -23,10 +23,10 @@ from curation.fetch import FetchLimits
 from curation.ledger import Input, Ledger
 from curation.merge_parquet import merge_parquet, write_csv
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.remote_outputs import Folder, RemoteFolder, remote_folder
 from curation.row_downloads import RowDownloads, examine_by, refuse
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard
+from curation.storage.buckets import Folder, RemoteFolder, remote_folder
 from curation.stored_images import Check, Encode, ImagePolicy, ResizeMode
 from curation.stored_shard import Earlier, OutputFormat
 from curation.tar import MAX_MEMBER_BYTES

@@ -34,10 +34,10 @@ from curation.prompts import (
     opening,
     read_system_prompt,
 )
-from curation.remote import is_remote
 from curation.runner import Follows, ShardWork, run_stage
 from curation.samples import caption_of, metadata_of
 from curation.shards import Shard, discover
+from curation.storage.urls import is_remote
 from curation.tar import TarReport, read_samples
 from curation.threads import Crew
 

@@ -22,11 +22,11 @@ from curation.layout import IS_EDITED, IndexReader, IndexWriter, Layout, Placed
 from curation.ledger import receipts_of_all
 from curation.material import Material, Records
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.remote_outputs import Folder, RemoteFolder, remote_folder
 from curation.rewriting import Writer
 from curation.runner import Follows, ShardWork, run_stage
 from curation.shards import Shard, discover, local_folders, select
 from curation.splice import Decision, Fate, Shown, Windows
+from curation.storage.buckets import Folder, RemoteFolder, remote_folder
 from curation.streams import open_blocks
 from curation.subset import Subset
 from curation.survey import survey

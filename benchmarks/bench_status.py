@@ -23,8 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from curation.publish import temporary_name
 from curation.shards import bucket_of
+from curation.storage.files import temporary_name
 
 ROOT = Path(__file__).resolve().parent.parent
 STATUS_S, STATUS_MB, DISCOVERY_S = 5.0, 300.0, 2.0

@@ -20,9 +20,9 @@ from curation.options import RunOptions, logger
 from curation.partial import Partials, tokens_with_checkpoints
 from curation.progress import Progress, Tally
 from curation.receipts import build_receipt
-from curation.remote import Source
 from curation.shards import Shard
-from curation.storage import is_storage_trouble, storage_error
+from curation.storage.files import is_storage_trouble, storage_error
+from curation.storage.urls import Source
 from curation.superseded import lie_about, remove_superseded
 from curation.suspects import REASON, Room, fruitless, insist_on_innocence, is_suspect
 from curation.work import ShardWork

@@ -21,8 +21,8 @@ from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
 from curation.jsonio import clean_text, dump_json
 from curation.partial import PartialLog
-from curation.remote import Source
 from curation.samples import image_of
+from curation.storage.urls import Source
 from curation.tar import IMAGE_SUFFIXES, Sample, TarReport, read_samples
 from curation.threads import Beside, in_order
 

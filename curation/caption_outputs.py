@@ -13,9 +13,9 @@ from curation.errors import InfrastructureError
 from curation.jsonio import dump_json
 from curation.ledger import Ledger
 from curation.merge_parquet import merge_parquet
-from curation.publish import OutputFile
-from curation.remote import Source
 from curation.splice import Edit, Fate, splice
+from curation.storage.files import OutputFile
+from curation.storage.urls import Source
 from curation.tar import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window, read_samples
 
 Format = Literal["jsonl", "parquet", "files", "tar"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from curation.caption_rows import parse_rows, rows_path
 from curation.errors import ShardError
 from curation.jsonio import clean_text
-from curation.remote import Source
 from curation.shards import Shard
+from curation.storage.urls import Source
 from curation.tar import IMAGE_SUFFIXES, TarPass, problem_of
 
 

@@ -26,8 +26,7 @@ from curation.holders import (
     claim_record,
     read_claim,
 )
-from curation.publish import make_folder
-from curation.storage import storage_error
+from curation.storage.files import make_folder, storage_error
 
 logger = logging.getLogger("curation")
 

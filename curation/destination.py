@@ -9,11 +9,10 @@ from pathlib import Path
 
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import some
-from curation.publish import read_record
-from curation.remote import RemoteFile
-from curation.remote_outputs import Folder, RemoteFolder
 from curation.shards import TAR, bucket_of
-from curation.uploads import object_at
+from curation.storage.buckets import Folder, RemoteFolder, object_at
+from curation.storage.files import read_record
+from curation.storage.urls import RemoteFile
 
 LAYOUT_NOTE = "layout"  # of receipts of shards that were regrouped
 

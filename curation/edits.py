@@ -23,8 +23,8 @@ import xxhash
 
 from curation.errors import LostClaim, SampleError, ShardError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, parse_json_object, read_dictionary
-from curation.publish import OutputFile, fast_digest
 from curation.splice import Edit
+from curation.storage.files import OutputFile, fast_digest
 from curation.tar import MAX_MEMBER_BYTES, TarPass, TarReport, TarWriter, problem_of, read_samples
 
 # The fields of a sample that a new picture and text make untrue, kept as curation.original_<field>.

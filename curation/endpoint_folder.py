@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 from curation.cluster import slurm_ids
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError
 from curation.jsonio import clean_text, dump_json, parse_json_object
-from curation.publish import make_folder
+from curation.storage.files import make_folder
 from curation.wire import CONTEXT_TOKENS, WIRES, Api, EndpointError, ModelMissing, Session, answers, detect_api
 
 AnyApi = Literal["auto", "ollama", "openai"]

@@ -21,7 +21,7 @@ from curation.errors import InfrastructureError, ShardError
 from curation.extracting import Kind
 from curation.jsonio import MAX_DEPTH, dump_json, parse_json
 from curation.partial import MAX_PAYLOAD_BYTES, PartialLog
-from curation.publish import OutputFile
+from curation.storage.files import OutputFile
 
 OWN_FIELDS = ("uid", "key", "tar")
 STATUS = "status"

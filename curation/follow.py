@@ -20,8 +20,8 @@ from curation.holders import COUNTER_DIGITS
 from curation.inputs import receipts_of
 from curation.ledger import Ledger
 from curation.plan import Plan
-from curation.publish import read_record
 from curation.shards import Shard, bucket_of, discover, select
+from curation.storage.files import read_record
 
 logger = logging.getLogger("curation")
 

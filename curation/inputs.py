@@ -13,11 +13,10 @@ import xxhash
 
 from curation.errors import ShardError
 from curation.loose_shards import table_of
-from curation.publish import fast_digest, read_record
-from curation.remote import RemoteFile, Source
-from curation.resumed import look_at
 from curation.shards import TAR, Shard, bucket_of
-from curation.transports import Facts, Unavailable
+from curation.storage.files import fast_digest, read_record
+from curation.storage.remote_read import Facts, Unavailable, look_at
+from curation.storage.urls import RemoteFile, Source
 
 VERIFY_BYTES = 64 << 20  # inputs up to this size are hashed before they are used; larger ones by those who read them
 

@@ -28,7 +28,7 @@ from curation.errors import ShardError
 from curation.jsonio import dump_json
 from curation.ledger import Ledger
 from curation.plan import Plan
-from curation.publish import link_exclusively, make_folder, read_record
+from curation.storage.files import link_exclusively, make_folder, read_record
 
 logger = logging.getLogger("curation")
 

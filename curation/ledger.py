@@ -30,9 +30,10 @@ from curation.inputs import (
     verify_inputs,
 )
 from curation.jsonio import clean_text
-from curation.publish import Commit, link_exclusively, make_folder, parse_record, read_record, read_whole
-from curation.remote_outputs import Presence
+from curation.publish import Commit
 from curation.shards import bucket_of
+from curation.storage.buckets import Presence
+from curation.storage.files import link_exclusively, make_folder, parse_record, read_record, read_whole
 
 __all__ = [
     "Epoch", "Input", "Ledger", "State", "bucket_of", "done_receipts", "insist_on_same_remote", "receipts_of",

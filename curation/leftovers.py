@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from curation.errors import InfrastructureError
-from curation.publish import temporary_name
-from curation.remote import RemoteFile, Source
-from curation.uploads import object_at
+from curation.storage.buckets import object_at
+from curation.storage.files import temporary_name
+from curation.storage.urls import RemoteFile, Source
 
 
 class Leftovers:

@@ -20,7 +20,7 @@ import xxhash
 from curation.cluster import note_progress
 from curation.errors import InfrastructureError, LostClaim
 from curation.shards import bucket_of
-from curation.storage import storage_error
+from curation.storage.files import storage_error
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic, length of key, of digest, of payload; xxh3-64 of all three
 _MAGIC = b"cpr1"

@@ -16,8 +16,8 @@ import xxhash
 
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
-from curation.publish import link_exclusively, make_folder, read_record
 from curation.shards import MAX_SHARDS, is_safe_id
+from curation.storage.files import link_exclusively, make_folder, read_record
 
 logger = logging.getLogger("curation")
 

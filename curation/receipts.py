@@ -13,7 +13,7 @@ from curation import __version__
 from curation.cluster import Allocation, gpu_name, host_identity, slurm_ids
 from curation.inputs import Input
 from curation.ledger import MAX_ATTEMPTS
-from curation.outputs import Published
+from curation.storage.files import Published
 from curation.work import ShardWork
 
 

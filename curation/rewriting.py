@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 from curation.choosing import Account, Choice
 from curation.edits import Edits
 from curation.errors import SampleError
-from curation.outputs import Output
-from curation.publish import OutputFile
-from curation.remote import Source
-from curation.remote_outputs import Folder
 from curation.splice import UNCHANGED, Copies, Decision, Edit, Fate, Windows, splice, verify_splice
+from curation.storage.buckets import Folder
+from curation.storage.files import Output, OutputFile
+from curation.storage.urls import Source
 from curation.tar import SampleSpan, Window
 from curation.tar_index import SUFFIX, Entry, dump_index
 

@@ -26,10 +26,10 @@ from curation.downloader import Ask, Downloader, Examine
 from curation.errors import InfrastructureError, SampleError
 from curation.fetch import NETWORK_REASONS, FetchError, host_of
 from curation.jsonio import clean_text, dump_json
-from curation.outputs import Output
 from curation.partial import PartialLog
-from curation.remote import Source
-from curation.remote_outputs import Folder
+from curation.storage.buckets import Folder
+from curation.storage.files import Output
+from curation.storage.urls import Source
 from curation.stored_images import ImagePolicy, make_stored
 from curation.stored_shard import Earlier, Members, OutputFormat, write_samples
 

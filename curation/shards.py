@@ -17,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from curation.errors import UsageError
-from curation.remote import PIPE, RemoteFile, Source, find_remote, is_remote
+from curation.storage.urls import PIPE, RemoteFile, Source, find_remote, is_remote
 
 TAR = ".tar"
 MAX_SHARDS = 10_000_000  # a brace pattern such as {0..99999999999} is a slip of the finger, not a dataset

@@ -14,13 +14,11 @@ from curation.download_rows import SUCCESS, Outcome, read_outcomes
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.images import decode_rgb, image_facts
 from curation.jsonio import clean_text
-from curation.outputs import Output
-from curation.publish import fast_digest
-from curation.remote import RemoteFile, Source
-from curation.remote_outputs import Folder, place_of
+from curation.storage.buckets import Folder, object_at, place_of
+from curation.storage.files import Output, fast_digest
+from curation.storage.urls import RemoteFile, Source
 from curation.tar import IMAGE_SUFFIXES, Sample, TarWriter, read_samples
 from curation.threads import in_order
-from curation.uploads import object_at
 
 OutputFormat = Literal["webdataset", "files"]
 Members = Mapping[str, bytes | memoryview]

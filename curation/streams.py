@@ -15,14 +15,13 @@ from collections import deque
 from pathlib import Path
 from typing import Final, Protocol
 
-from curation import transports
 from curation.blocks import Block, Blocks, FileBlocks
 from curation.errors import InfrastructureError, ShardError
 from curation.loose_shards import LooseStream
-from curation.remote import RemoteFile, Source, without_secrets
-from curation.resumed import Resumed
 from curation.shards import TAR, is_loose
-from curation.transports import server_of
+from curation.storage import remote_read
+from curation.storage.remote_read import Resumed, server_of
+from curation.storage.urls import RemoteFile, Source, without_secrets
 
 AHEAD_BYTES: Final = 16 << 20
 UNKNOWN: Final = 1 << 62
@@ -83,7 +82,7 @@ class AheadStream:
     """A remote file, of which a thread fetches a few megabytes ahead.  What is wanted again is fetched again."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self._file, self._patience = file, transports.PATIENCE
+        self._file, self._patience = file, remote_read.PATIENCE
         self._server = server_of(file, self._patience)
         self._stop = threading.Event()
         self._source = Resumed(file, self._server, self._patience, self._stop)

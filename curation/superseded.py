@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.publish import Commit, fast_digest, read_record, temporary_name
-from curation.remote import RemoteFile
-from curation.remote_outputs import Presence, place_of
-from curation.uploads import object_at
+from curation.publish import Commit
+from curation.storage.buckets import Presence, object_at, place_of
+from curation.storage.files import fast_digest, read_record, temporary_name
+from curation.storage.urls import RemoteFile
 
 
 def lie_about(root: Path, receipt: Mapping[str, Any] | None, presence: Presence | None = None) -> bool:

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from curation.blocks import Block
 from curation.errors import SampleError, ShardError
-from curation.remote import Source
+from curation.storage.urls import Source
 from curation.tar_headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make_header, padding, split_name
 from curation.tar_index import place_of
 from curation.tar_pass import IMAGE_SUFFIXES, Damage, SampleSpan, TarPass, TarReport, Window

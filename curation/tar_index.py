@@ -16,8 +16,7 @@ import orjson
 
 from curation.errors import ShardError
 from curation.jsonio import dump_json
-from curation.publish import temporary_name
-from curation.storage import storage_error
+from curation.storage.files import storage_error, temporary_name
 
 SUFFIX: Final = ".idx"
 MAX_INDEX_BYTES: Final = 1 << 30

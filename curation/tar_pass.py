@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Final
 
 from curation.blocks import Block, Blocks
-from curation.remote import Source
+from curation.storage.urls import Source
 from curation.streams import open_blocks
 from curation.tar_headers import (
     BLOCK,

@@ -16,9 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.folders import fsync_folder
-from curation.publish import make_folder, temporary_name
-from curation.storage import storage_error
+from curation.storage.files import fsync_folder, make_folder, storage_error, temporary_name
 
 UID_DTYPE = np.dtype("u8,u8")
 _DIGITS = 32

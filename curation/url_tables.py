@@ -21,9 +21,9 @@ import xxhash
 
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.jsonio import clean_text, dump_json
-from curation.publish import link_exclusively, make_folder, read_record
-from curation.remote import HTTP, PIPE, RemoteFile, error_line, filesystem, is_remote, told_by, without_secrets
 from curation.shards import MAX_SHARDS, Shard
+from curation.storage.files import link_exclusively, make_folder, read_record
+from curation.storage.urls import HTTP, PIPE, RemoteFile, error_line, filesystem, is_remote, told_by, without_secrets
 
 SUFFIXES: Final = (
     ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".txt", ".txt.gz",

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from curation.errors import InfrastructureError, UsageError
-from curation.storage import storage_error
+from curation.storage.files import storage_error
 
 MAX_WEIGHTS_BYTES = 16 << 30
 CACHE = Path("~/.cache/curation/weights")

@@ -17,12 +17,11 @@ from curation.cluster import Allocation, StopSignal
 from curation.errors import LostClaim, ShardError
 from curation.jsonio import clean_text, dump_json
 from curation.ledger import Ledger
-from curation.outputs import Output, Published
 from curation.partial import PartialLog, Partials
-from curation.publish import OutputFile
-from curation.remote import RemoteFile, Source
-from curation.remote_outputs import RemoteOutput, place_of
 from curation.shards import Shard
+from curation.storage.buckets import RemoteOutput, place_of
+from curation.storage.files import Output, OutputFile, Published
+from curation.storage.urls import RemoteFile, Source
 
 MAX_DETAIL = 500  # characters of a reject's detail
 

@@ -18,7 +18,7 @@ import pytest
 
 from curation.__main__ import main
 from curation.inspect.fsck_shard import REMEDIES, Task, check_shard
-from curation.publish import fast_digest
+from curation.storage.files import fast_digest
 from curation.tar import TarWriter, read_samples
 from curation.tar_headers import make_header, padded
 from tests.pipeline import EXAMPLES, Undisturbed

@@ -12,7 +12,7 @@ import pytest
 
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.ledger import Input, Ledger, done_receipts, receipts_of, stage_version, verify_inputs
-from curation.publish import OutputFile
+from curation.storage.files import OutputFile
 from tests.toy_runs import Place
 
 SHARD = "00000012"

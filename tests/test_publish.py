@@ -24,7 +24,8 @@ import xxhash
 from curation import publish
 from curation.errors import InfrastructureError, LostClaim, ShardError
 from curation.leftovers import Leftovers
-from curation.publish import Commit, OutputFile, fast_digest, link_exclusively, read_record, temporary_name
+from curation.publish import Commit
+from curation.storage.files import OutputFile, fast_digest, link_exclusively, read_record, temporary_name
 
 SHARD = "00000007"
 GATES = ("link", "rename", "unlink", "open")

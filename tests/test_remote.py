@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from curation import blocks, resumed, tar_pass, transports
+from curation import blocks, tar_pass
 from curation.errors import InfrastructureError, ShardError, UsageError
-from curation.remote import RemoteFile, Source
 from curation.shards import discover
+from curation.storage import remote_read
+from curation.storage.urls import RemoteFile, Source
 from curation.tar import TarReport, TarWriter, read_samples
 from tests import recaption_stub as stub
 from tests.servers.files import FileServer, file_server
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARDS = ROOT / "examples" / "shards"
 SHARD = SHARDS / "00000000.tar"
 DATA = SHARD.read_bytes()
-QUICK = transports.Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
+QUICK = remote_read.Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
 FLAGS = ["--batch_size", "4", "--num_gpus", "1", "--quiet", "--lease_s", "2", "--dataloader_num_workers", "2"]
 
 
@@ -40,7 +41,7 @@ FLAGS = ["--batch_size", "4", "--num_gpus", "1", "--quiet", "--lease_s", "2", "-
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stage 05 runs inside the test's process: its signal handlers, and what the stub replaces.  Waits are short."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(transports, "PATIENCE", QUICK)
+    monkeypatch.setattr(remote_read, "PATIENCE", QUICK)
     names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
     before = {name: signal.getsignal(name) for name in names}
     for module, name in ((stub.backends, "load"), (stub.hub_models, "resolve"), (stub.stage, "Recaption")):
@@ -89,7 +90,7 @@ def read(source: Source) -> tuple[list[Any], list[str]]:
     ids=str,
 )
 def test_a_web_server_gives_what_the_file_has(web: FileServer, how: dict[str, Any], requests: int) -> None:
-    transports.PATIENCE = transports.Patience(tries=4, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
+    remote_read.PATIENCE = remote_read.Patience(tries=4, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
     url = web.add("any.tar", DATA, **how)
     assert read(RemoteFile(url)) == read(SHARD)
     assert len(web.asked("any.tar")) == requests
@@ -145,7 +146,7 @@ def test_a_server_that_stalls(web: FileServer) -> None:
     began = time.monotonic()
     samples.close()  # type: ignore[attr-defined]
     assert time.monotonic() - began < 1
-    transports.PATIENCE = transports.Patience(tries=2, first_wait_s=0.01, read_s=0.2)
+    remote_read.PATIENCE = remote_read.Patience(tries=2, first_wait_s=0.01, read_s=0.2)
     with pytest.raises(ShardError, match=r"2 times: .*timed out"):
         read(RemoteFile(url))
 
@@ -153,7 +154,7 @@ def test_a_server_that_stalls(web: FileServer) -> None:
 @pytest.mark.parametrize("how", [{}, {"head": False}], ids=["HEAD", "GET alone"])
 def test_what_is_known_without_reading(web: FileServer, how: dict[str, Any]) -> None:
     url = web.add("known.tar", DATA, etags=['"abc"'], **how)
-    assert resumed.look_at(RemoteFile(url)).record() == {"size": len(DATA), "etag": '"abc"'}
+    assert remote_read.look_at(RemoteFile(url)).record() == {"size": len(DATA), "etag": '"abc"'}
 
 
 # ---- commands
@@ -337,7 +338,7 @@ def test_a_bucket_is_listed(bucket: tuple[Any, Cutter]) -> None:
 
 
 def test_a_bucket_gives_what_the_file_has(bucket: tuple[Any, Cutter], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transports, "_RANGE_BYTES", 300_000)
+    monkeypatch.setattr(remote_read, "_RANGE_BYTES", 300_000)
     cutter = bucket[1]
     for cut_at, cuts in ((None, 0), (200_000, 3)):
         cutter.cut_at, cutter.cuts = cut_at, cuts
@@ -353,11 +354,11 @@ def test_what_a_bucket_does_not_have(bucket: tuple[Any, Cutter]) -> None:
 def test_an_object_that_is_replaced_while_it_is_read(
     bucket: tuple[Any, Cutter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transports, "_RANGE_BYTES", 100_000)
+    monkeypatch.setattr(remote_read, "_RANGE_BYTES", 100_000)
     client, _ = bucket
     client.put_object(Bucket="shards", Key="x/0.tar", Body=DATA)
     file = RemoteFile("s3://shards/x/0.tar")
-    source = resumed.Resumed(file, transports.server_of(file, QUICK), QUICK, threading.Event())
+    source = remote_read.Resumed(file, remote_read.server_of(file, QUICK), QUICK, threading.Event())
     assert source.read() == DATA[:100_000]
     client.put_object(Bucket="shards", Key="x/0.tar", Body=DATA[::-1])
     with pytest.raises(ShardError, match="changed while it was read"):

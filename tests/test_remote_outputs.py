@@ -21,12 +21,13 @@ import pytest
 import requests
 from fsspec.implementations.local import LocalFileSystem
 
-from curation import remote_outputs, transports, uploads
 from curation.errors import InfrastructureError, LostClaim, UsageError
-from curation.publish import Commit, fast_digest
-from curation.remote import RemoteFile
-from curation.remote_outputs import RemoteOutput, remote_folder
+from curation.publish import Commit
 from curation.shards import bucket_of, discover
+from curation.storage import buckets, remote_read
+from curation.storage.buckets import RemoteOutput, remote_folder
+from curation.storage.files import fast_digest
+from curation.storage.urls import RemoteFile
 from curation.superseded import lie_about, remove_superseded
 from curation.tar import TarWriter, read_samples
 from tests.servers import photo_server
@@ -88,8 +89,8 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty bucket ``out``; parts are small and waits short, and this process has its signal handlers back."""
     import s3fs
 
-    monkeypatch.setattr(remote_outputs, "PART_BYTES", PART)
-    monkeypatch.setattr(transports, "PATIENCE", transports.Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05))
+    monkeypatch.setattr(buckets, "PART_BYTES", PART)
+    monkeypatch.setattr(remote_read, "PATIENCE", remote_read.Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)}
     server.client.create_bucket(Bucket="out")
@@ -371,7 +372,7 @@ def test_a_finisher_that_wakes_up_late_changes_nothing(tmp_path: Path, store: St
     second = receipt_of(tmp_path, write("b", b"second"), "b", 2)
     commit_of(tmp_path).write(second)
     for late in (first, second, first):
-        uploads.complete_upload(late["outputs"][0])
+        buckets.complete_upload(late["outputs"][0])
         assert store.objects() == {"hybrid/7.tar": b"second"}
     assert commit_of(tmp_path).read_receipt() == second
 
@@ -390,7 +391,7 @@ def test_of_two_attempts_one_wins_and_nothing_is_left_of_the_other(tmp_path: Pat
 def test_an_upload_that_a_successor_aborted_is_a_lost_claim(store: Store) -> None:
     with pytest.raises(LostClaim, match="another worker"), RemoteOutput(RemoteFile(URL), "a") as output:
         output.write(bytes(PART))
-        thing = uploads.object_at(RemoteFile(URL))
+        thing = buckets.object_at(RemoteFile(URL))
         for upload in thing.under_way():
             thing.abort(upload)
         output.write(bytes(5 * PART))
@@ -444,8 +445,8 @@ class Elsewhere(LocalFileSystem):
 def test_a_store_without_uploads_gets_a_hidden_file_that_is_moved(tmp_path: Path) -> None:
     """As gs:// does, here in a folder: nothing under the name before the completion, which may be repeated."""
     file = RemoteFile(f"file://{tmp_path}/7.tar")
-    thing = uploads.MovedObject(file, Elsewhere())
-    dead, mine = uploads.MovedObject(file, Elsewhere()), uploads.MovedObject(file, Elsewhere())
+    thing = buckets.MovedObject(file, Elsewhere())
+    dead, mine = buckets.MovedObject(file, Elsewhere()), buckets.MovedObject(file, Elsewhere())
     left = dead.begin("dead")
     dead.put(left, 1, b"half")
     dead.end(left)
@@ -458,11 +459,11 @@ def test_a_store_without_uploads_gets_a_hidden_file_that_is_moved(tmp_path: Path
     for _ in range(2):
         thing.complete(upload, [])
         assert (tmp_path / "7.tar").read_bytes() == b"whole file"
-    assert thing.look() == uploads.Found(10)
+    assert thing.look() == buckets.Found(10)
     thing.abort(left)
     thing.abort(left)
     assert [path.name for path in tmp_path.iterdir()] == ["7.tar"]
-    thing.remove(uploads.Found(10))
+    thing.remove(buckets.Found(10))
     assert thing.look() is None
 
 

@@ -21,7 +21,7 @@ from curation import claims, runner
 from curation.cluster import StopSignal, process_start
 from curation.errors import Stopped
 from curation.options import RunOptions, logger, parse_options, set_up_logging
-from curation.publish import fast_digest
+from curation.storage.files import fast_digest
 from curation.workers import to_argv
 from tests import toy_stage
 from tests.toy_runs import Place, drops, rejects

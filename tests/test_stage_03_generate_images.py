@@ -178,7 +178,7 @@ def test_the_curation_object_tells_the_story_without_times_and_places(root: Path
         receipts = root / folder / "_receipts" / name / "00000"
         receipts.mkdir(parents=True)
         source = root / folder / f"{SHARD}.json"
-        from curation.publish import fast_digest
+        from curation.storage.files import fast_digest
 
         output = {"path": f"{SHARD}.json", "size": source.stat().st_size, "digest": fast_digest(source)}
         write(receipts / f"{SHARD}.json", {"status": "done", "version": version, "outputs": [output]})

@@ -28,8 +28,8 @@ from curation import tar_spans
 from curation.destination import insist_on_own
 from curation.errors import SampleError, ShardError, UsageError
 from curation.layout import Layout
-from curation.publish import fast_digest
 from curation.shards import Shard
+from curation.storage.files import fast_digest
 from curation.subset import UID, Subset
 from curation.tar import open_sample, read_samples
 from tests.test_stage_04_reshard import EDIT, Run, contents, member, raw_members, sample, tar_of, tar_of_edits

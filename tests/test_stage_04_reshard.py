@@ -23,10 +23,10 @@ from curation import blocks
 from curation.cluster import Allocation
 from curation.errors import ShardError
 from curation.options import RunOptions
-from curation.publish import OutputFile
 from curation.runner import Input, ShardWork, run_stage
 from curation.shards import Shard
 from curation.splice import Edit, Fate, splice, verify_splice
+from curation.storage.files import OutputFile
 from curation.tar import SampleSpan, TarPass, TarWriter
 from curation.tar_headers import BLOCK, RECORD, padded
 

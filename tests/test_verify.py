@@ -26,9 +26,8 @@ import pytest
 
 from curation.__main__ import main
 from curation.inspect import fsck_shard
-from curation.inspect.manifest import manifest_line, write_manifest
 from curation.inspect.verify_shard import REMEDIES
-from curation.publish import fast_digest
+from curation.storage.files import fast_digest, manifest_line, write_manifest
 from curation.tar import TarPass, TarWriter, read_samples
 from tests.pipeline import ROOT, Undisturbed, copy_tree
 

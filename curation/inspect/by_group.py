@@ -14,8 +14,8 @@ from curation.inspect.places import StagePlace, find_stages
 from curation.inspect.processes import results_in_order
 from curation.inspect.recorded import json_lines, provenance
 from curation.inspect.stated import attributes_of, states, states_another
-from curation.publish import read_record
 from curation.shards import bucket_of
+from curation.storage.files import read_record
 
 PROMPTS, EDITS, HYBRID = "02_captions_processor", "03_generate_images", "04_reshard"
 REPLIED = "reply_"  # reasons of replies that came and were refused begin so

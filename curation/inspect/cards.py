@@ -12,9 +12,9 @@ import orjson
 from curation.errors import InfrastructureError
 from curation.hub_card import write_card
 from curation.hub_parts import DATA_FOLDER, collect
-from curation.inspect.manifest import write_whole
 from curation.inspect.places import StagePlace
 from curation.jsonio import clean_text
+from curation.storage.files import write_whole
 
 CARD, CROISSANT = "README.md", "croissant.json"
 _BEGIN, _END = "<!-- curation-audit:begin (replaced by `curation audit --card`) -->", "<!-- curation-audit:end -->"

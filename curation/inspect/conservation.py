@@ -20,8 +20,8 @@ from curation.errors import SampleError, ShardError
 from curation.inputs import receipts_of, vouched_for
 from curation.inspect.findings import Findings
 from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, parse_json_object
-from curation.publish import fast_digest, read_record
 from curation.shards import bucket_of
+from curation.storage.files import fast_digest, read_record
 
 MAX_LIST_BYTES: Final = 1 << 30  # of a shard's rejects or drops, unpacked
 _MAX_NAMED = 3

@@ -15,8 +15,8 @@ from curation.inspect.findings import Findings
 from curation.inspect.salvage import salvage
 from curation.inspect.sample_checks import Kinds, sample_problems
 from curation.jsonio import clean_text
-from curation.publish import fast_digest, read_record
 from curation.shards import bucket_of
+from curation.storage.files import fast_digest, read_record
 from curation.tar import Damage, Member, SampleSpan, TarPass, Window
 from curation.tar_headers import BLOCK
 

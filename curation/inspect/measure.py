@@ -12,8 +12,8 @@ from typing import Any
 from curation.errors import UsageError
 from curation.inspect.estimate import Estimate, ratio_estimate
 from curation.inspect.places import StagePlace
-from curation.publish import read_record
 from curation.shards import Shard, bucket_of, files_of
+from curation.storage.files import read_record
 
 MAX_RECEIPTS = 2_000  # of one stage that are read: evenly spaced; more would not narrow the error
 MAX_SIZES = 20_000  # source shards whose size is looked up: likewise

@@ -22,8 +22,7 @@ from typing import Any, Final, Self
 from curation.errors import ShardError
 from curation.inspect.sample_checks import Kinds, sample_problems
 from curation.jsonio import clean_text, dump_json
-from curation.publish import OutputFile
-from curation.storage import storage_error
+from curation.storage.files import OutputFile, storage_error
 from curation.tar import Member, SampleSpan
 from curation.tar_headers import (
     BLOCK,

@@ -23,8 +23,8 @@ from curation.inspect.counts import Counts
 from curation.inspect.places import StagePlace
 from curation.ledger import MAX_ATTEMPTS, Epoch
 from curation.plan import planned
-from curation.publish import MAX_RECEIPT_BYTES, read_record
 from curation.shards import bucket_of
+from curation.storage.files import MAX_RECEIPT_BYTES, read_record
 
 MAX_PROCESSES = 8  # a shared filesystem answers several at once; a login node is not ours alone
 _BUCKETS_A_PROCESS = 4  # fewer are not worth starting one for

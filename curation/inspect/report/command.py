@@ -16,8 +16,8 @@ import orjson
 import tyro
 
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
-from curation.inspect.manifest import write_whole
 from curation.options import exit_code, parse_arguments
+from curation.storage.files import write_whole
 
 MAX_PAGE_BYTES = 5_000_000
 

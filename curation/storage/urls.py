@@ -17,12 +17,22 @@ from urllib.parse import unquote, urlsplit
 from curation.errors import InfrastructureError, UsageError
 
 PIPE: Final = "pipe:"
+
+
 HTTP: Final = frozenset(("http", "https"))
+
+
 PACKAGES: Final = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}  # through fsspec
+
+
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+
+
 _MAX_MESSAGE = 300
 
 Told = tuple[int | None, tuple[tuple[str, str], ...]]
+
+
 """Size, and what tells one version of a file from another: (("etag", …),)."""
 
 
@@ -67,6 +77,8 @@ class RemoteFile:
 
 
 Source = Path | RemoteFile
+
+
 """Where a shard is read from."""
 
 

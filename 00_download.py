@@ -29,7 +29,7 @@ from curation.shards import Shard
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
 from curation.stored_images import Check, Encode, ImagePolicy, ResizeMode
 from curation.stored_shard import Earlier, OutputFormat
-from curation.tar import MAX_MEMBER_BYTES
+from curation.tar.samples import MAX_MEMBER_BYTES
 from curation.url_tables import NamedColumns, UrlTables, caption_column_of, url_column_of
 from curation.workers import is_worker
 

@@ -28,9 +28,17 @@ from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.ledger import Input, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.runner import ShardWork, run_stage
-from curation.samples import caption_of, check_loose_name, image_of, metadata_of
 from curation.shards import Shard, discover
-from curation.tar import IMAGE_SUFFIXES, Sample, TarReport, read_samples
+from curation.tar.samples import (
+    IMAGE_SUFFIXES,
+    Sample,
+    TarReport,
+    caption_of,
+    check_loose_name,
+    image_of,
+    metadata_of,
+    read_samples,
+)
 from curation.threads import in_order
 
 CHECKPOINT = 64  # detected samples that go into the partial log together

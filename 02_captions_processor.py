@@ -35,10 +35,9 @@ from curation.prompts import (
     read_system_prompt,
 )
 from curation.runner import Follows, ShardWork, run_stage
-from curation.samples import caption_of, metadata_of
 from curation.shards import Shard, discover
 from curation.storage.urls import is_remote
-from curation.tar import TarReport, read_samples
+from curation.tar.samples import TarReport, caption_of, metadata_of, read_samples
 from curation.threads import Crew
 
 CAPTIONS_STAGE = "01_filter_noface"

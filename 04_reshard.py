@@ -25,14 +25,13 @@ from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.rewriting import Writer
 from curation.runner import Follows, ShardWork, run_stage
 from curation.shards import Shard, discover, local_folders, select
-from curation.splice import Decision, Fate, Shown, Windows
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
-from curation.streams import open_blocks
 from curation.subset import Subset
 from curation.survey import survey
-from curation.tar import SampleSpan, TarPass, TarReport
-from curation.tar_index import write_wids
-from curation.tar_spans import Gathered, Piece
+from curation.tar.random_access import Gathered, Piece, write_wids
+from curation.tar.samples import SampleSpan, TarPass, TarReport
+from curation.tar.sources import open_blocks
+from curation.tar.splice import Decision, Fate, Shown, Windows
 from curation.workers import is_worker
 
 if TYPE_CHECKING:

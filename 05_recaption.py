@@ -34,7 +34,7 @@ from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.partial import PartialLog
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover, select
-from curation.tar import TarReport
+from curation.tar.samples import TarReport
 from curation.weights import CACHE, fetch_weights
 from curation.workers import is_worker
 

@@ -41,7 +41,7 @@ from curation.ledger import Input, Ledger, source_inputs
 from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover
-from curation.tar import TarReport, read_samples
+from curation.tar.samples import TarReport, read_samples
 from curation.workers import is_worker
 
 MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught

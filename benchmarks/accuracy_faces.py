@@ -25,8 +25,10 @@ sys.path.insert(0, str(ROOT))
 from curation.backends import load  # noqa: E402
 from curation.faces import FaceDetector  # noqa: E402
 from curation.images import Pixels, decode_rgb  # noqa: E402
-from curation.samples import image_of  # noqa: E402
-from curation.tar import read_samples  # noqa: E402
+from curation.tar.samples import (
+    image_of,  # noqa: E402
+    read_samples,  # noqa: E402
+)
 
 FLOOR = 0.05  # detections below this score are not looked at
 THRESHOLDS = [round(0.20 + 0.05 * i, 2) for i in range(13)]

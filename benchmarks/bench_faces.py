@@ -40,8 +40,7 @@ DATACOMP_BYTES = 35_000  # of a sample: 450 GB for 12.8 million
 
 def example_photos() -> list[tuple[bytes, dict[str, Any]]]:
     """The JPEGs of the example shards with their metadata."""
-    from curation.samples import metadata_of
-    from curation.tar import read_samples
+    from curation.tar.samples import metadata_of, read_samples
 
     samples = [s for tar in sorted((ROOT / "examples" / "shards").glob("*.tar")) for s in read_samples(tar)]
     return [(s.members["jpg"], metadata_of(s)) for s in samples if "jpg" in s.members]
@@ -49,7 +48,7 @@ def example_photos() -> list[tuple[bytes, dict[str, Any]]]:
 
 def write_shard(path: Path, samples: Sequence[tuple[str, bytes, dict[str, Any]]]) -> None:
     """jpg, json (indented, as DataComp's) and txt of each sample."""
-    from curation.tar import TarWriter
+    from curation.tar.samples import TarWriter
 
     with open(path, "wb") as file:
         tar = TarWriter(file)

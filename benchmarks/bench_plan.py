@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from curation.shards import discover
-from curation.tar import TarWriter, read_samples
+from curation.tar.samples import TarWriter, read_samples
 from tests.servers import deterministic_llm_server
 
 ROOT = Path(__file__).resolve().parent.parent

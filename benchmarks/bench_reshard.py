@@ -42,7 +42,7 @@ MTIME = 1_700_000_000
 
 def jpeg_bytes() -> bytes:
     """Real JPEG data, cut from the example shards, for payloads of any size."""
-    from curation.tar import read_samples
+    from curation.tar.samples import read_samples
 
     shards = sorted((ROOT / "examples" / "shards").glob("*.tar"))
     return b"".join(data for path in shards for s in read_samples(path, {"jpg"}) for data in s.members.values())
@@ -50,7 +50,7 @@ def jpeg_bytes() -> bytes:
 
 def make_input(folder: Path, count: int, share: float) -> None:
     """shards/<shard>.tar with ``count`` samples of about 35 kB, and edits/<shard>.tar for ``share`` of them."""
-    from curation.tar import TarWriter
+    from curation.tar.samples import TarWriter
 
     dice, payload = random.Random(1), memoryview(jpeg_bytes())
 

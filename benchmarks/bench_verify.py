@@ -66,7 +66,7 @@ def write_edits(source: Path, target: Path) -> None:
     """Edits that say the truth about themselves, as verify asks of them; the pictures are the examples'."""
     from curation.edits import edited_metadata, json_of, txt_of
     from curation.images import image_size
-    from curation.tar import TarWriter, read_samples
+    from curation.tar.samples import TarWriter, read_samples
 
     examples = sorted((ROOT / "examples" / "shards").glob("*.tar"))
     pictures = [data for path in examples for s in read_samples(path, {"jpg"}) for data in s.members.values()]

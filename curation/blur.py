@@ -14,9 +14,9 @@ from curation.errors import InfrastructureError, SampleError
 from curation.faces import RECORDED_FIELD, FaceDetector, recorded_boxes
 from curation.images import Pixels, decode_rgb, encode_jpeg
 from curation.jsonio import parse_json_object
-from curation.splice import Edit
-from curation.tar import MAX_MEMBER_BYTES, SampleSpan, Window
-from curation.tar_pass import IMAGE_SUFFIXES
+from curation.tar.samples import MAX_MEMBER_BYTES, SampleSpan, Window
+from curation.tar.scan import IMAGE_SUFFIXES
+from curation.tar.splice import Edit
 
 QUALITY: Final = 95  # of the JPEG, as in DataComp's shards
 _GROWTH = 0.1  # of a box on each side, as a share of its longer side

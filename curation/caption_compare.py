@@ -16,10 +16,9 @@ from PIL import Image
 from curation.caption_rows import parse_rows, rows_path
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.images import decode_rgb, encode_jpeg
-from curation.samples import image_of
 from curation.shards import Shard
 from curation.storage.urls import Source
-from curation.tar import IMAGE_SUFFIXES, read_samples
+from curation.tar.samples import IMAGE_SUFFIXES, image_of, read_samples
 
 PAGE_NAME = "compare.html"
 MAX_PAIRS = 200  # on one page: thumbnails of 10 to 20 kB each

@@ -15,15 +15,14 @@ import orjson
 import xxhash
 from PIL import Image
 
-from curation.caption_rows import Row, lenient_metadata, make_row, sha256_of
+from curation.caption_rows import Row, make_row, sha256_of
 from curation.captioning import MOST_WAITING_BYTES, CaptionBackend, ShapeGroups, find_batch_size, settled_batch_size
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
 from curation.jsonio import clean_text, dump_json
 from curation.partial import PartialLog
-from curation.samples import image_of
 from curation.storage.urls import Source
-from curation.tar import IMAGE_SUFFIXES, Sample, TarReport, read_samples
+from curation.tar.samples import IMAGE_SUFFIXES, Sample, TarReport, image_of, lenient_metadata, read_samples
 from curation.threads import Beside, in_order
 
 MAX_BYTES_AHEAD = 256 << 20  # of images that are being prepared, as they lie in the shard and as they become

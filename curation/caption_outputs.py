@@ -8,15 +8,24 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from curation.caption_rows import Row, lenient_metadata
+from curation.caption_rows import Row
 from curation.errors import InfrastructureError
 from curation.jsonio import dump_json
 from curation.ledger import Ledger
 from curation.merge_parquet import merge_parquet
-from curation.splice import Edit, Fate, splice
 from curation.storage.files import OutputFile
 from curation.storage.urls import Source
-from curation.tar import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window, read_samples
+from curation.tar.samples import (
+    IMAGE_SUFFIXES,
+    MAX_MEMBER_BYTES,
+    Member,
+    SampleSpan,
+    TarPass,
+    Window,
+    lenient_metadata,
+    read_samples,
+)
+from curation.tar.splice import Edit, Fate, splice
 
 Format = Literal["jsonl", "parquet", "files", "tar"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -11,13 +11,17 @@ import orjson
 
 from curation.errors import SampleError, ShardError
 from curation.jsonio import dump_json, parse_json_object
-from curation.samples import caption_of
+from curation.tar.samples import caption_of
 
 Row = dict[str, Any]
+
+
 """key, shard, url, uid, caption, original_caption, width, height, original_width, original_height, sha256,
 image_sha256, image_size, model, revision, watermark_score, and ``extra``: every other field of the source's json."""
 
 ROWS_FOLDER = "rows"
+
+
 _OWN_FIELDS = ("caption", "url", "uid", "width", "height", "original_width", "original_height", "sha256")
 
 
@@ -28,16 +32,6 @@ def rows_name(shard_id: str) -> str:
 
 def rows_path(output: Path, shard_id: str) -> Path:
     return output / rows_name(shard_id)
-
-
-def lenient_metadata(data: bytes | None) -> dict[str, Any]:
-    """The .json of a sample, empty where there is none or it cannot be read: the image is captioned all the same."""
-    if data is None:
-        return {}
-    try:
-        return parse_json_object(data)
-    except SampleError:
-        return {}
 
 
 def original_caption(metadata: Mapping[str, Any], txt: bytes | None) -> str:

@@ -10,7 +10,7 @@ from curation.errors import ShardError
 from curation.jsonio import clean_text
 from curation.shards import Shard
 from curation.storage.urls import Source
-from curation.tar import IMAGE_SUFFIXES, TarPass, problem_of
+from curation.tar.samples import IMAGE_SUFFIXES, TarPass, problem_of
 
 
 def first_images(shards: Sequence[Shard], count: int) -> dict[str, int]:

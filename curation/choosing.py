@@ -15,7 +15,7 @@ from curation.errors import SampleError, ShardError
 from curation.jsonio import KEY_SUFFIX, parse_json_object, some
 from curation.shards import Shard
 from curation.subset import Halves, Subset, uid_of
-from curation.tar import MAX_MEMBER_BYTES, SampleSpan, Window, problem_of
+from curation.tar.samples import MAX_MEMBER_BYTES, SampleSpan, Window, problem_of
 
 MAX_REJECTS_BYTES: Final = 1 << 30
 

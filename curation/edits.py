@@ -23,9 +23,9 @@ import xxhash
 
 from curation.errors import LostClaim, SampleError, ShardError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, parse_json_object, read_dictionary
-from curation.splice import Edit
 from curation.storage.files import OutputFile, fast_digest
-from curation.tar import MAX_MEMBER_BYTES, TarPass, TarReport, TarWriter, problem_of, read_samples
+from curation.tar.samples import MAX_MEMBER_BYTES, TarPass, TarReport, TarWriter, problem_of, read_samples
+from curation.tar.splice import Edit
 
 # The fields of a sample that a new picture and text make untrue, kept as curation.original_<field>.
 REPLACED_FIELDS = ("caption", "sha256", "face_bboxes", "width", "height")

@@ -19,13 +19,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from curation.caption_rows import lenient_metadata
 from curation.errors import SampleError
 from curation.extract_process import Lost, WorkerProcess
 from curation.extract_worker import Job, Layout, Outcome, Slots
 from curation.extracting import Preparation
-from curation.samples import MAX_CAPTION_CHARACTERS, image_of
-from curation.tar import IMAGE_SUFFIXES, Sample
+from curation.tar.samples import IMAGE_SUFFIXES, MAX_CAPTION_CHARACTERS, Sample, image_of, lenient_metadata
 
 logger = logging.getLogger("curation")
 

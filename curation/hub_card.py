@@ -18,7 +18,7 @@ from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.hub_parts import DATA_FOLDER, Collection, Part
 from curation.jsonio import clean_text, dump_json, parse_json
 from curation.storage.files import read_record
-from curation.tar import read_samples
+from curation.tar.samples import read_samples
 
 _BEGIN, _END = "<!-- curation:begin", "<!-- curation:end -->"
 _META_BEGIN, _META_END = "# curation:begin", "# curation:end"

@@ -12,11 +12,11 @@ from typing import Any
 import xxhash
 
 from curation.errors import ShardError
-from curation.loose_shards import table_of
 from curation.shards import TAR, Shard, bucket_of
 from curation.storage.files import fast_digest, read_record
 from curation.storage.remote_read import Facts, Unavailable, look_at
 from curation.storage.urls import RemoteFile, Source
+from curation.tar.sources import table_of
 
 VERIFY_BYTES = 64 << 20  # inputs up to this size are hashed before they are used; larger ones by those who read them
 

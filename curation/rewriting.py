@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 from curation.choosing import Account, Choice
 from curation.edits import Edits
 from curation.errors import SampleError
-from curation.splice import UNCHANGED, Copies, Decision, Edit, Fate, Windows, splice, verify_splice
 from curation.storage.buckets import Folder
 from curation.storage.files import Output, OutputFile
 from curation.storage.urls import Source
-from curation.tar import SampleSpan, Window
-from curation.tar_index import SUFFIX, Entry, dump_index
+from curation.tar.random_access import SUFFIX, Entry, dump_index
+from curation.tar.samples import SampleSpan, Window
+from curation.tar.splice import UNCHANGED, Copies, Decision, Edit, Fate, Windows, splice, verify_splice
 
 if TYPE_CHECKING:  # it brings image libraries, for a flag that few runs have
     from curation.blur import Blur

@@ -17,7 +17,7 @@ from curation.jsonio import clean_text
 from curation.storage.buckets import Folder, object_at, place_of
 from curation.storage.files import Output, fast_digest
 from curation.storage.urls import RemoteFile, Source
-from curation.tar import IMAGE_SUFFIXES, Sample, TarWriter, read_samples
+from curation.tar.samples import IMAGE_SUFFIXES, Sample, TarWriter, read_samples
 from curation.threads import in_order
 
 OutputFormat = Literal["webdataset", "files"]

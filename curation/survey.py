@@ -13,7 +13,7 @@ from curation.errors import ShardError
 from curation.inputs import Upstream
 from curation.material import Material
 from curation.shards import Shard
-from curation.tar import TarPass
+from curation.tar.samples import TarPass
 
 logger = logging.getLogger("curation")
 

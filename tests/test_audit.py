@@ -19,7 +19,7 @@ from curation.inspect.cards import croissant
 from curation.inspect.rates import difference, wilson
 from curation.inspect.stated import attributes_of, states, states_another
 from curation.shards import bucket_of
-from curation.tar import read_samples
+from curation.tar.samples import read_samples
 from tests.pipeline import Undisturbed, copy_tree
 
 Audit = Callable[..., dict[str, Any]]

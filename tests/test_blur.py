@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from curation.images import decode_rgb
-from curation.tar import read_samples
+from curation.tar.samples import read_samples
 from tests.test_stage_04_regroup import Runs, members_of, put_subset, run, uid
 from tests.test_stage_04_reshard import EDIT, member, tar_of, tar_of_edits
 

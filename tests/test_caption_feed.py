@@ -16,7 +16,7 @@ from PIL import Image
 
 from curation.caption_feed import Feed, Picture
 from curation.captioning import ShapeGroups
-from curation.tar import TarReport, TarWriter
+from curation.tar.samples import TarReport, TarWriter
 
 IMAGES, BOUND = 240, 2_000_000
 

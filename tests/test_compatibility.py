@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from curation.subset import UID, uid_of
-from curation.tar import IMAGE_SUFFIXES, read_samples
+from curation.tar.samples import IMAGE_SUFFIXES, read_samples
 from tests.pipeline import Undisturbed
 
 wds = pytest.importorskip("webdataset")

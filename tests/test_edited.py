@@ -27,7 +27,7 @@ from curation.edits import (
     with_suffix,
 )
 from curation.errors import LostClaim, SampleError
-from curation.tar import TarWriter
+from curation.tar.samples import TarWriter
 
 STAGE = "03_generate_images"
 CURATION = {"prompt": "a prompt", "seed": 1, "stages": {STAGE: 1}, "models": {"image": {"name": "m", "revision": "r"}}}

@@ -20,7 +20,7 @@ from curation.extract_feed import MAX_SLOTS, WANTED, Feed, FeedSample, feed_samp
 from curation.extract_plugins import load_plugin
 from curation.extract_worker import Layout
 from curation.images import decode_rgb
-from curation.tar import TarWriter, read_samples
+from curation.tar.samples import TarWriter, read_samples
 from tests.test_stage_05_recaption import noise, plain
 
 ROOT = Path(__file__).resolve().parent.parent

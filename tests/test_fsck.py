@@ -19,8 +19,8 @@ import pytest
 from curation.__main__ import main
 from curation.inspect.fsck_shard import REMEDIES, Task, check_shard
 from curation.storage.files import fast_digest
-from curation.tar import TarWriter, read_samples
-from curation.tar_headers import make_header, padded
+from curation.tar.headers import make_header, padded
+from curation.tar.samples import TarWriter, read_samples
 from tests.pipeline import EXAMPLES, Undisturbed
 
 SHARD = "00000004"  # of the hybrid shards of a real run: 20 samples, three of them edited

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from curation import blocks, tar_pass
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.shards import discover
 from curation.storage import remote_read
 from curation.storage.urls import RemoteFile, Source
-from curation.tar import TarReport, TarWriter, read_samples
+from curation.tar import blocks, scan
+from curation.tar.samples import TarReport, TarWriter, read_samples
 from tests import recaption_stub as stub
 from tests.servers.files import FileServer, file_server
 from tests.servers.hub import Model, serve
@@ -650,7 +650,7 @@ def test_a_local_shard_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> 
         for number in range(3):
             writer.add(f"{number}.jpg", bytes(5_000_000))
         writer.close()
-    windows = tar_pass.TarPass(path).windows()
+    windows = scan.TarPass(path).windows()
     next(windows)
     os.truncate(path, 12_000_000)
     spans = [span for window in windows for span in window.spans]

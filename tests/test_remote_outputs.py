@@ -29,7 +29,7 @@ from curation.storage.buckets import RemoteOutput, remote_folder
 from curation.storage.files import fast_digest
 from curation.storage.urls import RemoteFile
 from curation.superseded import lie_about, remove_superseded
-from curation.tar import TarWriter, read_samples
+from curation.tar.samples import TarWriter, read_samples
 from tests.servers import photo_server
 from tests.servers.relay import Relay, Rule
 

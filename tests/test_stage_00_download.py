@@ -33,7 +33,7 @@ from curation.fetch import disallowed_by, seconds_to_wait
 from curation.host_turns import HostTurns
 from curation.images import decode_rgb, image_facts, image_size
 from curation.stored_images import ImagePolicy, make_stored
-from curation.tar import IMAGE_SUFFIXES, read_samples
+from curation.tar.samples import IMAGE_SUFFIXES, read_samples
 from tests import recaption_stub
 from tests.servers import photo_server
 from tests.toy_runs import SIGNALS

@@ -24,14 +24,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation import tar_spans
 from curation.destination import insist_on_own
 from curation.errors import SampleError, ShardError, UsageError
 from curation.layout import Layout
 from curation.shards import Shard
 from curation.storage.files import fast_digest
 from curation.subset import UID, Subset
-from curation.tar import open_sample, read_samples
+from curation.tar import random_access
+from curation.tar.samples import open_sample, read_samples
 from tests.test_stage_04_reshard import EDIT, Run, contents, member, raw_members, sample, tar_of, tar_of_edits
 
 ROOT = Path(__file__).parent.parent
@@ -294,8 +294,8 @@ def test_a_damaged_shard_gives_what_is_whole_and_counts_the_rest(run: Runs) -> N
 
 
 def test_samples_larger_than_the_buffer_and_many_open_shards(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_spans, "GATHERED_BYTES", 3_000)
-    monkeypatch.setattr(tar_spans, "_OPEN_FILES", 2)
+    monkeypatch.setattr(random_access, "GATHERED_BYTES", 3_000)
+    monkeypatch.setattr(random_access, "_OPEN_FILES", 2)
     put_shards(run, 5, 5, 5, 5)
     run.put("shards/00041.tar", tar_of(sample("big", size=50_000)))
     assert run("--shard_size", "8", "--shuffle_buffer", "30", "--verify") == 0

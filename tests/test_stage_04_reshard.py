@@ -19,16 +19,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from curation import blocks
 from curation.cluster import Allocation
 from curation.errors import ShardError
 from curation.options import RunOptions
 from curation.runner import Input, ShardWork, run_stage
 from curation.shards import Shard
-from curation.splice import Edit, Fate, splice, verify_splice
 from curation.storage.files import OutputFile
-from curation.tar import SampleSpan, TarPass, TarWriter
-from curation.tar_headers import BLOCK, RECORD, padded
+from curation.tar import blocks
+from curation.tar.headers import BLOCK, RECORD, padded
+from curation.tar.samples import SampleSpan, TarPass, TarWriter
+from curation.tar.splice import Edit, Fate, splice, verify_splice
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "shards"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from curation.endpoint_folder import Registrar, Registration
-from curation.tar import read_samples
+from curation.tar.samples import read_samples
 from tests.servers import ollama_stub
 from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Model, serve

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from curation.caption_outputs import MORE_COLUMNS, PARQUET_COLUMNS
-from curation.tar import IMAGE_SUFFIXES, TarWriter, read_samples
+from curation.tar.samples import IMAGE_SUFFIXES, TarWriter, read_samples
 from tests import recaption_stub as stub
 
 ROOT = Path(__file__).resolve().parent.parent

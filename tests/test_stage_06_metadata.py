@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from curation.images import image_size
-from curation.tar import read_samples
+from curation.tar.samples import read_samples
 from tests.test_extract_config import BASIC, DATACOMP
 from tests.test_stage_05_recaption import make_shard, noise, plain
 

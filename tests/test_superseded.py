@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from curation.publish import Commit
-from curation.storage.files import Published
-from curation.storage.files import OutputFile
+from curation.storage.files import OutputFile, Published
 from curation.superseded import lie_about, remove_superseded
 from tests.toy_runs import Place
 

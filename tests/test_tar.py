@@ -17,18 +17,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from curation import blocks
 from curation.errors import SampleError, ShardError
-from curation.tar import (
-    Sample,
-    SampleSpan,
-    TarPass,
-    TarReport,
-    TarWriter,
-    is_safe_name,
-    read_samples,
-)
-from curation.tar_headers import BLOCK, RECORD, BadHeader, make_header, parse_header, parse_pax, split_name
+from curation.tar import blocks
+from curation.tar.headers import BLOCK, RECORD, BadHeader, make_header, parse_header, parse_pax, split_name
+from curation.tar.samples import Sample, SampleSpan, TarPass, TarReport, TarWriter, is_safe_name, read_samples
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "shards"
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

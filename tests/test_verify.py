@@ -28,7 +28,7 @@ from curation.__main__ import main
 from curation.inspect import fsck_shard
 from curation.inspect.verify_shard import REMEDIES
 from curation.storage.files import fast_digest, manifest_line, write_manifest
-from curation.tar import TarPass, TarWriter, read_samples
+from curation.tar.samples import TarPass, TarWriter, read_samples
 from tests.pipeline import ROOT, Undisturbed, copy_tree
 
 SHARD = "00000004"  # with three edits
@@ -663,7 +663,7 @@ def test_every_kind_of_finding_has_its_remedy() -> None:
 def test_the_proof_foretells_a_sample_of_several_images(tmp_path: Path) -> None:
     """By another road than the code that writes: what is foretold is what stage 04 makes of odd samples."""
     from curation.inspect.prove import prove
-    from curation.splice import Edit, Fate, splice
+    from curation.tar.splice import Edit, Fate, splice
 
     def tar_of(*names: str) -> bytes:
         file = io.BytesIO()

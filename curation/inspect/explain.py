@@ -17,8 +17,8 @@ from curation.inspect.edited_samples import is_edited, original_problems, self_p
 from curation.inspect.findings import Findings
 from curation.inspect.prove import Expect, NewMember, Piece, edited_pieces, in_order
 from curation.jsonio import parse_json_object
-from curation.splice import Edit
-from curation.tar import MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window
+from curation.tar.samples import MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window
+from curation.tar.splice import Edit
 
 _PIECE_BYTES = 1 << 20
 

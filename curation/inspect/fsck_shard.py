@@ -17,8 +17,8 @@ from curation.inspect.sample_checks import Kinds, sample_problems
 from curation.jsonio import clean_text
 from curation.shards import bucket_of
 from curation.storage.files import fast_digest, read_record
-from curation.tar import Damage, Member, SampleSpan, TarPass, Window
-from curation.tar_headers import BLOCK
+from curation.tar.headers import BLOCK
+from curation.tar.samples import Damage, Member, SampleSpan, TarPass, Window
 
 _MAX_REMEMBERED = 100_000  # keys whose members are remembered, to tell a split sample from a second one
 

@@ -19,9 +19,9 @@ import xxhash
 
 from curation.errors import ShardError
 from curation.jsonio import MAX_SAMPLE_JSON_BYTES
-from curation.splice import Edit
-from curation.tar import IMAGE_SUFFIXES, Member, SampleSpan, TarPass, Window
-from curation.tar_headers import RECORD, make_header, padding
+from curation.tar.headers import RECORD, make_header, padding
+from curation.tar.samples import IMAGE_SUFFIXES, Member, SampleSpan, TarPass, Window
+from curation.tar.splice import Edit
 
 READ_BYTES: Final = 1 << 20
 _EDITED = ("jpg", "txt", "json")

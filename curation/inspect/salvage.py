@@ -23,8 +23,7 @@ from curation.errors import ShardError
 from curation.inspect.sample_checks import Kinds, sample_problems
 from curation.jsonio import clean_text, dump_json
 from curation.storage.files import OutputFile, storage_error
-from curation.tar import Member, SampleSpan
-from curation.tar_headers import (
+from curation.tar.headers import (
     BLOCK,
     EXTENSIONS,
     MAX_EXTENSION_BYTES,
@@ -36,6 +35,7 @@ from curation.tar_headers import (
     parse_special,
     split_name,
 )
+from curation.tar.samples import Member, SampleSpan
 
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _CHECKSUM_AT, _OCTAL = 148, b"01234567 \0"

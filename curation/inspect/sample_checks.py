@@ -12,8 +12,8 @@ from curation.images import decode_rgb
 from curation.inspect.edited_samples import is_edited, self_problems
 from curation.inspect.findings import SHOWN_OF_A_KIND, Findings
 from curation.jsonio import clean_text, parse_json_object
-from curation.tar import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, problem_of
-from curation.tar_headers import MAX_NAME_BYTES
+from curation.tar.headers import MAX_NAME_BYTES
+from curation.tar.samples import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, problem_of
 
 MAX_NAME_PART: Final = 255  # of a file name, on every filesystem that clusters use
 _LONGEST_SUFFIX = len(".json")

@@ -27,8 +27,8 @@ from curation.inspect.explain import explain
 from curation.inspect.findings import Findings
 from curation.inspect.prove import Proof, prove
 from curation.jsonio import KEY_SUFFIX, clean_text, read_dictionary
-from curation.splice import Edit
-from curation.tar import SampleSpan
+from curation.tar.samples import SampleSpan
+from curation.tar.splice import Edit
 
 # The stages of the main job, whose receipts are compared with one another.
 CAPTIONS, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"

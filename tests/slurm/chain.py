@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from curation.tar import TarWriter, read_samples
+from curation.tar.samples import TarWriter, read_samples
 from tests.pipeline import ROOT
 from tests.slurm.jobs import SIZE, Jobs, small_shards
 

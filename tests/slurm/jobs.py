@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curation.tar import TarWriter, read_samples
+from curation.tar.samples import TarWriter, read_samples
 from tests.pipeline import EXAMPLES, ROOT
 from tests.slurm.cluster import Cluster
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from curation.errors import SampleError, ShardError
 from curation.images import decode_rgb, encode_jpeg
-from curation.samples import image_of
-from curation.tar import IMAGE_SUFFIXES, Sample, read_samples
+from curation.tar.samples import IMAGE_SUFFIXES, Sample, image_of, read_samples
 
 SIDE: Final = 176  # pixels of the longer side, shown at up to 160
 QUALITY: Final = 74

@@ -13,7 +13,11 @@ from typing import Final, Self
 from curation.errors import ShardError
 
 READ_BYTES: Final = 2 << 20  # large enough for a shared filesystem, small enough for a processor's cache
+
+
 MAX_KEPT_BYTES: Final = 4 << 20  # of what began in the block before; where that is more, it is read again if needed
+
+
 _REREAD_BYTES = 1 << 20
 
 

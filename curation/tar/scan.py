@@ -19,29 +19,32 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
 
-from curation.blocks import Block, Blocks
 from curation.storage.urls import Source
-from curation.streams import open_blocks
-from curation.tar_headers import (
-    BLOCK,
-    REGULAR,
-    ZERO_BLOCK,
-    BadHeader,
-    Member,
-    parse_header,
-    parse_special,
-    split_name,
-)
+from curation.tar.blocks import Block, Blocks
+from curation.tar.headers import BLOCK, REGULAR, ZERO_BLOCK, BadHeader, Member, parse_header, parse_special, split_name
+from curation.tar.sources import open_blocks
 from curation.threads import Beside
 
 IMAGE_SUFFIXES: Final = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")
 )
+
+
 _EXPECTED_KINDS = frozenset(("image", "txt", "json"))  # DataComp's, until the shard has shown its own
+
+
 _USUAL_END_BYTES = 64 << 10  # tar pads to 10 kB unless told otherwise
+
+
 _MAGIC, _MAGIC_AT = b"ustar", 257
+
+
 _NONZERO = re.compile(rb"[^\0]")
+
+
 _NO_HEADER = "no header where one is due: "
+
+
 _NO_PREFIX = b"\0"  # no member's name begins so
 
 

@@ -16,8 +16,8 @@ from typing import Final, NoReturn, Protocol
 import xxhash
 
 from curation.errors import ShardError
-from curation.tar_headers import RECORD, Member, make_header, padding
-from curation.tar_pass import IMAGE_SUFFIXES, SampleSpan, TarPass, Window
+from curation.tar.headers import RECORD, Member, make_header, padding
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarPass, Window
 
 END_OF_ARCHIVE: Final = 2 * 512
 
@@ -61,7 +61,11 @@ class Fate(Enum):
 
 
 Decision = Edit | Copies | Fate
+
+
 Decide = Callable[[SampleSpan], Decision]
+
+
 """What becomes of a sample: the same answer each time it is asked."""
 
 

@@ -2,23 +2,26 @@
 
 A sample is the run of members that share a key, by WebDataset's rule.  How a tar is read, and what becomes of a
 damaged one, is in ``tar_pass.py``; what its header blocks look like in ``tar_headers.py``.
+
+What the members of a sample say: its metadata, its caption, its image.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-from curation.blocks import Block
 from curation.errors import SampleError, ShardError
+from curation.jsonio import clean_text, parse_json_object
 from curation.storage.urls import Source
-from curation.tar_headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make_header, padding, split_name
-from curation.tar_index import place_of
-from curation.tar_pass import IMAGE_SUFFIXES, Damage, SampleSpan, TarPass, TarReport, Window
-from curation.tar_spans import MAX_SAMPLE_BYTES, parse_span
+from curation.tar.blocks import Block
+from curation.tar.headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make_header, padding, split_name
+from curation.tar.random_access import MAX_SAMPLE_BYTES, parse_span, place_of
+from curation.tar.scan import IMAGE_SUFFIXES, Damage, SampleSpan, TarPass, TarReport, Window
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -188,3 +191,57 @@ def _odd_member(members: list[Member]) -> tuple[str, str]:
             return "not_a_file", f"{member.text_name} is a link, a device or a sparse file"
     doubles = Counter(member.suffix for member in members).most_common(1)
     return "duplicate_member", f"it has several members .{doubles[0][0]}"
+
+
+MAX_CAPTION_CHARACTERS = 1 << 20
+
+
+_LOOSE_SUFFIXES = (".json", ".jpg", ".txt")
+
+
+def metadata_of(sample: Sample) -> dict[str, Any]:
+    """The .json as an object; SampleError ``no_json``, ``bad_json`` and its kin."""
+    data = sample.members.get("json")
+    if data is None:
+        raise SampleError("no_json", f"it has only {', '.join(sample.suffixes)}")
+    return parse_json_object(data)
+
+
+def image_of(sample: Sample) -> bytes:
+    """The bytes of the image, of whatever format; SampleError ``no_image``."""
+    for suffix, data in sample.members.items():
+        if suffix in IMAGE_SUFFIXES:
+            return data
+    raise SampleError("no_image", f"it has only {', '.join(sample.suffixes)}")
+
+
+def caption_of(metadata: Mapping[str, Any], txt: bytes | None) -> str:
+    """The metadata's caption, else the .txt, as one clean line; SampleError ``no_caption`` or ``caption_too_long``."""
+    caption = metadata.get("caption")
+    if not isinstance(caption, str):
+        if txt is None:
+            raise SampleError("no_caption", "neither in the json nor as a txt")
+        caption = txt[: 4 * MAX_CAPTION_CHARACTERS + 4].decode("utf-8", "replace")
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        raise SampleError("caption_too_long", f"more than {MAX_CAPTION_CHARACTERS:,} characters")
+    return clean_text(caption)
+
+
+def check_loose_name(key: str) -> None:
+    """Raise SampleError ``unsafe_name`` for a key that cannot name loose files beside those of other samples.
+
+    A folder that looks like a file (``000.json/001``) would stand in the way of the sample that has it as its file.
+    """
+    *folders, base = key.split("/")
+    if any(name.endswith(_LOOSE_SUFFIXES) for name in folders) or len(os.fsencode(base)) > 255 - len(".json"):
+        raise SampleError("unsafe_name", "no loose files can be named so; --edits_layout tar takes it")
+
+
+def lenient_metadata(data: bytes | None) -> dict[str, Any]:
+    """The .json of a sample, empty where there is none or it cannot be read: the image is captioned all the same."""
+    if data is None:
+        return {}
+    try:
+        return parse_json_object(data)
+    except SampleError:
+        return {}

@@ -13,25 +13,55 @@ from typing import Final
 from zlib import adler32
 
 BLOCK: Final = 512
+
+
 RECORD: Final = 20 * BLOCK  # tar pads an archive to whole records
+
+
 MAX_EXTENSION_BYTES: Final = 1 << 20  # a long name or a pax header; real ones are a few hundred bytes
+
+
 MAX_EXTENSIONS: Final = 16  # of one member; real ones have up to three
+
+
 MAX_NAME_BYTES: Final = 4096  # PATH_MAX
+
+
 ZERO_BLOCK: Final = bytes(BLOCK)
 
 # A header's type flag, as the byte's value.
 REGULAR: Final = frozenset(b"0\x007")
+
+
 LONG_NAME, LONG_LINK, GNU_SPARSE = b"LKS"
+
+
 EXTENSIONS: Final = frozenset(b"LKxX")  # of the member behind them; "X" is Solaris's "x".  "g" stands by itself
+
+
 WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: whatever their size field says
 
 _unpack = struct.Struct("100s24x12s12s8sB100x6s82xB166x").unpack_from  # of the prefix one byte: it is rare
+
+
 _PREFIX = slice(345, 500)
+
+
 _CHECKSUM = slice(148, 156)
+
+
 _MODULUS = 65521  # of Adler-32
+
+
 _SPACES_SUM = 8 * ord(" ")
+
+
 _OWNER = b"0000644\x000000000\x000000000\x00"  # mode, user and group
+
+
 _NO_LINK_AND_MAGIC = bytes(100) + b"ustar\x0000" + bytes(80)
+
+
 _CONSTANT_SUM = sum(_OWNER) + sum(_NO_LINK_AND_MAGIC) + _SPACES_SUM
 
 

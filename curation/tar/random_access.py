@@ -1,21 +1,38 @@
-"""Samples whose place in a tar is known: parsed in memory, and gathered out of several shards as one pass."""
+"""Samples whose place in a tar is known: parsed in memory, and gathered out of several shards as one pass.
+
+Where each sample lies in a finished shard: ``<shard>.idx`` beside it, and the list of all shards for ``wids``.
+
+``<shard>.idx`` has a line for each sample in the shard's order: the key as a JSON string, the offset and the length in
+bytes, with tabs in between.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
-from curation.blocks import Block, Blocks
+import orjson
+
 from curation.errors import ShardError
-from curation.tar_headers import BLOCK, REGULAR, BadHeader, Member, padded, parse_header, parse_special, split_name
-from curation.tar_pass import SampleSpan, Window
+from curation.jsonio import dump_json
+from curation.storage.files import storage_error, temporary_name
+from curation.tar.blocks import Block, Blocks
+from curation.tar.headers import BLOCK, REGULAR, BadHeader, Member, padded, parse_header, parse_special, split_name
+from curation.tar.scan import SampleSpan, Window
 from curation.threads import Beside
 
 GATHERED_BYTES: Final = 8 << 20  # in memory together
+
+
 MAX_SAMPLE_BYTES: Final = 1 << 30
+
+
 _OPEN_FILES = 64
 
 
@@ -152,3 +169,64 @@ class Gathered:
     def _close(self) -> None:
         while self._sources:
             self._sources.popitem()[1].close()
+
+
+SUFFIX: Final = ".idx"
+
+
+MAX_INDEX_BYTES: Final = 1 << 30
+
+
+WIDS: Final = "wids.json"
+
+Entry = tuple[str, int, int]  # key, offset, length
+
+
+def dump_index(entries: Sequence[Entry]) -> bytes:
+    return b"".join(b"%s\t%d\t%d\n" % (_quoted(key), offset, length) for key, offset, length in entries)
+
+
+def place_of(shard: Path, key: str) -> tuple[int, int] | None:
+    """(offset, length) of a sample, None for a key that the shard lacks.  ShardError where there is no index."""
+    path = shard.with_suffix(SUFFIX)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_INDEX_BYTES)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); stage 04 writes it with --index") from error
+    wanted = _quoted(key) + b"\t"
+    begin = 0 if data.startswith(wanted) else data.find(b"\n" + wanted) + 1
+    if begin == 0 and not data.startswith(wanted):
+        return None
+    fields = data[begin + len(wanted) : data.find(b"\n", begin)].split(b"\t")
+    if len(fields) != 2 or not all(field.isdigit() and len(field) < 20 for field in fields):
+        raise ShardError(f"{path}: damaged at byte {begin:,}; run stage 04 with --index again")
+    return int(fields[0]), int(fields[1])
+
+
+def write_wids(folder: Path, receipts: Iterable[Mapping[str, Any]]) -> Path:
+    """``wids.json`` for ``wids.ShardListDataset``: each tar that receipts name.  The same receipts, the same bytes: any
+    process may write it, the last one stays."""
+    listed = []
+    for receipt in receipts:
+        tar = f"{receipt['shard']}.tar"
+        output = next(output for output in receipt["outputs"] if output["path"].rpartition("/")[2] == tar)
+        listed.append({"url": output["path"], "nsamples": receipt["notes"]["samples_out"], "filesize": output["size"]})
+    record = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
+    path = folder / WIDS
+    temporary = folder / temporary_name(WIDS, secrets.token_hex(8))
+    try:
+        with open(temporary, "xb") as file:
+            file.write(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
+    return path
+
+
+def _quoted(key: str) -> bytes:
+    """A JSON string; a key whose bytes are not UTF-8 with escapes for them."""
+    return dump_json(key)

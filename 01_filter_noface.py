@@ -18,7 +18,6 @@ from typing import Any, Literal
 import xxhash
 
 from curation import backends
-from curation.backends.onnx_sessions import read_weights
 from curation.checkpoints import Checkpoints
 from curation.cluster import Allocation
 from curation.errors import SampleError, UsageError
@@ -26,6 +25,7 @@ from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_box
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.ledger import Input, source_inputs
+from curation.models.onnx import read_weights
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover

@@ -19,7 +19,6 @@ from curation.backends.diffusion_calls import Texts
 from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
 from curation.backends.diffusion_tiny import build_embedded, cuda_works, embedded_source
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
-from curation.backends.hub_models import ModelSource, resolve
 from curation.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
 from curation.cluster import Allocation, workers_for_gpus
 from curation.edits import (
@@ -38,6 +37,7 @@ from curation.edits import (
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.ledger import Input, stage_version
+from curation.models.hub_cache import ModelSource, resolve
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.picture_log import PictureLog
 from curation.runner import Follows, ShardWork, run_stage

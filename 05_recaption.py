@@ -22,7 +22,6 @@ from curation.caption_outputs import Format, finish_parquet, import_arrow, parse
 from curation.caption_rows import jsonl_lines, reusable_captions, rows_name, write_rows
 from curation.caption_trial import first_images, show_trial
 from curation.cluster import Allocation, workers_for_gpus
-from curation.device_memory import WorkingBatch
 from curation.endpoints import endpoint_urls
 from curation.errors import InfrastructureError, UsageError
 from curation.hub_pushing import HubOptions, Pushing
@@ -30,12 +29,13 @@ from curation.images import Pixels
 from curation.jsonio import dump_json
 from curation.jsonl_merge import JsonlMerge
 from curation.ledger import Input, Ledger, source_inputs
+from curation.models.batch_size import WorkingBatch
+from curation.models.weights import CACHE, fetch_weights
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.partial import PartialLog
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover, select
 from curation.tar.samples import TarReport
-from curation.weights import CACHE, fetch_weights
 from curation.workers import is_worker
 
 JSONL_NAME = "captions.jsonl"
@@ -196,7 +196,7 @@ class Recaption:
         family, source = captioning.resolve(self.options.model)
         if family == "endpoint":
             return {"model": source, "revision": self.options.revision or "served"}
-        from curation.backends.hub_models import TRANSFORMER, resolve
+        from curation.models.hub_cache import TRANSFORMER, resolve
 
         found = resolve(source, self.options.revision, kind=TRANSFORMER)
         return {"model": found.name, "revision": found.revision}

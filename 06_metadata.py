@@ -17,7 +17,6 @@ import xxhash
 
 from curation import backends
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
-from curation.device_memory import WorkingBatch, use_device
 from curation.errors import InfrastructureError, UsageError
 from curation.extract_compute import Computed, Computer, distinct
 from curation.extract_config import (
@@ -38,6 +37,7 @@ from curation.extract_upstream import extractors_of, make_extractor
 from curation.extracting import Extractor, order
 from curation.jsonio import dump_json
 from curation.ledger import Input, Ledger, source_inputs
+from curation.models.batch_size import WorkingBatch, use_device
 from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
 from curation.runner import ShardWork, run_stage
 from curation.shards import Shard, discover

@@ -33,10 +33,10 @@ from curation.backends.diffusion_loading import quiet_libraries
 from curation.backends.diffusion_presets import PRESETS, Preset
 from curation.backends.diffusion_tiny import clip_tokenizer, t5_tokenizer
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
-from curation.backends.hub_models import ModelSource
 from curation.edits import GENERATED_XMP
 from curation.errors import SampleError
 from curation.images import encode_jpeg
+from curation.models.hub_cache import ModelSource
 
 UPSTREAM_BATCH, QUALITY, ENCODERS, TEXT_BATCHES = 32, 90, 4, 4
 BATCHES_TO_TRY = (8, 16, 64, 128)

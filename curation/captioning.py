@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from curation.device_memory import WorkingBatch
 from curation.errors import InfrastructureError, SampleError
+from curation.models.batch_size import WorkingBatch
 
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.device_memory import WorkingBatch, is_out_of_memory
 from curation.errors import ShardError
 from curation.extract_feed import Feed, FeedBatch
 from curation.extracting import Column, Extractor, Feature, Preparation, dependents
+from curation.models.batch_size import WorkingBatch, is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)

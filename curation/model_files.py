@@ -19,7 +19,6 @@ from curation.backends.diffusion_loading import download
 from curation.backends.diffusion_tiny import build_embedded, embedded_source
 from curation.backends.faces_centerface import packaged_model
 from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
-from curation.backends.hub_models import PIPELINE, TRANSFORMER, resolve
 from curation.backends.scrfd_pack import fetch_scrfd
 from curation.backends.vision_language import is_loaded, local_folder
 from curation.backends.weight_identity import weight_sources
@@ -30,8 +29,8 @@ from curation.extract_plugins import load_plugin
 from curation.extract_upstream import extractors_of
 from curation.language import find_model
 from curation.model_settings import ModelSettings, WeightSource
-from curation.options import exit_code, parse_options
-from curation.weights import (
+from curation.models.hub_cache import PIPELINE, TRANSFORMER, resolve
+from curation.models.weights import (
     CACHE,
     cached,
     fetch_weights,
@@ -42,6 +41,7 @@ from curation.weights import (
     sha256_of,
     shown,
 )
+from curation.options import exit_code, parse_options
 
 PACK_URL_VARIABLE = "SCRFD_PACK_URL"  # a mirror of the release
 _TIMEOUT_S = 30.0

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from curation import backends, captioning
-from curation.backends import hub_models
 from curation.errors import SampleError
+from curation.models import hub_cache
 
 stage = importlib.import_module("05_recaption")
 
@@ -79,12 +79,12 @@ def load(kind: str, name: str) -> Any:
     return Backend if (kind, name) == ("caption", "florence2") else _load(kind, name)
 
 
-def resolve(model: str, revision: str | None = None, **_: Any) -> hub_models.ModelSource:
-    return hub_models.ModelSource(name=model, location=model, revision="1", variant=None)
+def resolve(model: str, revision: str | None = None, **_: Any) -> hub_cache.ModelSource:
+    return hub_cache.ModelSource(name=model, location=model, revision="1", variant=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    backends.load, hub_models.resolve, stage.Recaption = load, resolve, Recaption
+    backends.load, hub_cache.resolve, stage.Recaption = load, resolve, Recaption
     return int(stage.main(argv))
 
 

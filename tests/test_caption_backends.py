@@ -33,8 +33,8 @@ from curation.captioning import (
     resolve,
     settled_batch_size,
 )
-from curation.device_memory import WorkingBatch
 from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.models.batch_size import WorkingBatch
 from tests.servers import ollama_stub
 
 pytest.importorskip("transformers")

@@ -19,8 +19,8 @@ from curation import backends
 from curation.backends.decoding import NoRepeatedNgrams, padded_rows
 from curation.caption_feed import Feed
 from curation.captioning import caption_batch, resolve
-from curation.device_memory import WorkingBatch
 from curation.errors import UsageError
+from curation.models.batch_size import WorkingBatch
 
 pytest.importorskip("transformers")
 from tests import tiny_captioners

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from curation import weights
 from curation.errors import InfrastructureError, UsageError
-from curation.weights import BrokeOff, cached, fetch_weights
+from curation.models import weights
+from curation.models.weights import BrokeOff, cached, fetch_weights
 from tests.servers.files import FileServer, Served, file_server
 from tests.servers.hub import Model, serve
 

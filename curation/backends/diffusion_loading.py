@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curation.backends.hub_models import ModelSource, import_bitsandbytes, quiet_transformers, snapshot
 from curation.errors import InfrastructureError
-from curation.weights import hub_error_line, hub_errors
+from curation.models.hub_cache import ModelSource, import_bitsandbytes, quiet_transformers, snapshot
+from curation.models.weights import hub_error_line, hub_errors
 
 
 def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:

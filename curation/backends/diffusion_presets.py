@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from curation.weights import is_hub_id
+from curation.models.hub_cache import _plain, public_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,19 +85,3 @@ def preset_for(model: str) -> tuple[str | None, Preset]:
         if re.search(rf"(?<![a-z0-9]){re.escape(_plain(key))}(?![a-z0-9])", name):
             return key, preset
     return None, Preset(model=model)
-
-
-def public_name(model: str) -> str:
-    """The name a dataset may record: a hub id, or a folder's last name; never a path of this machine.
-
-    A folder of the hub's cache, ``…/models--org--name/snapshots/<commit>``, is called ``org/name``.
-    """
-    if match := re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/*$", model):
-        return f"{match[1]}/{match[2]}"
-    if is_hub_id(model):
-        return model
-    return model.rstrip("/").rpartition("/")[2] or "model"
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[_\s.]+", "-", name.lower())

@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ import numpy as np
 import xxhash
 
 from curation.backends.diffusion_loading import quiet_libraries
-from curation.backends.hub_models import ModelSource
 from curation.errors import InfrastructureError
+from curation.models.hub_cache import ModelSource
+from curation.models.weights import user_cache
 
 BUILDER_VERSION = 1  # raised when the same libraries give other bytes
+
+
 NAME = "tiny-sd"
 
 
@@ -55,24 +57,6 @@ def cuda_works() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
-
-
-def user_cache() -> Path:
-    """``$XDG_CACHE_HOME/curation`` or ``~/.cache/curation``; a private temporary one where that cannot be written."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "curation"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    private = Path(tempfile.gettempdir()) / f"curation-{os.getuid()}"
-    private.mkdir(mode=0o700, exist_ok=True)
-    status = private.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:  # somebody else's folder could hold other weights
-        raise InfrastructureError(f"{private}: is not this user's alone; set XDG_CACHE_HOME to a folder that is")
-    return private
 
 
 def build_atomically(folder: Path, build: Callable[[Path], None]) -> None:

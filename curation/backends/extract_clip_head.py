@@ -10,7 +10,7 @@ from typing import Any
 from curation.errors import InfrastructureError, UsageError
 from curation.extracting import Batch, Column, Feature, Preparation
 from curation.model_settings import ModelSettings, WeightSource, file_revision, load_tensors
-from curation.weights import fetch_weights
+from curation.models.weights import fetch_weights
 
 WIDTH = 768  # of ViT-L/14's features
 _RELEASE = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha/"

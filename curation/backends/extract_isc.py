@@ -17,7 +17,7 @@ from curation.backends.isc_network import IscNetwork
 from curation.errors import InfrastructureError, UsageError
 from curation.extracting import Batch, Column, Feature, Preparation
 from curation.model_settings import ModelSettings, WeightSource, file_revision, load_tensors
-from curation.weights import fetch_weights
+from curation.models.weights import fetch_weights
 
 SIDE = 512
 WEIGHTS_URL = "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/download/v1.0.1/isc_ft_v107.pth.tar"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from curation.extracting import Batch, Column, Feature, Preparation
 from curation.language import LanguageIdentifier, find_model
 from curation.model_settings import ModelSettings, WeightSource, file_revision
-from curation.weights import fetch_weights
+from curation.models.weights import fetch_weights
 
 
 @dataclass(frozen=True, slots=True)

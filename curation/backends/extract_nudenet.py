@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.backends.onnx_sessions import open_session, read_weights
 from curation.errors import InfrastructureError
 from curation.extracting import Batch, Column, Feature, Preparation
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
 from curation.model_settings import ModelSettings, WeightSource
-from curation.weights import fetch_weights
+from curation.models.onnx import open_session, read_weights
+from curation.models.weights import fetch_weights
 
 SIDE = 320
 LEAST_SCORE, LARGEST_OVERLAP = 0.25, 0.45  # the package's

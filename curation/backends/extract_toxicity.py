@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from curation.backends.folder_tokens import FolderTokens
-from curation.backends.hub_models import folder_digest, quiet_transformers
 from curation.errors import InfrastructureError
 from curation.extracting import Batch, Column, Feature, Preparation
 from curation.model_settings import ModelSettings, WeightSource
-from curation.weights import fetch_weights
+from curation.models.hub_cache import folder_digest, quiet_transformers
+from curation.models.weights import fetch_weights
 
 SOURCE = WeightSource("unitary/multilingual-toxic-xlm-roberta")
 MAX_TOKENS = 512

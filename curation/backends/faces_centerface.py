@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.backends.onnx_sessions import open_session, read_weights
 from curation.errors import InfrastructureError
 from curation.faces import Boxes, non_maximum_suppression, normalised
 from curation.images import Pixels
+from curation.models.onnx import open_session, read_weights
 
 # Chosen on shards 00000000, 00000003 and 00000007 of the labelled photos: docs/accuracy-faces.md
 DEFAULT_DET_SIZE = 640

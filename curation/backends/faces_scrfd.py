@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from curation.backends.onnx_sessions import open_session, read_weights
 from curation.errors import InfrastructureError
 from curation.faces import Boxes, normalised
 from curation.images import Pixels
+from curation.models.onnx import open_session, read_weights
 
 DEFAULT_DET_SIZE = 640
 DEFAULT_THRESHOLD = 0.5  # insightface's

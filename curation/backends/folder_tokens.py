@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.backends.hub_models import quiet_transformers
 from curation.errors import InfrastructureError
+from curation.models.hub_cache import quiet_transformers
 
 MAX_CHARACTERS_PER_TOKEN = 64  # of a caption that are looked at: a hostile one has megabytes
 

@@ -22,8 +22,8 @@ import threading
 import time
 from pathlib import Path
 
-from curation.backends.diffusion_tiny import user_cache
 from curation.errors import InfrastructureError
+from curation.models.weights import user_cache
 
 SLOTS = 4  # requests decoded together
 SLOT_TOKENS = 2048

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from curation.errors import InfrastructureError
-from curation.weights import hub_error_line, megabytes, open_url, save, sha256_of
+from curation.models.weights import hub_error_line, megabytes, open_url, save, sha256_of
 
 MAX_PACK_BYTES = 1 << 30  # buffalo_l.zip has 275 MB
 MAX_GRAPH_BYTES = 512 << 20  # its detector has 17 MB

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from curation.backends.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
-from curation.backends.hub_models import (
+from curation.backends.square_images import SquareImages
+from curation.captioning import FAMILIES, Compile, Detail, OutOfMemory, Quantize
+from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.models.batch_size import is_out_of_memory, use_device
+from curation.models.hub_cache import (
     TRANSFORMER,
     ModelSource,
     import_bitsandbytes,
@@ -22,11 +26,7 @@ from curation.backends.hub_models import (
     resolve,
     snapshot,
 )
-from curation.backends.square_images import SquareImages
-from curation.captioning import FAMILIES, Compile, Detail, OutOfMemory, Quantize
-from curation.device_memory import is_out_of_memory, use_device
-from curation.errors import InfrastructureError, SampleError, UsageError
-from curation.weights import MODEL_FILES, hub_error_line, hub_errors
+from curation.models.weights import MODEL_FILES, hub_error_line, hub_errors
 
 # Modules that stay in 16 bits, being few and frail, as patterns of their whole names.
 _WHOLE = [rf"(.*\.)?{name}" for name in ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")]

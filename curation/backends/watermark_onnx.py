@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curation.backends.onnx_sessions import open_session, read_weights
 from curation.errors import InfrastructureError
 from curation.images import Pixels
+from curation.models.onnx import open_session, read_weights
 
 SIDE = 256
 CACHE = Path("~/.cache/curation")

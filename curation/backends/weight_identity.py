@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 
 from curation.backends import load
-from curation.backends.hub_models import TRANSFORMER, folder_digest, resolve
 from curation.model_settings import ModelSettings, WeightSource, file_revision
-from curation.weights import is_hub_id, is_url
+from curation.models.hub_cache import TRANSFORMER, folder_digest, resolve
+from curation.models.weights import is_hub_id, is_url
 
 
 def weight_sources(family: str, directive: str, settings: ModelSettings) -> list[WeightSource]:

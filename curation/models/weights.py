@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from io import BufferedRandom, BufferedReader
@@ -24,16 +25,34 @@ from curation.errors import InfrastructureError, UsageError
 from curation.storage.files import storage_error
 
 MAX_WEIGHTS_BYTES = 16 << 30
+
+
 CACHE = Path("~/.cache/curation/weights")
+
+
 # What a model folder is loaded from: no pickles, no code.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+
+
 # Of a model that was never saved as safetensors (openai/clip-vit-base-patch32): a pickle that is read as tensors only.
 OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
 _HUB_FILE = re.compile(r"(?P<model>[^:@]+)(?:@(?P<revision>[^:@]+))?(?::(?P<file>[^:]+))?")
+
+
 _TIMEOUT_S = 30.0  # to connect, and between two blocks
+
+
 _ATTEMPTS, _PAUSE_S = 4, 0.5
+
+
 _BLOCK = 1 << 20
+
+
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # filesystems mounted without flock
 
 
@@ -303,3 +322,21 @@ def sha256_of(path: Path) -> str:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def user_cache() -> Path:
+    """``$XDG_CACHE_HOME/curation`` or ``~/.cache/curation``; a private temporary one where that cannot be written."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base) / "curation"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    private = Path(tempfile.gettempdir()) / f"curation-{os.getuid()}"
+    private.mkdir(mode=0o700, exist_ok=True)
+    status = private.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:  # somebody else's folder could hold other weights
+        raise InfrastructureError(f"{private}: is not this user's alone; set XDG_CACHE_HOME to a folder that is")
+    return private

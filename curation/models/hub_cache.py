@@ -17,19 +17,43 @@ from pathlib import Path
 
 import xxhash
 
-from curation.backends.diffusion_presets import public_name
 from curation.errors import InfrastructureError
-from curation.weights import hub_error_line, hub_errors, is_hub_id
+from curation.models.weights import hub_error_line, hub_errors, is_hub_id
+
+
+def public_name(model: str) -> str:
+    """The name a dataset may record: a hub id, or a folder's last name; never a path of this machine.
+
+    A folder of the hub's cache, ``…/models--org--name/snapshots/<commit>``, is called ``org/name``.
+    """
+    if match := re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/*$", model):
+        return f"{match[1]}/{match[2]}"
+    if is_hub_id(model):
+        return model
+    return model.rstrip("/").rpartition("/")[2] or "model"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[_\s.]+", "-", name.lower())
+
 
 HUB_TIMEOUT_S = 10.0
+
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
 _SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 16, 64 << 10, 1 << 20
+
+
 _CONTENT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # what decides a pipeline's output
 
 FETCH_FIRST = "`python -m curation models fetch`, where there is internet, gets it for this machine; or give a folder"
 
 # The file that makes a folder a model of a kind, and what the kind is called.
 PIPELINE = ("model_index.json", "diffusers pipeline")
+
+
 TRANSFORMER = ("config.json", "transformers model")
 
 

@@ -22,12 +22,12 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curation.backends import load  # noqa: E402
-from curation.faces import FaceDetector  # noqa: E402
-from curation.images import Pixels, decode_rgb  # noqa: E402
+from curation.backends import load
+from curation.faces import FaceDetector
+from curation.images import Pixels, decode_rgb
 from curation.tar.samples import (
-    image_of,  # noqa: E402
-    read_samples,  # noqa: E402
+    image_of,
+    read_samples,
 )
 
 FLOOR = 0.05  # detections below this score are not looked at

@@ -24,9 +24,9 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from accuracy_faces import share  # noqa: E402
+from accuracy_faces import share
 
-from curation.language import NO_WORDS, LanguageIdentifier, find_model, words_of  # noqa: E402
+from curation.language import NO_WORDS, LanguageIdentifier, find_model, words_of
 
 SHORT = ROOT / "benchmarks" / "short_captions.tsv"
 SPEED_CAPTIONS = 20_000

@@ -31,8 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curation.language import LanguageIdentifier, find_model  # noqa: E402
-from tests.servers import ollama_stub  # noqa: E402
+from curation.language import LanguageIdentifier, find_model
+from tests.servers import ollama_stub
 
 CAPTIONS, THREADS, LATENCY_S, SLOTS = 2000, 20, 0.05, 4
 LANGUAGE_AIM, EVEN_AIM, UNEVEN_AIM = 0.8, 0.97, 0.9

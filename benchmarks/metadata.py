@@ -38,19 +38,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the model on the CPU: before torch is imported
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+from PIL import Image
 
-from curation.backends.clip_preparation import (  # noqa: E402
+from curation.backends.clip_preparation import (
     OPENAI_MEAN,
     OPENAI_STD,
     CentreCrop,
     FastCentreCrop,
     Normalise,
 )
-from curation.backends.diffusion_tiny import fill_with_noise  # noqa: E402
-from curation.images import decode_rgb, image_size  # noqa: E402
-from tests.tiny_extractors import MERGES, clip_vocabulary  # noqa: E402
+from curation.backends.diffusion_tiny import fill_with_noise
+from curation.images import decode_rgb, image_size
+from tests.tiny_extractors import MERGES, clip_vocabulary
 
 STAGE, DIRECTIVE = "06_metadata", "oai-clip-vit-b32"
 B32_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

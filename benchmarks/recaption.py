@@ -34,9 +34,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import florence2  # noqa: E402
+import florence2
 
-from curation.tar.samples import TarWriter  # noqa: E402
+from curation.tar.samples import TarWriter
 
 MOST_WAITING, LEAST_OF_BARE = 0.05, 0.95
 TASK = "<MORE_DETAILED_CAPTION>"

@@ -17,9 +17,6 @@ import xxhash
 from curation import backends
 from curation.asking import Outcome, Question, ask_all
 from curation.cluster import Allocation
-from curation.endpoint_folder import EndpointFolder
-from curation.endpoint_watch import FolderWatch
-from curation.endpoints import EndpointPool, NoEndpoint, endpoint_urls
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.groups import assign_groups, read_groups
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
@@ -35,6 +32,8 @@ from curation.prompts import (
     read_system_prompt,
 )
 from curation.runner import Follows, ShardWork, run_stage
+from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
+from curation.serving.registry import EndpointFolder, FolderWatch
 from curation.shards import Shard, discover
 from curation.storage.urls import is_remote
 from curation.tar.samples import TarReport, caption_of, metadata_of, read_samples

@@ -22,7 +22,6 @@ from curation.caption_outputs import Format, finish_parquet, import_arrow, parse
 from curation.caption_rows import jsonl_lines, reusable_captions, rows_name, write_rows
 from curation.caption_trial import first_images, show_trial
 from curation.cluster import Allocation, workers_for_gpus
-from curation.endpoints import endpoint_urls
 from curation.errors import InfrastructureError, UsageError
 from curation.hub_pushing import HubOptions, Pushing
 from curation.images import Pixels
@@ -34,6 +33,7 @@ from curation.models.weights import CACHE, fetch_weights
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.partial import PartialLog
 from curation.runner import ShardWork, run_stage
+from curation.serving.pool import endpoint_urls
 from curation.shards import Shard, discover, select
 from curation.tar.samples import TarReport
 from curation.workers import is_worker

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from curation.errors import UsageError
 from curation.groups import hash_of
 from curation.jsonio import clean_text
-from curation.wire import CONTEXT_TOKENS, Reply, Request
+from curation.serving.wire import CONTEXT_TOKENS, Reply, Request
 
 MAX_CAPTION_CHARACTERS = 2000  # about 500 tokens of English
 MAX_PROMPT_CHARACTERS = 1000  # text-to-image models read 77 to 512 tokens

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from curation.concurrency import FORGET_S, Concurrency
+from curation.serving.pool import FORGET_S, Concurrency
 
 
 def simulate(

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from curation.endpoint_folder import EndpointFolder, Registrar, Registration, parse_registration
-from curation.endpoint_watch import FolderWatch
-from curation.endpoints import EndpointPool
 from curation.errors import InfrastructureError
-from curation.wire import Request
+from curation.serving.pool import EndpointPool
+from curation.serving.registry import EndpointFolder, FolderWatch, Registrar, Registration, parse_registration
+from curation.serving.wire import Request
 from tests.servers import ollama_stub
 from tests.test_endpoints import MODEL, REPLIES, TEXTS, free_port, short_pauses  # noqa: F401 - a fixture for all
 
@@ -65,8 +64,8 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 @pytest.fixture
 def quick_scans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curation.endpoint_watch.RESCAN_S", 0.1)
-    monkeypatch.setattr("curation.endpoint_watch.FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr("curation.serving.registry.RESCAN_S", 0.1)
+    monkeypatch.setattr("curation.serving.registry.FIRST_PAUSE_S", 0.1)
 
 
 # ---- the files
@@ -140,7 +139,7 @@ def test_damaged_and_hostile_files_are_ignored_with_one_line_each(tmp_path: Path
 
 
 def test_more_files_than_a_folder_may_have(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curation.endpoint_folder.MAX_SERVERS", 5)
+    monkeypatch.setattr("curation.serving.registry.MAX_SERVERS", 5)
     for number in range(9):
         (tmp_path / f"{number}.json").write_text(json.dumps({**GOOD, "url": f"http://h:{number + 1}"}))
     folder = EndpointFolder(tmp_path)
@@ -208,7 +207,7 @@ def test_a_dead_jobs_file_is_left_where_its_server_is_silent_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a server that answers is asked, however long its counter has stood still."""
-    monkeypatch.setattr("curation.endpoint_folder.Listed.silent", lambda self: time.monotonic() - self.since > 0.5)
+    monkeypatch.setattr("curation.serving.registry.Listed.silent", lambda self: time.monotonic() - self.since > 0.5)
     with ollama_stub() as port, pool_on(tmp_path) as pool:
         registrar(tmp_path, port)
         registrar(tmp_path, free_port())  # what a killed job left: it never answers
@@ -280,7 +279,7 @@ def test_a_folder_that_cannot_be_read_for_a_while(tmp_path: Path) -> None:
 @contextmanager
 def registering(folder: Path, port: int, *more: str) -> Iterator[subprocess.Popen[str]]:
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "curation.endpoint_folder", "register", f"--dir={folder}", f"--url={url}"]
+    command = [sys.executable, "-m", "curation.serving.registry", "register", f"--dir={folder}", f"--url={url}"]
     process = subprocess.Popen([*command, f"--model={MODEL}", *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         yield process

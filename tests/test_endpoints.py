@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from curation.endpoints import EndpointPool, endpoint_urls
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
-from curation.wire import Request
+from curation.serving.pool import EndpointPool, endpoint_urls
+from curation.serving.wire import Request
 from tests.servers import ollama_stub
 
 MODEL = "tulu3:fairclip"
@@ -24,8 +24,8 @@ MODEL = "tulu3:fairclip"
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken server is tried again sooner, and one is thought mute sooner, so that the tests are quick."""
-    monkeypatch.setattr("curation.endpoints.FIRST_PAUSE_S", 0.2)
-    monkeypatch.setattr("curation.endpoints.MUTE_S", 1.0)
+    monkeypatch.setattr("curation.serving.pool.FIRST_PAUSE_S", 0.2)
+    monkeypatch.setattr("curation.serving.pool.MUTE_S", 1.0)
 
 
 @contextmanager

@@ -18,11 +18,11 @@ import pytest
 
 from curation.backends import load
 from curation.backends.llm_embedded import Backend, model_file
-from curation.endpoints import EndpointPool
 from curation.errors import InfrastructureError
 from curation.groups import read_groups
 from curation.prompts import completion_request, judge, opening
-from curation.wire import WIRES, Request, Session, detect_api
+from curation.serving.pool import EndpointPool
+from curation.serving.wire import WIRES, Request, Session, detect_api
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

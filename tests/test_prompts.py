@@ -22,7 +22,7 @@ from curation.prompts import (
     quotable,
     read_system_prompt,
 )
-from curation.wire import CONTEXT_TOKENS, Reply
+from curation.serving.wire import CONTEXT_TOKENS, Reply
 
 ROOT = Path(__file__).parent.parent
 CAPTION = "Portrait of a man in a park"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation.endpoint_folder import Registrar, Registration
+from curation.serving.registry import Registrar, Registration
 from curation.tar.samples import read_samples
 from tests.servers import ollama_stub
 from tests.servers.files import file_server

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curation.errors import InfrastructureError, SampleError
-from curation.wire import (
+from curation.serving.wire import (
     MAX_REPLY_BYTES,
     WIRES,
     EndpointError,

@@ -12,12 +12,11 @@ import numpy as np
 
 from curation.backends.chat_captions import PROMPTS
 from curation.captioning import FAMILIES, Compile, Detail
-from curation.endpoint_folder import EndpointFolder
-from curation.endpoint_watch import FolderWatch
-from curation.endpoints import EndpointPool
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
-from curation.wire import Request
+from curation.serving.pool import EndpointPool
+from curation.serving.registry import EndpointFolder, FolderWatch
+from curation.serving.wire import Request
 
 LONGEST_SIDE = 1536  # what vision models look at, or more
 QUALITY = 95

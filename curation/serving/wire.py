@@ -20,10 +20,20 @@ from curation.errors import InfrastructureError, SampleError
 Api = Literal["ollama", "openai"]
 
 MAX_REPLY_BYTES = 4 << 20
+
+
 CHUNK_BYTES = 64 << 10
+
+
 CONNECT_TIMEOUT_S = 5.0
+
+
 CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the model anew when it changes
+
+
 _MOST_TOKENS = 1 << 40
+
+
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
 

@@ -18,16 +18,16 @@ from typing import Any, Literal
 import xxhash
 
 from curation import backends
-from curation.checkpoints import Checkpoints
 from curation.cluster import Allocation
 from curation.errors import SampleError, UsageError
 from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_boxes
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
-from curation.ledger import Input, source_inputs
 from curation.models.onnx import read_weights
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.runner import ShardWork, run_stage
+from curation.run.checkpoints import Checkpoints
+from curation.run.ledger import Input, source_inputs
+from curation.run.runner import ShardWork, run_stage
 from curation.shards import Shard, discover
 from curation.tar.samples import (
     IMAGE_SUFFIXES,

@@ -21,7 +21,6 @@ from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.groups import assign_groups, read_groups
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
-from curation.ledger import Input
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.prompts import (
     MAX_CAPTION_CHARACTERS,
@@ -31,7 +30,8 @@ from curation.prompts import (
     opening,
     read_system_prompt,
 )
-from curation.runner import Follows, ShardWork, run_stage
+from curation.run.ledger import Input
+from curation.run.runner import Follows, ShardWork, run_stage
 from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
 from curation.serving.registry import EndpointFolder, FolderWatch
 from curation.shards import Shard, discover

@@ -36,11 +36,11 @@ from curation.edits import (
 )
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
-from curation.ledger import Input, stage_version
 from curation.models.hub_cache import ModelSource, resolve
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.picture_log import PictureLog
-from curation.runner import Follows, ShardWork, run_stage
+from curation.run.ledger import Input, stage_version
+from curation.run.runner import Follows, ShardWork, run_stage
 from curation.shards import Shard, discover
 
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Literal
 from curation import backends
 from curation.choosing import AS_IT_IS, Choice, copy_keys
 from curation.cluster import Allocation
-from curation.destination import LAYOUT_NOTE, insist_on_own
 from curation.edits import Edits
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
-from curation.inputs import Input
 from curation.layout import IS_EDITED, IndexReader, IndexWriter, Layout, Placed
-from curation.ledger import receipts_of_all
 from curation.material import Material, Records
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.rewriting import Writer
-from curation.runner import Follows, ShardWork, run_stage
+from curation.run.inputs import Input
+from curation.run.ledger import receipts_of_all
+from curation.run.output_folder import LAYOUT_NOTE, insist_on_own
+from curation.run.runner import Follows, ShardWork, run_stage
+from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
 from curation.subset import Subset
@@ -32,7 +33,6 @@ from curation.tar.random_access import Gathered, Piece, write_wids
 from curation.tar.samples import SampleSpan, TarPass, TarReport
 from curation.tar.sources import open_blocks
 from curation.tar.splice import Decision, Fate, Shown, Windows
-from curation.workers import is_worker
 
 if TYPE_CHECKING:
     from curation.blur import Blur

@@ -26,17 +26,17 @@ from curation.errors import InfrastructureError, UsageError
 from curation.hub_pushing import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonio import dump_json
-from curation.jsonl_merge import JsonlMerge
-from curation.ledger import Input, Ledger, source_inputs
 from curation.models.batch_size import WorkingBatch
 from curation.models.weights import CACHE, fetch_weights
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.partial import PartialLog
-from curation.runner import ShardWork, run_stage
+from curation.run.checkpoints import PartialLog
+from curation.run.ledger import Input, Ledger, source_inputs
+from curation.run.merge import JsonlMerge
+from curation.run.runner import ShardWork, run_stage
+from curation.run.workers import is_worker
 from curation.serving.pool import endpoint_urls
 from curation.shards import Shard, discover, select
 from curation.tar.samples import TarReport
-from curation.workers import is_worker
 
 JSONL_NAME = "captions.jsonl"
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}

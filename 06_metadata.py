@@ -36,13 +36,13 @@ from curation.extract_plugins import load_plugin
 from curation.extract_upstream import extractors_of, make_extractor
 from curation.extracting import Extractor, order
 from curation.jsonio import dump_json
-from curation.ledger import Input, Ledger, source_inputs
 from curation.models.batch_size import WorkingBatch, use_device
 from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
-from curation.runner import ShardWork, run_stage
+from curation.run.ledger import Input, Ledger, source_inputs
+from curation.run.runner import ShardWork, run_stage
+from curation.run.workers import is_worker
 from curation.shards import Shard, discover
 from curation.tar.samples import TarReport, read_samples
-from curation.workers import is_worker
 
 MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught
 

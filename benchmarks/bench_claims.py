@@ -43,8 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from curation.cluster import Allocation, StopSignal
 from curation.options import RunOptions, set_up_logging
-from curation.receipts import code_version
-from curation.runner import Input, ShardWork, run_shards
+from curation.run.attempt import code_version
+from curation.run.runner import Input, ShardWork, run_shards
 from curation.shards import Shard, discover
 
 CPU_MS, OPERATIONS, MAKESPAN = 10.0, 16.0, 1.1

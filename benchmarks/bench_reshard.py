@@ -83,7 +83,7 @@ def make_input(folder: Path, count: int, share: float) -> None:
 
 
 def stage(folder: Path, output: Path) -> None:
-    from curation.runner import run_stage
+    from curation.run.runner import run_stage
     from curation.shards import discover
 
     module = importlib.import_module("04_reshard")

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from curation.cluster import Allocation, StopSignal
 from curation.options import RunOptions, set_up_logging
-from curation.runner import Input, ShardWork, run_shards
+from curation.run.runner import Input, ShardWork, run_shards
 from curation.shards import Shard, discover
 
 BAR_MS = 5.0

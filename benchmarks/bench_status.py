@@ -53,7 +53,7 @@ class Row:
 
 
 def receipt(stage: str, shard: str, number: int, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> bytes:
-    """As ``curation.receipts`` writes it, indented as the ledger does."""
+    """As ``curation.run.attempt`` writes it, indented as the ledger does."""
     failed = stage == "02" and number % 500 == 7
     value: dict[str, Any] = {
         "shard": shard, "stage": stage, "version": 1, "status": "failed" if failed else "done", "epoch": 1,

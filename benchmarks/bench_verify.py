@@ -46,7 +46,7 @@ def make_dataset(folder: Path, samples: int) -> None:
     """shards/, edits/ and hybrid/ with ``SHARDS`` shards each; every tenth sample is edited, with a whole picture."""
     from bench_reshard import SHARD, make_input
 
-    from curation.runner import run_stage
+    from curation.run.runner import run_stage
     from curation.shards import discover
 
     make_input(folder, samples, 0.1)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from curation.errors import SampleError, Stopped
 from curation.jsonio import dump_json, parse_json_object
-from curation.partial import PartialLog
+from curation.run.checkpoints import PartialLog
 from curation.threads import Crew
 
 BATCH = 256  # replies that are recorded in one write, at most

@@ -20,7 +20,7 @@ from curation.captioning import MOST_WAITING_BYTES, CaptionBackend, ShapeGroups,
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
 from curation.jsonio import clean_text, dump_json
-from curation.partial import PartialLog
+from curation.run.checkpoints import PartialLog
 from curation.storage.urls import Source
 from curation.tar.samples import IMAGE_SUFFIXES, Sample, TarReport, image_of, lenient_metadata, read_samples
 from curation.threads import Beside, in_order

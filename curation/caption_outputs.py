@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol, get_args
 from curation.caption_rows import Row
 from curation.errors import InfrastructureError
 from curation.jsonio import dump_json
-from curation.ledger import Ledger
-from curation.merge_parquet import merge_parquet
+from curation.run.ledger import Ledger
+from curation.run.merge import merge_parquet
 from curation.storage.files import OutputFile
 from curation.storage.urls import Source
 from curation.tar.samples import (

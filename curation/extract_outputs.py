@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from curation.errors import InfrastructureError, ShardError
 from curation.extracting import Kind
 from curation.jsonio import MAX_DEPTH, dump_json, parse_json
-from curation.partial import MAX_PAYLOAD_BYTES, PartialLog
+from curation.run.checkpoints import MAX_PAYLOAD_BYTES, PartialLog
 from curation.storage.files import OutputFile
 
 OWN_FIELDS = ("uid", "key", "tar")

@@ -18,7 +18,7 @@ import xxhash
 
 from curation.errors import InfrastructureError
 from curation.hub_repository import Addition
-from curation.ledger import done_receipts
+from curation.run.ledger import done_receipts
 from curation.storage.files import storage_error
 
 DATA_FOLDER = "data"  # where the hub looks for tables

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from curation.choosing import Selection, read_rejected, reject_files
 from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import UsageError
-from curation.inputs import VERIFY_BYTES, Input, published_below, source_inputs
 from curation.jsonio import read_dictionary
+from curation.run.inputs import VERIFY_BYTES, Input, published_below, source_inputs
 from curation.shards import Shard
 from curation.subset import Subset
 

@@ -15,7 +15,7 @@ from curation.batches import Batch
 from curation.errors import SampleError
 from curation.images import Pixels, encode_jpeg
 from curation.jsonio import dump_json
-from curation.partial import PartialLog
+from curation.run.checkpoints import PartialLog
 
 _PICTURE, _REFUSED = b"P", b"R"  # the first byte of a record
 _SHA256_BYTES = 32

@@ -26,7 +26,7 @@ from curation.downloader import Ask, Downloader, Examine
 from curation.errors import InfrastructureError, SampleError
 from curation.fetch import NETWORK_REASONS, FetchError, host_of
 from curation.jsonio import clean_text, dump_json
-from curation.partial import PartialLog
+from curation.run.checkpoints import PartialLog
 from curation.storage.buckets import Folder
 from curation.storage.files import Output
 from curation.storage.urls import Source

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from curation.errors import ShardError
-from curation.inputs import Upstream
 from curation.material import Material
+from curation.run.inputs import Upstream
 from curation.shards import Shard
 from curation.tar.samples import TarPass
 

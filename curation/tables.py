@@ -10,7 +10,7 @@ from typing import Any
 
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
-from curation.ledger import done_receipts
+from curation.run.ledger import done_receipts
 
 _SUFFIX, _FEATURES = ".parquet", ".npz"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curation.ledger import done_receipts
+from curation.run.ledger import done_receipts
 
 SOURCE = "examples/shards"
 

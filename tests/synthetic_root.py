@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from curation.plan import record_plan
+from curation.run.planned import record_plan
 from curation.shards import bucket_of
 
 STAGES = (

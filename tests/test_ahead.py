@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from curation.checkpoints import Checkpoints
 from curation.errors import Stopped
-from curation.partial import PartialLog
+from curation.run.checkpoints import Checkpoints, PartialLog
 from curation.threads import in_order
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from curation import claims as module
-from curation.claims import Claim, Claims, Heartbeat
 from curation.errors import InfrastructureError
+from curation.run import claims as module
+from curation.run.claims import Claim, Claims, Heartbeat
 
 LEASE_S = 60.0
 BUCKET = "0"

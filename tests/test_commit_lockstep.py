@@ -20,14 +20,14 @@ from typing import Any
 
 import pytest
 
-from curation import publish
-from curation.attempt import Attempts
-from curation.claims import Claim
 from curation.cluster import Allocation, StopSignal
-from curation.ledger import Input, Ledger, State
 from curation.options import RunOptions
-from curation.progress import Progress, Tally
-from curation.runner import ShardWork
+from curation.run import commit
+from curation.run.attempt import Attempts
+from curation.run.claims import Claim
+from curation.run.ledger import Input, Ledger, State
+from curation.run.progress import Progress, Tally
+from curation.run.runner import ShardWork
 from curation.shards import Shard, bucket_of
 from tests.commit_disk import Disk, Op, Receipt
 from tests.commit_model import Attempt, Model, Rules
@@ -262,9 +262,9 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> None:
         "scandir": looking,
     }.items():
         monkeypatch.setattr(os, name, gated(getattr(os, name), describe))
-    monkeypatch.setattr(publish, "open", gated(builtins.open, files("read", 1)), raising=False)
+    monkeypatch.setattr(commit, "open", gated(builtins.open, files("read", 1)), raising=False)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here
-    monkeypatch.setattr(publish.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(commit.time, "sleep", lambda seconds: None)
 
 
 Choice = Callable[[list[int], int | None], int | None]  # those that live, who was last → who goes on; None: kill all

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from curation.follow import Follower, Follows
-from curation.plan import planned, record_plan
+from curation.run.follow import Follower, Follows
+from curation.run.planned import planned, record_plan
 from curation.shards import Shard, bucket_of
 from tests import toy_stage
 from tests.pipeline import EXAMPLES, ROOT, Undisturbed, copy_tree, start

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.claims import Claims
-from curation.holders import MAX_SHOWN, Death, Holder, beat_content, parse_beat, parse_claim, read_claim
+from curation.run.claims import MAX_SHOWN, Claims, Death, Holder, beat_content, parse_beat, parse_claim, read_claim
 
 GOOD: dict[str, Any] = {
     "format": 1, "token": "a1", "beat": "b2", "host": "node7", "boot": "boot", "pid_namespace": "pid:[1]", "pid": 77,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from curation.errors import InfrastructureError, ShardError, UsageError
-from curation.ledger import Input, Ledger, done_receipts, receipts_of, stage_version, verify_inputs
+from curation.run.ledger import Input, Ledger, done_receipts, receipts_of, stage_version, verify_inputs
 from curation.storage.files import OutputFile
 from tests.toy_runs import Place
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation import partial
 from curation.errors import InfrastructureError, LostClaim
-from curation.partial import PartialLog, Partials
+from curation.run import checkpoints
+from curation.run.checkpoints import PartialLog, Partials
 
 SHARD, BUCKET = "00000001", "00000"
 RECORDS = [("a", "d1", b"first"), ("b/ü", "d2", b""), ("c\ud800", "", b"\x00" * 40), ("", "d4", b"last")]
@@ -237,7 +237,7 @@ def test_records_are_made_durable_every_thirty_seconds(tmp_path: Path, monkeypat
     synced = []
     monkeypatch.setattr(os, "fsync", synced.append)
     now = 1000.0
-    monkeypatch.setattr(partial.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
     mine = log(tmp_path, "1")
     mine.append(RECORDS[:1])
     now += 29
@@ -255,7 +255,7 @@ def test_a_payload_beyond_the_bound_is_refused_when_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would hide every record after it from the successor."""
-    monkeypatch.setattr(partial, "MAX_PAYLOAD_BYTES", 10)
+    monkeypatch.setattr(checkpoints, "MAX_PAYLOAD_BYTES", 10)
     with pytest.raises(ValueError, match="11 bytes"):
         log(tmp_path, "1").append([("a", "d", b"x" * 11)])
 
@@ -297,7 +297,7 @@ def test_a_bucket_is_listed_once_and_not_for_each_shard(tmp_path: Path, monkeypa
     monkeypatch.undo()
     assert sorted(partials.names(SHARD, fresh=True)) == [path.name, late.name]
     assert log(folder, "3", names=[path.name, f"{SHARD}.f.never-written"]).recovered == len(RECORDS)
-    monkeypatch.setattr(partial, "LIST_EVERY_S", -1.0)
+    monkeypatch.setattr(checkpoints, "LIST_EVERY_S", -1.0)
     newest = written(folder, "4", RECORDS)
     assert newest.name in partials.names(SHARD), "the listing was due"
     partials.remove(SHARD)

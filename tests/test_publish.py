@@ -21,10 +21,9 @@ from typing import Any
 import pytest
 import xxhash
 
-from curation import publish
 from curation.errors import InfrastructureError, LostClaim, ShardError
-from curation.leftovers import Leftovers
-from curation.publish import Commit
+from curation.run import commit
+from curation.run.commit import Commit, Leftovers
 from curation.storage.files import OutputFile, fast_digest, link_exclusively, read_record, temporary_name
 
 SHARD = "00000007"
@@ -194,8 +193,8 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in GATES:
         monkeypatch.setattr(os, name, gate(getattr(os, name), writes=True))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here
-    monkeypatch.setattr(publish, "open", gate(builtins.open, writes=False), raising=False)
-    monkeypatch.setattr(publish.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(commit, "open", gate(builtins.open, writes=False), raising=False)
+    monkeypatch.setattr(commit.time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture
@@ -548,7 +547,7 @@ def test_reading_what_is_replaced_meanwhile(tmp_path: Path, monkeypatch: pytest.
             raise OSError(errno.ESTALE, "Stale file handle")
         return builtins.open(*arguments)
 
-    monkeypatch.setattr(publish, "open", moving, raising=False)
+    monkeypatch.setattr(commit, "open", moving, raising=False)
     assert read_record(path) == {"a": 1}
 
 

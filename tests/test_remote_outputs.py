@@ -22,13 +22,12 @@ import requests
 from fsspec.implementations.local import LocalFileSystem
 
 from curation.errors import InfrastructureError, LostClaim, UsageError
-from curation.publish import Commit
+from curation.run.commit import Commit, lie_about, remove_superseded
 from curation.shards import bucket_of, discover
 from curation.storage import buckets, remote_read
 from curation.storage.buckets import RemoteOutput, remote_folder
 from curation.storage.files import fast_digest
 from curation.storage.urls import RemoteFile
-from curation.superseded import lie_about, remove_superseded
 from curation.tar.samples import TarWriter, read_samples
 from tests.servers import photo_server
 from tests.servers.relay import Relay, Rule

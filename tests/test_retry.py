@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from curation.__main__ import main
-from curation.claims import Claims
+from curation.run.claims import Claims
 from tests import toy_stage
 from tests.toy_runs import Place
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from curation import claims, runner
 from curation.cluster import StopSignal, process_start
 from curation.errors import Stopped
 from curation.options import RunOptions, logger, parse_options, set_up_logging
+from curation.run import claims, runner
+from curation.run.workers import to_argv
 from curation.storage.files import fast_digest
-from curation.workers import to_argv
 from tests import toy_stage
 from tests.toy_runs import Place, drops, rejects
 
@@ -398,7 +398,7 @@ def test_what_a_kill_right_after_the_commit_left_is_cleared_by_the_next_run(
 
     place.shard("1", "drop", "drop")
     with monkeypatch.context() as patch:  # as if the process ended between the commit and what follows it
-        patch.setattr("curation.attempt.Attempts._clear_away", killed)
+        patch.setattr("curation.run.attempt.Attempts._clear_away", killed)
         patch.setattr(claims.Claims, "give_back", lambda self, claim: None)
         patch.setattr(claims.Heartbeat, "stop", lambda self: None)
         with pytest.raises(Killed):

@@ -24,9 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.destination import insist_on_own
 from curation.errors import SampleError, ShardError, UsageError
 from curation.layout import Layout
+from curation.run.output_folder import insist_on_own
 from curation.shards import Shard
 from curation.storage.files import fast_digest
 from curation.subset import UID, Subset

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from curation.cluster import Allocation
 from curation.errors import ShardError
 from curation.options import RunOptions
-from curation.runner import Input, ShardWork, run_stage
+from curation.run.runner import Input, ShardWork, run_stage
 from curation.shards import Shard
 from curation.storage.files import OutputFile
 from curation.tar import blocks

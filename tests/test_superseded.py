@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from curation.publish import Commit
+from curation.run.commit import Commit, lie_about, remove_superseded
 from curation.storage.files import OutputFile, Published
-from curation.superseded import lie_about, remove_superseded
 from tests.toy_runs import Place
 
 SHARD = "00000001"
@@ -126,7 +125,7 @@ def test_a_run_removes_what_a_shard_without_a_claim_superseded(place: Place, mon
     assert place.run() == 0
     place.shard("1", "drop", "drop")
     with monkeypatch.context() as patch:
-        patch.setattr("curation.attempt.Attempts._clear_away", lambda *arguments: None)
+        patch.setattr("curation.run.attempt.Attempts._clear_away", lambda *arguments: None)
         assert place.run() == 0
     assert "1.txt" in place.receipt("1")["superseded"]
     assert (place.out / "1.txt").exists()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from curation.errors import ShardError, Stopped
-from curation.holders import Death
-from curation.suspects import Room, fruitless, insist_on_innocence, is_suspect
+from curation.run.attempt import Room, fruitless, insist_on_innocence, is_suspect
+from curation.run.claims import Death
 from tests.toy_runs import Place
 
 

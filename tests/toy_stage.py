@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, ShardError
 from curation.options import RunOptions, exit_code, parse_options
-from curation.runner import Follows, Input, ShardWork, run_stage
+from curation.run.runner import Follows, Input, ShardWork, run_stage
 from curation.shards import Shard, discover
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from curation.errors import SampleError, ShardError
-from curation.inputs import receipts_of, vouched_for
 from curation.inspect.findings import Findings
 from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, parse_json_object
+from curation.run.inputs import receipts_of, vouched_for
 from curation.shards import bucket_of
 from curation.storage.files import fast_digest, read_record
 

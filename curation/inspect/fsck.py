@@ -18,7 +18,7 @@ from curation.inspect.findings import as_lines, as_record
 from curation.inspect.fsck_shard import REMEDIES, Task, Verdict, check_shard
 from curation.inspect.processes import results_in_order
 from curation.options import exit_code, parse_arguments, set_up_logging
-from curation.progress import Progress
+from curation.run.progress import Progress
 from curation.shards import discover, files_of, select
 
 FSCK_FORMAT = 1

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from curation.errors import ShardError
-from curation.inputs import receipts_of, vouched_for
 from curation.inspect.findings import Findings
 from curation.inspect.salvage import salvage
 from curation.inspect.sample_checks import Kinds, sample_problems
 from curation.jsonio import clean_text
+from curation.run.inputs import receipts_of, vouched_for
 from curation.shards import bucket_of
 from curation.storage.files import fast_digest, read_record
 from curation.tar.headers import BLOCK

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from curation.claims import is_gone
 from curation.cluster import host_identity
-from curation.holders import MAX_BEAT_BYTES, Holder, parse_beat, read_claim
 from curation.inspect.places import StagePlace
+from curation.run.claims import MAX_BEAT_BYTES, Holder, is_gone, parse_beat, read_claim
 from curation.shards import is_safe_id
 
 MAX_CLAIMS = 100_000  # of one stage: more are no claims of workers

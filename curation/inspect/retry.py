@@ -15,16 +15,15 @@ from typing import Annotated, Any
 import tyro
 
 import curation
-from curation.again import make_pending
-from curation.claims import is_gone
 from curation.errors import EXIT_OK, UsageError
-from curation.holders import read_claim
 from curation.inspect.places import StagePlace, stage_named
 from curation.jsonio import clean_text
-from curation.ledger import MAX_ATTEMPTS, done_receipts
 from curation.options import exit_code, parse_arguments
-from curation.publish import Commit
-from curation.receipts import code_version
+from curation.run.attempt import code_version
+from curation.run.claims import is_gone, read_claim
+from curation.run.commit import Commit
+from curation.run.ledger import MAX_ATTEMPTS, done_receipts
+from curation.run.requeue import make_pending
 from curation.shards import Shard, bucket_of, select
 
 _KEPT = ("shard", "stage", "version", "epoch", "inputs", "sources", "error")  # of the receipt that is replaced

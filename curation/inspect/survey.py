@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import orjson
 
 from curation.errors import InfrastructureError
-from curation.inputs import receipts_of, vouched_for
 from curation.inspect.counts import Counts
 from curation.inspect.places import StagePlace
-from curation.ledger import MAX_ATTEMPTS, Epoch
-from curation.plan import planned
+from curation.run.inputs import receipts_of, vouched_for
+from curation.run.ledger import MAX_ATTEMPTS, Epoch
+from curation.run.planned import planned
 from curation.shards import bucket_of
 from curation.storage.files import MAX_RECEIPT_BYTES, read_record
 

@@ -18,13 +18,13 @@ import tyro
 
 from curation.cluster import Allocation
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
-from curation.inputs import receipts_of
 from curation.inspect.findings import Findings, as_lines, as_record
 from curation.inspect.processes import results_in_order
 from curation.inspect.verify_shard import CAPTIONS, EDITS, HYBRID, PROMPTS, REMEDIES, Task, Verdict, verify_shard
 from curation.jsonio import clean_text
 from curation.options import exit_code, logger, parse_arguments, set_up_logging
-from curation.progress import Progress
+from curation.run.inputs import receipts_of
+from curation.run.progress import Progress
 from curation.shards import Shard, bucket_of, discover, files_of, is_safe_id, select
 from curation.storage.files import read_record, write_manifest
 

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, ShardError
-from curation.inputs import published_below
 from curation.inspect.conservation import (
     Record,
     check_count,
@@ -27,6 +26,7 @@ from curation.inspect.explain import explain
 from curation.inspect.findings import Findings
 from curation.inspect.prove import Proof, prove
 from curation.jsonio import KEY_SUFFIX, clean_text, read_dictionary
+from curation.run.inputs import published_below
 from curation.tar.samples import SampleSpan
 from curation.tar.splice import Edit
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from curation.claims import Claims
+from curation.run.claims import Claims
 from curation.shards import bucket_of
 from tests.pipeline import ROOT
 from tests.slurm.chain import BAD, SHARDS, SOUND, STAGES, Chain, StandIn

@@ -18,23 +18,27 @@ from typing import Protocol
 
 import xxhash
 
-from curation.attempt import Attempts
-from curation.claims import Claim, Claims
 from curation.cluster import Allocation, StopSignal, parse_deadline, run_id
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT, UsageError
-from curation.follow import Follower, Follows
-from curation.ledger import Input, Ledger, bucket_of
 from curation.options import RunOptions, logger, set_up_logging
-from curation.plan import record_plan
-from curation.progress import Progress, Tally
+from curation.run.attempt import Attempts
+from curation.run.claims import Claim, Claims
+from curation.run.follow import Follower, Follows
+from curation.run.ledger import Input, Ledger, bucket_of
+from curation.run.planned import record_plan
+from curation.run.progress import Progress, Tally
+from curation.run.work import ShardWork
+from curation.run.workers import is_worker, run_workers
 from curation.shards import Shard, select
-from curation.work import ShardWork
-from curation.workers import is_worker, run_workers
 
 __all__ = ["Follows", "Input", "ShardWork", "Stage", "run_shards", "run_stage"]
 
 _WATCHED = 16  # claims of others that an idle worker looks at
+
+
 _MISSES_BEFORE_RELISTING = 6
+
+
 _LOSSES = 3  # of one shard to this process, before it leaves the shard to others
 
 

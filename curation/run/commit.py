@@ -3,6 +3,16 @@
 Every output is written under a temporary name in its own folder, or as an upload that is not completed yet, and hashed
 as it is written.  The commit is a hard link that only one attempt of a generation can create, followed by renames and
 completions that anyone can finish after a crash.
+
+Files that the last receipt named and the newest does not: removed by whoever comes upon them, and no newer one's.
+
+Between a look at the receipt and the removal another attempt may publish a file of the same name, and no filesystem
+removes a file only if it is the one that was looked at.  So it is renamed aside, under a name of the remover's own, and
+only then is it asked what is named: what was moved before no record of a newer commit was there is none of its files.
+An object in a bucket is looked at in its place, in that order too, and removed on the condition that it is still that.
+
+What attempts left behind when they were killed: temporary files, found with one listing a folder and process, and
+uploads, found with one question a shard.
 """
 
 from __future__ import annotations
@@ -11,22 +21,24 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from curation.errors import InfrastructureError, LostClaim
 from curation.jsonio import dump_json
-from curation.storage.buckets import complete_upload
+from curation.storage.buckets import Presence, complete_upload, object_at, place_of
 from curation.storage.files import (
     _TRIES,
     _own_file_error,
     _write_durably,
+    fast_digest,
     fsync_folder,
     read_record,
     storage_error,
     temporary_name,
 )
+from curation.storage.urls import RemoteFile, Source
 
 
 class Commit:
@@ -159,3 +171,134 @@ class Commit:
 
     def record(self, generation: int) -> Path:
         return self._folder / f".{self._shard_id}.{generation}.commit"
+
+
+def lie_about(root: Path, receipt: Mapping[str, Any] | None, presence: Presence | None = None) -> bool:
+    """Whether a file is still there that ``receipt`` superseded.  presence: of objects in buckets."""
+    presence = presence or Presence()
+    places = (place_of(root, path) for path in (receipt or {}).get("superseded", ()))
+    return any(presence.shows(at) if isinstance(at, RemoteFile) else os.path.lexists(at) for at in places)
+
+
+def remove_superseded(
+    root: Path, commit: Commit, receipt: Mapping[str, Any], token: str, dead: Sequence[str] = ()
+) -> None:
+    """Remove what ``receipt`` superseded, if it is the newest one; what ``dead`` had put aside as well.
+
+    token: of the attempt that removes.  Raises OSError, and InfrastructureError where a bucket cannot be asked.
+    """
+    superseded = receipt.get("superseded", [])
+    current = commit.read_receipt() if superseded else None
+    if current is None or current.get("token") != receipt["token"]:
+        return  # else they may be a newer one's
+    places = {path: place_of(root, path) for path in superseded}
+    paths = [path for path, place in places.items() if isinstance(place, Path)]
+    for source in ("", *dead):
+        moved = [path for path in paths if _move_aside(root / path, token, source)]
+        if not moved:
+            continue
+        named = _named(commit, int(receipt["generation"]))
+        for path in moved:
+            aside = _aside(root / path, token)
+            if any(_is(aside, output) for output in named if output["path"] == path):
+                with contextlib.suppress(FileExistsError, FileNotFoundError):  # yet a newer one; cleared away
+                    os.link(aside, root / path)
+            aside.unlink(missing_ok=True)
+    for path, place in places.items():
+        if isinstance(place, RemoteFile):
+            _remove_object(path, place, commit, int(receipt["generation"]))
+
+
+def _remove_object(path: str, place: RemoteFile, commit: Commit, generation: int) -> None:
+    there = object_at(place)
+    found = there.look()
+    if found is not None and all(output["path"] != path for output in _named(commit, generation)):
+        there.remove(found)
+
+
+def _aside(final: Path, token: str) -> Path:
+    return final.with_name(temporary_name(final.name, token, "old"))
+
+
+def _move_aside(final: Path, token: str, source: str) -> bool:
+    """source: the dead attempt that had moved the file already, empty for the file under its own name."""
+    try:
+        os.rename(_aside(final, source) if source else final, _aside(final, token))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _named(commit: Commit, generation: int) -> list[dict[str, Any]]:
+    """The outputs of the newest receipt, and of the commit that follows it where its record is there already.
+
+    generation: of a receipt that was read.  The record is read first: one that is not there is not finished either
+    if the receipt is still the same afterwards, so that nothing of it was published before.
+    """
+    while True:
+        record = read_record(commit.record(generation + 1))
+        receipt = commit.read_receipt() or {}
+        newest = int(receipt.get("generation", 0))
+        if newest <= generation:
+            return [*receipt.get("outputs", []), *(record or {}).get("outputs", [])]
+        generation = newest
+
+
+def _is(path: Path, output: Mapping[str, Any]) -> bool:
+    try:
+        return bool(path.stat().st_size == output["size"] and fast_digest(path) == output["digest"])
+    except OSError:
+        return False
+
+
+class Leftovers:
+    """What lay about under temporary names when this process first looked into a folder.
+
+    It is cleared per shard, and only after one's own commit of that shard: an attempt that had written a temporary
+    file before then had read an older receipt, so that its own commit, should it still live, is void.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Path, dict[str, list[str]]] = {}  # folder → the name without token → names
+        self._uploads: dict[RemoteFile, list[str]] = {}
+
+    def look(self, places: Collection[Source]) -> None:
+        """List the folders of ``places`` that are not listed yet, and the uploads to them.  Before the commit."""
+        for place in places:
+            if isinstance(place, RemoteFile):  # one that may not be listed is left to the bucket's own rules
+                with contextlib.suppress(InfrastructureError):
+                    self._uploads[place] = object_at(place).under_way()
+        for folder in {place.parent for place in places if isinstance(place, Path)} - self._found.keys():
+            found: dict[str, list[str]] = {}
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.endswith((".tmp", ".old")):
+                        found.setdefault(_without_token(entry.name), []).append(entry.name)
+            self._found[folder] = found
+
+    def clear(
+        self,
+        places: Iterable[Source],
+        own_token: str,
+        dead_tokens: Iterable[str] = (),
+        own_uploads: Collection[str] = (),
+    ) -> None:
+        """Remove what other attempts left beside ``places``; ``dead_tokens`` are of those that died since the look.
+
+        Raises OSError, and InfrastructureError where a bucket cannot be asked.
+        """
+        dead_tokens = list(dead_tokens)
+        for place in places:
+            if isinstance(place, RemoteFile):
+                for upload in self._uploads.pop(place, ()):
+                    if upload not in own_uploads:
+                        object_at(place).abort(upload)
+                continue
+            own = temporary_name(place.name, own_token)
+            names = self._found.get(place.parent, {}).pop(_without_token(own), [])
+            for name in {*names, *(temporary_name(place.name, token) for token in dead_tokens)} - {own}:
+                place.with_name(name).unlink(missing_ok=True)
+
+
+def _without_token(name: str) -> str:
+    return name.rsplit(".", 2)[0]

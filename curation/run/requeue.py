@@ -13,14 +13,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from curation.claims import is_gone
 from curation.errors import LostClaim
-from curation.holders import read_claim
-from curation.ledger import Ledger, done_receipts
-from curation.publish import Commit
+from curation.run.claims import is_gone, read_claim
+from curation.run.commit import Commit
+from curation.run.ledger import Ledger, done_receipts
 from curation.shards import bucket_of
 
 Again = Literal["urls", "images"]
+
+
 """What is to be done of a shard that was done: its failed rows asked once more; its stored images decoded."""
 
 

@@ -16,20 +16,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from curation.errors import UsageError
-from curation.holders import COUNTER_DIGITS
-from curation.inputs import receipts_of
-from curation.ledger import Ledger
-from curation.plan import Plan
+from curation.run.claims import COUNTER_DIGITS
+from curation.run.inputs import receipts_of
+from curation.run.ledger import Ledger
+from curation.run.planned import Plan
 from curation.shards import Shard, bucket_of, discover, select
 from curation.storage.files import read_record
 
 logger = logging.getLogger("curation")
 
 _LOOK_S, _MAX_LOOK_S = 1.0, 10.0  # from one look to the next: while something comes, and when nothing does
+
+
 _MAX_CREDIT_S = 30.0  # of a gap between two looks that counts as idleness seen: this process may have been stopped
+
+
 _WATCHED_BEATS = 16
+
+
 _LOOKED_AT_AGAIN = 16  # receipts that were not the ones waited for, each time: an inode's number may come again
+
+
 _MAX_LOST = 5000  # shards found to be lost at one look
+
+
 _MAX_DEPTH = 8  # of stages before the one before
 
 

@@ -22,7 +22,11 @@ from curation.storage.files import link_exclusively, make_folder, read_record
 logger = logging.getLogger("curation")
 
 MAX_LISTS = 10_000  # of one stage: each run leaves at most one for each time that its list grows
+
+
 _MAX_SOURCES = 64
+
+
 _MAX_PATH = 4096
 
 

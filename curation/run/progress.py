@@ -15,6 +15,8 @@ from curation.cluster import WORKER_VARIABLE, note_progress
 from curation.options import logger, on_terminal
 
 LINE_EVERY_S = 30.0
+
+
 _TOLD = {  # what became of a shard, and how it is told, in this order
     "worked": "done",
     "done": "were done before",

@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, overload
 
-from curation.claims import Claim
 from curation.cluster import Allocation, StopSignal
 from curation.errors import LostClaim, ShardError
 from curation.jsonio import clean_text, dump_json
-from curation.ledger import Ledger
-from curation.partial import PartialLog, Partials
+from curation.run.checkpoints import PartialLog, Partials
+from curation.run.claims import Claim
+from curation.run.ledger import Ledger
 from curation.shards import Shard
 from curation.storage.buckets import RemoteOutput, place_of
 from curation.storage.files import Output, OutputFile, Published

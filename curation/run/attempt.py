@@ -1,31 +1,210 @@
-"""What happens to one claimed shard: the attempt, its commit or failure, and clearing up after those that died."""
+"""What happens to one claimed shard: the attempt, its commit or failure, and clearing up after those that died.
+
+What a receipt says: the whole story of one shard in one stage, in one JSON object.
+
+Shards that kill their workers (a crash in a decoder, more memory than the job has): found, and tried alone at last.
+
+A worker that is asked to end gives its claims back, so that a claim whose holder is gone tells of a crash, a kill or a
+lost node.  Of several shards in one process nobody knows which was to blame: one on which two attempts in a row died
+without finishing anything is therefore worked on alone, and only a third death there is laid at its door.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from curation.claims import Claim, Claims
-from curation.cluster import Allocation, StopSignal
+from curation import __version__
+from curation.cluster import Allocation, StopSignal, gpu_name, host_identity, slurm_ids
 from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped
-from curation.holders import Death
-from curation.ledger import MAX_ATTEMPTS, Input, Ledger, State, insist_on_same_remote, verify_inputs
-from curation.leftovers import Leftovers
 from curation.options import RunOptions, logger
-from curation.partial import Partials, tokens_with_checkpoints
-from curation.progress import Progress, Tally
-from curation.receipts import build_receipt
+from curation.run.checkpoints import Partials, tokens_with_checkpoints
+from curation.run.claims import Claim, Claims, Death
+from curation.run.commit import Leftovers, lie_about, remove_superseded
+from curation.run.inputs import Input
+from curation.run.ledger import MAX_ATTEMPTS, Input, Ledger, State, insist_on_same_remote, verify_inputs
+from curation.run.progress import Progress, Tally
+from curation.run.work import ShardWork
 from curation.shards import Shard
-from curation.storage.files import is_storage_trouble, storage_error
+from curation.storage.files import Published, is_storage_trouble, storage_error
 from curation.storage.urls import Source
-from curation.superseded import lie_about, remove_superseded
-from curation.suspects import REASON, Room, fruitless, insist_on_innocence, is_suspect
-from curation.work import ShardWork
+
+
+class _Named(Protocol):
+    name: str
+    version: int
+
+
+def build_receipt(
+    work: ShardWork,
+    stage: _Named,
+    allocation: Allocation,
+    token: str,
+    *,
+    epoch: int,
+    outputs: Sequence[Published],
+    began: float,
+    error: dict[str, Any] | None,
+    quarantine: bool = False,
+    sources: Sequence[Input] = (),
+    open_s: float = 0.0,
+) -> dict[str, Any]:
+    """The receipt of one attempt.  ``error`` None: done.  Times and hosts stand here and nowhere else.
+
+    sources: where the inputs come from, one for each of ``work.inputs``.
+    open_s: what it took this process to get ready, models and all.
+    quarantine: count the failure as the last that is tried unasked.
+    Units: seconds are wall-clock seconds by phase, summed over threads; ``started`` and ``finished`` are Unix times.
+    """
+    previous = work.previous or {}
+    receipt: dict[str, Any] = {
+        "shard": work.shard.id,
+        "stage": stage.name,
+        "version": stage.version,
+        "status": "failed" if error else "done",
+        "epoch": epoch,
+        "generation": int(previous.get("generation", 0)) + 1,
+        "token": token,
+        "run": allocation.run_id,
+        "counts": {
+            "in": work.samples_in,
+            "kept": work.kept,
+            "dropped": dict(sorted(work.dropped.items())),
+            "failed": dict(sorted(work.failed.items())),
+        },
+        "inputs": list(work.inputs),
+        "sources": [source.origin(work.root) for source in sources],
+        "outputs": [output.record() for output in outputs],
+        "notes": work.notes,
+        "warnings": work.warnings,
+        "seconds": {phase: round(seconds, 4) for phase, seconds in sorted(work.seconds.items())},
+        "host": host_identity()[0],
+        "rank": allocation.rank,
+        "slurm": slurm_ids(),
+        "gpu": gpu_name(allocation.gpu),
+        "cpus": allocation.threads,
+        "open_s": round(open_s, 3),
+        "code": code_version(),
+        "started": round(began, 3),
+        "finished": round(time.time(), 3),
+    }
+    superseded = _superseded(work, {o.path for o in outputs})
+    if superseded:
+        receipt["superseded"] = superseded
+    if error:
+        receipt["error"] = error
+        failed_before = previous.get("status") in ("failed", "retry") and previous.get("epoch") == epoch
+        attempts = int(previous.get("attempts", 0)) + 1 if failed_before else 1
+        receipt["attempts"] = max(attempts, MAX_ATTEMPTS) if quarantine else attempts
+    return receipt
+
+
+def _superseded(work: ShardWork, paths: set[str]) -> list[str]:
+    """Files that the last receipt named and this one does not: to be removed, by whoever finds them after a crash.
+
+    Those that the last one superseded stay listed: one may be lying aside just now, under a name that nobody knows.
+    """
+    previous = work.previous or {}
+    named = [output["path"] for output in previous.get("outputs", []) if output.get("checked", True)]
+    return [path for path in dict.fromkeys([*named, *previous.get("superseded", [])]) if path not in paths]
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """The package's version, with the commit where it runs from a checkout."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return __version__
+    command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{commit}"
+
+
+MAX_DEATHS = 3
+
+
+REASON = "workers_died"
+
+
+_LOOK_EVERY_S = 0.2
+
+
+def fruitless(deaths: Sequence[Death], fruitful: set[str]) -> list[Death]:
+    """The last deaths in a row of attempts that had begun and finished nothing.
+
+    fruitful: the tokens of attempts that left checkpoints.
+    """
+    found: list[Death] = []
+    for death in reversed(deaths):
+        if death.token in fruitful:
+            break
+        if death.token:  # else it died before it could write its claim
+            found.insert(0, death)
+    return found
+
+
+def is_suspect(deaths: Sequence[Death]) -> bool:
+    """Whether the shard is to be worked on alone."""
+    return len(deaths) >= MAX_DEATHS - 1
+
+
+def insist_on_innocence(shard_id: str, deaths: Sequence[Death]) -> None:
+    """Raise ShardError for a shard on which so many workers died that the next would die too."""
+    if len(deaths) >= MAX_DEATHS and any(death.alone for death in deaths):
+        who = "; ".join(_describe(death) for death in deaths)
+        raise ShardError(f"shard {shard_id}: {len(deaths)} workers died on it one after the other ({who})", REASON)
+
+
+def _describe(death: Death) -> str:
+    ids = death.slurm
+    job = ids.get("job_id", "")
+    if ids.get("array_job_id") and ids.get("array_task_id"):
+        job = f"{ids['array_job_id']}_{ids['array_task_id']}"
+    where = f"{death.host or 'an unknown host'}, pid {death.pid}"
+    return f"{where}, SLURM job {job}" if job else where
+
+
+class Room:
+    """Shards that one process works on: many at once, or a single one alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._alone = False
+        self._wanting_alone = 0
+
+    @contextlib.contextmanager
+    def enter(self, *, alone: bool, check: Callable[[], None]) -> Iterator[None]:
+        """Wait until there is room; ``check`` is called meanwhile, and may raise to give up."""
+        with self._changed:
+            self._wanting_alone += alone
+            try:
+                while self._alone or (self._inside if alone else self._wanting_alone):
+                    check()
+                    self._changed.wait(_LOOK_EVERY_S)
+            finally:
+                self._wanting_alone -= alone
+                self._changed.notify_all()
+            self._inside += 1
+            self._alone = alone
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._alone = False
+                self._changed.notify_all()
 
 
 class _Stage(Protocol):

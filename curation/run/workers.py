@@ -18,7 +18,11 @@ from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_L
 from curation.options import RunOptions, logger
 
 MAX_RESTARTS = 3  # per worker: a machine that keeps killing it will not stop doing so
+
+
 _PR_SET_PDEATHSIG = 1
+
+
 _PARENT_VARIABLE = "CURATION_PARENT"
 
 

@@ -20,7 +20,9 @@ import orjson
 import xxhash
 
 from curation.errors import InfrastructureError, UsageError
-from curation.inputs import (
+from curation.jsonio import clean_text
+from curation.run.commit import Commit
+from curation.run.inputs import (
     Input,
     Upstream,
     insist_on_same_remote,
@@ -29,8 +31,6 @@ from curation.inputs import (
     stage_version,
     verify_inputs,
 )
-from curation.jsonio import clean_text
-from curation.publish import Commit
 from curation.shards import bucket_of
 from curation.storage.buckets import Presence
 from curation.storage.files import link_exclusively, make_folder, parse_record, read_record, read_whole
@@ -41,6 +41,8 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_ATTEMPTS = 3  # a shard that failed so often runs again only when it is named
+
+
 _TRIES, _RETRY_S = 100, 0.05
 
 

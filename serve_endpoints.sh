@@ -101,7 +101,7 @@ start() {
         exec setsid "${words[@]}" >>"$3" 2>&1 </dev/null
     ) &
     server=$!
-    PYTHONPATH=$PROJECT${PYTHONPATH:+:$PYTHONPATH} "${wrap[@]}" "$PYTHON" -m curation.endpoint_folder register \
+    PYTHONPATH=$PROJECT${PYTHONPATH:+:$PYTHONPATH} "${wrap[@]}" "$PYTHON" -m curation register \
         --dir "$ENDPOINTS_DIR" --url "$url" --model "$MODEL" --api "$API" --pid "$server" \
         --start_timeout "$START_TIMEOUT_S" --load_timeout "$LOAD_TIMEOUT_S" &
     registrar=$!

@@ -22,6 +22,7 @@ COMMANDS = {  # command → the module whose ``main(argv)`` it is, imported when
     "plan": ("curation.inspect.plan", "forecast hours, bytes, files and tokens from a few shards; the sbatch lines"),
     "audit": ("curation.inspect.audit", "what became of each group's samples, and whether one fared otherwise"),
     "report": ("curation.inspect.report.command", "one page about it all: funnel, shards, speed, gallery, groups"),
+    "register": ("curation.serving.registry", "keep a model server in the folder of servers while it lives"),
     "models": ("curation.model_files", "fetch: the weights that a stage's options name, for nodes without internet"),
 }
 

@@ -279,7 +279,7 @@ def test_a_folder_that_cannot_be_read_for_a_while(tmp_path: Path) -> None:
 @contextmanager
 def registering(folder: Path, port: int, *more: str) -> Iterator[subprocess.Popen[str]]:
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "curation.serving.registry", "register", f"--dir={folder}", f"--url={url}"]
+    command = [sys.executable, "-m", "curation", "register", f"--dir={folder}", f"--url={url}"]
     process = subprocess.Popen([*command, f"--model={MODEL}", *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         yield process

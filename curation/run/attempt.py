@@ -30,7 +30,7 @@ from curation.run.checkpoints import Partials, tokens_with_checkpoints
 from curation.run.claims import Claim, Claims, Death
 from curation.run.commit import Leftovers, lie_about, remove_superseded
 from curation.run.inputs import Input
-from curation.run.ledger import MAX_ATTEMPTS, Input, Ledger, State, insist_on_same_remote, verify_inputs
+from curation.run.ledger import MAX_ATTEMPTS, Ledger, State, insist_on_same_remote, verify_inputs
 from curation.run.progress import Progress, Tally
 from curation.run.work import ShardWork
 from curation.shards import Shard

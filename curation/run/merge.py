@@ -341,14 +341,14 @@ def _aligned(table: Any, schema: Any) -> Any:
     import pyarrow
 
     columns = []
-    for field in schema:
-        if field.name not in table.column_names:
-            columns.append(pyarrow.nulls(table.num_rows, field.type))
+    for told in schema:
+        if told.name not in table.column_names:
+            columns.append(pyarrow.nulls(table.num_rows, told.type))
             continue
-        column = table.column(field.name)
-        if column.type != field.type:
+        column = table.column(told.name)
+        if column.type != told.type:
             try:
-                column = column.cast(field.type)
+                column = column.cast(told.type)
             except pyarrow.ArrowException:
                 values = [None if value is None else str(value) for value in column.to_pylist()]
                 column = pyarrow.array(values, pyarrow.string())

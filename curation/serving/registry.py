@@ -4,7 +4,7 @@ A registration is written under a temporary name and renamed, rewritten every fe
 and removed when its server ends.  A counter that stands still, timed on the reader's own clock, marks what a dead job
 left behind; whether a server answers is what counts in the end.
 
-``python -m curation.endpoint_folder register --dir D --url U --model M`` waits for the server at U, has it load the
+``python -m curation register --dir D --url U --model M`` waits for the server at U, has it load the
 model, registers it, and keeps the registration until it is told to end or the server falls silent.
 
 A pool of model servers that follows a folder of registrations: who comes is opened beside the run, who goes is left.
@@ -247,15 +247,16 @@ class Registrar:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m curation.endpoint_folder", description=__doc__)
-    register_ = parser.add_subparsers(required=True).add_parser("register", help="register one server while it lives")
-    register_.add_argument("--dir", required=True, type=Path, help="the folder of registrations")
-    register_.add_argument("--url", required=True, help="http://host:port, as the readers reach it")
-    register_.add_argument("--model", required=True, help="the model that it is to load")
-    register_.add_argument("--api", choices=get_args(AnyApi), default="auto", help="what it speaks")
-    register_.add_argument("--pid", type=int, default=0, help="the server's process, noted for people")
-    register_.add_argument("--start_timeout", type=float, default=600.0, help="seconds for its first sign of life")
-    register_.add_argument("--load_timeout", type=float, default=600.0, help="seconds to load the model")
+    parser = argparse.ArgumentParser(
+        prog="python -m curation register", description="Register one model server while it lives."
+    )
+    parser.add_argument("--dir", required=True, type=Path, help="the folder of registrations")
+    parser.add_argument("--url", required=True, help="http://host:port, as the readers reach it")
+    parser.add_argument("--model", required=True, help="the model that it is to load")
+    parser.add_argument("--api", choices=get_args(AnyApi), default="auto", help="what it speaks")
+    parser.add_argument("--pid", type=int, default=0, help="the server's process, noted for people")
+    parser.add_argument("--start_timeout", type=float, default=600.0, help="seconds for its first sign of life")
+    parser.add_argument("--load_timeout", type=float, default=600.0, help="seconds to load the model")
     return parser.parse_args(argv)
 
 

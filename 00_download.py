@@ -14,13 +14,14 @@ from typing import Annotated, Any
 import tyro
 
 import curation
-from curation.addresses import parse_networks
 from curation.cluster import Allocation, run_id
-from curation.downloader import Downloader
+from curation.download.downloader import Downloader
+from curation.download.fetch import FetchLimits, parse_networks
+from curation.download.images import Check, Encode, ImagePolicy, ResizeMode
+from curation.download.shard import Earlier, OutputFormat, RowDownloads, examine_by, refuse
+from curation.download.tables import NamedColumns, UrlTables, caption_column_of, url_column_of
 from curation.errors import InfrastructureError, ShardError, UsageError
-from curation.fetch import FetchLimits
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.row_downloads import RowDownloads, examine_by, refuse
 from curation.run.ledger import Input, Ledger
 from curation.run.merge import merge_parquet, write_csv
 from curation.run.requeue import Again, do_again
@@ -28,10 +29,7 @@ from curation.run.runner import ShardWork, run_stage
 from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
-from curation.stored_images import Check, Encode, ImagePolicy, ResizeMode
-from curation.stored_shard import Earlier, OutputFormat
 from curation.tar.samples import MAX_MEMBER_BYTES
-from curation.url_tables import NamedColumns, UrlTables, caption_column_of, url_column_of
 
 FULL_METADATA, SIMPLE_CSV = "full_metadata.parquet", "metadata.csv"
 CSV_COLUMNS = ("key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")

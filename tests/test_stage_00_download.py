@@ -27,12 +27,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from curation.addresses import is_public
-from curation.download_rows import OWN_COLUMNS, renamed_columns
-from curation.fetch import disallowed_by, seconds_to_wait
-from curation.host_turns import HostTurns
+from curation.download.downloader import HostTurns
+from curation.download.fetch import disallowed_by, is_public, seconds_to_wait
+from curation.download.images import ImagePolicy, make_stored
+from curation.download.rows import OWN_COLUMNS, renamed_columns
 from curation.images import decode_rgb, image_facts, image_size
-from curation.stored_images import ImagePolicy, make_stored
 from curation.tar.samples import IMAGE_SUFFIXES, read_samples
 from tests import recaption_stub
 from tests.servers import photo_server

@@ -21,11 +21,17 @@ import orjson
 from curation.jsonio import dump_json
 
 SUCCESS, NOT_DOWNLOADED, NOT_RESIZED = "success", "failed_to_download", "failed_to_resize"
+
+
 # img2dataset's names, behind the table's own columns.
 OWN_COLUMNS: Final = (
     "key", "status", "error_message", "width", "height", "original_width", "original_height", "exif", "sha256",
 )  # fmt: skip
+
+
 _NUMBERS: Final = ("width", "height", "original_width", "original_height")
+
+
 _LENGTH: Final = struct.Struct("<I")
 
 

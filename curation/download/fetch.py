@@ -1,27 +1,94 @@
-"""One URL's bytes over HTTP, within every bound: time, size, redirects, addresses, compression, the site's consent."""
+"""One URL's bytes over HTTP, within every bound: time, size, redirects, addresses, compression, the site's consent.
+
+Which addresses of the internet may be asked for an image, held at the moment of the connection.
+
+A URL from a table is hostile: its host may be, or resolve to, an address inside the cluster.  What counts is therefore
+the address that a socket is about to connect to, whatever name, redirect or odd spelling led there.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import socket
 import ssl
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
-from curation.addresses import Networks, public_sockets
 from curation.jsonio import clean_text
 
+_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+
+
+class RefusedAddress(OSError):
+    """The address is private, link-local, loopback, reserved, or for many at once."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IPv4 or IPv6 address is a single host of the open internet, also one that is packed into another."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.is_site_local or int(ip) >> 32 == 0:  # the latter: IPv4-compatible, long out of use
+            return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+
+
+Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
+
+
+def parse_networks(text: str) -> Networks:
+    """``10.0.0.0/8,fd00::/8`` as networks.  Raises ValueError."""
+    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
+
+
+def public_sockets(allowed: Networks = ()) -> Callable[[tuple[Any, ...]], socket.socket]:
+    """What makes a socket for one result of ``getaddrinfo``, and raises RefusedAddress for one that is not public.
+
+    allowed: networks that may be asked although they are not.
+    """
+
+    def make_socket(address: tuple[Any, ...]) -> socket.socket:
+        family, kind, protocol, _, place = address
+        text = str(place[0]).partition("%")[0]
+        if not is_public(text) and not any(ipaddress.ip_address(text) in network for network in allowed):
+            raise RefusedAddress(f"refused_address {text}")
+        return socket.socket(family, kind, protocol)
+
+    return make_socket
+
+
 MAX_URL_CHARACTERS: Final = 16_384
+
+
 MAX_REDIRECTS: Final = 10
+
+
 _REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
+
+
 _BUSY: Final = frozenset((429, 503))
+
+
 _PASSING: Final = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
+
+
 # of X-Robots-Tag: rules with a value, whose colon is not that of a user agent
 _RULES_WITH_VALUES: Final = frozenset(("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"))
+
+
 # These say that the network was in the way, not the site: asked again by the next run.
 NETWORK_REASONS: Final = frozenset(("dns", "connect", "timeout", "host_down"))
 

@@ -15,14 +15,14 @@ from typing import Any, Literal
 import xxhash
 
 from curation import backends
-from curation.asking import Outcome, Question, ask_all
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
-from curation.groups import assign_groups, read_groups
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.prompts import (
+from curation.rewrite.ask import Outcome, Question, ask_all
+from curation.rewrite.groups import assign_groups, read_groups
+from curation.rewrite.prompts import (
     MAX_CAPTION_CHARACTERS,
     chat_request,
     completion_request,

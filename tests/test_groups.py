@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.errors import UsageError
-from curation.groups import assign_groups, read_groups
+from curation.rewrite.groups import assign_groups, read_groups
 
 DEFAULT = read_groups("default")
 

@@ -19,8 +19,8 @@ import pytest
 from curation.backends import load
 from curation.backends.llm_embedded import Backend, model_file
 from curation.errors import InfrastructureError
-from curation.groups import read_groups
-from curation.prompts import completion_request, judge, opening
+from curation.rewrite.groups import read_groups
+from curation.rewrite.prompts import completion_request, judge, opening
 from curation.serving.pool import EndpointPool
 from curation.serving.wire import WIRES, Request, Session, detect_api
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.errors import UsageError
-from curation.groups import read_groups
-from curation.prompts import (
+from curation.rewrite.groups import read_groups
+from curation.rewrite.prompts import (
     MAX_PROMPT_CHARACTERS,
     MAX_TOKENS,
     SYSTEM,

@@ -15,7 +15,6 @@ from curation.edits import LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.extract_config import short_name
 from curation.extracting import Preparation
-from curation.groups import hash_of
 from curation.images import decode_rgb
 from curation.inspect.by_group import EDITS, PROMPTS, shards_tried
 from curation.inspect.measure import evenly
@@ -23,6 +22,7 @@ from curation.inspect.places import StagePlace
 from curation.inspect.recorded import provenance
 from curation.inspect.stated import attributes_of
 from curation.model_settings import ModelSettings
+from curation.rewrite.groups import hash_of
 
 IMAGES_A_SHARD = 20  # so that few tars are read through
 _BATCH = 32

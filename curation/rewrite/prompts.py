@@ -8,16 +8,28 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from curation.errors import UsageError
-from curation.groups import hash_of
 from curation.jsonio import clean_text
+from curation.rewrite.groups import hash_of
 from curation.serving.wire import CONTEXT_TOKENS, Reply, Request
 
 MAX_CAPTION_CHARACTERS = 2000  # about 500 tokens of English
+
+
 MAX_PROMPT_CHARACTERS = 1000  # text-to-image models read 77 to 512 tokens
+
+
 MIN_PROMPT_CHARACTERS = 8
+
+
 MAX_TOKENS = 256
+
+
 MAX_SYSTEM_BYTES = 64 << 10
+
+
 WARMER = 0.2  # a reply that was refused is asked for again at a higher temperature, up to:
+
+
 HOTTEST = 1.5
 
 # The system prompt.  Ollama models carry it in their Modelfile (examples/ollama/Modelfile has this very text).
@@ -139,8 +151,14 @@ def judge(reply: Reply, begun: str = "") -> Verdict:
 
 
 _DOUBLE_QUOTES = re.compile('["“”„‟〝〞＂]')
+
+
 _LINES = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
+
+
 _WORD = re.compile(r"[^\W\d_]{2}").search
+
+
 _QUOTED = {'"': '"', "“": "”", "„": "“", "'": "'", "‘": "’", "«": "»", "`": "`", "*": "*"}
 
 

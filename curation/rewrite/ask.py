@@ -15,7 +15,11 @@ from curation.run.checkpoints import PartialLog
 from curation.threads import Crew
 
 BATCH = 256  # replies that are recorded in one write, at most
+
+
 GATHER_S = 0.01  # a reply waits so long for others, so that one write is not made for each
+
+
 WAIT_S = 0.5  # how often a signal is looked for while nothing comes
 
 
@@ -49,6 +53,8 @@ class CheckStop(Protocol):
 
 
 Ask = Callable[[str, Question, Callable[[], None]], Outcome]
+
+
 Settle = Callable[[str, Outcome], None]
 
 

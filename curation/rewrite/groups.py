@@ -14,10 +14,16 @@ from curation.jsonio import clean_text
 
 # The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its words
 ETHNICITIES = ("black", "white", "asian", "latino", "middle east", "indian")
+
+
 GENDERS = ("male", "female")
 
 MAX_FILE_BYTES = 64 << 10
+
+
 MAX_GROUPS = 10_000
+
+
 MAX_CHARACTERS = 100
 
 Groups = tuple[str, ...]

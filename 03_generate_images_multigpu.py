@@ -19,7 +19,6 @@ from curation.backends.diffusion_calls import Texts
 from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
 from curation.backends.diffusion_tiny import build_embedded, cuda_works, embedded_source
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
-from curation.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
 from curation.cluster import Allocation, workers_for_gpus
 from curation.edits import (
     GENERATED_XMP,
@@ -35,10 +34,11 @@ from curation.edits import (
     with_suffix,
 )
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
+from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
+from curation.generate.encode import PictureLog
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models.hub_cache import ModelSource, resolve
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.picture_log import PictureLog
 from curation.run.ledger import Input, stage_version
 from curation.run.runner import Follows, ShardWork, run_stage
 from curation.shards import Shard, discover

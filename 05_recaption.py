@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from curation import backends, captioning
-from curation.batches import seed_of
 from curation.caption_compare import write_comparison
 from curation.caption_feed import Batch, Feed, Picture, beside, recalling, row_of
 from curation.caption_outputs import Format, finish_parquet, import_arrow, parse_formats, write_format
@@ -23,6 +22,7 @@ from curation.caption_rows import jsonl_lines, reusable_captions, rows_name, wri
 from curation.caption_trial import first_images, show_trial
 from curation.cluster import Allocation, workers_for_gpus
 from curation.errors import InfrastructureError, UsageError
+from curation.generate.batches import seed_of
 from curation.hub_pushing import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonio import dump_json

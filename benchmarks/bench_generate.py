@@ -45,7 +45,7 @@ def time_bare_loop(pipeline: Any, samples: list[tuple[str, str]], side: int, ste
     """Seconds for the pipeline called batch after batch, as its documentation shows."""
     import torch
 
-    from curation.batches import seed_of
+    from curation.generate.batches import seed_of
 
     began = time.perf_counter()
     for start in range(0, len(samples), batch_size):

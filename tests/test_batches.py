@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.batches import MIN_AREA, Job, bucket_sizes, nearest_size, plan_batches
+from curation.generate.batches import MIN_AREA, Job, bucket_sizes, nearest_size, plan_batches
 
 
 def job(number: int, size: tuple[int, int] = (64, 64)) -> Job:

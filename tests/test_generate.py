@@ -19,8 +19,8 @@ from curation.backends.diffusion_loading import load_pipeline
 from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
 from curation.backends.diffusion_tiny import build_atomically, build_embedded, embedded_source, save_tiny_sd
 from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
-from curation.batches import seed_of
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
+from curation.generate.batches import seed_of
 from curation.models.batch_size import WorkingBatch, is_out_of_memory
 from curation.models.hub_cache import ModelSource, public_name, resolve
 from tests.tiny_pipelines import BUILDERS, save_sd_with_safety_checker

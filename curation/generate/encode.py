@@ -11,14 +11,18 @@ from typing import Protocol
 
 import orjson
 
-from curation.batches import Batch
 from curation.errors import SampleError
+from curation.generate.batches import Batch
 from curation.images import Pixels, encode_jpeg
 from curation.jsonio import dump_json
 from curation.run.checkpoints import PartialLog
 
 _PICTURE, _REFUSED = b"P", b"R"  # the first byte of a record
+
+
 _SHA256_BYTES = 32
+
+
 _IN_FLIGHT = 1  # batches being encoded while the device works on another
 
 

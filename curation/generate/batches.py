@@ -12,6 +12,8 @@ import xxhash
 
 # Width to height.  Few: every size has a last batch that is not full, and a compiled graph.
 ASPECT_RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0)  # and their inverses
+
+
 MIN_AREA = 0.75  # of the area asked for
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from curation import backends
-from curation.choosing import AS_IT_IS, Choice, copy_keys
 from curation.cluster import Allocation
 from curation.edits import Edits
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
-from curation.layout import IS_EDITED, IndexReader, IndexWriter, Layout, Placed
-from curation.material import Material, Records
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.rewriting import Writer
+from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, Layout, Placed
+from curation.reshard.select import AS_IT_IS, Choice, Material, Records, copy_keys, survey
+from curation.reshard.uids import Subset
+from curation.reshard.write import Writer
 from curation.run.inputs import Input
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import LAYOUT_NOTE, insist_on_own
@@ -27,15 +27,13 @@ from curation.run.runner import Follows, ShardWork, run_stage
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
-from curation.subset import Subset
-from curation.survey import survey
 from curation.tar.random_access import Gathered, Piece, write_wids
 from curation.tar.samples import SampleSpan, TarPass, TarReport
 from curation.tar.sources import open_blocks
 from curation.tar.splice import Decision, Fate, Shown, Windows
 
 if TYPE_CHECKING:
-    from curation.blur import Blur
+    from curation.reshard.blur import Blur
 
 PROMPTS_STAGE = "02_captions_processor"
 EDITS_STAGE = "03_generate_images"
@@ -154,7 +152,7 @@ class Stage:
 
     def open(self, allocation: Allocation) -> None:
         if (boxes := self.options.blur_faces) is not None:
-            from curation.blur import Blur
+            from curation.reshard.blur import Blur
 
             detector = None
             if boxes != "recorded":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation.subset import UID, uid_of
+from curation.reshard.uids import UID, uid_of
 from curation.tar.samples import IMAGE_SUFFIXES, read_samples
 from tests.pipeline import Undisturbed
 

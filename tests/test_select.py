@@ -18,8 +18,8 @@ import pytest
 
 from curation.__main__ import main
 from curation.inspect.select import Options
+from curation.reshard.uids import parse_uids, sort_uids, write_subset
 from curation.selection import BASELINES
-from curation.uid_subset import parse_uids, sort_uids, write_subset
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")

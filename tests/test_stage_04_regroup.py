@@ -25,11 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.errors import SampleError, ShardError, UsageError
-from curation.layout import Layout
+from curation.reshard.layout import Layout
+from curation.reshard.uids import UID, Subset
 from curation.run.output_folder import insist_on_own
 from curation.shards import Shard
 from curation.storage.files import fast_digest
-from curation.subset import UID, Subset
 from curation.tar import random_access
 from curation.tar.samples import open_sample, read_samples
 from tests.test_stage_04_reshard import EDIT, Run, contents, member, raw_members, sample, tar_of, tar_of_edits

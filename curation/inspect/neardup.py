@@ -20,8 +20,8 @@ from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.features import BLOCK_ROWS, Vectors, array_blocks, feature_blocks, normalise
 from curation.near_duplicates import EXACT_ROWS, TOLERANCE, Groups, cell_pairs, cosine_pairs, exact_pairs, nearest_of
 from curation.options import exit_code, parse_arguments
+from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, sort_uids, whole_file, write_subset
 from curation.tables import Table, Tables, find_tables, with_features
-from curation.uid_subset import UID_DTYPE, Uids, parse_uids, sort_uids, whole_file, write_subset
 
 _TEXTS = ("uid", "key", "tar")
 _SIZES = (("original_width", "original_height"), ("width", "height"))

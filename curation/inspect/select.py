@@ -15,9 +15,9 @@ import tyro
 
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.options import exit_code, parse_arguments
+from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, write_subset
 from curation.selection import BASELINES, Condition, Selection
 from curation.tables import Tables, find_tables
-from curation.uid_subset import UID_DTYPE, Uids, parse_uids, write_subset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,17 @@ from curation.errors import ShardError
 from curation.shards import Shard
 
 ROW: Final = np.dtype([("start", "<i8"), ("end", "<i8"), ("copies", "<i4"), ("bits", "<i4")])
+
+
 """A byte range of a sample, how often the sample goes on (0 in all of its ranges but the last), and what it is."""
+
+
 IS_EDITED: Final = 1
+
+
 Rows = NDArray[np.void]
+
+
 Positions = NDArray[np.int64]
 
 

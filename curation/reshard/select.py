@@ -1,21 +1,32 @@
-"""Which samples of a shard go into the output, how often, and which of them as their edit."""
+"""Which samples of a shard go into the output, how often, and which of them as their edit.
+
+What the samples of a source shard are chosen by and edited with: its edits, prompts, rejects and the subset.
+
+What a dry run of resharding tells: how many samples would go on, in how many bytes.  Reads, and writes nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import logging
+import os
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import orjson
 
-from curation.errors import SampleError, ShardError
-from curation.jsonio import KEY_SUFFIX, parse_json_object, some
+from curation.edits import Edits, LooseEdits, TarredEdits
+from curation.errors import SampleError, ShardError, UsageError
+from curation.jsonio import KEY_SUFFIX, parse_json_object, read_dictionary, some
+from curation.reshard.uids import Halves, Subset, uid_of
+from curation.run.inputs import VERIFY_BYTES, Input, Upstream, published_below, source_inputs
 from curation.shards import Shard
-from curation.subset import Halves, Subset, uid_of
-from curation.tar.samples import MAX_MEMBER_BYTES, SampleSpan, Window, problem_of
+from curation.tar.samples import MAX_MEMBER_BYTES, SampleSpan, TarPass, Window, problem_of
 
 MAX_REJECTS_BYTES: Final = 1 << 30
 
@@ -249,3 +260,178 @@ def _lines(path: Path) -> list[bytes]:
     if len(data) > MAX_REJECTS_BYTES:
         raise ShardError(f"{path}: more than {MAX_REJECTS_BYTES:,} bytes")
     return data.splitlines()
+
+
+Records = Mapping[Path, Mapping[str, Any]]
+
+
+"""What is known of the inputs, by path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """The folders, and the stages that made what lies in them.
+
+    edits, prompts: (folder, stage), None without.  layout: of the edits.
+    """
+
+    edits: tuple[Path, str] | None
+    prompts: tuple[Path, str] | None = None
+    layout: Literal["auto", "tar", "files"] = "auto"
+    drops_missing: bool = False
+    drops_rejected: bool = False
+    subset: Subset | None = None
+
+    def check(self) -> None:
+        """Raises UsageError where nothing is known of what is asked for."""
+        if self.subset is not None:
+            self.subset.check_order()
+        made_by = [(folder / "_receipts" / stage).is_dir() for folder, stage in self._made]
+        if self.drops_rejected and not any(made_by):
+            raise UsageError(
+                "--drop_rejected: neither --prompts nor --edits was made by these stages, so that nothing is known of "
+                "rejected samples"
+            )
+
+    @property
+    def _made(self) -> list[tuple[Path, str]]:
+        return [made for made in (self.prompts, self.edits) if made is not None]
+
+    def sources(self, shard: Shard) -> list[Input]:
+        """The source shard and its edits."""
+        inputs = source_inputs(shard)
+        if self.edits is not None:
+            folder, stage = self.edits
+            if self.layout != "files":
+                inputs.append(Input(folder / f"{shard.id}.tar", stage, optional=True))
+            if self.layout != "tar":
+                inputs.append(Input(folder / shard.id, stage, optional=True, loose=True))
+        return inputs
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        """And what decides which of its samples go on."""
+        inputs = self.sources(shard)
+        if self.prompts is not None:
+            inputs.append(Input(self.prompts[0] / f"{shard.id}.json", self.prompts[1]))
+        if self.drops_rejected:
+            for folder, stage in self._made:
+                inputs += [Input(path, optional=True) for path in reject_files(folder, stage, shard.id)]
+        if self.subset is not None:
+            inputs.append(Input(self.subset.path))
+        return inputs
+
+    def sources_of(self, shard: Shard) -> list[Input]:
+        """``sources`` as inputs of another shard, which is made of several."""
+        return [replace(wanted, shard=shard.id) for wanted in self.sources(shard)]
+
+    @contextlib.contextmanager
+    def open(self, shard: Shard, records: Records) -> Iterator[tuple[Edits, Selection]]:
+        """The shard's edits, and the choice among its samples."""
+        prompts = None
+        if self.prompts is not None:
+            prompts = read_dictionary(self.prompts[0] / f"{shard.id}.json").keys()
+        rejected = read_rejected(self._made, shard.id) if self.drops_rejected else None
+        with self.open_edits(shard, records) as edits:
+            yield (
+                edits,
+                Selection(
+                    edits.keys(), prompts, drops_missing=self.drops_missing, rejected=rejected, subset=self.subset
+                ),
+            )
+
+    def open_edits(self, shard: Shard, records: Records) -> Edits:
+        """The shard's edits, of those files alone that the stage which made them vouches for, where it did."""
+        if self.edits is None:
+            return LooseEdits(Path(shard.id), {})
+        folder, stage = self.edits
+        tar, loose = folder / f"{shard.id}.tar", folder / shard.id
+        absent = {"absent": True}
+        if not (record := records.get(tar, absent)).get("absent"):
+            return TarredEdits(tar, record.get("digest") if record["size"] > VERIFY_BYTES else None)
+        if not records.get(loose, absent).get("absent"):
+            return LooseEdits(loose, published_below(loose, stage, shard.id))
+        return LooseEdits(loose, {})
+
+
+logger = logging.getLogger("curation")
+
+
+class _Count:
+    """The account of one shard."""
+
+    def __init__(self, shard: Shard, tally: Counter[str]) -> None:
+        self.shard = shard
+        self._tally = tally
+
+    def sample_in(self, count: int = 1) -> None:
+        self._tally["in"] += count
+
+    def keep(self, count: int = 1) -> None:
+        self._tally["kept"] += count
+
+    def drop(self, key: str, reason: str) -> None:
+        self._tally[f"dropped: {reason}"] += 1
+
+    def fail(self, key: str, reason: str, detail: str = "") -> None:
+        self._tally[f"failed: {reason}"] += 1
+
+    def note(self, name: str, value: object) -> None:
+        if name in ("edited", "copies") and isinstance(value, int):
+            self._tally[name] += value
+
+    def warn(self, text: str) -> None:
+        logger.warning(f"{self.shard.id}: {text}")
+
+
+def survey(material: Material, shards: Sequence[Shard], size: int | None, *, cursory: bool) -> str:
+    """One line for all of the shards.
+
+    size: of the shards that they are regrouped into.  cursory: every sample goes on, so that the files' sizes do.
+    Bytes are those of the samples as they are: edits and blurred images may be larger or smaller.
+    """
+    tally: Counter[str] = Counter()
+    bytes_out = samples_out = 0
+    for shard in shards:
+        if cursory:
+            bytes_out += _size(shard)
+            continue
+        records = _records(material, shard)
+        if records is None:
+            tally["blocked shards"] += 1
+            continue
+        account = _Count(shard, tally)
+        with material.open(shard, records) as (_, selection):
+            for window in TarPass(shard.path).windows():
+                selection.look(window)
+                chosen = [(span, selection.choose(span)) for span in window.spans if span.key]
+                selection.count(chosen, account)
+                for span, choice in chosen:
+                    samples_out += choice.copies
+                    bytes_out += choice.copies * sum(end - start for start, end in span.own_extents)
+            selection.report(account, "edits")
+    if cursory:
+        return f"{len(shards):,} shards would go on in about {bytes_out:,} bytes"
+    told = ", ".join(f"{count:,} {what}" for what, count in sorted(tally.items()) if count)
+    made = f" in {-(-samples_out // size):,} shards" if size else ""
+    return f"{samples_out:,} samples would go on{made}, about {bytes_out:,} bytes ({told or 'nothing comes in'})"
+
+
+def _records(material: Material, shard: Shard) -> dict[Path, Mapping[str, Any]] | None:
+    """What is known of a shard's inputs, None where one is missing."""
+    upstream = Upstream()
+    records: dict[Path, Mapping[str, Any]] = {}
+    for wanted in material.inputs(shard):
+        record, why = upstream.identify(wanted, shard.id)
+        if record is None:
+            logger.warning(f"{shard.id} blocked: {why}")
+            return None
+        if isinstance(wanted.path, Path):
+            records[wanted.path] = record
+    return records
+
+
+def _size(shard: Shard) -> int:
+    try:
+        return os.stat(shard.path).st_size if isinstance(shard.path, Path) else 0
+    except OSError as error:
+        raise ShardError(f"{shard.path}: cannot be read ({error.strerror})") from error

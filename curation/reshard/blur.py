@@ -19,8 +19,14 @@ from curation.tar.scan import IMAGE_SUFFIXES
 from curation.tar.splice import Edit
 
 QUALITY: Final = 95  # of the JPEG, as in DataComp's shards
+
+
 _GROWTH = 0.1  # of a box on each side, as a share of its longer side
+
+
 _SIGMA = 0.1  # as a share of the largest box's longer side
+
+
 _REACH = 4  # standard deviations that the kernel extends to
 
 Box = Sequence[float]  # x0, y0, x1, y1 as shares of width and height
@@ -89,7 +95,7 @@ class Blur:
         return result
 
     def _json(self, metadata: Mapping[str, Any], jpg: bytes, pixels: Pixels, boxes: Sequence[Box]) -> bytes:
-        """Every field as it was, the boxes, what the new image changes, and ``curation.blur``: how it came about."""
+        """Every field as it was, the boxes, what the new image changes, and ``curation.reshard.blur``: how it came about."""
         if self._detector is None:
             by: dict[str, Any] = {"boxes": "recorded"}
         else:

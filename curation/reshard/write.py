@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from curation.choosing import Account, Choice
 from curation.edits import Edits
 from curation.errors import SampleError
+from curation.reshard.select import Account, Choice
 from curation.storage.buckets import Folder
 from curation.storage.files import Output, OutputFile
 from curation.storage.urls import Source
@@ -18,7 +18,7 @@ from curation.tar.samples import SampleSpan, Window
 from curation.tar.splice import UNCHANGED, Copies, Decision, Edit, Fate, Windows, splice, verify_splice
 
 if TYPE_CHECKING:  # it brings image libraries, for a flag that few runs have
-    from curation.blur import Blur
+    from curation.reshard.blur import Blur
 
 
 class Work(Account, Protocol):

@@ -14,12 +14,21 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from curation import backends, captioning
-from curation.caption_compare import write_comparison
-from curation.caption_feed import Batch, Feed, Picture, beside, recalling, row_of
-from curation.caption_outputs import Format, finish_parquet, import_arrow, parse_formats, write_format
-from curation.caption_rows import jsonl_lines, reusable_captions, rows_name, write_rows
-from curation.caption_trial import first_images, show_trial
+from curation import backends
+from curation.caption import captioner
+from curation.caption.feed import Batch, Feed, Picture, beside, recalling, row_of
+from curation.caption.preview import first_images, show_trial, write_comparison
+from curation.caption.rows import (
+    Format,
+    finish_parquet,
+    import_arrow,
+    jsonl_lines,
+    parse_formats,
+    reusable_captions,
+    rows_name,
+    write_format,
+    write_rows,
+)
 from curation.cluster import Allocation, workers_for_gpus
 from curation.errors import InfrastructureError, UsageError
 from curation.generate.batches import seed_of
@@ -88,7 +97,7 @@ class Options(HubOptions, RunOptions):
     """Quantise the weights, where the family allows it."""
     offload: bool = False
     """Keep on the CPU what does not fit on the GPU: for small cards, slower."""
-    compile: captioning.Compile = "none"
+    compile: captioner.Compile = "none"
     """Florence-2 on a GPU: each step as one CUDA graph; or the images' encoder too.  The first batches take minutes."""
     ports: str = "8000"
     """Ports of the vision servers on this machine, with --model endpoint:<the server's model>."""
@@ -193,7 +202,7 @@ class Recaption:
     @cached_property
     def _model(self) -> dict[str, str]:
         """The exact model, found without loading it."""
-        family, source = captioning.resolve(self.options.model)
+        family, source = captioner.resolve(self.options.model)
         if family == "endpoint":
             return {"model": source, "revision": self.options.revision or "served"}
         from curation.models.hub_cache import TRANSFORMER, resolve
@@ -226,8 +235,8 @@ class Recaption:
     def open(self, allocation: Allocation) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         o = self.options
-        family, source = captioning.resolve(o.model)
-        self._family = captioning.FAMILIES[family]
+        family, source = captioner.resolve(o.model)
+        self._family = captioner.FAMILIES[family]
         given = os.environ.get("OMP_NUM_THREADS", "")
         self._threads = int(given) if given.isdecimal() and int(given) else allocation.threads
         device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
@@ -235,7 +244,7 @@ class Recaption:
         if family == "endpoint":
             urls = [] if o.endpoints_dir and not o.endpoints else endpoint_urls(o.ports, "localhost", o.endpoints)
             more = {"urls": urls, "folder": o.endpoints_dir and Path(o.endpoints_dir), "timeout_s": o.timeout}
-        self.backend: captioning.CaptionBackend = backends.load("caption", family)(
+        self.backend: captioner.CaptionBackend = backends.load("caption", family)(
             source,
             revision=o.revision,
             prompt=self._prompt,
@@ -302,7 +311,7 @@ class Recaption:
             images = [picture.prepared for picture in batch.pictures]
             seeds = [seed_of(self.options.seed, picture.key) for picture in batch.pictures]
             with work.phase("infer"):
-                captions = captioning.caption_batch(self.backend, memory, images, seeds)
+                captions = captioner.caption_batch(self.backend, memory, images, seeds)
             if (limit := memory.limit(*images[0].shape)) < len(images):
                 work.note("batch_shrunk_to", limit)
             pairs = zip(batch.pictures, captions, strict=True)
@@ -369,7 +378,7 @@ class Recaption:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     if options.list_models:
-        print(captioning.list_models())
+        print(captioner.list_models())
         return 0
     options.check()
     compare = None if options.compare is None or options.dry_run else Path(options.compare)

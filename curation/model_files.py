@@ -22,7 +22,7 @@ from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
 from curation.backends.scrfd_pack import fetch_scrfd
 from curation.backends.vision_language import is_loaded, local_folder
 from curation.backends.weight_identity import weight_sources
-from curation.captioning import resolve as resolve_captioner
+from curation.caption.captioner import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.extract_config import check_directives, family_of, model_settings, read_config
 from curation.extract_plugins import load_plugin

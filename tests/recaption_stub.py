@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from curation import backends, captioning
+from curation import backends
+from curation.caption import captioner
 from curation.errors import SampleError
 from curation.models import hub_cache
 
@@ -59,7 +60,7 @@ class Backend:
         time.sleep(float(os.environ.get("CURATION_STUB_S", "0")))
         assert len({picture.shape for picture in batch}) == 1
         if len(batch) > self.fits or any(picture.colour == OVERFLOWS for picture in batch):
-            raise captioning.OutOfMemory("the stub's memory is full")
+            raise captioner.OutOfMemory("the stub's memory is full")
         words = self.options["prompt"] or "A photo of"
         together = hashlib.sha256("".join(picture.digest for picture in batch).encode()).hexdigest()[:8]
         return ["" if picture.colour == SILENT else f"{words} {picture.digest} {together}" for picture in batch]

@@ -22,17 +22,8 @@ from PIL import Image
 
 from curation import backends
 from curation.backends.square_images import SquareImages
-from curation.captioning import (
-    FAMILIES,
-    MODELS,
-    OutOfMemory,
-    ShapeGroups,
-    caption_batch,
-    find_batch_size,
-    list_models,
-    resolve,
-    settled_batch_size,
-)
+from curation.caption.batching import ShapeGroups, caption_batch, find_batch_size, settled_batch_size
+from curation.caption.captioner import FAMILIES, MODELS, OutOfMemory, list_models, resolve
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import WorkingBatch
 from tests.servers import ollama_stub
@@ -497,7 +488,7 @@ class Timed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int) -> None:
         self.now, self.seconds, self.room = 0.0, seconds, room
-        monkeypatch.setattr("curation.captioning.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("curation.caption.captioner.time.perf_counter", lambda: self.now)
 
     def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> list[str]:
         if len(batch) > self.room:

@@ -17,8 +17,9 @@ from PIL import Image
 
 from curation import backends
 from curation.backends.decoding import NoRepeatedNgrams, padded_rows
-from curation.caption_feed import Feed
-from curation.captioning import caption_batch, resolve
+from curation.caption.batching import caption_batch
+from curation.caption.captioner import resolve
+from curation.caption.feed import Feed
 from curation.errors import UsageError
 from curation.models.batch_size import WorkingBatch
 

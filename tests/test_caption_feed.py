@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.caption_feed import Feed, Picture
-from curation.captioning import ShapeGroups
+from curation.caption.batching import ShapeGroups
+from curation.caption.feed import Feed, Picture
 from curation.tar.samples import TarReport, TarWriter
 
 IMAGES, BOUND = 240, 2_000_000
@@ -132,7 +132,7 @@ def test_many_shapes_stay_within_bounds_and_the_plan_is_the_shards(
     everything = Arrays()
     gather(shard, everything, 2)
     assert everything.peak > 5 * BOUND, "unbounded, nearly all of it waits"
-    monkeypatch.setattr("curation.caption_feed.MAX_BYTES_AHEAD", BOUND // 2)
+    monkeypatch.setattr("curation.caption.feed.MAX_BYTES_AHEAD", BOUND // 2)
     backend = Arrays()
     plan, records = gather(shard, backend, 2, most_bytes=BOUND)
     assert backend.peak < 2 * BOUND, "what waits, and what is prepared meanwhile"

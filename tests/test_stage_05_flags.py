@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from curation.captioning import resolve
+from curation.caption.captioner import resolve
 from curation.options import parse_options
 
 stage = importlib.import_module("05_recaption")

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.caption_outputs import MORE_COLUMNS, PARQUET_COLUMNS
+from curation.caption.rows import MORE_COLUMNS, PARQUET_COLUMNS
 from curation.tar.samples import IMAGE_SUFFIXES, TarWriter, read_samples
 from tests import recaption_stub as stub
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from curation.backends.chat_captions import PROMPTS
-from curation.captioning import FAMILIES, Compile, Detail
+from curation.caption.captioner import FAMILIES, Compile, Detail
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
 from curation.serving.pool import EndpointPool

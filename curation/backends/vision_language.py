@@ -15,7 +15,7 @@ from typing import Any
 
 from curation.backends.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
 from curation.backends.square_images import SquareImages
-from curation.captioning import FAMILIES, Compile, Detail, OutOfMemory, Quantize
+from curation.caption.captioner import FAMILIES, Compile, Detail, OutOfMemory, Quantize
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import is_out_of_memory, use_device
 from curation.models.hub_cache import (

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import xxhash
 
-from curation.caption_rows import rows_path
+from curation.caption.rows import rows_path
 from curation.errors import SampleError, ShardError
 from curation.inspect.places import StagePlace
 from curation.inspect.recorded import json_lines, provenance

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from curation import __version__
-from curation.caption_compare import PAGE_NAME as COMPARISON
+from curation.caption.preview import PAGE_NAME as COMPARISON
 from curation.errors import InfrastructureError
 from curation.inspect.audit import LOSSES
 from curation.inspect.places import StagePlace

@@ -15,8 +15,9 @@ import orjson
 import xxhash
 from PIL import Image
 
-from curation.caption_rows import Row, make_row, sha256_of
-from curation.captioning import MOST_WAITING_BYTES, CaptionBackend, ShapeGroups, find_batch_size, settled_batch_size
+from curation.caption.batching import MOST_WAITING_BYTES, ShapeGroups, find_batch_size, settled_batch_size
+from curation.caption.captioner import CaptionBackend
+from curation.caption.rows import Row, make_row, sha256_of
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
 from curation.jsonio import clean_text, dump_json
@@ -26,7 +27,11 @@ from curation.tar.samples import IMAGE_SUFFIXES, Sample, TarReport, image_of, le
 from curation.threads import Beside, in_order
 
 MAX_BYTES_AHEAD = 256 << 20  # of images that are being prepared, as they lie in the shard and as they become
+
+
 LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
+
+
 _WANTED = frozenset(IMAGE_SUFFIXES) | {"txt", "json"}
 
 

@@ -18,8 +18,9 @@ import xxhash
 from curation import backends
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.errors import InfrastructureError, UsageError
-from curation.extract_compute import Computed, Computer, distinct
-from curation.extract_config import (
+from curation.extract.api import Extractor, order
+from curation.extract.compute import Computed, Computer, distinct
+from curation.extract.config import (
     ALL,
     KEYS,
     ExtractConfig,
@@ -30,11 +31,9 @@ from curation.extract_config import (
     model_settings,
     read_config,
 )
-from curation.extract_feed import WANTED, Feed, FeedBatch, FeedSample, feed_sample
-from curation.extract_outputs import Row, Spool, Table, import_arrow, write_npz, write_parquet
-from curation.extract_plugins import load_plugin
-from curation.extract_upstream import extractors_of, make_extractor
-from curation.extracting import Extractor, order
+from curation.extract.feed import WANTED, Feed, FeedBatch, FeedSample, feed_sample
+from curation.extract.outputs import Row, Spool, Table, import_arrow, write_npz, write_parquet
+from curation.extract.plugins import extractors_of, load_plugin, make_extractor
 from curation.jsonio import dump_json
 from curation.models.batch_size import WorkingBatch, use_device
 from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging

@@ -24,11 +24,10 @@ from curation.backends.vision_language import is_loaded, local_folder
 from curation.backends.weight_identity import weight_sources
 from curation.caption.captioner import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
-from curation.extract_config import check_directives, family_of, model_settings, read_config
-from curation.extract_plugins import load_plugin
-from curation.extract_upstream import extractors_of
+from curation.extract.config import check_directives, family_of, model_settings, read_config
+from curation.extract.plugins import extractors_of, load_plugin
+from curation.extract.settings import ModelSettings, WeightSource
 from curation.language import find_model
-from curation.model_settings import ModelSettings, WeightSource
 from curation.models.hub_cache import PIPELINE, TRANSFORMER, resolve
 from curation.models.weights import (
     CACHE,

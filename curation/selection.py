@@ -16,7 +16,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from curation.errors import InfrastructureError, UsageError
-from curation.extract_config import DATACOMP_NAMES
+from curation.extract.config import DATACOMP_NAMES
 from curation.jsonio import clean_text
 
 MAX_CONDITION_CHARS = 1 << 20

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from curation.extracting import Batch, Column, Feature
-from curation.model_settings import ModelSettings
+from curation.extract.api import Batch, Column, Feature
+from curation.extract.settings import ModelSettings
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from curation.errors import SampleError
-from curation.extracting import Batch, Column, Feature, SampleFacts
-from curation.model_settings import ModelSettings
+from curation.extract.api import Batch, Column, Feature, SampleFacts
+from curation.extract.settings import ModelSettings
 
 CRASHES, HANGS, RAISES, REFUSED, OVERFLOWS, DIES_ONCE = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (7, 7, 7), (5, 5, 5)

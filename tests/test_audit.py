@@ -213,10 +213,10 @@ def test_the_model_is_asked_about_each_image(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Features that know the answer: every choice is right, and wrong where they are turned round."""
+    from curation.extract.settings import ModelSettings
     from curation.inspect import zero_shot
     from curation.inspect.by_group import shards_tried, stage_places
     from curation.inspect.recorded import provenance
-    from curation.model_settings import ModelSettings
 
     places = stage_places(undisturbed.root)
     groups = sorted({str(r["group"]) for s in shards_tried(places[PROMPTS]) for r in provenance(places[PROMPTS], s)})

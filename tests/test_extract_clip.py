@@ -32,8 +32,8 @@ from curation.backends.clip_preparation import (
 )
 from curation.backends.clip_tokens import ClipTokens
 from curation.errors import InfrastructureError, UsageError
+from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb, encode_jpeg
-from curation.model_settings import ModelSettings
 from tests import tiny_extractors as tiny
 from tests.tiny_extractors import SampleBatch
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from curation.errors import UsageError
-from curation.extract_config import (
+from curation.extract.config import (
     ALL,
     DIRECTIVES,
     KEYS,
@@ -20,7 +20,7 @@ from curation.extract_config import (
     family_of,
     read_config,
 )
-from curation.model_settings import ModelSettings
+from curation.extract.settings import ModelSettings
 
 # The two examples of dataset2metadata's README: what they ask for, in its words and its order.
 BASIC = """

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation import extract_feed, extract_process
 from curation.errors import InfrastructureError, ShardError
-from curation.extract_feed import MAX_SLOTS, WANTED, Feed, FeedSample, feed_sample
-from curation.extract_plugins import load_plugin
-from curation.extract_worker import Layout
+from curation.extract import feed, worker
+from curation.extract.feed import MAX_SLOTS, WANTED, Feed, FeedSample, feed_sample
+from curation.extract.plugins import load_plugin
+from curation.extract.worker import Layout
 from curation.images import decode_rgb
 from curation.tar.samples import TarWriter, read_samples
 from tests.test_stage_05_recaption import noise, plain
@@ -135,7 +135,7 @@ def test_a_process_that_is_killed_by_something_else_costs_nothing(feed: Feed, tm
 
 
 def test_a_picture_on_which_its_process_hangs(feed: Feed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract_process, "REPLY_S", 1.0)
+    monkeypatch.setattr(worker, "REPLY_S", 1.0)
     source = shard_of(tmp_path / "0.tar", {"a": noise(1), "b": plain(stub.HANGS)})
     began = time.monotonic()
     outcomes = [entry["outcome"] for entry in collect(feed, source)]
@@ -202,7 +202,7 @@ def test_the_next_shard_is_prepared_while_this_one_is_taken_and_comes_after_it(f
 
 
 def test_few_images_are_in_memory_and_a_large_one_goes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract_feed, "MAX_BYTES_AHEAD", 5000)
+    monkeypatch.setattr(feed, "MAX_BYTES_AHEAD", 5000)
     pictures = {f"{i}": noise(i, (48 + 30 * (i == 4), 32)) for i in range(9)}
     assert 2500 < len(pictures["0"]) < 5000 < len(pictures["4"])
     feed = Feed(PREPARATIONS, 8, 2, PLUGIN)

@@ -29,8 +29,8 @@ from curation.backends.faces_centerface import packaged_model
 from curation.backends.isc_network import IscNetwork
 from curation.backends.scrfd_boxes import MAX_SQUARE_SIDE, WhiteSquare
 from curation.errors import InfrastructureError, UsageError
-from curation.extracting import SampleFacts
-from curation.model_settings import ModelSettings
+from curation.extract.api import SampleFacts
+from curation.extract.settings import ModelSettings
 from tests import tiny_extractors as tiny
 from tests.scrfd_from_centerface import build_scrfd
 from tests.tiny_extractors import SampleBatch

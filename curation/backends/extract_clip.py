@@ -24,9 +24,9 @@ from curation.backends.clip_preparation import (
 from curation.backends.clip_tokens import ClipTokens, is_clip_vocabulary
 from curation.backends.folder_tokens import FolderTokens
 from curation.errors import InfrastructureError, UsageError
-from curation.extract_config import short_name
-from curation.extracting import Batch, Column, Feature, Preparation
-from curation.model_settings import ModelSettings, WeightSource
+from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.config import short_name
+from curation.extract.settings import ModelSettings, WeightSource
 from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from curation.errors import InfrastructureError, UsageError
-from curation.extracting import Batch, Column, Feature, Preparation
-from curation.model_settings import ModelSettings, WeightSource, file_revision, load_tensors
+from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.models.weights import fetch_weights
 
 WIDTH = 768  # of ViT-L/14's features

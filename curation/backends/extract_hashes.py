@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from curation.extracting import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.settings import ModelSettings, WeightSource
 from curation.images import Pixels
-from curation.model_settings import ModelSettings, WeightSource
 
 SIDE = 8
 _LARGE = 4 * SIDE

@@ -15,8 +15,8 @@ import numpy as np
 from curation.backends.clip_preparation import Normalise, Squeeze
 from curation.backends.isc_network import IscNetwork
 from curation.errors import InfrastructureError, UsageError
-from curation.extracting import Batch, Column, Feature, Preparation
-from curation.model_settings import ModelSettings, WeightSource, file_revision, load_tensors
+from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.models.weights import fetch_weights
 
 SIDE = 512

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from curation.extracting import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.language import LanguageIdentifier, find_model
-from curation.model_settings import ModelSettings, WeightSource, file_revision
 from curation.models.weights import fetch_weights
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import InfrastructureError
-from curation.extracting import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.settings import ModelSettings, WeightSource
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
-from curation.model_settings import ModelSettings, WeightSource
 from curation.models.onnx import open_session, read_weights
 from curation.models.weights import fetch_weights
 

@@ -17,8 +17,8 @@ from curation.backends.clip_preparation import Normalise
 from curation.backends.scrfd_boxes import PictureSize, WhiteSquare, boxes_in_picture, boxes_in_square
 from curation.backends.scrfd_network import ScrfdNetwork
 from curation.errors import InfrastructureError
-from curation.extracting import Batch, Column, Feature, Preparation
-from curation.model_settings import ModelSettings, WeightSource, file_revision, load_tensors
+from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.models.onnx import open_session, read_weights
 from curation.models.weights import fetch_weights
 

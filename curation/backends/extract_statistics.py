@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from curation.extracting import Batch, Column, Feature, Preparation, SampleFacts
-from curation.model_settings import ModelSettings, WeightSource
+from curation.extract.api import Batch, Column, Feature, Preparation, SampleFacts
+from curation.extract.settings import ModelSettings, WeightSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from curation.backends.folder_tokens import FolderTokens
 from curation.errors import InfrastructureError
-from curation.extracting import Batch, Column, Feature, Preparation
-from curation.model_settings import ModelSettings, WeightSource
+from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.settings import ModelSettings, WeightSource
 from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from curation.backends import load
-from curation.model_settings import ModelSettings, WeightSource, file_revision
+from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.models.hub_cache import TRANSFORMER, folder_digest, resolve
 from curation.models.weights import is_hub_id, is_url
 

@@ -90,8 +90,8 @@ def audit(root: Path, places: Mapping[str, StagePlace] | None = None, workers: i
 
 
 def _look_at_images(places: Mapping[str, StagePlace], result: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    from curation.extract.settings import ModelSettings
     from curation.inspect.zero_shot import look_at_images
-    from curation.model_settings import ModelSettings
 
     assert options.clip is not None
     if EDITS not in places:

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from curation import backends
 from curation.edits import LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, SampleError, ShardError
-from curation.extract_config import short_name
-from curation.extracting import Preparation
+from curation.extract.api import Preparation
+from curation.extract.config import short_name
+from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb
 from curation.inspect.by_group import EDITS, PROMPTS, shards_tried
 from curation.inspect.measure import evenly
 from curation.inspect.places import StagePlace
 from curation.inspect.recorded import provenance
 from curation.inspect.stated import attributes_of
-from curation.model_settings import ModelSettings
 from curation.rewrite.groups import hash_of
 
 IMAGES_A_SHARD = 20  # so that few tars are read through

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from curation.errors import InfrastructureError
 
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
+
+
 Resize = Literal["exact", "fast"]
 
 

@@ -20,18 +20,27 @@ from typing import Any
 from numpy.typing import NDArray
 
 from curation.errors import SampleError
-from curation.extract_process import Lost, WorkerProcess
-from curation.extract_worker import Job, Layout, Outcome, Slots
-from curation.extracting import Preparation
+from curation.extract.api import Preparation
+from curation.extract.worker import Job, Layout, Lost, Outcome, Slots, WorkerProcess
 from curation.tar.samples import IMAGE_SUFFIXES, MAX_CAPTION_CHARACTERS, Sample, image_of, lenient_metadata
 
 logger = logging.getLogger("curation")
 
 WANTED = frozenset(IMAGE_SUFFIXES) | {"txt", "json"}
+
+
 CHUNK = 16  # samples that a process is given at once
+
+
 MAX_BYTES_AHEAD = 192 << 20  # of images as they lie in the shard
+
+
 SHARED_BYTES = 1 << 30  # of prepared batches, unless two need more
+
+
 MAX_SLOTS = 4
+
+
 _POLL_S = 0.1
 
 

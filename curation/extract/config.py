@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 
 from curation.errors import UsageError
-from curation.model_settings import ModelSettings, Precision, Resize
+from curation.extract.settings import ModelSettings, Precision, Resize
 
 logger = logging.getLogger("curation")
 
 MAX_YAML_BYTES = 64 << 20  # input_tars may list every shard of a pool
+
+
 FIELD_TYPES = ("string", "int64", "float64", "bool", "boxes", "json")
 
 
@@ -53,7 +55,11 @@ DIRECTIVES: Mapping[str, Directive] = MappingProxyType(
         ),
     }
 )
+
+
 HUB_FAMILIES: Mapping[str, str] = MappingProxyType({"clip": "clip", "siglip": "clip"})  # prefix → family
+
+
 DATACOMP_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "oai-clip-vit-b32-score": "clip_b32_similarity_score",
@@ -66,6 +72,8 @@ DATACOMP_NAMES: Mapping[str, str] = MappingProxyType(
         "dedup-isc-ft-v107-score": "dedup",
     }
 )
+
+
 ALL = ("all",)  # of the columns or features that the models give
 
 
@@ -115,6 +123,8 @@ class ExtractConfig:
 
 
 KEYS = tuple(item.name for item in fields(ExtractConfig))
+
+
 _REQUIRED = ("models", "input_tars", "output_metadata_dir")
 
 

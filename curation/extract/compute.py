@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import ShardError
-from curation.extract_feed import Feed, FeedBatch
-from curation.extracting import Column, Extractor, Feature, Preparation, dependents
+from curation.extract.api import Column, Extractor, Feature, Preparation, dependents
+from curation.extract.feed import Feed, FeedBatch
 from curation.models.batch_size import WorkingBatch, is_out_of_memory
 
 

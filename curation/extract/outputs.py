@@ -18,15 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import InfrastructureError, ShardError
-from curation.extracting import Kind
+from curation.extract.api import Kind
 from curation.jsonio import MAX_DEPTH, dump_json, parse_json
 from curation.run.checkpoints import MAX_PAYLOAD_BYTES, PartialLog
 from curation.storage.files import OutputFile
 
 OWN_FIELDS = ("uid", "key", "tar")
+
+
 STATUS = "status"
+
+
 OK = "ok"
+
+
 ROW_GROUP = 16_384  # rows that are in memory at a time
+
+
 # Of img2dataset's and DataComp's json, so that every shard's parquet has one schema, whatever its values.
 FIELD_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("uid", "url", "caption", "text", "key", "status", "error_message", "exif"), "string"),
@@ -35,6 +43,8 @@ FIELD_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("similarity", "hash", "punsafe", "pwatermark"), "float64"),
     "face_bboxes": "boxes",
 }
+
+
 _MAX_INT64 = 1 << 63
 
 

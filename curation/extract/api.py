@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 from curation.errors import UsageError
 
 Kind = Literal["float32", "float64", "int64", "bool", "string", "boxes", "hash"]
+
+
 """Of a column.  boxes: a list of [x0, y0, x1, y1]; hash: hexadecimal digits."""
+
+
 Takes = Literal["image", "text", "sample"]
 
 

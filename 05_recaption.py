@@ -32,7 +32,7 @@ from curation.caption.rows import (
 from curation.cluster import Allocation, workers_for_gpus
 from curation.errors import InfrastructureError, UsageError
 from curation.generate.batches import seed_of
-from curation.hub_pushing import HubOptions, Pushing
+from curation.hub.background import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonio import dump_json
 from curation.models.batch_size import WorkingBatch

@@ -20,13 +20,13 @@ import pytest
 import yaml
 from huggingface_hub import DatasetCard, metadata_load
 
-from curation import hub, hub_parts
 from curation.__main__ import main as curation
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT, InfrastructureError, UsageError
-from curation.hub import GaveUp, Pushed, PushOptions, push
-from curation.hub_card import write_card
-from curation.hub_parts import Collection, collect
-from curation.hub_repository import check_name, scrub
+from curation.hub import parts, push
+from curation.hub.card import write_card
+from curation.hub.parts import Collection, collect
+from curation.hub.push import GaveUp, Pushed, PushOptions, push
+from curation.hub.repository import check_name, scrub
 from tests import recaption_stub as stub
 from tests.servers.hub import Hub, serve
 from tests.servers.hub_datasets import Fault
@@ -125,8 +125,8 @@ def test_what_was_read_once_is_not_read_again(
 ) -> None:
     upload()
     read: list[str] = []
-    real = hub_parts._blocks
-    monkeypatch.setattr(hub_parts, "_blocks", lambda path: read.append(path.name) or real(path))
+    real = parts._blocks
+    monkeypatch.setattr(parts, "_blocks", lambda path: read.append(path.name) or real(path))
     log = folder / "_hub" / f"{STAGE}.contents.jsonl"
     upload()
     assert not read
@@ -197,7 +197,7 @@ def remake(folder: Path, shard: str, data: bytes) -> None:
     receipt = json.loads(path.read_bytes())
     for output in receipt["outputs"]:
         if output["path"].endswith(".parquet"):
-            output.update(size=len(data), digest=hub_parts.xxhash.xxh3_128_hexdigest(data))
+            output.update(size=len(data), digest=parts.xxhash.xxh3_128_hexdigest(data))
     path.write_text(json.dumps(receipt))
 
 
@@ -218,7 +218,7 @@ def test_parts_of_shards_that_are_gone_stay_unless_pruned(server: Hub, folder: P
 
 
 def test_commits_are_bounded(server: Hub, folder: Path, upload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "MAX_COMMIT_FILES", 4)
+    monkeypatch.setattr(push, "MAX_COMMIT_FILES", 4)
     server.datasets.page = 3  # the listing comes in pages too
     assert upload().commits == 4
     assert [len(commit.added) for commit in server.datasets.repos[REPO].commits] == [1, 4, 4, 4, 4]
@@ -518,7 +518,7 @@ def test_data_cannot_write_into_the_card(tmp_path: Path) -> None:
     epoch = home / "_receipts" / "stage" / "_epoch.1.json"
     epoch.parent.mkdir(parents=True)
     epoch.write_text(json.dumps({"options": {hostile: hostile, "where": "/home/me/model", "none": None}}))
-    part = hub_parts.Part("rows/x.jsonl", "rows/x.jsonl", home / "rows" / "x.jsonl", 1, None, "x")
+    part = parts.Part("rows/x.jsonl", "rows/x.jsonl", home / "rows" / "x.jsonl", 1, None, "x")
     text = write_card("", Collection(parts={part.path: part}, epochs={1}), home, "stage")
     assert text.count("curation:end -->") == 1
     assert "<script>" not in text

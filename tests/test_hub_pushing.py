@@ -18,7 +18,7 @@ import pytest
 
 from curation.cluster import Allocation
 from curation.errors import EXIT_WORK_LEFT, UsageError
-from curation.hub_pushing import HubOptions, Pushing
+from curation.hub.background import HubOptions, Pushing
 from tests import recaption_stub as stub
 from tests.servers.hub import Hub, serve
 from tests.servers.hub_datasets import Fault

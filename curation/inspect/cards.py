@@ -10,8 +10,8 @@ from typing import Any
 import orjson
 
 from curation.errors import InfrastructureError
-from curation.hub_card import write_card
-from curation.hub_parts import DATA_FOLDER, collect
+from curation.hub.card import write_card
+from curation.hub.parts import DATA_FOLDER, collect
 from curation.inspect.places import StagePlace
 from curation.jsonio import clean_text
 from curation.storage.files import write_whole

@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT, UsageError
-from curation.hub import GaveUp, Pushed, PushOptions, push
-from curation.hub_repository import check_access, check_name
+from curation.hub.push import GaveUp, Pushed, PushOptions, push
+from curation.hub.repository import check_access, check_name
 from curation.inspect.places import StagePlace, find_stages, stage_named
 from curation.jsonio import clean_text, dump_json
 from curation.options import exit_code, parse_arguments, say_error, set_up_logging

@@ -15,20 +15,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from curation.errors import UsageError
-from curation.hub_card import write_card
-from curation.hub_parts import Collection, ContentLog, addition_of, collect
-from curation.hub_repository import CARD, Addition, Again, Conflict, Head, Repository, connect
+from curation.hub.card import write_card
+from curation.hub.parts import Collection, ContentLog, addition_of, collect
+from curation.hub.repository import CARD, Addition, Again, Conflict, Head, Repository, connect
 from curation.jsonio import clean_text
 from curation.shards import is_safe_id
 
 logger = logging.getLogger("curation")
 
 MAX_COMMIT_FILES = 200
+
+
 MAX_COMMIT_BYTES = 32 << 30  # uploaded before they are committed: what a broken connection may leave for the next push
+
+
 MAX_COMMIT_SMALL_BYTES = 64 << 20  # of files that may travel within the commit itself
+
+
 _SMALL_BYTES = 10 << 20  # the hub takes no larger ones there
+
+
 MAX_CONFLICTS = 20  # in a row
+
+
 LONGEST_WAIT_S = 600.0  # a hub that asks for more is left in peace: push later
+
+
 _LONGEST_PAUSE_S = 60.0
 
 

@@ -23,14 +23,20 @@ from types import FrameType
 import curation
 from curation.cluster import WORKER_VARIABLE, Allocation
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
-from curation.hub_repository import check_access, check_name, scrub
+from curation.hub.repository import check_access, check_name, scrub
 from curation.jsonio import clean_text
 
 logger = logging.getLogger("curation")
 
 PAUSE_S = 30.0  # between two pushes: the hub takes about two commits a minute
+
+
 _TRIES, _LAST_TRIES = 2, 5
+
+
 _GRACE_S = 5.0
+
+
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 
 

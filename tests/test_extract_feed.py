@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from curation.errors import InfrastructureError, ShardError
-from curation.extract import feed, worker
+from curation.extract import feed as feed_module
+from curation.extract import worker
 from curation.extract.feed import MAX_SLOTS, WANTED, Feed, FeedSample, feed_sample
 from curation.extract.plugins import load_plugin
 from curation.extract.worker import Layout
@@ -202,7 +203,7 @@ def test_the_next_shard_is_prepared_while_this_one_is_taken_and_comes_after_it(f
 
 
 def test_few_images_are_in_memory_and_a_large_one_goes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "MAX_BYTES_AHEAD", 5000)
+    monkeypatch.setattr(feed_module, "MAX_BYTES_AHEAD", 5000)
     pictures = {f"{i}": noise(i, (48 + 30 * (i == 4), 32)) for i in range(9)}
     assert 2500 < len(pictures["0"]) < 5000 < len(pictures["4"])
     feed = Feed(PREPARATIONS, 8, 2, PLUGIN)

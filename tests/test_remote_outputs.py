@@ -163,8 +163,8 @@ class Place:
     def start(self, *more: object) -> subprocess.Popen[str]:
         """In a process of its own, which can be killed."""
         code = (
-            "import sys, importlib; from curation import remote_outputs; "
-            f"remote_outputs.PART_BYTES = {PART}; sys.exit(importlib.import_module('04_reshard').main(sys.argv[1:]))"
+            "import sys, importlib; from curation.storage import buckets; "
+            f"buckets.PART_BYTES = {PART}; sys.exit(importlib.import_module('04_reshard').main(sys.argv[1:]))"
         )
         command = [sys.executable, "-c", code, *self.arguments("--publish_to", "s3://out/hybrid", *more)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -161,8 +161,6 @@ class UrlTables:
         return [self._look_at(source, mark, write=False) for source, mark in self._place.find()]
 
     def _look_at(self, source: str, mark: str, *, write: bool = True) -> Table:
-        pass
-
         told = without_secrets(source)
         try:
             if _plain(source).endswith(".parquet"):

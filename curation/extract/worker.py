@@ -249,7 +249,7 @@ class _Preparer:
 REPLY_S = 120.0  # for what it is given at once: then it has hung
 
 
-_CHILD = "from curation.extract_worker import main; main({}, {})"
+_CHILD = "from curation.extract.worker import main; main({}, {})"
 
 
 class Lost(Exception):

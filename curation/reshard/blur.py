@@ -95,7 +95,7 @@ class Blur:
         return result
 
     def _json(self, metadata: Mapping[str, Any], jpg: bytes, pixels: Pixels, boxes: Sequence[Box]) -> bytes:
-        """Every field as it was, the boxes, what the new image changes, and ``curation.reshard.blur``: how it came about."""
+        """Every field as it was, the boxes, what the new image changes, and ``curation.blur``: how it came about."""
         if self._detector is None:
             by: dict[str, Any] = {"boxes": "recorded"}
         else:

@@ -343,9 +343,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
 RESCAN_S = 3.0
 
 

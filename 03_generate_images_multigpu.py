@@ -15,10 +15,10 @@ from typing import Any, Literal
 import xxhash
 
 from curation import backends
-from curation.backends.diffusion_calls import Texts
-from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
-from curation.backends.diffusion_tiny import build_embedded, cuda_works, embedded_source
-from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.generate.calls import Texts
+from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.generate.presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
+from curation.backends.generate.tiny import build_embedded, cuda_works, embedded_source
 from curation.cluster import Allocation, workers_for_gpus
 from curation.edits import (
     GENERATED_XMP,

@@ -151,7 +151,7 @@ class Metadata:
     @cached_property
     def _weights(self) -> dict[str, list[str]]:
         """Which exact weights each directive loads, found without loading them."""
-        from curation.backends.weight_identity import identify, weight_sources
+        from curation.backends.extract.identity import identify, weight_sources
 
         found = {}
         for directive in self.config.models:

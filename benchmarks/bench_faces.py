@@ -90,7 +90,7 @@ def shipped_session(threads: int) -> Any:
     import onnx
     import onnxruntime
 
-    from curation.backends.faces_centerface import _packaged_model
+    from curation.backends.faces.centerface import _packaged_model
 
     model = onnx.load(str(_packaged_model()))
     for value in (model.graph.input[0], *model.graph.output):
@@ -122,7 +122,7 @@ def plain_detector_loop(tar: Path, session: Any) -> float:
 
 def bench_detector(work: Path, images: int, threads: int, rounds: int) -> dict[str, Any]:
     """Images a second: decoder, network, limit, stage, plain loop."""
-    from curation.backends.faces_centerface import Backend
+    from curation.backends.faces.centerface import Backend
     from curation.images import decode_rgb
 
     photos = example_photos()

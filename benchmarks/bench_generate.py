@@ -96,8 +96,8 @@ def measure(role: str, options: argparse.Namespace) -> None:
 def load_embedded(threads: int) -> Any:
     import torch
 
-    from curation.backends.diffusion_loading import load_pipeline
-    from curation.backends.diffusion_tiny import build_embedded, embedded_source
+    from curation.backends.generate.loading import load_pipeline
+    from curation.backends.generate.tiny import build_embedded, embedded_source
 
     torch.set_num_threads(threads)
     source = embedded_source()

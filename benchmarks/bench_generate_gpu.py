@@ -28,11 +28,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from curation.backends.diffusion_calls import Texts
-from curation.backends.diffusion_loading import quiet_libraries
-from curation.backends.diffusion_presets import PRESETS, Preset
-from curation.backends.diffusion_tiny import clip_tokenizer, t5_tokenizer
-from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.generate.calls import Texts
+from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.generate.loading import quiet_libraries
+from curation.backends.generate.presets import PRESETS, Preset
+from curation.backends.generate.tiny import clip_tokenizer, t5_tokenizer
 from curation.edits import GENERATED_XMP
 from curation.errors import SampleError
 from curation.images import encode_jpeg

@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curation.backends.diffusion_tiny import byte_letters, fill_with_noise
+from curation.backends.extract.tokens import byte_letters
+from curation.backends.generate.tiny import fill_with_noise
 
 VOCABULARY = 51_289
 SENTENCES = (  # what the tasks ask: each word is one token, as in the real vocabulary

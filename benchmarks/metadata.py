@@ -41,14 +41,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the model on the CPU: before
 import numpy as np
 from PIL import Image
 
-from curation.backends.clip_preparation import (
-    OPENAI_MEAN,
-    OPENAI_STD,
-    CentreCrop,
-    FastCentreCrop,
-    Normalise,
-)
-from curation.backends.diffusion_tiny import fill_with_noise
+from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
+from curation.backends.generate.tiny import fill_with_noise
 from curation.images import decode_rgb, image_size
 from tests.tiny_extractors import MERGES, clip_vocabulary
 

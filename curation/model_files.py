@@ -15,13 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from curation.backends.diffusion_loading import download
-from curation.backends.diffusion_tiny import build_embedded, embedded_source
-from curation.backends.faces_centerface import packaged_model
-from curation.backends.faces_scrfd import DEFAULT_MODEL, PACK_URL
-from curation.backends.scrfd_pack import fetch_scrfd
-from curation.backends.vision_language import is_loaded, local_folder
-from curation.backends.weight_identity import weight_sources
+from curation.backends.caption.base import is_loaded, local_folder
+from curation.backends.extract.identity import weight_sources
+from curation.backends.faces.centerface import packaged_model
+from curation.backends.faces.scrfd import DEFAULT_MODEL, PACK_URL, fetch_scrfd
+from curation.backends.generate.loading import download
+from curation.backends.generate.tiny import build_embedded, embedded_source
 from curation.caption.captioner import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.extract.config import check_directives, family_of, model_settings, read_config

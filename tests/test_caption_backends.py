@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from curation import backends
-from curation.backends.square_images import SquareImages
+from curation.backends.caption.base import SquareImages
 from curation.caption.batching import ShapeGroups, caption_batch, find_batch_size, settled_batch_size
 from curation.caption.captioner import FAMILIES, MODELS, OutOfMemory, list_models, resolve
 from curation.errors import InfrastructureError, SampleError, UsageError
@@ -169,7 +169,7 @@ def test_sampling_draws_from_the_distribution() -> None:
     """Against torch's own softmax: 20,000 draws from three tokens, within four standard deviations."""
     import torch
 
-    from curation.backends.decoding import SeededSampling
+    from curation.backends.caption.decoding import SeededSampling
 
     rows = 20_000
     scores = torch.tensor([[2.0, 1.0, -torch.inf, 0.0]]).repeat(rows, 1)
@@ -210,7 +210,7 @@ def test_images_fall_into_few_shapes(name: str, most: int, tiny: Callable[..., A
 
 
 def test_florence_takes_its_three_tasks(folder: Callable[[str], Path], photos: list[Any]) -> None:
-    from curation.backends.caption_florence2 import Backend
+    from curation.backends.caption.florence2 import Backend
 
     ids = []
     for detail in ("brief", "detailed", "more_detailed"):

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from curation import backends
-from curation.backends.decoding import NoRepeatedNgrams, padded_rows
+from curation.backends.caption.decoding import NoRepeatedNgrams, padded_rows
 from curation.caption.batching import caption_batch
 from curation.caption.captioner import resolve
 from curation.caption.feed import Feed
@@ -155,7 +155,7 @@ def test_weights_that_do_not_fit_travel_when_it_is_their_turn(
     name: str, folder: Callable[[str], Path], photos: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """accelerate's real hooks, with the disk for what the machine's memory is to a GPU."""
-    from curation.backends.vision_language import VisionLanguageModel
+    from curation.backends.caption.base import VisionLanguageModel
 
     whole = load(folder(name), max_tokens=6)
     half = whole.model.get_memory_footprint() // 2

@@ -22,15 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from curation.backends import clip_preparation, extract_clip, extract_clip_head, extract_toxicity
-from curation.backends.clip_preparation import (
-    OPENAI_MEAN,
-    OPENAI_STD,
-    CentreCrop,
-    FastCentreCrop,
-    Normalise,
-)
-from curation.backends.clip_tokens import ClipTokens
+from curation.backends.extract import clip, clip_head, toxicity
+from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
+from curation.backends.extract.tokens import ClipTokens
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb, encode_jpeg
@@ -99,7 +93,7 @@ def test_a_picture_of_an_extreme_shape_is_cropped_as_if_it_were_resized_whole(mo
     shapes = [(1, 900), (900, 1), (3, 2000), (2000, 3), (230, 700), (700, 230), (300, 900)]
     pictures = [tiny.picture(9, *shape) for shape in shapes]
     whole = [CentreCrop()(picture) for picture in pictures]
-    monkeypatch.setattr(clip_preparation, "MAX_RESIZED_PIXELS", 0)
+    monkeypatch.setattr(pictures, "MAX_RESIZED_PIXELS", 0)
     for picture, expected in zip(pictures, whole, strict=True):
         assert np.array_equal(CentreCrop()(picture), expected), picture.shape
     monkeypatch.undo()
@@ -107,15 +101,15 @@ def test_a_picture_of_an_extreme_shape_is_cropped_as_if_it_were_resized_whole(mo
 
 
 def test_preparations_travel_to_other_processes_and_equal_ones_are_one(models: Path) -> None:
-    a = extract_clip.Backend(B32, settings(models / "clip"))
-    b = extract_clip.Backend(L14, settings(models / "clip"))
+    a = clip.Backend(B32, settings(models / "clip"))
+    b = clip.Backend(L14, settings(models / "clip"))
     assert set(pickle.loads(pickle.dumps(a.preparations))) == set(b.preparations)
     assert len({*a.preparations, *b.preparations}) == 2
 
 
 def test_the_fast_crop_is_near_the_exact_one(models: Path) -> None:
-    exact = extract_clip.Backend(B32, settings(models / "clip"))
-    fast = extract_clip.Backend(B32, settings(models / "clip", resize="fast"))
+    exact = clip.Backend(B32, settings(models / "clip"))
+    fast = clip.Backend(B32, settings(models / "clip", resize="fast"))
     assert isinstance(fast.preparations[0], FastCentreCrop)
     jpegs = [encode_jpeg(tiny.picture(seed, 900, 700), 95) for seed in range(3)]
     captions = ["a"] * 3
@@ -160,7 +154,7 @@ def test_tokenizer_json_gives_the_same_tokens(models: Path, tmp_path: Path) -> N
 
 
 def test_features_and_scores_are_open_clips(models: Path) -> None:
-    backend = extract_clip.Backend(B32, settings(models / "clip"))
+    backend = clip.Backend(B32, settings(models / "clip"))
     found = backend.compute(batch())
     for name, expected in REFERENCES["clip"].items():
         assert np.abs(np.asarray(found[f"{B32}-{name}"]) - expected).max() < 1e-5, name
@@ -171,7 +165,7 @@ def test_features_and_scores_are_open_clips(models: Path) -> None:
 
 def test_any_clip_by_folder_has_its_own_size_and_a_short_name(tmp_path: Path) -> None:
     tiny.save_clip(tmp_path / "clip-tiny-patch16", side=64, patch=16, width=24)
-    backend = extract_clip.Backend(f"clip:{tmp_path / 'clip-tiny-patch16'}", ModelSettings())
+    backend = clip.Backend(f"clip:{tmp_path / 'clip-tiny-patch16'}", ModelSettings())
     assert [f.name for f in backend.features] == ["clip-tiny-patch16-image", "clip-tiny-patch16-text"]
     assert backend.preparations[0] == CentreCrop(64)
     assert backend.compute(batch(2))["clip-tiny-patch16-image"].shape == (2, 24)
@@ -184,9 +178,9 @@ def test_weights_saved_before_safetensors_load_and_are_told_apart(models: Path, 
         tiny.save_clip(folder, seed=seed)
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-        backend = extract_clip.Backend(B32, settings(folder))
+        backend = clip.Backend(B32, settings(folder))
         found.append((backend.revision, backend.compute(batch(2))[f"{B32}-score"].tolist()))
-    safe = extract_clip.Backend(B32, settings(models / "clip"))
+    safe = clip.Backend(B32, settings(models / "clip"))
     assert found[0][1] == safe.compute(batch(2))[f"{B32}-score"].tolist()
     assert found[0][0] != found[1][0]
     assert found[0][1] != found[1][1]
@@ -196,7 +190,7 @@ def test_siglip_scores_as_its_own_model_does(models: Path) -> None:
     from transformers import AutoImageProcessor, SiglipModel
 
     pictures, captions = [tiny.picture(*p) for p in PICTURES[:2]], list(tiny.CAPTIONS[:2])
-    backend = extract_clip.Backend(f"siglip:{models / 'siglip'}", ModelSettings())
+    backend = clip.Backend(f"siglip:{models / 'siglip'}", ModelSettings())
     found = backend.compute(SampleBatch(pictures, captions))
     folder = str(models / "siglip")
     model = SiglipModel.from_pretrained(folder).eval()
@@ -212,14 +206,14 @@ def test_siglip_scores_as_its_own_model_does(models: Path) -> None:
 
 def test_a_model_of_the_wrong_kind_is_told_and_how_to_name_it(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="use siglip:"):
-        extract_clip.Backend(f"clip:{models / 'siglip'}", ModelSettings())
+        clip.Backend(f"clip:{models / 'siglip'}", ModelSettings())
     with pytest.raises(UsageError, match="use clip:"):
-        extract_clip.Backend(f"siglip:{models / 'clip'}", ModelSettings())
+        clip.Backend(f"siglip:{models / 'clip'}", ModelSettings())
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InfrastructureError, match="cannot be loaded"):
-        extract_clip.Backend(B32, settings(tmp_path))
+        clip.Backend(B32, settings(tmp_path))
     with pytest.raises(UsageError, match="no such CLIP model"):
-        extract_clip.sources("oai-clip-vit-b16", ModelSettings())
+        clip.sources("oai-clip-vit-b16", ModelSettings())
 
 
 # ---- heads on features
@@ -230,7 +224,7 @@ def features(count: int = 4) -> Any:
 
 
 def test_the_nsfw_head_is_upstreams_network(models: Path) -> None:
-    backend = extract_clip_head.Backend("nsfw-image-oai-clip-vit-l-14", settings(models / "nsfw.pt"))
+    backend = clip_head.Backend("nsfw-image-oai-clip-vit-l-14", settings(models / "nsfw.pt"))
     given = features().float()
     scores = backend.compute(batch(4, features={f"{L14}-image": given}))["nsfw-image-score"]
     w = torch.load(models / "nsfw.pt", weights_only=True)
@@ -243,7 +237,7 @@ def test_the_nsfw_head_is_upstreams_network(models: Path) -> None:
 
 
 def test_the_aesthetic_score_is_the_published_layers_in_a_row(models: Path) -> None:
-    backend = extract_clip_head.Backend("aesthetic", settings(models / "aesthetic.pth"))
+    backend = clip_head.Backend("aesthetic", settings(models / "aesthetic.pth"))
     given = features().float()
     w = torch.load(models / "aesthetic.pth", weights_only=True)
     expected = given
@@ -254,31 +248,31 @@ def test_the_aesthetic_score_is_the_published_layers_in_a_row(models: Path) -> N
 
 
 def test_a_head_takes_the_features_of_the_large_model(models: Path) -> None:
-    clip = extract_clip.Backend(L14, settings(models / "large"))
-    head = extract_clip_head.Backend("aesthetic", settings(models / "aesthetic.pth"))
-    given = clip.compute(batch(2))
+    large = clip.Backend(L14, settings(models / "large"))
+    head = clip_head.Backend("aesthetic", settings(models / "aesthetic.pth"))
+    given = large.compute(batch(2))
     assert head.compute(batch(2, features={head.needs[0]: given[head.needs[0]]}))["aesthetic-score"].shape == (2,)
 
 
 def test_weights_that_would_run_code_or_are_anothers_are_refused(models: Path, tmp_path: Path) -> None:
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(print, protocol=2))
     with pytest.raises(InfrastructureError, match="safely"):
-        extract_clip_head.Backend("aesthetic", settings(tmp_path / "evil.pt"))
+        clip_head.Backend("aesthetic", settings(tmp_path / "evil.pt"))
     with pytest.raises(InfrastructureError, match="other weights than its network"):
-        extract_clip_head.Backend("aesthetic", settings(models / "nsfw.pt"))
+        clip_head.Backend("aesthetic", settings(models / "nsfw.pt"))
 
 
 # ---- toxicity
 
 
 def test_toxicity_is_the_largest_of_detoxifys_seven(models: Path) -> None:
-    backend = extract_toxicity.Backend("nsfw-detoxify", settings(models / "toxicity"))
+    backend = toxicity.Backend("nsfw-detoxify", settings(models / "toxicity"))
     found = backend.compute(SampleBatch([None] * len(TOXICITY_TEXTS), list(TOXICITY_TEXTS)))["nsfw-detoxify-score"]
     assert np.allclose(found, REFERENCES["toxicity"], atol=1e-6)
 
 
 def test_tokens_of_a_folder_need_no_torch_in_a_worker_process(models: Path) -> None:
-    tokens = extract_toxicity.Backend("nsfw-detoxify", settings(models / "toxicity")).preparations[0]
+    tokens = toxicity.Backend("nsfw-detoxify", settings(models / "toxicity")).preparations[0]
     program = (
         "import pickle, sys; tokens = pickle.load(sys.stdin.buffer); print(tokens('a \\ud800 cat' * 99).tolist()); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
@@ -291,8 +285,8 @@ def test_tokens_of_a_folder_need_no_torch_in_a_worker_process(models: Path) -> N
 
 
 def test_outputs_without_names_are_taken_in_detoxifys_order() -> None:
-    assert extract_toxicity.toxicity_outputs({i: f"LABEL_{i}" for i in range(16)}) == list(range(7))
+    assert toxicity.toxicity_outputs({i: f"LABEL_{i}" for i in range(16)}) == list(range(7))
     old = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
-    assert extract_toxicity.toxicity_outputs(dict(enumerate(old))) == list(range(6))
+    assert toxicity.toxicity_outputs(dict(enumerate(old))) == list(range(6))
     named = dict(enumerate(("male", "toxicity", "insult", "female")))
-    assert extract_toxicity.toxicity_outputs(named) == [1, 2]
+    assert toxicity.toxicity_outputs(named) == [1, 2]

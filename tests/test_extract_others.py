@@ -17,17 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from curation.backends import (
-    extract_hashes,
-    extract_isc,
-    extract_language,
-    extract_nudenet,
-    extract_scrfd,
-    extract_statistics,
-)
-from curation.backends.faces_centerface import packaged_model
-from curation.backends.isc_network import IscNetwork
-from curation.backends.scrfd_boxes import MAX_SQUARE_SIDE, WhiteSquare
+from curation.backends.extract import hashes, isc, language, nudenet, scrfd, statistics
+from curation.backends.extract.isc import IscNetwork
+from curation.backends.extract.scrfd import MAX_SQUARE_SIDE, WhiteSquare
+from curation.backends.faces.centerface import packaged_model
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.api import SampleFacts
 from curation.extract.settings import ModelSettings
@@ -75,7 +68,7 @@ def pictures() -> SampleBatch:
 
 
 def test_boxes_are_dataset2metadatas_own(models: Path) -> None:
-    found = extract_scrfd.Backend("faces-scrfd10g", settings(models / "scrfd.pt")).compute(pictures())["face-boxes"]
+    found = scrfd.Backend("faces-scrfd10g", settings(models / "scrfd.pt")).compute(pictures())["face-boxes"]
     for ours, theirs in zip(found, REFERENCES["scrfd"], strict=True):
         assert len(theirs) > 20
         assert np.abs(np.array(ours) - np.array(theirs)).max() < 1e-5
@@ -84,7 +77,7 @@ def test_boxes_are_dataset2metadatas_own(models: Path) -> None:
 def test_boxes_of_an_onnx_file_are_within_a_pixel_of_insightfaces(models: Path, photos: list[Any]) -> None:
     from insightface.model_zoo.scrfd import SCRFD
 
-    backend = extract_scrfd.Backend("faces-scrfd10g", settings(models / "scrfd.onnx"))
+    backend = scrfd.Backend("faces-scrfd10g", settings(models / "scrfd.onnx"))
     found = backend.compute(SampleBatch(photos, [""] * len(photos)))["face-boxes"]
     detector = SCRFD(model_file=str(models / "scrfd.onnx"))
     detector.prepare(-1, input_size=(224, 224), det_thresh=0.3, nms_thresh=0.45)
@@ -106,7 +99,7 @@ def test_boxes_of_an_onnx_file_are_within_a_pixel_of_insightfaces(models: Path, 
 
 
 def test_boxes_are_shares_of_the_picture_and_inside_it(models: Path) -> None:
-    backend = extract_scrfd.Backend("faces-scrfd10g", settings(models / "scrfd.pt"))
+    backend = scrfd.Backend("faces-scrfd10g", settings(models / "scrfd.pt"))
     for boxes in backend.compute(pictures())["face-boxes"]:
         found = np.array(boxes)
         assert found.min() >= 0
@@ -120,9 +113,9 @@ def test_an_extreme_picture_does_not_become_an_extreme_square() -> None:
 
 def test_a_file_that_is_no_scrfd_is_told(models: Path, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match="other weights than SCRFD's"):
-        extract_scrfd.Backend("faces-scrfd10g", settings(tiny.save_aesthetic_head(tmp_path / "a.pt")))
+        scrfd.Backend("faces-scrfd10g", settings(tiny.save_aesthetic_head(tmp_path / "a.pt")))
     with pytest.raises(InfrastructureError, match="4 outputs; SCRFD"):
-        extract_scrfd.Backend("faces-scrfd10g", settings(packaged_model()))
+        scrfd.Backend("faces-scrfd10g", settings(packaged_model()))
 
 
 # ---- copies
@@ -140,7 +133,7 @@ def test_the_descriptor_network_is_timms_with_the_published_head() -> None:
 
 
 def test_the_score_is_the_largest_cosine_with_any_of_the_embeddings(models: Path, tmp_path: Path) -> None:
-    alone = extract_isc.Backend(ISC, settings(models / "isc.pth.tar", embeddings="none"))
+    alone = isc.Backend(ISC, settings(models / "isc.pth.tar", embeddings="none"))
     assert alone.columns == ()
     descriptors = alone.compute(pictures())[f"{ISC}-image"].numpy()
     assert np.allclose(np.linalg.norm(descriptors, axis=1), 1, atol=1e-6)
@@ -152,7 +145,7 @@ def test_the_score_is_the_largest_cosine_with_any_of_the_embeddings(models: Path
     torch.save(torch.from_numpy(others), files["pt"])
     expected = (descriptors @ (others / np.linalg.norm(others, axis=1, keepdims=True)).T).max(1)
     for file in files.values():
-        backend = extract_isc.Backend(ISC, settings(models / "isc.pth.tar", embeddings=str(file)))
+        backend = isc.Backend(ISC, settings(models / "isc.pth.tar", embeddings=str(file)))
         scores = backend.compute(pictures())[f"{ISC}-score"]
         assert np.allclose(scores, expected, atol=1e-5)
         assert scores[2] == pytest.approx(1, abs=1e-5)
@@ -165,44 +158,44 @@ def test_embeddings_that_are_none_are_told(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", a=np.zeros((1, 256)), b=np.zeros((1, 256)))
     for name, error in (("narrow.npy", "rows of 256"), ("nan.npy", "not finite"), ("two.npz", "one array")):
         with pytest.raises(UsageError, match=error):
-            extract_isc.read_embeddings(tmp_path / name, 256)
+            isc.read_embeddings(tmp_path / name, 256)
     for name in ("objects.npy", "missing.npy", "missing.pt"):
         with pytest.raises(InfrastructureError):
-            extract_isc.read_embeddings(tmp_path / name, 256)
+            isc.read_embeddings(tmp_path / name, 256)
 
 
 def test_weights_that_are_not_here_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(extract_isc, "UPSTREAM_CACHE", tmp_path / "none")
+    monkeypatch.setattr(isc, "UPSTREAM_CACHE", tmp_path / "none")
     with pytest.raises(InfrastructureError, match="name the file in"):
-        extract_isc.sources(ISC, ModelSettings())
+        isc.sources(ISC, ModelSettings())
 
 
 # ---- without a model
 
 
 def test_hashes_are_imagehashs(models: Path) -> None:
-    backend = extract_hashes.Backend("hashes", ModelSettings())
+    backend = hashes.Backend("hashes", ModelSettings())
     shown = [tiny.picture(*p) for p in PICTURES] + [np.full((9, 9, 3), (1, 2, 3), np.uint8)]
     found = backend.compute(SampleBatch(shown, [""] * len(shown)))
     assert [list(pair) for pair in zip(found["phash"], found["dhash"], strict=True)] == REFERENCES["hashes"]
 
 
 def test_language_is_stage_02s() -> None:
-    backend = extract_language.Backend("language", ModelSettings())
+    backend = language.Backend("language", ModelSettings())
     found = backend.compute(SampleBatch([None] * 3, ["a photo of a cat on the sofa", "ein Hund auf der Wiese", "17"]))
     assert found["language"] == ["en", "de", "zxx"]
     assert min(found["language-probability"]) > 0.5
 
 
 def test_statistics_are_null_where_there_is_nothing_to_count() -> None:
-    count = extract_statistics.Statistics()
+    count = statistics.Statistics()
     whole = count(SampleFacts("k", {}, "two words", b"12345", (300, 200)))
     assert whole == {
         "image-bytes": 5, "image-width": 300, "image-height": 200, "image-aspect": 1.5,
         "caption-words": 2, "caption-characters": 9,
     }  # fmt: skip
     assert count(SampleFacts("k", {}, None, b"", None)) == {}
-    assert {c.name for c in extract_statistics.Backend.columns} == set(whole)
+    assert {c.name for c in statistics.Backend.columns} == set(whole)
 
 
 # ---- NudeNet
@@ -210,24 +203,24 @@ def test_statistics_are_null_where_there_is_nothing_to_count() -> None:
 
 def test_nudenet_sees_what_its_package_sees(photos: list[Any]) -> None:
     try:
-        backend = extract_nudenet.Backend("nudenet", ModelSettings())
+        backend = nudenet.Backend("nudenet", ModelSettings())
     except InfrastructureError as error:
         pytest.skip(str(error))
     seen = []
-    detect = extract_nudenet.detections
+    detect = nudenet.detections
     session, name = backend._session, backend._input
     for photo in photos:
-        pixels = extract_nudenet.CornerSquare()(photo)[:, :, ::-1].transpose(2, 0, 1)[None].astype(np.float32) / 255
+        pixels = nudenet.CornerSquare()(photo)[:, :, ::-1].transpose(2, 0, 1)[None].astype(np.float32) / 255
         seen.append(detect(session.run(None, {name: pixels})[0]))
     for ours, theirs in zip(seen, REFERENCES["nudenet"], strict=True):
         assert [label for label, _ in ours] == [label for label, _ in theirs]
         assert np.allclose([score for _, score in ours], [score for _, score in theirs], atol=0.03)
     found = backend.compute(SampleBatch(photos, [""] * len(photos)))
-    counted = [[d for d in theirs if d[0] in extract_nudenet.COUNTED] for theirs in REFERENCES["nudenet"]]
+    counted = [[d for d in theirs if d[0] in nudenet.COUNTED] for theirs in REFERENCES["nudenet"]]
     assert found["nudenet-label"] == [d[0][0] if d else None for d in counted]
 
 
 def test_without_the_package_nudenet_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract_nudenet.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(nudenet.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InfrastructureError, match="pip install --no-deps nudenet"):
-        extract_nudenet.sources("nudenet", ModelSettings())
+        nudenet.sources("nudenet", ModelSettings())

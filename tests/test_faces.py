@@ -116,7 +116,7 @@ def scrfd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _centerface_file() -> Path:
-    from curation.backends.faces_centerface import packaged_model
+    from curation.backends.faces.centerface import packaged_model
 
     return packaged_model()
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from curation import backends
-from curation.backends.diffusion_loading import load_pipeline
-from curation.backends.diffusion_presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
-from curation.backends.diffusion_tiny import build_atomically, build_embedded, embedded_source, save_tiny_sd
-from curation.backends.generate_diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.generate.loading import load_pipeline
+from curation.backends.generate.presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
+from curation.backends.generate.tiny import build_atomically, build_embedded, embedded_source, save_tiny_sd
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.generate.batches import seed_of
 from curation.models.batch_size import WorkingBatch, is_out_of_memory

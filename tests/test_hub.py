@@ -22,7 +22,8 @@ from huggingface_hub import DatasetCard, metadata_load
 
 from curation.__main__ import main as curation
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT, InfrastructureError, UsageError
-from curation.hub import parts, push
+from curation.hub import parts
+from curation.hub import push as push_module
 from curation.hub.card import write_card
 from curation.hub.parts import Collection, collect
 from curation.hub.push import GaveUp, Pushed, PushOptions, push
@@ -218,7 +219,7 @@ def test_parts_of_shards_that_are_gone_stay_unless_pruned(server: Hub, folder: P
 
 
 def test_commits_are_bounded(server: Hub, folder: Path, upload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "MAX_COMMIT_FILES", 4)
+    monkeypatch.setattr(push_module, "MAX_COMMIT_FILES", 4)
     server.datasets.page = 3  # the listing comes in pages too
     assert upload().commits == 4
     assert [len(commit.added) for commit in server.datasets.repos[REPO].commits] == [1, 4, 4, 4, 4]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from curation.backends import load
-from curation.backends.llm_embedded import Backend, model_file
+from curation.backends.llm.embedded import Backend, model_file
 from curation.errors import InfrastructureError
 from curation.rewrite.groups import read_groups
 from curation.rewrite.prompts import completion_request, judge, opening
@@ -131,7 +131,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"not a model")
-    monkeypatch.setattr("curation.backends.llm_embedded.model_file", lambda: tmp_path / "no.gguf")
+    monkeypatch.setattr("curation.backends.llm.embedded.model_file", lambda: tmp_path / "no.gguf")
     with pytest.raises(InfrastructureError, match="did not start"):
         Backend()
 

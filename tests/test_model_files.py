@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from curation.backends.diffusion_tiny import save_tiny_sd
-from curation.backends.scrfd_pack import fetch_scrfd
+from curation.backends.faces.scrfd import fetch_scrfd
+from curation.backends.generate.tiny import save_tiny_sd
 from curation.errors import InfrastructureError
 from curation.model_files import wanted_files
 from tests.servers.files import file_server
@@ -305,7 +305,7 @@ def test_a_pack_that_is_not_whole(
 def test_a_pack_that_never_ends(pack: tuple[type[_Pack], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, url = pack
     kind.content = bytes(3 << 20)
-    monkeypatch.setattr("curation.backends.scrfd_pack.MAX_PACK_BYTES", 2 << 20)
+    monkeypatch.setattr("curation.backends.faces.scrfd.MAX_PACK_BYTES", 2 << 20)
     with pytest.raises(InfrastructureError, match="that is not the pack"):
         fetch_scrfd(url, tmp_path / "det_10g.onnx")
     assert not list(tmp_path.iterdir())

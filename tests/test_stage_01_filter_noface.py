@@ -478,10 +478,10 @@ def test_the_tar_layout_leaves_one_file_a_shard(run: Run) -> None:
 
 def count_detections(monkeypatch: pytest.MonkeyPatch, fail_at: int = 10**9) -> list[int]:
     """Counts what the detector looks at; raises at the given call."""
-    from curation.backends import faces_centerface
+    from curation.backends.faces import centerface
 
     calls: list[int] = []
-    original: Callable[..., Any] = faces_centerface.Backend.detect
+    original: Callable[..., Any] = centerface.Backend.detect
 
     def detect(self: Any, rgb: Any) -> Any:
         calls.append(1)
@@ -489,7 +489,7 @@ def count_detections(monkeypatch: pytest.MonkeyPatch, fail_at: int = 10**9) -> l
             raise RuntimeError("pulled the plug")
         return original(self, rgb)
 
-    monkeypatch.setattr(faces_centerface.Backend, "detect", detect)
+    monkeypatch.setattr(centerface.Backend, "detect", detect)
     return calls
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from curation.backends.generate_diffusers import Backend
+from curation.backends.generate.diffusers import Backend
 from curation.cluster import visible_gpus
 from curation.edits import GENERATED_XMP
 from curation.errors import UsageError

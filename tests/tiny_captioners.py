@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.backends.diffusion_tiny import byte_letters, fill_with_noise, strengthen
+from curation.backends.extract.tokens import byte_letters
+from curation.backends.generate.tiny import fill_with_noise, strengthen
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

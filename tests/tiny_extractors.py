@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from curation.backends.diffusion_tiny import byte_letters, fill_with_noise
+from curation.backends.extract.tokens import byte_letters
+from curation.backends.generate.tiny import fill_with_noise
 
 # A vocabulary in which some pieces are merged: enough to see whether a tokenizer applies merges as CLIP's does.
 MERGES = [

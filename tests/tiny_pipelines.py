@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from curation.backends.diffusion_tiny import (
-    byte_letters,
+from curation.backends.extract.tokens import byte_letters
+from curation.backends.generate.tiny import (
     clip_text_config,
     clip_tokenizer,
     fill_with_noise,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from curation.backends.chat_captions import PROMPTS
+from curation.backends.caption.base import PROMPTS
 from curation.caption.captioner import FAMILIES, Compile, Detail
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
@@ -19,7 +19,11 @@ from curation.serving.registry import EndpointFolder, FolderWatch
 from curation.serving.wire import Request
 
 LONGEST_SIDE = 1536  # what vision models look at, or more
+
+
 QUALITY = 95
+
+
 SEED_BITS = 31  # servers keep a seed in 32 bits, some of them signed
 
 

@@ -13,7 +13,11 @@ from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.models.weights import fetch_weights
 
 WIDTH = 768  # of ViT-L/14's features
+
+
 _RELEASE = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha/"
+
+
 _AESTHETIC = "https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/main/"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curation.backends.chat_captions import ChatCaptioner
+from curation.backends.caption.base import ChatCaptioner
 
 
 class Backend(ChatCaptioner):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from curation.backends.vision_language import Inputs, VisionLanguageModel
+from curation.backends.caption.base import Inputs, VisionLanguageModel
 from curation.errors import UsageError
 
 TASKS = {"brief": "<CAPTION>", "detailed": "<DETAILED_CAPTION>", "more_detailed": "<MORE_DETAILED_CAPTION>"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curation.backends.clip_preparation import (
+from curation.backends.extract.pictures import (
     OPENAI_MEAN,
     OPENAI_SIDE,
     OPENAI_STD,
@@ -21,8 +21,7 @@ from curation.backends.clip_preparation import (
     Normalise,
     Squeeze,
 )
-from curation.backends.clip_tokens import ClipTokens, is_clip_vocabulary
-from curation.backends.folder_tokens import FolderTokens
+from curation.backends.extract.tokens import ClipTokens, FolderTokens, is_clip_vocabulary
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.api import Batch, Column, Feature, Preparation
 from curation.extract.config import short_name
@@ -34,6 +33,8 @@ SOURCES = {
     "oai-clip-vit-b32": WeightSource("openai/clip-vit-base-patch32"),
     "oai-clip-vit-l14": WeightSource("openai/clip-vit-large-patch14"),
 }
+
+
 _PREFIXES = ("clip:", "siglip:")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curation.backends.chat_captions import ChatCaptioner
+from curation.backends.caption.base import ChatCaptioner
 
 MOST_PIXELS = 1 << 20  # the models would take 16 times as many, and as many tokens
 

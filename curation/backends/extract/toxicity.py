@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from curation.backends.folder_tokens import FolderTokens
+from curation.backends.extract.tokens import FolderTokens
 from curation.errors import InfrastructureError
 from curation.extract.api import Batch, Column, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
@@ -17,9 +17,15 @@ from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
 
 SOURCE = WeightSource("unitary/multilingual-toxic-xlm-roberta")
+
+
 MAX_TOKENS = 512
+
+
 # detoxify's names; the older models' differ.
 TOXICITY = ("toxicity", "severe_toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
+
+
 _OTHER_NAMES = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe_toxic": "severe_toxicity"}
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from curation.backends.diffusion_loading import quiet_libraries
+from curation.backends.extract.tokens import byte_letters
+from curation.backends.generate.loading import quiet_libraries
 from curation.errors import InfrastructureError
 from curation.models.hub_cache import ModelSource
 from curation.models.weights import user_cache
@@ -181,10 +182,3 @@ def clip_text_config(kind: Any, tokenizer: Any, hidden_size: int = 32) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def byte_letters() -> list[str]:
-    """A printable letter for each byte, in the order of byte-level BPE (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

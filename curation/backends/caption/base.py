@@ -1,4 +1,12 @@
-"""What the captioners that run in transformers share: loading, one call of the device, seeded sampling."""
+"""What the captioners that run in transformers share: loading, one call of the device, seeded sampling.
+
+Captions by models that chat: the question that goes with an image, and inputs padded to few lengths.
+
+Images that a model wants squeezed into one rectangle: resized on the host, made numbers on the device.
+
+A processor of transformers does all of it on the host: three times the time, and four times the bytes to move.  The
+numbers are the same to the last bit in float32.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +21,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from curation.backends.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
-from curation.backends.square_images import SquareImages
+import numpy as np
+
+from curation.backends.caption.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
 from curation.caption.captioner import FAMILIES, Compile, Detail, OutOfMemory, Quantize
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import is_out_of_memory, use_device
@@ -28,10 +37,64 @@ from curation.models.hub_cache import (
 )
 from curation.models.weights import MODEL_FILES, hub_error_line, hub_errors
 
+
+class SquareImages:
+    """The part of an image processor that is left on the host, and the part that is not."""
+
+    def __init__(self, processor: Any) -> None:
+        import torch
+
+        size = processor.size
+        self._size = (int(size["width"]), int(size["height"]))
+        self._resample = int(processor.resample)
+        values = np.arange(256, dtype=np.float64)
+        if processor.do_rescale:
+            values = values * processor.rescale_factor
+        table = np.repeat(values.astype(np.float32)[None], 3, 0)  # what each byte becomes, by channel
+        if processor.do_normalize:
+            mean, deviation = (np.array(v, np.float32)[:, None] for v in (processor.image_mean, processor.image_std))
+            table = (table - mean) / deviation
+        self._table = torch.from_numpy(table)
+
+    @classmethod
+    def of(cls, processor: Any) -> SquareImages | None:
+        """None where the processor does more than resize to one size, rescale and normalise."""
+        size = getattr(processor, "size", None) or {}
+        has_size = all(name in size and size[name] for name in ("height", "width"))
+        more = ("do_center_crop", "do_pad", "do_pan_and_scan")
+        if not (has_size and processor.do_resize) or any(getattr(processor, name, False) for name in more):
+            return None
+        return cls(processor)
+
+    def bytes_of(self, image: Any) -> Any:
+        """1 × 3 × height × width, uint8.  By numpy: torch would begin a team of threads for each that prepares."""
+        import torch
+
+        pixels = np.asarray(image.resize(self._size, self._resample))
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))[None])
+
+    def numbers_of(self, pixels: Any, dtype: Any) -> Any:
+        """Those bytes as the model takes them, on whatever device they are."""
+        import torch
+
+        table = self._table.to(pixels.device, dtype)
+        numbers = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+        for channel in range(3):
+            found = table[channel].index_select(0, pixels[:, channel].reshape(-1).int())
+            numbers[:, channel] = found.view(numbers[:, channel].shape)
+        return numbers
+
+
 # Modules that stay in 16 bits, being few and frail, as patterns of their whole names.
 _WHOLE = [rf"(.*\.)?{name}" for name in ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")]
+
+
 _GPU_SHARE = 0.7  # of the free memory, for weights under --offload; the rest is for what they compute
+
+
 _LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError)
+
+
 _PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError)
 
 
@@ -348,3 +411,50 @@ def _is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in {"config.json", "tokenizer_config.json", *weights}) and all(
         any((folder / name).is_file() for name in names) for names in either
     )
+
+
+LENGTH_STEP = 64  # tokens: images of nearly one size share a batch, padded alike alone or together
+
+PROMPTS = {
+    "brief": "Describe this image in one sentence. Write the description only.",
+    "detailed": "Describe this image in two or three sentences: its subjects, what they do, and the setting. "
+    "Write the description only.",
+    "more_detailed": "Describe this image in detail: its subjects; the style, medium and technique; the palette and "
+    "lighting; the composition; the mood; any text, signature or watermark that can be read. Write the description "
+    "only, without an introduction.",
+}
+
+
+class ChatCaptioner(VisionLanguageModel):
+    """A decoder-only model with a chat template."""
+
+    def _configure(self, prompt: str | None) -> None:
+        content = [{"type": "image"}, {"type": "text", "text": prompt or PROMPTS[self.detail]}]
+        if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
+            raise ValueError("it has no chat template")
+        self._text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        first = self.processor.tokenizer.bos_token
+        self._adds_first = not (first and self._text.startswith(first))  # some templates write it, some leave it
+
+    def _inputs(self, image: Any) -> Inputs:
+        made = self._process(image)
+        length = made["input_ids"].shape[1]
+        padded = -length % LENGTH_STEP
+        tensors = {}
+        for name, tensor in made.items():
+            if tensor.ndim == 2 and tensor.shape[1] == length and tensor.shape[0] == 1:
+                value = self.generation.pad_token_id if name == "input_ids" else 0
+                tensor = self._torch.nn.functional.pad(tensor, (padded, 0), value=value)
+            tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return Inputs(tensors, (length + padded, *self._more_shape(tensors)))
+
+    def _process(self, image: Any) -> Any:
+        return self.processor(
+            images=[image], text=[self._text], return_tensors="pt", add_special_tokens=self._adds_first
+        )
+
+    def _more_shape(self, tensors: dict[str, Any]) -> tuple[int, ...]:
+        """What two images must have in common beside their length, to be joined."""
+        return tuple(tensors["pixel_values"].shape[1:])

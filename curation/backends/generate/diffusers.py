@@ -13,14 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from curation.backends.diffusion_calls import PipelineCall, Texts, denoiser_of
-from curation.backends.diffusion_loading import load_pipeline
-from curation.backends.diffusion_presets import Preset
+from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
+from curation.backends.generate.loading import load_pipeline
+from curation.backends.generate.presets import Preset
 from curation.errors import InfrastructureError, SampleError
 from curation.models.batch_size import WorkingBatch, is_out_of_memory, use_device
 from curation.models.hub_cache import ModelSource
 
 Compile = Literal["none", "blocks", "full", "max"]
+
+
 RECOMPILE_LIMIT = 64  # graphs per function: a few sizes times a few batch sizes; torch's own limit is 8
 
 

@@ -18,12 +18,18 @@ from curation.models.onnx import open_session, read_weights
 
 # Chosen on shards 00000000, 00000003 and 00000007 of the labelled photos: docs/accuracy-faces.md
 DEFAULT_DET_SIZE = 640
+
+
 DEFAULT_THRESHOLD = 0.4
 
 Floats = NDArray[np.float32]
 
 _STRIDE = 4  # of the outputs
+
+
 _MULTIPLE = 32  # of the input's sides
+
+
 _NMS_IOU = 0.3  # as in the authors' code
 
 

@@ -17,8 +17,14 @@ from curation.images import Pixels
 from curation.models.onnx import open_session, read_weights
 
 SIDE = 256
+
+
 CACHE = Path("~/.cache/curation")
+
+
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+
+
 _DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 

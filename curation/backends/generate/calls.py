@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curation.backends.diffusion_presets import Preset
+from curation.backends.generate.presets import Preset
 from curation.errors import InfrastructureError, UsageError
 
 # What encode_prompt returns, in order, by the names under which the call takes it back (None: the call makes it again).

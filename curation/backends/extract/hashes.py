@@ -19,6 +19,8 @@ from curation.extract.settings import ModelSettings, WeightSource
 from curation.images import Pixels
 
 SIDE = 8
+
+
 _LARGE = 4 * SIDE
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from curation.backends.chat_captions import ChatCaptioner
-from curation.backends.vision_language import Inputs
+from curation.backends.caption.base import ChatCaptioner, Inputs
 
 
 class Backend(ChatCaptioner):

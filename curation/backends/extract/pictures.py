@@ -17,9 +17,17 @@ from PIL import Image
 from curation.images import Pixels
 
 OPENAI_SIDE = 224
+
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+
+
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 BICUBIC = int(Image.Resampling.BICUBIC)
+
+
 # Beyond, only the part of the resized picture that is looked at is computed: 1 × 100,000,000 pixels would become
 # 224 × 22,400,000,000.
 MAX_RESIZED_PIXELS = 1 << 25

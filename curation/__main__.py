@@ -10,20 +10,35 @@ from curation.errors import EXIT_OK, EXIT_USAGE
 
 COMMANDS = {  # command → the module whose ``main(argv)`` it is, imported when it is asked for; what it does
     "status": (
-        "curation.inspect.status",
+        "curation.commands.status.command",
         "how far the stages below a folder are: done, failed, running, pending, stale",
     ),
-    "retry": ("curation.inspect.retry", "make failed shards of a stage pending again"),
-    "select": ("curation.inspect.select", "the uids of the samples whose scores fulfil a condition"),
-    "neardup": ("curation.inspect.neardup", "near duplicates by features: groups, and one sample of each to keep"),
-    "publish": ("curation.inspect.publish", "upload a stage's finished outputs to a dataset repository of the hub"),
-    "verify": ("curation.inspect.verify", "prove that hybrid shards are their source with the edits in place"),
-    "fsck": ("curation.inspect.fsck", "what is wrong with tar shards, and every whole sample out of damaged ones"),
-    "plan": ("curation.inspect.plan", "forecast hours, bytes, files and tokens from a few shards; the sbatch lines"),
-    "audit": ("curation.inspect.audit", "what became of each group's samples, and whether one fared otherwise"),
-    "report": ("curation.inspect.report.command", "one page about it all: funnel, shards, speed, gallery, groups"),
+    "retry": ("curation.commands.retry", "make failed shards of a stage pending again"),
+    "select": ("curation.commands.tables.select", "the uids of the samples whose scores fulfil a condition"),
+    "neardup": (
+        "curation.commands.tables.neardup",
+        "near duplicates by features: groups, and one sample of each to keep",
+    ),
+    "publish": ("curation.commands.publish", "upload a stage's finished outputs to a dataset repository of the hub"),
+    "verify": ("curation.commands.verify.command", "prove that hybrid shards are their source with the edits in place"),
+    "fsck": (
+        "curation.commands.fsck.command",
+        "what is wrong with tar shards, and every whole sample out of damaged ones",
+    ),
+    "plan": (
+        "curation.commands.plan.command",
+        "forecast hours, bytes, files and tokens from a few shards; the sbatch lines",
+    ),
+    "audit": (
+        "curation.commands.audit.command",
+        "what became of each group's samples, and whether one fared otherwise",
+    ),
+    "report": ("curation.commands.report.command", "one page about it all: funnel, shards, speed, gallery, groups"),
     "register": ("curation.serving.registry", "keep a model server in the folder of servers while it lives"),
-    "models": ("curation.model_files", "fetch: the weights that a stage's options name, for nodes without internet"),
+    "models": (
+        "curation.commands.models",
+        "fetch: the weights that a stage's options name, for nodes without internet",
+    ),
 }
 
 

@@ -13,11 +13,18 @@ import numpy as np
 import pytest
 
 from curation.__main__ import main
-from curation.inspect.audit import as_markdown, cell, findings
-from curation.inspect.by_group import EDITS, HYBRID, PROMPTS
-from curation.inspect.cards import croissant
-from curation.inspect.rates import difference, wilson
-from curation.inspect.stated import attributes_of, states, states_another
+from curation.commands.audit.cards import croissant
+from curation.commands.audit.command import as_markdown, cell, findings
+from curation.commands.audit.groups import (
+    EDITS,
+    HYBRID,
+    PROMPTS,
+    attributes_of,
+    difference,
+    states,
+    states_another,
+    wilson,
+)
 from curation.shards import bucket_of
 from curation.tar.samples import read_samples
 from tests.pipeline import Undisturbed, copy_tree
@@ -213,10 +220,10 @@ def test_the_model_is_asked_about_each_image(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Features that know the answer: every choice is right, and wrong where they are turned round."""
+    from curation.commands.audit import zero_shot
+    from curation.commands.audit.groups import shards_tried, stage_places
+    from curation.commands.places import provenance
     from curation.extract.settings import ModelSettings
-    from curation.inspect import zero_shot
-    from curation.inspect.by_group import shards_tried, stage_places
-    from curation.inspect.recorded import provenance
 
     places = stage_places(undisturbed.root)
     groups = sorted({str(r["group"]) for s in shards_tried(places[PROMPTS]) for r in provenance(places[PROMPTS], s)})

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from curation.__main__ import main
-from curation.inspect.fsck_shard import REMEDIES, Task, check_shard
+from curation.commands.fsck.shard import REMEDIES, Task, check_shard
 from curation.storage.files import fast_digest
 from curation.tar.headers import make_header, padded
 from curation.tar.samples import TarWriter, read_samples

@@ -19,8 +19,8 @@ import pytest
 
 from curation.backends.faces.scrfd import fetch_scrfd
 from curation.backends.generate.tiny import save_tiny_sd
+from curation.commands.models import wanted_files
 from curation.errors import InfrastructureError
-from curation.model_files import wanted_files
 from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Hub, Model, serve
 

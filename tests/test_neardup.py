@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 
 from curation.__main__ import main
-from curation.features import Vectors, normalise
-from curation.inspect.neardup import Options
-from curation.near_duplicates import TOLERANCE, Groups, cell_pairs, exact_pairs
+from curation.commands.tables.neardup import Options
+from curation.commands.tables.similarity import TOLERANCE, Groups, Vectors, cell_pairs, exact_pairs, normalise
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -15,12 +15,10 @@ from typing import Any
 import pytest
 
 from curation.__main__ import main
+from curation.commands.plan.command import parse_tasks
+from curation.commands.plan.cost import MAX_SIZES, Estimate, evenly, ratio_estimate, sizes_of, t_quantile
+from curation.commands.plan.site import Room, array_commands, job_shape, read_lustre, read_quota, rooms
 from curation.errors import UsageError
-from curation.inspect.estimate import Estimate, ratio_estimate, t_quantile
-from curation.inspect.measure import MAX_SIZES, evenly, sizes_of
-from curation.inspect.plan import parse_tasks
-from curation.inspect.room import Room, read_lustre, read_quota, rooms
-from curation.inspect.submission import array_commands, job_shape
 from curation.shards import discover
 from tests.pipeline import ROOT, Undisturbed
 from tests.slurm.jobs import small_shards

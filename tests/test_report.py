@@ -23,10 +23,10 @@ import pytest
 from PIL import Image
 
 from curation.__main__ import main
-from curation.inspect.report.charts import histogram, over_time, short_time
-from curation.inspect.report.command import MAX_PAGE_BYTES
-from curation.inspect.report.facts import gather
-from curation.inspect.report.page import render
+from curation.commands.report.charts import histogram, over_time, short_time
+from curation.commands.report.command import MAX_PAGE_BYTES
+from curation.commands.report.facts import gather
+from curation.commands.report.page import render
 from tests.pipeline import Undisturbed
 from tests.synthetic_root import HOSTILE, Synthetic, make_root
 from tests.toy_runs import Place
@@ -474,7 +474,7 @@ def test_help_answers_in_under_a_second() -> None:
 def test_every_flag_is_documented() -> None:
     from dataclasses import fields
 
-    from curation.inspect.report.command import Options
+    from curation.commands.report.command import Options
 
     text = (ROOT / "docs" / "report.md").read_text("utf-8")
     for field in fields(Options):

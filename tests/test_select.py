@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from curation.__main__ import main
-from curation.inspect.select import Options
+from curation.commands.tables.conditions import BASELINES
+from curation.commands.tables.select import Options
 from curation.reshard.uids import parse_uids, sort_uids, write_subset
-from curation.selection import BASELINES
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
@@ -288,7 +288,7 @@ def test_uids_are_parsed_in_slices_too() -> None:
 MEMORY = """
 import re, sys
 from curation.__main__ import main
-from curation.inspect.select import Options
+from curation.commands.tables.select import Options
 code = main(sys.argv[1:])
 # not ru_maxrss, which begins with the parent's
 print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) // 1024)

@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 
 from curation.__main__ import main
-from curation.inspect import fsck_shard
-from curation.inspect.verify_shard import REMEDIES
+from curation.commands.fsck.shard import REMEDIES as FSCK_REMEDIES
+from curation.commands.verify.shard import REMEDIES
 from curation.storage.files import fast_digest, manifest_line, write_manifest
 from curation.tar.samples import TarPass, TarWriter, read_samples
 from tests.pipeline import ROOT, Undisturbed, copy_tree
@@ -639,22 +639,22 @@ def test_help_answers_in_under_a_second(command: str) -> None:
 def test_every_flag_and_every_kind_of_finding_is_documented(command: str) -> None:
     page = (ROOT / "docs" / "verify.md").read_text("utf-8")
     section = page.partition(f"\n## {command}\n")[2].partition("\n## ")[0]
-    fields = dataclasses.fields(importlib.import_module(f"curation.inspect.{command}").Options)
+    fields = dataclasses.fields(importlib.import_module(f"curation.commands.{command}.command").Options)
     flags = {("no_" if f.default is True else "") + f.name for f in fields if f.default is not dataclasses.MISSING}
     assert {row.split("`")[1][2:] for row in section.splitlines() if row.startswith("| `--")} == flags
     if command == "fsck":
         table = section.partition("| kinds |")[2].partition("\n\n")[0]
-        assert set(re.findall(r"`([a-z0-9_]+)`", table)) - {"curation"} == set(fsck_shard.REMEDIES)
+        assert set(re.findall(r"`([a-z0-9_]+)`", table)) - {"curation"} == set(FSCK_REMEDIES)
 
 
 def test_every_kind_of_finding_has_its_remedy() -> None:
     """As the sources name them: the first argument of add, the first of a pair."""
-    folder = ROOT / "curation" / "inspect"
-    for names, remedies in (
-        (("verify", "verify_shard", "explain", "conservation", "edited_samples"), REMEDIES),
-        (("fsck", "fsck_shard", "sample_checks", "edited_samples"), fsck_shard.REMEDIES),
+    folder = ROOT / "curation" / "commands"
+    for pattern, remedies in (
+        ("verify/*.py", REMEDIES),
+        ("fsck/*.py", FSCK_REMEDIES),
     ):
-        text = "".join((folder / f"{name}.py").read_text("utf-8") for name in names)
+        text = "".join(path.read_text("utf-8") for path in folder.glob(pattern))
         kinds = set(re.findall(r'(?:findings\.add\(|yield |found\.append\(\(|\[\*found, \()\s*"(\w+)"', text))
         assert len(kinds) > 8
         assert kinds - {"original_lost"} <= remedies.keys()
@@ -662,7 +662,7 @@ def test_every_kind_of_finding_has_its_remedy() -> None:
 
 def test_the_proof_foretells_a_sample_of_several_images(tmp_path: Path) -> None:
     """By another road than the code that writes: what is foretold is what stage 04 makes of odd samples."""
-    from curation.inspect.prove import prove
+    from curation.commands.verify.prove import prove
     from curation.tar.splice import Edit, Fate, splice
 
     def tar_of(*names: str) -> bytes:

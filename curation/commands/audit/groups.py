@@ -1,0 +1,297 @@
+"""What became of the samples of each group, by the receipts and provenance of stages 02 to 04, a shard at a time.
+
+Whether a share in one group differs from that in the others beyond chance.
+
+Whether a prompt says in words which group it portrays, and whether it names another.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from curation.commands.findings import results_in_order
+from curation.commands.places import StagePlace, find_stages, json_lines, provenance
+from curation.errors import UsageError
+from curation.shards import bucket_of
+from curation.storage.files import read_record
+
+# Words that state a value of an attribute, as regular expressions between word boundaries.  Those of the published
+# pipeline's groups; a value that is not here is looked for by its own words.
+_PERSON = (
+    r"(?: (?!hair|haired|and|suit|dress|shirt)\w+)?[ -](?:man|men|woman|women|boys?|girls?|males?|females?|person"
+    r"|people|couple|family|child|children|kids?|lady|ladies|gentlem[ae]n|baby|teenagers?|adults?|model|actor|actress)"
+)  # black and white are colours too
+
+
+WORDS: Mapping[str, Mapping[str, str]] = {
+    "gender": {
+        "male": r"males?|man|men|boys?|gentlem[ae]n|guys?|father|dad|son|husband|grandfather|king|prince|he|his|him",
+        "female": r"females?|wom[ae]n|girls?|lady|ladies|mother|mom|daughter|wife|grandmother|queen|princess|she|hers?",
+    },
+    "ethnicity": {
+        "black": rf"black{_PERSON}|african|african[- ]american|afro\w*",
+        "white": rf"white{_PERSON}|caucasian|european",
+        "asian": r"asian|east[- ]asian|chinese|japanese|korean|vietnamese|thai|filipin[oa]",
+        "latino": r"latin[oax]|latin[- ]american|hispanic|mexican|brazilian|colombian",
+        "middle east": r"middle[- ]east(?:ern)?|arab\w*|persian|iranian|turkish",
+        "indian": r"indian|south[- ]asian|desi",
+    },
+}
+
+
+@lru_cache(maxsize=4096)
+def attributes_of(group: str) -> tuple[tuple[str, str], ...]:
+    """The (attribute, value) pairs of a group such as "middle east male"; words that belong to no known attribute are
+    one value of the attribute "group"."""
+    rest, found = f" {group.lower()} ", []
+    for attribute, values in WORDS.items():
+        for value in sorted(values, key=len, reverse=True):
+            if f" {value} " in rest:
+                found.append((attribute, value))
+                rest = rest.replace(f" {value} ", " ", 1)
+                break
+    if words := rest.strip():
+        found.append(("group", words))
+    return tuple(found)
+
+
+def states(prompt: str, attribute: str, value: str) -> bool:
+    """Whether the prompt has a word for the value."""
+    return _pattern(attribute, value).search(prompt) is not None
+
+
+def states_another(prompt: str, attribute: str, value: str) -> bool:
+    """Whether it has a word for another value of the attribute: of those that are known."""
+    return any(other != value and states(prompt, attribute, other) for other in WORDS.get(attribute, {}))
+
+
+@lru_cache(maxsize=4096)
+def _pattern(attribute: str, value: str) -> re.Pattern[str]:
+    words = WORDS.get(attribute, {}).get(value) or re.escape(value)
+    return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
+
+
+PROMPTS, EDITS, HYBRID = "02_captions_processor", "03_generate_images", "04_reshard"
+
+
+REPLIED = "reply_"  # reasons of replies that came and were refused begin so
+
+
+STEPS = ("assigned", "rewritten", "accepted", "generated", "hybrid")
+
+
+_CHUNK = 64  # shards that a process is handed at once
+
+
+@dataclass(slots=True)
+class GroupCounts:
+    """steps: how many samples of the group came so far; to_generate and to_hybrid: those accepted and generated of
+    which the next stage has done the shard.  refused: by "stage: reason".
+    stated, contradicted: attribute=value → prompts that have a word for it, or for another value."""
+
+    steps: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    stated: Counter[str] = field(default_factory=Counter)
+    contradicted: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: GroupCounts) -> None:
+        for name in ("steps", "refused", "stated", "contradicted"):
+            getattr(self, name).update(getattr(other, name))
+
+
+@dataclass(slots=True)
+class Tallies:
+    """groups: by name.  shards: by stage, those that are done.  warnings: what could not be told, once each."""
+
+    groups: dict[str, GroupCounts] = field(default_factory=dict)
+    shards: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Tallies) -> None:
+        for name, counts in other.groups.items():
+            self.groups.setdefault(name, GroupCounts()).add(counts)
+        self.shards.update(other.shards)
+        self.warnings.update(other.warnings)
+
+    def of(self, group: str) -> GroupCounts:
+        return self.groups.setdefault(group, GroupCounts())
+
+
+def stage_places(root: Path) -> dict[str, StagePlace]:
+    """The one place of each stage below a folder.  UsageError where stage 02 is missing, or one is there twice."""
+    places: dict[str, StagePlace] = {}
+    for place in find_stages(root):
+        if place.stage in places:
+            raise UsageError(
+                f"{root}: {place.stage} ran on {places[place.stage].home} and {place.home}; give one of them"
+            )
+        places[place.stage] = place
+    if PROMPTS not in places:
+        raise UsageError(f"{root}: there is no {PROMPTS}, which assigns groups")
+    return places
+
+
+def tally(places: Mapping[str, StagePlace], workers: int) -> Tallies:
+    """Of all shards that stage 02 has done."""
+    ids = sorted(shards_tried(places[PROMPTS]))
+    total = Tallies()
+    one = partial(tally_shards, dict(places))
+    chunks = [ids[begin : begin + _CHUNK] for begin in range(0, len(ids), _CHUNK)]
+    for result in results_in_order(one, chunks, min(workers, len(chunks))):
+        total.add(result)
+    return total
+
+
+def tally_shards(places: Mapping[str, StagePlace], ids: Iterable[str]) -> Tallies:
+    total = Tallies()
+    for shard_id in ids:
+        _tally_shard(places, shard_id, total)
+    return total
+
+
+def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies) -> None:
+    prompts = _receipt(places.get(PROMPTS), shard_id)
+    if prompts is None:
+        return
+    total.shards[PROMPTS] += 1
+    noted = prompts.get("notes", {}).get("groups")
+    if not isinstance(noted, dict):
+        total.warnings[f"{PROMPTS}: shards whose receipts do not say how many were refused in each group"] += 1
+    else:
+        _add_noted(noted, total)
+    groups: dict[str, str] = {}
+    for line in provenance(places[PROMPTS], shard_id):
+        key, group, prompt = str(line.get("key")), line.get("group"), line.get("prompt")
+        if not isinstance(group, str) or not isinstance(prompt, str):
+            continue
+        groups[key] = group
+        _add_words(group, prompt, total.of(group))
+        if not isinstance(noted, dict):
+            total.of(group).steps.update(assigned=1, rewritten=1, accepted=1)
+    edits = _receipt(places.get(EDITS), shard_id)
+    if edits is None:
+        return
+    total.shards[EDITS] += 1
+    for group in groups.values():
+        total.of(group).steps["to_generate"] += 1
+    generated = {key for line in provenance(places[EDITS], shard_id) if (key := str(line.get("key"))) in groups}
+    for key in generated:
+        total.of(groups[key]).steps["generated"] += 1
+    for line in json_lines(places[EDITS].home / "_rejects" / EDITS / f"{shard_id}.jsonl"):
+        if (key := str(line.get("key"))) in groups:
+            total.of(groups[key]).refused[f"{EDITS}: {line.get('reason')}"] += 1
+    hybrid = _receipt(places.get(HYBRID), shard_id)
+    if hybrid is None:
+        return
+    total.shards[HYBRID] += 1
+    lost = {
+        str(line.get("key")) for line in json_lines(places[HYBRID].home / "_rejects" / HYBRID / f"{shard_id}.jsonl")
+    }
+    for key in generated:
+        total.of(groups[key]).steps["to_hybrid"] += 1
+    for key in generated - lost:
+        total.of(groups[key]).steps["hybrid"] += 1
+    edited = hybrid.get("notes", {}).get("edited")
+    if edited != len(generated - lost):
+        total.warnings[f"{HYBRID}: shards that hold another number of edits than were generated"] += 1
+
+
+def _add_noted(noted: Mapping[str, Any], total: Tallies) -> None:
+    for group, reasons in noted.items():
+        if not isinstance(reasons, dict):
+            continue
+        counts = total.of(str(group))
+        for reason, number in reasons.items():
+            if type(number) is not int or number < 0:
+                continue
+            if reason in ("assigned", "accepted"):
+                counts.steps[reason] += number
+            else:
+                counts.refused[f"{PROMPTS}: {reason}"] += number
+            if reason == "accepted" or reason.startswith(REPLIED):
+                counts.steps["rewritten"] += number
+
+
+def _add_words(group: str, prompt: str, counts: GroupCounts) -> None:
+    for attribute, value in attributes_of(group):
+        name = f"{attribute}={value}"
+        counts.stated[name] += states(prompt, attribute, value)
+        counts.contradicted[name] += states_another(prompt, attribute, value)
+
+
+def _receipt(place: StagePlace | None, shard_id: str) -> dict[str, Any] | None:
+    """Of a shard that is done."""
+    if place is None:
+        return None
+    receipt = read_record(place.receipts / bucket_of(shard_id) / f"{shard_id}.json")
+    if receipt is None or receipt.get("status") != "done" or not isinstance(receipt.get("notes"), dict):
+        return None
+    return receipt
+
+
+def shards_tried(place: StagePlace) -> Iterator[str]:
+    """Ids of shards with receipts, whatever they say."""
+    for path in place.receipts.glob("[!_.]*/*.json"):
+        if not path.name.startswith("."):
+            yield path.stem
+
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The share in one group less that in the others, with its interval.
+
+    beyond_chance: the interval does not hold 0.
+    """
+
+    share: float
+    others: float
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        return self.share - self.others
+
+    @property
+    def beyond_chance(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def wilson(hits: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The interval of a share: E. B. Wilson, JASA 22 (1927).  (0, 1) where nothing was counted."""
+    if count == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = hits / count
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def difference(hits: int, count: int, other_hits: int, other_count: int, comparisons: int = 1) -> Difference | None:
+    """Of two shares, with Newcombe's hybrid score interval (Statistics in Medicine 17 (1998), method 10).
+
+    comparisons: how many are looked at together; each is held to a level such that all of them keep 95 % (Bonferroni).
+    None where one side has nothing.
+    """
+    if not count or not other_count:
+        return None
+    level = 1 - (1 - CONFIDENCE) / max(1, comparisons)
+    share, others = hits / count, other_hits / other_count
+    low, high = wilson(hits, count, level)
+    other_low, other_high = wilson(other_hits, other_count, level)
+    below = math.hypot(share - low, other_high - others)
+    above = math.hypot(high - share, others - other_low)
+    return Difference(share, others, share - others - below, share - others + above)

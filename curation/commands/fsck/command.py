@@ -1,0 +1,109 @@
+"""``python -m curation fsck TARS``: what is wrong with tar shards, and every whole sample out of damaged ones."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import tyro
+
+from curation.cluster import Allocation
+from curation.commands.findings import as_lines, as_record, results_in_order
+from curation.commands.fsck.shard import REMEDIES, Task, Verdict, check_shard
+from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
+from curation.options import exit_code, parse_arguments, set_up_logging
+from curation.run.progress import Progress
+from curation.shards import discover, files_of, select
+
+FSCK_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Find what is wrong with tar shards, and save every whole sample of damaged ones."""
+
+    tars: Annotated[str, tyro.conf.Positional]
+    """Shards: a folder of tars, a glob, braces, a list file or one tar."""
+    repair: Path | None = None
+    """Folder for a new tar of each shard with findings, of its whole samples; not the folder of the tars."""
+    shards: str | None = None
+    """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
+    workers: int | None = None
+    """Processes, a shard each.  Default: one a CPU."""
+    images: bool = True
+    """Decode every picture, which takes nearly all of the time."""
+    json: bool = False
+    """One JSON object on one line instead of text."""
+    quiet: bool = False
+    """No progress; findings and the last line alone."""
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(Options, sys.argv[2:] if argv is None else argv, "fsck")
+    if options.workers is not None and options.workers < 1:
+        raise UsageError("--workers must be at least 1")
+    set_up_logging(options.quiet)
+    began = time.monotonic()
+    files = files_of(select(discover(options.tars), options.shards))
+    if options.repair is not None:
+        if options.repair.resolve() in {path.parent.resolve() for path in files.values()}:
+            raise UsageError("--repair must not be the folder of the tars: it would replace them")
+        if options.repair.exists() and not options.repair.is_dir():
+            raise UsageError(f"--repair {options.repair}: is no folder")
+    tasks = [Task(path, shard_id, options.images, options.repair) for shard_id, path in files.items()]
+    verdicts: list[Verdict] = []
+    with Progress("fsck", len(tasks), options.quiet) as progress:
+        for verdict in results_in_order(
+            check_shard, tasks, min(options.workers or Allocation.detect().threads, len(tasks))
+        ):
+            progress.samples_done(verdict.samples)
+            progress.shard_passed()
+            verdicts.append(verdict)
+    faulty = [verdict for verdict in verdicts if verdict.findings]
+    _show(options, verdicts, faulty, time.monotonic() - began)
+    return EXIT_SHARDS_FAILED if faulty else EXIT_OK
+
+
+def _show(options: Options, verdicts: Sequence[Verdict], faulty: Sequence[Verdict], seconds: float) -> None:
+    saved = [verdict for verdict in verdicts if verdict.salvaged is not None]
+    total: dict[str, Any] = {
+        "format": FSCK_FORMAT,
+        "sound": not faulty,
+        "shards": len(verdicts),
+        "faulty": len(faulty),
+        "samples": sum(verdict.samples for verdict in verdicts),
+        "bytes": sum(verdict.size for verdict in verdicts),
+        "salvaged_shards": len(saved),
+        "salvaged_samples": sum(verdict.salvaged or 0 for verdict in saved),
+        "seconds": round(seconds, 3),
+    }
+    if options.json:
+        total["findings"] = {
+            verdict.shard_id: {
+                "path": str(verdict.path),
+                **as_record(verdict.findings, REMEDIES),
+                "salvaged": verdict.salvaged,
+                "salvage_path": verdict.salvage_path or None,
+            }
+            for verdict in faulty
+        }
+        print(orjson.dumps(total).decode(), flush=True)
+        return
+    for line in as_lines(((verdict.shard_id, verdict.findings) for verdict in faulty), REMEDIES):
+        print(line)
+    about = (
+        f"{total['shards']:,} shards, {total['samples']:,} samples, {total['bytes'] / 1e9:,.2f} GB in {seconds:,.1f} s"
+    )
+    if saved:
+        print(f"saved {total['salvaged_samples']:,} samples of {len(saved):,} shards in {options.repair}")
+    if faulty:
+        count = sum(verdict.findings.counts.total() for verdict in faulty)
+        print(f"FAULTY: {count:,} findings in {len(faulty):,} shards; {about}", flush=True)
+    else:
+        print(f"SOUND: {about}", flush=True)

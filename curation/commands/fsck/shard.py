@@ -1,0 +1,209 @@
+"""``fsck`` of one tar: what is wrong with the archive, with its samples, and with what its receipt says of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from curation.commands.findings import Findings
+from curation.commands.fsck.salvage import salvage
+from curation.commands.fsck.samples import Kinds, sample_problems
+from curation.errors import ShardError
+from curation.jsonio import clean_text
+from curation.run.inputs import receipts_of, vouched_for
+from curation.shards import bucket_of
+from curation.storage.files import fast_digest, read_record
+from curation.tar.headers import BLOCK
+from curation.tar.samples import Damage, Member, SampleSpan, TarPass, Window
+
+_MAX_REMEMBERED = 100_000  # keys whose members are remembered, to tell a split sample from a second one
+
+_SALVAGE = "--repair DIR saves every whole sample; or download, copy or make the shard again"
+
+
+REMEDIES: Final[Mapping[str, str]] = {
+    "damaged": _SALVAGE,
+    "bad_checksum": _SALVAGE,
+    "cut_member": _SALVAGE,
+    "torn_sample": _SALVAGE,
+    "missing_end": _SALVAGE,
+    "early_end": "tar stops reading at the first end of archive: --repair DIR writes a tar without it",
+    "behind_end": _SALVAGE,
+    "padding": _SALVAGE,
+    "duplicate_key": "rename it at its source, or let --repair DIR leave it out: stages 01 to 04 take the first alone",
+    "duplicate_member": "let --repair DIR leave the sample out; WebDataset refuses it",
+    "split_sample": "--repair DIR puts its members together",
+    "incomplete_sample": "--repair DIR leaves it out; what it lacks may be in another copy of the shard",
+    "overlong_key": "rename it at its source, or let --repair DIR leave it out: no file can have such a name",
+    "unsafe_name": "never unpack the tar; --repair DIR leaves the sample out",
+    "not_a_file": "--repair DIR leaves it out",
+    "member_too_large": "--repair DIR leaves it out: no stage loads such a member",
+    "undecodable": "--repair DIR leaves it out; stage 01 rejects it anyhow",
+    "image_too_large": "--repair DIR leaves it out; stage 01 rejects it anyhow",
+    "empty_image": "--repair DIR leaves it out; stage 01 rejects it anyhow",
+    "bad_json": "--repair DIR leaves it out; stage 01 rejects it anyhow",
+    "caption_differs": "json and txt are of different captions: make or download the sample again",
+    "wrong_sha256": "the picture is not the one that was generated: run stages 03 and 04 again for the shard (--rerun)",
+    "wrong_size": "the picture is not the one that was generated: run stages 03 and 04 again for the shard (--rerun)",
+    "no_provenance": "run stages 03 and 04 again for the shard (--rerun)",
+    "wrong_digest": "it is not what the stage published: run the stage again for the shard (--rerun --shards <shard>)",
+    "not_done": "no stage vouches for it any more: see `python -m curation status`",
+    "unreadable": "look at the file and the disk; copy it anew",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One tar to check.  images: whether every picture is decoded.  repair: where whole samples go, or None."""
+
+    path: Path
+    shard_id: str
+    images: bool
+    repair: Path | None
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found.  salvaged: samples in the new tar, None where none was written."""
+
+    path: Path
+    shard_id: str
+    findings: Findings = field(default_factory=Findings)
+    samples: int = 0
+    size: int = 0
+    salvaged: int | None = None
+    salvage_path: str = ""
+    seconds: float = 0.0
+
+
+def check_shard(task: Task) -> Verdict:
+    """Everything that is wrong with one tar.  Raises nothing but for bugs and a folder that cannot be written."""
+    began = time.perf_counter()
+    verdict = Verdict(task.path, task.shard_id)
+    try:
+        verdict.size = task.path.stat().st_size
+        _check_archive(task, verdict)
+        _check_receipts(task, verdict.findings)
+        if task.repair is not None and verdict.findings:
+            found = dict(verdict.findings.counts.most_common())
+            saved = salvage(task.path, task.shard_id, task.repair, found, images=task.images)
+            verdict.salvaged, verdict.salvage_path = saved, str(task.repair / f"{task.shard_id}.tar")
+    except ShardError as error:
+        verdict.findings.add("unreadable", "", str(error))
+    except OSError as error:
+        verdict.findings.add("unreadable", "", f"{task.path}: {error.strerror}")
+    verdict.seconds = time.perf_counter() - began
+    return verdict
+
+
+def _check_archive(task: Task, verdict: Verdict) -> None:
+    findings = verdict.findings
+    tar = TarPass(task.path)
+    kinds = Kinds()
+    parts: dict[int, frozenset[str]] = {}  # hash of a key → the suffixes of its first run, of incomplete ones
+    for window in tar.windows():
+        for span in window.spans:
+            if not span.key:
+                _check_foreign(span, findings)
+                continue
+            verdict.samples += 1
+            _check_span(task, window, span, kinds, parts, findings)
+    kinds.tell(findings)
+    report = tar.report
+    for damage in report.damages:
+        findings.add(_kind_of(damage), "", f"at byte {damage.offset:,}, {damage.length:,} bytes: {damage.detail}")
+    for gap in report.gaps:
+        findings.add("early_end", "", f"zeros at byte {gap:,}, and members behind them")
+    if report.missing_end:
+        findings.add("missing_end", "", "the end-of-archive blocks are missing: it was cut, or never finished")
+    elif report.end_bytes < 2 * BLOCK:
+        findings.add("missing_end", "", "one end-of-archive block of two: it was cut")
+
+
+def _kind_of(damage: Damage) -> str:
+    if damage.detail.startswith("behind the end"):
+        return "behind_end"
+    if "is cut" in damage.detail:
+        return "cut_member"
+    return "bad_checksum" if "checksum" in damage.detail else "damaged"
+
+
+def _check_foreign(span: SampleSpan, findings: Findings) -> None:
+    if span.torn:
+        findings.add("torn_sample", "", span.torn)
+
+
+def _check_span(
+    task: Task,
+    window: Window,
+    span: SampleSpan,
+    kinds: Kinds,
+    parts: dict[int, frozenset[str]],
+    findings: Findings,
+) -> None:
+    key = span.key
+    if span.torn:
+        findings.add("torn_sample", key, span.torn)
+    if not span.members:
+        return
+    suffixes = frozenset(member.suffix for member in span.members)
+    mark = hash(key)
+    if span.repeated:
+        split = mark in parts and not parts[mark] & suffixes
+        if split:
+            findings.add("split_sample", key, "its members do not stand together: readers take it for two samples")
+        else:
+            findings.add("duplicate_key", key, "an earlier sample of the shard has the same key")
+    else:
+        if len(parts) < _MAX_REMEMBERED:
+            parts[mark] = suffixes
+        if not span.torn:
+            kinds.add(key, span.kinds)
+    if any(span.members[0].start < member.start < span.members[-1].start for member in span.foreign):
+        findings.add("split_sample", key, f"{span.foreign[0].text_name} stands between its members")
+    for member in span.members:
+        if member.end - member.data - member.size and (rest := padding_of(window, member)).strip(b"\0"):
+            findings.add("padding", key, f"{member.text_name}: {len(rest)} bytes of padding are not zeros")
+    for kind, detail in sample_problems(span, lambda m: window.read(m.data, m.size), images=task.images):
+        findings.add(kind, key, detail)
+
+
+def padding_of(window: Window, member: Member) -> bytes:
+    end = member.data + member.size
+    return window.read(end, -end % BLOCK if member.end > end else 0)[: member.end - end]
+
+
+def _check_receipts(task: Task, findings: Findings) -> None:
+    """Where a stage has published the file, its receipt names size and digest."""
+    folder = task.path.parent
+    try:
+        stages = sorted(entry.name for entry in os.scandir(folder / "_receipts") if entry.is_dir())
+    except OSError:
+        return
+    place = f"{os.path.realpath(folder)}/{task.path.name}"
+    for stage in stages:
+        receipts = receipts_of(folder, stage)
+        receipt = read_record(receipts / bucket_of(task.shard_id) / f"{task.shard_id}.json") if receipts else None
+        if receipts is None or receipt is None:
+            continue
+        home = os.path.realpath(receipts.parent.parent)
+        if home == os.path.realpath(folder) and receipt.get("status") != "done":
+            findings.add("not_done", "", f"the receipt of {stage} says {clean_text(str(receipt.get('status')))!r}")
+        try:
+            said = vouched_for(place, home, receipt.get("outputs", []), loose=False)
+        except (TypeError, KeyError, AttributeError):  # made by hand, or damaged
+            findings.add("wrong_digest", "", f"the receipt of {stage} makes no sense")
+            continue
+        if said is None:
+            continue
+        size = task.path.stat().st_size
+        digest = fast_digest(task.path) if size == said["size"] else ""
+        if digest != said["digest"]:
+            now = f"{size:,} bytes" + (f", {digest}" if digest else "")
+            findings.add(
+                "wrong_digest", "", f"{stage} published {said['size']:,} bytes, {said['digest']}; it has {now}"
+            )

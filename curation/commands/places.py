@@ -1,0 +1,99 @@
+"""Where stages ran below a folder, found by the receipts that they left.
+
+Lines of JSON that stages left about samples, read leniently: a damaged line costs itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from curation.errors import UsageError
+from curation.jsonio import clean_text
+from curation.shards import bucket_of
+
+_POINTER = "_home.json"  # in a folder of which the receipts lie elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlace:
+    """One stage on one output folder.  home: the folder, as a real path."""
+
+    stage: str
+    home: Path
+
+    @property
+    def receipts(self) -> Path:
+        return self.home / "_receipts" / self.stage
+
+    @property
+    def claims(self) -> Path:
+        return self.home / "_claims" / self.stage
+
+    def claim(self, shard_id: str) -> Path:
+        return self.claims / bucket_of(shard_id) / f"{shard_id}.claim"
+
+
+def find_stages(root: Path) -> list[StagePlace]:
+    """The stages whose receipts lie in ``root`` or in a folder in it, by name.  UsageError where there are none."""
+    if not root.is_dir():
+        raise UsageError(f"{root}: no such folder")
+    found: dict[str, StagePlace] = {}
+    for folder in [root, *_folders_in(root)]:
+        for receipts in _folders_in(folder / "_receipts", hidden="."):
+            if not (receipts / _POINTER).exists():
+                real = Path(os.path.realpath(receipts))
+                found[str(real)] = StagePlace(receipts.name, real.parent.parent)
+    if not found:
+        raise UsageError(f"{root}: no stage has run here or in a folder in it (there is no _receipts/<stage>/)")
+    return sorted(found.values(), key=lambda place: (place.stage, place.home))
+
+
+def stage_named(root: Path, stage: str) -> StagePlace:
+    """The one stage of that name below ``root``; raises UsageError where there is none, or more than one."""
+    places = find_stages(root)
+    matching = [place for place in places if place.stage == stage]
+    if not matching:
+        names = ", ".join(sorted({clean_text(place.stage) for place in places}))
+        raise UsageError(f"{root}: there is no stage {stage!r}; there are: {names}")
+    if len(matching) > 1:
+        folders = ", ".join(str(place.home) for place in matching)
+        raise UsageError(f"{root}: {stage} ran on several folders ({folders}); give one of them")
+    return matching[0]
+
+
+def _folders_in(folder: Path, hidden: str = "._") -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(e.path) for e in entries if e.name[0] not in hidden and e.is_dir())
+    except OSError:
+        return []
+
+
+MAX_LIST_BYTES: Final = 1 << 30  # of a shard's rejects or drops, unpacked
+
+
+def provenance(place: StagePlace, shard_id: str, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
+    """What a stage recorded of each sample of a shard."""
+    return json_lines(place.home / "_provenance" / place.stage / f"{shard_id}.jsonl", max_bytes)
+
+
+def json_lines(path: Path, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
+    """JSON objects, a line each, of a file's first ``max_bytes``; a file that is not there has none."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes)
+    except FileNotFoundError:
+        return
+    for line in data.splitlines():
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            yield value

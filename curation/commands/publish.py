@@ -1,0 +1,109 @@
+"""``python -m curation publish FOLDER --repo user/name``: a stage's outputs onto a dataset repository of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from curation.commands.places import StagePlace, find_stages, stage_named
+from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT, UsageError
+from curation.hub.push import GaveUp, Pushed, PushOptions, push
+from curation.hub.repository import check_access, check_name
+from curation.jsonio import clean_text, dump_json
+from curation.options import exit_code, parse_arguments, say_error, set_up_logging
+
+_SHOWN = 20  # of a list, without --json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Upload a stage's finished outputs to a dataset repository of the hub.  Start it again to go on."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The stage's output folder, or the dataset's with --stage."""
+    repo: str
+    """The dataset repository: user/name, or a name of your own.  Created, private, where it is not there."""
+    stage: str | None = None
+    """The stage's name, as status shows it, where the folder has several."""
+    only: tuple[str, ...] = ()
+    """Only outputs whose paths in the folder match one of these patterns: 'parquet/*' 'shards/*'."""
+    public: bool = False
+    """Create the repository public.  One that is there stays as it is."""
+    license: str | None = None
+    """The licence for the card's metadata, by the hub's id: cc-by-4.0.  Default: what it was, at first unknown."""
+    prune: bool = False
+    """Remove parts from the repository whose shards the folder does not have (any more)."""
+    dry_run: bool = False
+    """List what would be uploaded, and do nothing."""
+    tries: int = 6
+    """How often a step that does not work is tried before the command gives up."""
+    quiet: bool = False
+    """Only warnings and errors."""
+    json: bool = False
+    """One JSON object on one line."""
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(Options, argv, "publish")
+    set_up_logging(options.quiet)
+    check_name(options.repo)
+    if options.tries < 1:
+        raise UsageError("--tries must be at least 1")
+    place = _place(options)
+    check_access()
+    asked = PushOptions(
+        only=options.only,
+        public=options.public,
+        licence=options.license,
+        prune=options.prune,
+        dry_run=options.dry_run,
+        tries=options.tries,
+    )
+    try:
+        pushed = push(place.home, place.stage, options.repo, asked)
+    except GaveUp as error:
+        say_error(f"{error}.  What is uploaded stays: start the same command again to go on")
+        return EXIT_WORK_LEFT
+    print(dump_json(asdict(pushed)).decode() if options.json else _told(pushed, dry_run=options.dry_run))
+    return EXIT_SHARDS_FAILED if pushed.changed else EXIT_OK
+
+
+def _place(options: Options) -> StagePlace:
+    if options.stage is not None:
+        return stage_named(options.folder, options.stage)
+    places = find_stages(options.folder)
+    if len(places) > 1:
+        names = ", ".join(clean_text(place.stage) for place in places[:5]) + (" …" if len(places) > 5 else "")
+        if len({place.home for place in places}) > 1:
+            raise UsageError(
+                f"{options.folder}: the outputs of several stages lie below it ({names}): name the folder of one, such "
+                f"as {places[0].home}"
+            )
+        raise UsageError(f"{options.folder}: has several stages ({names}): give --stage")
+    return places[0]
+
+
+def _told(pushed: Pushed, *, dry_run: bool) -> str:
+    would = "would be " if dry_run else ""
+    lines = []
+    if dry_run or pushed.removed or pushed.changed:
+        lines += _listed(pushed.uploaded, "upload")
+        lines += _listed(pushed.removed, "remove")
+        lines += _listed(pushed.changed, "left: not what its receipt says (any more)")
+    files = f"{len(pushed.uploaded):,} files ({pushed.bytes / 1e6:,.1f} MB) {would}uploaded"
+    words = [files, f"{pushed.unchanged:,} there already"]
+    words += [f"{len(pushed.removed):,} {would}removed"] if pushed.removed else []
+    words += [f"the card {would}written"] if pushed.card else []
+    words += [] if dry_run else [f"{pushed.commits:,} commits"]
+    created = f" ({would or 'has been '}created)" if pushed.created else ""
+    return "\n".join([*lines, f"{pushed.url}{created}: {', '.join(words)}"])
+
+
+def _listed(paths: Sequence[str], what: str) -> list[str]:
+    lines = [f"  {what}  {clean_text(path)}" for path in paths[:_SHOWN]]
+    return lines + ([f"  … and {len(paths) - _SHOWN:,} more"] if len(paths) > _SHOWN else [])

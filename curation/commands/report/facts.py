@@ -1,0 +1,206 @@
+"""Everything that the page tells, gathered from the files of a dataset: numbers as one JSON value, and the samples."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from curation.commands.audit.command import audit as audit_groups
+from curation.commands.places import StagePlace, find_stages
+from curation.commands.report.receipts import MAX_NAME, Bounds, Cell, Story, cell_of, merged
+from curation.commands.report.samples import EDITS, FACES, HYBRID, PROMPTS, RECAPTION, Looked, look
+from curation.commands.status.command import stage_result
+from curation.commands.status.holdings import Holdings
+from curation.commands.status.scan import Stage, Survey
+from curation.errors import UsageError
+from curation.jsonio import clean_text
+
+REPORT_FORMAT = 1
+
+
+CLOSE = 8  # shards whose samples are shown: each costs a pass over its tars
+
+
+MAX_HOSTS = 10
+
+
+MAX_REASONS = 40
+
+
+TITLES = {
+    FACES: "Faces",
+    PROMPTS: "Captions to prompts",
+    EDITS: "Images",
+    HYBRID: "Hybrid shards",
+    RECAPTION: "New captions",
+    "06_metadata": "Scores",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """told: the numbers; places, stories: of the stages, in the same order; source: of the original images."""
+
+    told: dict[str, Any]
+    places: list[StagePlace]
+    stories: list[Story]
+    looked: Looked
+    source: Path | None
+
+
+def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int, *, audit: bool) -> Facts:
+    """Read everything once: receipts in several processes, the samples of ``sample_shards`` shards, and, for
+    ``audit``, the provenance of all."""
+    began = time.monotonic()
+    places = find_stages(root)
+    holdings = Holdings(places)
+    held_first = holdings.look()
+    survey = Survey(places)
+    bounds = Bounds(_shards_a_cell(survey, shards_page), sample_shards)
+    for stage, held in zip(survey.stages, held_first, strict=True):
+        stage.claimed = {holding.shard_id for holding in held}
+    stories = survey.read(partial(Story, bounds=bounds))
+    held_now = holdings.look()
+    stages = []
+    for stage, story, held in zip(survey.stages, stories, held_now, strict=True):
+        _see_the_others(stage, story, {holding.shard_id for holding in held})
+        stages.append(_bounded(stage_result(stage, story, held, {})) | _more(stage, story, shards_page))
+    chosen = [[shard for _, shard in sorted(story.chosen, reverse=True)] for story in stories]
+    looked = look(places, chosen, 500, CLOSE)
+    told: dict[str, Any] = {
+        "format": REPORT_FORMAT,
+        "root": clean_text(str(root.resolve())),
+        "made": round(time.time(), 3),
+        "stages": stages,
+        "funnel": _funnel(stages),
+        "looked_at": dict(looked.shards),
+        "faces": dict(sorted(looked.faces.items())),
+        "languages": _languages(stages),
+        "audit": None,
+        "warnings": [clean_text(warning) for warning in survey.warnings][:20],
+    }
+    if audit:
+        _add_audit(root, told)
+    told["seconds"] = round(time.monotonic() - began, 3)
+    return Facts(told, places, stories, looked, source or _source_of(root, places))
+
+
+def _shards_a_cell(survey: Survey, shards_page: int) -> int:
+    """By what runs set out to do; where none has said so, by the folders of receipts."""
+    expected = 0
+    for stage in survey.stages:
+        if stage.planned is not None:
+            expected = max(expected, sum(map(len, stage.planned.values())))
+        else:
+            expected = max(expected, 1000 * sum(1 for _ in stage.place.receipts.glob("[!_.]*/")))
+    return 1 if expected <= max(shards_page, 1000) else -(-expected // shards_page)
+
+
+def _see_the_others(stage: Stage, story: Story, running: set[str]) -> None:
+    """Shards without a receipt that counts: those in somebody's hands, and those that are planned."""
+    for shard_id in sorted(running):
+        story.see(Cell(shard_id, shard_id, Counter(running=1)))
+    planned: dict[str, Cell] = {}
+    for shard_id in (shard_id for ids in (stage.planned or {}).values() for shard_id in ids):
+        name = cell_of(shard_id, story.bounds.shards_a_cell)
+        cell = Cell(shard_id, shard_id, Counter(pending=1))
+        if name in planned:
+            planned[name].add(cell)
+        else:
+            planned[name] = cell
+    for name, cell in planned.items():
+        seen = story.cells[name].states.total() if name in story.cells else 0
+        if cell.states["pending"] > seen:  # which ones of a cell is not known, nor shown
+            story.see(Cell(cell.first, cell.last, Counter(pending=cell.states["pending"] - seen)))
+
+
+def _more(stage: Stage, story: Story, shards_page: int) -> dict[str, Any]:
+    hosts = sorted(story.hosts.items(), key=lambda item: -item[1].seconds / max(1, item[1].shards))
+    cells = merged(story.cells, shards_page)
+    return {
+        "title": TITLES.get(stage.place.stage, clean_text(stage.place.stage)),
+        "shards": sum(cell.states.total() for cell in cells),
+        "worker_seconds": round(sum(host.seconds for host in story.hosts.values()), 1),
+        "output_bytes": story.output_bytes,
+        "phases": {name: round(float(seconds), 3) for name, seconds in story.phases.most_common(MAX_REASONS)},
+        "notes": dict(story.notes.most_common(MAX_REASONS)),
+        "languages": dict(story.languages.most_common()),
+        "hosts": [
+            {"host": name, "shards": host.shards, "failed": host.failed, "samples": host.samples,
+             "seconds": round(host.seconds, 3)}
+            for name, host in hosts[:MAX_HOSTS]
+        ],
+        "hosts_in_all": len(hosts),
+        "slowest": [
+            {"shard": shard, "host": host, "seconds": round(seconds, 3), "samples": samples}
+            for seconds, shard, host, samples in sorted(story.slowest, reverse=True)
+        ],
+        "warned": story.warned,
+        "warnings": story.warnings,
+    }  # fmt: skip
+
+
+def _bounded(value: Any) -> Any:
+    """Texts of receipts and claims, which are anybody's: one line each, not longer than a page shows; names alike are
+    counted together."""
+    if isinstance(value, str):
+        return clean_text(value[:4000])[:300]
+    if isinstance(value, list):
+        return [_bounded(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found: dict[str, Any] = {}
+    for name, one in value.items():
+        short = clean_text(str(name)[:4000])[:MAX_NAME]
+        if type(one) is int and type(found.get(short)) is int:
+            found[short] += one
+        else:
+            found[short] = _bounded(one)
+    return found
+
+
+def _funnel(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of the main job, step by step: those that came, were left, and are in the hybrid shards."""
+    by_name = {stage["stage"]: stage for stage in stages}
+    steps: list[dict[str, Any]] = []
+    first = next((by_name[name] for name in (FACES, PROMPTS, EDITS) if name in by_name), None)
+    if first is None:
+        return steps
+    steps.append({"step": "samples", "count": first["samples"]["in"], "stage": first["stage"], "gone": {}})
+    for name, step in ((FACES, "with a face"), (PROMPTS, "with a prompt"), (EDITS, "with a new image")):
+        if name in by_name:
+            samples = by_name[name]["samples"]
+            gone = Counter(samples["dropped"]) + Counter(samples["failed"])
+            steps.append({"step": step, "count": samples["kept"], "stage": name, "gone": dict(gone.most_common())})
+    if HYBRID in by_name:
+        edited = by_name[HYBRID]["notes"].get("edited", 0)
+        steps.append({"step": "replaced in the hybrid shards", "count": edited, "stage": HYBRID, "gone": {}})
+    return steps
+
+
+def _languages(stages: Sequence[dict[str, Any]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for stage in stages:
+        total.update(stage["languages"])
+    return dict(total.most_common())
+
+
+def _add_audit(root: Path, told: dict[str, Any]) -> None:
+    try:
+        told["audit"] = audit_groups(root)
+    except UsageError as error:  # no groups, or no stage that assigns them
+        told["audit_missing"] = clean_text(str(error))
+        return
+
+
+def _source_of(root: Path, places: Sequence[StagePlace]) -> Path | None:
+    """``shards`` in the root, unless a stage publishes into it."""
+    folder = root / "shards"
+    homes = {place.home for place in places}
+    return folder if folder.is_dir() and Path(os.path.realpath(folder)) not in homes else None

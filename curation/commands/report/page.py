@@ -1,0 +1,249 @@
+"""The page itself: facts, charts and pictures through one template that escapes everything, within a bound of bytes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from curation import __version__
+from curation.caption.preview import PAGE_NAME as COMPARISON
+from curation.commands.audit.command import LOSSES
+from curation.commands.places import StagePlace
+from curation.commands.report.charts import Chart, histogram, over_time, short_time
+from curation.commands.report.facts import Facts
+from curation.commands.report.pictures import Pictures
+from curation.commands.report.receipts import MAX_SECONDS, STATES, Cell, Story, merged
+from curation.commands.report.samples import EDITS, MAX_REASONS, RECAPTION, Shown, in_order, with_captions
+from curation.errors import InfrastructureError
+from curation.jsonio import clean_text
+from curation.shards import bucket_of
+
+MAX_CELLS: Final = 16_000  # on the page, of all stages together: 130 bytes each
+
+
+FEW: Final = 150  # cells that are drawn larger
+
+
+_ROOM: Final = 60_000  # bytes that stay free
+
+
+_PICTURE_SHARE: Final = 0.8
+
+
+def render(facts: Facts, page: Path, gallery: int, max_bytes: int) -> bytes:
+    """The page as HTML.  page: where it will lie, for its links.  Samples are left out until it is small enough."""
+    charts = [_stage_charts(story) for story in facts.stories]
+    looks = _look_charts(facts)
+    shown, cells = gallery, MAX_CELLS
+    while True:
+        grids = _grids(facts, page, cells)
+        bare = _fill(facts, page, charts, looks, grids, _samples(facts, shown, Pictures(0)), Pictures(0))
+        left = max_bytes - len(bare) - _ROOM
+        if left > 0:
+            pictures = Pictures(int(left * _PICTURE_SHARE))
+            return _fill(facts, page, charts, looks, grids, _samples(facts, shown, pictures), pictures)
+        if not shown and cells < len(facts.places):
+            raise InfrastructureError(f"the page would have more than {max_bytes:,} bytes: name a folder in the root")
+        shown, cells = shown // 2, cells if shown else cells // 2
+
+
+def _fill(
+    facts: Facts,
+    page: Path,
+    charts: Sequence[dict[str, Any]],
+    looks: Sequence[Chart],
+    grids: Sequence[dict[str, Any]],
+    samples: dict[str, Any],
+    pictures: Pictures,
+) -> bytes:
+    folder = files("curation.commands.report")
+    style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "time": short_time, "bytes": _bytes, "percent": _percent, "date": _date}
+    template = environment.from_string((folder / "page.html.j2").read_text("utf-8"))
+    groups = facts.told["audit"]["groups"] if facts.told["audit"] else []
+    html = template.render(
+        **facts.told,
+        looked=facts.looked,
+        version=__version__,
+        style=Markup(style),  # noqa: S704 - the package's own files
+        script=Markup(script),  # noqa: S704
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
+        charts=charts,
+        looks=looks,
+        grids=grids,
+        states=STATES,
+        links=[_links(place, page) for place in facts.places],
+        samples=samples,
+        omitted=pictures.omitted,
+        picture=pictures.get,
+        sourced=facts.source is not None,
+        losses={name: words for name, (_, _, words) in LOSSES.items()},
+        told_apart=any(loss["beyond_chance"] for group in groups for loss in group["losses"].values()),
+    )
+    return html.encode("utf-8", "replace")
+
+
+def _csp_hash(text: str) -> str:
+    """As Content-Security-Policy names an inline style or script (CSP level 2, 4.2.5)."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+# ---- charts
+
+
+def _stage_charts(story: Story) -> dict[str, Any]:
+    lengths = (ended - began for began, ended in zip(story.spans[0::3], story.spans[1::3], strict=True))
+    took = [length for length in lengths if 0 <= length < MAX_SECONDS]
+    return {
+        "rate": over_time("Samples a second", story.spans),
+        "took": histogram("Time of a shard", took, "", show=short_time),
+    }
+
+
+def _look_charts(facts: Facts) -> list[Chart]:
+    looked = facts.looked
+    charts = [
+        histogram("Side of a face", [100 * side for side in looked.sides], "% of the image's side", within=(0, 100)),
+        histogram("Length of captions", looked.captions, "characters", whole=True),
+        histogram("Length of prompts", looked.prompts, "characters", whole=True),
+        histogram("Length of new captions", looked.recaptions, "characters", whole=True),
+        *(histogram(clean_text(name)[:80], values, "") for name, values in sorted(looked.scores.values.items())),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+# ---- the grid of shards
+
+
+def _grids(facts: Facts, page: Path, cells: int) -> list[dict[str, Any]]:
+    """cells: of all stages together, at most."""
+    at_most = max(1, cells // len(facts.places))
+    return [
+        _grid(place, merged(story.cells, at_most), page)
+        for place, story in zip(facts.places, facts.stories, strict=True)
+    ]
+
+
+def _grid(place: StagePlace, cells: Sequence[Cell], page: Path) -> dict[str, Any]:
+    times = sorted(cell.seconds / done for cell in cells if (done := _done(cell)))
+    median = times[len(times) // 2] if times else 0.0
+    base = _link(place.receipts, page)
+    shown = []
+    for cell in cells:
+        many = cell.first != cell.last
+        look = _look_of(cell, median)
+        told = ", ".join(f"{cell.states[name]:,} {name}" if many else name for name in STATES if cell.states[name])
+        time = f", {short_time(cell.seconds)}" if cell.seconds else ""
+        bucket = quote(bucket_of(cell.first))
+        target = f"{bucket}/" if many else f"{bucket}/{quote(cell.first)}.json"
+        linked = any(cell.states[name] for name in ("done", "stale", "failed"))
+        shown.append(
+            {
+                "class": look,
+                "label": f"{cell.first}{f' to {cell.last}' if many else ''}: {told}{time}",
+                "href": f"{base}/{target}" if linked else "",
+            }
+        )
+    together = any(cell.first != cell.last for cell in cells)
+    return {"cells": shown, "together": together, "median": median, "few": len(cells) <= FEW}
+
+
+def _look_of(cell: Cell, median: float) -> str:
+    """The style of a cell: that of its worst state; done ones by their pace."""
+    for state in ("failed", "running", "stale"):
+        if cell.states[state]:
+            return state[0]
+    if cell.states["pending"]:
+        return "h" if cell.states["done"] else "p"
+    return f"d{_pace(cell.seconds / max(1, _done(cell)), median)}"
+
+
+def _done(cell: Cell) -> int:
+    return cell.states["done"] + cell.states["stale"]
+
+
+def _pace(seconds: float, median: float) -> int:
+    """1 to 4: quick, as most, slow, very slow."""
+    return 1 + sum(seconds > factor * median for factor in (0.75, 1.5, 3.0)) if median else 2
+
+
+# ---- samples
+
+
+def _samples(facts: Facts, gallery: int, pictures: Pictures) -> dict[str, Any]:
+    """The samples that are shown, with their pictures taken in: at most ``gallery`` edited ones."""
+    looked = facts.looked
+    edited = in_order(looked.edited)[:gallery]
+    rejected = {name: in_order(heap)[: 4 if gallery else 0] for name, heap in looked.rejected.items()}
+    recaptioned = in_order(looked.recaptioned)[: min(12, gallery)]
+    refused = [one for ones in list(rejected.values())[:MAX_REASONS] for one in ones]
+    if pictures.left:
+        _take_pictures(facts, edited, refused + recaptioned, pictures)
+    captions = with_captions(refused, facts.places)
+    told = []
+    for (stage, reason), ones in sorted(rejected.items()):
+        story = next(story for place, story in zip(facts.places, facts.stories, strict=True) if place.stage == stage)
+        count = story.dropped[reason] + story.samples_failed[reason]
+        told.append({"stage": stage, "reason": reason, "count": count, "samples": ones})
+    return {"edited": edited, "rejected": told, "recaptioned": recaptioned, "captions": captions}
+
+
+def _take_pictures(facts: Facts, edited: Sequence[Shown], others: Sequence[Shown], pictures: Pictures) -> None:
+    homes = {place.stage: place.home for place in facts.places}
+    for kind, folder, shown in (("new", homes.get(EDITS), edited), ("old", facts.source, [*edited, *others])):
+        wanted: dict[str, list[str]] = {}
+        for one in shown:
+            wanted.setdefault(one.shard, []).append(one.key)
+        for trouble in pictures.add(kind, folder, wanted):
+            facts.looked.trouble(trouble)
+
+
+# ---- links and words
+
+
+def _links(place: StagePlace, page: Path) -> dict[str, str]:
+    rejects = place.home / "_rejects" / place.stage
+    comparison = place.home / COMPARISON
+    return {
+        "receipts": _link(place.receipts, page),
+        "rejects": _link(rejects, page) if rejects.is_dir() else "",
+        "comparison": _link(comparison, page) if place.stage == RECAPTION and comparison.is_file() else "",
+    }
+
+
+def _link(target: Path, page: Path) -> str:
+    """From the page, so that both may be moved together; with a scheme's colon escaped, so that none is made up."""
+    relative = os.path.relpath(os.path.realpath(target), os.path.realpath(page.parent))
+    return quote(os.fsencode(relative))
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000:
+            return f"{value:,.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} PB"
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,77 @@
+"""Small pictures for the page, within a budget of bytes."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from curation.errors import SampleError, ShardError
+from curation.images import decode_rgb, encode_jpeg
+from curation.tar.samples import IMAGE_SUFFIXES, Sample, image_of, read_samples
+
+SIDE: Final = 176  # pixels of the longer side, shown at up to 160
+
+
+QUALITY: Final = 74
+
+
+MAX_IMAGE_BYTES: Final = 64 << 20
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Data URIs of thumbnails.  left: bytes that the page has still room for; omitted: pictures that had none."""
+
+    left: int
+    omitted: int = 0
+    found: dict[tuple[str, str, str], str] = field(default_factory=dict)
+
+    def add(self, kind: str, folder: Path | None, wanted: Mapping[str, Sequence[str]]) -> list[str]:
+        """Thumbnails of samples of the tars in ``folder``; returns what could not be read.
+
+        kind: under which they are asked for again.  wanted: shard → keys.
+        """
+        troubles = []
+        for shard_id, keys in wanted.items():
+            path = folder / f"{shard_id}.tar" if folder is not None else None
+            if path is None or not path.is_file():
+                continue
+            try:
+                self._add_from(kind, path, shard_id, set(keys))
+            except ShardError as error:
+                troubles.append(str(error))
+        return troubles
+
+    def get(self, kind: str, shard_id: str, key: str) -> str:
+        """The data URI, empty where there is none."""
+        return self.found.get((kind, shard_id, key), "")
+
+    def _add_from(self, kind: str, path: Path, shard_id: str, keys: set[str]) -> None:
+        for sample in read_samples(path, IMAGE_SUFFIXES.__contains__, max_member_bytes=MAX_IMAGE_BYTES):
+            if sample.key not in keys:
+                continue
+            keys.discard(sample.key)
+            uri = thumbnail(sample) if sample.problem is None else ""
+            if len(uri) > self.left:
+                self.omitted += 1
+            elif uri:
+                self.left -= len(uri)
+                self.found[kind, shard_id, sample.key] = uri
+            if not keys:
+                return
+
+
+def thumbnail(sample: Sample) -> str:
+    """The sample's image as a small JPEG in a data URI, encoded anew; empty where it cannot be decoded."""
+    try:
+        image = Image.fromarray(decode_rgb(image_of(sample), at_least=SIDE))
+    except SampleError:
+        return ""
+    image.thumbnail((SIDE, SIDE))
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(np.asarray(image), QUALITY)).decode("ascii")

@@ -1,0 +1,221 @@
+"""What the report asks of the receipts beyond ``status``: time, hosts, languages, and which shard is what.
+
+Everything is a sum of bounded size, so that a million receipts need no more memory than a thousand.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import xxhash
+
+from curation.commands.status.scan import Counts, whole
+from curation.jsonio import clean_text
+
+SLOWEST = 10  # shards that are named
+
+
+MAX_NAMES = 2_000  # hosts, languages, phases, notes: more are counted together
+
+
+MAX_NAME = 80
+
+
+MAX_SECONDS = 1e9  # longer is no attempt but a broken clock
+
+
+OTHERS = "(others)"
+
+
+STATES = ("done", "stale", "failed", "running", "pending")
+
+
+@dataclass(slots=True)
+class Host:
+    """What one machine did.  seconds: of its attempts, which may have run beside each other."""
+
+    shards: int = 0
+    failed: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: Self) -> None:
+        self.shards += other.shards
+        self.failed += other.failed
+        self.samples += other.samples
+        self.seconds += other.seconds
+
+
+@dataclass(slots=True)
+class Cell:
+    """Shards of the grid that lie beside each other.  first, last: of their ids.  seconds: of those that are done."""
+
+    first: str
+    last: str
+    states: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    slowest_s: float = 0.0
+
+    def add(self, other: Self) -> None:
+        self.first, self.last = min(self.first, other.first), max(self.last, other.last)
+        self.states.update(other.states)
+        self.seconds += other.seconds
+        self.slowest_s = max(self.slowest_s, other.slowest_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """shards_a_cell: neighbours by number that are one cell; chosen: shards of which the samples are looked at."""
+
+    shards_a_cell: int
+    chosen: int
+
+
+def cell_of(shard_id: str, shards_a_cell: int) -> str:
+    """The cell that a shard belongs to; cells sort as their shards do."""
+    if shards_a_cell == 1:
+        return shard_id
+    if shard_id.isdecimal() and shard_id.isascii():
+        return f"{int(shard_id) // shards_a_cell:0{len(shard_id)}}"
+    return "x" + xxhash.xxh3_64_hexdigest(shard_id.encode())[:2]
+
+
+def choice_of(shard_id: str) -> int:
+    """By this number shards are chosen: the lowest ones, the same in every stage and on every day."""
+    return xxhash.xxh3_64_intdigest(shard_id.encode(), seed=7)
+
+
+@dataclass(slots=True)
+class Story(Counts):
+    """A stage's sums.  phases: seconds by phase; notes: whole numbers that the stage noted; slowest: (seconds, shard,
+    host, samples), a heap; chosen: (-choice, shard), a heap; output_bytes: of what the receipts name."""
+
+    bounds: Bounds = Bounds(1, 200)
+    phases: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    warned: int = 0
+    warnings: list[str] = field(default_factory=list)
+    output_bytes: int = 0
+    hosts: dict[str, Host] = field(default_factory=dict)
+    cells: dict[str, Cell] = field(default_factory=dict)
+    slowest: list[tuple[float, str, str, int]] = field(default_factory=list)
+    chosen: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, other: Self) -> None:
+        Counts.add(self, other)
+        self.output_bytes += other.output_bytes
+        self.warned += other.warned
+        self.warnings = (self.warnings + other.warnings)[:5]
+        for name in ("phases", "notes", "languages"):
+            for key, number in getattr(other, name).items():
+                _add_to(getattr(self, name), key, number)
+        for name, host in other.hosts.items():
+            _at(self.hosts, name, Host).add(host)
+        for name, cell in other.cells.items():
+            if name in self.cells:
+                self.cells[name].add(cell)
+            else:
+                self.cells[name] = cell
+        self.slowest = heapq.nlargest(SLOWEST, self.slowest + other.slowest)
+        self.chosen = heapq.nlargest(self.bounds.chosen, self.chosen + other.chosen)
+
+    def add_done(self, shard_id: str, receipt: dict[str, Any], why_stale: str) -> None:
+        Counts.add_done(self, shard_id, receipt, why_stale)
+        counts, notes = receipt.get("counts"), receipt.get("notes")
+        samples = whole(counts.get("in")) if isinstance(counts, dict) else 0
+        seconds = seconds_of(receipt)
+        self._see(shard_id, "stale" if why_stale else "done", seconds)
+        host_name = name_of(receipt.get("host"))
+        _at(self.hosts, host_name, Host).add(Host(1, 0, samples, seconds))
+        _keep(self.slowest, (seconds, shard_id, host_name, samples), SLOWEST)
+        _keep(self.chosen, (-choice_of(shard_id), shard_id), self.bounds.chosen)
+        for phase, spent in _items(receipt.get("seconds")):
+            if isinstance(spent, int | float) and not isinstance(spent, bool) and 0 <= spent < MAX_SECONDS:
+                _add_to(self.phases, phase, spent)
+        for note, value in _items(notes):
+            _add_to(self.notes, note, whole(value))
+        for language, number in _items(notes.get("languages") if isinstance(notes, dict) else None):
+            _add_to(self.languages, language, whole(number))
+        for output in receipt.get("outputs", ()):
+            self.output_bytes += whole(output.get("size"))
+        if warnings := receipt.get("warnings"):
+            self.warned += 1
+            if len(self.warnings) < 5:
+                self.warnings.append(clean_text(str(warnings[0]))[:300])
+
+    def add_failed(self, shard_id: str, receipt: dict[str, Any], max_attempts: int) -> None:
+        Counts.add_failed(self, shard_id, receipt, max_attempts)
+        self._see(shard_id, "failed", 0.0)
+        _at(self.hosts, name_of(receipt.get("host")), Host).add(Host(0, 1, 0, seconds_of(receipt)))
+
+    def see(self, cell: Cell) -> None:
+        """Shards of one cell that have no receipt that counts."""
+        name = cell_of(cell.first, self.bounds.shards_a_cell)
+        if name not in self.cells:
+            self.cells[name] = cell
+        elif self.bounds.shards_a_cell == 1:  # one shard is in one state: it is done again just now
+            self.cells[name].states = cell.states
+        else:
+            self.cells[name].add(cell)
+
+    def _see(self, shard_id: str, state: str, seconds: float) -> None:
+        name = cell_of(shard_id, self.bounds.shards_a_cell)
+        cell = Cell(shard_id, shard_id, Counter({state: 1}), seconds, seconds)
+        if name in self.cells:
+            self.cells[name].add(cell)
+        else:
+            self.cells[name] = cell
+
+
+def merged(cells: dict[str, Cell], at_most: int) -> list[Cell]:
+    """The cells in the order of their shards, neighbours put together where there are more than ``at_most``."""
+    ordered = [cells[name] for name in sorted(cells)]
+    width = -(-len(ordered) // at_most)
+    if width < 2:
+        return ordered
+    together = []
+    for start in range(0, len(ordered), width):
+        cell = Cell(ordered[start].first, ordered[start].last)
+        for one in ordered[start : start + width]:
+            cell.add(one)
+        together.append(cell)
+    return together
+
+
+def seconds_of(receipt: dict[str, Any]) -> float:
+    """What an attempt took by its node's clock; 0 where the receipt does not say or the clock was turned back."""
+    started, finished = receipt.get("started"), receipt.get("finished")
+    if not (isinstance(started, int | float) and isinstance(finished, int | float)):
+        return 0.0
+    seconds = float(finished - started)
+    return seconds if 0 <= seconds < MAX_SECONDS else 0.0
+
+
+def name_of(value: Any) -> str:
+    return clean_text(str(value))[:MAX_NAME] if value else "(unknown)"
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return [(name_of(name), number) for name, number in value.items()] if isinstance(value, dict) else []
+
+
+def _add_to(tally: Counter[str], name: str, number: float) -> None:
+    if number:
+        tally[name if name in tally or len(tally) < MAX_NAMES else OTHERS] += number  # type: ignore[assignment]
+
+
+def _at(found: dict[str, Host], name: str, new: Callable[[], Host]) -> Host:
+    return found.setdefault(name if name in found or len(found) < MAX_NAMES else OTHERS, new())
+
+
+def _keep(heap: list[Any], item: Any, at_most: int) -> None:
+    """The greatest ones only."""
+    if len(heap) < at_most:
+        heapq.heappush(heap, item)
+    elif at_most and item > heap[0]:
+        heapq.heapreplace(heap, item)

@@ -1,0 +1,261 @@
+"""What the samples of some shards look like: faces, lengths, scores, and which of them are shown.
+
+The shards are chosen by a hash of their ids, the samples by a hash of their keys: the same ones each time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import heapq
+import math
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import xxhash
+
+from curation.caption.rows import rows_path
+from curation.commands.places import StagePlace, json_lines, provenance
+from curation.commands.report.scores import Scores
+from curation.errors import SampleError, ShardError
+from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, read_dictionary
+
+FACES, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
+
+
+RECAPTION, METADATA = "05_recaption", "06_metadata"
+
+
+MAX_FILE_BYTES: Final = 256 << 20  # of a shard's provenance, rejects or drops: more is read up to here
+
+
+MAX_VALUES: Final = 1_000_000  # of one distribution
+
+
+MAX_TEXT: Final = 600  # characters that are shown of a caption or a prompt
+
+
+MAX_REASONS: Final = 200
+
+
+EXAMPLES = 4  # samples shown for each reason
+
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A sample of the gallery.  what: ``edited`` | ``rejected`` | ``recaptioned``.  before, after: caption and prompt,
+    or the caption before and after.  boxes: of its faces, parts of the width and height."""
+
+    what: str
+    stage: str
+    shard: str
+    key: str
+    before: str = ""
+    after: str = ""
+    group: str = ""
+    reason: str = ""
+    detail: str = ""
+    boxes: tuple[Box, ...] = ()
+
+
+@dataclass(slots=True)
+class Looked:
+    """shards: stage → how many were looked at.  faces: number of faces → samples; sides: of the faces, as a part of
+    the image's side.  troubles: files that could not be read."""
+
+    shards: Counter[str] = field(default_factory=Counter)
+    faces: Counter[int] = field(default_factory=Counter)
+    sides: array[float] = field(default_factory=lambda: array("d"))
+    captions: array[float] = field(default_factory=lambda: array("d"))
+    prompts: array[float] = field(default_factory=lambda: array("d"))
+    recaptions: array[float] = field(default_factory=lambda: array("d"))
+    scores: Scores = field(default_factory=Scores)
+    edited: list[tuple[int, Shown]] = field(default_factory=list)
+    rejected: dict[tuple[str, str], list[tuple[int, Shown]]] = field(default_factory=dict)
+    recaptioned: list[tuple[int, Shown]] = field(default_factory=list)
+    troubles: list[str] = field(default_factory=list)
+
+    def trouble(self, text: object) -> None:
+        if len(self.troubles) < 20:
+            self.troubles.append(clean_text(str(text))[:300])
+
+
+def look(places: Sequence[StagePlace], chosen: Sequence[Sequence[str]], gallery: int, close: int) -> Looked:
+    """chosen: for each stage its shards in the order of their choice.
+
+    gallery: samples to show at most; close: shards that they come from, the first of the chosen ones.
+    """
+    looked = Looked()
+    by_stage = {place.stage: place for place in reversed(places)}
+    for place, shards in zip(places, chosen, strict=True):
+        for number, shard_id in enumerate(shards):
+            looked.shards[place.stage] += 1
+            wanted = gallery if number < close else 0
+            try:
+                _look_at(place, shard_id, by_stage, looked, wanted)
+            except (OSError, ShardError, ValueError, TypeError, KeyError, AttributeError) as error:
+                looked.trouble(f"{place.stage}, {shard_id}: {error}")
+    return looked
+
+
+def _look_at(place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: Looked, gallery: int) -> None:
+    if place.stage == FACES:
+        _look_at_faces(place, shard_id, looked)
+    elif place.stage == PROMPTS:
+        _look_at_prompts(place, shard_id, looked)
+    elif place.stage == EDITS and gallery:
+        _choose_edited(place, shard_id, places, looked, gallery)
+    elif place.stage == RECAPTION:
+        _look_at_recaptions(place, shard_id, looked, gallery)
+    elif place.stage == METADATA:
+        looked.scores.read(place.home / f"{shard_id}.parquet")
+    if gallery:
+        _choose_rejected(place, shard_id, places, looked)
+
+
+def _look_at_faces(place: StagePlace, shard_id: str, looked: Looked) -> None:
+    for boxes in _faces(place, shard_id).values():
+        looked.faces[len(boxes)] += 1
+        _extend(looked.sides, [math.sqrt((x1 - x0) * (y1 - y0)) for x0, y0, x1, y1 in boxes])
+
+
+def _faces(place: StagePlace, shard_id: str) -> dict[str, list[Box]]:
+    """Key → faces of the samples that stage 01 kept: as detected, else as recorded in the metadata."""
+    found = {}
+    for folder in sorted({place.home, *place.home.parent.iterdir()}):  # wherever --edits was: it points back here
+        path = folder / f"{shard_id}.json"
+        if (folder / "_receipts" / place.stage / "_home.json").is_file() and path.is_file():
+            metadata = read_dictionary(path, MAX_FILE_BYTES)
+            found = {
+                name.removesuffix(KEY_SUFFIX): _boxes(value.get("face_bboxes"))
+                for name, value in metadata.items()
+                if isinstance(value, dict)
+            }
+            break
+    return found | {
+        str(line.get("key")): _boxes(line.get("boxes")) for line in provenance(place, shard_id, MAX_FILE_BYTES)
+    }
+
+
+def _look_at_prompts(place: StagePlace, shard_id: str, looked: Looked) -> None:
+    for line in provenance(place, shard_id, MAX_FILE_BYTES):
+        _extend(looked.captions, [len(str(line.get("caption", "")))])
+        _extend(looked.prompts, [len(str(line.get("prompt", "")))])
+
+
+def _choose_edited(
+    place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: Looked, gallery: int
+) -> None:
+    captions = {}
+    if PROMPTS in places:
+        captions = {str(line.get("key")): line for line in provenance(places[PROMPTS], shard_id, MAX_FILE_BYTES)}
+    faces = _faces(places[FACES], shard_id) if FACES in places else {}
+    for line in provenance(place, shard_id, MAX_FILE_BYTES):
+        key = str(line.get("key"))
+        shown = Shown(
+            "edited",
+            place.stage,
+            shard_id,
+            key,
+            before=_text(captions.get(key, {}).get("caption")),
+            after=_text(line.get("prompt")),
+            group=_text(line.get("group"), 80),
+            boxes=tuple(faces.get(key, ())[:20]),
+        )
+        _choose(looked.edited, shown, gallery)
+
+
+def _choose_rejected(place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: Looked) -> None:
+    for reason, key, detail in _gone(place, shard_id):
+        name = (place.stage, reason)
+        if name not in looked.rejected and len(looked.rejected) >= MAX_REASONS:
+            continue
+        shown = Shown("rejected", place.stage, shard_id, key, reason=reason, detail=detail)
+        _choose(looked.rejected.setdefault(name, []), shown, EXAMPLES)
+
+
+def with_captions(shown: Iterable[Shown], places: Sequence[StagePlace]) -> dict[tuple[str, str], str]:
+    """(shard, key) → the caption, of samples that stage 01 kept and a later one did not."""
+    homes = [place.home for place in places if place.stage == FACES]
+    found: dict[tuple[str, str], str] = {}
+    wanted: dict[str, set[str]] = {}
+    for one in shown:
+        if one.stage in (PROMPTS, EDITS):
+            wanted.setdefault(one.shard, set()).add(one.key)
+    for shard_id, keys in wanted.items() if homes else ():
+        try:
+            captions = read_dictionary(homes[0] / f"{shard_id}.json", MAX_FILE_BYTES)
+        except ShardError:
+            continue
+        found |= {(shard_id, key): _text(captions.get(key + KEY_SUFFIX)) for key in keys}
+    return found
+
+
+def _look_at_recaptions(place: StagePlace, shard_id: str, looked: Looked, gallery: int) -> None:
+    for line in json_lines(rows_path(place.home, shard_id), MAX_FILE_BYTES):
+        _extend(looked.recaptions, [len(str(line.get("caption", "")))])
+        if gallery:
+            before, after = _text(line.get("original_caption")), _text(line.get("caption"))
+            shown = Shown("recaptioned", place.stage, shard_id, str(line.get("key")), before=before, after=after)
+            _choose(looked.recaptioned, shown, min(gallery, 12))
+
+
+def _choose(heap: list[tuple[int, Shown]], shown: Shown, at_most: int) -> None:
+    """The samples of the lowest hashes, each once."""
+    number = -xxhash.xxh3_64_intdigest(f"{shown.shard}/{shown.key}".encode("utf-8", "replace"))
+    if any(number == other for other, _ in heap):
+        return
+    if len(heap) < at_most:
+        heapq.heappush(heap, (number, shown))
+    elif heap and number > heap[0][0]:
+        heapq.heapreplace(heap, (number, shown))
+
+
+def in_order(heap: Sequence[tuple[int, Shown]]) -> list[Shown]:
+    return [shown for _, shown in sorted(heap, key=lambda pair: -pair[0])]
+
+
+def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
+    """(reason, key, detail) of the samples that were dropped or failed."""
+    folder = place.home / "_rejects" / place.stage
+    for line in json_lines(folder / f"{shard_id}.jsonl", MAX_FILE_BYTES):
+        yield _text(line.get("reason"), 80), str(line.get("key")), _text(line.get("detail"), 300)
+    try:
+        with gzip.open(folder / f"{shard_id}.drops.tsv.gz") as file:
+            data = file.read(MAX_FILE_BYTES)
+    except (FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile):
+        return
+    for row in data.splitlines():
+        reason, _, key = row.partition(b"\t")
+        try:
+            yield _text(reason.decode("utf-8", "replace"), 80), str(parse_json(key)), ""
+        except SampleError:
+            continue
+
+
+def _boxes(value: Any) -> list[Box]:
+    """Faces as parts of the image, 0 to 1; what is no box is left out."""
+    found = []
+    for box in value if isinstance(value, list) else ():
+        if not isinstance(box, list) or len(box) < 4 or not all(isinstance(v, int | float) for v in box[:4]):
+            continue
+        x0, y0, x1, y1 = (min(1.0, max(0.0, float(v))) if math.isfinite(v) else 0.0 for v in box[:4])
+        found.append((x0, y0, max(x0, x1), max(y0, y1)))
+    return found
+
+
+def _extend(values: array[float], more: Iterable[float]) -> None:
+    if len(values) < MAX_VALUES:
+        values.extend(more)
+
+
+def _text(value: Any, at_most: int = MAX_TEXT) -> str:
+    """One printable line, cut where it is long."""
+    text = clean_text(value) if isinstance(value, str) else ""
+    return text if len(text) <= at_most else text[: at_most - 1] + "…"

@@ -1,0 +1,136 @@
+"""``python -m curation retry ROOT --stage S``: failed shards become pending again.
+
+A receipt is never deleted, because generations must only grow for the commit to be safe: a receipt of the next
+generation with the status ``retry`` is committed in its place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import curation
+from curation.commands.places import StagePlace, stage_named
+from curation.errors import EXIT_OK, UsageError
+from curation.jsonio import clean_text
+from curation.options import exit_code, parse_arguments
+from curation.run.attempt import code_version
+from curation.run.claims import is_gone, read_claim
+from curation.run.commit import Commit
+from curation.run.ledger import MAX_ATTEMPTS, done_receipts
+from curation.run.requeue import make_pending
+from curation.shards import Shard, bucket_of, select
+
+_KEPT = ("shard", "stage", "version", "epoch", "inputs", "sources", "error")  # of the receipt that is replaced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Make failed shards of a stage pending again; the stage's next run does them."""
+
+    root: Annotated[Path, tyro.conf.Positional]
+    """The folder of the dataset, or the stage's output folder."""
+    stage: str
+    """The stage's name, as status shows it: 01_filter_noface."""
+    reason: str | None = None
+    """Only failures with this reason, or with this text in their message."""
+    shards: str | None = None
+    """Only these: ids, ranges (00000010..00000019) or a file of them.  Shards that have failed three times are
+    quarantined, and run again only if they are named here."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(Options, argv, "retry")
+    place = stage_named(options.root, options.stage)
+    counts: Counter[str] = Counter()
+    for receipt in _failed(place, options, counts):
+        counts[_retry(place, receipt, named=options.shards is not None, dry_run=options.dry_run)] += 1
+    would = "would be" if options.dry_run else "are"
+    print(f"{place.stage} in {place.home}: {counts['retry']:,} failed shards {would} pending again")
+    for what, text in _LEFT.items():
+        if counts[what]:
+            print(f"  {counts[what]:,} {text}")
+    if counts["retry"] and not options.dry_run:
+        print(f"start the stage next, as before: {_command(place.stage)}")
+    return EXIT_OK
+
+
+_LEFT = {
+    "quarantined": f"left: they have failed {MAX_ATTEMPTS} times and run again only when --shards names them",
+    "claimed": "left: a worker has a claim on them",
+    "lost": "left: a worker was just committing them",
+    "other": "left: they failed for other reasons",
+    "sound": "of those named have not failed",
+}
+
+
+def _failed(place: StagePlace, options: Options, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The receipts of failed shards that the options mean."""
+    for receipt in _receipts(place, options.shards):
+        if receipt.get("status") != "failed":
+            counts["sound"] += options.shards is not None
+        elif options.reason is not None and not _matches(receipt, options.reason):
+            counts["other"] += 1
+        else:
+            yield receipt
+
+
+def _receipts(place: StagePlace, spec: str | None) -> Iterator[dict[str, Any]]:
+    if spec is None:
+        yield from done_receipts(place.home, place.stage)
+        return
+    paths = place.receipts.glob("*/[!.]*.json")
+    shards = sorted((Shard(path.stem, path) for path in paths), key=lambda shard: shard.id)
+    if not shards:
+        raise UsageError(f"{place.stage} in {place.home} has no receipts yet: nothing has failed")
+    for shard in select(shards, spec):
+        receipt = _commit(place, shard.id).read_receipt()
+        if receipt is not None:
+            yield receipt
+
+
+def _matches(receipt: dict[str, Any], reason: str) -> bool:
+    error = receipt.get("error") or {}
+    return reason == error.get("reason") or reason in str(error.get("message", ""))
+
+
+def _commit(place: StagePlace, shard_id: str) -> Commit:
+    return Commit(place.home, place.receipts / bucket_of(shard_id), shard_id)
+
+
+def _retry(place: StagePlace, receipt: dict[str, Any], *, named: bool, dry_run: bool) -> str:
+    """What became of it: ``retry``, or why it was left."""
+    shard_id = str(receipt["shard"])
+    attempts = int(receipt.get("attempts", 1))
+    if attempts >= MAX_ATTEMPTS and not named:
+        return "quarantined"
+    if dry_run:
+        holder = read_claim(place.claim(shard_id))
+        return "claimed" if holder is not None and not is_gone(holder) else "retry"
+    last = [output["path"] for output in receipt.get("outputs", []) if output.get("checked", True)]
+    superseded = [*last, *receipt.get("superseded", [])]  # the next attempt clears them away
+    fields = {
+        **{name: receipt[name] for name in _KEPT if name in receipt},
+        "outputs": [],
+        "attempts": 0 if named else attempts,
+        "code": code_version(),
+        **({"superseded": superseded} if superseded else {}),
+    }
+    return make_pending(_commit(place, shard_id), place.claim(shard_id), receipt, fields)
+
+
+def _command(stage: str) -> str:
+    """How the stage is started, by the scripts that lie beside the package."""
+    folder = Path(curation.__file__).resolve().parent.parent
+    scripts = [path.name for path in sorted(folder.glob("[0-9]*.sh")) if path.stem == stage]
+    programs = [path.name for path in sorted(folder.glob("[0-9]*.py")) if path.stem.startswith(stage)]
+    commands = [f"sbatch {name}" for name in scripts] + [f"python {name} ..." for name in programs]
+    return " or ".join(commands) or clean_text(stage)

@@ -1,0 +1,317 @@
+"""``python -m curation status ROOT``: how far every stage below a folder is, from receipts, plans and claims alone.
+
+It writes nothing, needs no SLURM, and trusts no other node's clock: whether a worker lives is seen from its heartbeat.
+
+What ``status`` found, as tables on a terminal and as plain lines in a log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import tyro
+
+from curation.commands.places import find_stages
+from curation.commands.status.holdings import Holding, Holdings, slurm_states
+from curation.commands.status.scan import Counts, Stage, Survey, job_of, speed
+from curation.errors import EXIT_OK, UsageError
+from curation.jsonio import clean_text
+from curation.options import exit_code, parse_arguments
+
+_MAX_ROWS = 40  # of running shards, before they are counted only
+
+
+_LIVES = {"alive": "alive", "gone": "dead: its shard is free to take", "unknown": "not known to be alive"}
+
+
+def as_lines(result: dict[str, Any]) -> Iterator[str]:
+    """For a log: a stage's line, and indented what there is to say of it."""
+    for stage in result["stages"]:
+        facts = "  ".join(f"{name} {value}" for name, value in zip(_HEADINGS, _row(stage)[1:], strict=True))
+        yield f"{stage['stage']}  {facts}  ({stage['folder']})"
+        yield from (f"  {line}" for line in _details(stage))
+        yield from (f"  running: {'  '.join(filter(None, row))}" for row in _running(stage))
+    for warning in result["warnings"]:
+        yield f"warning: {warning}"
+
+
+def print_tables(result: dict[str, Any], *, clear: bool) -> None:
+    """For a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if clear:
+        console.clear()
+    console.print(Text(str(result["root"])))
+    for title, columns in (("shards", range(7)), ("samples", range(7, len(_HEADINGS)))):
+        table = Table(title=title, title_justify="left")
+        table.add_column("stage", no_wrap=True)
+        for column in columns:
+            table.add_column(_HEADINGS[column], justify="right")
+        for stage in result["stages"]:
+            name, *cells = _row(stage)
+            table.add_row(Text(name), *(Text(cells[column]) for column in columns))
+        console.print(table)
+    for stage in result["stages"]:
+        details = list(_details(stage))
+        rows = list(_running(stage))
+        if rows:
+            running = Table(title=Text(f"{stage['stage']}: running"), title_justify="left")
+            for heading in ("shard", "worker", "since", "samples", "life"):
+                running.add_column(heading)
+            for row in rows:
+                running.add_row(*(Text(cell) for cell in row))
+            console.print(running)
+        for line in details:
+            console.print(Text(f"{stage['stage']}: {line}"))
+    for warning in result["warnings"]:
+        console.print(Text(f"warning: {warning}"), style="yellow")
+
+
+_HEADINGS = (
+    "done", "running", "pending", "stale", "failed", "quarantined", "ETA",
+    "in", "kept", "dropped", "bad", "per second", "lately", "GPU-seconds",
+)  # fmt: skip
+
+
+def _row(stage: dict[str, Any]) -> list[str]:
+    samples = stage["samples"]
+    return [
+        stage["stage"],
+        f"{stage['done']:,}",
+        f"{len(stage['running']):,}",
+        f"{stage['pending']:,}" + ("" if stage["planned"] is not None else "+?"),
+        *(f"{sum(stage[name].values()):,}" for name in ("stale", "failed", "quarantined")),
+        "-" if stage["eta_s"] is None else str(timedelta(seconds=round(stage["eta_s"]))),
+        f"{samples['in']:,}",
+        f"{samples['kept']:,}",
+        *(f"{sum(samples[name].values()):,}" for name in ("dropped", "failed")),
+        _rate(stage["samples_per_s"]),
+        _rate(stage["samples_per_s_recent"]),
+        f"{stage['gpu_seconds']:,.0f}",
+    ]
+
+
+def _details(stage: dict[str, Any]) -> Iterator[str]:
+    whys = {
+        "epoch": "made with other options",
+        "inputs": "their inputs changed",
+        "upstream": "an input is stale itself",
+    }
+    for why, count in stage["stale"].items():
+        yield f"stale: {count:,} ({whys.get(why, why)}); the stage's next run does them again"
+    for what in ("failed", "quarantined"):
+        for reason, count in stage[what].items():
+            causes = stage["slurm_causes"].get(reason, {})
+            told = f"; SLURM: {', '.join(f'{n:,} {state}' for state, n in causes.items())}" if causes else ""
+            yield f"{what}: {count:,} {reason}{told}"
+    for failure in stage["failures"]:
+        states = f" [{', '.join(failure['slurm_states'])}]" if failure["slurm_states"] else ""
+        yield f"{failure['shard']} {failure['reason']}{states}: {failure['message']}"
+    for path in stage["unreadable"]:
+        yield f"no receipt, though it is named like one: {path}"
+
+
+def _running(stage: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """shard, worker, since, samples, life"""
+    for claim in stage["running"][:_MAX_ROWS]:
+        job = f"job {claim['job']}" if claim["job"] else ""
+        pid = f"pid {claim['pid']}" if claim["pid"] else ""
+        worker = " ".join(filter(None, (claim["host"] or "an unknown host", pid, job)))
+        life = _LIVES[claim["life"]]
+        if claim["life"] != "alive":
+            life += f" (seen silent for {claim['silent_s']:,.0f} s)" if claim["silent_s"] >= 1 else ""
+            life += f" [{claim['slurm_state']}]" if claim["slurm_state"] else ""
+        if claim["deaths_before"]:
+            life += f", {claim['deaths_before']} died on it before"
+        if claim["trouble"]:
+            life += f"; {claim['trouble']}"
+        samples = "" if claim["samples"] is None else f"{claim['samples']:,} samples"
+        yield claim["shard"], worker, _since(claim["since"]), samples, life
+    more = len(stage["running"]) - _MAX_ROWS
+    if more > 0:
+        yield f"and {more:,} more", "", "", "", ""
+
+
+def _since(unix_time: float | None) -> str:
+    try:
+        return "" if unix_time is None else f"since {datetime.fromtimestamp(unix_time):%Y-%m-%d %H:%M:%S}"
+    except (OverflowError, OSError, ValueError):
+        return ""
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
+
+
+STATUS_FORMAT = 1
+
+
+_MOMENT_S = 1.0  # between the two looks at a heartbeat, at least
+
+
+_WATCH_S = "10"
+
+
+_SHARE_OF_READING = 3.0  # --watch rests at least so many times as long as it reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Show how far the stages below a folder are."""
+
+    root: Annotated[Path, tyro.conf.Positional]
+    """The folder of the dataset: stages whose receipts lie in it or in a folder in it are found."""
+    watch: float | None = None
+    """Show it again every so many seconds (10 where no number is given), until interrupted."""
+    json: bool = False
+    """One JSON object on one line instead of tables."""
+    look_s: float = _MOMENT_S
+    """Look at heartbeats for so many seconds before saying who is alive: a worker beats four times a lease."""
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(Options, _with_seconds(sys.argv[2:] if argv is None else argv), "status")
+    if options.watch is not None and options.watch <= 0:
+        raise UsageError("--watch takes a positive number of seconds")
+    holdings = Holdings([])
+    first = True
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            began = time.monotonic()
+            places = find_stages(options.root)
+            holdings.follow(places)
+            result = _look(options.root, Survey(places), holdings, options.look_s if first else 0.0)
+            _show(result, options)
+            if options.watch is None:
+                break
+            first = False
+            time.sleep(max(options.watch, _SHARE_OF_READING * (time.monotonic() - began)))
+    return EXIT_OK
+
+
+def _with_seconds(argv: Sequence[str]) -> list[str]:
+    """``--watch`` may stand without its seconds."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        following = words[place + 1] if place + 1 < len(words) else ""
+        if word == "--watch" and not following.replace(".", "", 1).isdigit():
+            return [*words[:place], "--watch", _WATCH_S, *words[place + 1 :]]
+    return words
+
+
+def _show(result: dict[str, Any], options: Options) -> None:
+    if options.json:
+        print(orjson.dumps(result).decode(), flush=True)
+    elif sys.stdout.isatty():
+        print_tables(result, clear=options.watch is not None)
+    else:
+        print("\n".join(as_lines(result)), flush=True)
+
+
+def _look(root: Path, survey: Survey, holdings: Holdings, look_s: float) -> dict[str, Any]:
+    """Everything that is shown, as one JSON value; docs/status.md describes it."""
+    began = time.monotonic()
+    for stage, held in zip(survey.stages, holdings.look(), strict=True):
+        stage.claimed = {holding.shard_id for holding in held}
+    totals = survey.read(Counts)
+    if any(stage.claimed for stage in survey.stages):
+        left_s = look_s - (time.monotonic() - began)
+        if left_s > 0 and any(holding.life == "unknown" for held in holdings.look() for holding in held):
+            time.sleep(left_s)
+    held_now = holdings.look()
+    jobs = {job for counts in totals for _, job in counts.jobs}
+    states = slurm_states(jobs | {job_of(h.holder.slurm) for held in held_now for h in held if h.life != "alive"})
+    stages = [
+        stage_result(stage, counts, held, states)
+        for stage, counts, held in zip(survey.stages, totals, held_now, strict=True)
+    ]
+    return {
+        "format": STATUS_FORMAT,
+        "root": str(root),
+        "seconds": round(time.monotonic() - began, 3),
+        "slurm_answered": bool(states),
+        "stages": stages,
+        "warnings": [clean_text(warning) for warning in survey.warnings],
+    }
+
+
+def stage_result(stage: Stage, counts: Counts, held: list[Holding], states: dict[str, str]) -> dict[str, Any]:
+    """One stage of the JSON value."""
+    fast = speed(counts.spans)
+    pending = counts.again + counts.untouched
+    lively = [holding for holding in held if holding.life != "gone"]
+    waiting = pending + len(held)
+    eta_s = waiting / fast.shards_per_s if lively and fast.shards_per_s else None
+    causes: dict[str, Counter[str]] = {}
+    for (reason, job), number in counts.jobs.items():
+        if job in states:
+            causes.setdefault(reason, Counter())[states[job]] += number
+    return {
+        "stage": clean_text(stage.place.stage),
+        "folder": str(stage.place.home),
+        "planned": None if stage.planned is None else sum(map(len, stage.planned.values())),
+        "done": counts.done,
+        "pending": pending,
+        "running": [_holding_result(holding, states) for holding in held],
+        "stale": dict(counts.stale),
+        "failed": dict(counts.failed.most_common()),
+        "quarantined": dict(counts.quarantined.most_common()),
+        "failures": [
+            {
+                **{name: clean_text(value) if isinstance(value, str) else value for name, value in example.items()},
+                "slurm_states": [states[job] for job in example["jobs"] if job in states],
+            }
+            for examples in counts.examples.values()
+            for example in examples
+        ],
+        "slurm_causes": {reason: dict(found.most_common()) for reason, found in causes.items()},
+        "unreadable": counts.unreadable,
+        "samples": {
+            "in": counts.samples_in,
+            "kept": counts.kept,
+            "dropped": dict(counts.dropped.most_common()),
+            "failed": dict(counts.samples_failed.most_common()),
+        },
+        "samples_per_s": _rounded(fast.samples_per_s),
+        "samples_per_s_recent": _rounded(fast.recent),
+        "recent_window_s": _rounded(fast.window_s),
+        "gpu_seconds": round(counts.gpu_seconds, 1),
+        "eta_s": _rounded(eta_s),
+    }
+
+
+def _holding_result(holding: Holding, states: dict[str, str]) -> dict[str, Any]:
+    holder = holding.holder
+    job = job_of(holder.slurm)
+    return {
+        "shard": holding.shard_id,
+        "host": holder.host,
+        "pid": holder.pid,
+        "rank": holder.rank,
+        "job": job,
+        "since": holder.since,
+        "samples": holding.samples,
+        "life": holding.life,
+        "silent_s": round(holding.silent_s, 1),
+        "lease_s": holder.lease_s,
+        "deaths_before": len(holder.deaths),
+        "slurm_state": states.get(job, "") if holding.life != "alive" else "",
+        "trouble": f"{holding.path}: {holder.trouble}" if holder.trouble else "",
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

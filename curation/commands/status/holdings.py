@@ -1,0 +1,180 @@
+"""Who is working on what, from claims and heartbeats alone, watched by this process's own clock.
+
+What SLURM's accounting says became of jobs, where there is any: OUT_OF_MEMORY, TIMEOUT, NODE_FAIL, PREEMPTED …
+
+Without sacct, without accounting behind it, or when it does not answer in time, nothing is known and nothing breaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from curation.cluster import host_identity
+from curation.commands.places import StagePlace
+from curation.run.claims import MAX_BEAT_BYTES, Holder, is_gone, parse_beat, read_claim
+from curation.shards import is_safe_id
+
+MAX_CLAIMS = 100_000  # of one stage: more are no claims of workers
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A claim on a shard.
+
+    life: ``alive`` (its heartbeat moved while we looked, or its process runs on this machine), ``gone`` (its process
+    has ended on this machine, or its heartbeat stood still for a lease), ``unknown`` (it was not looked at for long
+    enough).  samples: finished so far, None where the heartbeat does not say.  silent_s: for how long we saw it still.
+    """
+
+    path: Path
+    shard_id: str
+    holder: Holder
+    life: str
+    samples: int | None
+    silent_s: float
+
+
+class Holdings:
+    """Looks at claims again and again, and remembers how long it has seen each heartbeat stand still."""
+
+    def __init__(self, places: Sequence[StagePlace]) -> None:
+        self._places = places
+        self._beats: dict[Path, tuple[bytes, float, bool]] = {}  # → counter, since when, whether it was seen to move
+
+    def follow(self, places: Sequence[StagePlace]) -> None:
+        """These are the stages from now on; what was seen of their heartbeats is kept."""
+        self._places = places
+
+    def look(self) -> list[list[Holding]]:
+        """The claims of each stage as they are now."""
+        found, present = [], set()
+        for place in self._places:
+            read: dict[str, dict[str, int]] = {}
+            mine = []
+            for path, holder in _claims(place):
+                if holder.beat not in read:
+                    read[holder.beat] = self._read_beat(place.claims / "_beats" / holder.beat) if holder.beat else {}
+                beat = place.claims / "_beats" / holder.beat if holder.beat else path
+                present.add(beat)
+                mine.append(self._holding(path, holder, beat, read[holder.beat]))
+            found.append(sorted(mine, key=lambda holding: holding.shard_id))
+        self._beats = {beat: seen for beat, seen in self._beats.items() if beat in present}
+        return found
+
+    def _holding(self, path: Path, holder: Holder, beat: Path, working: dict[str, int]) -> Holding:
+        now = time.monotonic()
+        _, since, moved = self._beats.setdefault(beat, (b"", now, False))
+        silent_s = now - since
+        host, boot, namespace = host_identity()
+        here = bool(boot) and (holder.host, holder.boot, holder.pid_namespace) == (host, boot, namespace)
+        if here and holder.pid is not None and holder.pid_start:
+            life = "gone" if is_gone(holder) else "alive"
+        elif silent_s >= (holder.lease_s or float("inf")):
+            life = "gone"
+        else:
+            life = "alive" if moved else "unknown"
+        return Holding(path, path.name.removesuffix(".claim"), holder, life, working.get(path.stem), silent_s)
+
+    def _read_beat(self, path: Path) -> dict[str, int]:
+        data = b""
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            data = file.read(MAX_BEAT_BYTES)
+        counter, working = parse_beat(data)
+        before = self._beats.get(path)
+        if before is None:
+            self._beats[path] = (counter, time.monotonic(), False)
+        elif counter and counter != before[0]:
+            self._beats[path] = (counter, time.monotonic(), bool(before[0]) or before[2])
+        return working
+
+
+def _claims(place: StagePlace) -> list[tuple[Path, Holder]]:
+    found: list[tuple[Path, Holder]] = []
+    with contextlib.suppress(OSError), os.scandir(place.claims) as buckets:
+        for bucket in sorted(entry.name for entry in buckets if not entry.name.startswith(("_", "."))):
+            with contextlib.suppress(OSError):
+                for name in os.listdir(place.claims / bucket):
+                    path = place.claims / bucket / name
+                    if len(found) < MAX_CLAIMS and name.endswith(".claim") and is_safe_id(name[:-6]):
+                        holder = read_claim(path)
+                        if holder is not None:
+                            found.append((path, holder))
+    return found
+
+
+TIMEOUT_S = 10.0  # for all together
+
+
+_BATCH = 500  # ids of one call: a command line has bounds
+
+
+_MAX_JOBS = 5000
+
+
+_ID = re.compile(r"\d{1,12}(?:_\d{1,9})?")
+
+
+_STATE = re.compile(r"[A-Z_]{2,40}")
+
+
+def slurm_states(jobs: Iterable[str]) -> dict[str, str]:
+    """Job (41, or 40_7 of an array) → the state it is in or ended in, the worst of its runs where it was requeued.
+
+    Jobs of which SLURM knows nothing are left out.
+    """
+    wanted = sorted({job for job in jobs if _ID.fullmatch(job)}, key=_newest_first)[:_MAX_JOBS]
+    found: dict[str, str] = {}
+    if not wanted or not shutil.which("sacct"):
+        return found
+    end = time.monotonic() + TIMEOUT_S
+    for start in range(0, len(wanted), _BATCH):
+        answer = _ask(wanted[start : start + _BATCH], end - time.monotonic())
+        if answer is None:
+            break
+        for job, state in _parse(answer):
+            if job not in found or found[job] in _HARMLESS:
+                found[job] = state
+    return {job: found[job] for job in wanted if job in found}
+
+
+_HARMLESS = {"COMPLETED", "RUNNING", "PENDING", "REQUEUED", "RESIZING", "SUSPENDED"}
+
+
+def _ask(jobs: list[str], timeout_s: float) -> str | None:
+    command = [
+        "sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--format=JobID,JobIDRaw,State",
+        f"--jobs={','.join(jobs)}",
+    ]  # fmt: skip
+    if timeout_s <= 0:
+        return None
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout if result.returncode == 0 else None
+
+
+def _parse(answer: str) -> list[tuple[str, str]]:
+    found = []
+    for line in answer.splitlines():
+        fields = line.split("|")
+        state = _STATE.match(fields[-1]) if len(fields) == 3 else None  # "CANCELLED by 1000"
+        if state:
+            found += [(name, state[0]) for name in dict.fromkeys(fields[:2]) if _ID.fullmatch(name)]
+    return found
+
+
+def _newest_first(job: str) -> tuple[int, int]:
+    number, _, element = job.partition("_")
+    return -int(number), int(element or 0)

@@ -1,0 +1,395 @@
+"""Reading the receipts of all stages below a folder, a bucket at a time, in a few processes.
+
+A shard's receipts of all stages are looked at together, so that what is stale is found by comparing receipts, and
+nothing is held but sums.  Nothing is written, and no file is hashed.
+
+What the receipts of one stage add up to; sums of parts can be added again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import orjson
+
+from curation.commands.places import StagePlace
+from curation.errors import InfrastructureError
+from curation.run.inputs import receipts_of, vouched_for
+from curation.run.ledger import MAX_ATTEMPTS, Epoch
+from curation.run.planned import planned
+from curation.shards import bucket_of
+from curation.storage.files import MAX_RECEIPT_BYTES, read_record
+
+EXAMPLES = 5  # failed shards that are told of for each reason
+
+
+WINDOW_S = 600.0  # "in the last while", at least
+
+
+_MAX_MESSAGE = 300
+
+
+def job_of(slurm: Any) -> str:
+    """The SLURM job that a receipt or a claim names, as sacct takes it: 41, or 40_7 of an array; empty for none."""
+    if not isinstance(slurm, dict):
+        return ""
+    array_job, element = str(slurm.get("array_job_id", "")), str(slurm.get("array_task_id", ""))
+    job = str(slurm.get("job_id", ""))
+    if array_job.isdecimal() and element.isdecimal():
+        return f"{array_job}_{element}"
+    return job if job.isdecimal() else ""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Shards by what they are, samples and times of one stage.
+
+    done: shards that are done and up to date; stale: done, but not up to date, by why (epoch, inputs, upstream).
+    failed, quarantined: by reason.  again: to be tried again; untouched: planned, without a receipt.  Neither counts
+    shards that a worker has claimed.  jobs: (reason, SLURM job) of failures.  spans: started, finished and samples in
+    of each attempt that was done, one after the other, Unix times by the clocks of their nodes.
+    """
+
+    done: int = 0
+    stale: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    quarantined: Counter[str] = field(default_factory=Counter)
+    again: int = 0
+    untouched: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    samples_in: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    samples_failed: Counter[str] = field(default_factory=Counter)
+    gpu_seconds: float = 0.0
+    jobs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    spans: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, other: Self) -> None:
+        self.done += other.done
+        self.again += other.again
+        self.untouched += other.untouched
+        self.samples_in += other.samples_in
+        self.kept += other.kept
+        self.gpu_seconds += other.gpu_seconds
+        for name in ("stale", "failed", "quarantined", "dropped", "samples_failed", "jobs"):
+            getattr(self, name).update(getattr(other, name))
+        self.unreadable = (self.unreadable + other.unreadable)[:EXAMPLES]
+        self.spans.extend(other.spans)
+        for reason, examples in other.examples.items():
+            self.examples[reason] = [*self.examples.get(reason, []), *examples][:EXAMPLES]
+
+    def add_done(self, shard_id: str, receipt: dict[str, Any], why_stale: str) -> None:
+        """A shard that is done; ``why_stale`` is empty where it is up to date."""
+        if why_stale:
+            self.stale[why_stale] += 1
+        else:
+            self.done += 1
+        counts = receipt.get("counts")
+        if isinstance(counts, dict):
+            self.samples_in += (count := whole(counts.get("in")))
+            self.kept += whole(counts.get("kept"))
+            for tally, name in ((self.dropped, "dropped"), (self.samples_failed, "failed")):
+                reasons = counts.get(name)
+                if reasons and isinstance(reasons, dict):
+                    for reason, number in reasons.items():
+                        tally[reason] += whole(number)
+            seconds = self._add_time(receipt)
+            if seconds >= 0:
+                self.spans.extend((receipt["started"], receipt["finished"], count))
+
+    def add_failed(self, shard_id: str, receipt: dict[str, Any], max_attempts: int) -> None:
+        error = receipt.get("error")
+        error = error if isinstance(error, dict) else {}
+        reason = str(error.get("reason", "unknown"))[:100]
+        held = whole(receipt.get("attempts")) >= max_attempts
+        (self.quarantined if held else self.failed)[reason] += 1
+        self._add_time(receipt)
+        jobs = _jobs_of_failure(receipt, error)
+        self.jobs.update((reason, job) for job in jobs)
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            message = str(error.get("message", ""))[:_MAX_MESSAGE]
+            examples.append(
+                {"shard": shard_id, "reason": reason, "message": message, "host": str(receipt.get("host", "")),
+                 "jobs": jobs, "quarantined": held}
+            )  # fmt: skip
+
+    def _add_time(self, receipt: dict[str, Any]) -> float:
+        """The attempt's seconds, negative where the receipt does not say."""
+        started, finished = receipt.get("started"), receipt.get("finished")
+        if not (isinstance(started, int | float) and isinstance(finished, int | float)):
+            return -1.0
+        if receipt.get("gpu") is not None:
+            self.gpu_seconds += max(0.0, finished - started)
+        return float(finished - started)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """samples_per_s: over the time in which at least one shard was worked on; recent: of what was finished in the last
+    ``window_s`` before the last receipt; shards_per_s: likewise.  None where the receipts do not tell."""
+
+    samples_per_s: float | None = None
+    recent: float | None = None
+    shards_per_s: float | None = None
+    window_s: float = WINDOW_S
+
+
+def speed(spans: array[float]) -> Speed:
+    """From the times of the attempts that were done."""
+    rows = sorted(zip(spans[0::3], spans[1::3], spans[2::3], strict=True))
+    if not rows:
+        return Speed()
+    covered, until, last = 0.0, rows[0][0], 0.0
+    for started, finished, _ in rows:
+        if finished > until:
+            covered += finished - max(started, until)
+            until = finished
+    last = until
+    mean_s = sum(finished - started for started, finished, _ in rows) / len(rows)
+    window_s = min(max(WINDOW_S, 2 * mean_s), last - rows[0][0])
+    within = [samples for _, finished, samples in rows if finished > last - window_s]
+    total = sum(samples for _, _, samples in rows)
+    if covered <= 0 or window_s <= 0:
+        return Speed()
+    return Speed(total / covered, sum(within) / window_s, len(within) / window_s, window_s)
+
+
+def _jobs_of_failure(receipt: dict[str, Any], error: dict[str, Any]) -> list[str]:
+    """The jobs of the workers that died on the shard, or that of the worker that failed it."""
+    deaths = error.get("deaths")
+    slurm = [d.get("slurm") for d in deaths if isinstance(d, dict)] if isinstance(deaths, list) else []
+    return [job for ids in slurm or [receipt.get("slurm")] if (job := job_of(ids))][:16]
+
+
+def whole(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else 0
+
+
+MAX_PROCESSES = 8  # a shared filesystem answers several at once; a login node is not ours alone
+
+
+_BUCKETS_A_PROCESS = 4  # fewer are not worth starting one for
+
+
+_READ_BYTES = 256 << 10
+
+
+@dataclass(slots=True)
+class Stage:
+    """A stage as status reads it.  planned: bucket → shard ids, None where no run has left its plan.  claimed: shards
+    that somebody has a claim on."""
+
+    place: StagePlace
+    epochs: list[Epoch]
+    planned: dict[str, set[str]] | None
+    claimed: set[str] = field(default_factory=set)
+
+    def governing(self, shard_id: str) -> int:
+        return next((e.number for e in reversed(self.epochs) if e.covers(shard_id)), 1)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A shard's receipt in one stage, and why it is stale; None while that is not known."""
+
+    receipt: dict[str, Any]
+    why: str | None = None
+
+
+AnyCounts = TypeVar("AnyCounts", bound=Counts)
+
+
+class Survey:
+    """The stages below a folder and what their receipts add up to."""
+
+    def __init__(self, places: Sequence[StagePlace]) -> None:
+        self.warnings: list[str] = []
+        self.stages = [Stage(place, self._epochs(place), self._planned(place)) for place in places]
+        self._index = {str(place.receipts): number for number, place in enumerate(places)}
+        self._origins: dict[tuple[int, str, str], tuple[int | None, str]] = {}
+
+    def read(self, new_counts: Callable[[], AnyCounts]) -> list[AnyCounts]:
+        """The sums for each stage, in the order of ``stages``.
+
+        new_counts: makes an empty sum.  A command that wants to know more than ``Counts`` holds has a subclass of it.
+        """
+        names = {name for stage in self.stages for name in _buckets(stage.place.receipts)}
+        names |= {name for stage in self.stages for name in stage.planned or ()}
+        buckets = sorted(names)
+        wanted = min(MAX_PROCESSES, max(2, os.cpu_count() or 1), len(buckets) // _BUCKETS_A_PROCESS)
+        if wanted < 2:
+            return self._read(buckets, new_counts)
+        context = multiprocessing.get_context("fork")  # they inherit what was read so far
+        readers = []
+        for number in range(wanted):
+            mine, theirs = context.Pipe(duplex=False)
+            mission = (buckets[number::wanted], new_counts, theirs)
+            process = context.Process(target=self._tell, args=mission, daemon=True)
+            process.start()
+            theirs.close()
+            readers.append((process, mine))
+        total = [new_counts() for _ in self.stages]
+        for process, pipe in readers:
+            try:
+                part = pipe.recv()
+            except EOFError:
+                raise InfrastructureError("a process that reads receipts ended without a word") from None
+            process.join()
+            if isinstance(part, str):
+                raise InfrastructureError(part)
+            for sum_, counts in zip(total, part, strict=True):
+                sum_.add(counts)
+        return total
+
+    def _tell(self, buckets: list[str], new_counts: Callable[[], AnyCounts], pipe: Connection) -> None:
+        try:
+            pipe.send(self._read(buckets, new_counts))
+        except InfrastructureError as error:
+            pipe.send(str(error))
+
+    def _read(self, buckets: Sequence[str], new_counts: Callable[[], AnyCounts]) -> list[AnyCounts]:
+        total = [new_counts() for _ in self.stages]
+        for bucket in buckets:
+            self._read_bucket(bucket, total)
+        return total
+
+    def _read_bucket(self, bucket: str, total: Sequence[Counts]) -> None:
+        with contextlib.ExitStack() as stack:
+            folders: list[int | None] = []
+            names: list[set[str]] = []
+            for stage in self.stages:
+                folder = _open_folder(stage.place.receipts / bucket)
+                if folder is not None:
+                    stack.callback(os.close, folder)
+                folders.append(folder)
+                names.append(set() if folder is None else _receipt_names(folder))
+            for shard_id in set().union(*names):
+                seen: dict[int, _Seen] = {}
+                for number, folder in enumerate(folders):
+                    if folder is not None and shard_id in names[number]:
+                        receipt = _read_receipt(folder, f"{shard_id}.json")
+                        if receipt is None:
+                            total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
+                        else:
+                            seen[number] = _Seen(receipt)
+                for number, this in seen.items():
+                    try:
+                        self._count(number, shard_id, this, seen, total[number])
+                    except (TypeError, ValueError, KeyError, AttributeError):  # made by hand
+                        total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
+            for number, stage in enumerate(self.stages):
+                planned = (stage.planned or {}).get(bucket, set())
+                total[number].untouched += len(planned - names[number] - stage.claimed)
+
+    def _count(self, number: int, shard_id: str, this: _Seen, seen: dict[int, _Seen], counts: Counts) -> None:
+        status = this.receipt.get("status")
+        if status == "done":
+            counts.add_done(shard_id, this.receipt, self._why_stale(number, shard_id, seen))
+        elif status == "failed":
+            counts.add_failed(shard_id, this.receipt, MAX_ATTEMPTS)
+        elif shard_id not in self.stages[number].claimed:
+            counts.again += 1
+
+    def _why_stale(self, number: int, shard_id: str, seen: dict[int, _Seen]) -> str:
+        """Why a shard that is done would be done again: ``epoch`` | ``inputs`` | ``upstream``, empty if it is not."""
+        this = seen[number]
+        if this.why is None:
+            this.why = ""  # for stages that read each other's outputs in a circle
+            this.why = self._find_why(number, shard_id, this.receipt, seen)
+        return this.why
+
+    def _find_why(self, number: int, shard_id: str, receipt: dict[str, Any], seen: dict[int, _Seen]) -> str:
+        if receipt.get("epoch") != self.stages[number].governing(shard_id):
+            return "epoch"
+        why = ""
+        for record, source in zip(receipt.get("inputs", ()), receipt.get("sources", ()), strict=False):
+            if "stage" not in source:
+                continue
+            upstream, folder = self._origin(number, source["stage"], source["folder"])
+            if upstream is None or upstream == number:  # it does not lie below the folder that is looked at
+                continue
+            theirs = seen.get(upstream)
+            if theirs is None or theirs.receipt.get("status") != "done":
+                return "inputs"
+            home = str(self.stages[upstream].place.home)
+            name, absent = record["path"], record.get("absent") is True
+            now = vouched_for(
+                f"{folder}/{name.rstrip('/')}", home, theirs.receipt["outputs"], loose=absent or name.endswith("/")
+            )
+            if now != (None if absent else record):
+                return "inputs"
+            if self._why_stale(upstream, shard_id, seen):
+                why = "upstream"
+        return why
+
+    def _origin(self, number: int, stage: str, folder: str) -> tuple[int | None, str]:
+        """The stage that vouches for inputs in ``folder``, by its number, and the folder's real path."""
+        key = (number, stage, folder)
+        if key not in self._origins:
+            real = os.path.realpath(self.stages[number].place.home / folder)
+            receipts = receipts_of(Path(real), stage)
+            place = None if receipts is None else self._index.get(os.path.realpath(receipts))
+            self._origins[key] = (place, real)
+        return self._origins[key]
+
+    def _epochs(self, place: StagePlace) -> list[Epoch]:
+        epochs: list[Epoch] = []
+        while (path := place.receipts / f"_epoch.{len(epochs) + 1}.json").exists():
+            record = read_record(path)
+            if record is None:
+                self.warnings.append(f"{path}: not a record of options")
+                break
+            epochs.append(Epoch.from_record(len(epochs) + 1, record))
+        return epochs
+
+    def _planned(self, place: StagePlace) -> dict[str, set[str]] | None:
+        """The shards that the runs of a stage set out to do, by bucket."""
+        found: dict[str, set[str]] = {}
+        for shard_id in planned(place.home, place.stage, self.warnings.append):
+            found.setdefault(bucket_of(shard_id), set()).add(shard_id)
+        return found or None
+
+
+def _buckets(receipts: Path) -> Iterator[str]:
+    with contextlib.suppress(OSError), os.scandir(receipts) as entries:
+        for entry in entries:
+            if not entry.name.startswith(("_", ".")) and entry.is_dir():
+                yield entry.name
+
+
+def _open_folder(folder: Path) -> int | None:
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+
+
+def _receipt_names(folder: int) -> set[str]:
+    return {name[:-5] for name in os.listdir(folder) if name.endswith(".json") and name[0] != "."}
+
+
+def _read_receipt(folder: int, name: str) -> dict[str, Any] | None:
+    try:
+        descriptor = os.open(name, os.O_RDONLY, dir_fd=folder)
+        try:
+            data = block = os.read(descriptor, _READ_BYTES)
+            while len(block) == _READ_BYTES and len(data) < MAX_RECEIPT_BYTES:
+                data += (block := os.read(descriptor, _READ_BYTES))
+        finally:
+            os.close(descriptor)
+        value = orjson.loads(data)
+    except (OSError, orjson.JSONDecodeError):
+        return None
+    return value if isinstance(value, dict) else None

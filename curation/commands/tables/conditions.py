@@ -1,0 +1,240 @@
+"""A condition on the columns of many tables, in SQL: which rows fulfil it.  DuckDB reads the tables, within bounds.
+
+The condition is one expression.  It can name columns and call functions; it can open no file but the tables, write
+none, and change no setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+from curation.errors import InfrastructureError, UsageError
+from curation.extract.config import DATACOMP_NAMES
+from curation.jsonio import clean_text
+
+MAX_CONDITION_CHARS = 1 << 20
+
+
+_ROWS = 1 << 16  # of a block of results
+
+
+_SPACE = (
+    r"\t-\r\x1c-\x20\x85\xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"  # as str.split has it
+)
+
+
+_TOP = re.compile(r"\btop\(\s*(?P<column>\"(?:[^\"]|\"\")+\"|\w+)\s*,\s*(?P<share>[0-9.eE-]+)\s*\)", re.I)
+
+
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
+
+_WORDS = f"length(regexp_extract_all(text, '[^{_SPACE}]+'))"
+
+
+BASELINES: Mapping[str, str] = MappingProxyType(
+    {
+        "no_filter": "true",
+        "basic": (
+            f"language = 'en' and {_WORDS} > 2 and length(text) > 5 "
+            "and original_width >= 200 and original_height >= 200 "
+            "and original_width <= 3 * original_height and original_height <= 3 * original_width"
+        ),
+        "clip_b32_30": "top(clip_b32_similarity_score, 0.3)",
+        "clip_l14_30": "top(clip_l14_similarity_score, 0.3)",
+        "clip_b32_0.28": "clip_b32_similarity_score >= 0.28",
+        "clip_l14_0.28": "clip_l14_similarity_score >= 0.28",
+        "laion2b": "language = 'en' and clip_b32_similarity_score >= 0.28",
+    }
+)
+
+
+# Names under which conditions may ask for a column, beside its own: the first of the columns that is there.
+_OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {**{name: (own,) for own, name in DATACOMP_NAMES.items()}, "text": ("caption",), "caption": ("text",)}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """expression: what DuckDB is asked, every name resolved.  thresholds: of each ``top(column, share)`` in it."""
+
+    expression: str
+    thresholds: Mapping[str, float | None]
+
+
+class Selection:
+    """Rows of the tables ``paths``, seen as one.  memory_mb: DuckDB's bound; what does not fit goes to ``spill``."""
+
+    def __init__(self, paths: Sequence[Path], spill: Path, *, memory_mb: int, threads: int) -> None:
+        self._duckdb = import_duckdb()
+        listed = f"[{', '.join(_text(str(path)) for path in paths)}]"
+        self._connection = self._duckdb.connect(":memory:")
+        try:
+            for setting, value in (
+                ("allowed_paths", listed),
+                ("temp_directory", _text(str(spill))),
+                ("memory_limit", f"'{memory_mb}MB'"),
+                ("threads", str(threads)),
+                ("preserve_insertion_order", "false"),
+                ("enable_external_access", "false"),
+                ("lock_configuration", "true"),
+            ):
+                self._connection.execute(f"SET {setting} = {value}")
+            self._ask(f"CREATE TEMP VIEW all_rows AS SELECT * FROM read_parquet({listed}, union_by_name = true)")
+            described = self._ask("DESCRIBE all_rows").fetchall()
+            self.columns = tuple(row[0] for row in described)
+            known = {name.lower() for name in self.columns}
+            aliases = [f"{_name(own)} AS {_name(other)}" for other, own in self._aliases(known)]
+            floats = [row[0] for row in described if row[1] in ("FLOAT", "DOUBLE")]
+            # NaN would be above every number.  (NULLIF is not equal to this: filters pass it by on their way down.)
+            nulled = [f"CASE WHEN isnan({c}) THEN NULL ELSE {c} END AS {c}" for c in map(_name, floats)]
+            star = f"* REPLACE ({', '.join(nulled)})" if floats else "*"
+            self._ask(f"CREATE TEMP VIEW no_nan AS SELECT {star} FROM all_rows")
+            self._ask(f"CREATE TEMP VIEW samples AS SELECT {', '.join(['*', *aliases])} FROM no_nan")
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def _aliases(self, known: set[str]) -> Iterator[tuple[str, str]]:
+        """(name, the column that it stands for): with underscores in place of dashes, and DataComp's names."""
+        for own in self.columns:
+            other = re.sub(r"\W", "_", own)
+            if other.lower() not in known:
+                known.add(other.lower())
+                yield other, own
+        for other, owns in _OTHER_NAMES.items():
+            own = next((name for name in owns if name in self.columns), None)
+            if own is not None and other.lower() not in known:
+                known.add(other.lower())
+                yield other, own
+
+    def count(self) -> int:
+        return int(self._ask("SELECT count(*) FROM all_rows").fetchall()[0][0])
+
+    def condition(self, text: str) -> Condition:
+        """The condition as DuckDB takes it; UsageError where it is none, or names a column that is not there."""
+        if len(text) > MAX_CONDITION_CHARS:
+            raise UsageError(f"the condition is longer than {MAX_CONDITION_CHARS:,} characters")
+        text = self._quote_dashed(text)
+        thresholds: dict[str, float | None] = {}
+
+        def expand(match: re.Match[str]) -> str:
+            column = match["column"]
+            threshold = self._threshold(column, match["share"])
+            thresholds[f"{column} {match['share']}"] = threshold
+            return "false" if threshold is None else f"({column}::double >= {threshold!r}::double)"
+
+        text = _outside_quotes(text, lambda part: _TOP.sub(expand, part), keep_names=True)
+        try:
+            self._duckdb.SQLExpression(text)  # refuses a second statement, a second column, clauses behind
+        except self._duckdb.Error as error:
+            raise UsageError(f"--where: not one SQL condition: {_first_line(error)}") from None
+        self._ask(f"EXPLAIN {_rows_where(text)}")
+        return Condition(text, thresholds)
+
+    def rows(self, condition: Condition, columns: str, *, order: str) -> Iterator[Any]:
+        """Arrow record batches of the rows that fulfil it.  columns, order: SQL that the caller wrote itself."""
+        query = f"SELECT {columns} FROM ({_rows_where(condition.expression)}) ORDER BY {order}"
+        with self._clear_errors():
+            yield from self._connection.sql(query).to_arrow_reader(_ROWS)
+
+    def _threshold(self, column: str, share: str) -> float | None:
+        """The value that the share with the highest values has at least, as DataComp's baselines define it: that of
+        the row behind int(rows × share) others.  None where no row has a value."""
+        try:
+            part = float(share)
+        except ValueError:
+            part = -1.0
+        if not 0 <= part <= 1:
+            raise UsageError(f"top({column}, {share}): the share is a number between 0 and 1")
+        place = int(self.count() * part)
+        values = f"SELECT {column}::double AS value FROM samples WHERE {column} IS NOT NULL"
+        found = self._ask(f"SELECT value FROM ({values}) ORDER BY value DESC LIMIT 1 OFFSET {place}").fetchall()
+        found = found or self._ask(f"SELECT min(value) FROM ({values})").fetchall()
+        return None if found[0][0] is None else float(found[0][0])
+
+    def _quote_dashed(self, text: str) -> str:
+        """Columns with dashes may stand in it as they are."""
+        dashed = sorted((name for name in self.columns if not re.fullmatch(r"\w+", name)), key=len, reverse=True)
+        if not dashed:
+            return text
+        pattern = re.compile(rf"(?<![\w\"-])(?:{'|'.join(map(re.escape, dashed))})(?![\w\"-])")
+        return _outside_quotes(text, lambda part: pattern.sub(lambda match: _name(match[0]), part))
+
+    def _ask(self, query: str) -> Any:
+        with self._clear_errors():
+            return self._connection.execute(query)
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        from pyarrow import ArrowException
+
+        try:
+            yield
+        except self._duckdb.BinderException as error:
+            raise self._binder_error(error) from None
+        except self._duckdb.OutOfMemoryException as error:
+            raise InfrastructureError(f"{_first_line(error)}; give more with --memory_mb") from None
+        except (self._duckdb.Error, ArrowException) as error:
+            raise UsageError(f"the tables cannot be asked: {_first_line(error)}") from None
+
+    def _binder_error(self, error: Exception) -> UsageError:
+        missing = re.search(r'column "?((?:[^"\s]|"")+)"? not found', str(error))
+        if missing is None:
+            return UsageError(f"--where: {_first_line(error)}")
+        name = missing[1]
+        close = difflib.get_close_matches(name, self.columns, 3, 0.4) or self.columns
+        return UsageError(
+            f"there is no column {clean_text(name)!r} in the tables; the nearest: "
+            f"{', '.join(clean_text(column) for column in close)}"
+        )
+
+
+def import_duckdb() -> Any:
+    try:
+        import duckdb
+    except ImportError:
+        raise InfrastructureError("this needs the package duckdb: pip install duckdb") from None
+    return duckdb
+
+
+def _rows_where(expression: str) -> str:
+    return f"SELECT * FROM samples WHERE (\n{expression}\n)"  # a comment at its end stays on its line
+
+
+def _outside_quotes(text: str, change: Any, *, keep_names: bool = False) -> str:
+    """``text`` with ``change`` made to what is neither a quoted text nor (unless keep_names) a quoted name."""
+    pieces, kept = [], 0
+    for match in _QUOTED.finditer(text):
+        if keep_names and match[0].startswith('"'):
+            continue
+        pieces += [change(text[kept : match.start()]), match[0]]
+        kept = match.end()
+    return "".join([*pieces, change(text[kept:])])
+
+
+def _name(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _first_line(error: BaseException) -> str:
+    return clean_text(str(error).strip().split("\n", 1)[0])[:300]

@@ -1,0 +1,328 @@
+"""``python -m curation neardup FOLDER --feature …``: groups of near duplicates by the cosine of features, and the
+samples that are left when each group keeps one."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+import tyro
+from numpy.typing import NDArray
+
+from curation.commands.tables.similarity import (
+    BLOCK_ROWS,
+    EXACT_ROWS,
+    TOLERANCE,
+    Groups,
+    Vectors,
+    array_blocks,
+    cell_pairs,
+    cosine_pairs,
+    exact_pairs,
+    feature_blocks,
+    nearest_of,
+    normalise,
+)
+from curation.commands.tables.tables import Table, Tables, find_tables, with_features
+from curation.errors import EXIT_OK, InfrastructureError, UsageError
+from curation.options import exit_code, parse_arguments
+from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, sort_uids, whole_file, write_subset
+
+_TEXTS = ("uid", "key", "tar")
+
+
+_SIZES = (("original_width", "original_height"), ("width", "height"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Find near duplicates among the samples of a folder, or of an evaluation set among them."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Stage 06's output: tables and features."""
+    feature: str
+    """The feature of the npz files that is compared, such as dedup-isc-ft-v107-image."""
+    threshold: float
+    """Samples with at least this cosine are near duplicates."""
+    out: Path
+    """The parquet to write: a row for each sample that is in a group; with --against, for every sample."""
+    keep: Path | None = None
+    """The subset file (uids, as `select` writes them) of what is left: one sample of each group, and all in none."""
+    against: Path | None = None
+    """A .npy of embeddings, one a row: compare the samples with these instead of with one another."""
+    index: Literal["auto", "exact", "cells"] = "auto"
+    """exact: every pair.  cells: only pairs that share a cell of an index, most of all.  auto: exact up to 200,000."""
+    scratch: Path | None = None
+    """The folder for vectors while they are compared (4 bytes a number, 8 with cells); otherwise beside --out."""
+    json: bool = False
+    """One JSON object on one line instead of text."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """vectors: of the samples that have any.  rows: the number of each among all samples.  starts: the number of the
+    first sample of each table, and behind them how many there are."""
+
+    vectors: Vectors
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(Options, argv, "neardup")
+    if not -1 <= options.threshold <= 1:
+        raise UsageError("--threshold is a cosine, between -1 and 1")
+    began = time.monotonic()
+    tables = find_tables(options.folder)
+    for warning in tables.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    scratch = options.scratch or options.out.parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".neardup.", dir=scratch) as folder:
+        work = _within_the_dataset if options.against is None else _against
+        result = work(options, tables, Path(folder))
+    result = {"feature": options.feature, "threshold": options.threshold, **result, "warnings": list(tables.warnings)}
+    result["seconds"] = round(time.monotonic() - began, 3)
+    if options.json:
+        print(orjson.dumps(result).decode())
+    else:
+        print(", ".join(f"{name} {value:,}" for name, value in result.items() if isinstance(value, int)))
+        print(f"written: {options.out}" + (f", {options.keep}" if options.keep else ""))
+    return EXIT_OK
+
+
+def _load(options: Options, tables: Tables, path: Path) -> _Loaded:
+    """The features of all tables, one behind the other, in a scratch file."""
+    vectors, starts, numbers = Vectors(path), [0], []
+    for table, features in with_features(tables.tables, options.folder):
+        count = 0
+        for block in feature_blocks(features, options.feature):
+            normal, valid = normalise(block)
+            vectors.append(normal[valid])
+            numbers.append(np.flatnonzero(valid) + starts[-1] + count)
+            count += len(block)
+        if count != (there := _row_count(table)):
+            raise InfrastructureError(
+                f"{features}: {count:,} rows, {table.parquet.name} has {there:,}; run the stage again"
+            )
+        starts.append(starts[-1] + count)
+    rows = np.concatenate([np.empty(0, np.int64), *numbers])
+    return _Loaded(vectors, rows, np.array(starts, np.int64))
+
+
+# ---- within the dataset
+
+
+def _within_the_dataset(options: Options, tables: Tables, scratch: Path) -> dict[str, Any]:
+    loaded = _load(options, tables, scratch / "rows.f32")
+    vectors, total = loaded.vectors, int(loaded.starts[-1])
+    exact = options.index == "exact" or (options.index == "auto" and len(vectors) <= EXACT_ROWS)
+    threshold = options.threshold
+    groups = Groups(len(vectors))
+    for pairs in exact_pairs(vectors, threshold) if exact else cell_pairs(vectors, threshold, scratch):
+        groups.connect(pairs)
+    roots = groups.roots()
+    sizes = np.bincount(roots, minlength=len(roots))
+    members = np.flatnonzero(sizes[roots] > 1)
+    facts = _facts(tables, loaded.starts, loaded.rows[members])
+    chosen = _choose(roots[members], facts)
+    _write_groups(options, vectors, members, roots[members], chosen, facts)
+    left = np.zeros(total, bool)
+    left[loaded.rows] = True
+    left[loaded.rows[members[~chosen]]] = False
+    if options.keep is not None:
+        _write_keep(options.keep, tables, loaded.starts, left)
+    vectors.close()
+    return {
+        "index": "exact" if exact else "cells",
+        "samples": total,
+        "without_feature": total - len(vectors),
+        "groups": int((sizes > 1).sum()),
+        "in_groups": len(members),
+        "left": int(left.sum()),
+    }
+
+
+def _facts(tables: Tables, starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Any:
+    """uid, key, tar and the number of pixels (0 where it is not told) of the samples ``rows``, as an Arrow table."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = []
+    for number, table in enumerate(tables.tables):
+        begin, end = np.searchsorted(rows, starts[number : number + 2])
+        if begin == end:
+            continue
+        names = _columns(table)
+        sizes = next((pair for pair in _SIZES if set(pair) <= names), ())
+        part = _read(table, sizes).take(pa.array(rows[begin:end] - starts[number]))
+        pixels = pa.array(np.zeros(len(part)), pa.float64())
+        if sizes:
+            pixels = pc.fill_null(pc.multiply(part[sizes[0]], part[sizes[1]]), 0.0)
+        texts = [part[name] for name in _TEXTS]
+        found.append(pa.table([*texts, pixels], [*_TEXTS, "pixels"]))
+    fields = [*((name, pa.string()) for name in _TEXTS), ("pixels", pa.float64())]
+    return pa.concat_tables(found) if found else pa.schema(fields).empty_table()
+
+
+def _choose(groups: NDArray[np.int64], facts: Any) -> NDArray[np.bool_]:
+    """Which sample each group keeps: that with the most pixels, of these that with the lowest uid, then the first."""
+    uids, bad = parse_uids(facts["uid"].combine_chunks())
+    pixels = facts["pixels"].to_numpy()
+    order = np.lexsort((uids["f1"], uids["f0"], bad, -pixels, groups))
+    chosen = np.zeros(len(groups), bool)
+    if len(order):
+        chosen[order[np.flatnonzero(np.diff(groups[order], prepend=-1))]] = True
+    return chosen
+
+
+def _write_groups(
+    options: Options,
+    vectors: Vectors,
+    members: NDArray[np.int64],
+    roots: NDArray[np.int64],
+    chosen: NDArray[np.bool_],
+    facts: Any,
+) -> None:
+    """A row for each member, group by group, the one that is kept first."""
+    import pyarrow as pa
+
+    keeper = np.full(int(roots.max()) + 1 if len(roots) else 0, -1, np.int64)
+    keeper[roots[chosen]] = members[chosen]
+    order = np.lexsort((members, ~chosen, roots))
+    numbers = np.cumsum(np.diff(roots[order], prepend=-1) > 0) - 1
+    blocks = []
+    for start in range(0, len(order), BLOCK_ROWS):
+        part = order[start : start + BLOCK_ROWS]
+        with_kept = cosine_pairs(vectors.take(members[part]), vectors.take(keeper[roots[part]]))
+        taken = facts.take(pa.array(part))
+        blocks.append(
+            pa.table(
+                {
+                    "group": pa.array(numbers[start : start + BLOCK_ROWS], pa.int64()),
+                    **{name: taken[name] for name in _TEXTS},
+                    "keep": pa.array(chosen[part]),
+                    "cosine": pa.array(with_kept.astype(np.float32)),
+                }
+            )
+        )
+    texts = [(name, pa.string()) for name in _TEXTS]
+    schema = pa.schema([("group", pa.int64()), *texts, ("keep", pa.bool_()), ("cosine", pa.float32())])
+    _write_parquet(options, schema, iter(blocks))
+
+
+# ---- against embeddings
+
+
+def _against(options: Options, tables: Tables, scratch: Path) -> dict[str, Any]:
+    import pyarrow as pa
+
+    assert options.against is not None
+    others = Vectors(scratch / "others.f32")
+    for block in array_blocks(options.against):
+        normal, valid = normalise(block)
+        if not valid.all():
+            raise UsageError(f"{options.against}: has a row of zeros or of no numbers; leave it out")
+        others.append(normal)
+    if not len(others):
+        raise UsageError(f"{options.against}: has no rows")
+    counts = {"samples": 0, "without_feature": 0, "near": 0}
+    starts, left = [0], []
+
+    def blocks() -> Iterator[Any]:
+        for table, features in with_features(tables.tables, options.folder):
+            facts, begin = _read(table), 0
+            for block in feature_blocks(features, options.feature):
+                normal, valid = normalise(block)
+                if normal.shape[1] != others.width:
+                    raise UsageError(
+                        f"{options.against}: has {others.width} numbers a row, the feature {block.shape[1]}"
+                    )
+                best, places = nearest_of(normal, others)
+                near = valid & (best >= options.threshold - TOLERANCE)
+                left.append(valid & ~near)
+                counts["samples"] += len(block)
+                counts["without_feature"] += int((~valid).sum())
+                counts["near"] += int(near.sum())
+                columns = {name: facts[name].slice(begin, len(block)) for name in facts.column_names}
+                begin += len(block)
+                yield pa.table(
+                    {**columns, "cosine": pa.array(best, mask=~valid), "nearest": pa.array(places, mask=~valid)}
+                )
+            if begin != len(facts):
+                raise InfrastructureError(f"{features}: {begin:,} rows, {table.parquet.name} has {len(facts):,}")
+            starts.append(starts[-1] + begin)
+
+    texts = [(name, pa.string()) for name in _TEXTS]
+    _write_parquet(options, pa.schema([*texts, ("cosine", pa.float32()), ("nearest", pa.int64())]), blocks())
+    if options.keep is not None:
+        _write_keep(options.keep, tables, np.array(starts), np.concatenate(left))
+    others.close()
+    return {**counts, "embeddings": len(others), "left": counts["samples"] - counts["near"] - counts["without_feature"]}
+
+
+# ---- tables
+
+
+def _read(table: Table, numbers: Sequence[str] = ()) -> Any:
+    """uid, key and tar as texts, null where the table has no such column, and ``numbers`` as doubles."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = _columns(table)
+    try:
+        found = pq.read_table(table.parquet, columns=[n for n in (*_TEXTS, *numbers) if n in names], partitioning=None)
+        empty = pa.nulls(_row_count(table), pa.string())
+        texts = [found[name].cast(pa.string()) if name in names else empty for name in _TEXTS]
+        return pa.table([*texts, *(found[name].cast(pa.float64()) for name in numbers)], [*_TEXTS, *numbers])
+    except (OSError, pa.ArrowException) as error:
+        raise InfrastructureError(f"{table.parquet}: cannot be read: {error}") from None
+
+
+def _row_count(table: Table) -> int:
+    return int(_metadata(table).num_rows)
+
+
+def _columns(table: Table) -> set[str]:
+    return set(_metadata(table).schema.to_arrow_schema().names)
+
+
+def _metadata(table: Table) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(table.parquet)
+    except (OSError, pa.ArrowException) as error:
+        raise InfrastructureError(f"{table.parquet}: cannot be read: {error}") from None
+
+
+def _write_parquet(options: Options, schema: Any, blocks: Iterator[Any]) -> None:
+    """Feature and threshold stand in the schema's metadata."""
+    import pyarrow.parquet as pq
+
+    schema = schema.with_metadata({"feature": options.feature, "threshold": repr(options.threshold)})
+    with whole_file(options.out) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for block in blocks:
+            writer.write_table(block.cast(schema))
+
+
+def _write_keep(path: Path, tables: Tables, starts: NDArray[np.int64], left: NDArray[np.bool_]) -> None:
+    kept: list[Uids] = [np.empty(0, UID_DTYPE)]
+    for number, table in enumerate(tables.tables):
+        if "uid" not in _columns(table):
+            raise UsageError(f"{table.parquet}: has no column uid, which --keep needs")
+        uids, bad = parse_uids(_read(table)["uid"].combine_chunks())
+        wanted = left[starts[number] : starts[number + 1]]
+        if (bad & wanted).any():
+            raise InfrastructureError(f"{table.parquet}: rows without a uid of 32 hexadecimal digits; leave --keep out")
+        kept.append(uids[wanted])
+    write_subset(path, [sort_uids(np.concatenate(kept))])

@@ -1,0 +1,200 @@
+"""``python -m curation verify SOURCE HYBRID``: the proof that a hybrid dataset is the source with its edits in place.
+
+It reads files alone: no server, no SLURM, no claim is taken.  Nothing is written but the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import tyro
+
+from curation.cluster import Allocation
+from curation.commands.findings import Findings, as_lines, as_record, results_in_order
+from curation.commands.verify.shard import CAPTIONS, EDITS, HYBRID, PROMPTS, REMEDIES, Task, Verdict, verify_shard
+from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
+from curation.jsonio import clean_text
+from curation.options import exit_code, logger, parse_arguments, set_up_logging
+from curation.run.inputs import receipts_of
+from curation.run.progress import Progress
+from curation.shards import Shard, bucket_of, discover, files_of, is_safe_id, select
+from curation.storage.files import read_record, write_manifest
+
+VERIFY_FORMAT = 1
+
+
+MANIFEST = "manifest.tsv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Prove that a hybrid dataset is its source with the edits in place, and nothing else."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
+    hybrid: Annotated[Path, tyro.conf.Positional]
+    """Folder with the hybrid shards: stage 04's --output."""
+    edits: Path | None = None
+    """Folder with the edits.  Default: the one that stage 04's receipts name; likewise the next two."""
+    prompts: Path | None = None
+    """Folder with the prompts: stage 02's --output."""
+    captions: Path | None = None
+    """Folder with the captions: stage 01's --output."""
+    shards: str | None = None
+    """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
+    workers: int | None = None
+    """Processes, a shard each.  Default: one a CPU."""
+    manifest: Path | None = None
+    """File for the digests of the hybrid shards, for `sha256sum -c`; written only when everything is as it should be.
+    Default: manifest.tsv in the hybrid folder, when all shards are verified."""
+    provenance: bool = True
+    """Edited samples must say how they came about; edits made elsewhere do not: --no_provenance."""
+    json: bool = False
+    """One JSON object on one line instead of text."""
+    quiet: bool = False
+    """No progress; findings and the last line alone."""
+
+    def check(self) -> None:
+        """Raise UsageError for values that make no sense."""
+        if not self.hybrid.is_dir():
+            raise UsageError(f"there is no folder {self.hybrid}")
+        for flag, folder in (("edits", self.edits), ("prompts", self.prompts), ("captions", self.captions)):
+            if folder is not None and not folder.is_dir():
+                raise UsageError(f"--{flag}: there is no folder {folder}")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError("--workers must be at least 1")
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(Options, sys.argv[2:] if argv is None else argv, "verify")
+    options.check()
+    set_up_logging(options.quiet)
+    began = time.monotonic()
+    everything = discover(options.source)
+    files = files_of(everything)
+    if options.hybrid.resolve() in {path.parent.resolve() for path in files.values()}:
+        raise UsageError("HYBRID is the folder of the source shards: there would be nothing to compare")
+    shards = select(everything, options.shards)
+    edits, prompts, captions = _folders(options, shards)
+    verdicts = _strays(options, everything, edits)
+    tasks = [
+        Task(s.id, files[s.id], options.hybrid / f"{s.id}.tar", edits, prompts, captions, options.provenance)
+        for s in shards
+    ]
+    workers = min(options.workers or Allocation.detect().threads, len(tasks))
+    with Progress("verify", len(tasks), options.quiet) as progress:
+        for verdict in results_in_order(verify_shard, tasks, workers):
+            progress.samples_done(verdict.samples)
+            progress.shard_passed()
+            verdicts.append(verdict)
+    faulty = [verdict for verdict in verdicts if verdict.findings]
+    manifest = _manifest(options, verdicts) if not faulty else None
+    _show(options, verdicts, faulty, manifest, time.monotonic() - began)
+    return EXIT_SHARDS_FAILED if faulty else EXIT_OK
+
+
+def _folders(options: Options, shards: Sequence[Shard]) -> tuple[Path, Path | None, Path | None]:
+    """edits, prompts, captions: as given, else as the receipts of the stages name them."""
+    edits = options.edits or _named_by(options.hybrid, HYBRID, EDITS, shards)
+    if edits is None:
+        raise UsageError(f"no receipt of {HYBRID} in {options.hybrid} names the edits; give them: --edits FOLDER")
+    prompts = options.prompts or _named_by(options.hybrid, HYBRID, PROMPTS, shards)
+    prompts = prompts or _named_by(edits, EDITS, PROMPTS, shards)
+    captions = options.captions or (_named_by(prompts, PROMPTS, CAPTIONS, shards) if prompts else None)
+    return edits, prompts, captions
+
+
+def _named_by(folder: Path, stage: str, upstream: str, shards: Sequence[Shard]) -> Path | None:
+    """The folder that a stage's receipts say it read ``upstream``'s files from; None where none says so."""
+    receipts = receipts_of(folder, stage)
+    if receipts is None:
+        return None
+    for shard in shards:
+        receipt = read_record(receipts / bucket_of(shard.id) / f"{shard.id}.json") or {}
+        for source in receipt.get("sources", ()):
+            found = source.get("folder") if isinstance(source, dict) and source.get("stage") == upstream else None
+            if isinstance(found, str) and (place := Path(os.path.realpath(receipts.parent.parent / found))).is_dir():
+                return place
+    return None
+
+
+def _strays(options: Options, everything: Sequence[Shard], edits: Path) -> list[Verdict]:
+    """Hybrid shards, receipts and edits of shards that the source has not.  Not looked for with --shards."""
+    if options.shards is not None:
+        return []
+    known = {shard.id for shard in everything}
+    found: dict[str, Verdict] = {}
+
+    def tell(shard_id: str, kind: str, detail: str) -> None:
+        found.setdefault(shard_id, Verdict(clean_text(shard_id)[:100])).findings.add(kind, "", detail)
+
+    for folder, kind in ((options.hybrid, "extra_shard"), (edits, "stray_edits")):
+        if not folder.is_dir():
+            continue
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.name.endswith(".tar") and not e.name.startswith("."))
+        for name in names:
+            if name[:-4] not in known:
+                tell(name[:-4], kind, f"{folder / name}: the source has no shard of that name")
+    receipts = receipts_of(options.hybrid, HYBRID)
+    for path in sorted(receipts.glob("*/[!.]*.json")) if receipts is not None else ():
+        if path.stem not in known and is_safe_id(path.stem) and path.stem not in found:
+            tell(path.stem, "extra_shard", f"{path} is the receipt of a shard that the source has not")
+    return list(found.values())
+
+
+def _manifest(options: Options, verdicts: Sequence[Verdict]) -> Path | None:
+    """Where it was written; None where it was not asked for, or could not be."""
+    path = options.manifest or (options.hybrid / MANIFEST if options.shards is None else None)
+    if path is None:
+        return None
+    rows = [(options.hybrid / f"{verdict.shard_id}.tar", verdict.sha256) for verdict in verdicts]
+    try:
+        write_manifest(path, rows)
+    except OSError as error:
+        if options.manifest is not None:
+            raise UsageError(f"--manifest {path}: cannot be written ({error.strerror})") from None
+        logger.warning(f"{path}: cannot be written ({error.strerror}); give another place: --manifest FILE")
+        return None
+    return path
+
+
+def _show(
+    options: Options, verdicts: Sequence[Verdict], faulty: Sequence[Verdict], manifest: Path | None, seconds: float
+) -> None:
+    total: dict[str, Any] = {
+        "format": VERIFY_FORMAT,
+        "ok": not faulty,
+        "shards": len(verdicts),
+        "faulty": len(faulty),
+        "samples": sum(verdict.samples for verdict in verdicts),
+        "edited": sum(verdict.edited for verdict in verdicts),
+        "hybrid_bytes": sum(verdict.hybrid_bytes for verdict in verdicts),
+        "seconds": round(seconds, 3),
+        "manifest": None if manifest is None else str(manifest),
+    }
+    if options.json:
+        total["findings"] = {v.shard_id: as_record(v.findings, REMEDIES) for v in faulty}
+        print(orjson.dumps(total).decode(), flush=True)
+        return
+    pairs: list[tuple[str, Findings]] = [(verdict.shard_id, verdict.findings) for verdict in faulty]
+    for line in as_lines(pairs, REMEDIES):
+        print(line)
+    rate = total["hybrid_bytes"] / 1e6 / max(seconds, 1e-9)
+    about = (
+        f"{total['shards']:,} shards, {total['samples']:,} samples, {total['edited']:,} of them edited, "
+        f"{total['hybrid_bytes'] / 1e9:,.2f} GB in {seconds:,.1f} s ({rate:,.0f} MB/s)"
+    )
+    if faulty:
+        count = sum(verdict.findings.counts.total() for verdict in faulty)
+        print(f"FAULTY: {count:,} findings in {len(faulty):,} shards; {about}", flush=True)
+    else:
+        print(f"OK: {about}" + (f"; digests in {manifest}" if manifest else ""), flush=True)

@@ -1,0 +1,242 @@
+"""How a hybrid shard differs from what it should be, told by samples and members: slower than the proof, and only for
+shards that did not pass it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import xxhash
+
+from curation.commands.findings import Findings
+from curation.commands.verify.edited_samples import is_edited, original_problems, self_problems
+from curation.commands.verify.prove import Expect, NewMember, Piece, edited_pieces, in_order
+from curation.errors import SampleError, ShardError
+from curation.jsonio import parse_json_object
+from curation.tar.samples import MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window
+from curation.tar.splice import Edit
+
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A sample as it should be.  pieces: its members in the source, and new ones whole."""
+
+    span: SampleSpan
+    pieces: list[Piece]
+    edited: bool
+    digest: bytes
+
+
+def explain(source: Path, hybrid: Path, expect: Expect, findings: Findings, *, provenance: bool) -> None:
+    """Add a finding for everything that differs; at least one, for the caller knows that something does."""
+    before = findings.counts.total()
+    due, gone = _due(source, expect)
+    found, strays = _found(hybrid, findings)
+    _compare_keys(due, found, gone, findings)
+    if strays != _strays(source):
+        findings.add("wrong_members", "", "members that belong to no sample are not those of the source")
+    with _File(source) as old, _File(hybrid) as new:
+        here = _by_key(found)
+        for key, wanted in _by_key(due).items():
+            for one, other in zip(wanted, here.get(key, ()), strict=False):
+                if one.digest != other.digest:
+                    _tell(key, one, other.span, old, new, findings)
+                    if one.edited:
+                        _tell_of_edit(key, one.span, other.span, old, new, findings, provenance)
+    if findings.counts.total() == before:
+        findings.add("bytes_differ", "", "it is not what its source and its edits make, outside of any sample")
+
+
+def _due(source: Path, expect: Expect) -> tuple[list[_Due], set[str]]:
+    """The samples that should be there, in order, and the keys of those that should not."""
+    due, gone = [], set()
+    for window in TarPass(source).windows():
+        for span in window.spans:
+            expected = expect(span) if span.key else False
+            if expected is False:
+                gone.add(span.key)
+                continue
+            pieces: list[Piece] = [*in_order(span)]
+            if isinstance(expected, Edit):
+                pieces = edited_pieces(span, expected)
+            due.append(_Due(span, pieces, isinstance(expected, Edit), _digest(window, pieces)))
+    return due, gone
+
+
+def _found(hybrid: Path, findings: Findings) -> tuple[list[_Due], list[bytes]]:
+    """The samples that are there, and the names of members before any of them.  Findings for what is damaged."""
+    tar = TarPass(hybrid)
+    found: list[_Due] = []
+    strays: list[bytes] = []
+    for window in tar.windows():
+        for span in window.spans:
+            if span.torn:
+                findings.add("damaged_tar", span.key, span.torn)
+            if span.members:
+                pieces: list[Piece] = [*in_order(span)]
+                found.append(_Due(span, pieces, edited=False, digest=_digest(window, pieces)))
+            elif not span.key:
+                strays += [member.name for member in span.foreign]
+    for damage in tar.report.damages:
+        findings.add("damaged_tar", "", f"at byte {damage.offset:,}, {damage.length:,} bytes: {damage.detail}")
+    if tar.report.missing_end:
+        findings.add("damaged_tar", "", "no end-of-archive blocks")
+    for gap in tar.report.gaps:
+        findings.add("damaged_tar", "", f"an end of archive at byte {gap:,} with members behind it")
+    return found, strays
+
+
+def _strays(source: Path) -> list[bytes]:
+    """The names of members before any sample; those behind one are compared with it."""
+    for window in TarPass(source).windows():
+        for span in window.spans:
+            return [] if span.key else [member.name for member in span.foreign]
+    return []
+
+
+def _compare_keys(due: list[_Due], found: list[_Due], gone: set[str], findings: Findings) -> None:
+    wanted, here = [one.span.key for one in due], [one.span.key for one in found]
+    too_few, too_many = Counter(wanted), Counter(here)
+    too_few, too_many = too_few - too_many, too_many - too_few
+    for key, count in too_few.items():
+        findings.add("lost_sample", key, f"in the source, not here, and no reject or drop tells why{_times(count)}")
+    known = set(wanted)
+    for key, count in too_many.items():
+        if key in known:
+            findings.add("doubled_sample", key, f"more often here than in the source{_times(count)}")
+        elif key in gone:
+            findings.add("unknown_sample", key, "it should have been left out")
+        else:
+            findings.add("unknown_sample", key, "the source has no such sample")
+    odd = too_few.keys() | too_many.keys()
+    first = [key for key in wanted if key not in odd]
+    second = [key for key in here if key not in odd]
+    for one, other in zip(first, second, strict=True):
+        if one != other:
+            findings.add("wrong_order", other, f"it stands where the source has {one}")
+
+
+def _times(count: int) -> str:
+    return f" ({count:,} times)" if count > 1 else ""
+
+
+def _by_key(samples: list[_Due]) -> dict[str, list[_Due]]:
+    grouped: defaultdict[str, list[_Due]] = defaultdict(list)
+    for one in samples:
+        grouped[one.span.key].append(one)
+    return grouped
+
+
+def _tell(key: str, due: _Due, found: SampleSpan, old: _File, new: _File, findings: Findings) -> None:
+    """Which member of a sample differs, and where."""
+    names = [piece.name for piece in due.pieces]
+    members = in_order(found)
+    if due.edited and _same(in_order(due.span), old, found, new):
+        findings.add("not_the_edit", key, "the original is still there: the edit was not applied")
+        return
+    if not due.edited and _says_edited(members, new):
+        findings.add("bytes_differ", key, "it was replaced, but there is no edit of it (or no prompt)")
+        return
+    if names != [member.name for member in members]:
+        said = ", ".join(member.text_name for member in members[:8])
+        wanted = ", ".join(name.decode("utf-8", "replace") for name in names[:8])
+        findings.add("wrong_members", key, f"its members are {said}; they should be {wanted}")
+        return
+    for piece, member in zip(due.pieces, members, strict=True):
+        offset = _first_difference(piece, member, old, new)
+        if offset is not None:
+            kind = "not_the_edit" if isinstance(piece, NewMember) else "bytes_differ"
+            whose = "the edit's" if isinstance(piece, NewMember) else "the source's"
+            where = f"first at its byte {offset:,}, header included"
+            findings.add(kind, key, f"{member.text_name} is not {whose}, {where}")
+
+
+def _tell_of_edit(
+    key: str, span: SampleSpan, found: SampleSpan, old: _File, new: _File, findings: Findings, provenance: bool
+) -> None:
+    """What the edited sample in the hybrid says of itself."""
+    parts = {m.suffix: new.read(m) for m in found.members if m.suffix in ("jpg", "txt", "json")}
+    if len(parts) < 3:
+        return
+    for kind, detail in self_problems(parts["jpg"], parts["txt"], parts["json"], provenance=provenance):
+        findings.add(kind, key, detail)
+    original = next((old.read(m) for m in span.members if m.suffix == "json" and m.regular), None)
+    if original is not None:
+        for kind, detail in original_problems(parts["json"], original):
+            findings.add(kind, key, detail)
+
+
+def _says_edited(members: Sequence[Member], file: _File) -> bool:
+    for member in members:
+        if member.suffix == "json":
+            try:
+                return is_edited(parse_json_object(file.read(member)))
+            except SampleError:
+                return False
+    return False
+
+
+def _same(wanted: Sequence[Member], old: _File, found: SampleSpan, new: _File) -> bool:
+    members = in_order(found)
+    return len(wanted) == len(members) and all(
+        _first_difference(one, other, old, new) is None for one, other in zip(wanted, members, strict=True)
+    )
+
+
+def _first_difference(piece: Piece, member: Member, old: _File, new: _File) -> int | None:
+    """The first byte, from the header on, in which a member is not as it should be; None where it is."""
+    size = member.end - member.start
+    wanted_size = len(piece.raw) if isinstance(piece, NewMember) else piece.end - piece.start
+    for begin in range(0, max(size, wanted_size), _PIECE_BYTES):
+        if isinstance(piece, NewMember):
+            one = piece.raw[begin : begin + _PIECE_BYTES]
+        else:
+            one = old.piece(piece.start + begin, min(_PIECE_BYTES, wanted_size - begin))
+        other = new.piece(member.start + begin, min(_PIECE_BYTES, size - begin))
+        if one != other:
+            pairs = zip(one, other, strict=False)
+            return begin + next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return None
+
+
+def _digest(window: Window, pieces: list[Piece]) -> bytes:
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        if isinstance(piece, NewMember):
+            digest.update(piece.raw)
+        else:
+            for view in window.pieces(piece.start, piece.end):
+                digest.update(view)
+    return digest.digest()
+
+
+class _File:
+    """A tar, of which a member is read now and then."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def piece(self, start: int, size: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, max(0, size), start)
+        except OSError as error:
+            raise ShardError(f"{self._path}: cannot be read ({error.strerror})") from error
+
+    def read(self, member: Member) -> bytes:
+        return self.piece(member.data, min(member.size, MAX_MEMBER_BYTES))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._descriptor)

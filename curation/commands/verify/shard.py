@@ -1,0 +1,269 @@
+"""``verify`` of one shard: the proof of its bytes, its edits, and what the stages counted."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from curation.commands.findings import Findings
+from curation.commands.verify.conservation import (
+    Record,
+    check_count,
+    check_keys,
+    check_outputs,
+    names_to_keys,
+    provenance_keys,
+    read_stage,
+)
+from curation.commands.verify.edited_samples import original_problems, self_problems
+from curation.commands.verify.explain import explain
+from curation.commands.verify.prove import Proof, prove
+from curation.edits import Edits, LooseEdits, TarredEdits
+from curation.errors import InfrastructureError, ShardError
+from curation.jsonio import KEY_SUFFIX, clean_text, read_dictionary
+from curation.run.inputs import published_below
+from curation.tar.samples import SampleSpan
+from curation.tar.splice import Edit
+
+# The stages of the main job, whose receipts are compared with one another.
+CAPTIONS, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
+
+REMEDIES: Final[Mapping[str, str]] = {
+    "missing_shard": "run stage 04 for it: 04_reshard.py --shards <shard>",
+    "extra_shard": "move it out of the hybrid folder: the source has no such shard",
+    "lost_sample": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "doubled_sample": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "unknown_sample": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "wrong_order": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "bytes_differ": "run stage 04 again for the shard (--rerun --shards <shard>), and look at the disk that held it",
+    "wrong_members": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "not_the_edit": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "damaged_tar": "run stage 04 again for the shard; `python -m curation fsck` tells what is left of it",
+    "stale": "run the stage that is named first again, without --rerun: it takes up what has changed",
+    "stale_prompt": "run stages 03 and 04 again: they take up prompts that have changed",
+    "edit_without_sample": "the edits are of another dataset, or the source was replaced: run stages 01 to 04 on it",
+    "bad_edits": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
+    "wrong_sha256": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
+    "wrong_size": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
+    "caption_differs": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
+    "bad_json": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
+    "undecodable": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
+    "no_provenance": "run stage 03 again for the shard, then stage 04; edits made elsewhere: --no_provenance",
+    "original_lost": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
+    "no_receipt": "run the stage that is named for the shard: what no receipt names is not to be trusted",
+    "not_done": "see `python -m curation status` for why, and `python -m curation retry`",
+    "bad_record": "run the stage that is named again for the shard: --rerun --shards <shard>",
+    "missing_output": "run the stage that is named again for the shard",
+    "wrong_digest": "run the stage that is named again for the shard: --rerun --shards <shard>",
+    "counts_differ": "run the stage that is named again for the shard: --rerun --shards <shard>",
+    "lost_between_stages": "run the stage that is named again for the shard: --rerun --shards <shard>",
+    "from_nowhere": "run the stage that is named again for the shard: --rerun --shards <shard>",
+    "source_changed": "stage 04 read other bytes of the source: run stages 01 to 04 again for the shard",
+    "unreadable": "look at the file and the disk; copy it anew",
+    "stray_edits": "move them away: the source has no such shard",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One shard to verify.  Folders are None where there are none to compare with."""
+
+    shard_id: str
+    source: Path
+    hybrid: Path
+    edits: Path
+    prompts: Path | None
+    captions: Path | None
+    provenance: bool
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What became of it.  sha256: of the hybrid's tar, empty where it could not be read."""
+
+    shard_id: str
+    findings: Findings = field(default_factory=Findings)
+    sha256: str = ""
+    samples: int = 0
+    edited: int = 0
+    hybrid_bytes: int = 0
+    source_bytes: int = 0
+    seconds: float = 0.0
+
+
+class Expectation:
+    """What should have become of each sample of the source.
+
+    prompts: "<key>.json" → prompt, of the samples that were to be edited; None: those that have an edit.
+    dropped: what stage 04 says it left out.
+    """
+
+    def __init__(self, edits: Edits, prompts: Mapping[str, Any] | None, dropped: Collection[str]) -> None:
+        self._edits, self._prompts, self._dropped = edits, prompts, dropped
+        self._edited = edits.keys()
+
+    def __call__(self, span: SampleSpan) -> Edit | bool:
+        if span.torn:
+            return False
+        if span.repeated or (self._prompts is not None and span.key + KEY_SUFFIX not in self._prompts):
+            return True
+        if span.key in self._edited:
+            return self._edits.read(span.key)
+        return self._prompts is None or span.key not in self._dropped
+
+
+def verify_shard(task: Task) -> Verdict:
+    """Everything that can be said of one shard.  Raises nothing but for bugs."""
+    began = time.perf_counter()
+    verdict = Verdict(task.shard_id)
+    findings = verdict.findings
+    try:
+        _verify(task, verdict)
+    except (ShardError, InfrastructureError) as error:
+        findings.add("unreadable", "", str(error))
+    except OSError as error:
+        findings.add("unreadable", "", f"{error.filename}: {error.strerror}")
+    verdict.seconds = time.perf_counter() - began
+    return verdict
+
+
+def _verify(task: Task, verdict: Verdict) -> None:
+    findings, shard_id = verdict.findings, task.shard_id
+    last = read_stage(task.hybrid.parent, HYBRID, shard_id, findings)
+    if last is None and not findings:
+        findings.add("no_receipt", "", f"{HYBRID} has left no receipts in {task.hybrid.parent}")
+    if not task.hybrid.is_file():
+        findings.add("missing_shard", "", f"there is no {task.hybrid}")
+        return
+    verdict.source_bytes = task.source.stat().st_size
+    prompts = None if task.prompts is None else read_dictionary(task.prompts / f"{shard_id}.json")
+    try:
+        edits = _open_edits(task, last)
+    except ShardError as error:
+        findings.add("bad_edits", "", str(error))
+        return
+    with edits:
+        expect = Expectation(edits, prompts, last.gone if last is not None else ())
+
+        def look(span: SampleSpan, edit: Edit, original: bytes | None) -> None:
+            _check_edit(task, span.key, edit, original, prompts, findings)
+
+        proof = prove(task.source, task.hybrid, expect, look)
+        verdict.sha256, verdict.hybrid_bytes = proof.sha256, proof.size
+        verdict.samples, verdict.edited = len(proof.keys), len(proof.edited)
+        if not proof.equal:
+            explain(task.source, task.hybrid, expect, findings, provenance=task.provenance)
+        for key in edits.keys() - set(proof.keys):
+            findings.add("edit_without_sample", key, f"the source has no such sample; the edit is in {task.edits}")
+        edited = [key for key in sorted(edits.keys()) if prompts is None or key + KEY_SUFFIX in prompts]
+    _check_stages(task, proof, prompts, edited, last, findings)
+
+
+def _open_edits(task: Task, last: Record | None) -> Edits:
+    """The edits that stage 04 used, or should have."""
+    tar, loose = task.edits / f"{task.shard_id}.tar", task.edits / task.shard_id
+    if tar.is_file() and not _read_as_absent(last, tar.name):
+        return TarredEdits(tar)
+    return LooseEdits(loose, published_below(loose, EDITS, task.shard_id) if loose.is_dir() else {})
+
+
+def _read_as_absent(last: Record | None, name: str) -> bool:
+    """Whether stage 04 looked for the edits under that name and found none: the layout of its choice was another."""
+    if last is None or not last.done:
+        return False
+    pairs = zip(last.receipt.get("inputs", ()), last.receipt.get("sources", ()), strict=False)
+    named = [was for was, source in pairs if source.get("stage") == EDITS]
+    mine = [was for was in named if was.get("path") == name]
+    return bool(named) and all(was.get("absent") for was in mine) and any(not was.get("absent") for was in named)
+
+
+def _check_edit(
+    task: Task, key: str, edit: Edit, original: bytes | None, prompts: Mapping[str, Any] | None, findings: Findings
+) -> None:
+    """What the edit that a sample was replaced with says of itself, of its original, and of its prompt."""
+    jpg, txt, json = (bytes(edit.part(part) or b"") for part in ("jpg", "txt", "json"))
+    for kind, detail in self_problems(jpg, txt, json, provenance=task.provenance):
+        findings.add(kind, key, detail)
+    if original is not None:
+        for kind, detail in original_problems(json, original):
+            findings.add(kind, key, detail)
+    prompt = None if prompts is None else prompts[key + KEY_SUFFIX]
+    if isinstance(prompt, str) and clean_text(prompt).encode("utf-8", "replace") != txt:
+        findings.add("stale_prompt", key, f"it was made of {txt[:100]!r}; the prompt is {prompt[:100]!r}")
+
+
+def _check_stages(
+    task: Task,
+    proof: Proof,
+    prompts: Mapping[str, Any] | None,
+    edited: list[str],
+    last: Record | None,
+    findings: Findings,
+) -> None:
+    """What each stage kept is what the next took in, by its counts and by the keys."""
+    shard_id = task.shard_id
+    known: dict[Path, tuple[int, str]] = {}
+    if last is not None and last.done:
+        path = Path(os.path.normpath(last.home / task.hybrid.name))
+        known[path] = (proof.size, proof.digest)
+        _check_last(last, proof, findings)
+        _check_source(last, task, findings)
+        check_outputs(last, known, findings)
+    third = read_stage(task.edits, EDITS, shard_id, findings)
+    if third is not None and third.done:
+        check_outputs(third, {}, findings)
+        check_count(f"{EDITS} kept, edits that are there", third.count("kept"), len(edited), findings)
+        if last is not None and last.done:
+            check_count(f"{HYBRID} replaced, {EDITS} kept", last.note("edited"), third.count("kept"), findings)
+        made = provenance_keys(third, shard_id)
+        if Counter(made) != Counter(edited):
+            odd = sorted(set(made) ^ set(edited))[:3]
+            findings.add("no_provenance", "", f"{EDITS}'s _provenance is not of the edits that are there: {odd}")
+    if task.prompts is None or prompts is None:
+        return
+    check_keys(EDITS, names_to_keys(prompts), edited, third, findings)
+    second = read_stage(task.prompts, PROMPTS, shard_id, findings)
+    if third is not None and third.done:
+        check_count(f"{EDITS} took in, prompts", third.count("in"), len(prompts), findings)
+    if second is not None and second.done:
+        check_outputs(second, {}, findings)
+        check_count(f"{PROMPTS} kept, prompts", second.count("kept"), len(prompts), findings)
+    if task.captions is None:
+        return
+    captions = read_dictionary(task.captions / f"{shard_id}.json")
+    check_keys(PROMPTS, names_to_keys(captions), names_to_keys(prompts), second, findings)
+    if second is not None and second.done:
+        check_count(f"{PROMPTS} took in, captions", second.count("in"), len(captions), findings)
+    first = read_stage(task.captions, CAPTIONS, shard_id, findings)
+    check_keys(CAPTIONS, proof.keys, names_to_keys(captions), first, findings)
+    if first is not None and first.done:
+        check_outputs(first, {}, findings)
+        check_count(f"{CAPTIONS} kept, captions", first.count("kept"), len(captions), findings)
+        check_count(f"{CAPTIONS} took in, samples of the source", first.count("in"), len(proof.keys), findings)
+
+
+def _check_last(last: Record, proof: Proof, findings: Findings) -> None:
+    check_count(f"{HYBRID} took in, samples of the source", last.count("in"), len(proof.keys), findings)
+    check_count(f"{HYBRID} kept, samples that should be here", last.count("kept"), proof.kept, findings)
+    check_count(f"{HYBRID} replaced, edits of this shard", last.note("edited"), len(proof.edited), findings)
+    if proof.left_out or last.gone:
+        for key in Counter(proof.left_out) - last.gone:
+            findings.add("lost_sample", key, f"left out, and no reject or drop of {HYBRID} tells why")
+        for key in last.gone - Counter(proof.left_out):
+            findings.add("from_nowhere", key, f"{HYBRID} says it left this sample out, and had no reason to")
+
+
+def _check_source(last: Record, task: Task, findings: Findings) -> None:
+    sizes = [
+        was.get("size")
+        for was, source in zip(last.receipt["inputs"], last.receipt["sources"], strict=False)
+        if not source and was.get("path") == task.source.name
+    ]
+    size = task.source.stat().st_size
+    if sizes and sizes[0] != size:
+        findings.add("source_changed", "", f"{HYBRID} read {sizes[0]:,} bytes of {task.source.name}; it has {size:,}")

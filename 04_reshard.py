@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = discover(options.input, allow_pipe=options.allow_pipe)
     if Path(options.output).resolve() in local_folders(shards):
         raise UsageError("--output must not be the folder of the source shards: it would replace them")
-    if isinstance(options.tars, RemoteFolder) and options.tars.holds(shards):
+    if isinstance(options.tars, RemoteFolder) and options.tars.holds(shard.path for shard in shards):
         raise UsageError("--publish_to must not be the folder of the source shards: it would replace them")
     if not is_worker():
         options.material.check()

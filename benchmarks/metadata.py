@@ -44,7 +44,7 @@ from PIL import Image
 from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
 from curation.backends.generate.tiny import fill_with_noise
 from curation.images import decode_rgb, image_size
-from tests.tiny_extractors import MERGES, clip_vocabulary
+from tests.backends.tiny_extractors import MERGES, clip_vocabulary
 
 STAGE, DIRECTIVE = "06_metadata", "oai-clip-vit-b32"
 B32_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.commands.synthetic_root import Synthetic, make_root
 from tests.pipeline import Undisturbed, run_undisturbed
-from tests.synthetic_root import Synthetic, make_root
 
 
 @pytest.hookimpl(optionalhook=True)

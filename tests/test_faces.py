@@ -110,7 +110,7 @@ def centerface() -> FaceDetector:
 
 @pytest.fixture(scope="module")
 def scrfd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.scrfd_from_centerface import build_scrfd
+    from tests.backends.scrfd_from_centerface import build_scrfd
 
     return build_scrfd(_centerface_file(), tmp_path_factory.mktemp("scrfd") / "scrfd.onnx")
 
@@ -227,7 +227,7 @@ def test_insightface_finds_keypoints_in_the_stand_in(scrfd_file: Path) -> None:
 
 
 def test_an_scrfd_of_one_size_only(scrfd_file: Path, tmp_path: Path) -> None:
-    from tests.scrfd_from_centerface import build_scrfd
+    from tests.backends.scrfd_from_centerface import build_scrfd
 
     fixed = build_scrfd(_centerface_file(), tmp_path / "fixed.onnx", side=320)
     backend = load("faces", "scrfd")

@@ -14,14 +14,13 @@ import random
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from curation.errors import InfrastructureError, LostClaim, UsageError
-from curation.shards import Shard
 from curation.storage import remote_read
 from curation.storage.files import Output, Published
 from curation.storage.urls import RemoteFile, Source, error_line, filesystem, told_by, without_secrets
@@ -339,9 +338,9 @@ class RemoteFolder:
         """Of the objects right below it."""
         return list(list_objects(self.url))
 
-    def holds(self, shards: Sequence[Shard]) -> bool:
-        """Whether one of the shards is read from here."""
-        return any(shard.path == self / shard.path.name for shard in shards)
+    def holds(self, files: Iterable[Path | RemoteFile]) -> bool:
+        """Whether one of the files lies right here."""
+        return any(file == self / file.name for file in files)
 
 
 Folder = Path | RemoteFolder

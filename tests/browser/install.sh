@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Debian's Chromium, for tests/test_report_browser.py, where it is missing and may be installed.  Without it those tests
+# Debian's Chromium, for tests/browser/test_report.py, where it is missing and may be installed.  Without it those tests
 # are skipped, but for CI, where that is a failure.
 set -uo pipefail
 command -v chromium >/dev/null && exit 0

@@ -39,7 +39,7 @@ def deterministic_llm_server(delay_s: float = 0.0) -> contextlib.AbstractContext
 def vision_server(folder: Path, name: str = "tiny-vision") -> Iterator[int]:
     """llama.cpp's server with a real language model and a tiny vision encoder, which is written to ``folder``."""
     from curation.backends.llm.embedded import model_file
-    from tests.tiny_gguf import GEMMA_WIDTH, save_vision_encoder
+    from tests.backends.tiny_gguf import GEMMA_WIDTH, save_vision_encoder
 
     encoder = folder / "encoder.gguf"
     save_vision_encoder(encoder, GEMMA_WIDTH)

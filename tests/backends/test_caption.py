@@ -1,0 +1,634 @@
+"""The captioners: every family's real architecture with random weights, on real photos; and vision servers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from curation import backends
+from curation.backends.caption.base import SquareImages
+from curation.caption.batching import ShapeGroups, caption_batch, find_batch_size, settled_batch_size
+from curation.caption.captioner import FAMILIES, MODELS, OutOfMemory, list_models, resolve
+from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.models.batch_size import WorkingBatch
+from tests.servers import ollama_stub
+
+pytest.importorskip("transformers")
+from tests.backends.tiny_captioners import BUILDERS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SHARD = Path(__file__).resolve().parents[2] / "examples" / "shards" / "00000000.tar"
+ALL = sorted(BUILDERS)
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Any]:
+    """Photos of the example shard, and crops of some: many forms and sizes."""
+    with tarfile.open(SHARD) as tar:
+        members = [m for m in tar.getmembers() if m.name.endswith(".jpg")][:8]
+        pictures = [Image.open(io.BytesIO(tar.extractfile(m).read())).convert("RGB") for m in members]  # type: ignore[union-attr]
+    crops = [p.crop((0, 0, p.width // 3, p.height)) for p in pictures[:2]]
+    return [*pictures, *crops, *(p.crop((0, 0, p.width, p.height // 4)) for p in pictures[:2])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("captioners")
+
+    def build(name: str) -> Path:
+        if not (root / name).exists():
+            BUILDERS[name](root / name)
+        return root / name
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Callable[[str], Path]) -> Callable[..., Any]:
+    """A tiny captioner, by its name and the constructor's arguments; each is loaded once."""
+    loaded: dict[str, Any] = {}
+
+    def load(name: str, **settings: Any) -> Any:
+        mark = f"{name} {settings}"
+        if mark not in loaded:
+            family, source = resolve(str(folder(name)))
+            loaded[mark] = backends.load("caption", family)(source, **{"max_tokens": TOKENS, **settings})
+        return loaded[mark]
+
+    return load
+
+
+def of_one_shape(prepared: Sequence[Any]) -> list[Any]:
+    """The most images that may share a batch."""
+    shapes = [p.shape for p in prepared]
+    return [p for p in prepared if p.shape == max(shapes, key=shapes.count)]
+
+
+# ---- which model
+
+
+@pytest.mark.parametrize(
+    ("model", "family", "source"),
+    [
+        ("florence2-base", "florence2", "florence-community/Florence-2-base"),
+        ("large", "florence2", "florence-community/Florence-2-large"),
+        ("llava", "llava", "llava-hf/llava-v1.6-mistral-7b-hf"),
+        ("qwen", "qwen", "Qwen/Qwen2-VL-7B-Instruct"),
+        ("microsoft/Florence-2-base-ft", "florence2", "florence-community/Florence-2-base-ft"),
+        ("google/gemma-3-27b-it", "gemma3", "google/gemma-3-27b-it"),
+        ("somebody/my-gemma3-tuned", "gemma3", "somebody/my-gemma3-tuned"),
+        ("llava-hf/llava-v1.6-vicuna-13b-hf", "llava", "llava-hf/llava-v1.6-vicuna-13b-hf"),
+        ("Qwen/Qwen2.5-VL-72B-Instruct", "qwen", "Qwen/Qwen2.5-VL-72B-Instruct"),
+        ("qwen3-vl-4b", "qwen", "Qwen/Qwen3-VL-4B-Instruct"),
+        ("endpoint:Qwen/Qwen3-VL-4B-Instruct", "endpoint", "Qwen/Qwen3-VL-4B-Instruct"),
+    ],
+)
+def test_names(model: str, family: str, source: str) -> None:
+    assert resolve(model) == (family, source)
+
+
+@pytest.mark.parametrize("model", ["florence9", "google/gemma-3n-E4B-it", "google/gemma-2-9b", "/no/such/folder"])
+def test_names_that_nothing_can_load(model: str) -> None:
+    with pytest.raises(InfrastructureError, match="--model"):
+        resolve(model)
+
+
+def test_every_model_in_the_list_has_a_backend() -> None:
+    for model in MODELS:
+        assert model.family in backends.names("caption") and model.short in list_models()
+        assert resolve(model.short) == resolve(model.source) == (model.family, model.source)
+    assert set(backends.names("caption")) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_folder_says_itself_what_it_is(name: str, folder: Callable[[str], Path]) -> None:
+    family, _ = resolve(str(folder(name)))
+    assert name.startswith(family)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"), [(None, "no config.json"), ("{", "no model_type"), ('{"model_type": "bert"}', "'bert'")]
+)
+def test_folders_of_something_else(tmp_path: Path, config: str | None, says: str) -> None:
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InfrastructureError, match=says):
+        resolve(str(tmp_path))
+
+
+# ---- captions
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_batch_says_what_one_by_one_says(
+    name: str, temperature: float, tiny: Callable[..., Any], photos: list[Any]
+) -> None:
+    """In float32, and with images that come in another order; different images get different captions."""
+    backend = tiny(name, temperature=temperature, max_tokens=40 if temperature else TOKENS)  # some end before others
+    batch = of_one_shape([backend.prepare(photo) for photo in photos])
+    assert len(batch) >= 2
+    seeds = list(range(100, 100 + len(batch)))
+    together = backend.caption(batch, seeds)
+    assert together == [backend.caption([one], [seed])[0] for one, seed in zip(batch, seeds, strict=True)]
+    assert together == backend.caption(batch[::-1], seeds[::-1])[::-1]
+    assert together == backend.caption(batch, seeds)
+    assert len(set(together)) > 1
+    assert all(together)
+
+
+@pytest.mark.parametrize("name", ["florence2", "qwen2.5-vl"])
+def test_the_seed_decides_a_sample(name: str, tiny: Callable[..., Any], photos: list[Any]) -> None:
+    """Not the model's own sampling settings, and not torch's global generator."""
+    sampled, greedy = tiny(name, temperature=1.0), tiny(name)
+    one = sampled.prepare(photos[0])
+    texts = {seed: sampled.caption([one], [seed])[0] for seed in range(5)}
+    assert len(set(texts.values())) == 5
+    assert sampled.caption([one] * 5, [4, 3, 2, 1, 0]) == [texts[seed] for seed in (4, 3, 2, 1, 0)]
+    assert len(set(greedy.caption([one] * 3, [1, 2, 3]))) == 1
+
+
+def test_sampling_draws_from_the_distribution() -> None:
+    """Against torch's own softmax: 20,000 draws from three tokens, within four standard deviations."""
+    import torch
+
+    from curation.backends.caption.decoding import SeededSampling
+
+    rows = 20_000
+    scores = torch.tensor([[2.0, 1.0, -torch.inf, 0.0]]).repeat(rows, 1)
+    drawn = SeededSampling(2.0, list(range(rows)), 3)(torch.zeros(rows, 1), scores).argmax(1)
+    expected = (scores[0] / 2.0).softmax(0)
+    share = drawn.bincount(minlength=4) / rows
+    assert share[2] == 0
+    assert (share - expected).abs().max() < 4 * (0.25 / rows) ** 0.5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_calls_of_the_device(
+    name: str, tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ``generate`` a batch, with as many rows as images, nothing padded differently than alone, no beams."""
+    backend = tiny(name)
+    batch = of_one_shape([backend.prepare(photo) for photo in photos])
+    calls: list[dict[str, Any]] = []
+    generate = backend.model.generate
+    monkeypatch.setattr(backend.model, "generate", lambda **given: (calls.append(given), generate(**given))[1])
+    backend.caption(batch, [0] * len(batch))
+    (call,) = calls
+    length = batch[0].tensors["input_ids"].shape[1]
+    assert tuple(call["input_ids"].shape) == (len(batch), length)
+    assert tuple(call["attention_mask"].shape) == (len(batch), length)
+    assert call["pixel_values"].shape[0] == sum(one.tensors["pixel_values"].shape[0] for one in batch)
+    settings = call["generation_config"]
+    assert (settings.num_beams, settings.do_sample, settings.max_new_tokens) == (1, False, TOKENS)
+    processors = [type(processor).__name__ for processor in call["logits_processor"]]
+    assert processors == (["NoRepeatedNgrams"] if name == "florence2" else [])
+    assert not settings.no_repeat_ngram_size
+
+
+@pytest.mark.parametrize(("name", "most"), [("florence2", 1), ("gemma3", 1), ("llava-next", 4), ("qwen3-vl", 4)])
+def test_images_fall_into_few_shapes(name: str, most: int, tiny: Callable[..., Any], photos: list[Any]) -> None:
+    backend = tiny(name)
+    assert len({backend.prepare(photo).shape for photo in photos}) <= most
+
+
+def test_florence_takes_its_three_tasks(folder: Callable[[str], Path], photos: list[Any]) -> None:
+    from curation.backends.caption.florence2 import Backend
+
+    ids = []
+    for detail in ("brief", "detailed", "more_detailed"):
+        backend = Backend(str(folder("florence2")), detail=detail, max_tokens=4)  # type: ignore[arg-type]
+        ids.append(backend.prepare(photos[0]).tensors["input_ids"][0].tolist())
+        text = backend.processor.tokenizer.decode(ids[-1], skip_special_tokens=True)
+        assert text == backend.processor.task_prompts_without_inputs[backend.task]
+        assert not {"<s>", "</s>", "<pad>"} & set(backend.caption([backend.prepare(photos[0])], [0])[0].split())
+    assert len({tuple(row) for row in ids}) == 3
+    with pytest.raises(UsageError, match="boxes"):
+        Backend(str(folder("florence2")), prompt="<OD>")
+
+
+def test_the_prompt_and_the_detail_are_what_a_chat_is_asked(tiny: Callable[..., Any], photos: list[Any]) -> None:
+    def asked(**settings: Any) -> str:
+        backend = tiny("qwen2-vl", **settings)
+        text: str = backend.processor.tokenizer.decode(backend.prepare(photos[0]).tensors["input_ids"][0])
+        return text
+
+    assert "What is the weather like?<|im_end|>" in asked(prompt="What is the weather like?")
+    assert "in one sentence" in asked(detail="brief")
+    assert "signature or watermark" in asked()
+    assert asked().endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("name", ["florence2", "gemma3"])
+def test_pixels_are_the_processors_to_the_last_bit(
+    name: str, tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the sizes and with the numbers of the real models too, although half of the work is done on the device."""
+    backend = tiny(name)
+    taken: list[Any] = []
+    generate = backend.model.generate
+    monkeypatch.setattr(backend.model, "generate", lambda **given: (taken.append(given), generate(**given))[1])
+    backend.caption([backend.prepare(photo) for photo in photos], [0] * len(photos))
+    expected = backend.processor.image_processor(photos, return_tensors="pt")["pixel_values"]
+    assert bool((taken[0]["pixel_values"] == expected).all())
+    own = copy.deepcopy(backend.processor.image_processor)
+    own.size, own.image_mean, own.image_std = (
+        {"height": 768, "width": 768},
+        [0.485, 0.456, 0.406],
+        [0.229, 0.224, 0.225],
+    )
+    squares = SquareImages.of(own)
+    assert squares is not None
+    for photo in photos[:3]:
+        got = squares.numbers_of(squares.bytes_of(photo), backend.dtype)
+        assert bool((got == own(photo, return_tensors="pt")["pixel_values"]).all())
+
+
+def test_a_processor_that_does_more_is_left_to_it(tiny: Callable[..., Any]) -> None:
+    images = tiny("llava-next").processor.image_processor
+    assert SquareImages.of(images) is None
+    crops = copy.deepcopy(tiny("florence2").processor.image_processor)
+    crops.do_center_crop = True
+    assert SquareImages.of(crops) is None
+
+
+def test_processors_work_in_many_threads_at_once(tiny: Callable[..., Any], photos: list[Any]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    backend = tiny("qwen3-vl")
+    alone = [backend.prepare(photo) for photo in photos]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(3):
+            for one, other in zip(alone, threads.map(backend.prepare, photos), strict=True):
+                assert one.shape == other.shape
+                assert all(bool((one.tensors[name] == other.tensors[name]).all()) for name in one.tensors)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_that_are_not_rgb(mode: str, tiny: Callable[..., Any], photos: list[Any]) -> None:
+    backend = tiny("florence2")
+    assert backend.prepare(photos[0].convert(mode)).shape == backend.prepare(photos[0]).shape
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def test_an_image_that_the_processor_refuses(name: str, tiny: Callable[..., Any]) -> None:
+    """Qwen's takes nothing that is more than 200 times as long as wide."""
+    with pytest.raises(SampleError, match=r"processor_refused: 1000×2: .*aspect ratio"):
+        tiny(name).prepare(Image.new("RGB", (1000, 2)))
+
+
+class Forgetful:
+    """A backend whose device has room for so many images of a shape."""
+
+    name = revision = "forgetful"
+    device_kind = "cpu"
+
+    def __init__(self, inner: Any, room: int, greedy: Sequence[Any] = ()) -> None:
+        self.inner, self.room, self.greedy = inner, room, greedy
+        self.calls: list[int] = []
+
+    def prepare(self, image: Any) -> Any:
+        return self.inner.prepare(image)
+
+    def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> Sequence[str | SampleError]:
+        self.calls.append(len(batch))
+        if len(batch) > self.room or any(one is greedy for one in batch for greedy in self.greedy):
+            raise OutOfMemory("out of memory")
+        captions: Sequence[str | SampleError] = self.inner.caption(batch, seeds)
+        return captions
+
+    def close(self) -> None: ...
+
+
+def test_the_batch_is_halved_until_it_fits_and_the_size_is_remembered(
+    tiny: Callable[..., Any], photos: list[Any], tmp_path: Path
+) -> None:
+    inner = tiny("florence2", temperature=1.0)
+    batch = [inner.prepare(photo) for photo in photos]
+    seeds = list(range(len(batch)))
+    backend = Forgetful(inner, room=3)
+    memory = WorkingBatch(8, "cpu\0tiny", tmp_path)
+    assert caption_batch(backend, memory, batch, seeds) == inner.caption(batch, seeds)
+    assert backend.calls == [8, 4, *[2] * 6]
+    again = Forgetful(inner, room=3)
+    caption_batch(again, WorkingBatch(8, "cpu\0tiny", tmp_path), batch, seeds)
+    assert again.calls == [2] * 6, "another process knows it already"
+    other = Forgetful(inner, room=9)
+    caption_batch(other, WorkingBatch(8, "cpu\0another", tmp_path), batch, seeds)
+    assert other.calls == [8, 4], "another model does not"
+
+
+def test_one_image_that_does_not_fit_costs_its_own_row(tiny: Callable[..., Any], photos: list[Any]) -> None:
+    inner = tiny("florence2")
+    batch = [inner.prepare(photo) for photo in photos]
+    backend = Forgetful(inner, room=99, greedy=[batch[5]])
+    captions = caption_batch(backend, WorkingBatch(8, "cpu"), batch, [0] * len(batch))
+    expected: list[Any] = inner.caption(batch, [0] * len(batch))
+    wrong = captions.pop(5)
+    del expected[5]
+    assert captions == expected
+    assert isinstance(wrong, SampleError) and wrong.reason == "out_of_memory" and "64×64" in wrong.detail
+
+
+def test_real_allocation_failures_are_told_from_bugs(
+    tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch says when it is asked for more memory than any machine has; and an error of the model's code."""
+    import torch
+
+    backend = tiny("gemma3")
+    one = backend.prepare(photos[0])
+    monkeypatch.setattr(backend.model, "generate", lambda **_: torch.empty(1 << 50))
+    with pytest.raises(OutOfMemory):
+        backend.caption([one], [0])
+    monkeypatch.setattr(backend.model, "generate", lambda **_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        backend.caption([one], [0])
+
+
+def test_an_empty_caption_is_none(tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = tiny("qwen2-vl")
+    monkeypatch.setattr(backend, "_texts", lambda *_: [" \n", " two words "])
+    first, second = caption_batch(backend, WorkingBatch(2, "cpu"), [backend.prepare(photos[0])] * 2, [0, 0])
+    assert isinstance(first, SampleError) and first.reason == "empty_caption"
+    assert second == "two words"
+
+
+def test_a_device_that_is_not_there(folder: Callable[[str], Path]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(InfrastructureError, match="cuda:0 was given but"):
+        backends.load("caption", "gemma3")(str(folder("gemma3")), device="cuda:0")
+
+
+def load_florence(path: Path) -> Any:
+    return backends.load("caption", "florence2")(str(path), max_tokens=4)
+
+
+def test_pickled_weights_are_not_loaded(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    import torch
+
+    copy = Path(shutil.copytree(folder("florence2"), tmp_path / "copy"))
+    (copy / "model.safetensors").unlink()
+    torch.save({}, copy / "pytorch_model.bin")
+    with pytest.raises(InfrastructureError, match=r"cannot be loaded: .*safetensors"):
+        load_florence(copy)
+
+
+def test_weights_of_another_layout_are_not_made_up(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers would fill what is missing with random numbers, and caption on."""
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(folder("florence2"), tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    renamed = {name.replace("multi_modal_projector", "image_projection"): value for name, value in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InfrastructureError, match="its weights are not those of Florence2"):
+        load_florence(copy)
+
+
+def test_damaged_weights_are_one_line(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder("florence2"), tmp_path / "copy"))
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InfrastructureError, match="damaged weights"):
+        load_florence(copy)
+
+
+def test_the_revision_tells_weights_apart(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    first = load_florence(folder("florence2"))
+    copy = Path(shutil.copytree(folder("florence2"), tmp_path / "florence2"))
+    assert (load_florence(copy).name, load_florence(copy).revision) == (first.name, first.revision)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert load_florence(copy).revision != first.revision
+    with pytest.raises(InfrastructureError, match="has no other revision"):
+        backends.load("caption", "florence2")(str(copy), revision="main")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_hub_model_is_taken_from_the_hubs_cache(
+    folder: Callable[[str], Path], photos: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word to the hub where it is whole; where a file of it is missing, the line says so."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache = tmp_path / "models--somebody--tiny-gemma3"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(folder("gemma3"), cache / "snapshots" / COMMIT)
+    family, source = resolve("somebody/tiny-gemma3")
+    backend = backends.load("caption", family)(source, max_tokens=4)
+    assert (backend.name, backend.revision) == ("somebody/tiny-gemma3", COMMIT)
+    assert backend.caption([backend.prepare(photos[0])], [0])[0]
+    (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(InfrastructureError, match=r"somebody/tiny-gemma3: (download failed|cannot be loaded)"):
+        backends.load("caption", family)(source)
+    with pytest.raises(InfrastructureError, match="not in the hub's cache and HF_HUB_OFFLINE is set"):
+        backends.load("caption", family)("somebody/else-gemma3")
+
+
+# ---- batches
+
+
+def test_batches_follow_the_order_of_the_shard_alone() -> None:
+    rng = random.Random(3)
+    items = [((rng.randrange(3),), number) for number in range(50)]
+    groups: ShapeGroups[tuple[tuple[int, ...], int]] = ShapeGroups(4)
+    batches = [batch for item in items if (batch := groups.add(item[0], item))]
+    assert all(len(batch) == 4 for batch in batches)
+    rest = list(groups.rest())
+    assert sorted(item for batch in [*batches, *rest] for item in batch) == sorted(items)
+    for batch in [*batches, *rest]:
+        assert len({shape for shape, _ in batch}) == 1
+        assert batch == sorted(batch, key=lambda item: item[1])
+    assert [batch[0][1] for batch in rest] == sorted(batch[0][1] for batch in rest)
+
+
+def test_no_more_wait_than_they_may() -> None:
+    groups: ShapeGroups[int] = ShapeGroups(4, most_waiting=6)
+    waiting = 0
+    for number in range(100):
+        batch = groups.add((number % 3 if number % 10 else number,), number)
+        waiting += 1 - len(batch)
+        assert waiting <= 6
+    assert sum(map(len, groups.rest())) == waiting
+
+
+class Timed:
+    """A device on which time stands still but for its own calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int) -> None:
+        self.now, self.seconds, self.room = 0.0, seconds, room
+        monkeypatch.setattr("curation.caption.captioner.time.perf_counter", lambda: self.now)
+
+    def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> list[str]:
+        if len(batch) > self.room:
+            raise OutOfMemory("full")
+        self.now += self.seconds(len(batch))
+        return ["a"] * len(batch)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "room", "best"),
+    [
+        (lambda n: 1.0, 40, 32),  # memory ends it
+        (lambda n: 1.0 + n / 16, 10_000, 256),  # what it gains ends it
+        (lambda n: float(n), 10_000, 1),  # nothing to gain
+        (lambda n: 1.0, 10_000, 1024),
+    ],
+)
+def test_the_batch_size_is_found_by_trying(
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int, best: int
+) -> None:
+    device: Any = Timed(monkeypatch, seconds, room)
+    assert find_batch_size(device, np.zeros((8, 8, 3), np.uint8)) == best  # type: ignore[arg-type]
+
+
+def test_workers_agree_on_the_batch_size(tmp_path: Path) -> None:
+    """Sixteen that find different sizes at once: all take the one that was first."""
+    file = tmp_path / "sizes" / "model.json"
+    barrier = threading.Barrier(16)
+    sizes: list[int] = []
+
+    def work(found: int) -> None:
+        def find() -> int:
+            barrier.wait()
+            return found
+
+        sizes.append(settled_batch_size(file, find))
+
+    threads = [threading.Thread(target=work, args=(number + 1,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sizes) == 16 and len(set(sizes)) == 1
+    assert json.loads(file.read_text()) == {"batch_size": sizes[0]}
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert settled_batch_size(file, lambda: 999) == sizes[0]
+
+
+# ---- vision servers
+
+
+def endpoint(*ports: int, **settings: Any) -> Any:
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    return backends.load("caption", "endpoint")("tulu3:fairclip", **{"urls": urls, "max_tokens": 16, **settings})
+
+
+@pytest.mark.parametrize("api", ["openai", "ollama"])
+def test_every_picture_gets_its_own_answer_from_any_server(api: str, photos: list[Any], tmp_path: Path) -> None:
+    log = tmp_path / "requests.jsonl"
+    settings = {"api": api, "latency_s": 0.02, "log": log}
+    with ollama_stub(**settings) as first, ollama_stub(**settings) as second:
+        backend = endpoint(first, second, temperature=0.5, prompt="What is this?")
+        batch = [backend.prepare(photo) for photo in photos] * 4
+        captions = backend.caption(batch, [(1 << 62) + i for i in range(len(batch))])
+        assert captions[: len(photos)] * 4 == captions
+        assert len(set(captions)) == len(photos)
+        assert captions[0] == endpoint(first).caption([batch[0]], [3])[0]
+        backend.close()
+    bodies = [json.loads(json.loads(line)["body"]) for line in log.read_text().splitlines()][:-1]
+    seeds = sorted(body.get("seed", body.get("options", {}).get("seed")) for body in bodies)
+    assert seeds == list(range(len(batch))), "31 bits of the seed"
+    if api == "openai":
+        picture, text = bodies[0]["messages"][0]["content"]
+        assert picture["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
+        assert text == {"type": "text", "text": "What is this?"}
+        assert (bodies[0]["temperature"], bodies[0]["max_tokens"]) == (0.5, 16)
+
+
+def test_a_picture_that_servers_refuse_costs_its_own_row(photos: list[Any]) -> None:
+    with ollama_stub(api="openai") as port:
+        backend = endpoint(port, prompt="E400")
+        refused, *_ = caption_batch(backend, WorkingBatch(4, "x"), [backend.prepare(photos[0])], [0])
+        assert isinstance(refused, SampleError) and refused.reason == "llm_bad_request"
+
+
+def test_endpoints_that_cannot_be_used(photos: list[Any]) -> None:
+    with pytest.raises(UsageError, match="no endpoint is named"):
+        endpoint()
+    with pytest.raises(UsageError, match="the server's own options"):
+        endpoint(1, quantize="8bit")
+    with pytest.raises(InfrastructureError, match="no endpoint answers"):
+        endpoint(1)
+
+
+def test_a_large_picture_is_sent_smaller(photos: list[Any]) -> None:
+    with ollama_stub() as port:
+        backend = endpoint(port)
+        sent = Image.open(io.BytesIO(backend.prepare(photos[0].resize((4000, 1000))).jpeg))
+        assert sent.size == (1536, 384)
+        assert Image.open(io.BytesIO(backend.prepare(photos[0]).jpeg)).size == photos[0].size
+
+
+@pytest.mark.slow
+def test_a_real_vision_server(llama_server: str, photos: list[Any]) -> None:
+    """llama.cpp's, whose real language model is shown each picture by an encoder with random weights."""
+    backend = backends.load("caption", "endpoint")(
+        "tiny-vision", urls=[llama_server], max_tokens=8, in_flight=1, timeout_s=60.0
+    )
+    batch = [backend.prepare(photo) for photo in photos[:4]]
+    captions = backend.caption(batch, [0] * 4)
+    assert all(isinstance(caption, str) for caption in captions)
+    assert len(set(captions)) > 1, "the answer depends on the picture"
+    assert backend.caption(batch[:1], [0]) == captions[:1]
+    broken = type(batch[0])(batch[0].jpeg[:100])
+    first, second = backend.caption([broken, batch[1]], [0, 0])
+    assert isinstance(first, SampleError) and first.reason in ("llm_bad_request", "llm_error")
+    assert isinstance(second, str)
+    backend.close()
+
+
+@pytest.mark.slow
+def test_a_real_server_without_the_model(llama_server: str) -> None:
+    with pytest.raises(InfrastructureError, match="serves tiny-vision, not 'another'"):
+        backends.load("caption", "endpoint")("another", urls=[llama_server])
+
+
+def test_bitsandbytes_is_imported_without_its_search_on_the_hub(tmp_path: Path) -> None:
+    """A package that does as bitsandbytes 0.50 does on a CPU with AVX512-BF16, and one that would fetch code."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('the hub was asked')\n")
+    (tmp_path / "bitsandbytes.py").write_text(
+        "import logging\nlog = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "try:\n    from kernels import get_kernel\nexcept Exception as error:\n"
+        "    log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s', error)\n"
+        "log.warning('something else')\n"
+    )
+    program = (
+        "from curation.backends.hub_models import import_bitsandbytes\nimport importlib.util, sys\n"
+        "import_bitsandbytes()\nprint('bitsandbytes' in sys.modules, importlib.util.find_spec('kernels') is not None)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("True True\n", "something else\n")

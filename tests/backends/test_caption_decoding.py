@@ -1,0 +1,279 @@
+"""How a captioner's tokens are chosen and its memory used: repetitions, caches in place, quantised and offloaded
+weights, real failures to allocate."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from curation import backends
+from curation.backends.caption.decoding import NoRepeatedNgrams, padded_rows
+from curation.caption.batching import caption_batch
+from curation.caption.captioner import resolve
+from curation.caption.feed import Feed
+from curation.errors import UsageError
+from curation.models.batch_size import WorkingBatch
+
+pytest.importorskip("transformers")
+from tests.backends import tiny_captioners
+from tests.backends.tiny_captioners import BUILDERS
+
+SHARD = Path(__file__).resolve().parents[2] / "examples" / "shards" / "00000003.tar"
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Any]:
+    with tarfile.open(SHARD.with_name("00000000.tar")) as tar:
+        members = [m for m in tar.getmembers() if m.name.endswith(".jpg")][:8]
+        return [Image.open(io.BytesIO(tar.extractfile(m).read())).convert("RGB") for m in members]  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("captioners")
+
+    def build(name: str) -> Path:
+        if not (root / name).exists():
+            BUILDERS[name](root / name)
+        return root / name
+
+    return build
+
+
+def load(path: Path, **settings: Any) -> Any:
+    family, source = resolve(str(path))
+    return backends.load("caption", family)(source, **{"max_tokens": 24, **settings})
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_repetitions_that_are_banned_are_those_of_transformers(size: int) -> None:
+    import torch
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    ours, theirs = NoRepeatedNgrams(size), NoRepeatNGramLogitsProcessor(size)
+    generator = torch.Generator().manual_seed(size)
+    for length in range(1, 30):
+        said = torch.randint(0, 4, (8, length), generator=generator)  # few words: many repetitions
+        scores = torch.randn(8, 6, generator=generator)
+        assert bool((ours(said, scores.clone()) == theirs(said, scores.clone())).all())
+
+
+def test_a_captioner_repeats_nothing_as_with_generates_own_rule(
+    folder: Callable[[str], Path], photos: list[Any]
+) -> None:
+    ours, own = load(folder("florence2")), load(folder("florence2"))
+    assert ours._ngram == 3
+    free = load(folder("florence2"))
+    own._ngram, own.generation.no_repeat_ngram_size, free._ngram = 0, 3, 0
+    batch, seeds = [ours.prepare(photo) for photo in photos], [0] * len(photos)
+    captions = ours.caption(batch, seeds)
+    assert captions == own.caption(batch, seeds)
+    assert captions != free.caption(batch, seeds), "without the rule it would repeat itself"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_keys_that_stay_in_place_give_the_same_captions(
+    temperature: float, folder: Callable[[str], Path], photos: list[Any]
+) -> None:
+    """Batch after batch of several sizes: nothing of one is left in the next."""
+    usual, static = (load(folder("florence2"), temperature=temperature, compile=how) for how in ("none", "decode"))
+    batch, seeds = [usual.prepare(photo) for photo in photos], list(range(len(photos)))
+    for rows in (8, 5, 8, 1, 7):
+        assert static.caption(batch[-rows:], seeds[-rows:]) == usual.caption(batch[-rows:], seeds[-rows:])
+    assert len(static._caches._caches) <= 2
+
+
+def test_the_sizes_that_are_compiled_are_few() -> None:
+    sizes = [padded_rows(rows) for rows in range(1, 513)]
+    assert all(rows <= size < 1.5 * rows for rows, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 18 and {16, 48, 512} <= set(sizes)
+
+
+def test_compiling_is_for_one_family(folder: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match="--compile decode: not for the family qwen"):
+        load(folder("qwen2-vl"), compile="decode")
+
+
+# ---- weights
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A captioner as wide as a block of 4 bit weights."""
+    patch = pytest.MonkeyPatch()
+    for sizes in (tiny_captioners.TEXT, tiny_captioners.VISION):
+        patch.setitem(sizes, "hidden_size", 64)
+        patch.setitem(sizes, "intermediate_size", 128)
+    path = tmp_path_factory.mktemp("wide") / "llava-next"
+    BUILDERS["llava-next"](path)
+    patch.undo()
+    yield path
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantised_weights_are_smaller_and_caption(quantize: str, wide: Path, photos: list[Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    whole, small = load(wide), load(wide, quantize=quantize)
+    assert small.model.get_memory_footprint() < 0.8 * whole.model.get_memory_footprint()
+    kinds = {name: type(module).__name__ for name, module in small.model.named_modules()}
+    expected = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[quantize]
+    assert all(kind == expected for name, kind in kinds.items() if "language_model" in name and name.endswith("_proj"))
+    assert not any(kind == expected for name, kind in kinds.items() if "vision_tower" in name or "lm_head" in name)
+    batch = [small.prepare(photo) for photo in photos[:2]]
+    assert all(small.caption([one], [0])[0] for one in batch)
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_every_family_is_quantised(name: str, folder: Callable[[str], Path], photos: list[Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    backend = load(folder(name), quantize="8bit", max_tokens=4)
+    small = [name for name, module in backend.model.named_modules() if type(module).__name__ == "Linear8bitLt"]
+    assert small and all("language_model" in name for name in small), "the images' encoder stays as it is"
+    assert backend.caption([backend.prepare(photos[0])], [0])[0]
+
+
+def test_quantising_without_its_package(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"--quantize 4bit needs the package bitsandbytes: pip install"):
+        load(folder("florence2"), quantize="4bit")
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_weights_that_do_not_fit_travel_when_it_is_their_turn(
+    name: str, folder: Callable[[str], Path], photos: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's real hooks, with the disk for what the machine's memory is to a GPU."""
+    from curation.backends.caption.base import VisionLanguageModel
+
+    whole = load(folder(name), max_tokens=6)
+    half = whole.model.get_memory_footprint() // 2
+    placement = {"device_map": "auto", "max_memory": {"cpu": half}, "offload_folder": str(tmp_path)}
+    monkeypatch.setattr(VisionLanguageModel, "_placement", lambda _: placement)
+    parts = load(folder(name), max_tokens=6, offload=True)
+    assert "disk" in parts.model.hf_device_map.values()
+    batch = [whole.prepare(photos[0])]
+    assert parts.caption(batch, [0]) == whole.caption(batch, [0])
+
+
+# ---- memory
+
+
+def fail_to_allocate() -> None:
+    """Really: a petabyte, by torch's allocator on the CPU."""
+    import torch
+
+    torch.empty(1 << 50)
+
+
+def fail_as_cuda_does() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def with_room_for(
+    backend: Any, room: int, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None] = fail_to_allocate
+) -> list[int]:
+    """From now on the device has room for so many images: more end with ``fail``.  Gives what is tried."""
+    tried: list[int] = []
+    generate = backend.model.generate
+
+    def limited(**given: Any) -> Any:
+        rows = len(given["input_ids"])
+        tried.append(rows)
+        if rows > room:
+            fail()
+        return generate(**given)
+
+    monkeypatch.setattr(backend.model, "generate", limited)
+    return tried
+
+
+@pytest.mark.parametrize("fail", [fail_to_allocate, fail_as_cuda_does])
+@pytest.mark.parametrize("compile_how", ["none", "decode"])
+def test_a_batch_that_cannot_be_allocated_is_halved(
+    fail: Callable[[], None],
+    compile_how: str,
+    folder: Callable[[str], Path],
+    photos: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = load(folder("florence2"), compile=compile_how)
+    batch = [backend.prepare(photo) for photo in photos]
+    expected = backend.caption(batch, [0] * 8)
+    tried = with_room_for(backend, 3, monkeypatch, fail)
+    memory = WorkingBatch(8, "H100 80 GiB\0florence2", tmp_path)
+    assert caption_batch(backend, memory, batch, [0] * 8) == expected
+    assert tried == [8, 4, 2, 2, 2, 2]
+    assert caption_batch(backend, WorkingBatch(8, "H100 80 GiB\0florence2", tmp_path), batch, [0] * 8) == expected
+    assert tried[6:] == [2, 2, 2, 2], "the next process knows it"
+    assert WorkingBatch(8, "A100 40 GiB\0florence2", tmp_path).limit(*batch[0].shape) == 8, "for that kind of GPU only"
+
+
+def test_the_batch_size_that_is_found_fits_and_is_found_once_for_a_device_and_model(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = load(folder("florence2"))
+    tried = with_room_for(backend, 6, monkeypatch)
+    feeds = [Feed(backend, 1) for _ in range(3)]
+    size = feeds[0].found_batch_size(tmp_path, "H100\0florence2", SHARD)
+    assert size in (1, 2, 4) and tried[:2] == [1, 1]
+    count = len(tried)
+    assert feeds[1].found_batch_size(tmp_path, "H100\0florence2", SHARD) == size and len(tried) == count
+    assert feeds[2].found_batch_size(tmp_path, "A100\0florence2", SHARD) in (1, 2, 4) and len(tried) > count
+    recorded = [json.loads(path.read_bytes())["batch_size"] for path in tmp_path.iterdir()]
+    assert len(recorded) == 2 and size in recorded
+    for feed in feeds:
+        feed.close()
+
+
+def test_the_stage_goes_on_with_what_fits(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--batch_size auto`` as on a GPU, then less memory than it found; another run begins with what fits."""
+    stage = importlib.import_module("05_recaption")
+    tried: list[int] = []
+    room = 5
+
+    class OnSmallGpu(stage.Recaption):  # type: ignore[name-defined, misc]
+        def open(self, allocation: Any) -> None:
+            super().open(allocation)
+            self._on_gpu = True
+            tried.append(0)
+            self.seen = with_room_for(self.backend, room, monkeypatch)
+
+        def close(self) -> None:
+            tried.extend(self.seen)
+            super().close()
+
+    monkeypatch.setattr(stage, "Recaption", OnSmallGpu)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--model", str(folder("florence2")), "--max_tokens", "4", "--quiet", "--num_gpus", "1"]
+    flags += ["--max_error_rate", "1"]
+
+    def run(out: str, *more: str) -> dict[str, Any]:
+        assert stage.main([str(SHARD), "-o", str(tmp_path / out), *flags, *more]) == 0
+        (receipt,) = (tmp_path / out).glob("_receipts/05_recaption/*/*.json")
+        return dict(json.loads(receipt.read_bytes()))
+
+    first = run("auto")
+    assert first["notes"]["batch_size"] in (1, 2, 4) and "batch_shrunk_to" not in first["notes"]
+    told = run("told", "--batch_size", "8")
+    assert told["notes"]["batch_size"] == 8 and told["notes"]["batch_shrunk_to"] == 4
+    assert told["counts"] == first["counts"] and told["counts"]["in"] == 8
+    del tried[:]
+    run("told", "--batch_size", "8", "--rerun", "--max_tokens", "4", "--seed", "1")
+    assert max(tried) == 4, "nothing is tried that did not fit"

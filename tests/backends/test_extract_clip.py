@@ -1,0 +1,292 @@
+"""CLIP, SigLIP and the heads on CLIP's features: against what OpenAI's preprocessing, open_clip and detoxify answer.
+
+The references were recorded by tests/backends/extractor_references.py in an environment that has those packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from curation.backends.extract import clip, clip_head, toxicity
+from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
+from curation.backends.extract.tokens import ClipTokens
+from curation.errors import InfrastructureError, UsageError
+from curation.extract.settings import ModelSettings
+from curation.images import decode_rgb, encode_jpeg
+from tests.backends import tiny_extractors as tiny
+from tests.backends.tiny_extractors import SampleBatch
+
+REFERENCES = json.loads((Path(__file__).resolve().parents[1] / "data" / "extractor_references.json").read_bytes())
+PICTURES = ((1, 300, 200), (2, 101, 333), (3, 640, 480), (4, 50, 700), (5, 224, 224))
+TOXICITY_TEXTS = ("a photo of the cat", "", "you are 17 of \u00e9 things", "long " * 100)
+B32, L14 = "oai-clip-vit-b32", "oai-clip-vit-l14"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_clip(folder / "clip")
+    tiny.save_clip(folder / "large", width=768, seed=8)
+    tiny.save_siglip(folder / "siglip")
+    tiny.save_toxicity(folder / "toxicity")
+    tiny.save_nsfw_head(folder / "nsfw.pt")
+    tiny.save_aesthetic_head(folder / "aesthetic.pth")
+    return folder
+
+
+def settings(weights: Path | str, **more: Any) -> ModelSettings:
+    return ModelSettings(weights=str(weights), **more)
+
+
+def batch(count: int = len(PICTURES), **more: Any) -> SampleBatch:
+    return SampleBatch([tiny.picture(*p) for p in PICTURES[:count]], list(tiny.CAPTIONS[:count]), **more)
+
+
+# ---- pictures
+
+
+def test_crops_are_openais_to_the_last_bit_on_210_sizes_and_six_modes() -> None:
+    normalise = Normalise(OPENAI_MEAN, OPENAI_STD, "cpu", torch.float32)
+    wrong = []
+    for (mode, width, height, image), expected in zip(tiny.exact_pictures(), REFERENCES["crops"], strict=True):
+        numbers = normalise(torch.from_numpy(CentreCrop().of(image).copy())[None])[0].numpy()
+        if hashlib.sha256(numbers.tobytes()).hexdigest()[:16] != expected:
+            wrong.append((mode, width, height))
+    assert not wrong
+    assert len(REFERENCES["crops"]) >= 200
+
+
+def test_what_the_stage_decodes_is_what_pillow_decodes() -> None:
+    for name, data in example_photos():
+        own = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.array_equal(CentreCrop()(decode_rgb(data)), CentreCrop()(own)), name
+
+
+def example_photos() -> list[tuple[str, bytes]]:
+    shard = sorted((Path(__file__).resolve().parents[2] / "examples" / "shards").glob("*.tar"))[1]
+    with tarfile.open(shard) as tar:
+        members = [m for m in tar if m.name.endswith(".jpg")][:20]
+        return [(m.name, tar.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
+
+
+def test_a_picture_of_an_extreme_shape_is_cropped_as_if_it_were_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(1, 900), (900, 1), (3, 2000), (2000, 3), (230, 700), (700, 230), (300, 900)]
+    pictures = [tiny.picture(9, *shape) for shape in shapes]
+    whole = [CentreCrop()(picture) for picture in pictures]
+    monkeypatch.setattr(pictures, "MAX_RESIZED_PIXELS", 0)
+    for picture, expected in zip(pictures, whole, strict=True):
+        assert np.array_equal(CentreCrop()(picture), expected), picture.shape
+    monkeypatch.undo()
+    assert CentreCrop()(np.zeros((1, 20_000_000, 3), np.uint8)).shape == (224, 224, 3)  # in no more memory than itself
+
+
+def test_preparations_travel_to_other_processes_and_equal_ones_are_one(models: Path) -> None:
+    a = clip.Backend(B32, settings(models / "clip"))
+    b = clip.Backend(L14, settings(models / "clip"))
+    assert set(pickle.loads(pickle.dumps(a.preparations))) == set(b.preparations)
+    assert len({*a.preparations, *b.preparations}) == 2
+
+
+def test_the_fast_crop_is_near_the_exact_one(models: Path) -> None:
+    exact = clip.Backend(B32, settings(models / "clip"))
+    fast = clip.Backend(B32, settings(models / "clip", resize="fast"))
+    assert isinstance(fast.preparations[0], FastCentreCrop)
+    jpegs = [encode_jpeg(tiny.picture(seed, 900, 700), 95) for seed in range(3)]
+    captions = ["a"] * 3
+    whole = exact.compute(SampleBatch([decode_rgb(j) for j in jpegs], captions))[f"{B32}-image"]
+    cheap = fast.compute(SampleBatch([decode_rgb(j, at_least=288) for j in jpegs], captions))[f"{B32}-image"]
+    assert (whole * cheap).sum(1).min() > 0.99
+    assert not torch.equal(whole, cheap)
+
+
+# ---- captions
+
+
+def test_tokens_are_openais(models: Path) -> None:
+    tokens = ClipTokens(str(models / "clip"))
+    for caption, expected in zip(tiny.CAPTIONS, REFERENCES["tokens"], strict=True):
+        assert tokens(caption).tolist() == expected, caption
+    assert tokens("x" * 500)[-1] == tiny.clip_vocabulary()["<|endoftext|>"]  # cut off, and ended
+
+
+def test_the_marks_in_a_caption_are_the_marks_as_in_openais_own_pattern(models: Path) -> None:
+    start, end = (tiny.clip_vocabulary()[mark] for mark in ("<|startoftext|>", "<|endoftext|>"))
+    tokens = ClipTokens(str(models / "clip"))("<|endoftext|> a <|startoftext|>").tolist()
+    assert tokens[:2] == [start, end]
+    assert tokens[3:5] == [start, end]
+
+
+def test_tokens_of_a_hostile_caption_are_77_integers_at_once(models: Path) -> None:
+    tokens = ClipTokens(str(models / "clip"))
+    for caption in ("\ud800 lone", "&" * 5_000_000, "&#0;&#x110000;", "\x00" * 100):
+        assert tokens(caption).shape == (77,)
+
+
+def test_tokenizer_json_gives_the_same_tokens(models: Path, tmp_path: Path) -> None:
+    vocabulary = tiny.clip_vocabulary()
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [" ".join(pair) for pair in tiny.MERGES]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": model}))
+    for caption in tiny.CAPTIONS:
+        assert np.array_equal(ClipTokens(str(tmp_path))(caption), ClipTokens(str(models / "clip"))(caption))
+
+
+# ---- features and scores
+
+
+def test_features_and_scores_are_open_clips(models: Path) -> None:
+    backend = clip.Backend(B32, settings(models / "clip"))
+    found = backend.compute(batch())
+    for name, expected in REFERENCES["clip"].items():
+        assert np.abs(np.asarray(found[f"{B32}-{name}"]) - expected).max() < 1e-5, name
+    assert np.allclose(np.linalg.norm(found[f"{B32}-image"], axis=1), 1, atol=1e-6)
+    assert [feature.width for feature in backend.features] == [64, 64]
+    assert found[f"{B32}-score"].max() <= 1  # no ×100
+
+
+def test_any_clip_by_folder_has_its_own_size_and_a_short_name(tmp_path: Path) -> None:
+    tiny.save_clip(tmp_path / "clip-tiny-patch16", side=64, patch=16, width=24)
+    backend = clip.Backend(f"clip:{tmp_path / 'clip-tiny-patch16'}", ModelSettings())
+    assert [f.name for f in backend.features] == ["clip-tiny-patch16-image", "clip-tiny-patch16-text"]
+    assert backend.preparations[0] == CentreCrop(64)
+    assert backend.compute(batch(2))["clip-tiny-patch16-image"].shape == (2, 24)
+
+
+def test_weights_saved_before_safetensors_load_and_are_told_apart(models: Path, tmp_path: Path) -> None:
+    found = []
+    for seed in (1, 8):
+        folder = tmp_path / str(seed)
+        tiny.save_clip(folder, seed=seed)
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        backend = clip.Backend(B32, settings(folder))
+        found.append((backend.revision, backend.compute(batch(2))[f"{B32}-score"].tolist()))
+    safe = clip.Backend(B32, settings(models / "clip"))
+    assert found[0][1] == safe.compute(batch(2))[f"{B32}-score"].tolist()
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_siglip_scores_as_its_own_model_does(models: Path) -> None:
+    from transformers import AutoImageProcessor, SiglipModel
+
+    pictures, captions = [tiny.picture(*p) for p in PICTURES[:2]], list(tiny.CAPTIONS[:2])
+    backend = clip.Backend(f"siglip:{models / 'siglip'}", ModelSettings())
+    found = backend.compute(SampleBatch(pictures, captions))
+    folder = str(models / "siglip")
+    model = SiglipModel.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    seen = processor(images=[Image.fromarray(p) for p in pictures], return_tensors="pt")["pixel_values"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = tokenizer(captions, padding="max_length", truncation=True, max_length=16, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        own = model(pixel_values=seen, input_ids=words)
+    assert np.allclose(found["siglip-probability"], own.logits_per_image.sigmoid().diagonal(), atol=1e-5)
+    assert np.allclose(found["siglip-score"], (own.image_embeds * own.text_embeds).sum(1), atol=1e-5)
+
+
+def test_a_model_of_the_wrong_kind_is_told_and_how_to_name_it(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="use siglip:"):
+        clip.Backend(f"clip:{models / 'siglip'}", ModelSettings())
+    with pytest.raises(UsageError, match="use clip:"):
+        clip.Backend(f"siglip:{models / 'clip'}", ModelSettings())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InfrastructureError, match="cannot be loaded"):
+        clip.Backend(B32, settings(tmp_path))
+    with pytest.raises(UsageError, match="no such CLIP model"):
+        clip.sources("oai-clip-vit-b16", ModelSettings())
+
+
+# ---- heads on features
+
+
+def features(count: int = 4) -> Any:
+    return torch.nn.functional.normalize(torch.from_numpy(np.random.default_rng(0).normal(size=(count, 768))), dim=1)
+
+
+def test_the_nsfw_head_is_upstreams_network(models: Path) -> None:
+    backend = clip_head.Backend("nsfw-image-oai-clip-vit-l-14", settings(models / "nsfw.pt"))
+    given = features().float()
+    scores = backend.compute(batch(4, features={f"{L14}-image": given}))["nsfw-image-score"]
+    w = torch.load(models / "nsfw.pt", weights_only=True)
+    x = (given - w["norm.running_mean"]) / w["norm.running_var"].sqrt()  # ε is 0
+    for name in ("dense", "dense1", "dense2"):
+        x = (x @ w[f"{name}.weight"].T + w[f"{name}.bias"]).relu()
+    expected = (x @ w["dense3.weight"].T + w["dense3.bias"]).sigmoid()[:, 0]
+    assert np.allclose(scores, expected, atol=1e-6)
+    assert backend.needs == (f"{L14}-image",)
+
+
+def test_the_aesthetic_score_is_the_published_layers_in_a_row(models: Path) -> None:
+    backend = clip_head.Backend("aesthetic", settings(models / "aesthetic.pth"))
+    given = features().float()
+    w = torch.load(models / "aesthetic.pth", weights_only=True)
+    expected = given
+    for number in (0, 2, 4, 6, 7):
+        expected = expected @ w[f"layers.{number}.weight"].T + w[f"layers.{number}.bias"]
+    scores = backend.compute(batch(4, features={f"{L14}-image": given.half()}))["aesthetic-score"]
+    assert np.allclose(scores, expected[:, 0], atol=1e-3)  # the features came in half precision
+
+
+def test_a_head_takes_the_features_of_the_large_model(models: Path) -> None:
+    large = clip.Backend(L14, settings(models / "large"))
+    head = clip_head.Backend("aesthetic", settings(models / "aesthetic.pth"))
+    given = large.compute(batch(2))
+    assert head.compute(batch(2, features={head.needs[0]: given[head.needs[0]]}))["aesthetic-score"].shape == (2,)
+
+
+def test_weights_that_would_run_code_or_are_anothers_are_refused(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(print, protocol=2))
+    with pytest.raises(InfrastructureError, match="safely"):
+        clip_head.Backend("aesthetic", settings(tmp_path / "evil.pt"))
+    with pytest.raises(InfrastructureError, match="other weights than its network"):
+        clip_head.Backend("aesthetic", settings(models / "nsfw.pt"))
+
+
+# ---- toxicity
+
+
+def test_toxicity_is_the_largest_of_detoxifys_seven(models: Path) -> None:
+    backend = toxicity.Backend("nsfw-detoxify", settings(models / "toxicity"))
+    found = backend.compute(SampleBatch([None] * len(TOXICITY_TEXTS), list(TOXICITY_TEXTS)))["nsfw-detoxify-score"]
+    assert np.allclose(found, REFERENCES["toxicity"], atol=1e-6)
+
+
+def test_tokens_of_a_folder_need_no_torch_in_a_worker_process(models: Path) -> None:
+    tokens = toxicity.Backend("nsfw-detoxify", settings(models / "toxicity")).preparations[0]
+    program = (
+        "import pickle, sys; tokens = pickle.load(sys.stdin.buffer); print(tokens('a \\ud800 cat' * 99).tolist()); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(tokens), capture_output=True, check=True)
+    expected = AutoTokenizer.from_pretrained(models / "toxicity")(
+        "a ? cat" * 99, truncation=True, max_length=128, padding="max_length"
+    )["input_ids"]
+    assert json.loads(done.stdout) == tokens("a \ud800 cat" * 99).tolist() == expected
+
+
+def test_outputs_without_names_are_taken_in_detoxifys_order() -> None:
+    assert toxicity.toxicity_outputs({i: f"LABEL_{i}" for i in range(16)}) == list(range(7))
+    old = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
+    assert toxicity.toxicity_outputs(dict(enumerate(old))) == list(range(6))
+    named = dict(enumerate(("male", "toxicity", "insult", "female")))
+    assert toxicity.toxicity_outputs(named) == [1, 2]

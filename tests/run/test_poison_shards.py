@@ -1,0 +1,152 @@
+"""A shard that kills its workers is found, and the shards beside it are not blamed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from curation.errors import ShardError, Stopped
+from curation.run.attempt import Room, fruitless, insist_on_innocence, is_suspect
+from curation.run.claims import Death
+from tests.run.toy_runs import Place
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def test_a_shard_that_kills_three_workers_is_failed_by_the_fourth(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.shard("00000000", "keep", "kill")
+    place.shard("00000001", "keep")
+    environment = {"SLURM_JOB_ID": "41", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"}
+    for _ in range(3):
+        assert finish(place.start(environment=environment)) == -signal.SIGKILL
+        assert "00000000" not in place.receipts()
+    place.forget_journal()
+    assert finish(place.start()) == 1
+    receipt = place.receipt("00000000")
+    assert receipt["status"] == "failed"
+    assert receipt["attempts"] == 3, "nobody tries it again unasked"
+    error = receipt["error"]
+    assert error["reason"] == "workers_died"
+    assert error["message"].count("SLURM job 40_7") == 3
+    assert receipt["host"] in error["message"]
+    assert place.receipt("00000001")["status"] == "done"
+    assert not place.lines("begin 00000000"), "the fourth did not try it"
+    assert place.litter() == []
+    assert finish(place.start("--retry_failed")) == 1
+    assert not place.lines("begin 00000000")
+    assert finish(place.start("--shards", "00000000")) == -signal.SIGKILL, "asked for by name, it is tried"
+
+
+def test_workers_that_got_on_do_not_count(tmp_path: Path) -> None:
+    """Each attempt finishes a sample more before something kills it: that is a shard too long, not one that kills."""
+    place = Place(tmp_path)
+    place.shard("00000000", *["keep"] * 8)
+    for number in range(5):
+        process = place.start("--checkpoint", "--sample_s", "0.15")
+        deadline = time.monotonic() + 30
+        while len(place.lines("sample")) < 2 * number + 2 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        finish(process)
+        if "00000000" in place.receipts():
+            break
+    assert finish(place.start("--checkpoint")) == 0
+    assert place.receipt("00000000")["status"] == "done"
+
+
+def test_the_shards_beside_it_are_not_blamed(tmp_path: Path) -> None:
+    """Three in flight in each process, and one of them kills it: the others are tried alone and done."""
+    place = Place(tmp_path)
+    place.shard("00000000", "keep", "keep", "keep", "kill")
+    for number in (1, 2):
+        place.shard(f"0000000{number}", *["keep"] * 40)
+    for _ in range(12):
+        code = finish(place.start("--in_flight", "3", "--sample_s", "0.02"))
+        if code != -signal.SIGKILL:
+            break
+    assert code == 1
+    receipts = place.receipts()
+    assert {shard: receipt["status"] for shard, receipt in receipts.items()} == {
+        "00000000": "failed", "00000001": "done", "00000002": "done",
+    }  # fmt: skip
+    assert receipts["00000000"]["error"]["reason"] == "workers_died"
+    assert place.litter() == []
+
+
+def test_a_worker_that_is_asked_to_end_does_not_count(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.shard("00000000", *["keep"] * 100)
+    for _ in range(4):
+        process = place.start("--sample_s", "0.02")
+        while not place.lines("sample"):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert finish(process) == 75
+        place.forget_journal()
+    assert finish(place.start()) == 0
+
+
+def deaths(*tokens: str, alone: str = "") -> list[Death]:
+    return [Death(token, "node1", 7, {}, token == alone) for token in tokens]
+
+
+def test_only_the_last_in_a_row_without_fruit_count() -> None:
+    assert [d.token for d in fruitless(deaths("a", "b", "c", "d"), {"b"})] == ["c", "d"]
+    assert fruitless(deaths("a", "b"), {"b"}) == []
+    assert [d.token for d in fruitless(deaths("a", "", "b"), set())] == ["a", "b"], "one had not begun"
+
+
+def test_nobody_is_blamed_for_a_death_in_company() -> None:
+    insist_on_innocence("1", deaths("a", "b", "c", "d"))
+    insist_on_innocence("1", deaths("a", "b", alone="b"))
+    with pytest.raises(ShardError, match="3 workers died") as caught:
+        insist_on_innocence("1", deaths("a", "b", "c", alone="c"))
+    assert caught.value.reason == "workers_died"
+    assert not is_suspect(deaths("a"))
+    assert is_suspect(deaths("a", "b"))
+
+
+def test_one_is_alone_in_the_room() -> None:
+    room, inside, seen = Room(), [0], []
+    lock = threading.Lock()
+
+    def work(alone: bool) -> None:
+        for _ in range(20):
+            with room.enter(alone=alone, check=lambda: None):
+                with lock:
+                    inside[0] += 1
+                time.sleep(0.001)
+                with lock:
+                    seen.append((alone, inside[0]))
+                    inside[0] -= 1
+
+    threads = [threading.Thread(target=work, args=(number == 0,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(seen) == 80
+    assert all(count == 1 for alone, count in seen if alone)
+    assert max(count for _, count in seen) > 1, "the others were together"
+
+
+def test_who_waits_can_be_told_to_end() -> None:
+    room = Room()
+
+    def stop() -> None:
+        raise Stopped("now")
+
+    with room.enter(alone=False, check=stop):
+        with pytest.raises(Stopped), room.enter(alone=True, check=stop):
+            pass
+        with room.enter(alone=False, check=stop):
+            pass

@@ -1,0 +1,169 @@
+"""A stage small enough to be killed, filled up, stalled and raced by the hundred; run as a script.
+
+Each line of a shard is a sample: ``keep``, ``drop``, ``fail``, or what shall go wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from curation.cluster import Allocation
+from curation.errors import InfrastructureError, ShardError
+from curation.options import RunOptions, exit_code, parse_options
+from curation.run.runner import Follows, Input, ShardWork, run_stage
+from curation.shards import Shard, discover
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """A stage for tests."""
+
+    input: str
+    """Shards: text files named *.tar."""
+    output: Path
+    """Where the kept lines go."""
+    more: Path | None = None
+    """A second folder that is published into."""
+    mark: str = "x"
+    """An option that changes the output."""
+    sample_s: float = 0.0
+    """Seconds that each sample takes."""
+    in_flight: int = 1
+    """Shards in flight."""
+    checkpoint: bool = False
+    """Log every sample in the partial log."""
+    upstream: str | None = None
+    """The stage whose receipts vouch for the input."""
+    suffix: str = ".tar"
+    """What shards end in."""
+    journal: Path | None = None
+    """A file that tells what was done: a line for each opening and each sample."""
+    as_stage: str = "toy"
+    """The stage's name."""
+
+
+class Toy:
+    version = 1
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.name = options.as_stage
+        self.output = options.output
+        self.other_outputs = () if options.more is None else (options.more,)
+        self.shards_in_flight = options.in_flight
+        self._running = 0
+        self._lock = threading.Lock()
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"mark": self.options.mark}
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        return [Input(shard.path, self.options.upstream)]
+
+    def open(self, allocation: Allocation) -> None:
+        self._write_journal("open")
+        if self.options.mark == "no model":
+            raise InfrastructureError("models/absent: there is no such model")
+
+    def close(self) -> None:
+        self._write_journal("close")
+
+    def process(self, work: ShardWork) -> None:
+        with self._lock:
+            self._running += 1
+            self._write_journal(f"begin {work.shard.id} running {self._running}")
+        try:
+            self._process(work)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def _process(self, work: ShardWork) -> None:
+        kept: list[bytes] = []
+        log = work.partial() if self.options.checkpoint else None
+        for number, line in enumerate(work.shard.path.read_text().splitlines()):
+            key = f"{number:04d}"
+            work.sample_in()
+            if log is not None and (earlier := log.get(key, line)) is not None:
+                kept.append(earlier)
+                work.keep()
+                work.provenance({"key": key, "mark": self.options.mark})
+                continue
+            time.sleep(self.options.sample_s)
+            self._write_journal(f"sample {work.shard.id} {key}")
+            if line == "keep" or line[:1].isdigit():  # the toy's own output is good input too
+                kept.append(f"{key} {self.options.mark}\n".encode())
+                if log is not None:
+                    log.append([(key, line, kept[-1])])
+                work.keep()
+                work.provenance({"key": key, "mark": self.options.mark})
+            elif line == "drop":
+                work.drop(key, "not_wanted")
+            elif line == "fail":
+                work.fail(key, "broken", "a detail\nwith \x1b[31m colour")
+            else:
+                self._go_wrong(line, work)
+            work.check_stop()
+        if kept:
+            with work.output(self.output / f"{work.shard.id}.txt") as file:
+                for item in kept:
+                    file.write(item)
+            if self.options.more is not None:
+                with work.output(self.options.more / f"{work.shard.id}.more") as file:
+                    file.write(b"".join(kept))
+
+    def _go_wrong(self, line: str, work: ShardWork) -> None:
+        if line == "lose":
+            return  # counted as in, and never again
+        if line == "shard error":
+            raise ShardError(f"{work.shard.path}: is truncated")
+        if line == "bug":
+            raise KeyError(f"caption \ud800 {work.shard.id}")
+        if line == "infrastructure":
+            raise InfrastructureError("no endpoint answers")
+        if line == "disk full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.output / "x"))
+        if line == "half":
+            with work.output(self.output / f"{work.shard.id}.half") as file:
+                file.write(b"half")
+                raise ShardError("in the middle of an output")
+        if line == "big":
+            with work.output(self.output / f"{work.shard.id}.big") as file:
+                for _ in range(64):
+                    file.write(b"x" * (1 << 20))
+            work.keep()
+        if line == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if line == "kill once":
+            work.keep()
+            once = self.output / f"killed-{work.shard.id}"
+            if not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def _write_journal(self, line: str) -> None:
+        if self.options.journal is not None:
+            with open(self.options.journal, "a") as file:
+                file.write(f"{os.getpid()} {line}\n")
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(Options, argv)
+    follows = Follows(options.upstream, Path(options.input), options.suffix) if options.upstream else None
+    shards = follows.discover() if follows and options.follow else discover(options.input, options.suffix)
+    return run_stage(Toy(options), options, shards, follows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

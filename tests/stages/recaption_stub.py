@@ -1,0 +1,93 @@
+"""Stage 05 with a captioner whose captions are hashes of the pixels: quick, and the same everywhere.
+
+Everything but the model is the real thing.  Images whose pixels are all of one colour are refused by its processor or
+overflow its memory, by the colour; CURATION_STUB_S is how long one call takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from curation import backends
+from curation.caption import captioner
+from curation.errors import SampleError
+from curation.models import hub_cache
+
+stage = importlib.import_module("05_recaption")
+
+REFUSED, OVERFLOWS, SILENT = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    digest: str
+    colour: tuple[int, ...] | None
+    shape: tuple[int, ...]
+    nbytes: int = 0
+
+
+class Backend:
+    """Two shapes: upright and broad images.  A caption tells which batch it is of, as the last bits do."""
+
+    name, revision, device_kind = "stub", "1", "cpu"
+    fits = 1 << 30
+
+    def __init__(self, source: str, **options: Any) -> None:
+        self.options = options
+
+    def prepare(self, image: Any) -> Pixels:
+        array = np.asarray(image)
+        first = tuple(int(value) for value in array[0, 0])
+        colour = first if bool((array == array[0, 0]).all()) else None
+        if colour == REFUSED:
+            raise SampleError("processor_refused", "red")
+        broad = int(image.width > image.height)
+        return Pixels(hashlib.sha256(array.tobytes()).hexdigest()[:24], colour, (3, 1 + broad), array.nbytes)
+
+    def caption(self, batch: Sequence[Pixels], seeds: Sequence[int]) -> list[str]:
+        time.sleep(float(os.environ.get("CURATION_STUB_S", "0")))
+        assert len({picture.shape for picture in batch}) == 1
+        if len(batch) > self.fits or any(picture.colour == OVERFLOWS for picture in batch):
+            raise captioner.OutOfMemory("the stub's memory is full")
+        words = self.options["prompt"] or "A photo of"
+        together = hashlib.sha256("".join(picture.digest for picture in batch).encode()).hexdigest()[:8]
+        return ["" if picture.colour == SILENT else f"{words} {picture.digest} {together}" for picture in batch]
+
+    def close(self) -> None:
+        pass
+
+
+class Recaption(stage.Recaption):  # type: ignore[name-defined, misc]
+    """In this file, so that the workers of --workers run it too."""
+
+
+_load = backends.load
+
+
+def load(kind: str, name: str) -> Any:
+    return Backend if (kind, name) == ("caption", "florence2") else _load(kind, name)
+
+
+def resolve(model: str, revision: str | None = None, **_: Any) -> hub_cache.ModelSource:
+    return hub_cache.ModelSource(name=model, location=model, revision="1", variant=None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    backends.load, hub_cache.resolve, stage.Recaption = load, resolve, Recaption
+    return int(stage.main(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Where stage 05's models come from: vision servers, the hub, a classifier by URL; each through the real script."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curation.serving.registry import Registrar, Registration
+from curation.tar.samples import read_samples
+from tests.servers import ollama_stub
+from tests.servers.files import file_server
+from tests.servers.hub import TOKEN, Model, serve
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARD = ROOT / "examples" / "shards" / "00000003.tar"
+NAME = "05_recaption"
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The stage runs inside the test's process and sets its signal handlers."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
+    before = {name: signal.getsignal(name) for name in names}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+def run(out: Path, *flags: object) -> int:
+    stage = importlib.import_module(NAME)
+    return int(stage.main([str(SHARD), "-o", str(out), "--num_gpus", "1", "--quiet", *map(str, flags)]))
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "captions.jsonl").read_text("utf-8").splitlines()]
+
+
+def keys() -> list[str]:
+    return [sample.key for sample in read_samples(SHARD) if sample.image_suffix]
+
+
+# ---- vision servers
+
+
+def requests_of(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(json.loads(line)["body"]) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("flag", ["--ports", "--endpoints"])
+def test_every_server_that_is_named_is_asked(flag: str, tmp_path: Path) -> None:
+    logs = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    stubs = [{"api": "openai", "slots": 2, "latency_s": 0.05, "log": log} for log in logs]
+    with ollama_stub(**stubs[0]) as first, ollama_stub(**stubs[1]) as second:
+        places = {"--ports": f"{first},{second}", "--endpoints": f"http://127.0.0.1:{first},http://127.0.0.1:{second}"}
+        flags = [
+            "--model",
+            "endpoint:tulu3:fairclip",
+            flag,
+            places[flag],
+            "--prompt",
+            "What is it?",
+            "--max_tokens",
+            33,
+        ]
+        assert run(tmp_path / "out", *flags) == 0
+    found = rows(tmp_path / "out")
+    assert [row["key"] for row in found] == keys()
+    assert len({row["caption"] for row in found}) == len(found), "each picture has its own answer"
+    for log in logs:
+        asked = requests_of(log)
+        assert asked and {body["max_tokens"] for body in asked} == {33}
+        assert "What is it?" in json.dumps(asked[0])
+
+
+def test_servers_that_register_in_a_folder_are_asked(tmp_path: Path) -> None:
+    with ollama_stub() as port:
+        registration = Registration(f"http://127.0.0.1:{port}", "tulu3:fairclip", "ollama", "node1", 7)
+        (tmp_path / "servers").mkdir()
+        Registrar(tmp_path / "servers", registration).beat()
+        flags = ["--model", "endpoint:tulu3:fairclip", "--endpoints_dir", tmp_path / "servers"]
+        assert run(tmp_path / "out", *flags) == 0
+    assert [row["key"] for row in rows(tmp_path / "out")] == keys()
+
+
+def test_a_server_that_is_too_slow_leaves_it_to_the_others(tmp_path: Path) -> None:
+    with ollama_stub(api="openai", latency_s=5) as slow, ollama_stub(api="openai") as quick:
+        flags = ["--model", "endpoint:tulu3:fairclip", "--ports", f"{slow},{quick}", "--timeout", 0.4]
+        assert run(tmp_path, *flags) == 0
+    assert [row["key"] for row in rows(tmp_path)] == keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--ports", "1"], "no endpoint answers"),
+        (["--ports", "http"], "--ports: 'http' is not a port"),
+        (["--endpoints", "http://127.0.0.1:1", "--endpoints_dir", "x"], "leave --endpoints out"),
+        (["--timeout", "0"], "--timeout is more than 0"),
+        (["--quantize", "4bit"], "with an endpoint"),
+        (["--compile", "decode"], "with an endpoint"),
+    ],
+)
+def test_flags_of_servers_that_cannot_be(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--model", "endpoint:m", *flags) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_stage_with_a_real_vision_server(llama_server: str, tmp_path: Path) -> None:
+    """llama.cpp's: a real language model that is shown each picture by a small encoder with random weights."""
+    flags = ["--model", "endpoint:tiny-vision", "--endpoints", llama_server, "--max_tokens", 3, "--timeout", 60]
+    assert run(tmp_path / "out", *flags, "--smoke", 3, "--max_error_rate", 1) == 0
+    (receipt,) = (tmp_path / "out/_smoke-3").glob(f"_receipts/{NAME}/*/*.json")
+    counts = json.loads(receipt.read_bytes())["counts"]
+    assert counts["in"] == 3 and set(counts["failed"]) <= {"empty_caption"}, "random eyes may leave it speechless"
+    assert all(row["caption"] for row in rows(tmp_path / "out/_smoke-3"))
+
+
+# ---- the hub
+
+
+@pytest.mark.slow
+def test_a_captioner_is_fetched_and_loaded_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from huggingface_hub import constants
+
+    from curation import backends
+    from tests.backends.tiny_captioners import save_florence2
+
+    folder, home = tmp_path / "model", tmp_path / "home"
+    save_florence2(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "modeling_florence2.py").write_text("raise SystemExit('code of the hub was run')")
+    gated = "somebody/gated-florence-2"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    with serve({"somebody/Florence-2-tiny": Model(folder), gated: Model(folder, gated=True)}) as hub:
+        environment = {**kept, "HOME": str(home), "HF_HOME": str(home), "HF_ENDPOINT": hub.url}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+        def fetch(*flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "curation", "models", "fetch", "05_recaption", *flags]
+            return subprocess.run(command, cwd=ROOT, env={**environment, **more}, capture_output=True, text=True)
+
+        dry = fetch("--model", gated, "--dry_run", HF_TOKEN=TOKEN)
+        assert dry.returncode == 0, dry.stderr
+        assert "gated (auto): needs a token" in dry.stdout and "model.safetensors" in dry.stdout
+        assert "pytorch_model.bin" not in dry.stdout and not (home / "hub").exists()
+        hub.models["somebody/Florence-2-tiny"].damaged.add("model.safetensors")
+        damaged = fetch("--model", "somebody/Florence-2-tiny")
+        assert damaged.returncode == 2 and "model.safetensors was damaged on its way" in damaged.stderr
+        done = fetch("--model", "somebody/Florence-2-tiny")
+        assert done.returncode == 0 and "whole" in done.stdout, done.stderr
+    cache = home / "hub"
+    names = {path.name for path in cache.glob("models--somebody--Florence-2-tiny/snapshots/*/*")}
+    assert "model.safetensors" in names and not {"pytorch_model.bin", "modeling_florence2.py"} & names
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    loaded = backends.load("caption", "florence2")("somebody/Florence-2-tiny", max_tokens=4)
+    assert (loaded.name, loaded.revision) == ("somebody/Florence-2-tiny", "c" * 40)
+
+
+# ---- the classifier
+
+
+def classifier() -> bytes:
+    """Two logits of the mean of each channel, and weights that are not used, so that a download takes its time."""
+    pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["image"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weights"], ["logits"], transB=1),
+    ]
+    more = np.random.default_rng(1).standard_normal(500_000, np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "classifier",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 256, 256])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])],
+        [numpy_helper.from_array(np.ones((2, 3), np.float32), "weights"), numpy_helper.from_array(more, "more")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def test_the_stage_scores_by_a_classifier_from_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/models/test_weights.py has what can go wrong with a download."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    content = classifier()
+    with ollama_stub() as port, file_server() as files:
+        url = files.add("weights.onnx", content)
+        flags = ["--detect_watermarks", "--watermark_model", url]
+        assert run(tmp_path / "none", *flags) == 2, "a URL needs a sha256"
+        assert run(tmp_path / "none", *flags, "--watermark_sha256", "0" * 64) == 2
+        flags += ["--watermark_sha256", hashlib.sha256(content).hexdigest()]
+        flags += ["--model", "endpoint:tulu3:fairclip", "--ports", str(port)]
+        assert run(tmp_path / "out", *flags) == 0
+    scores = [json.loads(line)["watermark_score"] for line in (tmp_path / "out/rows/00000003.jsonl").open("rb")]
+    assert scores and all(score == pytest.approx(0.5) for score in scores)
+    assert [path.suffix for path in (tmp_path / "home/.cache/curation/weights").iterdir()] == [".onnx"]

@@ -18,14 +18,16 @@ from curation.cluster import Allocation, run_id
 from curation.download.downloader import Downloader
 from curation.download.fetch import FetchLimits, parse_networks
 from curation.download.images import Check, Encode, ImagePolicy, ResizeMode
-from curation.download.shard import Earlier, OutputFormat, RowDownloads, examine_by, refuse
+from curation.download.shard import OutputFormat, PreviousShard, RowDownloads, examine_by, refuse
 from curation.download.tables import NamedColumns, UrlTables, caption_column_of, url_column_of
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.run.ledger import Input, Ledger
+from curation.run.inputs import Input
+from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet, write_csv
-from curation.run.requeue import Again, do_again
-from curation.run.runner import ShardWork, run_stage
+from curation.run.requeue import Redo, requeue_all
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
@@ -149,8 +151,8 @@ class Options(RunOptions):
         return (name, column or name) if name else None
 
     @property
-    def again(self) -> list[Again]:
-        wanted: dict[Again, bool] = {"urls": self.retry_failed_urls, "images": self.verify}
+    def again(self) -> list[Redo]:
+        wanted: dict[Redo, bool] = {"urls": self.retry_failed_urls, "images": self.verify}
         return [what for what, asked in wanted.items() if asked]
 
     def policy(self) -> ImagePolicy:
@@ -230,7 +232,7 @@ class Download:
 
     # ---- one shard
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         again = self._again(work)
         if not again:
             self._process(work, None, again)
@@ -240,14 +242,14 @@ class Download:
         except ShardError as error:  # a failed receipt would cost the samples that are there
             raise InfrastructureError(f"{error}; what is there of shard {work.shard.id} is left as it is") from error
 
-    def _again(self, work: ShardWork) -> list[str]:
+    def _again(self, work: ShardContext) -> list[str]:
         """What this attempt is to do of a shard that was done with the same options."""
         previous = work.previous or {}
         same = previous.get("notes", {}).get("recipe") == self._recipe and previous.get("inputs") == list(work.inputs)
         return list(previous.get("again", ())) if previous.get("status") == "retry" and same else []
 
-    def _earlier(self, work: ShardWork, again: list[str]) -> Earlier:
-        earlier = Earlier(self.output, work.shard.id, work.previous or {}, self.options.output_format)
+    def _earlier(self, work: ShardContext, again: list[str]) -> PreviousShard:
+        earlier = PreviousShard(self.output, work.shard.id, work.previous or {}, self.options.output_format)
         with work.phase("decode"):
             as_it_came = self.options.encode == "keep"
             earlier.check(self._pool, self._threads, decode="images" in again, as_it_came=as_it_came)
@@ -257,7 +259,7 @@ class Download:
             work.warn(f"{len(earlier.lost)} stored samples are not sound and are asked for again: {key} ({why}) …")
         return earlier
 
-    def _process(self, work: ShardWork, earlier: Earlier | None, again: list[str]) -> None:
+    def _process(self, work: ShardContext, earlier: PreviousShard | None, again: list[str]) -> None:
         with work.phase("read"):
             table = self.tables.read(work.shard.id)
         o = self.options
@@ -286,7 +288,7 @@ class Download:
         write_csv(merged, self.output / SIMPLE_CSV, CSV_COLUMNS, lambda row: row["status"] == "success")
 
 
-def insist_on_own_folder(stage: Download, shards: Sequence[Shard], *, rerun: bool) -> None:
+def check_output_folder(stage: Download, shards: Sequence[Shard], *, rerun: bool) -> None:
     """Raise UsageError where the output folder holds shards of these names that this stage did not make."""
     receipts = stage.output / "_receipts" / stage.name
     if rerun or receipts.exists():
@@ -310,7 +312,7 @@ def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
         return
     ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()))
     ledger.enter("", False, None, sorted(ids))
-    counts = do_again(ledger, ids, options.again, run_id())
+    counts = requeue_all(ledger, ids, options.again, run_id())
     logger.info(f"{counts['retry']:,} shards to look at again")
     if left := counts["claimed"] + counts["lost"]:
         logger.warning(f"{left:,} shards are in a worker's hands just now: start again when it is done")
@@ -325,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = UrlTables(options.input, options.output, options.rows_per_shard, columns, dry=options.dry_run)
     shards = tables.shards()
     stage = Download(options, tables)
-    insist_on_own_folder(stage, shards, rerun=options.rerun)
+    check_output_folder(stage, shards, rerun=options.rerun)
     prepare_again(stage, options, {shard.id for shard in shards})
     return run_stage(stage, options, shards)
 

@@ -26,20 +26,13 @@ from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.onnx import read_weights
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.run.checkpoints import Checkpoints
-from curation.run.ledger import Input, source_inputs
-from curation.run.runner import ShardWork, run_stage
+from curation.run.inputs import Input, source_inputs
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.shards import Shard, discover
-from curation.tar.samples import (
-    IMAGE_SUFFIXES,
-    Sample,
-    TarReport,
-    caption_of,
-    check_loose_name,
-    image_of,
-    metadata_of,
-    read_samples,
-)
-from curation.threads import in_order
+from curation.tar.samples import Sample, caption_of, check_loose_name, image_of, metadata_of, read_samples
+from curation.tar.scan import IMAGE_SUFFIXES, TarReport
+from curation.threads import prefetch
 
 CHECKPOINT = 64  # detected samples that go into the partial log together
 MAX_BYTES_AHEAD = 256 << 20  # of images read ahead of the detector
@@ -191,7 +184,7 @@ class FilterFaces:
 
     # ---- one shard
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         agreement = Agreement()
         captions: list[tuple[str, str]] = []
         edits = Path(self.options.edits)
@@ -213,7 +206,7 @@ class FilterFaces:
             write_dictionary(file, captions)
         self._report(agreement, work)
 
-    def _read(self, work: ShardWork) -> Iterator[Candidate]:
+    def _read(self, work: ShardContext) -> Iterator[Candidate]:
         """Every sample of the tar, with its metadata, and with its image where a detector needs it."""
         images = () if self.options.detector == "recorded" else IMAGE_SUFFIXES
         report = TarReport()
@@ -248,7 +241,7 @@ class FilterFaces:
 
     # ---- looking at pixels
 
-    def _with_boxes(self, candidates: Iterable[Candidate], work: ShardWork) -> Iterator[Candidate]:
+    def _with_boxes(self, candidates: Iterable[Candidate], work: ShardContext) -> Iterator[Candidate]:
         """The candidates in their order, each with its boxes or its error; detected ones are in the partial log."""
         checkpoints = Checkpoints(lambda: work.partial(mark(self.detector)), work.check_stop, CHECKPOINT)
 
@@ -264,7 +257,7 @@ class FilterFaces:
         def size_of(candidate: Candidate) -> int:
             return len(candidate.image or b"")
 
-        for candidate, pending in in_order(candidates, begin, size_of, 4 * self._threads, MAX_BYTES_AHEAD):
+        for candidate, pending in prefetch(candidates, begin, size_of, 4 * self._threads, MAX_BYTES_AHEAD):
             if pending is not None:
                 try:
                     candidate.detected = pending.result()
@@ -276,7 +269,7 @@ class FilterFaces:
             yield candidate
         checkpoints.save()
 
-    def _detect(self, image: bytes, work: ShardWork) -> Boxes:
+    def _detect(self, image: bytes, work: ShardContext) -> Boxes:
         """In a thread of the pool: x0, y0, x1, y1 as shares of width and height, and the score, of each face."""
         width, height = image_size(image)
         with self._one_large_image if width * height > LARGE_PIXELS else nullcontext():
@@ -288,7 +281,7 @@ class FilterFaces:
 
     # ---- what becomes of a sample
 
-    def _decide(self, candidate: Candidate, work: ShardWork, agreement: Agreement) -> str | None:
+    def _decide(self, candidate: Candidate, work: ShardContext, agreement: Agreement) -> str | None:
         """The caption of a sample that is kept; None for one that was dropped or has failed."""
         o = self.options
         key, faces = candidate.key, candidate.faces
@@ -312,7 +305,7 @@ class FilterFaces:
             work.provenance({"key": key, "faces": faces, "boxes": candidate.detected, **by})
         return caption
 
-    def _report(self, agreement: Agreement, work: ShardWork) -> None:
+    def _report(self, agreement: Agreement, work: ShardContext) -> None:
         """How far the detector and the recorded boxes agree, where both were there."""
         if not agreement.total:
             return
@@ -328,7 +321,7 @@ def mark(detector: FaceDetector) -> str:
     return f"{detector.name}-{detector.revision[-8:]}"
 
 
-def timed(samples: Iterable[Sample], work: ShardWork) -> Iterator[Sample]:
+def timed(samples: Iterable[Sample], work: ShardContext) -> Iterator[Sample]:
     """The samples; the time that they take to come is the phase ``read``."""
     seconds, iterator = 0.0, iter(samples)
     while True:

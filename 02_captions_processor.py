@@ -20,7 +20,7 @@ from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.rewrite.ask import Outcome, Question, ask_all
+from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
 from curation.rewrite.prompts import (
     MAX_CAPTION_CHARACTERS,
@@ -30,14 +30,17 @@ from curation.rewrite.prompts import (
     opening,
     read_system_prompt,
 )
-from curation.run.ledger import Input
-from curation.run.runner import Follows, ShardWork, run_stage
+from curation.run.follow import Follows
+from curation.run.inputs import Input
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
-from curation.serving.registry import EndpointFolder, FolderWatch
+from curation.serving.registry import Registry, RegistryWatcher
 from curation.shards import Shard, discover
 from curation.storage.urls import is_remote
-from curation.tar.samples import TarReport, caption_of, metadata_of, read_samples
-from curation.threads import Crew
+from curation.tar.samples import caption_of, metadata_of, read_samples
+from curation.tar.scan import TarReport
+from curation.threads import DaemonPool
 
 CAPTIONS_STAGE = "01_filter_noface"
 TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3
@@ -132,9 +135,9 @@ class RewriteCaptions:
         self.system = read_system_prompt(options.system_prompt)
         self._one_at_a_time = threading.Lock()
         self._server: Any = None
-        self._crew: Crew | None = None
+        self._threads: DaemonPool | None = None
         self._pool: EndpointPool | None = None
-        self._watch: FolderWatch | None = None
+        self._watch: RegistryWatcher | None = None
 
     @cached_property
     def languages(self) -> LanguageIdentifier:
@@ -172,19 +175,19 @@ class RewriteCaptions:
         times = {"load_timeout_s": o.load_timeout, "patience_s": o.give_up, "wait_s": o.endpoint_wait}
         self._pool = EndpointPool(urls, model, api=o.api, timeout_s=timeout_s, **times)
         if o.endpoints_dir:
-            self._watch = FolderWatch(self._pool, EndpointFolder(Path(o.endpoints_dir))).start()
+            self._watch = RegistryWatcher(self._pool, Registry(Path(o.endpoints_dir))).start()
         else:
             try:
                 self._pool.open()
             except NoEndpoint as error:
                 raise InfrastructureError(f"{error}, or use --embedded for the small stand-in model") from None
-        self._crew = Crew(o.num_threads, "ask")
+        self._threads = DaemonPool(o.num_threads, "ask")
 
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
-        if self._crew is not None and self._pool is not None:
-            self._crew.dismiss()
+        if self._threads is not None and self._pool is not None:
+            self._threads.shutdown()
             for url, facts in self._pool.facts().items():
                 logger.info(f"{url}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
         if self._server is not None:
@@ -192,7 +195,7 @@ class RewriteCaptions:
 
     # ---- one shard
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         with self._one_at_a_time:  # nothing but computing: side by side, all shards' first questions would wait
             with work.phase("read"):
                 captions = dict(self._read(work))
@@ -211,7 +214,7 @@ class RewriteCaptions:
         with work.phase("write"):
             self._write(guesses, questions, outcomes, work)
 
-    def _read(self, work: ShardWork) -> Iterator[tuple[str, str]]:
+    def _read(self, work: ShardContext) -> Iterator[tuple[str, str]]:
         """Key and caption of every sample that has one, as one clean line."""
         if not is_tar(work.shard):
             for name, caption in read_dictionary(work.shard.path).items():
@@ -235,7 +238,7 @@ class RewriteCaptions:
             for line in report.warnings():
                 work.warn(line)
 
-    def _keep_language(self, captions: dict[str, str], work: ShardWork) -> dict[str, Guess]:
+    def _keep_language(self, captions: dict[str, str], work: ShardContext) -> dict[str, Guess]:
         """The keys whose captions are in ``--lang`` and short enough to ask about, in order."""
         o = self.options
         kept, languages = {}, Counter[str]()
@@ -255,27 +258,27 @@ class RewriteCaptions:
 
     # ---- the language model
 
-    def _ask(self, questions: dict[str, Question], work: ShardWork) -> dict[str, Outcome]:
-        assert self._crew is not None
+    def _ask(self, questions: dict[str, Question], work: ShardContext) -> dict[str, Outcome]:
+        assert self._threads is not None
 
-        def settle(key: str, outcome: Outcome) -> None:
+        def on_result(key: str, outcome: Outcome) -> None:
             if outcome.prompt is None:
                 work.fail(key, outcome.reason, outcome.detail)
             else:
                 work.keep()
 
-        return ask_all(
+        return request_all(
             questions,
             self._until_fit,
-            crew=self._crew,
+            pool=self._threads,
             log=work.partial(),
             check_stop=work.check_stop,
-            settle=settle,
+            on_result=on_result,
             patience_s=self.options.timeout,
         )
 
     def _until_fit(self, key: str, asked: Question, check_stop: Callable[[], None]) -> Outcome:
-        """Ask, and ask again with another seed, until a reply is a prompt.  In one of the crew's threads."""
+        """Ask, and ask again with another seed, until a reply is a prompt.  In one of the pool's threads."""
         assert self._pool is not None
         o = self.options
         begun = opening(asked.group) if o.embedded else ""
@@ -298,7 +301,11 @@ class RewriteCaptions:
     # ---- what goes out
 
     def _write(
-        self, guesses: dict[str, Guess], questions: dict[str, Question], outcomes: dict[str, Outcome], work: ShardWork
+        self,
+        guesses: dict[str, Guess],
+        questions: dict[str, Question],
+        outcomes: dict[str, Outcome],
+        work: ShardContext,
     ) -> None:
         """The prompts in the shard's order, ``{}`` where there are none, and how each came about."""
         prompts = []

@@ -23,7 +23,7 @@ from curation.cluster import Allocation, workers_for_gpus
 from curation.edits import (
     GENERATED_XMP,
     EarlierEdits,
-    Originals,
+    OriginalMetadata,
     checked_prompt,
     edited_metadata,
     edits_sink,
@@ -35,12 +35,14 @@ from curation.edits import (
 )
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
-from curation.generate.encode import PictureLog
+from curation.generate.encode import EncodedLog
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models.hub_cache import ModelSource, resolve
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.run.ledger import Input, stage_version
-from curation.run.runner import Follows, ShardWork, run_stage
+from curation.run.follow import Follows
+from curation.run.inputs import Input, stage_version
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.shards import Shard, discover
 
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
@@ -210,7 +212,7 @@ class GenerateImages:
             self.backend.close()
         self._encoders.shutdown(cancel_futures=True)
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         with work.phase("read"):
             samples = self._read(work)
             earlier = EarlierEdits(self.output, work.shard.id)
@@ -221,7 +223,7 @@ class GenerateImages:
         step = max(1, self.options.text_batches)
         groups = [batches[start : start + step] for start in range(0, len(batches), step)]
         log = work.partial()
-        pictures = PictureLog(work, log, groups, self._encoders, self.options.quality, GENERATED_XMP)
+        pictures = EncodedLog(work, log, groups, self._encoders, self.options.quality, GENERATED_XMP)
         self._generate(work, groups, pictures)
         work.note("reused", len(reused))
         work.note("generated", len(jobs))
@@ -233,14 +235,14 @@ class GenerateImages:
 
     # ---- what comes in
 
-    def _read(self, work: ShardWork) -> list[Sample]:
+    def _read(self, work: ShardContext) -> list[Sample]:
         """The samples to edit, in the order of the prompts; those that cannot be are recorded."""
         prompts = read_dictionary(work.shard.path)
         work.sample_in(len(prompts))
         if not prompts:
             return []
         shard = work.shard
-        originals = Originals(self.output, shard.id, self.name)
+        originals = OriginalMetadata(self.output, shard.id, self.name)
         made = read_provenance(provenance_path(shard))
         versions = {
             METADATA_STAGE: stage_version(self.output, METADATA_STAGE, shard.id),
@@ -258,7 +260,7 @@ class GenerateImages:
         return samples
 
     def _sample(
-        self, key: str, prompt: str, originals: Originals, made: Mapping[str, Any], stages: Mapping[str, int]
+        self, key: str, prompt: str, originals: OriginalMetadata, made: Mapping[str, Any], stages: Mapping[str, int]
     ) -> Sample:
         original = originals.find(key)
         width, height = nearest_size(self.sizes, original, self.fixed_size)
@@ -286,7 +288,7 @@ class GenerateImages:
 
     # ---- pictures
 
-    def _generate(self, work: ShardWork, groups: Sequence[Sequence[Batch]], pictures: PictureLog) -> None:
+    def _generate(self, work: ShardContext, groups: Sequence[Sequence[Batch]], pictures: EncodedLog) -> None:
         """Make every batch that is not logged.  While the device works on one, the one before it is encoded."""
         try:
             for group in groups:
@@ -305,12 +307,12 @@ class GenerateImages:
             raise
         pictures.finish()
 
-    def _encode_texts(self, work: ShardWork, group: Sequence[Batch]) -> Texts | None:
+    def _encode_texts(self, work: ShardContext, group: Sequence[Batch]) -> Texts | None:
         prompts = [job.prompt for batch in group for job in batch.jobs]
         with work.phase("infer"):
             return self.backend.encode(prompts, at_once=len(prompts))
 
-    def _make(self, work: ShardWork, batch: Batch, texts: Texts | None) -> Images:
+    def _make(self, work: ShardContext, batch: Batch, texts: Texts | None) -> Images:
         requests = [Request(job.prompt, seed_of(self.options.seed, job.key)) for job in batch.jobs]
 
         def check_stop() -> None:
@@ -319,7 +321,7 @@ class GenerateImages:
         with work.phase("infer"):
             return self.backend.generate(requests, batch.width, batch.height, texts, check_stop)
 
-    def _note_shrunk_batches(self, work: ShardWork, batches: Sequence[Batch]) -> None:
+    def _note_shrunk_batches(self, work: ShardContext, batches: Sequence[Batch]) -> None:
         """A shard whose batches did not fit is exempt from the promise of identical bytes, and its receipt says so."""
         fullest = {(batch.width, batch.height): len(batch.jobs) for batch in reversed(batches)}
         limits = {size: self.backend.batch.limit(*size) for size in fullest}
@@ -332,11 +334,11 @@ class GenerateImages:
 
     def _write(
         self,
-        work: ShardWork,
+        work: ShardContext,
         samples: Sequence[Sample],
         earlier: EarlierEdits,
         reused: Mapping[str, str],
-        pictures: PictureLog,
+        pictures: EncodedLog,
     ) -> None:
         """Every edited sample, in the shard's order.  Nothing is written where there is none."""
         if not work.kept:

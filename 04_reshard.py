@@ -16,21 +16,23 @@ from curation.cluster import Allocation
 from curation.edits import Edits
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
 from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, Layout, Placed
-from curation.reshard.select import AS_IT_IS, Choice, Material, Records, copy_keys, survey
+from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, Placed, ShardLayout
+from curation.reshard.select import AS_IT_IS, Choice, Records, ReshardInputs, copy_keys, survey
 from curation.reshard.uids import Subset
-from curation.reshard.write import Writer
+from curation.reshard.write import ShardWriter
+from curation.run.follow import Follows
 from curation.run.inputs import Input
 from curation.run.ledger import receipts_of_all
-from curation.run.output_folder import LAYOUT_NOTE, insist_on_own
-from curation.run.runner import Follows, ShardWork, run_stage
+from curation.run.output_folder import LAYOUT_NOTE, refuse_foreign_shards
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
-from curation.tar.random_access import Gathered, Piece, write_wids
-from curation.tar.samples import SampleSpan, TarPass, TarReport
+from curation.tar.random_access import GatheredScan, Piece, write_wids
+from curation.tar.scan import SampleSpan, TarReport, TarScan
 from curation.tar.sources import open_blocks
-from curation.tar.splice import Decision, Fate, Shown, Windows
+from curation.tar.splice import Action, Decision, ObservedPass, Windows
 
 if TYPE_CHECKING:
     from curation.reshard.blur import Blur
@@ -108,8 +110,8 @@ class Options(RunOptions):
         return not (self.subset or self.drop_rejected or self.on_missing == "drop" or self.shard_size is not None)
 
     @cached_property
-    def material(self) -> Material:
-        return Material(
+    def material(self) -> ReshardInputs:
+        return ReshardInputs(
             edits=None if self.edits is None else (Path(self.edits), EDITS_STAGE),
             prompts=None if self.prompts is None else (Path(self.prompts), PROMPTS_STAGE),
             layout=self.edits_layout,
@@ -162,9 +164,9 @@ class Stage:
     def close(self) -> None:
         pass
 
-    def writer(self) -> Writer:
+    def writer(self) -> ShardWriter:
         o, blur = self.options, None if self._blur is None else self._blur()
-        return Writer(self.output, o.tars, blur, index=o.index, verify=o.verify)
+        return ShardWriter(self.output, o.tars, blur, index=o.index, verify=o.verify)
 
 
 class Reshard(Stage):
@@ -176,7 +178,7 @@ class Reshard(Stage):
     def inputs(self, shard: Shard) -> list[Input]:
         return self.material.inputs(shard)
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         o, source, writer, report = self.options, work.shard.path, self.writer(), TarReport()
         with contextlib.ExitStack() as stack:
             with work.phase("read"):
@@ -189,14 +191,14 @@ class Reshard(Stage):
             def begin() -> Windows:
                 nonlocal before
                 before = ""
-                return Shown(TarPass(source, next(reports, None)), selection.look, writer.look)
+                return ObservedPass(TarScan(source, next(reports, None)), selection.look, writer.look)
 
             def decide(span: SampleSpan) -> Decision:
                 nonlocal before
                 choice = choose(span)
                 if plain and choice is AS_IT_IS:  # nearly all of them
                     chosen.append((span, choice))
-                    return Fate.STAYS
+                    return Action.KEEP
                 if choice.copies and not plain:
                     if span.key == before:  # what lay between them was left out: they would be taken for one
                         choice = Choice(0, failed=("duplicate_key", "it would lie right behind another of this key"))
@@ -227,11 +229,11 @@ class Index(Stage):
     def open(self, allocation: Allocation) -> None:
         pass
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         writer, report, foreign = IndexWriter(), TarReport(), 0
         opened = self.material.open(work.shard, records_of(self.inputs(work.shard), work))
         with work.phase("read"), opened as (edits, selection):
-            for window in TarPass(work.shard.path, report).windows():
+            for window in TarScan(work.shard.path, report).windows():
                 selection.look(window)
                 chosen = [(span, selection.choose(span)) for span in window.spans if span.key]
                 for span, choice in chosen:
@@ -253,7 +255,7 @@ class Index(Stage):
 class Regroup(Stage):
     """One output shard: its samples out of the source shards and their edits → <output>/<number>.tar."""
 
-    def __init__(self, options: Options, layout: Layout) -> None:
+    def __init__(self, options: Options, layout: ShardLayout) -> None:
         super().__init__(options)
         self.layout = layout
         self.index = Index(options).output
@@ -271,7 +273,7 @@ class Regroup(Stage):
             inputs += self.material.sources_of(source)
         return inputs
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         sources, draw = self.layout.sources, self.layout.draw(int(work.shard.id))
         records = records_of(self.inputs(work.shard), work)
         with contextlib.ExitStack() as stack:
@@ -292,8 +294,8 @@ class Regroup(Stage):
                 nonlocal turn
                 turn = iter(drawn)
                 taken.clear()
-                gathered = Gathered(str(self.index), pieces, lambda n: open_blocks(sources[n].path))
-                return Shown(gathered, writer.look)
+                gathered = GatheredScan(str(self.index), pieces, lambda n: open_blocks(sources[n].path))
+                return ObservedPass(gathered, writer.look)
 
             def decide(span: SampleSpan) -> Decision:
                 number, placed = next(turn)
@@ -316,11 +318,11 @@ class Regroup(Stage):
         work.note(LAYOUT_NOTE, self.layout.mark)
 
 
-def records_of(inputs: Sequence[Input], work: ShardWork) -> Records:
+def records_of(inputs: Sequence[Input], work: ShardContext) -> Records:
     return {wanted.path: record for wanted, record in zip(inputs, work.inputs, strict=True)}
 
 
-def tell(report: TarReport, edits: Edits, work: ShardWork) -> None:
+def tell(report: TarReport, edits: Edits, work: ShardContext) -> None:
     """What a pass found besides samples."""
     for line in report.warnings():
         work.warn(line)
@@ -345,7 +347,7 @@ def regroup(options: Options, shards: Sequence[Shard]) -> int:
         logger.warning(f"{missing} is not indexed yet: start the same command again")
         return EXIT_WORK_LEFT
     counts = [int(receipt["notes"]["samples_out"]) for receipt in receipts]
-    layout = Layout(shards, counts, options.shard_size or 1, options.shuffle_buffer, options.seed)
+    layout = ShardLayout(shards, counts, options.shard_size or 1, options.shuffle_buffer, options.seed)
     logger.info(f"{layout.total:,} samples of {len(shards):,} shards make {len(layout):,} of {options.shard_size:,}")
     outputs = layout.shards
     claim_place(options, outputs)
@@ -357,7 +359,9 @@ def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
     """UsageError where the hybrid shards, None where they are not known yet, would stand among others."""
     if not is_worker():
         o, ids = options, None if shards is None else {shard.id for shard in shards}
-        insist_on_own(Path(o.output), o.tars, STAGE, ids, regroups=o.shard_size is not None, overwrite=o.overwrite)
+        refuse_foreign_shards(
+            Path(o.output), o.tars, STAGE, ids, regroups=o.shard_size is not None, overwrite=o.overwrite
+        )
 
 
 def finish(options: Options, shards: Sequence[Shard]) -> int:

@@ -16,7 +16,7 @@ import tyro
 
 from curation import backends
 from curation.caption import captioner
-from curation.caption.feed import Batch, Feed, Picture, beside, recalling, row_of
+from curation.caption.feed import Batch, CaptionLoader, Picture, beside, recalling, row_of
 from curation.caption.preview import first_images, show_trial, write_comparison
 from curation.caption.rows import (
     Format,
@@ -35,17 +35,19 @@ from curation.generate.batches import seed_of
 from curation.hub.background import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonio import dump_json
-from curation.models.batch_size import WorkingBatch
+from curation.models.batch_size import FittingBatchSize
 from curation.models.weights import CACHE, fetch_weights
 from curation.options import RunOptions, exit_code, logger, parse_options
 from curation.run.checkpoints import PartialLog
-from curation.run.ledger import Input, Ledger, source_inputs
+from curation.run.inputs import Input, source_inputs
+from curation.run.ledger import Ledger
 from curation.run.merge import JsonlMerge
-from curation.run.runner import ShardWork, run_stage
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.run.workers import is_worker
 from curation.serving.pool import endpoint_urls
 from curation.shards import Shard, discover, select
-from curation.tar.samples import TarReport
+from curation.tar.scan import TarReport
 
 JSONL_NAME = "captions.jsonl"
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
@@ -263,7 +265,7 @@ class Recaption:
         if self._watermark_file is not None:
             score = backends.load("watermark", "onnx")(self._watermark_file).score
         threads = o.dataloader_num_workers or allocation.threads
-        self.feed = Feed(self.backend, threads, score, o.max_watermark)
+        self.feed = CaptionLoader(self.backend, threads, score, o.max_watermark)
         self._on_gpu = allocation.gpu is not None
         self.pushing.begin(allocation)
 
@@ -277,7 +279,7 @@ class Recaption:
 
     # ---- one shard
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         if "jsonl" in self.options.formats:
             self._merger().grow()
         pictures: list[Picture] = []
@@ -286,7 +288,7 @@ class Recaption:
         log = work.partial()
         begin = recalling(log, reusable_captions(self.output, work.previous, recipe))
         size = self._batch_size(work.shard)
-        memory = WorkingBatch(size, self._device(), self.output / "_batch_sizes" / self.name)
+        memory = FittingBatchSize(size, self._device(), self.output / "_batch_sizes" / self.name)
         limit = self._limits.get(work.shard.id)
         read = self.feed.pictures(work.shard.path, work, report, limit, begin, size)
         with beside(self.feed.batches(read, size, pictures)) as take:
@@ -305,7 +307,7 @@ class Recaption:
         for name, value in notes.items():
             work.note(name, value)
 
-    def _caption(self, work: ShardWork, batch: Batch, log: PartialLog, memory: WorkingBatch) -> None:
+    def _caption(self, work: ShardContext, batch: Batch, log: PartialLog, memory: FittingBatchSize) -> None:
         """A batch that is not in the log yet is captioned and logged; its pictures are counted."""
         if not batch.done:
             images = [picture.prepared for picture in batch.pictures]
@@ -317,7 +319,7 @@ class Recaption:
             pairs = zip(batch.pictures, captions, strict=True)
             log.append((p.key, p.digest, p.outcome(caption, batch.mark)) for p, caption in pairs)
         for picture in batch.pictures:
-            picture.let_go()
+            picture.cancel()
             if (failed := picture.record.get("failed")) is not None:
                 work.fail(picture.key, *failed)
             else:
@@ -325,7 +327,7 @@ class Recaption:
         if not batch.done:
             work.check_stop()
 
-    def _write(self, work: ShardWork, pictures: Sequence[Picture]) -> None:
+    def _write(self, work: ShardContext, pictures: Sequence[Picture]) -> None:
         """The shard's rows, and each format that is a function of them."""
         reused = sum(picture.caption is not None for picture in pictures)
         work.keep(reused)

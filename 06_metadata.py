@@ -31,17 +31,20 @@ from curation.extract.config import (
     model_settings,
     read_config,
 )
-from curation.extract.feed import WANTED, Feed, FeedBatch, FeedSample, feed_sample
+from curation.extract.feed import WANTED, ExtractLoader, FeedBatch, FeedSample, feed_sample
 from curation.extract.outputs import Row, Spool, Table, import_arrow, write_npz, write_parquet
 from curation.extract.plugins import extractors_of, load_plugin, make_extractor
 from curation.jsonio import dump_json
-from curation.models.batch_size import WorkingBatch, use_device
+from curation.models.batch_size import FittingBatchSize, use_device
 from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
-from curation.run.ledger import Input, Ledger, source_inputs
-from curation.run.runner import ShardWork, run_stage
+from curation.run.inputs import Input, source_inputs
+from curation.run.ledger import Ledger
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover
-from curation.tar.samples import TarReport, read_samples
+from curation.tar.samples import read_samples
+from curation.tar.scan import TarReport
 
 MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught
 
@@ -215,13 +218,13 @@ class Metadata:
         )
         plugin = c.custom_pypath and str(Path(c.custom_pypath).expanduser().absolute())
         processes = max(1, allocation.threads if c.nworkers is None else c.nworkers)
-        self.feed = Feed(distinct(ordered), c.batch_size, processes, plugin)
+        self.feed = ExtractLoader(distinct(ordered), c.batch_size, processes, plugin)
         self._closing.insert(0, self.feed)
         chosen = [columns[name] for name in asked_columns], [features[name] for name in asked_features]
         self.computer = Computer(ordered, self.feed, *chosen, c.feature_dtype, device)
         at_once = c.batch_size if device != "cpu" else min(c.batch_size, MOST_AT_ONCE_ON_CPU)
         kind_of_device = "\0".join([use_device(device), c.dtype, dump_json(models).decode()])
-        self._memory = WorkingBatch(at_once, kind_of_device, self.output / "_batch_sizes" / self.name)
+        self._memory = FittingBatchSize(at_once, kind_of_device, self.output / "_batch_sizes" / self.name)
         self._models_mark = xxhash.xxh3_64_hexdigest(dump_json(models))
 
     def close(self) -> None:
@@ -230,7 +233,7 @@ class Metadata:
 
     # ---- one shard
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         mark = xxhash.xxh3_64_hexdigest(dump_json([list(work.inputs), self._models_mark]))
         spool = Spool(work.partial(mark), list(self.table.features))
         report = TarReport()
@@ -260,7 +263,7 @@ class Metadata:
         with work.phase("write"):
             self._write(work, spool, batches, rows, missing)
 
-    def _samples(self, work: ShardWork, report: TarReport) -> Iterator[FeedSample]:
+    def _samples(self, work: ShardContext, report: TarReport) -> Iterator[FeedSample]:
         """Every sample becomes a row; damage that belongs to no sample is counted alone."""
         for sample in read_samples(work.shard.path, WANTED.__contains__, report):
             work.sample_in()
@@ -269,7 +272,7 @@ class Metadata:
             else:
                 yield feed_sample(sample)
 
-    def _compute(self, work: ShardWork, batch: FeedBatch, spool: Spool) -> None:
+    def _compute(self, work: ShardContext, batch: FeedBatch, spool: Spool) -> None:
         with work.phase("infer"):
             computed = self.computer.compute(batch, self._memory)
         self.feed.release(batch)
@@ -299,7 +302,7 @@ class Metadata:
             missing.update(name for name in {"uid", *fields} if name not in sample.metadata)
         return rows, missing
 
-    def _count(self, work: ShardWork, batch: FeedBatch, spool: Spool) -> Counter[str]:
+    def _count(self, work: ShardContext, batch: FeedBatch, spool: Spool) -> Counter[str]:
         """Every sample of a batch once, of an earlier attempt's too."""
         rows, missing = spool.rows(batch.number)
         for row in rows:
@@ -309,7 +312,7 @@ class Metadata:
                 work.fail(row.key, *row.failed)
         return missing
 
-    def _write(self, work: ShardWork, spool: Spool, batches: int, rows: int, missing: Counter[str]) -> None:
+    def _write(self, work: ShardContext, spool: Spool, batches: int, rows: int, missing: Counter[str]) -> None:
         shard = work.shard.id
         with work.output(self.output / f"{shard}.parquet") as file:
             mistyped = write_parquet(file, spool, batches, work.shard.path.name, self.table)

@@ -44,7 +44,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from curation.cluster import Allocation, StopSignal
 from curation.options import RunOptions, set_up_logging
 from curation.run.attempt import code_version
-from curation.run.runner import Input, ShardWork, run_shards
+from curation.run.inputs import Input
+from curation.run.runner import run_shards
+from curation.run.work import ShardContext
 from curation.shards import Shard, discover
 
 CPU_MS, OPERATIONS, MAKESPAN = 10.0, 16.0, 1.1
@@ -77,7 +79,7 @@ class Trivial:
 
     def close(self) -> None: ...
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         work.sample_in()
         time.sleep(self._costs.get(work.shard.id, 0.0))
         work.keep()

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from curation.cluster import Allocation, StopSignal
 from curation.options import RunOptions, set_up_logging
-from curation.run.runner import Input, ShardWork, run_shards
+from curation.run.inputs import Input
+from curation.run.runner import run_shards
+from curation.run.work import ShardContext
 from curation.shards import Shard, discover
 
 BAR_MS = 5.0
@@ -52,7 +54,7 @@ class Empty:
 
     def close(self) -> None: ...
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         work.sample_in()
         work.keep()
         if self._publishes:

@@ -23,8 +23,9 @@ import xxhash
 
 from curation.errors import LostClaim, SampleError, ShardError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, parse_json_object, read_dictionary
-from curation.storage.files import OutputFile, fast_digest
-from curation.tar.samples import MAX_MEMBER_BYTES, TarPass, TarReport, TarWriter, problem_of, read_samples
+from curation.storage.files import AtomicFile, fast_digest
+from curation.tar.samples import MAX_MEMBER_BYTES, TarWriter, problem_of, read_samples
+from curation.tar.scan import TarReport, TarScan
 from curation.tar.splice import Edit
 
 # The fields of a sample that a new picture and text make untrue, kept as curation.original_<field>.
@@ -111,7 +112,7 @@ def unsafe_key(key: str) -> str:
 
 @contextlib.contextmanager
 def edits_sink(
-    edits: Path, shard_id: str, layout: str, output: Callable[[Path], AbstractContextManager[OutputFile]]
+    edits: Path, shard_id: str, layout: str, output: Callable[[Path], AbstractContextManager[AtomicFile]]
 ) -> Iterator[Callable[[str, bytes, bytes, bytes], None]]:
     """A function ``add(key, jpg, txt, json)`` for a shard's edited samples, which become one tar or loose files.
 
@@ -268,7 +269,7 @@ class TarredEdits:
         self._rows: dict[str, int] = {}
         self._places = array("q")  # of each edit: offset and size of its jpg, txt and json: ten thousand take 1 MB
         report = TarReport()
-        tar = TarPass(path, report)
+        tar = TarScan(path, report)
         for window in tar.windows():
             for span in window.spans:
                 if span.torn or span.repeated:
@@ -377,7 +378,7 @@ def _short(key: str) -> str:
     return clean_text(key)[:200]
 
 
-class Originals:
+class OriginalMetadata:
     """The original metadata of a shard's samples: ``edits/<shard>.json``, or else loose ``edits/<shard>/<key>.json``.
 
     stage: the one that edits; a loose file may already hold its edit, which is then undone.

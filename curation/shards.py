@@ -17,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from curation.errors import UsageError
-from curation.storage.urls import PIPE, RemoteFile, Source, find_remote, is_remote
+from curation.storage.urls import PIPE, Source, Url, find_remote, is_remote
 
 TAR = ".tar"
 MAX_SHARDS = 10_000_000  # a brace pattern such as {0..99999999999} is a slip of the finger, not a dataset
@@ -182,9 +182,9 @@ def _in_folder(folder: Path, suffix: str) -> Iterator[Path]:
     yield from (folder / name for name in sorted(names))
 
 
-def _remote(text: str, suffix: str, allow_pipe: bool) -> Iterator[RemoteFile]:
+def _remote(text: str, suffix: str, allow_pipe: bool) -> Iterator[Url]:
     if suffix != TAR:
-        raise UsageError(f"{RemoteFile(text)}: only tars are read from there; copy *{suffix} files to this machine")
+        raise UsageError(f"{Url(text)}: only tars are read from there; copy *{suffix} files to this machine")
     for name in islice(expand_braces(text, leave_others=text.startswith(PIPE)), MAX_SHARDS + 1):
         yield from find_remote(name, suffix, allow_pipe=allow_pipe)
 

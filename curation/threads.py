@@ -22,7 +22,7 @@ R = TypeVar("R")
 _IDLE_PER_WORKING = 32  # where few items need work, so many others may wait behind each of them
 
 
-def in_order(
+def prefetch(
     items: Iterable[T],
     begin: Callable[[T], Future[R] | None],
     size_of: Callable[[T], int],
@@ -61,7 +61,7 @@ def in_order(
                 future.cancel()
 
 
-class Beside(Generic[T]):
+class BackgroundCall(Generic[T]):
     """A thread for one call at a time.  A call that it has not begun when the result is wanted, the caller makes.
 
     So a machine with a core to spare does two things at once, and on a busy one nobody waits to be woken up.
@@ -94,10 +94,10 @@ class Beside(Generic[T]):
 Job = Callable[[], None]
 
 
-class Crew:
+class DaemonPool:
     """A fixed number of threads that take jobs in the order in which they were given.
 
-    One crew for the whole process: while the last replies of one shard are awaited, the next shard's questions are out.
+    One pool for the whole process: while the last replies of one shard are awaited, the next shard's questions are out.
     The threads are daemons: a process that has to end does not wait for a reply that may never come.
     """
 
@@ -107,11 +107,11 @@ class Crew:
         for number in range(size):
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
-    def give(self, job: Job) -> None:
+    def submit(self, job: Job) -> None:
         """``job`` must deal with its own exceptions: there is nobody to raise them to."""
         self._jobs.put(job)
 
-    def dismiss(self) -> None:
+    def shutdown(self) -> None:
         """The threads end after the jobs that they were given."""
         for _ in range(self._size):
             self._jobs.put(None)

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from curation.reshard.uids import UID, uid_of
-from curation.tar.samples import IMAGE_SUFFIXES, read_samples
+from curation.tar.samples import read_samples
+from curation.tar.scan import IMAGE_SUFFIXES
 from tests.pipeline import Undisturbed
 
 wds = pytest.importorskip("webdataset")

@@ -13,7 +13,7 @@ import pytest
 
 from curation.errors import Stopped
 from curation.run.checkpoints import Checkpoints, PartialLog
-from curation.threads import in_order
+from curation.threads import prefetch
 
 
 @pytest.mark.parametrize("every", [1, 3, 20])
@@ -31,7 +31,7 @@ def test_the_order_is_kept_and_no_more_than_the_bound_is_ahead(every: int) -> No
 
     with ThreadPoolExecutor(4) as pool:
         results = []
-        for item, future in in_order(range(300), begin, lambda item: 1, ahead=8, max_bytes=10**9):
+        for item, future in prefetch(range(300), begin, lambda item: 1, ahead=8, max_bytes=10**9):
             working -= future is not None
             results.append((item, item * item if future is None else future.result()))
     assert results == [(i, i * i) for i in range(300)]
@@ -48,7 +48,7 @@ def test_bytes_are_bounded_too() -> None:
         return pool.submit(lambda: item)
 
     with ThreadPoolExecutor(2) as pool:
-        for item, _ in in_order([40] * 50, begin, lambda item: item, ahead=10**6, max_bytes=100):
+        for item, _ in prefetch([40] * 50, begin, lambda item: item, ahead=10**6, max_bytes=100):
             held -= item
     assert most <= 100 + 40
 
@@ -69,7 +69,7 @@ def test_when_an_item_is_handed_on_does_not_depend_on_speed() -> None:
             def begin(i: int) -> Future[None]:
                 return pool.submit(time.sleep, delay_s * (i % 4))
 
-            for i, _ in in_order(source(), begin, lambda i: 1, ahead=5, max_bytes=100):
+            for i, _ in prefetch(source(), begin, lambda i: 1, ahead=5, max_bytes=100):
                 events.append(f"out {i}")
         return events
 
@@ -84,7 +84,7 @@ def test_what_has_not_begun_is_cancelled_when_the_caller_stops() -> None:
         ran.append(item)
 
     with ThreadPoolExecutor(1) as pool:
-        ordered = in_order(range(100), lambda i: pool.submit(wait, i), lambda i: 1, ahead=10, max_bytes=10**6)
+        ordered = prefetch(range(100), lambda i: pool.submit(wait, i), lambda i: 1, ahead=10, max_bytes=10**6)
         next(ordered)
         ordered.close()  # type: ignore[attr-defined]
         gate.set()

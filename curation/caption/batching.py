@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from curation.caption.captioner import CaptionBackend, OutOfMemory, Prepared
 from curation.errors import InfrastructureError, SampleError
-from curation.models.batch_size import WorkingBatch
+from curation.models.batch_size import FittingBatchSize
 
 MOST_WAITING = 512  # images that wait for others of their shape, over all shapes
 
@@ -73,7 +73,7 @@ class ShapeGroups(Generic[Item]):
 
 
 def caption_batch(
-    backend: CaptionBackend, memory: WorkingBatch, batch: Sequence[Prepared], seeds: Sequence[int]
+    backend: CaptionBackend, memory: FittingBatchSize, batch: Sequence[Prepared], seeds: Sequence[int]
 ) -> list[str | SampleError]:
     """Captions of images of one shape, or why there is none, in order.
 

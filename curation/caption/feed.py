@@ -23,8 +23,9 @@ from curation.images import Pixels, decode_rgb, image_size
 from curation.jsonio import clean_text, dump_json
 from curation.run.checkpoints import PartialLog
 from curation.storage.urls import Source
-from curation.tar.samples import IMAGE_SUFFIXES, Sample, TarReport, image_of, lenient_metadata, read_samples
-from curation.threads import Beside, in_order
+from curation.tar.samples import Sample, image_of, lenient_metadata, read_samples
+from curation.tar.scan import IMAGE_SUFFIXES, TarReport
+from curation.threads import BackgroundCall, prefetch
 
 MAX_BYTES_AHEAD = 256 << 20  # of images that are being prepared, as they lie in the shard and as they become
 
@@ -91,7 +92,7 @@ class Picture:
         self.size, self.sha256 = (record["size"][0], record["size"][1]), record["sha256"]
         self.score, self.shape, self.nbytes = record["score"], tuple(record["shape"]), record["nbytes"]
 
-    def let_go(self) -> None:
+    def cancel(self) -> None:
         """The bytes and tensors: of a shard's pictures only a few are in memory at a time."""
         self.image, self.prepared = b"", None
 
@@ -105,7 +106,7 @@ class Batch:
     done: bool
 
 
-class Feed:
+class CaptionLoader:
     """Prepares pictures in threads, on the host; one for all shards of a process.
 
     score: how much an image looks watermarked, from its pixels; None where nobody asks.
@@ -157,16 +158,16 @@ class Feed:
 
         samples = self._samples(source, work, report, limit)
         ahead = batch_size + 2 * self._threads  # one batch works, one waits, one is prepared
-        for picture, future in in_order(samples, start, self._expected_bytes, ahead, MAX_BYTES_AHEAD):
+        for picture, future in prefetch(samples, start, self._expected_bytes, ahead, MAX_BYTES_AHEAD):
             try:
                 if future is not None:
                     future.result()
             except SampleError as error:
-                picture.let_go()
+                picture.cancel()
                 work.fail(picture.key, error.reason, error.detail)
                 continue
             if self._max_watermark is not None and picture.score is not None and picture.score > self._max_watermark:
-                picture.let_go()
+                picture.cancel()
                 work.drop(picture.key, "watermark")
                 continue
             yield picture
@@ -199,7 +200,7 @@ class Feed:
         for picture in pictures:
             seen.append(picture)
             if picture.caption is not None:  # an earlier run's
-                picture.let_go()
+                picture.cancel()
             elif full := groups.add(picture.shape, picture, picture.nbytes):
                 yield self._batch(full)
         for rest in groups.rest():
@@ -264,7 +265,7 @@ class Feed:
 def beside(batches: Iterator[Batch]) -> Iterator[Callable[[], Batch | None]]:
     """A function that gives one batch after the other, None at the end; the next is gathered while the caller works."""
     following = partial(next, batches, None)
-    reader: Beside[Batch | None] = Beside("batches")
+    reader: BackgroundCall[Batch | None] = BackgroundCall("batches")
     try:
         reader.start(following)
 

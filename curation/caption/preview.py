@@ -21,7 +21,8 @@ from curation.images import decode_rgb, encode_jpeg
 from curation.jsonio import clean_text
 from curation.shards import Shard
 from curation.storage.urls import Source
-from curation.tar.samples import IMAGE_SUFFIXES, TarPass, image_of, problem_of, read_samples
+from curation.tar.samples import image_of, problem_of, read_samples
+from curation.tar.scan import IMAGE_SUFFIXES, TarScan
 
 PAGE_NAME = "compare.html"
 
@@ -154,7 +155,7 @@ def first_images(shards: Sequence[Shard], count: int) -> dict[str, int]:
 def _images(path: Source, enough: int) -> int:
     found = 0
     try:
-        for window in TarPass(path).windows():
+        for window in TarScan(path).windows():
             for span in window.spans:
                 has_image = any(member.suffix in IMAGE_SUFFIXES for member in span.members)
                 found += bool(span.key) and has_image and problem_of(span) is None

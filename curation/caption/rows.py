@@ -18,20 +18,12 @@ from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.jsonio import dump_json, parse_json_object
 from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet
-from curation.storage.files import OutputFile
+from curation.storage.files import AtomicFile
 from curation.storage.urls import Source
-from curation.tar.samples import (
-    IMAGE_SUFFIXES,
-    MAX_MEMBER_BYTES,
-    Member,
-    SampleSpan,
-    TarPass,
-    Window,
-    caption_of,
-    lenient_metadata,
-    read_samples,
-)
-from curation.tar.splice import Edit, Fate, splice
+from curation.tar.headers import Member
+from curation.tar.samples import MAX_MEMBER_BYTES, caption_of, lenient_metadata, read_samples
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
+from curation.tar.splice import Action, Edit, splice
 
 Row = dict[str, Any]
 
@@ -189,13 +181,13 @@ _FROM_SOURCE = ("original_key", "md5", "tags", "merged_tags")
 
 _NUMBERS = ("width", "height", "original_width", "original_height")
 
-_Output = Callable[[Path], AbstractContextManager[OutputFile]]
+_Output = Callable[[Path], AbstractContextManager[AtomicFile]]
 
 
 class Work(Protocol):
     """What is needed of a shard's work."""
 
-    def output(self, path: Path, /) -> AbstractContextManager[OutputFile]: ...
+    def output(self, path: Path, /) -> AbstractContextManager[AtomicFile]: ...
 
 
 def parse_formats(text: str) -> tuple[Format, ...]:
@@ -302,7 +294,7 @@ def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Outp
 # ---- tar
 
 
-def write_tar(file: OutputFile, source: Source, rows: Sequence[Row]) -> None:
+def write_tar(file: AtomicFile, source: Source, rows: Sequence[Row]) -> None:
     """The source with the new captions: ``.txt``, and ``caption`` in the ``.json`` where there is one.
 
     Images and other members stay byte for byte.  A sample without a new caption is left out: its old one would pass
@@ -314,7 +306,7 @@ def write_tar(file: OutputFile, source: Source, rows: Sequence[Row]) -> None:
         pass
 
 
-class _Captions(TarPass):
+class _Captions(TarScan):
     """A pass that gives the edit of each of its samples, whose json is at hand while its window is."""
 
     def __init__(self, source: Source, rows: dict[str, Row]) -> None:
@@ -326,10 +318,10 @@ class _Captions(TarPass):
         for self._window in super().windows():
             yield self._window
 
-    def decide(self, span: SampleSpan) -> Edit | Fate:
+    def decide(self, span: SampleSpan) -> Edit | Action:
         row = self._rows.get(span.key)
         if row is None or span.torn or span.repeated:
-            return Fate.LEFT_OUT
+            return Action.DROP
         assert self._window is not None
         member = next((member for member in span.members if member.suffix == "json"), None)
         return Edit(None, row["caption"].encode("utf-8", "replace"), self._json(self._window, member, row))

@@ -23,7 +23,7 @@ from curation.run.attempt import code_version
 from curation.run.claims import is_gone, read_claim
 from curation.run.commit import Commit
 from curation.run.ledger import MAX_ATTEMPTS, done_receipts
-from curation.run.requeue import make_pending
+from curation.run.requeue import requeue
 from curation.shards import Shard, bucket_of, select
 
 _KEPT = ("shard", "stage", "version", "epoch", "inputs", "sources", "error")  # of the receipt that is replaced
@@ -124,7 +124,7 @@ def _retry(place: StagePlace, receipt: dict[str, Any], *, named: bool, dry_run: 
         "code": code_version(),
         **({"superseded": superseded} if superseded else {}),
     }
-    return make_pending(_commit(place, shard_id), place.claim(shard_id), receipt, fields)
+    return requeue(_commit(place, shard_id), place.claim(shard_id), receipt, fields)
 
 
 def _command(stage: str) -> str:

@@ -48,7 +48,7 @@ class _Host(Generic[Job]):
         self.listed = False  # among those whose turn comes
 
 
-class HostTurns(Generic[Job]):
+class HostScheduler(Generic[Job]):
     """Jobs by host, at most ``per_host`` of one at once, hosts taking turns.  Times are monotonic seconds.
 
     A host that says it is too busy is left alone for as long as it asks, and then asked for half as much at once until
@@ -191,7 +191,7 @@ class Answers:
                 found.append(self._one(0))
         except queue.Empty:
             if not found:
-                self._owner.insist_on_life()
+                self._owner.require_live_servers()
         self._left -= len(found)
         self._owner.was_read(sum(len(record) for _, record in found))
         return found
@@ -234,7 +234,7 @@ class Downloader:
         self._limits = limits
         self._examine, self._refuse = examine, refuse
         self._retries, self._max_wait_s = retries, max_wait_s
-        self._turns: HostTurns[_Job] = HostTurns(per_host)
+        self._turns: HostScheduler[_Job] = HostScheduler(per_host)
         self._running: dict[asyncio.Task[None], _Job] = {}
         self._pool = ThreadPoolExecutor(threads, "examine")
         self._lock = threading.Lock()
@@ -259,7 +259,7 @@ class Downloader:
         self._thread.join()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def insist_on_life(self) -> None:
+    def require_live_servers(self) -> None:
         if not self._thread.is_alive():
             raise InfrastructureError("the thread that downloads has ended; this is a bug")
 

@@ -176,7 +176,7 @@ class Fetcher:
             seen.add(url)
             target = self._parsed(url)
             async with self._session.get(target, allow_redirects=False) as response:
-                self._insist_on_consent(response.headers)
+                self._require_consent(response.headers)
                 if response.status not in _REDIRECTS:
                     return await self._body(response)
                 location = response.headers.get("Location", "")
@@ -196,7 +196,7 @@ class Fetcher:
         except ValueError as error:
             raise FetchError("bad_url", str(error)) from None
 
-    def _insist_on_consent(self, headers: Any) -> None:
+    def _require_consent(self, headers: Any) -> None:
         found = disallowed_by(headers.getall("X-Robots-Tag", ()), self._limits.user_agent_token)
         if forbidden := sorted(found & self._limits.disallowed):
             raise FetchError("disallowed", f"X-Robots-Tag: {', '.join(forbidden)}")

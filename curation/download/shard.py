@@ -36,10 +36,11 @@ from curation.images import decode_rgb, image_facts
 from curation.jsonio import clean_text, dump_json
 from curation.run.checkpoints import PartialLog
 from curation.storage.buckets import Folder, object_at, place_of
-from curation.storage.files import Output, fast_digest
-from curation.storage.urls import RemoteFile, Source
-from curation.tar.samples import IMAGE_SUFFIXES, Sample, TarWriter, read_samples
-from curation.threads import in_order
+from curation.storage.files import AtomicWriter, fast_digest
+from curation.storage.urls import Source, Url
+from curation.tar.samples import Sample, TarWriter, read_samples
+from curation.tar.scan import IMAGE_SUFFIXES
+from curation.threads import prefetch
 
 OutputFormat = Literal["webdataset", "files"]
 
@@ -56,7 +57,7 @@ _AHEAD_BYTES = 256 << 20
 class Writes(Protocol):
     """What is needed of a shard's work."""
 
-    def output(self, path: Source, /) -> AbstractContextManager[Output]: ...
+    def output(self, path: Source, /) -> AbstractContextManager[AtomicWriter]: ...
 
 
 def write_samples(
@@ -77,7 +78,7 @@ def write_samples(
         tar.close()
 
 
-class Earlier:
+class PreviousShard:
     """What the last attempt published of a shard: the outcome of every row, and the samples that are sound.
 
     outcomes: by key, with suffix for those whose sample is there and sound.  lost: why others are not.
@@ -114,7 +115,7 @@ class Earlier:
             return pool.submit(_flaw, sample, outcome, as_it_came) if decode and outcome is not None else None
 
         found = set()
-        samples = in_order(self._read(), begin, lambda s: sum(map(len, s.members.values())), 4 * threads, _AHEAD_BYTES)
+        samples = prefetch(self._read(), begin, lambda s: sum(map(len, s.members.values())), 4 * threads, _AHEAD_BYTES)
         for sample, flaw in samples:
             why = flaw.result() if flaw is not None else sample.problem and ": ".join(sample.problem)
             outcome = self.outcomes.get(sample.key)
@@ -137,7 +138,7 @@ class Earlier:
 
     def _read(self) -> Iterator[Sample]:
         if self._layout == "webdataset":
-            if isinstance(self._tar, RemoteFile) or (self._tar is not None and self._tar.exists()):
+            if isinstance(self._tar, Url) or (self._tar is not None and self._tar.exists()):
                 yield from read_samples(self._tar)
             return
         by_key: dict[str, list[str]] = {}
@@ -159,7 +160,7 @@ def _images_first(path: str) -> tuple[bool, str]:
 
 def _is_whole(path: Source, entry: Mapping[str, Any]) -> bool:
     """Of an object, as the store tells: it has checked each part that came, and keeps them."""
-    if isinstance(path, RemoteFile):
+    if isinstance(path, Url):
         found = object_at(path).look()
         return found is not None and found.is_of(entry)
     try:
@@ -210,7 +211,7 @@ class Work(Protocol):
     def phase(self, name: str) -> AbstractContextManager[None]: ...
     def note(self, name: str, value: Any) -> None: ...
     def check_stop(self, *, urgent_only: bool = False) -> None: ...
-    def output(self, path: Source, *, checked: bool = True) -> AbstractContextManager[Output]: ...
+    def output(self, path: Source, *, checked: bool = True) -> AbstractContextManager[AtomicWriter]: ...
 
 
 def examine_by(policy: ImagePolicy) -> Examine:
@@ -250,7 +251,7 @@ class RowDownloads:
         self._table = table.rename_columns(renamed_columns(table.column_names, url, caption))
         self._has_caption = caption is not None
         self._keys = [key_of(work.shard.id, row, rows_per_shard) for row in range(table.num_rows)]
-        self._earlier: Earlier | None = None
+        self._earlier: PreviousShard | None = None
         self._outcomes: dict[str, Outcome] = {}  # of rows that need no question, by key
         self._copied: set[str] = set()
         self._ask_of: dict[str, str] = {}  # key → mark of its question
@@ -270,7 +271,7 @@ class RowDownloads:
             self._asks.setdefault(mark, ask)
         work.sample_in(table.num_rows)
 
-    def take_over(self, earlier: Earlier, *, ask_failed: bool) -> None:
+    def take_over(self, earlier: PreviousShard, *, ask_failed: bool) -> None:
         """Rows whose sample is there are not asked for, nor, unless ``ask_failed``, those that failed before."""
         self._earlier = earlier
         for key in self._keys:

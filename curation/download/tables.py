@@ -31,7 +31,7 @@ from curation.errors import InfrastructureError, SampleError, ShardError, UsageE
 from curation.jsonio import clean_text, dump_json, parse_json_object
 from curation.shards import MAX_SHARDS, Shard
 from curation.storage.files import link_exclusively, make_folder, read_record
-from curation.storage.urls import HTTP, PIPE, RemoteFile, error_line, filesystem, is_remote, told_by, without_secrets
+from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_remote, redact, told_by
 
 SUFFIXES: Final = (
     ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".txt", ".txt.gz",
@@ -87,9 +87,9 @@ class UrlTables:
         self._place = _Place(source)
         self.tables = self._dry_plan() if dry else self._plan()
         if not any(table.rows for table in self.tables):
-            raise UsageError(f"{without_secrets(source)}: no rows in {_named(self.tables)}")
+            raise UsageError(f"{redact(source)}: no rows in {_named(self.tables)}")
         if sum(-(-table.rows // rows_per_shard) for table in self.tables) > MAX_SHARDS:
-            raise UsageError(f"{without_secrets(source)}: more than {MAX_SHARDS:,} shards of {rows_per_shard:,} rows")
+            raise UsageError(f"{redact(source)}: more than {MAX_SHARDS:,} shards of {rows_per_shard:,} rows")
 
     @property
     def is_local(self) -> bool:
@@ -121,10 +121,10 @@ class UrlTables:
             with self._open_parquet(table) as file:
                 rows = _rows_of(file, first, count)
         except Exception as error:
-            told = f"{without_secrets(table.source)}: cannot be read: {error_line(error)}"
+            told = f"{redact(table.source)}: cannot be read: {error_line(error)}"
             raise ShardError(told, "bad_table") from error
         if rows.num_rows != count:
-            told = f"{without_secrets(table.source)}: {rows.num_rows:,} rows from {first:,} on, {count:,} expected"
+            told = f"{redact(table.source)}: {rows.num_rows:,} rows from {first:,} on, {count:,} expected"
             raise ShardError(told, "bad_table")
         return rows
 
@@ -161,7 +161,7 @@ class UrlTables:
         return [self._look_at(source, mark, write=False) for source, mark in self._place.find()]
 
     def _look_at(self, source: str, mark: str, *, write: bool = True) -> Table:
-        told = without_secrets(source)
+        told = redact(source)
         try:
             if _plain(source).endswith(".parquet"):
                 from pyarrow.parquet import ParquetFile
@@ -264,15 +264,15 @@ class _Place:
         self._source = source
         if source.startswith(PIPE):
             raise UsageError(f"{source}: a table is read more than once, and a command's output cannot be")
-        self._files = filesystem("file" if self.is_local else RemoteFile(source).scheme)
+        self._files = filesystem("file" if self.is_local else Url(source).scheme)
 
     def find(self) -> list[tuple[str, str]]:
         """(path, mark) of every table, by name."""
-        source, told = self._source, without_secrets(self._source)
+        source, told = self._source, redact(self._source)
         try:
             if any(c in _plain(source) for c in "*?["):
                 names = self._files.glob(source)
-            elif RemoteFile(source).scheme not in HTTP and self._files.isdir(source):
+            elif Url(source).scheme not in HTTP and self._files.isdir(source):
                 names = self._files.ls(source, detail=False)
             else:
                 names = [source] if self._files.exists(source) else []
@@ -312,7 +312,7 @@ def _digest(value: Any) -> str:
 
 
 def _named(tables: Sequence[Table]) -> str:
-    return ", ".join(without_secrets(table.source) for table in tables[:5]) + (" …" if len(tables) > 5 else "")
+    return ", ".join(redact(table.source) for table in tables[:5]) + (" …" if len(tables) > 5 else "")
 
 
 _MAX_LINE_BYTES: Final = 4 << 20

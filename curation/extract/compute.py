@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from curation.errors import ShardError
 from curation.extract.api import Column, Extractor, Feature, Preparation, dependents
-from curation.extract.feed import Feed, FeedBatch
-from curation.models.batch_size import WorkingBatch, is_out_of_memory
+from curation.extract.feed import ExtractLoader, FeedBatch
+from curation.models.batch_size import FittingBatchSize, is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Computer:
     def __init__(
         self,
         extractors: Sequence[Extractor],
-        feed: Feed,
+        feed: ExtractLoader,
         columns: Sequence[Column],
         features: Sequence[Feature],
         feature_dtype: str,
@@ -54,7 +54,7 @@ class Computer:
         if device.startswith("cuda"):
             _pin(feed.shared_memory)
 
-    def compute(self, batch: FeedBatch, memory: WorkingBatch) -> Computed:
+    def compute(self, batch: FeedBatch, memory: FittingBatchSize) -> Computed:
         """All of a batch.  What does not fit on the device alone is ``out_of_memory``."""
         count = len(batch.samples)
         columns: dict[str, list[Any]] = {column.name: [] for column in self._columns}
@@ -138,7 +138,7 @@ class Computer:
 class _View:
     """A part of a batch, as extractors see it."""
 
-    def __init__(self, feed: Feed, batch: FeedBatch, start: int, end: int, device: str) -> None:
+    def __init__(self, feed: ExtractLoader, batch: FeedBatch, start: int, end: int, device: str) -> None:
         self._feed, self._batch, self._device = feed, batch, device
         self._start, self._end = start, end
         self._tensors: dict[Preparation, Any] = {}

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from curation.errors import SampleError
 from curation.extract.api import Preparation
-from curation.extract.worker import Job, Layout, Lost, Outcome, Slots, WorkerProcess
-from curation.tar.samples import IMAGE_SUFFIXES, MAX_CAPTION_CHARACTERS, Sample, image_of, lenient_metadata
+from curation.extract.worker import Job, Lost, Outcome, SlotLayout, Slots, WorkerProcess
+from curation.tar.samples import MAX_CAPTION_CHARACTERS, Sample, image_of, lenient_metadata
+from curation.tar.scan import IMAGE_SUFFIXES
 
 logger = logging.getLogger("curation")
 
@@ -114,7 +115,7 @@ class _Stream:
         return False
 
 
-class Feed:
+class ExtractLoader:
     """Prepares the samples of one shard after the other; one for all shards of a process.
 
     Shards in flight are read, and taken from, in the order in which they came: the next is read ahead once the one
@@ -128,15 +129,15 @@ class Feed:
     ) -> None:
         self.preparations = tuple(preparations)
         self._batch_size = batch_size
-        layout = Layout.of(self.preparations, batch_size)
+        layout = SlotLayout.of(self.preparations, batch_size)
         count = min(MAX_SLOTS, max(2, SHARED_BYTES // max(1, layout.slot_bytes)))
-        layout = Layout(batch_size, count, layout.slot_bytes, layout.places)
+        layout = SlotLayout(batch_size, count, layout.slot_bytes, layout.places)
         self._slots = Slots(layout)
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(count):
             self._free.put(slot)
         self._tickets = itertools.count()
-        self._reading, self._taking = Turns(), Turns()
+        self._reading, self._taking = TicketOrder(), TicketOrder()
         self._bytes = _Budget(MAX_BYTES_AHEAD)
         self._chunk = max(1, min(CHUNK, -(-batch_size // (2 * processes))))
         self._needs_facts = any(preparation.takes == "sample" for preparation in self.preparations)
@@ -340,7 +341,7 @@ class _Budget:
             self._changed.notify_all()
 
 
-class Turns:
+class TicketOrder:
     """Who comes first by a ticket goes first, whoever else waits."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from curation.errors import InfrastructureError, ShardError
 from curation.extract.api import Kind
 from curation.jsonio import MAX_DEPTH, dump_json, parse_json
 from curation.run.checkpoints import MAX_PAYLOAD_BYTES, PartialLog
-from curation.storage.files import OutputFile
+from curation.storage.files import AtomicFile
 
 OWN_FIELDS = ("uid", "key", "tar")
 
@@ -125,7 +125,7 @@ class _Sink:
 
     closed = False
 
-    def __init__(self, file: OutputFile) -> None:
+    def __init__(self, file: AtomicFile) -> None:
         self._file = file
 
     def write(self, data: bytes) -> int:
@@ -154,7 +154,7 @@ def import_arrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def write_parquet(file: OutputFile, spool: Spool, batches: int, tar: str, table: Table) -> Counter[str]:
+def write_parquet(file: AtomicFile, spool: Spool, batches: int, tar: str, table: Table) -> Counter[str]:
     """The rows of a shard; the same bytes for the same rows and version of pyarrow.
 
     Returns how many values of each carried field were of another type than their column, and are null there.
@@ -278,7 +278,7 @@ def _are_numbers(values: list[Any]) -> bool:
 # ---- npz
 
 
-def write_npz(file: OutputFile, spool: Spool, batches: int, rows: int, table: Table) -> None:
+def write_npz(file: AtomicFile, spool: Spool, batches: int, rows: int, table: Table) -> None:
     """The features of a shard, as ``numpy.savez`` arranges them; streamed, and the same bytes for the same features.
 
     Stored unless ``compress``: numbers of this kind hardly shrink, and a stored array can be mapped into memory.

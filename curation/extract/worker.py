@@ -63,7 +63,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SlotLayout:
     """Where the arrays of a batch lie in a slot: (offset, shape of a row, dtype) for each preparation, None for one
     that gives a dict."""
 
@@ -73,7 +73,7 @@ class Layout:
     places: tuple[tuple[int, tuple[int, ...], str] | None, ...]
 
     @staticmethod
-    def of(preparations: Sequence[Preparation], rows: int) -> Layout:
+    def of(preparations: Sequence[Preparation], rows: int) -> SlotLayout:
         """As a trial of each preparation shows; ``slots`` is 1."""
         offset = 0
         places: list[tuple[int, tuple[int, ...], str] | None] = []
@@ -88,7 +88,7 @@ class Layout:
                 continue
             places.append((offset, given.shape, given.dtype.str))
             offset += -(-rows * given.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return Layout(rows, 1, offset, tuple(places))
+        return SlotLayout(rows, 1, offset, tuple(places))
 
 
 def trial_of(preparation: Preparation) -> Any:
@@ -101,7 +101,7 @@ def trial_of(preparation: Preparation) -> Any:
 class Slots:
     """The arrays of several batches in memory that processes share; anonymous, so that nothing stays of it."""
 
-    def __init__(self, layout: Layout, descriptor: int | None = None) -> None:
+    def __init__(self, layout: SlotLayout, descriptor: int | None = None) -> None:
         self.layout = layout
         size = max(_ALIGNMENT, layout.slots * layout.slot_bytes)
         if descriptor is None:

@@ -44,7 +44,7 @@ class Work(Protocol):
     def fail(self, key: str, reason: str, detail: str = "") -> None: ...
 
 
-class PictureLog:
+class EncodedLog:
     """The pictures of one shard's batches, each with its sha256, in the shard's checkpoint.
 
     A batch's records are appended in one write and count only together: its bytes depend on which pictures were made

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from curation.errors import UsageError
 from curation.hub.card import write_card
 from curation.hub.parts import Collection, ContentLog, addition_of, collect
-from curation.hub.repository import CARD, Addition, Again, Conflict, Head, Repository, connect
+from curation.hub.repository import CARD, Addition, Conflict, Head, Repository, Retryable, connect
 from curation.jsonio import clean_text
 from curation.shards import is_safe_id
 
@@ -140,7 +140,7 @@ class _Push:
                 self._patience.relax()
                 if last:
                     return self._done
-            except (Again, Conflict) as error:
+            except (Retryable, Conflict) as error:
                 head = None
                 self._patience.wait(error)
 
@@ -151,7 +151,7 @@ class _Push:
             self._done = replace(self._done, created=True)
             head = self._repository.head()
             if head is None:
-                raise Again(f"{self._repository.name}: created, and not there yet")
+                raise Retryable(f"{self._repository.name}: created, and not there yet")
         if head is None:
             self._done = replace(self._done, created=True)
         return head or Head("", {})
@@ -240,7 +240,7 @@ class _Patience:
         """Something was committed."""
         self._failures = self._conflicts = 0
 
-    def wait(self, error: Again | Conflict) -> None:
+    def wait(self, error: Retryable | Conflict) -> None:
         """Raises GaveUp when it is enough."""
         if isinstance(error, Conflict):
             self._conflicts += 1

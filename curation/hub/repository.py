@@ -1,6 +1,6 @@
 """A dataset repository on the hub, through the hub's own client: created, listed, and added to by commits.
 
-Every failure becomes one of three: ``Again`` (the same may work later), ``Conflict`` (somebody else has committed:
+Every failure becomes one of three: ``Retryable`` (the same may work later), ``Conflict`` (somebody else has committed:
 look again), or an InfrastructureError that waiting does not mend.  None of their messages holds a token.
 """
 
@@ -50,7 +50,7 @@ _SECRETS = (
 )
 
 
-class Again(Exception):
+class Retryable(Exception):
     """It did not work now and may later.  after_s: what the hub asks to wait, None where it does not say."""
 
     def __init__(self, message: str, after_s: float | None = None) -> None:
@@ -72,7 +72,7 @@ class _Busy(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteFile:
+class HubFile:
     """A file of the repository.  sha256: of its content where the hub keeps it as a large file; else ``git_oid``, the
     name that git gives the content, tells."""
 
@@ -86,7 +86,7 @@ class Head:
     """The repository as one commit has it."""
 
     commit: str
-    files: dict[str, RemoteFile]
+    files: dict[str, HubFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Addition:
     git_oid: str
     sha256: str
 
-    def is_in(self, files: Mapping[str, RemoteFile]) -> bool:
+    def is_in(self, files: Mapping[str, HubFile]) -> bool:
         there = files.get(self.path)
         if there is None or there.size != self.size:
             return False
@@ -176,11 +176,11 @@ class Repository:
         try:
             with self._explained():
                 commit = self._api.dataset_info(self.name, revision="main", expand=["sha"]).sha
-                files: dict[str, RemoteFile] = {}
+                files: dict[str, HubFile] = {}
                 for entry in self._api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type="dataset"):
                     if isinstance(entry, RepoFile):
                         sha256 = None if entry.lfs is None else entry.lfs.sha256
-                        files[entry.path] = RemoteFile(entry.size, entry.blob_id, sha256)
+                        files[entry.path] = HubFile(entry.size, entry.blob_id, sha256)
         except InfrastructureError as error:
             cause = error.__cause__
             if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
@@ -230,7 +230,7 @@ class Repository:
             )
         for path in deletions:
             head.files.pop(path, None)
-        head.files.update((a.path, RemoteFile(a.size, a.git_oid, a.sha256)) for a in additions)
+        head.files.update((a.path, HubFile(a.size, a.git_oid, a.sha256)) for a in additions)
         return Head(str(made.oid), head.files)
 
     @contextmanager
@@ -250,7 +250,7 @@ class Repository:
         line = self._line(chain)
         busy = next((link for link in chain if isinstance(link, _Busy)), None)
         if busy is not None:
-            return Again(f"{self.name}: the hub answers {busy}", busy.after_s)
+            return Retryable(f"{self.name}: the hub answers {busy}", busy.after_s)
         refusal = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
         if isinstance(refusal, RepositoryNotFoundError):
             return InfrastructureError(f"{self.name}: the hub shows no such repository to this token ({line})")
@@ -267,7 +267,7 @@ class Repository:
                 return InfrastructureError(f"{self.name}: the hub refuses this: {line}")
         if isinstance(error, HFValidationError) or "Invalid metadata in README.md" in str(error):
             return InfrastructureError(f"{self.name}: {line}")
-        return Again(f"{self.name}: {line}")
+        return Retryable(f"{self.name}: {line}")
 
     def _line(self, chain: Sequence[BaseException]) -> str:
         """The errors in one short line, without secrets and without the client's advice."""
@@ -294,7 +294,7 @@ def connect(name: str) -> Iterator[Repository]:
     kind, hooks = type(session), session.event_hooks.get("request", [])
     bars = not are_progress_bars_disabled()
     handlers = logging.getLogger("huggingface_hub").handlers
-    without_secrets = _Scrubbing(token)
+    redact = _Scrubbing(token)
 
     def bounded() -> Any:
         return kind(
@@ -307,12 +307,12 @@ def connect(name: str) -> Iterator[Repository]:
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
     for handler in handlers:
-        handler.addFilter(without_secrets)
+        handler.addFilter(redact)
     try:
         yield Repository(name, token)
     finally:
         for handler in handlers:
-            handler.removeFilter(without_secrets)
+            handler.removeFilter(redact)
         if bars and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
             enable_progress_bars()
         set_client_factory(lambda: kind(event_hooks={"request": hooks}, follow_redirects=True, timeout=None))

@@ -55,7 +55,7 @@ def use_device(device: str) -> str:
     return f"{properties.name} {properties.total_memory >> 30} GiB"
 
 
-class WorkingBatch:
+class FittingBatchSize:
     """The largest batch known to fit, per size of input (``width, height``, or any other row of numbers that says how
     large one sample is on the device); ``planned`` until memory ran out once.
 

@@ -14,8 +14,8 @@ from curation.errors import InfrastructureError, SampleError
 from curation.faces import RECORDED_FIELD, FaceDetector, recorded_boxes
 from curation.images import Pixels, decode_rgb, encode_jpeg
 from curation.jsonio import parse_json_object
-from curation.tar.samples import MAX_MEMBER_BYTES, SampleSpan, Window
-from curation.tar.scan import IMAGE_SUFFIXES
+from curation.tar.samples import MAX_MEMBER_BYTES
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
 from curation.tar.splice import Edit
 
 QUALITY: Final = 95  # of the JPEG, as in DataComp's shards

@@ -105,7 +105,7 @@ class Draw:
         return found
 
 
-class Layout:
+class ShardLayout:
     """counts: samples that go on of each source shard, in order.  shuffle: samples that are shuffled together."""
 
     def __init__(self, shards: Sequence[Shard], counts: Iterable[int], size: int, shuffle: int, seed: int) -> None:

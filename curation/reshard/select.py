@@ -26,7 +26,8 @@ from curation.jsonio import KEY_SUFFIX, parse_json_object, read_dictionary, some
 from curation.reshard.uids import Halves, Subset, uid_of
 from curation.run.inputs import VERIFY_BYTES, Input, Upstream, published_below, source_inputs
 from curation.shards import Shard
-from curation.tar.samples import MAX_MEMBER_BYTES, SampleSpan, TarPass, Window, problem_of
+from curation.tar.samples import MAX_MEMBER_BYTES, problem_of
+from curation.tar.scan import SampleSpan, TarScan, Window
 
 MAX_REJECTS_BYTES: Final = 1 << 30
 
@@ -49,7 +50,7 @@ class Choice:
 
 
 class Account(Protocol):
-    """Where every sample is counted: see ``ShardWork``."""
+    """Where every sample is counted: see ``ShardContext``."""
 
     shard: Shard
 
@@ -70,7 +71,7 @@ _MISSED, _LEFT_OUT = Choice(1, wanted=True), Choice(0, wanted=True, dropped="no_
 _NOT_IN_SUBSET = Choice(0, dropped="not_in_subset")
 
 
-class Selection:
+class SampleSelector:
     """The choice for each sample of one shard, and the count of what was chosen.
 
     edited: keys that have an edit.  prompts: "<key>.json" of the samples that are to be edited, None: all that have
@@ -269,7 +270,7 @@ Records = Mapping[Path, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
+class ReshardInputs:
     """The folders, and the stages that made what lies in them.
 
     edits, prompts: (folder, stage), None without.  layout: of the edits.
@@ -325,7 +326,7 @@ class Material:
         return [replace(wanted, shard=shard.id) for wanted in self.sources(shard)]
 
     @contextlib.contextmanager
-    def open(self, shard: Shard, records: Records) -> Iterator[tuple[Edits, Selection]]:
+    def open(self, shard: Shard, records: Records) -> Iterator[tuple[Edits, SampleSelector]]:
         """The shard's edits, and the choice among its samples."""
         prompts = None
         if self.prompts is not None:
@@ -334,7 +335,7 @@ class Material:
         with self.open_edits(shard, records) as edits:
             yield (
                 edits,
-                Selection(
+                SampleSelector(
                     edits.keys(), prompts, drops_missing=self.drops_missing, rejected=rejected, subset=self.subset
                 ),
             )
@@ -383,7 +384,7 @@ class _Count:
         logger.warning(f"{self.shard.id}: {text}")
 
 
-def survey(material: Material, shards: Sequence[Shard], size: int | None, *, cursory: bool) -> str:
+def survey(material: ReshardInputs, shards: Sequence[Shard], size: int | None, *, cursory: bool) -> str:
     """One line for all of the shards.
 
     size: of the shards that they are regrouped into.  cursory: every sample goes on, so that the files' sizes do.
@@ -401,7 +402,7 @@ def survey(material: Material, shards: Sequence[Shard], size: int | None, *, cur
             continue
         account = _Count(shard, tally)
         with material.open(shard, records) as (_, selection):
-            for window in TarPass(shard.path).windows():
+            for window in TarScan(shard.path).windows():
                 selection.look(window)
                 chosen = [(span, selection.choose(span)) for span in window.spans if span.key]
                 selection.count(chosen, account)
@@ -416,7 +417,7 @@ def survey(material: Material, shards: Sequence[Shard], size: int | None, *, cur
     return f"{samples_out:,} samples would go on{made}, about {bytes_out:,} bytes ({told or 'nothing comes in'})"
 
 
-def _records(material: Material, shard: Shard) -> dict[Path, Mapping[str, Any]] | None:
+def _records(material: ReshardInputs, shard: Shard) -> dict[Path, Mapping[str, Any]] | None:
     """What is known of a shard's inputs, None where one is missing."""
     upstream = Upstream()
     records: dict[Path, Mapping[str, Any]] = {}

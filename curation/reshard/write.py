@@ -11,25 +11,25 @@ from curation.edits import Edits
 from curation.errors import SampleError
 from curation.reshard.select import Account, Choice
 from curation.storage.buckets import Folder
-from curation.storage.files import Output, OutputFile
+from curation.storage.files import AtomicFile, AtomicWriter
 from curation.storage.urls import Source
 from curation.tar.random_access import SUFFIX, Entry, dump_index
-from curation.tar.samples import SampleSpan, Window
-from curation.tar.splice import UNCHANGED, Copies, Decision, Edit, Fate, Windows, splice, verify_splice
+from curation.tar.scan import SampleSpan, Window
+from curation.tar.splice import UNCHANGED, Action, Copies, Decision, Edit, Windows, splice, verify_splice
 
 if TYPE_CHECKING:  # it brings image libraries, for a flag that few runs have
     from curation.reshard.blur import Blur
 
 
 class Work(Account, Protocol):
-    """What is given for one shard: see ``ShardWork``."""
+    """What is given for one shard: see ``ShardContext``."""
 
-    def output(self, path: Source, /) -> AbstractContextManager[Output]: ...
+    def output(self, path: Source, /) -> AbstractContextManager[AtomicWriter]: ...
     def phase(self, name: str, /) -> AbstractContextManager[None]: ...
     def check_stop(self, *, urgent_only: bool = False) -> None: ...
 
 
-class Writer:
+class ShardWriter:
     """One output shard: what becomes of its samples, and the files.  tars: where it goes; folder: its index."""
 
     def __init__(self, folder: Path, tars: Folder, blur: Blur | None, *, index: bool, verify: bool) -> None:
@@ -58,8 +58,8 @@ class Writer:
                 choice = Choice(0, failed=(error.reason, error.detail))
         self.chosen.append((span, choice))
         if not choice.copies:
-            return Fate.LEFT_OUT
-        return Copies(keys, edit or UNCHANGED) if keys else edit or Fate.STAYS
+            return Action.DROP
+        return Copies(keys, edit or UNCHANGED) if keys else edit or Action.KEEP
 
     def write(
         self,
@@ -82,7 +82,7 @@ class Writer:
             work.note("blurred", self._blur.blurred)
             if self._blur.unknown:
                 work.warn(f"{self._blur.unknown:,} samples do not say whether they show a face: not blurred")
-        if self._verify and isinstance(file, OutputFile):
+        if self._verify and isinstance(file, AtomicFile):
             with work.phase("verify"):
                 verify_splice(begin(), file.temporary, decide)
             work.note("verified", True)

@@ -12,7 +12,7 @@ from typing import Protocol
 from curation.errors import SampleError, Stopped
 from curation.jsonio import dump_json, parse_json_object
 from curation.run.checkpoints import PartialLog
-from curation.threads import Crew
+from curation.threads import DaemonPool
 
 BATCH = 256  # replies that are recorded in one write, at most
 
@@ -58,19 +58,19 @@ Ask = Callable[[str, Question, Callable[[], None]], Outcome]
 Settle = Callable[[str, Outcome], None]
 
 
-def ask_all(
+def request_all(
     questions: Mapping[str, Question],
     ask: Ask,
     *,
-    crew: Crew,
+    pool: DaemonPool,
     log: PartialLog,
     check_stop: CheckStop,
-    settle: Settle,
+    on_result: Settle,
     patience_s: float,
 ) -> dict[str, Outcome]:
     """key → outcome of every question.  What the log has is not asked again.
 
-    ask: called in the crew's threads with key, question, and a function to call before each try and while waiting.
+    ask: called in the pool's threads with key, question, and a function to call before each try and while waiting.
         A SampleError of it is an outcome that is not recorded (the server was at fault, and may not be next time).
     settle: called in the calling thread with each key and outcome, once it is recorded.
     patience_s: how long replies that are on their way are waited for once it is time to end.
@@ -81,29 +81,29 @@ def ask_all(
         recorded = log.get(key, question.digest)
         if recorded is not None:
             outcomes[key] = Outcome(**parse_json_object(recorded))
-            settle(key, outcomes[key])
-    shard = _Shard(questions, ask)
+            on_result(key, outcomes[key])
+    shard = _Pending(questions, ask)
     for key in questions:
         if key not in outcomes:
-            shard.give(crew, key)
+            shard.submit(pool, key)
     try:
         while shard.awaited:
-            _take(shard, log, outcomes, settle)
+            _take(shard, log, outcomes, on_result)
             check_stop()
     except Stopped:
         shard.halt.set()  # nothing more is begun
         ends = time.monotonic() + patience_s
         while shard.awaited and time.monotonic() < ends:
             check_stop(urgent_only=True)
-            _take(shard, log, outcomes, settle)
+            _take(shard, log, outcomes, on_result)
         raise
     finally:
         shard.halt.set()
     return outcomes
 
 
-class _Shard:
-    """The questions of one shard that are with the crew, and what came back."""
+class _Pending:
+    """The questions of one shard that are with the pool, and what came back."""
 
     def __init__(self, questions: Mapping[str, Question], ask: Ask) -> None:
         self.questions = questions
@@ -112,12 +112,12 @@ class _Shard:
         self.back: queue.SimpleQueue[tuple[str, Outcome | BaseException]] = queue.SimpleQueue()
         self._ask = ask
 
-    def give(self, crew: Crew, key: str) -> None:
+    def submit(self, pool: DaemonPool, key: str) -> None:
         self.awaited += 1
-        crew.give(lambda: self._answer(key))
+        pool.submit(lambda: self._answer(key))
 
     def _answer(self, key: str) -> None:
-        """In a thread of the crew."""
+        """In a thread of the pool."""
         try:
             self._check()
             outcome: Outcome | BaseException = self._ask(key, self.questions[key], self._check)
@@ -130,7 +130,7 @@ class _Shard:
             raise Stopped("the shard is given up")
 
 
-def _take(shard: _Shard, log: PartialLog, outcomes: dict[str, Outcome], settle: Settle) -> None:
+def _take(shard: _Pending, log: PartialLog, outcomes: dict[str, Outcome], on_result: Settle) -> None:
     """What has come back meanwhile: record it, then count it."""
     came: dict[str, Outcome] = {}
     records = []
@@ -157,6 +157,6 @@ def _take(shard: _Shard, log: PartialLog, outcomes: dict[str, Outcome], settle: 
         log.append(records)
     outcomes |= came
     for key, outcome in came.items():
-        settle(key, outcome)
+        on_result(key, outcome)
     if problem is not None:
         raise problem

@@ -27,12 +27,12 @@ from curation.cluster import Allocation, StopSignal, gpu_name, host_identity, sl
 from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped
 from curation.options import RunOptions, logger
 from curation.run.checkpoints import Partials, tokens_with_checkpoints
-from curation.run.claims import Claim, Claims, Death
-from curation.run.commit import Leftovers, lie_about, remove_superseded
-from curation.run.inputs import Input
-from curation.run.ledger import MAX_ATTEMPTS, Ledger, State, insist_on_same_remote, verify_inputs
+from curation.run.claims import Claim, Claims, LostAttempt
+from curation.run.commit import StaleTempFiles, has_obsolete_outputs, remove_obsolete
+from curation.run.inputs import Input, check_same_remote, verify_inputs
+from curation.run.ledger import MAX_ATTEMPTS, Ledger, State
 from curation.run.progress import Progress, Tally
-from curation.run.work import ShardWork
+from curation.run.work import ShardContext
 from curation.shards import Shard
 from curation.storage.files import Published, is_storage_trouble, storage_error
 from curation.storage.urls import Source
@@ -44,7 +44,7 @@ class _Named(Protocol):
 
 
 def build_receipt(
-    work: ShardWork,
+    work: ShardContext,
     stage: _Named,
     allocation: Allocation,
     token: str,
@@ -107,7 +107,7 @@ def build_receipt(
     return receipt
 
 
-def _superseded(work: ShardWork, paths: set[str]) -> list[str]:
+def _superseded(work: ShardContext, paths: set[str]) -> list[str]:
     """Files that the last receipt named and this one does not: to be removed, by whoever finds them after a crash.
 
     Those that the last one superseded stay listed: one may be lying aside just now, under a name that nobody knows.
@@ -140,12 +140,12 @@ REASON = "workers_died"
 _LOOK_EVERY_S = 0.2
 
 
-def fruitless(deaths: Sequence[Death], fruitful: set[str]) -> list[Death]:
+def deaths_without_progress(deaths: Sequence[LostAttempt], fruitful: set[str]) -> list[LostAttempt]:
     """The last deaths in a row of attempts that had begun and finished nothing.
 
     fruitful: the tokens of attempts that left checkpoints.
     """
-    found: list[Death] = []
+    found: list[LostAttempt] = []
     for death in reversed(deaths):
         if death.token in fruitful:
             break
@@ -154,19 +154,19 @@ def fruitless(deaths: Sequence[Death], fruitful: set[str]) -> list[Death]:
     return found
 
 
-def is_suspect(deaths: Sequence[Death]) -> bool:
+def is_poison(deaths: Sequence[LostAttempt]) -> bool:
     """Whether the shard is to be worked on alone."""
     return len(deaths) >= MAX_DEATHS - 1
 
 
-def insist_on_innocence(shard_id: str, deaths: Sequence[Death]) -> None:
+def fail_if_poison(shard_id: str, deaths: Sequence[LostAttempt]) -> None:
     """Raise ShardError for a shard on which so many workers died that the next would die too."""
     if len(deaths) >= MAX_DEATHS and any(death.alone for death in deaths):
         who = "; ".join(_describe(death) for death in deaths)
         raise ShardError(f"shard {shard_id}: {len(deaths)} workers died on it one after the other ({who})", REASON)
 
 
-def _describe(death: Death) -> str:
+def _describe(death: LostAttempt) -> str:
     ids = death.slurm
     job = ids.get("job_id", "")
     if ids.get("array_job_id") and ids.get("array_task_id"):
@@ -213,14 +213,14 @@ class _Stage(Protocol):
 
     def inputs(self, shard: Shard) -> list[Input]: ...
 
-    def process(self, work: ShardWork) -> None: ...
+    def process(self, work: ShardContext) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """One attempt.  epoch: the one it works for; began: Unix time."""
 
-    work: ShardWork
+    work: ShardContext
     claim: Claim
     inputs: Sequence[Input]
     epoch: int
@@ -249,7 +249,7 @@ class Attempts:
         self._claims = claims
         self._progress = progress
         self._tally = tally
-        self._leftovers = Leftovers()
+        self._leftovers = StaleTempFiles()
         self._partials = Partials(ledger.root / "_partial" / stage.name)
         self._room = Room()
         self.open_s = 0.0  # that this process took to get ready
@@ -277,7 +277,7 @@ class Attempts:
 
         Raises InfrastructureError where the run cannot go on.
         """
-        self._ledger.insist_on_epoch(shard.id)
+        self._ledger.check_options_version(shard.id)
         inputs = self._stage.inputs(shard)
         state = self._ledger.state(shard.id, inputs, fresh=True)  # after claiming
         if not self.wanted(state):
@@ -308,7 +308,9 @@ class Attempts:
 
     def untidy(self, state: State) -> bool:
         """Whether a file lies about that the receipt of a shard superseded, which only its winner knew of."""
-        return state.what in ("done", "failed") and lie_about(self._ledger.root, state.receipt, self._ledger.presence)
+        return state.what in ("done", "failed") and has_obsolete_outputs(
+            self._ledger.root, state.receipt, self._ledger.presence
+        )
 
     def tidy(self, shard: Shard, claim: Claim) -> None:
         """Finish what an attempt that was killed after its commit had still to clear away."""
@@ -320,12 +322,12 @@ class Attempts:
         if state.receipt is None:
             return
         # Of those presumed dead one may live and be about to commit the next generation: its files stay.
-        dead = [claim.buried] if claim.buried else []
+        dead = [claim.confirmed_dead] if claim.confirmed_dead else []
         work = self._work(shard, claim, state)
-        self._clear_away(work, claim, state.receipt, Leftovers(), self._places(work), dead)
+        self._clear_away(work, claim, state.receipt, StaleTempFiles(), self._places(work), dead)
 
-    def _work(self, shard: Shard, claim: Claim, state: State) -> ShardWork:
-        return ShardWork(
+    def _work(self, shard: Shard, claim: Claim, state: State) -> ShardContext:
+        return ShardContext(
             shard,
             ledger=self._ledger,
             claim=claim,
@@ -341,18 +343,18 @@ class Attempts:
     def _run(self, this: _Attempt) -> None:
         work, claim = this.work, this.claim
         try:
-            deaths: Sequence[Death] = claim.deaths
+            deaths: Sequence[LostAttempt] = claim.deaths
             if deaths:
                 tokens = tokens_with_checkpoints(self._partials.folder(work.shard.id), work.shard.id)
-                deaths = fruitless(deaths, tokens)
-                insist_on_innocence(work.shard.id, deaths)
-            alone = is_suspect(deaths)
+                deaths = deaths_without_progress(deaths, tokens)
+                fail_if_poison(work.shard.id, deaths)
+            alone = is_poison(deaths)
             with self._room.enter(alone=alone, check=self._stop.check):
                 if alone:
                     self._claims.mark_alone(claim)
                 self._stage.process(work)
             work.assert_conservation()
-            insist_on_same_remote(this.inputs, work.inputs)
+            check_same_remote(this.inputs, work.inputs)
             self._check_error_rate(work)
             self._commit(this, None)
         except (Stopped, LostClaim, InfrastructureError):
@@ -366,7 +368,7 @@ class Attempts:
         self._claims.heartbeat.progress(shard_id, count)
         self._progress.samples_done(count)
 
-    def _check_error_rate(self, work: ShardWork) -> None:
+    def _check_error_rate(self, work: ShardContext) -> None:
         failed = work.failed.total()
         if work.samples_in and failed / work.samples_in > self._options.max_error_rate:
             reasons = ", ".join(f"{n} {reason}" for reason, n in work.failed.most_common(5))
@@ -411,7 +413,7 @@ class Attempts:
         places = self._places(work)
         self._leftovers.look(places)
         commit = self._ledger.commit(work.shard.id)
-        self._ledger.insist_on_epoch(work.shard.id)
+        self._ledger.check_options_version(work.shard.id)
         if not self._claims.holds(claim):
             raise LostClaim("its claim was taken over, or its heartbeat stood still")
         try:
@@ -422,16 +424,16 @@ class Attempts:
         self._clear_away(work, claim, receipt, self._leftovers, places, claim.predecessors)
         self._tell(work, receipt)
 
-    def _places(self, work: ShardWork) -> list[Source]:
+    def _places(self, work: ShardContext) -> list[Source]:
         receipt = self._ledger.commit(work.shard.id).receipt_path
         return [*work.places(), receipt.with_name(work.shard.id)]  # a prepared receipt is named for the shard alone
 
     def _clear_away(
         self,
-        work: ShardWork,
+        work: ShardContext,
         claim: Claim,
         receipt: dict[str, Any],
-        leftovers: Leftovers,
+        leftovers: StaleTempFiles,
         places: list[Source],
         dead: list[str],
     ) -> None:
@@ -443,11 +445,11 @@ class Attempts:
             if receipt["status"] == "done":
                 work.finish()
             commit = self._ledger.commit(work.shard.id)
-            remove_superseded(work.root, commit, receipt, claim.token, claim.predecessors)
+            remove_obsolete(work.root, commit, receipt, claim.token, claim.predecessors)
         except (OSError, InfrastructureError) as error:
             logger.warning(f"{work.shard.id}: something was left behind: {error}")
 
-    def _tell(self, work: ShardWork, receipt: dict[str, Any]) -> None:
+    def _tell(self, work: ShardContext, receipt: dict[str, Any]) -> None:
         done = receipt["status"] == "done"
         self._tally.shards("worked" if done else "failed")
         self._progress.shard_passed()

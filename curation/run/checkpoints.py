@@ -254,7 +254,7 @@ class Checkpoints:
     """Results of single samples: found again after an interruption, saved ``every`` so many.
 
     open_log: gives the log when the first sample asks for it, so that a shard that needs none touches no file.
-    check_stop: ``ShardWork.check_stop``.
+    check_stop: ``ShardContext.check_stop``.
     """
 
     def __init__(self, open_log: Callable[[], PartialLog], check_stop: _CheckStop, every: int) -> None:

@@ -57,7 +57,7 @@ _NAME = re.compile(r"[0-9A-Za-z]{1,64}")  # tokens and heartbeats become parts o
 
 
 @dataclass(frozen=True, slots=True)
-class Death:
+class LostAttempt:
     """One attempt that ended without a word.  alone: its process worked on nothing else when it died."""
 
     token: str
@@ -68,7 +68,7 @@ class Death:
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class ClaimRecord:
     """What a claim says.  Empty texts and None stand for what it does not say, or not in a form that can be used.
 
     beat: the name of its heartbeat file.  since: Unix time by its own node's clock.  lease_s: how long others wait
@@ -89,12 +89,12 @@ class Holder:
     since: float | None = None
     lease_s: float | None = None
     predecessors: tuple[str, ...] = ()
-    deaths: tuple[Death, ...] = ()
+    deaths: tuple[LostAttempt, ...] = ()
     trouble: str = ""
 
-    def died(self, *, alone: bool) -> tuple[Death, ...]:
+    def died(self, *, alone: bool) -> tuple[LostAttempt, ...]:
         """The deaths that whoever takes over from this holder records."""
-        death = Death(self.token, self.host, self.pid, self.slurm or {}, alone)
+        death = LostAttempt(self.token, self.host, self.pid, self.slurm or {}, alone)
         return (*self.deaths, death)[-MAX_PREDECESSORS:]
 
 
@@ -108,7 +108,7 @@ def claim_record(
     rank: int,
     lease_s: float,
     predecessors: Sequence[str],
-    deaths: Sequence[Death],
+    deaths: Sequence[LostAttempt],
 ) -> bytes:
     """The content of a claim.  identity: ``cluster.host_identity()``; process: its pid and start time."""
     return orjson.dumps(
@@ -131,7 +131,7 @@ def claim_record(
     )
 
 
-def read_claim(path: Path) -> Holder | None:
+def read_claim(path: Path) -> ClaimRecord | None:
     """Who holds a shard; an empty Holder for a claim that is not written yet; None where there is no claim."""
     try:
         descriptor = os.open(path, os.O_RDONLY)  # unlike open(), it asks for nothing else
@@ -144,16 +144,16 @@ def read_claim(path: Path) -> Holder | None:
     return parse_claim(data)
 
 
-def parse_claim(data: bytes) -> Holder:
+def parse_claim(data: bytes) -> ClaimRecord:
     """Never raises: what cannot be used is left out, and ``trouble`` says so."""
     if not data:
-        return Holder()
+        return ClaimRecord()
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return Holder(raw=data, trouble="it is not JSON")
+        return ClaimRecord(raw=data, trouble="it is not JSON")
     if not isinstance(record, dict):
-        return Holder(raw=data, trouble="it is not a JSON object")
+        return ClaimRecord(raw=data, trouble="it is not a JSON object")
     token, beat, pid = _name(record.get("token")), _name(record.get("beat")), record.get("pid")
     pid = pid if type(pid) is int and 0 < pid < 1 << 31 else None
     own = record.get("format") == CLAIM_FORMAT
@@ -164,7 +164,7 @@ def parse_claim(data: bytes) -> Holder:
     elif lacking := [n for n, v in (("token", token), ("beat", beat), ("pid", pid)) if not v]:
         trouble = f"it has no usable {' and '.join(lacking)}"
     rank = record.get("rank")
-    return Holder(
+    return ClaimRecord(
         raw=data,
         token=token,
         beat=beat,
@@ -206,9 +206,9 @@ def parse_beat(data: bytes) -> tuple[bytes, dict[str, int]]:
         return counter, {}
 
 
-def _death(record: Mapping[str, Any]) -> Death:
+def _death(record: Mapping[str, Any]) -> LostAttempt:
     pid = record.get("pid")
-    return Death(
+    return LostAttempt(
         _name(record.get("token")),
         _text(record.get("host")),
         pid if type(pid) is int else None,
@@ -258,9 +258,9 @@ class Claim:
     path: Path
     token: str
     predecessors: list[str] = field(default_factory=list)
-    buried: str | None = None
-    deaths: tuple[Death, ...] = ()
-    given_back: bool = False
+    confirmed_dead: str | None = None
+    deaths: tuple[LostAttempt, ...] = ()
+    was_released: bool = False
     lapses: int | None = None
 
 
@@ -288,7 +288,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._insist_on_beat()
+        self._require_heartbeat()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -331,7 +331,7 @@ class Heartbeat:
                 with contextlib.suppress(OSError):  # a hiccup: a later beat may succeed, or the lease ends
                     self._beat()
 
-    def _insist_on_beat(self) -> None:
+    def _require_heartbeat(self) -> None:
         try:
             self._beat()
         except OSError as error:
@@ -371,7 +371,7 @@ class Claims:
         self._rank = Allocation.detect().rank
         self._process = (os.getpid(), process_start(os.getpid()))
 
-    def take(self, bucket: str, shard_id: str) -> Claim | None:
+    def acquire(self, bucket: str, shard_id: str) -> Claim | None:
         """Claim a shard: at once if it is free, or from a holder that is dead.  None while another holds it."""
         path = self._folder / bucket / f"{shard_id}.claim"
         claim = self._create(path, shard_id)
@@ -383,7 +383,7 @@ class Claims:
             elif self._expired(path, shard_id, observed):
                 claim = self._take_over(path, shard_id, observed)
         if claim is not None:
-            claim.given_back = shard_id in self._held and not claim.predecessors
+            claim.was_released = shard_id in self._held and not claim.predecessors
             self._held.discard(shard_id)
             self._seen.pop(_unsigned(shard_id), None)
             self.heartbeat.claimed(shard_id)
@@ -412,7 +412,7 @@ class Claims:
         claim.lapses = lapses if held else None
         return held
 
-    def give_back(self, claim: Claim) -> None:
+    def release(self, claim: Claim) -> None:
         """Let others have the shard, once a claim.  Leaves alone what another has taken over.
 
         Nobody can have where the claim was ours at a look and the heartbeat has not stood still since.
@@ -429,7 +429,7 @@ class Claims:
                 claim.path.unlink(missing_ok=True)
 
     def _create(
-        self, path: Path, shard_id: str, predecessors: list[str] | None = None, deaths: tuple[Death, ...] = ()
+        self, path: Path, shard_id: str, predecessors: list[str] | None = None, deaths: tuple[LostAttempt, ...] = ()
     ) -> Claim | None:
         token = secrets.token_hex(8)
         predecessors = predecessors or []
@@ -464,7 +464,7 @@ class Claims:
             raise storage_error(path, error) from error
         return Claim(shard_id, path, token, predecessors, deaths=deaths)
 
-    def _expired(self, path: Path, shard_id: str, observed: Holder) -> bool:
+    def _expired(self, path: Path, shard_id: str, observed: ClaimRecord) -> bool:
         """Whether the holder is gone: by its pid where that can be seen, else by a heartbeat that stands still.
 
         What is watched is the holder's heartbeat, so that all claims of a dead process expire together.
@@ -497,7 +497,7 @@ class Claims:
         except OSError:
             return b""
 
-    def _take_over(self, path: Path, shard_id: str, observed: Holder) -> Claim | None:
+    def _take_over(self, path: Path, shard_id: str, observed: ClaimRecord) -> Claim | None:
         aside = path.with_name(f".{shard_id}.{secrets.token_hex(8)}.stale")
         try:
             os.rename(path, aside)  # of several takers one wins; the others see ENOENT
@@ -505,7 +505,7 @@ class Claims:
             return None
         except OSError as error:
             raise storage_error(path, error) from error
-        moved = read_claim(aside) or Holder()
+        moved = read_claim(aside) or ClaimRecord()
         if moved.raw != observed.raw:  # a live claim was made in between: put it back
             with contextlib.suppress(OSError):
                 os.link(aside, path)
@@ -515,7 +515,7 @@ class Claims:
         predecessors = [*observed.predecessors, *([observed.token] if observed.token else [])][-MAX_PREDECESSORS:]
         claim = self._create(path, shard_id, predecessors, observed.died(alone=alone.exists()))
         if claim is not None and is_gone(observed):
-            claim.buried = observed.token
+            claim.confirmed_dead = observed.token
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
             if observed.deaths:
@@ -525,7 +525,7 @@ class Claims:
         return claim
 
 
-def is_gone(observed: Holder) -> bool:
+def is_gone(observed: ClaimRecord) -> bool:
     """Whether the holder's process has certainly ended; False where it ran out of this one's sight."""
     host, boot, namespace = host_identity()
     if not boot or (observed.host, observed.boot, observed.pid_namespace) != (host, boot, namespace):

@@ -38,7 +38,7 @@ from curation.storage.files import (
     storage_error,
     temporary_name,
 )
-from curation.storage.urls import RemoteFile, Source
+from curation.storage.urls import Source, Url
 
 
 class Commit:
@@ -173,14 +173,14 @@ class Commit:
         return self._folder / f".{self._shard_id}.{generation}.commit"
 
 
-def lie_about(root: Path, receipt: Mapping[str, Any] | None, presence: Presence | None = None) -> bool:
+def has_obsolete_outputs(root: Path, receipt: Mapping[str, Any] | None, presence: Presence | None = None) -> bool:
     """Whether a file is still there that ``receipt`` superseded.  presence: of objects in buckets."""
     presence = presence or Presence()
     places = (place_of(root, path) for path in (receipt or {}).get("superseded", ()))
-    return any(presence.shows(at) if isinstance(at, RemoteFile) else os.path.lexists(at) for at in places)
+    return any(presence.shows(at) if isinstance(at, Url) else os.path.lexists(at) for at in places)
 
 
-def remove_superseded(
+def remove_obsolete(
     root: Path, commit: Commit, receipt: Mapping[str, Any], token: str, dead: Sequence[str] = ()
 ) -> None:
     """Remove what ``receipt`` superseded, if it is the newest one; what ``dead`` had put aside as well.
@@ -205,11 +205,11 @@ def remove_superseded(
                     os.link(aside, root / path)
             aside.unlink(missing_ok=True)
     for path, place in places.items():
-        if isinstance(place, RemoteFile):
+        if isinstance(place, Url):
             _remove_object(path, place, commit, int(receipt["generation"]))
 
 
-def _remove_object(path: str, place: RemoteFile, commit: Commit, generation: int) -> None:
+def _remove_object(path: str, place: Url, commit: Commit, generation: int) -> None:
     there = object_at(place)
     found = there.look()
     if found is not None and all(output["path"] != path for output in _named(commit, generation)):
@@ -251,7 +251,7 @@ def _is(path: Path, output: Mapping[str, Any]) -> bool:
         return False
 
 
-class Leftovers:
+class StaleTempFiles:
     """What lay about under temporary names when this process first looked into a folder.
 
     It is cleared per shard, and only after one's own commit of that shard: an attempt that had written a temporary
@@ -260,12 +260,12 @@ class Leftovers:
 
     def __init__(self) -> None:
         self._found: dict[Path, dict[str, list[str]]] = {}  # folder → the name without token → names
-        self._uploads: dict[RemoteFile, list[str]] = {}
+        self._uploads: dict[Url, list[str]] = {}
 
     def look(self, places: Collection[Source]) -> None:
         """List the folders of ``places`` that are not listed yet, and the uploads to them.  Before the commit."""
         for place in places:
-            if isinstance(place, RemoteFile):  # one that may not be listed is left to the bucket's own rules
+            if isinstance(place, Url):  # one that may not be listed is left to the bucket's own rules
                 with contextlib.suppress(InfrastructureError):
                     self._uploads[place] = object_at(place).under_way()
         for folder in {place.parent for place in places if isinstance(place, Path)} - self._found.keys():
@@ -289,7 +289,7 @@ class Leftovers:
         """
         dead_tokens = list(dead_tokens)
         for place in places:
-            if isinstance(place, RemoteFile):
+            if isinstance(place, Url):
                 for upload in self._uploads.pop(place, ()):
                     if upload not in own_uploads:
                         object_at(place).abort(upload)

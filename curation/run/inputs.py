@@ -14,8 +14,8 @@ import xxhash
 from curation.errors import ShardError
 from curation.shards import TAR, Shard, bucket_of
 from curation.storage.files import fast_digest, read_record
-from curation.storage.remote_read import Facts, Unavailable, look_at
-from curation.storage.urls import RemoteFile, Source
+from curation.storage.remote_read import ObjectInfo, Unavailable, look_at
+from curation.storage.urls import Source, Url
 from curation.tar.sources import table_of
 
 VERIFY_BYTES = 64 << 20  # inputs up to this size are hashed before they are used; larger ones by those who read them
@@ -41,7 +41,7 @@ class Input:
     def origin(self, root: Path) -> dict[str, str]:
         """For the receipt of a stage whose output folder is ``root``: the input's folder as seen from there, and the
         stage that vouches for it.  Empty for an input that was made elsewhere, or is vouched for by none."""
-        if self.stage is None or isinstance(self.path, RemoteFile):
+        if self.stage is None or isinstance(self.path, Url):
             return {}
         return {"stage": self.stage, "folder": os.path.relpath(_real(self.path.parent), _real(root))}
 
@@ -64,7 +64,7 @@ class Upstream:
 
         fresh: of a remote file, not what its listing said.
         """
-        if isinstance(wanted.path, RemoteFile):
+        if isinstance(wanted.path, Url):
             return _identify_remote(wanted.path, fresh=fresh)
         shard_id = shard_id if wanted.shard is None else wanted.shard
         name = wanted.path.name
@@ -97,13 +97,13 @@ class Upstream:
         return place
 
 
-def _identify_remote(file: RemoteFile, *, fresh: bool) -> tuple[dict[str, Any] | None, str]:
+def _identify_remote(file: Url, *, fresh: bool) -> tuple[dict[str, Any] | None, str]:
     """Its size, and its etag or time; of a command, its text.  One that is not to be had is an input of that kind, so
     that the shard fails until that changes."""
     if file.command is not None:
         return {"path": file.name, "command": xxhash.xxh3_128_hexdigest(file.command.encode("utf-8", "replace"))}, ""
     if file.known is not None and not fresh:
-        return {"path": file.name, **Facts(file.known[0], **dict(file.known[1])).record()}, ""
+        return {"path": file.name, **ObjectInfo(file.known[0], **dict(file.known[1])).record()}, ""
     try:
         return {"path": file.name, **look_at(file).record()}, ""
     except Unavailable as error:
@@ -112,14 +112,14 @@ def _identify_remote(file: RemoteFile, *, fresh: bool) -> tuple[dict[str, Any] |
         return None, str(error)
 
 
-def insist_on_same_remote(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
+def check_same_remote(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
     """Raise ShardError where a remote input is another one than when the shard was begun: each pass reads it anew.
 
     Of one that cannot be looked at any more, such as by a URL that has expired, nothing is known, and what was read of
     it counts.
     """
     for wanted, record in zip(inputs, records, strict=True):
-        if isinstance(wanted.path, RemoteFile):
+        if isinstance(wanted.path, Url):
             now, _ = _identify_remote(wanted.path, fresh=True)
             if now is not None and "unavailable" not in now and now != record:
                 raise ShardError(f"{wanted.path}: it changed while it was worked on; start again", "changed")
@@ -146,7 +146,7 @@ def vouched_for(path: str, home: str, outputs: Sequence[dict[str, Any]], *, loos
 def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
     """Raise ShardError unless every input that a receipt vouches for is whole: size, and digest up to 64 MiB."""
     for wanted, record in zip(inputs, records, strict=True):
-        if "digest" not in record or wanted.loose or isinstance(wanted.path, RemoteFile):
+        if "digest" not in record or wanted.loose or isinstance(wanted.path, Url):
             continue
         try:
             size = wanted.path.stat().st_size

@@ -25,20 +25,10 @@ from curation.run.commit import Commit
 from curation.run.inputs import (
     Input,
     Upstream,
-    insist_on_same_remote,
-    receipts_of,
-    source_inputs,
-    stage_version,
-    verify_inputs,
 )
 from curation.shards import bucket_of
 from curation.storage.buckets import Presence
 from curation.storage.files import link_exclusively, make_folder, parse_record, read_record, read_whole
-
-__all__ = [
-    "Epoch", "Input", "Ledger", "State", "bucket_of", "done_receipts", "insist_on_same_remote", "receipts_of",
-    "source_inputs", "stage_version", "verify_inputs",
-]  # fmt: skip
 
 MAX_ATTEMPTS = 3  # a shard that failed so often runs again only when it is named
 
@@ -57,7 +47,7 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
+class OptionsVersion:
     """One choice of options for a stage on a root.  ``shards`` None: for all of them."""
 
     number: int
@@ -67,9 +57,9 @@ class Epoch:
     run_id: str
 
     @staticmethod
-    def from_record(number: int, record: dict[str, Any]) -> Epoch:
+    def from_record(number: int, record: dict[str, Any]) -> OptionsVersion:
         shards = record.get("shards")
-        return Epoch(
+        return OptionsVersion(
             number=number,
             version=int(record.get("version", 0)),
             options=record.get("options", {}),
@@ -119,7 +109,7 @@ class Ledger:
         self.receipts = root / "_receipts" / stage
         self._kept_by_rerun = kept_by_rerun
         self._read_only = read_only
-        self._epochs: list[Epoch] = []
+        self._epochs: list[OptionsVersion] = []
         self._entered = 1  # the last epoch when this run began
         self._lock = threading.Lock()
         self._listings: dict[str, _Listing] = {}
@@ -176,7 +166,7 @@ class Ledger:
         for _ in range(_TRIES):
             self._entered = max(1, len(self._epochs))
             if not rerun and self._epochs:
-                self._insist_on_same_options(selected)
+                self._check_same_options(selected)
                 return
             if rerun and any(self._is_of_this_run(epoch, run_id, covered) for epoch in self._epochs):
                 return  # this run began it: another of its tasks, or the job before it was requeued
@@ -197,7 +187,7 @@ class Ledger:
             self.load_epochs()  # and then ask again whether it fits
         raise InfrastructureError(f"{self.receipts}: the options of this run cannot be recorded; try again")
 
-    def _is_of_this_run(self, epoch: Epoch, run_id: str, covered: frozenset[str] | None) -> bool:
+    def _is_of_this_run(self, epoch: OptionsVersion, run_id: str, covered: frozenset[str] | None) -> bool:
         return (
             bool(run_id)
             and epoch.run_id == run_id
@@ -205,14 +195,14 @@ class Ledger:
             and epoch.same_options(self.options, self.version)
         )
 
-    def governing(self, shard_id: str) -> Epoch:
+    def governing(self, shard_id: str) -> OptionsVersion:
         """The last epoch that covers a shard."""
         for epoch in reversed(self._epochs):
             if epoch.covers(shard_id):
                 return epoch
-        return Epoch(1, self.version, self.options, None, "")  # nothing ran here yet
+        return OptionsVersion(1, self.version, self.options, None, "")  # nothing ran here yet
 
-    def insist_on_epoch(self, shard_id: str, *, look: bool = True) -> None:
+    def check_options_version(self, shard_id: str, *, look: bool = True) -> None:
         """Raise InfrastructureError when an epoch that began after ``enter`` has taken the shard over.
 
         look: for newer ones on the disk first.
@@ -236,9 +226,9 @@ class Ledger:
                 value = parse_record(data) or read_record(path)  # it may have been made a moment ago
                 if value is None:
                     raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
-                self._epochs.append(Epoch.from_record(number, value))
+                self._epochs.append(OptionsVersion.from_record(number, value))
 
-    def _insist_on_same_options(self, selected: Sequence[str]) -> None:
+    def _check_same_options(self, selected: Sequence[str]) -> None:
         base = next((e for e in reversed(self._epochs) if e.shards is None), self._epochs[0])
         if base.same_options(self.options, self.version):
             return

@@ -12,12 +12,12 @@ from curation.jsonio import some
 from curation.shards import TAR, bucket_of
 from curation.storage.buckets import Folder, RemoteFolder, object_at
 from curation.storage.files import read_record
-from curation.storage.urls import RemoteFile
+from curation.storage.urls import Url
 
 LAYOUT_NOTE = "layout"  # of receipts of shards that were regrouped
 
 
-def insist_on_own(
+def refuse_foreign_shards(
     output: Path, place: Folder, stage: str, ids: Collection[str] | None, *, regroups: bool, overwrite: bool
 ) -> None:
     """Raise UsageError where ``place`` holds tars that no receipt of ``stage`` vouches for, or shards of another
@@ -84,7 +84,7 @@ def _remove(output: Path, stage: str, shard_id: str) -> None:
     home = os.path.realpath(output)
     for told in record.get("outputs", []):
         if "upload" in told:
-            there = object_at(RemoteFile(told["path"]))
+            there = object_at(Url(told["path"]))
             if (found := there.look()) is not None and found.is_of(told):
                 there.remove(found)
             continue

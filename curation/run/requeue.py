@@ -19,13 +19,13 @@ from curation.run.commit import Commit
 from curation.run.ledger import Ledger, done_receipts
 from curation.shards import bucket_of
 
-Again = Literal["urls", "images"]
+Redo = Literal["urls", "images"]
 
 
 """What is to be done of a shard that was done: its failed rows asked once more; its stored images decoded."""
 
 
-def make_pending(
+def requeue(
     commit: Commit, claim: Path, receipt: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> Literal["retry", "claimed", "lost"]:
     """Commit a receipt with the status ``retry`` and these fields in the place of ``receipt``.
@@ -46,7 +46,7 @@ def make_pending(
     return "retry"
 
 
-def do_again(ledger: Ledger, shards: Collection[str], what: Collection[Again], run_id: str) -> Counter[str]:
+def requeue_all(ledger: Ledger, shards: Collection[str], what: Collection[Redo], run_id: str) -> Counter[str]:
     """Make done shards pending for ``what``; what they have stays published, and named, until it is replaced.
 
     For ``urls`` alone, only those with failed rows.  Shards that this very run has done are left.  Counts what became
@@ -61,7 +61,7 @@ def do_again(ledger: Ledger, shards: Collection[str], what: Collection[Again], r
         if (run_id and receipt.get("run") == run_id) or not ("images" in what or _has_failures(receipt)):
             continue
         claim = ledger.root / "_claims" / ledger.stage / bucket_of(shard_id) / f"{shard_id}.claim"
-        counts[make_pending(ledger.commit(shard_id), claim, receipt, {**receipt, "again": asked})] += 1
+        counts[requeue(ledger.commit(shard_id), claim, receipt, {**receipt, "again": asked})] += 1
     return counts
 
 

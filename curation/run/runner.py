@@ -24,14 +24,13 @@ from curation.options import RunOptions, logger, set_up_logging
 from curation.run.attempt import Attempts
 from curation.run.claims import Claim, Claims
 from curation.run.follow import Follower, Follows
-from curation.run.ledger import Input, Ledger, bucket_of
+from curation.run.inputs import Input
+from curation.run.ledger import Ledger
 from curation.run.planned import record_plan
 from curation.run.progress import Progress, Tally
-from curation.run.work import ShardWork
+from curation.run.work import ShardContext
 from curation.run.workers import is_worker, run_workers
-from curation.shards import Shard, select
-
-__all__ = ["Follows", "Input", "ShardWork", "Stage", "run_shards", "run_stage"]
+from curation.shards import Shard, bucket_of, select
 
 _WATCHED = 16  # claims of others that an idle worker looks at
 
@@ -60,7 +59,7 @@ class Stage(Protocol):
     def open(self, allocation: Allocation) -> None:
         """Once per process, before the first shard: load models, find endpoints.  InfrastructureError ends the run."""
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         """One shard.  ShardError fails the shard, InfrastructureError ends the run, Stopped comes from check_stop."""
 
     def close(self) -> None:
@@ -247,7 +246,7 @@ class _Run:
         """Claim the shard if it is to be done; one that another holds is put among the waiting."""
         if self._follower is not None and not self._follower.settled(shard):
             return None
-        self._ledger.insist_on_epoch(shard.id, look=False)
+        self._ledger.check_options_version(shard.id, look=False)
         state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=fresh, cursory=self._opened)
         if not self._attempts.wanted(state):
             self._attempts.count(state, shard)
@@ -262,7 +261,7 @@ class _Run:
             if self._ended():  # it may have taken minutes
                 self._tally.shards("left")
                 return None
-        claim = self._claims.take(bucket_of(shard.id), shard.id)
+        claim = self._claims.acquire(bucket_of(shard.id), shard.id)
         if claim is None:
             with self._lock:
                 self._waiting.append(shard)
@@ -342,7 +341,7 @@ class _Run:
                 self._fatal = self._fatal or error
             self._stop.ask("error")
         finally:
-            self._claims.give_back(claim)
+            self._claims.release(claim)
             with self._lock:
                 self._in_flight -= 1
             self._slots.release()
@@ -363,12 +362,12 @@ class _Run:
         for shard in self._untidy:
             if self._stop.draining:
                 return
-            claim = self._claims.take(bucket_of(shard.id), shard.id)
+            claim = self._claims.acquire(bucket_of(shard.id), shard.id)
             if claim is not None:
                 try:
                     self._attempts.tidy(shard, claim)
                 finally:
-                    self._claims.give_back(claim)
+                    self._claims.release(claim)
 
     def _conclude(self, seconds: float) -> int:
         follower = self._follower

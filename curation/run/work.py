@@ -20,13 +20,13 @@ from curation.run.claims import Claim
 from curation.run.ledger import Ledger
 from curation.shards import Shard
 from curation.storage.buckets import RemoteOutput, place_of
-from curation.storage.files import Output, OutputFile, Published
-from curation.storage.urls import RemoteFile, Source
+from curation.storage.files import AtomicFile, AtomicWriter, Published
+from curation.storage.urls import Source, Url
 
 MAX_DETAIL = 500  # characters of a reject's detail
 
 
-class ShardWork:
+class ShardContext:
     """One attempt at one shard.  Thread-safe where a stage's threads need it: counting, rejects, provenance, phases.
 
     Every sample that comes in (``sample_in``) must leave by exactly one of ``keep``, ``drop`` and ``fail``.
@@ -58,7 +58,7 @@ class ShardWork:
         self.seconds: Counter[str] = Counter()
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
-        self.outputs: list[tuple[Output, bool]] = []
+        self.outputs: list[tuple[AtomicWriter, bool]] = []
         self._finals: set[Source] = set()  # of this receipt
         self._touched: set[Source] = set()  # of all that this attempt tried
         self._ledger = ledger
@@ -115,10 +115,10 @@ class ShardWork:
     # ---- what is written
 
     @overload
-    def output(self, path: Path, *, checked: bool = True) -> AbstractContextManager[OutputFile]: ...
+    def output(self, path: Path, *, checked: bool = True) -> AbstractContextManager[AtomicFile]: ...
 
     @overload
-    def output(self, path: Source, *, checked: bool = True) -> AbstractContextManager[Output]: ...
+    def output(self, path: Source, *, checked: bool = True) -> AbstractContextManager[AtomicWriter]: ...
 
     @contextlib.contextmanager
     def output(self, path: Source, *, checked: bool = True) -> Iterator[Any]:
@@ -133,7 +133,7 @@ class ShardWork:
             self._touched.add(path)
         try:
             token = self._claim.token
-            file: Output = RemoteOutput(path, token) if isinstance(path, RemoteFile) else OutputFile(path, token)
+            file: AtomicWriter = RemoteOutput(path, token) if isinstance(path, Url) else AtomicFile(path, token)
             with file:
                 yield file
         except BaseException:  # what an error cut short is gone, and not listed
@@ -266,7 +266,7 @@ class ShardWork:
         """
         own = [log.name for log in self._logs if log.name is not None]
         self.close()
-        alone = alone and not self._claim.predecessors and not self._claim.given_back
+        alone = alone and not self._claim.predecessors and not self._claim.was_released
         self._partials.remove(self.shard.id, own, fresh=not alone)
 
     def _write_lines(self, kind: str, suffix: str, lines: list[bytes]) -> None:

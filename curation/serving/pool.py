@@ -25,13 +25,13 @@ from typing import Literal
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.serving.wire import (
     CONTEXT_TOKENS,
-    WIRES,
+    SERVER_APIS,
     EndpointError,
     ModelMissing,
     Reply,
     Request,
+    ServerApi,
     Session,
-    Wire,
     answers,
     detect_api,
     post,
@@ -204,7 +204,7 @@ class Call:
 class Endpoint:
     """One server as the pool sees it, and its circuit breaker.  Only the pool, under its lock, changes it."""
 
-    def __init__(self, url: str, wire: Wire, timeout_s: float) -> None:
+    def __init__(self, url: str, wire: ServerApi, timeout_s: float) -> None:
         self.url = url
         self.wire = wire
         self.concurrency = Concurrency(timeout_s)
@@ -384,10 +384,10 @@ class EndpointPool:
         with Session() as session:
             try:
                 api = detect_api(session, url, min(self._timeout_s, PROBE_S)) if api == "auto" else api
-                WIRES[api].load(session, url, self.model, self._context_tokens, self._load_timeout_s)
+                SERVER_APIS[api].load(session, url, self.model, self._context_tokens, self._load_timeout_s)
             except (EndpointError, ModelMissing, SampleError) as error:
                 return str(error)
-        return Endpoint(url, WIRES[api], self._timeout_s)
+        return Endpoint(url, SERVER_APIS[api], self._timeout_s)
 
     def members(self) -> dict[str, bool]:
         """The servers that are asked, and whether each is sound."""
@@ -432,11 +432,11 @@ class EndpointPool:
                     free.remove(avoid)
                 if free:
                     return min(free, key=lambda e: (len(e.calls), e.latency_s, random.random())).begin(now)
-                self._insist_on_hope(now)
+                self._require_a_possible_success(now)
                 opens = [e.trial_at - now for e in self._endpoints if e.trial_at > now]
                 self._changed.wait(min([0.5, *opens]))
 
-    def _insist_on_hope(self, now: float) -> None:
+    def _require_a_possible_success(self, now: float) -> None:
         """Raise InfrastructureError once every server has been broken or gone for too long."""
         if not all(e.broken or e.leaving for e in self._endpoints):
             return

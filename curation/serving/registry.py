@@ -37,7 +37,16 @@ from curation.cluster import slurm_ids
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError
 from curation.jsonio import clean_text, dump_json, parse_json_object
 from curation.serving.pool import Endpoint, EndpointPool
-from curation.serving.wire import CONTEXT_TOKENS, WIRES, Api, EndpointError, ModelMissing, Session, answers, detect_api
+from curation.serving.wire import (
+    CONTEXT_TOKENS,
+    SERVER_APIS,
+    Api,
+    EndpointError,
+    ModelMissing,
+    Session,
+    answers,
+    detect_api,
+)
 from curation.storage.files import make_folder
 
 AnyApi = Literal["auto", "ollama", "openai"]
@@ -143,7 +152,7 @@ class Listed:
         return time.monotonic() - self.since > seconds
 
 
-class EndpointFolder:
+class Registry:
     """What is registered in a folder that others write, seen again and again by one reader."""
 
     def __init__(self, folder: Path) -> None:
@@ -209,7 +218,7 @@ def _read_plain_file(path: Path) -> bytes:
 # ---- writing
 
 
-class Registrar:
+class OwnRegistration:
     """The one writer of one registration."""
 
     def __init__(self, folder: Path, registration: Registration) -> None:
@@ -278,19 +287,19 @@ def register(arguments: argparse.Namespace) -> int:
     url = server_url(arguments.url)
     with Session() as session:
         api = _wait_for_server(session, url, arguments.api, arguments.start_timeout)
-        WIRES[api].load(session, url, arguments.model, CONTEXT_TOKENS, arguments.load_timeout)
+        SERVER_APIS[api].load(session, url, arguments.model, CONTEXT_TOKENS, arguments.load_timeout)
         slurm = slurm_ids()
         make_folder(arguments.dir)
         registration = Registration(url, arguments.model, api, os.uname().nodename, arguments.pid, slurm)
-        registrar = Registrar(arguments.dir, registration)
+        registrar = OwnRegistration(arguments.dir, registration)
         try:
-            return _keep(registrar, EndpointFolder(arguments.dir), session, url)
+            return _keep(registrar, Registry(arguments.dir), session, url)
         finally:
             _on_signals(signal.SIG_IGN)  # nothing comes between the removal and the end
             registrar.remove()
 
 
-def _keep(registrar: Registrar, folder: EndpointFolder, session: Session, url: str) -> int:
+def _keep(registrar: OwnRegistration, folder: Registry, session: Session, url: str) -> int:
     """Beat as long as the server answers."""
     last_sign = time.monotonic()
     announced, trouble = False, ""
@@ -312,7 +321,7 @@ def _keep(registrar: Registrar, folder: EndpointFolder, session: Session, url: s
     return EXIT_NO_SERVER
 
 
-def _forget_the_dead(folder: EndpointFolder, session: Session, own: str) -> None:
+def _forget_the_dead(folder: Registry, session: Session, own: str) -> None:
     """Remove what killed jobs left.  Should one of those live after all, its next beat writes its file anew."""
     for listed in folder.read().values():
         if listed.name != own and listed.silent(FORGET_S) and not answers(session, listed.registration.url, PROBE_S):
@@ -362,10 +371,10 @@ class _Trouble:
     again_at: float
 
 
-class FolderWatch:
+class RegistryWatcher:
     """The thread that keeps ``pool`` in step with ``folder``, from ``start`` to ``close``."""
 
-    def __init__(self, pool: EndpointPool, folder: EndpointFolder) -> None:
+    def __init__(self, pool: EndpointPool, folder: Registry) -> None:
         self._pool = pool
         self._folder = folder
         self._ended = threading.Event()

@@ -106,7 +106,7 @@ class Reply:
     tokens_written: int = 0
 
 
-class Wire(Protocol):
+class ServerApi(Protocol):
     """One wire format."""
 
     api: Api
@@ -252,7 +252,7 @@ class Session(requests.Session):
         return request
 
 
-WIRES: Mapping[Api, Wire] = {"ollama": Ollama(), "openai": OpenAI()}
+SERVER_APIS: Mapping[Api, ServerApi] = {"ollama": Ollama(), "openai": OpenAI()}
 
 
 def detect_api(session: Session, url: str, timeout_s: float) -> Api:

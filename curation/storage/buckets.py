@@ -22,8 +22,8 @@ from typing import Any, Final, Protocol
 
 from curation.errors import InfrastructureError, LostClaim, UsageError
 from curation.storage import remote_read
-from curation.storage.files import Output, Published
-from curation.storage.urls import RemoteFile, Source, error_line, filesystem, told_by, without_secrets
+from curation.storage.files import AtomicWriter, Published
+from curation.storage.urls import Source, Url, error_line, filesystem, redact, told_by
 
 PART_BYTES: Final = 16 << 20  # all alike, which some stores insist on; S3 takes 10,000 of at least 5 MiB
 
@@ -97,7 +97,7 @@ class UploadedObject(Protocol):
         """Remove the object if it is still the one that was found, as far as the store can tell."""
 
 
-def object_at(file: RemoteFile) -> UploadedObject:
+def object_at(file: Url) -> UploadedObject:
     """InfrastructureError where the store's package is missing."""
     store = filesystem(file.scheme)
     return S3Object(file, store) if file.scheme == "s3" else MovedObject(file, store)
@@ -106,12 +106,12 @@ def object_at(file: RemoteFile) -> UploadedObject:
 def complete_upload(output: Mapping[str, Any]) -> None:
     """Publish an output of a receipt whose commit is recorded."""
     upload = output["upload"]
-    object_at(RemoteFile(output["path"])).complete(upload["id"], upload["parts"])
+    object_at(Url(output["path"])).complete(upload["id"], upload["parts"])
 
 
 def list_objects(folder: str) -> dict[str, int]:
     """Names and sizes of the objects right below ``folder``, a URL."""
-    file = RemoteFile(folder)
+    file = Url(folder)
     store = filesystem(file.scheme)
     try:
         infos = _patiently(file, lambda: store.ls(folder.rstrip("/"), detail=True))
@@ -125,7 +125,7 @@ class S3Object:
 
     parallel = 3
 
-    def __init__(self, file: RemoteFile, store: Any) -> None:
+    def __init__(self, file: Url, store: Any) -> None:
         self._file, self._store = file, store
         bucket, _, key = file.target.partition("://")[2].partition("/")
         self._place = {"Bucket": bucket, "Key": key}
@@ -200,7 +200,7 @@ class MovedObject:
 
     parallel = 1
 
-    def __init__(self, file: RemoteFile, store: Any) -> None:
+    def __init__(self, file: Url, store: Any) -> None:
         self._file, self._store = file, store
         self._folder, _, self._name = file.target.rpartition("/")
         self._opened: Any = None
@@ -262,7 +262,7 @@ class _Refused(InfrastructureError):
         self.status = status
 
 
-def _patiently(file: RemoteFile, ask: Callable[[], Any]) -> Any:
+def _patiently(file: Url, ask: Callable[[], Any]) -> Any:
     """An answer of the store, asked again where the connection broke or it was busy.
 
     Raises NoUpload and FileNotFoundError, and InfrastructureError for everything else.
@@ -272,7 +272,7 @@ def _patiently(file: RemoteFile, ask: Callable[[], Any]) -> Any:
         try:
             with _translated(file):
                 return ask()
-        except remote_read.Interrupted as error:
+        except remote_read.TransientError as error:
             if not left:
                 why = f"the store cannot be reached, {patience.tries} times: {error}"
                 raise InfrastructureError(f"{file}: {why}; {_ADVICE}") from error
@@ -282,11 +282,11 @@ def _patiently(file: RemoteFile, ask: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _translated(file: RemoteFile) -> Iterator[None]:
+def _translated(file: Url) -> Iterator[None]:
     """What a filesystem raises, as NoUpload, FileNotFoundError, Interrupted or InfrastructureError."""
     try:
         yield
-    except (InfrastructureError, remote_read.Interrupted):
+    except (InfrastructureError, remote_read.TransientError):
         raise
     except Exception as error:
         code, status = _answer(error)
@@ -303,7 +303,7 @@ def _translated(file: RemoteFile) -> Iterator[None]:
             ) from None
         if status == 501 or (400 <= status < 500 and status not in (408, 429) and code not in _TRANSIENT):
             raise _Refused(f"{file}: refused: {code}: {error_line(error)}; {_ADVICE}", status) from None
-        raise remote_read.Interrupted(error_line(error)) from error
+        raise remote_read.TransientError(error_line(error)) from error
 
 
 def _answer(error: BaseException) -> tuple[str, int]:
@@ -328,8 +328,8 @@ class RemoteFolder:
 
     url: str
 
-    def __truediv__(self, name: str) -> RemoteFile:
-        return RemoteFile(f"{self.url}/{name}")
+    def __truediv__(self, name: str) -> Url:
+        return Url(f"{self.url}/{name}")
 
     def __str__(self) -> str:
         return self.url
@@ -338,7 +338,7 @@ class RemoteFolder:
         """Of the objects right below it."""
         return list(list_objects(self.url))
 
-    def holds(self, files: Iterable[Path | RemoteFile]) -> bool:
+    def holds(self, files: Iterable[Path | Url]) -> bool:
         """Whether one of the files lies right here."""
         return any(file == self / file.name for file in files)
 
@@ -353,7 +353,7 @@ def remote_folder(url: str) -> RemoteFolder:
     """What ``--publish_to`` names.  UsageError for what shards cannot be written to."""
     scheme, mark, rest = url.partition("://")
     scheme = scheme.lower()
-    shown = without_secrets(url)
+    shown = redact(url)
     if mark and scheme == "hf":
         raise UsageError(
             f"--publish_to {shown}: the hub takes whole commits, not single shards; write to --output and push from "
@@ -373,16 +373,16 @@ def remote_folder(url: str) -> RemoteFolder:
 
 def place_of(root: Path, path: str) -> Source:
     """Where an output lies that a receipt names; root: the stage's output folder."""
-    return RemoteFile(path) if "://" in path else root / path  # a normalised path has no two slashes in a row
+    return Url(path) if "://" in path else root / path  # a normalised path has no two slashes in a row
 
 
-class RemoteOutput(Output):
+class RemoteOutput(AtomicWriter):
     """An object that is uploaded in parts while it is written; it appears when the commit completes the upload.
 
     Memory: a part that is being filled, and those that are under way.
     """
 
-    def __init__(self, final: RemoteFile, token: str) -> None:
+    def __init__(self, final: Url, token: str) -> None:
         super().__init__()
         self.final = final
         self._token = token
@@ -445,17 +445,17 @@ class Presence:
 
     def holds(self, output: Mapping[str, Any], *, fresh: bool) -> bool:
         """Whether what a receipt names is there.  fresh: as it is now."""
-        file = RemoteFile(output["path"])
+        file = Url(output["path"])
         if not fresh and self._listed(file) == output["size"]:
             return True
         found = object_at(file).look()
         return found is not None and found.is_of(output)
 
-    def shows(self, file: RemoteFile) -> bool:
+    def shows(self, file: Url) -> bool:
         """Whether anything was there when its folder was listed."""
         return self._listed(file) is not None
 
-    def _listed(self, file: RemoteFile) -> int | None:
+    def _listed(self, file: Url) -> int | None:
         folder, _, name = file.target.rpartition("/")
         if folder not in self._sizes:
             self._sizes[folder] = list_objects(folder)

@@ -51,7 +51,7 @@ class Published:
         return {**said, "checked": self.checked, **({"upload": self.upload} if self.upload else {})}
 
 
-class Output(ABC):
+class AtomicWriter(ABC):
     """Bytes that nobody sees before the commit."""
 
     def __init__(self) -> None:
@@ -285,8 +285,8 @@ def make_folder(folder: Path) -> None:
         raise storage_error(folder, error) from error
 
 
-class OutputFile(Output):
-    """A binary file under a temporary name.  Made by ``ShardWork.output``; the final name appears at the commit."""
+class AtomicFile(AtomicWriter):
+    """A binary file under a temporary name.  Made by ``ShardContext.output``; the final name appears at the commit."""
 
     def __init__(self, final: Path, token: str) -> None:
         super().__init__()
@@ -336,11 +336,11 @@ class OutputFile(Output):
                 if count:
                     views[0] = views[0][count:]
             if self.size - self._hurried >= _HURRY_BYTES:
-                self._hurry()
+                self._start_writeback()
         except OSError as error:
             raise _own_file_error(self.temporary, error) from error
 
-    def _hurry(self) -> None:
+    def _start_writeback(self) -> None:
         """Have the kernel begin to write what it was given so far, so that the fsync at the end finds little left.
 
         Linux starts writing dirty pages back when they are declared not to be needed, and does not wait for them.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from curation.errors import ShardError
-from curation.storage.urls import HTTP, RemoteFile, error_line, filesystem, told_by
+from curation.storage.urls import HTTP, Url, error_line, filesystem, told_by
 
 _HTTP_CHUNK: Final = 1 << 20
 
@@ -46,7 +46,7 @@ class Patience:
 PATIENCE = Patience()
 
 
-class Interrupted(Exception):
+class TransientError(Exception):
     """A connection that broke or was refused for now; ``wait_s`` is what the server asked for."""
 
     def __init__(self, why: str, wait_s: float = 0.0) -> None:
@@ -57,13 +57,13 @@ class Interrupted(Exception):
 class Unavailable(ShardError):
     """The server says that the file is not there, or not for us: trying again would not help."""
 
-    def __init__(self, file: RemoteFile, why: str) -> None:
+    def __init__(self, file: Url, why: str) -> None:
         super().__init__(f"{file}: {why}", "not_available")
         self.why = why
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ObjectInfo:
     """What a server tells of a file: its size (None: not told), its etag and its time ("" where there is none)."""
 
     size: int | None
@@ -75,7 +75,7 @@ class Facts:
         mark = {"etag": self.etag} if self.etag else {"modified": self.modified} if self.modified else {}
         return {**({} if self.size is None else {"size": self.size}), **mark}
 
-    def differs(self, other: Facts) -> bool:
+    def differs(self, other: ObjectInfo) -> bool:
         """Whether the two can not be of one version of a file."""
         if None not in (self.size, other.size) and self.size != other.size:
             return True
@@ -87,7 +87,7 @@ class Facts:
 class Connection(Protocol):
     """An open answer.  ``begins``: the first byte that it gives, which may lie before the one asked for."""
 
-    facts: Facts
+    facts: ObjectInfo
     begins: int
 
     def read(self) -> bytes:
@@ -102,13 +102,13 @@ class Server(Protocol):
     def connect(self, start: int, end: int | None) -> Connection:
         """Raises Interrupted, and Unavailable or another ShardError where trying again would not help."""
 
-    def look(self) -> Facts:
+    def look(self) -> ObjectInfo:
         """Without reading it.  Raises the same."""
 
     def close(self) -> None: ...
 
 
-def server_of(file: RemoteFile, patience: Patience) -> Server:
+def server_of(file: Url, patience: Patience) -> Server:
     return HttpServer(file, patience) if file.scheme in HTTP else BucketServer(file)
 
 
@@ -118,7 +118,7 @@ def server_of(file: RemoteFile, patience: Patience) -> Server:
 class HttpServer:
     """Through requests, so that proxies and .netrc of the environment count."""
 
-    def __init__(self, file: RemoteFile, patience: Patience) -> None:
+    def __init__(self, file: Url, patience: Patience) -> None:
         import requests
 
         self._file = file
@@ -129,18 +129,18 @@ class HttpServer:
         ranged = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
         return _HttpConnection(self._file, self._ask("GET", ranged))
 
-    def look(self) -> Facts:
+    def look(self) -> ObjectInfo:
         """By HEAD, or, as a signed URL may be good for GET alone, by its first byte."""
         try:
             with contextlib.closing(self._ask("HEAD", {})) as response:
-                facts = facts_of(response)
+                facts = object_info_of(response)
                 if facts.size is not None:
                     return facts
         except Unavailable as error:
             if not error.why.startswith(("400", "403", "405")):
                 raise
         with contextlib.closing(self._ask("GET", {"Range": "bytes=0-0"})) as response:
-            return facts_of(response)
+            return object_info_of(response)
 
     def close(self) -> None:
         self._session.close()
@@ -159,7 +159,7 @@ class HttpServer:
         except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as error:
             raise Unavailable(self._file, error_line(error)) from None
         except requests.RequestException as error:
-            raise Interrupted(error_line(error)) from error
+            raise TransientError(error_line(error)) from error
         if response.status_code in (200, 206):
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 response.close()
@@ -172,13 +172,13 @@ class HttpServer:
         if response.status_code in _GONE:
             raise Unavailable(self._file, status)
         wait = response.headers.get("Retry-After", "")
-        raise Interrupted(status, float(wait) if wait.isdigit() else 0.0)
+        raise TransientError(status, float(wait) if wait.isdigit() else 0.0)
 
 
 class _HttpConnection:
-    def __init__(self, file: RemoteFile, response: Any) -> None:
+    def __init__(self, file: Url, response: Any) -> None:
         self._file, self._response = file, response
-        self.facts = facts_of(response)
+        self.facts = object_info_of(response)
         self.begins = 0
         if response.status_code == 206:
             match = _content_range(response)
@@ -193,13 +193,13 @@ class _HttpConnection:
         try:
             return bytes(self._response.raw.read1(_HTTP_CHUNK, decode_content=False))  # what is there, at most that
         except (HTTPError, OSError) as error:
-            raise Interrupted(error_line(error)) from error
+            raise TransientError(error_line(error)) from error
 
     def close(self) -> None:
         self._response.close()
 
 
-def facts_of(response: Any) -> Facts:
+def object_info_of(response: Any) -> ObjectInfo:
     """Of an answer 200 or 206."""
     headers = response.headers
     if response.status_code == 206:
@@ -208,7 +208,7 @@ def facts_of(response: Any) -> Facts:
     else:
         total = headers.get("Content-Length", "")
     size = int(total) if total.isascii() and total.isdigit() else None
-    return Facts(size, headers.get("ETag", "")[:200], headers.get("Last-Modified", "")[:100])
+    return ObjectInfo(size, headers.get("ETag", "")[:200], headers.get("Last-Modified", "")[:100])
 
 
 def _content_range(response: Any) -> re.Match[str] | None:
@@ -221,7 +221,7 @@ def _content_range(response: Any) -> re.Match[str] | None:
 class BucketServer:
     """s3://, gs:// and hf://, through fsspec with the credentials of the environment."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: Url) -> None:
         self._file = file
         self._store = filesystem(file.scheme)
         self._on_hub = file.scheme == "hf"  # it would list the folder to tell of a file
@@ -234,12 +234,12 @@ class BucketServer:
             opened.seek(start)
         return _BucketConnection(self, opened, facts, start, end)
 
-    def look(self) -> Facts:
+    def look(self) -> ObjectInfo:
         with self._translated():
             self._store.invalidate_cache()
             one: dict[str, Any] = {"expand_info": True} if self._on_hub else {}
             size, marks = told_by(self._store.info(self._file.target, **one))
-        return Facts(size, **dict(marks))
+        return ObjectInfo(size, **dict(marks))
 
     def close(self) -> None:
         pass
@@ -249,7 +249,7 @@ class BucketServer:
         """What its filesystem raises, which each has its own words for, as one of the three."""
         try:
             yield
-        except (Interrupted, ShardError):
+        except (TransientError, ShardError):
             raise
         except (FileNotFoundError, IsADirectoryError):
             raise Unavailable(self._file, "404 Not Found") from None
@@ -260,13 +260,13 @@ class BucketServer:
                 raise ShardError(f"{self._file}: it changed while it was read; start again", "changed") from error
             if "Credentials" in type(error).__name__:
                 raise Unavailable(self._file, f"{error_line(error)} (credentials come from the environment)") from None
-            raise Interrupted(error_line(error)) from error
+            raise TransientError(error_line(error)) from error
 
 
 class _BucketConnection:
     """One range after the other; at the end it is asked whether it is still the same file."""
 
-    def __init__(self, server: BucketServer, opened: Any, facts: Facts, start: int, end: int | None) -> None:
+    def __init__(self, server: BucketServer, opened: Any, facts: ObjectInfo, start: int, end: int | None) -> None:
         self._server, self._opened = server, opened
         self.facts, self.begins = facts, start
         self._at, self._end = start, facts.size if end is None else end
@@ -288,7 +288,7 @@ class _BucketConnection:
 _PROGRESS_BYTES: Final = 256 << 10  # what a connection must bring so that its break does not count against the file
 
 
-class Resumed:
+class ResumingReader:
     """A file's bytes from ``start`` to ``end`` in order.  ``stop`` ends its waits.
 
     facts: of the version that has to be read; of the first answer where none are given.
@@ -296,14 +296,14 @@ class Resumed:
 
     def __init__(
         self,
-        file: RemoteFile,
+        file: Url,
         server: Server,
         patience: Patience,
         stop: threading.Event,
         *,
         start: int = 0,
         end: int | None = None,
-        facts: Facts | None = None,
+        facts: ObjectInfo | None = None,
     ) -> None:
         self._file, self._server, self._patience, self._stop = file, server, patience, stop
         self._at, self._end = start, end
@@ -312,12 +312,12 @@ class Resumed:
         self._failures, self._progress = 0, 0
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> ObjectInfo:
         """Connects, where that has not been done."""
         while self._facts is None:
             try:
                 self._connect()
-            except Interrupted as error:
+            except TransientError as error:
                 self._wait(error)
         return self._facts
 
@@ -329,10 +329,10 @@ class Resumed:
                 data = connection.read()
                 end = self._end if self._end is not None else self.facts.size
                 if not data and end is not None and self._at < end:
-                    raise Interrupted("the answer ended early")
+                    raise TransientError("the answer ended early")
                 if end is not None and self._at + len(data) > end:
                     data = data[: end - self._at]
-            except Interrupted as error:
+            except TransientError as error:
                 self._wait(error)
                 continue
             self._at += len(data)
@@ -350,7 +350,7 @@ class Resumed:
             while skip > 0:  # a server without ranges begins anew
                 data = connection.read()
                 if not data:
-                    raise Interrupted("the answer ended early")
+                    raise TransientError("the answer ended early")
                 skip -= len(data)
             if skip < 0:
                 connection = _Rest(connection, data[skip:])
@@ -360,7 +360,7 @@ class Resumed:
         self._connection = connection
         return connection
 
-    def _wait(self, error: Interrupted) -> None:
+    def _wait(self, error: TransientError) -> None:
         self.close()
         self._failures = 1 if self._progress >= _PROGRESS_BYTES else self._failures + 1
         self._progress = 0
@@ -397,12 +397,12 @@ class _Rest:
         self._inner.close()
 
 
-def look_at(file: RemoteFile, patience: Patience | None = None) -> Facts:
+def look_at(file: Url, patience: Patience | None = None) -> ObjectInfo:
     """What is known of a file without reading it.  Raises Unavailable, and ShardError where nobody can be asked."""
     patience = patience or PATIENCE
     server = server_of(file, patience)
     never = threading.Event()
-    error: Interrupted | None = None
+    error: TransientError | None = None
     try:
         for number in range(patience.tries):
             if error is not None:
@@ -410,7 +410,7 @@ def look_at(file: RemoteFile, patience: Patience | None = None) -> Facts:
                 never.wait(max(pause * random.uniform(0.5, 1.0), min(error.wait_s, patience.longest_wait_s)))
             try:
                 return server.look()
-            except Interrupted as why:
+            except TransientError as why:
                 error = why
     finally:
         server.close()

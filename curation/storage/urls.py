@@ -37,7 +37,7 @@ Told = tuple[int | None, tuple[tuple[str, str], ...]]
 
 
 @dataclass(frozen=True)
-class RemoteFile:
+class Url:
     """A URL, or ``pipe:`` and a command whose output is the file.  As text it is fit for messages.
 
     target: as it was given, secrets included.  known: what a listing told of it.
@@ -70,13 +70,13 @@ class RemoteFile:
     def __str__(self) -> str:
         if self.command is not None:
             return f"{PIPE}{self.command.split()[0] if self.command else ''} … {self.name or '(no tar)'}"
-        return without_secrets(self.target)
+        return redact(self.target)
 
     def __repr__(self) -> str:
         return f"RemoteFile({self})"
 
 
-Source = Path | RemoteFile
+Source = Path | Url
 
 
 """Where a shard is read from."""
@@ -95,18 +95,18 @@ def is_remote(text: str) -> bool:
     return True
 
 
-def without_secrets(text: str) -> str:
+def redact(text: str) -> str:
     """URLs without user, password, query and fragment."""
     text = re.sub(r"(://)[^/\s'\"]*@", r"\1", text)
     return re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?…", text)
 
 
-def find_remote(text: str, suffix: str, *, allow_pipe: bool) -> Iterator[RemoteFile]:
+def find_remote(text: str, suffix: str, *, allow_pipe: bool) -> Iterator[Url]:
     """The files that a URL or a command without braces names; a bucket's folder and a glob are listed.
 
     Raises UsageError for what cannot be listed and for a command without ``allow_pipe``.
     """
-    file = RemoteFile(text)
+    file = Url(text)
     if file.command is not None:
         if not allow_pipe:
             raise UsageError(f"{file}: commands are run only with --allow_pipe, for they may do anything")
@@ -149,11 +149,11 @@ def told_by(info: dict[str, Any]) -> Told:
 
 def error_line(error: BaseException) -> str:
     """What went wrong, on one line and without secrets."""
-    text = " ".join(without_secrets(str(error)).split())[:_MAX_MESSAGE]
+    text = " ".join(redact(str(error)).split())[:_MAX_MESSAGE]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _listed(file: RemoteFile, suffix: str) -> Iterator[RemoteFile]:
+def _listed(file: Url, suffix: str) -> Iterator[Url]:
     store, url = filesystem(file.scheme), file.target
     try:
         if any(c in url for c in "*?["):
@@ -171,4 +171,4 @@ def _listed(file: RemoteFile, suffix: str) -> Iterator[RemoteFile]:
     for name in sorted(found):
         base = name.rpartition("/")[2]
         if found[name].get("type") == "file" and base.endswith(suffix) and not base.startswith("."):
-            yield RemoteFile(f"{file.scheme}://{name}", told_by(found[name]))
+            yield Url(f"{file.scheme}://{name}", told_by(found[name]))

@@ -96,7 +96,7 @@ class Blocks:
         """Fill ``view`` from the file, as far as it goes.  Two threads may ask at once."""
         raise NotImplementedError
 
-    def let_go(self) -> None:
+    def cancel(self) -> None:
         """A ``fill`` that waits for bytes is not to wait any longer: they are not wanted any more."""
 
     def close(self) -> None:

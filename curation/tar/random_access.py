@@ -25,7 +25,7 @@ from curation.storage.files import storage_error, temporary_name
 from curation.tar.blocks import Block, Blocks
 from curation.tar.headers import BLOCK, REGULAR, BadHeader, Member, padded, parse_header, parse_special, split_name
 from curation.tar.scan import SampleSpan, Window
-from curation.threads import Beside
+from curation.threads import BackgroundCall
 
 GATHERED_BYTES: Final = 8 << 20  # in memory together
 
@@ -80,8 +80,8 @@ class Piece:
         return sum(end - start for start, end in self.extents)
 
 
-class Gathered:
-    """Samples out of several shards in a given order, as a pass over one.  See ``TarPass``.
+class GatheredScan:
+    """Samples out of several shards in a given order, as a pass over one.  See ``TarScan``.
 
     A thread reads one window ahead.  Within a window samples are read in the order in which they lie, whatever order
     they go out in.
@@ -100,7 +100,7 @@ class Gathered:
         self._next = 0
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
-            beside = stack.enter_context(contextlib.closing(Beside[Window]("read-ahead")))
+            beside = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
             stack.callback(self._let_go)
             more = bool(self._pieces)
             if more:
@@ -164,7 +164,7 @@ class Gathered:
 
     def _let_go(self) -> None:
         for source in list(self._sources.values()):
-            source.let_go()
+            source.cancel()
 
     def _close(self) -> None:
         while self._sources:

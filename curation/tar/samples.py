@@ -19,26 +19,9 @@ from curation.errors import SampleError, ShardError
 from curation.jsonio import clean_text, parse_json_object
 from curation.storage.urls import Source
 from curation.tar.blocks import Block
-from curation.tar.headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make_header, padding, split_name
+from curation.tar.headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make_header, padding
 from curation.tar.random_access import MAX_SAMPLE_BYTES, parse_span, place_of
-from curation.tar.scan import IMAGE_SUFFIXES, Damage, SampleSpan, TarPass, TarReport, Window
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_MEMBER_BYTES",
-    "Damage",
-    "Member",
-    "Sample",
-    "SampleSpan",
-    "TarPass",
-    "TarReport",
-    "TarWriter",
-    "Window",
-    "is_safe_name",
-    "open_sample",
-    "read_samples",
-    "split_name",
-]
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarReport, TarScan, Window
 
 MAX_MEMBER_BYTES: Final = 256 << 20  # what is loaded into memory; larger members are only copied
 
@@ -88,7 +71,7 @@ def read_samples(
         wanted = want or (lambda suffix: True)
     else:
         wanted = frozenset(want).__contains__
-    tar = TarPass(path, report)
+    tar = TarScan(path, report)
     for window in tar.windows():
         for span in window.spans:
             if span.key:

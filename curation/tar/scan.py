@@ -23,7 +23,7 @@ from curation.storage.urls import Source
 from curation.tar.blocks import Block, Blocks
 from curation.tar.headers import BLOCK, REGULAR, ZERO_BLOCK, BadHeader, Member, parse_header, parse_special, split_name
 from curation.tar.sources import open_blocks
-from curation.threads import Beside
+from curation.threads import BackgroundCall
 
 IMAGE_SUFFIXES: Final = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")
@@ -131,7 +131,7 @@ class Window:
         self.view, self.pieces, self.read = block.view, block.pieces, block.read
 
 
-class TarPass:
+class TarScan:
     """One pass: ``for window in tar.windows(): for span in window.spans: …``.
 
     A thread reads and parses one window ahead: a shared filesystem's latency hides behind the caller's work, and the
@@ -160,8 +160,8 @@ class TarPass:
         """The samples in order, a few megabytes at a time.  Raises ShardError when the file cannot be read."""
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(open_blocks(self._source))
-            beside = stack.enter_context(contextlib.closing(Beside[Window]("read-ahead")))
-            stack.callback(self._file.let_go)  # first, so that nobody waits for bytes that are not wanted
+            beside = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
+            stack.callback(self._file.cancel)  # first, so that nobody waits for bytes that are not wanted
             self._block = self._file.block
             more = self._file.size > 0
             if more:

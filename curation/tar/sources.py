@@ -28,8 +28,8 @@ import orjson
 from curation.errors import InfrastructureError, ShardError
 from curation.shards import TAR, is_loose
 from curation.storage import remote_read
-from curation.storage.remote_read import Resumed, server_of
-from curation.storage.urls import RemoteFile, Source, without_secrets
+from curation.storage.remote_read import ResumingReader, server_of
+from curation.storage.urls import Source, Url, redact
 from curation.tar.blocks import Block, Blocks, FileBlocks
 from curation.tar.headers import RECORD, ZERO_BLOCK, make_header, padded, padding, split_name
 
@@ -77,7 +77,7 @@ class LooseStream:
                 break
         return total
 
-    def let_go(self) -> None:
+    def cancel(self) -> None:
         pass
 
     def close(self) -> None:
@@ -237,7 +237,7 @@ class Stream(Protocol):
     def read_at(self, view: memoryview, start: int) -> int:
         """Fill ``view`` as far as it goes; what lies before the bytes read last costs more.  Raises ShardError."""
 
-    def let_go(self) -> None:
+    def cancel(self) -> None:
         """Whoever waits in ``read_at`` gets a ShardError soon."""
 
     def close(self) -> None: ...
@@ -245,8 +245,8 @@ class Stream(Protocol):
 
 def open_blocks(source: str | Source) -> Blocks:
     """A pass over a shard.  Raises ShardError where it is not there."""
-    if isinstance(source, RemoteFile):
-        return StreamBlocks(AheadStream(source) if source.command is None else CommandStream(source))
+    if isinstance(source, Url):
+        return StreamBlocks(PrefetchStream(source) if source.command is None else CommandStream(source))
     path = os.fspath(source)
     if not path.endswith(TAR) and is_loose(Path(path)):
         return StreamBlocks(LooseStream(path))
@@ -271,21 +271,21 @@ class StreamBlocks(Blocks):
         with self._lock:
             return self._stream.read_at(view, start)
 
-    def let_go(self) -> None:
-        self._stream.let_go()
+    def cancel(self) -> None:
+        self._stream.cancel()
 
     def close(self) -> None:
         self._stream.close()
 
 
-class AheadStream:
+class PrefetchStream:
     """A remote file, of which a thread fetches a few megabytes ahead.  What is wanted again is fetched again."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: Url) -> None:
         self._file, self._patience = file, remote_read.PATIENCE
         self._server = server_of(file, self._patience)
         self._stop = threading.Event()
-        self._source = Resumed(file, self._server, self._patience, self._stop)
+        self._source = ResumingReader(file, self._server, self._patience, self._stop)
         try:
             self._facts = self._source.facts
         except BaseException:
@@ -340,7 +340,7 @@ class AheadStream:
 
     def _again(self, view: memoryview, start: int) -> int:
         """Bytes that were read before: those of a sample that is too large to be kept."""
-        again = Resumed(
+        again = ResumingReader(
             self._file,
             self._server,
             self._patience,
@@ -378,14 +378,14 @@ class AheadStream:
             self._source.close()
             self._server.close()
 
-    def let_go(self) -> None:
+    def cancel(self) -> None:
         with self._news:
             self._stop.set()
             self._news.notify_all()
 
     def close(self) -> None:
         """The thread ends by itself, at the latest when its connection times out."""
-        self.let_go()
+        self.cancel()
         self._ahead.clear()
 
 
@@ -395,7 +395,7 @@ class CommandStream:
     The bash that runs it fails where any part of a pipeline fails; whatever was written before counts for nothing then.
     """
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: Url) -> None:
         self._file = file
         self.size: int | None = None
         self._written = 0
@@ -442,7 +442,7 @@ class CommandStream:
                     self._news.notify_all()
         except OSError as why:
             error = InfrastructureError(f"{tempfile.gettempdir()}: {why.strerror}; set TMPDIR to a folder with room")
-            self.let_go()
+            self.cancel()
         status = self._process.wait()
         self._listener.join()
         if status and error is None:
@@ -453,7 +453,7 @@ class CommandStream:
             self._news.notify_all()
 
     def _last_words(self) -> str:
-        return ": " + without_secrets("; ".join(self._stderr)) if self._stderr else ", it said nothing on stderr"
+        return ": " + redact("; ".join(self._stderr)) if self._stderr else ", it said nothing on stderr"
 
     def _listen(self) -> None:
         """In a thread: the last lines of what it complains of, so that it never has to wait to complain."""
@@ -462,14 +462,14 @@ class CommandStream:
             if text := line.decode("utf-8", "replace").strip():
                 self._stderr.append(text[:300])
 
-    def let_go(self) -> None:
+    def cancel(self) -> None:
         """The command and what it started are ended, if they have not ended."""
         if self._process.poll() is None or self._pumper.is_alive():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        self.let_go()
+        self.cancel()
         self._pumper.join()
         self._listener.join()
         for pipe in (self._process.stdout, self._process.stderr):

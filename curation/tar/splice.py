@@ -17,7 +17,7 @@ import xxhash
 
 from curation.errors import ShardError
 from curation.tar.headers import RECORD, Member, make_header, padding
-from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarPass, Window
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
 
 END_OF_ARCHIVE: Final = 2 * 512
 
@@ -53,14 +53,14 @@ class Copies:
     edit: Edit = UNCHANGED
 
 
-class Fate(Enum):
+class Action(Enum):
     """Of a sample that is not edited."""
 
-    STAYS = "stays"
-    LEFT_OUT = "left out"  # members that are no sample's, such as folders, stay all the same
+    KEEP = "stays"
+    DROP = "left out"  # members that are no sample's, such as folders, stay all the same
 
 
-Decision = Edit | Copies | Fate
+Decision = Edit | Copies | Action
 
 
 Decide = Callable[[SampleSpan], Decision]
@@ -70,7 +70,7 @@ Decide = Callable[[SampleSpan], Decision]
 
 
 class Windows(Protocol):
-    """Where the samples come from: see ``TarPass``."""
+    """Where the samples come from: see ``TarScan``."""
 
     path: str
 
@@ -78,12 +78,12 @@ class Windows(Protocol):
 
 
 class Target(Protocol):
-    """Where a spliced shard goes: see ``OutputFile``."""
+    """Where a spliced shard goes: see ``AtomicFile``."""
 
     def write_pieces(self, pieces: Sequence[bytes | memoryview], /) -> object: ...
 
 
-class Shown:
+class ObservedPass:
     """A pass whose windows are shown to those who want to look into the samples that they are asked about."""
 
     def __init__(self, tar: Windows, *viewers: Callable[[Window], object]) -> None:
@@ -112,7 +112,7 @@ def splice(
         decided: list[tuple[SampleSpan, Decision]] = []
         out.window = window
         for span in window.spans:
-            fate: Decision = Fate.STAYS
+            fate: Decision = Action.KEEP
             if span.key:
                 fate = decide(span)
                 decided.append((span, fate))
@@ -127,7 +127,7 @@ def splice(
                     if index is not None:
                         index.append((key, begin, out.position - begin))
                 continue
-            elif fate is Fate.LEFT_OUT:
+            elif fate is Action.DROP:
                 out.copy_members(span.foreign)
                 continue
             elif span.damages:
@@ -234,8 +234,8 @@ def verify_splice(old: Windows, result: Path, decide: Decide) -> None:
     Keys and their order, the bytes of what stays, the members of what is edited: by what the two files say, not by how
     one was made from the other.
     """
-    _forget(result)
-    new = TarPass(result)
+    _drop_page_cache(result)
+    new = TarScan(result)
     theirs = ((window, span) for window in new.windows() for span in window.spans)
     foreign_in, foreign_out = xxhash.xxh3_128(), xxhash.xxh3_128()
 
@@ -252,8 +252,8 @@ def verify_splice(old: Windows, result: Path, decide: Decide) -> None:
     for window in old.windows():
         for span in window.spans:
             _add(foreign_in, window, span.foreign)
-            fate = decide(span) if span.key else Fate.LEFT_OUT
-            if fate is Fate.LEFT_OUT:
+            fate = decide(span) if span.key else Action.DROP
+            if fate is Action.DROP:
                 continue
             for key in fate.keys if isinstance(fate, Copies) else (span.key,):
                 found = next_with_key()
@@ -271,7 +271,7 @@ def verify_splice(old: Windows, result: Path, decide: Decide) -> None:
 
 def _is_not(old: Window, span: SampleSpan, new: Window, found: SampleSpan, fate: Decision) -> str | None:
     """How a sample of the result is not what was decided."""
-    if isinstance(fate, Fate):
+    if isinstance(fate, Action):
         same = _digest(old, span.members) == _digest(new, found.members)
         return None if same else f"{found.key} should be as it was"
     edit = fate.edit if isinstance(fate, Copies) else fate
@@ -279,7 +279,7 @@ def _is_not(old: Window, span: SampleSpan, new: Window, found: SampleSpan, fate:
     return None if what is None else f"{found.key}: {what}"
 
 
-def _forget(path: Path) -> None:
+def _drop_page_cache(path: Path) -> None:
     """Have the kernel drop what it has of a file in memory, so that it is read from where it is stored."""
     with open(path, "rb") as file, contextlib.suppress(OSError):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -25,7 +25,7 @@ from curation.backends.caption.base import SquareImages
 from curation.caption.batching import ShapeGroups, caption_batch, find_batch_size, settled_batch_size
 from curation.caption.captioner import FAMILIES, MODELS, OutOfMemory, list_models, resolve
 from curation.errors import InfrastructureError, SampleError, UsageError
-from curation.models.batch_size import WorkingBatch
+from curation.models.batch_size import FittingBatchSize
 from tests.servers import ollama_stub
 
 pytest.importorskip("transformers")
@@ -327,14 +327,14 @@ def test_the_batch_is_halved_until_it_fits_and_the_size_is_remembered(
     batch = [inner.prepare(photo) for photo in photos]
     seeds = list(range(len(batch)))
     backend = Forgetful(inner, room=3)
-    memory = WorkingBatch(8, "cpu\0tiny", tmp_path)
+    memory = FittingBatchSize(8, "cpu\0tiny", tmp_path)
     assert caption_batch(backend, memory, batch, seeds) == inner.caption(batch, seeds)
     assert backend.calls == [8, 4, *[2] * 6]
     again = Forgetful(inner, room=3)
-    caption_batch(again, WorkingBatch(8, "cpu\0tiny", tmp_path), batch, seeds)
+    caption_batch(again, FittingBatchSize(8, "cpu\0tiny", tmp_path), batch, seeds)
     assert again.calls == [2] * 6, "another process knows it already"
     other = Forgetful(inner, room=9)
-    caption_batch(other, WorkingBatch(8, "cpu\0another", tmp_path), batch, seeds)
+    caption_batch(other, FittingBatchSize(8, "cpu\0another", tmp_path), batch, seeds)
     assert other.calls == [8, 4], "another model does not"
 
 
@@ -342,7 +342,7 @@ def test_one_image_that_does_not_fit_costs_its_own_row(tiny: Callable[..., Any],
     inner = tiny("florence2")
     batch = [inner.prepare(photo) for photo in photos]
     backend = Forgetful(inner, room=99, greedy=[batch[5]])
-    captions = caption_batch(backend, WorkingBatch(8, "cpu"), batch, [0] * len(batch))
+    captions = caption_batch(backend, FittingBatchSize(8, "cpu"), batch, [0] * len(batch))
     expected: list[Any] = inner.caption(batch, [0] * len(batch))
     wrong = captions.pop(5)
     del expected[5]
@@ -369,7 +369,7 @@ def test_real_allocation_failures_are_told_from_bugs(
 def test_an_empty_caption_is_none(tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     backend = tiny("qwen2-vl")
     monkeypatch.setattr(backend, "_texts", lambda *_: [" \n", " two words "])
-    first, second = caption_batch(backend, WorkingBatch(2, "cpu"), [backend.prepare(photos[0])] * 2, [0, 0])
+    first, second = caption_batch(backend, FittingBatchSize(2, "cpu"), [backend.prepare(photos[0])] * 2, [0, 0])
     assert isinstance(first, SampleError) and first.reason == "empty_caption"
     assert second == "two words"
 
@@ -570,7 +570,7 @@ def test_every_picture_gets_its_own_answer_from_any_server(api: str, photos: lis
 def test_a_picture_that_servers_refuse_costs_its_own_row(photos: list[Any]) -> None:
     with ollama_stub(api="openai") as port:
         backend = endpoint(port, prompt="E400")
-        refused, *_ = caption_batch(backend, WorkingBatch(4, "x"), [backend.prepare(photos[0])], [0])
+        refused, *_ = caption_batch(backend, FittingBatchSize(4, "x"), [backend.prepare(photos[0])], [0])
         assert isinstance(refused, SampleError) and refused.reason == "llm_bad_request"
 
 

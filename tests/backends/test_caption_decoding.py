@@ -19,9 +19,9 @@ from curation import backends
 from curation.backends.caption.decoding import NoRepeatedNgrams, padded_rows
 from curation.caption.batching import caption_batch
 from curation.caption.captioner import resolve
-from curation.caption.feed import Feed
+from curation.caption.feed import CaptionLoader
 from curation.errors import UsageError
-from curation.models.batch_size import WorkingBatch
+from curation.models.batch_size import FittingBatchSize
 
 pytest.importorskip("transformers")
 from tests.backends import tiny_captioners
@@ -215,12 +215,14 @@ def test_a_batch_that_cannot_be_allocated_is_halved(
     batch = [backend.prepare(photo) for photo in photos]
     expected = backend.caption(batch, [0] * 8)
     tried = with_room_for(backend, 3, monkeypatch, fail)
-    memory = WorkingBatch(8, "H100 80 GiB\0florence2", tmp_path)
+    memory = FittingBatchSize(8, "H100 80 GiB\0florence2", tmp_path)
     assert caption_batch(backend, memory, batch, [0] * 8) == expected
     assert tried == [8, 4, 2, 2, 2, 2]
-    assert caption_batch(backend, WorkingBatch(8, "H100 80 GiB\0florence2", tmp_path), batch, [0] * 8) == expected
+    assert caption_batch(backend, FittingBatchSize(8, "H100 80 GiB\0florence2", tmp_path), batch, [0] * 8) == expected
     assert tried[6:] == [2, 2, 2, 2], "the next process knows it"
-    assert WorkingBatch(8, "A100 40 GiB\0florence2", tmp_path).limit(*batch[0].shape) == 8, "for that kind of GPU only"
+    assert FittingBatchSize(8, "A100 40 GiB\0florence2", tmp_path).limit(*batch[0].shape) == 8, (
+        "for that kind of GPU only"
+    )
 
 
 def test_the_batch_size_that_is_found_fits_and_is_found_once_for_a_device_and_model(
@@ -228,7 +230,7 @@ def test_the_batch_size_that_is_found_fits_and_is_found_once_for_a_device_and_mo
 ) -> None:
     backend = load(folder("florence2"))
     tried = with_room_for(backend, 6, monkeypatch)
-    feeds = [Feed(backend, 1) for _ in range(3)]
+    feeds = [CaptionLoader(backend, 1) for _ in range(3)]
     size = feeds[0].found_batch_size(tmp_path, "H100\0florence2", SHARD)
     assert size in (1, 2, 4) and tried[:2] == [1, 1]
     count = len(tried)

@@ -21,7 +21,7 @@ from curation.backends.generate.presets import DEFAULT_MODEL, PRESETS, Preset, p
 from curation.backends.generate.tiny import build_atomically, build_embedded, embedded_source, save_tiny_sd
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.generate.batches import seed_of
-from curation.models.batch_size import WorkingBatch, is_out_of_memory
+from curation.models.batch_size import FittingBatchSize, is_out_of_memory
 from curation.models.hub_cache import ModelSource, public_name, resolve
 from tests.backends.tiny_pipelines import BUILDERS, save_sd_with_safety_checker
 
@@ -164,7 +164,7 @@ def test_the_working_size_is_remembered_by_the_next_process(tiny: Callable[[str]
     assert open_backend(tiny("tiny-sdxl-turbo"), batch_size=8, remember_in=tmp_path).batch.limit(SIDE, SIDE) == 8
     for file in tmp_path.iterdir():
         file.write_bytes(b'{"batch_size": "four"}')
-    assert WorkingBatch(8, "cpu", tmp_path).limit(SIDE, SIDE) == 8, "a damaged record counts for nothing"
+    assert FittingBatchSize(8, "cpu", tmp_path).limit(SIDE, SIDE) == 8, "a damaged record counts for nothing"
 
 
 def test_one_picture_that_does_not_fit_ends_the_run(tiny: Callable[[str], Path]) -> None:

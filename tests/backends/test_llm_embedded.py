@@ -22,7 +22,7 @@ from curation.errors import InfrastructureError
 from curation.rewrite.groups import read_groups
 from curation.rewrite.prompts import completion_request, judge, opening
 from curation.serving.pool import EndpointPool
-from curation.serving.wire import WIRES, Request, Session, detect_api
+from curation.serving.wire import SERVER_APIS, Request, Session, detect_api
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,7 +205,7 @@ def test_an_independent_ollama_server(server: Backend, tmp_path: Path) -> None:
     with ollama_proxy(server, tmp_path) as url:
         with Session() as session:
             assert detect_api(session, url, 10.0) == "ollama"
-            WIRES["ollama"].load(session, url, "tulu3:fairclip", 4096, 120.0)
+            SERVER_APIS["ollama"].load(session, url, "tulu3:fairclip", 4096, 120.0)
         pool = EndpointPool([url], "tulu3:fairclip", timeout_s=120.0)
         pool.open()
         reply = pool.ask(Request(user="Say hello.", max_tokens=8, temperature=0.0))

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from curation.caption.batching import ShapeGroups
-from curation.caption.feed import Feed, Picture
-from curation.tar.samples import TarReport, TarWriter
+from curation.caption.feed import CaptionLoader, Picture
+from curation.tar.samples import TarWriter
+from curation.tar.scan import TarReport
 
 IMAGES, BOUND = 240, 2_000_000
 
@@ -113,14 +114,14 @@ def gather(
     shard: Path, backend: Arrays, threads: int, begin: Callable[[Picture], None] = lambda _: None, **bounds: int
 ) -> tuple[Plan, dict[str, dict[str, Any]]]:
     """Keys of each batch, and the record of each picture.  A batch is let go when the next is asked for."""
-    feed = Feed(backend, threads, **bounds)
+    feed = CaptionLoader(backend, threads, **bounds)
     plan, records = [], {}
     pictures = feed.pictures(shard, Quiet(), TarReport(), None, begin, 16)
     for batch in feed.batches(pictures, 16, []):
         plan.append([picture.key for picture in batch.pictures])
         for picture in batch.pictures:
             records[picture.key] = json.loads(picture.outcome("a", batch.mark))
-            picture.let_go()
+            picture.cancel()
     feed.close()
     return plan, records
 

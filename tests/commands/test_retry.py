@@ -112,14 +112,14 @@ def test_three_failures_are_quarantined_until_they_are_named(
 def test_a_shard_in_work_is_left(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """Its worker would lose the commit to this one."""
     claims = Claims(place.out / "_claims" / "toy")
-    claim = claims.take("00000", "00000001")
+    claim = claims.acquire("00000", "00000001")
     assert claim is not None
     try:
         assert retry(place) == 0
         assert "1 left: a worker has a claim" in capsys.readouterr().out
         assert statuses(place) == "dfrr"
     finally:
-        claims.give_back(claim)
+        claims.release(claim)
 
 
 def test_a_claim_of_a_process_that_is_gone_is_no_obstacle(place: Place) -> None:

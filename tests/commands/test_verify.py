@@ -28,7 +28,8 @@ from curation.__main__ import main
 from curation.commands.fsck.shard import REMEDIES as FSCK_REMEDIES
 from curation.commands.verify.shard import REMEDIES
 from curation.storage.files import fast_digest, manifest_line, write_manifest
-from curation.tar.samples import TarPass, TarWriter, read_samples
+from curation.tar.samples import TarWriter, read_samples
+from curation.tar.scan import TarScan
 from tests.pipeline import ROOT, Undisturbed, copy_tree
 
 SHARD = "00000004"  # with three edits
@@ -663,7 +664,7 @@ def test_every_kind_of_finding_has_its_remedy() -> None:
 def test_the_proof_foretells_a_sample_of_several_images(tmp_path: Path) -> None:
     """By another road than the code that writes: what is foretold is what stage 04 makes of odd samples."""
     from curation.commands.verify.prove import prove
-    from curation.tar.splice import Edit, Fate, splice
+    from curation.tar.splice import Action, Edit, splice
 
     def tar_of(*names: str) -> bytes:
         file = io.BytesIO()
@@ -698,13 +699,13 @@ def test_the_proof_foretells_a_sample_of_several_images(tmp_path: Path) -> None:
     for gone in (set(), {"c"}):
         target = Target()
 
-        def fate(span: Any, gone: set[str] = gone) -> Edit | Fate:
-            return edit if span.key in edited else Fate.LEFT_OUT if span.key in gone else Fate.STAYS
+        def fate(span: Any, gone: set[str] = gone) -> Edit | Action:
+            return edit if span.key in edited else Action.DROP if span.key in gone else Action.KEEP
 
         def expect(span: Any, gone: set[str] = gone) -> Edit | bool:
             return edit if span.key in edited else span.key not in gone
 
-        for _ in splice(TarPass(source), target, fate):
+        for _ in splice(TarScan(source), target, fate):
             pass
         result.write_bytes(target.data)
         proof = prove(source, result, expect, lambda *_: None)

@@ -17,9 +17,9 @@ import pytest
 from curation.errors import InfrastructureError, ShardError
 from curation.extract import feed as feed_module
 from curation.extract import worker
-from curation.extract.feed import MAX_SLOTS, WANTED, Feed, FeedSample, feed_sample
+from curation.extract.feed import MAX_SLOTS, WANTED, ExtractLoader, FeedSample, feed_sample
 from curation.extract.plugins import load_plugin
-from curation.extract.worker import Layout
+from curation.extract.worker import SlotLayout
 from curation.images import decode_rgb
 from curation.tar.samples import TarWriter, read_samples
 from tests.stages.test_stage_05_recaption import noise, plain
@@ -40,9 +40,9 @@ def stub_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def feed(stub_log: Path) -> Iterator[Feed]:
+def feed(stub_log: Path) -> Iterator[ExtractLoader]:
     """One for all tests, as a process of the stage has one for all its shards."""
-    made = Feed(PREPARATIONS, 8, 2, PLUGIN)
+    made = ExtractLoader(PREPARATIONS, 8, 2, PLUGIN)
     yield made
     made.close()
 
@@ -61,7 +61,7 @@ def shard_of(path: Path, pictures: dict[str, bytes]) -> Path:
     return path
 
 
-def collect(feed: Feed, source: Path, done: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+def collect(feed: ExtractLoader, source: Path, done: tuple[int, ...] = ()) -> list[dict[str, Any]]:
     """One entry per sample: its batch, what it prepared, what became of it."""
     found: list[dict[str, Any]] = []
     with feed.batches(samples_of(source), lambda number: number in done) as take:
@@ -77,7 +77,7 @@ def collect(feed: Feed, source: Path, done: tuple[int, ...] = ()) -> list[dict[s
     return found
 
 
-def test_samples_come_in_order_with_what_was_prepared_of_each(feed: Feed) -> None:
+def test_samples_come_in_order_with_what_was_prepared_of_each(feed: ExtractLoader) -> None:
     found = collect(feed, SHARD)
     samples = list(read_samples(SHARD))
     assert [entry["key"] for entry in found] == [sample.key for sample in samples]
@@ -94,27 +94,27 @@ def test_samples_come_in_order_with_what_was_prepared_of_each(feed: Feed) -> Non
 def test_how_many_processes_changes_nothing_but_the_batch_size_cuts(stub_log: Path) -> None:
     results = []
     for processes, batch_size in ((1, 8), (3, 8), (2, 5)):
-        feed = Feed(PREPARATIONS, batch_size, processes, PLUGIN)
+        feed = ExtractLoader(PREPARATIONS, batch_size, processes, PLUGIN)
         results.append([(e["key"], e["crop"].tobytes(), e["words"].tobytes()) for e in collect(feed, SHARD)])
         feed.close()
     assert results[0] == results[1] == results[2]
 
 
-def test_batches_that_are_done_are_not_prepared_again(feed: Feed, stub_log: Path) -> None:
+def test_batches_that_are_done_are_not_prepared_again(feed: ExtractLoader, stub_log: Path) -> None:
     stub_log.write_text("")
     found = collect(feed, SHARD, done=(0, 1))
     assert len(found) == 20
     assert stub_log.read_text().count("crop") == 4
 
 
-def test_one_feed_serves_shard_after_shard(feed: Feed) -> None:
+def test_one_feed_serves_shard_after_shard(feed: ExtractLoader) -> None:
     first = collect(feed, SHARD)
     for _ in range(3):
         again = collect(feed, SHARD)
     assert [e["crop"].tobytes() for e in first] == [e["crop"].tobytes() for e in again]
 
 
-def test_a_picture_that_kills_its_process_costs_that_sample_alone(feed: Feed, tmp_path: Path) -> None:
+def test_a_picture_that_kills_its_process_costs_that_sample_alone(feed: ExtractLoader, tmp_path: Path) -> None:
     pictures = {f"{i:02d}": noise(i) for i in range(20)} | {"07": plain(stub.CRASHES), "13": plain(stub.CRASHES)}
     source = shard_of(tmp_path / "0.tar", dict(sorted(pictures.items())))
     found = {entry["key"]: entry for entry in collect(feed, source)}
@@ -128,14 +128,16 @@ def test_a_picture_that_kills_its_process_costs_that_sample_alone(feed: Feed, tm
             assert (entry["crop"] == stub.Crop()(decode_rgb(pictures[key]))).all()
 
 
-def test_a_process_that_is_killed_by_something_else_costs_nothing(feed: Feed, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_by_something_else_costs_nothing(feed: ExtractLoader, tmp_path: Path) -> None:
     source = shard_of(tmp_path / "0.tar", {"a": noise(1), "b": plain(stub.DIES_ONCE), "c": noise(2)})
     found = collect(feed, source)
     assert [entry["outcome"].broken for entry in found] == [None] * 3
     assert (found[1]["crop"] == stub.DIES_ONCE).all()
 
 
-def test_a_picture_on_which_its_process_hangs(feed: Feed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_on_which_its_process_hangs(
+    feed: ExtractLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker, "REPLY_S", 1.0)
     source = shard_of(tmp_path / "0.tar", {"a": noise(1), "b": plain(stub.HANGS)})
     began = time.monotonic()
@@ -144,7 +146,7 @@ def test_a_picture_on_which_its_process_hangs(feed: Feed, tmp_path: Path, monkey
     assert outcomes[0].broken is None and outcomes[1].broken[0] == "decode_timeout"
 
 
-def test_what_preparations_raise_is_the_samples_affair(feed: Feed, tmp_path: Path) -> None:
+def test_what_preparations_raise_is_the_samples_affair(feed: ExtractLoader, tmp_path: Path) -> None:
     source = shard_of(
         tmp_path / "0.tar", {"a": noise(1), "b": plain(stub.RAISES), "c": plain(stub.REFUSED), "d": b"no picture"}
     )
@@ -153,7 +155,7 @@ def test_what_preparations_raise_is_the_samples_affair(feed: Feed, tmp_path: Pat
     assert found["c"] == ("refused", "nine of each") and found["d"][0] == "undecodable"
 
 
-def test_an_unreadable_picture_leaves_no_trace_of_an_earlier_batch(feed: Feed, tmp_path: Path) -> None:
+def test_an_unreadable_picture_leaves_no_trace_of_an_earlier_batch(feed: ExtractLoader, tmp_path: Path) -> None:
     collect(feed, SHARD)
     source = shard_of(tmp_path / "0.tar", {f"{i}": b"no picture" for i in range(8)})
     for entry in collect(feed, source):
@@ -161,7 +163,7 @@ def test_an_unreadable_picture_leaves_no_trace_of_an_earlier_batch(feed: Feed, t
         assert entry["words"].any(), "its caption is prepared all the same"
 
 
-def test_a_shard_that_breaks_off_gives_its_memory_back(feed: Feed, tmp_path: Path) -> None:
+def test_a_shard_that_breaks_off_gives_its_memory_back(feed: ExtractLoader, tmp_path: Path) -> None:
     def broken() -> Iterator[FeedSample]:
         yield from list(samples_of(SHARD))[:19]
         raise ShardError("the disk is gone")
@@ -176,7 +178,9 @@ def test_a_shard_that_breaks_off_gives_its_memory_back(feed: Feed, tmp_path: Pat
     assert len(collect(feed, SHARD)) == 20
 
 
-def test_the_next_shard_is_prepared_while_this_one_is_taken_and_comes_after_it(feed: Feed, stub_log: Path) -> None:
+def test_the_next_shard_is_prepared_while_this_one_is_taken_and_comes_after_it(
+    feed: ExtractLoader, stub_log: Path
+) -> None:
     """Even where the second has more batches than there are slots, and one of three is given up."""
     order: list[tuple[str, int]] = []
     other = ROOT / "examples/shards/00000001.tar"
@@ -206,7 +210,7 @@ def test_few_images_are_in_memory_and_a_large_one_goes_alone(tmp_path: Path, mon
     monkeypatch.setattr(feed_module, "MAX_BYTES_AHEAD", 5000)
     pictures = {f"{i}": noise(i, (48 + 30 * (i == 4), 32)) for i in range(9)}
     assert 2500 < len(pictures["0"]) < 5000 < len(pictures["4"])
-    feed = Feed(PREPARATIONS, 8, 2, PLUGIN)
+    feed = ExtractLoader(PREPARATIONS, 8, 2, PLUGIN)
     assert len(collect(feed, shard_of(tmp_path / "0.tar", pictures))) == 9
     feed.close()
 
@@ -214,7 +218,7 @@ def test_few_images_are_in_memory_and_a_large_one_goes_alone(tmp_path: Path, mon
 def test_preparations_that_cannot_be_started_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text("import sys\nif sys.flags.safe_path: raise ImportError('no such library')\n")
-    feed = Feed(PREPARATIONS, 8, 1, str(plugin))
+    feed = ExtractLoader(PREPARATIONS, 8, 1, str(plugin))
     with pytest.raises(InfrastructureError, match="no such library"):
         collect(feed, SHARD)
     feed.close()
@@ -247,6 +251,6 @@ def _is_zombie(pid: int) -> bool:
 
 
 def test_the_memory_of_a_batch_is_as_large_as_its_arrays() -> None:
-    layout = Layout.of(PREPARATIONS, 512)
+    layout = SlotLayout.of(PREPARATIONS, 512)
     assert layout.places[2] is None
     assert layout.slot_bytes == 512 * 192 + 512 * 32

@@ -1,7 +1,7 @@
 """A model of the commit protocol, one step a file operation.
 
-The steps are those of ``publish.Commit``, ``leftovers.Leftovers``, ``superseded`` and ``attempt.Attempts``, in their
-order; test_commit_lockstep runs those beside this model.  commit_search goes through all that can happen.
+The steps are those of ``run.commit``, ``run.attempt`` and ``storage.files``, in their order; test_commit_lockstep runs
+those beside this model.  commit_search goes through all that can happen.
 """
 
 from __future__ import annotations

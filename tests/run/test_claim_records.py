@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.run.claims import MAX_SHOWN, Claims, Death, Holder, beat_content, parse_beat, parse_claim, read_claim
+from curation.run.claims import (
+    MAX_SHOWN,
+    ClaimRecord,
+    Claims,
+    LostAttempt,
+    beat_content,
+    parse_beat,
+    parse_claim,
+    read_claim,
+)
 
 GOOD: dict[str, Any] = {
     "format": 1, "token": "a1", "beat": "b2", "host": "node7", "boot": "boot", "pid_namespace": "pid:[1]", "pid": 77,
@@ -30,7 +39,7 @@ def test_a_claim_says_who_and_since_when(tmp_path: Path, monkeypatch: pytest.Mon
     for name, value in (("JOB_ID", "41"), ("ARRAY_JOB_ID", "40"), ("ARRAY_TASK_ID", "2"), ("ARRAY_TASK_COUNT", "3")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     before = time.time()
-    claim = Claims(tmp_path, lease_s=7).take("0", "1")
+    claim = Claims(tmp_path, lease_s=7).acquire("0", "1")
     assert claim is not None
     record = json.loads(claim.path.read_bytes())
     assert record["format"] == 1
@@ -64,11 +73,14 @@ def test_a_good_one_is_not_found_fault_with() -> None:
     holder = parse_claim(json.dumps(GOOD).encode())
     assert holder.trouble == ""
     assert holder.predecessors == ("c3",)
-    assert holder.died(alone=True) == (Death("c3", "node6", 5, {}), Death("a1", "node7", 77, {"job_id": "9"}, True))
+    assert holder.died(alone=True) == (
+        LostAttempt("c3", "node6", 5, {}),
+        LostAttempt("a1", "node7", 77, {"job_id": "9"}, True),
+    )
 
 
 def test_one_that_is_not_written_yet_is_no_trouble() -> None:
-    assert parse_claim(b"") == Holder()
+    assert parse_claim(b"") == ClaimRecord()
 
 
 @given(st.dictionaries(st.sampled_from([*GOOD, "x"]), json_values) | json_values)
@@ -111,12 +123,12 @@ def test_the_file_follows_the_work(tmp_path: Path) -> None:
         return parse_beat(path.read_bytes())[1]
 
     assert told() == {}
-    claim = claims.take("0", "00000001")
+    claim = claims.acquire("0", "00000001")
     assert claim is not None
     heart.progress("00000001", 5)
     heart.progress("00000001", 2)
     heart.progress("00000009", 2)
     heart.progress()
     assert told() == {"00000001": 7}
-    claims.give_back(claim)
+    claims.release(claim)
     assert told() == {}

@@ -55,10 +55,10 @@ class Host:
         self._patch = monkeypatch
         self.claims.heartbeat._beat()
 
-    def take(self, shard: str = "1") -> Claim | None:
+    def acquire(self, shard: str = "1") -> Claim | None:
         with self._patch.context() as patch:
             patch.setattr(module, "host_identity", lambda: self._identity)
-            return self.claims.take(BUCKET, shard)
+            return self.claims.acquire(BUCKET, shard)
 
     def beat(self) -> None:
         self.claims.heartbeat._beat()
@@ -78,88 +78,88 @@ def record(claim: Claim) -> dict[str, Any]:
 
 def test_one_holds_it_until_it_is_given_back(host: Callable[[], Host]) -> None:
     a, b = host(), host()
-    mine = a.take()
+    mine = a.acquire()
     assert mine is not None
     assert mine.predecessors == []
-    assert b.take() is None
-    assert a.take() is None, "not twice by the same process either"
+    assert b.acquire() is None
+    assert a.acquire() is None, "not twice by the same process either"
     assert a.claims.holds(mine)
-    a.claims.give_back(mine)
+    a.claims.release(mine)
     assert not mine.path.exists()
-    theirs = b.take()
+    theirs = b.acquire()
     assert theirs is not None
     assert theirs.token != mine.token
     assert theirs.predecessors == [], "who gave it back has cleared up behind himself"
     assert not a.claims.holds(mine)
-    a.claims.give_back(mine)
+    a.claims.release(mine)
     assert b.claims.holds(theirs), "a claim that others hold is not given back"
 
 
 def test_a_silent_holder_loses_it_after_a_lease_of_the_observers_clock(host: Callable[[], Host], clock: Clock) -> None:
     a, b = host(), host()
-    mine = a.take()
+    mine = a.acquire()
     assert mine is not None
     clock.now += 10 * LEASE_S  # however long ago it was made: b has only begun to look
-    assert b.take() is None
+    assert b.acquire() is None
     clock.now += LEASE_S - 1
-    assert b.take() is None
+    assert b.acquire() is None
     clock.now += 1
-    theirs = b.take()
+    theirs = b.acquire()
     assert theirs is not None
     assert theirs.predecessors == [mine.token]
-    assert theirs.buried is None, "presumed dead, not known to be"
+    assert theirs.confirmed_dead is None, "presumed dead, not known to be"
     assert not a.claims.holds(mine)
 
 
 def test_a_holder_that_beats_is_never_robbed(host: Callable[[], Host], clock: Clock) -> None:
     a, b = host(), host()
-    mine = a.take()
+    mine = a.acquire()
     assert mine is not None
     for _ in range(20):
-        assert b.take() is None
+        assert b.acquire() is None
         clock.now += LEASE_S * 0.9
         a.beat()
-    assert b.take() is None
+    assert b.acquire() is None
     assert a.claims.holds(mine)
 
 
 def test_file_times_count_for_nothing(host: Callable[[], Host], clock: Clock, folder: Path) -> None:
     a, b = host(), host()
-    mine = a.take()
+    mine = a.acquire()
     assert mine is not None
     for path in [mine.path, *(folder / "_beats").iterdir()]:
         os.utime(path, (0, 0))
-    assert b.take() is None
+    assert b.acquire() is None
     clock.now += LEASE_S * 0.9
     a.beat()
     for path in [mine.path, *(folder / "_beats").iterdir()]:
         os.utime(path, (0, 0))
     clock.now += LEASE_S * 0.9
-    assert b.take() is None
+    assert b.acquire() is None
 
 
 def test_all_claims_of_a_dead_process_expire_together(host: Callable[[], Host], clock: Clock) -> None:
     a, b = host(), host()
-    assert all(a.take(str(n)) for n in range(5))
-    assert b.take("0") is None
+    assert all(a.acquire(str(n)) for n in range(5))
+    assert b.acquire("0") is None
     clock.now += LEASE_S
-    assert all(b.take(str(n)) for n in range(5)), "each would cost a lease of waiting otherwise"
+    assert all(b.acquire(str(n)) for n in range(5)), "each would cost a lease of waiting otherwise"
 
 
 def test_a_holder_whose_heartbeat_file_went_away_is_no_sooner_dead(
     host: Callable[[], Host], clock: Clock, folder: Path
 ) -> None:
     a, b = host(), host()
-    assert a.take()
-    assert b.take() is None
+    assert a.acquire()
+    assert b.acquire() is None
     clock.now += LEASE_S / 2
     (folder / "_beats" / a.claims.heartbeat.name).unlink()
-    assert b.take() is None
+    assert b.acquire() is None
     a.beat()
     clock.now += LEASE_S / 2
-    assert b.take() is None, "it beat again"
+    assert b.acquire() is None, "it beat again"
     clock.now += LEASE_S
-    assert b.take() is not None
+    assert b.acquire() is not None
 
 
 def test_a_claim_without_a_word_expires_like_a_dead_one(host: Callable[[], Host], clock: Clock, folder: Path) -> None:
@@ -168,9 +168,9 @@ def test_a_claim_without_a_word_expires_like_a_dead_one(host: Callable[[], Host]
     path.parent.mkdir(parents=True)
     path.touch()
     b = host()
-    assert b.take() is None
+    assert b.acquire() is None
     clock.now += LEASE_S
-    theirs = b.take()
+    theirs = b.acquire()
     assert theirs is not None
     assert theirs.predecessors == []
 
@@ -182,23 +182,23 @@ def test_an_empty_claim_is_not_taken_for_an_earlier_empty_one(
     path = folder / BUCKET / "1.claim"
     path.parent.mkdir(parents=True)
     path.touch()
-    assert b.take() is None
+    assert b.acquire() is None
     path.unlink()
-    assert a.take()
-    assert b.take() is None
+    assert a.acquire()
+    assert b.acquire() is None
     clock.now += LEASE_S * 2
     path.write_bytes(b"")  # a third is just about to write its own
-    assert b.take() is None
+    assert b.acquire() is None
 
 
 def test_takers_pass_on_the_tokens_of_those_before(host: Callable[[], Host], clock: Clock) -> None:
     tokens = []
     for number in range(20):
         taker = host()
-        claim = taker.take()
+        claim = taker.acquire()
         if claim is None:
             clock.now += LEASE_S
-            claim = taker.take()
+            claim = taker.acquire()
         assert claim is not None
         assert claim.predecessors == tokens[-16:]
         assert record(claim)["predecessors"] == claim.predecessors
@@ -211,9 +211,9 @@ def test_a_live_claim_made_meanwhile_is_put_back(
 ) -> None:
     """Between a taker's look and its rename, another taker took the shard: its claim must stand."""
     a, b, c = host(), host(), host()
-    assert a.take()
-    assert b.take() is None
-    assert c.take() is None
+    assert a.acquire()
+    assert b.acquire() is None
+    assert c.acquire() is None
     clock.now += LEASE_S
     theirs: list[Claim | None] = []
     rename = os.rename
@@ -222,11 +222,11 @@ def test_a_live_claim_made_meanwhile_is_put_back(
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", rename)
             if not theirs:
-                theirs.append(c.take())
+                theirs.append(c.acquire())
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", slow)
-    assert b.take() is None
+    assert b.acquire() is None
     assert theirs[0] is not None
     c.beat()
     assert c.claims.holds(theirs[0])
@@ -235,10 +235,10 @@ def test_a_live_claim_made_meanwhile_is_put_back(
 
 def test_what_a_dead_process_leaves_is_cleared_away(host: Callable[[], Host], clock: Clock, folder: Path) -> None:
     a, b = host(), host()
-    assert a.take()
-    assert b.take() is None
+    assert a.acquire()
+    assert b.acquire() is None
     clock.now += LEASE_S
-    claim = b.take()
+    claim = b.acquire()
     assert claim is not None
     assert [p.name for p in (folder / BUCKET).iterdir()] == ["1.claim"]
     assert [p.name for p in (folder / "_beats").iterdir()] == [b.claims.heartbeat.name]
@@ -247,7 +247,7 @@ def test_what_a_dead_process_leaves_is_cleared_away(host: Callable[[], Host], cl
 def test_left_behind_is_one_listing(host: Callable[[], Host], folder: Path) -> None:
     a, b = host(), host()
     assert not b.claims.left_behind(BUCKET, "1")
-    assert a.take()
+    assert a.acquire()
     assert not b.claims.left_behind(BUCKET, "1"), "as it was when b first looked"
     assert host().claims.left_behind(BUCKET, "1")
 
@@ -257,7 +257,7 @@ def test_left_behind_is_one_listing(host: Callable[[], Host], folder: Path) -> N
 
 def test_who_has_not_beaten_for_a_lease_gives_up_before_the_commit(host: Callable[[], Host], clock: Clock) -> None:
     a = host()
-    mine = a.take()
+    mine = a.acquire()
     assert mine is not None
     clock.now += LEASE_S - 1
     assert a.claims.holds(mine)
@@ -297,7 +297,7 @@ def test_a_stalled_process_stops_beating_and_begins_again(folder: Path) -> None:
     try:
         time.sleep(1)
         assert eventually(lambda: claims.heartbeat.fresh), "without a claim there is nothing to stall on"
-        mine = claims.take(BUCKET, "1")
+        mine = claims.acquire(BUCKET, "1")
         assert mine is not None
         assert eventually(lambda: not claims.heartbeat.fresh)
         before = path.read_bytes()
@@ -307,7 +307,7 @@ def test_a_stalled_process_stops_beating_and_begins_again(folder: Path) -> None:
         claims.heartbeat.progress()
         assert eventually(lambda: path.read_bytes() != before)
         assert eventually(lambda: claims.holds(mine))
-        claims.give_back(mine)
+        claims.release(mine)
         assert eventually(lambda: time.monotonic() - claims.heartbeat._last_progress > 0.5)
         assert eventually(lambda: claims.heartbeat.fresh)
     finally:
@@ -334,24 +334,24 @@ def test_a_claim_that_was_ours_at_the_last_look_is_given_back_unread(
     a, b = host(), host()
     looks, read = [], module.read_claim
     monkeypatch.setattr(module, "read_claim", lambda path: looks.append(path) or read(path))  # type: ignore[func-returns-value]
-    first, second, third = a.take("1"), a.take("2"), a.take("3")
+    first, second, third = a.acquire("1"), a.acquire("2"), a.acquire("3")
     assert first and second and third
-    a.claims.give_back(first)
+    a.claims.release(first)
     assert looks == [first.path], "nobody has looked at it since it was made"
     assert a.claims.holds(second) and a.claims.holds(third)
     looks.clear()
     clock.now += LEASE_S / 2
     a.claims.heartbeat._beat()
     clock.now += LEASE_S / 2
-    a.claims.give_back(second)
+    a.claims.release(second)
     assert (looks, second.path.exists()) == ([], False)
-    assert b.take("3") is None
+    assert b.acquire("3") is None
     clock.now += LEASE_S + 1
-    taken = b.take("3")
+    taken = b.acquire("3")
     assert taken is not None and taken.predecessors == [third.token]
     a.claims.heartbeat._beat()  # the process was only asleep, and beats before it gives back
     assert a.claims.heartbeat.fresh
-    a.claims.give_back(third)
+    a.claims.release(third)
     b.claims.heartbeat._beat()
     assert b.claims.holds(taken), "what another has taken over is left alone"
 
@@ -359,15 +359,15 @@ def test_a_claim_that_was_ours_at_the_last_look_is_given_back_unread(
 def test_a_shard_that_others_held_and_gave_back_is_known(host: Callable[[], Host], clock: Clock) -> None:
     """Its checkpoints have names that no claim tells."""
     a, b = host(), host()
-    first = a.take("1")
-    assert first is not None and not first.given_back
-    assert b.take("1") is None
-    a.claims.give_back(first)
-    second = b.take("1")
-    assert second is not None and second.given_back and not second.predecessors
-    b.claims.give_back(second)
-    third = b.take("1")
-    assert third is not None and not third.given_back
+    first = a.acquire("1")
+    assert first is not None and not first.was_released
+    assert b.acquire("1") is None
+    a.claims.release(first)
+    second = b.acquire("1")
+    assert second is not None and second.was_released and not second.predecessors
+    b.claims.release(second)
+    third = b.acquire("1")
+    assert third is not None and not third.was_released
 
 
 def test_a_place_that_cannot_be_written_is_told_by_name(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_a_place_that_cannot_be_written_is_told_by_name(tmp_path: Path) -> None:
     (tmp_path / "ok").mkdir()
     (tmp_path / "ok" / BUCKET).touch()
     with pytest.raises(InfrastructureError, match=BUCKET):
-        claims.take(BUCKET, "1")
+        claims.acquire(BUCKET, "1")
 
 
 # ---- real processes on this machine
@@ -394,7 +394,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 won = {}
 for shard in shards:
-    claim = claims.take("0", shard)
+    claim = claims.acquire("0", shard)
     if claim is not None:
         won[shard] = [claim.token, claim.predecessors, claim.buried]
 print(json.dumps(won), flush=True)
@@ -473,10 +473,10 @@ def test_a_killed_process_loses_its_shards_at_once_and_to_one_taker(takers: Call
     won = race(others)
     assert time.monotonic() - began < 10, "not after a lease of 60 s"
     assert sorted(itertools.chain(*won)) == sorted(shards)
-    for shard, (token, predecessors, buried) in itertools.chain(*(w.items() for w in won)):
+    for shard, (token, predecessors, confirmed_dead) in itertools.chain(*(w.items() for w in won)):
         assert token != held[shard][0]
         # a rival's claim may have come and gone for an instant; the dead one's token is there or another has it
-        assert buried in (held[shard][0], None)
+        assert confirmed_dead in (held[shard][0], None)
         assert set(predecessors) <= {held[shard][0]}
     carried = sum(bool(predecessors) for _, predecessors, _ in itertools.chain(*(w.values() for w in won)))
     assert carried > 50
@@ -507,12 +507,12 @@ def test_another_boot_of_this_host_is_another_host(takers: Callable[..., list[Ta
 def test_a_pid_given_out_again_is_not_the_holder(folder: Path) -> None:
     claims = Claims(folder, 60)
     claims.heartbeat._beat()
-    first = claims.take(BUCKET, "1")
+    first = claims.acquire(BUCKET, "1")
     assert first is not None
     first.path.write_text(json.dumps(record(first) | {"pid_start": "1"}))
-    second = Claims(folder, 60).take(BUCKET, "1")
+    second = Claims(folder, 60).acquire(BUCKET, "1")
     assert second is not None
-    assert second.buried == first.token
+    assert second.confirmed_dead == first.token
 
 
 def test_a_dead_process_elsewhere_expires_in_real_time(takers: Callable[..., list[Taker]], folder: Path) -> None:
@@ -523,7 +523,7 @@ def test_a_dead_process_elsewhere_expires_in_real_time(takers: Callable[..., lis
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"host": "another"}))
     claims = Claims(folder, lease_s=0.5)
     began = time.monotonic()
-    assert eventually(lambda: claims.take(BUCKET, "1") is not None)
+    assert eventually(lambda: claims.acquire(BUCKET, "1") is not None)
     assert time.monotonic() - began >= 0.5
 
 
@@ -560,15 +560,15 @@ def test_a_claim_that_cannot_be_read_is_named_and_expires_by_the_lease(
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     b = host()
-    assert b.take() is None
+    assert b.acquire() is None
     assert not caplog.records, "it may just be being written"
     clock.now += LEASE_S - 1
-    assert b.take() is None
-    assert b.take() is None
+    assert b.acquire() is None
+    assert b.acquire() is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert str(path) in line
     clock.now += 1
-    assert b.take() is not None
+    assert b.acquire() is not None
 
 
 def test_one_of_a_later_version_that_beats_is_not_robbed(host: Callable[[], Host], clock: Clock, folder: Path) -> None:
@@ -579,44 +579,44 @@ def test_one_of_a_later_version_that_beats_is_not_robbed(host: Callable[[], Host
     b = host()
     for number in range(5):
         beat.write_bytes(b"%020d whatever it says" % number)
-        assert b.take() is None
+        assert b.acquire() is None
         clock.now += LEASE_S - 1
     clock.now += LEASE_S
-    assert b.take() is not None
+    assert b.acquire() is not None
 
 
 def test_what_a_heartbeat_says_behind_its_counter_does_not_keep_it_alive(
     host: Callable[[], Host], clock: Clock, folder: Path
 ) -> None:
     a, b = host(), host()
-    assert a.take()
-    assert b.take() is None
+    assert a.acquire()
+    assert b.acquire() is None
     clock.now += LEASE_S
     path = folder / "_beats" / a.claims.heartbeat.name
     path.write_bytes(path.read_bytes()[:20] + b' {"working": {"1": 5}}\n')
-    assert b.take() is not None
+    assert b.acquire() is not None
 
 
 def test_a_taker_knows_who_died_before(host: Callable[[], Host], clock: Clock) -> None:
     a, b, c = host(), host(), host()
-    first = a.take()
+    first = a.acquire()
     assert first is not None
     assert first.deaths == ()
-    b.take()
+    b.acquire()
     clock.now += LEASE_S
-    second = b.take()
+    second = b.acquire()
     assert second is not None
     assert [(death.token, death.host, death.alone) for death in second.deaths] == [(first.token, a._identity[0], False)]
     b.claims.mark_alone(second)
     b.beat()
-    c.take()
+    c.acquire()
     clock.now += LEASE_S
-    third = c.take()
+    third = c.acquire()
     assert third is not None
     assert [(death.token, death.alone) for death in third.deaths] == [(first.token, False), (second.token, True)]
     c.claims.mark_alone(third)
-    c.claims.give_back(third)
-    fourth = a.take()
+    c.claims.release(third)
+    fourth = a.acquire()
     assert fourth is not None
     assert fourth.deaths == (), "who gave it back was not killed by it"
     assert sorted(path.name for path in fourth.path.parent.iterdir()) == ["1.claim"]

@@ -23,8 +23,8 @@ import xxhash
 
 from curation.errors import InfrastructureError, LostClaim, ShardError
 from curation.run import commit
-from curation.run.commit import Commit, Leftovers
-from curation.storage.files import OutputFile, fast_digest, link_exclusively, read_record, temporary_name
+from curation.run.commit import Commit, StaleTempFiles
+from curation.storage.files import AtomicFile, fast_digest, link_exclusively, read_record, temporary_name
 
 SHARD = "00000007"
 GATES = ("link", "rename", "unlink", "open")
@@ -104,7 +104,7 @@ class World:
         generation = int(receipt["generation"]) + 1 if receipt else 1
         outputs = []
         for name in (f"{SHARD}.json", f"edits/{SHARD}.json"):
-            with OutputFile(self.root / name, token) as file:
+            with AtomicFile(self.root / name, token) as file:
                 file.write(f"{name} by {token}".encode() * (1 + token_number(token)))
             outputs.append(file)
         record = {
@@ -132,7 +132,7 @@ class World:
                 for file in outputs:
                     file.discard()
         places = [*(file.final for file in outputs), self.receipts / SHARD]
-        Leftovers().clear(places, token, dead)
+        StaleTempFiles().clear(places, token, dead)
         return "won"
 
     def check(self) -> None:
@@ -348,8 +348,8 @@ def test_one_attempt_dies_at_every_step_and_a_successor_finishes(gated: None, fo
 # ---- the same said one by one
 
 
-def prepare(world: World, token: str, generation: int, text: bytes) -> tuple[Commit, OutputFile, dict[str, Any]]:
-    with OutputFile(world.root / f"{SHARD}.json", token) as file:
+def prepare(world: World, token: str, generation: int, text: bytes) -> tuple[Commit, AtomicFile, dict[str, Any]]:
+    with AtomicFile(world.root / f"{SHARD}.json", token) as file:
         file.write(text)
     output = {"path": f"{SHARD}.json", "temporary": file.temporary.name, "size": file.size, "digest": file.digest}
     receipt = {"token": token, "generation": generation, "status": "done", "outputs": [output]}
@@ -475,7 +475,7 @@ def test_a_receipt_with_any_text_can_be_read_again(tmp_path: Path) -> None:
 
 def test_output_is_hashed_sized_and_hidden_until_the_commit(tmp_path: Path) -> None:
     final = tmp_path / "new" / "00000000.tar"
-    with OutputFile(final, "0123456789abcdef") as file:
+    with AtomicFile(final, "0123456789abcdef") as file:
         pieces = [b"a", bytearray(b"bc"), memoryview(b"d" * (3 << 20)), b"", b"e" * 100]
         for piece in pieces:
             assert file.write(piece) == len(piece)
@@ -490,7 +490,7 @@ def test_output_is_hashed_sized_and_hidden_until_the_commit(tmp_path: Path) -> N
 
 def test_output_that_an_error_cuts_short_goes_away(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ValueError, match="bad"), OutputFile(tmp_path / "x", "t"):
+    with pytest.raises(ValueError, match="bad"), AtomicFile(tmp_path / "x", "t"):
         raise ValueError("bad")
     assert not list(tmp_path.iterdir())
     assert len(os.listdir("/proc/self/fd")) == before
@@ -498,7 +498,7 @@ def test_output_that_an_error_cuts_short_goes_away(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
 def test_ones_own_file_gone_is_a_lost_claim(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = OutputFile(tmp_path / "x", "t")
+    file = AtomicFile(tmp_path / "x", "t")
     file.write(b"x")
 
     def gone(descriptor: int) -> None:
@@ -510,7 +510,7 @@ def test_ones_own_file_gone_is_a_lost_claim(tmp_path: Path, number: int, monkeyp
 
 
 def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
-    file = OutputFile(tmp_path / "x", "t")
+    file = AtomicFile(tmp_path / "x", "t")
     os.close(file._descriptor)
     file._descriptor = os.open("/dev/full", os.O_WRONLY)
     file.write(b"x")
@@ -522,11 +522,11 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
 def test_long_names(tmp_path: Path) -> None:
     """A name that fits must not fail for its temporary name's sake; one that does not must fail before the commit."""
     name = "k" * 251 + ".jpg"
-    with OutputFile(tmp_path / name, "0123456789abcdef") as file:
+    with AtomicFile(tmp_path / name, "0123456789abcdef") as file:
         file.write(b"x")
     os.rename(file.temporary, file.final)
     with pytest.raises(ShardError, match="too long"):
-        OutputFile(tmp_path / ("k" + name), "0123456789abcdef")
+        AtomicFile(tmp_path / ("k" + name), "0123456789abcdef")
 
 
 def test_links_are_exclusive_and_whole(tmp_path: Path) -> None:
@@ -567,7 +567,7 @@ def test_leftovers_of_others_go_and_ones_own_and_other_shards_stay(tmp_path: Pat
     go = [temporary_name(final.name, dead), temporary_name(long.name, dead)]
     for name in keep + go:
         (tmp_path / name).touch()
-    leftovers = Leftovers()
+    leftovers = StaleTempFiles()
     leftovers.look([final, long])
     go.append(temporary_name(final.name, late))  # of one that died after the look
     (tmp_path / go[-1]).touch()

@@ -25,9 +25,10 @@ from curation.options import RunOptions
 from curation.run import commit
 from curation.run.attempt import Attempts
 from curation.run.claims import Claim
-from curation.run.ledger import Input, Ledger, State
+from curation.run.inputs import Input
+from curation.run.ledger import Ledger, State
 from curation.run.progress import Progress, Tally
-from curation.run.runner import ShardWork
+from curation.run.work import ShardContext
 from curation.shards import Shard, bucket_of
 from tests.run.commit_disk import Disk, Op, Receipt
 from tests.run.commit_model import Attempt, Model, Rules
@@ -69,7 +70,7 @@ class Stage:
 
     def close(self) -> None: ...
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         work.sample_in()
         work.keep()
         for path in self._attempt.outputs:

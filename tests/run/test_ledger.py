@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from curation.errors import InfrastructureError, ShardError, UsageError
-from curation.run.ledger import Input, Ledger, done_receipts, receipts_of, stage_version, verify_inputs
-from curation.storage.files import OutputFile
+from curation.run.inputs import Input, receipts_of, stage_version, verify_inputs
+from curation.run.ledger import Ledger, done_receipts
+from curation.storage.files import AtomicFile
 from tests.run.toy_runs import Place
 
 SHARD = "00000012"
@@ -38,7 +39,7 @@ def publish(
     """One finished attempt at a shard."""
     state = made.state(shard, inputs or [], fresh=True)
     token = os.urandom(8).hex()
-    with OutputFile((folder or made.root) / f"{shard}.json", token) as file:
+    with AtomicFile((folder or made.root) / f"{shard}.json", token) as file:
         file.write(text.encode())
     output = {
         "path": os.path.relpath(file.final, made.root), "temporary": file.temporary.name, "size": file.size,
@@ -217,14 +218,14 @@ def test_a_subset_that_is_not_done_yet_is_left_to_its_options(tmp_path: Path) ->
 
 def test_an_older_run_stops_when_a_newer_one_takes_its_shards(tmp_path: Path) -> None:
     old = entered(tmp_path, seed=1)
-    old.insist_on_epoch(SHARD)
+    old.check_options_version(SHARD)
     entered(tmp_path, "r2", rerun=True, subset=["00000013"], seed=2)
-    old.insist_on_epoch(SHARD)
+    old.check_options_version(SHARD)
     with pytest.raises(InfrastructureError, match="this older run stops"):
-        old.insist_on_epoch("00000013")
+        old.check_options_version("00000013")
     entered(tmp_path, "r3", rerun=True, seed=3)
     with pytest.raises(InfrastructureError):
-        old.insist_on_epoch(SHARD)
+        old.check_options_version(SHARD)
 
 
 def test_an_epoch_that_is_none_is_not_overwritten(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from curation.run.commit import Commit, lie_about, remove_superseded
-from curation.storage.files import OutputFile, Published
+from curation.run.commit import Commit, has_obsolete_outputs, remove_obsolete
+from curation.storage.files import AtomicFile, Published
 from tests.run.toy_runs import Place
 
 SHARD = "00000001"
@@ -20,7 +20,7 @@ def publish(root: Path, token: str, generation: int, *paths: str, superseded: tu
     """A real commit of files that hold their attempt's token."""
     outputs = []
     for path in paths:
-        with OutputFile(root / path, token) as file:
+        with AtomicFile(root / path, token) as file:
             file.write(token.encode())
         outputs.append(Published(path, file.temporary.name, file.size, file.digest))
     receipt = {
@@ -60,7 +60,7 @@ def test_a_newer_receipts_file_of_the_same_name_is_put_back(tmp_path: Path) -> N
     mine = publish(tmp_path, "b", 2, "A", superseded=("B",))
     commit = Meanwhile(tmp_path, tmp_path / "_receipts", SHARD)
     commit.then = lambda: publish(tmp_path, "c", 3, "A", "B")
-    remove_superseded(tmp_path, commit, mine, "b")
+    remove_obsolete(tmp_path, commit, mine, "b")
     assert files(tmp_path) == {"A": "c", "B": "c"}
 
 
@@ -88,7 +88,7 @@ def test_what_a_newer_commit_under_way_has_put_there_is_put_back(
 
     commit = Meanwhile(tmp_path, tmp_path / "_receipts", SHARD)
     commit.then = half
-    remove_superseded(tmp_path, commit, mine, "b")
+    remove_obsolete(tmp_path, commit, mine, "b")
     assert files(tmp_path) == {"A": "c", "B": "c"}
     assert commit_of(tmp_path).finish_pending(2)
     assert files(tmp_path) == {"A": "c", "B": "c"}
@@ -99,7 +99,7 @@ def test_a_newer_receipt_that_does_not_name_it_either(tmp_path: Path) -> None:
     mine = publish(tmp_path, "b", 2, "A", superseded=("B",))
     commit = Meanwhile(tmp_path, tmp_path / "_receipts", SHARD)
     commit.then = lambda: publish(tmp_path, "c", 3, "A", superseded=("B",))
-    remove_superseded(tmp_path, commit, mine, "b")
+    remove_obsolete(tmp_path, commit, mine, "b")
     assert files(tmp_path) == {"A": "c"}
 
 
@@ -109,12 +109,12 @@ def test_what_the_dead_had_put_aside(tmp_path: Path) -> None:
     mine = publish(tmp_path, "b", 2, "A", superseded=("B", "C"))
     os.rename(tmp_path / "B", tmp_path / ".B.dead.old")
     (tmp_path / ".C.gone.old").write_text("x")
-    assert not lie_about(tmp_path, mine)
-    remove_superseded(tmp_path, commit_of(tmp_path), mine, "s", ["dead", "gone", "unheard-of"])
+    assert not has_obsolete_outputs(tmp_path, mine)
+    remove_obsolete(tmp_path, commit_of(tmp_path), mine, "s", ["dead", "gone", "unheard-of"])
     assert files(tmp_path) == {"A": "b"}
     newest = publish(tmp_path, "c", 3, "B", superseded=("A",))
-    assert lie_about(tmp_path, newest)
-    remove_superseded(tmp_path, commit_of(tmp_path), mine, "b", ["dead"])
+    assert has_obsolete_outputs(tmp_path, newest)
+    remove_obsolete(tmp_path, commit_of(tmp_path), mine, "b", ["dead"])
     assert files(tmp_path) == {"A": "b", "B": "c"}, "an older receipt is no reason to remove anything"
 
 

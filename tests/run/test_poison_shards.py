@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from curation.errors import ShardError, Stopped
-from curation.run.attempt import Room, fruitless, insist_on_innocence, is_suspect
-from curation.run.claims import Death
+from curation.run.attempt import Room, deaths_without_progress, fail_if_poison, is_poison
+from curation.run.claims import LostAttempt
 from tests.run.toy_runs import Place
 
 
@@ -95,24 +95,24 @@ def test_a_worker_that_is_asked_to_end_does_not_count(tmp_path: Path) -> None:
     assert finish(place.start()) == 0
 
 
-def deaths(*tokens: str, alone: str = "") -> list[Death]:
-    return [Death(token, "node1", 7, {}, token == alone) for token in tokens]
+def deaths(*tokens: str, alone: str = "") -> list[LostAttempt]:
+    return [LostAttempt(token, "node1", 7, {}, token == alone) for token in tokens]
 
 
 def test_only_the_last_in_a_row_without_fruit_count() -> None:
-    assert [d.token for d in fruitless(deaths("a", "b", "c", "d"), {"b"})] == ["c", "d"]
-    assert fruitless(deaths("a", "b"), {"b"}) == []
-    assert [d.token for d in fruitless(deaths("a", "", "b"), set())] == ["a", "b"], "one had not begun"
+    assert [d.token for d in deaths_without_progress(deaths("a", "b", "c", "d"), {"b"})] == ["c", "d"]
+    assert deaths_without_progress(deaths("a", "b"), {"b"}) == []
+    assert [d.token for d in deaths_without_progress(deaths("a", "", "b"), set())] == ["a", "b"], "one had not begun"
 
 
 def test_nobody_is_blamed_for_a_death_in_company() -> None:
-    insist_on_innocence("1", deaths("a", "b", "c", "d"))
-    insist_on_innocence("1", deaths("a", "b", alone="b"))
+    fail_if_poison("1", deaths("a", "b", "c", "d"))
+    fail_if_poison("1", deaths("a", "b", alone="b"))
     with pytest.raises(ShardError, match="3 workers died") as caught:
-        insist_on_innocence("1", deaths("a", "b", "c", alone="c"))
+        fail_if_poison("1", deaths("a", "b", "c", alone="c"))
     assert caught.value.reason == "workers_died"
-    assert not is_suspect(deaths("a"))
-    assert is_suspect(deaths("a", "b"))
+    assert not is_poison(deaths("a"))
+    assert is_poison(deaths("a", "b"))
 
 
 def test_one_is_alone_in_the_room() -> None:

@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, ShardError
 from curation.options import RunOptions, exit_code, parse_options
-from curation.run.runner import Follows, Input, ShardWork, run_stage
+from curation.run.follow import Follows
+from curation.run.inputs import Input
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.shards import Shard, discover
 
 
@@ -78,7 +81,7 @@ class Toy:
     def close(self) -> None:
         self._write_journal("close")
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         with self._lock:
             self._running += 1
             self._write_journal(f"begin {work.shard.id} running {self._running}")
@@ -88,7 +91,7 @@ class Toy:
             with self._lock:
                 self._running -= 1
 
-    def _process(self, work: ShardWork) -> None:
+    def _process(self, work: ShardContext) -> None:
         kept: list[bytes] = []
         log = work.partial() if self.options.checkpoint else None
         for number, line in enumerate(work.shard.path.read_text().splitlines()):
@@ -122,7 +125,7 @@ class Toy:
                 with work.output(self.options.more / f"{work.shard.id}.more") as file:
                     file.write(b"".join(kept))
 
-    def _go_wrong(self, line: str, work: ShardWork) -> None:
+    def _go_wrong(self, line: str, work: ShardContext) -> None:
         if line == "lose":
             return  # counted as in, and never again
         if line == "shard error":

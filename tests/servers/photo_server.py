@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from curation.tar.samples import IMAGE_SUFFIXES, read_samples
+from curation.tar.samples import read_samples
+from curation.tar.scan import IMAGE_SUFFIXES
 
 BOMB = gzip.compress(bytes(200 << 20), 9)  # 200 kB that inflate to 200 MiB
 ENDLESS = bytes(1 << 16)

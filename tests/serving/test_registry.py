@@ -18,7 +18,7 @@ import pytest
 
 from curation.errors import InfrastructureError
 from curation.serving.pool import EndpointPool
-from curation.serving.registry import EndpointFolder, FolderWatch, Registrar, Registration, parse_registration
+from curation.serving.registry import OwnRegistration, Registration, Registry, RegistryWatcher, parse_registration
 from curation.serving.wire import Request
 from tests.servers import ollama_stub
 from tests.serving.test_pool import MODEL, REPLIES, TEXTS, free_port, short_pauses  # noqa: F401 - a fixture for all
@@ -41,8 +41,8 @@ def said() -> Iterator[list[str]]:
     logger.setLevel(level)
 
 
-def registrar(folder: Path, port: int, model: str = MODEL) -> Registrar:
-    made = Registrar(folder, Registration(f"http://127.0.0.1:{port}", model, "ollama", "node1", 7))
+def registrar(folder: Path, port: int, model: str = MODEL) -> OwnRegistration:
+    made = OwnRegistration(folder, Registration(f"http://127.0.0.1:{port}", model, "ollama", "node1", 7))
     made.beat()
     return made
 
@@ -50,7 +50,7 @@ def registrar(folder: Path, port: int, model: str = MODEL) -> Registrar:
 @contextmanager
 def pool_on(folder: Path, **settings: float) -> Iterator[EndpointPool]:
     pool = EndpointPool([], MODEL, **settings)  # type: ignore[arg-type]
-    watch = FolderWatch(pool, EndpointFolder(folder)).start()
+    watch = RegistryWatcher(pool, Registry(folder)).start()
     yield pool
     watch.close()
 
@@ -128,7 +128,7 @@ def test_damaged_and_hostile_files_are_ignored_with_one_line_each(tmp_path: Path
     (tmp_path / "good.json").write_text(json.dumps(GOOD))
     (tmp_path / ".good.json").write_text(json.dumps({**GOOD, "url": "http://hidden:1"}))
     (tmp_path / "notes.txt").write_text("x")
-    folder = EndpointFolder(tmp_path)
+    folder = Registry(tmp_path)
     assert list(folder.read()) == ["http://gpu-1:11434"]
     assert list(folder.read()) == ["http://gpu-1:11434"]
     assert len(said) == len(bad) + 3
@@ -142,7 +142,7 @@ def test_more_files_than_a_folder_may_have(tmp_path: Path, said: list[str], monk
     monkeypatch.setattr("curation.serving.registry.MAX_SERVERS", 5)
     for number in range(9):
         (tmp_path / f"{number}.json").write_text(json.dumps({**GOOD, "url": f"http://h:{number + 1}"}))
-    folder = EndpointFolder(tmp_path)
+    folder = Registry(tmp_path)
     assert len(folder.read()) == len(folder.read()) == 5
     assert len(said) == 1
 
@@ -150,7 +150,7 @@ def test_more_files_than_a_folder_may_have(tmp_path: Path, said: list[str], monk
 def test_a_counter_that_stands_still_is_told_by_the_readers_own_clock(tmp_path: Path) -> None:
     """File times are set to the past and to the future: they mean nothing."""
     live, dead = registrar(tmp_path, 1), registrar(tmp_path, 2)
-    folder = EndpointFolder(tmp_path)
+    folder = Registry(tmp_path)
     folder.read()
     for _ in range(4):
         time.sleep(0.1)

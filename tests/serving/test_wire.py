@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from curation.errors import InfrastructureError, SampleError
 from curation.serving.wire import (
     MAX_REPLY_BYTES,
-    WIRES,
+    SERVER_APIS,
     EndpointError,
     ModelMissing,
     Reply,
@@ -84,7 +84,7 @@ def http(status: int, body: bytes, *headers: bytes) -> bytes:
 
 
 def test_ollama_bodies_always_bound_the_reply_and_never_stream() -> None:
-    path, body = WIRES["ollama"].body("m", CHAT)
+    path, body = SERVER_APIS["ollama"].body("m", CHAT)
     value = orjson.loads(body)
     assert path == "/api/chat"
     assert value == {
@@ -93,7 +93,7 @@ def test_ollama_bodies_always_bound_the_reply_and_never_stream() -> None:
         "messages": [{"role": "user", "content": "hello"}],
         "options": {"temperature": 0.5, "seed": 7, "num_ctx": 64, "num_predict": 9, "stop": ["\n"]},
     }
-    path, body = WIRES["ollama"].body("m", RAW)
+    path, body = SERVER_APIS["ollama"].body("m", RAW)
     value = orjson.loads(body)
     assert path == "/api/generate"
     assert value["raw"] is True and value["prompt"] == "once"
@@ -101,36 +101,36 @@ def test_ollama_bodies_always_bound_the_reply_and_never_stream() -> None:
 
 
 def test_openai_bodies() -> None:
-    path, body = WIRES["openai"].body("m", CHAT)
+    path, body = SERVER_APIS["openai"].body("m", CHAT)
     value = orjson.loads(body)
     assert path == "/v1/chat/completions"
     assert value["messages"] == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
     assert (value["max_tokens"], value["seed"], value["stream"], value["stop"]) == (9, 7, False, ["\n"])
-    path, body = WIRES["openai"].body("m", RAW)
+    path, body = SERVER_APIS["openai"].body("m", RAW)
     assert path == "/v1/completions"
     assert orjson.loads(body)["repeat_penalty"] == 1.1
 
 
 def test_a_system_prompt_of_ones_own_goes_to_either() -> None:
     own = Request(user="hello", system="be brief", default_system="be kind")
-    for wire in WIRES.values():
+    for wire in SERVER_APIS.values():
         assert orjson.loads(wire.body("m", own)[1])["messages"][0] == {"role": "system", "content": "be brief"}
 
 
 def test_a_picture_is_in_the_body_itself() -> None:
     asked = Request(user="what is this?", jpeg=b"\xff\xd8\xff")
-    (message,) = orjson.loads(WIRES["ollama"].body("m", asked)[1])["messages"]
+    (message,) = orjson.loads(SERVER_APIS["ollama"].body("m", asked)[1])["messages"]
     assert message == {"role": "user", "content": "what is this?", "images": ["/9j/"]}
-    (message,) = orjson.loads(WIRES["openai"].body("m", asked)[1])["messages"]
+    (message,) = orjson.loads(SERVER_APIS["openai"].body("m", asked)[1])["messages"]
     assert message["content"] == [
         {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,/9j/"}},
         {"type": "text", "text": "what is this?"},
     ]
 
 
-@pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
+@pytest.mark.parametrize("wire", SERVER_APIS.values(), ids=SERVER_APIS)
 def test_the_same_request_is_the_same_bytes(wire: object) -> None:
-    assert WIRES["ollama"].body("m", CHAT) == WIRES["ollama"].body("m", CHAT)
+    assert SERVER_APIS["ollama"].body("m", CHAT) == SERVER_APIS["ollama"].body("m", CHAT)
     assert wire.body("m", CHAT) == wire.body("m", CHAT)  # type: ignore[attr-defined]
 
 
@@ -138,7 +138,7 @@ def test_the_same_request_is_the_same_bytes(wire: object) -> None:
 
 
 def test_ollama_replies() -> None:
-    reply = WIRES["ollama"].reply
+    reply = SERVER_APIS["ollama"].reply
     assert reply(b'{"message":{"content":"hi"},"done":true,"done_reason":"stop"}') == Reply("hi")
     assert reply(b'{"response":"hi","done":true,"done_reason":"length"}') == Reply("hi", complete=False)
     streamed = b'{"message":{"content":"h"},"done":false}\n{"message":{"content":"i"},"done":true}\n'
@@ -150,7 +150,7 @@ def test_ollama_replies() -> None:
 
 
 def test_openai_replies() -> None:
-    reply = WIRES["openai"].reply
+    reply = SERVER_APIS["openai"].reply
     assert reply(b'{"choices":[{"message":{"content":"hi"},"finish_reason":"stop"}]}') == Reply("hi")
     assert reply(b'{"choices":[{"text":"hi","finish_reason":"length"}]}') == Reply("hi", complete=False)
     counted = b'{"choices":[{"text":"hi"}],"usage":{"prompt_tokens":42,"completion_tokens":3}}'
@@ -179,7 +179,7 @@ def test_openai_replies() -> None:
         b"\xff\xfe",
     ],
 )
-@pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
+@pytest.mark.parametrize("wire", SERVER_APIS.values(), ids=SERVER_APIS)
 def test_what_is_no_reply_is_the_servers_fault(wire: object, payload: bytes) -> None:
     with pytest.raises(EndpointError):
         wire.reply(payload)  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def test_what_is_no_reply_is_the_servers_fault(wire: object, payload: bytes) -> 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_else(payload: bytes) -> None:
-    for wire in WIRES.values():
+    for wire in SERVER_APIS.values():
         try:
             wire.reply(payload)
         except EndpointError:
@@ -322,19 +322,19 @@ def test_signs_of_life() -> None:
 def test_an_openai_server_without_the_model_names_those_it_has() -> None:
     listing = http(200, b'{"data":[{"id":"llama"},{"id":"tulu"}]}')
     with serving(listing) as url, Session() as session, pytest.raises(InfrastructureError, match="llama, tulu"):
-        WIRES["openai"].load(session, url, "m", 64, 5.0)
+        SERVER_APIS["openai"].load(session, url, "m", 64, 5.0)
 
 
 def test_an_openai_server_that_is_loading_is_waited_for() -> None:
     listing = http(200, b'{"data":[{"id":"m"}]}')
     with serving(http(503, b"Loading model"), listing) as url, Session() as session:
-        WIRES["openai"].load(session, url, "m", 64, 5.0)
+        SERVER_APIS["openai"].load(session, url, "m", 64, 5.0)
 
 
 def test_an_ollama_server_that_is_busy_is_waited_for() -> None:
     loaded = http(200, b'{"done_reason":"load"}')
     with serving(http(503, b"server busy"), loaded) as url, Session() as session:
-        WIRES["ollama"].load(session, url, "m", 64, 5.0)
+        SERVER_APIS["ollama"].load(session, url, "m", 64, 5.0)
 
 
 def test_a_server_that_stays_busy_is_not() -> None:
@@ -343,4 +343,4 @@ def test_a_server_that_stays_busy_is_not() -> None:
         Session() as session,
         pytest.raises(EndpointError, match="busy"),
     ):
-        WIRES["ollama"].load(session, url, "m", 64, 0.5)
+        SERVER_APIS["ollama"].load(session, url, "m", 64, 0.5)

@@ -68,13 +68,13 @@ def test_follow_works_on_what_is_published(chain: Chain) -> None:
     late = "00000005"
     others = Claims(jobs.root / "captions" / "_claims" / "01_filter_noface")
     others.heartbeat.start()
-    claim = others.take(bucket_of(late), late)
+    claim = others.acquire(bucket_of(late), late)
     assert claim is not None
     numbers = chain.submit("--follow", "--", "--quiet", "--lease_s", "20")
     published_early = {shard: done for shard, done in SOUND.items() if shard != late}
     wait_until(lambda: chain.receipts()["04_reshard"] == published_early, 60, jobs.logs())
     assert {state for state, _ in cluster.squeue().values()} == {"RUNNING"}
-    others.give_back(claim)
+    others.release(claim)
     others.heartbeat.stop()
     codes = [set(cluster.wait(number)) for number in numbers]
     first, *rest = chain.receipts().values()

@@ -27,12 +27,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from curation.download.downloader import HostTurns
+from curation.download.downloader import HostScheduler
 from curation.download.fetch import disallowed_by, is_public, seconds_to_wait
 from curation.download.images import ImagePolicy, make_stored
 from curation.download.rows import OWN_COLUMNS, renamed_columns
 from curation.images import decode_rgb, image_facts, image_size
-from curation.tar.samples import IMAGE_SUFFIXES, read_samples
+from curation.tar.samples import read_samples
+from curation.tar.scan import IMAGE_SUFFIXES
 from tests.run.toy_runs import SIGNALS
 from tests.servers import photo_server
 from tests.stages import recaption_stub
@@ -355,7 +356,7 @@ def test_private_addresses_are_refused_however_they_are_written(web: Web, tmp_pa
 
 
 def test_a_host_that_fails_is_given_up_and_holds_up_nobody() -> None:
-    turns: HostTurns[int] = HostTurns(2)
+    turns: HostScheduler[int] = HostScheduler(2)
     for number in range(30):
         turns.add("dead", number)
     turns.add("alive", 99)
@@ -373,7 +374,7 @@ def test_a_host_that_fails_is_given_up_and_holds_up_nobody() -> None:
 
 
 def test_a_busy_host_is_left_alone_and_then_asked_for_less() -> None:
-    turns: HostTurns[int] = HostTurns(8)
+    turns: HostScheduler[int] = HostScheduler(8)
     for number in range(40):
         turns.add("a", number)
     for _ in range(8):

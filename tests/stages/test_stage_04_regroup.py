@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.errors import SampleError, ShardError, UsageError
-from curation.reshard.layout import Layout
+from curation.reshard.layout import ShardLayout
 from curation.reshard.uids import UID, Subset
-from curation.run.output_folder import insist_on_own
+from curation.run.output_folder import refuse_foreign_shards
 from curation.shards import Shard
 from curation.storage.files import fast_digest
 from curation.tar import random_access
@@ -330,7 +330,7 @@ def test_shuffling_is_a_permutation_of_each_block_that_the_seed_decides(run: Run
     seed=st.integers(0, 5),
 )
 def test_a_layout_has_every_sample_once(counts: list[int], size: int, shuffle: int, seed: int) -> None:
-    layout = Layout([Shard(str(n), Path(str(n))) for n in range(len(counts))], counts, size, shuffle, seed)
+    layout = ShardLayout([Shard(str(n), Path(str(n))) for n in range(len(counts))], counts, size, shuffle, seed)
     drawn = [layout.draw(number) for number in range(len(layout))]
     pairs = [(int(a), int(b)) for draw in drawn for a, b in zip(draw.sources, draw.samples, strict=True)]
     assert sorted(pairs) == [(source, n) for source, count in enumerate(counts) for n in range(count)]
@@ -436,9 +436,9 @@ def test_a_commit_under_way_is_no_shard_of_others(tmp_path: Path) -> None:
     (tmp_path / "_receipts/s/0").mkdir(parents=True)
     (tmp_path / "_receipts/s/_epoch.1.json").write_bytes(b"{}")
     with pytest.raises(UsageError, match="1 shards that s has not made: 7"):
-        insist_on_own(tmp_path, tmp_path, "s", {"7"}, regroups=True, overwrite=False)
+        refuse_foreign_shards(tmp_path, tmp_path, "s", {"7"}, regroups=True, overwrite=False)
     (tmp_path / "_receipts/s/0/.7.1.commit").write_bytes(b"{}")
-    insist_on_own(tmp_path, tmp_path, "s", {"7"}, regroups=True, overwrite=False)
+    refuse_foreign_shards(tmp_path, tmp_path, "s", {"7"}, regroups=True, overwrite=False)
 
 
 def test_the_two_steps_one_by_one(run: Runs) -> None:

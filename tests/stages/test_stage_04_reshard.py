@@ -22,13 +22,16 @@ from hypothesis import strategies as st
 from curation.cluster import Allocation
 from curation.errors import ShardError
 from curation.options import RunOptions
-from curation.run.runner import Input, ShardWork, run_stage
+from curation.run.inputs import Input
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext
 from curation.shards import Shard
-from curation.storage.files import OutputFile
+from curation.storage.files import AtomicFile
 from curation.tar import blocks
 from curation.tar.headers import BLOCK, RECORD, padded
-from curation.tar.samples import SampleSpan, TarPass, TarWriter
-from curation.tar.splice import Edit, Fate, splice, verify_splice
+from curation.tar.samples import TarWriter
+from curation.tar.scan import SampleSpan, TarScan
+from curation.tar.splice import Action, Edit, splice, verify_splice
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "shards"
@@ -356,7 +359,7 @@ class Generate:
 
     def close(self) -> None: ...
 
-    def process(self, work: ShardWork) -> None:
+    def process(self, work: ShardContext) -> None:
         work.sample_in(len(self.options.keys))
         work.keep(len(self.options.keys))
         if self.options.layout == "tar":
@@ -631,14 +634,14 @@ def test_splice_is_what_a_plain_loop_would_make(
     source.write_bytes(tar_of(part for key, suffixes in shard for part in sample(key, suffixes, 3000)))
     edit = Edit(EDIT["jpg"], EDIT["txt"], EDIT["json"])
 
-    def decide(span: SampleSpan) -> Edit | Fate:
-        return edit if span.key in edited else Fate.LEFT_OUT if span.key in left_out else Fate.STAYS
+    def decide(span: SampleSpan) -> Edit | Action:
+        return edit if span.key in edited else Action.DROP if span.key in left_out else Action.KEEP
 
     file = Pieces()
-    decided = [span.key for spans in splice(TarPass(source), file, decide) for span, _ in spans]
+    decided = [span.key for spans in splice(TarScan(source), file, decide) for span, _ in spans]
     assert decided == [key for key, _ in shard]
     result.write_bytes(file.getvalue())
-    verify_splice(TarPass(source), result, decide)
+    verify_splice(TarScan(source), result, decide)
     old = contents(source.read_bytes())
     expected: dict[str, bytes] = {}
     for key, suffixes in shard:
@@ -659,11 +662,11 @@ def test_verify_notices_every_changed_byte(tmp_path: Path) -> None:
     source.write_bytes(triples("abc"))
     edit = Edit(EDIT["jpg"], EDIT["txt"], EDIT["json"])
 
-    def decide(span: SampleSpan) -> Edit | Fate:
-        return edit if span.key == "b" else Fate.STAYS
+    def decide(span: SampleSpan) -> Edit | Action:
+        return edit if span.key == "b" else Action.KEEP
 
     file = Pieces()
-    for _ in splice(TarPass(source), file, decide):
+    for _ in splice(TarScan(source), file, decide):
         pass
     whole = file.getvalue()
     members = sum(len(raw) for _, raw in raw_members(whole))
@@ -672,7 +675,7 @@ def test_verify_notices_every_changed_byte(tmp_path: Path) -> None:
     for at in sorted({0, members - 1, *(dice.randrange(members) for _ in range(300))}):
         result.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         try:
-            verify_splice(TarPass(source), result, decide)
+            verify_splice(TarScan(source), result, decide)
             unnoticed.append(at)
         except ShardError as error:
             assert str(result) in str(error)
@@ -688,17 +691,17 @@ def test_verify_notices_samples_that_are_not_where_they_should_be(tmp_path: Path
     data = triples(wrong)
     result.write_bytes(data[:-RECORD] if how == "cut" else data)
     with pytest.raises(ShardError, match="not what"):
-        verify_splice(TarPass(source), result, lambda span: Fate.STAYS)
+        verify_splice(TarScan(source), result, lambda span: Action.KEEP)
 
 
 def test_what_verify_refuses_is_not_published(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.put("shards/0.tar", triples("ab"))
-    put = OutputFile.write_pieces
+    put = AtomicFile.write_pieces
 
-    def write_wrongly(self: OutputFile, pieces: Sequence[bytes | memoryview]) -> None:
+    def write_wrongly(self: AtomicFile, pieces: Sequence[bytes | memoryview]) -> None:
         put(self, [bytes(piece).replace(b"a.jpg", b"A.jpg") for piece in pieces])
 
-    monkeypatch.setattr(OutputFile, "write_pieces", write_wrongly)
+    monkeypatch.setattr(AtomicFile, "write_pieces", write_wrongly)
     assert run("--verify") == 1
     assert "not what 0.tar and its edits make" in run.log
     assert not (run.root / "hybrid/0.tar").exists()

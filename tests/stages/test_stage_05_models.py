@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation.serving.registry import Registrar, Registration
+from curation.serving.registry import OwnRegistration, Registration
 from curation.tar.samples import read_samples
 from tests.servers import ollama_stub
 from tests.servers.files import file_server
@@ -88,7 +88,7 @@ def test_servers_that_register_in_a_folder_are_asked(tmp_path: Path) -> None:
     with ollama_stub() as port:
         registration = Registration(f"http://127.0.0.1:{port}", "tulu3:fairclip", "ollama", "node1", 7)
         (tmp_path / "servers").mkdir()
-        Registrar(tmp_path / "servers", registration).beat()
+        OwnRegistration(tmp_path / "servers", registration).beat()
         flags = ["--model", "endpoint:tulu3:fairclip", "--endpoints_dir", tmp_path / "servers"]
         assert run(tmp_path / "out", *flags) == 0
     assert [row["key"] for row in rows(tmp_path / "out")] == keys()

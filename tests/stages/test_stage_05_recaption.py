@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 from curation.caption.rows import MORE_COLUMNS, PARQUET_COLUMNS
-from curation.tar.samples import IMAGE_SUFFIXES, TarWriter, read_samples
+from curation.tar.samples import TarWriter, read_samples
+from curation.tar.scan import IMAGE_SUFFIXES
 from tests.stages import recaption_stub as stub
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,12 +22,12 @@ import requests
 from fsspec.implementations.local import LocalFileSystem
 
 from curation.errors import InfrastructureError, LostClaim, UsageError
-from curation.run.commit import Commit, lie_about, remove_superseded
+from curation.run.commit import Commit, has_obsolete_outputs, remove_obsolete
 from curation.shards import bucket_of, discover
 from curation.storage import buckets, remote_read
 from curation.storage.buckets import RemoteOutput, remote_folder
 from curation.storage.files import fast_digest
-from curation.storage.urls import RemoteFile
+from curation.storage.urls import Url
 from curation.tar.samples import TarWriter, read_samples
 from tests.servers import photo_server
 from tests.servers.relay import Relay, Rule
@@ -352,7 +352,7 @@ def commit_of(root: Path) -> Commit:
 
 
 def write(token: str, data: bytes) -> RemoteOutput:
-    with RemoteOutput(RemoteFile(URL), token) as output:
+    with RemoteOutput(Url(URL), token) as output:
         output.write(data)
     return output
 
@@ -388,9 +388,9 @@ def test_of_two_attempts_one_wins_and_nothing_is_left_of_the_other(tmp_path: Pat
 
 
 def test_an_upload_that_a_successor_aborted_is_a_lost_claim(store: Store) -> None:
-    with pytest.raises(LostClaim, match="another worker"), RemoteOutput(RemoteFile(URL), "a") as output:
+    with pytest.raises(LostClaim, match="another worker"), RemoteOutput(Url(URL), "a") as output:
         output.write(bytes(PART))
-        thing = buckets.object_at(RemoteFile(URL))
+        thing = buckets.object_at(Url(URL))
         for upload in thing.under_way():
             thing.abort(upload)
         output.write(bytes(5 * PART))
@@ -404,20 +404,20 @@ def test_what_is_superseded_goes_unless_a_newer_commit_names_it(tmp_path: Path, 
     commit.write(mine)
     newer = receipt_of(tmp_path, write("c", b"newer"), "c", 3)
     commit.write(newer)
-    remove_superseded(tmp_path, commit, mine, "b")
+    remove_obsolete(tmp_path, commit, mine, "b")
     assert store.objects() == {"hybrid/7.tar": b"newer"}, "mine is not the newest receipt"
     last = {"token": "d", "generation": 4, "status": "done", "outputs": [], "superseded": [URL]}
     commit.write(last)
-    assert lie_about(tmp_path, last)
-    remove_superseded(tmp_path, commit, last, "d")
+    assert has_obsolete_outputs(tmp_path, last)
+    remove_obsolete(tmp_path, commit, last, "d")
     assert store.objects() == {}
-    assert not lie_about(tmp_path, last)
+    assert not has_obsolete_outputs(tmp_path, last)
 
 
 def test_an_output_is_sent_while_it_is_written_within_bounds(store: Store, tmp_path: Path) -> None:
     """Parts of one size, none of them larger, and never more in memory than those under way."""
     data = random.Random(0).randbytes(20 * PART + 1)
-    output = RemoteOutput(RemoteFile(URL), "a")
+    output = RemoteOutput(Url(URL), "a")
     most = 0
     for begin in range(0, len(data), 10_000):
         output.write_pieces([memoryview(data)[begin : begin + 10_000]])
@@ -443,7 +443,7 @@ class Elsewhere(LocalFileSystem):
 
 def test_a_store_without_uploads_gets_a_hidden_file_that_is_moved(tmp_path: Path) -> None:
     """As gs:// does, here in a folder: nothing under the name before the completion, which may be repeated."""
-    file = RemoteFile(f"file://{tmp_path}/7.tar")
+    file = Url(f"file://{tmp_path}/7.tar")
     thing = buckets.MovedObject(file, Elsewhere())
     dead, mine = buckets.MovedObject(file, Elsewhere()), buckets.MovedObject(file, Elsewhere())
     left = dead.begin("dead")
@@ -474,7 +474,7 @@ def test_a_bucket_that_is_not_there(place: Place, store: Store, capsys: pytest.C
     assert stage_04.main(place.arguments("--publish_to", "s3://nobody/hybrid")) == 2
     assert capsys.readouterr().err.strip() == f"error: s3://nobody/hybrid: {advice}"
     with pytest.raises(InfrastructureError, match=f"^s3://nobody/0.tar: {advice}$"):
-        RemoteOutput(RemoteFile("s3://nobody/0.tar"), "a")
+        RemoteOutput(Url("s3://nobody/0.tar"), "a")
 
 
 @pytest.fixture

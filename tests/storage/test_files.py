@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from curation.storage import files
-from curation.storage.files import OutputFile, fsync_folder
+from curation.storage.files import AtomicFile, fsync_folder
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_folder_made_anew_is_the_one_that_is_synced(tmp_path: Path, synced: li
     place.mkdir()
     fsync_folder(place)
     shutil.rmtree(place)
-    with OutputFile(place / "a", "t") as file:
+    with AtomicFile(place / "a", "t") as file:
         file.write(b"x")
     synced.clear()
     fsync_folder(place)

@@ -22,9 +22,10 @@ import pytest
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.shards import discover
 from curation.storage import remote_read
-from curation.storage.urls import RemoteFile, Source
+from curation.storage.urls import Source, Url
 from curation.tar import blocks, scan
-from curation.tar.samples import TarReport, TarWriter, read_samples
+from curation.tar.samples import TarWriter, read_samples
+from curation.tar.scan import TarReport
 from tests.servers.files import FileServer, file_server
 from tests.servers.hub import Model, serve
 from tests.stages import recaption_stub as stub
@@ -92,19 +93,19 @@ def read(source: Source) -> tuple[list[Any], list[str]]:
 def test_a_web_server_gives_what_the_file_has(web: FileServer, how: dict[str, Any], requests: int) -> None:
     remote_read.PATIENCE = remote_read.Patience(tries=4, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
     url = web.add("any.tar", DATA, **how)
-    assert read(RemoteFile(url)) == read(SHARD)
+    assert read(Url(url)) == read(SHARD)
     assert len(web.asked("any.tar")) == requests
 
 
 def test_a_cut_connection_goes_on_where_it_was_cut(web: FileServer) -> None:
-    read(RemoteFile(web.add("cut.tar", DATA, cut_at=400_000, cuts=1)))
+    read(Url(web.add("cut.tar", DATA, cut_at=400_000, cuts=1)))
     assert web.asked("cut.tar") == [("GET", None), ("GET", "bytes=400000-")]
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("ranges", [True, False])
 def test_samples_too_large_to_be_kept_are_fetched_again(web: FileServer, ranges: bool) -> None:
-    assert read(RemoteFile(web.add("large.tar", DATA, ranges=ranges))) == read(SHARD)
+    assert read(Url(web.add("large.tar", DATA, ranges=ranges))) == read(SHARD)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_samples_too_large_to_be_kept_are_fetched_again(web: FileServer, ranges:
 def test_what_cannot_be_read_says_why(web: FileServer, how: dict[str, Any], said: str) -> None:
     url = web.add("bad.tar", DATA, **how).replace("//", "//user:secret@") + "?signature=secret"
     with pytest.raises(ShardError, match=r"bad\.tar") as error:
-        read(RemoteFile(url))
+        read(Url(url))
     assert said in str(error.value)
     assert "secret" not in str(error.value)
 
@@ -133,7 +134,7 @@ def test_a_server_that_is_not_there_is_asked_a_few_times() -> None:
         port = taken.getsockname()[1]
     began = time.monotonic()
     with pytest.raises(ShardError, match="3 times"):
-        read(RemoteFile(f"http://127.0.0.1:{port}/0.tar"))
+        read(Url(f"http://127.0.0.1:{port}/0.tar"))
     assert time.monotonic() - began < 2
 
 
@@ -141,27 +142,27 @@ def test_a_server_that_is_not_there_is_asked_a_few_times() -> None:
 def test_a_server_that_stalls(web: FileServer) -> None:
     """Whoever has read enough, as with --max_images, is let go at once; whoever wants more waits only so long."""
     url = web.add("stalls.tar", DATA, stall_at=400_000, ranges=False)
-    samples = read_samples(RemoteFile(url))
+    samples = read_samples(Url(url))
     next(samples)
     began = time.monotonic()
     samples.close()  # type: ignore[attr-defined]
     assert time.monotonic() - began < 1
     remote_read.PATIENCE = remote_read.Patience(tries=2, first_wait_s=0.01, read_s=0.2)
     with pytest.raises(ShardError, match=r"2 times: .*timed out"):
-        read(RemoteFile(url))
+        read(Url(url))
 
 
 @pytest.mark.parametrize("how", [{}, {"head": False}], ids=["HEAD", "GET alone"])
 def test_what_is_known_without_reading(web: FileServer, how: dict[str, Any]) -> None:
     url = web.add("known.tar", DATA, etags=['"abc"'], **how)
-    assert remote_read.look_at(RemoteFile(url)).record() == {"size": len(DATA), "etag": '"abc"'}
+    assert remote_read.look_at(Url(url)).record() == {"size": len(DATA), "etag": '"abc"'}
 
 
 # ---- commands
 
 
-def pipe(command: str) -> RemoteFile:
-    return RemoteFile(f"pipe:{command}")
+def pipe(command: str) -> Url:
+    return Url(f"pipe:{command}")
 
 
 def test_a_command_gives_what_the_file_has(tmp_path: Path) -> None:
@@ -177,8 +178,8 @@ def test_a_tar_that_is_cut_is_read_as_the_cut_file_would_be(web: FileServer, tmp
     cut.write_bytes(DATA[:size])
     wanted = read(cut)
     assert read(pipe(f"cat {cut}")) == wanted
-    assert read(RemoteFile(web.add("cut.tar", DATA[:size]))) == wanted
-    assert read(RemoteFile(web.add("cut.tar", DATA[:size], length=False))) == wanted
+    assert read(Url(web.add("cut.tar", DATA[:size]))) == wanted
+    assert read(Url(web.add("cut.tar", DATA[:size], length=False))) == wanted
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_braces_lists_and_commands(tmp_path: Path) -> None:
     assert ids(str(listed), allow_pipe=True) == ["00000000", "7", "9"]
     command = "pipe:aws s3 cp s3://bucket/{00000..00002}.tar - | awk '{print $1}'"
     assert ids(command, allow_pipe=True) == ["00000", "00001", "00002"]
-    assert discover(command, allow_pipe=True)[1].path == RemoteFile(command.replace("{00000..00002}", "00001"))
+    assert discover(command, allow_pipe=True)[1].path == Url(command.replace("{00000..00002}", "00001"))
     for refused in (command, str(listed)):
         with pytest.raises(UsageError, match="--allow_pipe"):
             discover(refused)
@@ -342,13 +343,13 @@ def test_a_bucket_gives_what_the_file_has(bucket: tuple[Any, Cutter], monkeypatc
     cutter = bucket[1]
     for cut_at, cuts in ((None, 0), (200_000, 3)):
         cutter.cut_at, cutter.cuts = cut_at, cuts
-        assert read(RemoteFile("s3://shards/laion/00000000.tar")) == read(SHARD)
+        assert read(Url("s3://shards/laion/00000000.tar")) == read(SHARD)
         assert cutter.cuts == 0
 
 
 def test_what_a_bucket_does_not_have(bucket: tuple[Any, Cutter]) -> None:
     with pytest.raises(ShardError, match=r"s3://shards/laion/7\.tar: 404 Not Found"):
-        read(RemoteFile("s3://shards/laion/7.tar"))
+        read(Url("s3://shards/laion/7.tar"))
 
 
 def test_an_object_that_is_replaced_while_it_is_read(
@@ -357,8 +358,8 @@ def test_an_object_that_is_replaced_while_it_is_read(
     monkeypatch.setattr(remote_read, "_RANGE_BYTES", 100_000)
     client, _ = bucket
     client.put_object(Bucket="shards", Key="x/0.tar", Body=DATA)
-    file = RemoteFile("s3://shards/x/0.tar")
-    source = remote_read.Resumed(file, remote_read.server_of(file, QUICK), QUICK, threading.Event())
+    file = Url("s3://shards/x/0.tar")
+    source = remote_read.ResumingReader(file, remote_read.server_of(file, QUICK), QUICK, threading.Event())
     assert source.read() == DATA[:100_000]
     client.put_object(Bucket="shards", Key="x/0.tar", Body=DATA[::-1])
     with pytest.raises(ShardError, match="changed while it was read"):
@@ -650,7 +651,7 @@ def test_a_local_shard_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> 
         for number in range(3):
             writer.add(f"{number}.jpg", bytes(5_000_000))
         writer.close()
-    windows = scan.TarPass(path).windows()
+    windows = scan.TarScan(path).windows()
     next(windows)
     os.truncate(path, 12_000_000)
     spans = [span for window in windows for span in window.spans]

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from curation.errors import SampleError, ShardError
 from curation.tar import blocks
 from curation.tar.headers import BLOCK, RECORD, BadHeader, make_header, parse_header, parse_pax, split_name
-from curation.tar.samples import Sample, SampleSpan, TarPass, TarReport, TarWriter, is_safe_name, read_samples
+from curation.tar.samples import Sample, TarWriter, is_safe_name, read_samples
+from curation.tar.scan import SampleSpan, TarReport, TarScan
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "shards"
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -71,13 +72,13 @@ def read(data: bytes, tmp_path: Path, **options: object) -> tuple[list[Sample], 
 
 
 def spans_of(path: Path) -> list[SampleSpan]:
-    return [span for window in TarPass(path).windows() for span in window.spans]
+    return [span for window in TarScan(path).windows() for span in window.spans]
 
 
 def members_of(path: Path) -> list[tuple[str, bytes]]:
     """Every member of a pass in the file's order, by name and bytes."""
     found = []
-    for window in TarPass(path).windows():
+    for window in TarScan(path).windows():
         for span in window.spans:
             for member in sorted((*span.members, *span.foreign), key=lambda member: member.start):
                 found.append((member.text_name, window.read(member.data, member.size)))

@@ -146,7 +146,7 @@ class VisionLanguageModel:
         if compile != "none" and not self.compiles:
             raise UsageError(f"--compile {compile}: not for the family {self.family}, whose images are of many lengths")
         if quantize:
-            _insist_on_bitsandbytes(quantize)
+            _require_bitsandbytes(quantize)
         if offload and device.startswith("cuda") and importlib.util.find_spec("accelerate") is None:
             raise InfrastructureError("--offload needs accelerate: pip install accelerate")
         self.source = resolve(source, revision, kind=TRANSFORMER)
@@ -369,7 +369,7 @@ class VisionLanguageModel:
         return settings
 
 
-def _insist_on_bitsandbytes(quantize: str) -> None:
+def _require_bitsandbytes(quantize: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"--quantize {quantize} needs the package bitsandbytes: pip install -e '.[quantize]'")
 

@@ -15,7 +15,7 @@ from curation.caption.captioner import FAMILIES, Compile, Detail
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
 from curation.serving.pool import EndpointPool
-from curation.serving.registry import EndpointFolder, FolderWatch
+from curation.serving.registry import Registry, RegistryWatcher
 from curation.serving.wire import Request
 
 LONGEST_SIDE = 1536  # what vision models look at, or more
@@ -86,7 +86,7 @@ class Backend:
         self._max_tokens = max_tokens or FAMILIES["endpoint"].max_tokens
         self._extra = extra or {}
         self._pool = pool or EndpointPool(urls, source, api=api, timeout_s=timeout_s)
-        self._watch = None if folder is None else FolderWatch(self._pool, EndpointFolder(folder)).start()
+        self._watch = None if folder is None else RegistryWatcher(self._pool, Registry(folder)).start()
         if pool is None and folder is None:
             self._pool.open()
         self._threads = ThreadPoolExecutor(in_flight, "caption")

@@ -1,0 +1,1 @@
+"""Face detectors: a file each, with a ``Backend`` that turns pixels into scored boxes."""

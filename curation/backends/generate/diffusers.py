@@ -17,7 +17,7 @@ from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
 from curation.backends.generate.loading import load_pipeline
 from curation.backends.generate.presets import Preset
 from curation.errors import InfrastructureError, SampleError
-from curation.models.batch_size import WorkingBatch, is_out_of_memory, use_device
+from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
 from curation.models.hub_cache import ModelSource
 
 Compile = Literal["none", "blocks", "full", "max"]
@@ -142,7 +142,7 @@ class Backend:
         self.device_kind = use_device(device)
         self.pipeline = load_pipeline(source, settings.dtype, device) if pipeline is None else pipeline
         self.call = PipelineCall(self.pipeline, settings, negative_prompt)
-        self.batch = WorkingBatch(
+        self.batch = FittingBatchSize(
             settings.batch_size, f"{self.device_kind}\0{source.name}\0{source.revision}\0{settings.dtype}", remember_in
         )
         self._apply(self.speed_ups)

@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 from curation.commands.fsck.samples import Kinds, sample_problems
 from curation.errors import ShardError
 from curation.jsonio import clean_text, dump_json
-from curation.storage.files import OutputFile, storage_error
+from curation.storage.files import AtomicFile, storage_error
 from curation.tar.headers import (
     BLOCK,
     EXTENSIONS,
@@ -31,11 +31,12 @@ from curation.tar.headers import (
     REGULAR,
     ZERO_BLOCK,
     BadHeader,
+    Member,
     parse_header,
     parse_special,
     split_name,
 )
-from curation.tar.samples import Member, SampleSpan
+from curation.tar.scan import SampleSpan
 
 _MAGIC, _MAGIC_AT = b"ustar", 257
 
@@ -80,7 +81,7 @@ def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *
     left = _Left()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _Bytes(path) as source, OutputFile(folder / f"{shard_id}.tar", secrets.token_hex(8)) as output:
+        with _Bytes(path) as source, AtomicFile(folder / f"{shard_id}.tar", secrets.token_hex(8)) as output:
             saved = 0
             for span in _whole_samples(source, left, images=images):
                 for member in span.members:
@@ -102,7 +103,7 @@ def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *
             "finished": round(time.time(), 3),
             "seconds": round(time.time() - began, 3),
         }
-        with OutputFile(folder / f"{shard_id}.salvage.json", secrets.token_hex(8)) as file:
+        with AtomicFile(folder / f"{shard_id}.salvage.json", secrets.token_hex(8)) as file:
             file.write(dump_json(report, indent=True))
         os.replace(file.temporary, file.final)
     except OSError as error:

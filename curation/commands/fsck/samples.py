@@ -12,8 +12,9 @@ from curation.commands.verify.edited_samples import is_edited, self_problems
 from curation.errors import SampleError
 from curation.images import decode_rgb
 from curation.jsonio import clean_text, parse_json_object
-from curation.tar.headers import MAX_NAME_BYTES
-from curation.tar.samples import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, Member, SampleSpan, problem_of
+from curation.tar.headers import MAX_NAME_BYTES, Member
+from curation.tar.samples import MAX_MEMBER_BYTES, problem_of
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan
 
 MAX_NAME_PART: Final = 255  # of a file name, on every filesystem that clusters use
 

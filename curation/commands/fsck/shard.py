@@ -17,8 +17,8 @@ from curation.jsonio import clean_text
 from curation.run.inputs import receipts_of, vouched_for
 from curation.shards import bucket_of
 from curation.storage.files import fast_digest, read_record
-from curation.tar.headers import BLOCK
-from curation.tar.samples import Damage, Member, SampleSpan, TarPass, Window
+from curation.tar.headers import BLOCK, Member
+from curation.tar.scan import Damage, SampleSpan, TarScan, Window
 
 _MAX_REMEMBERED = 100_000  # keys whose members are remembered, to tell a split sample from a second one
 
@@ -102,7 +102,7 @@ def check_shard(task: Task) -> Verdict:
 
 def _check_archive(task: Task, verdict: Verdict) -> None:
     findings = verdict.findings
-    tar = TarPass(task.path)
+    tar = TarScan(task.path)
     kinds = Kinds()
     parts: dict[int, frozenset[str]] = {}  # hash of a key → the suffixes of its first run, of incomplete ones
     for window in tar.windows():

@@ -13,11 +13,11 @@ from typing import Any
 
 from curation.commands.audit.command import audit as audit_groups
 from curation.commands.places import StagePlace, find_stages
-from curation.commands.report.receipts import MAX_NAME, Bounds, Cell, Story, cell_of, merged
+from curation.commands.report.receipts import MAX_NAME, Bounds, Cell, ReceiptStats, cell_of, merged
 from curation.commands.report.samples import EDITS, FACES, HYBRID, PROMPTS, RECAPTION, Looked, look
 from curation.commands.status.command import stage_result
 from curation.commands.status.holdings import Holdings
-from curation.commands.status.scan import Stage, Survey
+from curation.commands.status.scan import ReceiptScan, Stage
 from curation.errors import UsageError
 from curation.jsonio import clean_text
 
@@ -49,7 +49,7 @@ class Facts:
 
     told: dict[str, Any]
     places: list[StagePlace]
-    stories: list[Story]
+    stories: list[ReceiptStats]
     looked: Looked
     source: Path | None
 
@@ -61,11 +61,11 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
     places = find_stages(root)
     holdings = Holdings(places)
     held_first = holdings.look()
-    survey = Survey(places)
+    survey = ReceiptScan(places)
     bounds = Bounds(_shards_a_cell(survey, shards_page), sample_shards)
     for stage, held in zip(survey.stages, held_first, strict=True):
         stage.claimed = {holding.shard_id for holding in held}
-    stories = survey.read(partial(Story, bounds=bounds))
+    stories = survey.read(partial(ReceiptStats, bounds=bounds))
     held_now = holdings.look()
     stages = []
     for stage, story, held in zip(survey.stages, stories, held_now, strict=True):
@@ -91,7 +91,7 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
     return Facts(told, places, stories, looked, source or _source_of(root, places))
 
 
-def _shards_a_cell(survey: Survey, shards_page: int) -> int:
+def _shards_a_cell(survey: ReceiptScan, shards_page: int) -> int:
     """By what runs set out to do; where none has said so, by the folders of receipts."""
     expected = 0
     for stage in survey.stages:
@@ -102,7 +102,7 @@ def _shards_a_cell(survey: Survey, shards_page: int) -> int:
     return 1 if expected <= max(shards_page, 1000) else -(-expected // shards_page)
 
 
-def _see_the_others(stage: Stage, story: Story, running: set[str]) -> None:
+def _see_the_others(stage: Stage, story: ReceiptStats, running: set[str]) -> None:
     """Shards without a receipt that counts: those in somebody's hands, and those that are planned."""
     for shard_id in sorted(running):
         story.see(Cell(shard_id, shard_id, Counter(running=1)))
@@ -120,7 +120,7 @@ def _see_the_others(stage: Stage, story: Story, running: set[str]) -> None:
             story.see(Cell(cell.first, cell.last, Counter(pending=cell.states["pending"] - seen)))
 
 
-def _more(stage: Stage, story: Story, shards_page: int) -> dict[str, Any]:
+def _more(stage: Stage, story: ReceiptStats, shards_page: int) -> dict[str, Any]:
     hosts = sorted(story.hosts.items(), key=lambda item: -item[1].seconds / max(1, item[1].shards))
     cells = merged(story.cells, shards_page)
     return {

@@ -22,7 +22,7 @@ from curation.commands.places import StagePlace
 from curation.commands.report.charts import Chart, histogram, over_time, short_time
 from curation.commands.report.facts import Facts
 from curation.commands.report.pictures import Pictures
-from curation.commands.report.receipts import MAX_SECONDS, STATES, Cell, Story, merged
+from curation.commands.report.receipts import MAX_SECONDS, STATES, Cell, ReceiptStats, merged
 from curation.commands.report.samples import EDITS, MAX_REASONS, RECAPTION, Shown, in_order, with_captions
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
@@ -103,7 +103,7 @@ def _csp_hash(text: str) -> str:
 # ---- charts
 
 
-def _stage_charts(story: Story) -> dict[str, Any]:
+def _stage_charts(story: ReceiptStats) -> dict[str, Any]:
     lengths = (ended - began for began, ended in zip(story.spans[0::3], story.spans[1::3], strict=True))
     took = [length for length in lengths if 0 <= length < MAX_SECONDS]
     return {

@@ -13,7 +13,8 @@ from PIL import Image
 
 from curation.errors import SampleError, ShardError
 from curation.images import decode_rgb, encode_jpeg
-from curation.tar.samples import IMAGE_SUFFIXES, Sample, image_of, read_samples
+from curation.tar.samples import Sample, image_of, read_samples
+from curation.tar.scan import IMAGE_SUFFIXES
 
 SIDE: Final = 176  # pixels of the longer side, shown at up to 160
 

@@ -90,7 +90,7 @@ def choice_of(shard_id: str) -> int:
 
 
 @dataclass(slots=True)
-class Story(Counts):
+class ReceiptStats(Counts):
     """A stage's sums.  phases: seconds by phase; notes: whole numbers that the stage noted; slowest: (seconds, shard,
     host, samples), a heap; chosen: (-choice, shard), a heap; output_bytes: of what the receipts name."""
 

@@ -22,7 +22,7 @@ import tyro
 
 from curation.commands.places import find_stages
 from curation.commands.status.holdings import Holding, Holdings, slurm_states
-from curation.commands.status.scan import Counts, Stage, Survey, job_of, speed
+from curation.commands.status.scan import Counts, ReceiptScan, Stage, job_of, speed
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
 from curation.options import exit_code, parse_arguments
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             began = time.monotonic()
             places = find_stages(options.root)
             holdings.follow(places)
-            result = _look(options.root, Survey(places), holdings, options.look_s if first else 0.0)
+            result = _look(options.root, ReceiptScan(places), holdings, options.look_s if first else 0.0)
             _show(result, options)
             if options.watch is None:
                 break
@@ -221,7 +221,7 @@ def _show(result: dict[str, Any], options: Options) -> None:
         print("\n".join(as_lines(result)), flush=True)
 
 
-def _look(root: Path, survey: Survey, holdings: Holdings, look_s: float) -> dict[str, Any]:
+def _look(root: Path, survey: ReceiptScan, holdings: Holdings, look_s: float) -> dict[str, Any]:
     """Everything that is shown, as one JSON value; docs/status.md describes it."""
     began = time.monotonic()
     for stage, held in zip(survey.stages, holdings.look(), strict=True):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from curation.cluster import host_identity
 from curation.commands.places import StagePlace
-from curation.run.claims import MAX_BEAT_BYTES, Holder, is_gone, parse_beat, read_claim
+from curation.run.claims import MAX_BEAT_BYTES, ClaimRecord, is_gone, parse_beat, read_claim
 from curation.shards import is_safe_id
 
 MAX_CLAIMS = 100_000  # of one stage: more are no claims of workers
@@ -36,7 +36,7 @@ class Holding:
 
     path: Path
     shard_id: str
-    holder: Holder
+    holder: ClaimRecord
     life: str
     samples: int | None
     silent_s: float
@@ -69,7 +69,7 @@ class Holdings:
         self._beats = {beat: seen for beat, seen in self._beats.items() if beat in present}
         return found
 
-    def _holding(self, path: Path, holder: Holder, beat: Path, working: dict[str, int]) -> Holding:
+    def _holding(self, path: Path, holder: ClaimRecord, beat: Path, working: dict[str, int]) -> Holding:
         now = time.monotonic()
         _, since, moved = self._beats.setdefault(beat, (b"", now, False))
         silent_s = now - since
@@ -96,8 +96,8 @@ class Holdings:
         return working
 
 
-def _claims(place: StagePlace) -> list[tuple[Path, Holder]]:
-    found: list[tuple[Path, Holder]] = []
+def _claims(place: StagePlace) -> list[tuple[Path, ClaimRecord]]:
+    found: list[tuple[Path, ClaimRecord]] = []
     with contextlib.suppress(OSError), os.scandir(place.claims) as buckets:
         for bucket in sorted(entry.name for entry in buckets if not entry.name.startswith(("_", "."))):
             with contextlib.suppress(OSError):

@@ -24,7 +24,7 @@ import orjson
 from curation.commands.places import StagePlace
 from curation.errors import InfrastructureError
 from curation.run.inputs import receipts_of, vouched_for
-from curation.run.ledger import MAX_ATTEMPTS, Epoch
+from curation.run.ledger import MAX_ATTEMPTS, OptionsVersion
 from curation.run.planned import planned
 from curation.shards import bucket_of
 from curation.storage.files import MAX_RECEIPT_BYTES, read_record
@@ -192,7 +192,7 @@ class Stage:
     that somebody has a claim on."""
 
     place: StagePlace
-    epochs: list[Epoch]
+    epochs: list[OptionsVersion]
     planned: dict[str, set[str]] | None
     claimed: set[str] = field(default_factory=set)
 
@@ -211,7 +211,7 @@ class _Seen:
 AnyCounts = TypeVar("AnyCounts", bound=Counts)
 
 
-class Survey:
+class ReceiptScan:
     """The stages below a folder and what their receipts add up to."""
 
     def __init__(self, places: Sequence[StagePlace]) -> None:
@@ -344,14 +344,14 @@ class Survey:
             self._origins[key] = (place, real)
         return self._origins[key]
 
-    def _epochs(self, place: StagePlace) -> list[Epoch]:
-        epochs: list[Epoch] = []
+    def _epochs(self, place: StagePlace) -> list[OptionsVersion]:
+        epochs: list[OptionsVersion] = []
         while (path := place.receipts / f"_epoch.{len(epochs) + 1}.json").exists():
             record = read_record(path)
             if record is None:
                 self.warnings.append(f"{path}: not a record of options")
                 break
-            epochs.append(Epoch.from_record(len(epochs) + 1, record))
+            epochs.append(OptionsVersion.from_record(len(epochs) + 1, record))
         return epochs
 
     def _planned(self, place: StagePlace) -> dict[str, set[str]] | None:

@@ -69,7 +69,7 @@ class Condition:
     thresholds: Mapping[str, float | None]
 
 
-class Selection:
+class SqlFilter:
     """Rows of the tables ``paths``, seen as one.  memory_mb: DuckDB's bound; what does not fit goes to ``spill``."""
 
     def __init__(self, paths: Sequence[Path], spill: Path, *, memory_mb: int, threads: int) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import orjson
 import tyro
 
-from curation.commands.tables.conditions import BASELINES, Condition, Selection
+from curation.commands.tables.conditions import BASELINES, Condition, SqlFilter
 from curation.commands.tables.tables import Tables, find_tables
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.options import exit_code, parse_arguments
@@ -85,7 +85,7 @@ def _select(options: Options, text: str, tables: Tables) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent) as spill:
         paths = [table.parquet.absolute() for table in tables.tables]
-        with Selection(paths, Path(spill), memory_mb=options.memory_mb, threads=options.threads) as selection:
+        with SqlFilter(paths, Path(spill), memory_mb=options.memory_mb, threads=options.threads) as selection:
             if "uid" not in selection.columns:
                 raise UsageError(f"{options.folder}: the tables have no column uid")
             condition = selection.condition(text)
@@ -104,7 +104,7 @@ def _select(options: Options, text: str, tables: Tables) -> dict[str, Any]:
     }
 
 
-def _sorted_uids(selection: Selection, condition: Condition, options: Options, taken: _Taken) -> Iterator[Uids]:
+def _sorted_uids(selection: SqlFilter, condition: Condition, options: Options, taken: _Taken) -> Iterator[Uids]:
     """DuckDB sorts the digits, which is the order of the numbers once their case is one."""
     distinct = "DISTINCT " if options.unique else ""
     for batch in selection.rows(condition, f"{distinct}lower(uid::varchar) AS uid", order="uid"):

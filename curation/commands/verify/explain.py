@@ -17,7 +17,9 @@ from curation.commands.verify.edited_samples import is_edited, original_problems
 from curation.commands.verify.prove import Expect, NewMember, Piece, edited_pieces, in_order
 from curation.errors import SampleError, ShardError
 from curation.jsonio import parse_json_object
-from curation.tar.samples import MAX_MEMBER_BYTES, Member, SampleSpan, TarPass, Window
+from curation.tar.headers import Member
+from curation.tar.samples import MAX_MEMBER_BYTES
+from curation.tar.scan import SampleSpan, TarScan, Window
 from curation.tar.splice import Edit
 
 _PIECE_BYTES = 1 << 20
@@ -56,7 +58,7 @@ def explain(source: Path, hybrid: Path, expect: Expect, findings: Findings, *, p
 def _due(source: Path, expect: Expect) -> tuple[list[_Due], set[str]]:
     """The samples that should be there, in order, and the keys of those that should not."""
     due, gone = [], set()
-    for window in TarPass(source).windows():
+    for window in TarScan(source).windows():
         for span in window.spans:
             expected = expect(span) if span.key else False
             if expected is False:
@@ -71,7 +73,7 @@ def _due(source: Path, expect: Expect) -> tuple[list[_Due], set[str]]:
 
 def _found(hybrid: Path, findings: Findings) -> tuple[list[_Due], list[bytes]]:
     """The samples that are there, and the names of members before any of them.  Findings for what is damaged."""
-    tar = TarPass(hybrid)
+    tar = TarScan(hybrid)
     found: list[_Due] = []
     strays: list[bytes] = []
     for window in tar.windows():
@@ -94,7 +96,7 @@ def _found(hybrid: Path, findings: Findings) -> tuple[list[_Due], list[bytes]]:
 
 def _strays(source: Path) -> list[bytes]:
     """The names of members before any sample; those behind one are compared with it."""
-    for window in TarPass(source).windows():
+    for window in TarScan(source).windows():
         for span in window.spans:
             return [] if span.key else [member.name for member in span.foreign]
     return []

@@ -19,8 +19,8 @@ import xxhash
 
 from curation.errors import ShardError
 from curation.jsonio import MAX_SAMPLE_JSON_BYTES
-from curation.tar.headers import RECORD, make_header, padding
-from curation.tar.samples import IMAGE_SUFFIXES, Member, SampleSpan, TarPass, Window
+from curation.tar.headers import RECORD, Member, make_header, padding
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
 from curation.tar.splice import Edit
 
 READ_BYTES: Final = 1 << 20
@@ -132,7 +132,7 @@ def prove(source: Path, hybrid: Path, expect: Expect, on_edit: OnEdit) -> Proof:
     proof = Proof()
     size = 0  # of the hybrid, as foretold
     with Stream(hybrid) as stream:
-        for window in TarPass(source).windows():
+        for window in TarScan(source).windows():
             runs = _Runs(window, stream, proof)
             for span in window.spans:
                 expected: Edit | bool = True

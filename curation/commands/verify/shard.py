@@ -27,7 +27,7 @@ from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, ShardError
 from curation.jsonio import KEY_SUFFIX, clean_text, read_dictionary
 from curation.run.inputs import published_below
-from curation.tar.samples import SampleSpan
+from curation.tar.scan import SampleSpan
 from curation.tar.splice import Edit
 
 # The stages of the main job, whose receipts are compared with one another.

@@ -1,1 +1,3 @@
-"""Text-to-image models through diffusers: ``Backend`` runs any pipeline, ``presets`` knows the settings of the common ones."""
+"""Text-to-image models through diffusers: ``Backend`` runs any pipeline, ``presets`` knows the settings of the common
+ones.
+"""

@@ -21,13 +21,11 @@ from curation.download.images import Check, Encode, ImagePolicy, ResizeMode
 from curation.download.shard import OutputFormat, PreviousShard, RowDownloads, examine_by, refuse
 from curation.download.tables import NamedColumns, UrlTables, caption_column_of, url_column_of
 from curation.errors import InfrastructureError, ShardError, UsageError
-from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.run.inputs import Input
+from curation.options import exit_code, logger, parse_options
+from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet, write_csv
 from curation.run.requeue import Redo, requeue_all
-from curation.run.runner import run_stage
-from curation.run.work import ShardContext
 from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
@@ -181,17 +179,14 @@ class Options(RunOptions):
         )
 
 
-class Download:
+class Download(Stage[Options]):
     """One shard: a run of a table's rows → <shard>.tar (or <shard>/), <shard>.parquet, <shard>_stats.json."""
 
     name = "00_download"
-    version = 1
-    other_outputs: tuple[Path, ...] = ()
     shards_in_flight = 2  # while the slowest URLs of one are waited for, the next one's are asked
 
     def __init__(self, options: Options, tables: UrlTables) -> None:
-        self.options = options
-        self.output = options.output
+        super().__init__(options, options.output)
         self.tars: Folder = options.output if options.publish_to is None else remote_folder(options.publish_to)
         self.tables = tables
 

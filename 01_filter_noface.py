@@ -24,12 +24,10 @@ from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_box
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.onnx import read_weights
-from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.options import exit_code, logger, parse_options
+from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import Checkpoints
-from curation.run.inputs import Input, source_inputs
-from curation.run.runner import run_stage
-from curation.run.work import ShardContext
-from curation.shards import Shard, discover
+from curation.shards import discover
 from curation.tar.samples import Sample, caption_of, check_loose_name, image_of, metadata_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES, TarReport
 from curation.threads import prefetch
@@ -124,17 +122,14 @@ class Candidate:
         return len(boxes or ())
 
 
-class FilterFaces:
+class FilterFaces(Stage[Options]):
     """One shard: shards/<shard>.tar → captions/<shard>.json and edits/<shard>.json."""
 
     name = "01_filter_noface"
-    version = 1
-    shards_in_flight = 1
 
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.output = Path(options.output)
-        self.other_outputs: tuple[Path, ...] = (Path(options.edits),)
+        super().__init__(options, options.output)
+        self.other_outputs = (Path(options.edits),)
         self._threads = 1
         self._gpu: int | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -154,9 +149,6 @@ class FilterFaces:
             "select": o.select,
             "edits_layout": o.edits_layout,
         }
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        return source_inputs(shard)
 
     def open(self, allocation: Allocation) -> None:
         self._threads = self.options.threads or allocation.threads

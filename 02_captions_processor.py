@@ -19,7 +19,7 @@ from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
-from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.options import exit_code, logger, parse_options
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
 from curation.rewrite.prompts import (
@@ -30,10 +30,7 @@ from curation.rewrite.prompts import (
     opening,
     read_system_prompt,
 )
-from curation.run.follow import Follows
-from curation.run.inputs import Input
-from curation.run.runner import run_stage
-from curation.run.work import ShardContext
+from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
 from curation.serving.registry import Registry, RegistryWatcher
 from curation.shards import Shard, discover
@@ -120,17 +117,14 @@ class Options(RunOptions):
             raise UsageError("--embedded brings its own server and prompt: leave --endpoints and --system_prompt out")
 
 
-class RewriteCaptions:
+class RewriteCaptions(Stage[Options]):
     """One shard: captions/<shard>.json → prompts/<shard>.json."""
 
     name = "02_captions_processor"
-    version = 1
-    other_outputs: tuple[Path, ...] = ()
     shards_in_flight = 3  # the last replies of one come while the next is asked about
 
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.output = Path(options.output)
+        super().__init__(options, options.output)
         self.groups = read_groups(options.groups)
         self.system = read_system_prompt(options.system_prompt)
         self._one_at_a_time = threading.Lock()

@@ -38,11 +38,9 @@ from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, pl
 from curation.generate.encode import EncodedLog
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models.hub_cache import ModelSource, resolve
-from curation.options import RunOptions, exit_code, logger, parse_options
-from curation.run.follow import Follows
-from curation.run.inputs import Input, stage_version
-from curation.run.runner import run_stage
-from curation.run.work import ShardContext
+from curation.options import exit_code, logger, parse_options
+from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.run.inputs import stage_version
 from curation.shards import Shard, discover
 
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
@@ -127,17 +125,13 @@ class Sample:
     original: Mapping[str, Any]
 
 
-class GenerateImages:
+class GenerateImages(Stage[Options]):
     """One shard: prompts/<shard>.json and the samples' metadata → edits/<shard>.tar."""
 
     name = "03_generate_images"
-    version = 1
-    other_outputs: tuple[Path, ...] = ()
-    shards_in_flight = 1
 
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.output = Path(options.edits)
+        super().__init__(options, options.edits)
         self._encoders = ThreadPoolExecutor(ENCODERS, "jpeg")
 
     @cached_property

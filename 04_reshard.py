@@ -15,17 +15,14 @@ from curation import backends
 from curation.cluster import Allocation
 from curation.edits import Edits
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
-from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.options import exit_code, logger, parse_options
 from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, Placed, ShardLayout
 from curation.reshard.select import AS_IT_IS, Choice, Records, ReshardInputs, copy_keys, survey
 from curation.reshard.uids import Subset
 from curation.reshard.write import ShardWriter
-from curation.run.follow import Follows
-from curation.run.inputs import Input
+from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import LAYOUT_NOTE, refuse_foreign_shards
-from curation.run.runner import run_stage
-from curation.run.work import ShardContext
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
@@ -138,18 +135,14 @@ class Options(RunOptions):
         return {name: value for name, value in named.items() if value}
 
 
-class Stage:
+class Pass(Stage[Options]):
     """What the passes share."""
 
     name = STAGE
-    version = 1
-    other_outputs: tuple[Path, ...] = ()
-    shards_in_flight = 1
 
     def __init__(self, options: Options) -> None:
-        self.options = options
+        super().__init__(options, options.output)
         self.material = options.material
-        self.output = Path(options.output)
         self._blur: Callable[[], Blur] | None = None
 
     def open(self, allocation: Allocation) -> None:
@@ -161,15 +154,12 @@ class Stage:
                 detector = backends.load("faces", boxes)(None, None, None, 1, allocation.gpu)
             self._blur = partial(Blur, detector)
 
-    def close(self) -> None:
-        pass
-
     def writer(self) -> ShardWriter:
         o, blur = self.options, None if self._blur is None else self._blur()
         return ShardWriter(self.output, o.tars, blur, index=o.index, verify=o.verify)
 
 
-class Reshard(Stage):
+class Reshard(Pass):
     """One shard: shards/<shard>.tar and its edits → <output>/<shard>.tar."""
 
     def fingerprint(self) -> dict[str, object]:
@@ -211,7 +201,7 @@ class Reshard(Stage):
             selection.report(work, str(o.edits))
 
 
-class Index(Stage):
+class Index(Pass):
     """One source shard: which of its samples go on, and where they lie → <output>/_index/<shard>.npy."""
 
     name = INDEX_STAGE
@@ -252,7 +242,7 @@ class Index(Stage):
         work.note("bytes_out", writer.bytes)
 
 
-class Regroup(Stage):
+class Regroup(Pass):
     """One output shard: its samples out of the source shards and their edits → <output>/<number>.tar."""
 
     def __init__(self, options: Options, layout: ShardLayout) -> None:

@@ -16,6 +16,7 @@ import tyro
 
 from curation import backends
 from curation.caption import captioner
+from curation.caption.batching import caption_batch
 from curation.caption.feed import Batch, CaptionLoader, Picture, beside, recalling, row_of
 from curation.caption.preview import first_images, show_trial, write_comparison
 from curation.caption.rows import (
@@ -37,13 +38,11 @@ from curation.images import Pixels
 from curation.jsonio import dump_json
 from curation.models.batch_size import FittingBatchSize
 from curation.models.weights import CACHE, fetch_weights
-from curation.options import RunOptions, exit_code, logger, parse_options
+from curation.options import exit_code, logger, parse_options
+from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import PartialLog
-from curation.run.inputs import Input, source_inputs
 from curation.run.ledger import Ledger
 from curation.run.merge import JsonlMerge
-from curation.run.runner import run_stage
-from curation.run.work import ShardContext
 from curation.run.workers import is_worker
 from curation.serving.pool import endpoint_urls
 from curation.shards import Shard, discover, select
@@ -165,21 +164,17 @@ class Options(HubOptions, RunOptions):
             raise UsageError(f"--format {error}") from None
 
 
-class Recaption:
+class Recaption(Stage[Options]):
     """One shard: shards/<shard>.tar → rows/<shard>.jsonl and the formats that were asked for.
 
     limits: of some shards, how many images are read at most; all of them of the others.
     """
 
     name = "05_recaption"
-    version = 1
-    other_outputs: tuple[Path, ...] = ()
     kept_by_rerun = "Captions of the same model, prompt and settings are taken over, not made again."
-    shards_in_flight = 1
 
     def __init__(self, options: Options, limits: dict[str, int]) -> None:
-        self.options = options
-        self.output = Path(options.output_dir)
+        super().__init__(options, options.output_dir)
         self._limits = limits
         self._merge: JsonlMerge | None = None
         self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
@@ -230,9 +225,6 @@ class Recaption:
             "watermarks": watermarks,
             "format": list(o.formats),
         }
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        return source_inputs(shard)
 
     def open(self, allocation: Allocation) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -313,7 +305,7 @@ class Recaption:
             images = [picture.prepared for picture in batch.pictures]
             seeds = [seed_of(self.options.seed, picture.key) for picture in batch.pictures]
             with work.phase("infer"):
-                captions = captioner.caption_batch(self.backend, memory, images, seeds)
+                captions = caption_batch(self.backend, memory, images, seeds)
             if (limit := memory.limit(*images[0].shape)) < len(images):
                 work.note("batch_shrunk_to", limit)
             pairs = zip(batch.pictures, captions, strict=True)

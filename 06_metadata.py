@@ -36,11 +36,9 @@ from curation.extract.outputs import Row, Spool, Table, import_arrow, write_npz,
 from curation.extract.plugins import extractors_of, load_plugin, make_extractor
 from curation.jsonio import dump_json
 from curation.models.batch_size import FittingBatchSize, use_device
-from curation.options import RunOptions, exit_code, logger, parse_options, set_up_logging
-from curation.run.inputs import Input, source_inputs
+from curation.options import exit_code, logger, parse_options, set_up_logging
+from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
-from curation.run.runner import run_stage
-from curation.run.work import ShardContext
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover
 from curation.tar.samples import read_samples
@@ -119,18 +117,15 @@ class Options(RunOptions):
         return given
 
 
-class Metadata:
+class Metadata(Stage[Options]):
     """One shard: shards/<shard>.tar → <shard>.parquet, and <shard>.npz where features are asked for."""
 
     name = "06_metadata"
-    version = 1
-    other_outputs: tuple[Path, ...] = ()
     shards_in_flight = 2  # the next one is read and prepared ahead while this one is computed and written
 
     def __init__(self, options: Options, config: ExtractConfig) -> None:
-        self.options = options
+        super().__init__(options, config.output_metadata_dir)
         self.config = config
-        self.output = Path(config.output_metadata_dir)
         self._plugin: Mapping[str, Any] = {}
         if config.custom_pypath is not None:
             self._plugin = extractors_of(load_plugin(config.custom_pypath), config.custom_pypath)
@@ -174,9 +169,6 @@ class Metadata:
     def _carried(self) -> dict[str, str | None]:
         """uid and key are the first columns, whether they are asked for or not."""
         return {name: kind for name, kind in self.config.additional_fields.items() if name not in ("uid", "key")}
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        return source_inputs(shard)
 
     # ---- models
 

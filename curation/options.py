@@ -13,9 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
-
-import tyro
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.jsonio import clean_text
@@ -142,7 +140,13 @@ def set_up_logging(quiet: bool, name: str = "") -> None:
     logger.propagate = False
 
 
-def exit_code(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+class Main(Protocol):
+    """A script's or a command's ``main``.  argv: None for this process's own arguments."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
     """Decorates a script's ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2."""
 
     @functools.wraps(main)
@@ -188,6 +192,8 @@ Arguments = TypeVar("Arguments")
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: str) -> Arguments:
     """The command's options.  Ends the process with exit code 2 on an unknown flag or a value of the wrong type."""
+    import tyro
+
     return tyro.cli(
         kind,
         args=None if argv is None else list(argv),

@@ -5,3 +5,11 @@ shard and saves double work; an **attempt** is one try of one process; the **com
 publish its outputs. A **receipt** records what was done to a shard, and the **ledger** is all receipts of a stage
 under one **options version**.  A **checkpoint** keeps what an attempt has finished before it ends.
 """
+
+from curation.options import RunOptions
+from curation.run.follow import Follows
+from curation.run.inputs import Input
+from curation.run.runner import run_stage
+from curation.run.work import ShardContext, Stage
+
+__all__ = ["Follows", "Input", "RunOptions", "ShardContext", "Stage", "run_stage"]

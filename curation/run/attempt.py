@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from curation import __version__
 from curation.cluster import Allocation, StopSignal, gpu_name, host_identity, slurm_ids
@@ -32,20 +32,15 @@ from curation.run.commit import StaleTempFiles, has_obsolete_outputs, remove_obs
 from curation.run.inputs import Input, check_same_remote, verify_inputs
 from curation.run.ledger import MAX_ATTEMPTS, Ledger, State
 from curation.run.progress import Progress, Tally
-from curation.run.work import ShardContext
+from curation.run.work import ShardContext, Stage
 from curation.shards import Shard
 from curation.storage.files import Published, is_storage_trouble, storage_error
 from curation.storage.urls import Source
 
 
-class _Named(Protocol):
-    name: str
-    version: int
-
-
 def build_receipt(
     work: ShardContext,
-    stage: _Named,
+    stage: Stage[Any],
     allocation: Allocation,
     token: str,
     *,
@@ -207,15 +202,6 @@ class Room:
                 self._changed.notify_all()
 
 
-class _Stage(Protocol):
-    name: str
-    version: int
-
-    def inputs(self, shard: Shard) -> list[Input]: ...
-
-    def process(self, work: ShardContext) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """One attempt.  epoch: the one it works for; began: Unix time."""
@@ -232,7 +218,7 @@ class Attempts:
 
     def __init__(
         self,
-        stage: _Stage,
+        stage: Stage[Any],
         options: RunOptions,
         allocation: Allocation,
         stop: StopSignal,

@@ -13,8 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import xxhash
 
@@ -24,11 +23,10 @@ from curation.options import RunOptions, logger, set_up_logging
 from curation.run.attempt import Attempts
 from curation.run.claims import Claim, Claims
 from curation.run.follow import Follower, Follows
-from curation.run.inputs import Input
 from curation.run.ledger import Ledger
 from curation.run.planned import record_plan
 from curation.run.progress import Progress, Tally
-from curation.run.work import ShardContext
+from curation.run.work import Stage
 from curation.run.workers import is_worker, run_workers
 from curation.shards import Shard, bucket_of, select
 
@@ -41,32 +39,7 @@ _MISSES_BEFORE_RELISTING = 6
 _LOSSES = 3  # of one shard to this process, before it leaves the shard to others
 
 
-class Stage(Protocol):
-    """One stage of the pipeline: what it reads and writes, and the work on one shard."""
-
-    name: str  # names the folders _receipts/<name>/ and so on
-    version: int  # raised when the same options give other bytes
-    output: Path  # receipts, rejects, provenance and claims live beneath it
-    other_outputs: tuple[Path, ...]  # further folders that it publishes into
-    shards_in_flight: int  # shards that one process works on at once
-
-    def fingerprint(self) -> dict[str, object]:
-        """The options that change the output, as JSON values."""
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        """The files that the shard is made from."""
-
-    def open(self, allocation: Allocation) -> None:
-        """Once per process, before the first shard: load models, find endpoints.  InfrastructureError ends the run."""
-
-    def process(self, work: ShardContext) -> None:
-        """One shard.  ShardError fails the shard, InfrastructureError ends the run, Stopped comes from check_stop."""
-
-    def close(self) -> None:
-        """Once per process, after the last shard, whether or not ``open`` was reached."""
-
-
-def run_stage(stage: Stage, options: RunOptions, shards: Sequence[Shard], follows: Follows | None = None) -> int:
+def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follows: Follows | None = None) -> int:
     """Run a stage over the selected shards in this process, or in ``--workers`` of them; returns the exit code.
 
     follows: what ``--follow`` waits for; None for a stage that has none before it.
@@ -96,7 +69,7 @@ def run_stage(stage: Stage, options: RunOptions, shards: Sequence[Shard], follow
 
 
 def run_shards(
-    stage: Stage,
+    stage: Stage[Any],
     shards: Sequence[Shard],
     options: RunOptions,
     allocation: Allocation,
@@ -118,10 +91,11 @@ def run_shards(
             claims.heartbeat.stop()
 
 
-def _ledger(stage: Stage, *, read_only: bool = False) -> Ledger:
-    kept = getattr(stage, "kept_by_rerun", "")  # a sentence, of a stage that need not do everything again
+def _ledger(stage: Stage[Any], *, read_only: bool = False) -> Ledger:
     fingerprint = dict(stage.fingerprint())
-    return Ledger(stage.output, stage.name, stage.version, fingerprint, kept_by_rerun=kept, read_only=read_only)
+    return Ledger(
+        stage.output, stage.name, stage.version, fingerprint, kept_by_rerun=stage.kept_by_rerun, read_only=read_only
+    )
 
 
 def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOptions) -> Follower | None:
@@ -131,7 +105,7 @@ def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOpti
 
 
 def _enter(
-    stage: Stage, shards: Sequence[Shard], options: RunOptions, run: str, follower: Follower | None = None
+    stage: Stage[Any], shards: Sequence[Shard], options: RunOptions, run: str, follower: Follower | None = None
 ) -> Ledger:
     """Make the stage's folders, record its options there or find that they fit, and record its list of shards."""
     if follower is not None:
@@ -144,7 +118,7 @@ def _enter(
     return ledger
 
 
-def _record_plan(stage: Stage, shards: Sequence[Shard], follower: Follower | None) -> None:
+def _record_plan(stage: Stage[Any], shards: Sequence[Shard], follower: Follower | None) -> None:
     """For those who follow this run.  One that follows itself names only shards that upstream has named."""
     if follower is not None:
         shards = [follower.shards[shard_id] for shard_id in follower.planned()]
@@ -158,7 +132,7 @@ class _Run:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: Stage[Any],
         shards: Sequence[Shard],
         options: RunOptions,
         allocation: Allocation,
@@ -384,7 +358,7 @@ class _Run:
         return EXIT_SHARDS_FAILED if follower is not None and follower.gave_up else EXIT_OK
 
 
-def _dry_run(stage: Stage, options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:
+def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:
     """Say what would be done.  Writes nothing."""
     ledger = _ledger(stage, read_only=True)
     if not options.rerun:

@@ -1,4 +1,4 @@
-"""What a stage is given to work on one shard: counting, outputs, checkpoints, timing, and the way to stop."""
+"""What a stage is, and what it is given to work on one shard: counting, outputs, checkpoints, time, the way to stop."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import contextlib
 import gzip
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Generic, overload
 
 from curation.cluster import Allocation, StopSignal
 from curation.errors import LostClaim, ShardError
 from curation.jsonio import clean_text, dump_json
+from curation.options import AnyOptions
 from curation.run.checkpoints import PartialLog, Partials
 from curation.run.claims import Claim
+from curation.run.inputs import Input, source_inputs
 from curation.run.ledger import Ledger
 from curation.shards import Shard
 from curation.storage.buckets import RemoteOutput, place_of
@@ -24,6 +27,60 @@ from curation.storage.files import AtomicFile, AtomicWriter, Published
 from curation.storage.urls import Source, Url
 
 MAX_DETAIL = 500  # characters of a reject's detail
+
+
+class Stage(ABC, Generic[AnyOptions]):
+    """One stage of the pipeline: what it reads and writes, and the work on one shard.
+
+    A stage has a ``name`` and says in ``fingerprint`` and ``process`` what is its own; all else has a default.
+
+    Attributes:
+        name: Of the folders ``_receipts/<name>/`` and so on.
+        version: Raised when the same options give other bytes.
+        output: Receipts, rejects, provenance and claims lie beneath it.
+        other_outputs: Further folders that it publishes into.
+        shards_in_flight: Shards that one process works on at once.
+        kept_by_rerun: A sentence on what ``--rerun`` does not do again, of a stage that keeps something.
+    """
+
+    name: str
+    version: int = 1
+    output: Path
+    other_outputs: tuple[Path, ...] = ()
+    shards_in_flight: int = 1
+    kept_by_rerun: str = ""
+
+    def __init__(self, options: AnyOptions, output: str | Path) -> None:
+        self.options = options
+        self.output = Path(output)
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, object]:
+        """The options that change the output, as JSON values."""
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        """The files that the shard is made from.  Default: the shard itself, made elsewhere."""
+        return source_inputs(shard)
+
+    def open(self, allocation: Allocation) -> None:
+        """Once per process, before the first shard: load models, find servers.
+
+        Raises:
+            InfrastructureError: Ends the run with exit code 2.
+        """
+
+    @abstractmethod
+    def process(self, work: ShardContext) -> None:
+        """One shard.
+
+        Raises:
+            ShardError: Fails the shard; the run goes on.
+            InfrastructureError: Ends the run with exit code 2.
+            Stopped: From ``work.check_stop``: a signal or the deadline asks to end.
+        """
+
+    def close(self) -> None:
+        """Once per process, after the last shard, whether or not ``open`` was reached."""
 
 
 class ShardContext:

@@ -488,7 +488,7 @@ class Timed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int) -> None:
         self.now, self.seconds, self.room = 0.0, seconds, room
-        monkeypatch.setattr("curation.caption.captioner.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("curation.caption.batching.time.perf_counter", lambda: self.now)
 
     def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> list[str]:
         if len(batch) > self.room:

@@ -44,9 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from curation.cluster import Allocation, StopSignal
 from curation.options import RunOptions, set_up_logging
 from curation.run.attempt import code_version
-from curation.run.inputs import Input
 from curation.run.runner import run_shards
-from curation.run.work import ShardContext
+from curation.run.work import ShardContext, Stage
 from curation.shards import Shard, discover
 
 CPU_MS, OPERATIONS, MAKESPAN = 10.0, 16.0, 1.1
@@ -55,29 +54,21 @@ FEW, MANY = 100, 500  # shards of the two runs under strace: their difference is
 LEASE_S = 120.0
 
 
-class Trivial:
+class Trivial(Stage[RunOptions]):
     """One small output a shard.  ``journal``: a line for each time that a shard was worked on."""
 
-    name, version, shards_in_flight = "trivial", 1, 1
-    other_outputs: tuple[Path, ...] = ()
+    name = "trivial"
 
     def __init__(
         self, output: Path, journal: Path | None = None, costs: dict[str, float] | None = None, outputs: int = 1
     ) -> None:
-        self.output = output
+        super().__init__(RunOptions(), output)
         self._ends = [".json", *(f".{number}.json" for number in range(1, outputs))]
         self._costs = costs or {}
         self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if journal else None
 
     def fingerprint(self) -> dict[str, object]:
         return {}
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path)]
-
-    def open(self, allocation: Allocation) -> None: ...
-
-    def close(self) -> None: ...
 
     def process(self, work: ShardContext) -> None:
         work.sample_in()

@@ -25,34 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from curation.cluster import Allocation, StopSignal
 from curation.options import RunOptions, set_up_logging
-from curation.run.inputs import Input
 from curation.run.runner import run_shards
-from curation.run.work import ShardContext
+from curation.run.work import ShardContext, Stage
 from curation.shards import Shard, discover
 
 BAR_MS = 5.0
 FLAT = 1.5  # a shard among the most costs at most so many times what one among the fewest does
 
 
-class Empty:
+class Empty(Stage[RunOptions]):
     """A stage that does nothing but what every stage must."""
 
-    name, version, shards_in_flight = "empty", 1, 1
-    other_outputs: tuple[Path, ...] = ()
+    name = "empty"
 
     def __init__(self, output: Path, publishes: bool) -> None:
-        self.output = output
+        super().__init__(RunOptions(), output)
         self._publishes = publishes
 
     def fingerprint(self) -> dict[str, object]:
         return {"publishes": self._publishes}
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path)]
-
-    def open(self, allocation: Allocation) -> None: ...
-
-    def close(self) -> None: ...
 
     def process(self, work: ShardContext) -> None:
         work.sample_in()

@@ -25,10 +25,9 @@ from curation.options import RunOptions
 from curation.run import commit
 from curation.run.attempt import Attempts
 from curation.run.claims import Claim
-from curation.run.inputs import Input
 from curation.run.ledger import Ledger, State
 from curation.run.progress import Progress, Tally
-from curation.run.work import ShardContext
+from curation.run.work import ShardContext, Stage
 from curation.shards import Shard, bucket_of
 from tests.run.commit_disk import Disk, Op, Receipt
 from tests.run.commit_model import Attempt, Model, Rules
@@ -52,23 +51,15 @@ class Killed(BaseException):
     """No handler and no clean-up of the process has any effect any more."""
 
 
-class Stage:
-    name, version, shards_in_flight = "toy", 1, 1
-    other_outputs: tuple[Path, ...] = ()
+class Toy(Stage[RunOptions]):
+    name = "toy"
 
     def __init__(self, output: Path, attempt: Attempt) -> None:
-        self.output = output
+        super().__init__(RunOptions(), output)
         self._attempt = attempt
 
     def fingerprint(self) -> dict[str, object]:
         return {}
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path)]
-
-    def open(self, allocation: Allocation) -> None: ...
-
-    def close(self) -> None: ...
 
     def process(self, work: ShardContext) -> None:
         work.sample_in()
@@ -152,7 +143,7 @@ class World:
             gate(("holds",))
             return self.claim[-1:] == (claim.token,)
 
-        stage = Stage(self.root, attempt)
+        stage = Toy(self.root, attempt)
         options, allocation = RunOptions(quiet=True), Allocation()
         ledger = Ledger(self.root, stage.name, stage.version, {})
         ledger.prepare(())

@@ -23,7 +23,7 @@ from curation.options import RunOptions, exit_code, parse_options
 from curation.run.follow import Follows
 from curation.run.inputs import Input
 from curation.run.runner import run_stage
-from curation.run.work import ShardContext
+from curation.run.work import ShardContext, Stage
 from curation.shards import Shard, discover
 
 
@@ -55,13 +55,10 @@ class Options(RunOptions):
     """The stage's name."""
 
 
-class Toy:
-    version = 1
-
+class Toy(Stage[Options]):
     def __init__(self, options: Options) -> None:
-        self.options = options
+        super().__init__(options, options.output)
         self.name = options.as_stage
-        self.output = options.output
         self.other_outputs = () if options.more is None else (options.more,)
         self.shards_in_flight = options.in_flight
         self._running = 0

@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from curation.cluster import Allocation
 from curation.errors import ShardError
 from curation.options import RunOptions
-from curation.run.inputs import Input
 from curation.run.runner import run_stage
-from curation.run.work import ShardContext
+from curation.run.work import ShardContext, Stage
 from curation.shards import Shard
 from curation.storage.files import AtomicFile
 from curation.tar import blocks
@@ -338,26 +336,16 @@ class GenerateOptions(RunOptions):
     layout: str = "tar"
 
 
-class Generate:
+class Generate(Stage[GenerateOptions]):
     """Publishes edits as stage 03 does, with receipts."""
 
     name = "03_generate_images"
-    version = 1
-    other_outputs: tuple[Path, ...] = ()
-    shards_in_flight = 1
 
     def __init__(self, root: Path, options: GenerateOptions) -> None:
-        self.output, self.options = root / "edits", options
+        super().__init__(options, root / "edits")
 
-    def fingerprint(self) -> Mapping[str, object]:
+    def fingerprint(self) -> dict[str, object]:
         return {"keys": self.options.keys, "layout": self.options.layout}
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path)]
-
-    def open(self, allocation: Allocation) -> None: ...
-
-    def close(self) -> None: ...
 
     def process(self, work: ShardContext) -> None:
         work.sample_in(len(self.options.keys))

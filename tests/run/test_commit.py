@@ -24,6 +24,7 @@ import xxhash
 from curation.errors import InfrastructureError, LostClaim, ShardError
 from curation.run import commit
 from curation.run.commit import Commit, StaleTempFiles
+from curation.storage import files as storage_files
 from curation.storage.files import AtomicFile, fast_digest, link_exclusively, read_record, temporary_name
 
 SHARD = "00000007"
@@ -193,7 +194,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in GATES:
         monkeypatch.setattr(os, name, gate(getattr(os, name), writes=True))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here
-    monkeypatch.setattr(commit, "open", gate(builtins.open, writes=False), raising=False)
+    monkeypatch.setattr(storage_files, "open", gate(builtins.open, writes=False), raising=False)
     monkeypatch.setattr(commit.time, "sleep", lambda seconds: None)
 
 
@@ -547,7 +548,7 @@ def test_reading_what_is_replaced_meanwhile(tmp_path: Path, monkeypatch: pytest.
             raise OSError(errno.ESTALE, "Stale file handle")
         return builtins.open(*arguments)
 
-    monkeypatch.setattr(commit, "open", moving, raising=False)
+    monkeypatch.setattr(storage_files, "open", moving, raising=False)
     assert read_record(path) == {"a": 1}
 
 

@@ -29,6 +29,7 @@ from curation.run.ledger import Ledger, State
 from curation.run.progress import Progress, Tally
 from curation.run.work import ShardContext, Stage
 from curation.shards import Shard, bucket_of
+from curation.storage import files as storage_files
 from tests.run.commit_disk import Disk, Op, Receipt
 from tests.run.commit_model import Attempt, Model, Rules
 from tests.run.commit_model import (
@@ -124,7 +125,7 @@ class World:
         self.root = base / "out"
         self.source = base / f"{SHARD}.tar"
         self.source.touch()
-        self.bucket = self.root / "_receipts" / Stage.name / bucket_of(SHARD)
+        self.bucket = self.root / "_receipts" / Toy.name / bucket_of(SHARD)
         self.bucket.mkdir(parents=True)
         self.claim: tuple[str, ...] = ()
         self.kind = EagerAttempts if eager else Attempts
@@ -154,7 +155,7 @@ class World:
 
     def arrive(self, attempt: Attempt) -> None:
         """A successor: it lists the folder, and works alone."""
-        ledger = Ledger(self.root, Stage.name, Stage.version, {})
+        ledger = Ledger(self.root, Toy.name, Toy.version, {})
         ledger.commit(SHARD).finish_pending(names=os.listdir(self.bucket))
         self.attempt(attempt, lambda op: None)
 
@@ -254,7 +255,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> None:
         "scandir": looking,
     }.items():
         monkeypatch.setattr(os, name, gated(getattr(os, name), describe))
-    monkeypatch.setattr(commit, "open", gated(builtins.open, files("read", 1)), raising=False)
+    monkeypatch.setattr(storage_files, "open", gated(builtins.open, files("read", 1)), raising=False)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here
     monkeypatch.setattr(commit.time, "sleep", lambda seconds: None)
 

@@ -399,7 +399,7 @@ def test_what_a_kill_right_after_the_commit_left_is_cleared_by_the_next_run(
     place.shard("1", "drop", "drop")
     with monkeypatch.context() as patch:  # as if the process ended between the commit and what follows it
         patch.setattr("curation.run.attempt.Attempts._clear_away", killed)
-        patch.setattr(claims.Claims, "give_back", lambda self, claim: None)
+        patch.setattr(claims.Claims, "release", lambda self, claim: None)
         patch.setattr(claims.Heartbeat, "stop", lambda self: None)
         with pytest.raises(Killed):
             place.run("--checkpoint")
@@ -583,8 +583,8 @@ def test_a_worker_that_is_behind_looks_again_soon(place: Place, monkeypatch: pyt
     place.shards(100)
     monkeypatch.setattr(toy_stage.Toy, "open", lambda stage, allocation: place.start().communicate())
     taken = []
-    take = claims.Claims.take
-    monkeypatch.setattr(claims.Claims, "take", lambda *a: taken.append(a) or take(*a))
+    take = claims.Claims.acquire
+    monkeypatch.setattr(claims.Claims, "acquire", lambda *a: taken.append(a) or take(*a))
     assert place.run() == 0
     assert len(place.receipts()) == len(place.lines("begin")) == 100
     assert 0 < len(taken) < 50

@@ -50,7 +50,7 @@ _TIMEOUT_S = 30.0
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pkl", ".pt", ".pth")
 
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 
 USAGE = """usage: python -m curation models fetch STAGE [--dry_run] [the stage's own flags]
        python -m curation models fetch CONFIG.yml [--dry_run]

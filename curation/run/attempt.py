@@ -115,7 +115,7 @@ def _superseded(work: ShardContext, paths: set[str]) -> list[str]:
 @lru_cache(maxsize=1)
 def code_version() -> str:
     """The package's version, with the commit where it runs from a checkout."""
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return __version__
     command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]

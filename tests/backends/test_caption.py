@@ -625,7 +625,7 @@ def test_bitsandbytes_is_imported_without_its_search_on_the_hub(tmp_path: Path) 
         "log.warning('something else')\n"
     )
     program = (
-        "from curation.backends.hub_models import import_bitsandbytes\nimport importlib.util, sys\n"
+        "from curation.models.hub_cache import import_bitsandbytes\nimport importlib.util, sys\n"
         "import_bitsandbytes()\nprint('bitsandbytes' in sys.modules, importlib.util.find_spec('kernels') is not None)\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}

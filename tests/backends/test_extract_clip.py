@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from curation.backends.extract import clip, clip_head, toxicity
+from curation.backends.extract import clip, clip_head, pictures, toxicity
 from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
 from curation.backends.extract.tokens import ClipTokens
 from curation.errors import InfrastructureError, UsageError
@@ -91,10 +91,10 @@ def example_photos() -> list[tuple[str, bytes]]:
 
 def test_a_picture_of_an_extreme_shape_is_cropped_as_if_it_were_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [(1, 900), (900, 1), (3, 2000), (2000, 3), (230, 700), (700, 230), (300, 900)]
-    pictures = [tiny.picture(9, *shape) for shape in shapes]
-    whole = [CentreCrop()(picture) for picture in pictures]
+    odd = [tiny.picture(9, *shape) for shape in shapes]
+    whole = [CentreCrop()(picture) for picture in odd]
     monkeypatch.setattr(pictures, "MAX_RESIZED_PIXELS", 0)
-    for picture, expected in zip(pictures, whole, strict=True):
+    for picture, expected in zip(odd, whole, strict=True):
         assert np.array_equal(CentreCrop()(picture), expected), picture.shape
     monkeypatch.undo()
     assert CentreCrop()(np.zeros((1, 20_000_000, 3), np.uint8)).shape == (224, 224, 3)  # in no more memory than itself

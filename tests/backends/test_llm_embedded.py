@@ -101,7 +101,7 @@ def test_it_ends_when_it_is_closed() -> None:
 
 
 def test_it_ends_with_a_process_that_is_killed() -> None:
-    program = "import time; from curation.backends.llm_embedded import Backend; print(Backend().url, flush=True)"
+    program = "import time; from curation.backends.llm.embedded import Backend; print(Backend().url, flush=True)"
     process = subprocess.Popen(
         [sys.executable, "-c", f"{program}; time.sleep(99)"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

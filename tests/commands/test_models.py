@@ -30,8 +30,8 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 LOAD = """
 import sys
-from curation.backends.diffusion_loading import load_pipeline
-from curation.backends.hub_models import resolve
+from curation.backends.generate.loading import load_pipeline
+from curation.models.hub_cache import resolve
 pipeline = load_pipeline(resolve(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None), "float32", "cpu")
 image = pipeline("a", num_inference_steps=1, height=64, width=64, guidance_scale=0).images[0]
 print("loaded", type(pipeline).__name__, image.size)

@@ -228,7 +228,7 @@ def test_processes_end_with_their_parent(tmp_path: Path) -> None:
     """A parent that is killed leaves nothing behind, neither processes nor memory."""
     code = (
         "import os, sys, signal; from tests.extract.test_feed import *\n"
-        "feed = Feed(PREPARATIONS, 8, 2, PLUGIN); collect(feed, SHARD)\n"
+        "feed = ExtractLoader(PREPARATIONS, 8, 2, PLUGIN); collect(feed, SHARD)\n"
         "print(*[p._process.pid for p in feed._processes if p._process], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

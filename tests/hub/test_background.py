@@ -37,7 +37,7 @@ DOWN = Fault("", times=10**6, status=503, headers={"Retry-After": "0"})
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for module, name in ((stub.backends, "load"), (stub.hub_models, "resolve"), (stub.stage, "Recaption")):
+    for module, name in ((stub.backends, "load"), (stub.hub_cache, "resolve"), (stub.stage, "Recaption")):
         monkeypatch.setattr(module, name, getattr(module, name))
     names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
     before = {name: signal.getsignal(name) for name in names}

@@ -125,7 +125,7 @@ def test_no_server_and_no_file_are_one_clear_line_without_secrets(files: FileSer
 FETCH = """
 import sys
 from pathlib import Path
-from curation.weights import fetch_weights
+from curation.models.weights import fetch_weights
 print(fetch_weights(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
 """
 
@@ -167,7 +167,7 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
 HUB = """
 import sys
 from pathlib import Path
-from curation.weights import fetch_weights
+from curation.models.weights import fetch_weights
 for source in sys.argv[2:]:
     print(fetch_weights(source, None, Path(sys.argv[1])))
 """

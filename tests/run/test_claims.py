@@ -35,7 +35,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic, time=time.time))
     return clock
 
 
@@ -386,7 +386,7 @@ def test_a_place_that_cannot_be_written_is_told_by_name(tmp_path: Path) -> None:
 TAKER = """
 import json, sys
 from pathlib import Path
-from curation.claims import Claims
+from curation.run.claims import Claims
 folder, lease_s, shards = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3].split(",")
 claims = Claims(folder, lease_s)
 claims.heartbeat.start()
@@ -396,7 +396,7 @@ won = {}
 for shard in shards:
     claim = claims.acquire("0", shard)
     if claim is not None:
-        won[shard] = [claim.token, claim.predecessors, claim.buried]
+        won[shard] = [claim.token, claim.predecessors, claim.confirmed_dead]
 print(json.dumps(won), flush=True)
 sys.stdin.readline()
 """

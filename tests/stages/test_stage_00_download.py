@@ -250,7 +250,7 @@ def test_webdataset_and_the_other_stages_read_the_shards(thousand: Thousand, tmp
 
 
 def test_stage_05_reads_the_shards(thousand: Thousand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((recaption_stub.backends, "load"), (recaption_stub.hub_models, "resolve")):
+    for module, name in ((recaption_stub.backends, "load"), (recaption_stub.hub_cache, "resolve")):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(recaption_stub.stage, "Recaption", recaption_stub.stage.Recaption)
     arguments = [str(thousand.out), "-o", str(tmp_path), "--max_images", "5", "--num_gpus", "1", "--quiet"]

@@ -48,7 +48,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
     before = {name: signal.getsignal(name) for name in names}
-    for module, name in ((stub.backends, "load"), (stub.hub_models, "resolve"), (stub.stage, "Recaption")):
+    for module, name in ((stub.backends, "load"), (stub.hub_cache, "resolve"), (stub.stage, "Recaption")):
         monkeypatch.setattr(module, name, getattr(module, name))
     yield
     for name, handler in before.items():

@@ -411,7 +411,7 @@ def test_a_model_that_keeps_a_column_back_fails_the_shard_with_its_name(tmp_path
 
 NAMED = """
 from dataclasses import dataclass
-from curation.extracting import Feature
+from curation.extract.api import Feature
 
 @dataclass(frozen=True)
 class Fails:

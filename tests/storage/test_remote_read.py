@@ -45,7 +45,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(remote_read, "PATIENCE", QUICK)
     names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
     before = {name: signal.getsignal(name) for name in names}
-    for module, name in ((stub.backends, "load"), (stub.hub_models, "resolve"), (stub.stage, "Recaption")):
+    for module, name in ((stub.backends, "load"), (stub.hub_cache, "resolve"), (stub.stage, "Recaption")):
         monkeypatch.setattr(module, name, getattr(module, name))
     yield
     for number, handler in before.items():
@@ -373,7 +373,7 @@ def test_the_hub_gives_what_the_file_has(tmp_path: Path) -> None:
     shutil.copy(SHARD, tmp_path / "shards")
     code = (
         "import sys; from curation.shards import discover; from tests.storage import test_remote_read as t\n"
-        "t.transports._RANGE_BYTES, t.transports.PATIENCE = 400_000, t.QUICK\n"
+        "t.remote_read._RANGE_BYTES, t.remote_read.PATIENCE = 400_000, t.QUICK\n"
         "(shard,) = discover('hf://me/model/shards/')\n"
         "sys.exit(t.read(shard.path) != t.read(t.SHARD))"
     )
@@ -471,7 +471,7 @@ def receipt(out: Path, shard: str) -> dict[str, Any]:
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("local") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((stub.backends, "load"), (stub.hub_models, "resolve"), (stub.stage, "Recaption")):
+        for module, name in ((stub.backends, "load"), (stub.hub_cache, "resolve"), (stub.stage, "Recaption")):
             patch.setattr(module, name, getattr(module, name))
         assert run(SHARDS, out, "--format", "jsonl,tar,files") == 0
     return out

@@ -592,9 +592,7 @@ def test_a_pass_that_is_given_up_leaves_no_thread(tmp_path: Path, small_windows:
 def test_a_process_that_ends_in_mid_pass_ends(tmp_path: Path) -> None:
     path = tmp_path / "shard.tar"
     path.write_bytes(triples(3000, 3000))
-    code = (
-        "import sys; from curation.tar.samples import TarPass; w = TarPass(sys.argv[1]).windows(); next(w); sys.exit(3)"
-    )
+    code = "import sys; from curation.tar.scan import TarScan; w = TarScan(sys.argv[1]).windows(); next(w); sys.exit(3)"
     command = [sys.executable, "-c", code, str(path)]
     assert subprocess.run(command, cwd=EXAMPLES.parent.parent, timeout=30, check=False).returncode == 3
 

@@ -62,7 +62,7 @@ class Backend:
         command = [sys.executable, "-m", __name__, str(model_file()), str(max(1, threads))]
         # spinning OpenMP threads bring a busy machine to a standstill
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, threads))}
-        package_root = str(Path(__file__).resolve().parents[2])
+        package_root = str(Path(__file__).resolve().parents[3])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         self._process = subprocess.Popen(

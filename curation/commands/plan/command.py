@@ -34,7 +34,7 @@ FEW = 3  # measured shards below which a forecast is hardly one
 DAY_H = 24.0
 
 
-_PROJECT = Path(__file__).resolve().parents[2]
+_PROJECT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)

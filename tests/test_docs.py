@@ -17,7 +17,7 @@ from curation.options import RunOptions
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 SHARED = {field.name for field in dataclasses.fields(RunOptions)}
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -132,10 +132,26 @@ def test_the_readme_gives_every_file_a_line() -> None:
         assert f"`{folder}/`" in readme, f"README.md does not name {folder}/"
 
 
-def test_design_gives_every_module_a_line() -> None:
+def test_the_picture_of_the_house_shows_every_package() -> None:
     design = (ROOT / "docs" / "design.md").read_text("utf-8")
-    for module in (ROOT / "curation").glob("[a-z]*.py"):
-        assert f"`{module.stem}`" in design, f"docs/design.md does not name {module.name}"
+    picture = design.partition("The package is a house")[2].partition("To follow one shard")[0]
+    for path in (ROOT / "curation").iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            assert f"{path.name}/" in picture, f"docs/design.md does not show {path.name}/"
+        elif path.suffix == ".py" and not path.stem.startswith("__"):
+            assert re.search(rf"\b{path.stem}\b", picture), f"docs/design.md does not show {path.stem}"
+
+
+def test_every_decision_has_its_three_parts_and_is_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = (folder / "README.md").read_text("utf-8")
+    records = sorted(folder.glob("[0-9]*.md"))
+    assert len(records) >= 5
+    for record in records:
+        assert re.findall(r"^## (.*)$", record.read_text("utf-8"), flags=re.M) == [
+            "The problem", "The decision", "What follows",
+        ], record.name  # fmt: skip
+        assert f"({record.name})" in listed, f"{record.name} is not in the list"
 
 
 def test_the_readmes_stage_commands_run(tmp_path: Path) -> None:

@@ -9,9 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Annotated
 
 import curation
 from curation.cluster import Allocation, run_id
@@ -21,7 +19,7 @@ from curation.download.images import Check, Encode, ImagePolicy, ResizeMode
 from curation.download.shard import OutputFormat, PreviousShard, RowDownloads, examine_by, refuse
 from curation.download.tables import NamedColumns, UrlTables, caption_column_of, url_column_of
 from curation.errors import InfrastructureError, ShardError, UsageError
-from curation.options import exit_code, logger, parse_options
+from curation.options import FINITE, also, at_least, between, exit_code, logger, more_than, parse_options
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet, write_csv
@@ -38,11 +36,6 @@ EXAMINERS_PER_CPU, MAX_EXAMINERS = 4, 32
 HASHES = ("sha256", "md5", "sha512", "sha1")
 
 
-def also(*names: str) -> Any:
-    """Further spellings of a flag, those of the tools that this stage stands for."""
-    return tyro.conf.arg(aliases=names)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Download the images of URL tables into tar shards; any number of processes share the work."""
@@ -56,7 +49,7 @@ class Options(RunOptions):
     """Write the tars to this place in a bucket (s3://bucket/folder, gs://…); all else goes to --output."""
     output_format: OutputFormat = "webdataset"
     """webdataset: <shard>.tar.  files: img2dataset's layout, <shard>/<key>.jpg and so on."""
-    rows_per_shard: Annotated[int, also("--number_sample_per_shard")] = 10_000
+    rows_per_shard: Annotated[int, at_least(1), also("--number_sample_per_shard")] = 10_000
     """Rows of a table in one shard."""
     url_col: str | None = None
     """Column of the URLs.  Default: url, or what is usually called so."""
@@ -64,33 +57,33 @@ class Options(RunOptions):
     """Column of the captions.  Default: caption or text, if the table has it."""
     verify_hash: str | None = None
     """Column of a hash that the bytes must have, such as sha256 or md5=original_md5."""
-    threads: Annotated[int, also("--thread_count")] = 256
+    threads: Annotated[int, at_least(1), also("--thread_count")] = 256
     """URLs that one process asks for at once."""
-    per_host: int = 16
+    per_host: Annotated[int, at_least(1)] = 16
     """Of them, at most so many from one host."""
-    timeout: float = 20.0
+    timeout: Annotated[float, more_than(0), FINITE] = 20.0
     """Seconds that one try may take, from the look-up of the name to the last byte."""
-    retries: int = 2
+    retries: Annotated[int, at_least(0)] = 2
     """Further tries of a URL whose server is busy or breaks off."""
-    max_wait: float = 60.0
+    max_wait: Annotated[float, at_least(0)] = 60.0
     """Longest Retry-After, in seconds, that is waited for."""
-    max_image_bytes: int = 64 << 20
+    max_image_bytes: Annotated[int, between(1, MAX_MEMBER_BYTES // 2)] = 64 << 20
     """Bytes of an image at most."""
     encode: Encode = "keep"
     """keep: each image byte for byte as it came.  jpg: decoded, upright, resized as asked, as JPEG."""
     image_check: Check = "decode"
     """decode: an image that cannot be decoded to its end has failed.  header: one whose header cannot be read."""
-    image_size: int = 0
+    image_size: Annotated[int, at_least(0)] = 0
     """With --encode jpg: pixels of the side that --resize_mode means."""
     resize_mode: ResizeMode = "no"
     """no, keep_ratio (the shorter side), keep_ratio_largest, center_crop, border (padded with white)."""
     resize_only_if_bigger: bool = False
     """Leave images alone that are smaller."""
-    encode_quality: int = 95
+    encode_quality: Annotated[int, between(1, 100)] = 95
     """JPEG quality."""
-    min_image_size: int = 0
+    min_image_size: Annotated[int, at_least(0)] = 0
     """Refuse images whose shorter side has fewer pixels."""
-    max_aspect_ratio: float = float("inf")
+    max_aspect_ratio: Annotated[float, at_least(1)] = float("inf")
     """Refuse images whose longer side is more than so many times the shorter."""
     user_agent: str = f"Mozilla/5.0 (compatible; curation/{curation.__version__})"
     """What the servers are told who asks."""
@@ -111,20 +104,6 @@ class Options(RunOptions):
 
     def check(self) -> None:
         super().check()
-        for name in ("rows_per_shard", "threads", "per_host", "max_image_bytes"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1")
-        for name in ("retries", "max_wait", "image_size", "min_image_size"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"--{name} must not be negative")
-        if self.max_image_bytes > MAX_MEMBER_BYTES // 2:
-            raise UsageError(f"--max_image_bytes: at most {MAX_MEMBER_BYTES // 2:,}, as readers of shards take them")
-        if not 0 < self.timeout < float("inf"):
-            raise UsageError("--timeout must be more than 0 seconds")
-        if not 1 <= self.encode_quality <= 100:
-            raise UsageError("--encode_quality is a number from 1 to 100")
-        if not self.max_aspect_ratio >= 1:
-            raise UsageError("--max_aspect_ratio must be at least 1")
         if (self.resize_mode != "no") != (self.image_size > 0):
             raise UsageError("--image_size and --resize_mode need each other")
         if self.image_size and self.encode == "keep":

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
 
@@ -24,7 +24,7 @@ from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_box
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.onnx import read_weights
-from curation.options import exit_code, logger, parse_options
+from curation.options import at_least, between, exit_code, less_than, logger, more_than, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import Checkpoints
 from curation.shards import discover
@@ -61,15 +61,15 @@ class Options(RunOptions):
     """Where auto has to look at pixels, use the small detector that comes with this project (CenterFace)."""
     model: str | None = None
     """Another ONNX file for the detector.  Default: insightface's buffalo_l, or CenterFace's own."""
-    det_size: int | None = None
+    det_size: Annotated[int | None, between(32, 4096)] = None
     """Pixels that an image's longest side is brought to for the detector.  Default: 640."""
-    threshold: float | None = None
+    threshold: Annotated[float | None, more_than(0), less_than(1)] = None
     """Score from which a detection counts as a face.  Default: 0.5 for scrfd, 0.4 for centerface."""
-    min_faces: int = 1
+    min_faces: Annotated[int, at_least(1)] = 1
     """Faces that a sample needs."""
     select: Literal["face", "noface"] = "face"
     """Keep the samples that have them, or those that have not."""
-    threads: int | None = None
+    threads: Annotated[int | None, at_least(1)] = None
     """Images decoded and looked at side by side, one core each.  Default: the cores that this process was given."""
     edits_layout: Literal["tar", "files"] = "tar"
     """files: each kept sample's metadata also as a loose <shard>/<key>.json in --edits, as older tools expect."""
@@ -78,14 +78,8 @@ class Options(RunOptions):
         super().check()
         if Path(self.output).absolute() == Path(self.edits).absolute():
             raise UsageError("--output and --edits must be two folders: both hold <shard>.json")
-        if self.min_faces < 1:
-            raise UsageError("--min_faces must be at least 1")
-        if self.det_size is not None and (self.det_size % 32 or not 32 <= self.det_size <= 4096):
-            raise UsageError("--det_size is a multiple of 32, at most 4096")
-        if self.threshold is not None and not 0 < self.threshold < 1:
-            raise UsageError("--threshold is between 0 and 1")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError("--threads must be at least 1")
+        if self.det_size is not None and self.det_size % 32:
+            raise UsageError("--det_size must be a multiple of 32")
         if self.embedded and self.detector == "scrfd":
             raise UsageError(
                 "--embedded is for --detector auto or centerface: SCRFD's weights do not come with the project"

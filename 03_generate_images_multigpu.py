@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
 
@@ -38,7 +38,7 @@ from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, pl
 from curation.generate.encode import EncodedLog
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models.hub_cache import ModelSource, resolve
-from curation.options import exit_code, logger, parse_options
+from curation.options import FINITE, at_least, between, exit_code, logger, parse_options
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import stage_version
 from curation.shards import Shard, discover
@@ -63,19 +63,19 @@ class Options(RunOptions):
     """Which weight files of the model to read, such as fp16."""
     embedded: bool = False
     """A tiny pipeline with random weights, built here: its pictures are noise.  For trying out without a model."""
-    steps: int | None = None
+    steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps.  Default: the model's preset."""
-    guidance: float | None = None
+    guidance: Annotated[float | None, at_least(0), FINITE] = None
     """Guidance scale.  Default: the model's preset."""
-    height: int | None = None
+    height: Annotated[int | None, at_least(1)] = None
     """Height in pixels.  Default: the model's preset."""
-    width: int | None = None
+    width: Annotated[int | None, at_least(1)] = None
     """Width in pixels.  Default: the model's preset."""
     size: Literal["fixed", "original"] = "fixed"
     """fixed: every picture has --width and --height.  original: the aspect ratio of the original, the same area."""
-    text_tokens: int | None = None
+    text_tokens: Annotated[int | None, at_least(1)] = None
     """Length that prompts are padded or cut to, where the model has a choice.  Default: the model's preset."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, at_least(1)] = None
     """Pictures generated at once; halved where memory runs out.  Default: the model's preset."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Precision of the weights.  Default: the model's preset."""
@@ -85,9 +85,9 @@ class Options(RunOptions):
     """What the pictures should not show, where the model and its guidance use one."""
     prompt_suffix: str = ""
     """Text put behind every prompt for the model only, such as ', high quality photo'."""
-    quality: int = 90
+    quality: Annotated[int, between(1, 100)] = 90
     """JPEG quality, 1 to 100."""
-    num_gpus: int | None = None
+    num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
     edits_layout: Literal["tar", "files"] = "tar"
     """tar: one <shard>.tar.  files: <shard>/<key>.{jpg,txt,json}, three files a sample."""
@@ -97,21 +97,11 @@ class Options(RunOptions):
     """Convolutions in the memory layout that tensor cores read."""
     fuse_qkv: bool = False
     """One projection for query, key and value."""
-    text_batches: int = 0
+    text_batches: Annotated[int, at_least(0)] = 0
     """Encode the prompts of so many batches at once, ahead of their pictures; 0: each batch's own within its call."""
 
     def check(self) -> None:
         super().check()
-        for name in ("steps", "height", "width", "batch_size", "text_tokens", "num_gpus"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1")
-        if not 1 <= self.quality <= 100:
-            raise UsageError("--quality is between 1 and 100")
-        if self.text_batches < 0:
-            raise UsageError("--text_batches must not be negative")
-        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
-            raise UsageError("--guidance must not be negative")
         if self.embedded and (self.model != DEFAULT_MODEL or self.revision or self.variant):
             raise UsageError("--embedded brings its own model: leave --model, --revision and --variant out")
 
@@ -231,16 +221,16 @@ class GenerateImages(Stage[Options]):
 
     def _read(self, work: ShardContext) -> list[Sample]:
         """The samples to edit, in the order of the prompts; those that cannot be are recorded."""
-        prompts = read_dictionary(work.shard.path)
+        shard = work.shard
+        prompts = read_dictionary(shard.file)
         work.sample_in(len(prompts))
         if not prompts:
             return []
-        shard = work.shard
         originals = OriginalMetadata(self.output, shard.id, self.name)
         made = read_provenance(provenance_path(shard))
         versions = {
             METADATA_STAGE: stage_version(self.output, METADATA_STAGE, shard.id),
-            PROMPTS_STAGE: stage_version(shard.path.parent, PROMPTS_STAGE, shard.id),
+            PROMPTS_STAGE: stage_version(shard.file.parent, PROMPTS_STAGE, shard.id),
             self.name: self.version,
         }
         stages = {stage: version for stage, version in versions.items() if version is not None}
@@ -351,7 +341,7 @@ class GenerateImages(Stage[Options]):
 
 def provenance_path(shard: Shard) -> Path:
     """What stage 02 recorded about each prompt of a shard."""
-    return shard.path.parent / "_provenance" / PROMPTS_STAGE / f"{shard.id}.jsonl"
+    return shard.file.parent / "_provenance" / PROMPTS_STAGE / f"{shard.id}.jsonl"
 
 
 def one_process_per_gpu(options: Options) -> Options:

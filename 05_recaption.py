@@ -38,7 +38,7 @@ from curation.images import Pixels
 from curation.jsonio import dump_json
 from curation.models.batch_size import FittingBatchSize
 from curation.models.weights import CACHE, fetch_weights
-from curation.options import exit_code, logger, parse_options
+from curation.options import also, exit_code, logger, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import PartialLog
 from curation.run.ledger import Ledger
@@ -51,11 +51,6 @@ from curation.tar.scan import TarReport
 JSONL_NAME = "captions.jsonl"
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
 NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
-
-
-def also(*names: str) -> Any:
-    """Further spellings of a flag, those of the tools that this stage stands for."""
-    return tyro.conf.arg(aliases=names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,34 +11,28 @@ import math
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
 from curation.errors import SampleError, ShardError
 
 KEY_SUFFIX = ".json"
-
-
 MAX_SAMPLE_JSON_BYTES = 4 << 20  # DataComp's are about 1 kB, some with long EXIF reach 100 kB
-
-
 MAX_DICTIONARY_BYTES = 1 << 30
-
-
 MAX_DEPTH = 64
 
 # C0 and C1 controls, and the bidirectional overrides that make a log or a page show another text than it holds
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")
-
-
 _SPACES = re.compile(r"[\s\x85\u2028\u2029]+")
-
-
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
-
-
 _OPENING = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]')
+
+
+class BinaryWriter(Protocol):
+    """Whatever bytes can be written to: an open file, or an output of the stage."""
+
+    def write(self, data: bytes, /) -> int: ...
 
 
 def clean_text(text: str) -> str:
@@ -103,7 +97,7 @@ def read_dictionary(path: Path, max_bytes: int = MAX_DICTIONARY_BYTES) -> dict[s
     return value
 
 
-def write_dictionary(file: BinaryIO, items: Iterable[tuple[str, Any]]) -> int:
+def write_dictionary(file: BinaryWriter, items: Iterable[tuple[str, Any]]) -> int:
     """Write ``{"<key>.json": value, …}``, one entry a line in the given order; returns how many entries.
 
     The names are given whole, with their ``.json``.  Deterministic, and streamed: nothing is held but one entry.

@@ -1,31 +1,97 @@
-"""Flags that every stage shares, parsing of a stage's own, and logging.
+"""The options that every stage shares, how the options of a stage or command are parsed and checked, and logging.
 
-Flags of the commands, from a dataclass each, as the stages have theirs.
+The options of a stage or a command are one frozen dataclass.  A field is a flag; the text below it is the flag's help;
+bounds of a number stand in the field's annotation, as in ``num_threads: Annotated[int, at_least(1)] = 20``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
 import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import NoneType
-from typing import Any, Protocol, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.jsonio import clean_text
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 logger = logging.getLogger("curation")
 
 _TRUTHS = {"true": True, "false": False}
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A bound of a number that an option takes, in the annotation of the option's field.
+
+    Attributes:
+        must_be: What the number must be, for the error message.
+        holds: Whether it is.
+    """
+
+    must_be: str
+    holds: Callable[[float], bool]
+
+
+def at_least(low: float) -> Bound:
+    """The number is ``low`` or more."""
+    return Bound(f"at least {low:g}", lambda value: value >= low)
+
+
+def more_than(low: float) -> Bound:
+    """The number is larger than ``low``."""
+    return Bound(f"more than {low:g}", lambda value: value > low)
+
+
+def less_than(high: float) -> Bound:
+    """The number is smaller than ``high``."""
+    return Bound(f"less than {high:g}", lambda value: value < high)
+
+
+def between(low: float, high: float) -> Bound:
+    """The number lies from ``low`` to ``high``; both are allowed."""
+    return Bound(f"between {low:g} and {high:g}", lambda value: low <= value <= high)
+
+
+FINITE = Bound("a finite number", math.isfinite)
+
+
+def also(*names: str) -> Any:
+    """Further spellings of a flag, such as those of a tool that the stage takes the place of; for ``Annotated``."""
+    import tyro
+
+    return tyro.conf.arg(aliases=names)
+
+
+def check_bounds(options: object) -> None:
+    """Check the numbers of a dataclass of options against the bounds in its annotations.
+
+    A value that is no number (None, "auto") has no bounds.
+
+    Raises:
+        UsageError: Names the flag and says what its value must be.
+    """
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        for bound in getattr(hint, "__metadata__", ()):
+            value = getattr(options, name) if isinstance(bound, Bound) else None
+            if isinstance(value, int | float) and not bound.holds(value):
+                raise UsageError(f"--{name} must be {bound.must_be}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Which shards, how many workers, until when."""
+    """Which shards are worked on, by how many workers, and until when."""
+
+    help_group: ClassVar[str] = "run"  # the heading under which --help lists the options of this class
 
     shards: str | None = None
     """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
@@ -33,18 +99,18 @@ class RunOptions:
     """Do the selected shards again, with other options if need be, and replace what is there."""
     retry_failed: bool = False
     """Try shards again that failed before (up to three times; a shard named by --shards always)."""
-    workers: int = 1
+    workers: Annotated[int, at_least(1)] = 1
     """Worker processes on this machine; they share the shards by claims."""
     deadline: str | None = None
     """Finish and save before this time: 30m, 1.5h, 01:30:00 from now, a date and time, or none.  Default: the end of
     the SLURM job."""
-    max_error_rate: float = 0.2
+    max_error_rate: Annotated[float, between(0, 1)] = 0.2
     """A shard of whose samples a greater share fails is failed, not done."""
     quiet: bool = False
     """Only warnings and errors."""
     dry_run: bool = False
     """Count what would be done, and do nothing."""
-    lease_s: float = 120.0
+    lease_s: Annotated[float, at_least(1)] = 120.0
     """A worker that shows no life for so many seconds loses its shard to another."""
     stall_s: float = 1800.0
     """A worker that finishes no sample for so many seconds counts as hung."""
@@ -52,19 +118,16 @@ class RunOptions:
     """Run the commands of pipe: sources.  Without it they are refused."""
     follow: bool = False
     """Work on shards as soon as the stage before has published them, and end when that stage is complete."""
-    follow_idle_s: float = 900.0
+    follow_idle_s: Annotated[float, at_least(1)] = 900.0
     """With --follow: end with exit code 1 when the stage before has shown no life for so many seconds."""
 
     def check(self) -> None:
-        """Raise UsageError for values that make no sense."""
-        if self.workers < 1:
-            raise UsageError("--workers must be at least 1")
-        if not 0 <= self.max_error_rate <= 1:
-            raise UsageError("--max_error_rate is a share between 0 and 1")
-        if self.lease_s < 1:
-            raise UsageError("--lease_s must be at least 1 second")
-        if not self.follow_idle_s >= 1:
-            raise UsageError("--follow_idle_s must be at least 1 second")
+        """Check the values of the options and that they fit together; a stage adds its own checks.
+
+        Raises:
+            UsageError: A number is out of its bounds, or two options exclude each other.
+        """
+        check_bounds(self)
         if self.follow and self.follow_idle_s < self.lease_s:  # heartbeats come every quarter of a lease
             raise UsageError("--follow_idle_s must not be shorter than --lease_s: a live stage would seem dead")
         if self.follow and self.rerun and self.shards is not None:
@@ -72,24 +135,81 @@ class RunOptions:
 
 
 AnyOptions = TypeVar("AnyOptions", bound=RunOptions)
+Arguments = TypeVar("Arguments")
 
 
 def parse_options(kind: type[AnyOptions], argv: Sequence[str] | None = None, prog: str | None = None) -> AnyOptions:
-    """The stage's options from the command line; ``--num_threads`` and ``--num-threads`` are alike.
+    """Parse the command line of a stage.
 
-    Ends the process with exit code 2 on an unknown flag or a value of the wrong type, naming the nearest flags.
+    ``--num_threads`` and ``--num-threads`` are the same flag.  An unknown flag or a value of the wrong type ends the
+    process with exit code 2 and a message that names the nearest flags.
+
+    Args:
+        kind: The stage's dataclass of options.
+        argv: The words after the program's name; None for those of this process.
+        prog: The name of the program that ``--help`` shows; None for that of this process.
+
+    Returns:
+        The options, whose values are not checked yet (``RunOptions.check``).
     """
+    return _parse(kind, _spelled_out(kind, sys.argv[1:] if argv is None else argv), prog, _help_groups(kind))
+
+
+def _parse(
+    kind: type[Arguments], words: Sequence[str] | None, prog: str | None, registry: ConstructorRegistry | None = None
+) -> Arguments:
     import tyro
 
-    words = _spelled_out(kind, sys.argv[1:] if argv is None else argv)
-    return tyro.cli(
-        kind,
-        args=words,
-        prog=prog,
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
-        compact_help=False,
-    )
+    with registry or contextlib.nullcontext():
+        return tyro.cli(
+            kind,
+            args=words,
+            prog=prog,
+            use_underscores=True,
+            config=(tyro.conf.OmitArgPrefixes,),
+            compact_help=False,
+        )
+
+
+def _help_groups(kind: type[AnyOptions]) -> ConstructorRegistry:
+    """Have ``--help`` list the stage's own options first, and then those of each base class as a group of their own.
+
+    tyro puts all fields of a dataclass into one list, those of the base classes first, and makes a group only of a
+    nested structure.  So the rule below presents the fields of each base with a ``help_group`` as a nested structure.
+    """
+    from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec
+
+    bases: list[Any] = [base for base in kind.__mro__[1:] if "help_group" in vars(base)]
+    groups = [type(base.help_group, (), {"__doc__": base.__doc__}) for base in bases]
+    group_of = {field.name: group for group, base in zip(groups, bases, strict=True) for field in fields(base)}
+    members: dict[type, list[StructFieldSpec]] = {}
+    asking = False
+
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asking
+        if info.type in members:
+            return StructConstructorSpec(dict, tuple(members[info.type]))
+        if info.type is not kind or asking:
+            return None
+        asking = True  # what would tyro make of it without this rule?
+        whole = ConstructorRegistry.get_struct_spec(info)
+        asking = False
+        assert isinstance(whole, StructConstructorSpec)
+        members.update({group: [] for group in groups})
+        own: list[StructFieldSpec] = []
+        for field in whole.fields:
+            (members[group_of[field.name]] if field.name in group_of else own).append(field)
+        nested = [StructFieldSpec(group.__name__, group, MISSING) for group in groups]
+        return StructConstructorSpec(build, (*own, *nested))
+
+    def build(**values: Any) -> AnyOptions:
+        shared = [values.pop(group.__name__) for group in groups]
+        return kind(**values, **{name: value for members_of in shared for name, value in members_of.items()})
+
+    build.__doc__ = kind.__doc__  # the description in --help
+    registry = ConstructorRegistry()
+    registry.struct_rule(rule)
+    return registry
 
 
 def _spelled_out(kind: type[AnyOptions], words: Sequence[str]) -> list[str]:
@@ -187,18 +307,19 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-Arguments = TypeVar("Arguments")
-
-
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: str) -> Arguments:
-    """The command's options.  Ends the process with exit code 2 on an unknown flag or a value of the wrong type."""
-    import tyro
+    """Parse the command line of ``python -m curation <command>`` and check the bounds of its numbers.
 
-    return tyro.cli(
-        kind,
-        args=None if argv is None else list(argv),
-        prog=f"python -m curation {command}",
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
-        compact_help=False,
-    )
+    An unknown flag or a value of the wrong type ends the process with exit code 2.
+
+    Args:
+        kind: The command's dataclass of options.
+        argv: The words after the command's name; None for all words of this process.
+        command: The command's name.
+
+    Raises:
+        UsageError: A number is out of its bounds.
+    """
+    options = _parse(kind, None if argv is None else list(argv), f"python -m curation {command}")
+    check_bounds(options)
+    return options

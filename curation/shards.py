@@ -26,11 +26,26 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")  # becomes a file
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard: ``id`` names it in every folder of the pipeline, ``path`` is what it is read from: a file, a folder of
-    loose files (``is_loose``), a URL or a command."""
+    """One shard.
+
+    Attributes:
+        id: Its name in every folder of the pipeline.
+        path: What it is read from: a file, a folder of loose files (``is_loose``), a URL or a command.
+    """
 
     id: str
     path: Source
+
+    @property
+    def file(self) -> Path:
+        """The file or folder of a shard that lies on a filesystem of this machine.
+
+        Raises:
+            UsageError: The shard is a URL or a command.
+        """
+        if isinstance(self.path, Path):
+            return self.path
+        raise UsageError(f"{self.path}: is not on a filesystem of this machine; only such shards are read here")
 
 
 def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False, allow_pipe: bool = False) -> list[Shard]:
@@ -67,14 +82,12 @@ def local_folders(shards: Iterable[Shard]) -> set[Path]:
 
 
 def files_of(shards: Sequence[Shard]) -> dict[str, Path]:
-    """shard id → its file, for what needs files on a filesystem.  UsageError for a shard that lies elsewhere."""
-    files = {shard.id: shard.path for shard in shards if isinstance(shard.path, Path)}
-    for shard in shards:
-        if shard.id not in files:
-            raise UsageError(
-                f"{shard.path}: is not on a filesystem of this machine; this command reads only such shards"
-            )
-    return files
+    """shard id → its file, for what needs files on a filesystem.
+
+    Raises:
+        UsageError: A shard lies elsewhere.
+    """
+    return {shard.id: shard.file for shard in shards}
 
 
 def is_safe_id(text: str) -> bool:

@@ -10,12 +10,12 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import orjson
 
 from curation.errors import InfrastructureError, SampleError, ShardError
-from curation.jsonio import dump_json, parse_json_object
+from curation.jsonio import BinaryWriter, dump_json, parse_json_object
 from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet
 from curation.storage.files import AtomicFile
@@ -98,7 +98,7 @@ def _side(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31 else None
 
 
-def write_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
+def write_rows(file: BinaryWriter, rows: Iterable[Row]) -> None:
     for row in rows:
         file.write(dump_json(row) + b"\n")
 

@@ -19,12 +19,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Annotated, ClassVar
 
 import curation
 from curation.cluster import WORKER_VARIABLE, Allocation
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
 from curation.hub.repository import check_access, check_name, scrub
 from curation.jsonio import clean_text
+from curation.options import at_least
 
 logger = logging.getLogger("curation")
 
@@ -42,9 +44,11 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """Flags of a stage that uploads what it makes."""
+    """Whether and where a stage uploads what it makes."""
 
-    push_every: int = 500
+    help_group: ClassVar[str] = "hub"
+
+    push_every: Annotated[int, at_least(1)] = 500
     """Images between two uploads to the hub, half a minute at least."""
     hf_repo: str | None = None
     """Dataset repository to upload to: user/name, or name.  Made, private, if it is not there.  Default: none."""
@@ -55,8 +59,6 @@ class HubOptions:
 
     def check_hub(self) -> None:
         """Raises UsageError where nothing could ever be uploaded.  The hub is not asked."""
-        if self.push_every < 1:
-            raise UsageError("--push_every must be at least 1")
         repo = self.repository
         if repo is not None:
             check_name(repo)

@@ -26,6 +26,7 @@ from curation.jsonio import KEY_SUFFIX, parse_json_object, read_dictionary, some
 from curation.reshard.uids import Halves, Subset, uid_of
 from curation.run.inputs import VERIFY_BYTES, Input, Upstream, published_below, source_inputs
 from curation.shards import Shard
+from curation.storage.urls import Source
 from curation.tar.samples import MAX_MEMBER_BYTES, problem_of
 from curation.tar.scan import SampleSpan, TarScan, Window
 
@@ -263,7 +264,7 @@ def _lines(path: Path) -> list[bytes]:
     return data.splitlines()
 
 
-Records = Mapping[Path, Mapping[str, Any]]
+Records = Mapping[Source, Mapping[str, Any]]
 
 
 """What is known of the inputs, by path."""
@@ -417,17 +418,16 @@ def survey(material: ReshardInputs, shards: Sequence[Shard], size: int | None, *
     return f"{samples_out:,} samples would go on{made}, about {bytes_out:,} bytes ({told or 'nothing comes in'})"
 
 
-def _records(material: ReshardInputs, shard: Shard) -> dict[Path, Mapping[str, Any]] | None:
+def _records(material: ReshardInputs, shard: Shard) -> Records | None:
     """What is known of a shard's inputs, None where one is missing."""
     upstream = Upstream()
-    records: dict[Path, Mapping[str, Any]] = {}
+    records: dict[Source, Mapping[str, Any]] = {}
     for wanted in material.inputs(shard):
         record, why = upstream.identify(wanted, shard.id)
         if record is None:
             logger.warning(f"{shard.id} blocked: {why}")
             return None
-        if isinstance(wanted.path, Path):
-            records[wanted.path] = record
+        records[wanted.path] = record
     return records
 
 

@@ -313,7 +313,7 @@ def test_a_dry_run_counts_who_waits(chain: Chain) -> None:
     ("more", "said"),
     [
         (["--rerun", "--shards", "1"], "leave --follow out"),
-        (["--follow_idle_s", "0"], "at least 1 second"),
+        (["--follow_idle_s", "0"], "at least 1"),
         (["--lease_s", "60", "--follow_idle_s", "30"], "shorter than --lease_s"),
     ],
 )

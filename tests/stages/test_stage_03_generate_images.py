@@ -616,7 +616,7 @@ def test_a_link_in_the_edits_folder_leads_nowhere(root: Path, tmp_path: Path) ->
         (["--embedded", "--text_tokens", "128"], "StableDiffusionPipeline takes no max_sequence_length"),
         (["--embedded", "--quality", "0"], "--quality is between 1 and 100"),
         (["--embedded", "--batch_size", "0"], "--batch_size must be at least 1"),
-        (["--embedded", "--guidance", "-1"], "--guidance must not be negative"),
+        (["--embedded", "--guidance", "-1"], "--guidance must be at least 0"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_code_2(

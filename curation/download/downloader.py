@@ -13,7 +13,6 @@ import contextlib
 import heapq
 import itertools
 import queue
-import random
 import resource
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import Generic, TypeVar
 
 from curation.download.fetch import NETWORK_REASONS, Fetcher, FetchError, FetchLimits, host_of
 from curation.errors import InfrastructureError
+from curation.storage.retry import RetryPolicy
 
 Job = TypeVar("Job")
 
@@ -141,7 +141,7 @@ class HostScheduler(Generic[Job]):
 _UNREAD_BYTES = 256 << 20  # of answers that wait for their shard's thread
 
 
-_FIRST_PAUSE_S = 0.5
+_RETRIES = RetryPolicy(first_wait_s=0.5)
 
 
 _FILES = 65_536
@@ -360,8 +360,7 @@ class Downloader:
 
     def _failed(self, host: str, ask: Ask, answers: Answers, error: FetchError) -> None:
         now = time.monotonic()
-        pause_s = _FIRST_PAUSE_S * 2**ask.tries * random.uniform(0.8, 1.2)
-        wait_s = pause_s if error.wait_s is None else error.wait_s
+        wait_s = _RETRIES.wait_s(ask.tries + 1) if error.wait_s is None else error.wait_s
         failed = error.reason in NETWORK_REASONS
         too_long = wait_s > self._max_wait_s  # then it is not waited for, and the host has failed
         self._turns.done(host, now, busy=error.busy and not too_long, wait_s=wait_s, failed=failed or too_long)

@@ -15,12 +15,12 @@ import ssl
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
 from curation.jsonio import clean_text
+from curation.storage.retry import retry_after_s
+from curation.storage.urls import error_line, redact
 
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
@@ -172,7 +172,7 @@ class Fetcher:
         seen: set[str] = set()
         for _ in range(MAX_REDIRECTS + 1):
             if url in seen:
-                raise FetchError("redirect_loop", url)
+                raise FetchError("redirect_loop", redact(url))
             seen.add(url)
             target = self._parsed(url)
             async with self._session.get(target, allow_redirects=False) as response:
@@ -204,7 +204,7 @@ class Fetcher:
     async def _body(self, response: Any) -> bytes:
         status, bound = int(response.status), self._limits.max_bytes
         if status != 200:
-            wait_s = seconds_to_wait(response.headers.get("Retry-After", "")) if status in _BUSY else None
+            wait_s = retry_after_s(response.headers.get("Retry-After")) if status in _BUSY else None
             busy = status in _BUSY
             response.close()
             raise FetchError(
@@ -225,7 +225,7 @@ class Fetcher:
         return bytes(data)
 
     def _as_fetch_error(self, error: Exception) -> FetchError:
-        http, text = self._aiohttp, f"{type(error).__name__}: {error}"
+        http, text = self._aiohttp, error_line(error)
         if "refused_address" in str(getattr(error, "os_error", error)):  # of several addresses one error is made
             return FetchError("refused_address", "private, link-local, loopback or reserved")
         if isinstance(error, http.ClientConnectorDNSError):
@@ -295,16 +295,3 @@ def disallowed_by(values: Iterable[str], token: str) -> set[str]:
             if speaks_to_us and name:
                 found.add("noindex" if name == "none" else name)
     return found
-
-
-def seconds_to_wait(text: str, now: datetime | None = None) -> float | None:
-    """What a Retry-After asks for, a number of seconds or a date; None where it says neither."""
-    text = text.strip()
-    if text.isdecimal() and len(text) < 12:
-        return float(text)
-    try:
-        until = parsedate_to_datetime(text)
-    except (ValueError, TypeError, IndexError):
-        return None
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())

@@ -161,7 +161,7 @@ def _images_first(path: str) -> tuple[bool, str]:
 def _is_whole(path: Source, entry: Mapping[str, Any]) -> bool:
     """Of an object, as the store tells: it has checked each part that came, and keeps them."""
     if isinstance(path, Url):
-        found = object_at(path).look()
+        found = object_at(path).info()
         return found is not None and found.is_of(entry)
     try:
         return bool(path.stat().st_size == entry["size"] and fast_digest(path) == entry["digest"])

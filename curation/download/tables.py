@@ -16,7 +16,6 @@ import contextlib
 import csv
 import difflib
 import io
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,8 +29,8 @@ import xxhash
 from curation.errors import InfrastructureError, SampleError, ShardError, UsageError
 from curation.jsonio import clean_text, dump_json, parse_json_object
 from curation.shards import MAX_SHARDS, Shard
-from curation.storage.files import link_exclusively, make_folder, read_record
-from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_remote, redact, told_by
+from curation.storage.files import link_exclusively, make_folder, read_record, whole_file
+from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_remote, object_info, redact
 
 SUFFIXES: Final = (
     ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".txt", ".txt.gz",
@@ -153,7 +152,7 @@ class UrlTables:
             tables = list(pool.map(lambda entry: self._look_at(*entry), found))
         facts = [{"mark": table.mark, "rows": table.rows, "file": table.file} for table in tables]
         told = dump_json({"tables": facts}, indent=True)  # no names: a URL may hold a secret
-        link_exclusively(record, told, secrets.token_hex(8))
+        link_exclusively(record, told)
         return tables
 
     def _dry_plan(self) -> list[Table]:
@@ -178,13 +177,8 @@ class UrlTables:
                 with self._place.open_text(source) as text:
                     return Table(source, mark, count_rows(told, text))
             name = f"{_digest([_RULES, _plain(source), mark, self._rows])}.parquet"
-            temporary = self._output / TABLES_FOLDER / f".{name}.{secrets.token_hex(8)}.tmp"
-            try:
-                with self._place.open_text(source) as text:
-                    rows = write_parquet(told, text, schema, temporary, self._rows)
-                temporary.rename(temporary.with_name(name))
-            finally:
-                temporary.unlink(missing_ok=True)
+            with whole_file(self._output / TABLES_FOLDER / name) as file, self._place.open_text(source) as text:
+                rows = write_parquet(told, text, schema, file, self._rows)
             return Table(source, mark, rows, name)
         except InfrastructureError:
             raise
@@ -295,7 +289,8 @@ class _Place:
         return self._files.open(path, "rb", compression=packed)  # type: ignore[no-any-return]
 
     def _mark(self, path: str) -> str:
-        return _digest(told_by(self._files.info(path)))
+        info = object_info(self._files.info(path))
+        return _digest([info.size, list(info.mark().items())])
 
 
 def _plain(source: str) -> str:
@@ -348,14 +343,14 @@ def count_rows(source: str, file: BinaryIO) -> int:
     return sum(1 for _ in _rows(source, file))
 
 
-def write_parquet(source: str, file: BinaryIO, schema: Any, path: Path, rows_per_group: int) -> int:
-    """The table as parquet with groups of so many rows; returns how many rows."""
+def write_parquet(source: str, text: BinaryIO, schema: Any, file: BinaryIO, rows_per_group: int) -> int:
+    """Write a table of text as parquet with row groups of that size; returns the number of rows."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
     count = 0
-    with ParquetWriter(path, schema, compression="zstd") as writer:
-        for batch in _batches(_rows(source, file), rows_per_group):
+    with ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in _batches(_rows(source, text), rows_per_group):
             columns = [_array(field.type, [row.get(field.name) for row in batch]) for field in schema]
             writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema), row_group_size=rows_per_group)
             count += len(batch)

@@ -23,8 +23,9 @@ from types import FrameType
 import curation
 from curation.cluster import WORKER_VARIABLE, Allocation
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
-from curation.hub.repository import check_access, check_name, scrub
+from curation.hub.repository import check_access, check_name
 from curation.jsonio import clean_text
+from curation.storage.urls import redact
 
 logger = logging.getLogger("curation")
 
@@ -169,7 +170,7 @@ class Pushing:
         except OSError as error:
             told, code = str(error), -1
         line = next((line for line in reversed(told.splitlines()) if line.strip()), f"exit code {code}")
-        line = clean_text(scrub(line.strip().removeprefix("error: ")))[:500]
+        line = clean_text(redact(line.strip().removeprefix("error: ")))[:500]
         if code == EXIT_OK:
             logger.info(f"hub: {line}")
         elif not self._ended:

@@ -20,6 +20,7 @@ from curation.hub.parts import Collection, ContentLog, addition_of, collect
 from curation.hub.repository import CARD, Addition, Conflict, Head, Repository, Retryable, connect
 from curation.jsonio import clean_text
 from curation.shards import is_safe_id
+from curation.storage.retry import RetryPolicy
 
 logger = logging.getLogger("curation")
 
@@ -41,7 +42,10 @@ MAX_CONFLICTS = 20  # in a row
 LONGEST_WAIT_S = 600.0  # a hub that asks for more is left in peace: push later
 
 
-_LONGEST_PAUSE_S = 60.0
+_RETRIES = RetryPolicy(first_wait_s=1.5, longest_wait_s=90.0)
+
+
+_CONFLICTS = RetryPolicy(first_wait_s=1.0, longest_wait_s=10.0)
 
 
 class GaveUp(Exception):
@@ -107,7 +111,7 @@ class _Push:
         self._home, self._stage = home, stage
         self._repository = repository
         self._options = options
-        self._patience = _Patience(options.tries, sleep)
+        self._retries = _Retries(options.tries, sleep)
         self._wanted: list[str] = []
         self._log = ContentLog(home / "_hub" / f"{stage}.contents.jsonl")
         self._done = Pushed(repository.name, repository.url)
@@ -137,12 +141,12 @@ class _Push:
                 message = _message(self._stage, additions, deletions)
                 head = self._repository.commit(head, additions, deletions, message)
                 self._note(additions, deletions)
-                self._patience.relax()
+                self._retries.relax()
                 if last:
                     return self._done
             except (Retryable, Conflict) as error:
                 head = None
-                self._patience.wait(error)
+                self._retries.wait(error)
 
     def _head(self) -> Head:
         head = self._repository.head()
@@ -228,8 +232,8 @@ class _Push:
         )
 
 
-class _Patience:
-    """Waits that grow, with jitter, or are as long as the hub asks; and how often."""
+class _Retries:
+    """Counts the failures in a row, waits after each, and gives up when there were too many."""
 
     def __init__(self, tries: int, sleep: Callable[[float], None]) -> None:
         self._tries = tries
@@ -241,17 +245,17 @@ class _Patience:
         self._failures = self._conflicts = 0
 
     def wait(self, error: Retryable | Conflict) -> None:
-        """Raises GaveUp when it is enough."""
+        """Wait before the next try.  Raises GaveUp after the last one."""
         if isinstance(error, Conflict):
             self._conflicts += 1
             if self._conflicts >= MAX_CONFLICTS:
                 raise GaveUp(f"{error}, {MAX_CONFLICTS} times in a row") from error
-            self._sleep(random.uniform(0.1, 1.0) * min(self._conflicts, 10))
+            self._sleep(_CONFLICTS.wait_s(self._conflicts))
             return
         self._failures += 1
         if self._failures >= self._tries:
             raise GaveUp(f"{error}; tried {self._failures} times") from error
-        pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (self._failures - 1)) * random.uniform(0.5, 1.5)
+        pause_s = _RETRIES.wait_s(self._failures)
         if error.after_s is not None:
             if error.after_s > LONGEST_WAIT_S:
                 raise GaveUp(f"{error} and asks to wait {error.after_s:,.0f} s") from error

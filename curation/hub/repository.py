@@ -6,12 +6,10 @@ look again), or an InfrastructureError that waiting does not mend.  None of thei
 
 from __future__ import annotations
 
-import email.utils
 import logging
 import os
 import re
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from typing import Any
 
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
+from curation.storage.retry import retry_after_s
+from curation.storage.urls import redact
 
 CARD = "README.md"
 
@@ -40,14 +40,6 @@ _BACK_LATER = (408, 425, 429)  # and 5xx
 
 
 _RESETS_IN = re.compile(r";\s*t\s*=\s*(\d{1,6})")  # the hub's RateLimit header: "api";r=0;t=55
-
-
-_SECRETS = (
-    (re.compile(r"\bhf_\w{6,}"), "hf_***"),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=*-]+"), r"\1 ***"),
-    (re.compile(r"(https?://)[^\s/@]+@"), r"\1***@"),
-    (re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+"), r"\1?***"),  # signed URLs
-)
 
 
 class Retryable(Exception):
@@ -135,15 +127,6 @@ def _token() -> str:
     return token
 
 
-def scrub(text: str, token: str = "") -> str:
-    """The text without tokens, passwords and the signed parts of URLs."""
-    if token:
-        text = text.replace(token, "***")
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
 class Repository:
     """One dataset repository.  Made by ``connect``."""
 
@@ -161,7 +144,7 @@ class Repository:
 
     @property
     def url(self) -> str:
-        return scrub(f"{self._api.endpoint}/datasets/{self.name}", self._token)
+        return redact(f"{self._api.endpoint}/datasets/{self.name}", self._token)
 
     def create(self, *, public: bool) -> None:
         """Create it unless it is there; one that is there stays as public as it is."""
@@ -275,7 +258,7 @@ class Repository:
         for link in chain[:3]:
             words = [line.strip() for line in str(link).splitlines() if line.strip()]
             texts.append(" ".join(words[:2]) or type(link).__name__)
-        return clean_text(scrub("; ".join(dict.fromkeys(texts)), self._token))[:400]
+        return clean_text(redact("; ".join(dict.fromkeys(texts)), self._token))[:400]
 
 
 @contextmanager
@@ -294,7 +277,7 @@ def connect(name: str) -> Iterator[Repository]:
     kind, hooks = type(session), session.event_hooks.get("request", [])
     bars = not are_progress_bars_disabled()
     handlers = logging.getLogger("huggingface_hub").handlers
-    redact = _Scrubbing(token)
+    without_secrets = _Redacting(token)
 
     def bounded() -> Any:
         return kind(
@@ -307,12 +290,12 @@ def connect(name: str) -> Iterator[Repository]:
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
     for handler in handlers:
-        handler.addFilter(redact)
+        handler.addFilter(without_secrets)
     try:
         yield Repository(name, token)
     finally:
         for handler in handlers:
-            handler.removeFilter(redact)
+            handler.removeFilter(without_secrets)
         if bars and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
             enable_progress_bars()
         set_client_factory(lambda: kind(event_hooks={"request": hooks}, follow_redirects=True, timeout=None))
@@ -326,18 +309,14 @@ def _leave_waiting_to_us(response: Any) -> None:
 
 
 def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds, by Retry-After (a number or a date) or by the hub's RateLimit header."""
-    value = (headers.get("Retry-After") or "").strip()
-    if value.isdecimal() and len(value) < 10:
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        found = _RESETS_IN.search(headers.get("RateLimit") or "")
-        return float(found[1]) if found and "r=0" in headers.get("RateLimit", "").replace(" ", "") else None
+    """Seconds that the hub asks to wait, by Retry-After or by its own RateLimit header."""
+    asked = retry_after_s(headers.get("Retry-After"))
+    limit = headers.get("RateLimit") or ""
+    resets = _RESETS_IN.search(limit) if asked is None and "r=0" in limit.replace(" ", "") else None
+    return float(resets[1]) if resets else asked
 
 
-class _Scrubbing(logging.Filter):
+class _Redacting(logging.Filter):
     """The client's own lines name URLs that are signed."""
 
     def __init__(self, token: str) -> None:
@@ -345,5 +324,5 @@ class _Scrubbing(logging.Filter):
         self._token = token
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = scrub(record.getMessage(), self._token), ()
+        record.msg, record.args = redact(record.getMessage(), self._token), ()
         return True

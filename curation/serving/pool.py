@@ -36,6 +36,7 @@ from curation.serving.wire import (
     detect_api,
     post,
 )
+from curation.storage.retry import RetryPolicy
 
 MIN_ANSWERS_TO_JUDGE = 8  # in a class, before it is judged: replies differ in length
 
@@ -153,7 +154,10 @@ class Concurrency:
 FAILURES_TO_OPEN = 3  # in a row: one broken connection is no broken server
 
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+TRIALS = RetryPolicy(first_wait_s=1.0, longest_wait_s=60.0)  # waits before a broken server gets a request on trial
+
+
+BUSY = RetryPolicy(first_wait_s=0.04, longest_wait_s=1.0)  # waits of a request that every server refuses
 
 
 ATTEMPTS = 4  # of one request that keeps failing while servers are alive
@@ -217,7 +221,7 @@ class Endpoint:
         self.leaving = False  # gets no more requests, and goes once those that are out are back
         self._broken_at = 0.0
         self._failures = 0  # in a row
-        self._pause_s = FIRST_PAUSE_S
+        self._trials = 0  # waits since it last answered
 
     def has_room(self, now: float) -> bool:
         if self.leaving or now < self.trial_at:
@@ -245,7 +249,7 @@ class Endpoint:
         self.recovered()
 
     def recovered(self) -> None:
-        self._failures, self._pause_s = 0, FIRST_PAUSE_S
+        self._failures = self._trials = 0
         if self.broken:
             self.broken, self.trial_at = False, 0.0
             logger.info(f"{self.url} answers again")
@@ -268,8 +272,8 @@ class Endpoint:
             return
         self._failures += 1
         if self.broken or self._failures >= FAILURES_TO_OPEN or error.refused or error.retry_after_s:
-            pause_s = error.retry_after_s or self._pause_s * random.uniform(0.8, 1.2)
-            self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
+            self._trials += 1
+            pause_s = error.retry_after_s or TRIALS.wait_s(self._trials)
             self.trial_at = max(self.trial_at, now + pause_s)
             if not self.broken:
                 self.broken, self._broken_at = True, now
@@ -356,7 +360,8 @@ class EndpointPool:
                 problem = error
             if isinstance(problem, EndpointError) and problem.busy:
                 refusals += 1
-                self._back_off(refusals)
+                if refusals > 1:  # the first time another server may be free at once
+                    time.sleep(BUSY.wait_s(refusals - 1))
             elif not (isinstance(problem, ModelMissing) or problem.refused):  # those say nothing about the request
                 failures += 1
                 if failures >= ATTEMPTS and self._any_alive():
@@ -480,11 +485,6 @@ class EndpointPool:
                 self._changed.notify()
 
     # ---- failures
-
-    def _back_off(self, refusals: int) -> None:
-        """Refused everywhere, a request waits longer each time; the first time another server may be free at once."""
-        if refusals > 1:
-            time.sleep(random.uniform(0.5, 1.0) * min(1.0, 0.01 * 2 ** min(refusals, 10)))
 
     def _any_alive(self) -> bool:
         """Whether some server shows a sign of life: then it is this request that they cannot answer."""

@@ -47,7 +47,8 @@ from curation.serving.wire import (
     answers,
     detect_api,
 )
-from curation.storage.files import make_folder
+from curation.storage.files import make_folder, write_whole
+from curation.storage.retry import RetryPolicy
 
 AnyApi = Literal["auto", "ollama", "openai"]
 
@@ -237,19 +238,11 @@ class OwnRegistration:
         """Write the registration with its next count; one that was removed by mistake is there again."""
         self._beats += 1
         data = dump_json(asdict(replace(self._registration, beat=self._beats)), indent=True) + b"\n"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(self._temporary, flags, 0o666), "wb") as file:
-            file.write(data)
-        os.replace(self._temporary, self.path)
+        write_whole(self.path, data, durable=False)
 
     def remove(self) -> None:
-        for path in (self.path, self._temporary):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-    @property
-    def _temporary(self) -> Path:
-        return self._folder / f".{self._name}.tmp"
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
 
 # ---- the process beside each server
@@ -355,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 RESCAN_S = 3.0
 
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 3.0, 60.0  # before a server that does not answer is tried again
+REOPENING = RetryPolicy(first_wait_s=3.0, longest_wait_s=60.0)  # of a server that does not answer
 
 
 OPENING_AT_ONCE = 64  # each is a thread that waits for a server to load its model
@@ -367,7 +360,7 @@ class _Trouble:
 
     who: tuple[str, int]  # (host, pid): another process at the same URL is tried at once
     why: str
-    pause_s: float
+    failures: int
     again_at: float
 
 
@@ -445,13 +438,13 @@ class RegistryWatcher:
     def _put_off(self, entry: Listed, why: str) -> None:
         """Each time for longer; what a dead job left behind, for long at once."""
         url, before = entry.registration.url, self._trouble.get(entry.registration.url)
-        again = before is not None and before.who == _who(entry)
-        pause_s = LONGEST_PAUSE_S if entry.silent() else FIRST_PAUSE_S
-        if again and before is not None:
-            pause_s = min(LONGEST_PAUSE_S, max(pause_s, 2 * before.pause_s))
-        if not again or before is None or before.why != why:
+        if before is not None and before.who != _who(entry):
+            before = None
+        failures = before.failures + 1 if before else 1
+        pause_s = REOPENING.longest_wait_s if entry.silent() else REOPENING.wait_s(failures)
+        if before is None or before.why != why:
             logger.warning(clean_text(f"{self._folder.folder / entry.name}: {url}: {why}; trying again now and then"))
-        self._trouble[url] = _Trouble(_who(entry), why, pause_s, time.monotonic() + pause_s)
+        self._trouble[url] = _Trouble(_who(entry), why, failures, time.monotonic() + pause_s)
 
     # ---- telling
 

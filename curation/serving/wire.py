@@ -16,6 +16,7 @@ import requests
 import urllib3
 
 from curation.errors import InfrastructureError, SampleError
+from curation.storage.retry import retry_after_s
 
 Api = Literal["ollama", "openai"]
 
@@ -32,6 +33,9 @@ CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the mo
 
 
 _MOST_TOKENS = 1 << 40
+
+
+_LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer is tried all the same
 
 
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -323,8 +327,8 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
     if status == 200:
         return bytes(payload)
     if status in (429, 503):
-        retry_after_s = _seconds(response.headers.get("Retry-After", ""))
-        raise EndpointError(f"{status}: {text}", busy=True, retry_after_s=retry_after_s)
+        asked_s = min(_LONGEST_ASKED_S, retry_after_s(response.headers.get("Retry-After")) or 0.0)
+        raise EndpointError(f"{status}: {text}", busy=True, retry_after_s=asked_s)
     if status >= 500 or status in (408, 499) or 300 <= status < 400:
         raise EndpointError(f"{status}: {text}", timed_out=status == 408)
     if status == 404:
@@ -370,8 +374,3 @@ def _object(payload: bytes) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     return value if type(value) is int and 0 <= value <= _MOST_TOKENS else 0
-
-
-def _seconds(text: str) -> float:
-    """Of Retry-After, at most a minute; its other form, a date, is not used by model servers."""
-    return min(60.0, float(text)) if text.isascii() and text.isdigit() else 0.0

@@ -20,6 +20,7 @@ from curation.errors import InfrastructureError
 from curation.serving.pool import EndpointPool
 from curation.serving.registry import OwnRegistration, Registration, Registry, RegistryWatcher, parse_registration
 from curation.serving.wire import Request
+from curation.storage.retry import RetryPolicy
 from tests.servers import ollama_stub
 from tests.serving.test_pool import MODEL, REPLIES, TEXTS, free_port, short_pauses  # noqa: F401 - a fixture for all
 
@@ -65,7 +66,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
 @pytest.fixture
 def quick_scans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("curation.serving.registry.RESCAN_S", 0.1)
-    monkeypatch.setattr("curation.serving.registry.FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr("curation.serving.registry.REOPENING", RetryPolicy(first_wait_s=0.1))
 
 
 # ---- the files

@@ -30,14 +30,8 @@ from curation.storage.urls import redact
 logger = logging.getLogger("curation")
 
 PAUSE_S = 30.0  # between two pushes: the hub takes about two commits a minute
-
-
 _TRIES, _LAST_TRIES = 2, 5
-
-
 _GRACE_S = 5.0
-
-
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 
 

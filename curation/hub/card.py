@@ -21,32 +21,14 @@ from curation.storage.files import read_record
 from curation.tar.samples import read_samples
 
 _BEGIN, _END = "<!-- curation:begin", "<!-- curation:end -->"
-
-
 _META_BEGIN, _META_END = "# curation:begin", "# curation:end"
-
-
 _BLOCK = re.compile(re.escape(_BEGIN) + r".*?" + re.escape(_END), re.S)
-
-
 _META_BLOCK = re.compile(rf"^{_META_BEGIN}.*?^{_META_END}[^\n]*(?:\n|\Z)", re.S | re.M)
-
-
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)((?<=\n)|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.S)
-
-
 _MARKDOWN = re.compile(r"[&<>|`*_\[\]()#!~\\$^{}@:]")
-
-
 _LOADED = (".parquet", ".jsonl", ".tar")  # what the hub shows and `datasets` loads, the first of them that there is
-
-
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # the hub's bounds, by tens
-
-
 _MAX_COLUMNS, _MAX_LINE_BYTES, _MAX_VALUE = 200, 8 << 20, 300
-
-
 LICENCE_UNKNOWN = "unknown"
 
 

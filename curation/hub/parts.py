@@ -22,20 +22,10 @@ from curation.run.ledger import done_receipts
 from curation.storage.files import storage_error
 
 DATA_FOLDER = "data"  # where the hub looks for tables
-
-
 _PARQUET_FOLDER = "parquet"
-
-
 _FORBIDDEN = {".git", ".cache", ".huggingface"}
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
 _BLOCK = 1 << 20
-
-
 _MAX_REGULAR_BYTES = 64 << 20  # what is larger the hub keeps as a large file, for certain
 
 

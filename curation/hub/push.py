@@ -25,26 +25,12 @@ from curation.storage.retry import RetryPolicy
 logger = logging.getLogger("curation")
 
 MAX_COMMIT_FILES = 200
-
-
 MAX_COMMIT_BYTES = 32 << 30  # uploaded before they are committed: what a broken connection may leave for the next push
-
-
 MAX_COMMIT_SMALL_BYTES = 64 << 20  # of files that may travel within the commit itself
-
-
 _SMALL_BYTES = 10 << 20  # the hub takes no larger ones there
-
-
 MAX_CONFLICTS = 20  # in a row
-
-
 LONGEST_WAIT_S = 600.0  # a hub that asks for more is left in peace: push later
-
-
 _RETRIES = RetryPolicy(first_wait_s=1.5, longest_wait_s=90.0)
-
-
 _CONFLICTS = RetryPolicy(first_wait_s=1.0, longest_wait_s=10.0)
 
 

@@ -22,23 +22,11 @@ from curation.storage.retry import retry_after_s
 from curation.storage.urls import redact
 
 CARD = "README.md"
-
-
 MAX_CARD_BYTES = 4 << 20
-
-
 REQUEST_TIMEOUT_S = 120.0  # the client itself would wait for ever
-
-
 UPLOADS_AT_ONCE = 4
-
-
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
-
-
 _BACK_LATER = (408, 425, 429)  # and 5xx
-
-
 _RESETS_IN = re.compile(r";\s*t\s*=\s*(\d{1,6})")  # the hub's RateLimit header: "api";r=0;t=55
 
 

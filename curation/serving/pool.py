@@ -39,20 +39,10 @@ from curation.serving.wire import (
 from curation.storage.retry import RetryPolicy
 
 MIN_ANSWERS_TO_JUDGE = 8  # in a class, before it is judged: replies differ in length
-
-
 WORTH = 0.25  # of what more requests could bring, so much they must bring
-
-
 KNEE = 0.8  # of the best throughput: fewer requests that reach it are enough
-
-
 FORGET_S = 30.0  # servers change: measure anew so often, and after so many round trips at the least
-
-
 FORGET_ROUND_TRIPS = 50
-
-
 LONGEST_HOLD_S = 60.0
 
 
@@ -152,20 +142,10 @@ class Concurrency:
 
 
 FAILURES_TO_OPEN = 3  # in a row: one broken connection is no broken server
-
-
 TRIALS = RetryPolicy(first_wait_s=1.0, longest_wait_s=60.0)  # waits before a broken server gets a request on trial
-
-
 BUSY = RetryPolicy(first_wait_s=0.04, longest_wait_s=1.0)  # waits of a request that every server refuses
-
-
 ATTEMPTS = 4  # of one request that keeps failing while servers are alive
-
-
 PROBE_S = 5.0  # for a sign of life
-
-
 MUTE_S, MUTE_LATENCIES, MIN_ANSWERS = 2.0, 10.0, 16
 
 logger = logging.getLogger("curation")

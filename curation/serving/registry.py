@@ -51,31 +51,14 @@ from curation.storage.files import make_folder, write_whole
 from curation.storage.retry import RetryPolicy
 
 AnyApi = Literal["auto", "ollama", "openai"]
-
 SUFFIX = ".json"
-
-
 MAX_BYTES, MAX_DEPTH, MAX_TEXT = 16 << 10, 4, 512
-
-
 MAX_SERVERS = 4096
-
-
 BEAT_S = 3.0
-
-
 SILENCE_S = 30.0  # a counter that has stood still for so long is a dead job's
-
-
 FORGET_S = 600.0  # after so long, and when its server does not answer, its file is removed by another server's process
-
-
 PROBE_S = 5.0  # for a sign of life
-
-
 MUTE_S = 60.0  # without one, a server is given up
-
-
 EXIT_NO_SERVER = 3  # it does not answer: to be started again
 
 logger = logging.getLogger("curation")
@@ -346,11 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 RESCAN_S = 3.0
-
-
 REOPENING = RetryPolicy(first_wait_s=3.0, longest_wait_s=60.0)  # of a server that does not answer
-
-
 OPENING_AT_ONCE = 64  # each is a thread that waits for a server to load its model
 
 

@@ -19,25 +19,12 @@ from curation.errors import InfrastructureError, SampleError
 from curation.storage.retry import retry_after_s
 
 Api = Literal["ollama", "openai"]
-
 MAX_REPLY_BYTES = 4 << 20
-
-
 CHUNK_BYTES = 64 << 10
-
-
 CONNECT_TIMEOUT_S = 5.0
-
-
 CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the model anew when it changes
-
-
 _MOST_TOKENS = 1 << 40
-
-
 _LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer is tried all the same
-
-
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
 

@@ -18,7 +18,6 @@ from curation.storage.retry import RetryPolicy, TransientError, retry_after_s, w
 from curation.storage.urls import HTTP, ObjectInfo, Url, error_line, filesystem, object_info
 
 RETRIES = RetryPolicy()
-
 _HTTP_CHUNK: Final = 1 << 20
 _MAX_REDIRECTS: Final = 10
 _RANGE_BYTES: Final = 8 << 20  # of a bucket: large enough that its latency does not count

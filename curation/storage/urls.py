@@ -23,7 +23,6 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _MAX_MESSAGE = 300
 _ETAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what the filesystems of fsspec call it
 _TIMES = ("LastModified", "updated", "mtime")
-
 _SECRETS: Final = (
     (re.compile(r"(://)[^/\s'\"]*@"), r"\1"),  # user and password
     (re.compile(r"(://[^\s'\"?#]*)[?#][^\s'\"]*"), r"\1?…"),  # a query may be a signature

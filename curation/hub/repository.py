@@ -1,7 +1,8 @@
-"""A dataset repository on the hub, through the hub's own client: created, listed, and added to by commits.
+"""A dataset repository on the hub: it is created, listed and committed to through the hub's own client.
 
-Every failure becomes one of three: ``Retryable`` (the same may work later), ``Conflict`` (somebody else has committed:
-look again), or an InfrastructureError that waiting does not mend.  None of their messages holds a token.
+Every failure becomes one of three errors: ``Retryable`` (the same may work later), ``Conflict`` (somebody else has
+committed, so the repository must be listed again), or an InfrastructureError that waiting does not mend.  None of their
+messages holds a secret.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ MAX_CARD_BYTES = 4 << 20
 REQUEST_TIMEOUT_S = 120.0  # the client itself would wait for ever
 UPLOADS_AT_ONCE = 4
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
-_BACK_LATER = (408, 425, 429)  # and 5xx
+_RETRYABLE_STATUS = (408, 425, 429)  # and 5xx
 _RESETS_IN = re.compile(r";\s*t\s*=\s*(\d{1,6})")  # the hub's RateLimit header: "api";r=0;t=55
 
 
 class Retryable(Exception):
-    """It did not work now and may later.  after_s: what the hub asks to wait, None where it does not say."""
+    """It did not work now and may work later; ``after_s`` is what the hub asks to wait, None where it does not say."""
 
     def __init__(self, message: str, after_s: float | None = None) -> None:
         super().__init__(message)
@@ -43,8 +44,10 @@ class Conflict(Exception):
 
 
 class _Busy(Exception):
-    """Raised from within the client, so that it leaves the waiting to us: it would wait without jitter, as long as
-    any server says, and not at all where it sends commits."""
+    """Raised inside the client, so that the waiting is done here.
+
+    The client itself would wait without jitter, as long as any server says, and not at all where it sends commits.
+    """
 
     def __init__(self, status: int, after_s: float | None) -> None:
         super().__init__(f"HTTP {status}")
@@ -53,8 +56,10 @@ class _Busy(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of the repository.  sha256: of its content where the hub keeps it as a large file; else ``git_oid``, the
-    name that git gives the content, tells."""
+    """A file of the repository.
+
+    The content is known by ``sha256`` where the hub keeps it as a large file, else by ``git_oid``, git's name for it.
+    """
 
     size: int
     git_oid: str
@@ -63,7 +68,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The repository as one commit has it."""
+    """The repository's files at one commit."""
 
     commit: str
     files: dict[str, HubFile]
@@ -71,7 +76,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """A file to be added: a path on this machine or the bytes themselves."""
+    """A file to be added; its source is a path on this machine or the bytes themselves."""
 
     path: str
     source: Path | bytes
@@ -87,18 +92,18 @@ class Addition:
 
 
 def check_name(repo: str) -> None:
-    """Raises UsageError unless it can be the name of a repository, ``user/name`` or one's own ``name``."""
+    """Raise UsageError unless ``repo`` can be the name of a repository, ``user/name`` or one's own ``name``."""
     owner, slash, name = repo.rpartition("/")
     words = [owner, name] if slash else [name]
     bad = not all(_NAME.fullmatch(word) for word in words) or "--" in repo or ".." in repo
     if bad or repo.endswith((".git", ".ipynb")):
         raise UsageError(
-            f"{clean_text(repo)!r} is no name of a repository: user/name, of letters, digits, '-', '_' and '.'"
+            f"{clean_text(repo)!r} is not the name of a repository: user/name, of letters, digits, '-', '_' and '.'"
         )
 
 
 def check_access() -> None:
-    """Raises UsageError where nothing can be uploaded from here: no client, offline, no token.  Asks nobody."""
+    """Raise UsageError where this machine cannot upload: no client, offline, no token.  Sends no request."""
     _token()
 
 
@@ -126,7 +131,7 @@ class Repository:
         self._known = False
         self.name = name
         if "/" not in name:
-            with self._explained():
+            with self._translated():
                 self.name = f"{self._api.whoami()['name']}/{name}"
             check_name(self.name)
 
@@ -135,17 +140,17 @@ class Repository:
         return redact(f"{self._api.endpoint}/datasets/{self.name}", self._token)
 
     def create(self, *, public: bool) -> None:
-        """Create it unless it is there; one that is there stays as public as it is."""
-        with self._explained():
+        """Create the repository unless it exists.  An existing one stays as public or private as it is."""
+        with self._translated():
             self._api.create_repo(self.name, repo_type="dataset", private=not public, exist_ok=True)
 
     def head(self) -> Head | None:
-        """Everything that is in it; None where it is not there, or is hidden from this token."""
+        """All files of the repository; None where it does not exist or is hidden from this token."""
         from huggingface_hub import RepoFile
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
         try:
-            with self._explained():
+            with self._translated():
                 commit = self._api.dataset_info(self.name, revision="main", expand=["sha"]).sha
                 files: dict[str, HubFile] = {}
                 for entry in self._api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type="dataset"):
@@ -166,7 +171,7 @@ class Repository:
             return ""
         if there.size > MAX_CARD_BYTES:
             raise InfrastructureError(f"{self.name}: its {CARD} has {there.size:,} bytes; make it shorter")
-        with tempfile.TemporaryDirectory(prefix="curation-card-") as folder, self._explained():
+        with tempfile.TemporaryDirectory(prefix="curation-card-") as folder, self._translated():
             path = self._api.hf_hub_download(
                 self.name, CARD, repo_type="dataset", revision=head.commit, local_dir=folder
             )
@@ -177,18 +182,30 @@ class Repository:
             raise InfrastructureError(f"{self.name}: its {CARD} is not UTF-8; mend it or delete it") from None
 
     def commit(self, head: Head, additions: Sequence[Addition], deletions: Sequence[str], message: str) -> Head:
-        """Upload and commit on top of ``head``; returns the head that this makes.
+        """Upload files and commit them on top of ``head``.
 
-        Raises Conflict where the repository has moved on; what was uploaded by then is not uploaded again.
+        Args:
+            head: What the repository is known to hold.
+            additions: Files to add or replace.
+            deletions: Paths to remove.
+            message: Of the commit.
+
+        Returns:
+            The head that the commit makes.
+
+        Raises:
+            Conflict: The repository has moved on.  What was uploaded by then is not uploaded again.
+            Retryable: The hub or the network does not work now.
+            InfrastructureError: The hub refuses it.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        with self._explained():
+        with self._translated():
             operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in deletions]
             for addition in additions:
                 source = addition.source if isinstance(addition.source, bytes) else str(addition.source)
                 operation = CommitOperationAdd(addition.path, source)
-                operation.upload_info.sha256 = bytes.fromhex(addition.sha256)  # known: it need not be read for it
+                operation.upload_info.sha256 = bytes.fromhex(addition.sha256)  # so that the client need not read it
                 operations.append(operation)
             made = self._api.create_commit(
                 self.name,
@@ -205,14 +222,14 @@ class Repository:
         return Head(str(made.oid), head.files)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Whatever the client raises within becomes one of the three errors above."""
+    def _translated(self) -> Iterator[None]:
+        """Turn whatever the client raises in the block into one of the three errors above."""
         try:
             yield
         except Exception as error:
-            raise self._explain(error) from error
+            raise self._translate(error) from error
 
-    def _explain(self, error: Exception) -> Exception:
+    def _translate(self, error: Exception) -> Exception:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
         chain: list[BaseException] = [error]
@@ -241,7 +258,7 @@ class Repository:
         return Retryable(f"{self.name}: {line}")
 
     def _line(self, chain: Sequence[BaseException]) -> str:
-        """The errors in one short line, without secrets and without the client's advice."""
+        """The errors on one short line, without secrets and without the client's advice."""
         texts = []
         for link in chain[:3]:
             words = [line.strip() for line in str(link).splitlines() if line.strip()]
@@ -251,10 +268,10 @@ class Repository:
 
 @contextmanager
 def connect(name: str) -> Iterator[Repository]:
-    """A repository, by a client that waits for no answer for ever and shows no bars.
+    """Open a repository with a client that has time limits and shows no progress bars.
 
-    The hub's client has one HTTP client for its process, which is changed meanwhile.  Raises UsageError as
-    ``check_name`` and ``check_access`` do, and what ``Repository`` raises.
+    The hub's client has one HTTP client for the whole process, which is replaced during the block.  Raises UsageError
+    like ``check_name`` and ``check_access``, and what ``Repository`` raises.
     """
     check_name(name)
     token = _token()
@@ -269,7 +286,7 @@ def connect(name: str) -> Iterator[Repository]:
 
     def bounded() -> Any:
         return kind(
-            event_hooks={"request": hooks, "response": [_leave_waiting_to_us]},
+            event_hooks={"request": hooks, "response": [_raise_busy]},
             follow_redirects=True,
             timeout=REQUEST_TIMEOUT_S,
         )
@@ -289,14 +306,14 @@ def connect(name: str) -> Iterator[Repository]:
         set_client_factory(lambda: kind(event_hooks={"request": hooks}, follow_redirects=True, timeout=None))
 
 
-def _leave_waiting_to_us(response: Any) -> None:
-    """A hook on every answer of the hub and of its stores."""
+def _raise_busy(response: Any) -> None:
+    """A hook on every answer of the hub and of its stores: raise _Busy where the request should be sent again later."""
     status = int(response.status_code)
-    if status in _BACK_LATER or status >= 500:
-        raise _Busy(status, _asked_to_wait(response.headers))
+    if status in _RETRYABLE_STATUS or status >= 500:
+        raise _Busy(status, _retry_after_s(response.headers))
 
 
-def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds that the hub asks to wait, by Retry-After or by its own RateLimit header."""
     asked = retry_after_s(headers.get("Retry-After"))
     limit = headers.get("RateLimit") or ""
@@ -305,7 +322,7 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
 
 
 class _Redacting(logging.Filter):
-    """The client's own lines name URLs that are signed."""
+    """Takes secrets out of the client's own log lines, which name signed URLs."""
 
     def __init__(self, token: str) -> None:
         super().__init__()

@@ -257,7 +257,7 @@ def test_a_name_without_owner_is_ones_own(server: Hub, folder: Path) -> None:
     "name", ["", "/", "a/b/c", "a/", "../x", "a/..", "a/b--c", "a/b.git", "a b/c", "https://x/y", "-a/b"]
 )
 def test_names_that_are_none(name: str) -> None:
-    with pytest.raises(UsageError, match="no name of a repository"):
+    with pytest.raises(UsageError, match="not the name of a repository"):
         check_name(name)
 
 

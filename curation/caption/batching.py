@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from curation.caption.captioner import CaptionBackend, OutOfMemory, Prepared
-from curation.errors import InfrastructureError, SampleError
+from curation.errors import SampleError
 from curation.models.batch_size import FittingBatchSize
+from curation.storage.files import link_exclusively
 
 MOST_WAITING = 512  # images that wait for others of their shape, over all shapes
 
@@ -139,18 +137,8 @@ def settled_batch_size(file: Path, find: Callable[[], int]) -> int:
     size = _recorded(file)
     if size is None:
         size = find()
-        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"batch_size": size}) + "\n", encoding="ascii")
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, file)
-            size = _recorded(file) or size
-        except OSError as error:
-            raise InfrastructureError(f"{file}: cannot be written ({error.strerror})") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        link_exclusively(file, f"{json.dumps({'batch_size': size})}\n".encode())
+        size = _recorded(file) or size
     return size
 
 

@@ -37,9 +37,9 @@ from curation.models.weights import (
     is_url,
     megabytes,
     sha256_of,
-    shown,
 )
 from curation.options import exit_code, parse_options
+from curation.storage.urls import redact
 
 PACK_URL_VARIABLE = "SCRFD_PACK_URL"  # a mirror of the release
 
@@ -370,7 +370,7 @@ def _fetch_extractor(directive: str, settings: ModelSettings, *, dry_run: bool) 
 def _where(source: WeightSource, cache: Path) -> str:
     if is_url(source.source):
         there = cached(source.source, source.sha256 or "", cache).is_file()
-        return f"{shown(source.source)}, {'is there' if there else 'would be fetched'}"
+        return f"{redact(source.source)}, {'is there' if there else 'would be fetched'}"
     if Path(source.source).expanduser().exists():
         return f"{source.source}: one's own, nothing to fetch"
     return f"{source.source}: would be fetched from the hub, or is in its cache"

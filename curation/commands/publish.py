@@ -1,4 +1,4 @@
-"""``python -m curation publish FOLDER --repo user/name``: a stage's outputs onto a dataset repository of the hub."""
+"""``python -m curation publish FOLDER --repo user/name`` uploads a stage's outputs to a dataset repository."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GaveUp as error:
         say_error(f"{error}.  What is uploaded stays: start the same command again to go on")
         return EXIT_WORK_LEFT
-    print(dump_json(asdict(pushed)).decode() if options.json else _told(pushed, dry_run=options.dry_run))
+    print(dump_json(asdict(pushed)).decode() if options.json else _summary(pushed, dry_run=options.dry_run))
     return EXIT_SHARDS_FAILED if pushed.changed else EXIT_OK
 
 
@@ -88,7 +88,7 @@ def _place(options: Options) -> StagePlace:
     return places[0]
 
 
-def _told(pushed: Pushed, *, dry_run: bool) -> str:
+def _summary(pushed: Pushed, *, dry_run: bool) -> str:
     would = "would be " if dry_run else ""
     lines = []
     if dry_run or pushed.removed or pushed.changed:

@@ -1,9 +1,8 @@
-"""Many URLs at once: one event loop in a thread of its own, which every shard of the process shares.
+"""Many URLs at once, by one event loop in a thread of its own that all shards of the process share.
 
-The loop asks; a pool of threads looks at what came; the shard's own thread takes the answers in the order in which they
-arrive.  A slot is one URL's from its first byte to its examined image, so that memory is bounded by the slots.
-
-Whose turn it is: URLs of many hosts, each asked politely, none of which holds up the others.
+The loop sends requests, hosts taking turns; a pool of threads examines the images that arrive; each shard's own thread
+takes its results in the order in which they come.  A request holds one of a bounded number of slots until its image is
+examined, so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import contextlib
 import heapq
 import itertools
 import queue
-import random
 import resource
 import threading
 import time
@@ -25,57 +23,57 @@ from typing import Generic, TypeVar
 
 from curation.download.fetch import NETWORK_REASONS, Fetcher, FetchError, FetchLimits, host_of
 from curation.errors import InfrastructureError
+from curation.storage.retry import RetryPolicy
 
-Job = TypeVar("Job")
-
-_SUCCESSES_FOR_MORE = 16  # before a host that was too busy is asked one more thing at once
-
-
-_FAILURES_TO_GIVE_UP = 20  # one after the other, of a host that is busy or cannot be reached
-
-
+JobT = TypeVar("JobT")
+_SUCCESSES_FOR_MORE = 16  # before a host that was too busy gets one more request at once
+_FAILURES_TO_GIVE_UP = 20  # in a row, of a host that is busy or cannot be reached
 _GIVEN_UP_S = 600.0
+_UNREAD_BYTES = 256 << 20  # of results that wait for their shard's thread
+_RETRIES = RetryPolicy(first_wait_s=0.5)
+_FILES = 65_536
+_LOOKUPS_AT_ONCE = 64
 
 
-class _Host(Generic[Job]):
+class _Host(Generic[JobT]):
     __slots__ = ("active", "failures", "given_up_until", "limit", "listed", "paused_until", "successes", "waiting")
 
     def __init__(self, limit: int) -> None:
-        self.waiting: deque[Job] = deque()
+        self.waiting: deque[JobT] = deque()
         self.active = self.successes = self.failures = 0
         self.limit = limit
         self.paused_until = self.given_up_until = 0.0
-        self.listed = False  # among those whose turn comes
+        self.listed = False  # whether it waits for its turn
 
 
-class HostScheduler(Generic[Job]):
-    """Jobs by host, at most ``per_host`` of one at once, hosts taking turns.  Times are monotonic seconds.
+class HostScheduler(Generic[JobT]):
+    """Jobs by host, at most ``per_host`` of a host at once, hosts taking turns.  Times are monotonic seconds.
 
-    A host that says it is too busy is left alone for as long as it asks, and then asked for half as much at once until
-    it has answered for a while.  One that fails time after time is given up for a while, so that a table with thousands
-    of URLs of a dead host does not wait for each of them.
+    A host that says it is too busy is left alone for as long as it asks, and then gets half as many requests at once
+    until it has answered for a while.  A host that fails time after time is given up for a while, so that a table with
+    thousands of URLs of a dead host does not wait for each of them.
     """
 
     def __init__(self, per_host: int) -> None:
         self._per_host = per_host
-        self._hosts: dict[str, _Host[Job]] = {}
+        self._hosts: dict[str, _Host[JobT]] = {}
         self._ready: deque[str] = deque()
-        self._later: list[tuple[float, int, str, Job | None]] = []  # None: the host itself
+        self._later: list[tuple[float, int, str, JobT | None]] = []  # None: the host itself
         self._number = itertools.count()
 
-    def add(self, host: str, job: Job) -> None:
+    def add(self, host: str, job: JobT) -> None:
         entry = self._hosts.get(host)
         if entry is None:
             entry = self._hosts[host] = _Host(self._per_host)
         entry.waiting.append(job)
         self._list(host, entry)
 
-    def add_again(self, host: str, job: Job, at: float) -> None:
-        """A job that is to be tried again, not before ``at``."""
+    def add_later(self, host: str, job: JobT, at: float) -> None:
+        """Add a job that is tried again, not before ``at``."""
         heapq.heappush(self._later, (at, next(self._number), host, job))
 
-    def next(self, now: float) -> tuple[str, Job] | None:
-        """A job to begin now; ``done`` is called when its answer is there.  None where nothing may begin yet."""
+    def next(self, now: float) -> tuple[str, JobT] | None:
+        """The host and the job to begin now, None where nothing may begin yet.  The caller calls ``done`` later."""
         self._wake(now)
         while self._ready:
             host = self._ready.popleft()
@@ -93,17 +91,22 @@ class HostScheduler(Generic[Job]):
         return None
 
     def next_at(self) -> float | None:
-        """When something that waits for a time is due."""
+        """When the first of the waiting jobs and hosts is due, None where none waits."""
         return self._later[0][0] if self._later else None
 
     def is_given_up(self, host: str, now: float) -> bool:
-        """Whether a job that ``next`` gave is not worth a try."""
+        """Whether the host of a job that ``next`` gave is given up."""
         return self._hosts[host].given_up_until > now
 
     def done(self, host: str, now: float, *, busy: bool = False, wait_s: float = 0.0, failed: bool = False) -> None:
-        """A job of the host is answered.  busy: it asked for less, and to be left alone for ``wait_s``.
+        """A job of the host has ended.
 
-        failed: it said nothing of the job itself.
+        Args:
+            host: As ``next`` gave it.
+            now: The time.
+            busy: The host asked for fewer requests, and to be left alone for ``wait_s``.
+            wait_s: See ``busy``.
+            failed: The host said nothing about the job itself.
         """
         entry = self._hosts[host]
         entry.active -= 1
@@ -132,92 +135,85 @@ class HostScheduler(Generic[Job]):
                 entry.waiting.appendleft(job)
             self._list(host, entry)
 
-    def _list(self, host: str, entry: _Host[Job]) -> None:
+    def _list(self, host: str, entry: _Host[JobT]) -> None:
         if not entry.listed and entry.waiting and entry.active < entry.limit:
             entry.listed = True
             self._ready.append(host)
 
 
-_UNREAD_BYTES = 256 << 20  # of answers that wait for their shard's thread
-
-
-_FIRST_PAUSE_S = 0.5
-
-
-_FILES = 65_536
-
-
-_LOOKUPS_AT_ONCE = 64
-
-
 @dataclass(slots=True)
-class Ask:
-    """One URL.  expected: the name of a hash and its hex digest, which the bytes must have."""
+class UrlRequest:
+    """One URL to download.
+
+    Attributes:
+        url: As the table has it.
+        expected: The name of a hash and the hex digest that the bytes must have.
+        tries: Further tries that were made.
+    """
 
     url: str
     expected: tuple[str, str] | None = None
     tries: int = 0
 
 
-Examine = Callable[[Ask, bytes], bytes]
+Examine = Callable[[UrlRequest, bytes], bytes]  # the record of the bytes that came, for the shard's checkpoint
+Refuse = Callable[[UrlRequest, FetchError], bytes]  # the record of a URL that gave none
 
 
-"""What becomes of the bytes that came: a record for the shard's checkpoint."""
-
-
-Refuse = Callable[[Ask, FetchError], bytes]
-
-
-"""The record of a URL that gave none."""
-
-
-class Answers:
-    """The answers to one shard's questions, as they come."""
+class ShardResults:
+    """The results of one shard's requests, as they come."""
 
     def __init__(self, owner: Downloader, count: int) -> None:
         self._owner = owner
         self._left = count
-        self._queue: queue.SimpleQueue[tuple[Ask, bytes] | BaseException] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[UrlRequest, bytes] | BaseException] = queue.SimpleQueue()
         self.ended = False
 
-    def take(self, most: int, timeout_s: float) -> list[tuple[Ask, bytes]] | None:
-        """Up to ``most`` answers, [] where none came in time; None after the last one."""
+    def take(self, most: int, timeout_s: float) -> list[tuple[UrlRequest, bytes]] | None:
+        """Up to ``most`` requests with their records, [] where none came in time; None after the last one."""
         if not self._left:
             return None
-        found: list[tuple[Ask, bytes]] = []
+        found: list[tuple[UrlRequest, bytes]] = []
         try:
             found.append(self._one(timeout_s))
             while len(found) < min(most, self._left):
                 found.append(self._one(0))
         except queue.Empty:
             if not found:
-                self._owner.require_live_servers()
+                self._owner.require_live_thread()
         self._left -= len(found)
-        self._owner.was_read(sum(len(record) for _, record in found))
+        self._owner.note_taken(sum(len(record) for _, record in found))
         return found
 
-    def put(self, item: tuple[Ask, bytes] | BaseException) -> None:
+    def put(self, item: tuple[UrlRequest, bytes] | BaseException) -> None:
         self._queue.put(item)
 
     def end(self) -> None:
-        """Nothing more is wanted: what is under way is dropped."""
+        """Cancel the requests that are still under way."""
         self.ended = True
         self._owner.drop(self)
 
-    def _one(self, timeout_s: float) -> tuple[Ask, bytes]:
+    def _one(self, timeout_s: float) -> tuple[UrlRequest, bytes]:
         item = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
         if isinstance(item, BaseException):
             raise item
         return item
 
 
-_Job = tuple[Ask, Answers]
+_Download = tuple[UrlRequest, ShardResults]
 
 
 class Downloader:
-    """``ask`` from any thread; ``close`` when nothing more is wanted.
+    """Downloads the URLs of all shards.  ``submit`` may be called from any thread.
 
-    retries: further tries of a URL that may yet work.  max_wait_s: a host that asks for a longer pause gets none.
+    Args:
+        limits: Of one request.
+        examine: Makes a record of the bytes of a response.  Called in a pool of threads.
+        refuse: Makes a record of a URL that gave no bytes.
+        per_host: Requests to one host at once.
+        retries: Further tries of a URL that may yet work.
+        max_wait_s: Longest ``Retry-After`` that is waited for; a host that asks for more has failed.
+        threads: Size of the pool that examines.
     """
 
     def __init__(
@@ -234,24 +230,24 @@ class Downloader:
         self._limits = limits
         self._examine, self._refuse = examine, refuse
         self._retries, self._max_wait_s = retries, max_wait_s
-        self._turns: HostScheduler[_Job] = HostScheduler(per_host)
-        self._running: dict[asyncio.Task[None], _Job] = {}
+        self._scheduler: HostScheduler[_Download] = HostScheduler(per_host)
+        self._running: dict[asyncio.Task[None], _Download] = {}
         self._pool = ThreadPoolExecutor(threads, "examine")
         self._lock = threading.Lock()
         self._unread = 0
         self._closing = False
         self._loop = asyncio.new_event_loop()
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         _allow_many_files()
         self._thread = threading.Thread(target=self._run, name="downloads", daemon=True)
         self._thread.start()
 
-    def ask(self, asks: Iterable[Ask]) -> Answers:
-        """Begin with these, in about this order."""
-        jobs = list(asks)
-        answers = Answers(self, len(jobs))
-        self._call(self._add, jobs, answers)
-        return answers
+    def submit(self, requests: Iterable[UrlRequest]) -> ShardResults:
+        """Begin with these requests, in about this order."""
+        jobs = list(requests)
+        results = ShardResults(self, len(jobs))
+        self._call(self._add, jobs, results)
+        return results
 
     def close(self) -> None:
         self._closing = True
@@ -259,11 +255,11 @@ class Downloader:
         self._thread.join()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def require_live_servers(self) -> None:
+    def require_live_thread(self) -> None:
         if not self._thread.is_alive():
             raise InfrastructureError("the thread that downloads has ended; this is a bug")
 
-    def was_read(self, count: int) -> None:
+    def note_taken(self, count: int) -> None:
         with self._lock:
             was_full = self._unread > _UNREAD_BYTES
             self._unread -= count
@@ -271,11 +267,11 @@ class Downloader:
             self.wake()
 
     def wake(self) -> None:
-        self._call(self._news.set)
+        self._call(self._changed.set)
 
-    def drop(self, answers: Answers) -> None:
-        """Cancel what is under way for a shard."""
-        self._call(self._cancel, answers)
+    def drop(self, results: ShardResults) -> None:
+        """Cancel the requests that are under way for a shard."""
+        self._call(self._cancel, results)
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -291,90 +287,89 @@ class Downloader:
         finally:
             self._loop.close()
 
-    def _add(self, jobs: list[Ask], answers: Answers) -> None:
-        for ask in jobs:
+    def _add(self, jobs: list[UrlRequest], results: ShardResults) -> None:
+        for request in jobs:
             try:
-                self._turns.add(host_of(ask.url), (ask, answers))
+                self._scheduler.add(host_of(request.url), (request, results))
             except FetchError as error:
-                self._answer(answers, ask, self._refuse(ask, error))
-        self._news.set()
+                self._deliver(results, request, self._refuse(request, error))
+        self._changed.set()
 
     async def _serve(self) -> None:
         fetcher = Fetcher(self._limits)
         try:
             while not self._closing:
-                self._news.clear()
+                self._changed.clear()
                 self._begin(fetcher)
-                due = self._turns.next_at()
+                due = self._scheduler.next_at()
                 wait_s = None if due is None else max(0.0, due - time.monotonic())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
-                        await self._news.wait()
+                        await self._changed.wait()
         finally:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
             await fetcher.close()
 
-    def _cancel(self, answers: Answers) -> None:
+    def _cancel(self, results: ShardResults) -> None:
         for task, (_, whose) in list(self._running.items()):
-            if whose is answers:
+            if whose is results:
                 task.cancel()
 
     def _begin(self, fetcher: Fetcher) -> None:
         now = time.monotonic()
         while len(self._running) < self._limits.connections and self._unread <= _UNREAD_BYTES:
-            found = self._turns.next(now)
+            found = self._scheduler.next(now)
             if found is None:
                 return
             host, job = found
             if job[1].ended:
-                self._turns.done(host, now)
+                self._scheduler.done(host, now)
                 continue
-            if self._turns.is_given_up(host, now):
-                self._turns.done(host, now, failed=True)
+            if self._scheduler.is_given_up(host, now):
+                self._scheduler.done(host, now, failed=True)
                 error = FetchError("host_down", f"{host} failed time after time")
-                self._answer(job[1], job[0], self._refuse(job[0], error))
+                self._deliver(job[1], job[0], self._refuse(job[0], error))
                 continue
             task = self._loop.create_task(self._one(fetcher, host, *job))
             self._running[task] = job
-            task.add_done_callback(self._landed)
+            task.add_done_callback(self._task_done)
 
-    def _landed(self, task: asyncio.Task[None]) -> None:
-        _, answers = self._running.pop(task)
-        self._news.set()
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        _, results = self._running.pop(task)
+        self._changed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            answers.put(error)  # a bug, or no memory: the shard's thread raises it
+            results.put(error)  # a bug, or no memory: the shard's thread raises it
 
-    async def _one(self, fetcher: Fetcher, host: str, ask: Ask, answers: Answers) -> None:
+    async def _one(self, fetcher: Fetcher, host: str, request: UrlRequest, results: ShardResults) -> None:
         try:
-            data = await fetcher.fetch(ask.url)
+            data = await fetcher.fetch(request.url)
         except FetchError as error:
-            self._failed(host, ask, answers, error)
+            self._failed(host, request, results, error)
             return
         except asyncio.CancelledError:
-            self._turns.done(host, time.monotonic())
+            self._scheduler.done(host, time.monotonic())
             raise
-        self._turns.done(host, time.monotonic())
-        self._answer(answers, ask, await self._loop.run_in_executor(self._pool, self._examine, ask, data))
+        self._scheduler.done(host, time.monotonic())
+        self._deliver(results, request, await self._loop.run_in_executor(self._pool, self._examine, request, data))
 
-    def _failed(self, host: str, ask: Ask, answers: Answers, error: FetchError) -> None:
+    def _failed(self, host: str, request: UrlRequest, results: ShardResults, error: FetchError) -> None:
         now = time.monotonic()
-        pause_s = _FIRST_PAUSE_S * 2**ask.tries * random.uniform(0.8, 1.2)
-        wait_s = pause_s if error.wait_s is None else error.wait_s
+        wait_s = _RETRIES.wait_s(request.tries + 1) if error.wait_s is None else error.wait_s
         failed = error.reason in NETWORK_REASONS
-        too_long = wait_s > self._max_wait_s  # then it is not waited for, and the host has failed
-        self._turns.done(host, now, busy=error.busy and not too_long, wait_s=wait_s, failed=failed or too_long)
-        if error.again and ask.tries < self._retries and not too_long:
-            ask.tries += 1
-            self._turns.add_again(host, (ask, answers), now + wait_s)
+        too_long = wait_s > self._max_wait_s  # then the host has failed
+        self._scheduler.done(host, now, busy=error.busy and not too_long, wait_s=wait_s, failed=failed or too_long)
+        if error.retryable and request.tries < self._retries and not too_long:
+            request.tries += 1
+            self._scheduler.add_later(host, (request, results), now + wait_s)
         else:
-            self._answer(answers, ask, self._refuse(ask, error))
+            self._deliver(results, request, self._refuse(request, error))
 
-    def _answer(self, answers: Answers, ask: Ask, record: bytes) -> None:
+    def _deliver(self, results: ShardResults, request: UrlRequest, record: bytes) -> None:
         with self._lock:
             self._unread += len(record)
-        answers.put((ask, record))
+        results.put((request, record))
 
 
 def _allow_many_files() -> None:

@@ -1,6 +1,4 @@
-"""One URL's bytes over HTTP, within every bound: time, size, redirects, addresses, compression, the site's consent.
-
-Which addresses of the internet may be asked for an image, held at the moment of the connection.
+"""One URL's bytes over HTTP, within bounds on time, size, redirects, addresses, compression and the site's consent.
 
 A URL from a table is hostile: its host may be, or resolve to, an address inside the cluster.  What counts is therefore
 the address that a socket is about to connect to, whatever name, redirect or odd spelling led there.
@@ -15,22 +13,22 @@ import ssl
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
 from curation.jsonio import clean_text
+from curation.storage.retry import retry_after_s
+from curation.storage.urls import error_line, redact
 
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 
 class RefusedAddress(OSError):
-    """The address is private, link-local, loopback, reserved, or for many at once."""
+    """The address is private, link-local, loopback, reserved or multicast."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IPv4 or IPv6 address is a single host of the open internet, also one that is packed into another."""
+    """Whether an IPv4 or IPv6 address, also one inside another, is a single host of the open internet."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -55,9 +53,9 @@ def parse_networks(text: str) -> Networks:
 
 
 def public_sockets(allowed: Networks = ()) -> Callable[[tuple[Any, ...]], socket.socket]:
-    """What makes a socket for one result of ``getaddrinfo``, and raises RefusedAddress for one that is not public.
+    """What makes a socket for one result of ``getaddrinfo``, and raises RefusedAddress where it is not public.
 
-    allowed: networks that may be asked although they are not.
+    ``allowed`` are networks that may be asked although they are not public.
     """
 
     def make_socket(address: tuple[Any, ...]) -> socket.socket:
@@ -71,17 +69,9 @@ def public_sockets(allowed: Networks = ()) -> Callable[[tuple[Any, ...]], socket
 
 
 MAX_URL_CHARACTERS: Final = 16_384
-
-
 MAX_REDIRECTS: Final = 10
-
-
 _REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
-
-
 _BUSY: Final = frozenset((429, 503))
-
-
 _PASSING: Final = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
 
 
@@ -89,34 +79,45 @@ _PASSING: Final = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 5
 _RULES_WITH_VALUES: Final = frozenset(("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"))
 
 
-# These say that the network was in the way, not the site: asked again by the next run.
+# The network was in the way, not the site: the next run asks again.
 NETWORK_REASONS: Final = frozenset(("dns", "connect", "timeout", "host_down"))
 
 
 class FetchError(Exception):
-    """Why there are no bytes.  ``reason`` is a short word that is counted.
+    """Why there are no bytes.
 
-    again: whether another try may help.  wait_s: for how long the host asked not to be asked; None where it did not
-    speak of it.  busy: it has too much to do.
+    Attributes:
+        reason: A short word that is counted.
+        detail: More about it.
+        retryable: Whether another try may help.
+        busy: Whether the host has too much to do.
+        wait_s: For how long the host asked to be left alone, None where it did not say.
     """
 
     def __init__(
-        self, reason: str, detail: str = "", *, again: bool = False, busy: bool = False, wait_s: float | None = None
+        self, reason: str, detail: str = "", *, retryable: bool = False, busy: bool = False, wait_s: float | None = None
     ) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = clean_text(detail)[:300]
-        self.again = again
+        self.retryable = retryable
         self.busy = busy
         self.wait_s = wait_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchLimits:
-    """timeout_s: of one try, from the look-up of the name to the last byte.  max_bytes: of an image.
+    """Bounds of requests.
 
-    disallowed: directives of X-Robots-Tag that forbid the use; user_agent_token: the name that they may speak to.
-    allowed_networks: that may be asked although their addresses are not public.
+    Attributes:
+        timeout_s: Of one try, from the look-up of the name to the last byte.
+        max_bytes: Of an image, as sent and as inflated.
+        connections: At once.
+        user_agent: What servers are told.
+        user_agent_token: The name by which an X-Robots-Tag may speak to this downloader alone.
+        disallowed: Directives of X-Robots-Tag that forbid the use.
+        allowed_networks: May be asked although their addresses are not public.
+        check_certificates: Whether a server needs a sound certificate.
     """
 
     timeout_s: float = 20.0
@@ -162,7 +163,7 @@ class Fetcher:
             async with asyncio.timeout(self._limits.timeout_s):
                 return await self._follow(url)
         except TimeoutError:
-            raise FetchError("timeout", f"more than {self._limits.timeout_s:g} s", again=True) from None
+            raise FetchError("timeout", f"more than {self._limits.timeout_s:g} s", retryable=True) from None
         except FetchError:
             raise
         except Exception as error:  # noqa: BLE001 - the sample's boundary: a hostile server makes a client raise anything
@@ -172,7 +173,7 @@ class Fetcher:
         seen: set[str] = set()
         for _ in range(MAX_REDIRECTS + 1):
             if url in seen:
-                raise FetchError("redirect_loop", url)
+                raise FetchError("redirect_loop", redact(url))
             seen.add(url)
             target = self._parsed(url)
             async with self._session.get(target, allow_redirects=False) as response:
@@ -204,11 +205,11 @@ class Fetcher:
     async def _body(self, response: Any) -> bytes:
         status, bound = int(response.status), self._limits.max_bytes
         if status != 200:
-            wait_s = seconds_to_wait(response.headers.get("Retry-After", "")) if status in _BUSY else None
+            wait_s = retry_after_s(response.headers.get("Retry-After")) if status in _BUSY else None
             busy = status in _BUSY
             response.close()
             raise FetchError(
-                f"http_{status}", str(response.reason or ""), again=status in _PASSING, busy=busy, wait_s=wait_s
+                f"http_{status}", str(response.reason or ""), retryable=status in _PASSING, busy=busy, wait_s=wait_s
             )
         if (response.content_length or 0) > bound:
             raise FetchError("too_large", f"{response.content_length:,} bytes, the bound is {bound:,}")
@@ -221,11 +222,11 @@ class Fetcher:
                 response.close()
                 raise FetchError("too_large", f"more than {bound:,} bytes")
         if not data:
-            raise FetchError("empty", "no bytes", again=True)
+            raise FetchError("empty", "no bytes", retryable=True)
         return bytes(data)
 
     def _as_fetch_error(self, error: Exception) -> FetchError:
-        http, text = self._aiohttp, f"{type(error).__name__}: {error}"
+        http, text = self._aiohttp, error_line(error)
         if "refused_address" in str(getattr(error, "os_error", error)):  # of several addresses one error is made
             return FetchError("refused_address", "private, link-local, loopback or reserved")
         if isinstance(error, http.ClientConnectorDNSError):
@@ -235,9 +236,9 @@ class Fetcher:
         if isinstance(error, http.InvalidURL | http.NonHttpUrlClientError | UnicodeError):
             return FetchError("bad_url", text)
         if isinstance(error, http.ClientConnectorError):
-            return FetchError("connect", str(error.os_error), again=True)
+            return FetchError("connect", str(error.os_error), retryable=True)
         if isinstance(error, http.ClientPayloadError | http.ServerDisconnectedError | http.ClientOSError | OSError):
-            return FetchError("cut_off", text, again=True)
+            return FetchError("cut_off", text, retryable=True)
         return FetchError("bad_reply", text)
 
 
@@ -282,29 +283,16 @@ def host_of(url: str) -> str:
 
 
 def disallowed_by(values: Iterable[str], token: str) -> set[str]:
-    """The directives of X-Robots-Tag headers that speak to everybody, or to the user agent ``token``."""
+    """The directives of X-Robots-Tag headers that are meant for everybody or for the user agent ``token``."""
     found: set[str] = set()
     for value in values:
-        speaks_to_us = True
+        is_for_us = True
         for part in value.split(","):
             name, colon, rest = part.partition(":")
             name = name.strip().lower()
             if colon and name not in _RULES_WITH_VALUES:
-                speaks_to_us = name in ("*", token.lower())
+                is_for_us = name in ("*", token.lower())
                 name = rest.strip().lower()
-            if speaks_to_us and name:
+            if is_for_us and name:
                 found.add("noindex" if name == "none" else name)
     return found
-
-
-def seconds_to_wait(text: str, now: datetime | None = None) -> float | None:
-    """What a Retry-After asks for, a number of seconds or a date; None where it says neither."""
-    text = text.strip()
-    if text.isdecimal() and len(text) < 12:
-        return float(text)
-    try:
-        until = parsedate_to_datetime(text)
-    except (ValueError, TypeError, IndexError):
-        return None
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())

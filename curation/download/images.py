@@ -13,11 +13,7 @@ from curation.errors import SampleError
 from curation.images import MAX_PIXELS, ImageFacts, Pixels, decode_rgb, encode_jpeg, image_facts
 
 Encode = Literal["keep", "jpg"]
-
-
 Check = Literal["decode", "header"]
-
-
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 
 
@@ -25,8 +21,6 @@ RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 
 _WHITE = 255
-
-
 _ENOUGH_TO_CHECK = 8  # pixels of the longest side: every bit of a JPEG is read all the same, at a fraction of the cost
 
 

@@ -27,19 +27,22 @@ SUCCESS, NOT_DOWNLOADED, NOT_RESIZED = "success", "failed_to_download", "failed_
 OWN_COLUMNS: Final = (
     "key", "status", "error_message", "width", "height", "original_width", "original_height", "exif", "sha256",
 )  # fmt: skip
-
-
 _NUMBERS: Final = ("width", "height", "original_width", "original_height")
-
-
 _LENGTH: Final = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one URL.  error_message: ``reason: detail``, None for a success; suffix: of the stored image.
+class RowOutcome:
+    """What became of one row's URL.
 
-    sha256: of the bytes that came, before any resizing.
+    Attributes:
+        status: SUCCESS, NOT_DOWNLOADED or NOT_RESIZED.
+        error_message: ``reason: detail``, None for a success.
+        suffix: Of the stored image.
+        width, height: Of the stored image as a viewer shows it, in pixels.
+        original_width, original_height: Of the image that was downloaded.
+        exif: As JSON.
+        sha256: Of the bytes that were downloaded, before any resizing.
     """
 
     status: str
@@ -61,28 +64,31 @@ class Outcome:
         return (self.error_message or "").partition(": ")[2]
 
 
-def pack(outcome: Outcome, image: bytes = b"") -> bytes:
-    """A record for the shard's checkpoint."""
+def pack(outcome: RowOutcome, image: bytes = b"") -> bytes:
+    """A record for the shard's checkpoint: the outcome and the image to store."""
     head = dump_json(asdict(outcome))
     return b"".join((_LENGTH.pack(len(head)), head, image))
 
 
-def unpack(record: bytes) -> tuple[Outcome, memoryview]:
+def unpack(record: bytes) -> tuple[RowOutcome, memoryview]:
     (length,) = _LENGTH.unpack_from(record)
     view = memoryview(record)
     start = _LENGTH.size + length
-    return Outcome(**orjson.loads(view[_LENGTH.size : start])), view[start:]
+    return RowOutcome(**orjson.loads(view[_LENGTH.size : start])), view[start:]
 
 
 def key_of(shard_id: str, row: int, rows_per_shard: int) -> str:
-    """img2dataset's: the shard's number, and the row's in as many digits as a shard needs."""
+    """img2dataset's key: the shard's number, and the row's in as many digits as a full shard needs."""
     digits = max(1, math.ceil(math.log10(rows_per_shard))) if rows_per_shard > 1 else 1
     return f"{shard_id}{row:0{digits}d}"
 
 
 def renamed_columns(names: Sequence[str], url: str, caption: str | None) -> list[str]:
-    """The table's columns by the names they get: ``url``, ``caption``, and others as they are, unless a column of the
-    stage's own has that name; then ``original_<name>``, or ``table_<name>`` where that is taken too."""
+    """The names that the table's columns get.
+
+    They are ``url``, ``caption``, and others as they are.  Where the stage has a column of that name, the table's
+    becomes ``original_<name>``, or ``table_<name>`` where that is taken too.
+    """
     taken = {*OWN_COLUMNS, "url", *(("caption",) if caption else ())}
     wanted = {url: "url", **({caption: "caption"} if caption else {})}
     taken |= {name for name in names if name not in wanted and name not in taken}
@@ -98,7 +104,7 @@ def renamed_columns(names: Sequence[str], url: str, caption: str | None) -> list
     return found
 
 
-def metadata_rows(table: Any, keys: Sequence[str], outcomes: Sequence[Outcome]) -> Any:
+def metadata_rows(table: Any, keys: Sequence[str], outcomes: Sequence[RowOutcome]) -> Any:
     """The pyarrow Table of ``<shard>.parquet``.  table: the shard's rows under the names that they get."""
     import pyarrow
 
@@ -120,28 +126,28 @@ def parquet_of(table: Any) -> bytes:
     return buffer.getvalue()
 
 
-def read_outcomes(data: bytes) -> dict[str, Outcome]:
-    """Key → outcome, from the bytes of a ``<shard>.parquet``; the suffix is not told there."""
+def read_outcomes(data: bytes) -> dict[str, RowOutcome]:
+    """Key → outcome, from the bytes of a ``<shard>.parquet``, which does not hold the suffix."""
     from pyarrow.parquet import read_table
 
     names = [name for name in OWN_COLUMNS if name != "key"]
     rows = read_table(io.BytesIO(data), columns=list(OWN_COLUMNS)).to_pylist()
-    return {row["key"]: Outcome(**{name: row[name] for name in names}) for row in rows}
+    return {row["key"]: RowOutcome(**{name: row[name] for name in names}) for row in rows}
 
 
-def stats_of(outcomes: Iterable[Outcome]) -> bytes:
+def stats_of(outcomes: Iterable[RowOutcome]) -> bytes:
     """img2dataset's ``<shard>_stats.json``, without its times: the same rows give the same bytes."""
     found = list(outcomes)
     by_status = Counter(outcome.status for outcome in found)
     reasons = Counter(outcome.reason or SUCCESS for outcome in found)
-    told = {
+    stats = {
         "count": len(found),
         "successes": by_status[SUCCESS],
         NOT_DOWNLOADED: by_status[NOT_DOWNLOADED],
         NOT_RESIZED: by_status[NOT_RESIZED],
         "status_dict": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
     }
-    return dump_json(told, indent=True) + b"\n"
+    return dump_json(stats, indent=True) + b"\n"
 
 
 def json_of(row: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,6 @@
-"""The rows of one shard, from the question for each URL to the files that are published.
+"""One shard of stage 00, from the requests for its rows' URLs to the files that are published.
 
-A shard as stage 00 publishes it: tar or loose files beside their table; and what of an earlier one still holds.
+What an earlier attempt published of the shard is read first, so that only the rest is asked for.
 """
 
 from __future__ import annotations
@@ -8,19 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from curation.download.downloader import Ask, Downloader, Examine
+from curation.download.downloader import Downloader, Examine, UrlRequest
 from curation.download.fetch import NETWORK_REASONS, FetchError, host_of
 from curation.download.images import ImagePolicy, make_stored
 from curation.download.rows import (
     NOT_DOWNLOADED,
     NOT_RESIZED,
     SUCCESS,
-    Outcome,
+    RowOutcome,
     json_of,
     key_of,
     metadata_rows,
@@ -35,35 +34,28 @@ from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.images import decode_rgb, image_facts
 from curation.jsonio import clean_text, dump_json
 from curation.run.checkpoints import PartialLog
+from curation.run.work import ShardContext
 from curation.storage.buckets import Folder, object_at, place_of
-from curation.storage.files import AtomicWriter, fast_digest
+from curation.storage.files import fast_digest
 from curation.storage.urls import Source, Url
 from curation.tar.samples import Sample, TarWriter, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
 from curation.threads import prefetch
 
 OutputFormat = Literal["webdataset", "files"]
-
-
-Members = Mapping[str, bytes | memoryview]
-
-
-"""Suffix → bytes, of one sample."""
-
+Members = Mapping[str, bytes | memoryview]  # suffix → bytes, of one sample
 
 _AHEAD_BYTES = 256 << 20
-
-
-class Writes(Protocol):
-    """What is needed of a shard's work."""
-
-    def output(self, path: Source, /) -> AbstractContextManager[AtomicWriter]: ...
+_RECORDS_AT_ONCE = 64  # in one write of the checkpoint
+_CHECK_EVERY_S = 0.2  # whether to stop, while no response comes
+_HOSTS_TO_DOUBT_THE_NETWORK = 20
+_JSON_ROWS = 256
 
 
 def write_samples(
-    layout: OutputFormat, output: Folder, shard_id: str, samples: Iterable[tuple[str, Members]], work: Writes
+    layout: OutputFormat, output: Folder, shard_id: str, samples: Iterable[tuple[str, Members]], work: ShardContext
 ) -> None:
-    """``<shard>.tar``, or ``<shard>/<key>.<suffix>``, in ``output``."""
+    """Write ``<shard>.tar``, or ``<shard>/<key>.<suffix>``, to ``output``."""
     if layout == "files":
         for key, members in samples:
             for suffix, data in members.items():
@@ -79,9 +71,11 @@ def write_samples(
 
 
 class PreviousShard:
-    """What the last attempt published of a shard: the outcome of every row, and the samples that are sound.
+    """What the last attempt published of a shard.
 
-    outcomes: by key, with suffix for those whose sample is there and sound.  lost: why others are not.
+    Attributes:
+        outcomes: The outcome of every row, by key; with a suffix where ``check`` found its sample to be sound.
+        lost: Why the samples of other successful rows are not sound, by key.
     """
 
     def __init__(self, output: Path, shard_id: str, receipt: Mapping[str, Any], layout: OutputFormat) -> None:
@@ -104,9 +98,13 @@ class PreviousShard:
             ) from error
 
     def check(self, pool: Executor, threads: int, *, decode: bool, as_it_came: bool) -> None:
-        """Find which samples are sound.  decode: look into every image, else only where a file is not as published.
+        """Find which samples are sound.
 
-        as_it_came: images are stored byte for byte, so that a row's sha256 is that of its image.
+        Args:
+            pool: Where images are decoded.
+            threads: How many threads it has.
+            decode: Decode every image; else only those of a shard whose files are not as they were published.
+            as_it_came: Images are stored byte for byte, so that a row's sha256 is that of its image.
         """
         decode = decode or not self.is_whole
 
@@ -131,7 +129,7 @@ class PreviousShard:
                 self.lost.setdefault(key, "its sample is not there")
 
     def members(self, keys: Collection[str]) -> Iterator[tuple[str, Members]]:
-        """The samples of these keys, in order, each byte as it was."""
+        """The samples with these keys, in order and byte for byte."""
         for sample in self._read():
             if sample.key in keys and sample.problem is None:
                 yield sample.key, sample.members
@@ -159,9 +157,9 @@ def _images_first(path: str) -> tuple[bool, str]:
 
 
 def _is_whole(path: Source, entry: Mapping[str, Any]) -> bool:
-    """Of an object, as the store tells: it has checked each part that came, and keeps them."""
+    """Whether a file has its receipt's digest, or an object its size and token: the store has checked its parts."""
     if isinstance(path, Url):
-        found = object_at(path).look()
+        found = object_at(path).info()
         return found is not None and found.is_of(entry)
     try:
         return bool(path.stat().st_size == entry["size"] and fast_digest(path) == entry["digest"])
@@ -169,7 +167,7 @@ def _is_whole(path: Source, entry: Mapping[str, Any]) -> bool:
         return False
 
 
-def _flaw(sample: Sample, outcome: Outcome, as_it_came: bool) -> str | None:
+def _flaw(sample: Sample, outcome: RowOutcome, as_it_came: bool) -> str | None:
     """Why a stored sample is not what its row says; None for a sound one."""
     suffix = sample.image_suffix
     try:
@@ -188,91 +186,77 @@ def _flaw(sample: Sample, outcome: Outcome, as_it_came: bool) -> str | None:
     return None
 
 
-_RECORDS_AT_ONCE = 64  # in one write of the checkpoint
-
-
-_LOOK_EVERY_S = 0.2
-
-
-_HOSTS_TO_DOUBT_THE_NETWORK = 20
-
-
-_JSON_ROWS = 256
-
-
-class Work(Protocol):
-    """What is needed of a shard's work."""
-
-    @property
-    def shard(self) -> Any: ...
-    def sample_in(self, count: int = 1) -> None: ...
-    def keep(self, count: int = 1) -> None: ...
-    def fail(self, key: str, reason: str, detail: str = "") -> None: ...
-    def phase(self, name: str) -> AbstractContextManager[None]: ...
-    def note(self, name: str, value: Any) -> None: ...
-    def check_stop(self, *, urgent_only: bool = False) -> None: ...
-    def output(self, path: Source, *, checked: bool = True) -> AbstractContextManager[AtomicWriter]: ...
-
-
 def examine_by(policy: ImagePolicy) -> Examine:
-    """What becomes of bytes that came, as a record."""
+    """What turns the bytes of a response into a record for the checkpoint."""
 
-    def examine(ask: Ask, data: bytes) -> bytes:
-        if ask.expected is not None:
-            name, wanted = ask.expected
+    def examine(request: UrlRequest, data: bytes) -> bytes:
+        if request.expected is not None:
+            name, wanted = request.expected
             if (found := hashlib.new(name, data, usedforsecurity=False).hexdigest()) != wanted:
-                return pack(Outcome(NOT_DOWNLOADED, f"hash_mismatch: {name} {found}"))
+                return pack(RowOutcome(NOT_DOWNLOADED, f"hash_mismatch: {name} {found}"))
         try:
             image = make_stored(data, policy)
         except SampleError as error:
-            return pack(Outcome(NOT_RESIZED, f"{error.reason}: {clean_text(error.detail)}"))
+            return pack(RowOutcome(NOT_RESIZED, f"{error.reason}: {clean_text(error.detail)}"))
         exif = dump_json(image.facts.exif).decode()
         facts = (image.suffix, image.width, image.height, image.facts.width, image.facts.height, exif, image.sha256)
-        return pack(Outcome(SUCCESS, None, *facts), image.data)
+        return pack(RowOutcome(SUCCESS, None, *facts), image.data)
 
     return examine
 
 
-def refuse(ask: Ask, error: FetchError) -> bytes:
+def refuse(request: UrlRequest, error: FetchError) -> bytes:
     """The record of a URL that gave no bytes."""
-    return pack(Outcome(NOT_DOWNLOADED, f"{error.reason}: {error.detail}" if error.detail else error.reason))
+    return pack(RowOutcome(NOT_DOWNLOADED, f"{error.reason}: {error.detail}" if error.detail else error.reason))
 
 
 class RowDownloads:
-    """url, caption: columns of ``table``.  verify: the name of a hash and its column.
+    """The rows of one shard, and what becomes of their URLs.  Rows with the same URL and hash share one request.
 
-    Rows of the same URL (and hash) are one question.
+    Args:
+        work: The attempt that counts the rows and takes the outputs.
+        table: The shard's rows, a pyarrow Table.
+        url: The column of the URLs.
+        caption: The column of the captions, None where there is none.
+        rows_per_shard: Rows of a full shard, which decides how many digits a key has.
+        verify: The name of a hash and its column.
     """
 
     def __init__(
-        self, work: Work, table: Any, url: str, caption: str | None, rows_per_shard: int, verify: tuple[str, str] | None
+        self,
+        work: ShardContext,
+        table: Any,
+        url: str,
+        caption: str | None,
+        rows_per_shard: int,
+        verify: tuple[str, str] | None,
     ) -> None:
         self._work = work
         self._table = table.rename_columns(renamed_columns(table.column_names, url, caption))
         self._has_caption = caption is not None
         self._keys = [key_of(work.shard.id, row, rows_per_shard) for row in range(table.num_rows)]
         self._earlier: PreviousShard | None = None
-        self._outcomes: dict[str, Outcome] = {}  # of rows that need no question, by key
+        self._outcomes: dict[str, RowOutcome] = {}  # of rows that need no request, by key
         self._copied: set[str] = set()
-        self._ask_of: dict[str, str] = {}  # key → mark of its question
+        self._mark_of: dict[str, str] = {}  # key → mark of its request
         self._keys_of: dict[str, list[str]] = {}  # the other way
-        self._asks: dict[str, Ask] = {}
-        self._heads: dict[str, Outcome] = {}  # mark → what became of it
+        self._requests: dict[str, UrlRequest] = {}
+        self._heads: dict[str, RowOutcome] = {}  # mark → what became of it
         hashes = table.column(verify[1]).to_pylist() if verify else [None] * table.num_rows
         for key, text, digest in zip(self._keys, self._table.column("url").to_pylist(), hashes, strict=True):
             if not text or not text.strip():
-                self._outcomes[key] = Outcome(NOT_DOWNLOADED, "no_url")
+                self._outcomes[key] = RowOutcome(NOT_DOWNLOADED, "no_url")
                 continue
             expected = (verify[0], str(digest).strip().lower()) if verify and digest else None
-            ask = Ask(text.strip(), expected)
-            mark = hashlib.blake2b(f"{ask.url}\0{expected}".encode("utf-8", "replace"), digest_size=16).hexdigest()
-            self._ask_of[key] = mark
+            request = UrlRequest(text.strip(), expected)
+            mark = hashlib.blake2b(f"{request.url}\0{expected}".encode("utf-8", "replace"), digest_size=16).hexdigest()
+            self._mark_of[key] = mark
             self._keys_of.setdefault(mark, []).append(key)
-            self._asks.setdefault(mark, ask)
+            self._requests.setdefault(mark, request)
         work.sample_in(table.num_rows)
 
     def take_over(self, earlier: PreviousShard, *, ask_failed: bool) -> None:
-        """Rows whose sample is there are not asked for, nor, unless ``ask_failed``, those that failed before."""
+        """Do not ask for rows whose sample is sound; nor, without ``ask_failed``, for rows that failed before."""
         self._earlier = earlier
         for key in self._keys:
             outcome = earlier.outcomes.get(key)
@@ -283,16 +267,16 @@ class RowDownloads:
                 self._copied.add(key)
 
     def download(self, downloader: Downloader, log: PartialLog) -> None:
-        """Ask for what is missing; each answer is in the log when it is counted."""
-        wanted = {mark: self._asks[mark] for key, mark in self._ask_of.items() if key not in self._outcomes}
+        """Ask for what is missing.  Each response is in the log before it is counted."""
+        wanted = {mark: self._requests[mark] for key, mark in self._mark_of.items() if key not in self._outcomes}
         asked: dict[int, str] = {}
-        for mark, ask in wanted.items():
+        for mark, request in wanted.items():
             record = log.get(mark, mark)
             outcome = unpack(record)[0] if record is not None else None
             if outcome is not None and outcome.reason not in NETWORK_REASONS:
                 self._heads[mark] = outcome
             else:
-                asked[id(ask)] = mark
+                asked[id(request)] = mark
         for key, outcome in self._outcomes.items():
             self._count(key, outcome)
         for mark, outcome in self._heads.items():
@@ -304,20 +288,22 @@ class RowDownloads:
         if self._copied:
             self._work.note("copied", len(self._copied))
 
-    def _download(self, downloader: Downloader, log: PartialLog, asks: list[Ask], marks: dict[int, str]) -> None:
-        answers = downloader.ask(asks)
+    def _download(
+        self, downloader: Downloader, log: PartialLog, requests: list[UrlRequest], marks: dict[int, str]
+    ) -> None:
+        responses = downloader.submit(requests)
         reached, silent = False, set()
         try:
-            while (found := answers.take(_RECORDS_AT_ONCE, _LOOK_EVERY_S)) is not None:
+            while (found := responses.take(_RECORDS_AT_ONCE, _CHECK_EVERY_S)) is not None:
                 if found:
-                    log.append((marks[id(ask)], marks[id(ask)], record) for ask, record in found)
-                for ask, record in found:
-                    outcome = self._heads[marks[id(ask)]] = unpack(record)[0]
-                    self._count_all(marks[id(ask)], outcome)
+                    log.append((marks[id(request)], marks[id(request)], record) for request, record in found)
+                for request, record in found:
+                    outcome = self._heads[marks[id(request)]] = unpack(record)[0]
+                    self._count_all(marks[id(request)], outcome)
                     if outcome.reason not in NETWORK_REASONS:
                         reached = True
                     elif not reached:
-                        silent.add(host_of(ask.url))
+                        silent.add(host_of(request.url))
                 if not reached and len(silent) >= _HOSTS_TO_DOUBT_THE_NETWORK:
                     raise InfrastructureError(
                         f"shard {self._work.shard.id}: none of the first {len(silent)} hosts can be reached; does this "
@@ -325,26 +311,26 @@ class RowDownloads:
                     )
                 self._work.check_stop()
         finally:
-            answers.end()
+            responses.end()
 
-    def _count_all(self, mark: str, outcome: Outcome) -> None:
+    def _count_all(self, mark: str, outcome: RowOutcome) -> None:
         for key in self._keys_of[mark]:
             if key not in self._outcomes:
                 self._count(key, outcome)
 
-    def _count(self, key: str, outcome: Outcome) -> None:
+    def _count(self, key: str, outcome: RowOutcome) -> None:
         if outcome.status == SUCCESS:
             self._work.keep()
         else:
             self._work.fail(key, outcome.reason, outcome.detail)
 
-    def _outcome(self, key: str) -> Outcome:
-        return self._outcomes.get(key) or self._heads[self._ask_of[key]]
+    def _outcome(self, key: str) -> RowOutcome:
+        return self._outcomes.get(key) or self._heads[self._mark_of[key]]
 
     # ---- what is published
 
     def write(self, output: Path, samples: Folder, layout: OutputFormat, log: PartialLog) -> None:
-        """samples: where the images go; output: the table and the counts."""
+        """Write the samples to ``samples``, and the table and the counts to ``output``."""
         shard_id = self._work.shard.id
         outcomes = [self._outcome(key) for key in self._keys]
         rows = metadata_rows(self._table, self._keys, outcomes)
@@ -356,7 +342,7 @@ class RowDownloads:
             file.write(stats_of(outcomes))
 
     def _samples(self, rows: Any, log: PartialLog) -> Iterator[tuple[str, Members]]:
-        """The stored samples in the table's order: those that are there as they are, the others from the log."""
+        """The samples in the table's order: earlier ones as they are, the others from the log."""
         there = self._earlier.members(self._copied) if self._earlier is not None and self._copied else iter(())
         for batch in rows.to_batches(_JSON_ROWS):
             for row in batch.to_pylist():
@@ -369,11 +355,11 @@ class RowDownloads:
                         raise InfrastructureError(f"{found} found where {key} was a moment ago: who writes there?")
                     yield key, members
                     continue
-                mark = self._ask_of[key]
+                mark = self._mark_of[key]
                 outcome, image = unpack(log.get(mark, mark) or b"")
                 yield key, self._members(row, outcome, image)
 
-    def _members(self, row: dict[str, Any], outcome: Outcome, image: memoryview) -> Members:
+    def _members(self, row: dict[str, Any], outcome: RowOutcome, image: memoryview) -> Members:
         members: dict[str, bytes | memoryview] = {outcome.suffix: image}
         if self._has_caption:
             members["txt"] = str(row["caption"] or "").encode("utf-8", "replace")

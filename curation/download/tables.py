@@ -1,13 +1,11 @@
 """Tables of URLs: found, checked once, and cut into shards, without ever holding a whole table.
 
-A shard is a run of rows of one table.  Parquet is read where it lies, a row group at a time; csv, tsv, jsonl and txt,
-which cannot be entered in the middle, are written once as parquet below ``_tables/`` of the output folder, so that a
-shard is a row group there.  Where files are opened is ``_Place``, and nowhere else: a table may lie on any storage.
-
-Tables as text: csv, tsv, jsonl and txt, read in a stream and written as parquet.
+A shard is a run of rows of one table.  Parquet is read where it lies, one row group at a time.  csv, tsv, jsonl and txt
+cannot be read from the middle, so they are written once as parquet below ``_tables/`` of the output folder, where a
+shard is a row group.  Only ``_Place`` opens files, because a table may lie in any store.
 
 A csv has no types: its columns stay text, so that ``000123`` does not become a number.  In jsonl a column has the type
-that all its values share; where they share none it holds each as JSON.
+that all its values share; where they share none, it holds each value as JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import contextlib
 import csv
 import difflib
 import io
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,30 +27,35 @@ import xxhash
 from curation.errors import InfrastructureError, SampleError, ShardError, UsageError
 from curation.jsonio import clean_text, dump_json, parse_json_object
 from curation.shards import MAX_SHARDS, Shard
-from curation.storage.files import link_exclusively, make_folder, read_record
-from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_remote, redact, told_by
+from curation.storage.files import link_exclusively, make_folder, read_record, whole_file
+from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_remote, object_info, redact
 
 SUFFIXES: Final = (
     ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".txt", ".txt.gz",
 )  # fmt: skip
-
-
 TABLES_FOLDER: Final = "_tables"
-
-
 _FOOTERS_AT_ONCE = 16
-
-
 _BATCH_ROWS = 4096
+_RULES = 1  # how a table is read: raised when the same table gives other shards
+_USUAL_CAPTION_COLUMNS = ("caption", "text")
+_USUAL_URL_COLUMNS = ("url", "image_url", "img_url", "image_link", "link", "src")
+_MAX_LINE_BYTES: Final = 4 << 20
+_TEXT_BATCH_ROWS: Final = 4096
+_MAX_COLUMNS: Final = 10_000
 
-
-_RULES = 1  # of how a table is read: raised when the same table gives other shards
+_Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """One table.  mark: what changes when it does.  rows: how many.  file: where it was written as parquet, below the
-    output folder, "" for one that is read where it lies."""
+class UrlTable:
+    """One table.
+
+    Attributes:
+        source: Its path or URL.
+        mark: A digest that changes when the table does.
+        rows: How many it has.
+        file: Its name as parquet in ``_tables/``, "" where the table itself is read.
+    """
 
     source: str
     mark: str
@@ -63,7 +65,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class NamedColumns:
-    """Columns that the user named.  url, caption: None for the one that is usually called so."""
+    """The columns that the user named; None for the one that is usually called so, or for no hash."""
 
     url: str | None = None
     caption: str | None = None
@@ -71,11 +73,18 @@ class NamedColumns:
 
 
 class UrlTables:
-    """The tables that ``source`` names (a file, a folder, a glob, on this machine or behind a URL), cut into shards of
-    ``rows_per_shard``.
+    """URL tables, cut into shards.
 
-    dry: write nothing.
-    Raises UsageError for what is no table of URLs.
+    Args:
+        source: A table, a folder of tables or a glob, on this machine or behind a URL.
+        output: The stage's output folder.
+        rows_per_shard: Rows of a full shard.
+        columns: The columns that the user named.
+        dry: Write nothing.
+
+    Raises:
+        UsageError: Something is not a table of URLs, or there are too many shards.
+        InfrastructureError: A store cannot be asked.
     """
 
     def __init__(
@@ -96,22 +105,22 @@ class UrlTables:
         return self._place.is_local
 
     @cached_property
-    def _starts(self) -> dict[str, tuple[Table, int]]:
+    def _starts(self) -> dict[str, tuple[UrlTable, int]]:
         """Shard id → its table and first row there."""
-        found: dict[str, tuple[Table, int]] = {}
+        found: dict[str, tuple[UrlTable, int]] = {}
         for table in self.tables:
             for first in range(0, table.rows, self._rows):
                 found[f"{len(found):08d}"] = (table, first)
         return found
 
     def shards(self) -> list[Shard]:
-        """In the tables' order, which is that of their names, and then that of the rows."""
+        """The shards in the order of the tables' names, and then of the rows."""
         return [Shard(shard_id, Path(table.source)) for shard_id, (table, _) in self._starts.items()]
 
     def digest(self) -> str:
-        """Says which rows are which shard: of names and numbers of rows."""
-        told = [[_plain(table.source).rpartition("/")[2], table.rows] for table in self.tables]
-        return f"{len(told)} tables, {sum(t.rows for t in self.tables)} rows, {_digest([told, self._rows])[:12]}"
+        """A text that changes when other rows make up a shard: it is made of the tables' names and numbers of rows."""
+        tables = [[_plain(table.source).rpartition("/")[2], table.rows] for table in self.tables]
+        return f"{len(tables)} tables, {sum(t.rows for t in self.tables)} rows, {_digest([tables, self._rows])[:12]}"
 
     def read(self, shard_id: str) -> Any:
         """The rows of a shard as a pyarrow Table.  Raises ShardError."""
@@ -121,15 +130,14 @@ class UrlTables:
             with self._open_parquet(table) as file:
                 rows = _rows_of(file, first, count)
         except Exception as error:
-            told = f"{redact(table.source)}: cannot be read: {error_line(error)}"
-            raise ShardError(told, "bad_table") from error
+            raise ShardError(f"{redact(table.source)}: cannot be read: {error_line(error)}", "bad_table") from error
         if rows.num_rows != count:
-            told = f"{redact(table.source)}: {rows.num_rows:,} rows from {first:,} on, {count:,} expected"
-            raise ShardError(told, "bad_table")
+            why = f"{rows.num_rows:,} rows from {first:,} on, {count:,} expected"
+            raise ShardError(f"{redact(table.source)}: {why}", "bad_table")
         return rows
 
     @contextlib.contextmanager
-    def _open_parquet(self, table: Table) -> Iterator[Any]:
+    def _open_parquet(self, table: UrlTable) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
 
         if table.file:
@@ -141,55 +149,49 @@ class UrlTables:
 
     # ---- planning
 
-    def _plan(self) -> list[Table]:
-        """What an earlier process found of the same tables, or a look at each of them."""
+    def _plan(self) -> list[UrlTable]:
+        """What an earlier process recorded of the same tables; else each of them is inspected."""
         found = self._place.find()
         record = self._output / TABLES_FOLDER / f"{_digest([_RULES, found, self._rows, asdict(self._columns)])}.json"
         known = read_record(record)
         if known is not None:
-            return [Table(source, **table) for (source, _), table in zip(found, known["tables"], strict=True)]
+            return [UrlTable(source, **table) for (source, _), table in zip(found, known["tables"], strict=True)]
         make_folder(record.parent)
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-            tables = list(pool.map(lambda entry: self._look_at(*entry), found))
-        facts = [{"mark": table.mark, "rows": table.rows, "file": table.file} for table in tables]
-        told = dump_json({"tables": facts}, indent=True)  # no names: a URL may hold a secret
-        link_exclusively(record, told, secrets.token_hex(8))
+            tables = list(pool.map(lambda entry: self._inspect(*entry), found))
+        entries = [{"mark": table.mark, "rows": table.rows, "file": table.file} for table in tables]
+        link_exclusively(record, dump_json({"tables": entries}, indent=True))  # no names: a URL may hold a secret
         return tables
 
-    def _dry_plan(self) -> list[Table]:
-        """Counts alone; nothing is written."""
-        return [self._look_at(source, mark, write=False) for source, mark in self._place.find()]
+    def _dry_plan(self) -> list[UrlTable]:
+        """The tables with their numbers of rows; nothing is written."""
+        return [self._inspect(source, mark, write=False) for source, mark in self._place.find()]
 
-    def _look_at(self, source: str, mark: str, *, write: bool = True) -> Table:
-        told = redact(source)
+    def _inspect(self, source: str, mark: str, *, write: bool = True) -> UrlTable:
+        shown = redact(source)
         try:
             if _plain(source).endswith(".parquet"):
                 from pyarrow.parquet import ParquetFile
 
                 with self._place.open(source) as raw, ParquetFile(raw) as file:
-                    self._check(told, file.schema_arrow)
-                    return Table(source, mark, file.metadata.num_rows)
+                    self._check(shown, file.schema_arrow)
+                    return UrlTable(source, mark, file.metadata.num_rows)
             with self._place.open_text(source) as text:
-                schema = columns_of(told, text)
+                schema = columns_of(shown, text)
             if schema is None:
-                return Table(source, mark, 0)
-            self._check(told, schema)
+                return UrlTable(source, mark, 0)
+            self._check(shown, schema)
             if not write:
                 with self._place.open_text(source) as text:
-                    return Table(source, mark, count_rows(told, text))
+                    return UrlTable(source, mark, count_rows(shown, text))
             name = f"{_digest([_RULES, _plain(source), mark, self._rows])}.parquet"
-            temporary = self._output / TABLES_FOLDER / f".{name}.{secrets.token_hex(8)}.tmp"
-            try:
-                with self._place.open_text(source) as text:
-                    rows = write_parquet(told, text, schema, temporary, self._rows)
-                temporary.rename(temporary.with_name(name))
-            finally:
-                temporary.unlink(missing_ok=True)
-            return Table(source, mark, rows, name)
+            with whole_file(self._output / TABLES_FOLDER / name) as file, self._place.open_text(source) as text:
+                rows = write_parquet(shown, text, schema, file, self._rows)
+            return UrlTable(source, mark, rows, name)
         except InfrastructureError:
             raise
         except Exception as error:
-            raise UsageError(f"{told}: cannot be read as a table: {error_line(error)}") from error
+            raise UsageError(f"{shown}: cannot be read as a table: {error_line(error)}") from error
 
     def _check(self, source: str, schema: Any) -> None:
         wanted = self._columns
@@ -203,7 +205,7 @@ class UrlTables:
 
 
 def caption_column_of(source: str, names: Sequence[str], wanted: str | None) -> str | None:
-    """The column of captions, None for a table without one.  Raises UsageError where it was named and is not there."""
+    """The column of captions, None for a table without one.  Raises UsageError where the named one is missing."""
     if wanted is not None:
         return _column(source, names, wanted, "--caption_col")
     return next((name for known in _USUAL_CAPTION_COLUMNS for name in names if name.lower() == known), None)
@@ -225,12 +227,6 @@ def _column(source: str, names: Sequence[str], wanted: str, flag: str) -> str:
     listed = ", ".join(clean_text(name)[:60] for name in names[:50]) or "none"
     hint = f"did you mean {flag} {nearest}?" if nearest else f"name it with {flag}"
     raise UsageError(f"{source}: no column {wanted!r} among {listed}; {hint}")
-
-
-_USUAL_CAPTION_COLUMNS = ("caption", "text")
-
-
-_USUAL_URL_COLUMNS = ("url", "image_url", "img_url", "image_link", "link", "src")
 
 
 def _rows_of(file: Any, first: int, count: int) -> Any:
@@ -257,7 +253,7 @@ def _rows_of(file: Any, first: int, count: int) -> Any:
 
 
 class _Place:
-    """Where tables lie and how they are opened: the only place that knows of storages."""
+    """Where tables lie and how they are opened.  Nothing else here knows of stores."""
 
     def __init__(self, source: str) -> None:
         self.is_local = not is_remote(source)
@@ -267,8 +263,8 @@ class _Place:
         self._files = filesystem("file" if self.is_local else Url(source).scheme)
 
     def find(self) -> list[tuple[str, str]]:
-        """(path, mark) of every table, by name."""
-        source, told = self._source, redact(self._source)
+        """The path and the mark of every table, ordered by name."""
+        source, shown = self._source, redact(self._source)
         try:
             if any(c in _plain(source) for c in "*?["):
                 names = self._files.glob(source)
@@ -279,11 +275,11 @@ class _Place:
             tables = sorted(str(name) for name in names if _is_table(str(name)))
             marks = [self._mark(name) for name in tables]
         except Exception as error:
-            raise InfrastructureError(f"{told}: cannot be listed or read: {error_line(error)}") from error
+            raise InfrastructureError(f"{shown}: cannot be listed or read: {error_line(error)}") from error
         if not tables and names:
-            raise UsageError(f"{told}: no tables; they end in {', '.join(SUFFIXES)}")
+            raise UsageError(f"{shown}: no tables; they end in {', '.join(SUFFIXES)}")
         if not tables:
-            raise UsageError(f"{told!r} is not there: give a table, a folder of tables or a glob")
+            raise UsageError(f"{shown!r} is not there: give a table, a folder of tables or a glob")
         return list(zip(tables, marks, strict=True))
 
     def open(self, path: str) -> BinaryIO:
@@ -295,11 +291,12 @@ class _Place:
         return self._files.open(path, "rb", compression=packed)  # type: ignore[no-any-return]
 
     def _mark(self, path: str) -> str:
-        return _digest(told_by(self._files.info(path)))
+        info = object_info(self._files.info(path))
+        return _digest([info.size, list(info.mark().items())])
 
 
 def _plain(source: str) -> str:
-    """Without what a signed URL ends in, which is another one each day.  A path of this machine may hold anything."""
+    """A URL without its query, because a signature changes every day.  A local path may hold a question mark."""
     return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
 
 
@@ -311,24 +308,12 @@ def _digest(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(dump_json(value))
 
 
-def _named(tables: Sequence[Table]) -> str:
+def _named(tables: Sequence[UrlTable]) -> str:
     return ", ".join(redact(table.source) for table in tables[:5]) + (" …" if len(tables) > 5 else "")
 
 
-_MAX_LINE_BYTES: Final = 4 << 20
-
-
-_TEXT_BATCH_ROWS: Final = 4096
-
-
-_MAX_COLUMNS: Final = 10_000
-
-
-_Row = Mapping[str, Any]
-
-
 def columns_of(source: str, file: BinaryIO) -> Any:
-    """The pyarrow schema; None for a table without rows.  Raises UsageError that names the line."""
+    """The pyarrow schema of a table of text, None where it has no rows.  Raises UsageError that names the line."""
     import pyarrow
 
     if not _is_jsonl(source):
@@ -348,14 +333,14 @@ def count_rows(source: str, file: BinaryIO) -> int:
     return sum(1 for _ in _rows(source, file))
 
 
-def write_parquet(source: str, file: BinaryIO, schema: Any, path: Path, rows_per_group: int) -> int:
-    """The table as parquet with groups of so many rows; returns how many rows."""
+def write_parquet(source: str, text: BinaryIO, schema: Any, file: BinaryIO, rows_per_group: int) -> int:
+    """Write a table of text as parquet with row groups of that size; returns the number of rows."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
     count = 0
-    with ParquetWriter(path, schema, compression="zstd") as writer:
-        for batch in _batches(_rows(source, file), rows_per_group):
+    with ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in _batches(_rows(source, text), rows_per_group):
             columns = [_array(field.type, [row.get(field.name) for row in batch]) for field in schema]
             writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema), row_group_size=rows_per_group)
             count += len(batch)
@@ -380,7 +365,7 @@ def _without_packing(source: str) -> str:
 
 
 def _lines(source: str, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The numbered lines that hold something."""
+    """The lines that are not empty, with their numbers."""
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number += 1
@@ -430,7 +415,7 @@ def _batches(rows: Iterator[_Row], size: int = _TEXT_BATCH_ROWS) -> Iterator[lis
 
 
 def _common(known: Any, values: list[Any]) -> Any:
-    """The type that holds these values and those of the type that is known already; text where there is none."""
+    """The type that holds these values and those of the known type; text where there is none."""
     import pyarrow
 
     try:

@@ -1,8 +1,8 @@
-"""Uploading while a stage runs: ``python -m curation publish`` as a process beside it, now and then and at the end.
+"""Uploading while a stage runs: ``python -m curation publish`` as a process of its own, now and then and at the end.
 
-A process of its own, so that nothing that the hub, its client or a broken network does can stop, slow or kill the
-stage.  One process of a run uploads while it goes on (rank 0); at the end each command that was started does, for it
-may be the last.  They need not agree: a push adds what is missing, whoever made it.
+In a process of its own, nothing that the hub, its client or a broken network does can stop, slow or kill the stage.
+While a run goes on, the process with rank 0 uploads; at the end each command that was started does, because it may be
+the last one.  They need not agree: a push adds what is missing, whoever made it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,16 @@ from typing import Annotated, ClassVar
 import curation
 from curation.cluster import WORKER_VARIABLE, Allocation
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
-from curation.hub.repository import check_access, check_name, scrub
+from curation.hub.repository import check_access, check_name
 from curation.jsonio import clean_text
 from curation.options import at_least
+from curation.storage.urls import redact
 
 logger = logging.getLogger("curation")
 
 PAUSE_S = 30.0  # between two pushes: the hub takes about two commits a minute
-
-
 _TRIES, _LAST_TRIES = 2, 5
-
-
 _GRACE_S = 5.0
-
-
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 
 
@@ -58,7 +53,7 @@ class HubOptions:
     """Whether to upload at all; --no_push has the last word."""
 
     def check_hub(self) -> None:
-        """Raises UsageError where nothing could ever be uploaded.  The hub is not asked."""
+        """Raise UsageError where nothing could ever be uploaded.  Sends no request."""
         repo = self.repository
         if repo is not None:
             check_name(repo)
@@ -66,7 +61,7 @@ class HubOptions:
 
     @property
     def repository(self) -> str | None:
-        """Where to; None where nothing is uploaded."""
+        """The repository to upload to, None where nothing is uploaded."""
         if self.hf_repo is None or not self.push:
             return None
         if self.hf_username is None:
@@ -78,9 +73,13 @@ class HubOptions:
 
 
 class Pushing:
-    """The uploads of one process of a stage.
+    """The uploads of one process of a stage.  No method raises, whatever the hub does.
 
-    only: patterns of the outputs to upload, as of ``publish``.  None of the methods raises, whatever the hub does.
+    Args:
+        options: The stage's flags.
+        folder: The stage's output folder.
+        stage: The stage's name.
+        only: Patterns of the outputs to upload, like ``publish --only``.
     """
 
     def __init__(self, options: HubOptions, folder: Path, stage: str, only: Sequence[str] = ()) -> None:
@@ -97,21 +96,21 @@ class Pushing:
         self._process: subprocess.Popen[str] | None = None
 
     def begin(self, allocation: Allocation) -> None:
-        """From now on upload now and then, if this is the process of the run that does."""
+        """Begin to upload now and then, if this process has rank 0."""
         if self._repo is not None and allocation.rank == 0 and self._thread is None:
             self._world = allocation.world
-            self._thread = threading.Thread(target=self._now_and_then, name="hub", daemon=True)
+            self._thread = threading.Thread(target=self._push_periodically, name="hub", daemon=True)
             self._thread.start()
 
     def saw(self, images: int) -> None:
-        """So many images of a shard are done.  Other processes are taken to be as quick as this one."""
+        """Count images that are done.  Other processes are assumed to be as quick as this one."""
         if self._thread is not None:
             self._seen += images * self._world
             if self._seen >= self._every:
                 self._wake.set()
 
     def end(self) -> None:
-        """Break off what is being uploaded; the last push, or the next start, takes it up."""
+        """Stop the upload that is running; the last push, or the next start, goes on with it."""
         self._ended = True
         self._wake.set()
         self._stop_process()
@@ -120,9 +119,9 @@ class Pushing:
             self._thread = None
 
     def finish(self, code: int) -> None:
-        """Upload the rest, at the end of the command that was started; ``code`` is what it ends with.
+        """Upload the rest at the end of the command, whose exit code is ``code``.
 
-        A worker leaves it to its parent.  After a signal there is no time: the next start goes on.
+        A worker leaves this to its parent.  After a signal there is no time, and the next start goes on.
         """
         if self._repo is None or WORKER_VARIABLE in os.environ:
             return
@@ -135,7 +134,7 @@ class Pushing:
 
     # ---- in the thread, or at the end
 
-    def _now_and_then(self) -> None:
+    def _push_periodically(self) -> None:
         while not self._ended:
             self._wake.wait()
             self._wake.clear()
@@ -150,7 +149,7 @@ class Pushing:
                 self._wake.set()
 
     def _push(self, tries: int) -> None:
-        """One ``publish``, and a line that tells what became of it."""
+        """Run ``publish`` once and log the last line that it prints."""
         root = str(Path(curation.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         try:
@@ -166,12 +165,12 @@ class Pushing:
                     text=True,
                     errors="replace",
                 )
-            told, _ = self._process.communicate()
+            output, _ = self._process.communicate()
             code = self._process.returncode
         except OSError as error:
-            told, code = str(error), -1
-        line = next((line for line in reversed(told.splitlines()) if line.strip()), f"exit code {code}")
-        line = clean_text(scrub(line.strip().removeprefix("error: ")))[:500]
+            output, code = str(error), -1
+        line = next((line for line in reversed(output.splitlines()) if line.strip()), f"exit code {code}")
+        line = clean_text(redact(line.strip().removeprefix("error: ")))[:500]
         if code == EXIT_OK:
             logger.info(f"hub: {line}")
         elif not self._ended:
@@ -190,7 +189,7 @@ class Pushing:
 
     @contextlib.contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
-        """A signal ends the last push, and with it the command, whose work is done."""
+        """Let a signal end the last push, and with it the command, whose other work is done."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

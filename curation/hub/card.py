@@ -1,6 +1,8 @@
-"""The dataset card: what the parts of a stage hold, as metadata and as a text, in blocks of a README that others edit.
+"""The dataset card: what the parts of a stage hold, in two blocks of a README that others edit.
 
-Everything outside of the marked blocks is left as it is, byte for byte.  The same parts give the same card.
+One block is in the metadata, one in the text.  Everything outside of them stays as it is, byte for byte, and the same
+parts give the same card.  That is why ``huggingface_hub.DatasetCard`` is not used to write it: it formats the whole
+metadata anew, without the owner's comments and without the marks of the block.
 """
 
 from __future__ import annotations
@@ -21,40 +23,33 @@ from curation.storage.files import read_record
 from curation.tar.samples import read_samples
 
 _BEGIN, _END = "<!-- curation:begin", "<!-- curation:end -->"
-
-
 _META_BEGIN, _META_END = "# curation:begin", "# curation:end"
-
-
 _BLOCK = re.compile(re.escape(_BEGIN) + r".*?" + re.escape(_END), re.S)
-
-
 _META_BLOCK = re.compile(rf"^{_META_BEGIN}.*?^{_META_END}[^\n]*(?:\n|\Z)", re.S | re.M)
-
-
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)((?<=\n)|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.S)
-
-
 _MARKDOWN = re.compile(r"[&<>|`*_\[\]()#!~\\$^{}@:]")
-
-
 _LOADED = (".parquet", ".jsonl", ".tar")  # what the hub shows and `datasets` loads, the first of them that there is
-
-
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # the hub's bounds, by tens
-
-
 _MAX_COLUMNS, _MAX_LINE_BYTES, _MAX_VALUE = 200, 8 << 20, 300
-
-
 LICENCE_UNKNOWN = "unknown"
 
 
 def write_card(existing: str, found: Collection, home: Path, stage: str, licence: str | None = None) -> str:
-    """The card's text.  existing: the one that is there, "" where there is none.
+    """Write the card.
 
-    licence: one of the hub's ids; without it the one that an earlier call was given, else ``unknown``.  One that stands
-    outside of the blocks has the last word.  Raises InfrastructureError where the card's metadata are no YAML.
+    Args:
+        existing: The card that is there, "" where there is none.
+        found: The parts, and what their receipts count.
+        home: The stage's output folder.
+        stage: The stage's name.
+        licence: One of the hub's ids; without it the one of an earlier call, else ``unknown``.  A licence outside of
+            the blocks goes before it.
+
+    Returns:
+        The whole text.
+
+    Raises:
+        InfrastructureError: The card's metadata are not YAML.
     """
     front = _FRONT.match(existing)
     metadata = front[1] + front[2] if front else ""
@@ -96,7 +91,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _groups(found: Collection) -> dict[str, list[Part]]:
-    """The parts by what they are: ``data/*.parquet`` → its parts in order."""
+    """The parts by their kind: ``data/*.parquet`` → its parts in order."""
     groups: dict[str, list[Part]] = defaultdict(list)
     for path in sorted(found.parts):
         pure = PurePosixPath(path)
@@ -106,7 +101,7 @@ def _groups(found: Collection) -> dict[str, list[Part]]:
 
 
 def _configs(groups: Mapping[str, Sequence[Part]]) -> list[dict[str, Any]]:
-    """One for each folder of tables; of one kind, since the hub's viewer reads a repository as one kind."""
+    """A configuration for each folder of tables, all of one kind: the hub's viewer reads only one per repository."""
     for suffix in _LOADED:
         globs = [glob for glob in groups if glob.endswith(f"/*{suffix}") and glob.count("/") == 1]
         globs.sort(key=lambda glob: (not glob.startswith(f"{DATA_FOLDER}/"), glob))
@@ -157,7 +152,7 @@ def _block(found: Collection, groups: Mapping[str, Sequence[Part]], home: Path, 
 
 
 def _columns(parts: Sequence[Part]) -> list[str]:
-    """Of the first part; none where it cannot be read."""
+    """The columns of the first part; none where it cannot be read."""
     part = parts[0]
     try:
         names = _READERS.get(part.file.suffix, lambda _: [])(part.file)
@@ -193,25 +188,25 @@ _READERS = {".parquet": _parquet_columns, ".jsonl": _jsonl_columns, ".tar": _tar
 
 
 def _options(found: Collection, home: Path, stage: str) -> list[tuple[str, str]]:
-    """The options that decided the output, as the newest of the receipts' epochs recorded them; models among them."""
+    """The options that decided the output, models among them, as the newest epoch of the receipts recorded them."""
     if not found.epochs:
         return []
     record = read_record(home / "_receipts" / stage / f"_epoch.{max(found.epochs)}.json")
     options = (record or {}).get("options")
     if not isinstance(options, dict):
         return []
-    return [(str(name), _told(value)) for name, value in sorted(options.items()) if value is not None]
+    return [(str(name), _shown(value)) for name, value in sorted(options.items()) if value is not None]
 
 
-def _told(value: Any) -> str:
-    """One line; a path on the machine that made it says nothing to others, and may say too much."""
+def _shown(value: Any) -> str:
+    """A value on one line.  Of a path only the name is shown: the rest says nothing to others, or too much."""
     text = value if isinstance(value, str) else dump_json(value).decode()
     text = clean_text(Path(text).name if text.startswith(("/", "~/")) else text)
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
 
 
 def _escape(text: str) -> str:
-    """Text from data and options as Markdown that shows it, and is nothing else."""
+    """Text from data and options as Markdown that shows just this text."""
     return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", clean_text(text))
 
 

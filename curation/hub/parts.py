@@ -1,7 +1,8 @@
-"""What an output folder has for the hub: the files that ``done`` receipts name, each under a name of its shard's."""
+"""The parts of an output folder for the hub: the files that ``done`` receipts name."""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import os
@@ -19,31 +20,27 @@ import xxhash
 from curation.errors import InfrastructureError
 from curation.hub.repository import Addition
 from curation.run.ledger import done_receipts
-from curation.storage.files import storage_error
+from curation.storage.files import make_folder, storage_errors
 
 DATA_FOLDER = "data"  # where the hub looks for tables
-
-
 _PARQUET_FOLDER = "parquet"
-
-
 _FORBIDDEN = {".git", ".cache", ".huggingface"}
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
 _BLOCK = 1 << 20
-
-
-_MAX_REGULAR_BYTES = 64 << 20  # what is larger the hub keeps as a large file, for certain
+_MAX_REGULAR_BYTES = 64 << 20  # the hub keeps everything larger as a large file
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of a shard.  path, source: in the repository, in the folder.
+    """One file of a shard.
 
-    digest: xxh3-128, None where readers may not insist on it.
+    Attributes:
+        path: In the repository.
+        source: In the folder.
+        file: On this machine.
+        size: In bytes.
+        digest: xxh3-128, hex; None where readers may not rely on it.
+        shard_id: The shard that it is of.
     """
 
     path: str
@@ -58,8 +55,13 @@ class Part:
 class Collection:
     """The parts of a stage, and what its receipts count.
 
-    elsewhere: outputs in other folders than the stage's own, which are not part of it.  unnamed: outputs whose names no
-    repository can have.
+    Attributes:
+        parts: By their paths in the repository.
+        shards: How many are done.
+        counts: Samples in, kept, dropped and failed.
+        epochs, versions: That the receipts name.
+        elsewhere: Outputs outside of the stage's own folder.
+        unnamed: Outputs whose names no repository can have.
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
@@ -71,7 +73,7 @@ class Collection:
     unnamed: int = 0
 
     def matching(self, only: Sequence[str]) -> list[str]:
-        """The parts, by their paths in the repository, whose paths in the folder match a pattern; without any, all."""
+        """The repository paths of the parts whose paths in the folder match a pattern; without patterns, of all."""
         return sorted(
             path
             for path, part in self.parts.items()
@@ -79,12 +81,12 @@ class Collection:
         )
 
     def within(self, paths: Container[str]) -> Collection:
-        """The same with those parts only."""
+        """The same collection with only those parts."""
         return replace(self, parts={path: part for path, part in self.parts.items() if path in paths})
 
 
 def collect(home: Path, stage: str) -> Collection:
-    """Read all receipts.  What lies in folders whose names begin with ``_`` is no part of the output."""
+    """Read all receipts of a stage.  Files in folders whose names begin with ``_`` are not parts."""
     found = Collection()
     for receipt in done_receipts(home, stage):
         if receipt.get("status") != "done":
@@ -120,8 +122,7 @@ def _add(found: Collection, home: Path, shard_id: str, output: dict[str, Any]) -
 
 
 def path_in_repository(path: str) -> str:
-    """Tables that are the stage's main output, and files that lie in the folder itself, go to ``data/``; what lies in a
-    folder of its own keeps it."""
+    """Where an output goes: parquet tables and files right in the folder to ``data/``, others to the same path."""
     pure = PurePosixPath(path)
     if len(pure.parts) == 1 or (pure.parts[0] == _PARQUET_FOLDER and pure.suffix == ".parquet"):
         return f"{DATA_FOLDER}/{pure.name}"
@@ -135,11 +136,10 @@ def _can_be_named(path: str) -> bool:
 
 
 class ContentLog:
-    """SHA-256 and git's name of contents that were read once, so that a push reads only what is new.
+    """SHA-256 and git's name of contents that were read once, so that a push reads only new files.
 
-    An append-only file beside the receipts: a line per content, found by the receipt's size and digest.  Any number of
-    processes append to it.  Only a saving: a line that is damaged or lost costs reading that file again, and one that
-    says something wrong costs comparing in vain.
+    It is an append-only file beside the receipts with one line per content, found by the receipt's size and digest.
+    Any number of processes append to it.  It only saves work: where a line is lost, one file is read again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,15 +149,11 @@ class ContentLog:
         self._read()
 
     def addition(self, part: Part) -> Addition | None:
-        """The part to be added, None where the file is not (or no longer) what the receipt says."""
+        """The part to be added, None where the file is not what its receipt says (any more)."""
         known = self._known.get((part.size, part.digest or ""))
         if known is None:
-            try:
+            with storage_errors(part.file), contextlib.suppress(FileNotFoundError):
                 known = _read_contents(part)
-            except FileNotFoundError:
-                return None
-            except OSError as error:
-                raise storage_error(part.file, error) from error
             if known is None:
                 return None
             if part.digest is not None:
@@ -168,15 +164,12 @@ class ContentLog:
         return Addition(part.path, part.file, part.size, git_oid=known[1], sha256=known[0])
 
     def save(self) -> None:
-        """Append what was read since.  Durability is not needed."""
+        """Append what was read since the last call.  It need not be durable."""
         if not self._new:
             return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab", buffering=0) as file:
-                file.write(b"\n" + b"".join(self._new))  # begins a line, whatever a dying writer left
-        except OSError as error:
-            raise storage_error(self._path, error) from error
+        make_folder(self._path.parent)
+        with storage_errors(self._path), open(self._path, "ab", buffering=0) as file:
+            file.write(b"\n" + b"".join(self._new))  # begins a new line, even behind a writer that died
         self._new.clear()
 
     def _read(self) -> None:
@@ -200,7 +193,7 @@ class ContentLog:
 
 
 def is_file_of_size(path: Path, size: int) -> bool:
-    """Whether it is a regular file (no link to somewhere else) of that size."""
+    """Whether the path is a regular file of that size, and not a link."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -209,9 +202,9 @@ def is_file_of_size(path: Path, size: int) -> bool:
 
 
 def _read_contents(part: Part) -> tuple[str, str] | None:
-    """(SHA-256, git's name) of a file that is what its receipt says, else None.
+    """SHA-256 and git's name of a file that is what its receipt says, else None.
 
-    git's name of a large content is never asked for, and left empty.
+    git's name is left empty for a large file, because nobody asks for it.
     """
     if not is_file_of_size(part.file, part.size):
         return None
@@ -236,6 +229,6 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def addition_of(path: str, data: bytes) -> Addition:
-    """Bytes to be added under that path."""
+    """The addition of these bytes under that path."""
     git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return Addition(path, data, len(data), git_oid=git, sha256=hashlib.sha256(data).hexdigest())

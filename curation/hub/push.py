@@ -1,8 +1,8 @@
-"""``push``: the parts of a stage's output folder onto a dataset repository of the hub, each once.
+"""``push`` uploads the parts of a stage's output folder to a dataset repository of the hub, each once.
 
-What is to be done follows from the receipts and from what the repository holds, compared by content, so that a push may
-be broken off at any moment, repeated, and made by several processes at once: each commit names the one it was made on
-top of, and whoever is late looks again.
+What must be done follows from the receipts and from what the repository holds, compared by content.  So a push may be
+broken off at any moment, repeated, and made by several processes at once: each commit names the one it was made on top
+of, and a process that comes too late lists the repository again.
 """
 
 from __future__ import annotations
@@ -20,40 +20,35 @@ from curation.hub.parts import Collection, ContentLog, addition_of, collect
 from curation.hub.repository import CARD, Addition, Conflict, Head, Repository, Retryable, connect
 from curation.jsonio import clean_text
 from curation.shards import is_safe_id
+from curation.storage.retry import RetryPolicy
 
 logger = logging.getLogger("curation")
 
 MAX_COMMIT_FILES = 200
-
-
-MAX_COMMIT_BYTES = 32 << 30  # uploaded before they are committed: what a broken connection may leave for the next push
-
-
-MAX_COMMIT_SMALL_BYTES = 64 << 20  # of files that may travel within the commit itself
-
-
-_SMALL_BYTES = 10 << 20  # the hub takes no larger ones there
-
-
+MAX_COMMIT_BYTES = 32 << 30  # uploaded before they are committed: as much may be left for the next push
+MAX_COMMIT_SMALL_BYTES = 64 << 20  # of files that are sent inside the commit itself
+_SMALL_BYTES = 10 << 20  # the hub takes no larger files inside a commit
 MAX_CONFLICTS = 20  # in a row
-
-
-LONGEST_WAIT_S = 600.0  # a hub that asks for more is left in peace: push later
-
-
-_LONGEST_PAUSE_S = 60.0
+LONGEST_WAIT_S = 600.0  # a hub that asks for more is left alone
+_RETRIES = RetryPolicy(first_wait_s=1.5, longest_wait_s=90.0)
+_CONFLICTS = RetryPolicy(first_wait_s=1.0, longest_wait_s=10.0)
 
 
 class GaveUp(Exception):
-    """The hub did not work for so many tries; the next push goes on where this one ended."""
+    """The hub failed too often in a row; the next push goes on where this one ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushOptions:
-    """only: patterns of paths in the folder; without any, all outputs.  licence: one of the hub's ids.
+    """How to push.
 
-    public: what a repository becomes that this creates.  prune: remove parts from the repository that the folder has no
-    more.  tries: of the same step, before a push gives up.
+    Attributes:
+        only: Patterns of paths in the folder; without any, all outputs.
+        public: Whether a repository that the push creates is public.
+        licence: For the card, one of the hub's ids; None for what it was.
+        prune: Remove parts from the repository whose shards the folder does not have any more.
+        dry_run: Upload nothing.
+        tries: Of the same step, before the push gives up.
     """
 
     only: Sequence[str] = ()
@@ -68,8 +63,17 @@ class PushOptions:
 class Pushed:
     """What a push did, or would do with ``dry_run``.
 
-    changed: files that are not what their receipt says (any more); the next push looks again.
-    card: whether the card was (or would be) written.  created: whether the repository was not there.
+    Attributes:
+        repo: The repository's name.
+        url: Its address.
+        uploaded: Paths in the repository.
+        bytes: Of what was uploaded.
+        unchanged: Parts that were there already.
+        removed: Paths that ``prune`` removed.
+        changed: Files that are not what their receipt says (any more); the next push reads them again.
+        card: Whether the card was written.
+        created: Whether the repository did not exist.
+        commits: How many were made.
     """
 
     repo: str
@@ -92,9 +96,19 @@ def push(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Pushed:
-    """Upload what is new of a stage's output folder.  Raises GaveUp, UsageError and InfrastructureError.
+    """Upload what the repository lacks of a stage's output folder.
 
-    sleep: how to wait between tries.
+    Args:
+        home: The stage's output folder.
+        stage: The stage's name.
+        repo: The dataset repository, ``user/name`` or ``name``.
+        options: How to push.
+        sleep: How to wait between tries.
+
+    Raises:
+        GaveUp: The hub failed too often in a row.
+        UsageError: Nothing can be uploaded: a wrong name, no token, no finished shard.
+        InfrastructureError: The hub refuses it, or files cannot be read.
     """
     with connect(repo) as repository:
         return _Push(home.absolute(), stage, repository, options or PushOptions(), sleep).go()
@@ -107,7 +121,7 @@ class _Push:
         self._home, self._stage = home, stage
         self._repository = repository
         self._options = options
-        self._patience = _Patience(options.tries, sleep)
+        self._retries = _Retries(options.tries, sleep)
         self._wanted: list[str] = []
         self._log = ContentLog(home / "_hub" / f"{stage}.contents.jsonl")
         self._done = Pushed(repository.name, repository.url)
@@ -137,12 +151,12 @@ class _Push:
                 message = _message(self._stage, additions, deletions)
                 head = self._repository.commit(head, additions, deletions, message)
                 self._note(additions, deletions)
-                self._patience.relax()
+                self._retries.relax()
                 if last:
                     return self._done
             except (Retryable, Conflict) as error:
                 head = None
-                self._patience.wait(error)
+                self._retries.wait(error)
 
     def _head(self) -> Head:
         head = self._repository.head()
@@ -159,7 +173,7 @@ class _Push:
     def _step(
         self, found: Collection, head: Head, missing: Iterator[Addition]
     ) -> tuple[list[Addition], list[str], bool]:
-        """What the next commit adds and removes, and whether it is the last; the card goes with the last."""
+        """What the next commit adds and removes, and whether it is the last one, which brings the card."""
         additions: list[Addition] = []
         small = size = 0
         for addition in missing:
@@ -177,7 +191,7 @@ class _Push:
         return additions + ([] if card.is_in(head.files) else [card]), deletions, True
 
     def _missing(self, found: Collection, head: Head) -> Iterator[Addition]:
-        """Parts that the repository has not, or has otherwise.  Those that are not what they should be are left out."""
+        """Parts that the repository lacks or has with other content; files that are not as published are left out."""
         uploaded = set(self._done.uploaded)
         changed, unchanged = [], 0
         for path in self._wanted:
@@ -186,17 +200,17 @@ class _Push:
                 changed.append(path)
             elif not addition.is_in(head.files):
                 yield addition
-            elif path not in uploaded:  # by this push, before it had to look again
+            elif path not in uploaded:  # by this push, before a conflict
                 unchanged += 1
         self._done = replace(self._done, changed=tuple(changed), unchanged=unchanged)
 
     def _gone(self, found: Collection, head: Head) -> list[str]:
-        """Files of the repository that are named as parts are and of which the folder has no shard any more."""
+        """Files of the repository that are named like parts and whose shards the folder does not have any more."""
         kinds = {_kind(path) for path in self._wanted}
         return sorted(path for path in head.files.keys() - found.parts.keys() if _kind(path) in kinds)
 
     def _card(self, found: Collection, head: Head, additions: Sequence[Addition], deletions: Sequence[str]) -> Addition:
-        """The card of what the repository will hold, which may be more than this push was asked for."""
+        """The card of all that the repository will hold, which may be more than this push uploads."""
         there = (head.files.keys() | {addition.path for addition in additions}) - set(deletions)
         before = self._repository.card(head)
         text = write_card(before, found.within(there), self._home, self._stage, self._options.licence)
@@ -228,8 +242,8 @@ class _Push:
         )
 
 
-class _Patience:
-    """Waits that grow, with jitter, or are as long as the hub asks; and how often."""
+class _Retries:
+    """Counts the failures in a row, waits after each, and gives up when there were too many."""
 
     def __init__(self, tries: int, sleep: Callable[[float], None]) -> None:
         self._tries = tries
@@ -241,17 +255,17 @@ class _Patience:
         self._failures = self._conflicts = 0
 
     def wait(self, error: Retryable | Conflict) -> None:
-        """Raises GaveUp when it is enough."""
+        """Wait before the next try.  Raises GaveUp after the last one."""
         if isinstance(error, Conflict):
             self._conflicts += 1
             if self._conflicts >= MAX_CONFLICTS:
                 raise GaveUp(f"{error}, {MAX_CONFLICTS} times in a row") from error
-            self._sleep(random.uniform(0.1, 1.0) * min(self._conflicts, 10))
+            self._sleep(_CONFLICTS.wait_s(self._conflicts))
             return
         self._failures += 1
         if self._failures >= self._tries:
             raise GaveUp(f"{error}; tried {self._failures} times") from error
-        pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (self._failures - 1)) * random.uniform(0.5, 1.5)
+        pause_s = _RETRIES.wait_s(self._failures)
         if error.after_s is not None:
             if error.after_s > LONGEST_WAIT_S:
                 raise GaveUp(f"{error} and asks to wait {error.after_s:,.0f} s") from error
@@ -268,7 +282,7 @@ def _message(stage: str, additions: Sequence[Addition], deletions: Sequence[str]
 
 
 def _kind(path: str) -> tuple[str, int, str] | None:
-    """Where a part lies and what it is; None of files that are none."""
+    """A part's folder, depth and suffix; None for files that are not named like parts."""
     pure = PurePosixPath(path)
     if len(pure.parts) < 2 or not is_safe_id(pure.stem):
         return None

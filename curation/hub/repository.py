@@ -1,17 +1,16 @@
-"""A dataset repository on the hub, through the hub's own client: created, listed, and added to by commits.
+"""A dataset repository on the hub: it is created, listed and committed to through the hub's own client.
 
-Every failure becomes one of three: ``Retryable`` (the same may work later), ``Conflict`` (somebody else has committed:
-look again), or an InfrastructureError that waiting does not mend.  None of their messages holds a token.
+Every failure becomes one of three errors: ``Retryable`` (the same may work later), ``Conflict`` (somebody else has
+committed, so the repository must be listed again), or an InfrastructureError that waiting does not mend.  None of their
+messages holds a secret.
 """
 
 from __future__ import annotations
 
-import email.utils
 import logging
 import os
 import re
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,38 +19,20 @@ from typing import Any
 
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
+from curation.storage.retry import retry_after_s
+from curation.storage.urls import redact
 
 CARD = "README.md"
-
-
 MAX_CARD_BYTES = 4 << 20
-
-
 REQUEST_TIMEOUT_S = 120.0  # the client itself would wait for ever
-
-
 UPLOADS_AT_ONCE = 4
-
-
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
-
-
-_BACK_LATER = (408, 425, 429)  # and 5xx
-
-
+_RETRYABLE_STATUS = (408, 425, 429)  # and 5xx
 _RESETS_IN = re.compile(r";\s*t\s*=\s*(\d{1,6})")  # the hub's RateLimit header: "api";r=0;t=55
 
 
-_SECRETS = (
-    (re.compile(r"\bhf_\w{6,}"), "hf_***"),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=*-]+"), r"\1 ***"),
-    (re.compile(r"(https?://)[^\s/@]+@"), r"\1***@"),
-    (re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+"), r"\1?***"),  # signed URLs
-)
-
-
 class Retryable(Exception):
-    """It did not work now and may later.  after_s: what the hub asks to wait, None where it does not say."""
+    """It did not work now and may work later; ``after_s`` is what the hub asks to wait, None where it does not say."""
 
     def __init__(self, message: str, after_s: float | None = None) -> None:
         super().__init__(message)
@@ -63,8 +44,10 @@ class Conflict(Exception):
 
 
 class _Busy(Exception):
-    """Raised from within the client, so that it leaves the waiting to us: it would wait without jitter, as long as
-    any server says, and not at all where it sends commits."""
+    """Raised inside the client, so that the waiting is done here.
+
+    The client itself would wait without jitter, as long as any server says, and not at all where it sends commits.
+    """
 
     def __init__(self, status: int, after_s: float | None) -> None:
         super().__init__(f"HTTP {status}")
@@ -73,8 +56,10 @@ class _Busy(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of the repository.  sha256: of its content where the hub keeps it as a large file; else ``git_oid``, the
-    name that git gives the content, tells."""
+    """A file of the repository.
+
+    The content is known by ``sha256`` where the hub keeps it as a large file, else by ``git_oid``, git's name for it.
+    """
 
     size: int
     git_oid: str
@@ -83,7 +68,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The repository as one commit has it."""
+    """The repository's files at one commit."""
 
     commit: str
     files: dict[str, HubFile]
@@ -91,7 +76,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """A file to be added: a path on this machine or the bytes themselves."""
+    """A file to be added; its source is a path on this machine or the bytes themselves."""
 
     path: str
     source: Path | bytes
@@ -107,18 +92,18 @@ class Addition:
 
 
 def check_name(repo: str) -> None:
-    """Raises UsageError unless it can be the name of a repository, ``user/name`` or one's own ``name``."""
+    """Raise UsageError unless ``repo`` can be the name of a repository, ``user/name`` or one's own ``name``."""
     owner, slash, name = repo.rpartition("/")
     words = [owner, name] if slash else [name]
     bad = not all(_NAME.fullmatch(word) for word in words) or "--" in repo or ".." in repo
     if bad or repo.endswith((".git", ".ipynb")):
         raise UsageError(
-            f"{clean_text(repo)!r} is no name of a repository: user/name, of letters, digits, '-', '_' and '.'"
+            f"{clean_text(repo)!r} is not the name of a repository: user/name, of letters, digits, '-', '_' and '.'"
         )
 
 
 def check_access() -> None:
-    """Raises UsageError where nothing can be uploaded from here: no client, offline, no token.  Asks nobody."""
+    """Raise UsageError where this machine cannot upload: no client, offline, no token.  Sends no request."""
     _token()
 
 
@@ -135,15 +120,6 @@ def _token() -> str:
     return token
 
 
-def scrub(text: str, token: str = "") -> str:
-    """The text without tokens, passwords and the signed parts of URLs."""
-    if token:
-        text = text.replace(token, "***")
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
 class Repository:
     """One dataset repository.  Made by ``connect``."""
 
@@ -155,26 +131,26 @@ class Repository:
         self._known = False
         self.name = name
         if "/" not in name:
-            with self._explained():
+            with self._translated():
                 self.name = f"{self._api.whoami()['name']}/{name}"
             check_name(self.name)
 
     @property
     def url(self) -> str:
-        return scrub(f"{self._api.endpoint}/datasets/{self.name}", self._token)
+        return redact(f"{self._api.endpoint}/datasets/{self.name}", self._token)
 
     def create(self, *, public: bool) -> None:
-        """Create it unless it is there; one that is there stays as public as it is."""
-        with self._explained():
+        """Create the repository unless it exists.  An existing one stays as public or private as it is."""
+        with self._translated():
             self._api.create_repo(self.name, repo_type="dataset", private=not public, exist_ok=True)
 
     def head(self) -> Head | None:
-        """Everything that is in it; None where it is not there, or is hidden from this token."""
+        """All files of the repository; None where it does not exist or is hidden from this token."""
         from huggingface_hub import RepoFile
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
         try:
-            with self._explained():
+            with self._translated():
                 commit = self._api.dataset_info(self.name, revision="main", expand=["sha"]).sha
                 files: dict[str, HubFile] = {}
                 for entry in self._api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type="dataset"):
@@ -195,7 +171,7 @@ class Repository:
             return ""
         if there.size > MAX_CARD_BYTES:
             raise InfrastructureError(f"{self.name}: its {CARD} has {there.size:,} bytes; make it shorter")
-        with tempfile.TemporaryDirectory(prefix="curation-card-") as folder, self._explained():
+        with tempfile.TemporaryDirectory(prefix="curation-card-") as folder, self._translated():
             path = self._api.hf_hub_download(
                 self.name, CARD, repo_type="dataset", revision=head.commit, local_dir=folder
             )
@@ -206,18 +182,30 @@ class Repository:
             raise InfrastructureError(f"{self.name}: its {CARD} is not UTF-8; mend it or delete it") from None
 
     def commit(self, head: Head, additions: Sequence[Addition], deletions: Sequence[str], message: str) -> Head:
-        """Upload and commit on top of ``head``; returns the head that this makes.
+        """Upload files and commit them on top of ``head``.
 
-        Raises Conflict where the repository has moved on; what was uploaded by then is not uploaded again.
+        Args:
+            head: What the repository is known to hold.
+            additions: Files to add or replace.
+            deletions: Paths to remove.
+            message: Of the commit.
+
+        Returns:
+            The head that the commit makes.
+
+        Raises:
+            Conflict: The repository has moved on.  What was uploaded by then is not uploaded again.
+            Retryable: The hub or the network does not work now.
+            InfrastructureError: The hub refuses it.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        with self._explained():
+        with self._translated():
             operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in deletions]
             for addition in additions:
                 source = addition.source if isinstance(addition.source, bytes) else str(addition.source)
                 operation = CommitOperationAdd(addition.path, source)
-                operation.upload_info.sha256 = bytes.fromhex(addition.sha256)  # known: it need not be read for it
+                operation.upload_info.sha256 = bytes.fromhex(addition.sha256)  # so that the client need not read it
                 operations.append(operation)
             made = self._api.create_commit(
                 self.name,
@@ -234,14 +222,14 @@ class Repository:
         return Head(str(made.oid), head.files)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Whatever the client raises within becomes one of the three errors above."""
+    def _translated(self) -> Iterator[None]:
+        """Turn whatever the client raises in the block into one of the three errors above."""
         try:
             yield
         except Exception as error:
-            raise self._explain(error) from error
+            raise self._translate(error) from error
 
-    def _explain(self, error: Exception) -> Exception:
+    def _translate(self, error: Exception) -> Exception:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
         chain: list[BaseException] = [error]
@@ -270,20 +258,20 @@ class Repository:
         return Retryable(f"{self.name}: {line}")
 
     def _line(self, chain: Sequence[BaseException]) -> str:
-        """The errors in one short line, without secrets and without the client's advice."""
+        """The errors on one short line, without secrets and without the client's advice."""
         texts = []
         for link in chain[:3]:
             words = [line.strip() for line in str(link).splitlines() if line.strip()]
             texts.append(" ".join(words[:2]) or type(link).__name__)
-        return clean_text(scrub("; ".join(dict.fromkeys(texts)), self._token))[:400]
+        return clean_text(redact("; ".join(dict.fromkeys(texts)), self._token))[:400]
 
 
 @contextmanager
 def connect(name: str) -> Iterator[Repository]:
-    """A repository, by a client that waits for no answer for ever and shows no bars.
+    """Open a repository with a client that has time limits and shows no progress bars.
 
-    The hub's client has one HTTP client for its process, which is changed meanwhile.  Raises UsageError as
-    ``check_name`` and ``check_access`` do, and what ``Repository`` raises.
+    The hub's client has one HTTP client for the whole process, which is replaced during the block.  Raises UsageError
+    like ``check_name`` and ``check_access``, and what ``Repository`` raises.
     """
     check_name(name)
     token = _token()
@@ -294,11 +282,11 @@ def connect(name: str) -> Iterator[Repository]:
     kind, hooks = type(session), session.event_hooks.get("request", [])
     bars = not are_progress_bars_disabled()
     handlers = logging.getLogger("huggingface_hub").handlers
-    redact = _Scrubbing(token)
+    without_secrets = _Redacting(token)
 
     def bounded() -> Any:
         return kind(
-            event_hooks={"request": hooks, "response": [_leave_waiting_to_us]},
+            event_hooks={"request": hooks, "response": [_raise_busy]},
             follow_redirects=True,
             timeout=REQUEST_TIMEOUT_S,
         )
@@ -307,43 +295,39 @@ def connect(name: str) -> Iterator[Repository]:
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
     for handler in handlers:
-        handler.addFilter(redact)
+        handler.addFilter(without_secrets)
     try:
         yield Repository(name, token)
     finally:
         for handler in handlers:
-            handler.removeFilter(redact)
+            handler.removeFilter(without_secrets)
         if bars and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
             enable_progress_bars()
         set_client_factory(lambda: kind(event_hooks={"request": hooks}, follow_redirects=True, timeout=None))
 
 
-def _leave_waiting_to_us(response: Any) -> None:
-    """A hook on every answer of the hub and of its stores."""
+def _raise_busy(response: Any) -> None:
+    """A hook on every answer of the hub and of its stores: raise _Busy where the request should be sent again later."""
     status = int(response.status_code)
-    if status in _BACK_LATER or status >= 500:
-        raise _Busy(status, _asked_to_wait(response.headers))
+    if status in _RETRYABLE_STATUS or status >= 500:
+        raise _Busy(status, _retry_after_s(response.headers))
 
 
-def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds, by Retry-After (a number or a date) or by the hub's RateLimit header."""
-    value = (headers.get("Retry-After") or "").strip()
-    if value.isdecimal() and len(value) < 10:
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        found = _RESETS_IN.search(headers.get("RateLimit") or "")
-        return float(found[1]) if found and "r=0" in headers.get("RateLimit", "").replace(" ", "") else None
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the hub asks to wait, by Retry-After or by its own RateLimit header."""
+    asked = retry_after_s(headers.get("Retry-After"))
+    limit = headers.get("RateLimit") or ""
+    resets = _RESETS_IN.search(limit) if asked is None and "r=0" in limit.replace(" ", "") else None
+    return float(resets[1]) if resets else asked
 
 
-class _Scrubbing(logging.Filter):
-    """The client's own lines name URLs that are signed."""
+class _Redacting(logging.Filter):
+    """Takes secrets out of the client's own log lines, which name signed URLs."""
 
     def __init__(self, token: str) -> None:
         super().__init__()
         self._token = token
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = scrub(record.getMessage(), self._token), ()
+        record.msg, record.args = redact(record.getMessage(), self._token), ()
         return True

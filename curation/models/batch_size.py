@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 from pathlib import Path
 
 import xxhash
 
 from curation.errors import InfrastructureError
+from curation.storage.files import write_whole
 
 _ALLOCATION_FAILURES = (  # what libraries below torch say instead of raising torch.OutOfMemoryError
     "out of memory",
@@ -104,8 +103,6 @@ class FittingBatchSize:
         if path is None:
             return
         record = {"batch_size": limit, "what": self._what, "size": list(size)}
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, f"{json.dumps(record, indent=2)}\n".encode())

@@ -38,22 +38,13 @@ def _plain(name: str) -> str:
 
 
 HUB_TIMEOUT_S = 10.0
-
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
 _SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 16, 64 << 10, 1 << 20
-
-
 _CONTENT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # what decides a pipeline's output
-
 FETCH_FIRST = "`python -m curation models fetch`, where there is internet, gets it for this machine; or give a folder"
 
 # The file that makes a folder a model of a kind, and what the kind is called.
 PIPELINE = ("model_index.json", "diffusers pipeline")
-
-
 TRANSFORMER = ("config.json", "transformers model")
 
 

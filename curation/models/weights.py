@@ -1,86 +1,72 @@
-"""Weights by path, by URL with their sha256, and by hub id: a file or folder on this machine, whole, or a clear error.
+"""Weights by path, by URL with their sha256, and by hub id: a whole file or folder on this machine, or a clear error.
 
-A URL is downloaded once into a cache folder, whoever asks: the partial file is the lock, a broken download goes on
-where it was, and only content with the given sha256 ever gets its final name.
+A URL is downloaded once into a cache folder, however many processes ask for it.  A lock lets one of them download at a
+time, a download that broke off goes on where it was, and only content with the right sha256 gets its final name.
+(pooch would fetch and check as well, but it begins a broken download anew, and weights have gigabytes.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import tempfile
-import time
 from collections.abc import Iterator
-from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO
 from urllib.parse import urlsplit
 
-from curation.errors import InfrastructureError, UsageError
-from curation.storage.files import storage_error
+from curation.errors import InfrastructureError, ShardError, UsageError
+from curation.storage.files import storage_errors
+from curation.storage.remote_read import ResumingReader, open_remote
+from curation.storage.retry import RetryPolicy
+from curation.storage.urls import Url, redact
 
 MAX_WEIGHTS_BYTES = 16 << 30
-
-
 CACHE = Path("~/.cache/curation/weights")
-
+RETRIES = RetryPolicy(tries=4, read_s=30.0)
 
 # What a model folder is loaded from: no pickles, no code.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
-
-
 # Of a model that was never saved as safetensors (openai/clip-vit-base-patch32): a pickle that is read as tensors only.
 OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-
-
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-
-
 _HUB_FILE = re.compile(r"(?P<model>[^:@]+)(?:@(?P<revision>[^:@]+))?(?::(?P<file>[^:]+))?")
-
-
-_TIMEOUT_S = 30.0  # to connect, and between two blocks
-
-
-_ATTEMPTS, _PAUSE_S = 4, 0.5
-
-
-_BLOCK = 1 << 20
-
-
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # filesystems mounted without flock
-
-
-class BrokeOff(InfrastructureError):
-    """The connection ended early; what arrived is kept."""
 
 
 def fetch_weights(
     source: str, sha256: str | None, cache: Path, *, name: str = "weights", max_bytes: int = MAX_WEIGHTS_BYTES
 ) -> Path:
-    """The file (or, for a whole model of the hub, the folder) that ``source`` names, checked before it is returned.
+    """Find or fetch the weights that ``source`` names, and check them.
 
-    source: a path; an http(s) URL, with ``sha256`` or with ``#sha256=…`` at its end; or ``organisation/model`` with
-        ``@revision`` for a commit, branch or tag of it and ``:path/in/it`` for one file.  A path that is there goes
-        before a hub id.
-    sha256: 64 hex digits of the file's content; looked at on every call.
-    cache: the folder that downloads from URLs stay in; the hub's client has its own (``HF_HOME``).
-    name: what messages call it, such as the flag that it was given by.
-    Raises InfrastructureError where it is not there, cannot be fetched, or is something else.
+    Args:
+        source: A path; an http(s) URL, with ``sha256`` or with ``#sha256=…`` at its end; or ``organisation/model`` of
+            the hub, with ``@revision`` for a commit, branch or tag and ``:path/in/it`` for one file.  A path that
+            exists goes before a hub id.
+        sha256: 64 hex digits of the file's content, compared on every call.
+        cache: The folder in which downloads from URLs stay.  The hub's client has its own (``HF_HOME``).
+        name: What messages call the weights, such as the flag that named them.
+        max_bytes: A larger file is refused.
+
+    Returns:
+        The file; for a whole model of the hub, its folder.
+
+    Raises:
+        UsageError: A URL without a sha256, or a sha256 that is none.
+        InfrastructureError: The weights are not there, cannot be fetched, or are something else.
     """
     url = is_url(source)
     if url:
         source, _, fragment = source.partition("#")
         sha256 = sha256 or fragment.removeprefix("sha256=") or None
         if sha256 is None:
-            raise UsageError(f"{name} {shown(source)}: needs the sha256 of its content, here as <URL>#sha256=<digits>")
+            raise UsageError(f"{name} {redact(source)}: needs the sha256 of its content, here as <URL>#sha256=<digits>")
     if sha256 is not None and not _SHA256.fullmatch(sha256):
-        raise UsageError(f"{name}: a sha256 has 64 hexadecimal digits, {sha256[:80]!r} is none")
+        raise UsageError(f"{name}: a sha256 has 64 hexadecimal digits, {sha256[:80]!r} is not one")
     if url and sha256 is not None:
         return _from_url(source, sha256.lower(), cache.expanduser(), max_bytes)
     path = Path(source).expanduser()
@@ -98,7 +84,7 @@ def fetch_weights(
 
 
 def cached(source: str, sha256: str, cache: Path) -> Path:
-    """Where a URL's content lies, or would lie, in the cache: named by its digest, so that two never meet."""
+    """The place of a URL's content in the cache.  Its digest is in the name, so that two contents never meet."""
     base = re.sub(r"[^A-Za-z0-9._-]", "_", urlsplit(source).path.rpartition("/")[2])[-80:].lstrip(".") or "weights"
     return cache.expanduser() / f"{sha256.lower()[:32]}-{base}"
 
@@ -108,21 +94,15 @@ def is_url(source: str) -> bool:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether ``model`` has the form ``organisation/name``.  A folder may have it too: the caller looks."""
+    """Whether ``model`` has the form ``organisation/name``; the path of a folder may have it too."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) is not None
-
-
-def shown(url: str) -> str:
-    """The URL as messages show it: without a password or a signature."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 # ---- the hub
 
 
 def _from_hub(model: str, revision: str | None, file: str | None, name: str) -> Path:
-    """The hub's client locks, goes on with what broke off, and compares with the hub's digests."""
+    """Fetch by the hub's client, which has its own locks, goes on after a break, and compares the hub's digests."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
@@ -137,7 +117,7 @@ def _from_hub(model: str, revision: str | None, file: str | None, name: str) -> 
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when the hub or the network does not work: its HTTP library has changed twice."""
+    """What the hub's client raises when the hub or the network fails.  Its HTTP library has changed twice."""
     import huggingface_hub.errors as errors
 
     transport = getattr(errors, "HTTPError", OSError)
@@ -145,8 +125,8 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 
 def hub_error_line(error: BaseException) -> str:
-    """The first line that says something, short enough for a terminal."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The first line of an error that says something, without secrets and short enough for a terminal."""
+    lines = [line.strip() for line in redact(str(error)).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
@@ -155,17 +135,14 @@ def hub_error_line(error: BaseException) -> str:
 
 def _from_url(url: str, sha256: str, cache: Path, max_bytes: int) -> Path:
     path = cached(url, sha256, cache)
-    try:
+    with storage_errors(path):
         if _is(path, sha256):
             return path
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.part")) as part:
+        with _one_download(path) as part:
             if not _is(path, sha256):  # another process may have fetched it meanwhile
                 _download(url, sha256, part, max_bytes)
-                os.fsync(part.fileno())
-                os.replace(part.name, path)
-    except OSError as error:
-        raise storage_error(path, error) from error
+                os.replace(part, path)
     return path
 
 
@@ -177,147 +154,94 @@ def _is(path: Path, sha256: str) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(part: Path) -> Iterator[BufferedRandom]:
-    """The partial file, open and held by this process alone; the lock goes with the process.
+def _one_download(path: Path) -> Iterator[Path]:
+    """Let one process at a time download ``path``; gives the partial file in which the bytes are gathered.
 
-    It is kept only where a download broke off.  A filesystem without locks gives each process a file of its own.
+    The lock goes with the process, and the partial file is kept where a download broke off.  On a filesystem without
+    locks each process has a partial file of its own, which is not kept: nobody would find it again.
     """
-    while True:
-        file = open(part, "r+b", opener=_create)  # noqa: SIM115 - closed below, or handed on
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            file.close()
-            if error.errno not in _NO_LOCKS:
-                raise
-            part.unlink(missing_ok=True)
-            file = open(part.with_name(f"{part.name}.{secrets.token_hex(8)}"), "x+b")  # noqa: SIM115
-            break
-        if _still_named(file, part):
-            break
-        file.close()  # it was renamed or removed while this process waited for it
+    from filelock import FileLock
+
+    part, lock_file = (path.with_name(f".{path.name}.{end}") for end in ("part", "lock"))
+    lock = FileLock(lock_file, fallback_to_soft=False)  # a soft lock would outlive a process that was killed
+    own = None
     try:
-        yield file
-    except BrokeOff:
-        if Path(file.name) != part:  # nobody would find it again
-            os.unlink(file.name)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        part = own = part.with_name(f"{part.name}.{secrets.token_hex(8)}")
+    try:
+        yield part
+    finally:
+        lock_file.unlink(missing_ok=True)  # while it is held: a process that waits for it opens a new one
+        lock.release()
+        if own is not None:
+            own.unlink(missing_ok=True)
+
+
+def _download(url: str, sha256: str, part: Path, max_bytes: int) -> None:
+    """Download into ``part``, behind what an earlier attempt left there.  Raises where it is not ``sha256``."""
+    try:
+        with open(part, "a+b") as file:
+            had = file.tell()
+            found = _digest_with_rest(url, file, max_bytes)
+            if found != sha256 and had:  # what was left may have been of another file
+                file.truncate(0)
+                found = _digest_with_rest(url, file, max_bytes)
+            os.fsync(file.fileno())
+        if found != sha256:
+            raise WrongContent(f"{redact(url)}: its sha256 is {found}, not {sha256}: nothing is kept of it")
+    except WrongContent:
+        part.unlink()
         raise
     except InfrastructureError:
-        os.unlink(file.name)
+        if not part.stat().st_size:
+            part.unlink()
         raise
-    else:
-        if _still_named(file, Path(file.name)):  # nothing was to be downloaded
-            os.unlink(file.name)
-    finally:
-        file.close()
 
 
-def _create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
+class WrongContent(InfrastructureError):
+    """What the URL gives is not what was asked for."""
 
 
-def _still_named(file: BufferedRandom, path: Path) -> bool:
+def _digest_with_rest(url: str, file: IO[bytes], max_bytes: int) -> str:
+    """The sha256 of ``file`` after everything that the URL has behind the file's end is appended to it."""
+    start = file.seek(0, os.SEEK_END)
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _download(url: str, sha256: str, part: BufferedRandom, max_bytes: int) -> None:
-    """All of ``url``, behind what an earlier attempt left in ``part``; an error where it is not ``sha256``."""
-    had = part.seek(0, os.SEEK_END)
-    for attempt in range(_ATTEMPTS):
-        try:
-            _go_on(url, part, max_bytes)
-        except BrokeOff:
-            if attempt + 1 == _ATTEMPTS:
-                os.fsync(part.fileno())
-                raise
-            time.sleep(_PAUSE_S * 2**attempt)
-            continue
-        found = _digest(part)
-        if found == sha256:
-            return
-        if not had:
-            raise InfrastructureError(f"{shown(url)}: its sha256 is {found}, not {sha256}: nothing is kept of it")
-        had = 0  # what was left may have been of another file
-        part.truncate(0)
-    raise InfrastructureError(f"{shown(url)}: its sha256 is not {sha256}: nothing is kept of it")
-
-
-def _go_on(url: str, part: BufferedRandom, max_bytes: int) -> None:
-    start = part.seek(0, os.SEEK_END)
-    try:
-        response = open_url(url, start)
+        with open_url(url, start=start) as reader:
+            save(reader, file, url, max_bytes)
     except InfrastructureError as error:
-        if start:
-            raise BrokeOff(f"{error}; start again to go on") from error
-        raise
-    with response:
-        if response.status_code == 416:  # nothing behind ``start``: whole already, or longer than the file
-            return
-        if response.status_code != 206:
-            part.truncate(0)
-        part.seek(0, os.SEEK_END)
-        save(response, part, url, max_bytes)
-
-
-def open_url(url: str, start: int = 0) -> Any:
-    """The response to a GET of ``url`` from byte ``start``, not read yet; 206 where the server honoured that."""
-    import requests
-
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    headers["Accept-Encoding"] = "identity"  # the bytes that the digest is of, and a length that can be compared
-    try:
-        response = requests.get(url, stream=True, timeout=_TIMEOUT_S, headers=headers)
-        if not (start and response.status_code == 416):
-            response.raise_for_status()
-    except requests.RequestException as error:
-        raise InfrastructureError(f"{shown(url)}: cannot be fetched: {_why(error)}") from error
-    return response
-
-
-def _why(error: Exception) -> str:
-    """What the library says, without its own names, addresses in memory, and what a URL must not show."""
-    said = re.sub(r"\?\S*|//\S*@", "", hub_error_line(error))
-    if (inner := re.search(r"Failed to resolve '[^']*'|Connection refused|timed out", str(error))) is not None:
-        said = inner[0]
-    return said
-
-
-def save(response: Any, file: BinaryIO, url: str, max_bytes: int, what: str = "the weights") -> None:
-    """The response's body at the end of ``file``; BrokeOff where it ends early, InfrastructureError where it is more
-    than ``max_bytes`` and so not ``what``."""
-    import requests
-
-    stated = response.headers.get("Content-Length", "")
-    begin = file.tell()
-    end = begin + int(stated) if stated.isdigit() else None
-    size = begin
-    if end is not None and end > max_bytes:
-        raise InfrastructureError(f"{shown(url)}: more than {megabytes(max_bytes)}; that is not {what}")
-    try:
-        for block in response.iter_content(_BLOCK):
-            size += len(block)
-            if size > max_bytes:
-                raise InfrastructureError(f"{shown(url)}: more than {megabytes(max_bytes)}; that is not {what}")
-            file.write(block)
-    except requests.RequestException as error:
-        file.flush()
-        raise BrokeOff(f"{shown(url)}: broke off after {size:,} bytes; start again to go on") from error
+        if not start or getattr(error.__cause__, "reason", "") != "changed":
+            raise  # else the file is not as long as what was left: its digest decides
     file.flush()
-    if end is not None and size != end:
-        raise BrokeOff(f"{shown(url)}: broke off after {size:,} of {end:,} bytes; start again to go on")
-
-
-def _digest(file: BufferedRandom | BufferedReader) -> str:
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def open_url(url: str, what: str = "the weights", *, start: int = 0) -> Iterator[ResumingReader]:
+    """Open a URL to read it from byte ``start``.  Raises InfrastructureError, in the block too."""
+    try:
+        with open_remote(Url(url), RETRIES, start=start) as reader:
+            yield reader
+    except ShardError as error:
+        raise InfrastructureError(f"{what} cannot be fetched: {error}; start again to go on") from error
+
+
+def save(reader: ResumingReader, file: IO[bytes], url: str, max_bytes: int, what: str = "the weights") -> None:
+    """Write what ``reader`` gives at the end of ``file``.  Raises WrongContent where it is more than ``max_bytes``."""
+    size, data = max(file.tell(), reader.info.size or 0), b""
+    while size <= max_bytes and (data := reader.read()):
+        file.write(data)
+        size = max(size, file.tell())
+    if size > max_bytes:
+        raise WrongContent(f"{redact(url)}: more than {megabytes(max_bytes)}; that is not {what}")
 
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
-        return _digest(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def megabytes(count: int) -> str:
@@ -325,7 +249,7 @@ def megabytes(count: int) -> str:
 
 
 def user_cache() -> Path:
-    """``$XDG_CACHE_HOME/curation`` or ``~/.cache/curation``; a private temporary one where that cannot be written."""
+    """``$XDG_CACHE_HOME/curation`` or ``~/.cache/curation``; a private temporary folder where that is read-only."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base) / "curation"
     try:

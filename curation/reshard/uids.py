@@ -11,18 +11,15 @@ taken twice by DataComp's resharder.
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import SampleError, UsageError
-from curation.storage.files import fsync_folder, make_folder, storage_error, temporary_name
+from curation.storage.files import make_folder, storage_errors, whole_file
 
 UID: Final = np.dtype("u8,u8")
 
@@ -154,7 +151,8 @@ def sort_uids(uids: Uids) -> Uids:
 def write_subset(path: Path, blocks: Iterable[Uids]) -> int:
     """The sorted blocks, one behind the other, as one ``.npy`` that appears whole; returns how many uids it has."""
     count = 0
-    with whole_file(path) as file:
+    make_folder(path.parent)
+    with storage_errors(path), whole_file(path) as file:
         file.write(_header(0))
         for block in blocks:
             file.write(np.ascontiguousarray(block, UID_DTYPE).data)
@@ -168,21 +166,3 @@ def _header(count: int) -> bytes:
     """NumPy's own, padded so that every count has as many bytes."""
     fields = f"{{'descr': [('f0', '<u8'), ('f1', '<u8')], 'fortran_order': False, 'shape': ({count},), }}"
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + fields.ljust(117).encode() + b"\n"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when the block ends without an exception, durable; else nothing is left."""
-    temporary = path.with_name(temporary_name(path.name, secrets.token_hex(8)))
-    make_folder(path.parent)
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)

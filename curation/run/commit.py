@@ -31,12 +31,12 @@ from curation.storage.buckets import Presence, complete_upload, object_at, place
 from curation.storage.files import (
     _TRIES,
     _own_file_error,
-    _write_durably,
     fast_digest,
     fsync_folder,
     read_record,
     storage_error,
     temporary_name,
+    write_durably,
 )
 from curation.storage.urls import Source, Url
 
@@ -65,7 +65,7 @@ class Commit:
         token, generation = str(receipt["token"]), int(receipt["generation"])
         prepared = self.prepared(token)
         try:
-            _write_durably(prepared, dump_json(receipt, indent=True))
+            write_durably(prepared, dump_json(receipt, indent=True))
             winner = self._link(prepared, self.record(generation), receipt)
         except BaseException as error:
             if not self.named:
@@ -211,7 +211,7 @@ def remove_obsolete(
 
 def _remove_object(path: str, place: Url, commit: Commit, generation: int) -> None:
     there = object_at(place)
-    found = there.look()
+    found = there.info()
     if found is not None and all(output["path"] != path for output in _named(commit, generation)):
         there.remove(found)
 

@@ -14,7 +14,7 @@ import xxhash
 from curation.errors import ShardError
 from curation.shards import TAR, Shard, bucket_of
 from curation.storage.files import fast_digest, read_record
-from curation.storage.remote_read import ObjectInfo, Unavailable, look_at
+from curation.storage.remote_read import Unavailable, fetch_info
 from curation.storage.urls import Source, Url
 from curation.tar.sources import table_of
 
@@ -103,9 +103,9 @@ def _identify_remote(file: Url, *, fresh: bool) -> tuple[dict[str, Any] | None, 
     if file.command is not None:
         return {"path": file.name, "command": xxhash.xxh3_128_hexdigest(file.command.encode("utf-8", "replace"))}, ""
     if file.known is not None and not fresh:
-        return {"path": file.name, **ObjectInfo(file.known[0], **dict(file.known[1])).record()}, ""
+        return {"path": file.name, **file.known.record()}, ""
     try:
-        return {"path": file.name, **look_at(file).record()}, ""
+        return {"path": file.name, **fetch_info(file).record()}, ""
     except Unavailable as error:
         return {"path": file.name, "unavailable": error.why}, ""
     except ShardError as error:

@@ -7,7 +7,6 @@ is kept in memory that another process could not read.
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -133,7 +132,7 @@ class Ledger:
         there = read_record(pointer)
         if there is None:
             record = orjson.dumps({"output": home}, option=orjson.OPT_INDENT_2)
-            link_exclusively(pointer, record, secrets.token_hex(8))
+            link_exclusively(pointer, record)
             there = read_record(pointer) or {}
         if there.get("output") != home:
             raise UsageError(
@@ -182,7 +181,7 @@ class Ledger:
                 "run": run_id,
             }
             data = orjson.dumps(record, option=orjson.OPT_INDENT_2)
-            if not link_exclusively(self.receipts / f"_epoch.{number}.json", data, secrets.token_hex(8)):
+            if not link_exclusively(self.receipts / f"_epoch.{number}.json", data):
                 time.sleep(_RETRY_S)  # another process was first; its record may take a moment to be seen here
             self.load_epochs()  # and then ask again whether it fits
         raise InfrastructureError(f"{self.receipts}: the options of this run cannot be recorded; try again")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import logging
 import os
 import secrets
@@ -31,7 +32,7 @@ from curation.errors import ShardError
 from curation.jsonio import dump_json
 from curation.run.ledger import Ledger
 from curation.run.planned import Plan, planned
-from curation.storage.files import link_exclusively, make_folder, read_record
+from curation.storage.files import link_exclusively, make_folder, read_record, whole_file
 
 logger = logging.getLogger("curation")
 
@@ -113,7 +114,7 @@ class JsonlMerge:
         if not self._complete_last(log):
             return False
         while (entry := self._next_entry(log, order)) is not None:
-            link_exclusively(log.folder / f"{log.count}.json", dump_json(entry), secrets.token_hex(8))
+            link_exclusively(log.folder / f"{log.count}.json", dump_json(entry))
             log.read()
             if not self._complete_last(log):
                 return False
@@ -275,23 +276,19 @@ def merge_parquet(
     target = ledger.root / name
     if target.is_file() and (parquet.read_schema(target).metadata or {}).get(_MARK) == mark:
         return True
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     paths = [ledger.root / part for part, _ in parts]
     try:
         schema = _common_schema([parquet.read_schema(path) for path in paths]).with_metadata({_MARK: mark})
-        with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for path in paths:
-                writer.write_table(_aligned(parquet.read_table(path, partitioning=None), schema))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if beside is not None:
-            beside(temporary)
-        os.replace(temporary, target)
+        with whole_file(target) as file:
+            with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+                for path in paths:
+                    writer.write_table(_aligned(parquet.read_table(path, partitioning=None), schema))
+            file.flush()
+            if beside is not None:
+                beside(Path(file.name))
     except (OSError, pyarrow.ArrowException) as error:  # a shard is being done again: whoever does it comes here too
         logger.warning(f"{target}: not written: {error}")
         return False
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 
@@ -299,19 +296,14 @@ def write_csv(source: Path, target: Path, columns: Sequence[str], keep: Callable
     """Some columns of a parquet file, of the rows that ``keep`` wants, as a csv that no spreadsheet runs."""
     from pyarrow.parquet import ParquetFile
 
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with ParquetFile(source) as file, open(temporary, "w", encoding="utf-8", newline="") as text:
-            writer = csv.writer(text)
-            there = [name for name in columns if name in file.schema_arrow.names]
-            writer.writerow(there)
-            for batch in file.iter_batches(4096):
-                writer.writerows([_cell(row[name]) for name in there] for row in batch.to_pylist() if keep(row))
-            text.flush()
-            os.fsync(text.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(target) as out, ParquetFile(source) as file:
+        text = io.TextIOWrapper(out, encoding="utf-8", newline="")
+        writer = csv.writer(text)
+        there = [name for name in columns if name in file.schema_arrow.names]
+        writer.writerow(there)
+        for batch in file.iter_batches(4096):
+            writer.writerows([_cell(row[name]) for name in there] for row in batch.to_pylist() if keep(row))
+        text.detach()
 
 
 def _cell(value: Any) -> Any:

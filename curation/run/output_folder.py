@@ -85,7 +85,7 @@ def _remove(output: Path, stage: str, shard_id: str) -> None:
     for told in record.get("outputs", []):
         if "upload" in told:
             there = object_at(Url(told["path"]))
-            if (found := there.look()) is not None and found.is_of(told):
+            if (found := there.info()) is not None and found.is_of(told):
                 there.remove(found)
             continue
         file = os.path.realpath(output / str(told.get("path", "")))

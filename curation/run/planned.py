@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def record_plan(output: Path, stage: str, ids: Iterable[str], sources: Sequence[
     path = output / "_plan" / stage / f"{xxhash.xxh3_128_hexdigest(data)}.json"
     if not path.exists():
         make_folder(path.parent)
-        link_exclusively(path, data, secrets.token_hex(8))
+        link_exclusively(path, data)
 
 
 def planned(output: Path, stage: str, on_warning: Callable[[str], None] = logger.warning) -> set[str]:

@@ -1,13 +1,11 @@
-"""A pool of HTTP model servers: who gets the next request, how many each gets at once, what happens when one fails.
+"""A pool of HTTP model servers: which gets the next request, how many each gets at once, and what follows a failure.
 
 Every request goes to the server with the fewest outstanding ones, below a limit that starts at one and grows with what
-the server sustains.  A server that breaks is left alone and tried again with one request now and then; its requests go
-to the others.
+the server sustains.  A server that breaks gets one request on trial now and then, and its requests go to the others.
 
-How many requests a model server sustains at once, learnt from how it answers.
-
-A server with four slots that is sent eight requests answers no more of them a second, only later; one that batches
-(vLLM, llama.cpp) answers more; one with a short queue refuses.  Nobody is asked to know which is which.
+The limit is learnt from how a server answers.  A server with four slots that gets eight requests answers no more of
+them per second, only later; one that batches (vLLM, llama.cpp) answers more; one with a short queue refuses.  The user
+need not know which is which.
 """
 
 from __future__ import annotations
@@ -36,27 +34,18 @@ from curation.serving.wire import (
     detect_api,
     post,
 )
+from curation.storage.retry import RetryPolicy
 
-MIN_ANSWERS_TO_JUDGE = 8  # in a class, before it is judged: replies differ in length
-
-
-WORTH = 0.25  # of what more requests could bring, so much they must bring
-
-
-KNEE = 0.8  # of the best throughput: fewer requests that reach it are enough
-
-
-FORGET_S = 30.0  # servers change: measure anew so often, and after so many round trips at the least
-
-
+MIN_ANSWERS_TO_JUDGE = 8  # before a load is judged: replies differ in length
+WORTH = 0.25  # the share of what more requests could bring that they must bring
+KNEE = 0.8  # of the best throughput: the fewest requests that reach it are enough
+FORGET_S = 30.0  # servers change: measure anew after this time, but not before so many round trips
 FORGET_ROUND_TRIPS = 50
-
-
 LONGEST_HOLD_S = 60.0
 
 
 class _Load:
-    """The answers to requests sent as the 2ⁿth to 2ⁿ⁺¹-1th at once: means of requests in flight and of latency."""
+    """Means of requests in flight and of latency, over the requests that were sent as the 2ⁿth to 2ⁿ⁺¹-1th at once."""
 
     __slots__ = ("answers", "in_flight", "latency_s")
 
@@ -71,19 +60,20 @@ class _Load:
 
     @property
     def throughput(self) -> float:
-        """Answers a second, by Little's law."""
+        """Answers per second, by Little's law."""
         return self.in_flight / max(self.latency_s, 1e-6)
 
 
 class Concurrency:
     """The limit of one server's requests in flight.  Not thread-safe; times are monotonic seconds.
 
-    It starts at one and grows by one with each answer that comes while the limit is reached, so it doubles with each
-    round trip, until that no longer pays: twice the requests in flight must bring at least an eighth more answers a
-    second and a quarter of what they could.  Then it goes back to the fewest that reach nearly the best throughput,
-    and one more that waits at the server, so that no slot idles while an answer travels.
+    The limit starts at one and grows by one with each answer that comes while it is reached, so it doubles with each
+    round trip, until that no longer pays: twice the requests in flight must bring at least a quarter of the answers per
+    second that they could.  Then it goes back to the fewest requests that reach nearly the best throughput, and one
+    more that waits at the server, so that no slot is idle while an answer travels.
 
-    A refusal (503) says exactly how many are too many.  A time-out halves.  Neither is tried again at once.
+    A refusal (503) says exactly how many requests are too many.  A time-out halves the limit.  After either, the limit
+    does not grow for a while.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -96,12 +86,16 @@ class Concurrency:
         self._hold_s = 1.0
 
     def answered(self, in_flight: int, latency_s: float, now: float, *, full: bool) -> None:
-        """An answer came after ``latency_s`` to a request that made the requests out ``in_flight``.
+        """Count an answer.
 
-        full: whether the limit was reached while it was out.
+        Args:
+            in_flight: Outstanding requests when its request was sent, itself included.
+            latency_s: How long it took.
+            now: The time.
+            full: Whether the limit was reached meanwhile.
         """
         if now - latency_s < self._measured_since:
-            return  # it was sent under another limit, and waited behind more
+            return  # it was sent under a higher limit and waited behind more requests
         degree = in_flight.bit_length()
         self._loads.setdefault(degree, _Load()).add(in_flight, latency_s)
         if self._settled:
@@ -119,11 +113,11 @@ class Concurrency:
 
     def timed_out(self, now: float) -> None:
         """The server did not answer in time."""
-        if now >= self._held_until or self._settled:  # once, not for each request of the same jam
+        if now >= self._held_until or self._settled:  # only once for all requests of the same jam
             self._back_to(max(1, self.limit // 2), now)
 
     def _back_to(self, limit: int, now: float) -> None:
-        if now >= self._held_until:  # not one more of the same burst
+        if now >= self._held_until:  # else it is one more of the same burst
             again = self._held_until > 0 and limit >= self.limit - 1  # this try went no further than the last
             self._hold_s = min(LONGEST_HOLD_S, self._hold_s * 2) if again else 1.0
             self._held_until = now + self._hold_s
@@ -132,7 +126,7 @@ class Concurrency:
         self._loads.clear()
 
     def _pays(self, degree: int) -> bool:
-        """Whether it is worth to have so many requests out, and not about half.  Yes until there is evidence."""
+        """Whether so many requests in flight are worth more than half as many.  True until there is evidence."""
         more, less = self._loads[degree], self._loads.get(degree - 1)
         if more.answers < MIN_ANSWERS_TO_JUDGE or less is None:
             return True
@@ -144,33 +138,32 @@ class Concurrency:
         return math.ceil(min(load.in_flight for load in self._loads.values() if load.throughput >= enough))
 
     def _measure_anew(self, now: float) -> None:
-        """From half the limit on, so that it can be seen whether the other half pays."""
+        """Begin again at half the limit, to see whether the other half pays."""
         self.limit = max(1, self.limit // 2)
         self._settled, self._measured_since = False, now
         self._loads.clear()
 
 
-FAILURES_TO_OPEN = 3  # in a row: one broken connection is no broken server
-
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-
-
+FAILURES_TO_OPEN = 3  # in a row: one broken connection does not mean a broken server
+TRIALS = RetryPolicy(first_wait_s=1.0, longest_wait_s=60.0)  # waits before a broken server gets a request on trial
+BUSY = RetryPolicy(first_wait_s=0.04, longest_wait_s=1.0)  # waits of a request that every server refuses
 ATTEMPTS = 4  # of one request that keeps failing while servers are alive
-
-
 PROBE_S = 5.0  # for a sign of life
-
-
 MUTE_S, MUTE_LATENCIES, MIN_ANSWERS = 2.0, 10.0, 16
 
 logger = logging.getLogger("curation")
 
 
 def endpoint_urls(ports: str, host: str = "localhost", endpoints: str | None = None) -> list[str]:
-    """The servers' URLs: ``endpoints`` (comma-separated, whole URLs) or one on each of ``ports`` of ``host``.
+    """The servers' URLs.
 
-    Raises UsageError for what is neither.
+    Args:
+        ports: Ports of ``host``, separated by commas; each has a server.
+        host: Of ``ports``.
+        endpoints: Whole URLs, separated by commas, in place of ``ports``.
+
+    Raises:
+        UsageError: Something is not a port or not a URL, or none is named.
     """
     if endpoints:
         urls = [url.strip().rstrip("/").removesuffix("/v1") for url in endpoints.split(",") if url.strip()]
@@ -189,8 +182,14 @@ def endpoint_urls(ports: str, host: str = "localhost", endpoints: str | None = N
 
 
 class Call:
-    """One request that is out.  ``in_flight``: the requests its server had when it was sent, itself included;
-    ``full``: whether its server was at its limit while it was out."""
+    """One request in flight.
+
+    Attributes:
+        endpoint: Its server.
+        began: When it was sent.
+        in_flight: The server's requests in flight when it was sent, itself included.
+        full: Whether the server was at its limit meanwhile.
+    """
 
     __slots__ = ("began", "endpoint", "full", "in_flight")
 
@@ -214,10 +213,10 @@ class Endpoint:
         self.problem = ""  # the last one
         self.broken = False  # left alone until a request on trial succeeds
         self.trial_at = 0.0  # monotonic: when one may be sent
-        self.leaving = False  # gets no more requests, and goes once those that are out are back
+        self.leaving = False  # it gets no more requests, and goes when those in flight have ended
         self._broken_at = 0.0
         self._failures = 0  # in a row
-        self._pause_s = FIRST_PAUSE_S
+        self._trials = 0  # waits since it last answered
 
     def has_room(self, now: float) -> bool:
         if self.leaving or now < self.trial_at:
@@ -225,7 +224,7 @@ class Endpoint:
         return len(self.calls) < (1 if self.broken else self.concurrency.limit)
 
     def timeout_s(self, longest: float) -> float:
-        """For the first try of a request: a server silent so much longer than usual has fallen mute."""
+        """The time limit for a request's first try: a server that is silent for much longer than usual has failed."""
         usual = self.latency_s if self.counts["answered"] >= MIN_ANSWERS else longest
         return min(longest, max(MUTE_S, MUTE_LATENCIES * usual))
 
@@ -245,13 +244,13 @@ class Endpoint:
         self.recovered()
 
     def recovered(self) -> None:
-        self._failures, self._pause_s = 0, FIRST_PAUSE_S
+        self._failures = self._trials = 0
         if self.broken:
             self.broken, self.trial_at = False, 0.0
             logger.info(f"{self.url} answers again")
 
     def failed(self, error: EndpointError | ModelMissing, call: Call, now: float) -> None:
-        """Count it, lower the limit, and leave the server alone if it has failed before or asks for that."""
+        """Count a failure, lower the limit, and leave the server alone if it failed before or asks for that."""
         if isinstance(error, ModelMissing):
             error = EndpointError(f"404: {error}", refused=True)
         self.problem = str(error)
@@ -262,14 +261,14 @@ class Endpoint:
         elif error.timed_out:
             self.concurrency.timed_out(now)
         if self.broken and call.began < self._broken_at:
-            return  # one of those that were out when it broke
+            return  # one of those in flight when it broke
         if error.busy and others and not self.broken:  # it serves those
             self.trial_at = now + error.retry_after_s
             return
         self._failures += 1
         if self.broken or self._failures >= FAILURES_TO_OPEN or error.refused or error.retry_after_s:
-            pause_s = error.retry_after_s or self._pause_s * random.uniform(0.8, 1.2)
-            self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
+            self._trials += 1
+            pause_s = error.retry_after_s or TRIALS.wait_s(self._trials)
             self.trial_at = max(self.trial_at, now + pause_s)
             if not self.broken:
                 self.broken, self._broken_at = True, now
@@ -282,14 +281,20 @@ class NoEndpoint(InfrastructureError):
 
 
 class EndpointPool:
-    """Servers that all offer the same model.  Thread-safe: ``ask`` is called from as many threads as there are to be
-    requests in flight, and servers come (``add``) and go (``leave``) meanwhile.
+    """Servers that all offer the same model.
 
-    urls: those to begin with, which ``open`` opens; none where all of them come by ``add``.
-    timeout_s: for an answer.  load_timeout_s: for a cold model to load, before the first request.
-    patience_s: how long ``ask`` waits while no server at all answers before it ends the run.
-    wait_s: how long it waits for the very first one where there are no ``urls``.
-    context_tokens: of every request, for the model is loaded with room for so many.
+    Thread-safe: ``ask`` is called from as many threads as requests shall be in flight, while servers come (``add``) and
+    go (``leave``).
+
+    Args:
+        urls: The servers that ``open`` opens; empty where all of them come by ``add``.
+        model: The model's name on the servers.
+        api: The servers' API, or ``auto`` to find it out.
+        timeout_s: Time limit for an answer.
+        load_timeout_s: Time limit for a cold model to load, before the first request.
+        patience_s: How long ``ask`` waits while no server answers before it ends the run.
+        wait_s: How long it waits for the first server, where there are no ``urls``.
+        context_tokens: Of every request; the model is loaded with room for so many.
     """
 
     def __init__(
@@ -312,18 +317,18 @@ class EndpointPool:
         self._patience_s = patience_s
         self._wait_s = wait_s
         self._context_tokens = context_tokens
-        self.absence = "no endpoint is named"  # why there is none, for the one who ends the run for it
+        self.absence = "no endpoint is named"  # why there is no server, for the error that ends the run
         self._endpoints: list[Endpoint] = []  # replaced, never changed in place
         self._gone: dict[str, Counter[str]] = {}
-        self._peopled = False  # whether there has ever been a server
+        self._had_servers = False  # whether there has ever been a server
         self._changed = threading.Condition()
         self._sessions = threading.local()
         self._last_success = time.monotonic()
 
     def open(self) -> None:
-        """Find out which servers answer and have the model loaded on each of them.
+        """Find out which servers answer, and load the model on each of them.
 
-        Raises InfrastructureError when none answers, or when one of them does not have the model.
+        Raises InfrastructureError where none answers, or where one of them does not have the model.
         """
         with ThreadPoolExecutor(len(self._urls)) as threads:
             found = list(threads.map(self.try_to_open, self._urls))
@@ -335,15 +340,20 @@ class EndpointPool:
             )
         if reasons:
             logger.warning(f"going on without {reasons}")
-        self._peopled = True
+        self._had_servers = True
         self._last_success = time.monotonic()
 
     def ask(self, request: Request, check_stop: Callable[[], None] | None = None) -> Reply:
-        """Have the request answered by whichever server is free, again and elsewhere where it fails.
+        """Send a request to a free server; where it fails, send it again, to another server if there is one.
 
-        check_stop: called before each attempt and while waiting; what it raises comes out of here.
-        Raises SampleError (``llm_bad_request``, ``llm_timeout``, ``llm_error``) when the request keeps failing although
-        servers are alive, and InfrastructureError when no server has answered anything for ``patience_s``.
+        Args:
+            request: What to send.
+            check_stop: Called before each attempt and while waiting.  What it raises ends the call.
+
+        Raises:
+            SampleError: The request keeps failing although servers are alive (``llm_bad_request``, ``llm_timeout``,
+                ``llm_error``).
+            InfrastructureError: No server has answered anything for ``patience_s``.
         """
         failures = refusals = 0
         last: Endpoint | None = None
@@ -356,15 +366,16 @@ class EndpointPool:
                 problem = error
             if isinstance(problem, EndpointError) and problem.busy:
                 refusals += 1
-                self._back_off(refusals)
-            elif not (isinstance(problem, ModelMissing) or problem.refused):  # those say nothing about the request
+                if refusals > 1:  # the first time another server may be free at once
+                    time.sleep(BUSY.wait_s(refusals - 1))
+            elif not (isinstance(problem, ModelMissing) or problem.refused):  # these say nothing about the request
                 failures += 1
                 if failures >= ATTEMPTS and self._any_alive():
                     reason = "llm_timeout" if problem.timed_out else "llm_error"
                     raise SampleError(reason, f"{failures} attempts, the last at {last.url}: {problem}")
 
     def facts(self) -> dict[str, dict[str, object]]:
-        """What each server did, for the log: answers and failures by kind, its limit, its latency in seconds."""
+        """What each server did, for the log: answers, failures by kind, its limit, and its latency in seconds."""
         with self._changed:
             gone: dict[str, dict[str, object]] = {url: dict[str, object](counts) for url, counts in self._gone.items()}
             here: dict[str, dict[str, object]] = {
@@ -376,9 +387,9 @@ class EndpointPool:
     # ---- coming and going
 
     def try_to_open(self, url: str, known: Literal["ollama", "openai", "auto"] = "auto") -> Endpoint | str:
-        """The server with its model loaded, not yet among those that are asked; or why it does not answer.
+        """The server with its model loaded, which ``add`` takes; or why it does not answer.
 
-        Raises InfrastructureError when it does not have the model.
+        Raises InfrastructureError where it does not have the model.
         """
         api = known if self._api == "auto" else self._api
         with Session() as session:
@@ -390,31 +401,31 @@ class EndpointPool:
         return Endpoint(url, SERVER_APIS[api], self._timeout_s)
 
     def members(self) -> dict[str, bool]:
-        """The servers that are asked, and whether each is sound."""
+        """The servers that get requests, and whether each of them works."""
         with self._changed:
             return {e.url: not e.broken for e in self._endpoints if not e.leaving}
 
     def add(self, endpoint: Endpoint) -> None:
-        """From now on it is asked."""
+        """Send requests to this server from now on."""
         with self._changed:
             endpoint.counts = self._gone.pop(endpoint.url, endpoint.counts)
             self._endpoints = [*(e for e in self._endpoints if e.url != endpoint.url), endpoint]
-            self._peopled = True
+            self._had_servers = True
             self._last_success = time.monotonic()
             self._changed.notify_all()
 
     def leave(self, url: str) -> None:
-        """It is asked nothing more; the answers to what it has been asked still count."""
+        """Send no more requests to this server.  Answers to those in flight still count."""
         with self._changed:
             for endpoint in self._endpoints:
                 if endpoint.url == url and not endpoint.leaving:
                     endpoint.leaving = True
-                    if not endpoint.broken:  # those that wait for another wait from now on
+                    if not endpoint.broken:  # requests that wait for another server wait from now on
                         self._last_success = time.monotonic()
-                    self._let_go(endpoint)
+                    self._remove_if_idle(endpoint)
 
-    def _let_go(self, endpoint: Endpoint) -> None:
-        """Under the lock: take it out if it is leaving and nothing is out."""
+    def _remove_if_idle(self, endpoint: Endpoint) -> None:
+        """Remove a leaving server that has no request in flight.  The caller holds the lock."""
         if endpoint.leaving and not endpoint.calls and endpoint in self._endpoints:
             self._endpoints = [e for e in self._endpoints if e is not endpoint]
             self._gone[endpoint.url] = endpoint.counts
@@ -440,9 +451,9 @@ class EndpointPool:
         """Raise InfrastructureError once every server has been broken or gone for too long."""
         if not all(e.broken or e.leaving for e in self._endpoints):
             return
-        if now - self._last_success <= (self._patience_s if self._peopled else self._wait_s):
+        if now - self._last_success <= (self._patience_s if self._had_servers else self._wait_s):
             return
-        if not self._peopled:
+        if not self._had_servers:
             raise InfrastructureError(f"no model server came within {self._wait_s:g} s ({self.absence})")
         problems = "; ".join(f"{e.url}: {e.problem}" for e in self._endpoints) or self.absence
         raise InfrastructureError(
@@ -451,7 +462,7 @@ class EndpointPool:
         )
 
     def _send(self, call: Call, request: Request, timeout_s: float) -> Reply:
-        """One attempt, and what it says about the server."""
+        """Send a request once, and note what that says about the server."""
         endpoint = call.endpoint
         try:
             path, body = endpoint.wire.body(self.model, request)
@@ -460,7 +471,7 @@ class EndpointPool:
             with self._changed:
                 endpoint.failed(error, call, time.monotonic())
             raise
-        except SampleError:  # the server is well: the request is at fault
+        except SampleError:  # the server works, the request is at fault
             with self._changed:
                 self._last_success = time.monotonic()
                 endpoint.recovered()
@@ -471,23 +482,18 @@ class EndpointPool:
                 limit = endpoint.concurrency.limit
                 endpoint.succeeded(call, now)
                 if endpoint.concurrency.limit > limit:
-                    self._changed.notify()  # for one more than the one whose place becomes free
+                    self._changed.notify()  # one thread more than the one for the place that becomes free
             return reply
         finally:
             with self._changed:
                 endpoint.calls.discard(call)
-                self._let_go(endpoint)
+                self._remove_if_idle(endpoint)
                 self._changed.notify()
 
     # ---- failures
 
-    def _back_off(self, refusals: int) -> None:
-        """Refused everywhere, a request waits longer each time; the first time another server may be free at once."""
-        if refusals > 1:
-            time.sleep(random.uniform(0.5, 1.0) * min(1.0, 0.01 * 2 ** min(refusals, 10)))
-
     def _any_alive(self) -> bool:
-        """Whether some server shows a sign of life: then it is this request that they cannot answer."""
+        """Whether any server shows a sign of life.  Then it is this request that they cannot answer."""
         return any(answers(self._session(), endpoint.url, PROBE_S) for endpoint in self._endpoints)
 
     def _session(self) -> Session:

@@ -1,15 +1,14 @@
-"""A shared folder in which model servers register: one small file a server, read by every worker of every node.
+"""A shared folder in which model servers register: one small file per server, which every worker of every node reads.
 
-A registration is written under a temporary name and renamed, rewritten every few seconds with a counter that rises,
-and removed when its server ends.  A counter that stands still, timed on the reader's own clock, marks what a dead job
-left behind; whether a server answers is what counts in the end.
+A registration appears whole, is written again every few seconds with a counter that rises, and is removed when its
+server ends.  A counter that stands still, by the reader's own clock, marks what a dead job left behind; what decides in
+the end is whether the server answers.
 
-``python -m curation register --dir D --url U --model M`` waits for the server at U, has it load the
-model, registers it, and keeps the registration until it is told to end or the server falls silent.
+``python -m curation register --dir D --url U --model M`` waits for the server at U, lets it load the model, registers
+it, and keeps the registration until it gets a signal or the server stops answering.
 
-A pool of model servers that follows a folder of registrations: who comes is opened beside the run, who goes is left.
-
-A server is left when its registration is gone, or when that stands still and the server does not answer either.
+``RegistryWatcher`` keeps a pool of servers in step with such a folder.  Servers that appear are opened while the run
+goes on.  A server leaves the pool when its registration is gone, or when that stands still and the server fails too.
 """
 
 from __future__ import annotations
@@ -47,35 +46,19 @@ from curation.serving.wire import (
     answers,
     detect_api,
 )
-from curation.storage.files import make_folder
+from curation.storage.files import make_folder, write_whole
+from curation.storage.retry import RetryPolicy
 
 AnyApi = Literal["auto", "ollama", "openai"]
-
 SUFFIX = ".json"
-
-
 MAX_BYTES, MAX_DEPTH, MAX_TEXT = 16 << 10, 4, 512
-
-
 MAX_SERVERS = 4096
-
-
 BEAT_S = 3.0
-
-
-SILENCE_S = 30.0  # a counter that has stood still for so long is a dead job's
-
-
-FORGET_S = 600.0  # after so long, and when its server does not answer, its file is removed by another server's process
-
-
+SILENCE_S = 30.0  # a counter that has stood still for so long belongs to a dead job
+FORGET_S = 600.0  # then, if its server does not answer, the process of another server removes its file
 PROBE_S = 5.0  # for a sign of life
-
-
-MUTE_S = 60.0  # without one, a server is given up
-
-
-EXIT_NO_SERVER = 3  # it does not answer: to be started again
+MUTE_S = 60.0  # without a sign of life, until a server is given up
+EXIT_NO_SERVER = 3  # the server does not answer: whoever started it should start it again
 
 logger = logging.getLogger("curation")
 
@@ -85,7 +68,7 @@ logger = logging.getLogger("curation")
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """One server: where it is, what it serves, and who started it (for people: nothing follows from it)."""
+    """One server: where it is, what it serves, and who started it (which only people read)."""
 
     url: str
     model: str
@@ -97,13 +80,13 @@ class Registration:
 
 
 def server_url(text: str) -> str:
-    """``text`` if it is http(s)://host:port and nothing more.  Raises ValueError."""
+    """Return ``text`` if it is http(s)://host:port and nothing more, else raise ValueError."""
     parts = urlsplit(text) if len(text) <= MAX_TEXT and text.isascii() else None
     host = parts.hostname if parts else None
     if not parts or not host or parts.scheme not in ("http", "https") or not parts.port:
         raise ValueError(f"{text[:MAX_TEXT]!r} is not http://host:port")
     if not re.fullmatch(r"[\w.-]+|[\da-f:.]+", host):
-        raise ValueError(f"{host!r} is no host name")
+        raise ValueError(f"{host!r} is not a host name")
     plain = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{parts.port}"
     if text.lower().rstrip("/") != plain:
         raise ValueError(f"{text!r} is more than http://host:port")
@@ -111,7 +94,7 @@ def server_url(text: str) -> str:
 
 
 def parse_registration(data: bytes) -> Registration:
-    """Raises ValueError for anything that is no registration."""
+    """Parse a file of the folder.  Raises ValueError where it is not a registration."""
     try:
         value = parse_json_object(data, MAX_BYTES, MAX_DEPTH)
     except SampleError as error:
@@ -142,7 +125,7 @@ def parse_registration(data: bytes) -> Registration:
 
 @dataclass(slots=True)
 class Listed:
-    """A registration as this reader has seen it.  ``since``: when its counter was last seen to move, monotonic."""
+    """A registration as this reader has seen it; its counter last moved at ``since`` (monotonic)."""
 
     name: str
     registration: Registration
@@ -153,7 +136,7 @@ class Listed:
 
 
 class Registry:
-    """What is registered in a folder that others write, seen again and again by one reader."""
+    """A folder of registrations, for one reader that reads it again and again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -161,7 +144,7 @@ class Registry:
         self._warned: set[tuple[str, str]] = set()
 
     def read(self) -> dict[str, Listed]:
-        """The registrations by URL.  Damaged files are left out, each with one line in the log.
+        """The registrations by URL.  A damaged file is left out, with one line in the log.
 
         Raises OSError where the folder cannot be listed.
         """
@@ -170,20 +153,20 @@ class Registry:
             names = heapq.nsmallest(MAX_SERVERS + 1, named)
         if len(names) > MAX_SERVERS:
             self._warn("", f"more than {MAX_SERVERS:,} files: the others are ignored")
-        seen = {name: listed for name in names[:MAX_SERVERS] if (listed := self._look_at(name)) is not None}
+        seen = {name: listed for name in names[:MAX_SERVERS] if (listed := self._read_one(name)) is not None}
         self._seen = seen
         found: dict[str, Listed] = {}
-        for listed in sorted(seen.values(), key=lambda listed: listed.since):  # of two for one URL, the livelier
+        for listed in sorted(seen.values(), key=lambda listed: listed.since):  # of two for one URL, the later one
             found[listed.registration.url] = listed
         return found
 
-    def _look_at(self, name: str) -> Listed | None:
+    def _read_one(self, name: str) -> Listed | None:
         before = self._seen.get(name)
         try:
             registration = parse_registration(_read_plain_file(self.folder / name))
         except FileNotFoundError:
             return None
-        except OSError as error:  # a hiccup of the filesystem is no server's end
+        except OSError as error:  # the filesystem failed, not the server
             self._warn(name, str(error.strerror))
             return before
         except ValueError as error:
@@ -200,7 +183,7 @@ class Registry:
 
 
 def _read_plain_file(path: Path) -> bytes:
-    """Its first bytes, one more than a registration may have.  ValueError where it is no plain file."""
+    """The first bytes of a file, one more than a registration may have.  Raises ValueError for a link or a FIFO."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would block
     except OSError as error:
@@ -219,7 +202,7 @@ def _read_plain_file(path: Path) -> bytes:
 
 
 class OwnRegistration:
-    """The one writer of one registration."""
+    """The registration that this process writes."""
 
     def __init__(self, folder: Path, registration: Registration) -> None:
         parts = urlsplit(registration.url)
@@ -234,22 +217,14 @@ class OwnRegistration:
         return self._folder / f"{self._name}{SUFFIX}"
 
     def beat(self) -> None:
-        """Write the registration with its next count; one that was removed by mistake is there again."""
+        """Write the registration with its next count, also where somebody removed it by mistake."""
         self._beats += 1
         data = dump_json(asdict(replace(self._registration, beat=self._beats)), indent=True) + b"\n"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(self._temporary, flags, 0o666), "wb") as file:
-            file.write(data)
-        os.replace(self._temporary, self.path)
+        write_whole(self.path, data, durable=False)
 
     def remove(self) -> None:
-        for path in (self.path, self._temporary):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-    @property
-    def _temporary(self) -> Path:
-        return self._folder / f".{self._name}.tmp"
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
 
 # ---- the process beside each server
@@ -270,7 +245,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _wait_for_server(session: Session, url: str, api: AnyApi, timeout_s: float) -> Api:
-    """What it speaks, once it answers.  EndpointError when it does not within ``timeout_s``."""
+    """The server's API, once it answers.  Raises EndpointError where it does not answer within ``timeout_s``."""
     ends = time.monotonic() + timeout_s
     while True:
         try:
@@ -283,7 +258,10 @@ def _wait_for_server(session: Session, url: str, api: AnyApi, timeout_s: float) 
 
 
 def register(arguments: argparse.Namespace) -> int:
-    """Register the server until a signal (exit code 0) or its silence (3); 2 where it cannot serve the model."""
+    """Register a server until a signal or until it stops answering, and return the exit code.
+
+    It is 0 after a signal, 3 where the server does not answer (any more), 2 where it cannot serve the model.
+    """
     url = server_url(arguments.url)
     with Session() as session:
         api = _wait_for_server(session, url, arguments.api, arguments.start_timeout)
@@ -295,12 +273,12 @@ def register(arguments: argparse.Namespace) -> int:
         try:
             return _keep(registrar, Registry(arguments.dir), session, url)
         finally:
-            _on_signals(signal.SIG_IGN)  # nothing comes between the removal and the end
+            _on_signals(signal.SIG_IGN)  # so that no signal interrupts the removal
             registrar.remove()
 
 
 def _keep(registrar: OwnRegistration, folder: Registry, session: Session, url: str) -> int:
-    """Beat as long as the server answers."""
+    """Renew the registration as long as the server answers."""
     last_sign = time.monotonic()
     announced, trouble = False, ""
     while time.monotonic() - last_sign < MUTE_S:
@@ -311,7 +289,7 @@ def _keep(registrar: OwnRegistration, folder: Registry, session: Session, url: s
                 if not announced:
                     logger.info(f"{url} is registered in {registrar.path.parent}")
                 announced, trouble = True, ""
-                _forget_the_dead(folder, session, registrar.path.name)
+                _remove_dead(folder, session, registrar.path.name)
             except OSError as error:  # a full disk, a folder that went away: the next beat may succeed
                 if trouble != str(error):
                     logger.warning(f"{registrar.path}: {error.strerror}; trying again")
@@ -321,8 +299,8 @@ def _keep(registrar: OwnRegistration, folder: Registry, session: Session, url: s
     return EXIT_NO_SERVER
 
 
-def _forget_the_dead(folder: Registry, session: Session, own: str) -> None:
-    """Remove what killed jobs left.  Should one of those live after all, its next beat writes its file anew."""
+def _remove_dead(folder: Registry, session: Session, own: str) -> None:
+    """Remove what killed jobs left.  Should one of them be alive after all, it soon writes its file again."""
     for listed in folder.read().values():
         if listed.name != own and listed.silent(FORGET_S) and not answers(session, listed.registration.url, PROBE_S):
             (folder.folder / listed.name).unlink(missing_ok=True)
@@ -353,26 +331,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 RESCAN_S = 3.0
-
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 3.0, 60.0  # before a server that does not answer is tried again
-
-
+REOPENING = RetryPolicy(first_wait_s=3.0, longest_wait_s=60.0)  # of a server that does not answer
 OPENING_AT_ONCE = 64  # each is a thread that waits for a server to load its model
 
 
 @dataclass(slots=True)
 class _Trouble:
-    """A server that could not be opened."""
+    """A server that could not be opened, and when it is tried again."""
 
-    who: tuple[str, int]  # (host, pid): another process at the same URL is tried at once
+    who: tuple[str, int]  # host and pid: another process at the same URL is tried at once
     why: str
-    pause_s: float
+    failures: int
     again_at: float
 
 
 class RegistryWatcher:
-    """The thread that keeps ``pool`` in step with ``folder``, from ``start`` to ``close``."""
+    """A thread that keeps a pool in step with a folder of registrations, from ``start`` to ``close``."""
 
     def __init__(self, pool: EndpointPool, folder: Registry) -> None:
         self._pool = pool
@@ -381,7 +355,7 @@ class RegistryWatcher:
         self._lock = threading.Lock()
         self._opening: set[str] = set()
         self._trouble: dict[str, _Trouble] = {}
-        self._others: set[str] = set()  # models of servers that are not asked
+        self._others: set[str] = set()  # models of servers that get no requests
         self._unreadable = ""
 
     def start(self) -> Self:
@@ -393,11 +367,11 @@ class RegistryWatcher:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            self.look()
+            self.sync()
             self._ended.wait(RESCAN_S)
 
-    def look(self) -> None:
-        """Compare the folder with the pool, once."""
+    def sync(self) -> None:
+        """Compare the folder with the pool once."""
         try:
             listed = self._folder.read()
         except OSError as error:
@@ -409,7 +383,8 @@ class RegistryWatcher:
         members = self._pool.members()
         for url, sound in members.items():
             if url not in mine or (mine[url].silent() and not sound):
-                logger.info(f"{url}: {'is silent' if url in mine else 'is no longer registered'}; it is asked no more")
+                why = "is silent" if url in mine else "is no longer registered"
+                logger.info(f"{url}: {why}; it gets no more requests")
                 self._pool.leave(url)
         with self._lock:
             self._trouble = {url: trouble for url, trouble in self._trouble.items() if url in mine}
@@ -431,32 +406,32 @@ class RegistryWatcher:
         url = entry.registration.url
         try:
             found = self._pool.try_to_open(url, entry.registration.api)
-        except InfrastructureError as error:  # it has not got the model that it is registered with
+        except InfrastructureError as error:  # it does not have the model that it is registered with
             found = str(error)
         with self._lock:
             self._opening.discard(url)
             if isinstance(found, Endpoint):
                 self._trouble.pop(url, None)
                 self._pool.add(found)
-                logger.info(f"{url}: is asked from now on")
+                logger.info(f"{url}: gets requests from now on")
             else:
-                self._put_off(entry, found)
+                self._retry_later(entry, found)
 
-    def _put_off(self, entry: Listed, why: str) -> None:
-        """Each time for longer; what a dead job left behind, for long at once."""
+    def _retry_later(self, entry: Listed, why: str) -> None:
+        """Try the server again later, after a wait that doubles; after the longest one if its job seems dead."""
         url, before = entry.registration.url, self._trouble.get(entry.registration.url)
-        again = before is not None and before.who == _who(entry)
-        pause_s = LONGEST_PAUSE_S if entry.silent() else FIRST_PAUSE_S
-        if again and before is not None:
-            pause_s = min(LONGEST_PAUSE_S, max(pause_s, 2 * before.pause_s))
-        if not again or before is None or before.why != why:
+        if before is not None and before.who != _who(entry):
+            before = None
+        failures = before.failures + 1 if before else 1
+        pause_s = REOPENING.longest_wait_s if entry.silent() else REOPENING.wait_s(failures)
+        if before is None or before.why != why:
             logger.warning(clean_text(f"{self._folder.folder / entry.name}: {url}: {why}; trying again now and then"))
-        self._trouble[url] = _Trouble(_who(entry), why, pause_s, time.monotonic() + pause_s)
+        self._trouble[url] = _Trouble(_who(entry), why, failures, time.monotonic() + pause_s)
 
-    # ---- telling
+    # ---- the log
 
     def _cannot_read(self, error: OSError) -> None:
-        """The servers that are known go on: that they answer is what counts."""
+        """Log it.  The known servers stay in the pool, because what counts is that they answer."""
         self._pool.absence = f"{self._folder.folder}: {error.strerror}"
         if self._unreadable != str(error):
             self._unreadable = str(error)
@@ -469,7 +444,7 @@ class RegistryWatcher:
         if new:
             self._others |= set(sorted(new)[:100])
             names = ", ".join(sorted(new)[:5])
-            logger.info(clean_text(f"{self._folder.folder}: servers of other models are not asked: {names}"))
+            logger.info(clean_text(f"{self._folder.folder}: servers of other models get no requests: {names}"))
 
     def _tell_absence(self) -> None:
         with self._lock:

@@ -1,6 +1,7 @@
-"""What model servers speak: Ollama's API and OpenAI's, told apart by asking.  Questions may come with a picture.
+"""The APIs of model servers: Ollama's and OpenAI's, told apart by a request.  A prompt may come with a picture.
 
-Knows the paths, the bodies, where the reply stands and what each error means.  Nothing here retries or routes.
+This module knows the paths, the bodies, where the reply stands and what each error means.  It neither retries nor
+routes requests.
 """
 
 from __future__ import annotations
@@ -16,32 +17,26 @@ import requests
 import urllib3
 
 from curation.errors import InfrastructureError, SampleError
+from curation.storage.retry import retry_after_s
 
 Api = Literal["ollama", "openai"]
-
 MAX_REPLY_BYTES = 4 << 20
-
-
 CHUNK_BYTES = 64 << 10
-
-
 CONNECT_TIMEOUT_S = 5.0
-
-
-CONTEXT_TOKENS = 4096  # one and the same for every request: Ollama loads the model anew when it changes
-
-
+CONTEXT_TOKENS = 4096  # the same for every request, because Ollama loads the model anew when it changes
 _MOST_TOKENS = 1 << 40
-
-
+_LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer is tried all the same
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
 
 class EndpointError(Exception):
-    """The server is at fault or too busy: the same request may well succeed elsewhere or later.
+    """The server is at fault or too busy: the same request may succeed elsewhere or later.
 
-    busy: it said so (503, 429), rather than breaking.  timed_out: it said nothing.  refused: it was never reached.
-    retry_after_s: when it asked to be asked again.
+    Attributes:
+        busy: The server said that it is busy (503, 429).
+        timed_out: The server did not answer in time.
+        refused: The server was never reached.
+        retry_after_s: How long the server asked to be left alone, 0 where it did not say.
     """
 
     def __init__(
@@ -61,18 +56,25 @@ class EndpointError(Exception):
 
 
 class ModelMissing(Exception):
-    """404: the server does not have the model."""
+    """The server does not have the model (404)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question.  ``prompt`` alone: a raw completion; otherwise a chat of ``system`` (if any) and ``user``.
+    """One request: a raw completion of ``prompt``, or a chat of ``system`` (if any) and ``user``.
 
-    jpeg: a picture that ``user`` asks about.
-
-    default_system: the system prompt for APIs whose models carry none of their own, as Ollama's do in their Modelfile.
-    max_tokens bounds the reply; context_tokens must be the same for every request of a run, because Ollama loads the
-    model anew when it changes.  extra: further sampling options of servers that know them.
+    Attributes:
+        user: The user's message.
+        system: The system prompt.
+        default_system: The system prompt for APIs whose models have none of their own; Ollama's have one in their
+            Modelfile.
+        prompt: For a raw completion, in place of a chat.
+        temperature, seed: Of sampling.
+        max_tokens: Bound on the reply.
+        context_tokens: The same for every request of a run, because Ollama loads the model anew when it changes.
+        stop: Texts at which the reply ends.
+        jpeg: A picture that ``user`` asks about.
+        extra: Further sampling options, for servers that know them.
     """
 
     user: str = ""
@@ -88,16 +90,19 @@ class Request:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def messages(self, system: str, user: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The chat; ``user``: what the wire format makes of the user's part."""
+        """The chat; ``user`` is the user's message in the format of the API."""
         first = [{"role": "system", "content": system}] if system else []
         return [*first, {"role": "user", **user}]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back.  ``complete`` is False when ``max_tokens`` cut it short.
+    """A server's reply.
 
-    tokens_read, tokens_written: of the question and of the reply, as the server counts them; 0 where it does not say.
+    Attributes:
+        text: What the model wrote.
+        complete: False where ``max_tokens`` cut it short.
+        tokens_read, tokens_written: Of the request and of the reply, as the server counts; 0 where it does not say.
     """
 
     text: str
@@ -107,18 +112,18 @@ class Reply:
 
 
 class ServerApi(Protocol):
-    """One wire format."""
+    """One API of model servers."""
 
     api: Api
 
     def body(self, model: str, request: Request) -> tuple[str, bytes]:
-        """(path, body) of a request: the same bytes for the same request."""
+        """Path and body of a request.  The same request gives the same bytes."""
 
     def reply(self, payload: bytes) -> Reply:
-        """The reply in a 200's body.  EndpointError where it holds an error or is no reply."""
+        """The reply in the body of a 200.  Raises EndpointError where it holds an error or something else."""
 
     def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
-        """Return once the model is ready.  InfrastructureError when the server does not have it."""
+        """Return once the model is ready.  Raises InfrastructureError where the server does not have it."""
 
 
 class Ollama:
@@ -147,7 +152,7 @@ class Ollama:
     def reply(self, payload: bytes) -> Reply:
         parts, reason = [], "stop"
         value: dict[str, Any] = {}
-        for line in payload.splitlines():  # one object, or one a line from servers that stream all the same
+        for line in payload.splitlines():  # one object; one per line from servers that stream
             if not line.strip():
                 continue
             value = _object(line)
@@ -169,13 +174,13 @@ class Ollama:
         # long the other servers take to load; after it by the server's own rule.
         load = {"model": model, "keep_alive": -1, "stream": False, "options": {"num_ctx": context_tokens}}
         try:
-            _patiently(lambda left_s: post(session, f"{url}/api/generate", orjson.dumps(load), left_s), timeout_s)
+            _while_busy(lambda left_s: post(session, f"{url}/api/generate", orjson.dumps(load), left_s), timeout_s)
         except ModelMissing as error:
             raise InfrastructureError(
                 f"{url} has no model {model!r} ({error}); make it with `ollama create {model} -f "
                 "examples/ollama/Modelfile`, or name another with --model_name"
             ) from None
-        except SampleError:  # a server behind this API that insists on a prompt: it answers, and that is enough
+        except SampleError:  # a server behind this API that needs a prompt: it answers, and that is enough
             return
 
 
@@ -198,7 +203,7 @@ class OpenAI:
         if request.prompt:
             return "/v1/completions", orjson.dumps({**common, "prompt": request.prompt})
         content: Any = request.user
-        if request.jpeg:  # no URL that a server would fetch: the picture itself
+        if request.jpeg:  # the picture itself, not a URL that a server would fetch
             url = "data:image/jpeg;base64," + b64encode(request.jpeg).decode()
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.user}]
         messages = request.messages(request.system or request.default_system, {"content": content})
@@ -222,7 +227,7 @@ class OpenAI:
         )
 
     def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
-        value = _object(_patiently(lambda left_s: get(session, f"{url}/v1/models", left_s), timeout_s))
+        value = _object(_while_busy(lambda left_s: get(session, f"{url}/v1/models", left_s), timeout_s))
         entries = value.get("data") if isinstance(value.get("data"), list) else []
         names = [str(entry.get("id")) for entry in entries or [] if isinstance(entry, dict)]
         if names and model not in names:
@@ -230,9 +235,10 @@ class OpenAI:
 
 
 class Session(requests.Session):
-    """A requests session for one thread: keeps its connections, and reads no proxies or passwords from the environment.
+    """A requests session for one thread, without proxies or passwords from the environment.
 
-    Preparing a request costs requests more than sending it, and here all requests to a URL differ in their body only.
+    Preparing a request costs more time than sending it, and all requests to a URL differ only in their body: each is
+    prepared once.
     """
 
     def __init__(self) -> None:
@@ -241,7 +247,7 @@ class Session(requests.Session):
         self._prepared: dict[tuple[str, str], requests.PreparedRequest] = {}
 
     def prepared(self, method: str, url: str, body: bytes | None) -> requests.PreparedRequest:
-        """Valid until the next one to the same URL.  Raises what requests raises for a malformed URL."""
+        """A request that is valid until the next one to the same URL.  Raises requests' errors for a malformed URL."""
         request = self._prepared.get((method, url))
         if request is None:
             request = self.prepare_request(requests.Request(method, url, headers=_JSON))
@@ -256,7 +262,7 @@ SERVER_APIS: Mapping[Api, ServerApi] = {"ollama": Ollama(), "openai": OpenAI()}
 
 
 def detect_api(session: Session, url: str, timeout_s: float) -> Api:
-    """Which API the server at ``url`` speaks.  EndpointError when it does not answer or speaks neither."""
+    """Which API the server at ``url`` has.  Raises EndpointError where it does not answer or has neither."""
     probes: tuple[tuple[str, bytes, Api], ...] = (
         ("/", b"ollama", "ollama"),
         ("/v1/models", b"", "openai"),
@@ -288,10 +294,12 @@ def answers(session: Session, url: str, timeout_s: float) -> bool:
 
 
 def post(session: Session, url: str, body: bytes, timeout_s: float) -> bytes:
-    """The body of a 200.
+    """Send a request and return the body of a 200.
 
-    Raises EndpointError (connection, time-out, 5xx, 429), ModelMissing (404) or SampleError ``llm_bad_request`` (any
-    other 4xx: this request is at fault, on every server alike).
+    Raises:
+        EndpointError: No connection, no answer in time, 5xx or 429.
+        ModelMissing: 404.
+        SampleError: Any other 4xx (``llm_bad_request``): the request itself is at fault, on every server.
     """
     return _call(session, "POST", url, body, timeout_s)
 
@@ -323,8 +331,8 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
     if status == 200:
         return bytes(payload)
     if status in (429, 503):
-        retry_after_s = _seconds(response.headers.get("Retry-After", ""))
-        raise EndpointError(f"{status}: {text}", busy=True, retry_after_s=retry_after_s)
+        asked_s = min(_LONGEST_ASKED_S, retry_after_s(response.headers.get("Retry-After")) or 0.0)
+        raise EndpointError(f"{status}: {text}", busy=True, retry_after_s=asked_s)
     if status >= 500 or status in (408, 499) or 300 <= status < 400:
         raise EndpointError(f"{status}: {text}", timed_out=status == 408)
     if status == 404:
@@ -332,8 +340,8 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
     raise SampleError("llm_bad_request", f"{status}: {text}")
 
 
-def _patiently(attempt: Callable[[float], bytes], timeout_s: float) -> bytes:
-    """What ``attempt(seconds left)`` gives, tried again while the server says that it is busy: loading its model."""
+def _while_busy(attempt: Callable[[float], bytes], timeout_s: float) -> bytes:
+    """What ``attempt(seconds left)`` returns; called again while the server is busy, because it loads its model."""
     ends = time.monotonic() + timeout_s
     while True:
         try:
@@ -370,8 +378,3 @@ def _object(payload: bytes) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     return value if type(value) is int and 0 <= value <= _MOST_TOKENS else 0
-
-
-def _seconds(text: str) -> float:
-    """Of Retry-After, at most a minute; its other form, a date, is not used by model servers."""
-    return min(60.0, float(text)) if text.isascii() and text.isdigit() else 0.0

@@ -1,18 +1,14 @@
-"""Objects in buckets that appear whole, when the upload that wrote them is completed.
+"""Outputs in buckets: where they go, how they are written without a copy on a disk, and whether they are there.
 
-An upload under way is to an object what a temporary file is to a file: nobody sees it, and completing it is the rename
-that can happen once, replaces what was there in one step, and can be asked for by anyone who knows the upload, any
-number of times.
-
-Outputs in buckets: where they go, how they are written without a copy on a disk, and whether they are there.
+An upload that is not completed is to an object what a temporary file is to a file: nobody sees it.  Completing it is
+like the rename: it can happen only once, replaces in one step what was there, and anyone who knows the upload can ask
+for it any number of times.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,43 +19,39 @@ from typing import Any, Final, Protocol
 from curation.errors import InfrastructureError, LostClaim, UsageError
 from curation.storage import remote_read
 from curation.storage.files import AtomicWriter, Published
-from curation.storage.urls import Source, Url, error_line, filesystem, redact, told_by
+from curation.storage.retry import TransientError, with_retries
+from curation.storage.urls import Source, Url, error_line, filesystem, object_info, redact
 
-PART_BYTES: Final = 16 << 20  # all alike, which some stores insist on; S3 takes 10,000 of at least 5 MiB
-
-
+WRITABLE: Final = ("s3", "gs")
+PART_BYTES: Final = 16 << 20  # of every part, because some stores want equal ones; S3 takes 10,000 of at least 5 MiB
 MAX_PARTS: Final = 10_000
-
-
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TOKEN: Final = "curation-token"  # noqa: S105 - in the object's metadata: the attempt that wrote it
-
-
 _CHECKSUMS: Final = ("ETag", "ChecksumCRC32", "ChecksumCRC32C", "ChecksumCRC64NVME", "ChecksumSHA1", "ChecksumSHA256")
-
-
 _TRANSIENT: Final = frozenset(
     ("RequestTimeout", "OperationAborted", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
      "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
 )  # fmt: skip
-
-
-_LOST: Final = ("InvalidPart", "InvalidPartOrder", "EntityTooSmall")  # parts of an upload that was tampered with
-
-
+_LOST: Final = ("InvalidPart", "InvalidPartOrder", "EntityTooSmall")  # parts of an upload that somebody tampered with
 _ADVICE: Final = "mend it and start again, nothing published is lost"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """An object as it lies there.  token: of the attempt that wrote it, "" where the store does not tell; mark: what a
-    removal can insist on."""
+class StoredObject:
+    """An object as the store describes it.
+
+    Attributes:
+        size: In bytes.
+        token: Of the attempt that wrote it, "" where the store does not say.
+        mark: What a removal can make a condition (its ETag).
+    """
 
     size: int
     token: str = ""
     mark: str = ""
 
     def is_of(self, output: Mapping[str, Any]) -> bool:
-        """Whether it is what a receipt names."""
+        """Whether it is the output that a receipt names."""
         return bool(self.size == output["size"] and self.token in ("", output["upload"]["token"]))
 
 
@@ -68,37 +60,40 @@ class NoUpload(Exception):
 
 
 class UploadedObject(Protocol):
-    """One object, which is there or not, and the uploads to it.  Everything raises InfrastructureError where the store
-    cannot be asked.  ``parallel``: parts that may be sent at once."""
+    """One object, which is there or not, and the uploads to it.
+
+    ``parallel`` parts may be sent at once.  Every method raises InfrastructureError where the store cannot be asked.
+    """
 
     parallel: int
 
     def begin(self, token: str) -> str:
-        """A new upload's id."""
+        """Begin an upload and return its id."""
 
     def put(self, upload: str, number: int, data: bytes | bytearray) -> dict[str, str]:
-        """Send part ``number``, from 1; returns what completing it needs.  LostClaim when the upload was aborted."""
+        """Send part ``number``, from 1; returns what completing it needs.  Raises LostClaim after an abort."""
 
     def end(self, upload: str) -> None:
-        """After the last part: everything is durable, and still not to be seen."""
+        """Make everything durable after the last part; nobody sees it yet."""
 
     def complete(self, upload: str, parts: Sequence[Mapping[str, str]]) -> None:
-        """The object appears.  Nothing happens where the upload was completed or aborted before."""
+        """Make the object appear.  Does nothing where the upload was completed or aborted before."""
 
     def abort(self, upload: str) -> None:
-        """Nothing of the upload is left.  Nothing happens where it was completed before."""
+        """Remove what was uploaded.  Does nothing where the upload was completed before."""
 
     def under_way(self) -> list[str]:
         """The ids of all uploads to this object."""
 
-    def look(self) -> Found | None: ...
+    def info(self) -> StoredObject | None:
+        """The object, None where there is none."""
 
-    def remove(self, found: Found) -> None:
+    def remove(self, found: StoredObject) -> None:
         """Remove the object if it is still the one that was found, as far as the store can tell."""
 
 
 def object_at(file: Url) -> UploadedObject:
-    """InfrastructureError where the store's package is missing."""
+    """The object that a URL names.  Raises InfrastructureError where the store's package is missing."""
     store = filesystem(file.scheme)
     return S3Object(file, store) if file.scheme == "s3" else MovedObject(file, store)
 
@@ -114,8 +109,8 @@ def list_objects(folder: str) -> dict[str, int]:
     file = Url(folder)
     store = filesystem(file.scheme)
     try:
-        infos = _patiently(file, lambda: store.ls(folder.rstrip("/"), detail=True))
-    except FileNotFoundError:  # nothing lies there yet
+        infos = _ask_store(file, lambda: store.ls(folder.rstrip("/"), detail=True))
+    except FileNotFoundError:  # the folder is empty
         return {}
     return {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in infos if info.get("type") == "file"}
 
@@ -137,10 +132,10 @@ class S3Object:
         if number > MAX_PARTS:
             raise InfrastructureError(f"{self._file}: larger than an upload's {MAX_PARTS:,} parts")
         try:
-            told = self._ask_of(upload, "upload_part", PartNumber=number, Body=data)
+            answer = self._ask_of(upload, "upload_part", PartNumber=number, Body=data)
         except NoUpload:
             raise LostClaim(f"{self._file}: its upload was aborted; another worker has taken the shard") from None
-        return {name: str(told[name]) for name in _CHECKSUMS if told.get(name)}
+        return {name: str(answer[name]) for name in _CHECKSUMS if answer.get(name)}
 
     def end(self, upload: str) -> None:
         pass
@@ -158,26 +153,27 @@ class S3Object:
         found: list[str] = []
         after: dict[str, str] = {}
         while True:
-            told = self._ask("list_multipart_uploads", Prefix=self._place["Key"], **after)
-            found += [u["UploadId"] for u in told.get("Uploads") or () if u["Key"] == self._place["Key"]]
-            if not told.get("IsTruncated"):
+            page = self._ask("list_multipart_uploads", Prefix=self._place["Key"], **after)
+            found += [u["UploadId"] for u in page.get("Uploads") or () if u["Key"] == self._place["Key"]]
+            if not page.get("IsTruncated"):
                 return found
-            after = {"KeyMarker": told["NextKeyMarker"], "UploadIdMarker": told["NextUploadIdMarker"]}
+            after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
-    def look(self) -> Found | None:
+    def info(self) -> StoredObject | None:
         try:
-            told = self._ask("head_object")
+            head = self._ask("head_object")
         except FileNotFoundError:
             return None
-        return Found(int(told["ContentLength"]), told.get("Metadata", {}).get(_TOKEN, ""), str(told.get("ETag", "")))
+        token, etag = head.get("Metadata", {}).get(_TOKEN, ""), str(head.get("ETag", ""))
+        return StoredObject(int(head["ContentLength"]), token, etag)
 
-    def remove(self, found: Found) -> None:
+    def remove(self, found: StoredObject) -> None:
         try:
             self._ask("delete_object", **({"IfMatch": found.mark} if found.mark else {}))
         except _Refused as error:
-            if error.status == 501:  # a store that knows no conditions
+            if error.status == 501:  # the store knows no conditions
                 self._ask("delete_object")
-            elif error.status != 412:  # of which the object is another one by now
+            elif error.status != 412:  # else the object is another one by now
                 raise
         except FileNotFoundError:
             pass
@@ -188,15 +184,17 @@ class S3Object:
         except InfrastructureError:
             if upload in self.under_way():
                 raise
-        raise NoUpload  # which not every store says
+        raise NoUpload  # not every store says so itself
 
     def _ask(self, method: str, **arguments: Any) -> Any:
-        return _patiently(self._file, lambda: self._store.call_s3(method, **self._place, **arguments))
+        return _ask_store(self._file, lambda: self._store.call_s3(method, **self._place, **arguments))
 
 
 class MovedObject:
-    """Written beside its place, under a hidden name, and moved there by the store.  For stores whose multipart uploads
-    their filesystem does not show."""
+    """Written under a hidden name beside its place and moved there by the store.
+
+    For stores of which fsspec does not show the multipart uploads.
+    """
 
     parallel = 1
 
@@ -212,7 +210,7 @@ class MovedObject:
         return upload
 
     def put(self, upload: str, number: int, data: bytes | bytearray) -> dict[str, str]:
-        with _translated(self._file):  # its filesystem tries again; what it gives up cannot be taken up
+        with _translated(self._file):  # its filesystem tries again by itself; what it gives up is lost
             self._opened.write(data)
         return {}
 
@@ -222,71 +220,69 @@ class MovedObject:
 
     def complete(self, upload: str, parts: Sequence[Mapping[str, str]]) -> None:
         with contextlib.suppress(FileNotFoundError):
-            _patiently(self._file, lambda: self._store.mv(upload, self._file.target))
+            _ask_store(self._file, lambda: self._store.mv(upload, self._file.target))
 
     def abort(self, upload: str) -> None:
         opened, self._opened = self._opened, None
-        with contextlib.suppress(Exception):  # not all filesystems can; what was closed is removed below
+        with contextlib.suppress(Exception):  # not all filesystems can discard; a closed file is removed below
             if opened is not None and not opened.closed:
                 opened.discard()
                 opened.closed = True
         with contextlib.suppress(FileNotFoundError):
-            _patiently(self._file, lambda: self._store.rm_file(upload))
+            _ask_store(self._file, lambda: self._store.rm_file(upload))
 
     def under_way(self) -> list[str]:
-        names = _patiently(self._file, lambda: self._store.glob(f"{self._folder}/.{self._name}.*.tmp"))
+        names = _ask_store(self._file, lambda: self._store.glob(f"{self._folder}/.{self._name}.*.tmp"))
         return [f"{self._folder}/{name.rpartition('/')[2]}" for name in names]
 
-    def look(self) -> Found | None:
+    def info(self) -> StoredObject | None:
         try:
-            info = _patiently(self._file, lambda: self._store.info(self._file.target))
+            known = object_info(_ask_store(self._file, lambda: self._store.info(self._file.target)))
         except FileNotFoundError:
             return None
-        size, marks = told_by(info)
-        return Found(size or 0, "", dict(marks).get("etag", ""))
+        return StoredObject(known.size or 0, "", known.etag)
 
-    def remove(self, found: Found) -> None:
-        if self.look() == found:
+    def remove(self, found: StoredObject) -> None:
+        if self.info() == found:
             with contextlib.suppress(FileNotFoundError):
-                _patiently(self._file, lambda: self._store.rm_file(self._file.target))
+                _ask_store(self._file, lambda: self._store.rm_file(self._file.target))
 
 
 # ---- errors
 
 
 class _Refused(InfrastructureError):
-    """The store has said no.  status: of HTTP."""
+    """The store has refused the request; ``status`` is HTTP's."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
 
 
-def _patiently(file: Url, ask: Callable[[], Any]) -> Any:
-    """An answer of the store, asked again where the connection broke or it was busy.
+def _ask_store(file: Url, ask: Callable[[], Any]) -> Any:
+    """The store's answer; it is asked again where the connection broke or it was busy.
 
-    Raises NoUpload and FileNotFoundError, and InfrastructureError for everything else.
+    Raises NoUpload, FileNotFoundError, and InfrastructureError for everything else.
     """
-    patience = remote_read.PATIENCE
-    for left in reversed(range(patience.tries)):
-        try:
-            with _translated(file):
-                return ask()
-        except remote_read.TransientError as error:
-            if not left:
-                why = f"the store cannot be reached, {patience.tries} times: {error}"
-                raise InfrastructureError(f"{file}: {why}; {_ADVICE}") from error
-            pause_s = patience.first_wait_s * 2 ** (patience.tries - 1 - left)
-            time.sleep(min(patience.longest_wait_s, pause_s) * random.uniform(0.5, 1.0))
-    raise AssertionError("unreachable")
+    policy = remote_read.RETRIES
+
+    def request() -> Any:
+        with _translated(file):
+            return ask()
+
+    try:
+        return with_retries(request, policy)
+    except TransientError as error:
+        why = f"the store cannot be reached, {policy.tries} times: {error}"
+        raise InfrastructureError(f"{file}: {why}; {_ADVICE}") from error
 
 
 @contextlib.contextmanager
 def _translated(file: Url) -> Iterator[None]:
-    """What a filesystem raises, as NoUpload, FileNotFoundError, Interrupted or InfrastructureError."""
+    """Turn what a filesystem raises into NoUpload, FileNotFoundError, TransientError or InfrastructureError."""
     try:
         yield
-    except (InfrastructureError, remote_read.TransientError):
+    except (InfrastructureError, TransientError):
         raise
     except Exception as error:
         code, status = _answer(error)
@@ -303,28 +299,25 @@ def _translated(file: Url) -> Iterator[None]:
             ) from None
         if status == 501 or (400 <= status < 500 and status not in (408, 429) and code not in _TRANSIENT):
             raise _Refused(f"{file}: refused: {code}: {error_line(error)}; {_ADVICE}", status) from None
-        raise remote_read.TransientError(error_line(error)) from error
+        raise TransientError(error_line(error)) from error
 
 
 def _answer(error: BaseException) -> tuple[str, int]:
     """The store's error code and HTTP status, "" and 0 where it did not answer."""
     for raised in (error, error.__cause__):
-        told = getattr(raised, "response", None)
-        if isinstance(told, dict):
-            code = str(told.get("Error", {}).get("Code", ""))
-            return code, int(told.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        answer = getattr(raised, "response", None)
+        if isinstance(answer, dict):
+            code = str(answer.get("Error", {}).get("Code", ""))
+            return code, int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     return "", int(getattr(error, "code", 0) or 0) if type(error).__name__ == "HttpError" else 0
 
 
-WRITABLE: Final = ("s3", "gs")
-
-
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# ---- folders
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFolder:
-    """A place in a bucket that shards are written to; ``folder / name`` is a file there."""
+    """A folder of a bucket that shards are written to; ``folder / name`` is a file in it."""
 
     url: str
 
@@ -335,22 +328,19 @@ class RemoteFolder:
         return self.url
 
     def names(self) -> list[str]:
-        """Of the objects right below it."""
+        """The names of the objects right below it."""
         return list(list_objects(self.url))
 
     def holds(self, files: Iterable[Path | Url]) -> bool:
-        """Whether one of the files lies right here."""
+        """Whether one of the files lies right below it."""
         return any(file == self / file.name for file in files)
 
 
-Folder = Path | RemoteFolder
-
-
-"""Where outputs go."""
+Folder = Path | RemoteFolder  # where outputs go
 
 
 def remote_folder(url: str) -> RemoteFolder:
-    """What ``--publish_to`` names.  UsageError for what shards cannot be written to."""
+    """The folder that ``--publish_to`` names.  Raises UsageError where shards cannot be written to it."""
     scheme, mark, rest = url.partition("://")
     scheme = scheme.lower()
     shown = redact(url)
@@ -372,14 +362,14 @@ def remote_folder(url: str) -> RemoteFolder:
 
 
 def place_of(root: Path, path: str) -> Source:
-    """Where an output lies that a receipt names; root: the stage's output folder."""
+    """Where an output lies that a receipt names; ``root`` is the stage's output folder."""
     return Url(path) if "://" in path else root / path  # a normalised path has no two slashes in a row
 
 
 class RemoteOutput(AtomicWriter):
-    """An object that is uploaded in parts while it is written; it appears when the commit completes the upload.
+    """An object that is uploaded in parts while it is written.  It appears when the commit completes the upload.
 
-    Memory: a part that is being filled, and those that are under way.
+    It holds one part in memory that is being filled, and those that are being sent.
     """
 
     def __init__(self, final: Url, token: str) -> None:
@@ -408,9 +398,9 @@ class RemoteOutput(AtomicWriter):
         self._closed = True
 
     def discard(self) -> None:
-        self._senders.shutdown(cancel_futures=True)  # a part that came after the end of the upload might stay
+        self._senders.shutdown(cancel_futures=True)  # a part that arrives after the abort might stay
         self._part = bytearray()
-        with contextlib.suppress(InfrastructureError):  # whoever does the shard next finds it
+        with contextlib.suppress(InfrastructureError):  # whoever does the shard next finds the upload
             self._object.abort(self._upload)
 
     def published(self, root: Path, *, checked: bool) -> Published:
@@ -437,18 +427,20 @@ class RemoteOutput(AtomicWriter):
 
 
 class Presence:
-    """Whether the objects that receipts name are there: by one listing of their folder, and by asking for each that it
-    does not show as it should be."""
+    """Whether the objects that receipts name are there.
+
+    Their folder is listed once; only an object that the listing does not show as it should be is asked for by itself.
+    """
 
     def __init__(self) -> None:
         self._sizes: dict[str, dict[str, int]] = {}  # folder → name → bytes
 
     def holds(self, output: Mapping[str, Any], *, fresh: bool) -> bool:
-        """Whether what a receipt names is there.  fresh: as it is now."""
+        """Whether the output that a receipt names is there; ``fresh``: at this moment, not in the listing."""
         file = Url(output["path"])
         if not fresh and self._listed(file) == output["size"]:
             return True
-        found = object_at(file).look()
+        found = object_at(file).info()
         return found is not None and found.is_of(output)
 
     def shows(self, file: Url) -> bool:

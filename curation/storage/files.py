@@ -1,10 +1,8 @@
-"""What every output does while it is written: small writes are gathered, everything is hashed on its way.
+"""Files that appear whole or not at all, folders made durable, and what to say when neither can be written.
 
-Folders made durable through descriptors that stay open, so that a shard's commit does not look them up again.
-
-What is wrong when a folder or a file cannot be written, in words that tell the user what to mend.
-
-A list of digests as coreutils' ``sha256sum -c`` reads it.
+There are three ways to write a file.  ``AtomicFile`` is one output of a shard: its bytes are hashed and lie under a
+temporary name until the shard's commit renames it.  ``whole_file`` (or ``write_whole``, for bytes at hand) is any other
+file: it gets its name when its block ends.  ``link_exclusively`` creates a file that one process of several creates.
 """
 
 from __future__ import annotations
@@ -16,27 +14,46 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import xxhash
 
 from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError
 from curation.jsonio import parse_json
 
+MAX_RECEIPT_BYTES = 256 << 20  # the `files` layout names every file of a shard
 _BUFFER_BYTES = 256 << 10
+_WRITEBACK_BYTES = 8 << 20  # after so many more bytes the kernel is asked to begin writing them back
+_MAX_PIECES = 1024  # of one writev, on Linux
+_MAX_NAME_BYTES = 255  # of one path component, on every filesystem that clusters use
+_MAX_OPEN_FOLDERS = 32  # the receipt buckets and output folders that a process publishes into by turns
+_TRIES = 20
+_NO_FSYNC = (errno.EINVAL, errno.EBADF)  # a filesystem that has no fsync of folders
+_GONE = (errno.ENOENT, errno.ESTALE)  # of one's own file: another worker cleared it away
+_CAUSES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the filesystem is read-only",
+}
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One output as a receipt names it: its path relative to the stage's output folder, or its URL; size, digest.
+    """One output as a receipt names it.
 
-    temporary: the file's name until the commit.  checked: whether readers may insist on the digest; a loose copy that a
-    later stage replaces is not.  upload: what completes an object's upload.
+    Attributes:
+        path: Relative to the stage's output folder, or the URL of an object in a bucket.
+        temporary: The file's name until the commit.
+        size: In bytes.
+        digest: xxh3-128, hex.
+        checked: Whether readers may rely on the digest.  They may not for a loose copy that a later stage replaces.
+        upload: What is needed to complete an object's upload.
     """
 
     path: str
@@ -47,12 +64,12 @@ class Published:
     upload: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
-        said = {"path": self.path, "temporary": self.temporary, "size": self.size, "digest": self.digest}
-        return {**said, "checked": self.checked, **({"upload": self.upload} if self.upload else {})}
+        record = {"path": self.path, "temporary": self.temporary, "size": self.size, "digest": self.digest}
+        return {**record, "checked": self.checked, **({"upload": self.upload} if self.upload else {})}
 
 
 class AtomicWriter(ABC):
-    """Bytes that nobody sees before the commit."""
+    """Gathers the small writes of one output and hashes everything.  Nobody sees the bytes before the commit."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -68,7 +85,7 @@ class AtomicWriter(ABC):
         return len(data)
 
     def write_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """``write`` of each, in one go."""
+        """Write several pieces by one system call; they are not copied."""
         self._drain()
         for piece in pieces:
             self._digest.update(piece)
@@ -84,19 +101,19 @@ class AtomicWriter(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Flush and make durable.  The digest and size are final after this."""
+        """Flush the bytes and make them durable.  Size and digest are final after this."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Close without keeping anything."""
+        """Close and keep nothing."""
 
     @abstractmethod
     def published(self, root: Path, *, checked: bool) -> Published:
-        """For the receipt, after ``close``.  root: the stage's output folder."""
+        """What the receipt says of this output.  Called after ``close``; ``root`` is the stage's output folder."""
 
     @abstractmethod
     def _put(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
-        """Take bytes that are hashed already, and count them in ``size``; they are the caller's again afterwards."""
+        """Write bytes that are hashed already and count them in ``size``.  The caller may change them afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -121,14 +138,8 @@ class AtomicWriter(ABC):
         self._put([data])
 
 
-_KEPT = 32  # descriptors: the buckets and output folders that a process publishes into by turns
-
-
-_NO_FSYNC = (errno.EINVAL, errno.EBADF)  # a filesystem that has no fsync of folders
-
-
-class _Open:
-    """A descriptor that is closed with its last user: one thread may drop it while another is in its fsync."""
+class _OpenFolder:
+    """A descriptor that is closed with its last user, because one thread may drop it while another calls fsync."""
 
     def __init__(self, folder: Path) -> None:
         self.descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -138,9 +149,7 @@ class _Open:
             os.close(self.descriptor)
 
 
-_open: OrderedDict[Path, _Open] = OrderedDict()
-
-
+_open: OrderedDict[Path, _OpenFolder] = OrderedDict()  # so that a commit need not look up its folders again
 _lock = threading.Lock()
 
 
@@ -157,24 +166,24 @@ def fsync_folder(folder: Path) -> None:
         kept = None
     if kept is None:
         try:
-            kept = _Open(folder)
+            kept = _OpenFolder(folder)
         except FileNotFoundError:
-            return  # somebody removed it with all that was in it: readers will see that the outputs are not there
+            return  # somebody removed it with its contents: readers will see that the outputs are missing
         _fsync(kept)
     with _lock:
         _open[folder] = kept
         _open.move_to_end(folder)
-        if len(_open) > _KEPT:
+        if len(_open) > _MAX_OPEN_FOLDERS:
             _open.popitem(last=False)
 
 
 def forget_folder(folder: Path) -> None:
-    """``folder`` was not there and is made anew: a descriptor of the one that was there before is of no use."""
+    """Drop the open descriptor of a folder that was removed: it does not belong to the new folder of that name."""
     with _lock:
         _open.pop(folder, None)
 
 
-def _fsync(kept: _Open) -> None:
+def _fsync(kept: _OpenFolder) -> None:
     try:
         os.fsync(kept.descriptor)
     except OSError as error:
@@ -182,23 +191,25 @@ def _fsync(kept: _Open) -> None:
             raise
 
 
-_CAUSES = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota is used up",
-    errno.EROFS: "the filesystem is read-only",
-}
-
-
 def storage_error(path: Path, error: OSError) -> InfrastructureError:
-    """What to tell the user when a folder or file cannot be written."""
+    """The error that tells the user why a folder or file cannot be written."""
     what = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
     if error.errno == errno.ENOSPC and _inodes_are_used_up(path):
         what = "no inodes are left (too many files and folders)"
     return InfrastructureError(f"{path}: cannot be written: {what}; mend it and start again, nothing published is lost")
 
 
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into the InfrastructureError that says why ``path`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
 def _inodes_are_used_up(path: Path) -> bool:
-    """Where a filesystem with bytes to spare has no room for one more file."""
+    """Whether a filesystem with bytes to spare has no room for one more file."""
     try:
         return (found := os.statvfs(path.parent)).f_files > 0 and found.f_favail == 0
     except OSError:
@@ -206,11 +217,8 @@ def _inodes_are_used_up(path: Path) -> bool:
 
 
 def is_storage_trouble(error: OSError) -> bool:
-    """Whether the filesystem refuses everybody, so that the next shard would fare no better."""
+    """Whether the filesystem refuses every write, so that the next shard would fail as well."""
     return error.errno in _CAUSES
-
-
-_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 
 
 def manifest_line(name: str, sha256: str) -> bytes:
@@ -229,35 +237,47 @@ def write_manifest(path: Path, rows: Iterable[tuple[Path, str]]) -> None:
     write_whole(path, b"".join(lines))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that appears whole or not at all.  Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+@contextlib.contextmanager
+def whole_file(path: Path, *, durable: bool = True, replace: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file that gets its name when the block ends without an exception; otherwise nothing is left.
+
+    Args:
+        path: The final name, in a folder that exists.
+        durable: Whether the file survives a crash of the machine.  Not needed for what is written every few seconds.
+        replace: Whether a file that is there already is replaced.
+
+    Raises:
+        FileExistsError: The file is there and ``replace`` is off.
+        OSError: The file cannot be written.
+    """
+    temporary = path.with_name(temporary_name(path.name, secrets.token_hex(8)))
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        (os.replace if replace else os.link)(temporary, path)
+        if durable:
+            fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-MAX_RECEIPT_BYTES = 256 << 20  # the `files` layout names every file of a shard
+def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file that appears whole or not at all, like ``whole_file``.  Raises OSError."""
+    with whole_file(path, durable=durable) as file:
+        file.write(data)
 
 
-_HURRY_BYTES = 8 << 20
-
-
-_MAX_PIECES = 1024  # of one writev, on Linux
-
-
-_MAX_NAME_BYTES = 255  # of one path component, on every filesystem that clusters use
-
-
-_TRIES = 20
-
-
-_GONE = (errno.ENOENT, errno.ESTALE)  # of one's own file: another worker cleared it away
+def link_exclusively(path: Path, data: bytes) -> bool:
+    """Create a whole, durable file; returns False where there is one already.  Raises InfrastructureError."""
+    make_folder(path.parent)
+    with storage_errors(path), contextlib.suppress(FileExistsError):
+        with whole_file(path, replace=False) as file:
+            file.write(data)
+        return True
+    return False
 
 
 def fast_digest(path: Path, block_bytes: int = 4 << 20) -> str:
@@ -272,21 +292,20 @@ def fast_digest(path: Path, block_bytes: int = 4 << 20) -> str:
 
 
 def temporary_name(name: str, token: str, end: str = "tmp") -> str:
-    """The name that an attempt writes a file under, or, with ``old``, puts one aside: hidden, its own, not too long."""
+    """The hidden name under which an attempt writes a file (``tmp``) or puts an earlier one aside (``old``)."""
     if len(os.fsencode(name)) + len(token) + 6 > _MAX_NAME_BYTES:
         name = "~" + xxhash.xxh3_128_hexdigest(os.fsencode(name))
     return f".{name}.{token}.{end}"
 
 
 def make_folder(folder: Path) -> None:
-    try:
+    """Make a folder and those above it unless they exist.  Raises InfrastructureError."""
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(folder, error) from error
 
 
 class AtomicFile(AtomicWriter):
-    """A binary file under a temporary name.  Made by ``ShardContext.output``; the final name appears at the commit."""
+    """An output on the filesystem.  ``ShardContext.output`` makes it, and the commit gives it its final name."""
 
     def __init__(self, final: Path, token: str) -> None:
         super().__init__()
@@ -294,11 +313,9 @@ class AtomicFile(AtomicWriter):
         if len(os.fsencode(final.name)) > _MAX_NAME_BYTES:  # a rename to it could never be finished
             raise ShardError(f"{final.parent}: no file can have the name {final.name[:60]!r}..., it is too long")
         self.temporary = final.with_name(temporary_name(final.name, token))
-        self._hurried = 0  # up to here the kernel was asked to write back
-        try:
+        self._writeback_from = 0  # up to here the kernel was asked to write back
+        with storage_errors(self.temporary):
             self._descriptor = _create(self.temporary)
-        except OSError as error:
-            raise storage_error(self.temporary, error) from error
 
     def close(self) -> None:
         if self._descriptor < 0:
@@ -321,6 +338,11 @@ class AtomicFile(AtomicWriter):
         with contextlib.suppress(OSError):
             self.temporary.unlink(missing_ok=True)
 
+    def move_into_place(self) -> None:
+        """Give the closed file its final name at once.  For files outside of a shard's commit.  Raises OSError."""
+        os.replace(self.temporary, self.final)
+        fsync_folder(self.final.parent)
+
     def published(self, root: Path, *, checked: bool) -> Published:
         path = os.path.normpath(f"{_relative(self.final.parent, root)}/{self.final.name}")
         return Published(path, self.temporary.name, self.size, self.digest, checked)
@@ -335,23 +357,23 @@ class AtomicFile(AtomicWriter):
                     count -= len(views.popleft())
                 if count:
                     views[0] = views[0][count:]
-            if self.size - self._hurried >= _HURRY_BYTES:
+            if self.size - self._writeback_from >= _WRITEBACK_BYTES:
                 self._start_writeback()
         except OSError as error:
             raise _own_file_error(self.temporary, error) from error
 
     def _start_writeback(self) -> None:
-        """Have the kernel begin to write what it was given so far, so that the fsync at the end finds little left.
+        """Let the kernel begin to write what it was given so far, so that the fsync at the end finds little left.
 
-        Linux starts writing dirty pages back when they are declared not to be needed, and does not wait for them.
+        Linux begins to write dirty pages back when a program says that it does not need them, and does not wait.
         """
-        begun, self._hurried = self._hurried, self.size
+        begun, self._writeback_from = self._writeback_from, self.size
         with contextlib.suppress(OSError):  # a filesystem that takes no advice
             os.posix_fadvise(self._descriptor, begun, self.size - begun, os.POSIX_FADV_DONTNEED)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON object of the ledger's own, None where there is none or where it is not one."""
+    """The JSON object in a file that this package wrote; None where there is no file or it holds something else."""
     data = read_whole(path)
     return None if data is None else parse_record(data)
 
@@ -365,7 +387,7 @@ def parse_record(data: bytes) -> dict[str, Any] | None:
 
 
 def read_whole(path: Path) -> bytes | None:
-    """The bytes of a file of the ledger's own, None where there is none."""
+    """The bytes of a file that this package wrote, None where there is none."""
     tries = _TRIES
     while True:
         tries -= 1
@@ -375,17 +397,18 @@ def read_whole(path: Path) -> bytes | None:
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno != errno.ESTALE or tries == 0:  # replaced while it was read: look again
+            if error.errno != errno.ESTALE or tries == 0:  # else it was replaced while it was read: read it again
                 raise InfrastructureError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 @lru_cache(maxsize=1024)
 def _relative(folder: Path, root: Path) -> str:
-    """An output folder as seen from the stage's: looked up once, because outputs lie in few folders."""
+    """An output folder relative to the stage's; cached, because outputs lie in few folders."""
     return os.path.relpath(os.path.realpath(folder), os.path.realpath(root))
 
 
 def _create(path: Path) -> int:
+    """A descriptor of a new file, whose folder is made where it is missing."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         return os.open(path, flags, 0o666)
@@ -395,7 +418,8 @@ def _create(path: Path) -> int:
         return os.open(path, flags, 0o666)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Create a file under exactly this name, for the commit, and make its bytes durable.  Raises OSError."""
     descriptor = _create(path)
     try:
         view = memoryview(data)
@@ -410,18 +434,3 @@ def _own_file_error(path: Path, error: OSError) -> Exception:
     if error.errno in _GONE:
         return LostClaim(f"{path}: gone; another worker has taken the shard")
     return storage_error(path, error)
-
-
-def link_exclusively(path: Path, data: bytes, token: str) -> bool:
-    """Create ``path`` with ``data``, durable and never seen half-written; False when it is there already."""
-    temporary = path.with_name(f".{path.name}.{token}.tmp")
-    try:
-        _write_durably(temporary, data)
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise storage_error(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,57 +1,29 @@
-"""How remote files are asked for: of web servers, and of buckets through fsspec.
+"""A remote file's bytes in order, over as many connections as it takes.
 
-One answer at a time; what becomes of one that breaks is in ``resumed.py``.
-
-A remote file's bytes in order, over as many connections as it takes.
-
-A connection that breaks is taken up again where it broke, within bounds, and only if it is still the same file.
+A connection that breaks is taken up again where it broke, within the bounds of a ``RetryPolicy``, and only if it is
+still the same file.  Web servers are asked through requests, buckets through fsspec.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from curation import __version__
 from curation.errors import ShardError
-from curation.storage.urls import HTTP, Url, error_line, filesystem, told_by
+from curation.storage.retry import RetryPolicy, TransientError, retry_after_s, with_retries
+from curation.storage.urls import HTTP, ObjectInfo, Url, error_line, filesystem, object_info
 
+RETRIES = RetryPolicy()
 _HTTP_CHUNK: Final = 1 << 20
-
-
+_MAX_REDIRECTS: Final = 10
 _RANGE_BYTES: Final = 8 << 20  # of a bucket: large enough that its latency does not count
-
-
+_PROGRESS_BYTES: Final = 256 << 10  # what a connection must bring so that its break does not count against the file
 _GONE: Final = frozenset((400, 401, 403, 404, 405, 407, 410, 411, 414, 451))
-
-
 _EXPIRED: Final = frozenset(("FileExpired", "PreconditionFailed"))
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """tries: connections in a row that bring next to nothing.  Waits double from the first to the longest."""
-
-    tries: int = 6
-    first_wait_s: float = 0.5
-    longest_wait_s: float = 30.0
-    connect_s: float = 15.0
-    read_s: float = 60.0
-
-
-PATIENCE = Patience()
-
-
-class TransientError(Exception):
-    """A connection that broke or was refused for now; ``wait_s`` is what the server asked for."""
-
-    def __init__(self, why: str, wait_s: float = 0.0) -> None:
-        super().__init__(why)
-        self.wait_s = wait_s
 
 
 class Unavailable(ShardError):
@@ -62,36 +34,14 @@ class Unavailable(ShardError):
         self.why = why
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
-    """What a server tells of a file: its size (None: not told), its etag and its time ("" where there is none)."""
-
-    size: int | None
-    etag: str = ""
-    modified: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """For receipts: what makes it another file when it differs."""
-        mark = {"etag": self.etag} if self.etag else {"modified": self.modified} if self.modified else {}
-        return {**({} if self.size is None else {"size": self.size}), **mark}
-
-    def differs(self, other: ObjectInfo) -> bool:
-        """Whether the two can not be of one version of a file."""
-        if None not in (self.size, other.size) and self.size != other.size:
-            return True
-        if self.etag and other.etag:
-            return self.etag != other.etag
-        return bool(self.modified and other.modified and self.modified != other.modified)
-
-
 class Connection(Protocol):
-    """An open answer.  ``begins``: the first byte that it gives, which may lie before the one asked for."""
+    """An open answer.  ``begins`` is the first byte that it gives, which may lie before the one asked for."""
 
-    facts: ObjectInfo
+    info: ObjectInfo
     begins: int
 
     def read(self) -> bytes:
-        """The next bytes, b"" at the end.  Raises Interrupted."""
+        """The next bytes, b"" at the end.  Raises TransientError."""
 
     def close(self) -> None: ...
 
@@ -100,42 +50,44 @@ class Server(Protocol):
     """Where one file comes from."""
 
     def connect(self, start: int, end: int | None) -> Connection:
-        """Raises Interrupted, and Unavailable or another ShardError where trying again would not help."""
+        """Raises TransientError, and Unavailable or another ShardError where trying again would not help."""
 
-    def look(self) -> ObjectInfo:
-        """Without reading it.  Raises the same."""
+    def info(self) -> ObjectInfo:
+        """What is known of the file without reading it.  Raises the same."""
 
     def close(self) -> None: ...
 
 
-def server_of(file: Url, patience: Patience) -> Server:
-    return HttpServer(file, patience) if file.scheme in HTTP else BucketServer(file)
+def server_of(file: Url, policy: RetryPolicy) -> Server:
+    return HttpServer(file, policy) if file.scheme in HTTP else BucketServer(file)
 
 
 # ---- web servers
 
 
 class HttpServer:
-    """Through requests, so that proxies and .netrc of the environment count."""
+    """One file of a web server, through requests: proxies, certificates and .netrc come from the environment."""
 
-    def __init__(self, file: Url, patience: Patience) -> None:
+    def __init__(self, file: Url, policy: RetryPolicy) -> None:
         import requests
 
         self._file = file
         self._session = requests.Session()
-        self._timeout = (patience.connect_s, patience.read_s)
+        self._session.max_redirects = _MAX_REDIRECTS
+        self._session.headers.update({"User-Agent": f"curation/{__version__}", "Accept-Encoding": "identity"})
+        self._timeout = (policy.connect_s, policy.read_s)
 
     def connect(self, start: int, end: int | None) -> Connection:
         ranged = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
         return _HttpConnection(self._file, self._ask("GET", ranged))
 
-    def look(self) -> ObjectInfo:
-        """By HEAD, or, as a signed URL may be good for GET alone, by its first byte."""
+    def info(self) -> ObjectInfo:
+        """By HEAD; or by the first byte, because a signed URL may be good for GET alone."""
         try:
             with contextlib.closing(self._ask("HEAD", {})) as response:
-                facts = object_info_of(response)
-                if facts.size is not None:
-                    return facts
+                info = object_info_of(response)
+                if info.size is not None:
+                    return info
         except Unavailable as error:
             if not error.why.startswith(("400", "403", "405")):
                 raise
@@ -149,13 +101,8 @@ class HttpServer:
         import requests
 
         try:
-            response = self._session.request(
-                method,
-                self._file.target,
-                headers={**headers, "Accept-Encoding": "identity"},
-                stream=True,
-                timeout=self._timeout,
-            )
+            url = self._file.target
+            response = self._session.request(method, url, headers=headers, stream=True, timeout=self._timeout)
         except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as error:
             raise Unavailable(self._file, error_line(error)) from None
         except requests.RequestException as error:
@@ -171,14 +118,13 @@ class HttpServer:
             raise ShardError(f"{self._file}: it is shorter than its server said ({status})", "changed")
         if response.status_code in _GONE:
             raise Unavailable(self._file, status)
-        wait = response.headers.get("Retry-After", "")
-        raise TransientError(status, float(wait) if wait.isdigit() else 0.0)
+        raise TransientError(status, retry_after_s(response.headers.get("Retry-After")) or 0.0)
 
 
 class _HttpConnection:
     def __init__(self, file: Url, response: Any) -> None:
         self._file, self._response = file, response
-        self.facts = object_info_of(response)
+        self.info = object_info_of(response)
         self.begins = 0
         if response.status_code == 206:
             match = _content_range(response)
@@ -200,7 +146,7 @@ class _HttpConnection:
 
 
 def object_info_of(response: Any) -> ObjectInfo:
-    """Of an answer 200 or 206."""
+    """What an answer with status 200 or 206 says of its file."""
     headers = response.headers
     if response.status_code == 206:
         match = _content_range(response)
@@ -224,29 +170,28 @@ class BucketServer:
     def __init__(self, file: Url) -> None:
         self._file = file
         self._store = filesystem(file.scheme)
-        self._on_hub = file.scheme == "hf"  # it would list the folder to tell of a file
+        self._on_hub = file.scheme == "hf"  # which would list the folder to say something of one file
 
     def connect(self, start: int, end: int | None) -> Connection:
-        facts = self.look()
+        info = self.info()
         with self._translated():
-            told: dict[str, Any] = {"size": facts.size} if self._on_hub else {}
-            opened = self._store.open(self._file.target, "rb", cache_type="none", block_size=_RANGE_BYTES, **told)
+            known: dict[str, Any] = {"size": info.size} if self._on_hub else {}
+            opened = self._store.open(self._file.target, "rb", cache_type="none", block_size=_RANGE_BYTES, **known)
             opened.seek(start)
-        return _BucketConnection(self, opened, facts, start, end)
+        return _BucketConnection(self, opened, info, start, end)
 
-    def look(self) -> ObjectInfo:
+    def info(self) -> ObjectInfo:
         with self._translated():
             self._store.invalidate_cache()
             one: dict[str, Any] = {"expand_info": True} if self._on_hub else {}
-            size, marks = told_by(self._store.info(self._file.target, **one))
-        return ObjectInfo(size, **dict(marks))
+            return object_info(self._store.info(self._file.target, **one))
 
     def close(self) -> None:
         pass
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """What its filesystem raises, which each has its own words for, as one of the three."""
+        """Turn what the filesystem raises, each of which has errors of its own, into one of the three of ``Server``."""
         try:
             yield
         except (TransientError, ShardError):
@@ -264,19 +209,19 @@ class BucketServer:
 
 
 class _BucketConnection:
-    """One range after the other; at the end it is asked whether it is still the same file."""
+    """Reads one range after the other, and asks at the end whether it is still the same file."""
 
-    def __init__(self, server: BucketServer, opened: Any, facts: ObjectInfo, start: int, end: int | None) -> None:
+    def __init__(self, server: BucketServer, opened: Any, info: ObjectInfo, start: int, end: int | None) -> None:
         self._server, self._opened = server, opened
-        self.facts, self.begins = facts, start
-        self._at, self._end = start, facts.size if end is None else end
+        self.info, self.begins = info, start
+        self._at, self._end = start, info.size if end is None else end
 
     def read(self) -> bytes:
         wanted = _RANGE_BYTES if self._end is None else min(_RANGE_BYTES, self._end - self._at)
         with self._server._translated():
             data = bytes(self._opened.read(wanted)) if wanted > 0 else b""
         self._at += len(data)
-        if self._at == self._end and data and self.facts.differs(self._server.look()):
+        if self._at == self._end and data and self.info.differs(self._server.info()):
             raise ShardError(f"{self._server._file}: it changed while it was read; start again", "changed")
         return data
 
@@ -285,49 +230,53 @@ class _BucketConnection:
             self._opened.close()
 
 
-_PROGRESS_BYTES: Final = 256 << 10  # what a connection must bring so that its break does not count against the file
-
-
 class ResumingReader:
-    """A file's bytes from ``start`` to ``end`` in order.  ``stop`` ends its waits.
+    """A remote file's bytes in order, read over as many connections as it takes.
 
-    facts: of the version that has to be read; of the first answer where none are given.
+    Args:
+        file: For messages.
+        server: Where the bytes come from.
+        policy: How many connections in a row may bring next to nothing, and the waits between them.
+        stop: An event that ends the waits.
+        start: The first byte to read.
+        end: The byte after the last one; None for all.
+        info: The version of the file that must be read; None for the one that the first answer is of.
     """
 
     def __init__(
         self,
         file: Url,
         server: Server,
-        patience: Patience,
+        policy: RetryPolicy,
         stop: threading.Event,
         *,
         start: int = 0,
         end: int | None = None,
-        facts: ObjectInfo | None = None,
+        info: ObjectInfo | None = None,
     ) -> None:
-        self._file, self._server, self._patience, self._stop = file, server, patience, stop
+        self._file, self._server, self._policy, self._stop = file, server, policy, stop
         self._at, self._end = start, end
-        self._facts = facts
+        self._info = info
         self._connection: Connection | None = None
         self._failures, self._progress = 0, 0
 
     @property
-    def facts(self) -> ObjectInfo:
-        """Connects, where that has not been done."""
-        while self._facts is None:
+    def info(self) -> ObjectInfo:
+        """What the server says of the file.  Connects unless that has been done."""
+        while self._info is None:
             try:
                 self._connect()
             except TransientError as error:
                 self._wait(error)
-        return self._facts
+        return self._info
 
     def read(self) -> bytes:
-        """The next bytes, b"" at the end.  Raises ShardError, also when it was stopped."""
+        """The next bytes, b"" at the end.  Raises ShardError, also after ``stop``."""
         while True:
             try:
                 connection = self._connection or self._connect()
                 data = connection.read()
-                end = self._end if self._end is not None else self.facts.size
+                end = self._end if self._end is not None else self.info.size
                 if not data and end is not None and self._at < end:
                     raise TransientError("the answer ended early")
                 if end is not None and self._at + len(data) > end:
@@ -342,9 +291,9 @@ class ResumingReader:
     def _connect(self) -> Connection:
         connection = self._server.connect(self._at, self._end)
         try:
-            if self._facts is None:
-                self._facts = connection.facts
-            elif self._facts.differs(connection.facts):
+            if self._info is None:
+                self._info = connection.info
+            elif self._info.differs(connection.info):
                 raise ShardError(f"{self._file}: it changed while it was read; start again", "changed")
             skip = self._at - connection.begins
             while skip > 0:  # a server without ranges begins anew
@@ -364,14 +313,13 @@ class ResumingReader:
         self.close()
         self._failures = 1 if self._progress >= _PROGRESS_BYTES else self._failures + 1
         self._progress = 0
-        p = self._patience
-        if self._failures >= p.tries:
-            size = self._facts.size if self._facts else None
+        tries = self._policy.tries
+        if self._failures >= tries:
+            size = self._info.size if self._info else None
             of = f" of {size:,}" if size is not None else ""
-            where = f"broke off at byte {self._at:,}{of}" if self._facts else "cannot be read"
-            raise ShardError(f"{self._file}: {where}, {p.tries} times: {error}", "broke_off") from error
-        pause = min(p.longest_wait_s, p.first_wait_s * 2 ** (self._failures - 1)) * random.uniform(0.5, 1.0)
-        if self._stop.wait(max(pause, min(error.wait_s, p.longest_wait_s))):
+            where = f"broke off at byte {self._at:,}{of}" if self._info else "cannot be read"
+            raise ShardError(f"{self._file}: {where}, {tries} times: {error}", "broke_off") from error
+        if self._stop.wait(self._policy.wait_s(self._failures, error.wait_s)):
             raise ShardError(f"{self._file}: no longer wanted") from error
 
     def close(self) -> None:
@@ -381,10 +329,10 @@ class ResumingReader:
 
 
 class _Rest:
-    """A connection of whose last answer a part is still to be given."""
+    """A connection that first gives the rest of what was read from it already."""
 
     def __init__(self, inner: Connection, rest: bytes) -> None:
-        self.facts, self.begins = inner.facts, inner.begins
+        self.info, self.begins = inner.info, inner.begins
         self._inner, self._rest = inner, rest
 
     def read(self) -> bytes:
@@ -397,21 +345,31 @@ class _Rest:
         self._inner.close()
 
 
-def look_at(file: Url, patience: Patience | None = None) -> ObjectInfo:
-    """What is known of a file without reading it.  Raises Unavailable, and ShardError where nobody can be asked."""
-    patience = patience or PATIENCE
-    server = server_of(file, patience)
-    never = threading.Event()
-    error: TransientError | None = None
+@contextlib.contextmanager
+def open_remote(file: Url, policy: RetryPolicy | None = None, *, start: int = 0) -> Iterator[ResumingReader]:
+    """Open a remote file to read it from byte ``start`` to its end.  The block may raise ShardError."""
+    policy = policy or RETRIES
+    server = server_of(file, policy)
+    reader = ResumingReader(file, server, policy, threading.Event(), start=start)
     try:
-        for number in range(patience.tries):
-            if error is not None:
-                pause = min(patience.longest_wait_s, patience.first_wait_s * 2 ** (number - 1))
-                never.wait(max(pause * random.uniform(0.5, 1.0), min(error.wait_s, patience.longest_wait_s)))
-            try:
-                return server.look()
-            except TransientError as why:
-                error = why
+        yield reader
+    finally:
+        reader.close()
+        server.close()
+
+
+def fetch_info(file: Url, policy: RetryPolicy | None = None) -> ObjectInfo:
+    """What is known of a remote file without reading it.
+
+    Raises:
+        Unavailable: The server says that the file is not there, or not for this user.
+        ShardError: The server does not answer.
+    """
+    policy = policy or RETRIES
+    server = server_of(file, policy)
+    try:
+        return with_retries(server.info, policy)
+    except TransientError as error:
+        raise ShardError(f"{file}: no answer, {policy.tries} times: {error}", "not_available") from error
     finally:
         server.close()
-    raise ShardError(f"{file}: cannot be looked at, {patience.tries} times: {error}", "not_available")

@@ -1,13 +1,13 @@
-"""Files that lie on no filesystem: what URLs and commands name as shards, and how they are found.
+"""URLs and commands that name shards: how they are found, and what may be said of them.
 
-Nothing is read here; ``transports.py`` does that.  What is said of such a file never shows a password, a signature or
-the rest of a command.
+Nothing is read here; ``remote_read`` does that.  ``redact`` is the one place that takes secrets out of URLs and of what
+libraries say in their errors: everything that reaches a log, a receipt or the terminal goes through it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,34 +17,57 @@ from urllib.parse import unquote, urlsplit
 from curation.errors import InfrastructureError, UsageError
 
 PIPE: Final = "pipe:"
-
-
 HTTP: Final = frozenset(("http", "https"))
-
-
 PACKAGES: Final = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}  # through fsspec
-
-
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-
-
 _MAX_MESSAGE = 300
+_ETAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what the filesystems of fsspec call it
+_TIMES = ("LastModified", "updated", "mtime")
+_SECRETS: Final = (
+    (re.compile(r"(://)[^/\s'\"]*@"), r"\1"),  # user and password
+    (re.compile(r"(://[^\s'\"?#]*)[?#][^\s'\"]*"), r"\1?…"),  # a query may be a signature
+    (re.compile(r"(with url: [^\s'\"?]*)\?\S*"), r"\1?…"),  # as urllib3 says it, without the host
+    (re.compile(r"(?i)\b(bearer|authorization: basic)\s+[\w.~+/=*-]+"), r"\1 ***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),  # the hub's tokens
+)
 
-Told = tuple[int | None, tuple[tuple[str, str], ...]]
 
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a server says of a file: its size (None where it does not say), its ETag and its time ("" for none)."""
 
-"""Size, and what tells one version of a file from another: (("etag", …),)."""
+    size: int | None
+    etag: str = ""
+    modified: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """For receipts: another record means another file."""
+        return {**({} if self.size is None else {"size": self.size}), **self.mark()}
+
+    def mark(self) -> dict[str, str]:
+        """What tells one version of the file from another."""
+        return {"etag": self.etag} if self.etag else {"modified": self.modified} if self.modified else {}
+
+    def differs(self, other: ObjectInfo) -> bool:
+        """Whether the two cannot be of one version of a file."""
+        if None not in (self.size, other.size) and self.size != other.size:
+            return True
+        if self.etag and other.etag:
+            return self.etag != other.etag
+        return bool(self.modified and other.modified and self.modified != other.modified)
 
 
 @dataclass(frozen=True)
 class Url:
-    """A URL, or ``pipe:`` and a command whose output is the file.  As text it is fit for messages.
+    """A URL, or ``pipe:`` and a command whose output is the file.  ``str`` of it holds no secrets.
 
-    target: as it was given, secrets included.  known: what a listing told of it.
+    Attributes:
+        target: As it was given, secrets included.
+        known: What a listing said of the file.
     """
 
     target: str = field(repr=False)
-    known: Told | None = field(default=None, compare=False, repr=False)
+    known: ObjectInfo | None = field(default=None, compare=False, repr=False)
 
     @property
     def command(self) -> str | None:
@@ -56,7 +79,7 @@ class Url:
 
     @cached_property
     def name(self) -> str:
-        """The file's name; of a command, that of the last tar in it."""
+        """The file's name; for a command, the name of the last tar in it."""
         if self.command is None:
             path = urlsplit(self.target).path if self.scheme in HTTP else self.target.partition("://")[2]
             return unquote(path.rpartition("/")[2])
@@ -73,17 +96,14 @@ class Url:
         return redact(self.target)
 
     def __repr__(self) -> str:
-        return f"RemoteFile({self})"
+        return f"Url({self})"
 
 
-Source = Path | Url
-
-
-"""Where a shard is read from."""
+Source = Path | Url  # where a shard is read from
 
 
 def is_remote(text: str) -> bool:
-    """Whether ``text`` is a URL or a command, and no path.  UsageError for a URL of an unknown kind."""
+    """Whether ``text`` is a URL or a command, and not a path.  Raises UsageError for a URL of an unknown kind."""
     if text.startswith(PIPE):
         return True
     match = _SCHEME.match(text)
@@ -95,16 +115,32 @@ def is_remote(text: str) -> bool:
     return True
 
 
-def redact(text: str) -> str:
-    """URLs without user, password, query and fragment."""
-    text = re.sub(r"(://)[^/\s'\"]*@", r"\1", text)
-    return re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?…", text)
+def redact(text: str, *secrets: str) -> str:
+    """The text without users, passwords and queries of URLs, without credentials, and without these ``secrets``."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def error_line(error: BaseException) -> str:
+    """What went wrong, on one line and without secrets."""
+    text = " ".join(redact(str(error)).split())[:_MAX_MESSAGE]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def find_remote(text: str, suffix: str, *, allow_pipe: bool) -> Iterator[Url]:
-    """The files that a URL or a command without braces names; a bucket's folder and a glob are listed.
+    """The files that a URL or a command names; a bucket's folder and a glob are listed.
 
-    Raises UsageError for what cannot be listed and for a command without ``allow_pipe``.
+    Args:
+        text: A URL or command, whose braces are expanded already.
+        suffix: How the files' names end.
+        allow_pipe: Whether commands may be run.
+
+    Raises:
+        UsageError: It cannot be listed, or it is a command without ``allow_pipe``.
+        InfrastructureError: The store cannot be asked.
     """
     file = Url(text)
     if file.command is not None:
@@ -126,31 +162,26 @@ def find_remote(text: str, suffix: str, *, allow_pipe: bool) -> Iterator[Url]:
 
 
 def filesystem(scheme: str) -> Any:
-    """fsspec's filesystem for a scheme, with the credentials of the environment; InfrastructureError without it."""
+    """fsspec's filesystem for a scheme, with the credentials and proxies of the environment.
+
+    Raises InfrastructureError where its package is missing.
+    """
+    web = {"client_kwargs": {"trust_env": True}} if scheme in HTTP else {}  # else aiohttp would use no proxies
     try:
         import fsspec
 
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return fsspec.filesystem(scheme, use_listings_cache=False, **web)
     except ImportError as error:
         raise InfrastructureError(
             f"{scheme}:// needs {PACKAGES[scheme]} ({error}): pip install {PACKAGES[scheme]}"
         ) from None
 
 
-def told_by(info: dict[str, Any]) -> Told:
-    """What fsspec says of a file, by the names that its filesystems have for the same things."""
-    size = info.get("size")
-    for name in ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "updated", "mtime"):
-        if info.get(name):
-            kind = "modified" if name in ("LastModified", "updated", "mtime") else "etag"
-            return size, ((kind, str(info[name])),)
-    return size, ()
-
-
-def error_line(error: BaseException) -> str:
-    """What went wrong, on one line and without secrets."""
-    text = " ".join(redact(str(error)).split())[:_MAX_MESSAGE]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def object_info(info: Mapping[str, Any]) -> ObjectInfo:
+    """What fsspec says of a file, whose filesystems have several names for the same things."""
+    etag = next((str(info[name]) for name in _ETAGS if info.get(name)), "")
+    modified = next((str(info[name]) for name in _TIMES if info.get(name)), "")
+    return ObjectInfo(info.get("size"), etag, "" if etag else modified)
 
 
 def _listed(file: Url, suffix: str) -> Iterator[Url]:
@@ -171,4 +202,4 @@ def _listed(file: Url, suffix: str) -> Iterator[Url]:
     for name in sorted(found):
         base = name.rpartition("/")[2]
         if found[name].get("type") == "file" and base.endswith(suffix) and not base.startswith("."):
-            yield Url(f"{file.scheme}://{name}", told_by(found[name]))
+            yield Url(f"{file.scheme}://{name}", object_info(found[name]))

@@ -9,8 +9,6 @@ bytes, with tabs in between.
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import orjson
 
 from curation.errors import ShardError
 from curation.jsonio import dump_json
-from curation.storage.files import storage_error, temporary_name
+from curation.storage.files import storage_errors, write_whole
 from curation.tar.blocks import Block, Blocks
 from curation.tar.headers import BLOCK, REGULAR, BadHeader, Member, padded, parse_header, parse_special, split_name
 from curation.tar.scan import SampleSpan, Window
@@ -214,16 +212,8 @@ def write_wids(folder: Path, receipts: Iterable[Mapping[str, Any]]) -> Path:
         listed.append({"url": output["path"], "nsamples": receipt["notes"]["samples_out"], "filesize": output["size"]})
     record = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
     path = folder / WIDS
-    temporary = folder / temporary_name(WIDS, secrets.token_hex(8))
-    try:
-        with open(temporary, "xb") as file:
-            file.write(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise storage_error(path, error) from error
+    with storage_errors(path):
+        write_whole(path, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
     return path
 
 

@@ -282,16 +282,16 @@ class PrefetchStream:
     """A remote file, of which a thread fetches a few megabytes ahead.  What is wanted again is fetched again."""
 
     def __init__(self, file: Url) -> None:
-        self._file, self._patience = file, remote_read.PATIENCE
-        self._server = server_of(file, self._patience)
+        self._file, self._policy = file, remote_read.RETRIES
+        self._server = server_of(file, self._policy)
         self._stop = threading.Event()
-        self._source = ResumingReader(file, self._server, self._patience, self._stop)
+        self._source = ResumingReader(file, self._server, self._policy, self._stop)
         try:
-            self._facts = self._source.facts
+            self._info = self._source.info
         except BaseException:
             self._server.close()
             raise
-        self.size = self._facts.size
+        self.size = self._info.size
         self._at = 0
         self._chunk = memoryview(b"")
         self._ended = False
@@ -343,11 +343,11 @@ class PrefetchStream:
         again = ResumingReader(
             self._file,
             self._server,
-            self._patience,
+            self._policy,
             self._stop,
             start=start,
             end=start + len(view),
-            facts=self._facts,
+            info=self._info,
         )
         total = 0
         try:

@@ -161,7 +161,7 @@ def test_one_process_of_a_run_uploads_meanwhile(server: Hub, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--hf_repo", "a/b/c"], "no name of a repository"),
+        (["--hf_repo", "a/b/c"], "not the name of a repository"),
         (["--hf_repo", "a/b", "--hf_username", "c"], "not of --hf_username"),
         (["--push_every", "0"], "--push_every must be at least 1"),
     ],

@@ -532,8 +532,8 @@ def test_long_names(tmp_path: Path) -> None:
 
 def test_links_are_exclusive_and_whole(tmp_path: Path) -> None:
     path = tmp_path / "_epoch.1.json"
-    assert link_exclusively(path, b"1", "a")
-    assert not link_exclusively(path, b"2", "b")
+    assert link_exclusively(path, b"1")
+    assert not link_exclusively(path, b"2")
     assert path.read_bytes() == b"1"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 

@@ -16,6 +16,7 @@ import pytest
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.serving.pool import EndpointPool, endpoint_urls
 from curation.serving.wire import Request
+from curation.storage.retry import RetryPolicy
 from tests.servers import ollama_stub
 
 MODEL = "tulu3:fairclip"
@@ -24,7 +25,7 @@ MODEL = "tulu3:fairclip"
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken server is tried again sooner, and one is thought mute sooner, so that the tests are quick."""
-    monkeypatch.setattr("curation.serving.pool.FIRST_PAUSE_S", 0.2)
+    monkeypatch.setattr("curation.serving.pool.TRIALS", RetryPolicy(first_wait_s=0.2))
     monkeypatch.setattr("curation.serving.pool.MUTE_S", 1.0)
 
 

@@ -28,7 +28,7 @@ import pytest
 from PIL import Image
 
 from curation.download.downloader import HostScheduler
-from curation.download.fetch import disallowed_by, is_public, seconds_to_wait
+from curation.download.fetch import disallowed_by, is_public
 from curation.download.images import ImagePolicy, make_stored
 from curation.download.rows import OWN_COLUMNS, renamed_columns
 from curation.images import decode_rgb, image_facts, image_size
@@ -288,20 +288,6 @@ def test_retry_after_is_honoured(web: Web, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.parquet", [web.url("busy", 2000)])
     assert run(table, tmp_path / "hasty", "--max_wait", 0.5) == 0
     assert rows(tmp_path / "hasty")[0]["error_message"].startswith("http_429")
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("7", 7.0),
-        ("", None),
-        ("soon", None),
-        ("Wed, 21 Oct 2026 07:28:10 GMT", 10.0),
-        ("Wed, 21 Oct 2020 07:28:10 GMT", 0),
-    ],
-)
-def test_what_retry_after_says(text: str, seconds: float | None) -> None:
-    assert seconds_to_wait(text, datetime(2026, 10, 21, 7, 28, tzinfo=UTC)) == seconds
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from curation.shards import bucket_of, discover
 from curation.storage import buckets, remote_read
 from curation.storage.buckets import RemoteOutput, remote_folder
 from curation.storage.files import fast_digest
+from curation.storage.retry import RetryPolicy
 from curation.storage.urls import Url
 from curation.tar.samples import TarWriter, read_samples
 from tests.servers import photo_server
@@ -89,7 +90,7 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     import s3fs
 
     monkeypatch.setattr(buckets, "PART_BYTES", PART)
-    monkeypatch.setattr(remote_read, "PATIENCE", remote_read.Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05))
+    monkeypatch.setattr(remote_read, "RETRIES", RetryPolicy(tries=3, first_wait_s=0.01, longest_wait_s=0.05))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)}
     server.client.create_bucket(Bucket="out")
@@ -458,12 +459,12 @@ def test_a_store_without_uploads_gets_a_hidden_file_that_is_moved(tmp_path: Path
     for _ in range(2):
         thing.complete(upload, [])
         assert (tmp_path / "7.tar").read_bytes() == b"whole file"
-    assert thing.look() == buckets.Found(10)
+    assert thing.info() == buckets.StoredObject(10)
     thing.abort(left)
     thing.abort(left)
     assert [path.name for path in tmp_path.iterdir()] == ["7.tar"]
-    thing.remove(buckets.Found(10))
-    assert thing.look() is None
+    thing.remove(buckets.StoredObject(10))
+    assert thing.info() is None
 
 
 # ---- what is refused

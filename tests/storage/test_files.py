@@ -57,7 +57,7 @@ def test_descriptors_are_bounded_even_among_threads(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(fsync_folder, places * 3))
-    assert len(os.listdir("/proc/self/fd")) <= before + files._KEPT
+    assert len(os.listdir("/proc/self/fd")) <= before + files._MAX_OPEN_FOLDERS
 
 
 def test_a_folder_that_is_gone_is_nobodys_trouble(tmp_path: Path) -> None:

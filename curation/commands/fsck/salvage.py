@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 from curation.commands.fsck.samples import Kinds, sample_problems
 from curation.errors import ShardError
 from curation.jsonio import clean_text, dump_json
-from curation.storage.files import AtomicFile, storage_error
+from curation.storage.files import AtomicFile, storage_error, write_whole
 from curation.tar.headers import (
     BLOCK,
     EXTENSIONS,
@@ -91,7 +91,7 @@ def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *
                     output.write(bytes(member.end - end))  # bytes that are none of its own may stand there
                 saved += 1
             output.write(bytes(2 * BLOCK + -(output.tell() + 2 * BLOCK) % RECORD))
-        os.replace(output.temporary, output.final)
+        output.move_into_place()
         report: dict[str, Any] = {
             "shard": shard_id,
             "source": str(path),
@@ -103,9 +103,7 @@ def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *
             "finished": round(time.time(), 3),
             "seconds": round(time.time() - began, 3),
         }
-        with AtomicFile(folder / f"{shard_id}.salvage.json", secrets.token_hex(8)) as file:
-            file.write(dump_json(report, indent=True))
-        os.replace(file.temporary, file.final)
+        write_whole(folder / f"{shard_id}.salvage.json", dump_json(report, indent=True))
     except OSError as error:
         raise storage_error(folder, error) from error
     return saved

@@ -33,7 +33,8 @@ from curation.commands.tables.similarity import (
 from curation.commands.tables.tables import Table, Tables, find_tables, with_features
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.options import exit_code, parse_arguments
-from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, sort_uids, whole_file, write_subset
+from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, sort_uids, write_subset
+from curation.storage.files import make_folder, storage_errors, whole_file
 
 _TEXTS = ("uid", "key", "tar")
 
@@ -310,7 +311,12 @@ def _write_parquet(options: Options, schema: Any, blocks: Iterator[Any]) -> None
     import pyarrow.parquet as pq
 
     schema = schema.with_metadata({"feature": options.feature, "threshold": repr(options.threshold)})
-    with whole_file(options.out) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    make_folder(options.out.parent)
+    with (
+        storage_errors(options.out),
+        whole_file(options.out) as file,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
         for block in blocks:
             writer.write_table(block.cast(schema))
 

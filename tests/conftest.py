@@ -19,6 +19,10 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 leftovers = Leftovers()
+# Bash cannot trap what its parent ignores, as a shell ignores SIGINT for what it runs in the background.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

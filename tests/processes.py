@@ -26,7 +26,7 @@ Found = TypeVar("Found")
 
 def wait_until(
     condition: Callable[[], Found],
-    what: str = "a condition",
+    what: str | Callable[[], object] = "a condition",
     *,
     while_runs: subprocess.Popen[Any] | None = None,
     seconds: float = PATIENCE_S,
@@ -35,7 +35,7 @@ def wait_until(
 
     Args:
         condition: Asked again and again until its value is true.
-        what: What the test waits for, for the message of a failure.
+        what: What the test waits for, or what tells then why it did not come, for the message of a failure.
         while_runs: A process without which the condition can never hold: when it ends, the test fails at once.
         seconds: How long to wait at most.
 
@@ -48,9 +48,13 @@ def wait_until(
         code = None if while_runs is None else while_runs.poll()
         if found := condition():
             return found
-        assert code is None, f"the process ended with {code} before there was {what}"
-        assert not too_late, f"waited {seconds:.0f} s for {what}"
+        assert code is None, f"the process ended with {code} before there was {_text(what)}"
+        assert not too_late, f"waited {seconds:.0f} s for {_text(what)}"
         time.sleep(0.01)
+
+
+def _text(what: str | Callable[[], object]) -> object:
+    return what if isinstance(what, str) else what()
 
 
 def start(command: Sequence[object], *, more: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:

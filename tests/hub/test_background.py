@@ -19,15 +19,14 @@ import pytest
 from curation.cluster import Allocation
 from curation.errors import EXIT_WORK_LEFT, UsageError
 from curation.hub.background import HubOptions, Pushing
+from tests import EXAMPLES
 from tests.backends.tiny_captioners import save_florence2
 from tests.processes import started, wait_until
 from tests.servers.hub import Hub, serve
 from tests.servers.hub_datasets import Fault
 from tests.stages import recaption_stub as stub
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARDS = ROOT / "examples" / "shards"
-IDS = [path.stem for path in sorted(SHARDS.glob("*.tar"))]
+IDS = [path.stem for path in sorted(EXAMPLES.glob("*.tar"))]
 REPO = "somebody/captions"
 TOKEN = "hf_" + "s3cr3tT0ken" * 3
 FLAGS = ["--batch_size", "4", "--dataloader_num_workers", "2", "--lease_s", "2", "--hf_repo", REPO]
@@ -64,7 +63,7 @@ def test_parts_are_uploaded_while_the_stage_runs_and_the_rest_at_the_end(
 ) -> None:
     monkeypatch.setenv("CURATION_STUB_S", "0.15")
     flags = [*FLAGS, "--push_every", "1", "--format", "parquet,tar", "--num_gpus", "1"]
-    assert stub.main([str(SHARDS), "-o", str(tmp_path), *flags]) == 0
+    assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *flags]) == 0
     repo = server.datasets.repos[REPO]
     assert repo.private
     first, *_ = (path for path in repo.commits[1].added if path.startswith("data/"))
@@ -85,7 +84,7 @@ def test_a_hub_that_is_down_costs_a_warning(
     server.datasets.faults = [DOWN]
     flags = [*FLAGS, "--push_every", "1", "--max_tokens", "4", "--num_gpus", "1"]
     stage = importlib.import_module("05_recaption")
-    code = stage.main([str(SHARDS), "-o", str(tmp_path / "out"), "--model", str(tmp_path / "model"), *flags])
+    code = stage.main([str(EXAMPLES), "-o", str(tmp_path / "out"), "--model", str(tmp_path / "model"), *flags])
     told = "".join(capfd.readouterr()) + caplog.text
     assert code == 0
     assert len(captions(tmp_path / "out")) == 76
@@ -95,12 +94,12 @@ def test_a_hub_that_is_down_costs_a_warning(
     assert TOKEN not in told
     assert TOKEN.encode() not in kept
     server.datasets.faults = []
-    assert stage.main([str(SHARDS), "-o", str(tmp_path / "out"), "--model", str(tmp_path / "model"), *flags]) == 0
+    assert stage.main([str(EXAMPLES), "-o", str(tmp_path / "out"), "--model", str(tmp_path / "model"), *flags]) == 0
     assert {f"rows/{shard}.jsonl" for shard in IDS} < server.datasets.repos[REPO].files.keys(), "by the next start"
 
 
 def test_several_workers_leave_the_last_push_to_the_one_that_started_them(server: Hub, tmp_path: Path) -> None:
-    command = [sys.executable, stub.__file__, SHARDS, "-o", tmp_path, *FLAGS, "--workers", "2"]
+    command = [sys.executable, stub.__file__, EXAMPLES, "-o", tmp_path, *FLAGS, "--workers", "2"]
     with started(command) as process:
         assert process.wait() == 0
     repo = server.datasets.repos[REPO]
@@ -111,7 +110,7 @@ def test_several_workers_leave_the_last_push_to_the_one_that_started_them(server
 def test_a_hub_that_hangs_does_not_hold_the_stage(server: Hub, tmp_path: Path) -> None:
     """A signal ends the last push; what was captioned stays and the exit code is the stage's."""
     server.datasets.faults = [Fault("", times=99, delay_s=3600)]
-    command = [sys.executable, stub.__file__, SHARDS, "-o", tmp_path, *FLAGS, "--num_gpus", "1"]
+    command = [sys.executable, stub.__file__, EXAMPLES, "-o", tmp_path, *FLAGS, "--num_gpus", "1"]
     with started(command, stderr=subprocess.PIPE) as running:
         wait_until(lambda: server.datasets.asked, "a request", while_runs=running)
         running.send_signal(signal.SIGTERM)
@@ -123,7 +122,7 @@ def test_a_hub_that_hangs_does_not_hold_the_stage(server: Hub, tmp_path: Path) -
 
 def test_what_is_being_uploaded_is_broken_off_at_the_end(server: Hub, tmp_path: Path) -> None:
     server.datasets.faults = [Fault("", times=99, delay_s=3600)]
-    assert stub.main([str(SHARDS), "-o", str(tmp_path), *FLAGS[:-2], "--num_gpus", "1", "--quiet"]) == 0
+    assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *FLAGS[:-2], "--num_gpus", "1", "--quiet"]) == 0
     pushing = Pushing(HubOptions(hf_repo=REPO, push_every=10), tmp_path, "05_recaption")
     pushing.begin(Allocation(rank=0, world=2))
     pushing.saw(4)
@@ -157,7 +156,7 @@ def test_one_process_of_a_run_uploads_meanwhile(server: Hub, tmp_path: Path, mon
 def test_flags_that_make_no_sense(
     server: Hub, tmp_path: Path, flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert stub.main([str(SHARDS), "-o", str(tmp_path), *flags]) == 2
+    assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *flags]) == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -176,6 +175,6 @@ def test_where_it_goes(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_uploaded_by_a_trial_or_a_dry_run(server: Hub, tmp_path: Path) -> None:
     for flags in (["--smoke", "1"], ["--dry_run"], ["--no_push"]):
-        assert stub.main([str(SHARDS), "-o", str(tmp_path), *FLAGS, "--num_gpus", "1", "--quiet", *flags]) == 0
+        assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *FLAGS, "--num_gpus", "1", "--quiet", *flags]) == 0
     assert not server.datasets.asked
     assert os.environ["HF_TOKEN"] == TOKEN

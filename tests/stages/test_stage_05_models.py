@@ -16,11 +16,11 @@ import pytest
 
 from curation.serving.registry import OwnRegistration, Registration
 from curation.tar.samples import read_samples
+from tests import ROOT
 from tests.servers import ollama_stub
 from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Model, serve
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARD = ROOT / "examples" / "shards" / "00000003.tar"
 NAME = "05_recaption"
 

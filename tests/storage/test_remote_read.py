@@ -24,14 +24,13 @@ from curation.storage.urls import Source, Url
 from curation.tar import blocks, scan
 from curation.tar.samples import TarWriter, read_samples
 from curation.tar.scan import TarReport
+from tests import EXAMPLES, ROOT
 from tests.processes import started, wait_until
 from tests.servers.files import FileServer, file_server
 from tests.servers.hub import Model, serve
 from tests.stages import recaption_stub as stub
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARDS = ROOT / "examples" / "shards"
-SHARD = SHARDS / "00000000.tar"
+SHARD = EXAMPLES / "00000000.tar"
 DATA = SHARD.read_bytes()
 QUICK = remote_read.Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
 FLAGS = ["--batch_size", "4", "--num_gpus", "1", "--quiet", "--lease_s", "2", "--dataloader_num_workers", "2"]
@@ -311,7 +310,7 @@ def bucket() -> Iterator[tuple[Any, Cutter]]:
             patch.setenv(name, value)
         client = boto3.client("s3")
         client.create_bucket(Bucket="shards")
-        for path in sorted(SHARDS.glob("*.tar")):
+        for path in sorted(EXAMPLES.glob("*.tar")):
             client.put_object(Bucket="shards", Key=f"laion/{path.name}", Body=path.read_bytes())
         client.put_object(Bucket="shards", Key="laion/notes.txt", Body=b"no shard")
         client.put_object(Bucket="shards", Key="laion/deeper/9.tar", Body=b"")
@@ -323,7 +322,7 @@ def bucket() -> Iterator[tuple[Any, Cutter]]:
 
 
 def test_a_bucket_is_listed(bucket: tuple[Any, Cutter]) -> None:
-    everything = sorted(path.stem for path in SHARDS.glob("*.tar"))
+    everything = sorted(path.stem for path in EXAMPLES.glob("*.tar"))
     assert ids("s3://shards/laion/") == ids("s3://shards/laion") == everything
     assert ids("s3://shards/laion/0000000[01].tar") == ["00000000", "00000001"]
     assert ids("s3://shards/laion/{00000000,00000007}.tar") == ["00000000", "00000007"]
@@ -464,7 +463,7 @@ def receipt(out: Path, shard: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("local") / "out"
-    assert run(SHARDS, out, "--format", "jsonl,tar,files") == 0
+    assert run(EXAMPLES, out, "--format", "jsonl,tar,files") == 0
     return out
 
 
@@ -482,12 +481,12 @@ def test_stage_05_reads_the_same_from_everywhere(
     web: FileServer, bucket: tuple[Any, Cutter], local: Path, tmp_path: Path
 ) -> None:
     bucket[1].cut_at, bucket[1].cuts = 200_000, 2
-    data = {path.stem: path.read_bytes() for path in SHARDS.glob("*.tar")}
+    data = {path.stem: path.read_bytes() for path in EXAMPLES.glob("*.tar")}
     web.add("00000001.tar", data["00000001"], cut_at=300_000, cuts=2)
     listed = tmp_path / "shards.txt"
     listed.write_text(
         f"{SHARD}\n{web.url}/0000000{{1,2}}.tar?token=secret\ns3://shards/laion/00000003.tar\n"
-        f"pipe:cat {SHARDS}/00000004.tar | cat\npipe:echo sorry >&2; cat {SHARDS}/00000007.tar; exit 9\n"
+        f"pipe:cat {EXAMPLES}/00000004.tar | cat\npipe:echo sorry >&2; cat {EXAMPLES}/00000007.tar; exit 9\n"
     )
     out = tmp_path / "out"
     assert run(listed, out) == 2  # commands without leave: nothing is begun
@@ -513,7 +512,7 @@ def test_stage_05_reads_the_same_from_everywhere(
     assert receipt(out, "00000002")["status"] == receipt(out, "00000003")["status"] == "done"
     assert receipt(out, "00000001")["generation"] == 2
     rows = [line["key"] for line in map(json.loads, (out / "rows/00000001.jsonl").read_bytes().splitlines())]
-    assert rows == [sample.key for sample in read_samples(SHARDS / "00000003.tar")]
+    assert rows == [sample.key for sample in read_samples(EXAMPLES / "00000003.tar")]
     bucket[0].put_object(Bucket="shards", Key="laion/00000003.tar", Body=data["00000003"])
 
 
@@ -521,13 +520,13 @@ def test_stage_06_reads_the_same_from_everywhere(
     web: FileServer, bucket: tuple[Any, Cutter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("pyarrow")
-    data = {path.stem: path.read_bytes() for path in SHARDS.glob("*.tar")}
+    data = {path.stem: path.read_bytes() for path in EXAMPLES.glob("*.tar")}
     web.add("00000001.tar", data["00000001"], cut_at=300_000, cuts=2)
-    unpack(SHARDS / "00000007.tar", tmp_path / "00000007")
+    unpack(EXAMPLES / "00000007.tar", tmp_path / "00000007")
     listed = tmp_path / "shards.txt"
     listed.write_text(
         f"{SHARD}\n{web.url}/0000000{{1,5}}.tar?token=secret\ns3://shards/laion/00000003.tar\n"
-        f"pipe:cat {SHARDS}/00000004.tar\n00000007\n"
+        f"pipe:cat {EXAMPLES}/00000004.tar\n00000007\n"
     )
     flags = ["--models", "statistics,hashes", "--postprocess_features", "all", "--nworkers", "1", "--quiet"]
 
@@ -538,7 +537,7 @@ def test_stage_06_reads_the_same_from_everywhere(
     assert metadata(listed, tmp_path / "out") == 2
     assert "only with --allow_pipe" in capsys.readouterr().err
     assert metadata(listed, tmp_path / "out", "--allow_pipe") == 1  # of 00000005, which is not there
-    assert metadata(SHARDS, tmp_path / "local") == 0
+    assert metadata(EXAMPLES, tmp_path / "local") == 0
     for shard in ("00000000", "00000001", "00000003", "00000004"):
         same_as(tmp_path / "local", tmp_path / "out", f"{shard}.parquet", ".")
     assert (tmp_path / "out" / "00000007.parquet").is_file()
@@ -548,7 +547,7 @@ def test_stage_06_reads_the_same_from_everywhere(
 
 
 def test_stage_05_reads_loose_files(local: Path, tmp_path: Path) -> None:
-    for path in SHARDS.glob("*.tar"):
+    for path in EXAMPLES.glob("*.tar"):
         unpack(path, tmp_path / "in" / path.stem)
     out = tmp_path / "out"
     assert run(tmp_path / "in", out, "--format", "jsonl,tar,files") == 0
@@ -569,7 +568,7 @@ def test_stage_05_reads_loose_files(local: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_killed_goes_on_over_the_web(web: FileServer, local: Path, tmp_path: Path) -> None:
-    for path in SHARDS.glob("*.tar"):
+    for path in EXAMPLES.glob("*.tar"):
         web.add(path.name, path.read_bytes(), pause_s=0.002)
     urls, out = f"{web.url}/0000000{{0,1,3,4,7}}.tar", tmp_path / "out"
     command = [sys.executable, stub.__file__, urls, "-o", str(out), *FLAGS]
@@ -583,13 +582,13 @@ def test_a_run_that_is_killed_goes_on_over_the_web(web: FileServer, local: Path,
 def test_a_trial_with_the_first_images_of_commands(
     local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = f"pipe:cat {SHARDS}/0000000{{0,1}}.tar; sleep 0"
+    source = f"pipe:cat {EXAMPLES}/0000000{{0,1}}.tar; sleep 0"
     assert run(source, tmp_path / "out", "--allow_pipe", "--smoke", "3") == 0
     assert capsys.readouterr().out.count("00000000/") == 3
 
 
 def test_two_workers_over_the_web(web: FileServer, local: Path, tmp_path: Path) -> None:
-    for path in SHARDS.glob("*.tar"):
+    for path in EXAMPLES.glob("*.tar"):
         web.add(path.name, path.read_bytes())
     flags = ["--batch_size", "4", "--workers", "2", "--quiet", "--dataloader_num_workers", "2"]
     command = [sys.executable, stub.__file__, f"{web.url}/0000000{{0,1,3,4,7}}.tar", "-o", str(tmp_path), *flags]

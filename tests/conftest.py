@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.commands.synthetic_root import Synthetic, make_root
 from tests.pipeline import Undisturbed, run_undisturbed
+from tests.processes import SIGNALS, Leftovers
+
+# How long an example takes depends on what else the machine does; a fixture's folder may serve many examples.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("tests")
+leftovers = Leftovers()
+# Bash cannot trap what its parent ignores, as a shell ignores SIGINT for what it runs in the background.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call() -> Iterator[None]:
+    leftovers.look()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> Iterator[None]:
+    """A test ends what it started.  After the last one nothing runs, of the fixtures' processes neither."""
+    try:
+        return (yield)
+    finally:
+        left = leftovers.end(everything=nextitem is None)
+        if left:
+            pytest.fail("left running, and killed: " + "; ".join(left), pytrace=False)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -17,6 +48,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from tests.sharing import Scheduling
 
     return Scheduling(config, log)
+
+
+@pytest.fixture
+def stage_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For stages that run inside the test's process: one thread, no GPU, and the signal handlers as they were."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

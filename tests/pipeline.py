@@ -3,7 +3,6 @@ model."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "examples" / "shards"
+from tests import EXAMPLES, processes
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,9 @@ def stage_runs(llm_port: int) -> list[StageRun]:
     ]
 
 
-def start(stage: StageRun, root: Path, *more: str) -> subprocess.Popen[bytes]:
+def start(stage: StageRun, root: Path, *more: str) -> subprocess.Popen[str]:
     """The stage's script as a user starts it, in a process group of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, *stage.command(root), *more]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    return processes.start([sys.executable, *stage.command(root), *more])
 
 
 @dataclass
@@ -102,7 +98,8 @@ def run_undisturbed(base: Path, llm_port: int) -> Undisturbed:
         after = base / f"after_{stage.name}"
         copy_tree(current, after)
         began = time.monotonic()
-        code = start(stage, after).wait(timeout=300)
+        with processes.ended_at_last(start(stage, after)) as process:
+            code = process.wait(timeout=300)
         assert code == 0, f"{stage.name} ended with {code}"
         run.seconds[stage.name] = time.monotonic() - began
         run.after[stage.name] = current = after

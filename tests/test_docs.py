@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from curation.options import RunOptions
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 SHARED = {field.name for field in dataclasses.fields(RunOptions)}

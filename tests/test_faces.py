@@ -18,8 +18,8 @@ from curation.backends import load, names
 from curation.errors import InfrastructureError, SampleError
 from curation.faces import Agreement, FaceDetector, non_maximum_suppression, normalised, recorded_boxes
 from curation.images import decode_rgb
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 

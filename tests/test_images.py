@@ -21,8 +21,7 @@ from PIL import Image
 
 from curation.errors import SampleError
 from curation.images import MAX_PIXELS, MAX_XMP_BYTES, decode_rgb, encode_jpeg, image_size
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 def photo(width: int = 96, height: int = 64) -> np.ndarray:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from curation.errors import InfrastructureError
 from curation.language import MAX_CHARACTERS, NO_WORDS, LanguageIdentifier, find_model, words_of
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")

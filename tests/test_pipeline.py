@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.pipeline import EXAMPLES, Undisturbed
+from tests import EXAMPLES
+from tests.pipeline import Undisturbed
 
 
 def samples(path: Path) -> dict[str, dict[str, bytes]]:

@@ -26,12 +26,11 @@ from curation.caption.batching import ShapeGroups, caption_batch, find_batch_siz
 from curation.caption.captioner import FAMILIES, MODELS, OutOfMemory, list_models, resolve
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import FittingBatchSize
+from tests import ROOT
 from tests.servers import ollama_stub
 
 pytest.importorskip("transformers")
 from tests.backends.tiny_captioners import BUILDERS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 SHARD = Path(__file__).resolve().parents[2] / "examples" / "shards" / "00000000.tar"
 ALL = sorted(BUILDERS)

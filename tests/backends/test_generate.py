@@ -23,12 +23,12 @@ from curation.errors import InfrastructureError, SampleError, Stopped, UsageErro
 from curation.generate.batches import seed_of
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory
 from curation.models.hub_cache import ModelSource, public_name, resolve
+from tests import ROOT
 from tests.backends.tiny_pipelines import BUILDERS, save_sd_with_safety_checker
 
 torch = pytest.importorskip("torch")
 
 SIDE = 64
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,9 @@ from curation.rewrite.groups import read_groups
 from curation.rewrite.prompts import completion_request, judge, opening
 from curation.serving.pool import EndpointPool
 from curation.serving.wire import SERVER_APIS, Request, Session, detect_api
+from tests import EXAMPLES, ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples" / "shards"
 PROXY = ROOT / ".venv-ollama" / "bin" / "ollama-proxy"
 STAGE = "02_captions_processor"
 CAPTION = "Official portrait of the mayor in his office, December 2012"

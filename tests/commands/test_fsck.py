@@ -21,7 +21,8 @@ from curation.commands.fsck.shard import REMEDIES, Task, check_shard
 from curation.storage.files import fast_digest
 from curation.tar.headers import make_header, padded
 from curation.tar.samples import TarWriter, read_samples
-from tests.pipeline import EXAMPLES, Undisturbed
+from tests import EXAMPLES
+from tests.pipeline import Undisturbed
 
 SHARD = "00000004"  # of the hybrid shards of a real run: 20 samples, three of them edited
 Extents = list[tuple[str, int, int]]  # key, first byte, last byte + 1 of each member, in order

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from curation.__main__ import main
+from tests import ROOT
 
 pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("duckdb")
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).resolve().parents[2]
 CLIP = "oai-clip-vit-b32"
 
 

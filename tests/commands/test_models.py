@@ -21,10 +21,10 @@ from curation.backends.faces.scrfd import fetch_scrfd
 from curation.backends.generate.tiny import save_tiny_sd
 from curation.commands.models import wanted_files
 from curation.errors import InfrastructureError
+from tests import ROOT
 from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Hub, Model, serve
 
-ROOT = Path(__file__).resolve().parents[2]
 OPEN, GATED = "somebody/tiny-sd", "somebody/gated-sd"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -20,11 +20,11 @@ from PIL import Image
 from curation.__main__ import main
 from curation.commands.tables.neardup import Options
 from curation.commands.tables.similarity import TOLERANCE, Groups, Vectors, cell_pairs, exact_pairs, normalise
+from tests import ROOT
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = sorted((ROOT / "examples/shards").glob("*.tar"))
 FEATURE = "grey-image"
 

@@ -20,7 +20,8 @@ from curation.commands.plan.cost import MAX_SIZES, Estimate, evenly, ratio_estim
 from curation.commands.plan.site import Room, array_commands, job_shape, read_lustre, read_quota, rooms
 from curation.errors import UsageError
 from curation.shards import discover
-from tests.pipeline import ROOT, Undisturbed
+from tests import ROOT
+from tests.pipeline import Undisturbed
 from tests.run.toy_runs import Place
 from tests.slurm.jobs import small_shards
 

@@ -27,11 +27,11 @@ from curation.commands.report.charts import histogram, over_time, short_time
 from curation.commands.report.command import MAX_PAGE_BYTES
 from curation.commands.report.facts import gather
 from curation.commands.report.page import render
+from tests import ROOT
 from tests.commands.synthetic_root import HOSTILE, Synthetic, make_root
 from tests.pipeline import Undisturbed
 from tests.run.toy_runs import Place
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = {
     "01_filter_noface": "captions",
     "02_captions_processor": "prompts",

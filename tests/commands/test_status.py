@@ -21,10 +21,9 @@ from curation.__main__ import main
 from curation.commands.status import holdings
 from curation.commands.status.scan import speed
 from curation.shards import bucket_of
+from tests import ROOT
 from tests.run import toy_stage
 from tests.run.toy_runs import Place
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ from curation.commands.verify.shard import REMEDIES
 from curation.storage.files import fast_digest, manifest_line, write_manifest
 from curation.tar.samples import TarWriter, read_samples
 from curation.tar.scan import TarScan
-from tests.pipeline import ROOT, Undisturbed, copy_tree
+from tests import ROOT
+from tests.pipeline import Undisturbed, copy_tree
 
 SHARD = "00000004"  # with three edits
 FOLDERS = ("captions", "prompts", "edits", "hybrid")

@@ -22,9 +22,9 @@ from curation.extract.plugins import load_plugin
 from curation.extract.worker import SlotLayout
 from curation.images import decode_rgb
 from curation.tar.samples import TarWriter, read_samples
+from tests import ROOT
 from tests.stages.test_stage_05_recaption import noise, plain
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARD = ROOT / "examples/shards/00000004.tar"
 PLUGIN = str(ROOT / "tests/extract/stub.py")
 stub = load_plugin(PLUGIN)

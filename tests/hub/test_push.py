@@ -28,13 +28,12 @@ from curation.hub.card import write_card
 from curation.hub.parts import Collection, collect
 from curation.hub.push import GaveUp, Pushed, PushOptions, push
 from curation.hub.repository import check_name
+from tests import EXAMPLES, ROOT
 from tests.servers.hub import Hub, serve
 from tests.servers.hub_datasets import Fault
 from tests.stages import recaption_stub as stub
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARDS = ROOT / "examples" / "shards"
-IDS = [path.stem for path in sorted(SHARDS.glob("*.tar"))]
+IDS = [path.stem for path in sorted(EXAMPLES.glob("*.tar"))]
 STAGE, REPO = "05_recaption", "somebody/captions"
 TOKEN = "hf_" + "s3cr3tT0ken" * 3
 PARQUET = [f"data/{shard}.parquet" for shard in IDS]
@@ -45,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stage 05 makes of the examples, with a captioner of hashes."""
     out = tmp_path_factory.mktemp("made") / "captions"
     flags = ["-o", out, "--format", "jsonl,parquet,tar", "--batch_size", "4", "--num_gpus", "1", "--quiet"]
-    command = [sys.executable, stub.__file__, SHARDS, *flags]
+    command = [sys.executable, stub.__file__, EXAMPLES, *flags]
     subprocess.run(
         list(map(str, command)), check=True, cwd=ROOT, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

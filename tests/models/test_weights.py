@@ -17,10 +17,10 @@ from curation.errors import InfrastructureError, UsageError
 from curation.models import weights
 from curation.models.weights import cached, fetch_weights
 from curation.storage.retry import RetryPolicy
+from tests import ROOT
 from tests.servers.files import FileServer, Served, file_server
 from tests.servers.hub import Model, serve
 
-ROOT = Path(__file__).resolve().parents[2]
 CONTENT = os.urandom(3 << 20)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 

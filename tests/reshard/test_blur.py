@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +14,13 @@ from scipy.ndimage import gaussian_filter
 
 from curation.images import decode_rgb
 from curation.tar.samples import read_samples
-from tests.stages.test_stage_04_regroup import Runs, members_of, put_subset, run, uid
-from tests.stages.test_stage_04_reshard import EDIT, member, tar_of, tar_of_edits
+from tests import EXAMPLES
+from tests.shards import member, tar_of
+from tests.stages.test_stage_04_regroup import Regroup, members_of, put_subset, run, uid
+from tests.stages.test_stage_04_reshard import EDIT, tar_of_edits
 
 __all__ = ["run"]  # the fixture
 
-ROOT = Path(__file__).resolve().parents[2]
 BOX = [0.25, 0.25, 0.5, 0.625]
 WIDTH, HEIGHT = 200, 160
 stage_04 = importlib.import_module("04_reshard")
@@ -35,7 +35,7 @@ def noise(format: str = "JPEG") -> bytes:
     return file.getvalue()
 
 
-def put(run: Runs, boxes: dict[str, object], suffix: str = "jpg", image: bytes | None = None) -> None:
+def put(run: Regroup, boxes: dict[str, object], suffix: str = "jpg", image: bytes | None = None) -> None:
     """One sample for each; its face_bboxes are the value, absent for ...."""
     parts = []
     for number, (key, value) in enumerate(boxes.items()):
@@ -63,7 +63,7 @@ def expected(pixels: np.ndarray, boxes: list[list[float]]) -> np.ndarray:
     return pixels * (1 - soft) + smooth * soft
 
 
-def test_recorded_faces_are_blurred_and_nothing_else_is_touched(run: Runs) -> None:
+def test_recorded_faces_are_blurred_and_nothing_else_is_touched(run: Regroup) -> None:
     put(run, {"face": [[*BOX, 0.9]], "none": [], "unknown": ..., "failed": None, "edited": [BOX]})
     run.put("edits/0.tar", tar_of_edits(["edited"]))
     assert run("--blur_faces", "recorded", "--verify") == 0
@@ -84,7 +84,7 @@ def test_recorded_faces_are_blurred_and_nothing_else_is_touched(run: Runs) -> No
 
 
 @pytest.mark.parametrize("boxes", [[BOX], [[0.0, 0.0, 0.3, 0.3]], [BOX, [0.7, 0.8, 1.0, 1.0]]])
-def test_the_blur_is_datacomps_kernel(run: Runs, boxes: list[list[float]]) -> None:
+def test_the_blur_is_datacomps_kernel(run: Regroup, boxes: list[list[float]]) -> None:
     put(run, {"face": boxes})
     assert run("--blur_faces", "recorded") == 0
     (sample,) = read_samples(run.root / "hybrid/0.tar")
@@ -96,7 +96,7 @@ def test_the_blur_is_datacomps_kernel(run: Runs, boxes: list[list[float]]) -> No
         assert after[face].std() < 0.5 * before[face].std()
 
 
-def test_other_formats_become_jpeg_and_copies_are_blurred_too(run: Runs) -> None:
+def test_other_formats_become_jpeg_and_copies_are_blurred_too(run: Regroup) -> None:
     put(run, {"face": [BOX], "none": []}, "png", noise("PNG"))
     assert run("--blur_faces", "recorded", "--subset", put_subset(run, [0, 0, 1]), "--shard_size", "2", "--verify") == 0
     samples = [s for path in run.tars() for s in read_samples(path)]
@@ -107,7 +107,7 @@ def test_other_formats_become_jpeg_and_copies_are_blurred_too(run: Runs) -> None
     assert samples[0].members["jpg"][:3] == b"\xff\xd8\xff"
 
 
-def test_what_cannot_be_blurred_does_not_go_on(run: Runs) -> None:
+def test_what_cannot_be_blurred_does_not_go_on(run: Regroup) -> None:
     put(run, {"huge": [[-1e300, 0, 1e300, 2]], "nan": [[0, 0, 1]], "text": "no list", "inside_out": [[1, 1, 0, 0]]})
     assert run("--blur_faces", "recorded", "--max_error_rate", "1") == 0
     assert {line["key"]: line["reason"] for line in run.rejects()} == {
@@ -120,10 +120,10 @@ def test_what_cannot_be_blurred_does_not_go_on(run: Runs) -> None:
     assert run.keys() == {"0": ["none"]}
 
 
-def test_detected_faces_are_blurred(run: Runs) -> None:
+def test_detected_faces_are_blurred(run: Regroup) -> None:
     pytest.importorskip("onnxruntime")
     (run.root / "shards").mkdir()
-    (run.root / "shards/00000000.tar").symlink_to(ROOT / "examples/shards/00000000.tar")
+    (run.root / "shards/00000000.tar").symlink_to(EXAMPLES / "00000000.tar")
     assert run("--blur_faces", "centerface") == 0
     old, new = (dict(members_of(sorted((run.root / folder).glob("*.tar")))) for folder in ("shards", "hybrid"))
     changed = {name.rpartition(".")[0] for name in old if name.endswith(".jpg") and old[name] != new.get(name)}

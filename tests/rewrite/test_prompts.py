@@ -23,8 +23,8 @@ from curation.rewrite.prompts import (
     read_system_prompt,
 )
 from curation.serving.wire import CONTEXT_TOKENS, Reply
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CAPTION = "Portrait of a man in a park"
 
 

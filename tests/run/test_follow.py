@@ -16,7 +16,8 @@ import pytest
 from curation.run.follow import Follower, Follows
 from curation.run.planned import planned, record_plan
 from curation.shards import Shard, bucket_of
-from tests.pipeline import EXAMPLES, ROOT, Undisturbed, copy_tree, start
+from tests import EXAMPLES, ROOT
+from tests.pipeline import Undisturbed, copy_tree, start
 from tests.run import toy_stage
 from tests.run.toy_runs import Place
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.run import toy_stage
 from tests.run.toy_runs import Place
 
 DONE = r"\d\d:\d\d:\d\d (\d{8}) done: 3 in, 2 kept, 1 not_wanted \(\d+\.\d s, [\d,]+\.\d/s\)"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

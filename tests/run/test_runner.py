@@ -23,10 +23,9 @@ from curation.options import RunOptions, logger, parse_options, set_up_logging
 from curation.run import claims, runner
 from curation.run.workers import to_argv
 from curation.storage.files import fast_digest
+from tests import ROOT
 from tests.run import toy_stage
 from tests.run.toy_runs import Place, drops, rejects
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -21,10 +21,9 @@ from curation.serving.pool import EndpointPool
 from curation.serving.registry import OwnRegistration, Registration, Registry, RegistryWatcher, parse_registration
 from curation.serving.wire import Request
 from curation.storage.retry import RetryPolicy
+from tests import ROOT
 from tests.servers import ollama_stub
 from tests.serving.test_pool import MODEL, REPLIES, TEXTS, free_port, short_pauses  # noqa: F401 - a fixture for all
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests import ROOT
 from tests.stages.test_captions_processor_sh import OLLAMA, STUB
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "serve_endpoints.sh"
 
 

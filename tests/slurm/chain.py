@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from curation.tar.samples import TarWriter, read_samples
-from tests.pipeline import ROOT
+from tests import ROOT
 from tests.slurm.jobs import SIZE, Jobs, small_shards
 
 SHARDS = 6

@@ -12,10 +12,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.processes import wait_until
 
 SBIN = "/usr/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -69,13 +70,6 @@ def missing_programs() -> list[str]:
     return missing if os.geteuid() == 0 else [*missing, "root's rights"]
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, f"timed out after {seconds} s: {what}"
-        time.sleep(0.05)
-
-
 @dataclass
 class Cluster:
     """``boot`` starts it and ``stop`` ends it, with all that its jobs left."""
@@ -111,12 +105,12 @@ class Cluster:
             f"--pid-file={self.base}/run/munged.pid", f"--log-file={self.base}/munge/munged.log",
             f"--seed-file={self.base}/munge/munged.seed",
         )  # fmt: skip
-        wait_until((self.base / "run" / "munge.socket").exists, 10, "munged")
+        wait_until((self.base / "run" / "munge.socket").exists, "munged")
         self._start("slurmctld", "slurmctld", "-D")
-        wait_until(lambda: self.call("scontrol", "ping", check=False).returncode == 0, 20, "slurmctld")
+        wait_until(lambda: self.call("scontrol", "ping", check=False).returncode == 0, "slurmctld")
         for number in range(1, self.nodes + 1):
             self.start_node(f"node{number}")
-        wait_until(lambda: self.idle_nodes() == self.nodes, 20, "the nodes")
+        wait_until(lambda: self.idle_nodes() == self.nodes, "the nodes")
 
     def start_node(self, name: str) -> None:
         """A slurmd under the node's own host name."""
@@ -145,12 +139,12 @@ class Cluster:
                         os.kill(pid, signal.SIGKILL)
                 self.start_node(name)
         self.call("scontrol", "update", f"NodeName=node[1-{self.nodes}]", "State=RESUME", check=False)
-        wait_until(lambda: self.idle_nodes() == self.nodes, 40, "the nodes again")
+        wait_until(lambda: self.idle_nodes() == self.nodes, "the nodes again")
 
     def stop(self) -> None:
         self.call("scancel", "--user=root", check=False)
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: not self.squeue(), 8, "the last jobs")
+            wait_until(lambda: not self.squeue(), "the last jobs", seconds=8)
         for name in reversed(list(self.processes)):
             self.processes[name].terminate()
         for process in reversed(list(self.processes.values())):
@@ -207,7 +201,7 @@ class Cluster:
         self, *command: str, check: bool = True, more: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env=self.environment(more), cwd=cwd, check=False
+            command, capture_output=True, text=True, timeout=120, env=self.environment(more), cwd=cwd, check=False
         )
         if check:
             assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
@@ -231,14 +225,14 @@ class Cluster:
         text = self.call("scontrol", "--oneliner", "show", "job", job).stdout
         return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines() if line]
 
-    def wait(self, *jobs: str, seconds: float = 120) -> list[int]:
+    def wait(self, *jobs: str) -> list[int]:
         """Until they are over; the exit codes of all elements."""
 
         def over() -> bool:
             states = {facts["JobState"] for job in jobs for facts in self.facts(job)}
             return not states & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
 
-        wait_until(over, seconds, f"jobs {jobs}: {self.squeue()}")
+        wait_until(over, lambda: f"the end of jobs {jobs}: {self.squeue()}", seconds=200)
         return [int(facts["ExitCode"].split(":")[0]) for job in jobs for facts in self.facts(job)]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.tar.samples import TarWriter, read_samples
-from tests.pipeline import EXAMPLES, ROOT
+from tests import EXAMPLES, ROOT
 from tests.slurm.cluster import Cluster
 
 HAVE_TIMES = {"_receipts", "_claims", "_plan"}

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tests.pipeline import ROOT
+from tests import ROOT
 from tests.servers import STUB, ollama_stub
 from tests.slurm.jobs import Jobs, published
 

@@ -6,9 +6,21 @@ from pathlib import Path
 
 from tests.slurm.jobs import Jobs, published
 
+NODES = {"node1", "node2", "node3"}
+# Nobody begins before all eight elements are there; each says on which node it is.
+TOGETHER = """#!/bin/bash
+hostname >"$TOGETHER/$SLURM_JOB_NAME.$SLURM_ARRAY_TASK_ID"
+while [ "$(ls "$TOGETHER" | grep -c "^$SLURM_JOB_NAME")" -lt 8 ]; do sleep 0.05; done
+exec "$@"
+"""
+
 
 def test_an_array_over_three_nodes_does_every_shard_once(jobs: Jobs, tmp_path: Path, llm_port: int) -> None:
     array = {"sbatch": ("--array=0-7",)}
+    wrap, places = tmp_path / "wrap.sh", tmp_path / "places"
+    wrap.write_text(TOGETHER)
+    places.mkdir()
+    together = {"CURATION_WRAP": f"bash {wrap}", "TOGETHER": str(places)}
     recorded, asks = ["--detector", "recorded"], {"PORTS": str(llm_port)}
     alone = tmp_path / "alone"
     for script, flags, variables in (
@@ -16,7 +28,7 @@ def test_an_array_over_three_nodes_does_every_shard_once(jobs: Jobs, tmp_path: P
         ("02_captions_processor.sh", ["--api", "ollama"], asks),
         ("04_reshard.sh", [], {}),
     ):
-        jobs.run(script, *flags, **array, variables=variables)
+        jobs.run(script, *flags, **array, variables={**variables, **together})
         jobs.alone(alone, script, *flags, variables=variables)
     for folder, stage in (
         ("captions", "01_filter_noface"), ("prompts", "02_captions_processor"), ("shards", "04_reshard"),
@@ -24,7 +36,8 @@ def test_an_array_over_three_nodes_does_every_shard_once(jobs: Jobs, tmp_path: P
         receipts = jobs.receipts(folder, stage)
         assert len(receipts) == 40
         assert {receipt["generation"] for receipt in receipts.values()} == {1}, "each was committed once"
-        assert {receipt["host"] for receipt in receipts.values()} == {"node1", "node2", "node3"}
+        assert {receipt["host"] for receipt in receipts.values()} <= NODES
+        assert {path.read_text().strip() for path in places.glob(f"{stage}*")} == NODES
         elements = {receipt["slurm"]["array_task_id"] for receipt in receipts.values()}
         assert len(elements) > 1, "the elements share the shards"
     assert published(jobs.root, "captions", "edits", "prompts", "shards") == published(

@@ -15,9 +15,9 @@ import pytest
 
 from curation.run.claims import Claims
 from curation.shards import bucket_of
-from tests.pipeline import ROOT
+from tests import ROOT
+from tests.processes import started, wait_until
 from tests.slurm.chain import BAD, SHARDS, SOUND, STAGES, Chain, StandIn
-from tests.slurm.cluster import wait_until
 from tests.slurm.jobs import Jobs, published, small_shards
 
 
@@ -72,7 +72,7 @@ def test_follow_works_on_what_is_published(chain: Chain) -> None:
     assert claim is not None
     numbers = chain.submit("--follow", "--", "--quiet", "--lease_s", "20")
     published_early = {shard: done for shard, done in SOUND.items() if shard != late}
-    wait_until(lambda: chain.receipts()["04_reshard"] == published_early, 60, jobs.logs())
+    wait_until(lambda: chain.receipts()["04_reshard"] == published_early, jobs.logs)
     assert {state for state, _ in cluster.squeue().values()} == {"RUNNING"}
     others.release(claim)
     others.heartbeat.stop()
@@ -110,10 +110,10 @@ def test_a_job_that_queues_itself_again_has_not_ended(jobs: Jobs) -> None:
     """The next stage waits for its restart too."""
     chain = StandIn(jobs, 11434, "wait 0 0 0")
     numbers = chain.submit("--stages=01-02", ARRAY_01="0-1")
-    wait_until(lambda: len(chain.started()) == 2, 20, "both elements")
-    wait_until((chain.folder / "waiting").exists, 20, "stage 01")
+    wait_until(lambda: len(chain.started()) == 2, "both elements")
+    wait_until((chain.folder / "waiting").exists, "stage 01")
     jobs.cluster.call("scancel", "--batch", "--signal=USR1", f"{numbers[0]}_1")  # as SLURM does before the time limit
-    wait_until(lambda: len(chain.started()) == 3, 40, "the restart")
+    wait_until(lambda: len(chain.started()) == 3, "the restart")
     assert f"requeueing {numbers[0]}_1" in jobs.logs()
     (chain.folder / "go").touch()
     assert set(jobs.cluster.wait(*numbers)) == {0}
@@ -243,10 +243,8 @@ def test_where_it_stops(codes: str, expected: int, stages: int, jobs: Jobs, work
 def test_it_hands_on_what_it_is_sent(name: str, jobs: Jobs, workstation: Mapping[str, str]) -> None:
     chain = StandIn(jobs, 11434, "0 wait 0 0")
     environment = jobs.cluster.environment({**chain.variables, **workstation})
-    # bash cannot trap what its parent ignored, and nohup ignores SIGHUP
-    command = ["env", "--default-signal=HUP", "bash", ROOT / "run_pipeline.sh"]
-    process = subprocess.Popen(command, env=environment, cwd=chain.folder)
-    wait_until((chain.folder / "waiting").exists, 20, "stage 02")
-    process.send_signal(signal.Signals[name])
-    assert process.wait(20) == 75
+    with started(["bash", ROOT / "run_pipeline.sh"], env=environment, cwd=chain.folder) as process:
+        wait_until((chain.folder / "waiting").exists, "stage 02", while_runs=process)
+        process.send_signal(signal.Signals[name])
+        assert process.wait(120) == 75
     assert len(chain.started()) == 2

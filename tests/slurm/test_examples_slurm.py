@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import ROOT
+from tests import ROOT
 from tests.test_docs import flags_of
 
 SCRIPTS = [path for path in sorted(ROOT.glob("*.sh")) if path.name != "install.sh"]

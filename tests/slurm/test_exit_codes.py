@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import ROOT
-from tests.slurm.cluster import Cluster, wait_until
+from tests import ROOT
+from tests.processes import wait_until
+from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Jobs
 
 # Stands in for Python and the stage.  $CODES: what each task ends with; "wait": 75 when it is asked to stop, with
@@ -118,11 +119,11 @@ def test_it_queues_itself_again_only_at_the_time_limit_and_with_something_done(
     saved = "" if flags else finishes
     number = job.submit("wait 0", *flags, sbatch=("--array=3",), FINISHES=saved, MAX_RESTARTS=restarts)
     element = f"{number}_3"
-    wait_until((tmp_path / "waiting.").exists, 20, job.jobs.logs())
+    wait_until((tmp_path / "waiting.").exists, job.jobs.logs)
     # USR1 as SLURM sends it before the end, to the script; TERM as it sends it to the tasks
     cluster.call("scancel", *(["--batch"] if signal == "USR1" else []), f"--signal={signal}", element)
     if says == "requeueing":
-        wait_until((tmp_path / "waiting.1").exists, 40, job.jobs.logs() + str(cluster.facts(number)))
+        wait_until((tmp_path / "waiting.1").exists, lambda: job.jobs.logs() + str(cluster.facts(number)))
         cluster.call("scancel", element)
         cluster.wait(number)
     else:
@@ -134,7 +135,7 @@ def test_it_queues_itself_again_only_at_the_time_limit_and_with_something_done(
 
 def test_a_job_that_is_cancelled_does_not_come_back(job: Job, tmp_path: Path) -> None:
     number = job.submit("wait wait", FINISHES="yes")
-    wait_until((tmp_path / "waiting.").exists, 20, job.jobs.logs())
+    wait_until((tmp_path / "waiting.").exists, job.jobs.logs)
     job.jobs.cluster.call("scancel", number)
     job.jobs.cluster.wait(number)
     (facts,) = job.jobs.cluster.facts(number)
@@ -145,11 +146,11 @@ def test_the_end_of_the_job_is_asked_for_again(job: Job, tmp_path: Path) -> None
     """It was moved, and SLURM's warning was for the old one."""
     cluster = job.jobs.cluster
     number = job.submit("wait", FINISHES="yes", TIME_CHECK_S="1", WARNING_S="70", sbatch=("--signal=B:USR1@0",))
-    wait_until((tmp_path / "waiting.").exists, 20, job.jobs.logs())
+    wait_until((tmp_path / "waiting.").exists, job.jobs.logs)
     time.sleep(1.5)
     assert "tasks ended" not in job.jobs.logs()
     cluster.call("scontrol", "update", f"JobId={number}", "EndTime=now+20")  # that SLURM rounds to a minute
-    wait_until(lambda: "requeueing" in job.jobs.logs(), 15, job.jobs.logs())
+    wait_until(lambda: "requeueing" in job.jobs.logs(), job.jobs.logs)
     cluster.call("scancel", number)
     cluster.wait(number)
 
@@ -164,7 +165,7 @@ def test_no_scontrol_on_the_node(job: Job, tmp_path: Path) -> None:
     for name in wanted.split():
         (bin_folder / name).symlink_to(str(shutil.which(name)))
     number = job.submit("wait", FINISHES="yes", sbatch=(f"--export=ALL,PATH={bin_folder}",))
-    wait_until((tmp_path / "waiting.").exists, 20, job.jobs.logs())
+    wait_until((tmp_path / "waiting.").exists, job.jobs.logs)
     job.jobs.cluster.call("scancel", "--batch", "--signal=USR1", number)
     assert job.jobs.cluster.wait(number) == [75]
     assert "no scontrol on this node; submit the same command again" in job.jobs.logs()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import ROOT
+from tests import ROOT
 from tests.slurm.chain import SHARDS, Chain
 from tests.slurm.jobs import SIZE, Jobs
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tests.slurm.cluster import wait_until
+from tests.processes import wait_until
 from tests.slurm.rewriting import Rewriting
 
 
@@ -16,12 +16,12 @@ def test_at_the_deadline_the_right_element_is_queued_again(rewriting: Rewriting)
     jobs, cluster = rewriting.jobs, rewriting.jobs.cluster
     with rewriting.server() as port:
         number = rewriting.submit(port, "--array=0-1", TIME_CHECK_S="1", WARNING_S="70")
-        wait_until(rewriting.under_way, 30, "requests")
+        wait_until(rewriting.under_way, "requests")
         cluster.call("scontrol", "update", f"JobId={number}_1", "EndTime=now+20")
-        wait_until(lambda: f"requeueing {number}_1" in jobs.logs(), 40, "the element's requeueing")
+        wait_until(lambda: f"requeueing {number}_1" in jobs.logs(), "the element's requeueing")
         assert f"requeueing {number}_0" not in jobs.logs()
         # its time limit is the short one now, and it would end at once
-        wait_until(lambda: cluster.squeue(number).get(f"{number}_1", ("", ""))[0] == "PENDING", 20, "in the queue")
+        wait_until(lambda: cluster.squeue(number).get(f"{number}_1", ("", ""))[0] == "PENDING", "in the queue")
         cluster.call("scontrol", "update", f"JobId={number}_1", "TimeLimit=10")
         assert cluster.wait(number) == [0, 0], jobs.logs()
         restarts = {facts["ArrayTaskId"]: facts["Restarts"] for facts in cluster.facts(number)}
@@ -35,7 +35,7 @@ def test_preemption_and_scancel(how: str, rewriting: Rewriting) -> None:
     jobs, cluster = rewriting.jobs, rewriting.jobs.cluster
     with rewriting.server() as port:
         number = rewriting.submit(port, "--array=0-1")
-        wait_until(rewriting.under_way, 30, "requests")
+        wait_until(rewriting.under_way, "requests")
         if how == "preempted":
             urgent = cluster.sbatch(
                 "--partition=urgent", "--exclusive", "--nodes=3", "--time=1", "--output=/dev/null", "--wrap=sleep 3",
@@ -61,7 +61,7 @@ def test_a_worker_that_stood_still_finds_that_it_has_lost_its_claim(rewriting: R
     jobs, cluster = rewriting.jobs, rewriting.jobs.cluster
     with rewriting.server() as port:
         first = rewriting.submit(port)
-        wait_until(rewriting.under_way, 30, "requests")
+        wait_until(rewriting.under_way, "requests")
         (stopped,) = rewriting.processes(cluster.facts(first)[0]["NodeList"])
         os.kill(stopped, signal.SIGSTOP)
         held = {path.name.removesuffix(".claim") for path in jobs.root.glob("prompts/_claims/*/*/*.claim")}

@@ -85,8 +85,12 @@ def resolve(model: str, revision: str | None = None, **_: Any) -> hub_cache.Mode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    before = backends.load, hub_cache.resolve, stage.Recaption
     backends.load, hub_cache.resolve, stage.Recaption = load, resolve, Recaption
-    return int(stage.main(argv))
+    try:
+        return int(stage.main(argv))
+    finally:
+        backends.load, hub_cache.resolve, stage.Recaption = before
 
 
 if __name__ == "__main__":

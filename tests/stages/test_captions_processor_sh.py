@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.servers import ollama_stub
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "02_captions_processor.sh"
 STUB = ROOT / "tests" / "servers" / "ollama_stub.py"
 

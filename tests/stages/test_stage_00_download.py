@@ -13,7 +13,6 @@ import random
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -34,17 +33,18 @@ from curation.download.rows import OWN_COLUMNS, renamed_columns
 from curation.images import decode_rgb, image_facts, image_size
 from curation.tar.samples import read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
-from tests.run.toy_runs import SIGNALS
+from tests import EXAMPLES, ROOT, processes
+from tests.processes import ended_at_last, wait_until
 from tests.servers import photo_server
+from tests.shards import contents
 from tests.stages import recaption_stub
+from tests.stages.harness import Records, hashes
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARDS = ROOT / "examples" / "shards"
 NAME = "00_download"
 stage = importlib.import_module(NAME)
 FLAGS = ["--allow_private", "127.0.0.0/8", "--timeout", "1.5", "--retries", "1", "--lease_s", "2", "--quiet"]
 FLAGS += ["--max_image_bytes", "1000000"]
-HAVE_TIMES = {"_receipts", "_claims", "_partial", "_plan", "_tables"}
+records = Records(NAME)
 
 # What becomes of each kind of answer: the status, and how the message begins; None for a photo.
 BAD = {
@@ -78,17 +78,11 @@ class Web:
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[Web]:
-    with photo_server(SHARDS) as port:
+    with photo_server(EXAMPLES) as port:
         yield Web(port)
 
 
-@pytest.fixture(autouse=True)
-def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = {name: signal.getsignal(name) for name in SIGNALS}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
+pytestmark = pytest.mark.usefixtures("stage_in_process")
 
 
 def run(table: Path | str, out: Path, *flags: object) -> int:
@@ -104,27 +98,9 @@ def rows(out: Path, shard: str = "00000000") -> list[dict[str, Any]]:
     return list(pq.read_table(out / f"{shard}.parquet").to_pylist())
 
 
-def receipt(out: Path, shard: str = "00000000") -> dict[str, Any]:
-    (path,) = out.glob(f"_receipts/{NAME}/*/{shard}.json")
-    return dict(json.loads(path.read_bytes()))
-
-
-def members(path: Path) -> dict[str, bytes]:
-    with tarfile.open(path) as archive:
-        return {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
-
-
-def published(out: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and not HAVE_TIMES & set(path.relative_to(out).parts)
-    }
-
-
 def photos() -> list[bytes]:
     return [
-        data for path in sorted(SHARDS.glob("*.tar")) for sample in read_samples(path, IMAGE_SUFFIXES)
+        data for path in sorted(EXAMPLES.glob("*.tar")) for sample in read_samples(path, IMAGE_SUFFIXES)
         for data in sample.members.values()
     ]  # fmt: skip
 
@@ -180,7 +156,7 @@ def test_every_row_is_one_row_with_what_became_of_it(thousand: Thousand) -> None
 
 def test_images_are_stored_byte_for_byte(thousand: Thousand) -> None:
     images = photos()
-    stored = members(thousand.out / "00000000.tar") | members(thousand.out / "00000001.tar")
+    stored = contents(thousand.out / "00000000.tar") | contents(thousand.out / "00000001.tar")
     good = [row for row in thousand.rows if row["status"] == "success"]
     assert len(stored) == 3 * len(good)
     for row in good:
@@ -199,14 +175,14 @@ def test_every_column_keeps_its_name_and_type(thousand: Thousand) -> None:
     assert pa.types.is_timestamp(schema.field("seen_at").type)
     assert [row["table_width"] for row in thousand.rows] == list(range(1000))
     key = next(row["key"] for row in thousand.rows if row["status"] == "success")
-    sample = json.loads(members(thousand.out / "00000000.tar")[f"{key}.json"])
+    sample = json.loads(contents(thousand.out / "00000000.tar")[f"{key}.json"])
     assert list(sample) == names
     assert sample["seen_at"] == "2026-01-01T00:00:00+00:00"
 
 
 def test_receipts_rejects_and_stats_add_up(thousand: Thousand) -> None:
     for shard in ("00000000", "00000001"):
-        counts = receipt(thousand.out, shard)["counts"]
+        counts = records.receipt(thousand.out, shard)["counts"]
         here = rows(thousand.out, shard)
         bad = [row for row in here if row["status"] != "success"]
         assert counts["in"] == 500 == counts["kept"] + sum(counts["failed"].values())
@@ -249,10 +225,7 @@ def test_webdataset_and_the_other_stages_read_the_shards(thousand: Thousand, tmp
     assert list(captions) == [f"{row['key']}.json" for row in good if row["face_bboxes"] and row["key"] < "00000001"]
 
 
-def test_stage_05_reads_the_shards(thousand: Thousand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((recaption_stub.backends, "load"), (recaption_stub.hub_cache, "resolve")):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr(recaption_stub.stage, "Recaption", recaption_stub.stage.Recaption)
+def test_stage_05_reads_the_shards(thousand: Thousand, tmp_path: Path) -> None:
     arguments = [str(thousand.out), "-o", str(tmp_path), "--max_images", "5", "--num_gpus", "1", "--quiet"]
     assert recaption_stub.main(arguments) == 0
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
@@ -261,10 +234,10 @@ def test_stage_05_reads_the_shards(thousand: Thousand, tmp_path: Path, monkeypat
 
 
 def test_a_second_run_asks_for_nothing(thousand: Thousand, web: Web) -> None:
-    before, asked = published(thousand.out), web.seen()
+    before, asked = hashes(thousand.out), web.seen()
     table = thousand.out.parent / "urls.parquet"
     assert run(table, thousand.out, "--rows_per_shard", 500, "--threads", 64) == 0
-    assert published(thousand.out) == before
+    assert hashes(thousand.out) == before
     assert web.seen() == asked
 
 
@@ -272,7 +245,7 @@ def test_a_second_run_asks_for_nothing(thousand: Thousand, web: Web) -> None:
 
 
 def test_a_host_is_asked_for_no_more_at_once_than_allowed(tmp_path: Path) -> None:
-    with photo_server(SHARDS, latency_s=0.05) as port:
+    with photo_server(EXAMPLES, latency_s=0.05) as port:
         web = Web(port)
         table = write_table(tmp_path / "t.parquet", [web.url("photo", i) for i in range(40)])
         assert run(table, tmp_path / "out", "--per_host", 3, "--threads", 32) == 0
@@ -388,7 +361,7 @@ def test_without_a_network_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_killed_and_started_again_nothing_is_lost_doubled_or_fetched_twice(tmp_path: Path) -> None:
-    with photo_server(SHARDS, latency_s=0.015) as port:
+    with photo_server(EXAMPLES, latency_s=0.015) as port:
         web = Web(port)
         urls = [web.url("photo", i, 30 + i % 50) if i % 10 else web.url("404", i) for i in range(400)]
         table = write_table(tmp_path / "t.parquet", urls, caption=[f"c{i}" for i in range(400)])
@@ -397,13 +370,12 @@ def test_killed_and_started_again_nothing_is_lost_doubled_or_fetched_twice(tmp_p
         asked = web.seen()
         command = [sys.executable, f"{NAME}.py", "--input", str(table), "--output", str(tmp_path / "out")]
         for number, name in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
-            victim = subprocess.Popen([*command, *FLAGS, *flags], cwd=ROOT, start_new_session=True)
-            while web.seen() < asked + 100 * number and victim.poll() is None:
-                time.sleep(0.02)
-            os.killpg(victim.pid, name)
-            assert victim.wait() in (-signal.SIGKILL, 75)
+            with ended_at_last(processes.start([*command, *FLAGS, *flags])) as victim:
+                wait_until(lambda asked=asked + 100 * number: web.seen() >= asked, "requests", while_runs=victim)
+                os.killpg(victim.pid, name)
+                assert victim.wait() in (-signal.SIGKILL, 75)
         assert run(table, tmp_path / "out", *flags) == 0
-        assert published(tmp_path / "out") == published(tmp_path / "calm")
+        assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
         assert web.seen() - asked < 400 + 2 * (4 + 64)  # what was under way, and what one write had not logged yet
     assert not [path for path in (tmp_path / "out" / "_partial").rglob("*") if path.is_file()]
 
@@ -416,7 +388,7 @@ def test_failed_urls_alone_are_asked_again(web: Web, tmp_path: Path, layout: str
     out, flags = tmp_path / "out", ("--output_format", layout)
     assert run(table, out, *flags) == 0
     first = {row["key"]: row for row in rows(out)}
-    before = {path: path.read_bytes() for path in out.glob("00000000/*")} or members(out / "00000000.tar")
+    before = {path: path.read_bytes() for path in out.glob("00000000/*")} or contents(out / "00000000.tar")
     assert [row["status"] for row in first.values()].count("success") == 2
     assert run(table, out, *flags) == 0
     assert {row["key"]: row for row in rows(out)} == first
@@ -425,12 +397,12 @@ def test_failed_urls_alone_are_asked_again(web: Web, tmp_path: Path, layout: str
     assert [row["status"] for row in again.values()] == [
         "success", "success", "failed_to_download", "success", "success", "failed_to_resize"
     ]  # fmt: skip
-    after = {path: path.read_bytes() for path in out.glob("00000000/*")} or members(out / "00000000.tar")
+    after = {path: path.read_bytes() for path in out.glob("00000000/*")} or contents(out / "00000000.tar")
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 4
     assert web.seen(f"/photo/{start}") == 1
     assert web.seen(f"/healed/{start + 1}") == 2
-    assert receipt(out)["notes"]["copied"] == 2
+    assert records.receipt(out)["notes"]["copied"] == 2
     assert pq.read_table(out / "full_metadata.parquet").to_pylist() == rows(out)
 
 
@@ -439,26 +411,26 @@ def test_verify_finds_and_mends_what_is_not_sound(web: Web, tmp_path: Path) -> N
     table, out = write_table(tmp_path / "t.parquet", urls), tmp_path / "out"
     assert run(table, out, "--retries", 0) == 0
     assert run(table, out, "--retries", 0, "--retry_failed_urls") == 0
-    sound = published(out)
+    sound = hashes(out)
     tar = out / "00000000.tar"
     data = bytearray(tar.read_bytes())
     at = data.find(photos()[7003 % len(photos())]) + 5000
     data[at : at + 2000] = bytes(2000)
     tar.write_bytes(data)
     assert run(table, out, "--retries", 0, "--verify") == 0
-    assert published(out) == sound
-    assert receipt(out)["notes"]["unsound"] == 1
+    assert hashes(out) == sound
+    assert records.receipt(out)["notes"]["unsound"] == 1
     assert web.seen("/photo/7003") == 2
     assert web.seen("/photo/7000") == 1
     assert web.seen("/404/7001") == 2  # --verify asks no failed row again
 
 
 def test_verify_says_so_where_the_image_is_gone_for_good(tmp_path: Path) -> None:
-    with photo_server(SHARDS) as port:
+    with photo_server(EXAMPLES) as port:
         table = write_table(tmp_path / "t.parquet", [Web(port).url("photo", i) for i in range(3)])
         out = tmp_path / "out"
         assert run(table, out) == 0
-    kept = members(out / "00000000.tar")
+    kept = contents(out / "00000000.tar")
     tar = out / "00000000.tar"
     data = bytearray(tar.read_bytes())
     at = data.find(photos()[1]) + 3000
@@ -466,18 +438,18 @@ def test_verify_says_so_where_the_image_is_gone_for_good(tmp_path: Path) -> None
     tar.write_bytes(data)
     assert run(table, out, "--verify", "--retries", 0) == 0
     assert [row["status"] for row in rows(out)] == ["success", "failed_to_download", "success"]
-    assert members(tar) == {name: data for name, data in kept.items() if not name.startswith("000000000001")}
+    assert contents(tar) == {name: data for name, data in kept.items() if not name.startswith("000000000001")}
 
 
 def test_a_retry_that_cannot_read_its_table_costs_nothing(web: Web, tmp_path: Path) -> None:
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text(f"url\n{web.url('photo', 1)}\n{web.url('404', 1)}\n")
     assert run(table, out) == 0
-    before = published(out)
+    before = hashes(out)
     for path in (out / "_tables").glob("*.parquet"):
         path.write_bytes(b"PAR1 no more")
     assert run(table, out, "--retry_failed_urls") == 2
-    assert published(out) == before
+    assert hashes(out) == before
 
 
 # ---- tables
@@ -487,7 +459,7 @@ def test_rows_of_one_url_are_one_question(web: Web, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.parquet", [web.url("photo", 8000)] * 3 + [web.url("photo", 8001)])
     assert run(table, tmp_path / "out") == 0
     assert [row["status"] for row in rows(tmp_path / "out")] == ["success"] * 4
-    assert len(members(tmp_path / "out" / "00000000.tar")) == 8
+    assert len(contents(tmp_path / "out" / "00000000.tar")) == 8
     assert web.seen("/photo/8000") == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import importlib
 import io
 import json
@@ -13,21 +12,19 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests import EXAMPLES, ROOT
+from tests.processes import ended_at_last, wait_until
+from tests.shards import member, plain, samples_of, tar_of
+from tests.stages.harness import Run
 from tests.test_images import huge_png
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
 stage_01 = importlib.import_module("01_filter_noface")
 NAME = "01_filter_noface"
 
@@ -35,105 +32,45 @@ NAME = "01_filter_noface"
 # ---- running the stage and reading what it left
 
 
-@dataclass
-class Run:
-    """The stage on one folder: ``root/shards`` → ``root/captions`` and ``root/edits``."""
+class Stage01(Run):
+    """``root/shards`` → ``root/captions`` and ``root/edits``."""
 
-    root: Path
-    capsys: pytest.CaptureFixture[str]
-    log: str = ""
-    arguments: list[str] = field(default_factory=list)
+    stage, script, output = NAME, stage_01, "captions"
 
-    def __call__(self, *more: str) -> int:
-        argv = [
+    def arguments(self) -> list[str]:
+        return [
             *["--input", f"{self.root}/shards", "--output", f"{self.root}/captions", "--edits", f"{self.root}/edits"],
-            *self.arguments,
-            *([] if "--threads" in more else ["--threads", "1"]),
-            *more,
+            *["--threads", "1"],
         ]
-        self.capsys.readouterr()
-        with ThreadPoolExecutor(1) as thread:  # not pytest's main thread, whose signal handlers stay as they are
-            code: int = thread.submit(stage_01.main, argv).result()
-        self.log = self.capsys.readouterr().err
-        return code
 
     def add(self, shard: str, *samples: tuple[str, dict[str, bytes]]) -> Path:
-        path = self.root / "shards" / f"{shard}.tar"
-        path.parent.mkdir(exist_ok=True)
-        with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-            for key, members in samples:
-                for suffix, data in members.items():
-                    add_member(tar, f"{key}.{suffix}", data)
-        return path
+        members = [member(f"{key}.{suffix}", data) for key, parts in samples for suffix, data in parts.items()]
+        return self.put(f"shards/{shard}.tar", tar_of(members))
 
     def captions(self, shard: str = "00000000") -> dict[str, str]:
-        found: dict[str, str] = json.loads((self.root / "captions" / f"{shard}.json").read_bytes())
-        return found
+        return self.json(f"captions/{shard}.json")
 
     def edits(self, shard: str = "00000000") -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.root / "edits" / f"{shard}.json").read_bytes())
-        return found
-
-    def receipt(self, shard: str = "00000000") -> dict[str, Any]:
-        (path,) = (self.root / "captions" / "_receipts" / NAME).glob(f"*/{shard}.json")
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        counts = found["counts"]
-        out = counts["kept"] + sum(counts["dropped"].values()) + sum(counts["failed"].values())
-        assert found["status"] == "failed" or counts["in"] == out, "conservation"
-        return found
-
-    def rejects(self, shard: str = "00000000") -> dict[str, tuple[str, str]]:
-        (path,) = (self.root / "captions" / "_rejects" / NAME).rglob(f"{shard}.jsonl")
-        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-        return {line["key"]: (line["reason"], line.get("detail", "")) for line in lines}
-
-    def drops(self, shard: str = "00000000") -> dict[str, str]:
-        (path,) = (self.root / "captions" / "_rejects" / NAME).rglob(f"{shard}.drops.tsv.gz")
-        pairs = [line.split(b"\t") for line in gzip.decompress(path.read_bytes()).splitlines()]
-        return {json.loads(key): reason.decode() for reason, key in pairs}
+        return self.json(f"edits/{shard}.json")
 
     def files(self) -> dict[str, bytes]:
-        """Everything published but receipts, which hold times."""
-        found = {}
-        for folder in ("captions", "edits"):
-            for path in sorted((self.root / folder).rglob("*")):
-                name = str(path.relative_to(self.root))
-                if path.is_file() and "_receipts" not in name and "_claims" not in name and "_plan" not in name:
-                    found[name] = path.read_bytes()
-        return found
-
-
-def add_member(tar: tarfile.TarFile, name: str, data: bytes, kind: bytes = tarfile.REGTYPE) -> None:
-    info = tarfile.TarInfo(name)
-    info.size, info.type, info.linkname = len(data), kind, "../../target" if kind != tarfile.REGTYPE else ""
-    tar.addfile(info, io.BytesIO(data))
+        return self.published("captions", "edits")
 
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Stage01:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # nobody's SCRFD
-    return Run(tmp_path, capsys)
+    return Stage01(tmp_path, capsys)
 
 
-def example(run: Run, *shards: str) -> None:
+def example(run: Stage01, *shards: str) -> None:
     (run.root / "shards").mkdir()
     for shard in shards:
-        os.link(EXAMPLES / "shards" / f"{shard}.tar", run.root / "shards" / f"{shard}.tar")
-
-
-def example_samples(shard: str) -> dict[str, dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(EXAMPLES / "shards" / f"{shard}.tar") as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            samples.setdefault(key, {})[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return samples
+        os.link(EXAMPLES / f"{shard}.tar", run.root / "shards" / f"{shard}.tar")
 
 
 def plain_jpeg(shade: int = 128) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.full((64, 64, 3), shade, np.uint8)).save(file, "JPEG")
-    return file.getvalue()
+    return plain((shade, shade, shade), 64, "JPEG")
 
 
 FACE = [[0.1, 0.1, 0.4, 0.5]]
@@ -152,10 +89,10 @@ def sample(key: str, boxes: object = FACE, **members: bytes | None) -> tuple[str
 # ---- recorded boxes
 
 
-def test_recorded_boxes_decide_and_everything_is_written_as_it_was(run: Run) -> None:
+def test_recorded_boxes_decide_and_everything_is_written_as_it_was(run: Stage01) -> None:
     example(run, "00000001")
     assert run("--detector", "recorded") == 0
-    source = {key: json.loads(members["json"]) for key, members in example_samples("00000001").items()}
+    source = {key: json.loads(members["json"]) for key, members in samples_of(EXAMPLES / "00000001.tar").items()}
     expected = {key: metadata for key, metadata in source.items() if metadata["face_bboxes"]}
     assert 0 < len(expected) < len(source)
     assert list(run.edits("00000001").items()) == [(f"{key}.json", metadata) for key, metadata in expected.items()]
@@ -168,7 +105,7 @@ def test_recorded_boxes_decide_and_everything_is_written_as_it_was(run: Run) -> 
     assert not list((run.root / "captions").rglob("*.jsonl")), "nothing failed, and nothing empty is written"
 
 
-def test_recorded_boxes_need_no_model_and_no_image(run: Run) -> None:
+def test_recorded_boxes_need_no_model_and_no_image(run: Stage01) -> None:
     """auto without SCRFD's weights: DataComp's own shards have every box recorded."""
     run.add("00000000", sample("a"), sample("b", jpg=None), sample("c", boxes=[]), sample("d", jpg=b"no image"))
     assert run() == 0
@@ -176,23 +113,23 @@ def test_recorded_boxes_need_no_model_and_no_image(run: Run) -> None:
     assert run.drops() == {"c": "no_face"}
 
 
-def test_null_and_absent_are_told_apart_from_empty(run: Run) -> None:
+def test_null_and_absent_are_told_apart_from_empty(run: Stage01) -> None:
     run.add("00000000", sample("a"), sample("b", boxes=None), sample("c", boxes="absent"), sample("d", boxes=[]))
     assert run("--detector", "recorded", "--max_error_rate", "0.5") == 0
-    reasons = {key: reason for key, (reason, _) in run.rejects().items()}
+    reasons = run.rejects()
     assert reasons == {"b": "null_face_bboxes", "c": "absent_face_bboxes"}
     assert run.drops() == {"d": "no_face"}
     assert list(run.captions()) == ["a.json"]
 
 
-def test_boxes_that_are_none_fail_the_sample(run: Run) -> None:
+def test_boxes_that_are_none_fail_the_sample(run: Stage01) -> None:
     run.add("00000000", sample("a"), sample("b", boxes="[]"), sample("c", boxes=[[1, 2]]), *map(sample, "defghijk"))
     assert run() == 0
-    assert {reason for reason, _ in run.rejects().values()} == {"bad_face_bboxes"}
+    assert set(run.rejects().values()) == {"bad_face_bboxes"}
     assert set(run.rejects()) == {"b", "c"}
 
 
-def test_min_faces_and_select(run: Run) -> None:
+def test_min_faces_and_select(run: Stage01) -> None:
     run.add("00000000", sample("none", boxes=[]), sample("one"), sample("two", boxes=FACE * 2))
     assert run("--min_faces", "2") == 0
     assert list(run.captions()) == ["two.json"]
@@ -205,7 +142,7 @@ def test_min_faces_and_select(run: Run) -> None:
 # ---- detectors
 
 
-def test_without_scrfds_weights_auto_ends_with_one_clear_line(run: Run) -> None:
+def test_without_scrfds_weights_auto_ends_with_one_clear_line(run: Stage01) -> None:
     run.add("00000000", sample("a", boxes=None))
     assert run() == 2
     (line,) = [line for line in run.log.splitlines() if line.startswith("error: ")]
@@ -215,12 +152,12 @@ def test_without_scrfds_weights_auto_ends_with_one_clear_line(run: Run) -> None:
 
 
 def counted_by_eye(shard: str) -> dict[str, int]:
-    with open(EXAMPLES / "truth.tsv", encoding="utf-8", newline="") as file:
+    with open(ROOT / "examples" / "truth.tsv", encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         return {row["key"]: int(row["faces"]) for row in rows if row["shard"] == shard and row["faces"] != "?"}
 
 
-def test_the_embedded_detector_keeps_the_photos_on_which_people_count_faces(run: Run) -> None:
+def test_the_embedded_detector_keeps_the_photos_on_which_people_count_faces(run: Stage01) -> None:
     example(run, "00000000", "00000004")
     assert run("--embedded", "--threads", "2") == 0
     wrong = total = 0
@@ -237,16 +174,16 @@ def test_the_embedded_detector_keeps_the_photos_on_which_people_count_faces(run:
             assert line["detector"] == "centerface"
             assert line["revision"].startswith("sha256:")
         for name, metadata in run.edits(shard).items():
-            source = example_samples(shard)[name.removesuffix(".json")]
+            source = samples_of(EXAMPLES / f"{shard}.tar")[name.removesuffix(".json")]
             assert metadata == json.loads(source["json"]), "what was detected does not enter the metadata"
     assert total >= 20
     assert wrong <= 1
     assert set(run.receipt()["seconds"]) >= {"read", "decode", "infer"}
 
 
-def test_auto_detects_only_where_nothing_is_recorded(run: Run) -> None:
+def test_auto_detects_only_where_nothing_is_recorded(run: Stage01) -> None:
     faces = {key for key, n in counted_by_eye("00000001").items() if n}
-    picture = next(members["jpg"] for key, members in example_samples("00000001").items() if key in faces)
+    picture = next(members["jpg"] for key, members in samples_of(EXAMPLES / "00000001.tar").items() if key in faces)
     run.add(
         "00000000",
         sample("recorded", jpg=plain_jpeg()),  # trusted, although there is nothing to be seen
@@ -259,14 +196,14 @@ def test_auto_detects_only_where_nothing_is_recorded(run: Run) -> None:
     assert run.drops() == {"trusted": "no_face", "absent": "no_face"}
 
 
-def test_scrfd_through_insightface_and_its_agreement_with_recorded_boxes(run: Run) -> None:
+def test_scrfd_through_insightface_and_its_agreement_with_recorded_boxes(run: Stage01) -> None:
     from tests.backends.scrfd_from_centerface import build_scrfd
     from tests.test_faces import _centerface_file
 
     example(run, "00000001")
     model = build_scrfd(_centerface_file(), run.root / "scrfd.onnx")
     assert run("--detector", "scrfd", "--model", str(model), "--threshold", "0.5") == 0
-    recorded = {key for key, m in example_samples("00000001").items() if json.loads(m["json"])["face_bboxes"]}
+    recorded = {key for key, m in samples_of(EXAMPLES / "00000001.tar").items() if json.loads(m["json"])["face_bboxes"]}
     assert {name.removesuffix(".json") for name in run.captions("00000001")} == recorded
     assert f"agrees with the recorded boxes on {run.receipt('00000001')['counts']['in']} of" in run.log
     assert "blurred" not in run.log
@@ -275,7 +212,7 @@ def test_scrfd_through_insightface_and_its_agreement_with_recorded_boxes(run: Ru
     assert agreement["kappa"] == 1
 
 
-def test_low_agreement_with_recorded_boxes_is_a_warning(run: Run) -> None:
+def test_low_agreement_with_recorded_boxes_is_a_warning(run: Stage01) -> None:
     """Blurred faces: boxes are recorded, and a detector sees nothing."""
     blurred = [sample(f"{i:03}", jpg=plain_jpeg(i)) for i in range(12)]
     faceless = [sample(f"{i:03}", boxes=[], jpg=plain_jpeg(i)) for i in range(12, 24)]
@@ -287,7 +224,7 @@ def test_low_agreement_with_recorded_boxes_is_a_warning(run: Run) -> None:
     assert any("often blurred" in warning for warning in run.receipt()["warnings"])
 
 
-def test_bytes_do_not_depend_on_threads(run: Run, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_threads(run: Stage01, tmp_path: Path) -> None:
     example(run, "00000000")
     run.add("00000001", *[sample(f"{i:03}", boxes=None, jpg=b"x" if i % 9 == 0 else None) for i in range(30)])
     arguments = ["--embedded", "--det_size", "320", "--max_error_rate", "1"]
@@ -313,7 +250,7 @@ def test_bytes_do_not_depend_on_threads(run: Run, tmp_path: Path) -> None:
         (None, b"not \xff UTF-8", "not \ufffd UTF-8"),
     ],
 )
-def test_captions_become_one_clean_line(run: Run, caption: object, txt: bytes | None, expected: str) -> None:
+def test_captions_become_one_clean_line(run: Stage01, caption: object, txt: bytes | None, expected: str) -> None:
     metadata = {"face_bboxes": FACE, "caption": caption}
     if caption is None:
         del metadata["caption"]
@@ -351,74 +288,76 @@ BAD_SAMPLES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_SAMPLES)
-def test_a_bad_sample_is_named_and_the_others_come_out(run: Run, what: str) -> None:
+def test_a_bad_sample_is_named_and_the_others_come_out(run: Stage01, what: str) -> None:
     changes, reason = BAD_SAMPLES[what]
     # Faces are recorded in every second good sample; the others are looked at, and show none.
     run.add("00000000", *GOOD[:4], sample("bad", **changes), *GOOD[4:])
     assert run("--embedded", "--det_size", "64") == 0
-    assert run.rejects()["bad"][0] == reason
+    assert run.rejects()["bad"] == reason
     assert list(run.captions()) == [f"good{i}.json" for i in (1, 3, 5, 7)]
     assert list(run.edits()) == list(run.captions())
     counts = run.receipt()["counts"]
     assert counts == {"in": 9, "kept": 4, "dropped": {"no_face": 4}, "failed": {reason: 1}}
 
 
-def test_a_sample_without_any_caption(run: Run) -> None:
+def test_a_sample_without_any_caption(run: Stage01) -> None:
     metadata = json.dumps({"face_bboxes": FACE}).encode()
     run.add("00000000", *GOOD, sample("bad", json=metadata, txt=None))
     assert run("--embedded", "--det_size", "64") == 0
-    assert run.rejects() == {"bad": ("no_caption", "neither in the json nor as a txt")}
+    (line,) = run.reject_lines()
+    assert (line["key"], line["reason"], line["detail"]) == ("bad", "no_caption", "neither in the json nor as a txt")
 
 
-def test_a_faceless_sample_needs_no_caption(run: Run) -> None:
+def test_a_faceless_sample_needs_no_caption(run: Stage01) -> None:
     run.add("00000000", sample("a", json=b'{"face_bboxes": []}', txt=None))
     assert run() == 0
     assert run.drops() == {"a": "no_face"}
 
 
-def test_the_second_of_two_samples_with_one_key_fails(run: Run) -> None:
+def test_the_second_of_two_samples_with_one_key_fails(run: Stage01) -> None:
     run.add("00000000", *GOOD[:3], sample("good1", boxes=FACE * 3), *GOOD[3:])
     assert run("--embedded", "--det_size", "64") == 0
-    assert run.rejects()["good1"][0] == "duplicate_key"
+    assert run.rejects()["good1"] == "duplicate_key"
     assert run.edits()["good1.json"]["face_bboxes"] == FACE
     assert run.receipt()["counts"]["in"] == 9
 
 
 @pytest.mark.parametrize("key", ["../outside", "a/../../outside", "/outside", "a/./../../b"])
 @pytest.mark.parametrize("layout", ["tar", "files"])
-def test_names_never_lead_outside(run: Run, key: str, layout: str) -> None:
+def test_names_never_lead_outside(run: Stage01, key: str, layout: str) -> None:
     run.add("00000000", *GOOD[:4], sample(key), *GOOD[4:])
     before = set(run.root.parent.iterdir())
     assert run("--embedded", "--det_size", "64", "--edits_layout", layout) == 0
-    assert run.rejects()[key][0] == "unsafe_name"
+    assert run.rejects()[key] == "unsafe_name"
     assert list(run.captions()) == [f"good{i}.json" for i in (1, 3, 5, 7)]
     assert set(run.root.parent.iterdir()) == before
     assert not list(run.root.parent.rglob("outside*"))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_not_followed(run: Run, kind: bytes) -> None:
+def test_links_and_devices_are_not_followed(run: Stage01, kind: bytes) -> None:
     path = run.add("00000000", *GOOD)
     with tarfile.open(path, "a") as tar:
-        add_member(tar, "bad.jpg", b"", kind)
-        add_member(tar, "bad.json", sample("bad")[1]["json"])
+        tar.addfile(member("bad.jpg", type=kind, linkname="../../target")[0])
+        info, data = member("bad.json", sample("bad")[1]["json"])
+        tar.addfile(info, io.BytesIO(data))
     assert run("--embedded", "--det_size", "64") == 0
-    assert run.rejects()["bad"][0] == "not_a_file"
+    assert run.rejects()["bad"] == "not_a_file"
     assert "bad.json" not in run.captions()
 
 
-def test_a_cut_tar_is_read_to_its_last_whole_sample(run: Run) -> None:
+def test_a_cut_tar_is_read_to_its_last_whole_sample(run: Stage01) -> None:
     path = run.add("00000000", *GOOD)
     with tarfile.open(path) as tar:
         cut = tar.getmember("good6.txt").offset_data + 3
     os.truncate(path, cut)
     assert run("--embedded", "--det_size", "64", "--max_error_rate", "0.5") == 0
-    assert run.rejects()["good6"][0] == "damaged_tar"
+    assert run.rejects()["good6"] == "damaged_tar"
     assert list(run.captions()) == ["good1.json", "good3.json", "good5.json"]
     assert "00000000.tar" in run.log
 
 
-def test_too_much_damage_fails_the_shard_and_the_others_are_done(run: Run) -> None:
+def test_too_much_damage_fails_the_shard_and_the_others_are_done(run: Stage01) -> None:
     path = run.add("00000000", *GOOD)
     path.write_bytes(np.random.default_rng(0).bytes(20_000))
     run.add("00000001", *GOOD)
@@ -428,7 +367,7 @@ def test_too_much_damage_fails_the_shard_and_the_others_are_done(run: Run) -> No
     assert len(run.captions("00000001")) == 4
 
 
-def test_garbage_in_the_middle_costs_no_sound_sample(run: Run) -> None:
+def test_garbage_in_the_middle_costs_no_sound_sample(run: Stage01) -> None:
     path = run.add("00000000", *GOOD)
     with tarfile.open(path) as tar:
         header = tar.getmember("good4.jpg").offset
@@ -438,11 +377,11 @@ def test_garbage_in_the_middle_costs_no_sound_sample(run: Run) -> None:
     path.write_bytes(data)
     assert run("--embedded", "--det_size", "64", "--max_error_rate", "0.5") == 0
     assert list(run.captions()) == ["good1.json", "good3.json", "good5.json", "good7.json"]
-    assert {reason for reason, _ in run.rejects().values()} == {"damaged_tar"}
+    assert set(run.rejects().values()) == {"damaged_tar"}
     assert "damaged" in run.log
 
 
-def test_an_empty_shard_is_done_with_a_warning(run: Run) -> None:
+def test_an_empty_shard_is_done_with_a_warning(run: Stage01) -> None:
     run.add("00000000")
     assert run() == 0
     assert run.captions() == run.edits() == {}
@@ -454,7 +393,7 @@ def test_an_empty_shard_is_done_with_a_warning(run: Run) -> None:
 # ---- loose files
 
 
-def test_loose_files_beside_the_dictionary(run: Run) -> None:
+def test_loose_files_beside_the_dictionary(run: Stage01) -> None:
     run.add(
         "00000000", sample("a"), sample("folder/b"), sample("c", boxes=[]), sample("with.json/d"), *map(sample, "efgh")
     )
@@ -464,10 +403,10 @@ def test_loose_files_beside_the_dictionary(run: Run) -> None:
     assert found == {"a.json", "folder/b.json", *(f"{key}.json" for key in "efgh")}
     for name in found:
         assert json.loads((loose / name).read_bytes()) == run.edits()[name]
-    assert run.rejects()["with.json/d"][0] == "unsafe_name"
+    assert run.rejects()["with.json/d"] == "unsafe_name"
 
 
-def test_the_tar_layout_leaves_one_file_a_shard(run: Run) -> None:
+def test_the_tar_layout_leaves_one_file_a_shard(run: Stage01) -> None:
     run.add("00000000", *map(sample, "abcdefgh"))
     assert run() == 0
     assert [path.name for path in (run.root / "edits").iterdir() if not path.name.startswith("_")] == ["00000000.json"]
@@ -493,7 +432,7 @@ def count_detections(monkeypatch: pytest.MonkeyPatch, fail_at: int = 10**9) -> l
     return calls
 
 
-def test_a_finished_stage_does_nothing_and_loads_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_stage_does_nothing_and_loads_nothing(run: Stage01, monkeypatch: pytest.MonkeyPatch) -> None:
     run.add("00000000", *GOOD)
     assert run("--embedded", "--det_size", "64") == 0
     before = run.files()
@@ -502,7 +441,7 @@ def test_a_finished_stage_does_nothing_and_loads_nothing(run: Run, monkeypatch: 
     assert run.files() == before
 
 
-def test_other_options_are_refused_until_rerun(run: Run) -> None:
+def test_other_options_are_refused_until_rerun(run: Stage01) -> None:
     run.add("00000000", *GOOD)
     assert run("--embedded", "--det_size", "64") == 0
     assert run("--embedded", "--det_size", "96") == 2
@@ -510,7 +449,7 @@ def test_other_options_are_refused_until_rerun(run: Run) -> None:
     assert run("--embedded", "--det_size", "96", "--rerun") == 0
 
 
-def test_detections_are_taken_up_after_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detections_are_taken_up_after_an_interruption(run: Stage01, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_01, "CHECKPOINT", 5)
     shades = [sample(f"{i:03}", boxes=None, jpg=plain_jpeg(i)) for i in range(30)]
     run.add("00000000", *shades)
@@ -529,7 +468,7 @@ def test_detections_are_taken_up_after_an_interruption(run: Run, monkeypatch: py
     assert run.files() == interrupted
 
 
-def test_another_picture_under_the_same_key_is_looked_at_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_picture_under_the_same_key_is_looked_at_again(run: Stage01, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_01, "CHECKPOINT", 2)
     run.add("00000000", *[sample(f"{i}", boxes=None, jpg=plain_jpeg(i)) for i in range(8)])
     with monkeypatch.context() as patch:
@@ -558,7 +497,7 @@ def test_another_picture_under_the_same_key_is_looked_at_again(run: Run, monkeyp
         (["--shards", "00000007"], "00000007"),
     ],
 )
-def test_values_that_make_no_sense_end_with_exit_2(run: Run, arguments: list[str], message: str) -> None:
+def test_values_that_make_no_sense_end_with_exit_2(run: Stage01, arguments: list[str], message: str) -> None:
     run.add("00000000", *GOOD)
     assert run(*arguments) == 2
     (line,) = [line for line in run.log.splitlines() if line.startswith("error: ")]
@@ -566,13 +505,13 @@ def test_values_that_make_no_sense_end_with_exit_2(run: Run, arguments: list[str
     assert not (run.root / "captions" / "00000000.json").exists()
 
 
-def test_output_and_edits_are_two_folders(run: Run) -> None:
+def test_output_and_edits_are_two_folders(run: Stage01) -> None:
     run.add("00000000", *GOOD)
     assert run("--edits", f"{run.root}/captions") == 2
     assert "two folders" in run.log
 
 
-def test_a_missing_input_ends_with_exit_2(run: Run) -> None:
+def test_a_missing_input_ends_with_exit_2(run: Stage01) -> None:
     assert run() == 2
     assert "shards" in run.log
 
@@ -597,7 +536,7 @@ def unprivileged() -> list[str]:
     return ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"]
 
 
-def test_a_read_only_output_folder_is_named(run: Run) -> None:
+def test_a_read_only_output_folder_is_named(run: Stage01) -> None:
     run.add("00000000", *GOOD)
     run.root.chmod(0o555)
     try:
@@ -611,16 +550,13 @@ def test_a_read_only_output_folder_is_named(run: Run) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_saves_what_is_done_and_ends_with_75(run: Run, sent: signal.Signals) -> None:
+def test_a_signal_saves_what_is_done_and_ends_with_75(run: Stage01, sent: signal.Signals) -> None:
     shades = [sample(f"{i:03}", boxes=None, jpg=plain_jpeg(i)) for i in range(192)]
     run.add("00000000", *shades)
-    folders = ["--input", f"{run.root}/shards", "--output", f"{run.root}/captions", "--edits", f"{run.root}/edits"]
-    options = ["--embedded", "--threads", "1", "--det_size", "192"]
-    command = [sys.executable, str(ROOT / "01_filter_noface.py"), *folders, *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        partial = run.root / "captions" / "_partial"
-        while process.poll() is None and not any(path.is_file() for path in partial.rglob("*")):
-            time.sleep(0.01)
+    options = ["--embedded", "--det_size", "192"]
+    partial = run.root / "captions" / "_partial"
+    with ended_at_last(run.start(*options)) as process:
+        wait_until(lambda: any(path.is_file() for path in partial.rglob("*")), "a checkpoint", while_runs=process)
         process.send_signal(sent)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 75, log

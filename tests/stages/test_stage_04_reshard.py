@@ -11,9 +11,8 @@ import subprocess
 import tarfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,13 +25,14 @@ from curation.run.work import ShardContext, Stage
 from curation.shards import Shard
 from curation.storage.files import AtomicFile
 from curation.tar import blocks
-from curation.tar.headers import BLOCK, RECORD, padded
+from curation.tar.headers import BLOCK, RECORD
 from curation.tar.samples import TarWriter
 from curation.tar.scan import SampleSpan, TarScan
 from curation.tar.splice import Action, Edit, splice, verify_splice
+from tests import EXAMPLES
+from tests.shards import Member, contents, member, raw_members, tar_of
+from tests.stages.harness import Run
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples" / "shards"
 stage_04 = importlib.import_module("04_reshard")
 NAME = "04_reshard"
 TRIPLE = ("jpg", "json", "txt")
@@ -42,25 +42,9 @@ EDIT = {"jpg": b"generated " * 90, "txt": b"a portrait", "json": b'{"caption": "
 # ---- shards, edits, runs
 
 
-def member(name: str, data: bytes = b"", mtime: int = 1_700_000_000, **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
-    info = tarfile.TarInfo(name)
-    info.size, info.mtime, info.uid, info.uname, info.mode = len(data), mtime, 1000, "somebody", 0o640
-    for field_name, value in fields.items():
-        setattr(info, field_name, value)
-    return info, data
-
-
-def sample(key: str, suffixes: Iterable[str] = TRIPLE, size: int = 700) -> list[tuple[tarfile.TarInfo, bytes]]:
+def sample(key: str, suffixes: Iterable[str] = TRIPLE, size: int = 700) -> list[Member]:
     dice = random.Random(key)
     return [member(f"{key}.{suffix}", dice.randbytes(dice.randrange(size))) for suffix in suffixes]
-
-
-def tar_of(members: Iterable[tuple[tarfile.TarInfo, bytes]], format: int = tarfile.GNU_FORMAT) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
-        for info, data in members:
-            tar.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def triples(keys: Iterable[str]) -> bytes:
@@ -77,75 +61,31 @@ def tar_of_edits(keys: Iterable[str], parts: Sequence[str] = ("jpg", "txt", "jso
     return file.getvalue()
 
 
-def raw_members(tar: bytes) -> list[tuple[str, bytes]]:
-    """Each member with all of its bytes: extended headers, header, data and padding.  As tarfile reads them."""
-    with tarfile.open(fileobj=io.BytesIO(tar)) as file:
-        infos = list(file)
-        ends = [info.offset for info in infos[1:]]
-        last = infos[-1] if infos else None
-        if last is not None:
-            ends.append(last.offset_data + (padded(last.size) if last.isreg() else 0))
-    return [(info.name, tar[info.offset : end]) for info, end in zip(infos, ends, strict=True)]
+class Stage04(Run):
+    """``root/shards``, ``root/edits`` and ``root/prompts`` → ``root/hybrid``."""
 
+    stage, script, output, first_shard = NAME, stage_04, "hybrid", "0"
 
-def contents(tar: bytes) -> dict[str, bytes]:
-    with tarfile.open(fileobj=io.BytesIO(tar)) as file:
-        return {info.name: file.extractfile(info).read() for info in file if info.isreg()}  # type: ignore[union-attr]
+    def arguments(self) -> list[str]:
+        flags = ["--input", f"{self.root}/shards", "--output", f"{self.root}/hybrid"]
+        if self.has_edits():
+            flags += ["--edits", f"{self.root}/edits"]
+        return flags + (["--prompts", f"{self.root}/prompts"] if (self.root / "prompts").exists() else [])
 
-
-@dataclass
-class Run:
-    """The stage on one folder: shards/, edits/ and prompts/ → hybrid/."""
-
-    root: Path
-    capsys: pytest.CaptureFixture[str]
-    log: str = ""
-    out: str = ""
-    arguments: list[str] = field(default_factory=list)
-
-    def __call__(self, *more: str) -> int:
-        folders = {"input": "shards", "edits": "edits", "output": "hybrid"}
-        if not self.has_edits:
-            del folders["edits"]
-        argv = [word for flag, name in folders.items() for word in (f"--{flag}", f"{self.root}/{name}")]
-        if (self.root / "prompts").exists():
-            argv += ["--prompts", f"{self.root}/prompts"]
-        self.capsys.readouterr()
-        with ThreadPoolExecutor(1) as thread:  # not pytest's main thread, whose signal handlers stay as they are
-            code: int = thread.submit(stage_04.main, [*argv, *more]).result()
-        self.out, self.log = self.capsys.readouterr()
-        return code
-
-    @property
     def has_edits(self) -> bool:
         return True
 
-    def put(self, path: str, data: bytes) -> Path:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-        return file
-
     def prompts(self, *keys: str) -> None:
-        self.put("prompts/0.json", json.dumps({f"{key}.json": "a portrait" for key in keys}).encode())
+        self.put("prompts/0.json", json.dumps({f"{key}.json": "a portrait" for key in keys}))
 
     def result(self, shard: str = "0") -> bytes:
         return (self.root / f"hybrid/{shard}.tar").read_bytes()
 
-    def receipt(self, shard: str = "0") -> dict[str, Any]:
-        (path,) = (self.root / f"hybrid/_receipts/{NAME}").glob(f"*/{shard}.json")
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        return found
-
-    def rejects(self, shard: str = "0") -> list[dict[str, str]]:
-        path = self.root / f"hybrid/_rejects/{NAME}/{shard}.jsonl"
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Stage04:
     (tmp_path / "edits").mkdir()
-    return Run(tmp_path, capsys)
+    return Stage04(tmp_path, capsys)
 
 
 @pytest.fixture
@@ -159,7 +99,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- what is replaced and what stays
 
 
-def test_edited_samples_are_replaced_and_the_rest_stays_byte_for_byte(run: Run) -> None:
+def test_edited_samples_are_replaced_and_the_rest_stays_byte_for_byte(run: Stage04) -> None:
     keys = [f"{n:04d}" for n in range(20)]
     source = run.put("shards/0.tar", triples(keys)).read_bytes()
     run.put("edits/0.tar", tar_of_edits(keys[3::5]))
@@ -180,7 +120,7 @@ def test_edited_samples_are_replaced_and_the_rest_stays_byte_for_byte(run: Run) 
     assert receipt["warnings"] == []
 
 
-def test_a_shard_without_edits_is_the_same_file(run: Run) -> None:
+def test_a_shard_without_edits_is_the_same_file(run: Stage04) -> None:
     for tar in EXAMPLES.glob("*.tar"):
         run.put(f"shards/{tar.name}", tar.read_bytes())
     assert run("--verify") == 0
@@ -188,7 +128,7 @@ def test_a_shard_without_edits_is_the_same_file(run: Run) -> None:
         assert run.result(tar.stem) == tar.read_bytes()
 
 
-def test_again_there_is_nothing_to_do(run: Run) -> None:
+def test_again_there_is_nothing_to_do(run: Stage04) -> None:
     run.put("shards/0.tar", triples("ab"))
     run.put("edits/0.tar", tar_of_edits("a"))
     assert run() == 0
@@ -201,7 +141,7 @@ def test_again_there_is_nothing_to_do(run: Run) -> None:
 
 
 @pytest.mark.parametrize("image", ["webp", "png", "JPEG", "gif", "bmp", "tiff"])
-def test_the_jpg_replaces_an_image_of_any_type(run: Run, image: str) -> None:
+def test_the_jpg_replaces_an_image_of_any_type(run: Stage04, image: str) -> None:
     run.put("shards/0.tar", tar_of([*sample("a", ["json", image, "txt"]), *sample("b", ["json", image, "txt"])]))
     run.put("edits/0.tar", tar_of_edits("a"))
     assert run("--verify") == 0, run.log
@@ -209,7 +149,7 @@ def test_the_jpg_replaces_an_image_of_any_type(run: Run, image: str) -> None:
     assert names == ["a.json", "a.jpg", "a.txt", "b.json", f"b.{image}", "b.txt"]
 
 
-def test_further_images_go_other_members_stay_and_lacking_ones_come_last(run: Run) -> None:
+def test_further_images_go_other_members_stay_and_lacking_ones_come_last(run: Stage04) -> None:
     suffixes = ["cls", "png", "seg.png", "jpg", "npy"]
     source = run.put("shards/0.tar", tar_of([*sample("a", suffixes), *sample("b")])).read_bytes()
     run.put("edits/0.tar", tar_of_edits("a"))
@@ -222,7 +162,7 @@ def test_further_images_go_other_members_stay_and_lacking_ones_come_last(run: Ru
             assert raw == old[name]
 
 
-def test_new_members_take_the_time_of_those_they_replace(run: Run) -> None:
+def test_new_members_take_the_time_of_those_they_replace(run: Stage04) -> None:
     run.put("shards/0.tar", tar_of([member("a.webp", b"1", 111), member("a.json", b"{}", 222)]))
     run.put("edits/0.tar", tar_of_edits("a"))
     assert run() == 0
@@ -232,7 +172,7 @@ def test_new_members_take_the_time_of_those_they_replace(run: Run) -> None:
 
 @pytest.mark.parametrize("parts", [["json"], ["jpg", "txt"], ["jpg", "json"], ["txt", "json"]])
 @pytest.mark.parametrize("layout", ["tar", "files"])
-def test_less_than_all_three_is_no_edit(run: Run, parts: list[str], layout: str) -> None:
+def test_less_than_all_three_is_no_edit(run: Stage04, parts: list[str], layout: str) -> None:
     source = run.put("shards/0.tar", triples("abcd")).read_bytes()
     if layout == "tar":
         run.put("edits/0.tar", tar_of_edits("b", parts))
@@ -246,13 +186,13 @@ def test_less_than_all_three_is_no_edit(run: Run, parts: list[str], layout: str)
 # ---- where edits and prompts come from
 
 
-def loose(run: Run, *keys: str) -> None:
+def loose(run: Stage04, *keys: str) -> None:
     for key in keys:
         for part, data in EDIT.items():
             run.put(f"edits/0/{key}.{part}", data + key.encode())
 
 
-def test_loose_files_give_the_same_bytes_as_a_tar(run: Run) -> None:
+def test_loose_files_give_the_same_bytes_as_a_tar(run: Stage04) -> None:
     run.put("shards/0.tar", tar_of([*sample("a"), *sample("sub/b"), *sample("c")]))
     run.put("edits/0.tar", tar_of_edits(["a", "sub/b"]))
     assert run() == 0
@@ -267,7 +207,7 @@ def test_loose_files_give_the_same_bytes_as_a_tar(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("layout", "edited"), [("auto", "a"), ("tar", "a"), ("files", "b")])
-def test_edits_layout_says_which_counts(run: Run, layout: str, edited: str) -> None:
+def test_edits_layout_says_which_counts(run: Stage04, layout: str, edited: str) -> None:
     run.put("shards/0.tar", triples("ab"))
     run.put("edits/0.tar", tar_of_edits("a"))
     loose(run, "b")
@@ -277,7 +217,7 @@ def test_edits_layout_says_which_counts(run: Run, layout: str, edited: str) -> N
 
 
 @pytest.mark.parametrize("on_missing", ["keep", "drop"])
-def test_samples_whose_edit_is_missing(run: Run, on_missing: str) -> None:
+def test_samples_whose_edit_is_missing(run: Stage04, on_missing: str) -> None:
     source = run.put("shards/0.tar", triples("abcd")).read_bytes()
     run.put("edits/0.tar", tar_of_edits("a"))
     run.prompts("a", "b", "d")
@@ -296,7 +236,7 @@ def test_samples_whose_edit_is_missing(run: Run, on_missing: str) -> None:
     assert "b, d" in run.log
 
 
-def test_edits_without_a_prompt_are_not_applied(run: Run) -> None:
+def test_edits_without_a_prompt_are_not_applied(run: Stage04) -> None:
     run.put("shards/0.tar", triples("ab"))
     run.put("edits/0.tar", tar_of_edits("ab"))
     run.prompts("a")
@@ -307,7 +247,7 @@ def test_edits_without_a_prompt_are_not_applied(run: Run) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tar", "files"])
-def test_edits_that_match_no_sample_are_an_error_by_name(run: Run, layout: str) -> None:
+def test_edits_that_match_no_sample_are_an_error_by_name(run: Stage04, layout: str) -> None:
     run.put("shards/0.tar", triples("ab"))
     run.put("shards/1.tar", triples("cd"))
     if layout == "tar":
@@ -321,7 +261,7 @@ def test_edits_that_match_no_sample_are_an_error_by_name(run: Run, layout: str) 
     assert (run.root / "hybrid/1.tar").exists()
 
 
-def test_many_unmatched_edits_are_counted(run: Run) -> None:
+def test_many_unmatched_edits_are_counted(run: Stage04) -> None:
     run.put("shards/0.tar", triples("a"))
     run.put("edits/0.tar", tar_of_edits(f"{n:03d}" for n in range(500)))
     assert run() == 1
@@ -360,7 +300,7 @@ class Generate(Stage[GenerateOptions]):
                     file.write(data + key.encode())
 
 
-def generate(run: Run, keys: str, layout: str = "tar") -> None:
+def generate(run: Stage04, keys: str, layout: str = "tar") -> None:
     options = GenerateOptions(keys=keys, layout=layout, quiet=True, rerun=True)
     shards = [Shard("0", run.root / "shards/0.tar")]
     with ThreadPoolExecutor(1) as thread:
@@ -368,7 +308,7 @@ def generate(run: Run, keys: str, layout: str = "tar") -> None:
 
 
 @pytest.mark.parametrize("layout", ["tar", "files"])
-def test_only_what_stage_03s_receipt_names_counts(run: Run, layout: str) -> None:
+def test_only_what_stage_03s_receipt_names_counts(run: Stage04, layout: str) -> None:
     run.put("shards/0.tar", triples("abcd"))
     loose(run, "c")  # left over from whatever was here before
     if layout == "files":
@@ -384,7 +324,7 @@ def test_only_what_stage_03s_receipt_names_counts(run: Run, layout: str) -> None
 
 
 @pytest.mark.parametrize("layout", ["tar", "files"])
-def test_edits_that_were_changed_since_are_refused(run: Run, layout: str) -> None:
+def test_edits_that_were_changed_since_are_refused(run: Stage04, layout: str) -> None:
     run.put("shards/0.tar", triples("ab"))
     generate(run, "a", layout)
     path = run.root / ("edits/0.tar" if layout == "tar" else "edits/0/a.jpg")
@@ -395,7 +335,7 @@ def test_edits_that_were_changed_since_are_refused(run: Run, layout: str) -> Non
     assert "is not what" in run.log
 
 
-def test_a_shard_that_stage_03_has_not_done_is_blocked(run: Run) -> None:
+def test_a_shard_that_stage_03_has_not_done_is_blocked(run: Stage04) -> None:
     for shard in "01":
         run.put(f"shards/{shard}.tar", triples("ab"))
     generate(run, "a")
@@ -415,7 +355,7 @@ def test_a_shard_that_stage_03_has_not_done_is_blocked(run: Run) -> None:
         (b"no tar at all" * 99, "no header where one is due"),
     ],
 )
-def test_damaged_edits_fail_the_shard(run: Run, edits: bytes, what: str) -> None:
+def test_damaged_edits_fail_the_shard(run: Stage04, edits: bytes, what: str) -> None:
     """An edit that got lost unnoticed would leave the original in its place."""
     run.put("shards/0.tar", triples("ab"))
     path = run.put("edits/0.tar", edits)
@@ -424,7 +364,7 @@ def test_damaged_edits_fail_the_shard(run: Run, edits: bytes, what: str) -> None
     assert what in run.log
 
 
-def test_loose_edits_behind_links_are_refused(run: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_loose_edits_behind_links_are_refused(run: Stage04, tmp_path_factory: pytest.TempPathFactory) -> None:
     run.put("shards/0.tar", triples("ab"))
     loose(run, "a")
     outside = tmp_path_factory.mktemp("outside") / "secret"
@@ -438,7 +378,7 @@ def test_loose_edits_behind_links_are_refused(run: Run, tmp_path_factory: pytest
 # ---- shards as they come
 
 
-def test_a_source_without_its_end_is_read_to_its_last_whole_member(run: Run) -> None:
+def test_a_source_without_its_end_is_read_to_its_last_whole_member(run: Stage04) -> None:
     source = triples("abcd")
     end = sum(len(raw) for _, raw in raw_members(source))
     run.put("shards/0.tar", source[:end])
@@ -450,7 +390,7 @@ def test_a_source_without_its_end_is_read_to_its_last_whole_member(run: Run) -> 
     assert run.result().endswith(bytes(2 * BLOCK))
 
 
-def test_a_cut_source_gives_every_sample_that_is_whole(run: Run) -> None:
+def test_a_cut_source_gives_every_sample_that_is_whole(run: Stage04) -> None:
     keys = [f"{n:02d}" for n in range(10)]
     source = triples(keys)
     members = raw_members(source)
@@ -460,12 +400,12 @@ def test_a_cut_source_gives_every_sample_that_is_whole(run: Run) -> None:
     assert run("--verify") == 0, run.log
     assert {name[:2] for name in contents(run.result())} == {*keys[:9]}
     assert run.receipt()["counts"] == {"in": 10, "kept": 9, "dropped": {}, "failed": {"damaged_tar": 1}}
-    (line,) = run.rejects()
+    (line,) = run.reject_lines()
     assert (line["key"], line["reason"]) == ("09", "damaged_tar")
     assert f"{run.root}/shards/0.tar: damage at byte" in run.log
 
 
-def test_garbage_in_the_middle_costs_one_sample(run: Run) -> None:
+def test_garbage_in_the_middle_costs_one_sample(run: Stage04) -> None:
     keys = [f"{n:02d}" for n in range(10)]
     source = bytearray(triples(keys))
     raw = raw_members(bytes(source))
@@ -481,7 +421,7 @@ def test_garbage_in_the_middle_costs_one_sample(run: Run) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", bytes(RECORD), tar_of([])], ids=["no byte", "zeros", "no member"])
-def test_an_empty_shard_is_done(run: Run, data: bytes) -> None:
+def test_an_empty_shard_is_done(run: Stage04, data: bytes) -> None:
     run.put("shards/0.tar", data)
     assert run("--verify") == 0, run.log
     assert run.result() == bytes(RECORD)
@@ -489,7 +429,7 @@ def test_an_empty_shard_is_done(run: Run, data: bytes) -> None:
     assert f"{run.root}/shards/0.tar: no samples" in run.log
 
 
-def test_what_is_no_tar_fails_and_the_others_are_done(run: Run) -> None:
+def test_what_is_no_tar_fails_and_the_others_are_done(run: Stage04) -> None:
     run.put("shards/0.tar", b"<html>not found</html>" * 100)
     run.put("shards/1.tar", triples("ab"))
     assert run() == 1
@@ -498,7 +438,7 @@ def test_what_is_no_tar_fails_and_the_others_are_done(run: Run) -> None:
     assert (run.root / "hybrid/1.tar").exists()
 
 
-def test_duplicate_keys(run: Run) -> None:
+def test_duplicate_keys(run: Stage04) -> None:
     """Of two samples with one key the first is edited, the other is left as it was; none gets lost."""
     source = triples("abacb")
     run.put("shards/0.tar", source)
@@ -511,14 +451,14 @@ def test_duplicate_keys(run: Run) -> None:
     assert "2 samples have the key of an earlier one" in run.log
 
 
-def test_duplicate_members_of_an_edited_sample_go(run: Run) -> None:
+def test_duplicate_members_of_an_edited_sample_go(run: Stage04) -> None:
     run.put("shards/0.tar", tar_of([*sample("a"), *sample("a"), *sample("b")]))
     run.put("edits/0.tar", tar_of_edits("a"))
     assert run("--verify") == 0, run.log
     assert [name for name, _ in raw_members(run.result())] == [f"{key}.{s}" for key in "ab" for s in TRIPLE]
 
 
-def test_hostile_and_foreign_members_survive_as_they_are(run: Run) -> None:
+def test_hostile_and_foreign_members_survive_as_they_are(run: Stage04) -> None:
     """They are copied, never unpacked, and what stands between samples is no sample."""
     odd = [
         member("folder", type=tarfile.DIRTYPE),
@@ -542,7 +482,7 @@ def test_hostile_and_foreign_members_survive_as_they_are(run: Run) -> None:
     assert {path.name for path in run.root.iterdir()} == {"shards", "edits", "hybrid"}
 
 
-def test_sparse_files_survive(run: Run, tmp_path: Path) -> None:
+def test_sparse_files_survive(run: Stage04, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     with open(tree / "m.bin", "wb") as file:
@@ -568,7 +508,7 @@ def test_sparse_files_survive(run: Run, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "other")
 
 
-def test_long_names_of_edited_samples(run: Run) -> None:
+def test_long_names_of_edited_samples(run: Stage04) -> None:
     key = "folder/" * 40 + "x" * 120
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         run.put("shards/0.tar", tar_of([*sample(key), *sample("b")], format))
@@ -579,7 +519,7 @@ def test_long_names_of_edited_samples(run: Run) -> None:
             assert {info.mtime for info in tar} == {1_700_000_000}
 
 
-def test_samples_far_larger_than_the_window(run: Run, small_windows: None) -> None:
+def test_samples_far_larger_than_the_window(run: Stage04, small_windows: None) -> None:
     """Members beyond what is kept in memory are read again, and edited and unedited neighbours are not mixed up."""
     keys = [f"{n:02d}" for n in range(12)]
     parts = [part for n, key in enumerate(keys) for part in sample(key, size=100_000 if n % 3 else 500)]
@@ -682,7 +622,7 @@ def test_verify_notices_samples_that_are_not_where_they_should_be(tmp_path: Path
         verify_splice(TarScan(source), result, lambda span: Action.KEEP)
 
 
-def test_what_verify_refuses_is_not_published(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_verify_refuses_is_not_published(run: Stage04, monkeypatch: pytest.MonkeyPatch) -> None:
     run.put("shards/0.tar", triples("ab"))
     put = AtomicFile.write_pieces
 
@@ -699,7 +639,7 @@ def test_what_verify_refuses_is_not_published(run: Run, monkeypatch: pytest.Monk
 # ---- usage
 
 
-def test_folders_that_would_be_overwritten(run: Run) -> None:
+def test_folders_that_would_be_overwritten(run: Stage04) -> None:
     run.put("shards/0.tar", triples("a"))
     for folder in ("shards", "edits"):
         assert run("--output", f"{run.root}/{folder}") == 2
@@ -710,7 +650,7 @@ def test_folders_that_would_be_overwritten(run: Run) -> None:
     assert "--on_missing drop needs --prompts" in run.log
 
 
-def test_unknown_flags(run: Run) -> None:
+def test_unknown_flags(run: Stage04) -> None:
     with pytest.raises(SystemExit) as ended:
         run("--on_mising", "drop")
     assert ended.value.code == 2

@@ -6,10 +6,8 @@ import hashlib
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,16 @@ import pytest
 
 from curation.serving.registry import OwnRegistration, Registration
 from curation.tar.samples import read_samples
+from tests import ROOT
 from tests.servers import ollama_stub
 from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Model, serve
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARD = ROOT / "examples" / "shards" / "00000003.tar"
 NAME = "05_recaption"
 
 
-@pytest.fixture(autouse=True)
-def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The stage runs inside the test's process and sets its signal handlers."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.getsignal(name) for name in names}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
+pytestmark = pytest.mark.usefixtures("stage_in_process")
 
 
 def run(out: Path, *flags: object) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib
-import io
 import json
 import os
 import random
@@ -13,23 +12,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from curation.caption.rows import MORE_COLUMNS, PARQUET_COLUMNS
-from curation.tar.samples import TarWriter, read_samples
+from curation.tar.samples import read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
+from tests import EXAMPLES, processes
+from tests.processes import end, ended_at_last, wait_until
+from tests.shards import contents, noise, plain, write_shard
 from tests.stages import recaption_stub as stub
+from tests.stages.harness import Records, hashes, read_jsonl
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARDS = ROOT / "examples" / "shards"
 NAME = "05_recaption"
 SEED = int(os.environ.get("CURATION_KILL_SEED", "20261121"))
 README_KEYS = ["key", "caption", "original_caption", "tar_file", "uid", "url", "width", "height"]
@@ -38,35 +36,19 @@ README_COLUMNS = [
     "original_height", "sha256", "md5", "tags", "merged_tags",
 ]  # fmt: skip
 FLAGS = ["--batch_size", "4", "--num_gpus", "1", "--quiet", "--lease_s", "2", "--dataloader_num_workers", "2"]
-HAVE_TIMES = {"_receipts", "_claims", "_partial", "_merged", "_plan", "_batch_sizes"}
+records = Records(NAME)
 
 
-@pytest.fixture(autouse=True)
-def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The stage runs inside the test's process: its signal handlers, and what the stub replaces."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.getsignal(name) for name in names}
-    for module, name in ((stub.backends, "load"), (stub.hub_cache, "resolve"), (stub.stage, "Recaption")):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
+pytestmark = pytest.mark.usefixtures("stage_in_process")
 
 
 def run(source: Path | str, out: Path, *flags: object) -> int:
     return stub.main([str(source), "--output-dir", str(out), *FLAGS, *map(str, flags)])
 
 
-def start(source: Path, out: Path, *flags: object, pause_s: float = 0.0) -> subprocess.Popen[bytes]:
-    command = [sys.executable, stub.__file__, str(source), "-o", str(out), *FLAGS, *map(str, flags)]
-    environment = {**os.environ, "CURATION_STUB_S": str(pause_s)}
-    return subprocess.Popen(command, env=environment, start_new_session=True, cwd=ROOT)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+def start(source: Path, out: Path, *flags: object, pause_s: float = 0.0) -> subprocess.Popen[str]:
+    command = [sys.executable, stub.__file__, source, "-o", out, *FLAGS, *flags]
+    return processes.start(command, more={"CURATION_STUB_S": str(pause_s)})
 
 
 def images(source: Path) -> list[tuple[str, str]]:
@@ -80,58 +62,13 @@ def images(source: Path) -> list[tuple[str, str]]:
 
 
 def order(out: Path) -> list[tuple[str, str]]:
-    return [(row["tar_file"], row["key"]) for row in lines(out / "captions.jsonl")]
-
-
-def receipt(out: Path, shard: str) -> dict[str, Any]:
-    (path,) = out.glob(f"_receipts/{NAME}/*/{shard}.json")
-    return dict(json.loads(path.read_bytes()))
-
-
-def rejects(out: Path, shard: str) -> dict[str, str]:
-    return {line["key"]: line["reason"] for line in lines(out / "_rejects" / NAME / f"{shard}.jsonl")}
-
-
-def published(out: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and not HAVE_TIMES & set(path.relative_to(out).parts)
-    }
-
-
-def members(path: Path) -> dict[str, bytes]:
-    with tarfile.open(path) as archive:
-        return {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
-
-
-def plain(colour: tuple[int, int, int], side: int = 32) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def noise(number: int, size: tuple[int, int] = (48, 32)) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(pixels).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def make_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        writer = TarWriter(file)
-        for key, parts in samples.items():
-            for suffix, data in parts.items():
-                writer.add(f"{key}.{suffix}", data)
-        writer.close()
+    return [(row["tar_file"], row["key"]) for row in read_jsonl(out / "captions.jsonl")]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert start(SHARDS, out, "--format", "all").wait(timeout=120) == 0
+    all_end(start(EXAMPLES, out, "--format", "all"))
     return out
 
 
@@ -139,12 +76,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_row_for_each_image_in_order_with_the_readmes_keys(undisturbed: Path) -> None:
-    rows = lines(undisturbed / "captions.jsonl")
-    assert order(undisturbed) == images(SHARDS)
+    rows = read_jsonl(undisturbed / "captions.jsonl")
+    assert order(undisturbed) == images(EXAMPLES)
     assert all(list(row) == README_KEYS for row in rows)
     assert "\\u" not in (undisturbed / "captions.jsonl").read_text("utf-8"), "text as it is, not escaped"
     for row in rows:
-        (sample,) = (s for s in read_samples(SHARDS / row["tar_file"]) if s.key == row["key"])
+        (sample,) = (s for s in read_samples(EXAMPLES / row["tar_file"]) if s.key == row["key"])
         told = json.loads(sample.members["json"])
         assert row["original_caption"] == told["caption"] and row["uid"] == told["uid"] and row["url"] == told["url"]
         assert (row["width"], row["height"]) == (told["width"], told["height"])
@@ -153,23 +90,30 @@ def test_one_row_for_each_image_in_order_with_the_readmes_keys(undisturbed: Path
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_gives_the_same_bytes(workers: int, undisturbed: Path, tmp_path: Path) -> None:
-    runs = [start(SHARDS, tmp_path, "--format", "all", pause_s=0.02) for _ in range(workers)]
-    assert [process.wait(timeout=120) for process in runs] == [0] * workers
-    assert published(tmp_path) == published(undisturbed)
+    all_end(*(start(EXAMPLES, tmp_path, "--format", "all", pause_s=0.02) for _ in range(workers)))
+    assert hashes(tmp_path) == hashes(undisturbed)
+
+
+def all_end(*runs: subprocess.Popen[str]) -> None:
+    """In order, having done what there was to do."""
+    with ended_at_last(*runs):
+        assert {process.wait(timeout=120) for process in runs} == {0}
+
+
+def has_begun(out: Path) -> bool:
+    return any(out.glob(f"_partial/{NAME}/*/*"))
 
 
 def kill_and_go_on(moments: int, undisturbed: Path, root: Path) -> None:
     rng = random.Random(f"{SEED}:{moments}")
     for number in range(moments):
         out = root / str(number)
-        victims = [start(SHARDS, out, "--format", "all", pause_s=0.05) for _ in range(1 + number % 3)]
-        time.sleep(rng.uniform(0.3, 2.0))
-        for victim in victims:
-            os.killpg(victim.pid, signal.SIGKILL)
-            victim.wait()
-        more = [start(SHARDS, out, "--format", "all") for _ in range(1 + (number + 1) % 3)]
-        assert {process.wait(timeout=120) for process in more} == {0}
-        assert published(out) == published(undisturbed)
+        victims = [start(EXAMPLES, out, "--format", "all", pause_s=0.05) for _ in range(1 + number % 3)]
+        with ended_at_last(*victims):  # SIGKILL
+            wait_until(partial(has_begun, out), "work in hand", while_runs=victims[0])
+            time.sleep(rng.uniform(0.0, 1.5))  # any moment is a good one
+        all_end(*(start(EXAMPLES, out, "--format", "all") for _ in range(1 + (number + 1) % 3)))
+        assert hashes(out) == hashes(undisturbed)
         assert not [path for path in out.rglob("_partial/**/*") if path.is_file()]
         shutil.rmtree(out)
 
@@ -189,37 +133,34 @@ def test_killed_at_twenty_moments(undisturbed: Path, tmp_path: Path) -> None:
 def test_the_first_signal_finishes_the_batch_and_the_captions_are_not_made_twice(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    process = start(SHARDS, tmp_path, "--format", "all", pause_s=0.3)
-    while not list(tmp_path.glob(f"_partial/{NAME}/*/*")):
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
-    assert start(SHARDS, tmp_path, "--format", "all", "--resume").wait(timeout=60) == 0
-    assert published(tmp_path) == published(undisturbed)
-    assert sum(receipt(tmp_path, path.stem)["notes"].get("recovered", 0) for path in SHARDS.glob("*.tar")) > 0
+    with ended_at_last(start(EXAMPLES, tmp_path, "--format", "all", pause_s=0.3)) as process:
+        wait_until(lambda: has_begun(tmp_path), "work in hand", while_runs=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+    all_end(start(EXAMPLES, tmp_path, "--format", "all", "--resume"))
+    assert hashes(tmp_path) == hashes(undisturbed)
+    assert sum(records.receipt(tmp_path, path.stem)["notes"].get("recovered", 0) for path in EXAMPLES.glob("*.tar")) > 0
 
 
 def test_a_dead_worker_is_noticed_and_its_shard_taken_up(undisturbed: Path, tmp_path: Path) -> None:
-    first, second = (start(SHARDS, tmp_path, "--format", "all", pause_s=0.1) for _ in range(2))
-    time.sleep(1.2)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert second.wait(timeout=60) == 0
-    assert published(tmp_path) == published(undisturbed)
+    runs = [start(EXAMPLES, tmp_path, "--format", "all", pause_s=0.1) for _ in range(2)]
+    with ended_at_last(*runs):
+        wait_until(lambda: len(list(tmp_path.glob(f"_claims/{NAME}/*/*.claim"))) > 1, "both at work")
+        end(runs[0])
+        assert runs[1].wait(timeout=120) == 0
+    assert hashes(tmp_path) == hashes(undisturbed)
 
 
 def test_the_jsonl_can_be_read_while_it_grows(tmp_path: Path) -> None:
-    expected = images(SHARDS)
-    process = start(SHARDS, tmp_path, pause_s=0.15)
+    expected = images(EXAMPLES)
     seen: set[int] = set()
-    while process.poll() is None:
-        if (tmp_path / "captions.jsonl").exists():
-            data = (tmp_path / "captions.jsonl").read_bytes()
-            found = [json.loads(line) for line in data.splitlines()]
-            assert [(row["tar_file"], row["key"]) for row in found] == expected[: len(found)]
-            seen.add(len(found))
-        time.sleep(0.02)
+    with ended_at_last(start(EXAMPLES, tmp_path, pause_s=0.15)) as process:
+        while process.poll() is None:
+            if (tmp_path / "captions.jsonl").exists():
+                found = read_jsonl(tmp_path / "captions.jsonl")
+                assert [(row["tar_file"], row["key"]) for row in found] == expected[: len(found)]
+                seen.add(len(found))
+            time.sleep(0.02)
     assert process.returncode == 0
     assert len({count for count in seen if 0 < count < 76}) >= 1, seen
 
@@ -239,7 +180,7 @@ def odd_samples() -> dict[str, dict[str, bytes]]:
 
 
 def test_bad_images_cost_exactly_their_rows(tmp_path: Path) -> None:
-    make_shard(tmp_path / "in/0.tar", odd_samples())
+    write_shard(tmp_path / "in/0.tar", odd_samples())
     assert run(tmp_path / "in", tmp_path / "out") == 0
     bad = {
         "005": "undecodable",
@@ -248,76 +189,76 @@ def test_bad_images_cost_exactly_their_rows(tmp_path: Path) -> None:
         "019": "empty_caption",
         "023": "no_image",
     }
-    assert rejects(tmp_path / "out", "0") == bad
+    assert records.rejects(tmp_path / "out", "0") == bad
     assert [key for _, key in order(tmp_path / "out")] == [key for key in odd_samples() if key not in bad]
-    assert receipt(tmp_path / "out", "0")["counts"] == {
+    assert records.receipt(tmp_path / "out", "0")["counts"] == {
         "in": 30, "kept": 25, "dropped": {}, "failed": dict.fromkeys(sorted(bad.values()), 1)
     }  # fmt: skip
-    (broken,) = (row for row in lines(tmp_path / "out/captions.jsonl") if row["key"] == "024")
+    (broken,) = (row for row in read_jsonl(tmp_path / "out/captions.jsonl") if row["key"] == "024")
     assert broken["original_caption"] == "old" and broken["uid"] is None, "captioned without its metadata"
     assert (broken["width"], broken["height"]) == (48, 32), "the image's own size"
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stub.Backend, "fits", 3)
-    assert run(SHARDS, tmp_path, "--batch_size", "16") == 0
-    assert order(tmp_path) == images(SHARDS)
-    assert receipt(tmp_path, "00000000")["notes"]["batch_shrunk_to"] <= 3
+    assert run(EXAMPLES, tmp_path, "--batch_size", "16") == 0
+    assert order(tmp_path) == images(EXAMPLES)
+    assert records.receipt(tmp_path, "00000000")["notes"]["batch_shrunk_to"] <= 3
 
 
 def test_a_tar_that_is_cut_off_gives_its_whole_samples_and_the_rest_is_done(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    shutil.copytree(SHARDS, source)
+    shutil.copytree(EXAMPLES, source)
     path = source / "00000001.tar"
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 5])
     assert run(source, tmp_path / "out", "--format", "all") == 0
-    assert list(rejects(tmp_path / "out", "00000001").values()) == ["damaged_tar"]
+    assert list(records.rejects(tmp_path / "out", "00000001").values()) == ["damaged_tar"]
     whole = [(p.name, s.key) for p in sorted(source.glob("*.tar")) for s in read_samples(p) if s.problem is None]
     assert order(tmp_path / "out") == whole
-    assert any("00000001" in warning for warning in receipt(tmp_path / "out", "00000001")["warnings"])
+    assert any("00000001" in warning for warning in records.receipt(tmp_path / "out", "00000001")["warnings"])
 
 
 def test_a_failed_shard_holds_nothing_up_and_comes_in_when_it_is_mended(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
-    shutil.copytree(SHARDS, source)
+    shutil.copytree(EXAMPLES, source)
     sound = (source / "00000001.tar").read_bytes()
     (source / "00000001.tar").write_bytes(b"x" * 4096)
     assert run(source, out) == 1
-    assert order(out) == [pair for pair in images(SHARDS) if pair[0] != "00000001.tar"]
+    assert order(out) == [pair for pair in images(EXAMPLES) if pair[0] != "00000001.tar"]
     (source / "00000001.tar").write_bytes(sound)
     assert run(source, out) == 0
-    assert order(out) == images(SHARDS)
+    assert order(out) == images(EXAMPLES)
     assert os.listdir(out / "_merged/captions.jsonl") == ["2"], "the first log is gone"
 
 
 def test_bytes_that_a_killed_process_did_not_write_are_written_by_the_next(undisturbed: Path, tmp_path: Path) -> None:
     """An entry of the log is there before its bytes are."""
     out = tmp_path / "out"
-    assert run(SHARDS, out) == 0
+    assert run(EXAMPLES, out) == 0
     whole = (out / "captions.jsonl").read_bytes()
     (log,) = out.glob("_merged/captions.jsonl/1")
     last = json.loads(max(log.glob("*.json"), key=lambda path: int(path.stem)).read_bytes())
     os.truncate(log / "data", last["start"] + 100)
-    assert run(SHARDS, out) == 0
+    assert run(EXAMPLES, out) == 0
     assert (out / "captions.jsonl").read_bytes() == whole == (undisturbed / "captions.jsonl").read_bytes()
     (out / "captions.jsonl").unlink()
-    assert run(SHARDS, out) == 0
+    assert run(EXAMPLES, out) == 0
     assert (out / "captions.jsonl").read_bytes() == whole
 
 
 def test_shards_that_are_done_again_take_the_place_of_what_was_merged(tmp_path: Path) -> None:
-    assert run(SHARDS, tmp_path) == 0
-    assert run(SHARDS, tmp_path, "--rerun", "--shards", "00000001,00000003", "--prompt", "A picture of") == 0
-    assert order(tmp_path) == images(SHARDS)
-    for row in lines(tmp_path / "captions.jsonl"):
+    assert run(EXAMPLES, tmp_path) == 0
+    assert run(EXAMPLES, tmp_path, "--rerun", "--shards", "00000001,00000003", "--prompt", "A picture of") == 0
+    assert order(tmp_path) == images(EXAMPLES)
+    for row in read_jsonl(tmp_path / "captions.jsonl"):
         again = row["tar_file"] in ("00000001.tar", "00000003.tar")
         assert row["caption"].startswith("A picture of " if again else "A photo of ")
 
 
 def test_shards_that_are_added_later_are_merged_in_their_place(undisturbed: Path, tmp_path: Path) -> None:
     for shards in ("00000003", "00000000,00000007", "00000001..00000004"):
-        assert run(SHARDS, tmp_path, "--shards", shards) == 0
+        assert run(EXAMPLES, tmp_path, "--shards", shards) == 0
     assert (tmp_path / "captions.jsonl").read_bytes() == (undisturbed / "captions.jsonl").read_bytes()
 
 
@@ -329,7 +270,7 @@ def test_parquet_has_the_thirteen_columns_and_all_captions_holds_every_part(undi
     assert list(PARQUET_COLUMNS) == README_COLUMNS
     table = parquet.read_table(undisturbed / "all_captions.parquet")
     assert table.column_names == [*README_COLUMNS, *MORE_COLUMNS]
-    rows = lines(undisturbed / "captions.jsonl")
+    rows = read_jsonl(undisturbed / "captions.jsonl")
     assert table["key"].to_pylist() == [row["key"] for row in rows]
     assert table["vlm_caption"].to_pylist() == [row["caption"] for row in rows]
     parts = [parquet.read_table(path) for path in sorted((undisturbed / "parquet").glob("*.parquet"))]
@@ -343,7 +284,7 @@ def test_parquet_carries_every_column_of_the_source(tmp_path: Path) -> None:
         "height": None, "original_width": 900, "original_height": 600, "sha256": "ab", "md5": "cd", "tags": ["x", "ü"],
         "merged_tags": "x, y", "aesthetic": 5.5,
     }  # fmt: skip
-    make_shard(tmp_path / "in/0.tar", {"000000001": {"png": noise(1), "json": json.dumps(told).encode()}})
+    write_shard(tmp_path / "in/0.tar", {"000000001": {"png": noise(1), "json": json.dumps(told).encode()}})
     assert run(tmp_path / "in", tmp_path / "out", "--format", "parquet") == 0
     (row,) = parquet.read_table(tmp_path / "out/parquet/0.parquet").to_pylist()
     assert {name: row[name] for name in README_COLUMNS} == {
@@ -358,9 +299,9 @@ def test_parquet_carries_every_column_of_the_source(tmp_path: Path) -> None:
 
 
 def test_the_tar_has_the_new_captions_and_the_images_byte_for_byte(undisturbed: Path) -> None:
-    captions = {(row["tar_file"], row["key"]): row["caption"] for row in lines(undisturbed / "captions.jsonl")}
-    for path in SHARDS.glob("*.tar"):
-        before, after = members(path), members(undisturbed / "shards" / path.name)
+    captions = {(row["tar_file"], row["key"]): row["caption"] for row in read_jsonl(undisturbed / "captions.jsonl")}
+    for path in EXAMPLES.glob("*.tar"):
+        before, after = contents(path), contents(undisturbed / "shards" / path.name)
         assert list(before) == list(after)
         for name, data in after.items():
             key, _, suffix = name.partition(".")
@@ -376,18 +317,18 @@ def test_the_tar_has_the_new_captions_and_the_images_byte_for_byte(undisturbed: 
 
 
 def test_a_sample_without_a_new_caption_is_not_in_the_tar(tmp_path: Path) -> None:
-    make_shard(tmp_path / "in/0.tar", odd_samples())
+    write_shard(tmp_path / "in/0.tar", odd_samples())
     assert run(tmp_path / "in", tmp_path / "out", "--format", "tar,jsonl") == 0
-    kept = {name.partition(".")[0] for name in members(tmp_path / "out/shards/0.tar")}
+    kept = {name.partition(".")[0] for name in contents(tmp_path / "out/shards/0.tar")}
     assert kept == {key for _, key in order(tmp_path / "out")}
-    assert members(tmp_path / "out/shards/0.tar")["024.json"] == b"{broken", "what cannot be read stays"
+    assert contents(tmp_path / "out/shards/0.tar")["024.json"] == b"{broken", "what cannot be read stays"
 
 
 def test_files_are_named_by_the_images_hash_with_both_captions_beside_them(undisturbed: Path) -> None:
     found = 0
-    for row in lines(undisturbed / "captions.jsonl"):
+    for row in read_jsonl(undisturbed / "captions.jsonl"):
         folder = undisturbed / "files" / row["tar_file"].removesuffix(".tar")
-        (sample,) = (s for s in read_samples(SHARDS / row["tar_file"]) if s.key == row["key"])
+        (sample,) = (s for s in read_samples(EXAMPLES / row["tar_file"]) if s.key == row["key"])
         data = sample.members[sample.image_suffix or ""]
         digest = hashlib.sha256(data).hexdigest()
         assert (folder / f"{digest}.{sample.image_suffix}").read_bytes() == data
@@ -398,7 +339,7 @@ def test_files_are_named_by_the_images_hash_with_both_captions_beside_them(undis
 
 
 def test_equal_images_in_a_shard_are_two_files(tmp_path: Path) -> None:
-    make_shard(tmp_path / "in/0.tar", {key: {"png": noise(1), "txt": b"x"} for key in ("a", "b")})
+    write_shard(tmp_path / "in/0.tar", {key: {"png": noise(1), "txt": b"x"} for key in ("a", "b")})
     assert run(tmp_path / "in", tmp_path / "out", "--format", "files") == 0
     assert len(list((tmp_path / "out/files/0").glob("*.png"))) == 2
 
@@ -406,15 +347,15 @@ def test_equal_images_in_a_shard_are_two_files(tmp_path: Path) -> None:
 def test_another_format_later_costs_no_caption_twice(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(SHARDS, tmp_path, "--format", "jsonl") == 0
-    assert run(SHARDS, tmp_path, "--format", "all") == 2
+    assert run(EXAMPLES, tmp_path, "--format", "jsonl") == 0
+    assert run(EXAMPLES, tmp_path, "--format", "all") == 2
     said = capsys.readouterr().err
     assert "format: [" in said and "or --rerun" in said
     assert "settings are taken over, not made again" in said
     monkeypatch.setattr(stub.Backend, "caption", lambda *_: pytest.fail("captioned again"))
-    assert run(SHARDS, tmp_path, "--format", "all", "--rerun") == 0
-    assert published(tmp_path) == published(undisturbed)
-    assert receipt(tmp_path, "00000000")["notes"]["reused"] == 15
+    assert run(EXAMPLES, tmp_path, "--format", "all", "--rerun") == 0
+    assert hashes(tmp_path) == hashes(undisturbed)
+    assert records.receipt(tmp_path, "00000000")["notes"]["reused"] == 15
 
 
 def test_more_images_later_cost_what_is_new(
@@ -423,29 +364,29 @@ def test_more_images_later_cost_what_is_new(
     captioned: list[int] = []
     caption = stub.Backend.caption
     monkeypatch.setattr(stub.Backend, "caption", lambda *given: (captioned.append(len(given[1])), caption(*given))[1])
-    assert run(SHARDS, tmp_path, "--max_images", "20") == 0
-    assert run(SHARDS, tmp_path, "--max_images", "33") == 2
+    assert run(EXAMPLES, tmp_path, "--max_images", "20") == 0
+    assert run(EXAMPLES, tmp_path, "--max_images", "33") == 2
     assert "max_images: 20 → 33" in (said := capsys.readouterr().err) and "or --rerun" in said
     assert sum(captioned) == 20
-    assert run(SHARDS, tmp_path, "--max_images", "33", "--rerun") == 0
-    assert sum(captioned) == 33 and order(tmp_path) == images(SHARDS)[:33]
+    assert run(EXAMPLES, tmp_path, "--max_images", "33", "--rerun") == 0
+    assert sum(captioned) == 33 and order(tmp_path) == images(EXAMPLES)[:33]
 
 
 # ---- flags
 
 
 def test_max_images_are_the_first_ones_whoever_works_on_them(tmp_path: Path) -> None:
-    assert run(SHARDS, tmp_path, "--max-images", "20") == 0
-    assert order(tmp_path) == images(SHARDS)[:20]
+    assert run(EXAMPLES, tmp_path, "--max-images", "20") == 0
+    assert order(tmp_path) == images(EXAMPLES)[:20]
 
 
 def test_a_smoke_trial_prints_three_captions_and_leaves_the_output_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        assert run(SHARDS, tmp_path, "--smoke", "3") == 0
+        assert run(EXAMPLES, tmp_path, "--smoke", "3") == 0
         assert capsys.readouterr().out.count("A photo of ") == 3
-    assert order(tmp_path / "_smoke-3") == images(SHARDS)[:3]
+    assert order(tmp_path / "_smoke-3") == images(EXAMPLES)[:3]
     assert [path.name for path in tmp_path.iterdir()] == ["_smoke-3"]
 
 
@@ -455,18 +396,18 @@ def test_the_models_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_options_are_named_and_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(SHARDS, tmp_path) == 0
-    assert run(SHARDS, tmp_path, "--detail", "brief") == 2
+    assert run(EXAMPLES, tmp_path) == 0
+    assert run(EXAMPLES, tmp_path, "--detail", "brief") == 2
     assert "detail" in capsys.readouterr().err
 
 
 def test_the_comparison_shows_both_captions_as_text(tmp_path: Path) -> None:
     source = tmp_path / "in"
     script = b"<script>alert(1)</script>"
-    make_shard(source / "0.tar", {f"{i}": {"png": noise(i), "txt": script} for i in range(3)})
+    write_shard(source / "0.tar", {f"{i}": {"png": noise(i), "txt": script} for i in range(3)})
     assert run(source, tmp_path / "one") == 0
     other = tmp_path / "other.jsonl"
-    rows = [{**row, "caption": "<b>bold & brash</b>"} for row in lines(tmp_path / "one/captions.jsonl")]
+    rows = [{**row, "caption": "<b>bold & brash</b>"} for row in read_jsonl(tmp_path / "one/captions.jsonl")]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(source, tmp_path / "one", "--compare", other) == 0
     page = (tmp_path / "one/compare.html").read_text("utf-8")
@@ -503,25 +444,25 @@ def classifier(path: Path) -> str:
 def test_watermarks_are_scored_recorded_and_dropped_only_when_asked(tmp_path: Path) -> None:
     sha256 = classifier(tmp_path / "w.onnx")
     shades = {f"{red:03d}": {"png": plain((red, 7, 7)), "txt": b"x"} for red in (0, 60, 120, 180, 250)}
-    make_shard(tmp_path / "in/0.tar", shades)
+    write_shard(tmp_path / "in/0.tar", shades)
     flags = ["--detect_watermarks", "--watermark_model", tmp_path / "w.onnx", "--watermark_sha256", sha256]
     assert run(tmp_path / "in", tmp_path / "all", *flags) == 0
-    rows = lines(tmp_path / "all/rows/0.jsonl")
+    rows = read_jsonl(tmp_path / "all/rows/0.jsonl")
     for row in rows:
         mean = (int(row["key"]) / 255 - 0.485) / 0.229
         assert row["watermark_score"] == pytest.approx(1 / (1 + np.exp(-4 * mean)), abs=1e-5)
     assert len(rows) == 5, "scores alone drop nothing"
     assert run(tmp_path / "in", tmp_path / "some", *flags, "--max_watermark", "0.5", "--format", "jsonl,tar") == 0
-    assert [row["key"] for row in lines(tmp_path / "some/captions.jsonl")] == ["000", "060", "120"]
+    assert [row["key"] for row in read_jsonl(tmp_path / "some/captions.jsonl")] == ["000", "060", "120"]
     drops = gzip.decompress((tmp_path / f"some/_rejects/{NAME}/0.drops.tsv.gz").read_bytes()).decode()
     assert drops == 'watermark\t"180"\nwatermark\t"250"\n'
-    assert receipt(tmp_path / "some", "0")["counts"]["dropped"] == {"watermark": 2}
+    assert records.receipt(tmp_path / "some", "0")["counts"]["dropped"] == {"watermark": 2}
 
 
 def test_weights_with_another_digest_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classifier(tmp_path / "w.onnx")
     flags = ["--detect_watermarks", "--watermark_model", tmp_path / "w.onnx", "--watermark_sha256", "0" * 64]
-    assert run(SHARDS, tmp_path / "out", *flags) == 2
+    assert run(EXAMPLES, tmp_path / "out", *flags) == 2
     assert "sha256" in capsys.readouterr().err
 
 
@@ -539,9 +480,9 @@ def test_with_the_real_code_of_florence_2(tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:
         flags = ["--model", str(model), "--max_tokens", "6", "--format", "jsonl,tar", "--max_error_rate", "1"]
-        assert stage.main([str(SHARDS / "00000003.tar"), "-o", str(out), *FLAGS, *flags]) == 0
-    assert published(outs[0]) == published(outs[1])
-    rows = lines(outs[0] / "rows/00000003.jsonl")
-    counts = receipt(outs[0], "00000003")["counts"]
+        assert stage.main([str(EXAMPLES / "00000003.tar"), "-o", str(out), *FLAGS, *flags]) == 0
+    assert hashes(outs[0]) == hashes(outs[1])
+    rows = read_jsonl(outs[0] / "rows/00000003.jsonl")
+    counts = records.receipt(outs[0], "00000003")["counts"]
     assert counts["in"] == 8 == len(rows) + counts["failed"].get("empty_caption", 0)
     assert all(row["revision"].startswith("local-") and row["caption"] for row in rows)

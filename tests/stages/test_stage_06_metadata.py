@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -15,7 +14,6 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,13 @@ import pytest
 
 from curation.images import image_size
 from curation.tar.samples import read_samples
+from tests import EXAMPLES, ROOT, processes
 from tests.extract.test_config import BASIC, DATACOMP
-from tests.stages.test_stage_05_recaption import make_shard, noise, plain
+from tests.processes import ended_at_last, wait_until
+from tests.shards import noise, plain, write_shard
+from tests.stages.harness import Records, hashes
 
 parquet = pytest.importorskip("pyarrow.parquet")
-ROOT = Path(__file__).resolve().parents[2]
-SHARDS = ROOT / "examples" / "shards"
 PLUGIN = ROOT / "tests/extract/stub.py"
 NAME = "06_metadata"
 SEED = int(os.environ.get("CURATION_KILL_SEED", "20261121"))
@@ -38,24 +37,20 @@ STUB = [
     "--custom_pypath", str(PLUGIN), "--models", "stub,head,statistics,hashes", "--postprocess_features", "all",
     "--additional_fields", "uid,url,caption,original_width,sha256",
 ]  # fmt: skip
-HAVE_TIMES = {"_receipts", "_claims", "_partial", "_plan", "_batch_sizes"}
-
+records = Records(NAME)
 DESCRIPTOR_WIDTH = 256
 
 stage = importlib.import_module(NAME)
 
 
+pytestmark = pytest.mark.usefixtures("stage_in_process")
+
+
 @pytest.fixture(autouse=True)
-def as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The stage runs inside the test's process: its signal handlers, and what the stub is told."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def stub_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What the stub was asked for."""
     monkeypatch.setenv("CURATION_STUB_LOG", str(tmp_path / "stub.log"))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.getsignal(name) for name in names}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
+    return tmp_path / "stub.log"
 
 
 def run(source: Path | str, out: Path, *flags: object) -> int:
@@ -63,45 +58,25 @@ def run(source: Path | str, out: Path, *flags: object) -> int:
     return int(stage.main([*where, *FLAGS, *map(str, flags)]))
 
 
-def start(source: Path, out: Path, *flags: object, pause_s: float = 0.0) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / f"{NAME}.py"), "--input_tars", str(source), "--output_metadata_dir", str(out)]
-    environment = {**os.environ, "CURATION_STUB_S": str(pause_s), "PYTHONPATH": str(ROOT)}
-    arguments = [*command, *FLAGS, *map(str, flags)]
-    return subprocess.Popen(arguments, env=environment, start_new_session=True, cwd=ROOT)
+def start(source: Path, out: Path, *flags: object, pause_s: float = 0.0) -> subprocess.Popen[str]:
+    command = [sys.executable, f"{NAME}.py", "--input_tars", source, "--output_metadata_dir", out, *FLAGS, *flags]
+    return processes.start(command, more={"CURATION_STUB_S": str(pause_s), "PYTHONPATH": str(ROOT)})
 
 
 def rows(out: Path, shard: str) -> list[dict[str, Any]]:
     return list(parquet.read_table(out / f"{shard}.parquet").to_pylist())
 
 
-def receipt(out: Path, shard: str) -> dict[str, Any]:
-    (path,) = out.glob(f"_receipts/{NAME}/*/{shard}.json")
-    return dict(json.loads(path.read_bytes()))
-
-
-def rejects(out: Path, shard: str) -> dict[str, str]:
-    lines = (out / "_rejects" / NAME / f"{shard}.jsonl").read_text("utf-8").splitlines()
-    return {line["key"]: line["reason"] for line in map(json.loads, lines)}
-
-
-def published(out: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and not HAVE_TIMES & set(path.relative_to(out).parts)
-    }
-
-
 def is_conserved(out: Path) -> bool:
-    receipts = [json.loads(path.read_bytes()) for path in out.glob(f"_receipts/{NAME}/*/*.json")]
-    counts = [r["counts"] for r in receipts if r["status"] == "done"]
-    return len(counts) > 0 and all(c["in"] == c["kept"] + sum(c["failed"].values()) for c in counts)
+    """Some shards are done; that their counts add up is asserted where receipts are read."""
+    return any(receipt["status"] == "done" for receipt in records.receipts(out).values())
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert start(SHARDS, out, *STUB).wait(timeout=120) == 0
+    with ended_at_last(start(EXAMPLES, out, *STUB)) as process:
+        assert process.wait(timeout=120) == 0
     return out
 
 
@@ -109,7 +84,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_row_for_each_sample_in_the_shards_order(undisturbed: Path) -> None:
-    for path in sorted(SHARDS.glob("*.tar")):
+    for path in sorted(EXAMPLES.glob("*.tar")):
         samples = list(read_samples(path))
         found = rows(undisturbed, path.stem)
         assert [row["key"] for row in found] == [sample.key for sample in samples]
@@ -198,7 +173,7 @@ def test_datacomps_names_and_types(tmp_path: Path) -> None:
     assert [config.public_name(name) for name in names] == [
         "clip_l14_similarity_score", "face_bboxes", "b32_img", "dedup", "nsfw-image-score"
     ]  # fmt: skip
-    source = SHARDS / "00000003.tar"
+    source = EXAMPLES / "00000003.tar"
     flags = ["--use_datacomp_keys", "--additional_fields", "uid,face_bboxes"]
     assert run(source, tmp_path, *STUB[:4], *flags) == 0
     schema = parquet.read_schema(tmp_path / "00000003.parquet")
@@ -208,7 +183,7 @@ def test_datacomps_names_and_types(tmp_path: Path) -> None:
 
 
 def test_features_in_float32_and_deflated(undisturbed: Path, tmp_path: Path) -> None:
-    source = SHARDS / "00000003.tar"
+    source = EXAMPLES / "00000003.tar"
     flags = ["--feature_dtype", "float32", "--compress", "--postprocess_features", "stub-text,stub-image"]
     assert run(source, tmp_path, *STUB, *flags) == 0
     with np.load(tmp_path / "00000003.npz", allow_pickle=False) as arrays:
@@ -222,8 +197,8 @@ def test_features_in_float32_and_deflated(undisturbed: Path, tmp_path: Path) -> 
 
 
 def test_no_npz_where_no_feature_is_asked_for_and_a_shard_of_nothing(tmp_path: Path) -> None:
-    make_shard(tmp_path / "in/0.tar", {})
-    make_shard(tmp_path / "in/1.tar", {"a": {"png": noise(1), "txt": b"x"}})
+    write_shard(tmp_path / "in/0.tar", {})
+    write_shard(tmp_path / "in/1.tar", {"a": {"png": noise(1), "txt": b"x"}})
     assert run(tmp_path / "in", tmp_path / "out", "--models", "statistics") == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.*")) == ["0.parquet", "1.parquet"]
     assert rows(tmp_path / "out", "0") == []
@@ -252,7 +227,7 @@ def odd_samples() -> dict[str, dict[str, bytes]]:
 
 
 def test_a_bad_sample_is_a_row_with_nulls_and_its_reason(tmp_path: Path) -> None:
-    make_shard(tmp_path / "in/0.tar", odd_samples())
+    write_shard(tmp_path / "in/0.tar", odd_samples())
     out = tmp_path / "out"
     assert run(tmp_path / "in", out, *STUB, "--additional_fields", "uid,url,nothing", "--max_error_rate", "0.5") == 0
     found = {row["key"]: row for row in rows(out, "0")}
@@ -263,7 +238,7 @@ def test_a_bad_sample_is_a_row_with_nulls_and_its_reason(tmp_path: Path) -> None
     assert status == {
         "200": "undecodable", "201": "no_image", "202": "no_caption", "205": "worker_died", "206": "empty_image"
     }  # fmt: skip
-    assert rejects(out, "0") == {key: reason for key, reason in status.items() if reason != "no_caption"}
+    assert records.rejects(out, "0") == {key: reason for key, reason in status.items() if reason != "no_caption"}
     for key in ("200", "201", "206"):
         row = found[key]
         assert row["stub-words"] is not None and row["caption-words"] is not None, "its text is scored all the same"
@@ -274,16 +249,16 @@ def test_a_bad_sample_is_a_row_with_nulls_and_its_reason(tmp_path: Path) -> None
     assert np.isnan(text["202"]).all() and not np.isnan(image["202"]).any()
     assert found["205"]["stub-words"] is None and found["205"]["uid"] is None
     assert found["204"]["stub-score"] is not None and found["204"]["caption-words"] == 2
-    notes = receipt(out, "0")["notes"]
+    notes = records.receipt(out, "0")["notes"]
     assert notes["rows"] == 27
     assert notes["missing_fields"] == {"nothing": 27, "uid": 5, "url": 6}
     assert is_conserved(out)
 
 
 def test_where_too_many_are_bad_the_shard_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make_shard(tmp_path / "in/0.tar", {f"{i}": {"png": b"no"} for i in range(9)})
+    write_shard(tmp_path / "in/0.tar", {f"{i}": {"png": b"no"} for i in range(9)})
     assert run(tmp_path / "in", tmp_path / "out", *STUB) == 1
-    assert receipt(tmp_path / "out", "0")["status"] == "failed"
+    assert records.receipt(tmp_path / "out", "0")["status"] == "failed"
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
@@ -296,7 +271,7 @@ def test_fields_have_the_types_of_their_values(tmp_path: Path) -> None:
     samples = {
         f"{i}": {"png": noise(i), "txt": b"x", "json": json.dumps(value).encode()} for i, value in enumerate(values)
     }
-    make_shard(tmp_path / "in/0.tar", samples)
+    write_shard(tmp_path / "in/0.tar", samples)
     names = "whole,part,flag,mixed,text,width,status,tar,never,score:float64"
     assert run(tmp_path / "in", tmp_path / "out", "--models", "statistics", "--additional_fields", names) == 0
     table = parquet.read_table(tmp_path / "out/0.parquet")
@@ -309,7 +284,7 @@ def test_fields_have_the_types_of_their_values(tmp_path: Path) -> None:
     assert columns["mixed"] == ["1", "x", '[1,{"a":null}]'] and columns["text"] == ["a", "?", "c"]
     assert columns["width"] == [5, None, 5] and columns["score"] == [1.0, None, None]
     assert columns["source_status"][0] == "success" and columns["status"] == ["ok"] * 3
-    assert receipt(tmp_path / "out", "0")["notes"]["mistyped_fields"] == {"score": 1, "width": 1}
+    assert records.receipt(tmp_path / "out", "0")["notes"]["mistyped_fields"] == {"score": 1, "width": 1}
 
 
 def test_memory_that_runs_out_halves_the_batch_and_costs_one_sample_at_most(
@@ -317,15 +292,15 @@ def test_memory_that_runs_out_halves_the_batch_and_costs_one_sample_at_most(
 ) -> None:
     stub = stage.load_plugin(str(PLUGIN))
     monkeypatch.setattr(stub.Stub, "fits", 1)
-    assert run(SHARDS / "00000003.tar", tmp_path / "out", *STUB) == 0
+    assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *STUB) == 0
     names = ("00000003.parquet", "00000003.npz")
-    assert {name: published(tmp_path / "out")[name] for name in names} == {
-        name: published(undisturbed)[name] for name in names
+    assert {name: hashes(tmp_path / "out")[name] for name in names} == {
+        name: hashes(undisturbed)[name] for name in names
     }
-    assert receipt(tmp_path / "out", "00000003")["notes"]["batch_shrunk_to"] == 1
+    assert records.receipt(tmp_path / "out", "00000003")["notes"]["batch_shrunk_to"] == 1
     monkeypatch.setattr(stub.Stub, "fits", 1 << 30)
     pictures = {f"{i}": {"png": noise(i), "txt": b"x"} for i in range(8)} | {"5": {"png": plain(stub.OVERFLOWS)}}
-    make_shard(tmp_path / "in/0.tar", pictures)
+    write_shard(tmp_path / "in/0.tar", pictures)
     assert run(tmp_path / "in", tmp_path / "two", *STUB) == 0
     assert [row["status"] for row in rows(tmp_path / "two", "0")] == ["ok"] * 5 + ["out_of_memory"] + ["ok"] * 2
 
@@ -347,7 +322,7 @@ def test_the_yaml_alone_is_enough_and_flags_go_before_it(tmp_path: Path, capsys:
     text = text.replace("  - oai-clip-vit-b32-image\n  - oai-clip-vit-b32-text\n", "")
     more = "logging: True\nuse_datacomp_keys: False\nwarn_and_continue: True\ntars_per_wds: 2\n"
     out = tmp_path / "out"
-    path = yaml_of(tmp_path, text.replace("nworkers: 2", "nworkers: 1"), SHARDS / "0000000{0..3}.tar", out, more)
+    path = yaml_of(tmp_path, text.replace("nworkers: 2", "nworkers: 1"), EXAMPLES / "0000000{0..3}.tar", out, more)
     assert stage.main(["--yml", str(path)]) == 0
     told = capsys.readouterr().err
     assert "nothing is sent to Weights & Biases" in told and "device: 0" in told
@@ -373,17 +348,17 @@ def test_reprocess_goes_on_with_the_same_options_and_begins_anew_with_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--models", "statistics"]
-    out, source = tmp_path / "out", SHARDS / "00000003.tar"
+    out, source = tmp_path / "out", EXAMPLES / "00000003.tar"
     assert run(source, out, *flags, "--reprocess") == 0
-    first = receipt(out, "00000003")
+    first = records.receipt(out, "00000003")
     assert run(source, out, *flags, "--reprocess") == 0
-    assert receipt(out, "00000003") == first, "what is done is not done again"
+    assert records.receipt(out, "00000003") == first, "what is done is not done again"
     assert run(source, out, "--models", "hashes") == 2
     assert "models: " in capsys.readouterr().err
     assert run(source, out, "--models", "hashes", "--reprocess") == 0
     assert "phash" in rows(out, "00000003")[0]
     assert run(source, out, "--models", "hashes", "--rerun") == 0
-    assert receipt(out, "00000003")["generation"] == 3
+    assert records.receipt(out, "00000003")["generation"] == 3
 
 
 @pytest.mark.parametrize(
@@ -400,13 +375,13 @@ def test_reprocess_goes_on_with_the_same_options_and_begins_anew_with_others(
 def test_models_that_do_not_fit_together_are_named(
     tmp_path: Path, models: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(SHARDS / "00000003.tar", tmp_path, *STUB[:2], "--models", models) == 2
+    assert run(EXAMPLES / "00000003.tar", tmp_path, *STUB[:2], "--models", models) == 2
     assert told in capsys.readouterr().err
 
 
 def test_a_model_that_keeps_a_column_back_fails_the_shard_with_its_name(tmp_path: Path) -> None:
-    assert run(SHARDS / "00000003.tar", tmp_path, *STUB[:2], "--models", "forgetful") == 1
-    assert "forgetful: it gives no 'forgotten'" in receipt(tmp_path, "00000003")["error"]["message"]
+    assert run(EXAMPLES / "00000003.tar", tmp_path, *STUB[:2], "--models", "forgetful") == 1
+    assert "forgetful: it gives no 'forgotten'" in records.receipt(tmp_path, "00000003")["error"]["message"]
 
 
 NAMED = """
@@ -447,7 +422,7 @@ EXTRACTORS = {{"x": X}}
 def test_plugins_that_are_none(tmp_path: Path, text: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text(text)
-    assert run(SHARDS, tmp_path / "out", "--custom_pypath", plugin, "--models", "x") == 2
+    assert run(EXAMPLES, tmp_path / "out", "--custom_pypath", plugin, "--models", "x") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
 
@@ -456,15 +431,15 @@ def test_a_plugin_is_part_of_the_options(tmp_path: Path, capsys: pytest.CaptureF
     plugin = tmp_path / "plugin.py"
     plugin.write_text(PLUGIN.read_text())
     flags = ["--custom_pypath", plugin, "--models", "stub"]
-    assert run(SHARDS / "00000003.tar", tmp_path / "out", *flags) == 0
+    assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *flags) == 0
     plugin.write_text(PLUGIN.read_text() + "\n# changed\n")
-    assert run(SHARDS / "00000003.tar", tmp_path / "out", *flags) == 2
+    assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *flags) == 2
     assert "plugin" in capsys.readouterr().err
 
 
 def test_the_documented_plugin(tmp_path: Path) -> None:
     flags = ["--custom_pypath", ROOT / "examples/plugin_brightness.py", "--models", "brightness"]
-    assert run(SHARDS / "00000003.tar", tmp_path, *flags, "--postprocess_features", "all") == 0
+    assert run(EXAMPLES / "00000003.tar", tmp_path, *flags, "--postprocess_features", "all") == 0
     for row in rows(tmp_path, "00000003"):
         assert 0 < row["brightness"] < 1 and row["is-dark"] == (row["brightness"] < 0.25)
 
@@ -475,23 +450,23 @@ def test_the_documented_plugin(tmp_path: Path) -> None:
 def test_workers_share_the_shards_and_give_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
     for workers in (2, 3):
         out = tmp_path / str(workers)
-        assert start(SHARDS, out, *STUB, "--workers", workers).wait(timeout=120) == 0
-        assert published(out) == published(undisturbed)
+        with ended_at_last(start(EXAMPLES, out, *STUB, "--workers", workers)) as process:
+            assert process.wait(timeout=120) == 0
+        assert hashes(out) == hashes(undisturbed)
+
+
+def has_begun(out: Path) -> bool:
+    return any(out.glob("_partial/*/*/0*"))
 
 
 def kill_at_random_moments(source: Path, out: Path, kills: int, flags: list[str]) -> None:
     rng = random.Random(SEED)
     done = 0
     for _ in range(kills * 10):
-        process = start(source, out, *flags, pause_s=0.15)
-        began = time.monotonic()
-        while not list(out.glob("_partial/*/*/0*")) and process.poll() is None and time.monotonic() - began < 30:
-            time.sleep(0.02)
-        time.sleep(rng.random() * 1.0)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            done += 1
-        process.wait()
+        with ended_at_last(start(source, out, *flags, pause_s=0.15)) as process:
+            wait_until(lambda: has_begun(out) or process.poll() is not None, "work in hand")
+            time.sleep(rng.random())  # any moment is a good one
+            done += process.poll() is None
         if done == kills:
             return
     raise AssertionError(f"only {done} of {kills} kills met a process at work")
@@ -502,7 +477,7 @@ def test_kills_at_random_moments_change_no_byte(undisturbed: Path, tmp_path: Pat
     source = tmp_path / "in"
     out = tmp_path / "out"
     copies = 1 if kills <= 3 else 4
-    for path in SHARDS.glob("*.tar"):
+    for path in EXAMPLES.glob("*.tar"):
         for copy in range(copies):
             source.mkdir(exist_ok=True)
             shutil.copy2(path, source / f"0{copy}{path.name}")
@@ -510,45 +485,40 @@ def test_kills_at_random_moments_change_no_byte(undisturbed: Path, tmp_path: Pat
     assert run(source, out, *STUB) == 0
     again = tmp_path / "again"
     assert run(source, again, *STUB) == 0
-    assert published(out) == published(again)
+    assert hashes(out) == hashes(again)
     assert is_conserved(out)
     for path in source.glob("*.tar"):
         whole = [{**row, "tar": path.name} for row in rows(undisturbed, path.stem[2:])]
         assert rows(out, path.stem) == whole
 
 
-def test_a_kill_costs_a_batch_and_not_the_shard(tmp_path: Path) -> None:
-    out, source = tmp_path / "out", SHARDS / "00000004.tar"
-    process = start(source, out, *STUB, pause_s=0.3)
-    deadline = time.monotonic() + 60
-    while sum(path.read_bytes().count(b'"missing"') for path in out.glob("_partial/*/*/0*")) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(2.5)  # its lease
-    log = Path(os.environ["CURATION_STUB_LOG"])
-    log.write_text("")
+def test_a_kill_costs_a_batch_and_not_the_shard(tmp_path: Path, stub_log: Path) -> None:
+    out, source = tmp_path / "out", EXAMPLES / "00000004.tar"
+    with ended_at_last(start(source, out, *STUB, pause_s=0.3)) as process:
+        wait_until(
+            lambda: sum(path.read_bytes().count(b'"missing"') for path in out.glob("_partial/*/*/0*")) >= 2,
+            "two batches on disk",
+            while_runs=process,
+        )
+    stub_log.write_text("")
     assert run(source, out, *STUB) == 0
-    assert log.read_text().count("batch ") <= 3, "of five"
-    assert receipt(out, "00000004")["notes"]["recovered"] in (8, 12)
+    assert stub_log.read_text().count("batch ") <= 3, "of five"
+    assert records.receipt(out, "00000004")["notes"]["recovered"] in (8, 12)
 
 
 def test_a_signal_saves_the_batch_and_leaves_75(tmp_path: Path, undisturbed: Path) -> None:
     out = tmp_path / "out"
-    process = start(SHARDS, out, *STUB, pause_s=0.3)
-    while not list(out.glob("_partial/*/*/0*")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=30) == 75
-    assert run(SHARDS, out, *STUB) == 0
-    assert published(out) == published(undisturbed)
+    with ended_at_last(start(EXAMPLES, out, *STUB, pause_s=0.3)) as process:
+        wait_until(lambda: has_begun(out), "work in hand", while_runs=process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=60) == 75
+    assert run(EXAMPLES, out, *STUB) == 0
+    assert hashes(out) == hashes(undisturbed)
 
 
 def test_a_cut_tar_and_corrupt_members(tmp_path: Path) -> None:
-    data = (SHARDS / "00000004.tar").read_bytes()
-    with tarfile.open(SHARDS / "00000004.tar") as archive:
+    data = (EXAMPLES / "00000004.tar").read_bytes()
+    with tarfile.open(EXAMPLES / "00000004.tar") as archive:
         members = archive.getmembers()
     pictures = [m for m in members if m.name.endswith((".jpg", ".webp", ".png"))]
     (tmp_path / "in").mkdir()
@@ -565,10 +535,10 @@ def test_a_cut_tar_and_corrupt_members(tmp_path: Path) -> None:
     assert [row["status"] for row in cut].count("ok") >= 14 and cut[-1]["status"] != "ok"
     assert len(noise_) >= 18 and {"undecodable", "damaged_tar"} & {row["status"] for row in noise_}
     assert len(rows(out, "picture")) == 15, "nothing of a sample of which no member is whole"
-    assert receipt(out, "picture")["counts"]["failed"] == {"damaged_tar": 1}
+    assert records.receipt(out, "picture")["counts"]["failed"] == {"damaged_tar": 1}
     for shard in ("cut", "noisy"):
         with np.load(out / f"{shard}.npz", allow_pickle=False) as arrays:
-            assert len(arrays["stub-image"]) == len(rows(out, shard)) == receipt(out, shard)["notes"]["rows"]
+            assert len(arrays["stub-image"]) == len(rows(out, shard)) == records.receipt(out, shard)["notes"]["rows"]
 
 
 def test_a_full_disk_ends_the_run_and_it_goes_on_once_it_is_mended(
@@ -580,22 +550,25 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_once_it_is_mended(
     if os.getuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("no filesystem can be mounted here")
     try:
-        assert run(SHARDS, disk / "out", *STUB) == 2
+        assert run(EXAMPLES, disk / "out", *STUB) == 2
         assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
-        assert run(SHARDS, disk / "out", *STUB) == 0
-        assert published(disk / "out") == published(undisturbed)
+        assert run(EXAMPLES, disk / "out", *STUB) == 0
+        assert hashes(disk / "out") == hashes(undisturbed)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_the_script_without_slurm(tmp_path: Path) -> None:
-    text = f"models: [statistics]\ninput_tars: {SHARDS}\noutput_metadata_dir: {tmp_path}/out\nnworkers: 1\n"
+    text = f"models: [statistics]\ninput_tars: {EXAMPLES}\noutput_metadata_dir: {tmp_path}/out\nnworkers: 1\n"
     (tmp_path / "c.yml").write_text(text)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in ("ROOT", "SRC_DIR")}
     environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     command = ["bash", str(ROOT / f"{NAME}.sh"), "--yml", str(tmp_path / "c.yml")]
-    for folders, out in (({}, "out"), ({"SRC_DIR": str(SHARDS / "00000003.tar"), "TARGET_DIR": f"{tmp_path}/b"}, "b")):
+    for folders, out in (
+        ({}, "out"),
+        ({"SRC_DIR": str(EXAMPLES / "00000003.tar"), "TARGET_DIR": f"{tmp_path}/b"}, "b"),
+    ):
         result = subprocess.run(command, env=environment | folders, cwd=tmp_path, capture_output=True, check=False)
         assert result.returncode == 0, result.stderr
         assert len(list((tmp_path / out).glob("*.parquet"))) == (1 if folders else 5)
@@ -614,7 +587,7 @@ def test_a_command_without_flags_says_what_it_needs(capsys: pytest.CaptureFixtur
 
 
 def test_receipts_tell_where_the_time_went(undisturbed: Path) -> None:
-    assert {"read", "decode", "infer", "wait", "write"} <= set(receipt(undisturbed, "00000000")["seconds"])
+    assert {"read", "decode", "infer", "wait", "write"} <= set(records.receipt(undisturbed, "00000000")["seconds"])
 
 
 # ---- with models
@@ -641,7 +614,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_readmes_first_example_runs(tmp_path: Path, tiny: dict[str, Path]) -> None:
     out = tmp_path / "out"
     more = f"weights:\n  oai-clip-vit-b32: {tiny['oai-clip-vit-b32']}"
-    path = yaml_of(tmp_path, BASIC, SHARDS / "0000000{0..4}.tar", out, more)
+    path = yaml_of(tmp_path, BASIC, EXAMPLES / "0000000{0..4}.tar", out, more)
     assert stage.main(["--yml", str(path), "--quiet"]) == 0
     for shard in ("00000000", "00000001", "00000003", "00000004"):
         found = rows(out, shard)
@@ -691,7 +664,7 @@ def test_a_plugin_in_dataset2metadatas_style(tmp_path: Path) -> None:
     plugin.write_text(UPSTREAM_PLUGIN)
     flags = ["--custom_pypath", plugin, "--models", "mine,statistics", "--postprocess_features", "mine-image"]
     columns = ["--postprocess_columns", "mine-score,mine-letters,caption-characters"]
-    assert run(SHARDS / "00000003.tar", tmp_path / "out", *flags, *columns, "--feature_dtype", "float32") == 0
+    assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *flags, *columns, "--feature_dtype", "float32") == 0
     found = rows(tmp_path / "out", "00000003")
     with np.load(tmp_path / "out/00000003.npz", allow_pickle=False) as arrays:
         image = arrays["mine-image"]
@@ -706,7 +679,7 @@ def test_the_readmes_second_example_runs(tmp_path: Path, tiny: dict[str, Path]) 
     weights = "".join(f"  {directive}: {path}\n" for directive, path in tiny.items())
     np.save(embeddings, np.eye(2, DESCRIPTOR_WIDTH, dtype=np.float32))
     more = f"weights:\n{weights}embeddings: {embeddings}\nuse_datacomp_keys: True\nfeature_dtype: float32"
-    path = yaml_of(tmp_path, DATACOMP, SHARDS / "00000003.tar", out, more)
+    path = yaml_of(tmp_path, DATACOMP, EXAMPLES / "00000003.tar", out, more)
     assert stage.main(["--yml", str(path), "--quiet", "--batch_size", "4"]) == 0
     found = rows(out, "00000003")
     schema = parquet.read_schema(out / "00000003.parquet")

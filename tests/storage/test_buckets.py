@@ -30,10 +30,10 @@ from curation.storage.files import fast_digest
 from curation.storage.retry import RetryPolicy
 from curation.storage.urls import Url
 from curation.tar.samples import TarWriter, read_samples
+from tests import ROOT
 from tests.servers import photo_server
 from tests.servers.relay import Relay, Rule
 
-ROOT = Path(__file__).resolve().parents[2]
 stage_04 = importlib.import_module("04_reshard")
 NAME = "04_reshard"
 PART = 64 << 10

@@ -22,8 +22,8 @@ from curation.tar import blocks
 from curation.tar.headers import BLOCK, RECORD, BadHeader, make_header, parse_header, parse_pax, split_name
 from curation.tar.samples import Sample, TarWriter, is_safe_name, read_samples
 from curation.tar.scan import SampleSpan, TarReport, TarScan
+from tests import EXAMPLES
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "shards"
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TRIPLE = ("jpg", "json", "txt")
 

@@ -73,12 +73,15 @@ class Blocks:
         self.block = Block(self, self._buffers[0], -MAX_KEPT_BYTES, 0, 0)
 
     def advance(self, kept_from: int, wanted: int) -> Block:
-        """Read the next block; the bytes from ``kept_from`` to the last one's end stay where there is room for them.
+        """Read the next block.
 
-        wanted: where parsing goes on; the bytes from there always stay, and what lies wholly before it is skipped.
+        Args:
+            kept_from: The bytes from here to the end of the last block stay in memory where there is room for them.
+            wanted: Where parsing goes on.  The bytes from there always stay.  What lies wholly before it is skipped,
+                and where it lies before the last block, the file is read again from there.
         """
         last = self.block
-        skips = wanted >= last.end + READ_BYTES
+        skips = wanted >= last.end + READ_BYTES or wanted < last.begin
         start = wanted if skips else last.end
         keep = kept_from if last.end - kept_from <= MAX_KEPT_BYTES and not skips else min(wanted, last.end)
         kept = last.view(keep, last.end) or b""

@@ -6,6 +6,7 @@ pax header in front where a name or a size does not fit.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,6 +43,15 @@ EXTENSIONS: Final = frozenset(b"LKxX")  # of the member behind them; "X" is Sola
 WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: whatever their size field says
 
 _unpack = struct.Struct("100s24x12s12s8sB100x6s82xB166x").unpack_from  # of the prefix one byte: it is rare
+
+
+MAGIC: Final = b"ustar"
+
+
+MAGIC_AT: Final = 257
+
+
+_OCTAL = frozenset(b"01234567 \0")
 
 
 _PREFIX = slice(345, 500)
@@ -185,6 +195,47 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
     if kind in WITHOUT_DATA or (kind == 0 and name.endswith(b"/")):  # v7 marks a folder so
         size = 0
     return name, size, mtime, kind, at - start
+
+
+def parse_member(buffer: bytearray | bytes, at: int, limit: int, shift: int = 0) -> Member | None:
+    """The member whose header stands at the file's byte ``at``, which is ``buffer[at - shift]``.
+
+    Returns:
+        The member, with all offsets in the file; None where ``limit`` comes before the end of its headers.
+
+    Raises:
+        BadHeader: There is no header, or it makes no sense.
+    """
+    if at + BLOCK > limit:
+        return None
+    data = at + BLOCK
+    name, size, mtime, kind = parse_header(buffer, at - shift)
+    if kind not in REGULAR:
+        special = parse_special(buffer, at - shift, limit - shift)
+        if special is None:
+            return None
+        name, size, mtime, kind, header_bytes = special
+        data = at + header_bytes
+    split = split_name(name)
+    suffix = "" if split is None else split[1].decode("utf-8", "surrogateescape").lower()
+    return Member(name, suffix, at, data, size, data + padded(size), kind in REGULAR, mtime)
+
+
+def find_header(buffer: bytearray | bytes, begin: int = 0, end: int | None = None) -> int:
+    """Where the first header begins that lies wholly in ``buffer[begin:end]``, at any alignment; -1 without one.
+
+    A header is known by its magic and a checksum that fits, so those of v7, which has no magic, are not found.
+    """
+    end = len(buffer) if end is None else end
+    at = buffer.find(MAGIC, begin + MAGIC_AT, end)
+    while 0 <= at <= end - BLOCK + MAGIC_AT:
+        start = at - MAGIC_AT
+        if buffer[start + _CHECKSUM.start] in _OCTAL:  # a cheap test, for bytes that are made to annoy
+            with contextlib.suppress(BadHeader):
+                parse_header(buffer, start)
+                return start
+        at = buffer.find(MAGIC, at + 1, end)
+    return -1
 
 
 def parse_number(field: bytes) -> int:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import orjson
 
@@ -21,7 +21,7 @@ from curation.errors import ShardError
 from curation.jsonio import dump_json
 from curation.storage.files import storage_errors, write_whole
 from curation.tar.blocks import Block, Blocks
-from curation.tar.headers import BLOCK, REGULAR, BadHeader, Member, padded, parse_header, parse_special, split_name
+from curation.tar.headers import BadHeader, parse_member, split_name
 from curation.tar.scan import SampleSpan, Window
 from curation.threads import BackgroundCall
 
@@ -34,36 +34,59 @@ MAX_SAMPLE_BYTES: Final = 1 << 30
 _OPEN_FILES = 64
 
 
+_RANGE_BYTES = 4 << 20
+
+
 def parse_span(buffer: bytearray | bytes, at: int, limit: int) -> SampleSpan:
     """The sample whose members are ``buffer[at:limit]``.  Raises BadHeader where they are no members of one sample."""
     span = SampleSpan("", at, limit)
     key: bytes | None = None
     while at < limit:
-        if at + BLOCK > limit:
+        member = parse_member(buffer, at, limit)
+        if member is None:
             raise BadHeader("it ends in a header")
-        data = at + BLOCK
-        name, size, mtime, kind = parse_header(buffer, at)
-        if kind not in REGULAR:
-            special = parse_special(buffer, at, limit)
-            if special is None:
-                raise BadHeader("it ends in a header")
-            name, size, mtime, kind, header_bytes = special
-            data = at + header_bytes
-        end = data + padded(size)
-        split = split_name(name)
-        if end > limit or (split is not None and key not in (None, split[0])):
+        split = split_name(member.name)
+        if member.end > limit or (split is not None and key not in (None, split[0])):
             raise BadHeader("it holds other members")
-        suffix = ""
         if split is not None:
             key = split[0]
-            suffix = split[1].decode("utf-8", "surrogateescape").lower()
-        member = Member(name, suffix, at, data, size, end, kind in REGULAR, mtime)
         (span.foreign if split is None else span.members).append(member)
-        at = end
+        at = member.end
     if key is None:
         raise BadHeader("it holds no member with a key")
     span.key = key.decode("utf-8", "surrogateescape")
     return span
+
+
+class RangeReader:
+    """A file of which byte ranges are read in any order.  What was read around the last range is kept in memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ShardError where the file cannot be opened."""
+        self._path = path
+        self._begin, self._data = 0, b""
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, start: int, size: int) -> bytes:
+        """``size`` bytes at ``start``, fewer where the file ends before.  Raises ShardError."""
+        at = start - self._begin
+        if at < 0 or at + size > len(self._data):
+            try:
+                self._data = os.pread(self._descriptor, max(size, _RANGE_BYTES), start)
+            except OSError as error:
+                raise ShardError(f"{self._path}: cannot be read at byte {start:,} ({error.strerror})") from error
+            self._begin, at = start, 0
+        return self._data[at : at + size]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._descriptor)
 
 
 @dataclass(frozen=True, slots=True)

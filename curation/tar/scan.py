@@ -1,13 +1,17 @@
-"""One sequential pass over a tar: where its samples lie, and what is damaged.
+"""One sequential pass over a tar: where its samples lie, and where it is damaged.
 
-Blocks are read in order into fixed buffers, and headers are parsed where they lie.
+Blocks are read in order into fixed buffers, and headers are parsed in these buffers, without a copy.
 
-A shard comes from anywhere and may be damaged.  Garbage is skipped up to the next valid header, a cut file is read to
-its last whole member, and what was lost is handed out as a torn sample, so that it can be counted:
+A shard comes from anywhere and may be damaged.  Damage never ends a scan: it goes on at the next sound header, which is
+known by its magic and its checksum, at any offset.  What was lost is reported as a torn sample, so that it is counted:
 
-- a sample of which a member is cut is torn, and so is one beside the damage that lacks a kind of member that the last
-  whole sample had (an image, a txt and a json before there was one);
-- damage that no torn sample explains is a torn sample of its own, named ``@<offset>``, without members.
+- A member that is cut off, that has lost bytes or into which bytes were inserted is **suspect**: it is not among its
+  sample's members, and the sample is torn.  A member that has lost bytes reaches over the headers behind it, so the
+  next header is also looked for inside the suspect member.
+- A sample beside damage is torn when it lacks a kind of member that the last whole sample had (an image, a txt and a
+  json before the first whole sample): its first or last members may be what was lost.
+- Damage that no torn sample explains is a torn sample of its own, with the key ``@<offset>`` and without members.
+- Zero blocks with members behind them are passed over and belong to no sample.
 """
 
 from __future__ import annotations
@@ -21,7 +25,21 @@ from typing import Final
 
 from curation.storage.urls import Source
 from curation.tar.blocks import Block, Blocks
-from curation.tar.headers import BLOCK, REGULAR, ZERO_BLOCK, BadHeader, Member, parse_header, parse_special, split_name
+from curation.tar.headers import (
+    BLOCK,
+    MAGIC,
+    MAGIC_AT,
+    RECORD,
+    REGULAR,
+    ZERO_BLOCK,
+    BadHeader,
+    Member,
+    find_header,
+    parse_header,
+    parse_member,
+    parse_special,
+    split_name,
+)
 from curation.tar.sources import open_blocks
 from curation.threads import BackgroundCall
 
@@ -36,24 +54,33 @@ _EXPECTED_KINDS = frozenset(("image", "txt", "json"))  # DataComp's, until the s
 _USUAL_END_BYTES = 64 << 10  # tar pads to 10 kB unless told otherwise
 
 
-_MAGIC, _MAGIC_AT = b"ustar", 257
-
-
 _NONZERO = re.compile(rb"[^\0]")
 
 
 _NO_HEADER = "no header where one is due: "
 
 
-_NO_PREFIX = b"\0"  # no member's name begins so
+_NO_PREFIX = b"\0"  # no member's name begins with it
+
+
+_SEARCH_BYTES = 1 << 20  # read again at a time where a suspect member is searched for headers
+
+
+_SEARCHES_PER_BYTE = 4  # at most: members of a hostile tar may all reach over the same bytes
 
 
 @dataclass(slots=True)
 class SampleSpan:
-    """Where a sample lies: from ``start`` to ``end``.  Spans follow one another without a gap but for damage.
+    """Where a sample lies: from byte ``start`` to byte ``end``.  Only damage and zero blocks lie between two spans.
 
-    key: "" for members before, or without, any sample.  foreign: members without a key (folders, global pax headers).
-    torn: what happened to it, "" where it is whole.  repeated: an earlier sample of the shard has the same key.
+    Attributes:
+        key: The sample's key; "" for members that come before any sample.
+        members: Its sound members, in the shard's order.
+        foreign: Members without a key among them, such as folders and global pax headers.
+        torn: What happened to the sample; "" where it is whole.
+        suspect: Whether a damaged member of it was taken out of ``members``.
+        repeated: Whether an earlier sample of the shard, one that is not torn, has the same key.
+        damages: The damage inside the sample and beside it.
     """
 
     key: str
@@ -62,12 +89,13 @@ class SampleSpan:
     members: list[Member] = field(default_factory=list)
     foreign: list[Member] = field(default_factory=list)
     torn: str = ""
+    suspect: bool = False
     repeated: bool = False
-    damages: list[Damage] = field(default_factory=list)  # inside it and beside it
+    damages: list[Damage] = field(default_factory=list)
 
     @property
     def own_extents(self) -> list[tuple[int, int]]:
-        """The byte ranges of its members that have its key, those that lie together as one."""
+        """The byte ranges of its members that have its key.  Members that lie together share one range."""
         if not self.damages and not self.foreign:
             return [(self.start, self.end)]
         runs: list[tuple[int, int]] = []
@@ -78,13 +106,13 @@ class SampleSpan:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The suffixes of its members, with "image" for those of images."""
+        """The suffixes of its members, with "image" in place of an image's suffix."""
         return frozenset("image" if m.suffix in IMAGE_SUFFIXES else m.suffix for m in self.members)
 
 
 @dataclass(slots=True)
 class Damage:
-    """Bytes that are no members.  ``explained``: a torn sample stands for it."""
+    """Bytes that are not a sound member.  ``explained``: a torn sample accounts for it."""
 
     offset: int
     length: int
@@ -94,18 +122,18 @@ class Damage:
 
 @dataclass(slots=True)
 class TarReport:
-    """What a pass found besides samples; complete when the pass is."""
+    """What a scan found besides samples.  It is complete when the scan has ended."""
 
     path: str = ""
     samples: int = 0
     repeated_keys: int = 0
     damages: list[Damage] = field(default_factory=list)
     missing_end: bool = False
-    gaps: list[int] = field(default_factory=list)
+    gaps: list[int] = field(default_factory=list)  # where zero blocks with members behind them begin
     end_bytes: int = 0  # the zeros that end the archive
 
     def warnings(self) -> list[str]:
-        """One line for everything that is not as it should be."""
+        """One line for each thing that is not as it should be."""
         lines = [f"{self.path}: damage at byte {d.offset:,} ({d.length:,} bytes): {d.detail}" for d in self.damages]
         if self.missing_end:
             lines.append(f"{self.path}: no end-of-archive blocks; read to its last whole member")
@@ -118,10 +146,10 @@ class TarReport:
 
 
 class Window:
-    """Samples that lie together, and the part of the file they lie in.  Gone with the next but one.
+    """Samples that lie together, and the part of the file in which they lie.
 
-    ``view``, ``pieces`` and ``read`` give the bytes of its spans (see ``Block``).  Those of a very large sample are not
-    in memory, but read again.
+    ``view``, ``pieces`` and ``read`` give the bytes of its spans (see ``Block``).  The bytes of a very large sample are
+    not in memory and are read again.  A window is valid until the next but one is taken.
     """
 
     __slots__ = ("pieces", "read", "spans", "view")
@@ -132,10 +160,14 @@ class Window:
 
 
 class TarScan:
-    """One pass: ``for window in tar.windows(): for span in window.spans: …``.
+    """One pass over a tar: ``for window in scan.windows(): for span in window.spans: …``.
 
-    A thread reads and parses one window ahead: a shared filesystem's latency hides behind the caller's work, and the
-    parsing behind the caller's reads and writes.  Memory is fixed, whatever the file's size.
+    A thread reads and parses one window ahead: so a shared filesystem's latency hides behind the caller's work, and the
+    parsing hides behind the caller's reads and writes.  The memory is fixed, whatever the size of the file.
+
+    Args:
+        source: A tar on a filesystem, a folder of loose files, or what ``curation.storage.urls`` can read.
+        report: Filled with what is found besides samples; a new one where none is given.
     """
 
     def __init__(self, source: str | Source, report: TarReport | None = None) -> None:
@@ -145,31 +177,39 @@ class TarScan:
         self.report.path = self.path
         self._file: Blocks
         self._block: Block
-        self._next = 0  # where the next header is due
+        self._next = 0  # where the next header should be
         self._open: SampleSpan | None = None
         self._prefix = _NO_PREFIX  # the open sample's key and the dot
         self._keys: set[int] = set()  # hashes: a shard may hold a million keys
         self._last_whole: SampleSpan | None = None
-        self._lost: tuple[int, str] | None = None  # where damage began and how, while the next header is sought
-        self._damage: Damage | None = None  # the last one, until the sample after it begins
+        self._usual_count = 0  # of the last whole sample's members
+        self._lost: tuple[int, str] | None = None  # where damage began and what it is, while a header is looked for
+        self._damage: Damage | None = None  # the last one, until the sample behind it begins
         self._unresolved: list[Damage] = []
+        self._searched = 0  # bytes of suspect members that were searched for headers
         self._zeros = (-1, -1)  # the last run of zero blocks
+        self._archive = 0  # where the archive begins, if several were put behind one another
         self._done: list[SampleSpan] = []
 
     def windows(self) -> Iterator[Window]:
-        """The samples in order, a few megabytes at a time.  Raises ShardError when the file cannot be read."""
+        """The samples in the shard's order, a few megabytes at a time.
+
+        Raises:
+            ShardError: The file cannot be read.
+        """
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(open_blocks(self._source))
-            beside = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
-            stack.callback(self._file.cancel)  # first, so that nobody waits for bytes that are not wanted
+            ahead = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
+            stack.callback(self._file.cancel)  # called first, so that nobody waits for bytes that are not wanted
             self._block = self._file.block
             more = self._file.size > 0
             if more:
-                beside.start(self._step)
+                ahead.start(self._step)
             while more:
-                window = beside.result()
-                if more := self._next < self._file.size and self._block.end < self._file.size:
-                    beside.start(self._step)
+                window = ahead.result()
+                behind_it, size = self._next < self._block.begin, self._file.size
+                if more := self._next < size and (self._block.end < size or behind_it):
+                    ahead.start(self._step)
                 yield window
             self._finish()
             yield self._take()
@@ -178,13 +218,21 @@ class TarScan:
         """Read and parse one block further."""
         self._block = self._file.advance(self._open.start if self._open else self._next, self._next)
         self._scan()
+        while self._next > self._file.size and self._open is not None:
+            member = _last_member(self._open)  # the end of a stream is known only when it is reached
+            cut = _cut_text(member.name, member.data + member.size - self._file.size)
+            if member.data + member.size <= self._file.size:
+                break  # only padding is missing
+            self._next = self._take_out(self._open, member, cut, self._file.size)
+            if self._next >= self._block.begin:
+                self._scan()
         return self._take()
 
     # ---- members and samples
 
     def _scan(self) -> None:
-        """Every header in the window, up to one that is not wholly there.  Locals, for this is where a pass spends
-        its time."""
+        """Parse every header in the block, up to one that is not wholly there.  A scan spends its time here: hence the
+        local variables."""
         buffer, shift, limit, size = self._block.buffer, self._block.shift, self._block.end, self._file.size
         at = self._next if self._lost is None else self._resume(self._next)
         prefix, span = self._prefix, self._open
@@ -195,7 +243,7 @@ class TarScan:
                 if kind not in REGULAR:
                     special = parse_special(buffer, at - shift, limit - shift)
                     if special is None and limit < size:
-                        break  # it goes on in the next block: parsed again from its start
+                        break  # it continues in the next block, and is parsed again from its start
                     if special is None:
                         raise BadHeader("the file ends in it")
                     name, length, mtime, kind, header_bytes = special
@@ -203,6 +251,8 @@ class TarScan:
             except BadHeader as error:
                 at = self._not_a_header(at, str(error))
                 prefix = self._prefix
+                if at < self._block.begin:
+                    break  # back to a header that is no longer in memory
                 continue
             if data + length > size:
                 at = self._cut(at, data, name, data + length - size)
@@ -220,16 +270,25 @@ class TarScan:
         self._next = at
 
     def _enter(self, name: bytes, at: int) -> str | None:
-        """Opens the sample that a member belongs to, after closing another; its suffix, None where it has no key."""
+        """Open the sample that a member belongs to, after closing another.
+
+        Returns:
+            The member's suffix; None where it has no key.
+        """
         split = split_name(name)
         if split is None:
             if self._open is None:
                 self._open = SampleSpan("", at, at)
+            elif self._zeros[1] == at:
+                self._pass_gap(inside=True)
             return None
         raw_key, raw_suffix = split
         key = raw_key.decode("utf-8", "surrogateescape")
-        if self._open is None or key != self._open.key:
-            self._close()
+        if self._zeros[1] == at:
+            self._pass_gap(inside=self._open is not None and self._open.key == key)
+        while self._open is not None and key != self._open.key:
+            self._close(raw_key)
+        if self._open is None:
             self._open = span = SampleSpan(key, at, at)
             self.report.samples += 1
             mark = hash(key)
@@ -243,11 +302,16 @@ class TarScan:
         self._prefix = raw_key + b"."
         return _suffix_text(raw_suffix)
 
-    def _close(self) -> None:
-        """The open sample has ended: judge whether it is torn, and hand it out."""
+    def _close(self, following: bytes | None = None) -> None:
+        """The open sample has ended: decide whether it is torn, and hand it out.
+
+        Args:
+            following: The key of the member behind it.
+        """
         span, self._open, self._prefix = self._open, None, _NO_PREFIX
         if span is None:
             return
+        swallowed = self._free_swallowed(span, following) if len(span.members) < self._usual_count else ()
         if span.key and span.damages:
             usual = self._last_whole.kinds if self._last_whole else _EXPECTED_KINDS
             if not span.torn and not span.kinds >= usual:
@@ -255,14 +319,25 @@ class TarScan:
             if span.torn:
                 for damage in span.damages:
                     damage.explained = True
+                if not span.repeated:
+                    self._keys.discard(hash(span.key))  # a whole sample with this key is no repetition of a torn one
         elif span.key:
-            self._last_whole = span
+            self._last_whole, self._usual_count = span, len(span.members)
         self._done.append(span)
         if self._unresolved:
             self._resolve(self._damage)
+        for member in swallowed:
+            self._enter(member.name, member.start)
+            assert self._open is not None
+            self._open.members.append(member)
+            self._open.end = member.end
 
     def _resolve(self, pending: Damage | None) -> None:
-        """Damage between whole samples is a lost sample.  ``pending``: its neighbour behind is still to come."""
+        """Damage between whole samples counts as a lost sample.
+
+        Args:
+            pending: Damage whose neighbour behind it has not been read yet.
+        """
         for damage in self._unresolved:
             if damage is not pending and not damage.explained:
                 damage.explained = True
@@ -277,7 +352,7 @@ class TarScan:
     # ---- damage
 
     def _not_a_header(self, at: int, why: str) -> int:
-        """What stands at ``at`` is the end of the archive, or damage: where to go on."""
+        """At ``at`` there is no header: it is the end of the archive, or damage.  Returns where to go on."""
         buffer, shift, limit = self._block.buffer, self._block.shift, self._block.end
         if buffer.startswith(ZERO_BLOCK, at - shift):
             nonzero = _NONZERO.search(buffer, at - shift, limit - shift)
@@ -287,7 +362,17 @@ class TarScan:
                 self._note_gap()
                 self._zeros = (at, at)
             self._zeros = (self._zeros[0], until)
+            self._prefix = _NO_PREFIX  # so that _enter sees the member behind the zeros
             return until
+        span = self._open
+        if span is not None and span.end == at and (span.members or span.foreign):
+            member = _last_member(span)
+            inside = self._header_inside(member.data, at)
+            if inside is not None:
+                return self._take_out(span, member, _swallows_text(member.name), at, inside)
+            if self._block.read(member.data + member.size, at - member.data - member.size).strip(b"\0"):
+                text = f"{_quoted(member.name)}: its bytes have been shifted"
+                return self._take_out(span, member, text, at)
         self._lost = (at, _NO_HEADER + why)
         return self._resume(at + 1)
 
@@ -295,43 +380,96 @@ class TarScan:
         """The member at ``at`` is not wholly there: the sample it belongs to is torn, whatever else it has."""
         why = _cut_text(name, missing)
         if self._enter(name, at) is not None and self._open is not None:
-            self._open.torn = why
+            self._open.torn, self._open.suspect = why, True
         self._lost = (at, why)
         return self._resume(data)
 
-    def _take_back(self, span: SampleSpan) -> None:
-        """The file ended in the last member, which nobody could know before: it is as if it had been cut."""
-        members = max(span.members, span.foreign, key=lambda some: some[-1].start if some else -1)
-        last = members[-1]
-        missing = last.data + last.size - self._file.size
-        if missing > 0:
-            del members[-1]
-            span.end = last.start
-            why = _cut_text(last.name, missing)
-            if members is span.members:
-                span.torn = why
-            self._lost = (last.start, why)
+    def _take_out(self, span: SampleSpan, member: Member, why: str, behind: int, inside: int | None = None) -> int:
+        """The open sample's last member is suspect: it is as if its header were damage.  Returns where to go on.
+
+        Args:
+            behind: The end of what its header claims.
+            inside: Where a header stands in what it claims, if that is known.
+        """
+        if span.members and span.members[-1] is member:
+            del span.members[-1]
+            span.torn, span.suspect = span.torn or why, True
+        else:
+            del span.foreign[-1]
+        span.end = member.start
+        self._lost = (member.start, why)
+        if inside is None:
+            inside = self._header_inside(member.data, behind)
+        if inside is None:
+            return self._resume(behind)
+        self._lose(until=inside)
+        return inside
+
+    def _header_inside(self, start: int, end: int) -> int | None:
+        """Where the first header begins between two offsets, in memory or not."""
+        end = min(end + BLOCK - 1, self._file.size)
+        size = 8 * BLOCK  # the header is often near
+        while start + BLOCK <= end and self._searched <= _SEARCHES_PER_BYTE * (end + _SEARCH_BYTES):
+            stop = min(end, start + size)
+            size = min(2 * size, _SEARCH_BYTES)
+            self._searched += stop - start
+            found = find_header(self._block.read(start, stop - start))
+            if found >= 0:
+                return start + found
+            start = stop - BLOCK + 1
+        return None
+
+    def _free_swallowed(self, span: SampleSpan, following: bytes | None) -> list[Member]:
+        """Members of the following sample over which a member of this one reaches, up to its last byte.
+
+        Such a member has lost exactly as many bytes as the members behind it have, so that a header stands where one
+        should.  It is suspect.  Only samples that have fewer members than the last whole one come here.
+        """
+        own = span.key.encode("utf-8", "surrogateescape")
+        for member in span.members:
+            view = self._block.view(member.data, member.end)
+            marks = bytes(view[MAGIC_AT::BLOCK]) if view is not None else b""
+            if (block := marks.find(MAGIC[:1])) < 0:
+                continue
+            chain = self._chain(member.data + block * BLOCK, member.end)
+            keys = {split[0] for one in chain if (split := split_name(one.name))}
+            if not chain or not keys & {own, following}:
+                continue
+            why = _swallows_text(member.name)
+            damage = Damage(member.start, chain[0].start - member.start, why, explained=True)
+            self.report.damages.append(damage)
+            span.torn, span.suspect = span.torn or why, True
+            span.damages.append(damage)
+            mine = [one for one in chain if (split := split_name(one.name)) and split[0] == own]
+            span.members = sorted(
+                (*mine, *(one for one in span.members if one is not member)), key=lambda one: one.start
+            )
+            return [one for one in chain if (split := split_name(one.name)) and split[0] != own]
+        return []
+
+    def _chain(self, at: int, end: int) -> list[Member]:
+        """The members that follow one another from ``at`` to ``end``, or to zeros that reach to ``end``."""
+        chain: list[Member] = []
+        try:
+            while at < end and (member := parse_member(self._block.buffer, at, end, self._block.shift)) is not None:
+                if member.end > end:
+                    return []
+                chain.append(member)
+                at = member.end
+        except BadHeader:
+            pass
+        return chain if not self._block.read(at, end - at).strip(b"\0") else []
 
     def _resume(self, at: int) -> int:
-        """The next valid header from ``at`` on, at any alignment; without one, where to seek in the next window."""
-        buffer, shift, limit = self._block.buffer, self._block.shift, self._block.end
-        while (found := buffer.find(_MAGIC, at - shift + _MAGIC_AT, limit - shift)) >= 0:
-            at = found - _MAGIC_AT + shift
-            if at + BLOCK > limit:
-                break
-            try:
-                parse_header(buffer, at - shift)
-            except BadHeader:
-                at += 1
-                continue
-            self._lose(until=at)
-            return at
-        if limit >= self._file.size:
-            return self._file.size
-        return at if found >= 0 else max(at, limit - _MAGIC_AT - len(_MAGIC) + 1)
+        """The next sound header from ``at`` on, at any alignment; without one, where to look in the next block."""
+        shift, limit = self._block.shift, self._block.end
+        if (found := find_header(self._block.buffer, at - shift, limit - shift)) >= 0:
+            self._lose(until=found + shift)
+            return found + shift
+        return self._file.size if limit >= self._file.size else max(at, limit - BLOCK + 1)
 
     def _lose(self, until: int) -> None:
-        """What lies between the start of the damage and ``until`` is no members."""
+        """From the start of the damage to ``until`` there is no sound member."""
         assert self._lost is not None
         offset, why = self._lost
         self._lost = None
@@ -340,18 +478,34 @@ class TarScan:
         self._unresolved.append(self._damage)
         if self._open is not None:
             self._open.damages.append(self._damage)
-            self._prefix = _NO_PREFIX  # so that the next member is looked at by _enter
+            self._prefix = _NO_PREFIX  # so that _enter looks at the next member
+
+    def _pass_gap(self, *, inside: bool) -> None:
+        """Members stand behind zero blocks.
+
+        Zeros that fill the record are the end of an archive to which another was appended.  Others may stand in place
+        of members, so that they count as damage.
+
+        Args:
+            inside: Whether the zeros are inside the open sample.
+        """
+        begin, end = self._zeros
+        ends_archive = end - begin >= 2 * BLOCK and (end - self._archive) % RECORD == 0
+        self._archive = end
+        if ends_archive and not inside:
+            return
+        self._damage = Damage(begin, end - begin, "zero blocks where members should be", explained=True)
+        if self._open is not None:
+            self._open.damages.append(self._damage)
 
     def _note_gap(self) -> None:
         if self._zeros[0] >= 0:
             self.report.gaps.append(self._zeros[0])
 
     def _finish(self) -> None:
-        """The end of the file: what was missing there, and the last sample."""
+        """At the end of the file: what is missing there, and the last sample."""
         size = self._file.size
         ended = self._zeros[0] >= 0
-        if self._next > size and self._open is not None:
-            self._take_back(self._open)
         if self._lost is None and self._next < size and any(self._block.read(self._next, size - self._next)):
             self._lost = (self._next, _NO_HEADER + "the file ends in it")
         if self._lost is not None and self._lost[0] == self._zeros[1]:
@@ -370,12 +524,26 @@ class TarScan:
             if self._open is not None and self._open.key:
                 self._open.damages.append(Damage(size, 0, "the file ends without an end of archive", explained=True))
         self._damage = None
-        self._close()
+        while self._open is not None:
+            self._close()
         self._resolve(None)
 
 
 def _cut_text(name: bytes, missing: int) -> str:
-    return f"{name.decode('utf-8', 'replace')!r} is cut: {missing:,} of its bytes are missing"
+    return f"{_quoted(name)} is cut: {missing:,} of its bytes are missing"
+
+
+def _swallows_text(name: bytes) -> str:
+    return f"{_quoted(name)} reaches over the header of another member: bytes of it are missing"
+
+
+def _quoted(name: bytes) -> str:
+    return repr(name.decode("utf-8", "replace"))
+
+
+def _last_member(span: SampleSpan) -> Member:
+    """The member of a sample, or among its members, that begins last."""
+    return max((*span.members[-1:], *span.foreign[-1:]), key=lambda member: member.start)
 
 
 @lru_cache(1024)

@@ -3,21 +3,20 @@ shards that did not pass it."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import xxhash
 
 from curation.commands.findings import Findings
 from curation.commands.verify.edited_samples import is_edited, original_problems, self_problems
 from curation.commands.verify.prove import Expect, NewMember, Piece, edited_pieces, in_order
-from curation.errors import SampleError, ShardError
+from curation.errors import SampleError
 from curation.jsonio import parse_json_object
 from curation.tar.headers import Member
+from curation.tar.random_access import RangeReader
 from curation.tar.samples import MAX_MEMBER_BYTES
 from curation.tar.scan import SampleSpan, TarScan, Window
 from curation.tar.splice import Edit
@@ -43,7 +42,7 @@ def explain(source: Path, hybrid: Path, expect: Expect, findings: Findings, *, p
     _compare_keys(due, found, gone, findings)
     if strays != _strays(source):
         findings.add("wrong_members", "", "members that belong to no sample are not those of the source")
-    with _File(source) as old, _File(hybrid) as new:
+    with RangeReader(source) as old, RangeReader(hybrid) as new:
         here = _by_key(found)
         for key, wanted in _by_key(due).items():
             for one, other in zip(wanted, here.get(key, ()), strict=False):
@@ -135,7 +134,7 @@ def _by_key(samples: list[_Due]) -> dict[str, list[_Due]]:
     return grouped
 
 
-def _tell(key: str, due: _Due, found: SampleSpan, old: _File, new: _File, findings: Findings) -> None:
+def _tell(key: str, due: _Due, found: SampleSpan, old: RangeReader, new: RangeReader, findings: Findings) -> None:
     """Which member of a sample differs, and where."""
     names = [piece.name for piece in due.pieces]
     members = in_order(found)
@@ -160,38 +159,44 @@ def _tell(key: str, due: _Due, found: SampleSpan, old: _File, new: _File, findin
 
 
 def _tell_of_edit(
-    key: str, span: SampleSpan, found: SampleSpan, old: _File, new: _File, findings: Findings, provenance: bool
+    key: str,
+    span: SampleSpan,
+    found: SampleSpan,
+    old: RangeReader,
+    new: RangeReader,
+    findings: Findings,
+    provenance: bool,
 ) -> None:
     """What the edited sample in the hybrid says of itself."""
-    parts = {m.suffix: new.read(m) for m in found.members if m.suffix in ("jpg", "txt", "json")}
+    parts = {m.suffix: _read(new, m) for m in found.members if m.suffix in ("jpg", "txt", "json")}
     if len(parts) < 3:
         return
     for kind, detail in self_problems(parts["jpg"], parts["txt"], parts["json"], provenance=provenance):
         findings.add(kind, key, detail)
-    original = next((old.read(m) for m in span.members if m.suffix == "json" and m.regular), None)
+    original = next((_read(old, m) for m in span.members if m.suffix == "json" and m.regular), None)
     if original is not None:
         for kind, detail in original_problems(parts["json"], original):
             findings.add(kind, key, detail)
 
 
-def _says_edited(members: Sequence[Member], file: _File) -> bool:
+def _says_edited(members: Sequence[Member], file: RangeReader) -> bool:
     for member in members:
         if member.suffix == "json":
             try:
-                return is_edited(parse_json_object(file.read(member)))
+                return is_edited(parse_json_object(_read(file, member)))
             except SampleError:
                 return False
     return False
 
 
-def _same(wanted: Sequence[Member], old: _File, found: SampleSpan, new: _File) -> bool:
+def _same(wanted: Sequence[Member], old: RangeReader, found: SampleSpan, new: RangeReader) -> bool:
     members = in_order(found)
     return len(wanted) == len(members) and all(
         _first_difference(one, other, old, new) is None for one, other in zip(wanted, members, strict=True)
     )
 
 
-def _first_difference(piece: Piece, member: Member, old: _File, new: _File) -> int | None:
+def _first_difference(piece: Piece, member: Member, old: RangeReader, new: RangeReader) -> int | None:
     """The first byte, from the header on, in which a member is not as it should be; None where it is."""
     size = member.end - member.start
     wanted_size = len(piece.raw) if isinstance(piece, NewMember) else piece.end - piece.start
@@ -199,8 +204,8 @@ def _first_difference(piece: Piece, member: Member, old: _File, new: _File) -> i
         if isinstance(piece, NewMember):
             one = piece.raw[begin : begin + _PIECE_BYTES]
         else:
-            one = old.piece(piece.start + begin, min(_PIECE_BYTES, wanted_size - begin))
-        other = new.piece(member.start + begin, min(_PIECE_BYTES, size - begin))
+            one = old.read(piece.start + begin, min(_PIECE_BYTES, wanted_size - begin))
+        other = new.read(member.start + begin, min(_PIECE_BYTES, size - begin))
         if one != other:
             pairs = zip(one, other, strict=False)
             return begin + next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
@@ -218,27 +223,5 @@ def _digest(window: Window, pieces: list[Piece]) -> bytes:
     return digest.digest()
 
 
-class _File:
-    """A tar, of which a member is read now and then."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
-
-    def piece(self, start: int, size: int) -> bytes:
-        try:
-            return os.pread(self._descriptor, max(0, size), start)
-        except OSError as error:
-            raise ShardError(f"{self._path}: cannot be read ({error.strerror})") from error
-
-    def read(self, member: Member) -> bytes:
-        return self.piece(member.data, min(member.size, MAX_MEMBER_BYTES))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        os.close(self._descriptor)
+def _read(file: RangeReader, member: Member) -> bytes:
+    return file.read(member.data, min(member.size, MAX_MEMBER_BYTES))

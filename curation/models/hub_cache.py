@@ -175,18 +175,10 @@ def _hub_commit(model: str, revision: str, marker: str, asked_by: str) -> str:
 
 def _cached_commit(model: str, revision: str, marker: str) -> str | None:
     """The commit that a branch, tag or commit means in the hub's cache, None where the cache does not have it."""
-    from huggingface_hub import constants
+    from huggingface_hub import try_to_load_from_cache
 
-    commit = revision
-    if not _COMMIT.fullmatch(revision):
-        if ".." in Path(revision).parts:
-            return None
-        folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
-        try:
-            commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-    return commit if (snapshot(model, commit) / marker).is_file() else None
+    found = try_to_load_from_cache(model, marker, revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def snapshot(model: str, commit: str) -> Path:

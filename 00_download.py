@@ -13,11 +13,24 @@ from typing import Annotated
 
 import curation
 from curation.cluster import Allocation, run_id
-from curation.download.downloader import Downloader
-from curation.download.fetch import FetchLimits, parse_networks
-from curation.download.images import Check, Encode, ImagePolicy, ResizeMode
-from curation.download.shard import OutputFormat, PreviousShard, RowDownloads, examine_by, refuse
-from curation.download.tables import NamedColumns, UrlTables, caption_column_of, url_column_of
+from curation.download import (
+    Check,
+    Downloader,
+    Encode,
+    FetchLimits,
+    ImagePolicy,
+    NamedColumns,
+    OutputFormat,
+    PreviousShard,
+    ResizeMode,
+    RowDownloads,
+    UrlTables,
+    caption_column_of,
+    examine_by,
+    parse_networks,
+    refuse,
+    url_column_of,
+)
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.options import FINITE, also, at_least, between, exit_code, logger, more_than, parse_options
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage

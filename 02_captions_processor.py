@@ -31,8 +31,7 @@ from curation.rewrite.prompts import (
     read_system_prompt,
 )
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
-from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
-from curation.serving.registry import Registry, RegistryWatcher
+from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, endpoint_urls
 from curation.shards import Shard, discover
 from curation.storage.urls import is_remote
 from curation.tar.samples import caption_of, metadata_of, read_samples

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +88,7 @@ class Pushing:
         self._command += [f"--repo={self._repo}", "--quiet", *(["--only", *only] if only else [])]
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._ended = False
+        self._ended = threading.Event()
         self._seen = 0
         self._world = 1
         self._thread: threading.Thread | None = None
@@ -111,7 +110,7 @@ class Pushing:
 
     def end(self) -> None:
         """Stop the upload that is running; the last push, or the next start, goes on with it."""
-        self._ended = True
+        self._ended.set()
         self._wake.set()
         self._stop_process()
         if self._thread is not None:
@@ -128,23 +127,21 @@ class Pushing:
         if code == EXIT_WORK_LEFT:
             logger.info(f"{self._repo}: the next start, or `python -m curation publish`, uploads the rest")
             return
-        self._ended = False
+        self._ended.clear()
         with self._stopped_by_signals():
             self._push(_LAST_TRIES)
 
     # ---- in the thread, or at the end
 
     def _push_periodically(self) -> None:
-        while not self._ended:
+        while not self._ended.is_set():
             self._wake.wait()
             self._wake.clear()
-            if self._ended:
+            if self._ended.is_set():
                 return
             self._seen = 0
             self._push(_TRIES)
-            quiet_until = time.monotonic() + PAUSE_S
-            while not self._ended and time.monotonic() < quiet_until:
-                time.sleep(0.1)
+            self._ended.wait(PAUSE_S)
             if self._seen >= self._every:
                 self._wake.set()
 
@@ -154,7 +151,7 @@ class Pushing:
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         try:
             with self._lock:
-                if self._ended:
+                if self._ended.is_set():
                     return
                 self._process = subprocess.Popen(
                     [*self._command, f"--tries={tries}"],
@@ -173,7 +170,7 @@ class Pushing:
         line = clean_text(redact(line.strip().removeprefix("error: ")))[:500]
         if code == EXIT_OK:
             logger.info(f"hub: {line}")
-        elif not self._ended:
+        elif not self._ended.is_set():
             logger.warning(f"not all is uploaded, captions are not concerned: {line}")
 
     def _stop_process(self) -> None:
@@ -181,10 +178,9 @@ class Pushing:
             process = self._process
         if process is not None and process.poll() is None:
             process.terminate()
-            deadline = time.monotonic() + _GRACE_S
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            if process.poll() is None:
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
                 process.kill()
 
     @contextlib.contextmanager
@@ -195,7 +191,7 @@ class Pushing:
             return
 
         def stop(number: int, frame: FrameType | None) -> None:
-            self._ended = True
+            self._ended.set()
             if self._process is not None and self._process.poll() is None:
                 self._process.kill()
             logger.warning(f"{signal.Signals(number).name}: not all is uploaded; `python -m curation publish` goes on")

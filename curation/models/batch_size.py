@@ -1,7 +1,7 @@
-"""The batch size that fits: told by running out of memory once, and remembered for the next process.
+"""The batch size that fits: found by running out of memory once, and recorded for the next process.
 
-One file per kind of device, model and size of input, below the output folder, so that a run over many GPUs finds out
-once and not once per process.
+There is one file per kind of device, model and size of input, below the output folder, so that a run over many GPUs
+runs out of memory once and not once per process.
 """
 
 from __future__ import annotations
@@ -35,8 +35,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def use_device(device: str) -> str:
-    """Make ``cpu`` or ``cuda:<n>`` this thread's device.  Returns its kind, on which memory and rounding depend: a
-    name and a size.  Raises InfrastructureError when torch cannot use it."""
+    """Make ``cpu`` or ``cuda:<n>`` this thread's device.
+
+    Returns:
+        The kind of device, on which memory and rounding depend: its name and its memory, or ``cpu``.
+
+    Raises:
+        InfrastructureError: torch cannot use the device.
+    """
     if not device.startswith("cuda"):
         return "cpu"
     import torch
@@ -55,11 +61,14 @@ def use_device(device: str) -> str:
 
 
 class FittingBatchSize:
-    """The largest batch known to fit, per size of input (``width, height``, or any other row of numbers that says how
-    large one sample is on the device); ``planned`` until memory ran out once.
+    """The largest batch that fits, for each size of input; ``planned`` until memory ran out once.
 
-    folder: where to remember it across processes, None for this process only.
-    what: everything else that the limit depends on (kind of device, its memory, model, dtype).
+    A size is ``width, height``, or any other row of numbers that says how large one sample is on the device.
+
+    Args:
+        planned: The batch size to begin with.
+        what: Everything else that the limit depends on (kind of device, its memory, model, dtype).
+        folder: Where it is recorded for other processes; None for this process only.
     """
 
     def __init__(self, planned: int, what: str, folder: Path | None = None) -> None:
@@ -69,13 +78,13 @@ class FittingBatchSize:
         self._limits: dict[tuple[int, ...], int] = {}
 
     def limit(self, *size: int) -> int:
-        """How many samples of a size to compute at once."""
+        """How many samples of this size to compute at once."""
         if size not in self._limits:
             self._limits[size] = self._read(size) or self.planned
         return min(self.planned, self._limits[size])
 
     def shrink(self, *size: int, tried: int) -> int:
-        """``tried`` samples were too many: remember and return half of it.  What to do at 1 is the caller's affair."""
+        """Record that ``tried`` samples were too many, and return half of it.  At 1 the caller decides what to do."""
         limit = max(1, tried // 2)
         self._limits[size] = limit
         self._write(size, limit)
@@ -98,7 +107,7 @@ class FittingBatchSize:
         return found if isinstance(found, int) and found > 0 else None
 
     def _write(self, size: tuple[int, ...], limit: int) -> None:
-        """A lost or late write costs one more time out of memory, nothing else: failure to write is no error."""
+        """Record a limit.  That it cannot be written is not an error: another process then finds it out again."""
         path = self._path(size)
         if path is None:
             return

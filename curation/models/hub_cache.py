@@ -1,4 +1,4 @@
-"""Where a model comes from (a folder, the hub, its cache) and which exact one that is.
+"""Where a model comes from (a folder, the hub, the hub's cache), and which exact model that is.
 
 Nothing here loads a model.
 """
@@ -22,7 +22,7 @@ from curation.models.weights import hub_error_line, hub_errors, is_hub_id
 
 
 def public_name(model: str) -> str:
-    """The name a dataset may record: a hub id, or a folder's last name; never a path of this machine.
+    """The name that a dataset may record: a hub id, or the last name of a folder, but never a path of this machine.
 
     A folder of the hub's cache, ``…/models--org--name/snapshots/<commit>``, is called ``org/name``.
     """
@@ -33,7 +33,8 @@ def public_name(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2] or "model"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A model's name in lower case, with one kind of separator."""
     return re.sub(r"[_\s.]+", "-", name.lower())
 
 
@@ -70,14 +71,21 @@ def resolve(
     *,
     asked_by: str = "--model",
 ) -> ModelSource:
-    """Find out which exact model ``--model`` and ``--revision`` mean, before any process loads it.
-
-    asked_by: what messages call the model: the flag or the directive that names it.
+    """Find out which exact model is meant, before any process loads it.
 
     A folder's revision is a digest of its configuration and of samples of its weights (``local-…``), so that other
-    weights under the same name count as another model; a folder of the hub's cache has its commit.  A hub id's is the
-    commit that the branch or tag stands for now; with no network, the one in the cache.
-    Raises InfrastructureError, one line, when the model is not there, is gated, or is not of the kind.
+    weights under the same name count as another model; a folder of the hub's cache has its commit.  The revision of a
+    hub id is the commit that the branch or tag stands for now; without a network, the one in the cache.
+
+    Args:
+        model: A folder or a hub id.
+        revision: A commit, branch or tag; None for ``main``, or for the folder as it is.
+        variant: Of the weights' files, such as ``fp16``.
+        kind: The file that makes a folder a model of the kind, and the kind's name.
+        asked_by: What messages call the model: the flag or the directive that names it.
+
+    Raises:
+        InfrastructureError: The model is not there, is gated, or is not of the kind.
     """
     if os.path.isdir(model):
         return _resolve_folder(Path(model), revision, variant, kind)
@@ -104,8 +112,8 @@ def _resolve_folder(folder: Path, revision: str | None, variant: str | None, kin
 def folder_digest(folder: Path) -> str:
     """``local-`` and 16 hex digits over names, sizes, configurations and samples of the weights.
 
-    Not over every byte: a model of 30 GB would cost each process minutes, and training moves every tensor, so that
-    samples tell.
+    To read every byte of a model of 30 GB would cost each process minutes.  Samples are enough, because training
+    changes every tensor.
     """
     digest = xxhash.xxh3_64()
     try:
@@ -166,19 +174,11 @@ def _hub_commit(model: str, revision: str, marker: str, asked_by: str) -> str:
 
 
 def _cached_commit(model: str, revision: str, marker: str) -> str | None:
-    """The commit of a branch, tag or commit in the hub's cache, None where it is not there."""
-    from huggingface_hub import constants
+    """The commit that a branch, tag or commit means in the hub's cache, None where the cache does not have it."""
+    from huggingface_hub import try_to_load_from_cache
 
-    commit = revision
-    if not _COMMIT.fullmatch(revision):
-        if ".." in Path(revision).parts:
-            return None
-        folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
-        try:
-            commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-    return commit if (snapshot(model, commit) / marker).is_file() else None
+    found = try_to_load_from_cache(model, marker, revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def snapshot(model: str, commit: str) -> Path:
@@ -195,7 +195,7 @@ def _offline() -> bool:
 
 
 def quiet_transformers() -> None:
-    """transformers writes bars and advice to stderr, where this run's own progress is."""
+    """Stop transformers from writing bars and advice to stderr, where this run shows its own progress."""
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -203,10 +203,10 @@ def quiet_transformers() -> None:
 
 
 def import_bitsandbytes() -> None:
-    """Import bitsandbytes, where it is installed, before a library that would do so in passing.
+    """Import bitsandbytes, where it is installed, before another library imports it.
 
-    On a CPU with AVX512-BF16 it asks the hub for a further kernel as it is imported, and warns where it gets none: a
-    wait on nodes without internet, and code that nobody asked for.  Its own kernels do the same.
+    On a CPU with AVX512-BF16 its import asks the hub for one more kernel and warns where it gets none.  That is a wait
+    on nodes without internet, and code that nobody asked for; its own kernels do the same work.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return
@@ -216,7 +216,7 @@ def import_bitsandbytes() -> None:
 
 @contextlib.contextmanager
 def _hidden(package: str) -> Iterator[None]:
-    """Whoever imports the package meanwhile finds that it is not there."""
+    """Let imports of the package fail during the block."""
     before = {package: sys.modules[package]} if package in sys.modules else {}
     sys.modules[package] = None  # type: ignore[assignment]
     try:
@@ -228,7 +228,7 @@ def _hidden(package: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_line(name: str, words: str) -> Iterator[None]:
-    """A logger without the lines that have these words."""
+    """Keep lines with these words out of a logger during the block."""
 
     def others(record: logging.LogRecord) -> bool:
         return words not in record.getMessage()

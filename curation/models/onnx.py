@@ -12,7 +12,7 @@ from curation.errors import InfrastructureError
 
 
 def read_weights(path: Path) -> tuple[bytes, str]:
-    """The file's bytes and its revision, ``sha256:`` and 16 hex digits; InfrastructureError where it cannot be read."""
+    """A file's bytes and its revision, ``sha256:`` and 16 hex digits.  Raises InfrastructureError."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -21,11 +21,20 @@ def read_weights(path: Path) -> tuple[bytes, str]:
 
 
 def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tuple[Any, str]:
-    """An ``onnxruntime.InferenceSession``, safe to run from several threads at once, and the device it runs on.
+    """Open an ONNX model.
 
-    threads: CPU threads of one run.  gpu: the index of a visible CUDA device, used if this onnxruntime has CUDA.
-    path: for messages.  Raises InfrastructureError where the model is none, or where CUDA is there and does not
-    start: a GPU node is not for running on its CPU unnoticed.
+    Args:
+        model: The bytes of the ONNX file.
+        path: For messages.
+        threads: CPU threads of one run.
+        gpu: Index of a visible CUDA device, which is used if this onnxruntime has CUDA.
+
+    Returns:
+        An ``onnxruntime.InferenceSession``, which several threads may run at once, and its device, such as ``cuda:0``.
+
+    Raises:
+        InfrastructureError: It is not a model; or CUDA is there and does not start, because a job on a GPU node must
+            not run on the CPU unnoticed.
     """
     try:
         import onnxruntime

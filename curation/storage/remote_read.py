@@ -258,6 +258,7 @@ class ResumingReader:
         self._at, self._end = start, end
         self._info = info
         self._connection: Connection | None = None
+        self._rest = b""  # read from the connection already
         self._failures, self._progress = 0, 0
 
     @property
@@ -275,7 +276,7 @@ class ResumingReader:
         while True:
             try:
                 connection = self._connection or self._connect()
-                data = connection.read()
+                data, self._rest = self._rest or connection.read(), b""
                 end = self._end if self._end is not None else self.info.size
                 if not data and end is not None and self._at < end:
                     raise TransientError("the answer ended early")
@@ -302,7 +303,7 @@ class ResumingReader:
                     raise TransientError("the answer ended early")
                 skip -= len(data)
             if skip < 0:
-                connection = _Rest(connection, data[skip:])
+                self._rest = data[skip:]
         except BaseException:
             connection.close()
             raise
@@ -323,26 +324,10 @@ class ResumingReader:
             raise ShardError(f"{self._file}: no longer wanted") from error
 
     def close(self) -> None:
+        self._rest = b""
         if self._connection is not None:
             connection, self._connection = self._connection, None
             connection.close()
-
-
-class _Rest:
-    """A connection that first gives the rest of what was read from it already."""
-
-    def __init__(self, inner: Connection, rest: bytes) -> None:
-        self.info, self.begins = inner.info, inner.begins
-        self._inner, self._rest = inner, rest
-
-    def read(self) -> bytes:
-        if self._rest:
-            rest, self._rest = self._rest, b""
-            return rest
-        return self._inner.read()
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 @contextlib.contextmanager

@@ -14,9 +14,7 @@ from curation.backends.caption.base import PROMPTS
 from curation.caption.captioner import FAMILIES, Compile, Detail
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
-from curation.serving.pool import EndpointPool
-from curation.serving.registry import Registry, RegistryWatcher
-from curation.serving.wire import Request
+from curation.serving import EndpointPool, Registry, RegistryWatcher, Request
 
 LONGEST_SIDE = 1536  # what vision models look at, or more
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from curation.models.hub_cache import _plain, public_name
+from curation.models.hub_cache import plain_name, public_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,8 @@ def preset_for(model: str) -> tuple[str | None, Preset]:
     A model that none is known for gets ``(None, …)``: the pipeline's own defaults.  ``sdxl-turbo-finetuned`` matches
     ``sdxl-turbo``, since a fine-tuned turbo model is called like its parent; spelling (``_``, ``-``, case) is ignored.
     """
-    name = _plain(public_name(os.path.abspath(model) if os.path.isdir(model) else model).rpartition("/")[2])
+    name = plain_name(public_name(os.path.abspath(model) if os.path.isdir(model) else model).rpartition("/")[2])
     for key, preset in sorted(PRESETS.items(), key=lambda item: -len(item[0])):
-        if re.search(rf"(?<![a-z0-9]){re.escape(_plain(key))}(?![a-z0-9])", name):
+        if re.search(rf"(?<![a-z0-9]){re.escape(plain_name(key))}(?![a-z0-9])", name):
             return key, preset
     return None, Preset(model=model)

@@ -49,9 +49,11 @@ class Bench:
 
     def backend(self, compile_how: str = "none", dtype: str = "auto") -> Any:
         from curation import backends
+        from curation.caption.captioner import CaptionSettings
 
         return backends.load("caption", "florence2")(
-            str(self.model), max_tokens=self.tokens, device=self.device, dtype=dtype, compile=compile_how, threads=4
+            str(self.model),
+            CaptionSettings(max_tokens=self.tokens, device=self.device, dtype=dtype, compile=compile_how, threads=4),
         )
 
     def wait(self) -> None:

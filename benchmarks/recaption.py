@@ -158,6 +158,7 @@ def measure(role: str, options: argparse.Namespace) -> None:
         import torch
 
         from curation import backends
+        from curation.caption.captioner import CaptionSettings
 
         torch.set_num_threads(options.threads)
         if role == "plain":
@@ -166,7 +167,7 @@ def measure(role: str, options: argparse.Namespace) -> None:
             seconds = plain_loop(*loaded, shard, options.batch_size, options.tokens)
         else:
             backend = backends.load("caption", "florence2")(
-                str(model), max_tokens=options.tokens, threads=options.threads
+                str(model), CaptionSettings(max_tokens=options.tokens, threads=options.threads)
             )
             bare_model(backend, warm, options.batch_size)
             seconds = bare_model(backend, shard, options.batch_size)

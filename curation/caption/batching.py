@@ -1,95 +1,60 @@
-"""curation.caption.batching."""
+"""A shard's images through a captioner, a batch at a time, as many at once as fit on the device."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
+
+import orjson
+from PIL import Image
 
 from curation.caption.captioner import CaptionBackend, OutOfMemory, Prepared
+from curation.caption.feed import MOST_WAITING_BYTES, CaptionBatch, CaptionLoader, CaptionSample, gathered_ahead
+from curation.caption.rows import Row, sha256_of
 from curation.errors import SampleError
-from curation.models.batch_size import FittingBatchSize
-from curation.storage.files import link_exclusively
-
-MOST_WAITING = 512  # images that wait for others of their shape, over all shapes
-
-
-MOST_WAITING_BYTES = 1 << 30  # of them as they lie in the shard and as the model takes them
-
-
-LARGEST_BATCH = 1024
-
-
-WORTH_DOUBLING = 1.05  # images a second, to those with half the batch
-
-Item = TypeVar("Item")
-
-
-class ShapeGroups(Generic[Item]):
-    """Items of one shape together, ``size`` at a time, by the order in which they come and nothing else: the same
-    shard gives the same batches, whoever works on it.
-
-    Where more than ``most_bytes`` wait over all shapes, the row that holds the most bytes goes first, full or not;
-    where more than ``most_waiting`` items wait, the longest row.
-    """
-
-    def __init__(self, size: int, most_waiting: int = MOST_WAITING, most_bytes: int = MOST_WAITING_BYTES) -> None:
-        self._size = size
-        self._most, self._most_bytes = max(size, most_waiting), most_bytes
-        self._rows: dict[tuple[int, ...], list[Item]] = {}
-        self._bytes: dict[tuple[int, ...], int] = {}
-        self._waiting = 0
-        self.bytes_waiting = 0
-
-    def add(self, shape: tuple[int, ...], item: Item, nbytes: int = 0) -> list[Item]:
-        """The batch that ``item`` completes or displaces; an empty list where all wait for others."""
-        row = self._rows.setdefault(shape, [])
-        row.append(item)
-        self._bytes[shape] = self._bytes.get(shape, 0) + nbytes
-        self._waiting += 1
-        self.bytes_waiting += nbytes
-        if len(row) == self._size:
-            return self._take(shape)
-        if self.bytes_waiting > self._most_bytes:  # one row is enough: the heaviest is no lighter than what was added
-            return self._take(max(self._bytes, key=self._bytes.__getitem__))
-        if self._waiting > self._most:
-            return self._take(max(self._rows, key=lambda key: len(self._rows[key])))
-        return []
-
-    def rest(self) -> Iterator[list[Item]]:
-        """What waits at the shard's end, by the first image of each shape."""
-        while self._rows:
-            yield self._take(next(iter(self._rows)))
-
-    def _take(self, shape: tuple[int, ...]) -> list[Item]:
-        row = self._rows.pop(shape)
-        self._waiting -= len(row)
-        self.bytes_waiting -= self._bytes.pop(shape)
-        return row
+from curation.images import decode_rgb
+from curation.models.batch_size import LARGEST_BATCH, FittingBatchSize, agreed_batch_size, find_batch_size
+from curation.run import ShardContext
+from curation.run.checkpoints import PartialLog
+from curation.storage.urls import Source
+from curation.tar.samples import image_of, read_samples
+from curation.tar.scan import IMAGE_SUFFIXES, TarReport
 
 
 def caption_batch(
     backend: CaptionBackend, memory: FittingBatchSize, batch: Sequence[Prepared], seeds: Sequence[int]
 ) -> list[str | SampleError]:
-    """Captions of images of one shape, or why there is none, in order.
+    """Caption images of one shape, in as many calls of the device as its memory needs.
 
-    Where memory runs out the batch is halved and the size that fits is remembered in ``memory``; an image that does
-    not fit alone is ``out_of_memory``, and a caption without a word is ``empty_caption``: those rows and no others.
+    Args:
+        backend: The captioner.
+        memory: Says how many fit, and remembers where memory runs out.
+        batch: Images from ``backend.prepare``.
+        seeds: One for each image.
+
+    Returns:
+        For each image its caption, or why there is none: ``out_of_memory`` for an image that does not fit alone,
+        ``empty_caption`` for a caption without a word, or the backend's own reason.
     """
-    captions: list[str | SampleError] = []
-    while len(captions) < len(batch):
-        start = len(captions)
-        shape = batch[start].shape
-        end = min(start + memory.limit(*shape), len(batch))
+    shape = batch[0].shape
+    message = ""
+
+    def call(start: int, end: int) -> Sequence[str | SampleError] | None:
+        nonlocal message
         try:
-            captions += map(_checked, backend.caption(batch[start:end], seeds[start:end]))
+            return backend.caption(batch[start:end], seeds[start:end])
         except OutOfMemory as error:
-            if end - start == 1:
-                captions.append(SampleError("out_of_memory", f"{'×'.join(map(str, shape))}: {error}"))
-            else:
-                memory.shrink(*shape, tried=end - start)
+            message = str(error)
+            return None
+
+    captions: list[str | SampleError] = []
+    for _, _, found in memory.split(len(batch), shape, call):
+        if found is None:
+            captions.append(SampleError("out_of_memory", f"{'×'.join(map(str, shape))}: {message}"))
+        else:
+            captions += map(_checked, found)
     return captions
 
 
@@ -99,52 +64,125 @@ def _checked(caption: str | SampleError) -> str | SampleError:
     return caption.strip() or SampleError("empty_caption", "the model said nothing")
 
 
-def find_batch_size(backend: CaptionBackend, sample: Prepared, largest: int = LARGEST_BATCH) -> int:
-    """The batch size of ``--batch_size auto``: doubled as long as it fits and makes captioning clearly faster.
+class ShardCaptioner:
+    """Captions the shards of one process."""
 
-    sample: a typical image.  Each size is tried once, with as many tokens as the model cares to write about it; none
-    that could not be gathered.
-    """
-    best, best_rate, size = 1, 0.0, 1
-    largest = min(largest, MOST_WAITING_BYTES // max(1, sample.nbytes))
-    _fits(backend, sample, 1)  # the first call pays for kernels that are loaded and chosen
-    while size <= largest:
-        began = time.perf_counter()
-        if not _fits(backend, sample, size):
-            break
-        rate = size / max(1e-9, time.perf_counter() - began)
-        if rate < best_rate * WORTH_DOUBLING:
-            break
-        best, best_rate, size = size, rate, size * 2
-    return best
+    def __init__(
+        self,
+        backend: CaptionBackend,
+        loader: CaptionLoader,
+        *,
+        batch_size: int | None,
+        seed_of: Callable[[str], int],
+        sizes: Path,
+        what: str,
+    ) -> None:
+        """
+        Args:
+            backend: The captioner.
+            loader: Prepares images for it.
+            batch_size: Images captioned at once; None: found by trying, once for all workers.
+            seed_of: The seed of an image, from its key.
+            sizes: The folder in which batch sizes are recorded.
+            what: What a fitting batch size depends on: the kind of device, the model, the dtype and so on.
+        """
+        self._backend, self._loader, self._seed_of = backend, loader, seed_of
+        self._batch_size, self._sizes, self._what = batch_size, sizes, what
 
+    def batch_size(self, source: Source) -> int:
+        """The batch size for a shard: the one that was given, or the one that all workers agreed on."""
+        if self._batch_size is None:
+            typical = self._first_prepared(source)
+            if typical is None:
+                return 1
+            # More than so many could not be gathered.
+            largest = min(LARGEST_BATCH, MOST_WAITING_BYTES // max(1, typical.nbytes))
 
-def _fits(backend: CaptionBackend, sample: Prepared, size: int) -> bool:
-    """Whether ``size`` copies of an image fit."""
-    try:
-        backend.caption([sample] * size, list(range(size)))
-    except OutOfMemory:
-        return False
-    return True
+            def fits(size: int) -> bool:
+                try:
+                    self._backend.caption([typical] * size, list(range(size)))
+                except OutOfMemory:
+                    return False
+                return True
 
+            self._batch_size = agreed_batch_size(self._sizes, self._what, lambda: find_batch_size(fits, largest))
+        return self._batch_size
 
-def settled_batch_size(file: Path, find: Callable[[], int]) -> int:
-    """The batch size that a run recorded in ``file``, or that ``find`` finds and the first worker to write records.
+    def caption(
+        self, work: ShardContext, batch_size: int, earlier: Mapping[tuple[str, str], Row], limit: int | None
+    ) -> list[CaptionSample]:
+        """Caption the images of a shard.
 
-    It decides which images are computed together, and so the last bits: all workers, and every run that goes on with
-    the work, take one and the same.
-    """
-    size = _recorded(file)
-    if size is None:
-        size = find()
-        link_exclusively(file, f"{json.dumps({'batch_size': size})}\n".encode())
-        size = _recorded(file) or size
-    return size
+        Args:
+            work: The shard.  Every sample is counted; those that are captioned are logged, and an interrupted attempt
+                goes on after them.
+            batch_size: From ``batch_size``.
+            earlier: Rows of an earlier run by key and sha256 of the image, whose captions are taken over.
+            limit: Images to read at most; None: all.
 
+        Returns:
+            The samples that were not dropped and could be read, in the order of the shard; those without a caption
+            failed.
+        """
+        memory = FittingBatchSize(batch_size, self._what, self._sizes)
+        samples: list[CaptionSample] = []
+        report = TarReport()
+        log = work.partial()
+        restore = _restorer(log, earlier)
+        read = self._loader.samples(work.shard.path, work, report, limit, restore, batch_size)
+        with gathered_ahead(self._loader.batches(read, batch_size, samples)) as take:
+            while True:
+                with work.phase("wait"):
+                    batch = take()
+                if batch is None:
+                    break
+                self._caption(work, batch, log, memory)
+        for line in report.warnings():
+            work.warn(line)
+        reused = sum(sample.caption is not None for sample in samples)
+        work.keep(reused)
+        if reused:
+            work.note("reused", reused)
+        return samples
 
-def _recorded(file: Path) -> int | None:
-    try:
-        size = json.loads(file.read_bytes())["batch_size"]
-    except (OSError, ValueError, KeyError, TypeError):
+    def _caption(self, work: ShardContext, batch: CaptionBatch, log: PartialLog, memory: FittingBatchSize) -> None:
+        """Caption and log a batch that is not in the log yet, and count its samples."""
+        if not batch.done:
+            images = [sample.prepared for sample in batch.samples]
+            seeds = [self._seed_of(sample.key) for sample in batch.samples]
+            with work.phase("infer"):
+                captions = caption_batch(self._backend, memory, images, seeds)
+            if (limit := memory.limit(*images[0].shape)) < len(images):
+                work.note("batch_shrunk_to", limit)
+            pairs = zip(batch.samples, captions, strict=True)
+            log.append((s.key, s.digest, s.outcome(caption, batch.mark)) for s, caption in pairs)
+        for sample in batch.samples:
+            sample.release()
+            if (failed := sample.record.get("failed")) is not None:
+                work.fail(sample.key, *failed)
+            else:
+                work.keep()
+        if not batch.done:
+            work.check_stop()
+
+    def _first_prepared(self, source: Source) -> Any | None:
+        for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
+            with contextlib.suppress(SampleError):
+                sample.check()
+                return self._backend.prepare(Image.fromarray(decode_rgb(image_of(sample))))
         return None
-    return size if isinstance(size, int) and size > 0 else None
+
+
+def _restorer(log: PartialLog, earlier: Mapping[tuple[str, str], Row]) -> Callable[[CaptionSample], None]:
+    """Fills in what is known of a sample from an interrupted attempt of this run, or from an earlier run's rows."""
+
+    def restore(sample: CaptionSample) -> None:
+        data = log.get(sample.key, sample.digest)
+        if data is not None:
+            sample.record = orjson.loads(data)
+        elif earlier and (row := earlier.get((sample.key, sha256_of(sample.image)))) is not None:
+            width, height = row["image_size"]
+            sample.caption, sample.size, sample.sha256 = row["caption"], (width, height), row["image_sha256"]
+            sample.score = row["watermark_score"]
+
+    return restore

@@ -1,4 +1,4 @@
-"""What a captioner is: the models by their names, the seam to their backends, and batches that shrink to what fits."""
+"""What a captioner is: what its file in ``backends/caption/`` declares, how it is called, and what a name means."""
 
 from __future__ import annotations
 
@@ -7,26 +7,107 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from curation.errors import InfrastructureError, SampleError
 
 Detail = Literal["brief", "detailed", "more_detailed"]
-
-
 Quantize = Literal["4bit", "8bit"]
-
-
 Compile = Literal["none", "decode", "all"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class OutOfMemory(Exception):
-    """A batch did not fit on the device: a smaller one may."""
+    """A batch did not fit on the device.  A smaller one may fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One line of ``--list_models``.
+
+    Attributes:
+        short: Its name for ``--model``.
+        source: Its id on the hub.
+        memory_gb: Memory that it needs on the device with weights in 16 bits and a small batch.  It is calculated from
+            the number of parameters, not measured.
+        licence: Of the weights.
+        suits: What it is good for, in a few words.
+        other_names: Further names for ``--model``, in lower case, such as the id of a copy in another layout.
+    """
+
+    short: str
+    source: str
+    memory_gb: float
+    licence: str
+    suits: str
+    other_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the file of a captioner declares.  It holds for all models of the family unless a flag says otherwise.
+
+    Attributes:
+        name: The name of the file.
+        batch_size: Images captioned at once on the CPU, where ``--batch_size auto`` tries nothing.
+        max_tokens: Length of a caption.
+        model_types: Of ``config.json``, by which a folder's family is known.
+        hub_names: A regular expression for the name of a model on the hub, by which the family of a model that is not
+            in ``models`` is known without asking the hub.  It is compared in lower case, with ``-`` for ``_``.
+        models: The models that have short names.
+        served: Model servers load the model, and it is named ``<family>:<the server's name for it>``.
+    """
+
+    name: str
+    batch_size: int
+    max_tokens: int
+    model_types: tuple[str, ...] = ()
+    hub_names: str | None = None
+    models: tuple[Model, ...] = ()
+    served: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionSettings:
+    """How a captioner is to work: the options of stage 05, which has a flag for each.
+
+    Attributes:
+        revision: Branch, tag or commit of a model on the hub.
+        prompt: What the model is asked, in place of the family's own words for ``detail``.
+        max_tokens: Length of a caption; None: the family's.
+        temperature: 0 takes the likeliest token; above it, each image's seed decides.
+        quantize: Keep the language model's weights in 4 or 8 bits.
+        offload: What does not fit on the GPU stays in the machine's memory and is moved when it is needed.
+        device: ``cpu`` or ``cuda:<n>``.
+        threads: Threads that compute on the CPU.
+        dtype: The name of a torch dtype, or ``auto``.
+        compile: ``decode``: keys and values stay in place, and on a GPU each step is one captured graph; ``all``: the
+            encoder of the images is compiled too.
+        ports, endpoints, endpoints_dir: Where the model servers are; see ``endpoint_urls`` and ``Registry``.
+        timeout_s: Seconds that a server has for one caption.
+    """
+
+    revision: str | None = None
+    prompt: str | None = None
+    detail: Detail = "more_detailed"
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    quantize: Quantize | None = None
+    offload: bool = False
+    device: str = "cpu"
+    threads: int = 1
+    dtype: str = "auto"
+    compile: Compile = "none"
+    ports: str = ""
+    endpoints: str | None = None
+    endpoints_dir: Path | None = None
+    timeout_s: float = 120.0
 
 
 class Prepared(Protocol):
-    """An image as the model takes it, on the host.  A batch holds images of one ``shape`` only."""
+    """An image as the model takes it, on the host.  All images of a batch have the same ``shape``."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -36,156 +117,108 @@ class Prepared(Protocol):
 
 
 class CaptionBackend(Protocol):
-    """One captioner on one device.  ``name`` and ``revision`` say exactly which model it is.
+    """One captioner on one device: an object of the class ``Backend`` in a captioner's file.
 
-    device_kind: on what batches that fit, and the last bits, depend (a GPU's name and memory).
+    Attributes:
+        family: What the file declares.
+        name: The model.
+        revision: Which version of it; together they say exactly which model it is.
+        device_kind: A GPU's name and memory, on which the fitting batch size and the last bits depend.
     """
 
+    family: Family
     name: str
     revision: str
     device_kind: str
 
     def prepare(self, image: Any) -> Any:
-        """The Pillow image (RGB) as ``Prepared``.  Called in many threads.
+        """Turn an image into what the model takes.  It is called in many threads at once.
 
-        Raises SampleError ``processor_refused`` where the model's processor cannot use it.
+        Args:
+            image: A Pillow image.
+
+        Returns:
+            A ``Prepared``.
+
+        Raises:
+            SampleError: ``processor_refused``: the model's processor cannot use the image.
         """
 
     def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> Sequence[str | SampleError]:
-        """A caption, or why there is none, for each prepared image: one call of the device, from one thread.
+        """Caption a batch by one call of the device.  It is called from one thread.
 
-        seeds: one for each image, for models that sample.  Raises OutOfMemory.
+        Args:
+            batch: Images from ``prepare`` that have one shape.
+            seeds: One for each image, for models that sample.
+
+        Returns:
+            For each image its caption, or the reason why there is none.
+
+        Raises:
+            OutOfMemory: The batch does not fit on the device.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What holds for all models of a family unless a flag says otherwise: upstream's defaults, one each.
+def resolve(model: str, families: Mapping[str, Family]) -> tuple[Family, str]:
+    """Find the family and the source that a value of ``--model`` means.
 
-    model_types: of ``config.json``.
+    Args:
+        model: A short name, a hub id, a folder, or ``endpoint:`` and the name that a server has for its model.
+        families: By name, as ``curation.backends.families`` finds them.
+
+    Returns:
+        The family, and the hub id, the folder or the server's name for the model.
+
+    Raises:
+        InfrastructureError: No family can load it.
     """
-
-    batch_size: int
-    max_tokens: int
-    model_types: tuple[str, ...] = ()
-
-
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "florence2": Family(16, 256, ("florence2",)),
-        "gemma3": Family(1, 256, ("gemma3",)),
-        "llava": Family(48, 120, ("llava", "llava_next", "llava_onevision")),
-        "qwen": Family(48, 120, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
-        "endpoint": Family(256, 120),  # many: a batch ends with its slowest answer
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One line of ``--list_models``.  memory_gb: of the device, weights in 16 bits and a small batch,
-    reckoned from the number of parameters and not measured."""
-
-    short: str
-    source: str
-    family: str
-    memory_gb: float
-    suits: str
-
-
-MODELS: tuple[Model, ...] = (
-    Model("florence2-base", "florence-community/Florence-2-base", "florence2", 2, "millions of images: the fastest"),
-    Model("florence2-large", "florence-community/Florence-2-large", "florence2", 4, "the same, more exact, slower"),
-    Model("florence2-base-ft", "florence-community/Florence-2-base-ft", "florence2", 2, "tuned on public captions"),
-    Model("florence2-large-ft", "florence-community/Florence-2-large-ft", "florence2", 4, "tuned on public captions"),
-    Model("gemma3-4b", "google/gemma-3-4b-it", "gemma3", 10, "style, medium, palette, mood; licence to be accepted"),
-    Model("gemma3-12b", "google/gemma-3-12b-it", "gemma3", 26, "the same, better"),
-    Model("gemma3-27b", "google/gemma-3-27b-it", "gemma3", 58, "the same, best; 4bit: 20 GB"),
-    Model("llava-1.6", "llava-hf/llava-v1.6-mistral-7b-hf", "llava", 18, "plain descriptions"),
-    Model("llava-onevision-0.5b", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava", 4, "small cards"),
-    Model(
-        "llava-onevision-7b", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava", 20, "charts and text in images too"
-    ),
-    Model("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct", "qwen", 7, "small cards; text in images"),
-    Model("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct", "qwen", 20, "text in images, many languages"),
-    Model("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "qwen", 10, "small cards; text in images"),
-    Model("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen", 20, "documents and text in images"),
-    Model("qwen3-vl-2b", "Qwen/Qwen3-VL-2B-Instruct", "qwen", 7, "small cards"),
-    Model("qwen3-vl-4b", "Qwen/Qwen3-VL-4B-Instruct", "qwen", 12, "good captions for their cost"),
-    Model("qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct", "qwen", 22, "long, exact captions"),
-)
-
-_ALIASES: Mapping[str, str] = MappingProxyType(  # upstream's own names; Microsoft's repositories bring code along
-    {
-        "base": "florence2-base",
-        "large": "florence2-large",
-        "llava": "llava-1.6",
-        "qwen": "qwen2-vl-7b",
-        **{
-            f"microsoft/florence-2-{size}{tuned}": f"florence2-{size}{tuned}"
-            for size in ("base", "large")
-            for tuned in ("", "-ft")
-        },
-    }
-)
-
-
-_FAMILY_NAMES = (  # hub ids of models that are not in the list, without asking the hub
-    (r"florence-?2", "florence2"),
-    (r"gemma-?3(?!n)", "gemma3"),
-    (r"llava", "llava"),
-    (r"qwen-?(2|2\.5|3)-?vl", "qwen"),
-)
-
-
-def resolve(model: str) -> tuple[str, str]:
-    """(family, source) of ``--model``: a short name, a folder, a hub id, or ``endpoint:<the server's model>``.
-
-    Raises InfrastructureError where no backend can load it.
-    """
-    if model.startswith("endpoint:"):
-        return "endpoint", model.partition(":")[2]
+    prefix, colon, rest = model.partition(":")
+    if colon and prefix in families and families[prefix].served:
+        return families[prefix], rest
     if os.path.isdir(model):
-        return _family_of_folder(model), model
+        return _family_of_folder(model, families), model
     lower = model.lower()
-    lower = _ALIASES.get(lower, lower)
-    for known in MODELS:
-        if lower in (known.short, known.source.lower()):
-            return known.family, known.source
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+    for family in families.values():
+        for known in family.models:
+            if lower in (known.short, known.source.lower(), *known.other_names):
+                return family, known.source
+    if _HUB_ID.fullmatch(model):
         name = lower.partition("/")[2].replace("_", "-")
-        for pattern, family in _FAMILY_NAMES:
-            if re.search(pattern, name):
+        for family in families.values():
+            if family.hub_names is not None and re.search(family.hub_names, name):
                 return family, model
         raise InfrastructureError(
-            f"--model {model}: of no family that is known here ({', '.join(FAMILIES)}); a folder's config.json tells it"
+            f"--model {model}: its name fits no family ({', '.join(families)}); the config.json of a local folder says "
+            "which it is"
         )
-    shorts = ", ".join(known.short for known in MODELS)
+    shorts = ", ".join(known.short for family in families.values() for known in family.models)
     raise InfrastructureError(f"--model {model}: neither a folder, nor a hub id, nor a short name ({shorts})")
 
 
-def _family_of_folder(folder: str) -> str:
+def _family_of_folder(folder: str, families: Mapping[str, Family]) -> Family:
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             model_type = json.load(file)["model_type"]
     except OSError:
-        raise InfrastructureError(f"--model {folder}: not a model's folder (it has no config.json)") from None
+        raise InfrastructureError(f"--model {folder}: not the folder of a model (it has no config.json)") from None
     except (ValueError, KeyError, TypeError):
-        raise InfrastructureError(f"--model {folder}: its config.json names no model_type") from None
-    for name, family in FAMILIES.items():
+        raise InfrastructureError(f"--model {folder}: its config.json has no model_type") from None
+    for family in families.values():
         if model_type in family.model_types:
-            return name
-    types = ", ".join(kind for family in FAMILIES.values() for kind in family.model_types)
-    raise InfrastructureError(f"--model {folder}: is a {model_type!r}; there are backends for {types}")
+            return family
+    types = ", ".join(kind for family in families.values() for kind in family.model_types)
+    raise InfrastructureError(f"--model {folder}: its model_type is {model_type!r}; the families here load {types}")
 
 
-def list_models() -> str:
-    """The table of ``--list_models``."""
-    rows = [("name", "hub id", "GPU memory, about", "suits")]
-    rows += [(m.short, m.source, f"{m.memory_gb:g} GB", m.suits) for m in MODELS]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
-    lines.append("A folder, another hub id of these families, or endpoint:<model> for a vision server serve as well.")
+def list_models(families: Mapping[str, Family]) -> str:
+    """The table that ``--list_models`` prints: one line for each model that has a short name."""
+    rows = [("name", "hub id", "GPU memory, about", "licence", "suits")]
+    for family in families.values():
+        rows += [(m.short, m.source, f"{m.memory_gb:g} GB", m.licence, m.suits) for m in family.models]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("Also: a folder, another hub id of these families, or endpoint:<model> for a model of vision servers.")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Images of a shard decoded and prepared ahead of the model, and gathered into batches that only the shard decides."""
+"""The loader: it decodes and prepares the images of a shard ahead of the model and gathers them into batches.
+
+Which images share a batch depends on the shard alone, and not on who works on it or how fast.
+"""
 
 from __future__ import annotations
 
@@ -8,55 +11,89 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
-import orjson
 import xxhash
 from PIL import Image
 
-from curation.caption.batching import MOST_WAITING_BYTES, ShapeGroups, find_batch_size, settled_batch_size
 from curation.caption.captioner import CaptionBackend
 from curation.caption.rows import Row, make_row, sha256_of
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
 from curation.jsonio import clean_text, dump_json
-from curation.run.checkpoints import PartialLog
+from curation.run import ShardContext
 from curation.storage.urls import Source
 from curation.tar.samples import Sample, image_of, lenient_metadata, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES, TarReport
 from curation.threads import BackgroundCall, prefetch
 
-MAX_BYTES_AHEAD = 256 << 20  # of images that are being prepared, as they lie in the shard and as they become
-
-
+MOST_WAITING = 512  # images that wait for others of their shape, over all shapes
+MOST_WAITING_BYTES = 1 << 30  # of them, as they are in the shard and as the model takes them
+MAX_BYTES_AHEAD = 256 << 20  # of images that are being prepared, as they are in the shard and as the model takes them
 LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
-
 
 _WANTED = frozenset(IMAGE_SUFFIXES) | {"txt", "json"}
 
+Item = TypeVar("Item")
 
-class Work(Protocol):
-    """What is needed of a shard's work."""
 
-    def sample_in(self, count: int = 1) -> None: ...
+class ShapeGroups(Generic[Item]):
+    """Gathers items of one shape, ``size`` at a time.  The batches depend on the order of the items and nothing else.
 
-    def keep(self, count: int = 1) -> None: ...
+    Items of one shape wait in a row.  Where more than ``most_bytes`` wait over all shapes, the row with the most bytes
+    becomes a batch before it is full; where more than ``most_waiting`` items wait, the longest row does.
+    """
 
-    def drop(self, key: str, reason: str) -> None: ...
+    def __init__(self, size: int, most_waiting: int = MOST_WAITING, most_bytes: int = MOST_WAITING_BYTES) -> None:
+        self._size = size
+        self._most, self._most_bytes = max(size, most_waiting), most_bytes
+        self._rows: dict[tuple[int, ...], list[Item]] = {}
+        self._bytes: dict[tuple[int, ...], int] = {}
+        self._waiting = 0
+        self.bytes_waiting = 0
 
-    def fail(self, key: str, reason: str, detail: str = "") -> None: ...
+    def add(self, shape: tuple[int, ...], item: Item, nbytes: int = 0) -> list[Item]:
+        """Add an item; returns the batch that is complete or has to make room, or an empty list."""
+        row = self._rows.setdefault(shape, [])
+        row.append(item)
+        self._bytes[shape] = self._bytes.get(shape, 0) + nbytes
+        self._waiting += 1
+        self.bytes_waiting += nbytes
+        if len(row) == self._size:
+            return self._take(shape)
+        if self.bytes_waiting > self._most_bytes:  # one row is enough: the heaviest has the new bytes at least
+            return self._take(max(self._bytes, key=self._bytes.__getitem__))
+        if self._waiting > self._most:
+            return self._take(max(self._rows, key=lambda key: len(self._rows[key])))
+        return []
 
-    def add_seconds(self, name: str, seconds: float) -> None: ...
+    def rest(self) -> Iterator[list[Item]]:
+        """The batches that are left at the end of the shard, in the order of the first item of each shape."""
+        while self._rows:
+            yield self._take(next(iter(self._rows)))
+
+    def _take(self, shape: tuple[int, ...]) -> list[Item]:
+        row = self._rows.pop(shape)
+        self._waiting -= len(row)
+        self.bytes_waiting -= self._bytes.pop(shape)
+        return row
 
 
 @dataclass(slots=True)
-class Picture:
-    """A sample with an image on its way to its caption.
+class CaptionSample:
+    """A sample with an image, from the shard to its caption.
 
-    image: its bytes, until it is captioned.  digest: of the key and those bytes.  size: width, height.
-    nbytes: what it weighs until it is captioned: the image, and what the model takes.
-    caption: of an earlier run.  record: what this run found out, perhaps in an earlier attempt.
+    Attributes:
+        metadata: Its json.
+        image: The bytes of its image, until it is captioned.
+        digest: Of the key and those bytes.
+        size: Width and height of the image.
+        score: How much it looks watermarked.
+        shape: Of what the model takes; the samples of a batch have the same.
+        nbytes: Memory that it takes until it is captioned: the image, and what the model takes.
+        prepared: What the model takes, until it is captioned.
+        caption: One that an earlier run made.
+        record: What this run found out, perhaps in an earlier attempt.
     """
 
     key: str
@@ -74,7 +111,7 @@ class Picture:
     record: dict[str, Any] = field(default_factory=dict)
 
     def outcome(self, caption: str | SampleError, mark: str) -> bytes:
-        """The record of a caption, or of why there is none, as a member of the batch ``mark``."""
+        """Record its caption, or why there is none, and return the record as JSON.  mark: of the batch it was in."""
         record: dict[str, Any] = {
             "size": self.size, "sha256": self.sha256, "score": self.score, "shape": self.shape, "nbytes": self.nbytes,
             "mark": mark,
@@ -86,33 +123,50 @@ class Picture:
         self.record = record
         return dump_json(record)
 
-    def recall(self) -> None:
-        """Take over what the record says but for the caption."""
+    def row(self, shard_id: str, model: Mapping[str, str]) -> Row | None:
+        """Its row; None where it has no caption.  model: the row's ``model`` and ``revision``."""
+        caption = self.caption if self.caption is not None else self.record.get("caption")
+        if caption is None:
+            return None
+        return make_row(
+            key=self.key,
+            shard=shard_id,
+            metadata=self.metadata,
+            txt=self.txt,
+            caption=caption,
+            size=self.size,
+            image_sha256=self.sha256,
+            model=model,
+            watermark_score=self.score,
+        )
+
+    def restore(self) -> None:
+        """Take over from the record of an earlier attempt what is known of the image."""
         record = self.record
         self.size, self.sha256 = (record["size"][0], record["size"][1]), record["sha256"]
         self.score, self.shape, self.nbytes = record["score"], tuple(record["shape"]), record["nbytes"]
 
-    def cancel(self) -> None:
-        """The bytes and tensors: of a shard's pictures only a few are in memory at a time."""
+    def release(self) -> None:
+        """Drop the bytes and tensors, because only a few images of a shard may be in memory at a time."""
         self.image, self.prepared = b"", None
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Pictures of one shape.  done: an earlier attempt captioned all of them together."""
+class CaptionBatch:
+    """Samples of one shape.
 
-    pictures: Sequence[Picture]
+    Attributes:
+        mark: A digest of all of them.
+        done: An earlier attempt captioned all of them together.
+    """
+
+    samples: Sequence[CaptionSample]
     mark: str
     done: bool
 
 
 class CaptionLoader:
-    """Prepares pictures in threads, on the host; one for all shards of a process.
-
-    score: how much an image looks watermarked, from its pixels; None where nobody asks.
-    max_watermark: the score above which a picture is dropped; None: never.
-    most_bytes: of pictures that wait for others of their shape.
-    """
+    """Prepares images in threads, on the host.  There is one for all shards of a process."""
 
     def __init__(
         self,
@@ -122,102 +176,110 @@ class CaptionLoader:
         max_watermark: float | None = None,
         most_bytes: int = MOST_WAITING_BYTES,
     ) -> None:
+        """
+        Args:
+            backend: The captioner, which turns an image into what its model takes.
+            threads: Threads that decode and prepare.
+            score: How much an image looks watermarked, from its pixels; None: no image is scored.
+            max_watermark: Images with a higher score are dropped; None: no image is.
+            most_bytes: Of images that wait for others of their shape.
+        """
         self._backend, self._threads = backend, threads
         self._score, self._max_watermark = score, max_watermark
         self._most_bytes = most_bytes
         self._pool = ThreadPoolExecutor(threads, "prepare")
         self._one_large_image = threading.Lock()
-        self._found: int | None = None  # the batch size
-        self._heaviest = 0  # bytes of what an image became, so far
+        self._heaviest = 0  # bytes of what an image has become, so far
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def pictures(
+    def samples(
         self,
         source: Source,
-        work: Work,
+        work: ShardContext,
         report: TarReport,
         limit: int | None,
-        begin: Callable[[Picture], None],
+        restore: Callable[[CaptionSample], None],
         batch_size: int,
-    ) -> Iterator[Picture]:
-        """The pictures of a shard in its order, prepared or recalled; the others are counted with their reasons.
+    ) -> Iterator[CaptionSample]:
+        """Read the samples of a shard that have an image, in order.  The others are counted with their reasons.
 
-        limit: pictures to read at most.  begin: fills in the ``record`` or the caption of those captioned before.
+        Args:
+            source: The shard.
+            work: Where samples are counted.
+            report: Collects what is wrong with the tar.
+            limit: Images to read at most.
+            restore: Fills in the ``record`` or the ``caption`` of a sample that was captioned before.
+            batch_size: More than so many images are prepared ahead.
+
+        Yields:
+            Each sample, prepared unless it was captioned before.
         """
 
-        def start(picture: Picture) -> Future[None] | None:
-            begin(picture)
-            if picture.caption is not None:
+        def start(sample: CaptionSample) -> Future[None] | None:
+            restore(sample)
+            if sample.caption is not None:
                 return None
-            if picture.record:
-                picture.recall()
+            if sample.record:
+                sample.restore()
                 return None
-            return self._pool.submit(self._prepare, picture)
+            return self._pool.submit(self._prepare, sample)
 
-        samples = self._samples(source, work, report, limit)
+        read = self._read(source, work, report, limit)
         ahead = batch_size + 2 * self._threads  # one batch works, one waits, one is prepared
-        for picture, future in prefetch(samples, start, self._expected_bytes, ahead, MAX_BYTES_AHEAD):
+        for sample, future in prefetch(read, start, self._expected_bytes, ahead, MAX_BYTES_AHEAD):
             try:
                 if future is not None:
                     future.result()
             except SampleError as error:
-                picture.cancel()
-                work.fail(picture.key, error.reason, error.detail)
+                sample.release()
+                work.fail(sample.key, error.reason, error.detail)
                 continue
-            if self._max_watermark is not None and picture.score is not None and picture.score > self._max_watermark:
-                picture.cancel()
-                work.drop(picture.key, "watermark")
+            if self._max_watermark is not None and sample.score is not None and sample.score > self._max_watermark:
+                sample.release()
+                work.drop(sample.key, "watermark")
                 continue
-            yield picture
+            yield sample
 
-    def _expected_bytes(self, picture: Picture) -> int:
-        """Of a picture that is about to be prepared.  How far ahead that happens decides nothing but memory."""
-        return len(picture.image) + self._heaviest
+    def _expected_bytes(self, sample: CaptionSample) -> int:
+        """Of a sample that is about to be prepared.  How far ahead that happens affects memory and nothing else."""
+        return len(sample.image) + self._heaviest
 
-    def found_batch_size(self, folder: Path, device: str, source: Source) -> int:
-        """Found by trying, once per kind of device and model over all workers, with the first image of a shard that
-        can be prepared; ``folder`` keeps it.  1 where the shard has none."""
-        if self._found is None:
-            file = folder / f"auto-{xxhash.xxh3_64_hexdigest(device.encode())}.json"
-            typical = self._first_prepared(source)
-            if typical is None:
-                return 1
-            self._found = settled_batch_size(file, lambda: find_batch_size(self._backend, typical))
-        return self._found
+    def batches(
+        self, samples: Iterable[CaptionSample], batch_size: int, seen: list[CaptionSample]
+    ) -> Iterator[CaptionBatch]:
+        """Gather samples into batches of one shape.
 
-    def _first_prepared(self, source: Source) -> Any | None:
-        for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
-            with contextlib.suppress(SampleError):
-                sample.check()
-                return self._backend.prepare(Image.fromarray(decode_rgb(image_of(sample))))
-        return None
-
-    def batches(self, pictures: Iterable[Picture], batch_size: int, seen: list[Picture]) -> Iterator[Batch]:
-        """Batches of one shape; ``seen`` is filled with the pictures in the shard's order."""
-        groups: ShapeGroups[Picture] = ShapeGroups(batch_size, most_bytes=self._most_bytes)
-        for picture in pictures:
-            seen.append(picture)
-            if picture.caption is not None:  # an earlier run's
-                picture.cancel()
-            elif full := groups.add(picture.shape, picture, picture.nbytes):
+        Args:
+            samples: From ``samples``.
+            batch_size: Samples of a batch at most.
+            seen: Is filled with all samples, in the order of the shard.
+        """
+        groups: ShapeGroups[CaptionSample] = ShapeGroups(batch_size, most_bytes=self._most_bytes)
+        for sample in samples:
+            seen.append(sample)
+            if sample.caption is not None:  # an earlier run's
+                sample.release()
+            elif full := groups.add(sample.shape, sample, sample.nbytes):
                 yield self._batch(full)
         for rest in groups.rest():
             yield self._batch(rest)
 
-    def _batch(self, pictures: Sequence[Picture]) -> Batch:
-        """What an earlier attempt left unfinished of a batch is prepared and done again with all of it: a caption's
-        bytes depend on which images were with it."""
-        mark = xxhash.xxh3_64_hexdigest("\0".join(picture.digest for picture in pictures).encode())
-        done = all(picture.record.get("mark") == mark for picture in pictures)
+    def _batch(self, samples: Sequence[CaptionSample]) -> CaptionBatch:
+        """Where an earlier attempt did a part of a batch, all of the batch is prepared and captioned again, because the
+        bytes of a caption depend on the images that were with it."""
+        mark = xxhash.xxh3_64_hexdigest("\0".join(sample.digest for sample in samples).encode())
+        done = all(sample.record.get("mark") == mark for sample in samples)
         if not done:
-            waiting = [self._pool.submit(self._prepare, p) for p in pictures if p.prepared is None]
+            waiting = [self._pool.submit(self._prepare, sample) for sample in samples if sample.prepared is None]
             for future in waiting:
-                future.result()  # it could be prepared before
-        return Batch(pictures, mark, done)
+                future.result()  # it raises nothing: the image could be prepared before
+        return CaptionBatch(samples, mark, done)
 
-    def _samples(self, source: Source, work: Work, report: TarReport, limit: int | None) -> Iterator[Picture]:
+    def _read(
+        self, source: Source, work: ShardContext, report: TarReport, limit: int | None
+    ) -> Iterator[CaptionSample]:
         count = 0
         for sample in read_samples(source, _WANTED.__contains__, report):
             if limit is not None and count >= limit:
@@ -225,91 +287,62 @@ class CaptionLoader:
             work.sample_in()
             try:
                 sample.check()
-                picture = self._picture(sample)
+                found = _sample_of(sample)
             except SampleError as error:
                 work.fail(sample.key, error.reason, error.detail)
                 continue
             count += 1
-            yield picture
+            yield found
 
-    def _picture(self, sample: Sample) -> Picture:
-        image = image_of(sample)
-        txt, metadata = sample.members.get("txt"), lenient_metadata(sample.members.get("json"))
-        digest = xxhash.xxh3_64(sample.key.encode("utf-8", "surrogatepass") + b"\0")
-        digest.update(image)
-        return Picture(sample.key, metadata, txt, image, digest.hexdigest())
-
-    def _prepare(self, picture: Picture) -> None:
-        """In a thread: hash, decode, score, and turn into what the model takes."""
+    def _prepare(self, sample: CaptionSample) -> None:
+        """In a thread: hash and decode the image, score it, and turn it into what the model takes."""
         try:
-            self._decode(picture)
+            self._decode(sample)
         except MemoryError:
             raise SampleError("out_of_memory", "decoding it, on the host") from None
 
-    def _decode(self, picture: Picture) -> None:
-        width, height = image_size(picture.image)
+    def _decode(self, sample: CaptionSample) -> None:
+        width, height = image_size(sample.image)
         heavy = self._one_large_image if width * height > LARGE_PIXELS else contextlib.nullcontext()
         with heavy:
-            pixels = decode_rgb(picture.image)
-            if not picture.record and self._score is not None:
-                picture.score = self._score(pixels)
-            if self._max_watermark is None or picture.score is None or picture.score <= self._max_watermark:
-                picture.prepared = self._backend.prepare(Image.fromarray(pixels))
-                picture.shape = tuple(picture.prepared.shape)
-                picture.nbytes = len(picture.image) + picture.prepared.nbytes
-                self._heaviest = max(self._heaviest, picture.prepared.nbytes)
-        picture.size, picture.sha256 = (width, height), sha256_of(picture.image)
+            pixels = decode_rgb(sample.image)
+            if not sample.record and self._score is not None:
+                sample.score = self._score(pixels)
+            if self._max_watermark is None or sample.score is None or sample.score <= self._max_watermark:
+                sample.prepared = self._backend.prepare(Image.fromarray(pixels))
+                sample.shape = tuple(sample.prepared.shape)
+                sample.nbytes = len(sample.image) + sample.prepared.nbytes
+                self._heaviest = max(self._heaviest, sample.prepared.nbytes)
+        sample.size, sample.sha256 = (width, height), sha256_of(sample.image)
+
+
+def _sample_of(sample: Sample) -> CaptionSample:
+    image = image_of(sample)
+    txt, metadata = sample.members.get("txt"), lenient_metadata(sample.members.get("json"))
+    digest = xxhash.xxh3_64(sample.key.encode("utf-8", "surrogatepass") + b"\0")
+    digest.update(image)
+    return CaptionSample(sample.key, metadata, txt, image, digest.hexdigest())
 
 
 @contextlib.contextmanager
-def beside(batches: Iterator[Batch]) -> Iterator[Callable[[], Batch | None]]:
-    """A function that gives one batch after the other, None at the end; the next is gathered while the caller works."""
-    following = partial(next, batches, None)
-    reader: BackgroundCall[Batch | None] = BackgroundCall("batches")
-    try:
-        reader.start(following)
+def gathered_ahead(batches: Iterator[CaptionBatch]) -> Iterator[Callable[[], CaptionBatch | None]]:
+    """A function that returns one batch after the other, and None at the end.
 
-        def take() -> Batch | None:
-            batch = reader.result()
+    The next batch is gathered in a thread while the caller works on the last one.
+    """
+    following = partial(next, batches, None)
+    gatherer: BackgroundCall[CaptionBatch | None] = BackgroundCall("batches")
+    try:
+        gatherer.start(following)
+
+        def take() -> CaptionBatch | None:
+            batch = gatherer.result()
             if batch is not None:
-                reader.start(following)
+                gatherer.start(following)
             return batch
 
         yield take
     finally:
-        reader.close()
+        gatherer.close()
         if (close := getattr(batches, "close", None)) is not None:
             close()
-
-
-def recalling(log: PartialLog, earlier: Mapping[tuple[str, str], Row]) -> Callable[[Picture], None]:
-    """Fills in what is known of a picture: by an interrupted attempt of this run, or by an earlier run's rows."""
-
-    def begin(picture: Picture) -> None:
-        data = log.get(picture.key, picture.digest)
-        if data is not None:
-            picture.record = orjson.loads(data)
-        elif earlier and (row := earlier.get((picture.key, sha256_of(picture.image)))) is not None:
-            width, height = row["image_size"]
-            picture.caption, picture.size, picture.sha256 = row["caption"], (width, height), row["image_sha256"]
-            picture.score = row["watermark_score"]
-
-    return begin
-
-
-def row_of(picture: Picture, shard_id: str, model: Mapping[str, str]) -> Row | None:
-    """The row of a picture; None for one that has no caption."""
-    caption = picture.caption if picture.caption is not None else picture.record.get("caption")
-    if caption is None:
-        return None
-    return make_row(
-        key=picture.key,
-        shard=shard_id,
-        metadata=picture.metadata,
-        txt=picture.txt,
-        caption=caption,
-        size=picture.size,
-        image_sha256=picture.sha256,
-        model=model,
-        watermark_score=picture.score,
-    )

@@ -1,8 +1,7 @@
-"""Captions of two models or precisions side by side with their images, as one HTML page without any other file.
+"""A first look at captions: a trial on a few images, and the captions of two runs side by side.
 
-Captions come from the open web and from models: the page shows them as text, whatever is in them.
-
-A trial of stage 05 on a few images: which ones they are, and what came out.
+The comparison is one HTML page without any other file.  Captions come from the open web and from models, so the page
+shows them as text, whatever is in them.
 """
 
 from __future__ import annotations
@@ -25,14 +24,8 @@ from curation.tar.samples import image_of, problem_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES, TarScan
 
 PAGE_NAME = "compare.html"
-
-
 MAX_PAIRS = 200  # on one page: thumbnails of 10 to 20 kB each
-
-
-THUMBNAIL = 256
-
-
+THUMBNAIL = 256  # pixels
 MAX_OTHER_BYTES = 16 << 30
 
 _PAGE = """<!doctype html>
@@ -69,9 +62,18 @@ td { overflow-wrap: anywhere; }
 
 
 def write_comparison(output: Path, shards: Sequence[Shard], other: Path) -> Path:
-    """``compare.html`` in ``output``: the rows there beside those of ``other``, a JSONL of the same kind.
+    """Write ``compare.html``: the first images that two runs have both captioned, with both captions.
 
-    The first images that both have, in the shards' order; returns the page's path.
+    Args:
+        output: The folder of this run, where the page is written.
+        shards: The shards of this run.
+        other: The ``captions.jsonl`` of another run.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InfrastructureError: ``other`` is no such file, the page cannot be written, or jinja2 is missing.
     """
     try:
         from jinja2 import Environment
@@ -109,7 +111,7 @@ def _rows(output: Path, shard_id: str) -> Iterator[dict[str, Any]]:
 
 
 def _captions(path: Path) -> dict[tuple[str, str], str]:
-    """(shard, key) → caption of a merged JSONL; InfrastructureError where it is none."""
+    """(shard, key) → caption of a ``captions.jsonl``.  Raises InfrastructureError where it is something else."""
     try:
         if path.stat().st_size > MAX_OTHER_BYTES:
             raise InfrastructureError(f"--compare {path}: larger than {MAX_OTHER_BYTES:,} bytes")
@@ -121,7 +123,7 @@ def _captions(path: Path) -> dict[tuple[str, str], str]:
 
 
 def _thumbnails(source: Source, keys: set[str]) -> Iterator[tuple[str, str]]:
-    """Small JPEGs of the samples named, in base64; those that cannot be decoded are left out."""
+    """The images of some samples as small JPEGs in base64.  Those that cannot be decoded are left out."""
     for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
         if sample.key not in keys:
             continue
@@ -137,9 +139,12 @@ def _thumbnails(source: Source, keys: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def first_images(shards: Sequence[Shard], count: int) -> dict[str, int]:
-    """Shard → how many images of it belong to the first ``count`` of all, of those shards that have any.
+    """How many images of each shard belong to the first ``count`` images of all shards.
 
-    A function of the shards alone, so that any number of workers agree.  One that cannot be read has none.
+    It depends on the shards alone, so that any number of workers agree.
+
+    Returns:
+        Numbers of images by shard id, without the shards that have none of them.  A shard that cannot be read has none.
     """
     limits: dict[str, int] = {}
     for shard in shards:
@@ -167,7 +172,7 @@ def _images(path: Source, enough: int) -> int:
 
 
 def show_trial(output: Path, shard_ids: Sequence[str]) -> None:
-    """Print the captions of a trial."""
+    """Print the captions of the shards of a trial, and where its output is."""
     for shard_id in shard_ids:
         path = rows_path(output, shard_id)
         if path.is_file():

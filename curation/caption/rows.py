@@ -10,12 +10,13 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import orjson
 
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.jsonio import BinaryWriter, dump_json, parse_json_object
+from curation.run import ShardContext
 from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet
 from curation.storage.files import AtomicFile
@@ -184,12 +185,6 @@ _NUMBERS = ("width", "height", "original_width", "original_height")
 _Output = Callable[[Path], AbstractContextManager[AtomicFile]]
 
 
-class Work(Protocol):
-    """What is needed of a shard's work."""
-
-    def output(self, path: Path, /) -> AbstractContextManager[AtomicFile]: ...
-
-
 def parse_formats(text: str) -> tuple[Format, ...]:
     """``jsonl,tar`` as formats in their fixed order; ``all`` is every one.  Raises ValueError for another word."""
     words = {word.strip() for word in text.split(",") if word.strip()}
@@ -200,7 +195,9 @@ def parse_formats(text: str) -> tuple[Format, ...]:
     return tuple(name for name in FORMATS if name in words)
 
 
-def write_format(name: Format, output: Path, source: Source, shard_id: str, rows: Sequence[Row], work: Work) -> None:
+def write_format(
+    name: Format, output: Path, source: Source, shard_id: str, rows: Sequence[Row], work: ShardContext
+) -> None:
     """One format of a shard below ``output``.  ``jsonl`` is merged from the rows and needs no file of its own."""
     if name == "parquet":
         with work.output(output / PARQUET_FOLDER / f"{shard_id}.parquet") as file:

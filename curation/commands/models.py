@@ -21,7 +21,6 @@ from curation.backends.faces.centerface import packaged_model
 from curation.backends.faces.scrfd import DEFAULT_MODEL, PACK_URL, fetch_scrfd
 from curation.backends.generate.loading import download
 from curation.backends.generate.tiny import build_embedded, embedded_source
-from curation.caption.captioner import resolve as resolve_captioner
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.extract.config import check_directives, family_of, model_settings, read_config
 from curation.extract.plugins import extractors_of, load_plugin
@@ -309,8 +308,8 @@ def _fetch_captioner(options: Any) -> None:
     if options.watermark_model is not None and not options.dry_run:
         classifier = fetch_weights(options.watermark_model, options.watermark_sha256, CACHE, name="--watermark_model")
         print(f"{classifier}: the classifier of watermarks")
-    family, source = resolve_captioner(options.model)
-    if family == "endpoint":
+    family, source = options.captioner
+    if family.served:
         print(f"{source}: its server loads it, nothing to fetch")
     elif os.path.isdir(source):
         found = resolve(source, options.revision, kind=TRANSFORMER)

@@ -1,19 +1,26 @@
-"""The batch size that fits: found by running out of memory once, and recorded for the next process.
+"""The batch size that fits a device: found by doubling, halved where memory runs out, and kept for other processes.
 
-There is one file per kind of device, model and size of input, below the output folder, so that a run over many GPUs
-runs out of memory once and not once per process.
+Both results are files below the output folder, so that a run over many GPUs finds out once and not once a process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
 from curation.errors import InfrastructureError
-from curation.storage.files import write_whole
+from curation.storage.files import link_exclusively, write_whole
+
+LARGEST_BATCH = 1024
+WORTH_DOUBLING = 1.05  # samples a second, compared with half the batch
+
+T = TypeVar("T")
 
 _ALLOCATION_FAILURES = (  # what libraries below torch say instead of raising torch.OutOfMemoryError
     "out of memory",
@@ -35,13 +42,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def use_device(device: str) -> str:
-    """Make ``cpu`` or ``cuda:<n>`` this thread's device.
+    """Make a device the one that this thread computes on.
+
+    Args:
+        device: ``cpu`` or ``cuda:<n>``.
 
     Returns:
-        The kind of device, on which memory and rounding depend: its name and its memory, or ``cpu``.
+        The kind of the device, on which memory and rounding depend: ``cpu``, or the GPU's name and its memory in GiB.
 
     Raises:
-        InfrastructureError: torch cannot use the device.
+        InfrastructureError: torch cannot use it.
     """
     if not device.startswith("cuda"):
         return "cpu"
@@ -61,17 +71,18 @@ def use_device(device: str) -> str:
 
 
 class FittingBatchSize:
-    """The largest batch that fits, for each size of input; ``planned`` until memory ran out once.
+    """The largest batch that is known to fit, for each size of input.  It is the planned one until memory runs out.
 
-    A size is ``width, height``, or any other row of numbers that says how large one sample is on the device.
-
-    Args:
-        planned: The batch size to begin with.
-        what: Everything else that the limit depends on (kind of device, its memory, model, dtype).
-        folder: Where it is recorded for other processes; None for this process only.
+    A size of input is ``width, height``, or any other row of numbers that says how large one sample is on the device.
     """
 
     def __init__(self, planned: int, what: str, folder: Path | None = None) -> None:
+        """
+        Args:
+            planned: The batch size to begin with; it is never exceeded.
+            what: Everything else that the limit depends on: the kind of device, its memory, the model, the dtype.
+            folder: Where other processes find what this one learns; None: nowhere.
+        """
         self.planned = planned
         self._what = what
         self._folder = folder
@@ -80,15 +91,47 @@ class FittingBatchSize:
     def limit(self, *size: int) -> int:
         """How many samples of this size to compute at once."""
         if size not in self._limits:
-            self._limits[size] = self._read(size) or self.planned
+            path = self._path(size)
+            self._limits[size] = (_recorded(path) if path is not None else None) or self.planned
         return min(self.planned, self._limits[size])
 
     def shrink(self, *size: int, tried: int) -> int:
-        """Record that ``tried`` samples were too many, and return half of it.  At 1 the caller decides what to do."""
+        """Remember that ``tried`` samples were too many, and return half of it.
+
+        A single sample that does not fit is for the caller to handle.
+        """
         limit = max(1, tried // 2)
         self._limits[size] = limit
-        self._write(size, limit)
+        path = self._path(size)
+        if path is not None:
+            record = {"batch_size": limit, "what": self._what, "size": list(size)}
+            with contextlib.suppress(OSError):  # a record that is lost costs one more failure, nothing else
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, json.dumps(record, indent=2).encode() + b"\n")
         return limit
+
+    def split(
+        self, count: int, size: tuple[int, ...], call: Callable[[int, int], T | None]
+    ) -> Iterator[tuple[int, int, T | None]]:
+        """Compute ``count`` samples of one size in parts that fit.
+
+        Args:
+            count: Number of samples.
+            size: Of each of them.
+            call: Computes the samples from a start to an end; returns None where memory ran out.
+
+        Yields:
+            Start and end of each part, and what ``call`` returned: None for one sample that does not fit alone.
+        """
+        start = 0
+        while start < count:
+            end = min(start + self.limit(*size), count)
+            result = call(start, end)
+            if result is None and end - start > 1:
+                self.shrink(*size, tried=end - start)
+                continue
+            yield start, end, result
+            start = end
 
     def _path(self, size: tuple[int, ...]) -> Path | None:
         if self._folder is None:
@@ -96,22 +139,53 @@ class FittingBatchSize:
         mark = f"{self._what}\0{'x'.join(map(str, size))}"
         return self._folder / f"{xxhash.xxh3_64_hexdigest(mark.encode())}.json"
 
-    def _read(self, size: tuple[int, ...]) -> int | None:
-        path = self._path(size)
-        if path is None:
-            return None
-        try:
-            found = json.loads(path.read_bytes())["batch_size"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return found if isinstance(found, int) and found > 0 else None
 
-    def _write(self, size: tuple[int, ...], limit: int) -> None:
-        """Record a limit.  That it cannot be written is not an error: another process then finds it out again."""
-        path = self._path(size)
-        if path is None:
-            return
-        record = {"batch_size": limit, "what": self._what, "size": list(size)}
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, f"{json.dumps(record, indent=2)}\n".encode())
+def find_batch_size(fits: Callable[[int], bool], largest: int = LARGEST_BATCH) -> int:
+    """The batch size that is doubled as long as it fits and makes the work clearly faster.
+
+    Args:
+        fits: Computes a batch of so many samples; whether it fits into memory.  Each size is tried once.
+        largest: Nothing larger is tried.
+    """
+    best, best_rate, size = 1, 0.0, 1
+    fits(1)  # the first call also pays for loading and choosing kernels
+    while size <= largest:
+        began = time.perf_counter()
+        if not fits(size):
+            break
+        rate = size / max(1e-9, time.perf_counter() - began)
+        if rate < best_rate * WORTH_DOUBLING:
+            break
+        best, best_rate, size = size, rate, size * 2
+    return best
+
+
+def agreed_batch_size(folder: Path, what: str, find: Callable[[], int]) -> int:
+    """The batch size that all workers use, now and in every run that goes on with the work.
+
+    It decides which samples are computed together, and so the last bits of their results: the first worker that
+    records one decides for all.
+
+    Args:
+        folder: Where it is recorded.
+        what: What it depends on: the kind of device, the model, the dtype and so on.
+        find: Called where nothing is recorded yet.
+
+    Raises:
+        InfrastructureError: It cannot be recorded.
+    """
+    file = folder / f"auto-{xxhash.xxh3_64_hexdigest(what.encode())}.json"
+    size = _recorded(file)
+    if size is None:
+        size = find()
+        link_exclusively(file, json.dumps({"batch_size": size}).encode() + b"\n")
+        size = _recorded(file) or size
+    return size
+
+
+def _recorded(file: Path) -> int | None:
+    try:
+        size = json.loads(file.read_bytes())["batch_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return size if isinstance(size, int) and size > 0 else None

@@ -16,16 +16,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from curation import backends
 from curation.backends.caption.base import SquareImages
-from curation.caption.batching import ShapeGroups, caption_batch, find_batch_size, settled_batch_size
-from curation.caption.captioner import FAMILIES, MODELS, OutOfMemory, list_models, resolve
+from curation.caption.batching import caption_batch
+from curation.caption.captioner import CaptionSettings, OutOfMemory, list_models, resolve
+from curation.caption.feed import ShapeGroups
 from curation.errors import InfrastructureError, SampleError, UsageError
-from curation.models.batch_size import FittingBatchSize
+from curation.models.batch_size import FittingBatchSize, agreed_batch_size, find_batch_size
 from tests import ROOT
 from tests.servers import ollama_stub
 
@@ -67,11 +67,15 @@ def tiny(folder: Callable[[str], Path]) -> Callable[..., Any]:
     def load(name: str, **settings: Any) -> Any:
         mark = f"{name} {settings}"
         if mark not in loaded:
-            family, source = resolve(str(folder(name)))
-            loaded[mark] = backends.load("caption", family)(source, **{"max_tokens": TOKENS, **settings})
+            loaded[mark] = open_captioner(folder(name), **{"max_tokens": TOKENS, **settings})
         return loaded[mark]
 
     return load
+
+
+def open_captioner(model: Path | str, **settings: Any) -> Any:
+    family, source = resolve(str(model), backends.families("caption"))
+    return backends.load("caption", family.name)(source, CaptionSettings(**settings))
 
 
 def of_one_shape(prepared: Sequence[Any]) -> list[Any]:
@@ -100,26 +104,30 @@ def of_one_shape(prepared: Sequence[Any]) -> list[Any]:
     ],
 )
 def test_names(model: str, family: str, source: str) -> None:
-    assert resolve(model) == (family, source)
+    found, name = resolve(model, backends.families("caption"))
+    assert (found.name, name) == (family, source)
 
 
 @pytest.mark.parametrize("model", ["florence9", "google/gemma-3n-E4B-it", "google/gemma-2-9b", "/no/such/folder"])
 def test_names_that_nothing_can_load(model: str) -> None:
     with pytest.raises(InfrastructureError, match="--model"):
-        resolve(model)
+        resolve(model, backends.families("caption"))
 
 
-def test_every_model_in_the_list_has_a_backend() -> None:
-    for model in MODELS:
-        assert model.family in backends.names("caption") and model.short in list_models()
-        assert resolve(model.short) == resolve(model.source) == (model.family, model.source)
-    assert set(backends.names("caption")) == set(FAMILIES)
+def test_every_model_in_the_list_is_found_by_its_names() -> None:
+    families = backends.families("caption")
+    table = list_models(families)
+    for family in families.values():
+        for model in family.models:
+            assert model.short in table and model.licence in table
+            for name in (model.short, model.source, *model.other_names):
+                assert resolve(name, families) == (family, model.source)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_folder_says_itself_what_it_is(name: str, folder: Callable[[str], Path]) -> None:
-    family, _ = resolve(str(folder(name)))
-    assert name.startswith(family)
+    family, _ = resolve(str(folder(name)), backends.families("caption"))
+    assert name.startswith(family.name)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_folders_of_something_else(tmp_path: Path, config: str | None, says: str
     if config:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(InfrastructureError, match=says):
-        resolve(str(tmp_path))
+        resolve(str(tmp_path), backends.families("caption"))
 
 
 # ---- captions
@@ -213,14 +221,14 @@ def test_florence_takes_its_three_tasks(folder: Callable[[str], Path], photos: l
 
     ids = []
     for detail in ("brief", "detailed", "more_detailed"):
-        backend = Backend(str(folder("florence2")), detail=detail, max_tokens=4)  # type: ignore[arg-type]
+        backend = Backend(str(folder("florence2")), CaptionSettings(detail=detail, max_tokens=4))  # type: ignore[arg-type]
         ids.append(backend.prepare(photos[0]).tensors["input_ids"][0].tolist())
         text = backend.processor.tokenizer.decode(ids[-1], skip_special_tokens=True)
         assert text == backend.processor.task_prompts_without_inputs[backend.task]
         assert not {"<s>", "</s>", "<pad>"} & set(backend.caption([backend.prepare(photos[0])], [0])[0].split())
     assert len({tuple(row) for row in ids}) == 3
     with pytest.raises(UsageError, match="boxes"):
-        Backend(str(folder("florence2")), prompt="<OD>")
+        Backend(str(folder("florence2")), CaptionSettings(prompt="<OD>"))
 
 
 def test_the_prompt_and_the_detail_are_what_a_chat_is_asked(tiny: Callable[..., Any], photos: list[Any]) -> None:
@@ -379,11 +387,11 @@ def test_a_device_that_is_not_there(folder: Callable[[str], Path]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(InfrastructureError, match="cuda:0 was given but"):
-        backends.load("caption", "gemma3")(str(folder("gemma3")), device="cuda:0")
+        open_captioner(folder("gemma3"), device="cuda:0")
 
 
 def load_florence(path: Path) -> Any:
-    return backends.load("caption", "florence2")(str(path), max_tokens=4)
+    return open_captioner(path, max_tokens=4)
 
 
 def test_pickled_weights_are_not_loaded(folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -426,7 +434,7 @@ def test_the_revision_tells_weights_apart(folder: Callable[[str], Path], tmp_pat
     (copy / "model.safetensors").write_bytes(data)
     assert load_florence(copy).revision != first.revision
     with pytest.raises(InfrastructureError, match="has no other revision"):
-        backends.load("caption", "florence2")(str(copy), revision="main")
+        open_captioner(copy, revision="main")
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -444,15 +452,14 @@ def test_a_hub_model_is_taken_from_the_hubs_cache(
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(COMMIT)
     shutil.copytree(folder("gemma3"), cache / "snapshots" / COMMIT)
-    family, source = resolve("somebody/tiny-gemma3")
-    backend = backends.load("caption", family)(source, max_tokens=4)
+    backend = open_captioner("somebody/tiny-gemma3", max_tokens=4)
     assert (backend.name, backend.revision) == ("somebody/tiny-gemma3", COMMIT)
     assert backend.caption([backend.prepare(photos[0])], [0])[0]
     (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
     with pytest.raises(InfrastructureError, match=r"somebody/tiny-gemma3: (download failed|cannot be loaded)"):
-        backends.load("caption", family)(source)
+        open_captioner("somebody/tiny-gemma3")
     with pytest.raises(InfrastructureError, match="not in the hub's cache and HF_HUB_OFFLINE is set"):
-        backends.load("caption", family)("somebody/else-gemma3")
+        open_captioner("somebody/else-gemma3")
 
 
 # ---- batches
@@ -483,17 +490,17 @@ def test_no_more_wait_than_they_may() -> None:
 
 
 class Timed:
-    """A device on which time stands still but for its own calls."""
+    """A device on which time passes only during its own calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int) -> None:
         self.now, self.seconds, self.room = 0.0, seconds, room
-        monkeypatch.setattr("curation.caption.batching.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("curation.models.batch_size.time.perf_counter", lambda: self.now)
 
-    def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> list[str]:
-        if len(batch) > self.room:
-            raise OutOfMemory("full")
-        self.now += self.seconds(len(batch))
-        return ["a"] * len(batch)
+    def fits(self, size: int) -> bool:
+        if size > self.room:
+            return False
+        self.now += self.seconds(size)
+        return True
 
 
 @pytest.mark.parametrize(
@@ -508,13 +515,12 @@ class Timed:
 def test_the_batch_size_is_found_by_trying(
     monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int, best: int
 ) -> None:
-    device: Any = Timed(monkeypatch, seconds, room)
-    assert find_batch_size(device, np.zeros((8, 8, 3), np.uint8)) == best  # type: ignore[arg-type]
+    assert find_batch_size(Timed(monkeypatch, seconds, room).fits) == best
 
 
 def test_workers_agree_on_the_batch_size(tmp_path: Path) -> None:
     """Sixteen that find different sizes at once: all take the one that was first."""
-    file = tmp_path / "sizes" / "model.json"
+    folder = tmp_path / "sizes"
     barrier = threading.Barrier(16)
     sizes: list[int] = []
 
@@ -523,7 +529,7 @@ def test_workers_agree_on_the_batch_size(tmp_path: Path) -> None:
             barrier.wait()
             return found
 
-        sizes.append(settled_batch_size(file, find))
+        sizes.append(agreed_batch_size(folder, "model", find))
 
     threads = [threading.Thread(target=work, args=(number + 1,)) for number in range(16)]
     for thread in threads:
@@ -531,17 +537,18 @@ def test_workers_agree_on_the_batch_size(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(sizes) == 16 and len(set(sizes)) == 1
+    (file,) = folder.iterdir()
+    assert file.name == "auto-72347b00c5cd9f16.json"
     assert json.loads(file.read_text()) == {"batch_size": sizes[0]}
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-    assert settled_batch_size(file, lambda: 999) == sizes[0]
+    assert agreed_batch_size(folder, "model", lambda: 999) == sizes[0]
 
 
 # ---- vision servers
 
 
 def endpoint(*ports: int, **settings: Any) -> Any:
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    return backends.load("caption", "endpoint")("tulu3:fairclip", **{"urls": urls, "max_tokens": 16, **settings})
+    settings = {"ports": ",".join(map(str, ports)), "max_tokens": 16, **settings}
+    return open_captioner("endpoint:tulu3:fairclip", **settings)
 
 
 @pytest.mark.parametrize("api", ["openai", "ollama"])
@@ -593,9 +600,7 @@ def test_a_large_picture_is_sent_smaller(photos: list[Any]) -> None:
 @pytest.mark.slow
 def test_a_real_vision_server(llama_server: str, photos: list[Any]) -> None:
     """llama.cpp's, whose real language model is shown each picture by an encoder with random weights."""
-    backend = backends.load("caption", "endpoint")(
-        "tiny-vision", urls=[llama_server], max_tokens=8, in_flight=1, timeout_s=60.0
-    )
+    backend = open_captioner("endpoint:tiny-vision", endpoints=llama_server, max_tokens=8, timeout_s=60.0)
     batch = [backend.prepare(photo) for photo in photos[:4]]
     captions = backend.caption(batch, [0] * 4)
     assert all(isinstance(caption, str) for caption in captions)
@@ -611,7 +616,7 @@ def test_a_real_vision_server(llama_server: str, photos: list[Any]) -> None:
 @pytest.mark.slow
 def test_a_real_server_without_the_model(llama_server: str) -> None:
     with pytest.raises(InfrastructureError, match="serves tiny-vision, not 'another'"):
-        backends.load("caption", "endpoint")("another", urls=[llama_server])
+        open_captioner("endpoint:another", endpoints=llama_server)
 
 
 def test_bitsandbytes_is_imported_without_its_search_on_the_hub(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from PIL import Image
 
 from curation import backends
 from curation.backends.caption.decoding import NoRepeatedNgrams, padded_rows
-from curation.caption.batching import caption_batch
-from curation.caption.captioner import resolve
+from curation.caption.batching import ShardCaptioner, caption_batch
+from curation.caption.captioner import CaptionSettings, resolve
 from curation.caption.feed import CaptionLoader
 from curation.errors import UsageError
 from curation.models.batch_size import FittingBatchSize
@@ -50,8 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def load(path: Path, **settings: Any) -> Any:
-    family, source = resolve(str(path))
-    return backends.load("caption", family)(source, **{"max_tokens": 24, **settings})
+    family, source = resolve(str(path), backends.families("caption"))
+    return backends.load("caption", family.name)(source, CaptionSettings(**{"max_tokens": 24, **settings}))
 
 
 # ---- tokens
@@ -230,16 +230,20 @@ def test_the_batch_size_that_is_found_fits_and_is_found_once_for_a_device_and_mo
 ) -> None:
     backend = load(folder("florence2"))
     tried = with_room_for(backend, 6, monkeypatch)
-    feeds = [CaptionLoader(backend, 1) for _ in range(3)]
-    size = feeds[0].found_batch_size(tmp_path, "H100\0florence2", SHARD)
+    loader = CaptionLoader(backend, 1)
+
+    def found(what: str) -> int:
+        captioner = ShardCaptioner(backend, loader, batch_size=None, seed_of=len, sizes=tmp_path, what=what)
+        return captioner.batch_size(SHARD)
+
+    size = found("H100\0florence2")
     assert size in (1, 2, 4) and tried[:2] == [1, 1]
     count = len(tried)
-    assert feeds[1].found_batch_size(tmp_path, "H100\0florence2", SHARD) == size and len(tried) == count
-    assert feeds[2].found_batch_size(tmp_path, "A100\0florence2", SHARD) in (1, 2, 4) and len(tried) > count
+    assert found("H100\0florence2") == size and len(tried) == count
+    assert found("A100\0florence2") in (1, 2, 4) and len(tried) > count
     recorded = [json.loads(path.read_bytes())["batch_size"] for path in tmp_path.iterdir()]
     assert len(recorded) == 2 and size in recorded
-    for feed in feeds:
-        feed.close()
+    loader.close()
 
 
 def test_the_stage_goes_on_with_what_fits(
@@ -253,7 +257,8 @@ def test_the_stage_goes_on_with_what_fits(
     class OnSmallGpu(stage.Recaption):  # type: ignore[name-defined, misc]
         def open(self, allocation: Any) -> None:
             super().open(allocation)
-            self._on_gpu = True
+            if self.options.batch_size == "auto":
+                self.captioner._batch_size = None
             tried.append(0)
             self.seen = with_room_for(self.backend, room, monkeypatch)
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.caption.batching import ShapeGroups
-from curation.caption.feed import CaptionLoader, Picture
+from curation.caption.captioner import Family
+from curation.caption.feed import CaptionLoader, CaptionSample, ShapeGroups
 from curation.tar.samples import TarWriter
 from curation.tar.scan import TarReport
 
@@ -45,6 +45,7 @@ def test_no_more_bytes_wait_than_they_may_and_no_lighter_row_goes_first() -> Non
 class Arrays:
     """Prepares an image as floats of its own size, and knows how many of their bytes are alive."""
 
+    family = Family("arrays", 1, 1)
     name = revision = "arrays"
     device_kind = "cpu"
 
@@ -111,18 +112,18 @@ Plan = list[list[str]]
 
 
 def gather(
-    shard: Path, backend: Arrays, threads: int, begin: Callable[[Picture], None] = lambda _: None, **bounds: int
+    shard: Path, backend: Arrays, threads: int, restore: Callable[[CaptionSample], None] = lambda _: None, **bounds: int
 ) -> tuple[Plan, dict[str, dict[str, Any]]]:
-    """Keys of each batch, and the record of each picture.  A batch is let go when the next is asked for."""
-    feed = CaptionLoader(backend, threads, **bounds)
+    """Keys of each batch, and the record of each sample.  A batch is released before the next is asked for."""
+    loader = CaptionLoader(backend, threads, **bounds)
     plan, records = [], {}
-    pictures = feed.pictures(shard, Quiet(), TarReport(), None, begin, 16)
-    for batch in feed.batches(pictures, 16, []):
-        plan.append([picture.key for picture in batch.pictures])
-        for picture in batch.pictures:
-            records[picture.key] = json.loads(picture.outcome("a", batch.mark))
-            picture.cancel()
-    feed.close()
+    samples = loader.samples(shard, Quiet(), TarReport(), None, restore, 16)  # type: ignore[arg-type]
+    for batch in loader.batches(samples, 16, []):
+        plan.append([sample.key for sample in batch.samples])
+        for sample in batch.samples:
+            records[sample.key] = json.loads(sample.outcome("a", batch.mark))
+            sample.release()
+    loader.close()
     return plan, records
 
 
@@ -144,10 +145,10 @@ def test_many_shapes_stay_within_bounds_and_the_plan_is_the_shards(
         assert gather(shard, Arrays(), threads, most_bytes=BOUND)[0] == plan
     done = {key for batch in plan[: len(plan) // 2] for key in batch}
 
-    def recall(picture: Picture) -> None:
-        if picture.key in done:
-            picture.record = records[picture.key]
+    def restore(sample: CaptionSample) -> None:
+        if sample.key in done:
+            sample.record = records[sample.key]
 
     again = Arrays()
-    assert gather(shard, again, 2, recall, most_bytes=BOUND)[0] == plan
+    assert gather(shard, again, 2, restore, most_bytes=BOUND)[0] == plan
     assert again.peak < 2 * BOUND

@@ -41,11 +41,12 @@ class Pixels:
 class Backend:
     """Two shapes: upright and broad images.  A caption tells which batch it is of, as the last bits do."""
 
+    family = backends.load("caption", "florence2").family
     name, revision, device_kind = "stub", "1", "cpu"
     fits = 1 << 30
 
-    def __init__(self, source: str, **options: Any) -> None:
-        self.options = options
+    def __init__(self, source: str, settings: captioner.CaptionSettings) -> None:
+        self.settings = settings
 
     def prepare(self, image: Any) -> Pixels:
         array = np.asarray(image)
@@ -61,7 +62,7 @@ class Backend:
         assert len({picture.shape for picture in batch}) == 1
         if len(batch) > self.fits or any(picture.colour == OVERFLOWS for picture in batch):
             raise captioner.OutOfMemory("the stub's memory is full")
-        words = self.options["prompt"] or "A photo of"
+        words = self.settings.prompt or "A photo of"
         together = hashlib.sha256("".join(picture.digest for picture in batch).encode()).hexdigest()[:8]
         return ["" if picture.colour == SILENT else f"{words} {picture.digest} {together}" for picture in batch]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from curation import backends
 from curation.caption.captioner import resolve
 from curation.options import parse_options
 
@@ -108,4 +109,4 @@ def test_the_pipe_of_a_readme() -> None:
 
 def test_the_models_of_the_readmes_are_known() -> None:
     for model in {meant["model"] for _, meant in LINES if "model" in meant}:
-        assert resolve(model)[0] in ("florence2", "llava", "qwen", "gemma3")
+        assert resolve(model, backends.families("caption"))[0].name in ("florence2", "llava", "qwen", "gemma3")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curation.caption.captioner import CaptionSettings
 from curation.serving.registry import OwnRegistration, Registration
 from curation.tar.samples import read_samples
 from tests import ROOT
@@ -159,7 +160,7 @@ def test_a_captioner_is_fetched_and_loaded_without_the_hub(tmp_path: Path, monke
     assert "model.safetensors" in names and not {"pytorch_model.bin", "modeling_florence2.py"} & names
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    loaded = backends.load("caption", "florence2")("somebody/Florence-2-tiny", max_tokens=4)
+    loaded = backends.load("caption", "florence2")("somebody/Florence-2-tiny", CaptionSettings(max_tokens=4))
     assert (loaded.name, loaded.revision) == ("somebody/Florence-2-tiny", "c" * 40)
 
 

@@ -1,11 +1,7 @@
-"""What the captioners that run in transformers share: loading, one call of the device, seeded sampling.
+"""What the captioners that run in transformers share: loading, preparing images, one call of the device.
 
-Captions by models that chat: the question that goes with an image, and inputs padded to few lengths.
-
-Images that a model wants squeezed into one rectangle: resized on the host, made numbers on the device.
-
-A processor of transformers does all of it on the host: three times the time, and four times the bytes to move.  The
-numbers are the same to the last bit in float32.
+A family derives its ``Backend`` from ``ChatCaptioner`` (a model with a chat template) or ``VisionLanguageModel`` (any
+other), and overrides what is special about it.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import gc
 import importlib.util
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from curation.backends.caption.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
-from curation.caption.captioner import FAMILIES, Compile, Detail, OutOfMemory, Quantize
+from curation.caption.captioner import CaptionSettings, Detail, Family, OutOfMemory, Quantize
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import is_out_of_memory, use_device
 from curation.models.hub_cache import (
@@ -37,9 +33,30 @@ from curation.models.hub_cache import (
 )
 from curation.models.weights import MODEL_FILES, hub_error_line, hub_errors
 
+# Modules that keep 16 bits under --quantize, as patterns of their whole names: they are small, and rounding hurts them.
+UNQUANTIZED = ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")
+LENGTH_STEP = 64  # tokens: prompts are padded to a multiple, so that images of similar size share a batch
+PROMPTS: Mapping[Detail, str] = {
+    "brief": "Describe this image in one sentence. Write the description only.",
+    "detailed": "Describe this image in two or three sentences: its subjects, what they do, and the setting. "
+    "Write the description only.",
+    "more_detailed": "Describe this image in detail: its subjects; the style, medium and technique; the palette and "
+    "lighting; the composition; the mood; any text, signature or watermark that can be read. Write the description "
+    "only, without an introduction.",
+}
+
+_GPU_SHARE = 0.7  # of the free memory, for weights under --offload; the rest is for what they compute
+_LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError)
+_PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError)
+
 
 class SquareImages:
-    """The part of an image processor that is left on the host, and the part that is not."""
+    """The image processor of a model that takes every image as one rectangle, split between host and device.
+
+    The host resizes, and the device rescales and normalises.  A processor of transformers does all of it on the host,
+    which takes three times as long and moves four times as many bytes.  In float32 the numbers are the same to the
+    last bit.
+    """
 
     def __init__(self, processor: Any) -> None:
         import torch
@@ -58,7 +75,7 @@ class SquareImages:
 
     @classmethod
     def of(cls, processor: Any) -> SquareImages | None:
-        """None where the processor does more than resize to one size, rescale and normalise."""
+        """For a processor that resizes to one size, rescales and normalises; None where it does more."""
         size = getattr(processor, "size", None) or {}
         has_size = all(name in size and size[name] for name in ("height", "width"))
         more = ("do_center_crop", "do_pad", "do_pan_and_scan")
@@ -67,14 +84,17 @@ class SquareImages:
         return cls(processor)
 
     def bytes_of(self, image: Any) -> Any:
-        """1 × 3 × height × width, uint8.  By numpy: torch would begin a team of threads for each that prepares."""
+        """Resize a Pillow image: 1 × 3 × height × width, uint8.
+
+        numpy does it, because torch would start a team of threads for each thread that prepares images.
+        """
         import torch
 
         pixels = np.asarray(image.resize(self._size, self._resample))
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))[None])
 
     def numbers_of(self, pixels: Any, dtype: Any) -> Any:
-        """Those bytes as the model takes them, on whatever device they are."""
+        """Rescale and normalise what ``bytes_of`` gave, on the device where it is."""
         import torch
 
         table = self._table.to(pixels.device, dtype)
@@ -85,22 +105,9 @@ class SquareImages:
         return numbers
 
 
-# Modules that stay in 16 bits, being few and frail, as patterns of their whole names.
-_WHOLE = [rf"(.*\.)?{name}" for name in ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")]
-
-
-_GPU_SHARE = 0.7  # of the free memory, for weights under --offload; the rest is for what they compute
-
-
-_LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError)
-
-
-_PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError)
-
-
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """One image as the model takes it: tensors on the host, each with a first dimension to join a batch along."""
+    """One image as the model takes it: tensors on the host, which a batch joins along their first dimension."""
 
     tensors: dict[str, Any]
     shape: tuple[int, ...]
@@ -111,65 +118,64 @@ class Inputs:
 
 
 class VisionLanguageModel:
-    """A captioner in transformers on one device; a family says how its inputs are made and its output read.
+    """A captioner in transformers on one device.  A family says how its inputs are made and its output is read.
 
-    source: a hub id or a folder.  prompt: in place of the family's own for ``detail``.
-    max_tokens: None for the family's.  temperature: 0 takes the likeliest token, else each image's seed decides.
-    quantize: the language model's weights in 4 or 8 bits (bitsandbytes).  offload: what does not fit on the GPU stays
-    in the machine's memory and travels when it is its turn.  dtype: a torch dtype's name, or ``auto``.
-    compile: ``decode``: keys and values stay in place, and on a GPU each step is one captured graph; ``all``: the
-    images' encoder is compiled too.
-    Raises InfrastructureError, one line, where it cannot be loaded, and UsageError for what cannot be done.
+    Attributes:
+        family: What the file declares.
+        processor_class: A class of transformers to use in place of the processor that it has for the model's type.
+        half_overflows: Activations go beyond the range of float16.
+        squeezes: Every image is resized to one rectangle.
+        compiles: It is an encoder-decoder, whose step can be captured.
+        unquantized: See UNQUANTIZED.
     """
 
-    family = ""
-    half_overflows = False  # activations beyond float16's range
-    squeezes = False  # every image into one rectangle
-    compiles = False  # an encoder-decoder whose step can be captured
+    family: Family
+    processor_class: str | None = None
+    half_overflows = False
+    squeezes = False
+    compiles = False
+    unquantized: tuple[str, ...] = UNQUANTIZED
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        revision: str | None = None,
-        prompt: str | None = None,
-        detail: Detail = "more_detailed",
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        quantize: Quantize | None = None,
-        offload: bool = False,
-        device: str = "cpu",
-        threads: int = 1,
-        dtype: str = "auto",
-        compile: Compile = "none",
-    ) -> None:
-        if compile != "none" and not self.compiles:
-            raise UsageError(f"--compile {compile}: not for the family {self.family}, whose images are of many lengths")
-        if quantize:
-            _require_bitsandbytes(quantize)
-        if offload and device.startswith("cuda") and importlib.util.find_spec("accelerate") is None:
+    def __init__(self, source: str, settings: CaptionSettings) -> None:
+        """Load the model.
+
+        Args:
+            source: A hub id or a folder.
+            settings: How it is to work.
+
+        Raises:
+            InfrastructureError: The model cannot be loaded.  The message is one line.
+            UsageError: The settings ask for what this family cannot do.
+        """
+        s = self.settings = settings
+        device = s.device
+        if s.compile != "none" and not self.compiles:
+            raise UsageError(f"--compile {s.compile}: not for the family {self.family.name}: its inputs vary in length")
+        if s.quantize and importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError(f"--quantize {s.quantize} needs the package bitsandbytes: pip install -e '.[quantize]'")
+        if s.offload and device.startswith("cuda") and importlib.util.find_spec("accelerate") is None:
             raise InfrastructureError("--offload needs accelerate: pip install accelerate")
-        self.source = resolve(source, revision, kind=TRANSFORMER)
-        self.name, self.revision = self.source.name, self.source.revision
-        self.device, self.detail, self.temperature = device, detail, temperature
-        self.max_tokens = max_tokens or FAMILIES[self.family].max_tokens
+        self.source = resolve(source, s.revision, kind=TRANSFORMER)
+        self.name, self.revision, self.device = self.source.name, self.source.revision, device
+        self.max_tokens = s.max_tokens or self.family.max_tokens
         quiet_transformers()
         import torch
         from safetensors import SafetensorError
 
         self._torch = torch
         self._squares: SquareImages | None = None
-        torch.set_num_threads(threads)
+        torch.set_num_threads(s.threads)
         self.device_kind = use_device(device)
-        self.dtype = self._choose_dtype(dtype)
+        self.dtype = self._choose_dtype(s.dtype)
         folder = local_folder(self.source)
         try:
             self.processor = self._load_processor(folder)
             self._squares = SquareImages.of(self.processor.image_processor) if self.squeezes else None
-            self.model = self._load_model(folder, quantize, offload)
-            self._configure(prompt)
-            self._caches = None if compile == "none" else StaticCaches(self.model.config.text_config, self.max_tokens)
-            if compile == "all" and device.startswith("cuda"):
+            self.model = self._load_model(folder)
+            self._configure(s.prompt)
+            static = s.compile != "none"
+            self._caches = StaticCaches(self.model.config.text_config, self.max_tokens) if static else None
+            if s.compile == "all" and device.startswith("cuda"):
                 self._images_encoder().compile(dynamic=False)
         except torch.OutOfMemoryError as error:
             text = f"--model {source}: does not fit on {device}; try --quantize or --offload"
@@ -182,25 +188,26 @@ class VisionLanguageModel:
     # ---- what a family may override
 
     def _configure(self, prompt: str | None) -> None:
-        """Prepare the text that goes with every image."""
+        """Prepare the text that goes with every image.  prompt: in place of the family's own."""
         raise NotImplementedError
 
     def _inputs(self, image: Any) -> Inputs:
+        """Turn an RGB image and that text into the model's inputs."""
         raise NotImplementedError
 
     def _texts(self, sequences: Any, prompt_length: int) -> list[str]:
-        """The captions in what ``generate`` gave."""
+        """Read the captions from the tokens that ``generate`` returned."""
         ends = self.generation.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         rows = []
-        for row in sequences[:, prompt_length:].tolist():  # behind its end a row is padded, by some models with a word
+        for row in sequences[:, prompt_length:].tolist():  # after its end a row is padded, by some models with a word
             end = next((place for place, token in enumerate(row) if token in ends), len(row))
             rows.append(row[:end])
         texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
     def _pixels(self, image: Any) -> Any:
-        """The image for a model that squeezes, 1 × 3 × height × width."""
+        """The image for a model that resizes every image to one rectangle: 1 × 3 × height × width."""
         if self._squares:
             return self._squares.bytes_of(image)
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
@@ -209,7 +216,7 @@ class VisionLanguageModel:
         """The module that turns pixels into what the language model reads."""
         raise NotImplementedError
 
-    # ---- the seam of curation.captioning
+    # ---- CaptionBackend
 
     def prepare(self, image: Any) -> Inputs:
         """See CaptionBackend."""
@@ -228,11 +235,12 @@ class VisionLanguageModel:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise self._explain(error) from error
-            said = hub_error_line(error)
+            message = hub_error_line(error)
         self._release()  # outside the handler, whose traceback keeps the tensors alive
-        raise OutOfMemory(said)
+        raise OutOfMemory(message)
 
     def close(self) -> None:
+        """See CaptionBackend."""
         del self.model
         self._release()
 
@@ -246,7 +254,7 @@ class VisionLanguageModel:
         if self._squares:
             moved["pixel_values"] = self._squares.numbers_of(moved["pixel_values"], self.dtype)
         prompt_length = joined["input_ids"].shape[1]
-        # What is kept for the next call must not be of inference mode: compiled code would refuse it.
+        # The caches are kept for the next call, and compiled code refuses tensors that were made in inference mode.
         with torch.inference_mode() if self._caches is None else torch.no_grad():
             if self._caches:
                 moved["past_key_values"] = self._caches.get(len(rows), prompt_length)
@@ -256,11 +264,11 @@ class VisionLanguageModel:
         return self._texts(sequences[: len(batch)], prompt_length)
 
     def _choice(self, seeds: Sequence[int], rows: int) -> list[Any]:
-        """What decides a token, but for what ``generate`` itself does to its scores."""
+        """The logits processors that choose a token, beside those of ``generate`` itself."""
         processors: list[Any] = [NoRepeatedNgrams(self._ngram)] if self._ngram else []
-        if self.temperature > 0:
+        if self.settings.temperature > 0:
             padded = [*seeds, *[0] * (rows - len(seeds))]
-            processors.append(SeededSampling(self.temperature, padded, self.max_tokens))
+            processors.append(SeededSampling(self.settings.temperature, padded, self.max_tokens))
         return processors
 
     def _to_device(self, tensor: Any) -> Any:
@@ -276,7 +284,7 @@ class VisionLanguageModel:
             self._torch.cuda.empty_cache()
 
     def _explain(self, error: BaseException) -> BaseException:
-        """A failing GPU ends the run in one line; anything else is a bug and keeps its traceback."""
+        """A failing GPU ends the run with one line.  Anything else is a bug and keeps its traceback."""
         if isinstance(error, getattr(self._torch, "AcceleratorError", ())) or "CUDA error" in str(error):
             return InfrastructureError(f"{self.device} ({self.device_kind}) failed: {hub_error_line(error)}")
         return error
@@ -294,13 +302,13 @@ class VisionLanguageModel:
         return torch.float32 if self.half_overflows else torch.float16
 
     def _load_processor(self, folder: Path) -> Any:
-        """The model's processor, for images alone and with Pillow: the same pixels on every machine, and none of
-        torchvision, on which the video half of some processors insists."""
+        """The model's processor without its part for videos, which needs torchvision.  Pillow resizes the images, so
+        that they have the same pixels on every machine."""
         from transformers import AutoConfig
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
         model_type = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
-        kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])
+        kind = processor_class_from_name(self.processor_class or PROCESSOR_MAPPING_NAMES[model_type])
         images_only = type(
             kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: ["image_processor", "tokenizer"])}
         )
@@ -308,13 +316,13 @@ class VisionLanguageModel:
         processor.tokenizer.padding_side = "left"
         return processor
 
-    def _load_model(self, folder: Path, quantize: Quantize | None, offload: bool) -> Any:
+    def _load_model(self, folder: Path) -> Any:
         from transformers import AutoModelForImageTextToText
 
         arguments: dict[str, Any] = {}
-        if quantize:
+        if quantize := self.settings.quantize:
             arguments |= {"quantization_config": self._quantization(quantize), "device_map": {"": self.device}}
-        if offload:
+        if self.settings.offload:
             arguments |= self._placement()
         model, found = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -335,7 +343,7 @@ class VisionLanguageModel:
         return model
 
     def _placement(self) -> dict[str, Any]:
-        """What fits goes on the GPU, from the first layer on.  Without one there is nothing to take it from."""
+        """Put on the GPU what fits, from the first layer on.  Without a GPU everything is in the machine's memory."""
         if not self.device.startswith("cuda"):
             return {}
         index = self._torch.device(self.device).index or 0
@@ -346,38 +354,38 @@ class VisionLanguageModel:
         from transformers import BitsAndBytesConfig
 
         import_bitsandbytes()
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line a layer and call: inputs become float16
-
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line for each layer and call
+        skip = [rf"(.*\.)?{name}" for name in self.unquantized]
         if quantize == "8bit":
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_WHOLE)
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=self.dtype,
-            llm_int8_skip_modules=_WHOLE,
+            llm_int8_skip_modules=skip,
         )
 
     def _generation(self, own: Any) -> Any:
-        """The model's own rules (its stop tokens, penalties) without its sampling and beams."""
+        """The model's own generation config (its stop tokens and penalties) without its sampling and beams."""
         settings = copy.deepcopy(own)
         settings.update(do_sample=False, num_beams=1, max_new_tokens=self.max_tokens, max_length=None)
         settings.update(temperature=None, top_k=None, top_p=None, early_stopping=None)
         self._ngram = settings.no_repeat_ngram_size or 0
-        settings.update(no_repeat_ngram_size=0)  # see NoRepeatedNgrams; None would be filled in from the model again
+        settings.update(
+            no_repeat_ngram_size=0
+        )  # NoRepeatedNgrams does it; None would be filled in from the model again
         if settings.pad_token_id is None:
             settings.pad_token_id = self.processor.tokenizer.pad_token_id
         return settings
 
 
-def _require_bitsandbytes(quantize: str) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"--quantize {quantize} needs the package bitsandbytes: pip install -e '.[quantize]'")
-
-
 def local_folder(source: ModelSource) -> Path:
-    """The model's folder: its own, or one of the hub's cache, filled if need be (the hub's client locks).
+    """The folder with a model's files.  A model of the hub is fetched into the hub's cache where it is not complete.
 
-    What is whole there is taken without asking the hub: compute nodes often have no network.
+    The hub is not asked where the cache is complete, because compute nodes often have no network.
+
+    Raises:
+        InfrastructureError: The model cannot be fetched.
     """
     if source.is_folder:
         return Path(source.location)
@@ -399,7 +407,7 @@ def is_loaded(path: str) -> bool:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the hub's client has fetched all that is loaded: it fetches file by file, in any order."""
+    """Whether the hub's client has fetched every file that is loaded.  It fetches them in any order."""
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_bytes())
         weights = set(index["weight_map"].values())
@@ -413,30 +421,26 @@ def _is_whole(folder: Path) -> bool:
     )
 
 
-LENGTH_STEP = 64  # tokens: images of nearly one size share a batch, padded alike alone or together
-
-PROMPTS = {
-    "brief": "Describe this image in one sentence. Write the description only.",
-    "detailed": "Describe this image in two or three sentences: its subjects, what they do, and the setting. "
-    "Write the description only.",
-    "more_detailed": "Describe this image in detail: its subjects; the style, medium and technique; the palette and "
-    "lighting; the composition; the mood; any text, signature or watermark that can be read. Write the description "
-    "only, without an introduction.",
-}
-
-
 class ChatCaptioner(VisionLanguageModel):
-    """A decoder-only model with a chat template."""
+    """A decoder-only model with a chat template.
+
+    Attributes:
+        prompts: What the model is asked, by ``detail``.
+    """
+
+    prompts: Mapping[Detail, str] = PROMPTS
 
     def _configure(self, prompt: str | None) -> None:
-        content = [{"type": "image"}, {"type": "text", "text": prompt or PROMPTS[self.detail]}]
+        content = [{"type": "image"}, {"type": "text", "text": prompt or self.prompts[self.settings.detail]}]
         if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
             raise ValueError("it has no chat template")
         self._text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         first = self.processor.tokenizer.bos_token
-        self._adds_first = not (first and self._text.startswith(first))  # some templates write it, some leave it
+        self._adds_first = not (
+            first and self._text.startswith(first)
+        )  # some templates write it, others leave it to the tokenizer
 
     def _inputs(self, image: Any) -> Inputs:
         made = self._process(image)
@@ -456,5 +460,5 @@ class ChatCaptioner(VisionLanguageModel):
         )
 
     def _more_shape(self, tensors: dict[str, Any]) -> tuple[int, ...]:
-        """What two images must have in common beside their length, to be joined."""
+        """What the inputs of two images must have in common, beside their length, to be joined into a batch."""
         return tuple(tensors["pixel_values"].shape[1:])

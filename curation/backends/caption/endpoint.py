@@ -5,29 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from curation.backends.caption.base import PROMPTS
-from curation.caption.captioner import FAMILIES, Compile, Detail
+from curation.caption.captioner import CaptionSettings, Family
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
-from curation.serving import EndpointPool, Registry, RegistryWatcher, Request
+from curation.serving import EndpointPool, Registry, RegistryWatcher, Request, endpoint_urls
 
-LONGEST_SIDE = 1536  # what vision models look at, or more
-
-
+LONGEST_SIDE = 1536  # pixels; vision models look at no more
 QUALITY = 95
-
-
 SEED_BITS = 31  # servers keep a seed in 32 bits, some of them signed
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture as it is sent.  The server, not the batch, decides what is computed together: one shape for all."""
+class SentImage:
+    """An image as it is sent.  All have one shape, because the server decides which images it computes together."""
 
     jpeg: bytes
     shape: tuple[int, ...] = ()
@@ -38,82 +33,68 @@ class Picture:
 
 
 class Backend:
-    """Servers that have the model ``source``.  They load it and choose its precision and device themselves.
+    """Servers that have the model ``source``.  They load it, and choose its precision and device, themselves."""
 
-    urls: the servers, ``http://host:port``; or ``folder``, in which servers register while they come and go; or
-    ``pool``, which is open already, and stays open.
-    timeout_s: for one answer.  extra: further sampling options that all the servers know.
-    Raises InfrastructureError when no server answers or one does not have the model, and UsageError for options that
-    are the servers' own affair.
-    """
+    family = Family(
+        name="endpoint", batch_size=256, max_tokens=120, served=True
+    )  # a batch ends with its slowest answer
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        revision: str | None = None,
-        prompt: str | None = None,
-        detail: Detail = "more_detailed",
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        quantize: str | None = None,
-        offload: bool = False,
-        device: str = "cpu",
-        threads: int = 1,
-        dtype: str = "auto",
-        compile: Compile = "none",
-        urls: Sequence[str] = (),
-        folder: Path | None = None,
-        pool: EndpointPool | None = None,
-        api: Literal["ollama", "openai", "auto"] = "auto",
-        timeout_s: float = 120.0,
-        in_flight: int = FAMILIES["endpoint"].batch_size,
-        extra: dict[str, Any] | None = None,
-    ) -> None:
-        if quantize or offload or dtype != "auto" or compile != "none":
+    def __init__(self, source: str, settings: CaptionSettings) -> None:
+        """Find the servers.
+
+        Args:
+            source: The servers' name for the model.
+            settings: Where the servers are, what to ask, and how long to wait.
+
+        Raises:
+            InfrastructureError: No server answers, or one does not have the model.
+            UsageError: The settings ask for what the servers decide themselves.
+        """
+        s = settings
+        if s.quantize or s.offload or s.dtype != "auto" or s.compile != "none":
             raise UsageError("--quantize, --offload, --dtype and --compile: with an endpoint the server's own options")
-        if timeout_s <= 0:
+        if s.timeout_s <= 0:
             raise UsageError("--timeout is more than 0 seconds")
-        if urls and folder is not None:
+        if s.endpoints and s.endpoints_dir is not None:
             raise UsageError("--endpoints_dir names the servers: leave --endpoints out")
-        if not urls and pool is None and folder is None:
-            raise UsageError("no endpoint is named: give --ports, --endpoints or --endpoints_dir")
-        self.name, self.revision, self.device_kind = source, revision or "served", "endpoint"
-        self._prompt = prompt or PROMPTS[detail]
-        self._temperature = temperature
-        self._max_tokens = max_tokens or FAMILIES["endpoint"].max_tokens
-        self._extra = extra or {}
-        self._pool = pool or EndpointPool(urls, source, api=api, timeout_s=timeout_s)
-        self._watch = None if folder is None else RegistryWatcher(self._pool, Registry(folder)).start()
-        if pool is None and folder is None:
+        self.name, self.revision, self.device_kind = source, s.revision or "served", "endpoint"
+        self._prompt = s.prompt or PROMPTS[s.detail]
+        self._temperature = s.temperature
+        self._max_tokens = s.max_tokens or self.family.max_tokens
+        self._watch: RegistryWatcher | None = None
+        if s.endpoints_dir is not None:
+            self._pool = EndpointPool([], source, timeout_s=s.timeout_s)
+            self._watch = RegistryWatcher(self._pool, Registry(s.endpoints_dir)).start()
+        else:
+            urls = endpoint_urls(s.ports, endpoints=s.endpoints)
+            self._pool = EndpointPool(urls, source, timeout_s=s.timeout_s)
             self._pool.open()
-        self._threads = ThreadPoolExecutor(in_flight, "caption")
+        self._threads = ThreadPoolExecutor(self.family.batch_size, "caption")
 
-    def prepare(self, image: Any) -> Picture:
+    def prepare(self, image: Any) -> SentImage:
         """See CaptionBackend."""
         try:
             small = image if image.mode == "RGB" else image.convert("RGB")
             if max(small.size) > LONGEST_SIDE:
                 small = small.copy()
                 small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-            return Picture(encode_jpeg(np.asarray(small), QUALITY))
+            return SentImage(encode_jpeg(np.asarray(small), QUALITY))
         except MemoryError:
             raise SampleError("out_of_memory", f"preparing {image.width}×{image.height}") from None
         except (ValueError, OSError) as error:
             raise SampleError("processor_refused", f"{image.width}×{image.height}: {error}") from error
 
-    def caption(self, batch: Sequence[Picture], seeds: Sequence[int]) -> list[str | SampleError]:
-        """See CaptionBackend.  A picture that the servers cannot answer for costs its own row."""
+    def caption(self, batch: Sequence[SentImage], seeds: Sequence[int]) -> list[str | SampleError]:
+        """See CaptionBackend.  An image for which the servers have no answer fails alone."""
         return list(self._threads.map(self._ask, batch, seeds))
 
-    def _ask(self, picture: Picture, seed: int) -> str | SampleError:
+    def _ask(self, image: SentImage, seed: int) -> str | SampleError:
         request = Request(
             user=self._prompt,
-            jpeg=picture.jpeg,
+            jpeg=image.jpeg,
             temperature=self._temperature,
             seed=seed & ((1 << SEED_BITS) - 1),
             max_tokens=self._max_tokens,
-            extra=self._extra,
         )
         try:
             return self._pool.ask(request).text
@@ -121,7 +102,7 @@ class Backend:
             return error
 
     def close(self) -> None:
-        """Questions that are out are answered to nobody."""
+        """See CaptionBackend.  Answers that are still to come are thrown away."""
         if self._watch is not None:
             self._watch.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

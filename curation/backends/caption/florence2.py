@@ -1,26 +1,45 @@
-"""Captions by Florence-2: a small encoder-decoder that knows three lengths of caption, each by a token of its own."""
+"""Florence-2 of Microsoft: a small encoder-decoder that knows three lengths of caption, each by a token of its own."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from curation.backends.caption.base import Inputs, VisionLanguageModel
+from curation.caption.captioner import Family, Model
 from curation.errors import UsageError
 
 TASKS = {"brief": "<CAPTION>", "detailed": "<DETAILED_CAPTION>", "more_detailed": "<MORE_DETAILED_CAPTION>"}
 
 
-class Backend(VisionLanguageModel):
-    """Every image becomes a square of one size: all batches have one shape, and none is padded."""
+def _model(name: str, memory_gb: float, suits: str, *other_names: str) -> Model:
+    """The hub's copy without code.  Microsoft's own repositories want theirs to be run."""
+    source = f"florence-community/Florence-2-{name}"
+    return Model(f"florence2-{name}", source, memory_gb, "MIT", suits, (f"microsoft/florence-2-{name}", *other_names))
 
-    family = "florence2"
+
+class Backend(VisionLanguageModel):
+    """Every image is resized to one square, so that all batches have one shape and nothing is padded."""
+
+    family = Family(
+        name="florence2",
+        batch_size=16,
+        max_tokens=256,
+        model_types=("florence2",),
+        hub_names=r"florence-?2",
+        models=(
+            _model("base", 2, "millions of images: the fastest", "base"),
+            _model("large", 4, "the same, more exact, slower", "large"),
+            _model("base-ft", 2, "tuned on public captions"),
+            _model("large-ft", 4, "tuned on public captions"),
+        ),
+    )
     squeezes = True
     compiles = True
 
     def _configure(self, prompt: str | None) -> None:
         from PIL import Image
 
-        self.task = prompt or TASKS[self.detail]
+        self.task = prompt or TASKS[self.settings.detail]
         kind = self.processor.tasks_answer_post_processing_type.get(self.task, "pure_text")
         if kind != "pure_text":
             raise UsageError(f"--prompt {self.task}: gives boxes, not a caption")
@@ -37,11 +56,11 @@ class Backend(VisionLanguageModel):
         return self.model.model.vision_tower
 
     def _texts(self, sequences: Any, prompt_length: int) -> list[str]:
-        """An encoder-decoder gives the answer alone.  Its special tokens are the post-processor's to read, but for the
-        padding behind rows that were done earlier than others."""
+        """An encoder-decoder returns the answer alone.  The post-processor reads its special tokens, except for the
+        padding after rows that ended before others."""
         pad = self.generation.pad_token_id
         rows = [[token for token in row if token != pad] for row in sequences.tolist()]
         texts = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=False)
-        size = (1, 1)  # scales boxes, of which a caption has none
+        size = (1, 1)  # it scales boxes, and a caption has none
         read = self.processor.post_process_generation
         return [read(text=text, task=self.task, image_size=size)[self.task] for text in texts]

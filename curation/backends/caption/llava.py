@@ -1,11 +1,27 @@
-"""Captions by LLaVA 1.6 and LLaVA-OneVision: an image is a thumbnail and as many tiles as its form asks for."""
+"""LLaVA 1.6 and LLaVA-OneVision: an image is a thumbnail and as many tiles as its proportions need."""
 
 from __future__ import annotations
 
 from curation.backends.caption.base import ChatCaptioner
+from curation.caption.captioner import Family, Model
+
+
+def _model(short: str, name: str, memory_gb: float, suits: str, *other_names: str) -> Model:
+    return Model(short, f"llava-hf/{name}", memory_gb, "Apache-2.0", suits, other_names)
 
 
 class Backend(ChatCaptioner):
-    """A batch holds images of one number of tiles and nearly one number of tokens."""
+    """A batch holds images with the same number of tiles and nearly the same number of tokens."""
 
-    family = "llava"
+    family = Family(
+        name="llava",
+        batch_size=48,
+        max_tokens=120,
+        model_types=("llava", "llava_next", "llava_onevision"),
+        hub_names=r"llava",
+        models=(
+            _model("llava-1.6", "llava-v1.6-mistral-7b-hf", 18, "plain descriptions", "llava"),
+            _model("llava-onevision-0.5b", "llava-onevision-qwen2-0.5b-ov-hf", 4, "small cards"),
+            _model("llava-onevision-7b", "llava-onevision-qwen2-7b-ov-hf", 20, "charts and text in images too"),
+        ),
+    )

@@ -1,4 +1,4 @@
-"""Captions by Qwen2-VL, 2.5-VL and 3-VL: an image in its own proportions, as many tokens as it is large."""
+"""Qwen2-VL, 2.5-VL and 3-VL: an image keeps its proportions, and its tokens grow with its size."""
 
 from __future__ import annotations
 
@@ -6,14 +6,38 @@ from pathlib import Path
 from typing import Any
 
 from curation.backends.caption.base import ChatCaptioner
+from curation.caption.captioner import Family, Model
 
 MOST_PIXELS = 1 << 20  # the models would take 16 times as many, and as many tokens
 
 
-class Backend(ChatCaptioner):
-    """A batch holds images of nearly one number of tokens, whatever their proportions: patches are one long row."""
+def _model(
+    version: str, size: str, memory_gb: float, suits: str, *other_names: str, licence: str = "Apache-2.0"
+) -> Model:
+    source = f"Qwen/Qwen{version}-VL-{size}-Instruct"
+    return Model(f"qwen{version}-vl-{size.lower()}", source, memory_gb, licence, suits, other_names)
 
-    family = "qwen"
+
+class Backend(ChatCaptioner):
+    """A batch holds images with nearly the same number of tokens, whatever their proportions are, because their patches
+    form one long row."""
+
+    family = Family(
+        name="qwen",
+        batch_size=48,
+        max_tokens=120,
+        model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+        hub_names=r"qwen-?(2|2\.5|3)-?vl",
+        models=(
+            _model("2", "2B", 7, "small cards; text in images"),
+            _model("2", "7B", 20, "text in images, many languages", "qwen"),
+            _model("2.5", "3B", 10, "small cards; text in images", licence="Qwen Research, non-commercial"),
+            _model("2.5", "7B", 20, "documents and text in images"),
+            _model("3", "2B", 7, "small cards"),
+            _model("3", "4B", 12, "good captions for their cost"),
+            _model("3", "8B", 22, "long, exact captions"),
+        ),
+    )
 
     def _load_processor(self, folder: Path) -> Any:
         processor = super()._load_processor(folder)

@@ -4,54 +4,34 @@ weights, real failures to allocate."""
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from curation import backends
 from curation.backends.caption.decoding import NoRepeatedNgrams, padded_rows
 from curation.caption.batching import ShardCaptioner, caption_batch
-from curation.caption.captioner import CaptionSettings, resolve
 from curation.caption.feed import CaptionLoader
 from curation.errors import UsageError
 from curation.models.batch_size import FittingBatchSize
+from tests import EXAMPLES
 
 pytest.importorskip("transformers")
 from tests.backends import tiny_captioners
-from tests.backends.tiny_captioners import BUILDERS
+from tests.backends.conftest import open_captioner
 
-SHARD = Path(__file__).resolve().parents[2] / "examples" / "shards" / "00000003.tar"
-
-
-@pytest.fixture(scope="module")
-def photos() -> list[Any]:
-    with tarfile.open(SHARD.with_name("00000000.tar")) as tar:
-        members = [m for m in tar.getmembers() if m.name.endswith(".jpg")][:8]
-        return [Image.open(io.BytesIO(tar.extractfile(m).read())).convert("RGB") for m in members]  # type: ignore[union-attr]
+SHARD = EXAMPLES / "00000003.tar"
+load = partial(open_captioner, max_tokens=24)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("captioners")
-
-    def build(name: str) -> Path:
-        if not (root / name).exists():
-            BUILDERS[name](root / name)
-        return root / name
-
-    return build
-
-
-def load(path: Path, **settings: Any) -> Any:
-    family, source = resolve(str(path), backends.families("caption"))
-    return backends.load("caption", family.name)(source, CaptionSettings(**{"max_tokens": 24, **settings}))
+def photos(photos: list[Any]) -> list[Any]:
+    """The eight whole photos."""
+    return photos[:8]
 
 
 # ---- tokens
@@ -103,7 +83,7 @@ def test_the_sizes_that_are_compiled_are_few() -> None:
 
 def test_compiling_is_for_one_family(folder: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match="--compile decode: not for the family qwen"):
-        load(folder("qwen2-vl"), compile="decode")
+        load(folder("qwen2_vl"), compile="decode")
 
 
 # ---- weights
@@ -116,8 +96,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for sizes in (tiny_captioners.TEXT, tiny_captioners.VISION):
         patch.setitem(sizes, "hidden_size", 64)
         patch.setitem(sizes, "intermediate_size", 128)
-    path = tmp_path_factory.mktemp("wide") / "llava-next"
-    BUILDERS["llava-next"](path)
+    path = tmp_path_factory.mktemp("wide") / "llava_next"
+    tiny_captioners.save("llava_next", path)
     patch.undo()
     yield path
 
@@ -135,36 +115,10 @@ def test_quantised_weights_are_smaller_and_caption(quantize: str, wide: Path, ph
     assert all(small.caption([one], [0])[0] for one in batch)
 
 
-@pytest.mark.parametrize("name", sorted(BUILDERS))
-def test_every_family_is_quantised(name: str, folder: Callable[[str], Path], photos: list[Any]) -> None:
-    pytest.importorskip("bitsandbytes")
-    backend = load(folder(name), quantize="8bit", max_tokens=4)
-    small = [name for name, module in backend.model.named_modules() if type(module).__name__ == "Linear8bitLt"]
-    assert small and all("language_model" in name for name in small), "the images' encoder stays as it is"
-    assert backend.caption([backend.prepare(photos[0])], [0])[0]
-
-
 def test_quantising_without_its_package(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError, match=r"--quantize 4bit needs the package bitsandbytes: pip install"):
         load(folder("florence2"), quantize="4bit")
-
-
-@pytest.mark.parametrize("name", sorted(BUILDERS))
-def test_weights_that_do_not_fit_travel_when_it_is_their_turn(
-    name: str, folder: Callable[[str], Path], photos: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """accelerate's real hooks, with the disk for what the machine's memory is to a GPU."""
-    from curation.backends.caption.base import VisionLanguageModel
-
-    whole = load(folder(name), max_tokens=6)
-    half = whole.model.get_memory_footprint() // 2
-    placement = {"device_map": "auto", "max_memory": {"cpu": half}, "offload_folder": str(tmp_path)}
-    monkeypatch.setattr(VisionLanguageModel, "_placement", lambda _: placement)
-    parts = load(folder(name), max_tokens=6, offload=True)
-    assert "disk" in parts.model.hf_device_map.values()
-    batch = [whole.prepare(photos[0])]
-    assert parts.caption(batch, [0]) == whole.caption(batch, [0])
 
 
 # ---- memory

@@ -1,10 +1,14 @@
-"""Tiny captioners of every family, with random weights, saved as the hub's models are and loaded by the real code.
+"""Tiny captioners of every model type, with random weights, saved like models of the hub and loaded by the real code.
 
-0.3 to 1 MB each; a caption of a few tokens takes milliseconds on one core, and says nothing.
+They have 0.3 to 1 MB each.  A caption of a few tokens takes milliseconds on one core, and says nothing.
+
+``save`` builds the tiny model of any type that transformers knows, from the type's default config with small sizes,
+so that a new captioner needs no builder of its own.  Types for which that is not enough have one in ``BUILDERS``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,12 +206,71 @@ def save_qwen3_vl(folder: Path) -> None:
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "florence2": save_florence2,
     "gemma3": save_gemma3,
-    "llava-next": save_llava_next,
-    "llava-onevision": save_llava_onevision,
-    "qwen2-vl": save_qwen2_vl,
-    "qwen2.5-vl": save_qwen2_5_vl,
-    "qwen3-vl": save_qwen3_vl,
+    "llava_next": save_llava_next,
+    "llava_onevision": save_llava_onevision,
+    "qwen2_vl": save_qwen2_vl,
+    "qwen2_5_vl": save_qwen2_5_vl,
+    "qwen3_vl": save_qwen3_vl,
 }
+
+
+def save(model_type: str, folder: Path, processor_class: str | None = None) -> None:
+    """Save a tiny model.
+
+    Args:
+        model_type: Of ``config.json``.
+        folder: Where to.
+        processor_class: The processor of the captioner, where it has one of its own.
+    """
+    if model_type in BUILDERS:
+        BUILDERS[model_type](folder)
+    else:
+        _save_any(model_type, folder, processor_class)
+
+
+def _save_any(model_type: str, folder: Path, processor_class: str | None) -> None:
+    import transformers
+    from transformers import AutoModelForImageTextToText
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+
+    tokens = {
+        "image_token": "<image>", "video_token": "<video>", "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>",
+    }  # fmt: skip
+    tokenizer = _chat_tokenizer(**tokens)
+    kind = CONFIG_MAPPING[model_type]
+    usual = kind()
+    text = {**TEXT, "head_dim": 8, "vocab_size": len(tokenizer)}
+    ids = {f"image_token_{name}": tokenizer.image_token_id for name in ("id", "index")}
+    config = kind(
+        text_config=_known(text, usual.text_config),
+        vision_config=_known(VISION, usual.vision_config),
+        **{name: value for name, value in ids.items() if hasattr(usual, name)},
+    )
+    images = getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])()
+    for name in ("size", "crop_size", "max_image_size"):
+        if sizes := getattr(images, name, None):
+            side = VISION["image_size"] * (4 if name == "size" and hasattr(images, "max_image_size") else 1)
+            setattr(images, name, {key: side for key, value in dict(sizes).items() if value})
+    processor = processor_class_from_name(processor_class or PROCESSOR_MAPPING_NAMES[model_type])
+    patches = (VISION["image_size"] // VISION["patch_size"]) ** 2
+    given = {
+        "patch_size": VISION["patch_size"],
+        "image_seq_len": patches // getattr(config, "scale_factor", 1) ** 2,
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
+        "num_additional_image_tokens": 1,
+    }
+    taken = {name: value for name, value in given.items() if name in inspect.signature(processor.__init__).parameters}
+    template = CHAT.replace("IMAGE", "<image>")
+    built = _images_only(processor)(images, tokenizer, chat_template=template, **taken)
+    _save(AutoModelForImageTextToText.from_config(config), built, folder)
+
+
+def _known(sizes: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Those of some sizes that a config has, with its own type."""
+    return {name: value for name, value in sizes.items() if hasattr(config, name)} | {"model_type": config.model_type}
 
 
 def _chat_tokenizer(*more: str, **named: str) -> Any:

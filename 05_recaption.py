@@ -10,23 +10,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from curation import backends
-from curation.caption.batching import ShardCaptioner
-from curation.caption.captioner import CaptionSettings, Compile, Detail, Family, Quantize, list_models, resolve
-from curation.caption.feed import CaptionLoader, CaptionSample
-from curation.caption.preview import first_images, show_trial, write_comparison
-from curation.caption.rows import (
+from curation.caption import (
+    CaptionLoader,
+    CaptionSample,
+    CaptionSettings,
+    Compile,
+    Detail,
+    Family,
     Format,
+    Quantize,
+    ShardCaptioner,
     finish_parquet,
+    first_images,
     import_arrow,
     jsonl_lines,
+    list_models,
     parse_formats,
+    resolve,
     reusable_captions,
     rows_name,
+    show_trial,
+    write_comparison,
     write_format,
     write_rows,
 )
@@ -157,16 +166,13 @@ class Options(HubOptions, RunOptions):
     def of_the_run(self) -> Options:
         """The same options as the workers get them: the source has one name, a trial is a run into a folder of its
         own, and there is a process for each GPU."""
-        workers, num_gpus = self.workers, self.num_gpus
-        trial: dict[str, Any] = {}
+        run = replace(self, data=None, data_path=self.source, compare=None)
         if self.smoke is not None:
-            folder = Path(self.output_dir) / f"_smoke-{self.smoke}"
-            trial = {"output_dir": str(folder), "max_images": self.smoke, "rerun": True, "push": False}
-            workers = num_gpus = 1
-        if not is_worker():
-            workers = workers_for_gpus(workers, num_gpus, self.gpus)
-        source = {"data": None, "data_path": self.source, "compare": None}
-        return replace(self, **source, **trial, workers=workers, num_gpus=num_gpus)
+            folder = str(Path(self.output_dir) / f"_smoke-{self.smoke}")
+            run = replace(run, output_dir=folder, max_images=self.smoke, rerun=True, push=False, workers=1, num_gpus=1)
+        if is_worker():
+            return run
+        return replace(run, workers=workers_for_gpus(run.workers, run.num_gpus, run.gpus))
 
 
 class Recaption(Stage[Options]):
@@ -255,19 +261,22 @@ class Recaption(Stage[Options]):
         if self._watermark_file is not None:
             score = backends.load("watermark", "onnx")(self._watermark_file).score
         self.loader = CaptionLoader(backend, o.dataloader_num_workers or allocation.threads, score, o.max_watermark)
-        size = o.batch_size
-        if size == "auto":
-            size = None if allocation.gpu is not None else family.batch_size
         what = (backend.device_kind, backend.name, backend.revision, o.dtype, o.quantize, o.compile, o.max_tokens)
         self.captioner = ShardCaptioner(
             backend,
             self.loader,
-            batch_size=size,
+            batch_size=self._batch_size(allocation, family),
             seed_of=partial(seed_of, o.seed),
             sizes=self.output / "_batch_sizes" / self.name,
             what="\0".join(map(str, what)),
         )
         self.pushing.begin(allocation)
+
+    def _batch_size(self, allocation: Allocation, family: Family) -> int | None:
+        """The batch size; None where it is to be found by trying."""
+        if self.options.batch_size != "auto":
+            return self.options.batch_size
+        return family.batch_size if allocation.gpu is None else None
 
     def close(self) -> None:
         self.pushing.end()

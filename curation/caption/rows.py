@@ -1,6 +1,6 @@
-"""The rows of stage 05: one for each captioned image, kept per shard; the eight keys of the ordered JSONL.
+"""The rows of stage 05, one for each captioned image, and the formats that are written from them.
 
-What stage 05 writes for a shard beside its rows, each format a function of the rows and the source alone.
+Each format depends on the rows of a shard and the shard alone.
 """
 
 from __future__ import annotations
@@ -27,19 +27,15 @@ from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
 from curation.tar.splice import Action, Edit, splice
 
 Row = dict[str, Any]
-
-
 """key, shard, url, uid, caption, original_caption, width, height, original_width, original_height, sha256,
 image_sha256, image_size, model, revision, watermark_score, and ``extra``: every other field of the source's json."""
 
 ROWS_FOLDER = "rows"
-
-
 _OWN_FIELDS = ("caption", "url", "uid", "width", "height", "original_width", "original_height", "sha256")
 
 
 def rows_name(shard_id: str) -> str:
-    """Where the rows of a shard are below the output folder, whatever formats are asked for."""
+    """The file with the rows of a shard, relative to the output folder.  It is written whatever the formats are."""
     return f"{ROWS_FOLDER}/{shard_id}.jsonl"
 
 
@@ -48,7 +44,7 @@ def rows_path(output: Path, shard_id: str) -> Path:
 
 
 def original_caption(metadata: Mapping[str, Any], txt: bytes | None) -> str:
-    """The caption that the source has, "" where it has none."""
+    """The caption that the source has, or "" where it has none."""
     try:
         return caption_of(metadata, txt)
     except SampleError:
@@ -67,9 +63,16 @@ def make_row(
     model: Mapping[str, str],
     watermark_score: float | None,
 ) -> Row:
-    """size: of the image that was read, which stands for a width and height that the source does not tell.
+    """The row of one captioned image.
 
-    ``sha256`` is the source's (of what was downloaded), ``image_sha256`` of the image as it lies in the shard.
+    Args:
+        key, shard: Of the sample.
+        metadata, txt: The sample's json and ``.txt``.
+        caption: The new one.
+        size: Width and height of the image, used where ``metadata`` does not have them.
+        image_sha256: Of the image in the shard; the row's ``sha256`` is that of what was downloaded, from ``metadata``.
+        model: The row's ``model`` and ``revision``.
+        watermark_score: How much the image looks watermarked, where it was scored.
     """
     width, height = (_side(metadata.get(name)) for name in ("width", "height"))
     if width is None or height is None:
@@ -95,7 +98,7 @@ def make_row(
 
 
 def _side(value: object) -> int | None:
-    """A number of pixels from the source, None for anything else."""
+    """A number of pixels from the source; None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31 else None
 
 
@@ -105,7 +108,7 @@ def write_rows(file: BinaryWriter, rows: Iterable[Row]) -> None:
 
 
 def parse_rows(data: bytes, path: Path) -> Iterator[Row]:
-    """The rows of a file that ``write_rows`` wrote.  ShardError that names ``path`` where it is something else."""
+    """The rows of a file that ``write_rows`` wrote.  Raises ShardError, which names ``path``, for any other file."""
     for number, line in enumerate(data.splitlines(), 1):
         try:
             row = parse_json_object(line)
@@ -115,7 +118,7 @@ def parse_rows(data: bytes, path: Path) -> Iterator[Row]:
 
 
 def jsonl_line(row: Row) -> bytes:
-    """A line of the ordered JSONL: datacomp-caption's eight keys in its order."""
+    """A row's line of ``captions.jsonl``: datacomp-caption's eight keys, in its order."""
     line = {
         "key": row["key"],
         "caption": row["caption"],
@@ -130,13 +133,22 @@ def jsonl_line(row: Row) -> bytes:
 
 
 def jsonl_lines(data: bytes, path: Path) -> bytes:
-    """What a shard's rows are in the ordered JSONL."""
+    """The lines of ``captions.jsonl`` for a shard's file of rows."""
     return b"".join(map(jsonl_line, parse_rows(data, path)))
 
 
 def reusable_captions(output: Path, receipt: Mapping[str, Any] | None, recipe: str) -> dict[tuple[str, str], Row]:
-    """(key, image_sha256) → row of an earlier run over the shard with the same recipe: a new format, or a shard to
-    which samples were added, costs no caption twice.  Empty where the rows are not those that the receipt names."""
+    """The rows of an earlier run, so that a new format or new samples in a shard make no caption twice.
+
+    Args:
+        output: The output folder.
+        receipt: Of the earlier run over the shard; None: there was none.
+        recipe: A digest of everything that decides a caption.
+
+    Returns:
+        The rows by key and ``image_sha256``.  Empty where the earlier run had another recipe, or where the file of rows
+        is not the one that the receipt names.
+    """
     if receipt is None or receipt.get("status") != "done" or receipt.get("notes", {}).get("recipe") != recipe:
         return {}
     path = rows_path(output, str(receipt["shard"]))
@@ -156,37 +168,32 @@ def sha256_of(data: bytes | memoryview) -> str:
 
 
 Format = Literal["jsonl", "parquet", "files", "tar"]
-
-
 FORMATS: tuple[Format, ...] = get_args(Format)
-
-
 ALL_PARQUET = "all_captions.parquet"
-
-
 PARQUET_FOLDER, TAR_FOLDER, FILES_FOLDER = "parquet", "shards", "files"
 
-# ContraStyles' columns in its order; the source's own columns among them by name.
+# ContraStyles' columns, in its order.  Some of them come from the source's json, by name.
 PARQUET_COLUMNS = (
     "key", "original_key", "url", "original_caption", "vlm_caption", "width", "height", "original_width",
     "original_height", "sha256", "md5", "tags", "merged_tags",
 )  # fmt: skip
-
-
-# Behind them, so that nothing of the source is lost: ``extra`` is its other fields as JSON.
+# They follow, so that nothing of the source is lost: ``extra`` is its other fields as JSON.
 MORE_COLUMNS = ("uid", "model", "revision", "watermark_score", "extra")
-
-
 _FROM_SOURCE = ("original_key", "md5", "tags", "merged_tags")
-
-
 _NUMBERS = ("width", "height", "original_width", "original_height")
 
 _Output = Callable[[Path], AbstractContextManager[AtomicFile]]
 
 
 def parse_formats(text: str) -> tuple[Format, ...]:
-    """``jsonl,tar`` as formats in their fixed order; ``all`` is every one.  Raises ValueError for another word."""
+    """Read a list such as ``jsonl,tar``; ``all`` means every format.
+
+    Returns:
+        The formats, in their fixed order.
+
+    Raises:
+        ValueError: A word is no format.
+    """
     words = {word.strip() for word in text.split(",") if word.strip()}
     if words == {"all"}:
         return FORMATS
@@ -198,7 +205,16 @@ def parse_formats(text: str) -> tuple[Format, ...]:
 def write_format(
     name: Format, output: Path, source: Source, shard_id: str, rows: Sequence[Row], work: ShardContext
 ) -> None:
-    """One format of a shard below ``output``.  ``jsonl`` is merged from the rows and needs no file of its own."""
+    """Write one format of a shard.
+
+    Args:
+        name: The format.  ``jsonl`` is merged from the rows of all shards and has no file for a shard.
+        output: The output folder.
+        source: The shard.
+        shard_id: Its id.
+        rows: Its rows.
+        work: Opens the output files.
+    """
     if name == "parquet":
         with work.output(output / PARQUET_FOLDER / f"{shard_id}.parquet") as file:
             file.write(parquet_bytes(rows))
@@ -223,7 +239,7 @@ def parquet_bytes(rows: Sequence[Row]) -> bytes:
 
 
 def import_arrow() -> tuple[Any, Any]:
-    """(pyarrow, pyarrow.parquet); InfrastructureError where it is not installed."""
+    """pyarrow and pyarrow.parquet.  Raises InfrastructureError where they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -243,7 +259,7 @@ def _cell(row: Row, name: str) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """A column of text: whatever else the source has there, as JSON; no lone surrogates, which parquet cannot hold."""
+    """A cell of text.  Other values are written as JSON, and lone surrogates are replaced, as parquet has none."""
     if value is None:
         return None
     text = value if isinstance(value, str) else dump_json(value).decode()
@@ -257,7 +273,7 @@ def _type(arrow: Any, name: str) -> Any:
 
 
 def finish_parquet(ledger: Ledger) -> bool:
-    """``all_captions.parquet`` out of the shards' parts, once none is pending; whether it is there."""
+    """Merge the parts into ``all_captions.parquet`` once no shard is pending.  Returns whether it is there."""
     import_arrow()
     return merge_parquet(ledger, lambda shard_id: f"{PARQUET_FOLDER}/{shard_id}.parquet", ALL_PARQUET)
 
@@ -266,9 +282,9 @@ def finish_parquet(ledger: Ledger) -> bool:
 
 
 def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Output) -> None:
-    """``<hash>.<suffix>``, the image's bytes as they are, and ``<hash>.json`` beside it.
+    """Write each image unchanged as ``<hash>.<suffix>`` and both captions as ``<hash>.json``.
 
-    The hash is the image's sha256; of equal images in a shard the second is ``<hash>_1`` and so on.
+    The hash is the image's sha256.  Where a shard has the same image twice, the second is ``<hash>_1`` and so on.
     """
     by_key = {row["key"]: row for row in rows}
     counts: dict[str, int] = {}
@@ -282,20 +298,20 @@ def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Outp
         name = f"{digest}_{number}" if number else digest
         with output(folder / f"{name}.{suffix}") as file:
             file.write(image)
-        told = {"original": row["original_caption"], "predicted": row["caption"]}
+        captions = {"original": row["original_caption"], "predicted": row["caption"]}
         names = ("key", "shard", "url", "uid", "width", "height", "model", "revision", "watermark_score")
         with output(folder / f"{name}.json") as file:
-            file.write(dump_json({**told, **{field: row[field] for field in names}}, indent=True) + b"\n")
+            file.write(dump_json({**captions, **{field: row[field] for field in names}}, indent=True) + b"\n")
 
 
 # ---- tar
 
 
 def write_tar(file: AtomicFile, source: Source, rows: Sequence[Row]) -> None:
-    """The source with the new captions: ``.txt``, and ``caption`` in the ``.json`` where there is one.
+    """Copy the source with the new captions as ``.txt`` and as ``caption`` of the ``.json``, where there is one.
 
-    Images and other members stay byte for byte.  A sample without a new caption is left out: its old one would pass
-    for a new one.
+    Images and other members stay byte for byte.  A sample without a new caption is left out, because its old caption
+    would be taken for a new one.
     """
     by_key = {row["key"]: row for row in rows}
     captioned = _Captions(source, by_key)
@@ -304,7 +320,7 @@ def write_tar(file: AtomicFile, source: Source, rows: Sequence[Row]) -> None:
 
 
 class _Captions(TarScan):
-    """A pass that gives the edit of each of its samples, whose json is at hand while its window is."""
+    """A scan that decides on each sample while the window with the sample's json is in memory."""
 
     def __init__(self, source: Source, rows: dict[str, Row]) -> None:
         super().__init__(source)
@@ -325,14 +341,14 @@ class _Captions(TarScan):
 
     @staticmethod
     def _json(window: Window, member: Member | None, row: Row) -> bytes | None:
-        """The metadata with the new caption; one that cannot be read stays."""
+        """The metadata with the new caption; None, which leaves it as it is, where it cannot be read."""
         if member is None or not member.regular or member.size > MAX_MEMBER_BYTES:
             return None
         metadata = lenient_metadata(window.read(member.data, member.size))
         if not metadata:
             return None
-        story: dict[str, Any] = {"original_caption": row["original_caption"]}
-        story |= {"recaptioned_by": {"name": row["model"], "revision": row["revision"]}}
+        record: dict[str, Any] = {"original_caption": row["original_caption"]}
+        record |= {"recaptioned_by": {"name": row["model"], "revision": row["revision"]}}
         if isinstance(metadata.get("curation"), dict):
-            story["previous"] = metadata["curation"]
-        return dump_json({**metadata, "caption": row["caption"], "curation": story}, indent=True)
+            record["previous"] = metadata["curation"]
+        return dump_json({**metadata, "caption": row["caption"], "curation": record}, indent=True)

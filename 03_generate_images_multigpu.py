@@ -206,8 +206,7 @@ class GenerateImages(Stage[Options]):
         batches = plan_batches(jobs, self.settings.batch_size)
         step = max(1, self.options.text_batches)
         groups = [batches[start : start + step] for start in range(0, len(batches), step)]
-        log = work.partial()
-        pictures = EncodedLog(work, log, groups, self._encoders, self.options.quality, GENERATED_XMP)
+        pictures = EncodedLog(work, groups, self._encoders, self.options.quality, GENERATED_XMP)
         self._generate(work, groups, pictures)
         work.note("reused", len(reused))
         work.note("generated", len(jobs))

@@ -19,6 +19,7 @@ from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
 from types import FrameType
+from typing import Protocol
 
 from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
 
@@ -188,6 +189,13 @@ def note_progress() -> None:
     if path:
         with contextlib.suppress(OSError):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
+
+
+class CheckStop(Protocol):
+    """What long work calls between two steps (``ShardContext.check_stop``)."""
+
+    def __call__(self, *, urgent_only: bool = False) -> None:
+        """Raise Stopped when it is time to end."""
 
 
 class StopSignal:

@@ -6,7 +6,6 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import orjson
@@ -15,14 +14,10 @@ from curation.errors import SampleError
 from curation.generate.batches import Batch
 from curation.images import Pixels, encode_jpeg
 from curation.jsonio import dump_json
-from curation.run.checkpoints import PartialLog
+from curation.run import ShardContext
 
 _PICTURE, _REFUSED = b"P", b"R"  # the first byte of a record
-
-
 _SHA256_BYTES = 32
-
-
 _IN_FLIGHT = 1  # batches being encoded while the device works on another
 
 
@@ -32,16 +27,6 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Pixels: ...
-
-
-class Work(Protocol):
-    """What is needed of a shard's work."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]: ...
-
-    def keep(self, count: int = 1) -> None: ...
-
-    def fail(self, key: str, reason: str, detail: str = "") -> None: ...
 
 
 class EncodedLog:
@@ -55,14 +40,13 @@ class EncodedLog:
 
     def __init__(
         self,
-        work: Work,
-        log: PartialLog,
+        work: ShardContext,
         groups: Iterable[Sequence[Batch]],
         encoders: Executor,
         quality: int,
         xmp: bytes,
     ) -> None:
-        self._work, self._log = work, log
+        self._work, self._log = work, work.partial()
         self._encoders, self._quality, self._xmp = encoders, quality, xmp
         self._running: deque[tuple[Batch, list[Future[bytes]]]] = deque()
         self._digests: dict[str, str] = {}

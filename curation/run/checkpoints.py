@@ -15,33 +15,21 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import xxhash
 
-from curation.cluster import note_progress
+from curation.cluster import CheckStop, note_progress
 from curation.errors import InfrastructureError, LostClaim, Stopped
 from curation.shards import bucket_of
 from curation.storage.files import storage_error
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic, length of key, of digest, of payload; xxh3-64 of all three
-
-
 _MAGIC = b"cpr1"
-
-
 FSYNC_EVERY_S = 30.0
-
-
 LIST_EVERY_S = 60.0
-
-
 MAX_PAYLOAD_BYTES = 256 << 20
-
-
 _GONE = (errno.ENOENT, errno.ESTALE)  # removed here, or from another node
-
-
 _Key = tuple[str, str]  # a sample's key, and the digest of its input
 
 
@@ -246,10 +234,6 @@ def _listed(folder: Path) -> list[str]:
         raise InfrastructureError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
-class _CheckStop(Protocol):
-    def __call__(self, *, urgent_only: bool = False) -> None: ...
-
-
 class Checkpoints:
     """Results of single samples: found again after an interruption, saved ``every`` so many.
 
@@ -257,7 +241,7 @@ class Checkpoints:
     check_stop: ``ShardContext.check_stop``.
     """
 
-    def __init__(self, open_log: Callable[[], PartialLog], check_stop: _CheckStop, every: int) -> None:
+    def __init__(self, open_log: Callable[[], PartialLog], check_stop: CheckStop, every: int) -> None:
         self._open_log = open_log
         self._check_stop = check_stop
         self._every = every

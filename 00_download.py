@@ -100,7 +100,7 @@ class Options(RunOptions):
     max_aspect_ratio: Annotated[float, at_least(1)] = float("inf")
     """Refuse images whose longer side is more than so many times the shorter."""
     user_agent: str = f"Mozilla/5.0 (compatible; curation/{curation.__version__})"
-    """What the servers are told who asks."""
+    """The User-Agent that the servers are sent."""
     user_agent_token: str = "curation"  # noqa: S105 - a name
     """The name by which an X-Robots-Tag may speak to this downloader alone."""
     disallowed_header_directives: str = "noai,noimageai,noindex,noimageindex"
@@ -191,9 +191,9 @@ class Download(Stage[Options]):
             "disallowed_header_directives",
         )  # fmt: skip
         ratio = None if o.max_aspect_ratio == float("inf") else o.max_aspect_ratio
-        told: dict[str, object] = {name: getattr(o, name) for name in names}
+        named: dict[str, object] = {name: getattr(o, name) for name in names}
         place = {} if o.publish_to is None else {"publish_to": str(self.tars)}
-        return {"tables": self.tables.digest(), "max_aspect_ratio": ratio, **told, **place}
+        return {"tables": self.tables.digest(), "max_aspect_ratio": ratio, **named, **place}
 
     def inputs(self, shard: Shard) -> list[Input]:
         return [Input(shard.path)] if self.tables.is_local else []

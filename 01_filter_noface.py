@@ -210,7 +210,7 @@ class FilterFaces(Stage[Options]):
         try:
             candidate.recorded = recorded_boxes(candidate.metadata)
         except SampleError:
-            if detector in ("auto", "recorded"):  # beside a detector they are only compared
+            if detector in ("auto", "recorded"):  # where a detector looks they are only compared
                 raise
         if candidate.recorded is None and detector == "recorded":
             how = "null" if RECORDED_FIELD in candidate.metadata else "absent"

@@ -43,8 +43,8 @@ EMBEDDED_MODEL = "embedded/gemma-3-270m"
 EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
 
 STAND_IN = (
-    "--embedded: prompts by Gemma 3 270M, a stand-in for trying out.  It is told how each prompt begins, so that the "
-    "group is in it, and often loses the rest of the caption: not for research"
+    "--embedded: prompts by Gemma 3 270M, a stand-in for trying out.  It is given the beginning of each prompt, so "
+    "that the group is in it, and often loses the rest of the caption: not for research"
 )
 
 
@@ -291,7 +291,7 @@ class RewriteCaptions(Stage[Options]):
         outcomes: dict[str, Outcome],
         work: ShardContext,
     ) -> None:
-        """The prompts in the shard's order, ``{}`` where there are none, and how each came about."""
+        """Write the prompts in the shard's order (``{}`` without any), and the provenance of each."""
         prompts = []
         for key, (language, probability) in guesses.items():
             outcome, asked = outcomes[key], questions[key]

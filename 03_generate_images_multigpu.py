@@ -303,7 +303,7 @@ class GenerateImages(Stage[Options]):
         reused: Mapping[str, str],
         pictures: EncodedLog,
     ) -> None:
-        """Every edited sample, in the shard's order.  Nothing is written where there is none."""
+        """Write every edited sample, in the shard's order; no file where no sample was edited."""
         if not work.kept:
             return
         with edits_sink(self.output, work.shard.id, self.options.edits_layout, work.output) as add:

@@ -1,4 +1,4 @@
-"""Which pictures are made together: sizes that follow the originals, and a batch plan that only the shard decides."""
+"""Which pictures are made together: their sizes follow the originals, and only the shard decides the batch plan."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import xxhash
 
 # Width to height.  Few: every size has a last batch that is not full, and a compiled graph.
 ASPECT_RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0)  # and their inverses
-
-
 MIN_AREA = 0.75  # of the area asked for
 
 

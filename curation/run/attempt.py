@@ -115,7 +115,8 @@ def build_receipt(
 def _superseded(work: ShardContext, paths: set[str]) -> list[str]:
     """Files that the last receipt named and this one does not: to be removed, by whoever finds them after a crash.
 
-    Those that the last one superseded stay listed: one may be lying aside just now, under a name that nobody knows.
+    Those that the last one superseded stay listed: one may be renamed aside just now, under a name that only the
+    process that renamed it knows.
     """
     previous = work.previous or {}
     named = [output["path"] for output in previous.get("outputs", []) if output.get("checked", True)]

@@ -1,8 +1,7 @@
 """Checkpoints inside a shard: an append-only log of finished samples that outlives the worker that wrote it.
 
-A file has one writer ever.  A successor reads its predecessors' files up to their first bad record and writes its own.
-
-A partial log that is written a batch at a time, and the moments at which a stage may stop without losing work.
+Each file has one writer ever.  A successor reads the files of its predecessors up to their first bad record and writes
+a file of its own.  ``Checkpoints`` writes such a log a batch at a time, and stops where no work is lost.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class PartialLog:
         return len(self._records)
 
     def get(self, key: str, input_digest: str) -> bytes | None:
-        """The payload recorded for ``key``, None where there is none or it was made from another input."""
+        """The payload recorded for ``key``, None where nothing is recorded or it was made from another input."""
         record = self._records.get((key, input_digest))
         if record is None:
             return None

@@ -31,11 +31,7 @@ from curation.run.workers import is_worker, run_workers
 from curation.shards import Shard, bucket_of, select
 
 _WATCHED = 16  # claims of others that an idle worker looks at
-
-
 _MISSES_BEFORE_RELISTING = 6
-
-
 _LOSSES = 3  # of one shard to this process, before it leaves the shard to others
 
 

@@ -1,4 +1,4 @@
-"""What a stage is, and what it is given to work on one shard: counting, outputs, checkpoints, time, the way to stop."""
+"""What a stage is, and the context in which it works on a shard: counts, outputs, checkpoints, times and stopping."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ class ShardContext:
     def output(self, path: Source, *, checked: bool = True) -> Iterator[Any]:
         """A binary file, or an object in a bucket, that appears under ``path`` when the shard is committed.
 
-        checked: whether readers may insist on its digest; False for a copy that another stage may replace.
+        checked: whether readers compare its digest; False for a copy that another stage may replace.
         """
         with self._lock:
             if path in self._finals:
@@ -319,7 +319,7 @@ class ShardContext:
         return published
 
     def places(self) -> list[Source]:
-        """Every path that an attempt at this shard may have written beside, under a temporary name."""
+        """Every path for which an attempt at this shard may have left a temporary file."""
         own = [self._ledger.place("rejects", self.shard.id, end) for end in (".jsonl", ".drops.tsv.gz")]
         own.append(self._ledger.place("provenance", self.shard.id, ".jsonl"))
         previous = self.previous or {}
@@ -352,7 +352,7 @@ class ShardContext:
     def finish(self, *, alone: bool = True) -> None:
         """After the commit: no partial file is needed any more.
 
-        alone: nobody else is known to have worked on the shard since this process listed its checkpoints.
+        alone: no other process is known to have worked on the shard since this one listed its checkpoints.
         """
         own = [log.name for log in self._logs if log.name is not None]
         self.close()

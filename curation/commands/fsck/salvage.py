@@ -7,7 +7,6 @@ together, and of several samples with one key it takes the first that is whole.
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections import Counter

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from curation.commands.report.page import render
     except ImportError as error:
-        raise InfrastructureError(f"report needs jinja2 and pygal ({error}): pip install 'curation[report]'") from None
+        raise InfrastructureError(f"report needs jinja2 ({error}): pip install 'curation[report]'") from None
     facts = gather(options.root, options.source, options.shards_page, options.sample_shards, audit=not options.no_audit)
     if options.json:
         print(orjson.dumps(facts.told, option=orjson.OPT_NON_STR_KEYS).decode(), flush=True)

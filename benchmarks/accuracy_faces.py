@@ -10,7 +10,6 @@ the choice never sees.  Prints Markdown: docs/accuracy-faces.md keeps the last r
 from __future__ import annotations
 
 import csv
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import tyro
 from measuring import ROOT, print_table
 
 from curation.backends import load
+from curation.commands.audit.groups import wilson
 from curation.faces import FaceDetector
 from curation.images import Pixels, decode_rgb
 from curation.tar.samples import (
@@ -81,16 +81,6 @@ class FaceConfusion:
     def errors(self) -> int:
         """Misses and false alarms."""
         return self.missed + self.false
-
-
-def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share, 95 %."""
-    if total == 0:
-        return 0.0, 1.0
-    p, n = hits / total, total
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def share(hits: int, total: int) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 from measuring import ROOT, example_samples, exit_code, make_parser, parse, print_table, write_shard
 
+from curation.commands.status.scan import covered_seconds
 from tests.servers import deterministic_llm_server
 
 WITHIN = 0.20
@@ -50,10 +51,8 @@ def spent(root: Path, stage: str, but: set[str]) -> tuple[float, int, set[str]]:
     """Seconds of one worker, getting ready included, bytes and shards of a stage's receipts, but for some shards."""
     paths = [path for path in root.glob(f"*/_receipts/{stage}/*/0*.json") if path.stem not in but]
     receipts = [json.loads(path.read_bytes()) for path in paths]
-    spans = sorted((receipt["started"], receipt["finished"]) for receipt in receipts)
-    busy, until = max((receipt["open_s"] for receipt in receipts), default=0.0), 0.0
-    for began, ended in spans:
-        busy, until = busy + max(0.0, ended - max(began, until)), max(until, ended)
+    busy = max((receipt["open_s"] for receipt in receipts), default=0.0)
+    busy += covered_seconds((receipt["started"], receipt["finished"]) for receipt in receipts)
     return busy, sum(o["size"] for receipt in receipts for o in receipt["outputs"]), {path.stem for path in paths}
 
 

@@ -54,6 +54,8 @@ from measuring import (
     write_shard,
 )
 
+from curation.caption.captioner import CaptionSettings, Compile
+
 MOST_WAITING, LEAST_OF_BARE = 0.05, 0.95
 UPSTREAM_BATCH, LADDER_BATCH, GPU_AIM, PUBLISHED = 16, 64, 1000, 24
 SIDES, BATCHES = (256, 512, 768), (16, 32, 64, 128, 256, 512)
@@ -153,7 +155,6 @@ def measure(role: str, options: argparse.Namespace) -> dict[str, Any]:
         import torch
 
         from curation import backends
-        from curation.caption.captioner import CaptionSettings
 
         torch.set_num_threads(options.threads)
         if role == "plain":
@@ -212,9 +213,8 @@ class CaptionBench(DeviceRows):
         florence2.save(self.model, "tiny" if self.tiny else "base", side, self.tokens)
         make_shard(self.shard, 2 * UPSTREAM_BATCH if not self.tiny else 8, side)
 
-    def backend(self, compile_how: str = "none", dtype: str = "auto") -> Any:
+    def backend(self, compile_how: Compile = "none", dtype: str = "auto") -> Any:
         from curation import backends
-        from curation.caption.captioner import CaptionSettings
 
         return backends.load("caption", "florence2")(
             str(self.model),
@@ -251,7 +251,7 @@ class CaptionBench(DeviceRows):
         with around or contextlib.nullcontext():
             return self.add(what, batch, run)
 
-    def ladder(self, batch: int) -> str:
+    def ladder(self, batch: int) -> Compile:
         """One thing at a time.  Returns how to compile, which was best."""
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -261,7 +261,7 @@ class CaptionBench(DeviceRows):
         backend._ngram = 0
         self.bare("transformers' generate on prepared tensors", backend, batch)
         backend._ngram, backend.generation.no_repeat_ngram_size = ours, 0
-        rates = {"none": self.bare("+ repetitions banned on the device", backend, batch)}
+        rates: dict[Compile, float] = {"none": self.bare("+ repetitions banned on the device", backend, batch)}
         for kernel in KERNELS:
             self.bare(f"the same, sdpa by {kernel}", backend, batch, sdpa_kernel(getattr(SDPBackend, kernel)))
         # Attention among channels is a transposed one, for which there is only the plain kernel, in float32.
@@ -272,7 +272,11 @@ class CaptionBench(DeviceRows):
         backend.close()
         for dtype in ("float16", "float32"):
             self.bare(f"the same, {dtype}", self.backend(dtype=dtype), batch)
-        for compile_how, what in (("decode", "+ keys in place, a graph a step"), ("all", "+ compiled image encoder")):
+        steps: list[tuple[Compile, str]] = [
+            ("decode", "+ keys in place, a graph a step"),
+            ("all", "+ compiled image encoder"),
+        ]
+        for compile_how, what in steps:
             backend = self.backend(compile_how)
             rates[compile_how] = self.bare(f"{what} (--compile {compile_how})", backend, batch)
             backend.close()
@@ -313,7 +317,7 @@ class CaptionBench(DeviceRows):
             f"{self.side}² preparing an image on the host: {1000 * (time.perf_counter() - began) / len(images):.2f} ms"
         )
 
-    def stage(self, compile_how: str, batch: int, images: int) -> None:
+    def stage(self, compile_how: Compile, batch: int, images: int) -> None:
         """From the tar to the JSONL, by the receipts; a first run warms up."""
         shards = self.folder / "many"
         make_shard(shards / "0.tar", images, self.side)

@@ -37,7 +37,7 @@ class Options:
     gallery: int = 48
     """Samples shown with their images, at most."""
     sample_shards: int = 200
-    """Look at the samples of so many shards for faces, lengths and scores.  Counts come from all shards."""
+    """Look at the samples of so many shards for faces, lengths and scores.  StageCounts come from all shards."""
     no_audit: bool = False
     """Leave out what became of each group: it reads the provenance of every shard."""
     json: bool = False

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from curation import backends
+from curation.backends.caption.base import captioner_weights
 from curation.caption import captioner
 from curation.caption.batching import caption_batch
 from curation.caption.feed import Batch, CaptionLoader, Picture, beside, recalling, row_of
@@ -37,6 +38,7 @@ from curation.hub.background import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonio import dump_json
 from curation.models.batch_size import FittingBatchSize
+from curation.models.needs import NothingToFetch, WeightsBySource, WeightsNeed
 from curation.models.weights import CACHE, fetch_weights
 from curation.options import also, exit_code, logger, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
@@ -173,6 +175,16 @@ class Recaption(Stage[Options]):
         self._limits = limits
         self._merge: JsonlMerge | None = None
         self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
+
+    @classmethod
+    def weights(cls, options: Options) -> Sequence[WeightsNeed]:
+        needs: list[WeightsNeed] = []
+        if options.watermark_model is not None:
+            needs.append(WeightsBySource("--watermark_model", options.watermark_model, options.watermark_sha256))
+        family, source = captioner.resolve(options.model)
+        if family == "endpoint":
+            return [*needs, NothingToFetch(f"{source}: its server loads it, nothing to fetch")]
+        return [*needs, captioner_weights(source, options.revision)]
 
     @cached_property
     def _prompt(self) -> str | None:

@@ -143,7 +143,7 @@ def counted_by_eye() -> dict[tuple[str, str], int]:
 
 
 def test_both_detectors_are_there() -> None:
-    assert names("faces") == ["centerface", "scrfd"]
+    assert names("faces") == ["centerface", "scrfd", "yunet"]
 
 
 def test_centerface_finds_the_faces_that_people_count(centerface: FaceDetector) -> None:

@@ -6,11 +6,11 @@ This project does not ship the weights: insightface's pretrained packs are for n
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass
-import os
 from pathlib import Path
 from typing import IO, Any
 

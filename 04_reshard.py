@@ -11,10 +11,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from curation import backends
+from curation.backends.faces import DetectorName, detector_class
 from curation.cluster import Allocation
 from curation.errors import EXIT_OK, UsageError
 from curation.faces import FaceDetector
+from curation.models.needs import WeightsNeed
 from curation.options import at_least, exit_code, logger, parse_options
 from curation.reshard.layout import ShardLayout
 from curation.reshard.regroup import Grouping, Index, Regroup, regroup
@@ -59,7 +60,7 @@ class Options(RunOptions):
     """A sorted .npy array of uids (dtype u8,u8): only these samples, each as often as it stands there."""
     drop_rejected: bool = False
     """Leave out the samples that stages 02 and 03 rejected; without it they stay as they were."""
-    blur_faces: Literal["recorded", "scrfd", "centerface"] | None = None
+    blur_faces: Literal["recorded"] | DetectorName | None = None
     """Blur faces of samples that are not edited: in the boxes that the metadata records, or in a detector's."""
     shard_size: Annotated[int | None, at_least(1)] = None
     """Regroup into shards 00000000.tar, 00000001.tar … of so many samples each.  Default: shards stay as they are."""
@@ -142,6 +143,11 @@ class Reshard(Stage[Options]):
         super().__init__(options, options.output)
         self.writer = shard_writer(options)
 
+    @classmethod
+    def weights(cls, options: Options) -> Sequence[WeightsNeed]:
+        boxes = options.blur_faces
+        return [] if boxes in (None, "recorded") else [detector_class(boxes).weights()]
+
     def fingerprint(self) -> dict[str, object]:
         return self.options.choices() | self.options.forms()
 
@@ -198,7 +204,7 @@ def shard_writer(options: Options) -> ShardWriter:
 def load_detector(name: str, allocation: Allocation) -> FaceDetector | None:
     if name == "recorded":
         return None
-    detector: FaceDetector = backends.load("faces", name)(None, None, None, 1, allocation.gpu)
+    detector: FaceDetector = detector_class(name)(gpu=allocation.gpu)
     return detector
 
 

@@ -27,7 +27,7 @@ from measuring import DeviceRows, device_name, make_parser, parse
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.generate.loading import quiet_libraries
-from curation.backends.generate.presets import PRESETS, Preset
+from curation.backends.generate.presets import Preset, presets
 from curation.backends.generate.tiny import clip_tokenizer, t5_tokenizer
 from curation.edits import GENERATED_XMP
 from curation.errors import SampleError
@@ -150,7 +150,7 @@ class GenerateBench(DeviceRows):
     def __init__(self, name: str, device: str, tiny: bool, batches: int, rounds: int) -> None:
         super().__init__(device, rounds)
         self.tiny, self.batches = tiny, batches
-        preset = PRESETS[MODELS[name][0]]
+        preset = presets()[MODELS[name][0]]
         self.settings: Preset = (
             replace(preset, height=64, width=64, text_tokens=preset.text_tokens and 32) if tiny else preset
         )

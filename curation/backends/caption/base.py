@@ -31,6 +31,7 @@ from curation.models.hub_cache import (
     resolve,
     snapshot,
 )
+from curation.models.needs import HubFile, WeightsNeed, whole_model
 from curation.models.weights import MODEL_FILES, hub_error_line, hub_errors
 
 # Modules that keep 16 bits under --quantize, as patterns of their whole names: they are small, and rounding hurts them.
@@ -401,9 +402,14 @@ def local_folder(source: ModelSource) -> Path:
         raise InfrastructureError(f"--model {source.location}: download failed: {hub_error_line(error)}") from error
 
 
-def is_loaded(path: str) -> bool:
-    """Whether a file of a model's repository is fetched."""
-    return any(fnmatch(path, pattern) for pattern in MODEL_FILES)
+def captioner_weights(model: str, revision: str | None) -> WeightsNeed:
+    """A captioner of transformers, in the hub's cache or in a folder: what is loaded, no pickles and no code."""
+
+    def wanted(files: Sequence[HubFile]) -> list[HubFile]:
+        loaded = (file for file in files if any(fnmatch(file.path, pattern) for pattern in MODEL_FILES))
+        return sorted(loaded, key=lambda file: file.path)
+
+    return whole_model(model, revision, None, TRANSFORMER, wanted, local_folder)
 
 
 def _is_whole(folder: Path) -> bool:

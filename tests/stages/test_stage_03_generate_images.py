@@ -600,7 +600,7 @@ def test_a_link_in_the_edits_folder_leads_nowhere(root: Path, tmp_path: Path) ->
         (["--embedded", "--height", "65", "--width", "64"], "multiples of 8; the nearest are --width 64 --height 64"),
         (["--embedded", "--model", "stabilityai/sd-turbo"], "--embedded brings its own model"),
         (["--embedded", "--text_tokens", "128"], "StableDiffusionPipeline takes no max_sequence_length"),
-        (["--embedded", "--quality", "0"], "--quality is between 1 and 100"),
+        (["--embedded", "--quality", "0"], "--quality must be between 1 and 100"),
         (["--embedded", "--batch_size", "0"], "--batch_size must be at least 1"),
         (["--embedded", "--guidance", "-1"], "--guidance must be at least 0"),
     ],

@@ -15,14 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 import xxhash
 
-from curation import backends
+from curation.backends.faces import DetectorName, defaults_of_all, detector_class
 from curation.cluster import Allocation
-from curation.errors import SampleError, UsageError
+from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_boxes
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
+from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.models.onnx import read_weights
 from curation.options import at_least, between, exit_code, less_than, logger, more_than, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
@@ -32,8 +34,17 @@ from curation.tar.samples import Sample, caption_of, check_loose_name, image_of,
 from curation.tar.scan import IMAGE_SUFFIXES, TarReport
 from curation.threads import prefetch
 
+DEFAULT_DETECTOR, EMBEDDED_DETECTOR = "scrfd", "centerface"  # where ``auto`` has to look at pixels
 CHECKPOINT = 64  # detected samples that go into the partial log together
 MAX_BYTES_AHEAD = 256 << 20  # of images read ahead of the detector
+DET_SIZE_HELP = (
+    "Pixels that an image's longest side is brought to for the detector.  Default: the detector's own, "
+    f"{defaults_of_all('default_det_size')}."
+)
+THRESHOLD_HELP = (
+    "Score from which a detection counts as a face.  Default: the detector's own, "
+    f"{defaults_of_all('default_threshold')}."
+)
 LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
 
 BLURRED = (
@@ -54,17 +65,15 @@ class Options(RunOptions):
     """Folder for the captions, one <shard>.json each."""
     edits: str
     """Folder for the kept samples' metadata, one <shard>.json each; later stages write their edits there too."""
-    detector: Literal["auto", "recorded", "scrfd", "centerface"] = "auto"
-    """recorded: trust face_bboxes of the metadata.  scrfd, centerface: look at the pixels.  auto: recorded where the
-    field is there and not null, else scrfd (with --embedded: centerface)."""
+    detector: Literal["auto", "recorded"] | DetectorName = "auto"
+    """recorded: trust face_bboxes of the metadata.  A detector's name: look at the pixels with it.  auto: recorded
+    where the field is there and not null, else scrfd (with --embedded: centerface)."""
     embedded: bool = False
     """Where auto has to look at pixels, use the small detector that comes with this project (CenterFace)."""
     model: str | None = None
-    """Another ONNX file for the detector.  Default: insightface's buffalo_l, or CenterFace's own."""
-    det_size: Annotated[int | None, between(32, 4096)] = None
-    """Pixels that an image's longest side is brought to for the detector.  Default: 640."""
-    threshold: Annotated[float | None, more_than(0), less_than(1)] = None
-    """Score from which a detection counts as a face.  Default: 0.5 for scrfd, 0.4 for centerface."""
+    """Another ONNX file for the detector.  Default: the detector's own."""
+    det_size: Annotated[int | None, between(32, 4096), tyro.conf.arg(help=DET_SIZE_HELP)] = None
+    threshold: Annotated[float | None, more_than(0), less_than(1), tyro.conf.arg(help=THRESHOLD_HELP)] = None
     min_faces: Annotated[int, at_least(1)] = 1
     """Faces that a sample needs."""
     select: Literal["face", "noface"] = "face"
@@ -80,7 +89,7 @@ class Options(RunOptions):
             raise UsageError("--output and --edits must be two folders: both hold <shard>.json")
         if self.det_size is not None and self.det_size % 32:
             raise UsageError("--det_size must be a multiple of 32")
-        if self.embedded and self.detector == "scrfd":
+        if self.embedded and self.detector == DEFAULT_DETECTOR:
             raise UsageError(
                 "--embedded is for --detector auto or centerface: SCRFD's weights do not come with the project"
             )
@@ -93,8 +102,13 @@ class Options(RunOptions):
         if self.detector == "recorded":
             return None
         if self.detector == "auto":
-            return "centerface" if self.embedded else "scrfd"
+            return EMBEDDED_DETECTOR if self.embedded else DEFAULT_DETECTOR
         return self.detector
+
+    @property
+    def looks_at_every_image(self) -> bool:
+        """Whether a detector was named, which then looks at samples with recorded boxes too."""
+        return self.detector not in ("auto", "recorded")
 
 
 @dataclass(slots=True)
@@ -144,19 +158,29 @@ class FilterFaces(Stage[Options]):
             "edits_layout": o.edits_layout,
         }
 
+    @classmethod
+    def weights(cls, options: Options) -> Sequence[WeightsNeed]:
+        if options.pixel_detector is None:
+            return [NothingToFetch("--detector recorded looks at no pixels: nothing to fetch")]
+        if options.model is None:
+            return [detector_class(options.pixel_detector).weights()]
+        if not Path(options.model).expanduser().is_file():
+            raise InfrastructureError(f"--model {options.model}: no such file; a file of one's own is not fetched")
+        return [NothingToFetch(f"{options.model}: one's own file, nothing to fetch")]
+
     def open(self, allocation: Allocation) -> None:
         self._threads = self.options.threads or allocation.threads
         self._gpu = allocation.gpu
-        if self.options.detector in ("scrfd", "centerface"):
+        if self.options.looks_at_every_image:
             _ = self.detector
 
     @cached_property
     def detector(self) -> FaceDetector:
         """Loaded when the first image needs it: ``auto`` needs none where every sample has recorded boxes."""
         o = self.options
-        backend = backends.load("faces", o.pixel_detector or "")
+        model = Path(o.model) if o.model else None
         # One thread a run, and as many runs side by side as there are threads: twice as fast as the other way round.
-        loaded: FaceDetector = backend(Path(o.model) if o.model else None, o.det_size, o.threshold, 1, self._gpu)
+        loaded = detector_class(o.pixel_detector or "")(model, o.det_size, o.threshold, 1, self._gpu)
         logger.info(f"faces: {loaded.name} ({loaded.revision}) on {loaded.device}, {self._threads} threads")
         self._pool = ThreadPoolExecutor(self._threads, "faces")
         return loaded
@@ -221,7 +245,7 @@ class FilterFaces(Stage[Options]):
         if candidate.recorded is None and detector == "recorded":
             how = "null" if RECORDED_FIELD in candidate.metadata else "absent"
             raise SampleError(f"{how}_{RECORDED_FIELD}", "--detector auto looks at the pixels of such samples")
-        if candidate.recorded is None or detector in ("scrfd", "centerface"):
+        if candidate.recorded is None or self.options.looks_at_every_image:
             candidate.image = image_of(sample)
             candidate.digest = xxhash.xxh3_128_hexdigest(candidate.image)
 

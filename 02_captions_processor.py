@@ -19,6 +19,7 @@ from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
+from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.options import at_least, between, exit_code, logger, more_than, parse_options
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
@@ -30,6 +31,7 @@ from curation.rewrite.prompts import (
     opening,
     read_system_prompt,
 )
+from curation.rewrite.weights import prompt_model
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, endpoint_urls
 from curation.shards import Shard, discover
@@ -134,6 +136,14 @@ class RewriteCaptions(Stage[Options]):
     def temperature(self) -> float:
         given = self.options.temperature
         return given if given is not None else EMBEDDED_TEMPERATURE if self.options.embedded else TEMPERATURE
+
+    @classmethod
+    def weights(cls, options: Options) -> Sequence[WeightsNeed]:
+        found = find_model(options.lid_model)
+        language = NothingToFetch(f"{found}: the language model is here, nothing to fetch")
+        if options.embedded:
+            return [language, NothingToFetch("--embedded: the stand-in model came with its package, nothing to fetch")]
+        return [language, prompt_model(options.model_name)]
 
     def fingerprint(self) -> dict[str, object]:
         o = self.options

@@ -14,11 +14,9 @@ from typing import Annotated, Any, Literal
 
 import xxhash
 
-from curation import backends
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
-from curation.backends.generate.presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
-from curation.backends.generate.tiny import build_embedded, cuda_works, embedded_source
+from curation.backends.generate.presets import Preset, families, family_for, preset_for
 from curation.cluster import Allocation, workers_for_gpus
 from curation.edits import (
     GENERATED_XMP,
@@ -37,12 +35,14 @@ from curation.errors import InfrastructureError, SampleError, Stopped, UsageErro
 from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
 from curation.generate.encode import EncodedLog
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
-from curation.models.hub_cache import ModelSource, resolve
+from curation.models.hub_cache import ModelSource
+from curation.models.needs import WeightsNeed
 from curation.options import FINITE, at_least, between, exit_code, logger, parse_options
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import stage_version
 from curation.shards import Shard, discover
 
+DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
 METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
 
@@ -105,6 +105,12 @@ class Options(RunOptions):
         if self.embedded and (self.model != DEFAULT_MODEL or self.revision or self.variant):
             raise UsageError("--embedded brings its own model: leave --model, --revision and --variant out")
 
+    @property
+    def family(self) -> type[Backend]:
+        """The backend that runs the model."""
+        family: type[Backend] = families()["tiny"] if self.embedded else family_for(self.model)
+        return family
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -128,15 +134,22 @@ class GenerateImages(Stage[Options]):
     def source(self) -> ModelSource:
         """The exact model, found without loading it."""
         o = self.options
-        return embedded_source() if o.embedded else resolve(o.model, o.revision, o.variant)
+        return o.family.find(o.model, o.revision, o.variant)
 
     @cached_property
     def settings(self) -> Preset:
         """The model's preset with the flags in it."""
         o = self.options
-        preset = PRESETS["tiny-sd"] if o.embedded else replace(preset_for(o.model)[1], model=o.model)
+        if o.embedded:
+            [preset] = o.family.presets.values()
+        else:
+            preset = replace(preset_for(o.model)[1], model=o.model)
         flags = ("steps", "guidance", "height", "width", "text_tokens", "dtype", "batch_size")
         return replace(preset, **{flag: getattr(o, flag) for flag in flags if getattr(o, flag) is not None})
+
+    @classmethod
+    def weights(cls, options: Options) -> Sequence[WeightsNeed]:
+        return [options.family.weights(options.model, options.revision, options.variant)]
 
     def fingerprint(self) -> dict[str, object]:
         o, s = self.options, self.settings
@@ -167,14 +180,10 @@ class GenerateImages(Stage[Options]):
         o = self.options
         device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
         if o.embedded:
-            build_embedded(self.source)
             logger.warning("--embedded: the pictures are noise from random weights")
-            if not cuda_works():  # the stand-in asks for no GPU, whatever the job was given
-                device = "cpu"
         elif device == "cpu":
             logger.warning(f"no GPU: {self.source.name} on the CPU takes seconds to many minutes a picture")
-        kind: type[Backend] = backends.load("generate", "diffusers")
-        self.backend = kind(
+        self.backend = o.family(
             self.source,
             self.settings,
             negative_prompt=o.negative_prompt,

@@ -11,10 +11,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from curation import backends
+from curation.backends.faces import DetectorName, detector_class
 from curation.cluster import Allocation
 from curation.edits import Edits
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
+from curation.models.needs import WeightsNeed
 from curation.options import exit_code, logger, parse_options
 from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, Placed, ShardLayout
 from curation.reshard.select import AS_IT_IS, Choice, Records, ReshardInputs, copy_keys, survey
@@ -60,7 +61,7 @@ class Options(RunOptions):
     """A sorted .npy array of uids (dtype u8,u8): only these samples, each as often as it stands there."""
     drop_rejected: bool = False
     """Leave out the samples that stages 02 and 03 rejected; without it they stay as they were."""
-    blur_faces: Literal["recorded", "scrfd", "centerface"] | None = None
+    blur_faces: Literal["recorded"] | DetectorName | None = None
     """Blur faces of samples that are not edited: in the boxes that the metadata records, or in a detector's."""
     shard_size: int | None = None
     """Regroup into shards 00000000.tar, 00000001.tar … of so many samples each.  Default: shards stay as they are."""
@@ -151,8 +152,13 @@ class Pass(Stage[Options]):
 
             detector = None
             if boxes != "recorded":
-                detector = backends.load("faces", boxes)(None, None, None, 1, allocation.gpu)
+                detector = detector_class(boxes)(gpu=allocation.gpu)
             self._blur = partial(Blur, detector)
+
+    @classmethod
+    def weights(cls, options: Options) -> Sequence[WeightsNeed]:
+        boxes = options.blur_faces
+        return [] if boxes in (None, "recorded") else [detector_class(boxes).weights()]
 
     def writer(self) -> ShardWriter:
         o, blur = self.options, None if self._blur is None else self._blur()

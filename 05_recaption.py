@@ -46,6 +46,7 @@ from curation.hub.background import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonio import dump_json
 from curation.models import hub_cache
+from curation.models.needs import WeightsBySource, WeightsNeed
 from curation.models.weights import CACHE, fetch_weights
 from curation.options import FINITE, also, at_least, exit_code, logger, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
@@ -187,6 +188,14 @@ class Recaption(Stage[Options]):
         self._limits = limits
         self._merge: JsonlMerge | None = None
         self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
+
+    @classmethod
+    def weights(cls, options: Options) -> Sequence[WeightsNeed]:
+        needs: list[WeightsNeed] = []
+        if options.watermark_model is not None:
+            needs.append(WeightsBySource("--watermark_model", options.watermark_model, options.watermark_sha256))
+        family, source = options.captioner
+        return [*needs, backends.load("caption", family.name).weights(source, options.revision)]
 
     @cached_property
     def _prompt(self) -> str | None:

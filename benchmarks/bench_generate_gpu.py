@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.generate.loading import quiet_libraries
-from curation.backends.generate.presets import PRESETS, Preset
+from curation.backends.generate.presets import Preset, presets
 from curation.backends.generate.tiny import clip_tokenizer, t5_tokenizer
 from curation.edits import GENERATED_XMP
 from curation.errors import SampleError
@@ -161,7 +161,7 @@ class Bench:
 
     def __init__(self, name: str, device: str, dry: bool, batches: int, rounds: int) -> None:
         self.device, self.dry, self.batches, self.rounds = device, dry, batches, rounds
-        preset = PRESETS[MODELS[name][0]]
+        preset = presets()[MODELS[name][0]]
         self.settings: Preset = (
             replace(preset, height=64, width=64, text_tokens=preset.text_tokens and 32) if dry else preset
         )

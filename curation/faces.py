@@ -18,17 +18,24 @@ RECORDED_FIELD = "face_bboxes"  # of DataComp's metadata: corners in [0, 1] of t
 
 
 class FaceDetector(Protocol):
-    """What a ``faces_*`` backend offers."""
+    """A face detector with its weights loaded (``curation/backends/faces``)."""
 
     name: str
     revision: str  # of the weights
     device: str
     det_size: int
     threshold: float
-    wants_pixels: int  # an image's longest side need not have more
+    wants_pixels: int  # The longest side of an image need not have more.
 
     def detect(self, rgb: Pixels) -> Boxes:
-        """Boxes in [0, 1] with score, best first.  Safe to call from several threads at once."""
+        """Find the faces of one image.  Several threads may call it at once.
+
+        Args:
+            rgb: The image, height × width × 3.
+
+        Returns:
+            n × 5: corners x0, y0, x1, y1 as shares of width and height, and the score; the best first.
+        """
 
 
 def recorded_boxes(metadata: Mapping[str, Any]) -> list[list[float]] | None:

@@ -29,9 +29,8 @@ MOST_MODULES, MOST_AT_THE_TOP = 16, 14
 DYNAMIC_IMPORTS = {
     "curation/__main__.py": "the command that was asked for",
     "curation/backends/__init__.py": "the model that was asked for",
-    "curation/backends/extract/identity.py": "the module of a model that the registry found",
     "curation/backends/llm/embedded.py": "the package that carries the language model",
-    "curation/commands/models.py": "a stage's script by its path, for its options",
+    "curation/commands/stages.py": "a stage's script by its path",
     "curation/extract/plugins.py": "a user's file of extractors",
     "curation/models/hub_cache.py": "bitsandbytes, which fails in its own ways",
 }

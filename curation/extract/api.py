@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import UsageError
+from curation.extract.settings import ModelSettings, WeightSource
 
 Kind = Literal["float32", "float64", "int64", "bool", "string", "boxes", "hash"]
 
@@ -120,6 +121,61 @@ class Extractor(Protocol):
         (samples × width, an array or a tensor)."""
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Directive:
+    """A name that ``models`` may hold, and what its extractor computes, as far as that is known without loading it.
+
+    Attributes:
+        name: The whole directive; or, ending in a colon, the prefix of every directive that names a hub id or a folder
+            behind it (``clip:organisation/model``).
+        columns: Names of its columns.  ``{}`` stands for the model's name: the directive itself, or the last part of
+            the hub id or folder.
+        features: Names of its features, likewise.
+    """
+
+    name: str
+    columns: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+
+    @property
+    def is_prefix(self) -> bool:
+        return self.name.endswith(":")
+
+    def outputs(self, directive: str) -> tuple[list[str], list[str]]:
+        """The names of the columns and of the features that the directive's extractor computes."""
+        name = short_name(directive)
+        return [column.format(name) for column in self.columns], [feature.format(name) for feature in self.features]
+
+
+class ExtractorFamily(Protocol):
+    """What the ``Backend`` class of a file in ``curation/backends/extract`` is: it makes extractors.
+
+    Attributes:
+        directives: The names that it has extractors for.
+    """
+
+    directives: tuple[Directive, ...]
+
+    def __call__(self, directive: str, settings: ModelSettings) -> Extractor:
+        """Load the model of one of its directives.
+
+        Raises:
+            InfrastructureError: Its weights are not there, or are of another network.
+        """
+
+    def sources(self, directive: str, settings: ModelSettings) -> list[WeightSource]:
+        """What has to be on this machine before the directive's model can be loaded; empty where it has no weights.
+
+        Raises:
+            InfrastructureError: The user has to name the weights.
+        """
+
+
+def short_name(directive: str) -> str:
+    """What the columns of a model are called: ``clip:organisation/model@revision`` → ``model``."""
+    return directive.partition(":")[2].rstrip("/").rpartition("/")[2].partition("@")[0] or directive
 
 
 def order(extractors: Sequence[Extractor]) -> list[Extractor]:

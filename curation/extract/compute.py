@@ -1,20 +1,190 @@
-"""Batches through the extractors: one transfer to the device for all of them, halved where memory runs out."""
+"""Samples through the models: a batch is transferred to the device once for all of them, and halved where memory runs
+out; what is computed of a shard is kept in its spool.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from curation.errors import ShardError
-from curation.extract.api import Column, Extractor, Feature, Preparation, dependents
-from curation.extract.feed import ExtractLoader, FeedBatch
-from curation.models.batch_size import FittingBatchSize, is_out_of_memory
+from curation.extract.api import Column, Extractor, Feature, Preparation, dependents, order
+from curation.extract.catalogue import Catalogue
+from curation.extract.config import ALL, ExtractConfig, check_outputs
+from curation.extract.feed import ExtractBatch, ExtractLoader, ExtractSample
+from curation.extract.outputs import MetadataRow, MetadataTable, Spool
+from curation.jsonio import dump_json
+from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
+from curation.run import ShardContext
+
+MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught
+
+
+@dataclass(frozen=True, slots=True)
+class SpooledShard:
+    """All samples of a shard, computed and in its spool.
+
+    Attributes:
+        spool: Where the batches are.
+        batches: How many.
+        rows: How many samples.
+        missing: How many samples lack each carried field.
+    """
+
+    spool: Spool
+    batches: int
+    rows: int
+    missing: Counter[str]
+
+
+class Extraction:
+    """The models of a process, loaded, with the loader that prepares samples for them.
+
+    Attributes:
+        table: What the files of a shard look like.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        config: ExtractConfig,
+        device: str,
+        threads: int,
+        *,
+        made_by: Mapping[str, Any],
+        remember_in: Path,
+    ) -> None:
+        """Load every model and start the loader.
+
+        Args:
+            catalogue: Has the configuration's extractors.
+            config: What the user asks for.
+            device: torch's name of it.
+            threads: CPU threads of this process.
+            made_by: The stage's name and version, for the files' own metadata.
+            remember_in: A folder for batch sizes that were found to fit.
+
+        Raises:
+            InfrastructureError: A model cannot be loaded.
+            UsageError: A column or feature that is asked for is computed by no model.
+        """
+        c = self._config = config
+        self._closing: list[Any] = []
+        try:
+            extractors = self._load(catalogue, device, threads)
+            columns = {column.name: column for extractor in extractors for column in extractor.columns}
+            features = {feature.name: feature for extractor in extractors for feature in extractor.features}
+            ordered = order(extractors)
+            asked_columns = _asked(c.postprocess_columns, "postprocess_columns", [*columns])
+            asked_features = _asked(c.postprocess_features, "postprocess_features", [*features])
+            models = {d: {"name": e.name, "revision": e.revision} for d, e in zip(c.models, extractors, strict=True)}
+            self.table = MetadataTable(
+                c.carried_fields,
+                {c.public_name(name): columns[name].kind for name in asked_columns},
+                {c.public_name(name): features[name].width for name in asked_features},
+                c.feature_dtype,
+                doubles=c.use_datacomp_keys,
+                compress=c.compress,
+                metadata={**made_by, "models": models},
+            )
+            plugin = c.custom_pypath and str(Path(c.custom_pypath).expanduser().absolute())
+            processes = max(1, threads if c.nworkers is None else c.nworkers)
+            self._loader = ExtractLoader(distinct(ordered), c.batch_size, processes, plugin)
+            self._closing.insert(0, self._loader)
+            chosen = [columns[name] for name in asked_columns], [features[name] for name in asked_features]
+            self._computer = Computer(ordered, self._loader, *chosen, c.feature_dtype, device)
+        except BaseException:
+            self.close()
+            raise
+        at_once = c.batch_size if device != "cpu" else min(c.batch_size, MOST_AT_ONCE_ON_CPU)
+        kind_of_device = "\0".join([use_device(device), c.dtype, dump_json(models).decode()])
+        self._memory = FittingBatchSize(at_once, kind_of_device, remember_in)
+        self._models_mark = xxhash.xxh3_64_hexdigest(dump_json(models))
+
+    def _load(self, catalogue: Catalogue, device: str, threads: int) -> list[Extractor]:
+        extractors = []
+        for directive in self._config.models:
+            extractor = catalogue.make(directive, device, threads)
+            self._closing.append(extractor)
+            extractors.append(extractor)
+        return extractors
+
+    def close(self) -> None:
+        """End the loader's processes and let go of the models."""
+        while self._closing:
+            self._closing.pop(0).close()
+
+    def compute(self, work: ShardContext, samples: Iterable[ExtractSample]) -> SpooledShard:
+        """Compute all samples of a shard, but those that an earlier attempt has computed; count each of them.
+
+        Raises:
+            ShardError: A model does not give what it promises.
+            Stopped: Between two batches; what is computed is kept.
+        """
+        mark = xxhash.xxh3_64_hexdigest(dump_json([list(work.inputs), self._models_mark]))
+        spool = Spool(work.partial(mark), list(self.table.features))
+        batches = rows = recovered = 0
+        missing: Counter[str] = Counter()
+        with self._loader.batches(samples, spool.has) as take:
+            while True:
+                with work.phase("wait"):
+                    taken = take()
+                if taken is None:
+                    break
+                batch, seconds = taken
+                work.add_seconds("read", batch.seconds_read)
+                work.add_seconds("decode", seconds)
+                if not batch.done:
+                    self._compute(work, batch, spool)
+                missing += _count(work, batch, spool)
+                batches, rows = batches + 1, rows + len(batch.samples)
+                if batch.done:
+                    recovered += len(batch.samples)
+                else:
+                    work.check_stop()
+        if recovered:
+            work.note("recovered", recovered)
+        return SpooledShard(spool, batches, rows, missing)
+
+    def _compute(self, work: ShardContext, batch: ExtractBatch, spool: Spool) -> None:
+        with work.phase("infer"):
+            computed = self._computer.compute(batch, self._memory)
+        self._loader.release(batch)
+        if (limit := self._memory.limit(0)) < self._memory.planned:
+            work.note("batch_shrunk_to", limit)
+        rows, missing = self._rows(batch, computed)
+        named = {self._config.public_name(name): array for name, array in computed.features.items()}
+        with work.phase("write"):
+            spool.put(batch.number, rows, missing, named)
+
+    def _rows(self, batch: ExtractBatch, computed: Computed) -> tuple[list[MetadataRow], Counter[str]]:
+        """The rows of a batch, and how many of its samples lack each carried field."""
+        fields = list(self._config.carried_fields)
+        missing: Counter[str] = Counter()
+        rows = []
+        for number, sample in enumerate(batch.samples):
+            uid = sample.metadata.get("uid")
+            rows.append(
+                MetadataRow(
+                    sample.key,
+                    uid if isinstance(uid, str) else None,
+                    [sample.metadata.get(name) for name in fields],
+                    [cells[number] for cells in computed.columns.values()],
+                    computed.statuses[number],
+                    computed.failed[number],
+                )
+            )
+            missing.update(name for name in {"uid", *fields} if name not in sample.metadata)
+        return rows, missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +224,7 @@ class Computer:
         if device.startswith("cuda"):
             _pin(feed.shared_memory)
 
-    def compute(self, batch: FeedBatch, memory: FittingBatchSize) -> Computed:
+    def compute(self, batch: ExtractBatch, memory: FittingBatchSize) -> Computed:
         """All of a batch.  What does not fit on the device alone is ``out_of_memory``."""
         count = len(batch.samples)
         columns: dict[str, list[Any]] = {column.name: [] for column in self._columns}
@@ -85,7 +255,7 @@ class Computer:
             start = end
         return self._judge(batch, columns, features, lost)
 
-    def _run(self, batch: FeedBatch, start: int, end: int) -> dict[str, Any]:
+    def _run(self, batch: ExtractBatch, start: int, end: int) -> dict[str, Any]:
         """The columns as lists and the features as arrays in memory, of a part of a batch."""
         view = _View(self._feed, batch, start, end, self._device)
         outputs: dict[str, Any] = {}
@@ -105,7 +275,7 @@ class Computer:
 
     def _judge(
         self,
-        batch: FeedBatch,
+        batch: ExtractBatch,
         columns: dict[str, list[Any]],
         features: dict[str, NDArray[Any]],
         lost: Mapping[int, tuple[str, str]],
@@ -138,7 +308,7 @@ class Computer:
 class _View:
     """A part of a batch, as extractors see it."""
 
-    def __init__(self, feed: ExtractLoader, batch: FeedBatch, start: int, end: int, device: str) -> None:
+    def __init__(self, feed: ExtractLoader, batch: ExtractBatch, start: int, end: int, device: str) -> None:
         self._feed, self._batch, self._device = feed, batch, device
         self._start, self._end = start, end
         self._tensors: dict[Preparation, Any] = {}
@@ -164,6 +334,24 @@ class _View:
             host = torch.from_numpy(self.prepared(preparation))
             self._tensors[preparation] = host.to(self._device, non_blocking=True)
         return self._tensors[preparation]
+
+
+def _asked(names: Sequence[str], key: str, computed: Sequence[str]) -> list[str]:
+    """The columns or features that go into the files.  key: of the configuration, for messages."""
+    asked = [*computed] if tuple(names) == ALL else [*names]
+    check_outputs(asked, key, computed)
+    return asked
+
+
+def _count(work: ShardContext, batch: ExtractBatch, spool: Spool) -> Counter[str]:
+    """Count every sample of a batch once, also where an earlier attempt computed it; how many lack a carried field."""
+    rows, missing = spool.rows(batch.number)
+    for row in rows:
+        if row.failed is None:
+            work.keep()
+        else:
+            work.fail(row.key, *row.failed)
+    return missing
 
 
 def distinct(extractors: Sequence[Extractor]) -> tuple[Preparation, ...]:

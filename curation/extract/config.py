@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.errors import UsageError
-from curation.extract.settings import ModelSettings, Precision, Resize
+from curation.extract.settings import ModelSettings, Precision, Resize, WeightSource
+from curation.shards import Shard, discover
 
 logger = logging.getLogger("curation")
 
@@ -23,43 +25,7 @@ MAX_YAML_BYTES = 64 << 20  # input_tars may list every shard of a pool
 FIELD_TYPES = ("string", "int64", "float64", "bool", "boxes", "json")
 
 
-@dataclass(frozen=True, slots=True)
-class Directive:
-    """A name that ``models`` may hold.  family: the backend ``extract_<family>``.  What it gives, where that is known
-    without loading it."""
-
-    family: str
-    columns: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()
-
-
-def _clip(name: str, family: str = "clip") -> Directive:
-    return Directive(family, (f"{name}-score",), (f"{name}-image", f"{name}-text"))
-
-
-DIRECTIVES: Mapping[str, Directive] = MappingProxyType(
-    {
-        "oai-clip-vit-b32": _clip("oai-clip-vit-b32"),
-        "oai-clip-vit-l14": _clip("oai-clip-vit-l14"),
-        "nsfw-detoxify": Directive("toxicity", ("nsfw-detoxify-score",)),
-        "nsfw-image-oai-clip-vit-l-14": Directive("clip_head", ("nsfw-image-score",)),
-        "aesthetic": Directive("clip_head", ("aesthetic-score",)),
-        "faces-scrfd10g": Directive("scrfd", ("face-boxes",)),
-        "dedup-isc-ft-v107": Directive("isc", ("dedup-isc-ft-v107-score",), ("dedup-isc-ft-v107-image",)),
-        "nudenet": Directive("nudenet", ("nudenet-score", "nudenet-label")),
-        "hashes": Directive("hashes", ("phash", "dhash")),
-        "language": Directive("language", ("language", "language-probability")),
-        "statistics": Directive(
-            "statistics",
-            ("image-width", "image-height", "image-aspect", "image-bytes", "caption-words", "caption-characters"),
-        ),
-    }
-)
-
-
-HUB_FAMILIES: Mapping[str, str] = MappingProxyType({"clip": "clip", "siglip": "clip"})  # prefix → family
-
-
+# What DataComp's published metadata calls these columns and features.  It has no other names for other models.
 DATACOMP_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "oai-clip-vit-b32-score": "clip_b32_similarity_score",
@@ -75,14 +41,6 @@ DATACOMP_NAMES: Mapping[str, str] = MappingProxyType(
 
 
 ALL = ("all",)  # of the columns or features that the models give
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """A file, a folder, a hub id (``@revision`` behind it), or a URL with its sha256."""
-
-    source: str
-    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +68,61 @@ class ExtractConfig:
     tars_per_wds: int = 0
     logging: bool = False
     warn_and_continue: bool = False
-    weights: Mapping[str, Weights] = field(default_factory=dict)
-    embeddings: Weights | None = None
+    weights: Mapping[str, WeightSource] = field(default_factory=dict)
+    embeddings: WeightSource | None = None
     feature_dtype: str = "float16"
     compress: bool = False
     dtype: Precision = "auto"
     resize: Resize = "exact"
+
+    @property
+    def carried_fields(self) -> dict[str, str | None]:
+        """The additional fields without uid and key, which are the first columns whether they are asked for or not."""
+        return {name: kind for name, kind in self.additional_fields.items() if name not in ("uid", "key")}
+
+    def input_shards(self, *, allow_pipe: bool) -> list[Shard]:
+        """The shards of every entry of ``input_tars``, by id.
+
+        Args:
+            allow_pipe: Whether entries may be commands (``pipe:``).
+
+        Raises:
+            UsageError: Two different files are one shard.
+        """
+        found: dict[str, Shard] = {}
+        for entry in self.input_tars:
+            for shard in discover(entry, allow_pipe=allow_pipe):
+                other = found.setdefault(shard.id, shard)
+                if other.path != shard.path:
+                    raise UsageError(f"input_tars: two files are shard {shard.id}: {other.path} and {shard.path}")
+        return sorted(found.values(), key=lambda shard: shard.id)
+
+    def processes(self, workers: int, num_gpus: int | None, gpus: str | None, *, device_is_flag: bool) -> int:
+        """How many processes to start on this machine: one for each GPU, unless ``device`` says which one.
+
+        Args:
+            workers: ``--workers``.
+            num_gpus: ``--num_gpus``.
+            gpus: ``--gpus``.
+            device_is_flag: Whether ``device`` comes from a flag and not from the YAML.
+
+        Raises:
+            UsageError: The flag names a GPU that this machine does not have.
+        """
+        if num_gpus is not None or gpus is not None or self.device is None:
+            return workers_for_gpus(workers, num_gpus, gpus)
+        if isinstance(self.device, int) and self.device >= (count := visible_gpus()):
+            if count or device_is_flag:
+                raise UsageError(f"device {self.device}: {count} GPUs can be seen here; --device cpu does without")
+            logger.warning(f"device: {self.device} in the YAML, but no GPU can be seen here: on the CPU")
+        return workers
+
+    def torch_device(self, allocation: Allocation) -> str:
+        """torch's name of a process's device.  ``device`` counts for a lone process; several have a GPU each."""
+        if self.device == "cpu" or allocation.gpu is None:
+            return "cpu"
+        lone = allocation.world == 1 and isinstance(self.device, int)
+        return f"cuda:{self.device if lone else allocation.gpu}"
 
     def public_name(self, name: str) -> str:
         """What a column or feature is called in the files."""
@@ -159,20 +166,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
 
 
-def short_name(directive: str) -> str:
-    """What the columns of a model are called: ``clip:organisation/model@revision`` → ``model``."""
-    return directive.partition(":")[2].rstrip("/").rpartition("/")[2].partition("@")[0] or directive
-
-
-def family_of(directive: str) -> str | None:
-    """The backend of a directive; None where no backend of this package has it."""
-    prefix, colon, rest = directive.partition(":")
-    if colon and rest and prefix in HUB_FAMILIES:
-        return HUB_FAMILIES[prefix]
-    known = DIRECTIVES.get(directive)
-    return known.family if known else None
-
-
 def model_settings(config: ExtractConfig, directive: str, device: str = "cpu", threads: int = 1) -> ModelSettings:
     """How the model of a directive is to be loaded."""
     own, known = config.weights.get(directive), config.embeddings
@@ -188,21 +181,6 @@ def model_settings(config: ExtractConfig, directive: str, device: str = "cpu", t
     )
 
 
-def check_directives(config: ExtractConfig, plugin: Iterable[str] = ()) -> None:
-    """Raise UsageError for a directive that neither this package nor the plugin has, or one that is there twice; for
-    weights of a directive that is not used."""
-    plugin = set(plugin)
-    known = {*DIRECTIVES, *plugin, *(f"{prefix}:<hub id or folder>" for prefix in HUB_FAMILIES)}
-    for directive in config.models:
-        if directive not in plugin and family_of(directive) is None:
-            raise UsageError(f"models: unknown directive {directive!r}: {nearest(directive, known)}")
-        if config.models.count(directive) > 1:
-            raise UsageError(f"models: {directive!r} is there twice")
-    for directive in config.weights:
-        if directive not in config.models:
-            raise UsageError(f"weights: {directive!r} is none of the models: {nearest(directive, config.models)}")
-
-
 def check_outputs(asked: Sequence[str], key: str, given: Sequence[str]) -> None:
     """Raise UsageError for a name that no model gives, or one that is asked for twice.
 
@@ -212,27 +190,6 @@ def check_outputs(asked: Sequence[str], key: str, given: Sequence[str]) -> None:
             raise UsageError(f"{key}: {name!r} is given by no model of `models`: {nearest(name, given)}")
         if asked.count(name) > 1:
             raise UsageError(f"{key}: {name!r} is there twice")
-
-
-def check_names_early(config: ExtractConfig) -> None:
-    """``check_outputs`` before anything is loaded, where every model is one whose outputs are known."""
-    found = [_known_outputs(directive) for directive in config.models]
-    for key, part in (("postprocess_columns", "columns"), ("postprocess_features", "features")):
-        asked: tuple[str, ...] = getattr(config, key)
-        if asked != ALL and all(known is not None for known in found):
-            check_outputs(asked, key, [name for known in found for name in getattr(known, part)])
-
-
-def _known_outputs(directive: str) -> Directive | None:
-    prefix, colon, _ = directive.partition(":")
-    if colon and prefix in HUB_FAMILIES:
-        name = short_name(directive)
-        clip = _clip(name)
-        return (
-            clip if prefix == "clip" else Directive(clip.family, (*clip.columns, f"{name}-probability"), clip.features)
-        )
-    known = DIRECTIVES.get(directive)
-    return known if known is not None and (known.columns or known.features) else None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -306,7 +263,7 @@ def _fields(value: Any) -> dict[str, str | None]:
     return found
 
 
-def _weights(value: Any) -> dict[str, Weights]:
+def _weights(value: Any) -> dict[str, WeightSource]:
     if isinstance(value, str):
         pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
         value = {name: source for name, _, source in pairs}
@@ -315,12 +272,12 @@ def _weights(value: Any) -> dict[str, Weights]:
     return {name: _one_weights(source) for name, source in value.items()}
 
 
-def _one_weights(value: Any) -> Weights:
+def _one_weights(value: Any) -> WeightSource:
     """``source``, or ``source#sha256=<64 hex digits>``."""
     if not isinstance(value, str) or not value:
         raise ValueError("wants a path, a hub id, or a URL with #sha256=… behind it")
     source, mark, sha256 = value.rpartition("#sha256=")
-    return Weights(source, sha256) if mark else Weights(value)
+    return WeightSource(source, sha256) if mark else WeightSource(value)
 
 
 def _text(value: Any) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from curation.errors import SampleError
 from curation.extract.api import Preparation
-from curation.extract.worker import Job, Lost, Outcome, SlotLayout, Slots, WorkerProcess
+from curation.extract.worker import Lost, PreparationJob, PreparationOutcome, SlotLayout, Slots, WorkerProcess
 from curation.tar.samples import MAX_CAPTION_CHARACTERS, Sample, image_of, lenient_metadata
 from curation.tar.scan import IMAGE_SUFFIXES
 
@@ -46,7 +46,7 @@ _POLL_S = 0.1
 
 
 @dataclass(slots=True)
-class FeedSample:
+class ExtractSample:
     """A sample of the shard.  image: its bytes, until they are prepared.  caption: as it lies in the shard, None where
     there is none.  outcome: what became of it in the worker process, or why it was not sent there."""
 
@@ -54,12 +54,12 @@ class FeedSample:
     metadata: dict[str, Any]
     caption: str | None
     image: bytes | None
-    outcome: Outcome = field(default_factory=Outcome)
+    outcome: PreparationOutcome = field(default_factory=PreparationOutcome)
     bad_json: bool = False
 
 
 @dataclass(slots=True, eq=False)
-class FeedBatch:
+class ExtractBatch:
     """The samples of the shard from number × batch size on.  done: an earlier attempt finished it, and nothing is
     prepared.  seconds_read: from the shard, by one thread.  waiting: each gives the seconds of a process; with the
     bytes of images that it holds."""
@@ -67,16 +67,16 @@ class FeedBatch:
     number: int
     done: bool
     slot: int | None = None
-    samples: list[FeedSample] = field(default_factory=list)
+    samples: list[ExtractSample] = field(default_factory=list)
     seconds_read: float = 0.0
     waiting: list[tuple[Future[float], int]] = field(default_factory=list)
 
 
-def feed_sample(sample: Sample) -> FeedSample:
+def extract_sample(sample: Sample) -> ExtractSample:
     """What the models are given of a sample: the .txt (as dataset2metadata gives it), else the json's caption."""
     data = sample.members.get("json")
     metadata = lenient_metadata(data)
-    found = FeedSample(sample.key, metadata, _caption(sample, metadata), None, bad_json=not metadata)
+    found = ExtractSample(sample.key, metadata, _caption(sample, metadata), None, bad_json=not metadata)
     if sample.problem is not None:
         found.outcome.broken = sample.problem
         return found
@@ -97,16 +97,16 @@ def _caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
     return told[:MAX_CAPTION_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-class _Stream:
+class _ShardStream:
     """One shard on its way through the feed.  begun: batches that were given a slot."""
 
-    def __init__(self, samples: Iterator[FeedSample], is_done: Callable[[int], bool], ticket: int) -> None:
+    def __init__(self, samples: Iterator[ExtractSample], is_done: Callable[[int], bool], ticket: int) -> None:
         self.samples, self.is_done, self.ticket = samples, is_done, ticket
-        self.ready: queue.Queue[FeedBatch | None] = queue.Queue(2 * MAX_SLOTS)
-        self.begun: list[FeedBatch] = []
+        self.ready: queue.Queue[ExtractBatch | None] = queue.Queue(2 * MAX_SLOTS)
+        self.begun: list[ExtractBatch] = []
         self.stop = threading.Event()
 
-    def put(self, item: FeedBatch | None) -> bool:
+    def put(self, item: ExtractBatch | None) -> bool:
         """Whether it could be put before somebody stopped."""
         while not self.stop.is_set():
             with contextlib.suppress(queue.Full):
@@ -153,7 +153,7 @@ class ExtractLoader:
             process.end()
         self._slots.close()
 
-    def array(self, batch: FeedBatch, number: int) -> NDArray[Any] | None:
+    def array(self, batch: ExtractBatch, number: int) -> NDArray[Any] | None:
         """One row per sample, of the preparation of that number, until the batch is released; None for dicts."""
         assert batch.slot is not None
         array = self._slots.array(batch.slot, number)
@@ -166,7 +166,7 @@ class ExtractLoader:
         arrays = [self._slots.array(slot, n) for slot in range(layout.slots) for n in range(len(layout.places))]
         return [array for array in arrays if array is not None]
 
-    def release(self, batch: FeedBatch) -> None:
+    def release(self, batch: ExtractBatch) -> None:
         """Its arrays may be used for another batch."""
         if batch.slot is not None:
             slot, batch.slot = batch.slot, None
@@ -174,18 +174,18 @@ class ExtractLoader:
 
     @contextlib.contextmanager
     def batches(
-        self, samples: Iterable[FeedSample], is_done: Callable[[int], bool]
-    ) -> Iterator[Callable[[], tuple[FeedBatch, float] | None]]:
+        self, samples: Iterable[ExtractSample], is_done: Callable[[int], bool]
+    ) -> Iterator[Callable[[], tuple[ExtractBatch, float] | None]]:
         """A function that gives one batch after the other with the seconds that its preparation took in all
         processes; None at the end.  The next ones are read and prepared meanwhile.
 
         is_done: whether an earlier attempt finished the batch of that number, so that its images are not needed.
         """
-        stream = _Stream(iter(samples), is_done, next(self._tickets))
+        stream = _ShardStream(iter(samples), is_done, next(self._tickets))
         reader = ThreadPoolExecutor(1, "read")
         reading = reader.submit(self._read, stream)
 
-        def take() -> tuple[FeedBatch, float] | None:
+        def take() -> tuple[ExtractBatch, float] | None:
             batch = stream.ready.get()
             if batch is None:
                 reading.result()  # raises what went wrong there
@@ -202,7 +202,7 @@ class ExtractLoader:
                 self._abandon(batch)
             self._taking.pass_on(stream.ticket)
 
-    def _abandon(self, batch: FeedBatch) -> None:
+    def _abandon(self, batch: ExtractBatch) -> None:
         """Of a shard that is given up: its slot, once nobody writes there any more.  Released batches have none."""
         if batch.slot is None:
             return
@@ -215,7 +215,7 @@ class ExtractLoader:
 
     # ---- the reading thread
 
-    def _read(self, stream: _Stream) -> None:
+    def _read(self, stream: _ShardStream) -> None:
         try:
             self._reading.wait(stream.ticket, stream.stop)
             for number in itertools.count():
@@ -223,7 +223,7 @@ class ExtractLoader:
                 first = next(stream.samples, None)
                 if first is None or stream.stop.is_set():
                     return
-                batch = FeedBatch(number, stream.is_done(number), seconds_read=time.perf_counter() - began)
+                batch = ExtractBatch(number, stream.is_done(number), seconds_read=time.perf_counter() - began)
                 if not batch.done and not self._take_slot(batch, stream):
                     return
                 self._fill(batch, first, stream)
@@ -233,7 +233,7 @@ class ExtractLoader:
             self._reading.pass_on(stream.ticket)
             stream.put(None)
 
-    def _take_slot(self, batch: FeedBatch, stream: _Stream) -> bool:
+    def _take_slot(self, batch: ExtractBatch, stream: _ShardStream) -> bool:
         while not stream.stop.is_set():
             with contextlib.suppress(queue.Empty):
                 batch.slot = self._free.get(timeout=_POLL_S)
@@ -241,10 +241,10 @@ class ExtractLoader:
                 return True
         return False
 
-    def _fill(self, batch: FeedBatch, first: FeedSample, stream: _Stream) -> None:
+    def _fill(self, batch: ExtractBatch, first: ExtractSample, stream: _ShardStream) -> None:
         """Read the batch's samples and hand them on as they come, so that few of its images are in memory."""
-        jobs: list[Job] = []
-        sample: FeedSample | None = first
+        jobs: list[PreparationJob] = []
+        sample: ExtractSample | None = first
         try:
             while sample is not None and not stream.stop.is_set():
                 if batch.slot is not None:
@@ -261,7 +261,9 @@ class ExtractLoader:
         finally:
             self._submit(batch, jobs)
 
-    def _hand_on(self, batch: FeedBatch, sample: FeedSample, jobs: list[Job], stop: threading.Event) -> None:
+    def _hand_on(
+        self, batch: ExtractBatch, sample: ExtractSample, jobs: list[PreparationJob], stop: threading.Event
+    ) -> None:
         assert batch.slot is not None
         row = len(batch.samples)
         if sample.outcome.broken is not None:
@@ -272,9 +274,9 @@ class ExtractLoader:
             self._submit(batch, jobs)
             self._bytes.wait(size, stop)
         metadata = sample.metadata if self._needs_facts else {}
-        jobs.append(Job(batch.slot, row, sample.key, sample.image, sample.caption, metadata))
+        jobs.append(PreparationJob(batch.slot, row, sample.key, sample.image, sample.caption, metadata))
 
-    def _submit(self, batch: FeedBatch, jobs: list[Job]) -> None:
+    def _submit(self, batch: ExtractBatch, jobs: list[PreparationJob]) -> None:
         if jobs:
             size = sum(len(job.image or b"") for job in jobs)
             batch.waiting.append((self._couriers.submit(self._prepare, batch, tuple(jobs)), size))
@@ -282,7 +284,7 @@ class ExtractLoader:
 
     # ---- a thread for each process
 
-    def _prepare(self, batch: FeedBatch, jobs: tuple[Job, ...]) -> float:
+    def _prepare(self, batch: ExtractBatch, jobs: tuple[PreparationJob, ...]) -> float:
         """Have a process prepare the jobs; the seconds that it took there."""
         process = self._idle.get()
         try:
@@ -296,7 +298,7 @@ class ExtractLoader:
             sample.outcome = outcome
         return seconds
 
-    def _ask(self, process: WorkerProcess, jobs: tuple[Job, ...]) -> tuple[list[Outcome], float]:
+    def _ask(self, process: WorkerProcess, jobs: tuple[PreparationJob, ...]) -> tuple[list[PreparationOutcome], float]:
         try:
             return process.ask(jobs)
         except Lost:
@@ -308,7 +310,7 @@ class ExtractLoader:
                 seconds += took
             except Lost as error:
                 self._slots.clear(job.slot, job.row)
-                outcome = Outcome(broken=error.problem)
+                outcome = PreparationOutcome(broken=error.problem)
                 logger.warning(f"{job.key}: {error.problem[1]}; its row says so")
             outcomes.append(outcome)
         return outcomes, seconds

@@ -49,7 +49,7 @@ _MAX_INT64 = 1 << 63
 
 
 @dataclass(slots=True)
-class Row:
+class MetadataRow:
     """One sample in the parquet.  fields: the carried ones; values: of the columns; both in their order.
     failed: why it counts as failed, None for a sample that is kept."""
 
@@ -62,7 +62,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class MetadataTable:
     """What the files of a shard look like.
 
     fields: the carried ones, name → type, None where the shard's values tell it.  columns: name → kind.
@@ -95,16 +95,16 @@ class Spool:
         return self._log.get(str(number), "rows") is not None
 
     def put(
-        self, number: int, rows: Sequence[Row], missing: Counter[str], features: Mapping[str, NDArray[Any]]
+        self, number: int, rows: Sequence[MetadataRow], missing: Counter[str], features: Mapping[str, NDArray[Any]]
     ) -> None:
         """Write a batch in one go.  missing: how many samples lack a carried field."""
         told = {"missing": missing, "rows": [[*_slots_of(row)] for row in rows]}
         parts = [(str(number), mark, features[name].tobytes()) for name, mark in self._features.items()]
         self._log.append([*parts, (str(number), "rows", dump_json(told))])  # last: where it is, the others are
 
-    def rows(self, number: int) -> tuple[list[Row], Counter[str]]:
+    def rows(self, number: int) -> tuple[list[MetadataRow], Counter[str]]:
         told = parse_json(self._read(number, "rows"), MAX_PAYLOAD_BYTES, MAX_DEPTH + 4)
-        return [Row(*row) for row in told["rows"]], Counter(told["missing"])
+        return [MetadataRow(*row) for row in told["rows"]], Counter(told["missing"])
 
     def feature(self, number: int, name: str) -> bytes:
         return self._read(number, self._features[name])
@@ -116,8 +116,8 @@ class Spool:
         return data
 
 
-def _slots_of(row: Row) -> Iterator[Any]:
-    return (getattr(row, name) for name in Row.__slots__)
+def _slots_of(row: MetadataRow) -> Iterator[Any]:
+    return (getattr(row, name) for name in MetadataRow.__slots__)
 
 
 class _Sink:
@@ -154,7 +154,7 @@ def import_arrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def write_parquet(file: AtomicFile, spool: Spool, batches: int, tar: str, table: Table) -> Counter[str]:
+def write_parquet(file: AtomicFile, spool: Spool, batches: int, tar: str, table: MetadataTable) -> Counter[str]:
     """The rows of a shard; the same bytes for the same rows and version of pyarrow.
 
     Returns how many values of each carried field were of another type than their column, and are null there.
@@ -178,8 +178,8 @@ def write_parquet(file: AtomicFile, spool: Spool, batches: int, tar: str, table:
     return mistyped
 
 
-def _groups(spool: Spool, batches: int) -> Iterator[list[Row]]:
-    waiting: list[Row] = []
+def _groups(spool: Spool, batches: int) -> Iterator[list[MetadataRow]]:
+    waiting: list[MetadataRow] = []
     for number in range(batches):
         waiting += spool.rows(number)[0]
         while len(waiting) >= ROW_GROUP:
@@ -224,7 +224,7 @@ def _text(value: Any) -> str | None:
 # ---- carried fields
 
 
-def _field_types(spool: Spool, batches: int, table: Table) -> dict[str, str]:
+def _field_types(spool: Spool, batches: int, table: MetadataTable) -> dict[str, str]:
     """The type of each carried field's column: as given, as known, or the narrowest that holds the shard's values."""
     types = {name: kind or FIELD_TYPES.get(name) for name, kind in table.fields.items()}
     seen: dict[str, set[str]] = {name: set() for name, kind in types.items() if kind is None}
@@ -278,7 +278,7 @@ def _are_numbers(values: list[Any]) -> bool:
 # ---- npz
 
 
-def write_npz(file: AtomicFile, spool: Spool, batches: int, rows: int, table: Table) -> None:
+def write_npz(file: AtomicFile, spool: Spool, batches: int, rows: int, table: MetadataTable) -> None:
     """The features of a shard, as ``numpy.savez`` arranges them; streamed, and the same bytes for the same features.
 
     Stored unless ``compress``: numbers of this kind hardly shrink, and a stored array can be mapped into memory.

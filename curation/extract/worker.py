@@ -38,7 +38,7 @@ _ALIGNMENT = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PreparationJob:
     """One sample to prepare, and the row of the slot that it goes to.  image: None where it has none."""
 
     slot: int
@@ -50,7 +50,7 @@ class Job:
 
 
 @dataclass(slots=True)
-class Outcome:
+class PreparationOutcome:
     """What became of one sample.  unreadable: why its image has no pixels.  broken: why it has nothing at all.
 
     values: the dicts, by the number of their preparation.
@@ -179,8 +179,8 @@ class _Preparer:
         sides = [int(getattr(preparation, "min_short_side", 0)) for preparation in pictures]
         self._min_short_side = max(sides, default=0) if all(sides) else 0
 
-    def prepare(self, job: Job) -> Outcome:
-        outcome = Outcome()
+    def prepare(self, job: PreparationJob) -> PreparationOutcome:
+        outcome = PreparationOutcome()
         self._slots.clear(job.slot, job.row)
         pixels = self._decode(job, outcome)
         facts = SampleFacts(job.key, job.metadata, job.caption, job.image or b"", outcome.size)
@@ -204,7 +204,7 @@ class _Preparer:
                 outcome.broken = outcome.broken or problem
         return outcome
 
-    def _decode(self, job: Job, outcome: Outcome) -> Pixels | None:
+    def _decode(self, job: PreparationJob, outcome: PreparationOutcome) -> Pixels | None:
         if job.image is None:
             return None
         try:
@@ -236,7 +236,7 @@ class _Preparer:
         finally:
             fcntl.lockf(self._slots.descriptor, fcntl.LOCK_UN)
 
-    def _place(self, job: Job, number: int, made: Any, outcome: Outcome) -> None:
+    def _place(self, job: PreparationJob, number: int, made: Any, outcome: PreparationOutcome) -> None:
         array = self._slots.array(job.slot, number)
         if array is None:
             outcome.values[number] = dict(made)
@@ -270,7 +270,7 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
-    def ask(self, jobs: tuple[Job, ...]) -> tuple[list[Outcome], float]:
+    def ask(self, jobs: tuple[PreparationJob, ...]) -> tuple[list[PreparationOutcome], float]:
         """The outcomes of the jobs, and the seconds that they took.  Raises Lost, after which it may be asked again."""
         connection = self._connection or self._start()
         try:

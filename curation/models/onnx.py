@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ def read_weights(path: Path) -> tuple[bytes, str]:
     except OSError as error:
         raise InfrastructureError(f"the model {path} cannot be read: {error.strerror}") from None
     return data, f"sha256:{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def packaged_file(package: str, name: str) -> Path | None:
+    """The file of that name in the folder of an installed package, found without running any of the package's code."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((path for folder in folders if (path := Path(folder) / name).is_file()), None)
 
 
 def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tuple[Any, str]:

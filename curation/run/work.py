@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, overload
@@ -16,6 +16,7 @@ from typing import Any, Generic, overload
 from curation.cluster import Allocation, StopSignal
 from curation.errors import LostClaim, ShardError
 from curation.jsonio import clean_text, dump_json
+from curation.models.needs import WeightsNeed
 from curation.options import AnyOptions
 from curation.run.checkpoints import PartialLog, Partials
 from curation.run.claims import Claim
@@ -57,6 +58,14 @@ class Stage(ABC, Generic[AnyOptions]):
     @abstractmethod
     def fingerprint(self) -> dict[str, object]:
         """The options that change the output, as JSON values."""
+
+    @classmethod
+    def weights(cls, options: AnyOptions) -> Sequence[WeightsNeed]:
+        """What a run with these options loads, so that it can be fetched ahead.  Default: the stage needs no model.
+
+        It is asked before ``options.check``, and on machines where the stage's folders are not there.
+        """
+        return []
 
     def inputs(self, shard: Shard) -> list[Input]:
         """The files that the shard is made from.  Default: the shard itself, made elsewhere."""

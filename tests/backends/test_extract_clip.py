@@ -90,12 +90,14 @@ def example_photos() -> list[tuple[str, bytes]]:
 
 
 def test_a_picture_of_an_extreme_shape_is_cropped_as_if_it_were_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [(1, 900), (900, 1), (3, 2000), (2000, 3), (230, 700), (700, 230), (300, 900)]
-    odd = [tiny.picture(9, *shape) for shape in shapes]
-    whole = [CentreCrop()(picture) for picture in odd]
+    shapes = [(1, 900), (900, 1), (3, 2000), (2000, 3), (230, 700), (700, 230), (300, 900), (900, 300), (11, 8000)]
+    crops = [tiny.picture(9, *shape) for shape in shapes]
+    whole = [CentreCrop()(pixels) for pixels in crops]
     monkeypatch.setattr(pictures, "MAX_RESIZED_PIXELS", 0)
-    for picture, expected in zip(odd, whole, strict=True):
-        assert np.array_equal(CentreCrop()(picture), expected), picture.shape
+    for pixels, expected in zip(crops, whole, strict=True):
+        difference = np.abs(CentreCrop()(pixels).astype(int) - expected)
+        assert difference.max() <= 2, pixels.shape
+        assert (difference > 0).mean() < 0.001, pixels.shape
     monkeypatch.undo()
     assert CentreCrop()(np.zeros((1, 20_000_000, 3), np.uint8)).shape == (224, 224, 3)  # in no more memory than itself
 
@@ -213,7 +215,7 @@ def test_a_model_of_the_wrong_kind_is_told_and_how_to_name_it(models: Path, tmp_
     with pytest.raises(InfrastructureError, match="cannot be loaded"):
         clip.Backend(B32, settings(tmp_path))
     with pytest.raises(UsageError, match="no such CLIP model"):
-        clip.sources("oai-clip-vit-b16", ModelSettings())
+        clip.Backend.sources("oai-clip-vit-b16", ModelSettings())
 
 
 # ---- heads on features

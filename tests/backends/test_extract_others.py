@@ -167,7 +167,7 @@ def test_embeddings_that_are_none_are_told(tmp_path: Path) -> None:
 def test_weights_that_are_not_here_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(isc, "UPSTREAM_CACHE", tmp_path / "none")
     with pytest.raises(InfrastructureError, match="name the file in"):
-        isc.sources(ISC, ModelSettings())
+        isc.Backend.sources(ISC, ModelSettings())
 
 
 # ---- without a model
@@ -221,6 +221,6 @@ def test_nudenet_sees_what_its_package_sees(photos: list[Any]) -> None:
 
 
 def test_without_the_package_nudenet_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nudenet.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InfrastructureError, match="pip install --no-deps nudenet"):
-        nudenet.sources("nudenet", ModelSettings())
+        nudenet.Backend.sources("nudenet", ModelSettings())

@@ -17,7 +17,7 @@ import pytest
 from curation import backends
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.generate.loading import load_pipeline
-from curation.backends.generate.presets import DEFAULT_MODEL, PRESETS, Preset, preset_for
+from curation.backends.generate.presets import Preset, preset_for, presets
 from curation.backends.generate.tiny import build_atomically, build_embedded, embedded_source, save_tiny_sd
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.generate.batches import seed_of
@@ -41,6 +41,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder / name
 
     return find
+
+
+FLUX = "black-forest-labs/FLUX.1-schnell"
 
 
 def open_backend(folder: Path, *, batch_size: int = 4, **more: Any) -> Backend:
@@ -375,7 +378,7 @@ def test_the_last_batch_is_padded_to_a_fixed_size_when_compiled(tiny: Callable[[
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (DEFAULT_MODEL, "flux.1-schnell"),
+        (FLUX, "flux.1-schnell"),
         ("stabilityai/sd-turbo", "sd-turbo"),
         ("stabilityai/sdxl-turbo", "sdxl-turbo"),
         ("Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers", "sana_sprint"),
@@ -391,11 +394,11 @@ def test_the_last_batch_is_padded_to_a_fixed_size_when_compiled(tiny: Callable[[
 def test_presets_are_chosen_by_the_models_name(model: str, expected: str | None) -> None:
     name, preset = preset_for(model)
     assert name == expected
-    assert preset is PRESETS[name] if name else preset == Preset(model=model)
+    assert preset is presets()[name] if name else preset == Preset(model=model)
 
 
 def test_the_default_preset_is_the_published_datasets() -> None:
-    preset = preset_for(DEFAULT_MODEL)[1]
+    preset = preset_for(FLUX)[1]
     assert (preset.steps, preset.guidance, preset.width, preset.height) == (2, 0.0, 384, 384)
     assert (preset.text_tokens, preset.batch_size, preset.dtype) == (256, 32, "bfloat16")
 
@@ -452,11 +455,11 @@ def test_a_hub_model_without_a_hub_is_one_clear_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InfrastructureError, match="the hub does not answer") as caught:
-        resolve(DEFAULT_MODEL)
+        resolve(FLUX)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InfrastructureError, match="HF_HUB_OFFLINE is set"):
-        resolve(DEFAULT_MODEL)
+        resolve(FLUX)
 
 
 def test_the_hubs_cache_is_enough(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -512,7 +515,7 @@ def test_a_damaged_model_is_one_clear_line(
     folder = copy_pipeline(tiny("tiny-sd"), tmp_path / "tiny-sd")
     (folder / part).write_bytes(spoil_it((folder / part).read_bytes()))
     with pytest.raises(InfrastructureError) as caught:
-        Backend(resolve(str(folder)), replace(PRESETS["tiny-sd"], model=str(folder)))
+        Backend(resolve(str(folder)), replace(presets()["tiny-sd"], model=str(folder)))
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 

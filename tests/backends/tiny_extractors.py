@@ -14,6 +14,7 @@ import numpy as np
 
 from curation.backends.extract.tokens import byte_letters
 from curation.backends.generate.tiny import fill_with_noise
+from curation.extract.api import SampleFacts
 
 # A vocabulary in which some pieces are merged: enough to see whether a tokenizer applies merges as CLIP's does.
 MERGES = [
@@ -163,7 +164,9 @@ class SampleBatch:
     def __init__(
         self, pictures: list[Any], captions: list[str], features: dict[str, Any] | None = None, device: str = "cpu"
     ) -> None:
-        self._given = {"image": pictures, "text": captions}
+        pairs = zip(pictures, captions, strict=True)
+        facts = [SampleFacts("key", {}, caption, b"image", pixels.shape[1::-1]) for pixels, caption in pairs]
+        self._given = {"image": pictures, "text": captions, "sample": facts}
         self.readable = np.ones(len(pictures), bool)
         self.features = features or {}
         self._device = device

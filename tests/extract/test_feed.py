@@ -17,7 +17,7 @@ import pytest
 from curation.errors import InfrastructureError, ShardError
 from curation.extract import feed as feed_module
 from curation.extract import worker
-from curation.extract.feed import MAX_SLOTS, WANTED, ExtractLoader, FeedSample, feed_sample
+from curation.extract.feed import MAX_SLOTS, WANTED, ExtractLoader, ExtractSample, extract_sample
 from curation.extract.plugins import load_plugin
 from curation.extract.worker import SlotLayout
 from curation.images import decode_rgb
@@ -47,8 +47,8 @@ def feed(stub_log: Path) -> Iterator[ExtractLoader]:
     made.close()
 
 
-def samples_of(path: Path) -> Iterator[FeedSample]:
-    return map(feed_sample, read_samples(path, WANTED.__contains__))
+def samples_of(path: Path) -> Iterator[ExtractSample]:
+    return map(extract_sample, read_samples(path, WANTED.__contains__))
 
 
 def shard_of(path: Path, pictures: dict[str, bytes]) -> Path:
@@ -164,7 +164,7 @@ def test_an_unreadable_picture_leaves_no_trace_of_an_earlier_batch(feed: Extract
 
 
 def test_a_shard_that_breaks_off_gives_its_memory_back(feed: ExtractLoader, tmp_path: Path) -> None:
-    def broken() -> Iterator[FeedSample]:
+    def broken() -> Iterator[ExtractSample]:
         yield from list(samples_of(SHARD))[:19]
         raise ShardError("the disk is gone")
 

@@ -31,6 +31,7 @@ from curation.models.hub_cache import (
     resolve,
     snapshot,
 )
+from curation.models.needs import HubFile, WeightsNeed, whole_model
 from curation.models.weights import MODEL_FILES, hub_error_line, hub_errors
 
 # Modules that keep 16 bits under --quantize, as patterns of their whole names: they are small, and rounding hurts them.
@@ -184,6 +185,16 @@ class VisionLanguageModel:
             raise InfrastructureError(f"--model {source}: damaged weights: {hub_error_line(error)}") from error
         except _LOADING_ERRORS as error:
             raise InfrastructureError(f"--model {source}: cannot be loaded: {hub_error_line(error)}") from error
+
+    @classmethod
+    def weights(cls, source: str, revision: str | None) -> WeightsNeed:
+        """See CaptionBackend."""
+
+        def wanted(files: Sequence[HubFile]) -> list[HubFile]:
+            loaded = (file for file in files if any(fnmatch(file.path, pattern) for pattern in MODEL_FILES))
+            return sorted(loaded, key=lambda file: file.path)
+
+        return whole_model(source, revision, None, TRANSFORMER, wanted, local_folder)
 
     # ---- what a family may override
 
@@ -399,11 +410,6 @@ def local_folder(source: ModelSource) -> Path:
         return Path(snapshot_download(source.location, **arguments))
     except hub_errors() as error:
         raise InfrastructureError(f"--model {source.location}: download failed: {hub_error_line(error)}") from error
-
-
-def is_loaded(path: str) -> bool:
-    """Whether a file of a model's repository is fetched."""
-    return any(fnmatch(path, pattern) for pattern in MODEL_FILES)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -23,8 +23,7 @@ from curation.backends.extract.pictures import (
 )
 from curation.backends.extract.tokens import ClipTokens, FolderTokens, is_clip_vocabulary
 from curation.errors import InfrastructureError, UsageError
-from curation.extract.api import Batch, Column, Feature, Preparation
-from curation.extract.config import short_name
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation, short_name
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
@@ -33,19 +32,6 @@ SOURCES = {
     "oai-clip-vit-b32": WeightSource("openai/clip-vit-base-patch32"),
     "oai-clip-vit-l14": WeightSource("openai/clip-vit-large-patch14"),
 }
-
-
-_PREFIXES = ("clip:", "siglip:")
-
-
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """What has to be on this machine before the directive's model can be loaded."""
-    prefix, colon, place = directive.partition(":")
-    default = WeightSource(place) if colon and f"{prefix}:" in _PREFIXES else SOURCES.get(directive)
-    found = settings.source(default)
-    if found is None:
-        raise UsageError(f"{directive}: no such CLIP model; there are {', '.join(SOURCES)}, clip:… and siglip:…")
-    return [found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +46,10 @@ class _Pictures:
 class Backend:
     """One model on one device."""
 
+    directives = (
+        *(Directive(name, ("{}-score",), ("{}-image", "{}-text")) for name in (*SOURCES, "clip:")),
+        Directive("siglip:", ("{}-score", "{}-probability"), ("{}-image", "{}-text")),
+    )
     needs: tuple[str, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
@@ -68,7 +58,7 @@ class Backend:
 
         quiet_transformers()
         self._torch = torch
-        [source] = sources(directive, settings)
+        [source] = self.sources(directive, settings)
         folder = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
         self.name = short_name(directive)
         self.revision = folder_digest(folder)
@@ -97,6 +87,15 @@ class Backend:
         if wants_sigmoid:
             self._sigmoid = (math.exp(model.logit_scale.item()), model.logit_bias.item())
             self.columns += (Column(f"{self.name}-probability", "float32"),)
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        prefix, _, place = directive.partition(":")
+        default = WeightSource(place) if prefix in ("clip", "siglip") and place else SOURCES.get(directive)
+        found = settings.source(default)
+        if found is None:
+            raise UsageError(f"{directive}: no such CLIP model; there are {', '.join(SOURCES)}, clip:… and siglip:…")
+        return [found]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         """Features in float32, whatever the model computes in."""

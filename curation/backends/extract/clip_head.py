@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from curation.errors import InfrastructureError, UsageError
-from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.errors import InfrastructureError
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.models.weights import fetch_weights
 
@@ -44,17 +44,10 @@ HEADS = {
 }
 
 
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """What has to be on this machine before the head can be loaded."""
-    if directive not in HEADS:
-        raise UsageError(f"{directive}: no such head; there are {', '.join(HEADS)}")
-    default = HEADS[directive].source
-    return [settings.source(default) or default]
-
-
 class Backend:
     """One head; it takes the features as they are stored, of length one, as upstream does."""
 
+    directives = tuple(Directive(name, (head.column,)) for name, head in HEADS.items())
     needs: tuple[str, ...] = ("oai-clip-vit-l14-image",)
     features: tuple[Feature, ...] = ()
     preparations: tuple[Preparation, ...] = ()
@@ -63,7 +56,7 @@ class Backend:
         import torch
 
         self._torch = torch
-        [source] = sources(directive, settings)
+        [source] = self.sources(directive, settings)
         path = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
         self.name, self.revision = directive, file_revision(path)
         head = _aesthetic() if directive == "aesthetic" else _nsfw()
@@ -76,6 +69,11 @@ class Backend:
             ) from error
         self._head = head.to(settings.device).eval()
         self.columns = (Column(HEADS[directive].column, "float32"),)
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        default = HEADS[directive].source
+        return [settings.source(default) or default]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         """In float32, whatever the features were computed in."""

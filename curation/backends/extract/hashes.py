@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.images import Pixels
 
@@ -61,14 +61,10 @@ def _lowest_cosines() -> NDArray[np.float64]:
 _COSINES = _lowest_cosines()
 
 
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """Nothing: there is no model."""
-    return []
-
-
 class Backend:
     """What the preparation found, as columns."""
 
+    directives = (Directive("hashes", ("phash", "dhash")),)
     revision = "1"
     needs: tuple[str, ...] = ()
     features: tuple[Feature, ...] = ()
@@ -78,6 +74,10 @@ class Backend:
         self.name = directive
         self._hashes = Hashes()
         self.preparations: tuple[Preparation, ...] = (self._hashes,)
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        return []
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         found = batch.prepared(self._hashes)

@@ -22,7 +22,7 @@ import numpy as np
 from curation.backends.extract.layers import NamedTensors
 from curation.backends.extract.pictures import Normalise, Squeeze
 from curation.errors import InfrastructureError, UsageError
-from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.models.weights import fetch_weights
 
@@ -121,31 +121,17 @@ NO_EMBEDDINGS = "none"
 _ROWS_AT_ONCE = 1 << 16  # of the embeddings: 64 MB of scores for a batch of 256
 
 
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """What has to be on this machine before the model can be loaded: its weights, and the embeddings if any."""
-    found = settings.source(WeightSource(str(UPSTREAM_CACHE)) if UPSTREAM_CACHE.expanduser().is_file() else None)
-    if found is None:
-        raise InfrastructureError(
-            f"{directive}: its weights are not here.  Get {WEIGHTS_URL} and name the file in `weights`, "
-            f"or put it at {UPSTREAM_CACHE}"
-        )
-    if settings.embeddings == NO_EMBEDDINGS:
-        return [found]
-    if settings.embeddings is None:
-        return [found, EMBEDDINGS]
-    return [found, WeightSource(settings.embeddings, settings.embeddings_sha256)]
-
-
 class Backend:
     """The network, and the embeddings that pictures are compared with."""
 
+    directives = (Directive("dedup-isc-ft-v107", ("{}-score",), ("{}-image",)),)
     needs: tuple[str, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch
 
         self._torch = torch
-        weights, *embeddings = sources(directive, settings)
+        weights, *embeddings = self.sources(directive, settings)
         path = fetch_weights(weights.source, weights.sha256, settings.cache, name=directive)
         self.name, self.revision = directive, file_revision(path)
         saved = load_tensors(path, "descriptor network")
@@ -168,6 +154,21 @@ class Backend:
             self._others: Any = rows.to(settings.device)
             self.columns = (Column(f"{directive}-score", "float32"),)
             self.revision += f" embeddings {file_revision(file)}"
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        """Its weights, and the embeddings if any."""
+        found = settings.source(WeightSource(str(UPSTREAM_CACHE)) if UPSTREAM_CACHE.expanduser().is_file() else None)
+        if found is None:
+            raise InfrastructureError(
+                f"{directive}: its weights are not here.  Get {WEIGHTS_URL} and name the file in `weights`, "
+                f"or put it at {UPSTREAM_CACHE}"
+            )
+        if settings.embeddings == NO_EMBEDDINGS:
+            return [found]
+        if settings.embeddings is None:
+            return [found, EMBEDDINGS]
+        return [found, WeightSource(settings.embeddings, settings.embeddings_sha256)]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         """Descriptors; and for each its largest cosine with any of the embeddings."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.language import LanguageIdentifier, find_model
 from curation.models.weights import fetch_weights
@@ -31,26 +31,29 @@ def _identifier(model: str) -> LanguageIdentifier:
     return LanguageIdentifier(Path(model))
 
 
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """The detector's file, if it is another than the one that came with its package."""
-    found = settings.source(None)
-    return [] if found is None else [found]
-
-
 class Backend:
     """What the preparation found, as columns."""
 
+    directives = (Directive("language", ("language", "language-probability")),)
     needs: tuple[str, ...] = ()
     features: tuple[Feature, ...] = ()
     columns = (Column("language", "string"), Column("language-probability", "float32"))
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
-        own = [fetch_weights(s.source, s.sha256, settings.cache, name=directive) for s in sources(directive, settings)]
+        own = [
+            fetch_weights(s.source, s.sha256, settings.cache, name=directive) for s in self.sources(directive, settings)
+        ]
         model = own[0] if own else find_model()
         self.name, self.revision = directive, file_revision(model)
         self._language = Language(str(model))
         self._language("a first line")  # a wrong file is told now
         self.preparations: tuple[Preparation, ...] = (self._language,)
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        """The detector's file, if it is another than the one that came with its package."""
+        found = settings.source(None)
+        return [] if found is None else [found]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         found = batch.prepared(self._language)

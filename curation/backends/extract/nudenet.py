@@ -6,21 +6,19 @@ Square with black to the right and below, 320 × 320, bilinear, the channels in 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import InfrastructureError
-from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
-from curation.models.onnx import open_session, read_weights
+from curation.models.onnx import open_session, packaged_file, read_weights
 from curation.models.weights import fetch_weights
 
 SIDE = 320
@@ -75,28 +73,15 @@ def _taken(pixels: Pixels, rows: NDArray[np.intp], columns: NDArray[np.intp]) ->
     return found
 
 
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """The package's file, or the user's."""
-    package = importlib.util.find_spec("nudenet")  # is not imported by that
-    folders = (package.submodule_search_locations or []) if package else []
-    own = next((file for folder in folders if (file := Path(folder) / "320n.onnx").is_file()), None)
-    found = settings.source(None if own is None else WeightSource(str(own)))
-    if found is None:
-        raise InfrastructureError(
-            f"{directive}: NudeNet's model is not here: pip install --no-deps nudenet (AGPL), or name its 320n.onnx "
-            "in `weights`"
-        )
-    return [found]
-
-
 class Backend:
     """One session, a picture at a time."""
 
+    directives = (Directive("nudenet", ("{}-score", "{}-label")),)
     needs: tuple[str, ...] = ()
     features: tuple[Feature, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
-        [source] = sources(directive, settings)
+        [source] = self.sources(directive, settings)
         path = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
         weights, self.revision = read_weights(path)
         gpu = int(settings.device.partition(":")[2] or 0) if settings.device.startswith("cuda") else None
@@ -106,6 +91,18 @@ class Backend:
         self._square = CornerSquare()
         self.preparations: tuple[Preparation, ...] = (self._square,)
         self.columns = (Column(f"{directive}-score", "float32"), Column(f"{directive}-label", "string"))
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        """The package's file, or the user's."""
+        own = packaged_file("nudenet", "320n.onnx")
+        found = settings.source(None if own is None else WeightSource(str(own)))
+        if found is None:
+            raise InfrastructureError(
+                f"{directive}: NudeNet's model is not here: pip install --no-deps nudenet (AGPL), or name its "
+                "320n.onnx in `weights`"
+            )
+        return [found]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         """The best score of an exposed part, and which; 0 and null where there is none."""

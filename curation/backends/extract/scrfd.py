@@ -25,7 +25,7 @@ from PIL import Image
 from curation.backends.extract.layers import NamedTensors
 from curation.backends.extract.pictures import Normalise
 from curation.errors import InfrastructureError
-from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
@@ -203,20 +203,16 @@ SOURCE = WeightSource(
 Answer = tuple[list[NDArray[Any]], list[NDArray[Any]]]  # scores and distances of one picture, by stride
 
 
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """What has to be on this machine before the detector can be loaded."""
-    return [settings.source(SOURCE) or SOURCE]
-
-
 class Backend:
     """The detector, whichever kind its weights are."""
 
+    directives = (Directive("faces-scrfd10g", ("face-boxes",)),)
     needs: tuple[str, ...] = ()
     features: tuple[Feature, ...] = ()
     columns = (Column("face-boxes", "boxes"),)
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
-        [source] = sources(directive, settings)
+        [source] = self.sources(directive, settings)
         path = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
         self.name = directive
         self._detector: _Onnx | _Torch | None
@@ -225,6 +221,10 @@ class Backend:
         self._side = self._detector.side
         self._square, self._size = WhiteSquare(self._side), PictureSize()
         self.preparations: tuple[Preparation, ...] = (self._square, self._size)
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        return [settings.source(SOURCE) or SOURCE]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         """A list of boxes for each sample, empty where there is no face."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from curation.extract.api import Batch, Column, Feature, Preparation, SampleFacts
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation, SampleFacts
 from curation.extract.settings import ModelSettings, WeightSource
 
 
@@ -26,11 +26,6 @@ class Statistics:
         return found
 
 
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """Nothing: there is no model."""
-    return []
-
-
 class Backend:
     """What the preparation found, as columns."""
 
@@ -46,10 +41,16 @@ class Backend:
         Column("caption-characters", "int64", needs_image=False, needs_text=True),
     )
 
+    directives = (Directive("statistics", tuple(column.name for column in columns)),)
+
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         self.name = directive
         self._statistics = Statistics()
         self.preparations: tuple[Preparation, ...] = (self._statistics,)
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        return []
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         found = batch.prepared(self._statistics)

@@ -11,7 +11,7 @@ from typing import Any
 
 from curation.backends.extract.tokens import FolderTokens
 from curation.errors import InfrastructureError
-from curation.extract.api import Batch, Column, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
@@ -29,14 +29,10 @@ TOXICITY = ("toxicity", "severe_toxicity", "obscene", "identity_attack", "insult
 _OTHER_NAMES = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe_toxic": "severe_toxicity"}
 
 
-def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-    """What has to be on this machine before the model can be loaded."""
-    return [settings.source(SOURCE) or SOURCE]
-
-
 class Backend:
     """The classifier of one folder."""
 
+    directives = (Directive("nsfw-detoxify", ("{}-score",)),)
     needs: tuple[str, ...] = ()
     features: tuple[Feature, ...] = ()
 
@@ -46,7 +42,7 @@ class Backend:
 
         quiet_transformers()
         self._torch = torch
-        [source] = sources(directive, settings)
+        [source] = self.sources(directive, settings)
         folder = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
         self.name, self.revision = directive, folder_digest(folder)
         try:
@@ -59,6 +55,10 @@ class Backend:
         self._tokens = FolderTokens.of(folder, MAX_TOKENS, masked=True)
         self.preparations: tuple[Preparation, ...] = (self._tokens,)
         self.columns = (Column(f"{directive}-score", "float32"),)
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        return [settings.source(SOURCE) or SOURCE]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         """0 to 1; an empty caption has a score as any other."""

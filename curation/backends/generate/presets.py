@@ -1,6 +1,6 @@
-"""How each text-to-image model is meant to be called: a few lines of data a model, and no code but the look-up.
+"""How a text-to-image model is meant to be called, and which family a model belongs to.
 
-The figures are those of the models' own cards; FLUX.1-schnell's are the ones of the published hybrid dataset.
+The presets are data in the families' own files, with the figures of the models' own cards.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import MappingProxyType
+from typing import Any
 
+from curation import backends
 from curation.models.hub_cache import plain_name, public_name
 
 
@@ -18,8 +21,17 @@ from curation.models.hub_cache import plain_name, public_name
 class Preset:
     """What a model is called with unless a flag says otherwise.  None leaves the value to the pipeline's own default.
 
-    height, width: pixels.  text_tokens: the length that prompts are padded to (``max_sequence_length``), for
-    pipelines that take one.  extra: further arguments of the pipeline's call.
+    Attributes:
+        model: The hub id.
+        steps: Denoising steps.
+        guidance: The guidance scale.
+        height: In pixels.
+        width: In pixels.
+        text_tokens: The length that prompts are padded to (``max_sequence_length``), of pipelines that take one.
+        dtype: A torch dtype's name.
+        batch_size: Pictures generated at once.
+        extra: Further arguments of the pipeline's call.
+        licence: Of the weights.
     """
 
     model: str
@@ -34,54 +46,48 @@ class Preset:
     licence: str = "see the model's card"
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "flux.1-schnell": Preset(
-            model="black-forest-labs/FLUX.1-schnell",
-            steps=2, guidance=0.0, height=384, width=384, text_tokens=256, batch_size=32,
-            licence="Apache-2.0",
-        ),
-        "sd-turbo": Preset(
-            model="stabilityai/sd-turbo",
-            steps=1, guidance=0.0, height=512, width=512, batch_size=32,
-            licence="Stability AI non-commercial research community licence",
-        ),
-        "sdxl-turbo": Preset(
-            model="stabilityai/sdxl-turbo",
-            steps=1, guidance=0.0, height=512, width=512, batch_size=16,
-            licence="Stability AI non-commercial research community licence",
-        ),
-        "sana_sprint": Preset(
-            model="Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
-            steps=2, guidance=4.5, height=1024, width=1024, text_tokens=300, batch_size=8,
-            # binning maps a size to the nearest trained one and crops back; sizes here are already chosen
-            extra=MappingProxyType({"use_resolution_binning": False}),
-            licence="NVIDIA NSCL v2-custom; the text encoder under the Gemma terms",
-        ),
-        "z-image-turbo": Preset(
-            model="Tongyi-MAI/Z-Image-Turbo",
-            steps=9, guidance=0.0, height=1024, width=1024, text_tokens=512, batch_size=8,
-            licence="Apache-2.0",
-        ),
-        "tiny-sd": Preset(  # the embedded pipeline: random weights, pictures of noise
-            model="embedded/tiny-sd",
-            steps=1, guidance=0.0, height=256, width=256, dtype="float32", batch_size=8,
-            licence="none needed: random weights",
-        ),
-    }
-)  # fmt: skip
+@cache
+def families() -> Mapping[str, Any]:
+    """The class ``Backend`` of every family, by the name of its file."""
+    return MappingProxyType({name: backends.load("generate", name) for name in backends.names("generate")})
 
-DEFAULT_MODEL = PRESETS["flux.1-schnell"].model
+
+@cache
+def presets() -> Mapping[str, Preset]:
+    """Every family's presets, by name."""
+    return MappingProxyType({name: preset for kind in families().values() for name, preset in kind.presets.items()})
+
+
+@cache
+def text_results() -> Mapping[str, tuple[str | None, ...]]:
+    """What ``encode_prompt`` of a pipeline returns, by the name of the pipeline's class; see ``Backend``."""
+    return MappingProxyType({name: names for kind in families().values() for name, names in kind.text_results.items()})
 
 
 def preset_for(model: str) -> tuple[str | None, Preset]:
-    """The preset of a hub id or a folder, by its last name: ``(name, preset)``.
+    """Find the preset of a model by its last name.
 
-    A model that none is known for gets ``(None, …)``: the pipeline's own defaults.  ``sdxl-turbo-finetuned`` matches
-    ``sdxl-turbo``, since a fine-tuned turbo model is called like its parent; spelling (``_``, ``-``, case) is ignored.
+    ``sdxl-turbo-finetuned`` matches ``sdxl-turbo``, since a fine-tuned turbo model is called like its parent.  The
+    spelling (``_``, ``-``, case) does not matter.
+
+    Args:
+        model: A hub id or a folder.
+
+    Returns:
+        The preset's name and the preset; None and the pipeline's own defaults for a model that no preset is known for.
     """
     name = plain_name(public_name(os.path.abspath(model) if os.path.isdir(model) else model).rpartition("/")[2])
-    for key, preset in sorted(PRESETS.items(), key=lambda item: -len(item[0])):
+    for key, preset in sorted(presets().items(), key=lambda item: -len(item[0])):
         if re.search(rf"(?<![a-z0-9]){re.escape(plain_name(key))}(?![a-z0-9])", name):
             return key, preset
     return None, Preset(model=model)
+
+
+def family_for(model: str) -> Any:
+    """The class ``Backend`` of the family that has the model's preset, or the one that runs any pipeline.
+
+    The stand-in of ``--embedded`` never runs another model, whatever that is called.
+    """
+    name, _ = preset_for(model)
+    found = (kind for kind in families().values() if name in kind.presets and not kind.is_stand_in)
+    return next(found, families()["diffusers"])

@@ -12,22 +12,71 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
 
 from curation.backends.extract.tokens import byte_letters
+from curation.backends.generate import diffusers
 from curation.backends.generate.loading import quiet_libraries
+from curation.backends.generate.presets import Preset
 from curation.errors import InfrastructureError
 from curation.models.hub_cache import ModelSource
+from curation.models.needs import WeightsNeed
 from curation.models.weights import user_cache
 
 BUILDER_VERSION = 1  # raised when the same libraries give other bytes
 
 
 NAME = "tiny-sd"
+
+
+class Backend(diffusers.Backend):
+    """The embedded pipeline, built before it is loaded.  It runs on the CPU where this torch cannot use a GPU."""
+
+    presets: ClassVar = {
+        NAME: Preset(
+            model=f"embedded/{NAME}",
+            steps=1,
+            guidance=0.0,
+            height=256,
+            width=256,
+            dtype="float32",
+            batch_size=8,
+            licence="none needed: random weights",
+        )
+    }
+
+    is_stand_in = True
+
+    def __init__(self, source: ModelSource, settings: Preset, *, device: str = "cpu", **others: Any) -> None:
+        import torch
+
+        build_embedded(source)
+        super().__init__(source, settings, device=device if torch.cuda.is_available() else "cpu", **others)
+
+    @classmethod
+    def find(cls, model: str, revision: str | None, variant: str | None) -> ModelSource:
+        return embedded_source()
+
+    @classmethod
+    def weights(cls, model: str, revision: str | None, variant: str | None) -> WeightsNeed:
+        return _Embedded(embedded_source())
+
+
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    """The embedded pipeline as a need: it is built in place of being fetched."""
+
+    source: ModelSource
+
+    def fetch(self, *, dry_run: bool) -> None:
+        if not dry_run:
+            build_embedded(self.source)
+        print(f"{self.source.location}: --embedded is built, not fetched")
 
 
 def embedded_source() -> ModelSource:
@@ -51,13 +100,6 @@ def build_embedded(source: ModelSource) -> None:
     except OSError as error:
         text = f"{source.location}: the embedded pipeline cannot be built: {error.strerror or error}"
         raise InfrastructureError(text) from error
-
-
-def cuda_works() -> bool:
-    """Whether this torch can use a GPU here."""
-    import torch
-
-    return bool(torch.cuda.is_available())
 
 
 def build_atomically(folder: Path, build: Callable[[Path], None]) -> None:

@@ -16,8 +16,7 @@ from curation.commands.places import StagePlace, provenance
 from curation.commands.plan.cost import evenly
 from curation.edits import LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, SampleError, ShardError
-from curation.extract.api import Preparation
-from curation.extract.config import short_name
+from curation.extract.api import Preparation, short_name
 from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb
 from curation.rewrite.groups import hash_of

@@ -1,0 +1,167 @@
+"""Which extractor stands behind each directive of a configuration: a family's, or one of the user's plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curation.errors import InfrastructureError, UsageError
+from curation.extract.api import Directive, Extractor, ExtractorFamily
+from curation.extract.config import ALL, ExtractConfig, check_outputs, model_settings, nearest
+from curation.extract.plugins import extractors_of, load_plugin, make_extractor
+from curation.extract.settings import ModelSettings, WeightSource, file_revision
+from curation.models.hub_cache import TRANSFORMER, folder_digest, resolve
+from curation.models.needs import NothingToFetch, WeightsBySource, WeightsNeed
+from curation.models.weights import is_hub_id, is_url
+
+_HUB_ID = "<hub id or folder>"  # what stands behind a prefix, in messages
+
+
+class Catalogue:
+    """The extractors that a configuration may name."""
+
+    def __init__(self, families: Iterable[ExtractorFamily], config: ExtractConfig) -> None:
+        """Load the plugin, if the configuration has one, and check every directive.
+
+        Args:
+            families: Those that have a file in ``curation/backends/extract``.
+            config: What the user asks for.
+
+        Raises:
+            UsageError: A directive is unknown or there twice, or weights are given for one that is not used.
+            InfrastructureError: The plugin cannot be loaded.
+        """
+        self._config = config
+        self._known = {directive.name: (family, directive) for family in families for directive in family.directives}
+        self._plugin: Mapping[str, Callable[[str, ModelSettings], Any]] = {}
+        if config.custom_pypath is not None:
+            self._plugin = extractors_of(load_plugin(config.custom_pypath), config.custom_pypath)
+        self._check_directives()
+
+    def make(self, directive: str, device: str, threads: int) -> Extractor:
+        """Load the directive's model.
+
+        Args:
+            directive: One of the configuration's.
+            device: torch's name of it.
+            threads: CPU threads of one session.
+
+        Raises:
+            InfrastructureError: The model cannot be loaded.
+        """
+        settings = model_settings(self._config, directive, device, threads)
+        if directive in self._plugin:
+            return make_extractor(self._plugin[directive], directive, settings)
+        return self._family(directive)(directive, settings)
+
+    def check_outputs_early(self) -> None:
+        """Raise UsageError for a column or feature that no model gives, where that is known without loading one."""
+        if self._plugin:
+            return
+        known = [directive for _, directive in map(self._entry, self._config.models)]
+        if not all(directive.columns or directive.features for directive in known):
+            return
+        outputs = [directive.outputs(name) for directive, name in zip(known, self._config.models, strict=True)]
+        for number, key in enumerate(("postprocess_columns", "postprocess_features")):
+            asked: tuple[str, ...] = getattr(self._config, key)
+            if asked != ALL:
+                check_outputs(asked, key, [name for names in outputs for name in names[number]])
+
+    def weights(self) -> list[WeightsNeed]:
+        """What the models of the configuration are loaded from.  A plugin's models fetch what they need."""
+        needs: list[WeightsNeed] = []
+        for directive in self._config.models:
+            if directive in self._plugin:
+                place = self._config.custom_pypath
+                needs.append(NothingToFetch(f"{directive}: of {place}, which fetches what it needs"))
+            else:
+                needs.append(_DirectiveWeights(self._family(directive), directive, self._settings(directive)))
+        return needs
+
+    def identify(self, on_trouble: Callable[[InfrastructureError], None] | None = None) -> dict[str, list[str]]:
+        """Which exact weights each directive loads, found without loading them.
+
+        Args:
+            on_trouble: Called with what keeps a directive's from being found, which is then left out.
+
+        Returns:
+            A line for each of a directive's weights; other weights give another line, wherever they are.
+
+        Raises:
+            InfrastructureError: Weights are not here, or the revision of a hub id cannot be found out.
+        """
+        found = {}
+        for directive in self._config.models:
+            if directive in self._plugin:
+                continue
+            try:
+                sources = self._family(directive).sources(directive, self._settings(directive))
+                found[directive] = [_identify(directive, source) for source in sources]
+            except InfrastructureError as error:
+                if on_trouble is None:
+                    raise
+                on_trouble(error)
+        return found
+
+    def _settings(self, directive: str) -> ModelSettings:
+        return model_settings(self._config, directive)
+
+    def _find(self, directive: str) -> tuple[ExtractorFamily, Directive] | None:
+        prefix, colon, rest = directive.partition(":")
+        if colon and rest:
+            return self._known.get(f"{prefix}:")
+        return None if colon else self._known.get(directive)
+
+    def _entry(self, directive: str) -> tuple[ExtractorFamily, Directive]:
+        entry = self._find(directive)
+        assert entry is not None, f"{directive} was checked"
+        return entry
+
+    def _family(self, directive: str) -> ExtractorFamily:
+        return self._entry(directive)[0]
+
+    def _check_directives(self) -> None:
+        config = self._config
+        names = [f"{d.name}{_HUB_ID}" if d.is_prefix else d.name for _, d in self._known.values()]
+        names += self._plugin
+        for directive in config.models:
+            if directive not in self._plugin and self._find(directive) is None:
+                raise UsageError(f"models: unknown directive {directive!r}: {nearest(directive, names)}")
+            if config.models.count(directive) > 1:
+                raise UsageError(f"models: {directive!r} is there twice")
+        for directive in config.weights:
+            if directive not in config.models:
+                raise UsageError(f"weights: {directive!r} is none of the models: {nearest(directive, config.models)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _DirectiveWeights:
+    """What one directive's model is loaded from."""
+
+    family: ExtractorFamily
+    directive: str
+    settings: ModelSettings
+
+    def fetch(self, *, dry_run: bool) -> None:
+        sources: Sequence[WeightSource] = self.family.sources(self.directive, self.settings)
+        if not sources:
+            print(f"{self.directive}: nothing to fetch")
+        for source in sources:
+            need = WeightsBySource(self.directive, source.source, source.sha256, self.settings.cache)
+            need.fetch(dry_run=dry_run)
+
+
+def _identify(directive: str, source: WeightSource) -> str:
+    if is_url(source.source):
+        return f"sha256:{source.sha256}"
+    path = Path(source.source).expanduser()
+    if path.is_dir():
+        return folder_digest(path)
+    if path.exists():
+        return file_revision(path)
+    model, _, revision = source.source.partition("@")
+    if is_hub_id(model):
+        return f"{model}@{resolve(model, revision or None, kind=TRANSFORMER, asked_by=directive).revision}"
+    return source.source

@@ -1,0 +1,35 @@
+"""What stage 02 needs on a machine without internet: the language model for prompts, which Ollama fetches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from curation.models.needs import NothingToFetch, WeightsNeed
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+_MODELFILES = {"tulu3:fairclip": Path("examples", "ollama", "Modelfile")}  # of models that are made from another one
+
+
+def prompt_model(name: str) -> WeightsNeed:
+    """The model that writes the prompts: the commands that make Ollama fetch it.
+
+    Args:
+        name: What the server calls the model.
+    """
+    commands = [f"ollama pull {name}"]
+    if (modelfile := _MODELFILES.get(name)) is not None:
+        lines = (_ROOT / modelfile).read_text("utf-8").splitlines()
+        base = next(line.split()[1] for line in lines if line.startswith("FROM "))
+        commands = [f"ollama pull {base}", f"ollama create {name} -f {modelfile}"]
+    return NothingToFetch(
+        "\n".join(
+            [
+                "This command does not fetch the model that writes the prompts.  It needs no token.",
+                "Where Ollama serves it, run these with `ollama serve` and the internet, OLLAMA_MODELS on a shared "
+                "folder:",
+                *(f"    {command}" for command in commands),
+            ]
+        )
+    )

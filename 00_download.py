@@ -36,10 +36,11 @@ from curation.options import FINITE, also, at_least, between, exit_code, logger,
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet, write_csv
+from curation.run.output_folder import refuse_foreign_files
 from curation.run.requeue import Redo, requeue_all
 from curation.run.workers import is_worker
 from curation.shards import Shard
-from curation.storage.buckets import Folder, RemoteFolder, remote_folder
+from curation.storage.buckets import Folder, remote_folder
 from curation.tar.samples import MAX_MEMBER_BYTES
 
 FULL_METADATA, SIMPLE_CSV = "full_metadata.parquet", "metadata.csv"
@@ -99,7 +100,7 @@ class Options(RunOptions):
     max_aspect_ratio: Annotated[float, at_least(1)] = float("inf")
     """Refuse images whose longer side is more than so many times the shorter."""
     user_agent: str = f"Mozilla/5.0 (compatible; curation/{curation.__version__})"
-    """What the servers are told who asks."""
+    """The User-Agent that the servers are sent."""
     user_agent_token: str = "curation"  # noqa: S105 - a name
     """The name by which an X-Robots-Tag may speak to this downloader alone."""
     disallowed_header_directives: str = "noai,noimageai,noindex,noimageindex"
@@ -190,9 +191,9 @@ class Download(Stage[Options]):
             "disallowed_header_directives",
         )  # fmt: skip
         ratio = None if o.max_aspect_ratio == float("inf") else o.max_aspect_ratio
-        told: dict[str, object] = {name: getattr(o, name) for name in names}
+        named: dict[str, object] = {name: getattr(o, name) for name in names}
         place = {} if o.publish_to is None else {"publish_to": str(self.tars)}
-        return {"tables": self.tables.digest(), "max_aspect_ratio": ratio, **told, **place}
+        return {"tables": self.tables.digest(), "max_aspect_ratio": ratio, **named, **place}
 
     def inputs(self, shard: Shard) -> list[Input]:
         return [Input(shard.path)] if self.tables.is_local else []
@@ -275,24 +276,6 @@ class Download(Stage[Options]):
         write_csv(merged, self.output / SIMPLE_CSV, CSV_COLUMNS, lambda row: row["status"] == "success")
 
 
-def check_output_folder(stage: Download, shards: Sequence[Shard], *, rerun: bool) -> None:
-    """Raise UsageError where the output folder holds shards of these names that this stage did not make."""
-    receipts = stage.output / "_receipts" / stage.name
-    if rerun or receipts.exists():
-        return
-    ids = {shard.id for shard in shards}
-    names = [path.name for path in stage.output.iterdir()] if stage.output.is_dir() else []
-    where: Folder = stage.output
-    if isinstance(stage.tars, RemoteFolder) and not any(name.partition(".")[0] in ids for name in names):
-        where, names = stage.tars, stage.tars.names()
-    foreign = sorted(name for name in names if name.partition(".")[0] in ids)
-    if foreign and not receipts.exists():  # else another worker has begun meanwhile
-        raise UsageError(
-            f"{where}: holds {foreign[0]}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which this "
-            "stage did not make; give another --output, or --rerun to replace them"
-        )
-
-
 def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
     """Make shards pending for --retry_failed_urls and --verify, once a run."""
     if not options.again or options.dry_run or is_worker() or not (stage.output / "_receipts" / stage.name).exists():
@@ -314,8 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = UrlTables(options.input, options.output, options.rows_per_shard, columns, dry=options.dry_run)
     shards = tables.shards()
     stage = Download(options, tables)
-    check_output_folder(stage, shards, rerun=options.rerun)
-    prepare_again(stage, options, {shard.id for shard in shards})
+    ids = {shard.id for shard in shards}
+    for place in dict.fromkeys((stage.output, stage.tars)):
+        refuse_foreign_files(stage.output, place, stage.name, ids, rerun=options.rerun)
+    prepare_again(stage, options, ids)
     return run_stage(stage, options, shards)
 
 

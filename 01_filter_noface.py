@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -30,8 +29,8 @@ from curation.options import at_least, between, exit_code, less_than, logger, mo
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import Checkpoints
 from curation.shards import discover
-from curation.tar.samples import Sample, caption_of, check_loose_name, image_of, metadata_of, read_samples
-from curation.tar.scan import IMAGE_SUFFIXES, TarReport
+from curation.tar.samples import Sample, caption_of, check_loose_name, image_of, metadata_of
+from curation.tar.scan import IMAGE_SUFFIXES
 from curation.threads import prefetch
 
 DEFAULT_DETECTOR, EMBEDDED_DETECTOR = "scrfd", "centerface"  # where ``auto`` has to look at pixels
@@ -219,9 +218,7 @@ class FilterFaces(Stage[Options]):
     def _read(self, work: ShardContext) -> Iterator[Candidate]:
         """Every sample of the tar, with its metadata, and with its image where a detector needs it."""
         images = () if self.options.detector == "recorded" else IMAGE_SUFFIXES
-        report = TarReport()
-        for sample in timed(read_samples(work.shard.path, {"json", "txt", *images}, report), work):
-            work.sample_in()
+        for sample in work.samples({"json", "txt", *images}):
             candidate = Candidate(sample.key)
             try:
                 sample.check()
@@ -229,9 +226,6 @@ class FilterFaces(Stage[Options]):
             except SampleError as error:
                 candidate.error = error
             yield candidate
-        if report.samples:  # the runner tells of an empty shard itself
-            for line in report.warnings():
-                work.warn(line)
 
     def _fill(self, candidate: Candidate, sample: Sample) -> None:
         candidate.metadata = metadata_of(sample)
@@ -240,7 +234,7 @@ class FilterFaces(Stage[Options]):
         try:
             candidate.recorded = recorded_boxes(candidate.metadata)
         except SampleError:
-            if detector in ("auto", "recorded"):  # beside a detector they are only compared
+            if detector in ("auto", "recorded"):  # where a detector looks they are only compared
                 raise
         if candidate.recorded is None and detector == "recorded":
             how = "null" if RECORDED_FIELD in candidate.metadata else "absent"
@@ -329,19 +323,6 @@ class FilterFaces(Stage[Options]):
 def mark(detector: FaceDetector) -> str:
     """Detections of other weights are not taken up."""
     return f"{detector.name}-{detector.revision[-8:]}"
-
-
-def timed(samples: Iterable[Sample], work: ShardContext) -> Iterator[Sample]:
-    """The samples; the time that they take to come is the phase ``read``."""
-    seconds, iterator = 0.0, iter(samples)
-    while True:
-        began = time.perf_counter()
-        sample = next(iterator, None)
-        seconds += time.perf_counter() - began
-        if sample is None:
-            work.add_seconds("read", seconds)
-            return
-        yield sample
 
 
 @exit_code

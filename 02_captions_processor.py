@@ -36,8 +36,7 @@ from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_st
 from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, endpoint_urls
 from curation.shards import Shard, discover
 from curation.storage.urls import is_remote
-from curation.tar.samples import caption_of, metadata_of, read_samples
-from curation.tar.scan import TarReport
+from curation.tar.samples import caption_of, metadata_of
 from curation.threads import DaemonPool
 
 CAPTIONS_STAGE = "01_filter_noface"
@@ -46,8 +45,8 @@ EMBEDDED_MODEL = "embedded/gemma-3-270m"
 EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
 
 STAND_IN = (
-    "--embedded: prompts by Gemma 3 270M, a stand-in for trying out.  It is told how each prompt begins, so that the "
-    "group is in it, and often loses the rest of the caption: not for research"
+    "--embedded: prompts by Gemma 3 270M, a stand-in for trying out.  It is given the beginning of each prompt, so "
+    "that the group is in it, and often loses the rest of the caption: not for research"
 )
 
 
@@ -197,8 +196,7 @@ class RewriteCaptions(Stage[Options]):
 
     def process(self, work: ShardContext) -> None:
         with self._one_at_a_time:  # nothing but computing: side by side, all shards' first questions would wait
-            with work.phase("read"):
-                captions = dict(self._read(work))
+            captions = dict(self._read(work))
             with work.phase("language"):
                 guesses = self._keep_language(captions, work)
             groups = assign_groups(guesses, work.shard.id, self.groups, self.options.seed)
@@ -217,26 +215,23 @@ class RewriteCaptions(Stage[Options]):
     def _read(self, work: ShardContext) -> Iterator[tuple[str, str]]:
         """Key and caption of every sample that has one, as one clean line."""
         if not is_tar(work.shard):
-            for name, caption in read_dictionary(work.shard.file).items():
-                work.sample_in()
+            with work.phase("read"):
+                dictionary = read_dictionary(work.shard.file)
+            work.sample_in(len(dictionary))
+            for name, caption in dictionary.items():
                 key = name.removesuffix(KEY_SUFFIX)
                 if isinstance(caption, str):
                     yield key, clean_text(caption)
                 else:
                     work.fail(key, "caption_not_text", f"{work.shard.path}: it is a {type(caption).__name__}")
             return
-        report = TarReport()
-        for sample in read_samples(work.shard.path, {"json", "txt"}, report):
-            work.sample_in()
+        for sample in work.samples({"json", "txt"}):
             try:
                 sample.check()
                 metadata = metadata_of(sample) if "json" in sample.members else {}
                 yield sample.key, caption_of(metadata, sample.members.get("txt"))
             except SampleError as error:
                 work.fail(sample.key, error.reason, error.detail)
-        if report.samples:  # the runner tells of an empty shard itself
-            for line in report.warnings():
-                work.warn(line)
 
     def _keep_language(self, captions: dict[str, str], work: ShardContext) -> dict[str, Guess]:
         """The keys whose captions are in ``--lang`` and short enough to ask about, in order."""
@@ -270,9 +265,8 @@ class RewriteCaptions(Stage[Options]):
         return request_all(
             questions,
             self._until_fit,
+            work=work,
             pool=self._threads,
-            log=work.partial(),
-            check_stop=work.check_stop,
             on_result=on_result,
             patience_s=self.options.timeout,
         )
@@ -307,7 +301,7 @@ class RewriteCaptions(Stage[Options]):
         outcomes: dict[str, Outcome],
         work: ShardContext,
     ) -> None:
-        """The prompts in the shard's order, ``{}`` where there are none, and how each came about."""
+        """Write the prompts in the shard's order (``{}`` without any), and the provenance of each."""
         prompts = []
         for key, (language, probability) in guesses.items():
             outcome, asked = outcomes[key], questions[key]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,9 +31,9 @@ from curation.edits import (
     txt_of,
     with_suffix,
 )
-from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
-from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of
-from curation.generate.encode import EncodedLog
+from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of, shrunk_batches
+from curation.generate.encode import EncodedLog, make_missing
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models.hub_cache import ModelSource
 from curation.models.needs import WeightsNeed
@@ -215,9 +215,8 @@ class GenerateImages(Stage[Options]):
         batches = plan_batches(jobs, self.settings.batch_size)
         step = max(1, self.options.text_batches)
         groups = [batches[start : start + step] for start in range(0, len(batches), step)]
-        log = work.partial()
-        pictures = EncodedLog(work, log, groups, self._encoders, self.options.quality, GENERATED_XMP)
-        self._generate(work, groups, pictures)
+        pictures = EncodedLog(work, groups, self._encoders, self.options.quality, GENERATED_XMP)
+        make_missing(work, groups, pictures, partial(self._make, work), partial(self._encode_texts, work))
         work.note("reused", len(reused))
         work.note("generated", len(jobs))
         work.note("device", self.backend.device_kind)
@@ -281,27 +280,9 @@ class GenerateImages(Stage[Options]):
 
     # ---- pictures
 
-    def _generate(self, work: ShardContext, groups: Sequence[Sequence[Batch]], pictures: EncodedLog) -> None:
-        """Make every batch that is not logged.  While the device works on one, the one before it is encoded."""
-        try:
-            for group in groups:
-                missing = [batch for batch in group if not pictures.has(batch)]
-                texts = self._encode_texts(work, group) if missing and self.options.text_batches else None
-                start = 0
-                for batch in group:
-                    count = len(batch.jobs)
-                    if batch in missing:
-                        part = texts.part(start, count) if texts else None
-                        pictures.take(batch, self._make(work, batch, part))
-                        work.check_stop()
-                    start += count
-        except Stopped:
-            pictures.finish()
-            raise
-        pictures.finish()
-
-    def _encode_texts(self, work: ShardContext, group: Sequence[Batch]) -> Texts | None:
-        prompts = [job.prompt for batch in group for job in batch.jobs]
+    def _encode_texts(self, work: ShardContext, prompts: Sequence[str]) -> Texts | None:
+        if not self.options.text_batches:
+            return None
         with work.phase("infer"):
             return self.backend.encode(prompts, at_once=len(prompts))
 
@@ -316,9 +297,7 @@ class GenerateImages(Stage[Options]):
 
     def _note_shrunk_batches(self, work: ShardContext, batches: Sequence[Batch]) -> None:
         """A shard whose batches did not fit is exempt from the promise of identical bytes, and its receipt says so."""
-        fullest = {(batch.width, batch.height): len(batch.jobs) for batch in reversed(batches)}
-        limits = {size: self.backend.batch.limit(*size) for size in fullest}
-        shrunk = {f"{w}x{h}": limit for (w, h), limit in limits.items() if limit < fullest[w, h]}
+        shrunk = shrunk_batches(batches, self.backend.batch.limit)
         if shrunk:
             work.note("batch_shrunk_to", shrunk)
             work.warn(f"memory ran out: batches of {self.settings.batch_size} were halved ({shrunk})")
@@ -333,7 +312,7 @@ class GenerateImages(Stage[Options]):
         reused: Mapping[str, str],
         pictures: EncodedLog,
     ) -> None:
-        """Every edited sample, in the shard's order.  Nothing is written where there is none."""
+        """Write every edited sample, in the shard's order; no file where no sample was edited."""
         if not work.kept:
             return
         with edits_sink(self.output, work.shard.id, self.options.edits_layout, work.output) as add:

@@ -19,6 +19,7 @@ from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
 from types import FrameType
+from typing import Protocol
 
 from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
 
@@ -28,8 +29,6 @@ PROGRESS_VARIABLE = "CURATION_PROGRESS"  # a file that a job's script wants to b
 TIME_LEFT_VARIABLE = "CURATION_TIME_LEFT"  # what SLURM said when the tasks were started, as squeue writes it
 ONE_SIGNAL_S = 1.0  # SLURM sends SIGTERM to every process of a step, and a parent passes its own on to its workers
 MARGIN_S = 60.0  # before the deadline, at which no new work is begun
-
-
 _DEVICE = re.compile(r"\d+$|GPU-|MIG-")  # an index, or a GPU's or a slice's UUID
 
 
@@ -39,7 +38,7 @@ class Allocation:
 
     rank, world: its number among all tasks that were started together, and how many there are.
     local_rank: its number on this node.  gpu: the index of its CUDA device among the visible ones, None without one.
-    threads: the CPU threads that are its own.  deadline: Unix time at which it is ended, None where nobody ends it.
+    threads: the CPU threads that are its own.  deadline: Unix time at which it is ended; None without a deadline.
     run_id: the same for every process of one submission.
     """
 
@@ -98,7 +97,7 @@ def host_identity() -> tuple[str, str, str]:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
         return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux: nobody is ever presumed dead by pid
+    except OSError:  # not Linux: no process is ever presumed dead by its pid
         return socket.gethostname(), "", ""
 
 
@@ -188,6 +187,13 @@ def note_progress() -> None:
     if path:
         with contextlib.suppress(OSError):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
+
+
+class CheckStop(Protocol):
+    """What long work calls between two steps (``ShardContext.check_stop``)."""
+
+    def __call__(self, *, urgent_only: bool = False) -> None:
+        """Raise Stopped when it is time to end."""
 
 
 class StopSignal:

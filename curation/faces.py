@@ -1,4 +1,4 @@
-"""Boxes of faces: as DataComp records them, as detectors give them, and how far the two agree."""
+"""Boxes of faces: as DataComp records them, as detectors find them, and how far the two agree."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def non_maximum_suppression(boxes: Boxes, iou: float) -> NDArray[np.intp]:
 
 @dataclass(slots=True)
 class Agreement:
-    """Recorded boxes beside a detector's: how many samples have a face by both, by one alone, by neither."""
+    """Compares recorded boxes with a detector's: how many samples have a face by both, by one alone, by neither."""
 
     both: int = 0
     only_recorded: int = 0

@@ -176,7 +176,7 @@ def _exif_of(image: Image.Image) -> dict[str, str]:
 
 
 def _decode_jpeg(data: bytes | memoryview, max_pixels: int, at_least: int | None) -> Pixels | None:
-    """Pixels by libjpeg-turbo, or None where it has reservations that Pillow, told the same, would not share."""
+    """Pixels by libjpeg-turbo, or None for an image that it warns about and Pillow would read without a warning."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_bound(width, height, max_pixels)  # by the decoder's own header: two frame headers could disagree

@@ -1,9 +1,9 @@
 """Which language a caption is written in: fastText's lid.176 on a cleaned caption.
 
-The model was trained on sentences.  Captions from the web are not: they shout, carry file names, sizes, article numbers
-and addresses, and name brands.  So a caption is reduced to its words before the model sees it, and one without words is
-``zxx`` (ISO 639-2: no linguistic content) whatever the model makes of its digits.  ``docs/accuracy-language.md`` tells
-what that is worth, beside other rules.
+The model was trained on sentences.  Captions from the web are no sentences: they are in capitals, hold file names,
+sizes, article numbers and addresses, and name brands.  So a caption is reduced to its words before the model sees it,
+and a caption without words is ``zxx`` (ISO 639-2: no linguistic content), whatever the model makes of its digits.
+``docs/accuracy-language.md`` compares this with other rules.
 """
 
 from __future__ import annotations

@@ -213,9 +213,12 @@ def _help_groups(kind: type[AnyOptions]) -> ConstructorRegistry:
 
 
 def _spelled_out(kind: type[AnyOptions], words: Sequence[str]) -> list[str]:
-    """``--switch``, ``--no_switch``, ``--switch=True`` and ``--switch True`` mean the same for every switch, as the
-    tools that the stages stand for take one or the other; each becomes the one that its field is parsed from: a word
-    alone for ``bool``, a value for ``bool | None``, where a switch that is not given leaves another source its say."""
+    """Spell every switch as tyro parses it, because the tools that the stages replace take different spellings.
+
+    ``--switch``, ``--switch=True`` and ``--switch True`` mean the same, and so do ``--no_switch``, ``--switch=False``
+    and ``--switch False``.  tyro takes a word alone for ``bool``, and a value for ``bool | None`` (None: the flag is
+    not given, and another source decides).
+    """
     hints = get_type_hints(kind)
     optional = {name: bool in (kinds := get_args(hint)) and NoneType in kinds for name, hint in hints.items()}
     switches = {name for name, hint in hints.items() if hint is bool or optional[name]}
@@ -240,8 +243,10 @@ def _spelled_out(kind: type[AnyOptions], words: Sequence[str]) -> list[str]:
 
 
 class _CleanFormatter(logging.Formatter):
-    """Names and captions from the web reach the log: without control characters, each line after a message's first
-    indented, so that none passes for a message of its own."""
+    """Removes control characters, because names and captions from the web reach the log.
+
+    Each further line of a message is indented, so that it cannot look like a message.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         first, *rest = super().format(record).splitlines() or [""]
@@ -252,7 +257,7 @@ class _CleanFormatter(logging.Formatter):
 
 
 def set_up_logging(quiet: bool, name: str = "") -> None:
-    """Lines on stderr with the time, the level where it is not plain information, and the worker's name."""
+    """Log to stderr: a line has the time, the name of the worker where there are several, and the message."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_CleanFormatter(f"%(asctime)s {name + ' ' if name else ''}%(message)s", "%H:%M:%S"))
     logger.handlers[:] = [handler]
@@ -267,7 +272,7 @@ class Main(Protocol):
 
 
 def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
-    """Decorates a script's ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2."""
+    """Decorate a ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -278,7 +283,7 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
             say_error(error)
             return EXIT_USAGE
         except BrokenPipeError:
-            if not _nobody_reads_on():
+            if not _reader_is_gone():
                 raise
             return EXIT_OK
         return code
@@ -286,8 +291,8 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
     return guarded
 
 
-def _nobody_reads_on() -> bool:
-    """Whether stdout's reader is gone, as ``head`` is after its lines; what is still to be written goes nowhere."""
+def _reader_is_gone() -> bool:
+    """Whether stdout's reader is gone, as ``head`` is after its lines; further output is then thrown away."""
     stdout = sys.stdout.fileno()
     poll = select.poll()
     poll.register(stdout, select.POLLOUT)

@@ -71,7 +71,7 @@ def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False, a
 
 
 def is_loose(path: Path) -> bool:
-    """Whether a folder is a shard of loose files as img2dataset leaves them: it is a number, or its table is beside."""
+    """Whether a folder is a shard of loose files (img2dataset): its name is a number, or its table lies beside it."""
     name = path.name
     return path.is_dir() and ((name.isascii() and name.isdigit()) or path.with_name(f"{name}.parquet").is_file())
 

@@ -1,8 +1,7 @@
-"""Work done ahead by threads, handed on in order, with bounds on how far ahead it runs.
+"""Threads that work ahead of their caller, with bounds on how far.
 
-One call that runs beside its caller: the next block is read and parsed while this one is worked on.
-
-Threads that wait on other machines, shared by all shards that a process works on at once.
+``prefetch`` works ahead and hands on in order.  A ``BackgroundCall`` reads and parses the next block while the caller
+works on this one.  A ``DaemonPool`` waits for other machines, and all shards that a process works on share it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 _IDLE_PER_WORKING = 32  # where few items need work, so many others may wait behind each of them
@@ -64,7 +61,7 @@ def prefetch(
 class BackgroundCall(Generic[T]):
     """A thread for one call at a time.  A call that it has not begun when the result is wanted, the caller makes.
 
-    So a machine with a core to spare does two things at once, and on a busy one nobody waits to be woken up.
+    So a machine with a core to spare does two things at once, and on a busy one no thread waits to be woken up.
     """
 
     def __init__(self, name: str) -> None:
@@ -108,7 +105,7 @@ class DaemonPool:
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """``job`` must deal with its own exceptions: there is nobody to raise them to."""
+        """``job`` must deal with its own exceptions: no caller is left to raise them to."""
         self._jobs.put(job)
 
     def shutdown(self) -> None:

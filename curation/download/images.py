@@ -1,4 +1,4 @@
-"""What is stored of a downloaded image: its bytes as they came, or a JPEG of the size that was asked for."""
+"""What is stored of a downloaded image: its bytes as they came, or a JPEG of the size that the options ask for."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 
 _WHITE = 255
-_ENOUGH_TO_CHECK = 8  # pixels of the longest side: every bit of a JPEG is read all the same, at a fraction of the cost
+_ENOUGH_TO_CHECK = 8  # pixels of the longest side: all bits of a JPEG are read even so, at a fraction of the cost
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePolicy:
-    """encode: ``keep`` stores what came, byte for byte; ``jpg`` stores JPEG, upright, resized as asked.
+    """What is stored of an image, and which images are refused.
 
-    size: pixels; which side it is depends on the mode, as in img2dataset.  min_size, max_aspect_ratio: of what came.
-    check: ``header`` takes an image for sound whose header can be read.
+    Attributes:
+        encode: ``keep`` stores the bytes as they came; ``jpg`` stores a JPEG, upright and resized.
+        size: In pixels; the mode says of which side, as in img2dataset.
+        mode: How the image is resized.
+        only_if_bigger: Whether smaller images keep their size.
+        quality: Of a JPEG.
+        min_size: Pixels that the shorter side of the downloaded image must have.
+        max_aspect_ratio: Of the downloaded image.
+        check: ``decode`` refuses an image that cannot be decoded to its end, ``header`` one without a sound header.
+        max_pixels: Bound for decoding.
     """
 
     encode: Encode = "keep"
@@ -45,7 +53,7 @@ class ImagePolicy:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """facts: of what came.  sha256: of the bytes that came.  width, height: of ``data``."""
+    """The bytes to store, of ``width`` × ``height`` pixels; ``facts`` and ``sha256`` are of what was downloaded."""
 
     data: bytes
     suffix: str
@@ -56,7 +64,7 @@ class StoredImage:
 
 
 def make_stored(data: bytes, policy: ImagePolicy) -> StoredImage:
-    """Check, decode and encode as asked.  Raises SampleError for what is no sound image or none that is wanted."""
+    """Check, decode and encode an image.  Raises SampleError where it is damaged or the policy refuses it."""
     facts = image_facts(data, policy.max_pixels)
     shorter, longer = sorted((facts.width, facts.height))
     if shorter < policy.min_size:
@@ -75,7 +83,7 @@ def make_stored(data: bytes, policy: ImagePolicy) -> StoredImage:
 
 
 def _pixels_needed(shorter: int, longer: int, policy: ImagePolicy) -> int | None:
-    """Of the longest side, so that resizing still has at least the pixels that come out; None for all."""
+    """The pixels of the longest side that resizing needs, so that it does not have to enlarge; None for all."""
     if policy.mode == "no":
         return None
     whole = longer if policy.mode in ("keep_ratio_largest", "border") else shorter
@@ -83,10 +91,18 @@ def _pixels_needed(shorter: int, longer: int, policy: ImagePolicy) -> int | None
 
 
 def resize(pixels: Pixels, whole: tuple[int, int], policy: ImagePolicy) -> Pixels:
-    """By img2dataset's modes: ``keep_ratio`` and ``center_crop`` bring the shorter side to the size, ``border`` and
-    ``keep_ratio_largest`` the longer one; ``border`` then fills up to a square with white.
+    """Resize by img2dataset's modes.
 
-    whole: width and height of the image, of which ``pixels`` may be decoded at reduced scale.
+    ``keep_ratio`` and ``center_crop`` bring the shorter side to the size, ``border`` and ``keep_ratio_largest`` the
+    longer one; ``border`` then fills up to a square with white.
+
+    Args:
+        pixels: The image, of shape (height, width, 3), perhaps decoded at a reduced scale.
+        whole: Width and height of the whole image.
+        policy: Mode and size.
+
+    Raises:
+        SampleError: The result would be too large.
     """
     if policy.mode == "no":
         return pixels

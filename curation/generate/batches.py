@@ -1,10 +1,10 @@
-"""Which pictures are made together: sizes that follow the originals, and a batch plan that only the shard decides."""
+"""Which pictures are made together: their sizes follow the originals, and only the shard decides the batch plan."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,6 @@ import xxhash
 
 # Width to height.  Few: every size has a last batch that is not full, and a compiled graph.
 ASPECT_RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0)  # and their inverses
-
-
 MIN_AREA = 0.75  # of the area asked for
 
 
@@ -89,6 +87,16 @@ def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[Batch]:
             del waiting[size]
     numbered += [(first[size], _batch(row)) for size, row in waiting.items()]
     return [batch for _, batch in sorted(numbered, key=lambda item: item[0])]
+
+
+def shrunk_batches(batches: Sequence[Batch], limit: Callable[[int, int], int]) -> dict[str, int]:
+    """``"<width>x<height>"`` → how many pictures fit at once, for each size of which a batch had to be divided.
+
+    limit: (width, height) → how many pictures of that size fit.
+    """
+    fullest = {(batch.width, batch.height): len(batch.jobs) for batch in reversed(batches)}
+    limits = {size: limit(*size) for size in fullest}
+    return {f"{w}x{h}": most for (w, h), most in limits.items() if most < fullest[w, h]}
 
 
 def seed_of(seed: int, key: str) -> int:

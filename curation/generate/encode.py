@@ -1,28 +1,23 @@
-"""Pictures encoded and checkpointed while the device makes the next ones; what an earlier attempt logged is kept."""
+"""The pictures of one shard: made batch by batch, and encoded and saved while the device makes the next ones."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, Self, TypeVar
 
 import orjson
 
-from curation.errors import SampleError
+from curation.errors import SampleError, Stopped
 from curation.generate.batches import Batch
 from curation.images import Pixels, encode_jpeg
 from curation.jsonio import dump_json
-from curation.run.checkpoints import PartialLog
+from curation.run import ShardContext
 
 _PICTURE, _REFUSED = b"P", b"R"  # the first byte of a record
-
-
 _SHA256_BYTES = 32
-
-
 _IN_FLIGHT = 1  # batches being encoded while the device works on another
 
 
@@ -34,35 +29,33 @@ class Pictures(Protocol):
     def image(self, index: int) -> Pixels: ...
 
 
-class Work(Protocol):
-    """What is needed of a shard's work."""
+class Texts(Protocol):
+    """Prompts that are encoded already, in the order of their jobs."""
 
-    def phase(self, name: str) -> AbstractContextManager[None]: ...
+    def part(self, start: int, count: int) -> Self: ...
 
-    def keep(self, count: int = 1) -> None: ...
 
-    def fail(self, key: str, reason: str, detail: str = "") -> None: ...
+AnyTexts = TypeVar("AnyTexts", bound=Texts)
 
 
 class EncodedLog:
     """The pictures of one shard's batches, each with its sha256, in the shard's checkpoint.
 
-    A batch's records are appended in one write and count only together: its bytes depend on which pictures were made
-    with it, so that a batch of which any is missing is made again whole.  Each job is counted as kept or failed once
-    its record is durable or found.
-    groups: the batches whose prompts are encoded together; a picture's bytes depend on those too.
+    The records of a batch are appended in one write and count only together: the bytes of a picture depend on the
+    others of its batch, so a batch of which any is missing is made again as a whole.  Each job is counted as kept or
+    failed once its record is durable or found.
     """
 
     def __init__(
         self,
-        work: Work,
-        log: PartialLog,
+        work: ShardContext,
         groups: Iterable[Sequence[Batch]],
         encoders: Executor,
         quality: int,
         xmp: bytes,
     ) -> None:
-        self._work, self._log = work, log
+        """groups: Batches whose prompts are encoded together; the bytes of a picture depend on those too."""
+        self._work, self._log = work, work.partial()
         self._encoders, self._quality, self._xmp = encoders, quality, xmp
         self._running: deque[tuple[Batch, list[Future[bytes]]]] = deque()
         self._digests: dict[str, str] = {}
@@ -122,3 +115,39 @@ class EncodedLog:
         else:
             reason, detail = orjson.loads(record[1:])
             self._work.fail(key, reason, detail)
+
+
+def make_missing(
+    work: ShardContext,
+    groups: Iterable[Sequence[Batch]],
+    log: EncodedLog,
+    make: Callable[[Batch, AnyTexts | None], Pictures],
+    encode_texts: Callable[[Sequence[str]], AnyTexts | None],
+) -> None:
+    """Make every batch that the log does not have.  While the device works on one, the one before it is encoded.
+
+    Args:
+        work: The shard's context.
+        groups: The shard's batches, those together whose prompts are encoded together.
+        log: Takes the pictures.
+        make: Makes the pictures of a batch, from encoded prompts where there are any.
+        encode_texts: Encodes all prompts of a group at once; None: they are encoded batch by batch when they are made.
+
+    Raises:
+        Stopped: It was time to stop; all pictures that were made are in the log.
+    """
+    try:
+        for group in groups:
+            missing = [batch for batch in group if not log.has(batch)]
+            texts = encode_texts([job.prompt for batch in group for job in batch.jobs]) if missing else None
+            start = 0
+            for batch in group:
+                count = len(batch.jobs)
+                if batch in missing:
+                    log.take(batch, make(batch, texts.part(start, count) if texts else None))
+                    work.check_stop()
+                start += count
+    except Stopped:
+        log.finish()
+        raise
+    log.finish()

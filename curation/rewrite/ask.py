@@ -1,4 +1,4 @@
-"""Asking the questions of one shard: many at once, each until a reply is fit, every reply durable before it counts."""
+"""Asks all questions of one shard, many at once; each reply is durable before it counts."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 from curation.errors import SampleError, Stopped
 from curation.jsonio import dump_json, parse_json_object
+from curation.run import ShardContext
 from curation.run.checkpoints import PartialLog
 from curation.threads import DaemonPool
 
 BATCH = 256  # replies that are recorded in one write, at most
-
-
 GATHER_S = 0.01  # a reply waits so long for others, so that one write is not made for each
-
-
 WAIT_S = 0.5  # how often a signal is looked for while nothing comes
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about one sample.  ``digest``: of all that the reply depends on beyond the stage's options."""
+    """What is asked about one sample.
+
+    Attributes:
+        caption: The caption to rewrite.
+        group: The group that the prompt is to portray; None without groups.
+        digest: Of all that the reply depends on beyond the stage's options.
+    """
 
     caption: str
     group: str | None
@@ -34,9 +36,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The prompt, or None and why there is none.  ``asked``: how many replies it took.
+    """What came of a question.
 
-    tokens_read, tokens_written: of all those replies and their questions, as the servers count them.
+    Attributes:
+        prompt: The prompt; None where no reply was one.
+        asked: How many replies it took.
+        reason: Why there is no prompt, as a word that is counted; ``detail`` says more.
+        tokens_read: Of all questions, as the servers count them.
+        tokens_written: Of all replies.
     """
 
     prompt: str | None
@@ -47,35 +54,38 @@ class Outcome:
     tokens_written: int = 0
 
 
-class CheckStop(Protocol):
-    def __call__(self, *, urgent_only: bool = False) -> None:
-        """Raise Stopped when it is time to end."""
-
-
+# key, question, and a function to call before each try and while waiting → outcome
 Ask = Callable[[str, Question, Callable[[], None]], Outcome]
-
-
-Settle = Callable[[str, Outcome], None]
 
 
 def request_all(
     questions: Mapping[str, Question],
     ask: Ask,
     *,
+    work: ShardContext,
     pool: DaemonPool,
-    log: PartialLog,
-    check_stop: CheckStop,
-    on_result: Settle,
+    on_result: Callable[[str, Outcome], None],
     patience_s: float,
 ) -> dict[str, Outcome]:
-    """key → outcome of every question.  What the log has is not asked again.
+    """Ask all questions of one shard.  A question whose outcome is in the shard's checkpoint is not asked again.
 
-    ask: called in the pool's threads with key, question, and a function to call before each try and while waiting.
-        A SampleError of it is an outcome that is not recorded (the server was at fault, and may not be next time).
-    settle: called in the calling thread with each key and outcome, once it is recorded.
-    patience_s: how long replies that are on their way are waited for once it is time to end.
-    Raises Stopped, with every reply that came recorded; and whatever else ``ask`` raises.
+    Args:
+        questions: key → question.
+        ask: Called in the pool's threads.  A SampleError that it raises becomes an outcome that is not recorded: the
+            server was at fault, and may not be next time.
+        work: The shard's context; it gives the checkpoint, and the time to stop.
+        pool: The threads.
+        on_result: Called in the calling thread with each key and outcome, once the outcome is recorded.
+        patience_s: Seconds to wait for replies that are on their way when it is time to stop.
+
+    Returns:
+        key → outcome, of every question.
+
+    Raises:
+        Stopped: It was time to stop; every reply that came is recorded.
+        Exception: Whatever else ``ask`` raises.
     """
+    log = work.partial()
     outcomes = {}
     for key, question in questions.items():
         recorded = log.get(key, question.digest)
@@ -89,12 +99,12 @@ def request_all(
     try:
         while shard.awaited:
             _take(shard, log, outcomes, on_result)
-            check_stop()
+            work.check_stop()
     except Stopped:
         shard.halt.set()  # nothing more is begun
         ends = time.monotonic() + patience_s
         while shard.awaited and time.monotonic() < ends:
-            check_stop(urgent_only=True)
+            work.check_stop(urgent_only=True)
             _take(shard, log, outcomes, on_result)
         raise
     finally:
@@ -130,8 +140,10 @@ class _Pending:
             raise Stopped("the shard is given up")
 
 
-def _take(shard: _Pending, log: PartialLog, outcomes: dict[str, Outcome], on_result: Settle) -> None:
-    """What has come back meanwhile: record it, then count it."""
+def _take(
+    shard: _Pending, log: PartialLog, outcomes: dict[str, Outcome], on_result: Callable[[str, Outcome], None]
+) -> None:
+    """Record the outcomes that have come back, then hand them on."""
     came: dict[str, Outcome] = {}
     records = []
     problem: BaseException | None = None

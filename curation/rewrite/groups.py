@@ -1,4 +1,4 @@
-"""The groups of people that prompts portray, and which sample portrays which: balanced, and the same on every run."""
+"""The groups of people that prompts portray, and which sample portrays which: balanced, and the same in every run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,10 @@ from curation.jsonio import clean_text
 
 # The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its words
 ETHNICITIES = ("black", "white", "asian", "latino", "middle east", "indian")
-
-
 GENDERS = ("male", "female")
 
 MAX_FILE_BYTES = 64 << 10
-
-
 MAX_GROUPS = 10_000
-
-
 MAX_CHARACTERS = 100
 
 Groups = tuple[str, ...]
@@ -84,7 +78,7 @@ def assign_groups(keys: Iterable[str], shard_id: str, groups: Groups, seed: int)
 
 
 def hash_of(seed: int, *parts: object) -> int:
-    """64 bits that are the same everywhere; parts are told apart."""
+    """A 64-bit hash that is the same everywhere; ("ab", "c") and ("a", "bc") differ."""
     text = "\0".join(str(part) for part in (seed, *parts))
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 

@@ -1,4 +1,4 @@
-"""What is asked of a language model about a caption, and which of its answers becomes a text-to-image prompt."""
+"""What a language model is asked about a caption, and which of its replies becomes a text-to-image prompt."""
 
 from __future__ import annotations
 
@@ -13,23 +13,11 @@ from curation.rewrite.groups import hash_of
 from curation.serving.wire import CONTEXT_TOKENS, Reply, Request
 
 MAX_CAPTION_CHARACTERS = 2000  # about 500 tokens of English
-
-
 MAX_PROMPT_CHARACTERS = 1000  # text-to-image models read 77 to 512 tokens
-
-
 MIN_PROMPT_CHARACTERS = 8
-
-
 MAX_TOKENS = 256
-
-
 MAX_SYSTEM_BYTES = 64 << 10
-
-
 WARMER = 0.2  # a reply that was refused is asked for again at a higher temperature, up to:
-
-
 HOTTEST = 1.5
 
 # The system prompt.  Ollama models carry it in their Modelfile (examples/ollama/Modelfile has this very text).
@@ -50,7 +38,7 @@ Answer with the rewritten English sentence alone, on one line: no quotation mark
 
 
 class Verdict(NamedTuple):
-    """The prompt, or None and the reason why the reply is none."""
+    """The prompt, or None and the reason why the reply is no prompt."""
 
     prompt: str | None
     reason: str = ""
@@ -151,14 +139,8 @@ def judge(reply: Reply, begun: str = "") -> Verdict:
 
 
 _DOUBLE_QUOTES = re.compile('["“”„‟〝〞＂]')
-
-
 _LINES = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
-
-
 _WORD = re.compile(r"[^\W\d_]{2}").search
-
-
 _QUOTED = {'"': '"', "“": "”", "„": "“", "'": "'", "‘": "’", "«": "»", "`": "`", "*": "*"}
 
 

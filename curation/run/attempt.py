@@ -1,22 +1,20 @@
-"""What happens to one claimed shard: the attempt, its commit or failure, and clearing up after those that died.
+"""What happens to one claimed shard: the attempt, its commit or failure, and clearing up after attempts that died.
 
-What a receipt says: the whole story of one shard in one stage, in one JSON object.
+The receipt of an attempt is built here: one JSON object that says all that was done to the shard.
 
-Shards that kill their workers (a crash in a decoder, more memory than the job has): found, and tried alone at last.
-
-A worker that is asked to end gives its claims back, so that a claim whose holder is gone tells of a crash, a kill or a
-lost node.  Of several shards in one process nobody knows which was to blame: one on which two attempts in a row died
-without finishing anything is therefore worked on alone, and only a third death there is laid at its door.
+Some shards kill their workers (a crash in a decoder, more memory than the job has).  A worker that is asked to end
+releases its claims, so a claim whose holder is gone means a crash, a kill or a lost node.  While a process works on
+several shards, nobody knows which of them killed it.  So a shard on which two attempts in a row died without
+finishing anything is worked on while its process does nothing else, and fails only when that attempt dies too.
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
 import subprocess
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -44,7 +42,7 @@ def build_receipt(
     allocation: Allocation,
     token: str,
     *,
-    epoch: int,
+    options_version: int,
     outputs: Sequence[Published],
     began: float,
     error: dict[str, Any] | None,
@@ -52,12 +50,24 @@ def build_receipt(
     sources: Sequence[Input] = (),
     open_s: float = 0.0,
 ) -> dict[str, Any]:
-    """The receipt of one attempt.  ``error`` None: done.  Times and hosts stand here and nowhere else.
+    """The receipt of one attempt.  Times and hosts stand in receipts and nowhere else.
 
-    sources: where the inputs come from, one for each of ``work.inputs``.
-    open_s: what it took this process to get ready, models and all.
-    quarantine: count the failure as the last that is tried unasked.
-    Units: seconds are wall-clock seconds by phase, summed over threads; ``started`` and ``finished`` are Unix times.
+    Args:
+        work: What the stage has counted, noted and written.
+        stage: The stage.
+        allocation: Of this process.
+        token: Of the attempt.
+        options_version: The number of the options version that the attempt works for.
+        outputs: The files that it publishes.
+        began: Unix time.
+        error: Why the shard failed; None where it is done.
+        quarantine: Do not try the shard again unless it is named.
+        sources: Where the inputs come from, one for each of ``work.inputs``.
+        open_s: Seconds that this process took to get ready, loading of models included.
+
+    Returns:
+        The receipt.  ``seconds`` are wall-clock seconds by phase, summed over threads; ``started`` and ``finished`` are
+        Unix times.
     """
     previous = work.previous or {}
     receipt: dict[str, Any] = {
@@ -65,7 +75,7 @@ def build_receipt(
         "stage": stage.name,
         "version": stage.version,
         "status": "failed" if error else "done",
-        "epoch": epoch,
+        "epoch": options_version,
         "generation": int(previous.get("generation", 0)) + 1,
         "token": token,
         "run": allocation.run_id,
@@ -96,7 +106,7 @@ def build_receipt(
         receipt["superseded"] = superseded
     if error:
         receipt["error"] = error
-        failed_before = previous.get("status") in ("failed", "retry") and previous.get("epoch") == epoch
+        failed_before = previous.get("status") in ("failed", "retry") and previous.get("epoch") == options_version
         attempts = int(previous.get("attempts", 0)) + 1 if failed_before else 1
         receipt["attempts"] = max(attempts, MAX_ATTEMPTS) if quarantine else attempts
     return receipt
@@ -105,7 +115,8 @@ def build_receipt(
 def _superseded(work: ShardContext, paths: set[str]) -> list[str]:
     """Files that the last receipt named and this one does not: to be removed, by whoever finds them after a crash.
 
-    Those that the last one superseded stay listed: one may be lying aside just now, under a name that nobody knows.
+    Those that the last one superseded stay listed: one may be renamed aside just now, under a name that only the
+    process that renamed it knows.
     """
     previous = work.previous or {}
     named = [output["path"] for output in previous.get("outputs", []) if output.get("checked", True)]
@@ -127,38 +138,41 @@ def code_version() -> str:
 
 
 MAX_DEATHS = 3
+WORKERS_DIED = "workers_died"  # the reason of a shard that was failed for it
 
 
-REASON = "workers_died"
+def deaths_without_progress(deaths: Sequence[LostAttempt], with_checkpoints: set[str]) -> list[LostAttempt]:
+    """The attempts at the end of ``deaths`` that had begun and died without finishing anything.
 
-
-_LOOK_EVERY_S = 0.2
-
-
-def deaths_without_progress(deaths: Sequence[LostAttempt], fruitful: set[str]) -> list[LostAttempt]:
-    """The last deaths in a row of attempts that had begun and finished nothing.
-
-    fruitful: the tokens of attempts that left checkpoints.
+    Args:
+        deaths: All attempts that died on the shard, the oldest first.
+        with_checkpoints: The tokens of attempts that left checkpoints.
     """
     found: list[LostAttempt] = []
     for death in reversed(deaths):
-        if death.token in fruitful:
+        if death.token in with_checkpoints:
             break
         if death.token:  # else it died before it could write its claim
             found.insert(0, death)
     return found
 
 
-def is_poison(deaths: Sequence[LostAttempt]) -> bool:
-    """Whether the shard is to be worked on alone."""
+def may_be_poison(deaths: Sequence[LostAttempt]) -> bool:
+    """Whether the shard may kill its workers, so that its process should do nothing else meanwhile."""
     return len(deaths) >= MAX_DEATHS - 1
 
 
 def fail_if_poison(shard_id: str, deaths: Sequence[LostAttempt]) -> None:
-    """Raise ShardError for a shard on which so many workers died that the next would die too."""
+    """Fail a shard on which so many workers died that the next one would die too.
+
+    Raises:
+        ShardError: At least ``MAX_DEATHS`` died in a row, one of them while it worked on nothing else.
+    """
     if len(deaths) >= MAX_DEATHS and any(death.alone for death in deaths):
         who = "; ".join(_describe(death) for death in deaths)
-        raise ShardError(f"shard {shard_id}: {len(deaths)} workers died on it one after the other ({who})", REASON)
+        raise ShardError(
+            f"shard {shard_id}: {len(deaths)} workers died on it one after the other ({who})", WORKERS_DIED
+        )
 
 
 def _describe(death: LostAttempt) -> str:
@@ -170,47 +184,22 @@ def _describe(death: LostAttempt) -> str:
     return f"{where}, SLURM job {job}" if job else where
 
 
-class Room:
-    """Shards that one process works on: many at once, or a single one alone."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._alone = False
-        self._wanting_alone = 0
-
-    @contextlib.contextmanager
-    def enter(self, *, alone: bool, check: Callable[[], None]) -> Iterator[None]:
-        """Wait until there is room; ``check`` is called meanwhile, and may raise to give up."""
-        with self._changed:
-            self._wanting_alone += alone
-            try:
-                while self._alone or (self._inside if alone else self._wanting_alone):
-                    check()
-                    self._changed.wait(_LOOK_EVERY_S)
-            finally:
-                self._wanting_alone -= alone
-                self._changed.notify_all()
-            self._inside += 1
-            self._alone = alone
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._alone = False
-                self._changed.notify_all()
-
-
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """One attempt.  epoch: the one it works for; began: Unix time."""
+    """One attempt.
+
+    Attributes:
+        options_version: The number of the options version that it works for.
+        began: Unix time.
+        alone: Its process works on no other shard meanwhile.
+    """
 
     work: ShardContext
     claim: Claim
     inputs: Sequence[Input]
-    epoch: int
+    options_version: int
     began: float
+    alone: bool
 
 
 class Attempts:
@@ -237,7 +226,6 @@ class Attempts:
         self._tally = tally
         self._leftovers = StaleTempFiles()
         self._partials = Partials(ledger.root / "_partial" / stage.name)
-        self._room = Room()
         self.open_s = 0.0  # that this process took to get ready
 
     def wanted(self, state: State) -> bool:
@@ -252,16 +240,30 @@ class Attempts:
         return self._options.retry_failed and int(receipt.get("attempts", 1)) < MAX_ATTEMPTS
 
     def count(self, state: State, shard: Shard) -> None:
-        """The shard is not wanted: tell what it is."""
+        """Count a shard that this run does not work on, and say in the log why it is blocked or failed."""
         self._tally.shards(state.what)
         if state.what in ("blocked", "failed"):
             logger.warning(f"{shard.id} {state.what}: {state.why}")
         self._progress.shard_passed()
 
-    def attempt(self, shard: Shard, claim: Claim) -> Literal["settled", "late", "lost"]:
-        """Work on a shard.  late: another worker had done it; lost: another took it, it is to be looked at again.
+    def needs_to_be_alone(self, claim: Claim) -> bool:
+        """Whether this process should work on nothing else while it works on the shard, which may kill it."""
+        return may_be_poison(self._deaths_without_progress(claim))
 
-        Raises InfrastructureError where the run cannot go on.
+    def attempt(self, shard: Shard, claim: Claim, *, alone: bool = False) -> Literal["settled", "late", "lost"]:
+        """Work on a shard.
+
+        Args:
+            shard: The shard.
+            claim: This process's claim on it.
+            alone: This process works on nothing else meanwhile.
+
+        Returns:
+            settled: The shard is done, failed, blocked or left to a later start.  late: Another worker had done it.
+            lost: Another worker took it over; it should be looked at again.
+
+        Raises:
+            InfrastructureError: The run cannot go on.
         """
         self._ledger.check_options_version(shard.id)
         inputs = self._stage.inputs(shard)
@@ -277,9 +279,9 @@ class Attempts:
             self.count(State("blocked", str(error)), shard)
             return "settled"
         work = self._work(shard, claim, state)
-        epoch = self._ledger.governing(shard.id).number
+        options_version = self._ledger.governing(shard.id).number
         try:
-            self._run(_Attempt(work, claim, inputs, epoch, time.time()))
+            self._run(_Attempt(work, claim, inputs, options_version, time.time(), alone))
         except Stopped:
             self._tally.shards("left")
         except LostClaim as error:
@@ -293,13 +295,13 @@ class Attempts:
         return "settled"
 
     def untidy(self, state: State) -> bool:
-        """Whether a file lies about that the receipt of a shard superseded, which only its winner knew of."""
+        """Whether an output is still there that the newest receipt of the shard no longer names."""
         return state.what in ("done", "failed") and has_obsolete_outputs(
             self._ledger.root, state.receipt, self._ledger.presence
         )
 
     def tidy(self, shard: Shard, claim: Claim) -> None:
-        """Finish what an attempt that was killed after its commit had still to clear away."""
+        """Clear away what an attempt left that was killed after its commit."""
         state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=True)
         if not self.wanted(state):
             self._tidy(shard, claim, state)
@@ -329,16 +331,11 @@ class Attempts:
     def _run(self, this: _Attempt) -> None:
         work, claim = this.work, this.claim
         try:
-            deaths: Sequence[LostAttempt] = claim.deaths
-            if deaths:
-                tokens = tokens_with_checkpoints(self._partials.folder(work.shard.id), work.shard.id)
-                deaths = deaths_without_progress(deaths, tokens)
-                fail_if_poison(work.shard.id, deaths)
-            alone = is_poison(deaths)
-            with self._room.enter(alone=alone, check=self._stop.check):
-                if alone:
-                    self._claims.mark_alone(claim)
-                self._stage.process(work)
+            fail_if_poison(work.shard.id, self._deaths_without_progress(claim))
+            if this.alone:
+                self._stop.check()
+                self._claims.mark_alone(claim)
+            self._stage.process(work)
             work.assert_conservation()
             check_same_remote(this.inputs, work.inputs)
             self._check_error_rate(work)
@@ -349,6 +346,12 @@ class Attempts:
             if isinstance(error, OSError) and is_storage_trouble(error):  # in a file of the stage's own
                 raise storage_error(Path(error.filename or self._ledger.root), error) from error
             self._fail(this, error)
+
+    def _deaths_without_progress(self, claim: Claim) -> list[LostAttempt]:
+        if not claim.deaths:
+            return []
+        tokens = tokens_with_checkpoints(self._partials.folder(claim.shard_id), claim.shard_id)
+        return deaths_without_progress(claim.deaths, tokens)
 
     def _on_progress(self, shard_id: str, count: int) -> None:
         self._claims.heartbeat.progress(shard_id, count)
@@ -374,10 +377,10 @@ class Attempts:
         trace = "" if expected else "".join(traceback.format_exception(error))
         logger.error(f"{work.shard.id} failed: {message}{chr(10) + trace if trace else ''}")
         work.discard()
-        told: dict[str, Any] = {"reason": reason, "message": message, "traceback": trace}
-        if reason == REASON:
-            told["deaths"] = [asdict(death) for death in this.claim.deaths]
-        self._commit(this, told)
+        record: dict[str, Any] = {"reason": reason, "message": message, "traceback": trace}
+        if reason == WORKERS_DIED:
+            record["deaths"] = [asdict(death) for death in this.claim.deaths]
+        self._commit(this, record)
 
     def _commit(self, this: _Attempt, error: dict[str, Any] | None) -> None:
         work, claim = this.work, this.claim
@@ -388,11 +391,11 @@ class Attempts:
             self._stage,
             self._allocation,
             claim.token,
-            epoch=this.epoch,
+            options_version=this.options_version,
             outputs=outputs,
             began=this.began,
             error=error,
-            quarantine=error is not None and error["reason"] == REASON,
+            quarantine=error is not None and error["reason"] == WORKERS_DIED,
             sources=this.inputs,
             open_s=self.open_s,
         )
@@ -408,7 +411,7 @@ class Attempts:
             if commit.named:
                 work.hand_over()
         self._clear_away(work, claim, receipt, self._leftovers, places, claim.predecessors)
-        self._tell(work, receipt)
+        self._log_done(work, receipt)
 
     def _places(self, work: ShardContext) -> list[Source]:
         receipt = self._ledger.commit(work.shard.id).receipt_path
@@ -423,19 +426,23 @@ class Attempts:
         places: list[Source],
         dead: list[str],
     ) -> None:
-        """After a commit: checkpoints, files of dead attempts, and what the last receipt named and this one does not,
-        which nobody may take for this one's.  The shard is done whether or not this succeeds."""
+        """After a commit, remove checkpoints, what dead attempts left, and outputs that only the last receipt named.
+
+        The shard is done whether or not this succeeds.
+        """
         try:
             uploads = [output["upload"]["id"] for output in receipt.get("outputs", ()) if "upload" in output]
             leftovers.clear(places, receipt["token"], dead, uploads)
             if receipt["status"] == "done":
                 work.finish()
             commit = self._ledger.commit(work.shard.id)
+            if claim.predecessors:  # one of them may have died between its receipt and the removal of its record
+                commit.finish_pending(names=os.listdir(commit.receipt_path.parent))
             remove_obsolete(work.root, commit, receipt, claim.token, claim.predecessors)
         except (OSError, InfrastructureError) as error:
             logger.warning(f"{work.shard.id}: something was left behind: {error}")
 
-    def _tell(self, work: ShardContext, receipt: dict[str, Any]) -> None:
+    def _log_done(self, work: ShardContext, receipt: dict[str, Any]) -> None:
         done = receipt["status"] == "done"
         self._tally.shards("worked" if done else "failed")
         self._progress.shard_passed()

@@ -1,8 +1,7 @@
 """Checkpoints inside a shard: an append-only log of finished samples that outlives the worker that wrote it.
 
-A file has one writer ever.  A successor reads its predecessors' files up to their first bad record and writes its own.
-
-A partial log that is written a batch at a time, and the moments at which a stage may stop without losing work.
+Each file has one writer ever.  A successor reads the files of its predecessors up to their first bad record and writes
+a file of its own.  ``Checkpoints`` writes such a log a batch at a time, and stops where no work is lost.
 """
 
 from __future__ import annotations
@@ -15,33 +14,21 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import xxhash
 
-from curation.cluster import note_progress
+from curation.cluster import CheckStop, note_progress
 from curation.errors import InfrastructureError, LostClaim, Stopped
 from curation.shards import bucket_of
 from curation.storage.files import storage_error
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic, length of key, of digest, of payload; xxh3-64 of all three
-
-
 _MAGIC = b"cpr1"
-
-
 FSYNC_EVERY_S = 30.0
-
-
 LIST_EVERY_S = 60.0
-
-
 MAX_PAYLOAD_BYTES = 256 << 20
-
-
 _GONE = (errno.ENOENT, errno.ESTALE)  # removed here, or from another node
-
-
 _Key = tuple[str, str]  # a sample's key, and the digest of its input
 
 
@@ -77,7 +64,7 @@ class PartialLog:
         return len(self._records)
 
     def get(self, key: str, input_digest: str) -> bytes | None:
-        """The payload recorded for ``key``, None where there is none or it was made from another input."""
+        """The payload recorded for ``key``, None where nothing is recorded or it was made from another input."""
         record = self._records.get((key, input_digest))
         if record is None:
             return None
@@ -246,10 +233,6 @@ def _listed(folder: Path) -> list[str]:
         raise InfrastructureError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
-class _CheckStop(Protocol):
-    def __call__(self, *, urgent_only: bool = False) -> None: ...
-
-
 class Checkpoints:
     """Results of single samples: found again after an interruption, saved ``every`` so many.
 
@@ -257,7 +240,7 @@ class Checkpoints:
     check_stop: ``ShardContext.check_stop``.
     """
 
-    def __init__(self, open_log: Callable[[], PartialLog], check_stop: _CheckStop, every: int) -> None:
+    def __init__(self, open_log: Callable[[], PartialLog], check_stop: CheckStop, every: int) -> None:
         self._open_log = open_log
         self._check_stop = check_stop
         self._every = every

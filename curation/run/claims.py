@@ -1,12 +1,10 @@
-"""Leased claims on shards over a shared filesystem, without a server and without trusting any clock but one's own.
+"""Leased claims on shards over a shared filesystem, without a server, trusting no clock but one's own.
 
-A claim saves work: two workers that hold the same shard waste time, nothing else, because the commit (``publish``)
-lets only one attempt win.  See docs/design.md for why file ages, locks and node clocks are not used.
+A claim saves work: two workers that hold the same shard waste time and do no harm, because the commit (``commit``)
+lets only one attempt win.  docs/design.md says why file ages, locks and the clocks of nodes are not used.
 
-What a claim and a heartbeat file say of the process that holds a shard, whoever wrote them and in whatever state.
-
-Nothing that is read here is trusted: a file may be empty, cut short, of another version of this project, or made by
-hand.  Times are for show only.
+This file also defines what a claim and a heartbeat file say about the process that holds a shard.  Nothing that is
+read is trusted: a file may be empty, cut short, of another version of this project, or made by hand.
 """
 
 from __future__ import annotations
@@ -32,33 +30,21 @@ from curation.jsonio import clean_text
 from curation.shards import is_safe_id
 from curation.storage.files import make_folder, storage_error
 
+logger = logging.getLogger("curation")
+
 CLAIM_FORMAT = 1
-
-
 COUNTER_DIGITS = 20  # of a heartbeat: all that observers compare
-
-
 MAX_CLAIM_BYTES = 64 << 10
-
-
 MAX_BEAT_BYTES = 32 << 10
-
-
-MAX_SHOWN = 64  # shards in flight that a heartbeat tells of
-
-
-MAX_PREDECESSORS = 16  # that a claim remembers
-
-
+MAX_SHOWN = 64  # shards in flight that a heartbeat names
+MAX_PREDECESSORS = 16  # of a shard, that its claim lists
 _MAX_TEXT = 200
-
-
 _NAME = re.compile(r"[0-9A-Za-z]{1,64}")  # tokens and heartbeats become parts of file names
 
 
 @dataclass(frozen=True, slots=True)
 class LostAttempt:
-    """One attempt that ended without a word.  alone: its process worked on nothing else when it died."""
+    """An attempt whose process died.  alone: the process worked on nothing else when it died."""
 
     token: str
     host: str
@@ -169,7 +155,7 @@ def parse_claim(data: bytes) -> ClaimRecord:
         token=token,
         beat=beat,
         host=_text(record.get("host")),
-        boot=_text(record.get("boot")) if own else "",  # without it nobody is presumed dead by pid
+        boot=_text(record.get("boot")) if own else "",  # without it no process is presumed dead by its pid
         pid_namespace=_text(record.get("pid_namespace")),
         pid=pid,
         pid_start=_text(record.get("pid_start")),
@@ -239,18 +225,16 @@ def _list(value: object) -> list[Any]:
     return value[-MAX_PREDECESSORS:] if isinstance(value, list) else []
 
 
-logger = logging.getLogger("curation")
-
-
 @dataclass(slots=True)
 class Claim:
     """A shard that this process holds.
 
     token: random per attempt, and in the name of every file that the attempt writes.
     predecessors: tokens of the attempts that died holding this shard, whose partial files can be taken up.
-    buried: the token of the last of them where its process is known to have ended; the others were presumed dead.
+    confirmed_dead: the token of the last of them where its process is known to have ended; of the
+        others it is presumed.
     deaths: what is known of those attempts; the last of them had no other shard in hand where it says ``alone``.
-    given_back: another held the shard while this process ran, and left nobody's token.
+    was_released: another process held the shard while this one ran, and released it.
     lapses: those of the heartbeat when the claim was last seen to be ours.
     """
 
@@ -322,7 +306,7 @@ class Heartbeat:
 
     @property
     def fresh(self) -> bool:
-        """Whether the last beat is recent enough that nobody can have taken this process's claims."""
+        """Whether the last beat is so recent that no process can have taken over the claims of this one."""
         return time.monotonic() - self._last_beat < self.lease_s
 
     def _run(self) -> None:
@@ -390,7 +374,7 @@ class Claims:
         return claim
 
     def mark_alone(self, claim: Claim) -> None:
-        """Leave word that this process works on nothing but this shard, so that its death can be laid at its door."""
+        """Record that this process works on this shard alone, which is then to blame if the process dies."""
         try:
             os.close(os.open(_alone_mark(claim.path, claim.token), os.O_WRONLY | os.O_CREAT, 0o666))
         except OSError as error:
@@ -406,16 +390,16 @@ class Claims:
         return f"{shard_id}.claim" in self._listings[bucket]
 
     def holds(self, claim: Claim) -> bool:
-        """Whether the claim is still ours and nobody can have presumed us dead."""
+        """Whether the claim is still ours and no process can have presumed us dead."""
         lapses, current = self.heartbeat.lapses, read_claim(claim.path)
         held = current is not None and current.token == claim.token and self.heartbeat.fresh
         claim.lapses = lapses if held else None
         return held
 
     def release(self, claim: Claim) -> None:
-        """Let others have the shard, once a claim.  Leaves alone what another has taken over.
+        """Release a claim, once.  A claim that another process has taken over stays.
 
-        Nobody can have where the claim was ours at a look and the heartbeat has not stood still since.
+        No process can have taken it over where it was ours at a look and the heartbeat has not stood still since.
         """
         self.heartbeat.gave_back(claim.shard_id)
         ours = self.heartbeat.fresh and claim.lapses == self.heartbeat.lapses

@@ -1,18 +1,18 @@
 """Outputs that appear whole or not at all, and the commit that only one attempt at a shard can win.
 
-Every output is written under a temporary name in its own folder, or as an upload that is not completed yet, and hashed
-as it is written.  The commit is a hard link that only one attempt of a generation can create, followed by renames and
-completions that anyone can finish after a crash.
+Every output is written under a temporary name in its own folder, or as an upload that is not completed yet, and is
+hashed as it is written.  The commit is a hard link that only one attempt of a generation can create.  Renames and
+completions follow, which anyone can finish after a crash.
 
-Files that the last receipt named and the newest does not: removed by whoever comes upon them, and no newer one's.
-
+Obsolete outputs are files that the last receipt named and the newest one does not.  Whoever finds one removes it.
 Between a look at the receipt and the removal another attempt may publish a file of the same name, and no filesystem
-removes a file only if it is the one that was looked at.  So it is renamed aside, under a name of the remover's own, and
-only then is it asked what is named: what was moved before no record of a newer commit was there is none of its files.
-An object in a bucket is looked at in its place, in that order too, and removed on the condition that it is still that.
+removes a file only if it is the one that was looked at.  So the file is first renamed aside, under a name of the
+remover's own, and only then the records are read: where no record of a newer commit is there, the renamed file cannot
+belong to one.  An object in a bucket is looked at in its place, in the same order, and removed on the condition that it
+has not changed.
 
-What attempts left behind when they were killed: temporary files, found with one listing a folder and process, and
-uploads, found with one question a shard.
+Attempts that were killed leave temporary files, which one listing of a folder by each process finds, and uploads, which
+one question for each shard finds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Commit:
         self.named = False
 
     def read_receipt(self) -> dict[str, Any] | None:
-        """The shard's receipt, None where there is none (or one that is no receipt: the shard is then done again)."""
+        """The shard's receipt, None without one, or where the file is no receipt (the shard is then done again)."""
         return read_record(self.receipt_path)
 
     def write(self, receipt: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Commit:
             raise
         try:
             if self._finish(self.record(generation), winner) and winner.get("token") == token:
-                return  # nobody else can have renamed our receipt: it stood there, whatever has followed it since
+                return  # only this process can have renamed our receipt, so it was published, whatever followed it
             final = self.read_receipt()
             if final is not None and final.get("token") == token:
                 return
@@ -120,7 +120,8 @@ class Commit:
                 self.named = False
                 winner = read_record(record)
                 if winner is not None:
-                    self.named = winner.get("token") == receipt["token"]  # the answer to our link was lost on its way
+                    # True where our link was made, but the filesystem's answer was lost
+                    self.named = winner.get("token") == receipt["token"]
                     return winner
                 # Finished in between.  Going on without a record of our own would be unsafe: link it, and step 3
                 # finds it void.

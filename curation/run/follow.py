@@ -1,7 +1,7 @@
-"""Following the stage before: which of its shards are ready, which are still to come, and when nothing more will come.
+"""Follows the stage before: which of its shards are ready, which will come, and when nothing more will come.
 
-A follower waits for the receipts of the shards that the runs upstream set out to do (``plan``).  It looks every few
-seconds, by one listing of each bucket in which it waits for something, and never at a shard whose receipt is not new.
+A follower waits for the receipts of the shards that the runs upstream set out to do (``planned``).  Every few seconds
+it lists each bucket in which it waits for a receipt, and reads only receipts that are new.
 """
 
 from __future__ import annotations
@@ -26,20 +26,10 @@ from curation.storage.files import read_record
 logger = logging.getLogger("curation")
 
 _LOOK_S, _MAX_LOOK_S = 1.0, 10.0  # from one look to the next: while something comes, and when nothing does
-
-
 _MAX_CREDIT_S = 30.0  # of a gap between two looks that counts as idleness seen: this process may have been stopped
-
-
 _WATCHED_BEATS = 16
-
-
 _LOOKED_AT_AGAIN = 16  # receipts that were not the ones waited for, each time: an inode's number may come again
-
-
 _MAX_LOST = 5000  # shards found to be lost at one look
-
-
 _MAX_DEPTH = 8  # of stages before the one before
 
 
@@ -58,7 +48,7 @@ class Follows:
     def discover(self) -> list[Shard]:
         """The shards that are there now: none yet, perhaps.  UsageError where the folder cannot become one."""
         if not self.folder.is_dir() and (self.folder.exists() or any(c in str(self.folder) for c in "*?[{")):
-            raise UsageError(f"--follow waits for a folder of {self.stage}, and {self.folder} is none")
+            raise UsageError(f"--follow waits for a folder of {self.stage}, and {self.folder} is no folder")
         return discover(str(self.folder), self.suffix or "", may_be_empty=True) if self.folder.is_dir() else []
 
 

@@ -1,4 +1,4 @@
-"""What a shard is made from: its input files as they are now, and the upstream receipts that vouch for them."""
+"""What a shard is made from: its input files as they are now, and the receipts of the stages that made them."""
 
 from __future__ import annotations
 

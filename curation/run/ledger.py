@@ -1,7 +1,7 @@
-"""What is done: receipts, epochs of options, and whether a shard is pending, done, failed or blocked.
+"""What is done: receipts, versions of the options, and whether a shard is pending, done, failed or blocked.
 
-One ledger is one stage on one output folder.  Everything is files below underscore folders of that folder; nothing
-is kept in memory that another process could not read.
+A ledger is one stage on one output folder.  All of it is files in underscore folders below that folder; nothing is kept
+in memory that another process could not read.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from curation.storage.buckets import Presence
 from curation.storage.files import link_exclusively, make_folder, parse_record, read_record, read_whole
 
 MAX_ATTEMPTS = 3  # a shard that failed so often runs again only when it is named
-
-
 _TRIES, _RETRY_S = 100, 0.05
 
 
@@ -84,7 +82,7 @@ class _Listing:
 class Ledger:
     """Receipts of ``stage`` below ``root``.  ``prepare`` makes the folders.
 
-    kept_by_rerun: what --rerun takes over, told to whoever may want it.
+    kept_by_rerun: what --rerun takes over, for the message about other options.
     read_only: nothing at all is written; else reading finishes what a dead process left half-committed.
     """
 

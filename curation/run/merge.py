@@ -1,14 +1,14 @@
-"""One ordered JSONL out of the parts of many shards, growing while they are made, by any number of processes.
+"""Merges the parts of many shards into one file: a JSONL that grows while they are made, or one parquet at the end.
 
-What is merged is decided by a log of entries, each a file that one process can create exclusively: which shards come
-next, and at which byte.  The bytes of an entry are a function of it (parts are named with their digests), so that
-whoever finds an entry may write its bytes at its place, any number of times, and a killed or sleeping process does no
-harm.  No entry is begun before the bytes of the one before it are durable.
+Any number of processes merge a JSONL together.  A log of entries decides what is merged: which shards come next, and at
+which byte.  An entry is a file that only one process can create.  Its bytes in the JSONL follow from the entry alone
+(parts are named with their digests), so whoever finds an entry may write its bytes at their place, any number of times,
+and a process that is killed or sleeps does no harm.  An entry begins only when the bytes of the one before are durable.
 
-A shard that failed has no rows.  Where one was done again since it was merged, the log no longer holds: when nothing is
-pending any more a second log is begun, and its file takes the first one's place when it is complete.
+A shard that failed has no rows.  Where a shard was done again after it was merged, the log is out of date: once nothing
+is pending any more a second log is begun, and its file takes the place of the first one's when it is complete.
 
-One parquet file out of those of all shards, in their order, once none is pending.
+A parquet file is made of the parts of all shards, in their order, once none is pending.
 """
 
 from __future__ import annotations
@@ -37,11 +37,7 @@ from curation.storage.files import link_exclusively, make_folder, read_record, w
 logger = logging.getLogger("curation")
 
 MERGE_EVERY_S = 2.0
-
-
 MAX_ENTRY_BYTES = 64 << 20  # of one entry, of which each process that writes it holds one in memory
-
-
 _FOLDER, _DATA = "_merged", "data"
 
 Transform = Callable[[bytes, Path], bytes]
@@ -244,19 +240,17 @@ class JsonlMerge:
 
 
 _MARK = b"parts"
-
-
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for a formula (OWASP, CSV injection)
 
 
 def merge_parquet(
-    ledger: Ledger, part_of: Callable[[str], str], name: str, beside: Callable[[Path], None] | None = None
+    ledger: Ledger, part_of: Callable[[str], str], name: str, also: Callable[[Path], None] | None = None
 ) -> bool:
     """``name`` in the stage's output folder, out of each shard's ``part_of(shard id)``; whether it is there.
 
     Whoever comes last makes it, and it appears whole; where it is there already, of the same parts, it is left alone.
     A column that is not of one type in all parts becomes text.
-    beside: makes what else is to be made of the file, before it appears.
+    also: makes whatever else is made from the file, before the file appears.
     """
     import pyarrow
     from pyarrow import parquet
@@ -284,8 +278,8 @@ def merge_parquet(
                 for path in paths:
                     writer.write_table(_aligned(parquet.read_table(path, partitioning=None), schema))
             file.flush()
-            if beside is not None:
-                beside(Path(file.name))
+            if also is not None:
+                also(Path(file.name))
     except (OSError, pyarrow.ArrowException) as error:  # a shard is being done again: whoever does it comes here too
         logger.warning(f"{target}: not written: {error}")
         return False
@@ -333,14 +327,14 @@ def _aligned(table: Any, schema: Any) -> Any:
     import pyarrow
 
     columns = []
-    for told in schema:
-        if told.name not in table.column_names:
-            columns.append(pyarrow.nulls(table.num_rows, told.type))
+    for wanted in schema:
+        if wanted.name not in table.column_names:
+            columns.append(pyarrow.nulls(table.num_rows, wanted.type))
             continue
-        column = table.column(told.name)
-        if column.type != told.type:
+        column = table.column(wanted.name)
+        if column.type != wanted.type:
             try:
-                column = column.cast(told.type)
+                column = column.cast(wanted.type)
             except pyarrow.ArrowException:
                 values = [None if value is None else str(value) for value in column.to_pylist()]
                 column = pyarrow.array(values, pyarrow.string())

@@ -1,4 +1,4 @@
-"""What an output folder holds already: a stage's own shards, which it goes on with, or others, which stay."""
+"""Guards the output folder: a stage goes on with its own shards there, and leaves those of others as they are."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ LAYOUT_NOTE = "layout"  # of receipts of shards that were regrouped
 def refuse_foreign_shards(
     output: Path, place: Folder, stage: str, ids: Collection[str] | None, *, regroups: bool, overwrite: bool
 ) -> None:
-    """Raise UsageError where ``place`` holds tars that no receipt of ``stage`` vouches for, or shards of another
-    layout.  overwrite: such tars are replaced where they are in the way; shards of another layout are removed.
+    """Refuse to write among tars that the stage did not make, or among its own shards of another layout.
 
-    output: where the receipts are.  place: where the tars go, which may be a bucket.
-    ids: the shards that are to be there, None where that is not known yet.  regroups: these are all there may be.
+    Args:
+        output: Where the receipts are.
+        place: Where the tars go, which may be a bucket.
+        stage: The name of the stage.
+        ids: The shards that are to be there; None where that is not known yet.
+        regroups: These are all the shards that there may be.
+        overwrite: Tars that are in the way are replaced, and shards of another layout are removed.
+
+    Raises:
+        UsageError: ``place`` holds such shards, and ``overwrite`` was not asked for.
     """
-    names = place.names() if isinstance(place, RemoteFolder) else _names(place)
-    tars = {name.removesuffix(TAR) for name in names if name.endswith(TAR) and name[0] != "."}
+    tars = {name.removesuffix(TAR) for name in _names(place) if name.endswith(TAR) and name[0] != "."}
     own = _own(output / "_receipts" / stage)  # looked up after the tars: a commit publishes them before its receipt
-    if (foreign := tars - own) and not overwrite:
-        raise UsageError(
-            f"{place} already holds {len(foreign):,} shards that {stage} has not made: {some(foreign)}. Give "
-            "another folder, or --overwrite to replace those that are in the way"
-        )
+    if not overwrite:
+        _refuse(place, stage, tars - own, "--overwrite")
     surplus = own - set(ids) if ids is not None else set()
     if surplus and not regroups:  # shards of other sources may stand beside these, but not those of a layout
         record = read_record(_receipt(output, stage, min(surplus))) or {}
@@ -49,7 +52,34 @@ def refuse_foreign_shards(
         _remove(output, stage, shard_id)
 
 
-def _names(folder: Path) -> list[str]:
+def refuse_foreign_files(output: Path, place: Folder, stage: str, ids: Collection[str], *, rerun: bool) -> None:
+    """Refuse to begin a stage where anything lies already that has the name of one of its shards.
+
+    This is for a stage that writes several files, or a folder, for each shard.  A stage that has begun in ``output``
+    goes on there.
+
+    Raises:
+        UsageError: ``place`` holds such files, and ``rerun`` was not asked for.
+    """
+    receipts = output / "_receipts" / stage
+    if rerun or receipts.exists():
+        return
+    foreign = {name.partition(".")[0] for name in _names(place)} & set(ids)
+    if not receipts.exists():  # else another worker has begun meanwhile
+        _refuse(place, stage, foreign, "--rerun")
+
+
+def _refuse(place: Folder, stage: str, foreign: Collection[str], flag: str) -> None:
+    if foreign:
+        raise UsageError(
+            f"{place} already holds {len(foreign):,} shards that {stage} has not made: {some(foreign)}. Give "
+            f"another folder, or {flag} to replace those that are in the way"
+        )
+
+
+def _names(folder: Folder) -> list[str]:
+    if isinstance(folder, RemoteFolder):
+        return folder.names()
     try:
         return os.listdir(folder)
     except FileNotFoundError:
@@ -77,18 +107,18 @@ def _receipt(output: Path, stage: str, shard_id: str) -> Path:
 
 
 def _remove(output: Path, stage: str, shard_id: str) -> None:
-    """The receipt goes first: files without one are nobody's."""
+    """Remove a shard: its receipt first, because files that no receipt names belong to no shard."""
     path = _receipt(output, stage, shard_id)
     record = read_record(path) or {}
     path.unlink(missing_ok=True)
     home = os.path.realpath(output)
-    for told in record.get("outputs", []):
-        if "upload" in told:
-            there = object_at(Url(told["path"]))
-            if (found := there.info()) is not None and found.is_of(told):
+    for named in record.get("outputs", []):
+        if "upload" in named:
+            there = object_at(Url(named["path"]))
+            if (found := there.info()) is not None and found.is_of(named):
                 there.remove(found)
             continue
-        file = os.path.realpath(output / str(told.get("path", "")))
+        file = os.path.realpath(output / str(named.get("path", "")))
         if file.startswith(home + os.sep):
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 os.unlink(file)

@@ -1,6 +1,6 @@
-"""What the runs of a stage set out to do: lists of shards below the stage's output folder, one file a list.
+"""The shards that the runs of a stage set out to do: lists below the stage's output folder, one file for each list.
 
-A stage that follows another learns from them what is still to come, and ``status`` what is pending.
+A stage that follows another learns from them which shards will come, and ``status`` which are pending.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ from curation.storage.files import link_exclusively, make_folder, read_record
 logger = logging.getLogger("curation")
 
 MAX_LISTS = 10_000  # of one stage: each run leaves at most one for each time that its list grows
-
-
 _MAX_SOURCES = 64
-
-
 _MAX_PATH = 4096
 
 

@@ -1,4 +1,4 @@
-"""Showing how a run gets on: a bar on a terminal, a line now and then in a log."""
+"""Shows how a run gets on: a bar on a terminal, and a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from curation.options import logger, on_terminal
 LINE_EVERY_S = 30.0
 
 
-_TOLD = {  # what became of a shard, and how it is told, in this order
+_WORDING = {  # what became of a shard → its words in the last line, in this order
     "worked": "done",
     "done": "were done before",
     "failed": "failed",
@@ -59,7 +59,7 @@ class Tally:
 
     def text(self, seconds: float) -> str:
         """``3 done, 2 failed; samples: 30 in, 20 kept, 8 dropped, 2 failed (5.0/s)``"""
-        text = ", ".join(f"{self._shards[what]} {words}" for what, words in _TOLD.items() if self._shards[what])
+        text = ", ".join(f"{self._shards[what]} {words}" for what, words in _WORDING.items() if self._shards[what])
         if self._samples["in"]:
             text += "; samples: " + ", ".join(f"{n:,} {what}" for what, n in self._samples.items())
             text += f" ({self._samples['in'] / max(seconds, 1e-9):,.1f}/s)"

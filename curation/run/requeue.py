@@ -1,7 +1,7 @@
-"""A shard with a receipt becomes pending again, without its receipt ever being deleted.
+"""Makes a shard that has a receipt pending again, without deleting the receipt.
 
-Generations must only grow for the commit to be safe: a receipt of the next one, with the status ``retry``, is committed
-in the place of the old.
+The commit is safe only while generations grow.  So a receipt of the next generation, with the status ``retry``, is
+committed in place of the old one.
 """
 
 from __future__ import annotations

@@ -31,11 +31,7 @@ from curation.run.workers import is_worker, run_workers
 from curation.shards import Shard, bucket_of, select
 
 _WATCHED = 16  # claims of others that an idle worker looks at
-
-
 _MISSES_BEFORE_RELISTING = 6
-
-
 _LOSSES = 3  # of one shard to this process, before it leaves the shard to others
 
 
@@ -169,9 +165,12 @@ class _Run:
         with self._progress, ThreadPoolExecutor(self._stage.shards_in_flight, "shard") as pool:
             try:
                 for shard, claim in self._claimed():
+                    alone = self._attempts.needs_to_be_alone(claim)
+                    if alone:
+                        self._wait_for_all_slots()
                     with self._lock:
                         self._in_flight += 1
-                    pool.submit(self._attempt, shard, claim)
+                    pool.submit(self._attempt, shard, claim, alone)
             except BaseException:
                 self._stop.ask("error")  # those in flight
                 raise
@@ -303,9 +302,15 @@ class _Run:
 
     # ---- one shard
 
-    def _attempt(self, shard: Shard, claim: Claim) -> None:
+    def _wait_for_all_slots(self) -> None:
+        """Take all slots beside the one that is taken already, so that nothing else is in flight."""
+        for _ in range(1, self._stage.shards_in_flight):
+            while not self._slots.acquire(timeout=0.5):
+                pass  # signal handlers run in between
+
+    def _attempt(self, shard: Shard, claim: Claim, alone: bool) -> None:
         try:
-            result = self._attempts.attempt(shard, claim)
+            result = self._attempts.attempt(shard, claim, alone=alone)
             if result == "lost":
                 self._lost(shard)
             elif result == "late":
@@ -318,7 +323,7 @@ class _Run:
             self._claims.release(claim)
             with self._lock:
                 self._in_flight -= 1
-            self._slots.release()
+            self._slots.release(self._stage.shards_in_flight if alone else 1)
             self._landed.set()
 
     def _lost(self, shard: Shard) -> None:

@@ -1,4 +1,4 @@
-"""What a stage is, and what it is given to work on one shard: counting, outputs, checkpoints, time, the way to stop."""
+"""What a stage is, and the context in which it works on a shard: counts, outputs, checkpoints, times and stopping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, overload
@@ -26,6 +26,8 @@ from curation.shards import Shard
 from curation.storage.buckets import RemoteOutput, place_of
 from curation.storage.files import AtomicFile, AtomicWriter, Published
 from curation.storage.urls import Source, Url
+from curation.tar.samples import Sample, read_samples
+from curation.tar.scan import TarReport
 
 MAX_DETAIL = 500  # characters of a reject's detail
 
@@ -51,9 +53,10 @@ class Stage(ABC, Generic[AnyOptions]):
     shards_in_flight: int = 1
     kept_by_rerun: str = ""
 
-    def __init__(self, options: AnyOptions, output: str | Path) -> None:
+    def __init__(self, options: AnyOptions, output: str | Path | None = None) -> None:
+        """output: Default: the option ``output``."""
         self.options = options
-        self.output = Path(output)
+        self.output = Path(vars(options)["output"] if output is None else output)
 
     @abstractmethod
     def fingerprint(self) -> dict[str, object]:
@@ -141,6 +144,36 @@ class ShardContext:
 
     # ---- every sample exactly once
 
+    def samples(self, suffixes: Collection[str]) -> Iterator[Sample]:
+        """Read the samples of the shard's tar.  Each is counted as come in.
+
+        The time that they take to come is the phase ``read``.  What the pass found besides samples becomes warnings;
+        of a shard without samples the runner warns.
+
+        Args:
+            suffixes: Of the members to read, such as ``("json", "txt")``; others are skipped.
+
+        Raises:
+            ShardError: The tar cannot be read to its end.
+        """
+        report = TarReport()
+        samples = read_samples(self.shard.path, suffixes, report)
+        seconds = 0.0
+        try:
+            while True:
+                began = time.perf_counter()
+                sample = next(samples, None)
+                seconds += time.perf_counter() - began
+                if sample is None:
+                    break
+                self.sample_in()
+                yield sample
+        finally:
+            self.add_seconds("read", seconds)
+        if report.samples:
+            for line in report.warnings():
+                self.warn(line)
+
     def sample_in(self, count: int = 1) -> None:
         """Samples have come in."""
         with self._lock:
@@ -190,7 +223,7 @@ class ShardContext:
     def output(self, path: Source, *, checked: bool = True) -> Iterator[Any]:
         """A binary file, or an object in a bucket, that appears under ``path`` when the shard is committed.
 
-        checked: whether readers may insist on its digest; False for a copy that another stage may replace.
+        checked: whether readers compare its digest; False for a copy that another stage may replace.
         """
         with self._lock:
             if path in self._finals:
@@ -295,7 +328,7 @@ class ShardContext:
         return published
 
     def places(self) -> list[Source]:
-        """Every path that an attempt at this shard may have written beside, under a temporary name."""
+        """Every path for which an attempt at this shard may have left a temporary file."""
         own = [self._ledger.place("rejects", self.shard.id, end) for end in (".jsonl", ".drops.tsv.gz")]
         own.append(self._ledger.place("provenance", self.shard.id, ".jsonl"))
         previous = self.previous or {}
@@ -328,7 +361,7 @@ class ShardContext:
     def finish(self, *, alone: bool = True) -> None:
         """After the commit: no partial file is needed any more.
 
-        alone: nobody else is known to have worked on the shard since this process listed its checkpoints.
+        alone: no other process is known to have worked on the shard since this one listed its checkpoints.
         """
         own = [log.name for log in self._logs if log.name is not None]
         self.close()

@@ -1,4 +1,4 @@
-"""Several worker processes on one machine: started, watched, restarted when one dies, and told to stop together."""
+"""Several worker processes on one machine: they are started, watched, restarted when one dies, and ended together."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_L
 from curation.options import RunOptions, logger
 
 MAX_RESTARTS = 3  # per worker: a machine that keeps killing it will not stop doing so
-
-
 _PR_SET_PDEATHSIG = 1
-
-
 _PARENT_VARIABLE = "CURATION_PARENT"
 
 
@@ -101,7 +97,7 @@ class _Worker:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # a session of its own: a terminal's Ctrl-C reaches it once, by the parent, and not twice
+        # in a session of its own, so that a terminal's Ctrl-C reaches it once, from the parent, and not twice
         return subprocess.Popen(self._command, env=self._environment, start_new_session=True)
 
     def poll(self) -> int | None:

@@ -35,6 +35,7 @@ from curation.serving.wire import (
     post,
 )
 from curation.storage.retry import RetryPolicy
+from curation.storage.urls import redact
 
 MIN_ANSWERS_TO_JUDGE = 8  # before a load is judged: replies differ in length
 WORTH = 0.25  # the share of what more requests could bring that they must bring
@@ -205,6 +206,7 @@ class Endpoint:
 
     def __init__(self, url: str, wire: ServerApi, timeout_s: float) -> None:
         self.url = url
+        self.name = redact(url)  # for messages
         self.wire = wire
         self.concurrency = Concurrency(timeout_s)
         self.calls: set[Call] = set()
@@ -247,7 +249,7 @@ class Endpoint:
         self._failures = self._trials = 0
         if self.broken:
             self.broken, self.trial_at = False, 0.0
-            logger.info(f"{self.url} answers again")
+            logger.info(f"{self.name} answers again")
 
     def failed(self, error: EndpointError | ModelMissing, call: Call, now: float) -> None:
         """Count a failure, lower the limit, and leave the server alone if it failed before or asks for that."""
@@ -273,7 +275,7 @@ class Endpoint:
             if not self.broken:
                 self.broken, self._broken_at = True, now
                 self.concurrency = Concurrency(self.concurrency.timeout_s)  # it comes back cold
-                logger.warning(f"{self.url}: {error}; leaving it alone for {pause_s:.1f} s")
+                logger.warning(f"{self.name}: {error}; leaving it alone for {pause_s:.1f} s")
 
 
 class NoEndpoint(InfrastructureError):
@@ -332,7 +334,8 @@ class EndpointPool:
         """
         with ThreadPoolExecutor(len(self._urls)) as threads:
             found = list(threads.map(self.try_to_open, self._urls))
-        reasons = "; ".join(f"{url}: {why}" for url, why in zip(self._urls, found, strict=True) if isinstance(why, str))
+        silent = {redact(url): why for url, why in zip(self._urls, found, strict=True) if isinstance(why, str)}
+        reasons = "; ".join(f"{name}: {why}" for name, why in silent.items())
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
             raise NoEndpoint(
@@ -372,14 +375,14 @@ class EndpointPool:
                 failures += 1
                 if failures >= ATTEMPTS and self._any_alive():
                     reason = "llm_timeout" if problem.timed_out else "llm_error"
-                    raise SampleError(reason, f"{failures} attempts, the last at {last.url}: {problem}")
+                    raise SampleError(reason, f"{failures} attempts, the last at {last.name}: {problem}")
 
     def facts(self) -> dict[str, dict[str, object]]:
         """What each server did, for the log: answers, failures by kind, its limit, and its latency in seconds."""
         with self._changed:
-            gone: dict[str, dict[str, object]] = {url: dict[str, object](counts) for url, counts in self._gone.items()}
+            gone: dict[str, dict[str, object]] = {redact(url): {**counts} for url, counts in self._gone.items()}
             here: dict[str, dict[str, object]] = {
-                e.url: {**e.counts, "limit": e.concurrency.limit, "latency_s": round(e.latency_s, 3)}
+                e.name: {**e.counts, "limit": e.concurrency.limit, "latency_s": round(e.latency_s, 3)}
                 for e in self._endpoints
             }
             return {**gone, **here}
@@ -455,7 +458,7 @@ class EndpointPool:
             return
         if not self._had_servers:
             raise InfrastructureError(f"no model server came within {self._wait_s:g} s ({self.absence})")
-        problems = "; ".join(f"{e.url}: {e.problem}" for e in self._endpoints) or self.absence
+        problems = "; ".join(f"{e.name}: {e.problem}" for e in self._endpoints) or self.absence
         raise InfrastructureError(
             f"no endpoint has answered for {self._patience_s:g} s ({problems}). Replies so far are kept: start again "
             "when the servers are back"

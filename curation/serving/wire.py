@@ -18,6 +18,7 @@ import urllib3
 
 from curation.errors import InfrastructureError, SampleError
 from curation.storage.retry import retry_after_s
+from curation.storage.urls import error_line, redact
 
 Api = Literal["ollama", "openai"]
 MAX_REPLY_BYTES = 4 << 20
@@ -177,7 +178,7 @@ class Ollama:
             _while_busy(lambda left_s: post(session, f"{url}/api/generate", orjson.dumps(load), left_s), timeout_s)
         except ModelMissing as error:
             raise InfrastructureError(
-                f"{url} has no model {model!r} ({error}); make it with `ollama create {model} -f "
+                f"{redact(url)} has no model {model!r} ({error}); make it with `ollama create {model} -f "
                 "examples/ollama/Modelfile`, or name another with --model_name"
             ) from None
         except SampleError:  # a server behind this API that needs a prompt: it answers, and that is enough
@@ -231,7 +232,8 @@ class OpenAI:
         entries = value.get("data") if isinstance(value.get("data"), list) else []
         names = [str(entry.get("id")) for entry in entries or [] if isinstance(entry, dict)]
         if names and model not in names:
-            raise InfrastructureError(f"{url} serves {', '.join(names[:5])}, not {model!r}: name it with --model_name")
+            served = ", ".join(names[:5])
+            raise InfrastructureError(f"{redact(url)} serves {served}, not {model!r}: name it with --model_name")
 
 
 class Session(requests.Session):
@@ -324,7 +326,7 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
                 if time.monotonic() > ends:  # requests' own time-out starts anew with every packet
                     raise EndpointError(f"no whole answer within {timeout_s:.3g} s", timed_out=True)
     except requests.exceptions.InvalidURL as error:
-        raise InfrastructureError(f"{url}: {error}") from None
+        raise InfrastructureError(f"{redact(url)}: {error_line(error)}") from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise _connection_error(error, timeout_s) from None
     status, text = response.status_code, bytes(payload[:200]).decode("utf-8", "replace")

@@ -296,6 +296,10 @@ class ResumingReader:
                 self._info = connection.info
             elif self._info.differs(connection.info):
                 raise ShardError(f"{self._file}: it changed while it was read; start again", "changed")
+            if connection.info.size is not None and self._at > connection.info.size:
+                raise ShardError(
+                    f"{self._file}: it is shorter than what was read of it ({self._at:,} bytes)", "changed"
+                )
             skip = self._at - connection.begins
             while skip > 0:  # a server without ranges begins anew
                 data = connection.read()

@@ -393,7 +393,8 @@ class TarScan:
         """
         if span.members and span.members[-1] is member:
             del span.members[-1]
-            span.torn, span.suspect = span.torn or why, True
+            if all(other.suffix != member.suffix for other in span.members):  # else a stray copy of a header
+                span.torn, span.suspect = span.torn or why, True
         else:
             del span.foreign[-1]
         span.end = member.start

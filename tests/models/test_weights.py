@@ -97,10 +97,14 @@ def test_a_server_without_ranges_is_asked_for_everything_again(files: FileServer
     assert len(served(files).asked) == 2
 
 
+@pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize(
     "remains", [CONTENT[:9] + b"x" * 1000, CONTENT + b"more", CONTENT], ids=["other", "long", "all"]
 )
-def test_what_an_attempt_left_is_no_ground_for_trust(remains: bytes, files: FileServer, tmp_path: Path) -> None:
+def test_what_an_attempt_left_is_no_ground_for_trust(
+    remains: bytes, ranges: bool, files: FileServer, tmp_path: Path
+) -> None:
+    served(files).ranges = ranges
     path = cached(f"{files.url}/release/scrfd.pt", SHA256, tmp_path)
     path.with_name(f".{path.name}.part").write_bytes(remains)
     assert fetch(files, tmp_path).read_bytes() == CONTENT

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from curation.errors import ShardError, Stopped
-from curation.run.attempt import Room, deaths_without_progress, fail_if_poison, is_poison
+from curation.errors import ShardError
+from curation.run.attempt import deaths_without_progress, fail_if_poison, may_be_poison
 from curation.run.claims import LostAttempt
 from tests.run.toy_runs import Place
 
@@ -111,42 +110,5 @@ def test_nobody_is_blamed_for_a_death_in_company() -> None:
     with pytest.raises(ShardError, match="3 workers died") as caught:
         fail_if_poison("1", deaths("a", "b", "c", alone="c"))
     assert caught.value.reason == "workers_died"
-    assert not is_poison(deaths("a"))
-    assert is_poison(deaths("a", "b"))
-
-
-def test_one_is_alone_in_the_room() -> None:
-    room, inside, seen = Room(), [0], []
-    lock = threading.Lock()
-
-    def work(alone: bool) -> None:
-        for _ in range(20):
-            with room.enter(alone=alone, check=lambda: None):
-                with lock:
-                    inside[0] += 1
-                time.sleep(0.001)
-                with lock:
-                    seen.append((alone, inside[0]))
-                    inside[0] -= 1
-
-    threads = [threading.Thread(target=work, args=(number == 0,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(seen) == 80
-    assert all(count == 1 for alone, count in seen if alone)
-    assert max(count for _, count in seen) > 1, "the others were together"
-
-
-def test_who_waits_can_be_told_to_end() -> None:
-    room = Room()
-
-    def stop() -> None:
-        raise Stopped("now")
-
-    with room.enter(alone=False, check=stop):
-        with pytest.raises(Stopped), room.enter(alone=True, check=stop):
-            pass
-        with room.enter(alone=False, check=stop):
-            pass
+    assert not may_be_poison(deaths("a"))
+    assert may_be_poison(deaths("a", "b"))

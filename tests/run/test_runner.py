@@ -21,7 +21,9 @@ from curation.cluster import StopSignal, process_start
 from curation.errors import Stopped
 from curation.options import RunOptions, logger, parse_options, set_up_logging
 from curation.run import claims, runner
+from curation.run.attempt import Attempts
 from curation.run.workers import to_argv
+from curation.shards import Shard
 from curation.storage.files import fast_digest
 from tests import ROOT
 from tests.run import toy_stage
@@ -414,6 +416,29 @@ def test_what_a_kill_right_after_the_commit_left_is_cleared_by_the_next_run(
     assert place.lines("open") == [], "clearing up needs no model"
     assert not (place.out / "1.txt").exists()
     assert [name for name in place.litter() if "_beats" not in name] == []
+
+
+def test_the_record_of_a_commit_is_cleared_by_whoever_takes_over_from_its_dead_finisher(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The taker listed the receipts before the record was there, and finds the shard done once it has claimed it."""
+    place.shard("1", "keep")
+    assert place.run() == 0
+    receipt = next(place.out.glob("_receipts/toy/*/1.json"))
+    done = receipt.read_bytes()
+    receipt.unlink()
+    attempt = Attempts.attempt
+
+    def after_another_died(attempts: Attempts, shard: Shard, claim: claims.Claim, **how: bool) -> str:
+        receipt.write_bytes(done)
+        receipt.with_name(".1.1.commit").write_bytes(done)  # it was killed before it could unlink its record
+        claim.predecessors.append(json.loads(done)["token"])
+        return attempt(attempts, shard, claim, **how)
+
+    monkeypatch.setattr(Attempts, "attempt", after_another_died)
+    assert place.run() == 0
+    assert receipt.read_bytes() == done
+    assert place.litter() == []
 
 
 def test_temporary_files_of_dead_attempts_are_cleared(place: Place) -> None:

@@ -93,6 +93,13 @@ def test_no_server_answers() -> None:
         pool.open()
 
 
+def test_the_password_of_an_endpoint_is_not_shown() -> None:
+    pool = EndpointPool(endpoint_urls("", endpoints=f"http://user:s3cr3t@127.0.0.1:{free_port()}"), MODEL)
+    with pytest.raises(InfrastructureError, match=r"http://127\.0\.0\.1:\d+: connection refused") as error:
+        pool.open()
+    assert "s3cr3t" not in str(error.value)
+
+
 def test_one_server_is_enough(caplog: pytest.LogCaptureFixture) -> None:
     with ollama_stub() as port:
         gone = free_port()

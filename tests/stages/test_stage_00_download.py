@@ -613,7 +613,7 @@ def test_a_folder_with_other_shards_is_left_alone(web: Web, tmp_path: Path, caps
     out.mkdir()
     (out / "00000000.tar").write_bytes(b"precious")
     assert run(table, out) == 2
-    assert "which this stage did not make" in capsys.readouterr().err
+    assert "holds 1 shards that 00_download has not made: 00000000" in capsys.readouterr().err
     assert (out / "00000000.tar").read_bytes() == b"precious"
     assert run(table, out, "--rerun") == 0
     assert rows(out)[0]["status"] == "success"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from curation.errors import InfrastructureError
 from curation.storage import files
 from curation.storage.files import AtomicFile, fsync_folder
 
@@ -101,3 +102,38 @@ def test_other_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         fsync_folder(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EINVAL, "none here")))
     fsync_folder(tmp_path)  # a filesystem that has no fsync of folders
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_whole_file_appears_at_the_end_of_its_block(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "page.html"
+    path.write_bytes(b"before")
+    with files.whole_file(path, durable=durable) as file:
+        file.write(b"aft")
+        assert path.read_bytes() == b"before"
+        file.write(b"er")
+    assert path.read_bytes() == b"after"
+    with pytest.raises(RuntimeError, match="half"), files.whole_file(path, durable=durable) as file:
+        file.write(b"half")
+        raise RuntimeError("half")
+    assert path.read_bytes() == b"after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_durable_file_is_synced_with_its_folder(tmp_path: Path, synced: list[str]) -> None:
+    files.write_whole(tmp_path / "beat.json", b"1", durable=False)
+    assert synced == []
+    files.write_whole(tmp_path / "record.json", b"1")
+    assert [Path(name).suffix for name in synced] == [".tmp", ""]
+    assert synced[1] == str(tmp_path)
+
+
+def test_a_long_name_and_a_missing_folder(tmp_path: Path) -> None:
+    path = tmp_path / ("k" * 250 + ".json")
+    files.write_whole(path, b"1")
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        files.write_whole(tmp_path / "none" / "a", b"1")
+    assert files.link_exclusively(tmp_path / "made" / "a", b"1")
+    with pytest.raises(InfrastructureError, match="cannot be written"), files.storage_errors(path):
+        files.write_whole(path / "a", b"1")

@@ -1,0 +1,1 @@
+"""Recorded data of tests, and the scripts that recorded it."""

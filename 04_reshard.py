@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from curation.backends.faces import DetectorName, detector_class
 from curation.cluster import Allocation
 from curation.edits import Edits
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
 from curation.models.needs import WeightsNeed
-from curation.options import exit_code, logger, parse_options
+from curation.options import at_least, exit_code, logger, parse_options
 from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, Placed, ShardLayout
 from curation.reshard.select import AS_IT_IS, Choice, Records, ReshardInputs, copy_keys, survey
 from curation.reshard.uids import Subset
@@ -63,9 +63,9 @@ class Options(RunOptions):
     """Leave out the samples that stages 02 and 03 rejected; without it they stay as they were."""
     blur_faces: Literal["recorded"] | DetectorName | None = None
     """Blur faces of samples that are not edited: in the boxes that the metadata records, or in a detector's."""
-    shard_size: int | None = None
+    shard_size: Annotated[int | None, at_least(1)] = None
     """Regroup into shards 00000000.tar, 00000001.tar … of so many samples each.  Default: shards stay as they are."""
-    shuffle_buffer: int = 0
+    shuffle_buffer: Annotated[int, at_least(0)] = 0
     """With --shard_size: shuffle so many samples together, one block after the other.  0: keep their order."""
     seed: int = 0
     """Of the shuffling."""
@@ -97,8 +97,6 @@ class Options(RunOptions):
             raise UsageError("--on_missing drop needs --prompts and --edits: without them no edit is missing")
         if self.shard_size is None and (self.shuffle_buffer or self.step != "all"):
             raise UsageError("--shuffle_buffer and --step need --shard_size: else each shard keeps its samples")
-        if self.shard_size is not None and (self.shard_size < 1 or self.shuffle_buffer < 0):
-            raise UsageError("--shard_size must be at least 1, --shuffle_buffer at least 0")
         if self.shard_size is not None and self.follow:
             raise UsageError("--shard_size needs all source shards before it can write one: leave --follow out")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from curation.backends.extract import families
 from curation.cluster import Allocation
@@ -31,7 +31,7 @@ from curation.extract import (
     write_parquet,
 )
 from curation.models.needs import WeightsNeed
-from curation.options import exit_code, logger, parse_options, set_up_logging
+from curation.options import at_least, exit_code, logger, parse_options, set_up_logging
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
 from curation.run.workers import is_worker
@@ -82,7 +82,7 @@ class Options(RunOptions):
     """Precision that the models compute in.  auto: float16 on a GPU, float32 on the CPU."""
     resize: Literal["exact", "fast"] | None = None
     """exact: pictures as OpenAI's preprocessing has them, to the last bit.  fast: cheaper, and not quite equal."""
-    num_gpus: int | None = None
+    num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU."""
     gpus: str | None = None
     """Only these GPUs of the machine, such as 0,2,3; one process each."""
@@ -95,8 +95,6 @@ class Options(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if self.num_gpus is not None and self.num_gpus < 1:
-            raise UsageError("--num_gpus must be at least 1")
         if self.follow:
             raise UsageError("--follow: there is no stage before 06_metadata that it could follow")
         import_arrow()
@@ -191,7 +189,7 @@ class Metadata(Stage[Options]):
 def begins_anew(stage: Metadata, shards: Sequence[Shard]) -> bool:
     """Whether shards were done with other options: what ``reprocess`` is for."""
     ledger = Ledger(stage.output, stage.name, stage.version, stage.fingerprint(), read_only=True)
-    ledger.load_epochs()
+    ledger.load_options_versions()
     return not all(ledger.governing(shard.id).same_options(ledger.options, stage.version) for shard in shards)
 
 

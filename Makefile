@@ -1,5 +1,5 @@
 # From a fresh clone: `make demo` shows the whole pipeline, `make test` runs everything that must hold.
-.PHONY: demo test lint soak bench install clean
+.PHONY: demo test format lint soak bench install clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -21,8 +21,13 @@ soak: $(READY) $(OLLAMA)
 bench: $(READY)
 	$(PY) benchmarks/run_all.py
 
+format: $(READY)
+	$(PY) -m ruff check --quiet --fix .
+	$(PY) -m ruff format --quiet .
+
 lint: $(READY)
 	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --quiet --diff .
 	$(PY) -m mypy
 
 install: $(READY)

@@ -1,6 +1,6 @@
 """How often a detector is right about "this photo shows a face", on photos whose faces people have counted.
 
-    python benchmarks/accuracy_faces.py --data DATA
+    python benchmarks/accuracy_faces.py --data DATA [--tiny]
 
 DATA holds shards/*.tar and truth.tsv (columns shard, key, faces; "?" is left out), and may hold extras/*.tar, pictures
 that are no photos.  Threshold and size are chosen on the shards of --choose and reported on those of --report, which
@@ -10,19 +10,17 @@ the choice never sees.  Prints Markdown: docs/accuracy-faces.md keeps the last r
 from __future__ import annotations
 
 import csv
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from measuring import ROOT, print_table
 
 from curation.backends import load
+from curation.commands.audit.groups import wilson
 from curation.faces import FaceDetector
 from curation.images import Pixels, decode_rgb
 from curation.tar.samples import (
@@ -39,7 +37,7 @@ AUTHORS_THRESHOLD = 0.5
 class Options:
     """Accuracy of a face detector on labelled photos."""
 
-    data: Path
+    data: Path = ROOT / "examples"
     """Folder with shards/, truth.tsv and perhaps extras/."""
     detector: str = "centerface"
     model: Path | None = None
@@ -48,6 +46,8 @@ class Options:
     choose: tuple[str, ...] = ("00000000", "00000003", "00000007")
     report: tuple[str, ...] = ("00000001", "00000004")
     threads: int = 1
+    tiny: bool = False
+    """One size on two small shards: tells whether the code runs."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class Confusion:
+class FaceConfusion:
     """Photos with a face found and missed, photos without one that passed and were taken for one."""
 
     found: int
@@ -70,27 +70,17 @@ class Confusion:
     passed: int
 
     @staticmethod
-    def count(scores: Sequence[tuple[float, int]], threshold: float) -> Confusion:
+    def count(scores: Sequence[tuple[float, int]], threshold: float) -> FaceConfusion:
         """From (best score, faces counted by eye) of each photo."""
         tally = {(seen, hit): 0 for seen in (True, False) for hit in (True, False)}
         for score, faces in scores:
             tally[faces > 0, score >= threshold] += 1
-        return Confusion(tally[True, True], tally[True, False], tally[False, True], tally[False, False])
+        return FaceConfusion(tally[True, True], tally[True, False], tally[False, True], tally[False, False])
 
     @property
     def errors(self) -> int:
         """Misses and false alarms."""
         return self.missed + self.false
-
-
-def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share, 95 %."""
-    if total == 0:
-        return 0.0, 1.0
-    p, n = hits / total, total
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def share(hits: int, total: int) -> str:
@@ -129,7 +119,7 @@ def choose(by_size: dict[int, list[tuple[float, int]]]) -> tuple[int, float]:
     """(size, threshold) with the fewest errors; then the smaller size, then the threshold nearest the authors' 0.5."""
     return min(
         ((size, threshold) for size in by_size for threshold in THRESHOLDS),
-        key=lambda st: (Confusion.count(by_size[st[0]], st[1]).errors, st[0], abs(st[1] - AUTHORS_THRESHOLD)),
+        key=lambda st: (FaceConfusion.count(by_size[st[0]], st[1]).errors, st[0], abs(st[1] - AUTHORS_THRESHOLD)),
     )
 
 
@@ -139,22 +129,26 @@ def print_choice(by_size: dict[int, list[tuple[float, int]]], ms: dict[int, floa
     faces = sum(1 for _, n in pairs if n)
     print(f"## Choice, on {', '.join(options.choose)}: {faces} photos with a face, {len(pairs) - faces} without\n")
     print("Missed + false alarms by threshold; milliseconds a photo.\n")
-    print("| det_size | ms | " + " | ".join(f"{t:.2f}" for t in THRESHOLDS) + " |")
-    print("|---|---|" + "---|" * len(THRESHOLDS))
+    rows = []
     for size, scores in by_size.items():
-        cells = [Confusion.count(scores, t) for t in THRESHOLDS]
-        print(f"| {size} | {ms[size]:.0f} | " + " | ".join(f"{c.missed}+{c.false}" for c in cells) + " |")
+        cells = [FaceConfusion.count(scores, t) for t in THRESHOLDS]
+        rows.append((size, f"{ms[size]:.0f}", *(f"{c.missed}+{c.false}" for c in cells)))
+    print_table(["det_size", "ms", *(f"{t:.2f}" for t in THRESHOLDS)], rows)
 
 
-def print_report(rows: Sequence[tuple[str, Confusion]]) -> None:
+def print_report(rows: Sequence[tuple[str, FaceConfusion]]) -> None:
     """Recall, precision and specificity with their intervals."""
-    print(
-        "| shards | with a face, found (recall) | taken for one, rightly (precision) | without, passed (specificity) |"
-    )
-    print("|---|---|---|---|")
-    for name, c in rows:
-        cells = (share(c.found, c.found + c.missed), share(c.found, c.found + c.false))
-        print(f"| {name} | {cells[0]} | {cells[1]} | {share(c.passed, c.passed + c.false)} |")
+    columns = ["shards", "with a face, found (recall)", "taken for one, rightly (precision)"]
+    cells = [
+        (
+            name,
+            share(c.found, c.found + c.missed),
+            share(c.found, c.found + c.false),
+            share(c.passed, c.passed + c.false),
+        )
+        for name, c in rows
+    ]
+    print_table([*columns, "without, passed (specificity)"], cells)
 
 
 def print_extras(options: Options, detector: FaceDetector) -> None:
@@ -172,6 +166,8 @@ def print_extras(options: Options, detector: FaceDetector) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Choose on one part, report on the other."""
     options = tyro.cli(Options, args=argv, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    if options.tiny:
+        options = replace(options, sizes=(320,), choose=("00000000",), report=("00000003",))
     with open(options.data / "truth.tsv", encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         truth = {(row["shard"], row["key"]): row["faces"] for row in rows}
@@ -197,9 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print_report(
         [
-            *((shard, Confusion.count(part([shard], size), threshold)) for shard in options.report),
-            (f"**{' + '.join(options.report)}**", Confusion.count(part(options.report, size), threshold)),
-            ("for comparison, those of the choice", Confusion.count(by_size[size], threshold)),
+            *((shard, FaceConfusion.count(part([shard], size), threshold)) for shard in options.report),
+            (f"**{' + '.join(options.report)}**", FaceConfusion.count(part(options.report, size), threshold)),
+            ("for comparison, those of the choice", FaceConfusion.count(by_size[size], threshold)),
         ]
     )
     chosen = backend(options.model, size, threshold, options.threads)

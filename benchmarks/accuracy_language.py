@@ -1,6 +1,6 @@
 """How often a rule is right about "this caption is English", on captions whose language people noted.
 
-    python benchmarks/accuracy_language.py --data DATA
+    python benchmarks/accuracy_language.py --data DATA [--tiny]
 
 DATA holds truth.tsv (columns shard, lang, caption; "xx" is junk: file names, numbers, nothing).  The rule is chosen on
 the shards of --choose and on short_captions.tsv, brand names and captions of one to seven words that were written for
@@ -20,11 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
 from accuracy_faces import share
+from measuring import ROOT, print_table
 
 from curation.language import NO_WORDS, LanguageIdentifier, find_model, words_of
 
@@ -49,6 +46,8 @@ class Options:
     """Folder with truth.tsv."""
     choose: tuple[str, ...] = ("00000000", "00000003", "00000007")
     report: tuple[str, ...] = ("00000001", "00000004")
+    tiny: bool = False
+    """Measures the speed on one pass only: tells whether the code runs."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Confusion:
+class LanguageConfusion:
     """English kept and lost, other captions kept and dropped."""
 
     kept: int
@@ -71,12 +70,13 @@ class Confusion:
     wrongly: int
 
     @staticmethod
-    def count(captions: Sequence[Caption], said: Sequence[bool]) -> Confusion:
+    def count(captions: Sequence[Caption], said: Sequence[bool]) -> LanguageConfusion:
         pairs = [(caption.english, yes) for caption, yes in zip(captions, said, strict=True)]
-        return Confusion(pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True)))
+        return LanguageConfusion(pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True)))
 
-    def cells(self) -> str:
-        return f"{share(self.kept, self.kept + self.wrongly)} | {share(self.kept, self.kept + self.lost)}"
+    def cells(self) -> tuple[str, str]:
+        """Precision and recall."""
+        return share(self.kept, self.kept + self.wrongly), share(self.kept, self.kept + self.lost)
 
 
 def fasttext_rules(identifier: LanguageIdentifier) -> dict[str, Rule]:
@@ -151,12 +151,12 @@ def other_libraries() -> dict[str, Rule]:
     return rules
 
 
-def captions_a_second(rule: Rule, captions: Sequence[Caption]) -> float:
+def captions_a_second(rule: Rule, captions: Sequence[Caption], at_least: int) -> float:
     """On one core, after warming up; the same captions over and over."""
     texts = [caption.text for caption in captions]
     rule(texts)
     rounds, began = 0, time.perf_counter()
-    while time.perf_counter() - began < 0.5 and rounds * len(texts) < SPEED_CAPTIONS:
+    while not rounds or (time.perf_counter() - began < 0.5 and rounds * len(texts) < at_least):
         rule(texts)
         rounds += 1
     return rounds * len(texts) / (time.perf_counter() - began)
@@ -168,22 +168,31 @@ def read_captions(file: Path, shard: str | None = None) -> list[Caption]:
         return [Caption(shard or row["shard"], row["lang"], row["caption"]) for row in rows]
 
 
-def print_rules(rules: dict[str, Rule], chosen_on: Sequence[Caption], short: Sequence[Caption]) -> None:
-    print("| rule | precision | recall | short captions: precision | recall | captions/s |")
-    print("|---|---|---|---|---|---|")
+def print_rules(
+    rules: dict[str, Rule], chosen_on: Sequence[Caption], short: Sequence[Caption], speed_captions: int
+) -> None:
+    rows = []
     for name, rule in rules.items():
-        cells = [Confusion.count(captions, rule([c.text for c in captions])).cells() for captions in (chosen_on, short)]
-        print(f"| {name} | {' | '.join(cells)} | {captions_a_second(rule, chosen_on):,.0f} |")
+        cells = [
+            cell
+            for captions in (chosen_on, short)
+            for cell in LanguageConfusion.count(captions, rule([c.text for c in captions])).cells()
+        ]
+        rows.append((name, *cells, f"{captions_a_second(rule, chosen_on, speed_captions):,.0f}"))
+    columns = ["rule", "precision", "recall", "short captions: precision", "recall", "captions/s"]
+    print_table(columns, rows)
 
 
 def print_report(rules: dict[str, Rule], captions: Sequence[Caption], options: Options) -> None:
-    print("| shards | precision of English | recall of English |\n|---|---|---|")
     parts = {
         **{shard: [c for c in captions if c.shard == shard] for shard in options.report},
         f"**{' + '.join(options.report)}**": [c for c in captions if c.shard in options.report],
     }
-    for name, part in parts.items():
-        print(f"| {name} | {Confusion.count(part, rules[CHOSEN]([c.text for c in part])).cells()} |")
+    rows = [
+        (name, *LanguageConfusion.count(part, rules[CHOSEN]([c.text for c in part])).cells())
+        for name, part in parts.items()
+    ]
+    print_table(["shards", "precision of English", "recall of English"], rows)
     reported = [c for c in captions if c.shard in options.report]
     wrong = [
         c for c, said in zip(reported, rules[CHOSEN]([c.text for c in reported]), strict=True) if said != c.english
@@ -204,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     count = sum(caption.english for caption in chosen_on)
     parts = f"{', '.join(options.choose)} ({count} English of {len(chosen_on)})"
     print(f"## Choice, on {parts} and {len(short)} short captions\n")
-    print_rules(rules, chosen_on, short)
+    print_rules(rules, chosen_on, short, 0 if options.tiny else SPEED_CAPTIONS)
     print("\n## The chosen rule on the other shards\n\nShare and 95 % interval (Wilson).\n")
     print_report(rules, captions, options)
     return 0

@@ -1,6 +1,6 @@
 """What sharing the work by claims costs, and what it saves: many processes on one folder, beside static splits.
 
-    python benchmarks/bench_claims.py [--json] [--folder DIR] [--shards 10000] [--workers 64] [--operations]
+    python benchmarks/bench_claims.py [--json] [--folder DIR] [--shards 10000] [--workers 64] [--operations] [--tiny]
 
 Aims: 64 processes do each of 10,000 trivial shards exactly once, for under 10 ms of CPU time a shard, all that they
 spend counted; at most 16 filesystem metadata operations a shard of one output, none a listing; and on shards whose cost
@@ -36,10 +36,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import VERDICTS, cpu_seconds, exit_code, make_empty_shards, make_parser, parse, print_table
 
 from curation.cluster import Allocation, StopSignal
 from curation.options import RunOptions, set_up_logging
@@ -82,7 +82,7 @@ class Trivial(Stage[RunOptions]):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ClaimsRun:
     codes: list[int]
     cpu_s: float  # of all workers
     wall_s: float  # from the start of the first to the end of the last
@@ -91,7 +91,7 @@ class Outcome:
     receipts: int
 
 
-def run(base: Path, lists: Sequence[Sequence[Shard]], costs: dict[str, float] | None = None) -> Outcome:
+def run(base: Path, lists: Sequence[Sequence[Shard]], costs: dict[str, float] | None = None) -> ClaimsRun:
     """One process for each list of shards, all on the same output."""
     journal, output = base / "journal", base / "out"
     context = multiprocessing.get_context("fork")  # 64 interpreters would take longer to start than to work
@@ -106,7 +106,7 @@ def run(base: Path, lists: Sequence[Sequence[Shard]], costs: dict[str, float] | 
         results.put((code, began))
 
     code_version()  # asks git: once, not 64 times
-    before, began = children_cpu_s(), time.perf_counter()
+    before, began = cpu_seconds(resource.RUSAGE_CHILDREN), time.perf_counter()
     processes = [context.Process(target=work, args=(rank,)) for rank in range(len(lists))]
     for process in processes:
         process.start()
@@ -114,9 +114,9 @@ def run(base: Path, lists: Sequence[Sequence[Shard]], costs: dict[str, float] | 
     for process in processes:
         process.join()
     receipts = [json.loads(path.read_bytes()) for path in (output / "_receipts").rglob("[!_.]*.json")]
-    return Outcome(
+    return ClaimsRun(
         codes=[code for code, _ in ended],
-        cpu_s=children_cpu_s() - before,
+        cpu_s=cpu_seconds(resource.RUSAGE_CHILDREN) - before,
         wall_s=time.perf_counter() - began,
         makespan_s=max(receipt["finished"] for receipt in receipts) - min(start for _, start in ended),
         attempts=Counter(journal.read_text("utf-8").split()),
@@ -124,44 +124,54 @@ def run(base: Path, lists: Sequence[Sequence[Shard]], costs: dict[str, float] | 
     )
 
 
-def children_cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def make_shards(base: Path, count: int) -> list[Shard]:
-    source = base / "in"
-    source.mkdir()
-    for number in range(count):
-        (source / f"{number:08d}.tar").touch()
-    return discover(str(source))
-
-
 # ---- the three parts
 
 
-def many_workers(folder: Path, shards: int, workers: int) -> dict[str, object]:
+@dataclass(frozen=True)
+class ManyWorkers:
+    shards: int
+    workers: int
+    done: int
+    worked_on_twice: int
+    codes: list[int]
+    cpu_ms_a_shard: float
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class UnevenSplit:
+    split: str
+    makespan_s: float
+    ideal_s: float
+    worked_on_twice: int
+
+    @property
+    def of_ideal(self) -> float:
+        return self.makespan_s / self.ideal_s
+
+
+def many_workers(folder: Path, shards: int, workers: int) -> ManyWorkers:
     with tempfile.TemporaryDirectory(prefix="bench-claims-", dir=folder) as base:
-        found = make_shards(Path(base), shards)
+        found = make_empty_shards(Path(base) / "in", shards)
         outcome = run(Path(base), [found] * workers)
-    return {
-        "shards": shards,
-        "workers": workers,
-        "done": outcome.receipts,
-        "worked_on_twice": sum(count - 1 for count in outcome.attempts.values()),
-        "codes": sorted(set(outcome.codes)),
-        "cpu_ms_a_shard": outcome.cpu_s / shards * 1e3,
-        "wall_s": outcome.wall_s,
-    }
+    return ManyWorkers(
+        shards=shards,
+        workers=workers,
+        done=outcome.receipts,
+        worked_on_twice=sum(count - 1 for count in outcome.attempts.values()),
+        codes=sorted(set(outcome.codes)),
+        cpu_ms_a_shard=outcome.cpu_s / shards * 1e3,
+        wall_s=outcome.wall_s,
+    )
 
 
-def uneven(folder: Path, shards: int, workers: int, median_s: float) -> list[dict[str, object]]:
+def uneven(folder: Path, shards: int, workers: int, median_s: float) -> list[UnevenSplit]:
     """Claims and two static splits on the same shards."""
     rng = random.Random(0)
-    rows: list[dict[str, object]] = []
+    rows = []
     with tempfile.TemporaryDirectory(prefix="bench-claims-", dir=folder) as name:
         base = Path(name)
-        found = make_shards(base, shards)
+        found = make_empty_shards(base / "in", shards)
         costs = {shard.id: rng.lognormvariate(0, 1) * median_s for shard in found}
         ideal = max(sum(costs.values()) / workers, *costs.values())
         even = -(-shards // workers)
@@ -173,7 +183,7 @@ def uneven(folder: Path, shards: int, workers: int, median_s: float) -> list[dic
         for split, lists in splits.items():
             outcome = run(base, lists, costs)
             again = sum(count - 1 for count in outcome.attempts.values())
-            rows.append({"split": split, "makespan_s": outcome.makespan_s, "ideal_s": ideal, "worked_on_twice": again})
+            rows.append(UnevenSplit(split, outcome.makespan_s, ideal, again))
             shutil.rmtree(base / "out")
             (base / "journal").unlink()
     return rows
@@ -196,7 +206,7 @@ def metadata(calls: dict[str, float]) -> float:
 def traced(folder: Path, shards: int, outputs: int) -> Counter[str]:
     with tempfile.TemporaryDirectory(prefix="bench-claims-", dir=folder) as name:
         base = Path(name)
-        make_shards(base, shards)
+        make_empty_shards(base / "in", shards)
         log = base / "calls"
         trace = ["strace", "-f", "-qq", "-s", "4096", "-e", "trace=%file,getdents64,fsync", "-e", "signal=none", "-y"]
         command = [*trace, "-o", str(log), sys.executable, str(Path(__file__).resolve()), "--one_worker", str(base)]
@@ -249,99 +259,101 @@ def one_worker(base: Path, outputs: int) -> int:
 # ---- what is shown
 
 
-def aims(many: dict[str, object], rows: list[dict[str, object]], calls: dict[str, float] | None) -> list[list[object]]:
-    """What is measured, the figure, the aim, whether it is met (None: not measured)."""
-    once = many["done"] == many["shards"] and many["worked_on_twice"] == 0 and many["codes"] == [0]
-    cpu, ratio = float(many["cpu_ms_a_shard"]), float(rows[0]["makespan_s"]) / float(rows[0]["ideal_s"])  # type: ignore[arg-type]
-    found: list[list[object]] = [
-        [
-            f"{many['shards']:,} shards, {many['workers']} workers: done, worked on twice",
-            f"{many['done']:,}, {many['worked_on_twice']}",
-            "all, 0",
-            once,
-        ],
-        ["CPU ms a shard, all that the workers spend", f"{cpu:.2f}", f"< {CPU_MS:g}", cpu < CPU_MS],
-        ["makespan of claims / ideal, uneven shards", f"{ratio:.3f}", f"≤ {MAKESPAN:g}", ratio <= MAKESPAN],
+@dataclass(frozen=True)
+class Aim:
+    """met: None where it could not be measured."""
+
+    what: str
+    figure: str
+    aim: str
+    met: bool | None
+
+
+def aims(many: ManyWorkers, claims: UnevenSplit, calls: dict[str, float] | None) -> list[Aim]:
+    once = many.done == many.shards and many.worked_on_twice == 0 and many.codes == [0]
+    what = f"{many.shards:,} shards, {many.workers} workers: done, worked on twice"
+    cpu, ratio = many.cpu_ms_a_shard, claims.of_ideal
+    return [
+        Aim(what, f"{many.done:,}, {many.worked_on_twice}", "all, 0", once),
+        Aim("CPU ms a shard, all that the workers spend", f"{cpu:.2f}", f"< {CPU_MS:g}", cpu < CPU_MS),
+        Aim("makespan of claims / ideal, uneven shards", f"{ratio:.3f}", f"≤ {MAKESPAN:g}", ratio <= MAKESPAN),
+        *aims_of_operations(calls),
     ]
-    return [*found, *aims_of_operations(calls)]
 
 
-def aims_of_operations(calls: dict[str, float] | None) -> list[list[object]]:
+def aims_of_operations(calls: dict[str, float] | None) -> list[Aim]:
     if calls is None:
-        return [["metadata operations a shard", "no strace here", f"≤ {OPERATIONS:g}", None]]
+        return [Aim("metadata operations a shard", "no strace here", f"≤ {OPERATIONS:g}", None)]
     total = metadata(calls)
     listings = sum(count for what, count in calls.items() if what.startswith("list "))
     return [
-        ["metadata operations a shard", f"{total:.1f}", f"≤ {OPERATIONS:g}", total <= OPERATIONS],
-        ["of them listings", f"{listings:.2f}", "0", listings < 0.05],
+        Aim("metadata operations a shard", f"{total:.1f}", f"≤ {OPERATIONS:g}", total <= OPERATIONS),
+        Aim("of them listings", f"{listings:.2f}", "0", listings < 0.05),
     ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__, memory=True)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
-    shared = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
-    parser.add_argument("--folder", type=Path, default=shared, help="where to run")
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--uneven_shards", type=int, default=UNEVEN_SHARDS)
+    parser.add_argument("--uneven_median_s", type=float, default=MEDIAN_S, help="what half of the uneven shards take")
+    parser.add_argument("--traced", type=int, nargs=2, default=(FEW, MANY), help="shards of the two runs under strace")
     parser.add_argument("--operations", action="store_true", help="count the metadata operations, and nothing else")
     parser.add_argument("--one_worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--outputs", type=int, default=1, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse(parser, shards=20, workers=4, uneven_shards=32, uneven_median_s=0.01, traced=(4, 12))
     set_up_logging(quiet=True)
     if arguments.one_worker:
         return one_worker(arguments.one_worker, arguments.outputs)
-    calls = operations(arguments.folder)
+    few, many_traced = arguments.traced
+    calls = operations(arguments.folder, 1, few, many_traced)
     if arguments.operations:
-        return show_operations(arguments.folder, calls, as_json=arguments.json)
+        return show_operations(arguments, calls)
     many = many_workers(arguments.folder, arguments.shards, arguments.workers)
-    rows = uneven(arguments.folder, arguments.uneven_shards, UNEVEN_WORKERS, MEDIAN_S)
-    checked = aims(many, rows, calls)
-    passed = all(met is not False for *_, met in checked)
+    rows = uneven(arguments.folder, arguments.uneven_shards, UNEVEN_WORKERS, arguments.uneven_median_s)
+    checked = aims(many, rows[0], calls)
+    passed = all(aim.met is not False for aim in checked)
     if arguments.json:
-        names = ("what", "figure", "aim", "met")
-        result = {"folder": str(arguments.folder), "passed": passed, "many": many, "uneven": rows, "operations": calls}
-        print(json.dumps(result | {"aims": [dict(zip(names, row, strict=True)) for row in checked]}, indent=2))
-        return 0 if passed else 1
-    print(f"in {arguments.folder}, {os.cpu_count()} cores; {many['workers']} workers took {many['wall_s']:.0f} s\n")
-    print("| what | measured | aim | |\n|---|---:|---:|---|")
+        result = {"folder": str(arguments.folder), "passed": passed, "many": asdict(many), "operations": calls}
+        lists = {"uneven": [asdict(row) for row in rows], "aims": [asdict(aim) for aim in checked]}
+        print(json.dumps(result | lists, indent=2))
+        return exit_code(passed, arguments)
+    print(f"in {arguments.folder}, {os.cpu_count()} cores; {many.workers} workers took {many.wall_s:.0f} s\n")
     show_aims(checked)
     print(f"\n{arguments.uneven_shards} shards, log-normal cost, {UNEVEN_WORKERS} workers:\n")
-    print("| split | last shard done after s | of the ideal | worked on twice |\n|---|---:|---:|---:|")
-    for row in rows:
-        ratio = float(row["makespan_s"]) / float(row["ideal_s"])  # type: ignore[arg-type]
-        print(f"| {row['split']} | {row['makespan_s']:.1f} | {ratio:.2f} | {row['worked_on_twice']} |")
+    print_table(
+        ["split", "last shard done after s", "of the ideal", "worked on twice"],
+        [(r.split, f"{r.makespan_s:.1f}", f"{r.of_ideal:.2f}", r.worked_on_twice) for r in rows],
+    )
     if calls:
-        show_calls(arguments.folder, calls)
-    return 0 if passed else 1
+        show_calls(arguments, calls)
+    return exit_code(passed, arguments)
 
 
-def show_aims(checked: list[list[object]]) -> None:
-    words = {True: "met", False: "**MISSED**", None: "not measured"}
-    for what, figure, aim, met in checked:
-        print(f"| {what} | {figure} | {aim} | {words[met]} |")  # type: ignore[index]
+def show_aims(checked: list[Aim]) -> None:
+    print_table(["what", "measured", "aim", ""], [(a.what, a.figure, a.aim, VERDICTS[a.met]) for a in checked])
 
 
-def show_calls(folder: Path, calls: dict[str, float]) -> None:
-    print("\n| metadata operation of one worker | a shard |\n|---|---:|")
-    for what, count in calls.items():
-        print(f"| {what} | {count:.2f} |")
-    two = operations(folder, 2) or {}
-    print(f"| a further output in a folder of its kind | {metadata(two) - metadata(calls):.2f} |")
+def show_calls(arguments: argparse.Namespace, calls: dict[str, float]) -> None:
+    few, many = arguments.traced
+    two = operations(arguments.folder, 2, few, many) or {}
+    rows = [*calls.items(), ("a further output in a folder of its kind", metadata(two) - metadata(calls))]
+    print()
+    print_table(["metadata operation of one worker", "a shard"], [(what, f"{count:.2f}") for what, count in rows])
 
 
-def show_operations(folder: Path, calls: dict[str, float] | None, *, as_json: bool) -> int:
+def show_operations(arguments: argparse.Namespace, calls: dict[str, float] | None) -> int:
     checked = aims_of_operations(calls)
-    passed = all(met is not False for *_, met in checked)
-    if as_json:
-        print(json.dumps({"folder": str(folder), "passed": passed, "operations": calls}, indent=2))
-        return 0 if passed else 1
-    print("| what | measured | aim | |\n|---|---:|---:|---|")
+    passed = all(aim.met is not False for aim in checked)
+    if arguments.json:
+        print(json.dumps({"folder": str(arguments.folder), "passed": passed, "operations": calls}, indent=2))
+        return exit_code(passed, arguments)
     show_aims(checked)
     if calls:
-        show_calls(folder, calls)
-    return 0 if passed else 1
+        show_calls(arguments, calls)
+    return exit_code(passed, arguments)
 
 
 if __name__ == "__main__":

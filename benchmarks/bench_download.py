@@ -12,7 +12,7 @@ pandas<3) are not this project's.  Aim: at least its speed in each.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import os
 import resource
@@ -24,8 +24,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measuring import ROOT, StageReceipts, cpu_seconds, exit_code, make_parser, median_ratio, parse, print_table
 
 PEER = "img2dataset==1.47.0"
 HOSTS = 50
@@ -66,10 +65,10 @@ def stage(table: Path, output: Path, mode: str, threads: int) -> float:
     command += ["--workers", "1", "--rows_per_shard", str(ROWS_PER_SHARD)]
     command += MODES[mode][0]
     subprocess.run(command, check=True, env=quiet_environment())
-    receipts = [json.loads(path.read_bytes()) for path in output.glob("_receipts/00_download/*/*.json")]
-    counts = [receipt["counts"] for receipt in receipts]
-    assert sum(c["kept"] for c in counts) == sum(c["in"] for c in counts), counts
-    return float(max(r["finished"] for r in receipts) - min(r["started"] for r in receipts))
+    receipts = StageReceipts.read(output, "00_download")
+    if receipts.count("kept") != receipts.count("in"):
+        raise SystemExit(f"{receipts.count('in') - receipts.count('kept')} images were not kept")
+    return receipts.seconds
 
 
 def peer(python: Path, table: Path, output: Path, mode: str, threads: int) -> float:
@@ -81,7 +80,8 @@ def peer(python: Path, table: Path, output: Path, mode: str, threads: int) -> fl
     command += MODES[mode][1]
     subprocess.run(command, check=True, env=quiet_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stats = [json.loads(path.read_bytes()) for path in output.glob("*_stats.json")]
-    assert sum(s["successes"] for s in stats) == sum(s["count"] for s in stats), stats
+    if sum(s["successes"] for s in stats) != sum(s["count"] for s in stats):
+        raise SystemExit(f"img2dataset did not keep every image: {stats}")
     return float(max(s["end_time"] for s in stats) - min(s["start_time"] for s in stats))
 
 
@@ -89,27 +89,25 @@ def quiet_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 
-def cpu_seconds() -> float:
-    """Of processes that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=64)
     parser.add_argument("--latency_s", type=float, default=0.02, help="of the server, before it answers")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-img2dataset")
-    options = parser.parse_args()
+    options = parse(parser, count=40, rounds=1, threads=8, latency_s=0.0)
     from tests.servers import photo_server
 
-    python = make_peer(options.venv)
-    seconds: dict[tuple[str, str], list[float]] = {(who, m): [] for m in MODES for who in ("stage 00", "img2dataset")}
+    contenders = {"stage 00": stage}
+    if options.tiny and not (options.venv / ".installed").exists():
+        print("img2dataset is not installed, and a tiny run installs nothing: it is left out\n")
+    else:
+        contenders["img2dataset"] = functools.partial(peer, make_peer(options.venv))
+    seconds: dict[tuple[str, str], list[float]] = {(who, m): [] for m in MODES for who in contenders}
     cpu: dict[tuple[str, str], list[float]] = {key: [] for key in seconds}
     with (
-        tempfile.TemporaryDirectory() as name,
+        tempfile.TemporaryDirectory(dir=options.folder) as name,
         photo_server(ROOT / "examples" / "shards", options.latency_s) as port,
     ):
         folder = Path(name)
@@ -117,30 +115,25 @@ def main() -> int:
         write_table(table, port, options.count)
         for _ in range(options.rounds):
             for mode in MODES:
-                for who in ("stage 00", "img2dataset"):
+                for who, contender in contenders.items():
                     out = folder / "out"
-                    cpu_began = cpu_seconds()
-                    took = (
-                        stage(table, out, mode, options.threads)
-                        if who == "stage 00"
-                        else peer(python, table, out, mode, options.threads)
-                    )
-                    seconds[who, mode].append(took)
-                    cpu[who, mode].append(cpu_seconds() - cpu_began)
+                    before = cpu_seconds(resource.RUSAGE_CHILDREN)
+                    seconds[who, mode].append(contender(table, out, mode, options.threads))
+                    cpu[who, mode].append(cpu_seconds(resource.RUSAGE_CHILDREN) - before)
                     shutil.rmtree(out)
     print(f"{options.count:,} URLs, {options.threads} at once, {options.latency_s * 1000:g} ms latency, ", end="")
     print(f"median of {options.rounds} rounds\n")
-    print("| | | URLs/s | so many times as fast | CPU, ms a URL, with start-up |\n|---|---|---|---|---|")
-    met = True
-    for mode in MODES:
-        pairs = list(zip(seconds["img2dataset", mode], seconds["stage 00", mode], strict=True))
-        ratio = statistics.median(theirs / ours for theirs, ours in pairs)
-        met = met and ratio >= 1
-        for who in ("stage 00", "img2dataset"):
-            rate = options.count / statistics.median(seconds[who, mode])
-            cpu_ms = 1000 * statistics.median(cpu[who, mode]) / options.count
-            print(f"| {mode} | {who} | {rate:.0f} | {f'{ratio:.2f}' if who == 'stage 00' else ''} | {cpu_ms:.2f} |")
-    return 0 if met else 1
+    met, rows = True, []
+    for who, mode in sorted(seconds, key=lambda key: list(MODES).index(key[1])):
+        ratio = ""
+        if who == "stage 00" and "img2dataset" in contenders:
+            times = median_ratio(seconds["img2dataset", mode], seconds[who, mode])
+            met, ratio = met and times >= 1, f"{times:.2f}"
+        rate = options.count / statistics.median(seconds[who, mode])
+        cpu_ms = 1000 * statistics.median(cpu[who, mode]) / options.count
+        rows.append((mode, who, f"{rate:.0f}", ratio, f"{cpu_ms:.2f}"))
+    print_table(["", "", "URLs/s", "so many times as fast", "CPU, ms a URL, with start-up"], rows)
+    return exit_code(met, options)
 
 
 if __name__ == "__main__":

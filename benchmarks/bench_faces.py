@@ -13,8 +13,6 @@ alike; the median of the rounds' ratios counts.
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import io
 import json
 import os
@@ -31,8 +29,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measuring import (
+    StageReceipts,
+    example_samples,
+    exit_code,
+    make_parser,
+    median_ratio,
+    parse,
+    print_table,
+    run_stage,
+    write_shard,
+)
+
 DETECTOR_AIM, RECORDED_AIM = 0.9, 0.5
 DATACOMP_SAMPLES = 9150  # in a shard
 DATACOMP_BYTES = 35_000  # of a sample: 450 GB for 12.8 million
@@ -40,35 +48,25 @@ DATACOMP_BYTES = 35_000  # of a sample: 450 GB for 12.8 million
 
 def example_photos() -> list[tuple[bytes, dict[str, Any]]]:
     """The JPEGs of the example shards with their metadata."""
-    from curation.tar.samples import metadata_of, read_samples
+    from curation.tar.samples import metadata_of
 
-    samples = [s for tar in sorted((ROOT / "examples" / "shards").glob("*.tar")) for s in read_samples(tar)]
-    return [(s.members["jpg"], metadata_of(s)) for s in samples if "jpg" in s.members]
-
-
-def write_shard(path: Path, samples: Sequence[tuple[str, bytes, dict[str, Any]]]) -> None:
-    """jpg, json (indented, as DataComp's) and txt of each sample."""
-    from curation.tar.samples import TarWriter
-
-    with open(path, "wb") as file:
-        tar = TarWriter(file)
-        for key, image, metadata in samples:
-            tar.add(f"{key}.jpg", image)
-            tar.add(f"{key}.json", json.dumps(metadata, indent=4).encode())
-            tar.add(f"{key}.txt", metadata["caption"].encode())
-        tar.close()
-        file.flush()
-        os.fsync(file.fileno())
+    return [(sample.members["jpg"], metadata_of(sample)) for sample in example_samples() if "jpg" in sample.members]
 
 
-def run_stage(source: Path, work: Path, *flags: str) -> float:
+def members_of(image: bytes, metadata: dict[str, Any]) -> dict[str, bytes]:
+    """A sample as DataComp has it, with indented metadata."""
+    return {
+        "jpg": image,
+        "json": json.dumps(metadata, indent=4).encode(),
+        "txt": metadata["caption"].encode(),
+    }
+
+
+def time_stage(source: Path, work: Path, *flags: str) -> float:
     """Seconds from the first shard's start to the last one's commit, by the receipts; the output is thrown away."""
-    stage = importlib.import_module("01_filter_noface")
-    folders = ["--input", str(source), "--output", f"{work}/captions", "--edits", f"{work}/edits"]
-    if stage.main([*folders, "--quiet", *flags]) != 0:
-        raise SystemExit("the stage failed")
-    receipts = [json.loads(path.read_bytes()) for path in work.glob("captions/_receipts/01_filter_noface/*/*.json")]
-    seconds: float = max(r["finished"] for r in receipts) - min(r["started"] for r in receipts)
+    folders = ["--input", source, "--output", work / "captions", "--edits", work / "edits"]
+    run_stage("01_filter_noface", *folders, *flags)
+    seconds = StageReceipts.read(work / "captions", "01_filter_noface").seconds
     shutil.rmtree(work)
     return seconds
 
@@ -90,9 +88,9 @@ def shipped_session(threads: int) -> Any:
     import onnx
     import onnxruntime
 
-    from curation.backends.faces.centerface import _packaged_model
+    from curation.backends.faces.centerface import packaged_model
 
-    model = onnx.load(str(_packaged_model()))
+    model = onnx.load(str(packaged_model()))
     for value in (model.graph.input[0], *model.graph.output):
         for i in (0, 2, 3):
             value.type.tensor_type.shape.dim[i].dim_param = f"{value.name}_{i}"
@@ -127,8 +125,7 @@ def bench_detector(work: Path, images: int, threads: int, rounds: int) -> dict[s
 
     photos = example_photos()
     data = [photos[i % len(photos)] for i in range(images)]
-    (work / "shards").mkdir(parents=True)
-    bare = [(f"{i:09}", image, {"caption": meta["caption"]}) for i, (image, meta) in enumerate(data)]
+    bare = [(f"{i:09}", members_of(image, {"caption": meta["caption"]})) for i, (image, meta) in enumerate(data)]
     write_shard(work / "shards" / "00000000.tar", bare)
     detector = Backend(threads=1)
     pictures = [decode_rgb(image, at_least=detector.wants_pixels) for image, _ in data]
@@ -141,13 +138,13 @@ def bench_detector(work: Path, images: int, threads: int, rounds: int) -> dict[s
         )
         seconds["network"].append(side_by_side(detector.infer, arrays, threads))
         seconds["stage"].append(
-            run_stage(work / "shards", work / "out", "--detector", "centerface", "--threads", str(threads))
+            time_stage(work / "shards", work / "out", "--detector", "centerface", "--threads", str(threads))
         )
         seconds["plain loop"].append(plain_detector_loop(work / "shards" / "00000000.tar", shipped))
     rates = {name: images / statistics.median(values[1:]) for name, values in seconds.items()}
     limits = [images / (d + n) for d, n in zip(seconds["decoder"], seconds["network"], strict=True)][1:]
-    ratios = [images / s / limit for s, limit in zip(seconds["stage"][1:], limits, strict=True)]
-    return {"unit": "images/s", **rates, "limit": statistics.median(limits), "ratio": statistics.median(ratios)}
+    ratio = median_ratio([images / s for s in seconds["stage"][1:]], limits)
+    return {"unit": "images/s", **rates, "limit": statistics.median(limits), "ratio": ratio}
 
 
 # ---- with recorded boxes
@@ -177,7 +174,7 @@ def make_recorded_shards(folder: Path, shards: int, samples: int) -> int:
             image, metadata = rng.choice(images)
             uid = f"{rng.getrandbits(128):032x}"
             boxes = [[round(rng.random(), 6) for _ in range(4)]] if rng.random() < 0.25 else []
-            made.append((f"{uid}-0", image, {**metadata, "uid": uid, "face_bboxes": boxes}))
+            made.append((f"{uid}-0", members_of(image, {**metadata, "uid": uid, "face_bboxes": boxes})))
         write_shard(folder / f"{shard:08d}.tar", made)
     return sum(path.stat().st_size for path in folder.iterdir())
 
@@ -218,7 +215,7 @@ def bench_recorded(work: Path, shards: int, samples: int, rounds: int) -> dict[s
     total = make_recorded_shards(folder, shards, samples)
     timers: dict[str, Callable[[], float]] = {
         "cat": lambda: time_cat(folder),
-        "stage": lambda: run_stage(folder, work / "out"),
+        "stage": lambda: time_stage(folder, work / "out"),
         "plain loop": lambda: plain_recorded_loop(folder),
     }
     seconds: dict[str, list[float]] = {name: [] for name in timers}
@@ -227,36 +224,34 @@ def bench_recorded(work: Path, shards: int, samples: int, rounds: int) -> dict[s
             drop_from_cache(folder)
             seconds[name].append(timer())
     rates = {name: total / 1e6 / statistics.median(values) for name, values in seconds.items()}
-    ratios = [cat / stage for cat, stage in zip(seconds["cat"], seconds["stage"], strict=True)]
     size = {"shards": shards, "samples": shards * samples, "bytes a sample": total // (shards * samples)}
-    return {"unit": "MB/s", **rates, **size, "ratio": statistics.median(ratios)}
+    return {"unit": "MB/s", **rates, **size, "ratio": median_ratio(seconds["cat"], seconds["stage"])}
 
 
-def print_table(results: dict[str, dict[str, Any]]) -> None:
+def print_results(results: dict[str, dict[str, Any]]) -> None:
     """One row a bench."""
-    print("| stage 01 | unit | stage | limit | of the limit | aim | plain loop |")
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     for name, r in results.items():
         if "limit" in r:
             limit = f"{r['limit']:.1f} (network {r['network']:.1f}, decoder {r['decoder']:.0f})"
         else:
             limit = f"{r['cat']:.0f} (`cat`)"
-        of_limit = f"**{r['ratio']:.2f}** | {r['aim']}"
-        print(f"| {name} | {r['unit']} | {r['stage']:.1f} | {limit} | {of_limit} | {r['plain loop']:.1f} |")
+        stage, plain = f"{r['stage']:.1f}", f"{r['plain loop']:.1f}"
+        rows.append((name, r["unit"], stage, limit, f"**{r['ratio']:.2f}**", r["aim"], plain))
+    print_table(["stage 01", "unit", "stage", "limit", "of the limit", "aim", "plain loop"], rows)
 
 
 def main() -> int:
     """Run what was asked for; exit code 1 where an aim is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", choices=["detector", "recorded"])
     parser.add_argument("--images", type=int, default=120, help="of the detector's bench")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--shards", type=int, default=10, help="of the recorded bench")
+    parser.add_argument("--shards", type=int, default=10, help="of the recorded bench: 3 GB with the default size")
     parser.add_argument("--samples", type=int, default=DATACOMP_SAMPLES, help="in each of those shards")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the shards are made (3 GB); default: the temporary folder")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+    options = parse(parser, images=4, threads=1, shards=1, samples=20, rounds=1)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         work = Path(folder)
@@ -266,10 +261,10 @@ def main() -> int:
         if options.only != "detector":
             results["recorded"] = bench_recorded(work / "recorded", options.shards, options.samples, options.rounds)
             results["recorded"]["aim"] = RECORDED_AIM
-    print_table(results)
+    print_results(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return int(any(r["ratio"] < r["aim"] for r in results.values()))
+    return exit_code(all(r["ratio"] >= r["aim"] for r in results.values()), options)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,17 @@ is left out.  Rounds alternate, so that a busy machine slows both alike; the med
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measuring import StageReceipts, exit_code, make_parser, parse, print_table, run_apart, run_stage, tell_phases
+
 AIM = 0.95
 
 
@@ -61,25 +59,19 @@ def time_bare_loop(pipeline: Any, samples: list[tuple[str, str]], side: int, ste
     return time.perf_counter() - began
 
 
-def time_stage(root: Path, side: int, steps: int, batch_size: int) -> tuple[float, dict[str, float]]:
+def time_stage(root: Path, side: int, steps: int, batch_size: int) -> tuple[float, Mapping[str, float]]:
     """Seconds from the first shard's start to the last one's commit, by the receipts; and the seconds of each phase."""
-    stage = importlib.import_module("03_generate_images_multigpu")
-    flags = ["--prompts", f"{root}/prompts", "--edits", f"{root}/edits", "--embedded", "--quiet"]
-    flags += ["--height", str(side), "--width", str(side), "--steps", str(steps), "--batch_size", str(batch_size)]
-    if stage.main(flags) != 0:
-        raise SystemExit("the stage failed")
-    receipts = [json.loads(path.read_bytes()) for path in root.glob("edits/_receipts/03_generate_images/*/*.json")]
-    phases: dict[str, float] = {}
-    for receipt in receipts:
-        for phase, seconds in receipt["seconds"].items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
-    return max(r["finished"] for r in receipts) - min(r["started"] for r in receipts), phases
+    flags: list[object] = ["--prompts", root / "prompts", "--edits", root / "edits", "--embedded"]
+    flags += ["--height", side, "--width", side, "--steps", steps, "--batch_size", batch_size]
+    run_stage("03_generate_images_multigpu", *flags)
+    receipts = StageReceipts.read(root / "edits", "03_generate_images")
+    return receipts.seconds, receipts.phases
 
 
-def measure(role: str, options: argparse.Namespace) -> None:
-    """One side in this process; prints its seconds and phases as JSON."""
+def measure(role: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One side in this process: its seconds and phases."""
     work = (options.side, options.steps, options.batch_size)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         warm, root = Path(folder) / "warm", Path(folder) / "measured"
         warm_up = make_input(warm, 1, 2 * options.batch_size)
         samples = make_input(root, options.shards, options.images)
@@ -90,7 +82,7 @@ def measure(role: str, options: argparse.Namespace) -> None:
             pipeline = load_embedded(options.threads)
             time_bare_loop(pipeline, warm_up, *work)
             seconds, phases = time_bare_loop(pipeline, samples, *work), {}
-    print(json.dumps({"seconds": seconds, "phases": phases}))
+    return {"seconds": seconds, "phases": phases}
 
 
 def load_embedded(threads: int) -> Any:
@@ -105,16 +97,8 @@ def load_embedded(threads: int) -> Any:
     return load_pipeline(source, "float32", "cpu")
 
 
-def in_process_of_its_own(role: str, threads: int) -> dict[str, Any]:
-    """What ``measure`` prints.  Apart: computing threads of one process disturb each other's OpenMP teams."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--role", role]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    printed = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=True)
-    return dict(json.loads(printed.stdout.splitlines()[-1]))
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--images", type=int, default=40, help="images a shard")
     parser.add_argument("--side", type=int, default=256)
@@ -123,25 +107,25 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads, in both")
     parser.add_argument("--role", choices=["bare", "stage"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(parser, shards=1, images=2, side=32, steps=1, batch_size=2, rounds=1)
     if options.role:
-        measure(options.role, options)
+        print(json.dumps(measure(options.role, options)))
         return 0
     bare, staged = [], []
     for _ in range(options.rounds):
-        bare.append(in_process_of_its_own("bare", options.threads))
-        staged.append(in_process_of_its_own("stage", options.threads))
+        bare.append(run_apart(measure, "bare", options))
+        staged.append(run_apart(measure, "stage", options))
     count = options.shards * options.images
     loop, stage = (statistics.median(run["seconds"] for run in runs) for runs in (bare, staged))
     each = [one["seconds"] / other["seconds"] for one, other in zip(bare, staged, strict=True)]
     print(f"stage 03, {options.side}×{options.side}, {options.steps} steps, batch {options.batch_size}, ", end="")
     print(f"{options.threads} thread(s), {count} images in {options.shards} shards, {options.rounds} rounds")
-    print("\n| | images/s | of the bare loop |\n|---|---|---|")
-    print(f"| bare pipeline in a loop | {count / loop:.2f} | 1 |")
-    print(f"| stage 03 | {count / stage:.2f} | {loop / stage:.3f} (rounds {min(each):.3f} to {max(each):.3f}) |\n")
-    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in sorted(staged[-1]["phases"].items()))
-    print(f"phases of the last round: {phases}")
-    return 0 if loop / stage >= AIM else 1
+    ratio = f"{loop / stage:.3f} (rounds {min(each):.3f} to {max(each):.3f})"
+    rows = [("bare pipeline in a loop", f"{count / loop:.2f}", 1), ("stage 03", f"{count / stage:.2f}", ratio)]
+    print()
+    print_table(["", "images/s", "of the bare loop"], rows)
+    print(f"\nphases of the last round: {tell_phases(staged[-1]['phases'])}")
+    return exit_code(loop / stage >= AIM, options)
 
 
 if __name__ == "__main__":

@@ -7,26 +7,22 @@ it comes, PIL images, JPEG encoding in line.  Each further row adds one thing to
 the best batch.  Aim: the best row at least twice the first.  FLUX.1-schnell needs about 36 GB of memory at batch 32.
 
     python benchmarks/bench_generate_gpu.py            # both, minutes each
-    python benchmarks/bench_generate_gpu.py --dry      # tiny sizes on the CPU: tells whether the code runs, not a speed
+    python benchmarks/bench_generate_gpu.py --tiny     # on the CPU: tells whether the code runs, not a speed
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import io
 import os
-import statistics
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import DeviceRows, device_name, make_parser, parse
 
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
@@ -42,12 +38,12 @@ UPSTREAM_BATCH, QUALITY, ENCODERS, TEXT_BATCHES = 32, 90, 4, 4
 BATCHES_TO_TRY = (8, 16, 64, 128)
 PROMPT = "A photo of person number {} who walks a dog along a street in the evening light, with a red umbrella"
 
-# From the models' own configuration files.  The second of each pair: what --dry puts in place.
+# From the models' own configuration files.  The second of each pair: what --tiny puts in place.
 SD_UNET = {
     "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "norm_num_groups": 32,
     "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
 }  # fmt: skip
-SD_UNET_DRY = {
+SD_UNET_TINY = {
     "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4,
     "attention_head_dim": (1, 1, 2, 2), "cross_attention_dim": 32,
 }  # fmt: skip
@@ -56,17 +52,17 @@ SD_TEXT = {
     "hidden_act": "gelu", "projection_dim": 512,
 }  # fmt: skip
 FLUX_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-TEXT_DRY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 FLUX_T5 = {
     "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
     "vocab_size": 32128,
 }  # fmt: skip
-FLUX_T5_DRY = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+FLUX_T5_TINY = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 FLUX_TRANSFORMER = {
     "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
     "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
 }  # fmt: skip
-FLUX_TRANSFORMER_DRY = {
+FLUX_TRANSFORMER_TINY = {
     "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
     "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8),
 }  # fmt: skip
@@ -74,7 +70,7 @@ VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
-VAE_DRY = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+VAE_TINY = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 SD_VAE = {"latent_channels": 4, "scaling_factor": 0.18215}
 FLUX_VAE = {
     "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159,
@@ -82,15 +78,15 @@ FLUX_VAE = {
 }  # fmt: skip
 
 
-def build_sd_turbo(dry: bool) -> Any:
+def build_sd_turbo(tiny: bool) -> Any:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return StableDiffusionPipeline(
-        vae=AutoencoderKL(**{**VAE, **SD_VAE, **(VAE_DRY if dry else {})}),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**{**SD_TEXT, **(TEXT_DRY if dry else {})})),
+        vae=AutoencoderKL(**{**VAE, **SD_VAE, **(VAE_TINY if tiny else {})}),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**{**SD_TEXT, **(TEXT_TINY if tiny else {})})),
         tokenizer=clip_tokenizer(),
-        unet=UNet2DConditionModel(**{**SD_UNET, **(SD_UNET_DRY if dry else {})}),
+        unet=UNet2DConditionModel(**{**SD_UNET, **(SD_UNET_TINY if tiny else {})}),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -104,18 +100,18 @@ def build_sd_turbo(dry: bool) -> Any:
     )
 
 
-def build_flux_schnell(dry: bool) -> Any:
+def build_flux_schnell(tiny: bool) -> Any:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=AutoencoderKL(**{**VAE, **FLUX_VAE, **(VAE_DRY if dry else {})}),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**{**FLUX_TEXT, **(TEXT_DRY if dry else {})})),
+        vae=AutoencoderKL(**{**VAE, **FLUX_VAE, **(VAE_TINY if tiny else {})}),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**{**FLUX_TEXT, **(TEXT_TINY if tiny else {})})),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=T5EncoderModel(T5Config(**{**FLUX_T5, **(FLUX_T5_DRY if dry else {})})),
+        text_encoder_2=T5EncoderModel(T5Config(**{**FLUX_T5, **(FLUX_T5_TINY if tiny else {})})),
         tokenizer_2=t5_tokenizer(),
-        transformer=FluxTransformer2DModel(**{**FLUX_TRANSFORMER, **(FLUX_TRANSFORMER_DRY if dry else {})}),
+        transformer=FluxTransformer2DModel(**{**FLUX_TRANSFORMER, **(FLUX_TRANSFORMER_TINY if tiny else {})}),
     )
 
 
@@ -125,7 +121,7 @@ MODELS: dict[str, tuple[str, Callable[[bool], Any]]] = {
 }
 
 
-def build(name: str, device: str, dry: bool) -> Any:
+def build(name: str, device: str, tiny: bool) -> Any:
     """The pipeline with random weights, made on the device: matrices normal with deviation 1/√fan-in, norms one."""
     import torch
 
@@ -133,7 +129,7 @@ def build(name: str, device: str, dry: bool) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            pipeline = MODELS[name][1](dry)
+            pipeline = MODELS[name][1](tiny)
     finally:
         torch.set_default_dtype(torch.float32)
     pipeline.to(device, torch.bfloat16)
@@ -148,49 +144,28 @@ def build(name: str, device: str, dry: bool) -> Any:
     return pipeline
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    what: str
-    batch: int
-    rate: float  # images a second
-    memory_gb: float
-
-
-class Bench:
+class GenerateBench(DeviceRows):
     """One model on one device: the loops to be compared, each over the same prompts."""
 
-    def __init__(self, name: str, device: str, dry: bool, batches: int, rounds: int) -> None:
-        self.device, self.dry, self.batches, self.rounds = device, dry, batches, rounds
+    def __init__(self, name: str, device: str, tiny: bool, batches: int, rounds: int) -> None:
+        super().__init__(device, rounds)
+        self.tiny, self.batches = tiny, batches
         preset = presets()[MODELS[name][0]]
         self.settings: Preset = (
-            replace(preset, height=64, width=64, text_tokens=preset.text_tokens and 32) if dry else preset
+            replace(preset, height=64, width=64, text_tokens=preset.text_tokens and 32) if tiny else preset
         )
         self.source = ModelSource(name=name, location=name, revision="random weights")
-        self.pipeline = build(name, device, dry)
-        self.rows: list[Row] = []
+        self.pipeline = build(name, device, tiny)
         self.encoders = ThreadPoolExecutor(ENCODERS)
 
-    def measure(self, what: str, batch: int, run: Callable[[int], object]) -> None:
-        """``run(number of batches)`` once to warm up (compiling falls into that), then timed; the median counts."""
-        import torch
+    def add(self, what: str, batch: int, run: Callable[[int], object]) -> None:
+        """Adds a row for ``run(number of batches)``."""
 
-        cuda = self.device.startswith("cuda")
-        try:
-            run(2)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            rates = []
-            for _ in range(self.rounds):
-                began = time.perf_counter()
-                run(self.batches)
-                rates.append(batch * self.batches / (time.perf_counter() - began))
-        except torch.OutOfMemoryError:
-            print(f"{what}: batch {batch} does not fit", flush=True)
-            torch.cuda.empty_cache()
-            return
-        memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
-        self.rows.append(Row(what, batch, statistics.median(rates), memory))
-        print(f"{what}, batch {batch}: {self.rows[-1].rate:.2f} images/s", flush=True)
+        def timed() -> int:
+            run(self.batches)
+            return batch * self.batches
+
+        self.measure(what, batch, timed, lambda: run(1 if self.tiny else 2))
 
     def upstream(self, batch: int) -> Callable[[int], object]:
         """The published loop: everything one after the other in one thread."""
@@ -251,18 +226,18 @@ class Bench:
         return run
 
     def all_rows(self, compile_how: Any) -> None:
-        first = UPSTREAM_BATCH if not self.dry else 2
+        first = UPSTREAM_BATCH if not self.tiny else 2
         plain, compiled = SpeedUps(), SpeedUps(compile=compile_how)
-        self.measure("upstream's loop", first, self.upstream(first))
-        self.measure("own noise for each sample, bytes made on the device", first, self.ours(first, plain, 0, True))
-        self.measure("+ encoding in threads", first, self.ours(first, plain, 0, False))
-        self.measure("+ text embeddings ahead", first, self.ours(first, plain, TEXT_BATCHES, False))
-        self.measure("+ channels_last", first, self.ours(first, SpeedUps(channels_last=True), TEXT_BATCHES, False))
-        self.measure("+ fused projections", first, self.ours(first, SpeedUps(fuse_qkv=True), TEXT_BATCHES, False))
-        self.measure(f"+ compilation ({compile_how})", first, self.ours(first, compiled, TEXT_BATCHES, False))
+        self.add("upstream's loop", first, self.upstream(first))
+        self.add("own noise for each sample, bytes made on the device", first, self.ours(first, plain, 0, True))
+        self.add("+ encoding in threads", first, self.ours(first, plain, 0, False))
+        self.add("+ text embeddings ahead", first, self.ours(first, plain, TEXT_BATCHES, False))
+        self.add("+ channels_last", first, self.ours(first, SpeedUps(channels_last=True), TEXT_BATCHES, False))
+        self.add("+ fused projections", first, self.ours(first, SpeedUps(fuse_qkv=True), TEXT_BATCHES, False))
+        self.add(f"+ compilation ({compile_how})", first, self.ours(first, compiled, TEXT_BATCHES, False))
         padded = replace(compiled, compile="none")  # the modules are compiled already; only other batch sizes follow
-        for batch in BATCHES_TO_TRY if not self.dry else (3,):
-            self.measure("all of it", batch, self.ours(batch, padded, TEXT_BATCHES, False))
+        for batch in BATCHES_TO_TRY if not self.tiny else (3,):
+            self.add("all of it", batch, self.ours(batch, padded, TEXT_BATCHES, False))
 
 
 def _prompts(number: int, batch: int) -> list[str]:
@@ -281,38 +256,31 @@ def _threads() -> int:
     return int(given) if given.isdigit() else len(os.sched_getaffinity(0))
 
 
-def print_table(name: str, where: str, rows: Sequence[Row]) -> None:
-    if not rows:
-        return
-    print(f"\n{name} on {where}\n\n| | batch | images/s | of upstream's loop | GPU memory |\n|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {row.what} | {row.batch} | {row.rate:.2f} | {row.rate / rows[0].rate:.2f} | {row.memory_gb:.1f} GB |")
-    best = max(rows, key=lambda row: row.rate)
-    print(f"\nbest: batch {best.batch}, {best.rate:.2f} images/s, {best.rate / rows[0].rate:.2f} times upstream's loop")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--compile", choices=["none", "blocks", "full", "max"], default=None)
-    parser.add_argument("--batches", type=int, default=None, help="batches a round")
+    parser.add_argument("--compile", choices=["none", "blocks", "full", "max"], default="blocks")
+    parser.add_argument("--batches", type=int, default=8, help="batches a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU, without compiling unless asked")
-    options = parser.parse_args()
+    options = parse(parser, compile="none", batches=1, rounds=1)
     quiet_libraries()
     import torch
 
-    if not options.dry and not torch.cuda.is_available():
-        print("no CUDA device: nothing is measured here (--dry runs the code on the CPU)")
+    if not options.tiny and not torch.cuda.is_available():
+        print("no CUDA device: nothing is measured here (--tiny runs the code on the CPU)")
         return 0
-    device, where = ("cpu", "the CPU, dry") if options.dry else ("cuda:0", torch.cuda.get_device_name(0))
+    device = "cpu" if options.tiny else "cuda:0"
     for name in options.models:
-        bench = Bench(name, device, options.dry, options.batches or (2 if options.dry else 8), options.rounds)
-        bench.all_rows(options.compile or ("none" if options.dry else "blocks"))
-        print_table(name, f"{where}, torch {torch.__version__}", bench.rows)
+        bench = GenerateBench(name, device, options.tiny, options.batches, options.rounds)
+        bench.all_rows(options.compile)
+        if bench.rows:
+            bench.print(f"{name} on {device_name(device)}", "upstream's loop")
+            best = bench.best
+            ratio = best.rate / bench.rows[0].rate
+            print(f"\nbest: batch {best.batch}, {best.rate:.2f} images/s, {ratio:.2f} times upstream's loop")
         del bench
         gc.collect()
-        if not options.dry:
+        if not options.tiny:
             torch.cuda.empty_cache()
     return 0
 

@@ -14,9 +14,7 @@ and no second try, as the published pipeline does.  The median of the rounds cou
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib
 import json
 import statistics
 import sys
@@ -28,13 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measuring import ROOT, StageReceipts, exit_code, make_parser, parse, print_table, run_stage
 
 from curation.language import LanguageIdentifier, find_model
 from tests.servers import ollama_stub
 
-CAPTIONS, THREADS, LATENCY_S, SLOTS = 2000, 20, 0.05, 4
+THREADS, LATENCY_S, SLOTS = 20, 0.05, 4
 LANGUAGE_AIM, EVEN_AIM, UNEVEN_AIM = 0.8, 0.97, 0.9
 STAGE = "02_captions_processor"
 Server = dict[str, Any]  # the flags of a stub
@@ -50,33 +47,33 @@ class Scene:
     aim: float | None
 
 
-def scenes() -> list[Scene]:
+def scenes(captions: int) -> list[Scene]:
     sound: Server = {"slots": SLOTS, "latency_s": LATENCY_S}
     rate = SLOTS / LATENCY_S  # of a sound server
-    share = CAPTIONS * rate / (3.25 * rate)  # of one that never dies, beside two sound ones and a slow one
+    share = captions * rate / (3.25 * rate)  # of one that never dies, beside two sound ones and a slow one
     dies_after = round(share / 2)
     slow, dying = {**sound, "latency_s": 4 * LATENCY_S}, {**sound, "die_after": dies_after + 1}
     return [
-        Scene("even", [sound] * 4, CAPTIONS / (4 * rate), EVEN_AIM),
-        Scene("uneven", [sound, sound, slow, dying], (CAPTIONS - dies_after) / (2.25 * rate), UNEVEN_AIM),
-        Scene("single", [{**sound, "slots": 1}, {**sound, "slots": 16}], CAPTIONS / (17 / LATENCY_S), None),
+        Scene("even", [sound] * 4, captions / (4 * rate), EVEN_AIM),
+        Scene("uneven", [sound, sound, slow, dying], (captions - dies_after) / (2.25 * rate), UNEVEN_AIM),
+        Scene("single", [{**sound, "slots": 1}, {**sound, "slots": 16}], captions / (17 / LATENCY_S), None),
     ]
 
 
-def english_captions() -> list[str]:
+def english_captions(count: int) -> list[str]:
     """As many as are asked about, made from the examples' English captions by numbering them."""
     lines = (ROOT / "examples" / "truth.tsv").read_text("utf-8").splitlines()[1:]
     found = [row[5] for row in (line.split("\t") for line in lines) if row[4] == "en"]
-    return [f"{found[number % len(found)]}, photo number {number}" for number in range(CAPTIONS)]
+    return [f"{found[number % len(found)]}, photo number {number}" for number in range(count)]
 
 
 # ---- language
 
 
-def measure_language(rounds: int) -> tuple[float, float, float]:
+def measure_language(rounds: int, repeats: int) -> tuple[float, float, float]:
     """Captions a second of the stage and of fastText, and the median of the rounds' ratios."""
     lines = (ROOT / "examples" / "truth.tsv").read_text("utf-8").splitlines()[1:]
-    captions = [line.split("\t")[5] for line in lines] * 200
+    captions = [line.split("\t")[5] for line in lines] * repeats
     identifier = LanguageIdentifier(find_model())
     predict = identifier._model.predict  # fastText's own
     times: list[tuple[float, float]] = []
@@ -97,7 +94,6 @@ def measure_language(rounds: int) -> tuple[float, float, float]:
 
 def through_the_stage(ports: Sequence[int], folder: Path, captions: Sequence[str]) -> tuple[float, int]:
     """Seconds from the first shard's start to the last one's commit, and prompts written."""
-    stage = importlib.import_module(STAGE)
     (folder / "captions").mkdir()
     per_shard = len(captions) // 4
     for shard in range(4):
@@ -105,11 +101,9 @@ def through_the_stage(ports: Sequence[int], folder: Path, captions: Sequence[str
         (folder / "captions" / f"{shard:08d}.json").write_text(json.dumps(part), "utf-8")
     folders = ["--input", f"{folder}/captions", "--output", f"{folder}/prompts"]
     addresses = ["--host", "127.0.0.1", "--ports", ",".join(map(str, ports))]
-    if stage.main([*folders, *addresses, "--num_threads", str(THREADS), "--quiet"]) != 0:
-        raise SystemExit("the stage failed")
-    receipts = [json.loads(path.read_bytes()) for path in folder.glob(f"prompts/_receipts/{STAGE}/*/*.json")]
-    seconds = max(r["finished"] for r in receipts) - min(r["started"] for r in receipts)
-    return seconds, sum(r["counts"]["kept"] for r in receipts)
+    run_stage(STAGE, *folders, *addresses, "--num_threads", THREADS)
+    receipts = StageReceipts.read(folder / "prompts", STAGE)
+    return receipts.seconds, receipts.count("kept")
 
 
 def in_a_plain_loop(ports: Sequence[int], folder: Path, captions: Sequence[str]) -> tuple[float, int]:
@@ -144,34 +138,43 @@ def measure(scene: Scene, client: Client, rounds: int, captions: Sequence[str]) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
+    parser.add_argument("--captions", type=int, default=2000, help="of each scene with servers")
+    parser.add_argument("--repeats", type=int, default=200, help="of the example captions, for the language")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print figures, not a table")
-    options = parser.parse_args()
-    met, figures = True, {}
+    options = parse(parser, captions=40, repeats=2, rounds=1)
+    met, count, figures = True, options.captions, {}
 
-    ours, theirs, ratio = measure_language(options.rounds + 2)
+    ours, theirs, ratio = measure_language(options.rounds + 2, options.repeats)
     met &= ratio >= LANGUAGE_AIM
     figures["language"] = {"captions_s": ours, "fasttext_captions_s": theirs, "ratio": ratio, "aim": LANGUAGE_AIM}
-    rows = [
-        "| | stage 02 | limit | of the limit | aim | plain loop |",
-        "|---|---|---|---|---|---|",
-        f"| language, captions/s | {ours:,.0f} | {theirs:,.0f} fastText in batches | {ratio:.2f} | {LANGUAGE_AIM} | |",
+    rows: list[tuple[object, ...]] = [
+        (
+            "language, captions/s",
+            f"{ours:,.0f}",
+            f"{theirs:,.0f} fastText in batches",
+            f"{ratio:.2f}",
+            LANGUAGE_AIM,
+            "",
+        )
     ]
-    captions = english_captions()
-    for scene in scenes():
+    captions = english_captions(count)
+    for scene in scenes(count):
         seconds, answered = measure(scene, through_the_stage, options.rounds, captions)
         plain_s, plain_answered = measure(scene, in_a_plain_loop, 1, captions)
-        limit, share = CAPTIONS / scene.least_s, scene.least_s / seconds
-        met &= answered == CAPTIONS and share >= (scene.aim or 0)
-        figures[scene.name] = {"requests_s": CAPTIONS / seconds, "limit": limit, "ratio": share, "aim": scene.aim or 0}
-        lost = f", {CAPTIONS - plain_answered:,} captions lost" if plain_answered < CAPTIONS else ""
-        rows.append(
-            f"| {scene.name}, requests/s | {CAPTIONS / seconds:.0f} | {limit:.0f} by the slots | {share:.3f} | "
-            f"{scene.aim or ''} | {plain_answered / plain_s:.0f}{lost} |"
-        )
-    print(json.dumps(figures) if options.json else "\n".join(rows))
-    return 0 if met else 1
+        limit, share = count / scene.least_s, scene.least_s / seconds
+        met &= answered == count and share >= (scene.aim or 0)
+        figures[scene.name] = {"requests_s": count / seconds, "limit": limit, "ratio": share, "aim": scene.aim or 0}
+        lost = f", {count - plain_answered:,} captions lost" if plain_answered < count else ""
+        plain = f"{plain_answered / plain_s:.0f}{lost}"
+        rate, of_slots = f"{count / seconds:.0f}", f"{limit:.0f} by the slots"
+        rows.append((f"{scene.name}, requests/s", rate, of_slots, f"{share:.3f}", scene.aim or "", plain))
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        print_table(["", "stage 02", "limit", "of the limit", "aim", "plain loop"], rows)
+    return exit_code(met, options)
 
 
 if __name__ == "__main__":

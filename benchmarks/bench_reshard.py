@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import io
 import json
 import os
 import random
@@ -28,9 +27,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measuring import ROOT, example_jpegs, exit_code, make_parser, median_ratio, parse, print_table, write_shard
+
 SHARD = "00000000"
 AIMS = {"cp + fsync": 0.9, "tarfile": 5.0, "webdataset": 9.0}
 MEMORY_AIM_MB = 150
@@ -40,43 +40,29 @@ MTIME = 1_700_000_000
 # ---- the shard and its edits
 
 
-def jpeg_bytes() -> bytes:
-    """Real JPEG data, cut from the example shards, for payloads of any size."""
-    from curation.tar.samples import read_samples
-
-    shards = sorted((ROOT / "examples" / "shards").glob("*.tar"))
-    return b"".join(data for path in shards for s in read_samples(path, {"jpg"}) for data in s.members.values())
-
-
 def make_input(folder: Path, count: int, share: float) -> None:
     """shards/<shard>.tar with ``count`` samples of about 35 kB, and edits/<shard>.tar for ``share`` of them."""
-    from curation.tar.samples import TarWriter
-
-    dice, payload = random.Random(1), memoryview(jpeg_bytes())
+    dice, payload = random.Random(1), memoryview(b"".join(example_jpegs()))  # real data, for pictures of any size
 
     def picture() -> memoryview:
         size = dice.randint(15_000, 55_000)
         begin = dice.randrange(len(payload) - size)
         return payload[begin : begin + size]
 
-    for name in ("shards", "edits"):
-        (folder / name).mkdir()
-    with open(folder / f"shards/{SHARD}.tar", "wb") as source, open(folder / f"edits/{SHARD}.tar", "wb") as edits:
-        shard, edited = TarWriter(source), TarWriter(edits)
+    edited: dict[str, dict[str, bytes | memoryview]] = {}
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes | memoryview]]]:
         for number in range(count):
             key = f"{dice.getrandbits(128):032x}-0"
             metadata = {"uid": key[:32], "face_bboxes": [], "caption": "A photo of something", "exif": "x" * 500}
-            shard.add(f"{key}.jpg", picture(), MTIME)
-            shard.add(f"{key}.json", json.dumps(metadata, indent=4).encode(), MTIME)
-            shard.add(f"{key}.txt", b"A photo of something", MTIME)
+            text = json.dumps(metadata, indent=4).encode()
+            yield key, {"jpg": picture(), "json": text, "txt": b"A photo of something"}
             if number % round(1 / share) == 3:
-                edited.add(f"{key}.jpg", picture())
-                edited.add(f"{key}.txt", b"A portrait of someone")
-                edited.add(f"{key}.json", json.dumps(metadata | {"curation": {"prompt": "y" * 300}}).encode())
-        for tar, file in ((shard, source), (edited, edits)):
-            tar.close()
-            file.flush()
-            os.fsync(file.fileno())
+                edit = json.dumps(metadata | {"curation": {"prompt": "y" * 300}}).encode()
+                edited[key] = {"jpg": picture(), "txt": b"A portrait of someone", "json": edit}
+
+    write_shard(folder / f"shards/{SHARD}.tar", samples(), MTIME)
+    write_shard(folder / f"edits/{SHARD}.tar", edited.items())
 
 
 # ---- the contenders: each writes ``output`` from shards/ and edits/
@@ -132,7 +118,7 @@ WDS_OWN = ("__url__", "__local_path__")
 
 
 @contextlib.contextmanager
-def durable(path: Path) -> Iterator[io.BufferedWriter]:
+def durable(path: Path) -> Iterator[BinaryIO]:
     with open(path, "wb", buffering=1 << 20) as file:
         yield file
         file.flush()
@@ -222,15 +208,14 @@ def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="where to work: the filesystem that is measured (default: a temporary one)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(parser, samples=60, rounds=1)
     if options.contender:
-        serve(CONTENDERS[options.contender], Path(options.folder))
+        serve(CONTENDERS[options.contender], options.folder)
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -243,21 +228,20 @@ def main() -> int:
         shutil.rmtree(folder / "edits")
         make_input(folder, 4 * options.samples, 0.1)
         memory_of_larger = peak_mb(folder)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["stage 04"], strict=True)) for name in AIMS
-    }
-    met = all(ratios[name] >= aim for name, aim in AIMS.items()) and memory_of_larger < MEMORY_AIM_MB
+    ratios = {name: median_ratio(seconds[name], seconds["stage 04"]) for name in AIMS if name in seconds}
+    met = all(ratio >= AIMS[name] for name, ratio in ratios.items()) and memory_of_larger < MEMORY_AIM_MB
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     if options.json:
         print(json.dumps({"bytes": size, "seconds": seconds, "ratios": ratios, "peak_mb": [memory, memory_of_larger]}))
-        return 0 if met else 1
+        return exit_code(met, options)
     print(f"{options.samples:,} samples, {size / 1e6:.0f} MB, median of {options.rounds} rounds\n")
-    print("| | seconds | MB/s | stage 04 is so many times as fast | aim |\n|---|---|---|---|---|")
+    rows = []
     for name, median in medians.items():
-        ratio = f"{ratios[name]:.2f} | {AIMS[name]:g}" if name in AIMS else "|"
-        print(f"| {name} | {median:.3f} | {size / median / 1e6:.0f} | {ratio} |")
+        ratio = (f"{ratios[name]:.2f}", f"{AIMS[name]:g}") if name in ratios else ("", "")
+        rows.append((name, f"{median:.3f}", f"{size / median / 1e6:.0f}", *ratio))
+    print_table(["", "seconds", "MB/s", "stage 04 is so many times as fast", "aim"], rows)
     print(f"\nPeak memory: {memory:.0f} MB; on a shard four times as large {memory_of_larger:.0f} MB (aim: under 150).")
-    return 0 if met else 1
+    return exit_code(met, options)
 
 
 if __name__ == "__main__":

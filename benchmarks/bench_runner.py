@@ -1,6 +1,6 @@
 """What the machinery costs: CPU time of run_shards on work that is empty, and the time of a restart with nothing to do.
 
-    python benchmarks/bench_runner.py [--json] [--folder DIR] [--shards 100,1000,10000]
+    python benchmarks/bench_runner.py [--json] [--folder DIR] [--shards 100,1000,10000] [--tiny]
 
 Bar: under 5 ms of CPU time (user + system) a shard, and flat from 100 to 10,000 shards.  The work on each shard is one
 sample that is kept; a shard leaves one small output, a line of provenance and its receipt.  Runs in memory (/dev/shm)
@@ -9,7 +9,6 @@ where that is to be had, so that the system's share is the filesystem calls and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -21,15 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import cpu_seconds, exit_code, make_empty_shards, make_parser, parse, print_table
 
 from curation.cluster import Allocation, StopSignal
 from curation.options import RunOptions, set_up_logging
 from curation.run.runner import run_shards
 from curation.run.work import ShardContext, Stage
-from curation.shards import Shard, discover
+from curation.shards import Shard
 
 BAR_MS = 5.0
+EVERYBODY = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # a child is git, asked once for the code's version
 FLAT = 1.5  # a shard among the most costs at most so many times what one among the fewest does
 
 
@@ -55,7 +55,7 @@ class Empty(Stage[RunOptions]):
 
 
 @dataclass(frozen=True)
-class Row:
+class RunnerRow:
     work: str
     shards: int
     cpu_ms: float  # a shard
@@ -64,17 +64,14 @@ class Row:
     restart_wall_s: float  # of the whole run
 
 
-def measure(base: Path, shards: int, publishes: bool) -> Row:
+def measure(base: Path, shards: int, publishes: bool) -> RunnerRow:
     source = base / "in"
-    source.mkdir()
-    for number in range(shards):
-        (source / f"{number:08d}.tar").touch()
-    found = discover(str(source))
+    found = make_empty_shards(source, shards)
     stage = Empty(base / "out", publishes)
     (cpu_s, wall_s), (restart_cpu_s, restart_wall_s) = run(stage, found), run(stage, found)
     for folder in (source, base / "out"):
         shutil.rmtree(folder)
-    return Row(
+    return RunnerRow(
         work="output + provenance" if publishes else "nothing",
         shards=shards,
         cpu_ms=cpu_s / shards * 1e3,
@@ -86,29 +83,18 @@ def measure(base: Path, shards: int, publishes: bool) -> Row:
 
 def run(stage: Empty, shards: Sequence[Shard]) -> tuple[float, float]:
     """(CPU seconds, wall-clock seconds) of one run over all shards."""
-    before, began = cpu_seconds(), time.perf_counter()
+    before, began = cpu_seconds(*EVERYBODY), time.perf_counter()
     code = run_shards(stage, shards, RunOptions(quiet=True), Allocation(), StopSignal())
     if code != 0:
         raise RuntimeError(f"run_shards ended with {code}")
-    return cpu_seconds() - before, time.perf_counter() - began
-
-
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)  # git, asked once for the code's version
-    return used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
-
-
-def default_folder() -> Path:
-    return Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    return cpu_seconds(*EVERYBODY) - before, time.perf_counter() - began
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__, memory=True)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="where to run")
     parser.add_argument("--shards", default="100,1000,10000")
-    arguments = parser.parse_args()
+    arguments = parse(parser, shards="20,40")
     set_up_logging(quiet=True)
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-runner-", dir=arguments.folder) as base:
@@ -120,17 +106,24 @@ def main() -> int:
     if arguments.json:
         result = {"folder": str(arguments.folder), "bar_cpu_ms": BAR_MS, "passed": passed}
         print(json.dumps(result | {"rows": [vars(row) for row in rows]}, indent=2))
-        return 0 if passed else 1
+        return exit_code(passed, arguments)
     print(f"run_shards in {arguments.folder}; one process, {os.cpu_count()} cores")
-    print("| work | shards | CPU ms/shard | wall ms/shard | restart CPU ms/shard | restart s |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for row in rows:
-        print(
-            f"| {row.work} | {row.shards:,} | {row.cpu_ms:.2f} | {row.wall_ms:.2f} "
-            f"| {row.restart_cpu_ms:.3f} | {row.restart_wall_s:.2f} |"
-        )
+    print_table(
+        ["work", "shards", "CPU ms/shard", "wall ms/shard", "restart CPU ms/shard", "restart s"],
+        [
+            (
+                row.work,
+                f"{row.shards:,}",
+                f"{row.cpu_ms:.2f}",
+                f"{row.wall_ms:.2f}",
+                f"{row.restart_cpu_ms:.3f}",
+                f"{row.restart_wall_s:.2f}",
+            )
+            for row in rows
+        ],
+    )
     print(f"bar: under {BAR_MS:g} ms of CPU on empty work, and flat: {'reached' if passed else 'MISSED'}")
-    return 0 if passed else 1
+    return exit_code(passed, arguments)
 
 
 if __name__ == "__main__":

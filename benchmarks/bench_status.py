@@ -1,6 +1,6 @@
 """How long status takes over 100,000 receipts, and finding 100,000 shards.
 
-    python benchmarks/bench_status.py [--json] [--folder DIR] [--receipts 100000]
+    python benchmarks/bench_status.py [--json] [--folder DIR] [--receipts 100000] [--tiny]
 
 Aims: status in under 5 s and 300 MB (the whole of its processes), discovery in under 2 s.  The receipts are of two
 stages, the second made from the first, so that each of its shards is checked for being stale; they are of the size
@@ -10,7 +10,6 @@ failed, and status must say so.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,14 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import ROOT, VERDICTS, exit_code, make_empty_shards, make_parser, parse, print_table
 
 from curation.shards import bucket_of
 from curation.storage.files import temporary_name
 
-ROOT = Path(__file__).resolve().parent.parent
 STATUS_S, STATUS_MB, DISCOVERY_S = 5.0, 300.0, 2.0
-RUNS = 3  # the best counts: the machine may be busy with other things
 DISCOVER = """
 import sys, time
 from curation.shards import discover
@@ -39,7 +36,7 @@ print(len(found), time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
-class Row:
+class StatusRow:
     what: str
     number: int
     seconds: float
@@ -144,9 +141,9 @@ def run_status(root: Path) -> tuple[float, float, dict[str, Any]]:
     return seconds, peak, result
 
 
-def measure_status(base: Path, receipts: int) -> tuple[Row, int]:
+def measure_status(base: Path, receipts: int, rounds: int) -> tuple[StatusRow, int]:
     size = make(base, receipts)
-    runs = [run_status(base) for _ in range(RUNS)]
+    runs = [run_status(base) for _ in range(rounds)]
     for _, _, result in runs:
         first, second = result["stages"]
         half, some = receipts // 2, receipts // 2 // 500
@@ -154,48 +151,47 @@ def measure_status(base: Path, receipts: int) -> tuple[Row, int]:
         if found != (half, half - 2 * some, some, some):
             raise RuntimeError(f"status is wrong: {found}")
     seconds, megabytes = min(run[0] for run in runs), max(run[1] for run in runs)
-    return Row("status", receipts, seconds, STATUS_S, megabytes, STATUS_MB), size
+    return StatusRow("status", receipts, seconds, STATUS_S, megabytes, STATUS_MB), size
 
 
-def measure_discovery(base: Path, shards: int) -> Row:
-    for number in range(shards):
-        (base / f"{number:08d}.tar").touch()
+def measure_discovery(base: Path, shards: int, rounds: int) -> StatusRow:
+    make_empty_shards(base, shards)
     runs = []
-    for _ in range(RUNS):
+    for _ in range(rounds):
         command = [sys.executable, "-c", DISCOVER, str(base)]
         told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
         if int(told[0]) != shards:
             raise RuntimeError(f"{told[0]} shards were found")
         runs.append(float(told[1]))
-    return Row("discovery", shards, min(runs), DISCOVERY_S)
+    return StatusRow("discovery", shards, min(runs), DISCOVERY_S)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__, memory=True)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    memory = Path("/dev/shm")
-    default = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    parser.add_argument("--folder", type=Path, default=default, help="where to make the files")
     parser.add_argument("--receipts", type=int, default=100_000)
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="the best counts: the machine may be busy with other things"
+    )
+    arguments = parse(parser, receipts=2000, rounds=1)
     with tempfile.TemporaryDirectory(prefix="bench-status-", dir=arguments.folder) as base:
-        status, size = measure_status(Path(base), arguments.receipts)
+        status, size = measure_status(Path(base), arguments.receipts, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="bench-status-", dir=arguments.folder) as base:
-        rows = [status, measure_discovery(Path(base), arguments.receipts)]
+        rows = [status, measure_discovery(Path(base), arguments.receipts, arguments.rounds)]
     passed = all(row.met for row in rows)
     if arguments.json:
         print(json.dumps({"passed": passed, "receipt_bytes": size, "rows": [vars(row) for row in rows]}, indent=2))
-        return 0 if passed else 1
-    print(f"in {arguments.folder}, {os.cpu_count()} cores, receipts of {size:,} bytes; the best of {RUNS} runs")
-    print("| what | files | seconds | aim | MB at most | aim | |")
-    print("|---|---:|---:|---:|---:|---:|---|")
+        return exit_code(passed, arguments)
+    print(
+        f"in {arguments.folder}, {os.cpu_count()} cores, receipts of {size:,} bytes; "
+        f"the best of {arguments.rounds} runs"
+    )
+    table = []
     for row in rows:
         held = ("", "") if row.megabytes is None else (f"{row.megabytes:.0f}", f"< {row.aim_mb:g}")
-        verdict = "met" if row.met else "MISSED"
-        print(
-            f"| {row.what} | {row.number:,} | {row.seconds:.2f} | < {row.aim_s:g} | {held[0]} | {held[1]} | {verdict} |"
-        )
-    return 0 if passed else 1
+        table.append((row.what, f"{row.number:,}", f"{row.seconds:.2f}", f"< {row.aim_s:g}", *held, VERDICTS[row.met]))
+    print_table(["what", "files", "seconds", "aim", "MB at most", "aim", ""], table)
+    return exit_code(passed, arguments)
 
 
 if __name__ == "__main__":

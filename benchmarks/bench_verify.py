@@ -12,9 +12,7 @@ Aim: at least half of sha256sum's bandwidth per core, with one process and with 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import importlib
 import json
 import os
 import resource
@@ -23,10 +21,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from bench_reshard import SHARD, make_input
+from measuring import (
+    ROOT,
+    VERDICTS,
+    cpu_seconds,
+    example_jpegs,
+    exit_code,
+    make_parser,
+    parse,
+    print_table,
+    run_stage,
+    write_shard,
+)
+
 AIM = 0.5
 SHARDS = 6
 PROCESSES = 2
@@ -44,58 +55,48 @@ for path in sys.argv[1:]:
 
 def make_dataset(folder: Path, samples: int) -> None:
     """shards/, edits/ and hybrid/ with ``SHARDS`` shards each; every tenth sample is edited, with a whole picture."""
-    from bench_reshard import SHARD, make_input
-
-    from curation.run.runner import run_stage
-    from curation.shards import discover
-
     make_input(folder, samples, 0.1)
     write_edits(folder / f"shards/{SHARD}.tar", folder / f"edits/{SHARD}.tar")
     for name in ("shards", "edits"):
         for number in range(1, SHARDS):
             os.link(folder / name / f"{SHARD}.tar", folder / name / f"{number:08d}.tar")
-    module = importlib.import_module("04_reshard")
-    options = module.Options(
-        input=f"{folder}/shards", edits=f"{folder}/edits", output=f"{folder}/hybrid", quiet=True, edits_layout="tar"
-    )
-    if run_stage(module.Reshard(options), options, discover(options.input)) != 0:
-        raise SystemExit("stage 04 failed")
+    folders = ("--input", folder / "shards", "--edits", folder / "edits", "--output", folder / "hybrid")
+    run_stage("04_reshard", *folders, "--edits_layout", "tar")
 
 
 def write_edits(source: Path, target: Path) -> None:
     """Edits that say the truth about themselves, as verify asks of them; the pictures are the examples'."""
     from curation.edits import edited_metadata, json_of, txt_of
     from curation.images import image_size
-    from curation.tar.samples import TarWriter, read_samples
+    from curation.tar.samples import read_samples
 
-    examples = sorted((ROOT / "examples" / "shards").glob("*.tar"))
-    pictures = [data for path in examples for s in read_samples(path, {"jpg"}) for data in s.members.values()]
+    pictures = example_jpegs()
     numbers = {"seed": 0, "steps": 4, "guidance": 0.0, "text_tokens": None, "size": [384, 384], "quality": 90}
-    texts = {"prompt": "A portrait of someone", "prompt_suffix": "", "negative_prompt": "", "group": None}
+    prompt = "A portrait of someone"
+    texts = {"prompt": prompt, "prompt_suffix": "", "negative_prompt": "", "group": None}
     made = {"models": {"image": {"name": "none", "revision": "1"}}, "stages": {"03_generate_images": 1}}
-    with open(target, "wb") as file:
-        writer = TarWriter(file)
+
+    def edits() -> Iterator[tuple[str, dict[str, bytes]]]:
         for number, sample in enumerate(read_samples(source, {"json"})):
             if number % 10 == 3:
                 jpg = pictures[number // 10 % len(pictures)]
                 sha256 = hashlib.sha256(jpg).hexdigest()
                 curation = {**texts, **made, **numbers}
                 metadata = edited_metadata(json.loads(sample.members["json"]), curation, sha256, *image_size(jpg))
-                for suffix, data in (("jpg", jpg), ("txt", txt_of(texts["prompt"])), ("json", json_of(metadata))):
-                    writer.add(f"{sample.key}.{suffix}", data)
-        writer.close()
+                yield sample.key, {"jpg": jpg, "txt": txt_of(prompt), "json": json_of(metadata)}
+
+    write_shard(target, edits())
 
 
 def measure(command: list[str]) -> tuple[float, float]:
     """(seconds of CPU, wall-clock seconds) of a command and its children."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = cpu_seconds(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode
     wall_s = time.perf_counter() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if code != 0:
         raise SystemExit(f"{command[:4]} ended with {code}")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall_s
+    return cpu_seconds(resource.RUSAGE_CHILDREN) - before, wall_s
 
 
 def verify_command(folder: Path, workers: int) -> list[str]:
@@ -104,11 +105,10 @@ def verify_command(folder: Path, workers: int) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, memory=True)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
-    options = parser.parse_args()
+    options = parse(parser, samples=20, rounds=1)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         make_dataset(folder, options.samples)
@@ -126,19 +126,19 @@ def main() -> int:
                 seconds[name].append(measure(command))
     about = f"{SHARDS} hybrid shards of {options.samples:,} samples, {size / 1e6:,.0f} MB"
     print(f"{about}; medians of {options.rounds} rounds\n")
-    print("| what | CPU s | MB/s a core | of sha256sum (rounds) | wall-clock s | aim | |")
-    print("|---|---:|---:|---:|---:|---:|---|")
-    met = True
+    met, rows = True, []
     base = [cpu for cpu, _ in seconds["sha256sum"]]
     for name, pairs in seconds.items():
         cpu, wall = (statistics.median(values) for values in zip(*pairs, strict=True))
         ratios = [one / own for one, (own, _) in zip(base, pairs, strict=True)]
         ratio, aimed = statistics.median(ratios), name.startswith("verify")
         met = met and (not aimed or ratio >= AIM)
-        aim = f">= {AIM} | {'met' if ratio >= AIM else '**missed**'}" if aimed else " | "
+        aim = (f">= {AIM}", VERDICTS[ratio >= AIM]) if aimed else ("", "")
         spread = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {cpu:.2f} | {size / cpu / 1e6:,.0f} | {spread} | {wall:.2f} | {aim} |")
-    return 0 if met else 1
+        rows.append((name, f"{cpu:.2f}", f"{size / cpu / 1e6:,.0f}", spread, f"{wall:.2f}", *aim))
+    columns = ["what", "CPU s", "MB/s a core", "of sha256sum (rounds)", "wall-clock s", "aim", ""]
+    print_table(columns, rows)
+    return exit_code(met, options)
 
 
 if __name__ == "__main__":

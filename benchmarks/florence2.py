@@ -1,4 +1,4 @@
-"""Florence-2 with random weights in three sizes, saved as the hub's models are: what ``recaption.py`` measures.
+"""Florence-2 with random weights in three sizes, saved as the hub's models are: the models of ``recaption.py``.
 
 ``base`` is the real architecture, 0.23 billion parameters, from the published model's configuration; ``small`` is what
 two CPU cores can do in a minute; ``tiny`` tells whether the code runs.  Nothing is downloaded; the speed does not
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+import measuring  # noqa: F401 - makes the project importable
 
 from curation.backends.extract.tokens import byte_letters
 from curation.backends.generate.tiny import fill_with_noise

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import io
 import itertools
 import json
@@ -27,15 +26,24 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measuring import (
+    ROOT,
+    StageReceipts,
+    exit_code,
+    make_parser,
+    parse,
+    print_table,
+    run_stage,
+    write_shard,
+)
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the model on the CPU: before torch is imported
 
 import numpy as np
@@ -101,16 +109,16 @@ def photos(shards: list[Path]) -> list[tuple[bytes, bytes]]:
 
 
 def write_shards(folder: Path, samples: list[tuple[bytes, bytes]], setting: Setting) -> None:
-    folder.mkdir()
     numbered = iter(enumerate(itertools.cycle(samples)))
     for shard in range(setting.shards):
-        with tarfile.open(folder / f"{shard:08d}.tar", "w") as tar:
-            for number, (image, caption) in itertools.islice(numbered, setting.images // setting.shards):
-                members = {"jpg": image, "txt": caption, "json": json.dumps({"uid": f"{number:032x}"}).encode()}
-                for suffix, data in members.items():
-                    info = tarfile.TarInfo(f"{number:012d}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        part = itertools.islice(numbered, setting.images // setting.shards)
+        write_shard(
+            folder / f"{shard:08d}.tar",
+            (
+                (f"{n:012d}", {"jpg": image, "txt": text, "json": json.dumps({"uid": f"{n:032x}"}).encode()})
+                for n, (image, text) in part
+            ),
+        )
 
 
 # ---- the rows
@@ -172,21 +180,15 @@ class Bare:
         return count * batches / (time.perf_counter() - began)
 
 
-def run_stage(shards: Path, output: Path, model: Path, setting: Setting, resize: str) -> tuple[float, float]:
+def time_stage(shards: Path, output: Path, model: Path, setting: Setting, resize: str) -> tuple[float, float]:
     """(images a second, share of the time that the model waits), from the first shard's start to the last one's end:
     loading the model and starting processes is left out."""
-    arguments = ["--input_tars", str(shards), "--output_metadata_dir", str(output), "--models", DIRECTIVE]
-    arguments += ["--weights", f"{DIRECTIVE}={model}", "--postprocess_features", "all", "--quiet", "--resize", resize]
-    arguments += ["--batch_size", str(setting.batch), "--nworkers", str(setting.processes)]
-    arguments += ["--device", setting.device.removeprefix("cuda:")]
-    code = importlib.import_module(STAGE).main(arguments)
-    if code != 0:
-        raise SystemExit(f"{STAGE} ended with {code}")
-    receipts = [json.loads(path.read_text()) for path in (output / "_receipts" / STAGE).rglob("*.json")]
-    receipts = [receipt for receipt in receipts if receipt.get("status") == "done"]
-    seconds = max(r["finished"] for r in receipts) - min(r["started"] for r in receipts)
-    waited = sum(r["seconds"].get("wait", 0.0) for r in receipts)
-    return sum(r["counts"]["in"] for r in receipts) / seconds, waited / seconds
+    flags: list[object] = ["--input_tars", shards, "--output_metadata_dir", output, "--models", DIRECTIVE]
+    flags += ["--weights", f"{DIRECTIVE}={model}", "--postprocess_features", "all", "--resize", resize]
+    flags += ["--batch_size", setting.batch, "--nworkers", setting.processes]
+    run_stage(STAGE, *flags, "--device", setting.device.removeprefix("cuda:"))
+    receipts = StageReceipts.read(output, STAGE)
+    return receipts.count("in") / receipts.seconds, receipts.phases["wait"] / receipts.seconds
 
 
 def plain_loop(samples: list[tuple[bytes, bytes]], bare: Bare, batch: int, images: int) -> float:
@@ -227,7 +229,8 @@ def crop_as_on_a_device(image: bytes) -> np.ndarray[Any, Any]:
     resized = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
     top, left = (round((side - 224) / 2) for side in size)
     crop = resized[0, :, top : top + 224, left : left + 224]
-    return crop.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    pixels_out: np.ndarray[Any, Any] = crop.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    return pixels_out
 
 
 def _crop_many(task: tuple[list[bytes], bool]) -> int:
@@ -247,7 +250,7 @@ def cores_alone(samples: list[tuple[bytes, bytes]], processes: int, images: int,
         return done / (time.perf_counter() - began)
 
 
-def distances(samples: list[tuple[bytes, bytes]], bare: Bare) -> Iterator[str]:
+def print_distances(samples: list[tuple[bytes, bytes]], bare: Bare) -> None:
     """What an inexact resize gives and costs, on one thread: a table.  On a CPU the time of the device's way says
     nothing about a GPU; random weights only tell which way is nearer."""
     ways: dict[str, Callable[[bytes], Any]] = {
@@ -256,9 +259,8 @@ def distances(samples: list[tuple[bytes, bytes]], bare: Bare) -> Iterator[str]:
         "`fast`, from no fewer than 448 pixels": functools.partial(crop_fast, crop=FastCentreCrop(margin=2)),
         "antialiased bicubic, as on a device": crop_as_on_a_device,
     }
-    yield "| | ms a picture | difference in levels (rms) | cosine with exact, mean | least |"
-    yield "|---|---|---|---|---|"
     expected: tuple[Any, Any] | None = None
+    rows = []
     for name, way in ways.items():
         spent = []
         for _ in range(DISTANCE_ROUNDS):
@@ -271,15 +273,16 @@ def distances(samples: list[tuple[bytes, bytes]], bare: Bare) -> Iterator[str]:
         expected = expected or (crops.astype(float), features)
         levels = np.sqrt(((crops - expected[0]) ** 2).mean())
         cosines = (features * expected[1]).sum(axis=1)
-        figures = f"{1000 * min(spent) / len(samples):.1f} | {levels:.2f} | {cosines.mean():.5f} | {cosines.min():.5f}"
-        yield f"| {name} | {figures} |"
+        cosine = (f"{cosines.mean():.5f}", f"{cosines.min():.5f}")
+        rows.append((name, f"{1000 * min(spent) / len(samples):.1f}", f"{levels:.2f}", *cosine))
+    print_table(["", "ms a picture", "difference in levels (rms)", "cosine with exact, mean", "least"], rows)
 
 
 # ---- the table
 
 
-def measure(setting: Setting, tiny: bool, folder: Path) -> int:
-    model = save_model(folder / "model", tiny)
+def measure(setting: Setting, options: argparse.Namespace, folder: Path) -> int:
+    model = save_model(folder / "model", options.tiny)
     samples = photos(EXAMPLES)
     write_shards(folder / "shards", samples, setting)
     bare = Bare(model, setting.device)
@@ -288,12 +291,12 @@ def measure(setting: Setting, tiny: bool, folder: Path) -> int:
     on_tensors, exact, waits, plain_speeds = [], [], [], []
     for number in range(setting.repeats):
         on_tensors.append(bare.on_tensors(crops, batches))
-        speed, wait = run_stage(folder / "shards", folder / f"exact{number}", model, setting, "exact")
+        speed, wait = time_stage(folder / "shards", folder / f"exact{number}", model, setting, "exact")
         exact.append(speed)
         waits.append(wait)
         plain_speeds.append(plain_loop(samples, bare, setting.batch, max(setting.batch, setting.images // 4)))
     on_tensors.append(bare.on_tensors(crops, batches))
-    fast, _ = run_stage(folder / "shards", folder / "fast", model, setting, "fast")
+    fast, _ = time_stage(folder / "shards", folder / "fast", model, setting, "fast")
     cached = bare.on_cached_crops(crops, batches)
     alone = cores_alone(samples, setting.processes, setting.images, exact=True)
     alone_fast = cores_alone(samples, setting.processes, setting.images, exact=False)
@@ -303,41 +306,31 @@ def measure(setting: Setting, tiny: bool, folder: Path) -> int:
         speed / statistics.mean(pair) for speed, pair in zip(exact, itertools.pairwise(on_tensors), strict=True)
     )
     share = CORES_SHARE if alone < top else MODEL_SHARE
-    for line in rows(
-        {
-            "bare model, preloaded tensors": top,
-            "model from cached uint8 crops": cached,
-            f"decode and resize alone, exact ({setting.processes} processes)": alone,
-            f"decode and resize alone, fast ({setting.processes} processes)": alone_fast,
-            "stage 06, exact": stage,
-            "stage 06, --resize fast": fast,
-            "plain loop, one process": statistics.median(plain_speeds),
-        },
-        top,
-    ):
-        print(line)
+    speeds = {
+        "bare model, preloaded tensors": top,
+        "model from cached uint8 crops": cached,
+        f"decode and resize alone, exact ({setting.processes} processes)": alone,
+        f"decode and resize alone, fast ({setting.processes} processes)": alone_fast,
+        "stage 06, exact": stage,
+        "stage 06, --resize fast": fast,
+        "plain loop, one process": statistics.median(plain_speeds),
+    }
+    rows = [(name, f"{speed:,.1f}", f"{speed / top:.3f}") for name, speed in speeds.items()]
+    print_table(["", "images/s", "of the bare model"], rows)
     print(f"\nthe model waits for data {wait:.1%} of the stage's time; what limits: ", end="")
     print("the cores' decoding" if alone < top else "the model")
     reached = stage / alone if alone < top else beside
     met = reached >= share and (alone < top or wait < WAIT_SHARE)
     met = met and (not setting.device.startswith("cuda") or cached >= CACHED_PER_S)
     print(f"stage / limit = {reached:.3f} (aim {share}): {'met' if met else 'missed'}\n")
-    print("\n".join(distances(samples, bare)))
-    return 0 if met or tiny else 1
-
-
-def rows(speeds: dict[str, float], top: float) -> Iterator[str]:
-    yield "| | images/s | of the bare model |"
-    yield "|---|---|---|"
-    for name, speed in speeds.items():
-        yield f"| {name} | {speed:,.1f} | {speed / top:.3f} |"
+    print_distances(samples[: 8 if options.tiny else None], bare)
+    return exit_code(met, options)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
     parser.add_argument("--gpu", action="store_true", help="sizes for a GPU: 50,000 photos in batches of 512")
-    parser.add_argument("--tiny", action="store_true", help="a small model and few photos")
     parser.add_argument("--images", type=int, help="photos in the shards")
     parser.add_argument("--processes", type=int, help="that decode; default: the cores, less one on a CPU")
     parser.add_argument(
@@ -345,26 +338,26 @@ def main() -> int:
     )
     parser.add_argument("--clip", type=Path, help="with --distances: a folder with a trained CLIP ViT-B/32")
     parser.add_argument("--least_side", type=int, default=0, help="with --distances: only photos of so many pixels")
-    options = parser.parse_args()
+    options = parse(parser, images=16, processes=1)
     cores = len(os.sched_getaffinity(0))
     on_cpu = options.device == "cpu"
-    images = options.images or (128 if options.tiny else 50_000 if options.gpu else 512)
+    images = options.images or (50_000 if options.gpu else 512)
     setting = Setting(
         device="cuda:0" if options.gpu and on_cpu and not options.tiny else options.device,
         images=images,
         shards=1 if images < 5_000 else 4,
-        batch=16 if options.tiny else 512 if options.gpu else 32,
+        batch=8 if options.tiny else 512 if options.gpu else 32,
         processes=options.processes or max(1, cores - 1 if on_cpu else cores),
         repeats=1 if options.tiny else 3,
     )
-    with tempfile.TemporaryDirectory(prefix="bench-metadata-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-metadata-", dir=options.folder) as folder:
         if options.distances:
             bare = Bare(options.clip or save_model(Path(folder), options.tiny), options.device)
             bare.torch.set_num_threads(1)
             samples = [s for s in photos(options.distances) if min(image_size(s[0])) >= options.least_side]
-            print("\n".join(distances(samples[: options.images], bare)))
+            print_distances(samples[: options.images], bare)
             return 0
-        return measure(setting, options.tiny, Path(folder))
+        return measure(setting, options, Path(folder))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ is a model with the columns and features that it gives for a batch.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from curation.extract.api import Batch, Column, Feature
@@ -20,10 +21,10 @@ from curation.extract.settings import ModelSettings
 class Thumbnail:
     """The preprocessing: 16 × 16 × 3 bytes.  Models that ask for equal preparations share one."""
 
-    takes: ClassVar[str] = "image"
+    takes: ClassVar[Literal["image"]] = "image"
     side: int = 16
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return np.asarray(Image.fromarray(pixels).resize((self.side, self.side), Image.Resampling.BOX))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT, processes
-from tests.data.record_old_root import FLAGS, MTIME_NS, command
+from tests.data.record_old_root import FLAGS, command, set_times
 from tests.data.record_old_root import ROOT as RECORDED
 from tests.servers import ollama_stub
 from tests.shards import contents
@@ -23,11 +22,10 @@ SHARDS = ["00000000", "00000001", "00000002"]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The recorded root, with the times of its source shards, which git does not keep."""
+    """The recorded root, with the times of its files, which git does not keep."""
     root = tmp_path / "root"
     shutil.copytree(RECORDED, root)
-    for path in (root / "shards").iterdir():
-        os.utime(path, ns=(MTIME_NS, MTIME_NS))
+    set_times(root)
     return root
 
 

@@ -17,14 +17,8 @@ from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
 
 SHOWN_OF_A_KIND: Final = 5  # findings of a kind that are told of for each shard; the rest are counted
-
-
 MAX_LINES: Final = 200  # of findings on the screen; --json has what a shard kept
-
-
 _MAX_DETAIL = 400
-
-
 _MAX_KEY = 200
 
 
@@ -93,8 +87,6 @@ def as_record(findings: Findings, remedies: Mapping[str, str]) -> dict[str, Any]
 
 
 Task = TypeVar("Task")
-
-
 Result = TypeVar("Result")
 
 

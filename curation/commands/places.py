@@ -1,6 +1,6 @@
-"""Where stages ran below a folder, found by the receipts that they left.
+"""Where stages have run below a folder, and what they left there: receipts, and lines of JSON about samples.
 
-Lines of JSON that stages left about samples, read leniently: a damaged line costs itself.
+Lines are read leniently: a damaged line is left out, and the others are read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,23 @@ import orjson
 from curation.errors import UsageError
 from curation.jsonio import clean_text
 from curation.shards import bucket_of
+from curation.storage.files import read_record
 
-_POINTER = "_home.json"  # in a folder of which the receipts lie elsewhere
+# The stages of the published pipeline, by the names that their receipts give.
+FACES, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
+RECAPTION, METADATA = "05_recaption", "06_metadata"
+
+MAX_LIST_BYTES: Final = 1 << 30  # of a shard's rejects or drops, unpacked
+
+_POINTER = "_home.json"  # stands in a folder whose receipts are elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class StagePlace:
-    """One stage on one output folder.  home: the folder, as a real path."""
+    """One stage on one output folder.
+
+    home: the folder, as a real path.
+    """
 
     stage: str
     home: Path
@@ -35,12 +45,25 @@ class StagePlace:
     def claims(self) -> Path:
         return self.home / "_claims" / self.stage
 
+    @property
+    def rejects(self) -> Path:
+        return self.home / "_rejects" / self.stage
+
     def claim(self, shard_id: str) -> Path:
         return self.claims / bucket_of(shard_id) / f"{shard_id}.claim"
 
+    def done_receipt(self, shard_id: str) -> dict[str, Any] | None:
+        """Returns the receipt of a shard that is done; None for any other."""
+        receipt = read_record(self.receipts / bucket_of(shard_id) / f"{shard_id}.json")
+        return receipt if receipt is not None and receipt.get("status") == "done" else None
+
 
 def find_stages(root: Path) -> list[StagePlace]:
-    """The stages whose receipts lie in ``root`` or in a folder in it, by name.  UsageError where there are none."""
+    """Returns the stages whose receipts are in ``root`` or in a folder in it, sorted by name.
+
+    Raises:
+        UsageError: There is no such folder, or no stage has run there.
+    """
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder")
     found: dict[str, StagePlace] = {}
@@ -55,7 +78,11 @@ def find_stages(root: Path) -> list[StagePlace]:
 
 
 def stage_named(root: Path, stage: str) -> StagePlace:
-    """The one stage of that name below ``root``; raises UsageError where there is none, or more than one."""
+    """Returns the one stage of that name below ``root``.
+
+    Raises:
+        UsageError: There is none of that name, or more than one.
+    """
     places = find_stages(root)
     matching = [place for place in places if place.stage == stage]
     if not matching:
@@ -75,16 +102,23 @@ def _folders_in(folder: Path, hidden: str = "._") -> list[Path]:
         return []
 
 
-MAX_LIST_BYTES: Final = 1 << 30  # of a shard's rejects or drops, unpacked
-
-
 def provenance(place: StagePlace, shard_id: str, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
-    """What a stage recorded of each sample of a shard."""
+    """Yields what a stage recorded about each sample of a shard."""
     return json_lines(place.home / "_provenance" / place.stage / f"{shard_id}.jsonl", max_bytes)
 
 
+def rejected(place: StagePlace, shard_id: str, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
+    """Yields the samples of a shard that a stage refused, each with its key, reason and detail."""
+    return json_lines(place.rejects / f"{shard_id}.jsonl", max_bytes)
+
+
 def json_lines(path: Path, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
-    """JSON objects, a line each, of a file's first ``max_bytes``; a file that is not there has none."""
+    """Yields the JSON objects of a file, one a line.
+
+    Args:
+        path: A file that does not exist has no lines.
+        max_bytes: Only the file's first bytes are read.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(max_bytes)

@@ -13,9 +13,10 @@ from curation.reshard.select import Account, Choice
 from curation.storage.buckets import Folder
 from curation.storage.files import AtomicFile, AtomicWriter
 from curation.storage.urls import Source
+from curation.tar.prove import verify_splice
 from curation.tar.random_access import SUFFIX, Entry, dump_index
 from curation.tar.scan import SampleSpan, Window
-from curation.tar.splice import UNCHANGED, Action, Copies, Decision, Edit, Windows, splice, verify_splice
+from curation.tar.splice import UNCHANGED, Action, Copies, Decision, Edit, Windows, splice
 
 if TYPE_CHECKING:  # it brings image libraries, for a flag that few runs have
     from curation.reshard.blur import Blur

@@ -231,7 +231,7 @@ class _Records:
         ledger = self._found()
         if ledger is None or self._plan is None:
             return False
-        ledger.load_epochs()
+        ledger.load_options_versions()
         return self._plan.look()
 
     def fate(self, shard_id: str) -> str:
@@ -244,7 +244,7 @@ class _Records:
         if receipt is None or status not in ("done", "failed"):
             return ""
         if receipt.get("epoch") != ledger.governing(shard_id).number:
-            ledger.load_epochs()  # the receipt may be newer than what was read
+            ledger.load_options_versions()  # the receipt may be newer than what was read
         return str(status) if receipt.get("epoch") == ledger.governing(shard_id).number else ""
 
     def is_lost(self, shard_id: str, depth: int = 0) -> bool:
@@ -293,7 +293,7 @@ class _Records:
         if self._ledger is None and (receipts := receipts_of(self._folder, self._stage)) is not None:
             self._ledger = Ledger(receipts.parent.parent, self._stage, 0, {}, read_only=True)
             self._plan = Plan(self._ledger.root, self._stage)
-            self._ledger.load_epochs()
+            self._ledger.load_options_versions()
         return self._ledger
 
 

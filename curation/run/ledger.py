@@ -106,8 +106,8 @@ class Ledger:
         self.receipts = root / "_receipts" / stage
         self._kept_by_rerun = kept_by_rerun
         self._read_only = read_only
-        self._epochs: list[OptionsVersion] = []
-        self._entered = 1  # the last epoch when this run began
+        self._options_versions: list[OptionsVersion] = []
+        self._entered = 1  # the number of the last options version when this run began
         self._lock = threading.Lock()
         self._listings: dict[str, _Listing] = {}
         self._upstream = Upstream()
@@ -146,7 +146,7 @@ class Ledger:
         folder = self.receipts / bucket_of(shard_id)
         return Commit(self.root, folder, shard_id)
 
-    # ---- epochs
+    # ---- versions of the options
 
     @cached_property
     def fingerprint(self) -> str:
@@ -154,22 +154,22 @@ class Ledger:
         return xxhash.xxh3_64_hexdigest(orjson.dumps([self.version, self.options], option=orjson.OPT_SORT_KEYS))
 
     def enter(self, run_id: str, rerun: bool, subset: Sequence[str] | None, selected: Sequence[str]) -> None:
-        """Find or make the epoch under which this run works.
+        """Find or make the options version under which this run works.
 
         Raises UsageError when the stage ran here with other options and ``rerun`` was not asked for.
         """
-        self.load_epochs()
+        self.load_options_versions()
         covered = None if subset is None else frozenset(subset)
         for _ in range(_TRIES):
-            self._entered = max(1, len(self._epochs))
-            if not rerun and self._epochs:
+            self._entered = max(1, len(self._options_versions))
+            if not rerun and self._options_versions:
                 self._check_same_options(selected)
                 return
-            if rerun and any(self._is_of_this_run(epoch, run_id, covered) for epoch in self._epochs):
+            if rerun and any(self._is_of_this_run(past, run_id, covered) for past in self._options_versions):
                 return  # this run began it: another of its tasks, or the job before it was requeued
             if self._read_only:
                 return
-            number = len(self._epochs) + 1
+            number = len(self._options_versions) + 1
             record = {
                 "epoch": number,
                 "stage": self.stage,
@@ -181,41 +181,41 @@ class Ledger:
             data = orjson.dumps(record, option=orjson.OPT_INDENT_2)
             if not link_exclusively(self.receipts / f"_epoch.{number}.json", data):
                 time.sleep(_RETRY_S)  # another process was first; its record may take a moment to be seen here
-            self.load_epochs()  # and then ask again whether it fits
+            self.load_options_versions()  # and then ask again whether it fits
         raise InfrastructureError(f"{self.receipts}: the options of this run cannot be recorded; try again")
 
-    def _is_of_this_run(self, epoch: OptionsVersion, run_id: str, covered: frozenset[str] | None) -> bool:
+    def _is_of_this_run(self, past: OptionsVersion, run_id: str, covered: frozenset[str] | None) -> bool:
         return (
             bool(run_id)
-            and epoch.run_id == run_id
-            and epoch.shards == covered
-            and epoch.same_options(self.options, self.version)
+            and past.run_id == run_id
+            and past.shards == covered
+            and past.same_options(self.options, self.version)
         )
 
     def governing(self, shard_id: str) -> OptionsVersion:
-        """The last epoch that covers a shard."""
-        for epoch in reversed(self._epochs):
-            if epoch.covers(shard_id):
-                return epoch
+        """The last options version that covers a shard."""
+        for options in reversed(self._options_versions):
+            if options.covers(shard_id):
+                return options
         return OptionsVersion(1, self.version, self.options, None, "")  # nothing ran here yet
 
     def check_options_version(self, shard_id: str, *, look: bool = True) -> None:
-        """Raise InfrastructureError when an epoch that began after ``enter`` has taken the shard over.
+        """Raise InfrastructureError when an options version that began after ``enter`` has taken the shard over.
 
         look: for newer ones on the disk first.
         """
         if look:
-            self.load_epochs()
+            self.load_options_versions()
         if self.governing(shard_id).number > self._entered:
             raise InfrastructureError(
                 f"{self.stage} on {self.root}: another run began with --rerun and other options; this older run stops"
             )
 
-    def load_epochs(self) -> None:
-        """Read the epochs that have begun since the last look."""
+    def load_options_versions(self) -> None:
+        """Read the options versions that have begun since the last look."""
         with self._lock:
             while True:
-                number = len(self._epochs) + 1
+                number = len(self._options_versions) + 1
                 path = self.receipts / f"_epoch.{number}.json"
                 data = read_whole(path)
                 if data is None:
@@ -223,10 +223,10 @@ class Ledger:
                 value = parse_record(data) or read_record(path)  # it may have been made a moment ago
                 if value is None:
                     raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
-                self._epochs.append(OptionsVersion.from_record(number, value))
+                self._options_versions.append(OptionsVersion.from_record(number, value))
 
     def _check_same_options(self, selected: Sequence[str]) -> None:
-        base = next((e for e in reversed(self._epochs) if e.shards is None), self._epochs[0])
+        base = next((e for e in reversed(self._options_versions) if e.shards is None), self._options_versions[0])
         if base.same_options(self.options, self.version):
             return
         if selected and all(self.governing(s).same_options(self.options, self.version) for s in selected):
@@ -263,21 +263,21 @@ class Ledger:
         current = tuple(now)
         if not cursory:
             receipt = self.receipt(shard_id, fresh=fresh)
-        epoch = self.governing(shard_id)
+        in_force = self.governing(shard_id)
         if receipt is None:
-            if not epoch.same_options(self.options, self.version):
-                return State("blocked", f"it belongs to a rerun with other options (epoch {epoch.number})", current)
+            if not in_force.same_options(self.options, self.version):
+                return State("blocked", f"it belongs to a rerun with other options (epoch {in_force.number})", current)
             return State("pending", inputs=current)
         gone = next((record["unavailable"] for record in current if "unavailable" in record), None)
         if gone is not None and receipt.get("status") == "done":
             return State("blocked", f"{inputs[0].path}: {gone}; what it was made into stays", current, receipt)
-        same = receipt.get("epoch") == epoch.number and receipt.get("inputs") == list(current)
+        same = receipt.get("epoch") == in_force.number and receipt.get("inputs") == list(current)
         if same and receipt.get("status") == "failed":
             return State("failed", str(receipt.get("error", {}).get("message", "")), current, receipt)
         if same and receipt.get("status") == "done" and self._outputs_are_there(receipt, fresh=fresh):
             return State("done", inputs=current, receipt=receipt)
-        if not epoch.same_options(self.options, self.version):
-            why = f"it belongs to a rerun with other options (epoch {epoch.number})"
+        if not in_force.same_options(self.options, self.version):
+            why = f"it belongs to a rerun with other options (epoch {in_force.number})"
             return State("blocked", why, current, receipt)
         return State("pending", inputs=current, receipt=receipt)
 

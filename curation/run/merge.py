@@ -93,7 +93,7 @@ class JsonlMerge:
 
     def _merge(self, *, is_last: bool) -> bool:
         """is_last: compare what is merged with the receipts, and write the last entry's bytes whoever did before."""
-        self._ledger.load_epochs()
+        self._ledger.load_options_versions()
         if self._plan.look():
             self._order = sorted(self._plan.ids)
         if not (order := self._order):
@@ -255,7 +255,7 @@ def merge_parquet(
     import pyarrow
     from pyarrow import parquet
 
-    ledger.load_epochs()
+    ledger.load_options_versions()
     parts = []
     for shard_id in sorted(planned(ledger.root, ledger.stage)):
         receipt = ledger.receipt(shard_id)

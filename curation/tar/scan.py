@@ -105,6 +105,13 @@ class SampleSpan:
         return runs
 
     @property
+    def in_order(self) -> list[Member]:
+        """All members from the sample's first to its last, those without a key among them, in the file's order."""
+        if not self.foreign:
+            return self.members
+        return sorted((*self.members, *self.foreign), key=lambda member: member.start)
+
+    @property
     def kinds(self) -> frozenset[str]:
         """The suffixes of its members, with "image" in place of an image's suffix."""
         return frozenset("image" if m.suffix in IMAGE_SUFFIXES else m.suffix for m in self.members)

@@ -5,19 +5,13 @@ What lies together and stays is written straight from the read buffer in one pie
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from typing import Final, NoReturn, Protocol
+from typing import Final, Protocol
 
-import xxhash
-
-from curation.errors import ShardError
 from curation.tar.headers import RECORD, Member, make_header, padding
-from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
 
 END_OF_ARCHIVE: Final = 2 * 512
 
@@ -131,7 +125,7 @@ def splice(
                 out.copy_members(span.foreign)
                 continue
             elif span.damages:
-                out.copy_members(_in_order(span))
+                out.copy_members(span.in_order)
             else:
                 out.copy(span.start, span.end)
             if index is not None and span.key:
@@ -181,7 +175,7 @@ class _Out:
             data = edit.part(suffix) or b""
             new.extend((make_header(stem + suffix.encode(), len(data), mtime), data, padding(len(data))))
 
-        for member in _in_order(span) if key is None else span.members:
+        for member in span.in_order if key is None else span.members:
             suffix = _replaced_by(member)
             if suffix not in parts:
                 if key is not None:
@@ -228,120 +222,8 @@ class _Out:
             self._file.write_pieces([piece])
 
 
-def verify_splice(old: Windows, result: Path, decide: Decide) -> None:
-    """Read both tars and raise ShardError unless ``result`` is ``old`` spliced as decided.
-
-    Keys and their order, the bytes of what stays, the members of what is edited: by what the two files say, not by how
-    one was made from the other.
-    """
-    _drop_page_cache(result)
-    new = TarScan(result)
-    theirs = ((window, span) for window in new.windows() for span in window.spans)
-    foreign_in, foreign_out = xxhash.xxh3_128(), xxhash.xxh3_128()
-
-    def wrong(what: str) -> NoReturn:
-        raise ShardError(f"{result}: not what {Path(old.path).name} and its edits make: {what}")
-
-    def next_with_key() -> tuple[Window, SampleSpan] | None:
-        for window, span in theirs:
-            _add(foreign_out, window, span.foreign)
-            if span.key:
-                return window, span
-        return None
-
-    for window in old.windows():
-        for span in window.spans:
-            _add(foreign_in, window, span.foreign)
-            fate = decide(span) if span.key else Action.DROP
-            if fate is Action.DROP:
-                continue
-            for key in fate.keys if isinstance(fate, Copies) else (span.key,):
-                found = next_with_key()
-                if found is None or found[1].key != key:
-                    wrong(f"{key} should be there, found {found[1].key if found else 'the end'}")
-                if (what := _is_not(window, span, *found, fate)) is not None:
-                    wrong(what)
-    if (more := next_with_key()) is not None:
-        wrong(f"{more[1].key} should not be there")
-    if foreign_in.digest() != foreign_out.digest():
-        wrong("members that belong to no sample should be as they were")
-    if new.report.damages or new.report.missing_end or new.report.gaps:
-        wrong("; ".join(new.report.warnings()))
-
-
-def _is_not(old: Window, span: SampleSpan, new: Window, found: SampleSpan, fate: Decision) -> str | None:
-    """How a sample of the result is not what was decided."""
-    if isinstance(fate, Action):
-        same = _digest(old, span.members) == _digest(new, found.members)
-        return None if same else f"{found.key} should be as it was"
-    edit = fate.edit if isinstance(fate, Copies) else fate
-    what = _differs(old, span, new, found, edit)
-    return None if what is None else f"{found.key}: {what}"
-
-
-def _drop_page_cache(path: Path) -> None:
-    """Have the kernel drop what it has of a file in memory, so that it is read from where it is stored."""
-    with open(path, "rb") as file, contextlib.suppress(OSError):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def _replaced_by(member: Member) -> str | None:
     """The edit's member that takes a member's place; None for one that stays."""
     if member.suffix in IMAGE_SUFFIXES:
         return "jpg"
     return member.suffix if member.suffix in ("txt", "json") else None
-
-
-def _in_order(span: SampleSpan) -> list[Member]:
-    if not span.foreign:
-        return span.members
-    return sorted((*span.members, *span.foreign), key=lambda member: member.start)
-
-
-def _differs(old: Window, span: SampleSpan, new: Window, found: SampleSpan, edit: Edit) -> str | None:
-    """How an edited sample is not what it should be."""
-    edited = [member for member in found.members if _replaced_by(member) in edit.parts]
-    if sorted(member.suffix for member in edited) != sorted(edit.parts):
-        return f"its members are {', '.join(member.text_name for member in found.members)}"
-    replaced = {_replaced_by(member): member for member in reversed(span.members)}
-    for member in edited:
-        data = edit.part(member.suffix) or b""
-        mtime = replaced.get(member.suffix, span.members[0]).mtime
-        header = make_header(f"{found.key}.{member.suffix}", len(data), mtime)
-        if new.read(member.start, member.end - member.start) != b"".join((header, data, padding(len(data)))):
-            return f"{member.text_name} is not the edit's"
-    staying = [member for member in span.members if _replaced_by(member) not in edit.parts]
-    stayed = [member for member in found.members if _replaced_by(member) not in edit.parts]
-    same_names = found.key == span.key
-    if _digest(old, staying, same_names) != _digest(new, stayed, same_names):
-        return "members that are not edited should be as they were"
-    order = [kind for kind in dict.fromkeys(map(_replaced_by, span.members)) if kind in edit.parts]
-    if [member.suffix for member in edited][: len(order)] != order:
-        return "its members are in another order"
-    return None
-
-
-def _digest(window: Window, members: list[Member], headers: bool = True) -> bytes:
-    """Of members; without their headers of their suffixes, times and data."""
-    digest = xxhash.xxh3_128()
-    if headers:
-        _add(digest, window, members)
-        return digest.digest()
-    for member in members:
-        digest.update(f"{member.suffix} {member.size} {member.mtime}\n".encode("utf-8", "surrogateescape"))
-        for piece in window.pieces(member.data, member.data + member.size):
-            digest.update(piece)
-    return digest.digest()
-
-
-def _add(digest: xxhash.xxh3_128, window: Window, members: list[Member]) -> None:
-    """Headers, data and padding; in as few pieces as they lie."""
-    begun = done = 0
-    for member in members:
-        if member.start != done:
-            for piece in window.pieces(begun, done):
-                digest.update(piece)
-            begun = member.start
-        done = member.end
-    for piece in window.pieces(begun, done):
-        digest.update(piece)

@@ -21,8 +21,8 @@ from curation.commands.audit.groups import (
     PROMPTS,
     attributes_of,
     difference,
-    states,
-    states_another,
+    mentions,
+    mentions_another,
     wilson,
 )
 from curation.shards import bucket_of
@@ -196,8 +196,8 @@ def test_a_group_is_taken_apart(group: str, parts: tuple[tuple[str, str], ...]) 
     ],
 )
 def test_words_that_state_a_group(prompt: str, attribute: str, value: str, says: bool, says_another: bool) -> None:
-    assert states(prompt, attribute, value) is says
-    assert states_another(prompt, attribute, value) is says_another
+    assert mentions(prompt, attribute, value) is says
+    assert mentions_another(prompt, attribute, value) is says_another
 
 
 # ---- what a model sees

@@ -17,7 +17,7 @@ import pytest
 from curation.__main__ import main
 from curation.commands.plan.command import parse_tasks
 from curation.commands.plan.cost import MAX_SIZES, Estimate, evenly, ratio_estimate, sizes_of, t_quantile
-from curation.commands.plan.site import Room, array_commands, job_shape, read_lustre, read_quota, rooms
+from curation.commands.plan.site import Quota, array_commands, job_shape, quotas, read_lustre, read_quota
 from curation.errors import UsageError
 from curation.shards import discover
 from tests import ROOT
@@ -215,7 +215,7 @@ def test_tasks_that_cannot_be_read(text: str) -> None:
 
 
 def test_room_on_the_filesystem(tmp_path: Path) -> None:
-    found = rooms(tmp_path / "not" / "there yet")
+    found = quotas(tmp_path / "not" / "there yet")
     system = os.statvfs(tmp_path)
     assert found[0].what == "the filesystem"
     assert found[0].bytes_left == pytest.approx(system.f_bavail * system.f_frsize, rel=0.1)
@@ -223,15 +223,15 @@ def test_room_on_the_filesystem(tmp_path: Path) -> None:
 
 def test_quotas_as_the_programs_print_them() -> None:
     lustre = "/lustre/project\n   1048576*  2097152 4194304  6d23h59m  90000  100000  120000   -"
-    assert list(read_lustre(lustre, "yours")) == [Room("yours", (4194304 - 1048576) * 1024, 30000)]
-    assert list(read_lustre("/lustre 12 0 0 - 5 0 0 -", "yours")) == [Room("yours", None, None)]
+    assert list(read_lustre(lustre, "yours")) == [Quota("yours", (4194304 - 1048576) * 1024, 30000)]
+    assert list(read_lustre("/lustre 12 0 0 - 5 0 0 -", "yours")) == [Quota("yours", None, None)]
     assert list(read_lustre("lfs quota: no such filesystem", "yours")) == []
     quota = (
         "Disk quotas for user ada (uid 1000):\n"
         "Filesystem  blocks  quota  limit  grace  files  quota  limit  grace\n"
         "/dev/sda1   4000*   3000   5000   0      7      0      10     0\n"
     )
-    assert list(read_quota(quota)) == [Room("your quota", 1000 * 1024, 3)]
+    assert list(read_quota(quota)) == [Quota("your quota", 1000 * 1024, 3)]
 
 
 def test_it_warns_where_the_room_will_not_do(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from curation.__main__ import main
-from curation.commands.status import holdings
+from curation.commands.status import live_claims
 from curation.commands.status.scan import speed
 from curation.shards import bucket_of
 from tests import ROOT
@@ -370,19 +370,19 @@ def test_a_sacct_that_answers_nonsense_breaks_nothing(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sacct(tmp_path, script, monkeypatch)
-    assert holdings.slurm_states(["55"]) == {}
+    assert live_claims.slurm_states(["55"]) == {}
 
 
 def test_a_sacct_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sacct(tmp_path, "exec sleep 60", monkeypatch)
-    monkeypatch.setattr(holdings, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(live_claims, "TIMEOUT_S", 0.5)
     began = time.monotonic()
-    assert holdings.slurm_states(str(number) for number in range(3000)) == {}
+    assert live_claims.slurm_states(str(number) for number in range(3000)) == {}
     assert time.monotonic() - began < 5
 
 
 def test_ids_reach_sacct_only_as_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sacct(tmp_path, f"echo $@ >> {tmp_path}/asked; echo '7|7|TIMEOUT'; echo '40_3|43|CANCELLED by 0'", monkeypatch)
-    found = holdings.slurm_states(["7", "40_3", "1; rm -rf x", "--help", "", "9" * 50])
+    found = live_claims.slurm_states(["7", "40_3", "1; rm -rf x", "--help", "", "9" * 50])
     assert found == {"7": "TIMEOUT", "40_3": "CANCELLED"}
     assert (tmp_path / "asked").read_text().split()[-1] == "--jobs=40_3,7"

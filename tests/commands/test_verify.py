@@ -11,11 +11,11 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -624,13 +624,15 @@ def test_output_is_bounded_and_names_are_cleaned(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("command", ["verify", "fsck"])
 def test_help_answers_in_under_a_second(command: str) -> None:
+    """Of CPU time: the time on the clock depends on what else the machine does."""
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-m", "curation", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        seconds.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert "--workers" in done.stdout
         if seconds[-1] < 1:
             break
@@ -664,8 +666,8 @@ def test_every_kind_of_finding_has_its_remedy() -> None:
 
 def test_the_proof_foretells_a_sample_of_several_images(tmp_path: Path) -> None:
     """By another road than the code that writes: what is foretold is what stage 04 makes of odd samples."""
-    from curation.commands.verify.prove import prove
-    from curation.tar.splice import Action, Edit, splice
+    from curation.tar.prove import prove_splice
+    from curation.tar.splice import Action, Copies, Decision, Edit, splice
 
     def tar_of(*names: str) -> bytes:
         file = io.BytesIO()
@@ -700,18 +702,21 @@ def test_the_proof_foretells_a_sample_of_several_images(tmp_path: Path) -> None:
     for gone in (set(), {"c"}):
         target = Target()
 
-        def fate(span: Any, gone: set[str] = gone) -> Edit | Action:
+        def decide(span: Any, gone: set[str] = gone) -> Decision:
+            if span.key == long:
+                return Copies(["x", long * 2], Edit(b"j", None, b"{}"))
             return edit if span.key in edited else Action.DROP if span.key in gone else Action.KEEP
 
-        def expect(span: Any, gone: set[str] = gone) -> Edit | bool:
-            return edit if span.key in edited else span.key not in gone
-
-        for _ in splice(TarScan(source), target, fate):
+        for _ in splice(TarScan(source), target, decide):
             pass
         result.write_bytes(target.data)
-        proof = prove(source, result, expect, lambda *_: None)
+        asked: list[tuple[str, Decision]] = []
+        proof = prove_splice(
+            TarScan(source), result, decide, lambda _, span, what, to=asked: to.append((span.key, what))
+        )
         assert proof.equal
-        assert (proof.edited, proof.left_out) == (["a", "b", long], sorted(gone))
+        assert [key for key, _ in asked] == ["a", "b", "c", long]
+        assert [key for key, what in asked if what is Action.DROP] == sorted(gone)
         assert proof.sha256 == hashlib.sha256(target.data).hexdigest()
         result.write_bytes(target.data + bytes(512))
-        assert not prove(source, result, expect, lambda *_: None).equal
+        assert not prove_splice(TarScan(source), result, decide).equal

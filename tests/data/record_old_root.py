@@ -28,7 +28,7 @@ from tests.servers import ollama_stub
 from tests.shards import plain, write_shard
 
 ROOT = Path(__file__).parent / "old_root"
-MTIME_NS = 1_700_000_000_000_000_000  # of the source shards: stage 01 knows them by size and time
+MTIME_NS = 1_700_000_000_000_000_000  # of all files: some inputs are known by size and time, which git does not keep
 CAPTIONS = {
     "00000000": ("A woman walks her dog along the beach", "A red house by the lake", "An old man reads a newspaper"),
     "00000001": ("A boy plays football in the park", "A bowl of fruit", "Two girls on a swing ONCE-HANG in the garden"),
@@ -57,8 +57,13 @@ def write_sources(root: Path) -> None:
                 "json": json.dumps(metadata).encode(),
                 "txt": caption.encode(),
             }
-        path = write_shard(root / "shards" / f"{shard}.tar", samples)
-        os.utime(path, ns=(MTIME_NS, MTIME_NS))
+        write_shard(root / "shards" / f"{shard}.tar", samples)
+
+
+def set_times(root: Path) -> None:
+    for path in root.rglob("*"):
+        if path.is_file():
+            os.utime(path, ns=(MTIME_NS, MTIME_NS))
 
 
 def command(checkout: Path, stage: str, port: int, *more: str) -> list[str]:
@@ -73,6 +78,7 @@ def record(checkout: Path) -> None:
     with ollama_stub(slots=1) as port:
 
         def run(stage: str, shards: str) -> None:
+            set_times(ROOT)
             subprocess.run(command(checkout, stage, port, "--shards", shards), cwd=ROOT, env=environment, check=True)
 
         run("01_filter_noface", "00000000,00000001")

@@ -19,6 +19,7 @@ import pytest
 from curation.errors import InfrastructureError
 from curation.run import claims as module
 from curation.run.claims import Claim, Claims, Heartbeat
+from tests.processes import wait_until
 
 LEASE_S = 60.0
 BUCKET = "0"
@@ -281,35 +282,26 @@ def test_the_own_lease_ends_before_the_observers(folder: Path, clock: Clock, mon
     assert not beat.fresh
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
-    end = time.monotonic() + within_s
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
-
-
 def test_a_stalled_process_stops_beating_and_begins_again(folder: Path) -> None:
     claims = Claims(folder, lease_s=0.4, stall_s=0.4)
     claims.heartbeat.start()
     path = folder / "_beats" / claims.heartbeat.name
     try:
         time.sleep(1)
-        assert eventually(lambda: claims.heartbeat.fresh), "without a claim there is nothing to stall on"
+        wait_until(lambda: claims.heartbeat.fresh), "without a claim there is nothing to stall on"
         mine = claims.acquire(BUCKET, "1")
         assert mine is not None
-        assert eventually(lambda: not claims.heartbeat.fresh)
+        wait_until(lambda: not claims.heartbeat.fresh)
         before = path.read_bytes()
         time.sleep(0.3)
         assert path.read_bytes() == before
         assert not claims.holds(mine)
         claims.heartbeat.progress()
-        assert eventually(lambda: path.read_bytes() != before)
-        assert eventually(lambda: claims.holds(mine))
+        wait_until(lambda: path.read_bytes() != before)
+        wait_until(lambda: claims.holds(mine))
         claims.release(mine)
-        assert eventually(lambda: time.monotonic() - claims.heartbeat._last_progress > 0.5)
-        assert eventually(lambda: claims.heartbeat.fresh)
+        wait_until(lambda: time.monotonic() - claims.heartbeat._last_progress > 0.5)
+        wait_until(lambda: claims.heartbeat.fresh)
     finally:
         claims.heartbeat.stop()
     assert not path.exists()
@@ -322,7 +314,7 @@ def test_a_heartbeat_survives_that_its_folder_is_removed(folder: Path) -> None:
         path = folder / "_beats" / claims.heartbeat.name
         path.unlink()
         path.parent.rmdir()
-        assert eventually(path.exists)
+        wait_until(path.exists)
     finally:
         claims.heartbeat.stop()
 
@@ -467,11 +459,9 @@ def test_a_killed_process_loses_its_shards_at_once_and_to_one_taker(takers: Call
     (first,) = takers(1, shards)
     (held,) = race([first])
     assert len(held) == 100
-    others = takers(3, shards)
+    others = takers(3, shards, lease_s=3600.0)  # nobody waits for the end of that
     first.kill()
-    began = time.monotonic()
     won = race(others)
-    assert time.monotonic() - began < 10, "not after a lease of 60 s"
     assert sorted(itertools.chain(*won)) == sorted(shards)
     for shard, (token, predecessors, confirmed_dead) in itertools.chain(*(w.items() for w in won)):
         assert token != held[shard][0]
@@ -523,7 +513,7 @@ def test_a_dead_process_elsewhere_expires_in_real_time(takers: Callable[..., lis
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"host": "another"}))
     claims = Claims(folder, lease_s=0.5)
     began = time.monotonic()
-    assert eventually(lambda: claims.acquire(BUCKET, "1") is not None)
+    wait_until(lambda: claims.acquire(BUCKET, "1") is not None)
     assert time.monotonic() - began >= 0.5
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,12 @@ import pytest
 from curation.errors import ShardError
 from curation.run.attempt import deaths_without_progress, fail_if_poison, may_be_poison
 from curation.run.claims import LostAttempt
+from tests.processes import wait_until
 from tests.run.toy_runs import Place
 
 
 def finish(process: subprocess.Popen[str]) -> int:
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     return process.returncode
 
 
@@ -51,9 +51,8 @@ def test_workers_that_got_on_do_not_count(tmp_path: Path) -> None:
     place.shard("00000000", *["keep"] * 8)
     for number in range(5):
         process = place.start("--checkpoint", "--sample_s", "0.15")
-        deadline = time.monotonic() + 30
-        while len(place.lines("sample")) < 2 * number + 2 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
+        enough = 2 * number + 2
+        wait_until(lambda n=enough, p=process: len(place.lines("sample")) >= n or p.poll() is not None, "progress")
         process.kill()
         finish(process)
         if "00000000" in place.receipts():
@@ -86,8 +85,7 @@ def test_a_worker_that_is_asked_to_end_does_not_count(tmp_path: Path) -> None:
     place.shard("00000000", *["keep"] * 100)
     for _ in range(4):
         process = place.start("--sample_s", "0.02")
-        while not place.lines("sample"):
-            time.sleep(0.01)
+        place.wait_for("sample", process)
         process.send_signal(signal.SIGTERM)
         assert finish(process) == 75
         place.forget_journal()

@@ -26,6 +26,7 @@ from curation.run.workers import to_argv
 from curation.shards import Shard
 from curation.storage.files import fast_digest
 from tests import ROOT
+from tests.processes import wait_until
 from tests.run import toy_stage
 from tests.run.toy_runs import Place, drops, rejects
 
@@ -86,9 +87,7 @@ def test_started_again_it_does_nothing_and_opens_no_model(place: Place) -> None:
     assert place.run() == 0
     state = {path: path.stat().st_mtime_ns for path in place.out.rglob("*") if path.is_file()}
     place.forget_journal()
-    began = time.monotonic()
     assert place.run() == 0
-    assert time.monotonic() - began < 3
     assert place.lines("open") == []
     assert place.lines("begin") == []
     assert {path: path.stat().st_mtime_ns for path in place.out.rglob("*") if path.is_file()} == state
@@ -463,14 +462,6 @@ def test_temporary_files_of_dead_attempts_are_cleared(place: Place) -> None:
 # ---- stopping
 
 
-def wait_for(place: Place, line: str, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 20
-    while not place.lines(line):
-        assert time.monotonic() < end, place.lines()
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
 def undisturbed(place: Place, *arguments: object) -> dict[str, bytes]:
     """What the same run publishes elsewhere when nobody disturbs it."""
     other = Place(place.root / "undisturbed")
@@ -485,9 +476,9 @@ def test_a_signal_saves_gives_back_and_exits_75(place: Place, name: str) -> None
     place.shards(3, *["keep"] * 10)
     arguments = ["--more", place.more, "--checkpoint"]
     process = place.start(*arguments, "--sample_s", "0.03")
-    wait_for(place, "sample 00000001 0004", process)
+    place.wait_for("sample 00000001 0004", process)
     process.send_signal(getattr(signal, name))
-    _, log = process.communicate(timeout=10)
+    _, log = process.communicate(timeout=120)
     assert process.returncode == 75, log
     assert f"stopped ({name})" in log
     assert sorted(place.receipts()) == ["00000000"]
@@ -504,26 +495,24 @@ def test_a_signal_saves_gives_back_and_exits_75(place: Place, name: str) -> None
 
 def test_a_second_signal_ends_at_once(place: Place) -> None:
     place.shards(2, "keep")
-    process = place.start("--sample_s", "60")
-    wait_for(place, "begin", process)
+    process = place.start("--sample_s", "3600")
+    place.wait_for("begin", process)
     process.send_signal(signal.SIGTERM)
     time.sleep(1.1)
     assert process.poll() is None
-    began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
-    assert time.monotonic() - began < 5
+    process.communicate(timeout=120)  # and not after the hour that a sample takes
     assert process.returncode == 75
     assert place.run() == 0
     assert place.litter() == []
 
 
 def test_the_deadline_ends_a_run_in_time(place: Place) -> None:
-    place.shards(200, "keep")
+    place.shards(1000, "keep")
     began = time.monotonic()
-    assert place.run("--deadline", "1.5s", "--sample_s", "0.05") == 75
-    assert 1 < time.monotonic() - began < 8
-    assert 1 < len(place.receipts()) < 50
+    assert place.run("--deadline", "3s", "--sample_s", "0.05") == 75
+    assert 1 < time.monotonic() - began < 50, "it works nearly to the deadline, and not for as long as there is work"
+    assert 1 <= len(place.receipts()) < 1000
     assert place.litter() == []
     place.forget_journal()
     assert place.run("--deadline", "2000-01-01") == 75
@@ -566,9 +555,8 @@ def test_an_error_between_shards_stops_those_in_flight(place: Place, monkeypatch
         return inputs(stage, shard)
 
     monkeypatch.setattr(toy_stage.Toy, "inputs", none_for_the_last)
-    began = time.monotonic()
     assert place.run("--in_flight", "3", "--sample_s", "0.05", "--checkpoint") == 2
-    assert time.monotonic() - began < 5
+    assert len(place.lines("sample")) < 200, "none was done to its end"
 
 
 def test_a_signal_while_the_model_loads_begins_no_shard(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -580,10 +568,14 @@ def test_a_signal_while_the_model_loads_begins_no_shard(place: Place, monkeypatc
 
 def test_an_older_run_stops_before_it_commits_over_a_newer_one(place: Place) -> None:
     place.shards(2, *["keep"] * 10)
-    old = place.start("--sample_s", "0.1", "--shards", "00000000..00000001")
-    wait_for(place, "sample 00000000", old)
-    assert place.run("--mark", "new", "--rerun", "--shards", "00000000") == 0
-    _, log = old.communicate(timeout=20)
+    old = place.start("--hold", "00000000", "--shards", "00000000..00000001")
+    place.wait_for("sample 00000000", old)
+    new = place.start("--mark", "new", "--rerun", "--shards", "00000000")
+    wait_until((place.out / "_receipts" / "toy" / "_epoch.2.json").exists, "the new run", while_runs=new)
+    place.let_go()
+    _, log = old.communicate(timeout=120)
+    new.communicate(timeout=120)
+    assert new.returncode == 0
     assert old.returncode == 2
     assert "this older run stops" in log.splitlines()[-1]
     assert {shard: receipt["epoch"] for shard, receipt in place.receipts().items()} == {"00000000": 2}
@@ -593,10 +585,11 @@ def test_an_older_run_stops_before_it_commits_over_a_newer_one(place: Place) -> 
 
 def test_an_older_run_stops_before_it_works_for_nothing(place: Place) -> None:
     place.shards(2, *["keep"] * 10)
-    old = place.start("--sample_s", "0.1")
-    wait_for(place, "sample 00000000", old)
+    old = place.start("--hold", "00000000")
+    place.wait_for("sample 00000000", old)
     assert place.run("--mark", "new", "--rerun", "--shards", "00000001") == 0
-    old.communicate(timeout=20)
+    place.let_go()
+    old.communicate(timeout=120)
     assert old.returncode == 2
     assert len(place.lines("begin 00000001")) == 1, "of the new run"
     assert {shard: receipt["epoch"] for shard, receipt in place.receipts().items()} == {"00000000": 1, "00000001": 2}
@@ -617,10 +610,8 @@ def test_a_worker_that_is_behind_looks_again_soon(place: Place, monkeypatch: pyt
 def test_an_infrastructure_error_stops_the_others_in_flight(place: Place) -> None:
     place.shards(4, *["keep"] * 200)
     place.shard("00000001", "keep", "infrastructure")
-    began = time.monotonic()
     assert place.run("--in_flight", "3", "--sample_s", "0.05", "--checkpoint") == 2
-    assert time.monotonic() - began < 5
-    assert place.receipts() == {}
+    assert place.receipts() == {}, "the others did not go on to their end"
 
 
 def test_a_shard_that_another_worker_takes_is_dropped_quietly(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -644,8 +635,8 @@ def test_a_shard_that_is_lost_again_and_again_is_work_left(place: Place, monkeyp
 
 def test_shards_in_other_hands_are_waited_for_two_leases(place: Place) -> None:
     place.shards(2, *["keep"] * 3)
-    process = place.start("--sample_s", "2", "--shards", "00000000")
-    wait_for(place, "sample 00000000 0000", process)
+    process = place.start("--hold", "00000000", "--shards", "00000000")
+    place.wait_for("sample 00000000 0000", process)
     began = time.monotonic()
     assert place.run("--shards", "00000000,00000001") == 0, "it is others' work, and they live"
     assert time.monotonic() - began > 2
@@ -660,13 +651,13 @@ def test_shards_in_other_hands_are_waited_for_two_leases(place: Place) -> None:
 def test_a_shard_given_back_is_taken_by_one_who_waits(place: Place) -> None:
     place.shards(1, *["keep"] * 100)
     process = place.start("--sample_s", "0.05", "--checkpoint")
-    wait_for(place, "sample 00000000 0003", process)
+    place.wait_for("sample 00000000 0003", process)
     waiter = place.start("--checkpoint")
     time.sleep(0.5)
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=10)
+    process.communicate(timeout=120)
     assert process.returncode == 75
-    _, log = waiter.communicate(timeout=10)
+    _, log = waiter.communicate(timeout=120)
     assert waiter.returncode == 0, log
     assert place.receipt("00000000")["counts"]["kept"] == 100
     assert len(place.lines("sample")) == 100, "and what was finished is not done again"
@@ -675,8 +666,10 @@ def test_a_shard_given_back_is_taken_by_one_who_waits(place: Place) -> None:
 def test_workers_share_the_shards_and_survive_a_kill(place: Place) -> None:
     ids = place.shards(12, "keep", "drop", "keep")
     place.shard(ids[3], "keep", "kill once", "keep")
-    process = place.start("--workers", "3", "--sample_s", "0.02", "--more", place.more)
-    _, log = process.communicate(timeout=60)
+    process = place.start("--workers", "3", "--hold", ",".join(ids[:2]), "--more", place.more)
+    wait_until(lambda: len(place.receipts()) == 10, "the third's shards", while_runs=process)
+    place.let_go()
+    _, log = process.communicate(timeout=120)
     assert process.returncode == 0, log
     assert "died: SIGKILL" in log
     receipts = place.receipts()
@@ -700,9 +693,9 @@ def test_workers_share_the_shards_and_survive_a_kill(place: Place) -> None:
 def test_workers_pass_signals_on(place: Place) -> None:
     place.shards(4, *["keep"] * 100)
     process = place.start("--workers", "2", "--sample_s", "0.05", "--checkpoint")
-    wait_for(place, "sample", process)
+    place.wait_for("sample", process)
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode == 75
     assert all("_partial" in name for name in place.litter())
 
@@ -711,14 +704,11 @@ def test_workers_end_with_their_parent(place: Place) -> None:
     """Killed with SIGKILL, it can tell them nothing; nobody would ever end them."""
     place.shards(4, *["keep"] * 400)
     process = place.start("--workers", "2", "--sample_s", "0.05", "--checkpoint")
-    wait_for(place, "sample", process)
+    place.wait_for("sample", process)
     process.kill()
-    process.communicate(timeout=20)  # the pipes close when the last worker has ended
+    process.communicate(timeout=120)  # the pipes close when the last worker has ended
     pids = {int(line.split()[0]) for line in place.journal.read_text().splitlines()}
-    end = time.monotonic() + 10
-    while any(process_start(pid) is not None for pid in pids):
-        assert time.monotonic() < end, "they go on"
-        time.sleep(0.01)
+    wait_until(lambda: not any(process_start(pid) for pid in pids), "the end of the workers")
 
 
 @pytest.mark.parametrize(
@@ -730,7 +720,7 @@ def test_the_exit_code_of_workers(place: Place, wrong: list[str], code: int, lin
         assert place.run("--shards", "00000000") == 0
     place.shard("00000001", "shard error")
     process = place.start("--workers", "2", "--quiet", *wrong)
-    _, log = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=120)
     assert process.returncode == code, log
     assert lines is None or len(log.splitlines()) <= lines, log
 
@@ -761,7 +751,7 @@ def kill_at_random(place: Place, moments: int, seed: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         place.forget_journal()
         process = place.start(*arguments, "--sample_s", "0.005")
-        wait_for(place, "open", process)
+        place.wait_for("open", process)
         time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.communicate()
@@ -800,7 +790,7 @@ def race(place: Place, count: int, *more: object) -> None:
     """Several processes on one folder: each shard is committed once in its generation."""
     expected = undisturbed(place)
     processes = [place.start("--more", place.more, *more) for _ in range(count)]
-    logs = [process.communicate(timeout=60)[1] for process in processes]
+    logs = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, logs
     assert {receipt["generation"] for receipt in place.receipts().values()} == {1}
     done = re.findall(r"(\d{8}) done:", "".join(logs))
@@ -842,7 +832,7 @@ def test_processes_that_are_killed_all_the_time(place: Place) -> None:
         victim.communicate()
         running.append(place.start(*arguments))
     for process in running:
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=120) == 0
         process.communicate()
     assert sorted(place.receipts()) == ids
     assert place.run(*arguments) == 0

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests import processes
+from tests.processes import SIGNALS
 from tests.run import toy_stage
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 NO_OUTPUTS = {"_receipts", "_claims", "_plan"}
 
 
@@ -52,14 +52,16 @@ class Place:
 
     def start(self, *more: object, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
         """In a process of its own."""
-        return subprocess.Popen(
-            [sys.executable, toy_stage.__file__, *self.arguments(*more)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-        )
+        command = [sys.executable, toy_stage.__file__, *self.arguments(*more)]
+        return processes.start(command, more=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def wait_for(self, line: str, process: subprocess.Popen[str] | None = None, count: int = 1) -> None:
+        """Until the journal has so many such lines."""
+        processes.wait_until(lambda: len(self.lines(line)) >= count, f"{line!r} in the journal", while_runs=process)
+
+    def let_go(self) -> None:
+        """Those that hold a shard finish it."""
+        self.journal.with_name("go").touch()
 
     def receipt(self, shard_id: str, stage: str = "toy") -> dict[str, Any]:
         (path,) = (self.out / "_receipts" / stage).glob(f"*/{shard_id}.json")

@@ -41,6 +41,8 @@ class Options(RunOptions):
     """An option that changes the output."""
     sample_s: float = 0.0
     """Seconds that each sample takes."""
+    hold: str = ""
+    """Shards of which no sample but the first is done before ``Place.let_go``."""
     in_flight: int = 1
     """Shards in flight."""
     checkpoint: bool = False
@@ -100,6 +102,8 @@ class Toy(Stage[Options]):
                 work.provenance({"key": key, "mark": self.options.mark})
                 continue
             time.sleep(self.options.sample_s)
+            if number > 0 and work.shard.id in self.options.hold.split(","):
+                self._wait_for_leave(work)
             self._write_journal(f"sample {work.shard.id} {key}")
             if line == "keep" or line[:1].isdigit():  # the toy's own output is good input too
                 kept.append(f"{key} {self.options.mark}\n".encode())
@@ -121,6 +125,12 @@ class Toy(Stage[Options]):
             if self.options.more is not None:
                 with work.output(self.options.more / f"{work.shard.id}.more") as file:
                     file.write(b"".join(kept))
+
+    def _wait_for_leave(self, work: ShardContext) -> None:
+        assert self.options.journal is not None
+        while not self.options.journal.with_name("go").exists():
+            time.sleep(0.01)
+            work.check_stop()
 
     def _go_wrong(self, line: str, work: ShardContext) -> None:
         if line == "lose":

@@ -41,7 +41,7 @@ class Model:
         """A slot turns to the next request the moment it is done with one, however late the loop notices."""
         start = max(now, heapq.heappop(self.free_at), self.load(now))
         heapq.heappush(self.free_at, start + self.flags.latency_s)
-        return start + self.flags.latency_s
+        return float(start + self.flags.latency_s)
 
     def load(self, now: float) -> float:
         """When the model is there; a cold one is loaded for the first request, as Ollama does it."""

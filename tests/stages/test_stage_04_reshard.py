@@ -26,9 +26,10 @@ from curation.shards import Shard
 from curation.storage.files import AtomicFile
 from curation.tar import blocks
 from curation.tar.headers import BLOCK, RECORD
+from curation.tar.prove import verify_splice
 from curation.tar.samples import TarWriter
 from curation.tar.scan import SampleSpan, TarScan
-from curation.tar.splice import Action, Edit, splice, verify_splice
+from curation.tar.splice import Action, Edit, splice
 from tests import EXAMPLES
 from tests.shards import Member, contents, member, raw_members, tar_of
 from tests.stages.harness import Run

@@ -1,5 +1,6 @@
-"""``audit``: what became of each group's samples.
+"""``audit``: what became of the samples of each group that stage 02 assigned.
 
-A **tally** counts a group's samples from stage to stage; a **difference** is one that is beyond chance; the **data
-card** and the Croissant file describe the dataset for others.
+**GroupCounts** say how many samples of one group came to each step; a **Difference** is the share of one group beside
+that of all others, with its confidence interval.  A prompt **mentions** a value of an attribute where it has a word for
+it.
 """

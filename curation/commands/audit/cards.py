@@ -17,17 +17,9 @@ from curation.jsonio import clean_text
 from curation.storage.files import write_whole
 
 CARD, CROISSANT = "README.md", "croissant.json"
-
-
 _BEGIN, _END = "<!-- curation-audit:begin (replaced by `curation audit --card`) -->", "<!-- curation-audit:end -->"
-
-
 _BLOCK = re.compile(r"<!-- curation-audit:begin.*?" + re.escape(_END), re.S)
-
-
 _IMAGES, _TEXTS, _METADATA = "images", "texts", "metadata"
-
-
 _SETS = (
     (_IMAGES, "image/*", ("jpg", "jpeg", "png", "webp")),
     (_TEXTS, "text/plain", ("txt",)),

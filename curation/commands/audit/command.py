@@ -17,8 +17,6 @@ import tyro
 from curation.cluster import Allocation
 from curation.commands.audit.groups import (
     CONFIDENCE,
-    EDITS,
-    HYBRID,
     STEPS,
     Difference,
     GroupCounts,
@@ -29,7 +27,7 @@ from curation.commands.audit.groups import (
     tally,
     wilson,
 )
-from curation.commands.places import StagePlace
+from curation.commands.places import EDITS, HYBRID, StagePlace
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
 from curation.options import exit_code, logger, parse_arguments, set_up_logging

@@ -18,10 +18,8 @@ from statistics import NormalDist
 from typing import Any
 
 from curation.commands.findings import results_in_order
-from curation.commands.places import StagePlace, find_stages, json_lines, provenance
+from curation.commands.places import EDITS, HYBRID, PROMPTS, StagePlace, find_stages, provenance, rejected
 from curation.errors import UsageError
-from curation.shards import bucket_of
-from curation.storage.files import read_record
 
 # Words that state a value of an attribute, as regular expressions between word boundaries.  Those of the published
 # pipeline's groups; a value that is not here is looked for by its own words.
@@ -63,14 +61,14 @@ def attributes_of(group: str) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def states(prompt: str, attribute: str, value: str) -> bool:
+def mentions(prompt: str, attribute: str, value: str) -> bool:
     """Whether the prompt has a word for the value."""
     return _pattern(attribute, value).search(prompt) is not None
 
 
-def states_another(prompt: str, attribute: str, value: str) -> bool:
+def mentions_another(prompt: str, attribute: str, value: str) -> bool:
     """Whether it has a word for another value of the attribute: of those that are known."""
-    return any(other != value and states(prompt, attribute, other) for other in WORDS.get(attribute, {}))
+    return any(other != value and mentions(prompt, attribute, other) for other in WORDS.get(attribute, {}))
 
 
 @lru_cache(maxsize=4096)
@@ -79,15 +77,8 @@ def _pattern(attribute: str, value: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
 
 
-PROMPTS, EDITS, HYBRID = "02_captions_processor", "03_generate_images", "04_reshard"
-
-
 REPLIED = "reply_"  # reasons of replies that came and were refused begin so
-
-
 STEPS = ("assigned", "rewritten", "accepted", "generated", "hybrid")
-
-
 _CHUNK = 64  # shards that a process is handed at once
 
 
@@ -185,16 +176,14 @@ def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies
     generated = {key for line in provenance(places[EDITS], shard_id) if (key := str(line.get("key"))) in groups}
     for key in generated:
         total.of(groups[key]).steps["generated"] += 1
-    for line in json_lines(places[EDITS].home / "_rejects" / EDITS / f"{shard_id}.jsonl"):
+    for line in rejected(places[EDITS], shard_id):
         if (key := str(line.get("key"))) in groups:
             total.of(groups[key]).refused[f"{EDITS}: {line.get('reason')}"] += 1
     hybrid = _receipt(places.get(HYBRID), shard_id)
     if hybrid is None:
         return
     total.shards[HYBRID] += 1
-    lost = {
-        str(line.get("key")) for line in json_lines(places[HYBRID].home / "_rejects" / HYBRID / f"{shard_id}.jsonl")
-    }
+    lost = {str(line.get("key")) for line in rejected(places[HYBRID], shard_id)}
     for key in generated:
         total.of(groups[key]).steps["to_hybrid"] += 1
     for key in generated - lost:
@@ -223,18 +212,14 @@ def _add_noted(noted: Mapping[str, Any], total: Tallies) -> None:
 def _add_words(group: str, prompt: str, counts: GroupCounts) -> None:
     for attribute, value in attributes_of(group):
         name = f"{attribute}={value}"
-        counts.stated[name] += states(prompt, attribute, value)
-        counts.contradicted[name] += states_another(prompt, attribute, value)
+        counts.stated[name] += mentions(prompt, attribute, value)
+        counts.contradicted[name] += mentions_another(prompt, attribute, value)
 
 
 def _receipt(place: StagePlace | None, shard_id: str) -> dict[str, Any] | None:
-    """Of a shard that is done."""
-    if place is None:
-        return None
-    receipt = read_record(place.receipts / bucket_of(shard_id) / f"{shard_id}.json")
-    if receipt is None or receipt.get("status") != "done" or not isinstance(receipt.get("notes"), dict):
-        return None
-    return receipt
+    """The receipt of a shard that is done, with its notes."""
+    receipt = place.done_receipt(shard_id) if place is not None else None
+    return receipt if receipt is not None and isinstance(receipt.get("notes"), dict) else None
 
 
 def shards_tried(place: StagePlace) -> Iterator[str]:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation import backends
-from curation.commands.audit.groups import EDITS, PROMPTS, attributes_of, shards_tried
-from curation.commands.places import StagePlace, provenance
+from curation.commands.audit.groups import attributes_of, shards_tried
+from curation.commands.places import EDITS, PROMPTS, StagePlace, provenance
 from curation.commands.plan.cost import evenly
 from curation.edits import LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, SampleError, ShardError
@@ -22,8 +22,6 @@ from curation.images import decode_rgb
 from curation.rewrite.groups import hash_of
 
 IMAGES_A_SHARD = 20  # so that few tars are read through
-
-
 _BATCH = 32
 
 

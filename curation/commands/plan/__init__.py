@@ -1,4 +1,5 @@
-"""``plan``: what a run over all shards will cost, forecast from a few.
+"""``plan``: what the rest of the shards will cost, from the receipts of those that are done.
 
-A **cost** is measured from receipts, with its error; the **site** is what the filesystem, the quotas and SLURM allow.
+A **StageCost** holds what the measured shards of a stage cost, and an **Estimate** for the others.  A **Quota** is what
+may still be written to a filesystem.
 """

@@ -18,22 +18,16 @@ import orjson
 import tyro
 
 from curation.commands.places import find_stages
-from curation.commands.plan.cost import Estimate, Sizes, StageCost, evenly, sizes_of, stage_cost
-from curation.commands.plan.site import JobShape, Room, array_commands, job_shape, max_array_size, rooms
+from curation.commands.plan.cost import Estimate, ShardSizes, StageCost, evenly, sizes_of, stage_cost
+from curation.commands.plan.site import JobShape, Quota, array_commands, job_shape, max_array_size, quotas
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, InfrastructureError, UsageError
 from curation.jsonio import clean_text
 from curation.options import exit_code, parse_arguments
 from curation.shards import Shard, discover, select
 
 PLAN_FORMAT = 1
-
-
 FEW = 3  # measured shards below which a forecast is hardly one
-
-
 DAY_H = 24.0
-
-
 _PROJECT = Path(__file__).resolve().parents[3]
 
 
@@ -115,7 +109,7 @@ def forecast(shards: Sequence[Shard], root: Path, options: Options, tasks: Mappi
     limit = options.max_array_size or max_array_size()
     stages = [_stage_result(cost, options, tasks, limit) for cost in costs]
     to_come = [sum((cost.to_come[name] for cost in costs), Estimate(0.0)) for name in ("bytes", "files")]
-    found = rooms(root)
+    found = quotas(root)
     return {
         "format": PLAN_FORMAT,
         "source": options.source,
@@ -198,7 +192,7 @@ def _commands(cost: StageCost, shape: JobShape | None, workers: int, limit: int,
     return array_commands(shape, variables, elements, limit, flags)
 
 
-def _warnings(costs: Sequence[StageCost], sizes: Sizes) -> Iterator[str]:
+def _warnings(costs: Sequence[StageCost], sizes: ShardSizes) -> Iterator[str]:
     if len(sizes.known) < sizes.count:
         yield f"{sizes.count - len(sizes.known):,} source shards are taken to have the average size of the others"
     for cost in costs:
@@ -215,7 +209,7 @@ def _warnings(costs: Sequence[StageCost], sizes: Sizes) -> Iterator[str]:
             yield f"{name}: was measured without a GPU, and its .sh asks for GPUs: measure it where they are"
 
 
-def _room_warnings(found: Sequence[Room], bytes_: Estimate, files: Estimate) -> Iterator[str]:
+def _room_warnings(found: Sequence[Quota], bytes_: Estimate, files: Estimate) -> Iterator[str]:
     for room in found:
         for left, need, what in ((room.bytes_left, bytes_, "bytes"), (room.files_left, files, "files")):
             most = need.value + (need.error or 0)

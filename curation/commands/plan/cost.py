@@ -14,9 +14,9 @@ from statistics import mean
 from typing import Any
 
 from curation.commands.places import StagePlace
+from curation.commands.status.scan import covered_seconds
 from curation.errors import UsageError
 from curation.shards import Shard, bucket_of, files_of
-from curation.storage.files import read_record
 
 # Student's t, 97.5 % quantile, by degrees of freedom; beyond the table the normal distribution's.
 _T = (
@@ -75,19 +75,13 @@ def t_quantile(degrees: int) -> float:
 
 
 MAX_RECEIPTS = 2_000  # of one stage that are read: evenly spaced; more would not narrow the error
-
-
 MAX_SIZES = 20_000  # source shards whose size is looked up: likewise
-
-
 MIN_STEADY = 2  # shards that were not a worker's first, for a rate from them alone
-
-
 QUANTITIES = ("worker_s", "bytes", "files", "tokens_read", "tokens_written", "samples")
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ShardSizes:
     """Sizes of the source shards in bytes.  Of those that were not looked up, ``mean`` is taken."""
 
     known: Mapping[str, int]
@@ -102,7 +96,7 @@ class Sizes:
         return sum(self.known.values()) + self.mean * (self.count - len(self.known))
 
 
-def sizes_of(shards: Sequence[Shard]) -> Sizes:
+def sizes_of(shards: Sequence[Shard]) -> ShardSizes:
     """Raises UsageError for a shard that cannot be looked at."""
     known = {}
     for shard_id, path in files_of(evenly(shards, MAX_SIZES)).items():
@@ -110,7 +104,7 @@ def sizes_of(shards: Sequence[Shard]) -> Sizes:
             known[shard_id] = os.stat(path).st_size
         except OSError as error:
             raise UsageError(f"{path}: cannot be looked at ({error.strerror})") from None
-    return Sizes(known, len(shards), mean(known.values()) if known else 0.0)
+    return ShardSizes(known, len(shards), mean(known.values()) if known else 0.0)
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -149,14 +143,13 @@ class StageCost:
         return self.spent[quantity] + self.to_come[quantity]
 
 
-def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: Sizes) -> StageCost | None:
+def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: ShardSizes) -> StageCost | None:
     """What the stage's receipts tell of ``shards``; None where none of them is done."""
     ids = {shard.id for shard in shards}
     there = sorted(ids & _with_receipts(place, ids))
     receipts = {}
     for shard_id in evenly(there, MAX_RECEIPTS):
-        receipt = read_record(place.receipts / bucket_of(shard_id) / f"{shard_id}.json")
-        if receipt is not None and receipt.get("status") == "done":
+        if (receipt := place.done_receipt(shard_id)) is not None:
             receipts[shard_id] = receipt
     if not receipts:
         return None
@@ -180,7 +173,7 @@ def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: Sizes) -> Stag
     return cost
 
 
-def _extrapolate(cost: StageCost, sizes: Sizes) -> None:
+def _extrapolate(cost: StageCost, sizes: ShardSizes) -> None:
     measured = [sizes.of(shard_id) for shard_id in cost.shards]
     cost.open_s += _warm_up(cost, measured)
     unread = cost.done - len(cost.shards)  # done, but their receipts were not read
@@ -220,10 +213,7 @@ def _worker_seconds(receipts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str
     seconds, first = {}, set()
     for of_worker in spans.values():
         first.add(min(of_worker)[2])
-        busy = until = 0.0
-        for began, ended, _ in sorted(of_worker):
-            busy += max(0.0, ended - max(began, until))
-            until = max(until, ended)
+        busy = covered_seconds((began, ended) for began, ended, _ in of_worker)
         lengths = sum(ended - began for began, ended, _ in of_worker)
         for began, ended, shard_id in of_worker:
             seconds[shard_id] = (ended - began) * (busy / lengths if lengths else 0.0)

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PATIENCE_S = 10.0
-
-
 _KIB = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Quota:
     """What may still be written.  None: no limit, or none that can be read."""
 
     what: str
@@ -29,7 +27,7 @@ class Room:
     files_left: int | None
 
 
-def rooms(folder: Path) -> list[Room]:
+def quotas(folder: Path) -> list[Quota]:
     """The filesystem's own room, then the quotas that ``lfs`` and ``quota`` tell of, where they are installed."""
     there = folder
     while not there.exists() and there != there.parent:
@@ -40,7 +38,7 @@ def rooms(folder: Path) -> list[Room]:
     except OSError:
         return []
     files_left = system.f_favail if system.f_files else None  # filesystems that make inodes as they go say 0
-    found.append(Room("the filesystem", system.f_bavail * system.f_frsize, files_left))
+    found.append(Quota("the filesystem", system.f_bavail * system.f_frsize, files_left))
     if (text := _answer("lfs", "quota", "-q", "-u", str(os.getuid()), str(there))) is not None:
         found += read_lustre(text, "your quota on Lustre")
     if (text := _answer("lfs", "quota", "-q", "-g", str(os.getgid()), str(there))) is not None:
@@ -50,7 +48,7 @@ def rooms(folder: Path) -> list[Room]:
     return found
 
 
-def read_lustre(text: str, what: str) -> Iterator[Room]:
+def read_lustre(text: str, what: str) -> Iterator[Quota]:
     """``lfs quota -q``: path, kilobytes, soft and hard limit, grace, files, soft and hard limit, grace; a number that
     is over its limit has a star, and 0 is no limit."""
     words = text.split()
@@ -58,17 +56,17 @@ def read_lustre(text: str, what: str) -> Iterator[Room]:
         return
     numbers = [int(word.rstrip("*")) if re.fullmatch(r"\d+\*?", word) else None for word in words]
     used, limit, files, files_limit = numbers[1], numbers[3], numbers[5], numbers[7]
-    yield Room(what, _left(used, limit, _KIB), _left(files, files_limit, 1))
+    yield Quota(what, _left(used, limit, _KIB), _left(files, files_limit, 1))
 
 
-def read_quota(text: str) -> Iterator[Room]:
+def read_quota(text: str) -> Iterator[Quota]:
     """``quota -w -p``: two heading lines, then filesystem, KiB, soft and hard limit, grace, files, and theirs."""
     for line in text.splitlines():
         words = line.split()
         if len(words) < 9 or not re.fullmatch(r"\d+\*?", words[1]):
             continue
         numbers = [int(word.rstrip("*")) if re.fullmatch(r"\d+\*?", word) else None for word in words]
-        yield Room("your quota", _left(numbers[1], numbers[3], _KIB), _left(numbers[5], numbers[7], 1))
+        yield Quota("your quota", _left(numbers[1], numbers[3], _KIB), _left(numbers[5], numbers[7], 1))
 
 
 def _left(used: int | None, limit: int | None, unit: int) -> int | None:
@@ -92,8 +90,6 @@ def _mount_of(folder: Path) -> Path:
 
 
 DEFAULT_MAX_ARRAY_SIZE = 1001  # SLURM's own
-
-
 _OPTION = re.compile(r"^#SBATCH\s+--([a-z-]+)(?:[= ](\S+))?", flags=re.M)
 
 
@@ -122,15 +118,9 @@ def job_shape(script: Path) -> JobShape | None:
 
 def max_array_size() -> int:
     """How many elements an array may have here: scontrol's word, else SLURM's default."""
-    if shutil.which("scontrol") is not None:
-        try:
-            command = ["scontrol", "show", "config"]
-            text = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            text = ""
-        if found := re.search(r"^MaxArraySize\s*=\s*(\d+)", text, flags=re.M):
-            return max(1, int(found.group(1)))
-    return DEFAULT_MAX_ARRAY_SIZE
+    text = _answer("scontrol", "show", "config") or ""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, flags=re.M)
+    return max(1, int(found.group(1))) if found else DEFAULT_MAX_ARRAY_SIZE
 
 
 def array_commands(

@@ -1,6 +1,6 @@
-"""Charts as inline SVG: drawn by pygal, without its script, styles and interaction, coloured by the page's variables.
+"""Histograms: their bins, their numbers as a table, and where the template draws bars, lines and labels.
 
-Every chart has its numbers beside it as a table, and a title and a description for those who do not see it.
+Every chart has a title and a description for those who do not see it.  The page's style gives the colours.
 """
 
 from __future__ import annotations
@@ -9,30 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
-from xml.etree.ElementTree import Element, tostring
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
-WIDTH, HEIGHT = 400, 210
-
-
-_SVG = "{http://www.w3.org/2000/svg}"
-
-
-_NOT_SHOWN = ("tooltip", "tooltip-overlay", "text-overlay", "overlay", "titles")
-
-
+WIDTH, HEIGHT = 400, 210  # of a drawing, in its own units; the other lengths are in the same
+_MARGIN, _FOOT = 14, 24
+_LETTER = 6.5  # about the width of a character of a label: 11 units high
 _TICKS = 5
-
-
 _LAST_S = 1e11  # Unix time: the year 5138
-
-
 _LENGTHS = (  # seconds that a clock shows as round
     *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30),
     *(60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200),
@@ -40,12 +25,29 @@ _LENGTHS = (  # seconds that a clock shows as round
 
 
 @dataclass(frozen=True, slots=True)
+class Drawing:
+    """A histogram in the units of its SVG.
+
+    bars: (x, y, width, height).  x_ticks, y_ticks: (place, label).  left, right: ends of the horizontal lines.
+    """
+
+    bars: list[tuple[float, float, float, float]]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    left: float
+    right: float
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+@dataclass(frozen=True, slots=True)
 class Chart:
-    """svg: ready for the page.  rows: (what, number) as text."""
+    """description: what the drawing shows, in words.  rows: (what, number) as text."""
 
     title: str
     note: str
-    svg: Markup
+    description: str
+    drawing: Drawing
     columns: tuple[str, str]
     rows: list[tuple[str, str]]
 
@@ -60,9 +62,21 @@ def histogram(
     within: tuple[float, float] | None = None,
     bins: int = 24,
 ) -> Chart | None:
-    """How often values occur; None where there is none.  whole: bins begin at whole numbers.
-    within: (low, high) of the axis; else from the least value to the 99.5th percentile, with what is above in the last
-    bin."""
+    """Counts how often values occur.
+
+    Args:
+        title: The chart's name.
+        values: What is counted; values that are not finite are left out.
+        unit: Of the values, in words.
+        show: Turns a value into a label.
+        whole: Whether bins begin at whole numbers.
+        within: The (low, high) ends of the axis.  Without it the axis goes from the least value to the 99.5th
+            percentile, and the last bin holds what is above that.
+        bins: About how many there are: their width is a round number.
+
+    Returns:
+        The chart, or None where there is no value.
+    """
     show = show or short_number
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers)]
@@ -79,23 +93,29 @@ def histogram(
     if beyond:
         rows[-1] = (f"{show(bars[-1][1])} and more", rows[-1][1])
     spoken = f"Histogram. {note}. {_peak(rows)}"
-    return Chart(title, note, _histogram_svg(bars, title, spoken, show, counts=True), (unit or "value", "count"), rows)
+    return Chart(title, note, spoken, _draw(bars, show, _nice, counts=True), (unit or "value", "count"), rows)
 
 
 def over_time(title: str, spans: Sequence[float], *, bins: int = 48) -> Chart | None:
-    """Samples a second while a stage ran: started, finished and samples of each attempt, one after the other.
+    """Draws samples a second while a stage ran; an attempt's samples are spread evenly over its time.
 
-    An attempt's samples are spread evenly over its time; None where the receipts do not tell.
+    Args:
+        title: The chart's name.
+        spans: Of each attempt, one after the other: when it started and finished (Unix time), and its samples.
+        bins: How many parts the time is cut into.
+
+    Returns:
+        The chart, or None where the receipts do not say when they were made.
     """
     rows = np.asarray(spans, dtype=np.float64).reshape(-1, 3)
-    rows = rows[(rows[:, 1] >= rows[:, 0]) & (rows[:, 0] > 0) & (rows[:, 1] < _LAST_S)]  # clocks may be out of order
+    rows = rows[(rows[:, 1] >= rows[:, 0]) & (rows[:, 0] > 0) & (rows[:, 1] < _LAST_S)]  # clocks may be wrong
     if not len(rows):
         return None
-    rows[:, 1] = np.maximum(rows[:, 1], rows[:, 0] + 1e-3)  # receipts tell milliseconds
+    rows[:, 1] = np.maximum(rows[:, 1], rows[:, 0] + 1e-3)  # receipts are exact to milliseconds
     began, ended = float(rows[:, 0].min()), float(rows[:, 1].max())
     step = (ended - began) / bins
     edges = began + step * np.arange(bins + 1)
-    # How much was done before each edge: a sum of ramps, so that the differences are what was done in each bin.
+    # How much was done before each edge is a sum of ramps; its differences are what was done in each bin.
     before = np.zeros(bins + 1)
     for start in range(0, len(rows), 4096):
         part = rows[start : start + 4096]
@@ -107,8 +127,7 @@ def over_time(title: str, spans: Sequence[float], *, bins: int = 48) -> Chart | 
     note = f"{int(rows[:, 2].sum()):,} samples in {short_time(ended - began)}, from {clock(began)} UTC"
     table = [(clock(began + a), f"{rate:,.1f}") for rate, a, _ in bars]
     spoken = f"Rate over time. {note}. Highest {rates.max():,.1f} samples a second."
-    svg = _histogram_svg(bars, title, spoken, short_time, _nice_time)
-    return Chart(title, note, svg, ("time (UTC)", "samples/s"), table)
+    return Chart(title, note, spoken, _draw(bars, short_time, _nice_time), ("time (UTC)", "samples/s"), table)
 
 
 def short_number(value: float) -> str:
@@ -162,7 +181,7 @@ def _clock(began: float, ended: float) -> Callable[[float], str]:
 def _as_utc(seconds: float, form: str) -> str:
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime(form)
-    except (OverflowError, ValueError, OSError):  # a clock that is out of its mind
+    except (OverflowError, ValueError, OSError):  # the clock was wrong
         return "?"
 
 
@@ -171,70 +190,36 @@ def _peak(rows: Sequence[tuple[str, str]]) -> str:
     return f"Most are {label}: {count}."
 
 
-def _histogram_svg(
+def _draw(
     bars: Sequence[tuple[float, float, float]],
-    title: str,
-    description: str,
     show: Callable[[float], str],
-    nice: Callable[[float], float] | None = None,
+    nice: Callable[[float], float],
     *,
     counts: bool = False,
-) -> Markup:
-    import pygal
-    from pygal.style import Style
-
-    style = Style(label_font_size=11, major_label_font_size=11)
-    chart = pygal.Histogram(
-        style=style, js=(), css=(), width=WIDTH, height=HEIGHT, show_legend=False, margin=6, margin_right=14, spacing=4
-    )
+) -> Drawing:
+    """Lays out bars of (height, from, to).  nice: the next round stride of the horizontal axis."""
     top = max(height for height, _, _ in bars) or 1.0
     step = max(1.0, _nice(top / _TICKS)) if counts else _nice(top / _TICKS)
-    ticks = [step * number for number in range(math.ceil(top / step) + 1)]
-    chart.y_labels = [{"value": tick, "label": f"{tick:,.10g}"} for tick in ticks]
+    heights = [step * number for number in range(math.ceil(top / step) + 1)]
     left, right = bars[0][1], bars[-1][2]
-    stride = (nice or _nice)((right - left) / _TICKS)
+    stride = nice((right - left) / _TICKS)
     first, last = math.ceil(left / stride - 1e-9), math.floor(right / stride + 1e-9)
-    places = [stride * number for number in range(first, last + 1)]
-    chart.x_labels = [{"value": place, "label": show(place)} for place in places]
-    chart.range = (0, ticks[-1])
-    chart.xrange = (left, right)
-    chart.add("", list(bars))
-    return _cleaned(chart.render_tree(), title, description)
+    places = [(stride * number, show(stride * number)) for number in range(first, last + 1)]
+    labels = [f"{height:,.10g}" for height in heights]
+    x0 = _MARGIN + _LETTER * max(map(len, labels))
+    x1 = WIDTH - max(_MARGIN, *(_LETTER * len(label) / 2 for _, label in places))
+    y0, y1 = HEIGHT - _FOOT, _MARGIN
 
+    def x(value: float) -> float:
+        return round(x0 + (value - left) / (right - left) * (x1 - x0), 2)
 
-def _cleaned(tree: Element, title: str, description: str) -> Markup:
-    """The drawing alone, named for screen readers.  What pygal put in came through ElementTree, which escapes it."""
-    from markupsafe import Markup
+    def y(value: float) -> float:
+        return round(y0 - value / heights[-1] * (y0 - y1), 2)
 
-    _strip(tree)
-    for name in ("id", "xmlns", "class"):
-        tree.attrib.pop(name, None)
-    tree.attrib.update({"class": "chart", "role": "img", "aria-label": f"{title}. {description}"})
-    for name, text in (("desc", description), ("title", title)):
-        element = Element(name)
-        element.text = text
-        tree.insert(0, element)
-    return Markup(tostring(tree, encoding="unicode"))  # noqa: S704
-
-
-def _strip(element: Element) -> None:
-    for child in list(element):
-        tag = child.tag if isinstance(child.tag, str) else ""
-        classes = child.get("class", "").split()
-        if tag.removeprefix(_SVG) in ("", "defs", "script", "style", "title", "desc") or set(classes) & set(_NOT_SHOWN):
-            element.remove(child)
-            continue
-        child.attrib.pop("style", None)
-        for name in ("x", "y", "width", "height", "rx", "ry"):
-            if name in child.attrib:
-                child.set(name, _rounded(child.attrib[name]))
-        if child.get("rx") == "0":
-            del child.attrib["rx"], child.attrib["ry"]
-        _strip(child)
-
-
-def _rounded(text: str) -> str:
-    try:
-        return f"{float(text):.2f}".rstrip("0").rstrip(".")
-    except ValueError:
-        return text
+    return Drawing(
+        bars=[(x(a), y(height), round(x(b) - x(a), 2), round(y0 - y(height), 2)) for height, a, b in bars],
+        x_ticks=[(x(place), label) for place, label in places],
+        y_ticks=[(y(height), label) for height, label in zip(heights, labels, strict=True)],
+        left=x(left),
+        right=x(right),
+    )

@@ -37,7 +37,7 @@ class Options:
     gallery: int = 48
     """Samples shown with their images, at most."""
     sample_shards: int = 200
-    """Look at the samples of so many shards for faces, lengths and scores.  Counts come from all shards."""
+    """Look at the samples of so many shards for faces, lengths and scores.  StageCounts come from all shards."""
     no_audit: bool = False
     """Leave out what became of each group: it reads the provenance of every shard."""
     json: bool = False
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from curation.commands.report.page import render
     except ImportError as error:
-        raise InfrastructureError(f"report needs jinja2 and pygal ({error}): pip install 'curation[report]'") from None
+        raise InfrastructureError(f"report needs jinja2 ({error}): pip install 'curation[report]'") from None
     facts = gather(options.root, options.source, options.shards_page, options.sample_shards, audit=not options.no_audit)
     if options.json:
         print(orjson.dumps(facts.told, option=orjson.OPT_NON_STR_KEYS).decode(), flush=True)

@@ -12,27 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from curation.commands.audit.command import audit as audit_groups
-from curation.commands.places import StagePlace, find_stages
-from curation.commands.report.receipts import MAX_NAME, Bounds, Cell, ReceiptStats, cell_of, merged
-from curation.commands.report.samples import EDITS, FACES, HYBRID, PROMPTS, RECAPTION, Looked, look
+from curation.commands.places import EDITS, FACES, HYBRID, PROMPTS, RECAPTION, StagePlace, find_stages
+from curation.commands.report.receipts import MAX_NAME, GridCell, ReceiptBounds, ReceiptStats, add_cell, cell_of, merged
+from curation.commands.report.samples import SampleStats, look
 from curation.commands.status.command import stage_result
-from curation.commands.status.holdings import Holdings
-from curation.commands.status.scan import ReceiptScan, Stage
+from curation.commands.status.live_claims import ClaimWatcher
+from curation.commands.status.scan import ReceiptScan, ScannedStage
 from curation.errors import UsageError
 from curation.jsonio import clean_text
 
 REPORT_FORMAT = 1
-
-
 CLOSE = 8  # shards whose samples are shown: each costs a pass over its tars
-
-
 MAX_HOSTS = 10
-
-
 MAX_REASONS = 40
-
-
 TITLES = {
     FACES: "Faces",
     PROMPTS: "Captions to prompts",
@@ -44,32 +36,32 @@ TITLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ReportFacts:
     """told: the numbers; places, stories: of the stages, in the same order; source: of the original images."""
 
     told: dict[str, Any]
     places: list[StagePlace]
     stories: list[ReceiptStats]
-    looked: Looked
+    looked: SampleStats
     source: Path | None
 
 
-def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int, *, audit: bool) -> Facts:
+def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int, *, audit: bool) -> ReportFacts:
     """Read everything once: receipts in several processes, the samples of ``sample_shards`` shards, and, for
     ``audit``, the provenance of all."""
     began = time.monotonic()
     places = find_stages(root)
-    holdings = Holdings(places)
-    held_first = holdings.look()
-    survey = ReceiptScan(places)
-    bounds = Bounds(_shards_a_cell(survey, shards_page), sample_shards)
-    for stage, held in zip(survey.stages, held_first, strict=True):
-        stage.claimed = {holding.shard_id for holding in held}
-    stories = survey.read(partial(ReceiptStats, bounds=bounds))
-    held_now = holdings.look()
+    claims = ClaimWatcher(places)
+    held_first = claims.look()
+    scan = ReceiptScan(places)
+    bounds = ReceiptBounds(_shards_a_cell(scan, shards_page), sample_shards)
+    for stage, held in zip(scan.stages, held_first, strict=True):
+        stage.claimed = {claim.shard_id for claim in held}
+    stories = scan.read(partial(ReceiptStats, bounds=bounds))
+    held_now = claims.look()
     stages = []
-    for stage, story, held in zip(survey.stages, stories, held_now, strict=True):
-        _see_the_others(stage, story, {holding.shard_id for holding in held})
+    for stage, story, held in zip(scan.stages, stories, held_now, strict=True):
+        _see_the_others(stage, story, {claim.shard_id for claim in held})
         stages.append(_bounded(stage_result(stage, story, held, {})) | _more(stage, story, shards_page))
     chosen = [[shard for _, shard in sorted(story.chosen, reverse=True)] for story in stories]
     looked = look(places, chosen, 500, CLOSE)
@@ -83,18 +75,18 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
         "faces": dict(sorted(looked.faces.items())),
         "languages": _languages(stages),
         "audit": None,
-        "warnings": [clean_text(warning) for warning in survey.warnings][:20],
+        "warnings": [clean_text(warning) for warning in scan.warnings][:20],
     }
     if audit:
         _add_audit(root, told)
     told["seconds"] = round(time.monotonic() - began, 3)
-    return Facts(told, places, stories, looked, source or _source_of(root, places))
+    return ReportFacts(told, places, stories, looked, source or _source_of(root, places))
 
 
-def _shards_a_cell(survey: ReceiptScan, shards_page: int) -> int:
+def _shards_a_cell(scan: ReceiptScan, shards_page: int) -> int:
     """By what runs set out to do; where none has said so, by the folders of receipts."""
     expected = 0
-    for stage in survey.stages:
+    for stage in scan.stages:
         if stage.planned is not None:
             expected = max(expected, sum(map(len, stage.planned.values())))
         else:
@@ -102,25 +94,21 @@ def _shards_a_cell(survey: ReceiptScan, shards_page: int) -> int:
     return 1 if expected <= max(shards_page, 1000) else -(-expected // shards_page)
 
 
-def _see_the_others(stage: Stage, story: ReceiptStats, running: set[str]) -> None:
+def _see_the_others(stage: ScannedStage, story: ReceiptStats, running: set[str]) -> None:
     """Shards without a receipt that counts: those in somebody's hands, and those that are planned."""
     for shard_id in sorted(running):
-        story.see(Cell(shard_id, shard_id, Counter(running=1)))
-    planned: dict[str, Cell] = {}
+        story.see(GridCell(shard_id, shard_id, Counter(running=1)))
+    planned: dict[str, GridCell] = {}
     for shard_id in (shard_id for ids in (stage.planned or {}).values() for shard_id in ids):
         name = cell_of(shard_id, story.bounds.shards_a_cell)
-        cell = Cell(shard_id, shard_id, Counter(pending=1))
-        if name in planned:
-            planned[name].add(cell)
-        else:
-            planned[name] = cell
+        add_cell(planned, name, GridCell(shard_id, shard_id, Counter(pending=1)))
     for name, cell in planned.items():
         seen = story.cells[name].states.total() if name in story.cells else 0
         if cell.states["pending"] > seen:  # which ones of a cell is not known, nor shown
-            story.see(Cell(cell.first, cell.last, Counter(pending=cell.states["pending"] - seen)))
+            story.see(GridCell(cell.first, cell.last, Counter(pending=cell.states["pending"] - seen)))
 
 
-def _more(stage: Stage, story: ReceiptStats, shards_page: int) -> dict[str, Any]:
+def _more(stage: ScannedStage, story: ReceiptStats, shards_page: int) -> dict[str, Any]:
     hosts = sorted(story.hosts.items(), key=lambda item: -item[1].seconds / max(1, item[1].shards))
     cells = merged(story.cells, shards_page)
     return {

@@ -18,39 +18,33 @@ from markupsafe import Markup
 from curation import __version__
 from curation.caption.preview import PAGE_NAME as COMPARISON
 from curation.commands.audit.command import LOSSES
-from curation.commands.places import StagePlace
+from curation.commands.places import EDITS, RECAPTION, StagePlace
 from curation.commands.report.charts import Chart, histogram, over_time, short_time
-from curation.commands.report.facts import Facts
-from curation.commands.report.pictures import Pictures
-from curation.commands.report.receipts import MAX_SECONDS, STATES, Cell, ReceiptStats, merged
-from curation.commands.report.samples import EDITS, MAX_REASONS, RECAPTION, Shown, in_order, with_captions
+from curation.commands.report.facts import ReportFacts
+from curation.commands.report.pictures import Thumbnails
+from curation.commands.report.receipts import MAX_SECONDS, STATES, GridCell, ReceiptStats, merged
+from curation.commands.report.samples import MAX_REASONS, GallerySample, in_order, with_captions
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
 from curation.shards import bucket_of
 
 MAX_CELLS: Final = 16_000  # on the page, of all stages together: 130 bytes each
-
-
 FEW: Final = 150  # cells that are drawn larger
-
-
 _ROOM: Final = 60_000  # bytes that stay free
-
-
 _PICTURE_SHARE: Final = 0.8
 
 
-def render(facts: Facts, page: Path, gallery: int, max_bytes: int) -> bytes:
+def render(facts: ReportFacts, page: Path, gallery: int, max_bytes: int) -> bytes:
     """The page as HTML.  page: where it will lie, for its links.  Samples are left out until it is small enough."""
     charts = [_stage_charts(story) for story in facts.stories]
     looks = _look_charts(facts)
     shown, cells = gallery, MAX_CELLS
     while True:
         grids = _grids(facts, page, cells)
-        bare = _fill(facts, page, charts, looks, grids, _samples(facts, shown, Pictures(0)), Pictures(0))
+        bare = _fill(facts, page, charts, looks, grids, _samples(facts, shown, Thumbnails(0)), Thumbnails(0))
         left = max_bytes - len(bare) - _ROOM
         if left > 0:
-            pictures = Pictures(int(left * _PICTURE_SHARE))
+            pictures = Thumbnails(int(left * _PICTURE_SHARE))
             return _fill(facts, page, charts, looks, grids, _samples(facts, shown, pictures), pictures)
         if not shown and cells < len(facts.places):
             raise InfrastructureError(f"the page would have more than {max_bytes:,} bytes: name a folder in the root")
@@ -58,13 +52,13 @@ def render(facts: Facts, page: Path, gallery: int, max_bytes: int) -> bytes:
 
 
 def _fill(
-    facts: Facts,
+    facts: ReportFacts,
     page: Path,
     charts: Sequence[dict[str, Any]],
     looks: Sequence[Chart],
     grids: Sequence[dict[str, Any]],
     samples: dict[str, Any],
-    pictures: Pictures,
+    pictures: Thumbnails,
 ) -> bytes:
     folder = files("curation.commands.report")
     style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -112,7 +106,7 @@ def _stage_charts(story: ReceiptStats) -> dict[str, Any]:
     }
 
 
-def _look_charts(facts: Facts) -> list[Chart]:
+def _look_charts(facts: ReportFacts) -> list[Chart]:
     looked = facts.looked
     charts = [
         histogram("Side of a face", [100 * side for side in looked.sides], "% of the image's side", within=(0, 100)),
@@ -127,7 +121,7 @@ def _look_charts(facts: Facts) -> list[Chart]:
 # ---- the grid of shards
 
 
-def _grids(facts: Facts, page: Path, cells: int) -> list[dict[str, Any]]:
+def _grids(facts: ReportFacts, page: Path, cells: int) -> list[dict[str, Any]]:
     """cells: of all stages together, at most."""
     at_most = max(1, cells // len(facts.places))
     return [
@@ -136,7 +130,7 @@ def _grids(facts: Facts, page: Path, cells: int) -> list[dict[str, Any]]:
     ]
 
 
-def _grid(place: StagePlace, cells: Sequence[Cell], page: Path) -> dict[str, Any]:
+def _grid(place: StagePlace, cells: Sequence[GridCell], page: Path) -> dict[str, Any]:
     times = sorted(cell.seconds / done for cell in cells if (done := _done(cell)))
     median = times[len(times) // 2] if times else 0.0
     base = _link(place.receipts, page)
@@ -160,7 +154,7 @@ def _grid(place: StagePlace, cells: Sequence[Cell], page: Path) -> dict[str, Any
     return {"cells": shown, "together": together, "median": median, "few": len(cells) <= FEW}
 
 
-def _look_of(cell: Cell, median: float) -> str:
+def _look_of(cell: GridCell, median: float) -> str:
     """The style of a cell: that of its worst state; done ones by their pace."""
     for state in ("failed", "running", "stale"):
         if cell.states[state]:
@@ -170,7 +164,7 @@ def _look_of(cell: Cell, median: float) -> str:
     return f"d{_pace(cell.seconds / max(1, _done(cell)), median)}"
 
 
-def _done(cell: Cell) -> int:
+def _done(cell: GridCell) -> int:
     return cell.states["done"] + cell.states["stale"]
 
 
@@ -182,7 +176,7 @@ def _pace(seconds: float, median: float) -> int:
 # ---- samples
 
 
-def _samples(facts: Facts, gallery: int, pictures: Pictures) -> dict[str, Any]:
+def _samples(facts: ReportFacts, gallery: int, pictures: Thumbnails) -> dict[str, Any]:
     """The samples that are shown, with their pictures taken in: at most ``gallery`` edited ones."""
     looked = facts.looked
     edited = in_order(looked.edited)[:gallery]
@@ -200,7 +194,9 @@ def _samples(facts: Facts, gallery: int, pictures: Pictures) -> dict[str, Any]:
     return {"edited": edited, "rejected": told, "recaptioned": recaptioned, "captions": captions}
 
 
-def _take_pictures(facts: Facts, edited: Sequence[Shown], others: Sequence[Shown], pictures: Pictures) -> None:
+def _take_pictures(
+    facts: ReportFacts, edited: Sequence[GallerySample], others: Sequence[GallerySample], pictures: Thumbnails
+) -> None:
     homes = {place.stage: place.home for place in facts.places}
     for kind, folder, shown in (("new", homes.get(EDITS), edited), ("old", facts.source, [*edited, *others])):
         wanted: dict[str, list[str]] = {}
@@ -214,7 +210,7 @@ def _take_pictures(facts: Facts, edited: Sequence[Shown], others: Sequence[Shown
 
 
 def _links(place: StagePlace, page: Path) -> dict[str, str]:
-    rejects = place.home / "_rejects" / place.stage
+    rejects = place.rejects
     comparison = place.home / COMPARISON
     return {
         "receipts": _link(place.receipts, page),

@@ -17,16 +17,12 @@ from curation.tar.samples import Sample, image_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
 
 SIDE: Final = 176  # pixels of the longer side, shown at up to 160
-
-
 QUALITY: Final = 74
-
-
 MAX_IMAGE_BYTES: Final = 64 << 20
 
 
 @dataclass(slots=True)
-class Pictures:
+class Thumbnails:
     """Data URIs of thumbnails.  left: bytes that the page has still room for; omitted: pictures that had none."""
 
     left: int

@@ -7,35 +7,24 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import xxhash
 
-from curation.commands.status.scan import Counts, whole
+from curation.commands.status.scan import StageCounts, attempt_seconds, whole
 from curation.jsonio import clean_text
 
 SLOWEST = 10  # shards that are named
-
-
 MAX_NAMES = 2_000  # hosts, languages, phases, notes: more are counted together
-
-
 MAX_NAME = 80
-
-
 MAX_SECONDS = 1e9  # longer is no attempt but a broken clock
-
-
 OTHERS = "(others)"
-
-
 STATES = ("done", "stale", "failed", "running", "pending")
 
 
 @dataclass(slots=True)
-class Host:
+class HostStats:
     """What one machine did.  seconds: of its attempts, which may have run beside each other."""
 
     shards: int = 0
@@ -51,7 +40,7 @@ class Host:
 
 
 @dataclass(slots=True)
-class Cell:
+class GridCell:
     """Shards of the grid that lie beside each other.  first, last: of their ids.  seconds: of those that are done."""
 
     first: str
@@ -68,7 +57,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ReceiptBounds:
     """shards_a_cell: neighbours by number that are one cell; chosen: shards of which the samples are looked at."""
 
     shards_a_cell: int
@@ -90,24 +79,24 @@ def choice_of(shard_id: str) -> int:
 
 
 @dataclass(slots=True)
-class ReceiptStats(Counts):
+class ReceiptStats(StageCounts):
     """A stage's sums.  phases: seconds by phase; notes: whole numbers that the stage noted; slowest: (seconds, shard,
     host, samples), a heap; chosen: (-choice, shard), a heap; output_bytes: of what the receipts name."""
 
-    bounds: Bounds = Bounds(1, 200)
+    bounds: ReceiptBounds = ReceiptBounds(1, 200)
     phases: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     warned: int = 0
     warnings: list[str] = field(default_factory=list)
     output_bytes: int = 0
-    hosts: dict[str, Host] = field(default_factory=dict)
-    cells: dict[str, Cell] = field(default_factory=dict)
+    hosts: dict[str, HostStats] = field(default_factory=dict)
+    cells: dict[str, GridCell] = field(default_factory=dict)
     slowest: list[tuple[float, str, str, int]] = field(default_factory=list)
     chosen: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, other: Self) -> None:
-        Counts.add(self, other)
+        StageCounts.add(self, other)
         self.output_bytes += other.output_bytes
         self.warned += other.warned
         self.warnings = (self.warnings + other.warnings)[:5]
@@ -115,25 +104,22 @@ class ReceiptStats(Counts):
             for key, number in getattr(other, name).items():
                 _add_to(getattr(self, name), key, number)
         for name, host in other.hosts.items():
-            _at(self.hosts, name, Host).add(host)
+            self._host(name).add(host)
         for name, cell in other.cells.items():
-            if name in self.cells:
-                self.cells[name].add(cell)
-            else:
-                self.cells[name] = cell
+            add_cell(self.cells, name, cell)
         self.slowest = heapq.nlargest(SLOWEST, self.slowest + other.slowest)
         self.chosen = heapq.nlargest(self.bounds.chosen, self.chosen + other.chosen)
 
     def add_done(self, shard_id: str, receipt: dict[str, Any], why_stale: str) -> None:
-        Counts.add_done(self, shard_id, receipt, why_stale)
+        StageCounts.add_done(self, shard_id, receipt, why_stale)
         counts, notes = receipt.get("counts"), receipt.get("notes")
         samples = whole(counts.get("in")) if isinstance(counts, dict) else 0
         seconds = seconds_of(receipt)
         self._see(shard_id, "stale" if why_stale else "done", seconds)
         host_name = name_of(receipt.get("host"))
-        _at(self.hosts, host_name, Host).add(Host(1, 0, samples, seconds))
-        _keep(self.slowest, (seconds, shard_id, host_name, samples), SLOWEST)
-        _keep(self.chosen, (-choice_of(shard_id), shard_id), self.bounds.chosen)
+        self._host(host_name).add(HostStats(1, 0, samples, seconds))
+        keep_greatest(self.slowest, (seconds, shard_id, host_name, samples), SLOWEST)
+        keep_greatest(self.chosen, (-choice_of(shard_id), shard_id), self.bounds.chosen)
         for phase, spent in _items(receipt.get("seconds")):
             if isinstance(spent, int | float) and not isinstance(spent, bool) and 0 <= spent < MAX_SECONDS:
                 _add_to(self.phases, phase, spent)
@@ -149,30 +135,34 @@ class ReceiptStats(Counts):
                 self.warnings.append(clean_text(str(warnings[0]))[:300])
 
     def add_failed(self, shard_id: str, receipt: dict[str, Any], max_attempts: int) -> None:
-        Counts.add_failed(self, shard_id, receipt, max_attempts)
+        StageCounts.add_failed(self, shard_id, receipt, max_attempts)
         self._see(shard_id, "failed", 0.0)
-        _at(self.hosts, name_of(receipt.get("host")), Host).add(Host(0, 1, 0, seconds_of(receipt)))
+        self._host(name_of(receipt.get("host"))).add(HostStats(0, 1, 0, seconds_of(receipt)))
 
-    def see(self, cell: Cell) -> None:
+    def see(self, cell: GridCell) -> None:
         """Shards of one cell that have no receipt that counts."""
         name = cell_of(cell.first, self.bounds.shards_a_cell)
-        if name not in self.cells:
-            self.cells[name] = cell
-        elif self.bounds.shards_a_cell == 1:  # one shard is in one state: it is done again just now
+        if name in self.cells and self.bounds.shards_a_cell == 1:  # one shard has one state: it is being done again
             self.cells[name].states = cell.states
         else:
-            self.cells[name].add(cell)
+            add_cell(self.cells, name, cell)
+
+    def _host(self, name: str) -> HostStats:
+        return self.hosts.setdefault(name if name in self.hosts or len(self.hosts) < MAX_NAMES else OTHERS, HostStats())
 
     def _see(self, shard_id: str, state: str, seconds: float) -> None:
         name = cell_of(shard_id, self.bounds.shards_a_cell)
-        cell = Cell(shard_id, shard_id, Counter({state: 1}), seconds, seconds)
-        if name in self.cells:
-            self.cells[name].add(cell)
-        else:
-            self.cells[name] = cell
+        add_cell(self.cells, name, GridCell(shard_id, shard_id, Counter({state: 1}), seconds, seconds))
 
 
-def merged(cells: dict[str, Cell], at_most: int) -> list[Cell]:
+def add_cell(cells: dict[str, GridCell], name: str, cell: GridCell) -> None:
+    if name in cells:
+        cells[name].add(cell)
+    else:
+        cells[name] = cell
+
+
+def merged(cells: dict[str, GridCell], at_most: int) -> list[GridCell]:
     """The cells in the order of their shards, neighbours put together where there are more than ``at_most``."""
     ordered = [cells[name] for name in sorted(cells)]
     width = -(-len(ordered) // at_most)
@@ -180,7 +170,7 @@ def merged(cells: dict[str, Cell], at_most: int) -> list[Cell]:
         return ordered
     together = []
     for start in range(0, len(ordered), width):
-        cell = Cell(ordered[start].first, ordered[start].last)
+        cell = GridCell(ordered[start].first, ordered[start].last)
         for one in ordered[start : start + width]:
             cell.add(one)
         together.append(cell)
@@ -189,11 +179,8 @@ def merged(cells: dict[str, Cell], at_most: int) -> list[Cell]:
 
 def seconds_of(receipt: dict[str, Any]) -> float:
     """What an attempt took by its node's clock; 0 where the receipt does not say or the clock was turned back."""
-    started, finished = receipt.get("started"), receipt.get("finished")
-    if not (isinstance(started, int | float) and isinstance(finished, int | float)):
-        return 0.0
-    seconds = float(finished - started)
-    return seconds if 0 <= seconds < MAX_SECONDS else 0.0
+    seconds = attempt_seconds(receipt)
+    return seconds if seconds is not None and 0 <= seconds < MAX_SECONDS else 0.0
 
 
 def name_of(value: Any) -> str:
@@ -209,12 +196,8 @@ def _add_to(tally: Counter[str], name: str, number: float) -> None:
         tally[name if name in tally or len(tally) < MAX_NAMES else OTHERS] += number  # type: ignore[assignment]
 
 
-def _at(found: dict[str, Host], name: str, new: Callable[[], Host]) -> Host:
-    return found.setdefault(name if name in found or len(found) < MAX_NAMES else OTHERS, new())
-
-
-def _keep(heap: list[Any], item: Any, at_most: int) -> None:
-    """The greatest ones only."""
+def keep_greatest(heap: list[Any], item: Any, at_most: int) -> None:
+    """Adds the item to a heap that holds the greatest ones only."""
     if len(heap) < at_most:
         heapq.heappush(heap, item)
     elif at_most and item > heap[0]:

@@ -6,7 +6,6 @@ The shards are chosen by a hash of their ids, the samples by a hash of their key
 from __future__ import annotations
 
 import gzip
-import heapq
 import math
 import zlib
 from array import array
@@ -18,29 +17,26 @@ from typing import Any, Final
 import xxhash
 
 from curation.caption.rows import rows_path
-from curation.commands.places import StagePlace, json_lines, provenance
-from curation.commands.report.scores import Scores
+from curation.commands.places import (
+    EDITS,
+    FACES,
+    METADATA,
+    PROMPTS,
+    RECAPTION,
+    StagePlace,
+    json_lines,
+    provenance,
+    rejected,
+)
+from curation.commands.report.receipts import keep_greatest
+from curation.commands.report.scores import ScoreValues
 from curation.errors import SampleError, ShardError
 from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, read_dictionary
 
-FACES, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
-
-
-RECAPTION, METADATA = "05_recaption", "06_metadata"
-
-
 MAX_FILE_BYTES: Final = 256 << 20  # of a shard's provenance, rejects or drops: more is read up to here
-
-
 MAX_VALUES: Final = 1_000_000  # of one distribution
-
-
 MAX_TEXT: Final = 600  # characters that are shown of a caption or a prompt
-
-
 MAX_REASONS: Final = 200
-
-
 EXAMPLES = 4  # samples shown for each reason
 
 
@@ -48,7 +44,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class GallerySample:
     """A sample of the gallery.  what: ``edited`` | ``rejected`` | ``recaptioned``.  before, after: caption and prompt,
     or the caption before and after.  boxes: of its faces, parts of the width and height."""
 
@@ -65,7 +61,7 @@ class Shown:
 
 
 @dataclass(slots=True)
-class Looked:
+class SampleStats:
     """shards: stage → how many were looked at.  faces: number of faces → samples; sides: of the faces, as a part of
     the image's side.  troubles: files that could not be read."""
 
@@ -75,10 +71,10 @@ class Looked:
     captions: array[float] = field(default_factory=lambda: array("d"))
     prompts: array[float] = field(default_factory=lambda: array("d"))
     recaptions: array[float] = field(default_factory=lambda: array("d"))
-    scores: Scores = field(default_factory=Scores)
-    edited: list[tuple[int, Shown]] = field(default_factory=list)
-    rejected: dict[tuple[str, str], list[tuple[int, Shown]]] = field(default_factory=dict)
-    recaptioned: list[tuple[int, Shown]] = field(default_factory=list)
+    scores: ScoreValues = field(default_factory=ScoreValues)
+    edited: list[tuple[int, GallerySample]] = field(default_factory=list)
+    rejected: dict[tuple[str, str], list[tuple[int, GallerySample]]] = field(default_factory=dict)
+    recaptioned: list[tuple[int, GallerySample]] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
 
     def trouble(self, text: object) -> None:
@@ -86,12 +82,12 @@ class Looked:
             self.troubles.append(clean_text(str(text))[:300])
 
 
-def look(places: Sequence[StagePlace], chosen: Sequence[Sequence[str]], gallery: int, close: int) -> Looked:
+def look(places: Sequence[StagePlace], chosen: Sequence[Sequence[str]], gallery: int, close: int) -> SampleStats:
     """chosen: for each stage its shards in the order of their choice.
 
     gallery: samples to show at most; close: shards that they come from, the first of the chosen ones.
     """
-    looked = Looked()
+    looked = SampleStats()
     by_stage = {place.stage: place for place in reversed(places)}
     for place, shards in zip(places, chosen, strict=True):
         for number, shard_id in enumerate(shards):
@@ -104,7 +100,9 @@ def look(places: Sequence[StagePlace], chosen: Sequence[Sequence[str]], gallery:
     return looked
 
 
-def _look_at(place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: Looked, gallery: int) -> None:
+def _look_at(
+    place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: SampleStats, gallery: int
+) -> None:
     if place.stage == FACES:
         _look_at_faces(place, shard_id, looked)
     elif place.stage == PROMPTS:
@@ -119,7 +117,7 @@ def _look_at(place: StagePlace, shard_id: str, places: Mapping[str, StagePlace],
         _choose_rejected(place, shard_id, places, looked)
 
 
-def _look_at_faces(place: StagePlace, shard_id: str, looked: Looked) -> None:
+def _look_at_faces(place: StagePlace, shard_id: str, looked: SampleStats) -> None:
     for boxes in _faces(place, shard_id).values():
         looked.faces[len(boxes)] += 1
         _extend(looked.sides, [math.sqrt((x1 - x0) * (y1 - y0)) for x0, y0, x1, y1 in boxes])
@@ -143,14 +141,14 @@ def _faces(place: StagePlace, shard_id: str) -> dict[str, list[Box]]:
     }
 
 
-def _look_at_prompts(place: StagePlace, shard_id: str, looked: Looked) -> None:
+def _look_at_prompts(place: StagePlace, shard_id: str, looked: SampleStats) -> None:
     for line in provenance(place, shard_id, MAX_FILE_BYTES):
         _extend(looked.captions, [len(str(line.get("caption", "")))])
         _extend(looked.prompts, [len(str(line.get("prompt", "")))])
 
 
 def _choose_edited(
-    place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: Looked, gallery: int
+    place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: SampleStats, gallery: int
 ) -> None:
     captions = {}
     if PROMPTS in places:
@@ -158,7 +156,7 @@ def _choose_edited(
     faces = _faces(places[FACES], shard_id) if FACES in places else {}
     for line in provenance(place, shard_id, MAX_FILE_BYTES):
         key = str(line.get("key"))
-        shown = Shown(
+        shown = GallerySample(
             "edited",
             place.stage,
             shard_id,
@@ -171,16 +169,16 @@ def _choose_edited(
         _choose(looked.edited, shown, gallery)
 
 
-def _choose_rejected(place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: Looked) -> None:
+def _choose_rejected(place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: SampleStats) -> None:
     for reason, key, detail in _gone(place, shard_id):
         name = (place.stage, reason)
         if name not in looked.rejected and len(looked.rejected) >= MAX_REASONS:
             continue
-        shown = Shown("rejected", place.stage, shard_id, key, reason=reason, detail=detail)
+        shown = GallerySample("rejected", place.stage, shard_id, key, reason=reason, detail=detail)
         _choose(looked.rejected.setdefault(name, []), shown, EXAMPLES)
 
 
-def with_captions(shown: Iterable[Shown], places: Sequence[StagePlace]) -> dict[tuple[str, str], str]:
+def with_captions(shown: Iterable[GallerySample], places: Sequence[StagePlace]) -> dict[tuple[str, str], str]:
     """(shard, key) → the caption, of samples that stage 01 kept and a later one did not."""
     homes = [place.home for place in places if place.stage == FACES]
     found: dict[tuple[str, str], str] = {}
@@ -197,37 +195,35 @@ def with_captions(shown: Iterable[Shown], places: Sequence[StagePlace]) -> dict[
     return found
 
 
-def _look_at_recaptions(place: StagePlace, shard_id: str, looked: Looked, gallery: int) -> None:
+def _look_at_recaptions(place: StagePlace, shard_id: str, looked: SampleStats, gallery: int) -> None:
     for line in json_lines(rows_path(place.home, shard_id), MAX_FILE_BYTES):
         _extend(looked.recaptions, [len(str(line.get("caption", "")))])
         if gallery:
             before, after = _text(line.get("original_caption")), _text(line.get("caption"))
-            shown = Shown("recaptioned", place.stage, shard_id, str(line.get("key")), before=before, after=after)
+            shown = GallerySample(
+                "recaptioned", place.stage, shard_id, str(line.get("key")), before=before, after=after
+            )
             _choose(looked.recaptioned, shown, min(gallery, 12))
 
 
-def _choose(heap: list[tuple[int, Shown]], shown: Shown, at_most: int) -> None:
+def _choose(heap: list[tuple[int, GallerySample]], shown: GallerySample, at_most: int) -> None:
     """The samples of the lowest hashes, each once."""
     number = -xxhash.xxh3_64_intdigest(f"{shown.shard}/{shown.key}".encode("utf-8", "replace"))
     if any(number == other for other, _ in heap):
         return
-    if len(heap) < at_most:
-        heapq.heappush(heap, (number, shown))
-    elif heap and number > heap[0][0]:
-        heapq.heapreplace(heap, (number, shown))
+    keep_greatest(heap, (number, shown), at_most)
 
 
-def in_order(heap: Sequence[tuple[int, Shown]]) -> list[Shown]:
+def in_order(heap: Sequence[tuple[int, GallerySample]]) -> list[GallerySample]:
     return [shown for _, shown in sorted(heap, key=lambda pair: -pair[0])]
 
 
 def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
     """(reason, key, detail) of the samples that were dropped or failed."""
-    folder = place.home / "_rejects" / place.stage
-    for line in json_lines(folder / f"{shard_id}.jsonl", MAX_FILE_BYTES):
+    for line in rejected(place, shard_id, MAX_FILE_BYTES):
         yield _text(line.get("reason"), 80), str(line.get("key")), _text(line.get("detail"), 300)
     try:
-        with gzip.open(folder / f"{shard_id}.drops.tsv.gz") as file:
+        with gzip.open(place.rejects / f"{shard_id}.drops.tsv.gz") as file:
             data = file.read(MAX_FILE_BYTES)
     except (FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile):
         return

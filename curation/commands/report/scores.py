@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Final
 
 MAX_COLUMNS: Final = 24
-
-
 MAX_VALUES: Final = 500_000  # of one column
-
-
 MAX_FILE_BYTES: Final = 4 << 30
-
-
 _BATCH = 16_384
 
 
 @dataclass(slots=True)
-class Scores:
+class ScoreValues:
     """values: column → its numbers, null and NaN left out.  missing: pyarrow is not installed."""
 
     values: dict[str, array[float]] = field(default_factory=dict)

@@ -21,15 +21,13 @@ import orjson
 import tyro
 
 from curation.commands.places import find_stages
-from curation.commands.status.holdings import Holding, Holdings, slurm_states
-from curation.commands.status.scan import Counts, ReceiptScan, Stage, job_of, speed
+from curation.commands.status.live_claims import ClaimWatcher, LiveClaim, slurm_states
+from curation.commands.status.scan import ReceiptScan, ScannedStage, StageCounts, job_of, speed
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
 from curation.options import exit_code, parse_arguments
 
 _MAX_ROWS = 40  # of running shards, before they are counted only
-
-
 _LIVES = {"alive": "alive", "gone": "dead: its shard is free to take", "unknown": "not known to be alive"}
 
 
@@ -156,14 +154,8 @@ def _rate(value: float | None) -> str:
 
 
 STATUS_FORMAT = 1
-
-
 _MOMENT_S = 1.0  # between the two looks at a heartbeat, at least
-
-
 _WATCH_S = "10"
-
-
 _SHARE_OF_READING = 3.0  # --watch rests at least so many times as long as it reads
 
 
@@ -186,14 +178,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(Options, _with_seconds(sys.argv[2:] if argv is None else argv), "status")
     if options.watch is not None and options.watch <= 0:
         raise UsageError("--watch takes a positive number of seconds")
-    holdings = Holdings([])
+    claims = ClaimWatcher([])
     first = True
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             began = time.monotonic()
             places = find_stages(options.root)
-            holdings.follow(places)
-            result = _look(options.root, ReceiptScan(places), holdings, options.look_s if first else 0.0)
+            claims.follow(places)
+            result = _look(options.root, ReceiptScan(places), claims, options.look_s if first else 0.0)
             _show(result, options)
             if options.watch is None:
                 break
@@ -221,22 +213,22 @@ def _show(result: dict[str, Any], options: Options) -> None:
         print("\n".join(as_lines(result)), flush=True)
 
 
-def _look(root: Path, survey: ReceiptScan, holdings: Holdings, look_s: float) -> dict[str, Any]:
+def _look(root: Path, scan: ReceiptScan, claims: ClaimWatcher, look_s: float) -> dict[str, Any]:
     """Everything that is shown, as one JSON value; docs/status.md describes it."""
     began = time.monotonic()
-    for stage, held in zip(survey.stages, holdings.look(), strict=True):
-        stage.claimed = {holding.shard_id for holding in held}
-    totals = survey.read(Counts)
-    if any(stage.claimed for stage in survey.stages):
+    for stage, held in zip(scan.stages, claims.look(), strict=True):
+        stage.claimed = {claim.shard_id for claim in held}
+    totals = scan.read(StageCounts)
+    if any(stage.claimed for stage in scan.stages):
         left_s = look_s - (time.monotonic() - began)
-        if left_s > 0 and any(holding.life == "unknown" for held in holdings.look() for holding in held):
+        if left_s > 0 and any(claim.life == "unknown" for held in claims.look() for claim in held):
             time.sleep(left_s)
-    held_now = holdings.look()
+    held_now = claims.look()
     jobs = {job for counts in totals for _, job in counts.jobs}
     states = slurm_states(jobs | {job_of(h.holder.slurm) for held in held_now for h in held if h.life != "alive"})
     stages = [
         stage_result(stage, counts, held, states)
-        for stage, counts, held in zip(survey.stages, totals, held_now, strict=True)
+        for stage, counts, held in zip(scan.stages, totals, held_now, strict=True)
     ]
     return {
         "format": STATUS_FORMAT,
@@ -244,15 +236,17 @@ def _look(root: Path, survey: ReceiptScan, holdings: Holdings, look_s: float) ->
         "seconds": round(time.monotonic() - began, 3),
         "slurm_answered": bool(states),
         "stages": stages,
-        "warnings": [clean_text(warning) for warning in survey.warnings],
+        "warnings": [clean_text(warning) for warning in scan.warnings],
     }
 
 
-def stage_result(stage: Stage, counts: Counts, held: list[Holding], states: dict[str, str]) -> dict[str, Any]:
+def stage_result(
+    stage: ScannedStage, counts: StageCounts, held: list[LiveClaim], states: dict[str, str]
+) -> dict[str, Any]:
     """One stage of the JSON value."""
     fast = speed(counts.spans)
     pending = counts.again + counts.untouched
-    lively = [holding for holding in held if holding.life != "gone"]
+    lively = [claim for claim in held if claim.life != "gone"]
     waiting = pending + len(held)
     eta_s = waiting / fast.shards_per_s if lively and fast.shards_per_s else None
     causes: dict[str, Counter[str]] = {}
@@ -265,7 +259,7 @@ def stage_result(stage: Stage, counts: Counts, held: list[Holding], states: dict
         "planned": None if stage.planned is None else sum(map(len, stage.planned.values())),
         "done": counts.done,
         "pending": pending,
-        "running": [_holding_result(holding, states) for holding in held],
+        "running": [_claim_result(claim, states) for claim in held],
         "stale": dict(counts.stale),
         "failed": dict(counts.failed.most_common()),
         "quarantined": dict(counts.quarantined.most_common()),
@@ -293,23 +287,23 @@ def stage_result(stage: Stage, counts: Counts, held: list[Holding], states: dict
     }
 
 
-def _holding_result(holding: Holding, states: dict[str, str]) -> dict[str, Any]:
-    holder = holding.holder
+def _claim_result(claim: LiveClaim, states: dict[str, str]) -> dict[str, Any]:
+    holder = claim.holder
     job = job_of(holder.slurm)
     return {
-        "shard": holding.shard_id,
+        "shard": claim.shard_id,
         "host": holder.host,
         "pid": holder.pid,
         "rank": holder.rank,
         "job": job,
         "since": holder.since,
-        "samples": holding.samples,
-        "life": holding.life,
-        "silent_s": round(holding.silent_s, 1),
+        "samples": claim.samples,
+        "life": claim.life,
+        "silent_s": round(claim.silent_s, 1),
         "lease_s": holder.lease_s,
         "deaths_before": len(holder.deaths),
-        "slurm_state": states.get(job, "") if holding.life != "alive" else "",
-        "trouble": f"{holding.path}: {holder.trouble}" if holder.trouble else "",
+        "slurm_state": states.get(job, "") if claim.life != "alive" else "",
+        "trouble": f"{claim.path}: {holder.trouble}" if holder.trouble else "",
     }
 
 

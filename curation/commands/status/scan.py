@@ -9,11 +9,12 @@ What the receipts of one stage add up to; sums of parts can be added again.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,11 +31,7 @@ from curation.shards import bucket_of
 from curation.storage.files import MAX_RECEIPT_BYTES, read_record
 
 EXAMPLES = 5  # failed shards that are told of for each reason
-
-
 WINDOW_S = 600.0  # "in the last while", at least
-
-
 _MAX_MESSAGE = 300
 
 
@@ -50,7 +47,7 @@ def job_of(slurm: Any) -> str:
 
 
 @dataclass(slots=True)
-class Counts:
+class StageCounts:
     """Shards by what they are, samples and times of one stage.
 
     done: shards that are done and up to date; stale: done, but not up to date, by why (epoch, inputs, upstream).
@@ -104,8 +101,7 @@ class Counts:
                 if reasons and isinstance(reasons, dict):
                     for reason, number in reasons.items():
                         tally[reason] += whole(number)
-            seconds = self._add_time(receipt)
-            if seconds >= 0:
+            if self._add_time(receipt):
                 self.spans.extend((receipt["started"], receipt["finished"], count))
 
     def add_failed(self, shard_id: str, receipt: dict[str, Any], max_attempts: int) -> None:
@@ -125,18 +121,33 @@ class Counts:
                  "jobs": jobs, "quarantined": held}
             )  # fmt: skip
 
-    def _add_time(self, receipt: dict[str, Any]) -> float:
-        """The attempt's seconds, negative where the receipt does not say."""
-        started, finished = receipt.get("started"), receipt.get("finished")
-        if not (isinstance(started, int | float) and isinstance(finished, int | float)):
-            return -1.0
-        if receipt.get("gpu") is not None:
-            self.gpu_seconds += max(0.0, finished - started)
-        return float(finished - started)
+    def _add_time(self, receipt: dict[str, Any]) -> bool:
+        """Adds the seconds of a GPU; returns whether the receipt says how long the attempt took."""
+        seconds = attempt_seconds(receipt)
+        if seconds is not None and receipt.get("gpu") is not None:
+            self.gpu_seconds += max(0.0, seconds)
+        return seconds is not None and seconds >= 0
+
+
+def attempt_seconds(receipt: dict[str, Any]) -> float | None:
+    """Returns what an attempt took by its node's clock, which may be negative; None where the receipt does not say."""
+    started, finished = receipt.get("started"), receipt.get("finished")
+    if not (isinstance(started, int | float) and isinstance(finished, int | float)):
+        return None
+    return float(finished - started)
+
+
+def covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """Returns how long at least one of the spans (from, to) was under way."""
+    covered, until = 0.0, -math.inf
+    for began, ended in sorted(spans):
+        covered += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return covered
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class StageSpeed:
     """samples_per_s: over the time in which at least one shard was worked on; recent: of what was finished in the last
     ``window_s`` before the last receipt; shards_per_s: likewise.  None where the receipts do not tell."""
 
@@ -146,24 +157,20 @@ class Speed:
     window_s: float = WINDOW_S
 
 
-def speed(spans: array[float]) -> Speed:
+def speed(spans: array[float]) -> StageSpeed:
     """From the times of the attempts that were done."""
     rows = sorted(zip(spans[0::3], spans[1::3], spans[2::3], strict=True))
     if not rows:
-        return Speed()
-    covered, until, last = 0.0, rows[0][0], 0.0
-    for started, finished, _ in rows:
-        if finished > until:
-            covered += finished - max(started, until)
-            until = finished
-    last = until
+        return StageSpeed()
+    covered = covered_seconds((started, finished) for started, finished, _ in rows)
+    last = max(finished for _, finished, _ in rows)
     mean_s = sum(finished - started for started, finished, _ in rows) / len(rows)
     window_s = min(max(WINDOW_S, 2 * mean_s), last - rows[0][0])
     within = [samples for _, finished, samples in rows if finished > last - window_s]
     total = sum(samples for _, _, samples in rows)
     if covered <= 0 or window_s <= 0:
-        return Speed()
-    return Speed(total / covered, sum(within) / window_s, len(within) / window_s, window_s)
+        return StageSpeed()
+    return StageSpeed(total / covered, sum(within) / window_s, len(within) / window_s, window_s)
 
 
 def _jobs_of_failure(receipt: dict[str, Any], error: dict[str, Any]) -> list[str]:
@@ -178,16 +185,12 @@ def whole(value: Any) -> int:
 
 
 MAX_PROCESSES = 8  # a shared filesystem answers several at once; a login node is not ours alone
-
-
 _BUCKETS_A_PROCESS = 4  # fewer are not worth starting one for
-
-
 _READ_BYTES = 256 << 10
 
 
 @dataclass(slots=True)
-class Stage:
+class ScannedStage:
     """A stage as status reads it.  planned: bucket → shard ids, None where no run has left its plan.  claimed: shards
     that somebody has a claim on."""
 
@@ -201,14 +204,14 @@ class Stage:
 
 
 @dataclass(slots=True)
-class _Seen:
+class _ScannedReceipt:
     """A shard's receipt in one stage, and why it is stale; None while that is not known."""
 
     receipt: dict[str, Any]
     why: str | None = None
 
 
-AnyCounts = TypeVar("AnyCounts", bound=Counts)
+AnyStageCounts = TypeVar("AnyStageCounts", bound=StageCounts)
 
 
 class ReceiptScan:
@@ -216,14 +219,14 @@ class ReceiptScan:
 
     def __init__(self, places: Sequence[StagePlace]) -> None:
         self.warnings: list[str] = []
-        self.stages = [Stage(place, self._epochs(place), self._planned(place)) for place in places]
+        self.stages = [ScannedStage(place, self._epochs(place), self._planned(place)) for place in places]
         self._index = {str(place.receipts): number for number, place in enumerate(places)}
         self._origins: dict[tuple[int, str, str], tuple[int | None, str]] = {}
 
-    def read(self, new_counts: Callable[[], AnyCounts]) -> list[AnyCounts]:
+    def read(self, new_counts: Callable[[], AnyStageCounts]) -> list[AnyStageCounts]:
         """The sums for each stage, in the order of ``stages``.
 
-        new_counts: makes an empty sum.  A command that wants to know more than ``Counts`` holds has a subclass of it.
+        new_counts: makes an empty sum.  A command that needs more than ``StageCounts`` holds has a subclass of it.
         """
         names = {name for stage in self.stages for name in _buckets(stage.place.receipts)}
         names |= {name for stage in self.stages for name in stage.planned or ()}
@@ -253,19 +256,19 @@ class ReceiptScan:
                 sum_.add(counts)
         return total
 
-    def _tell(self, buckets: list[str], new_counts: Callable[[], AnyCounts], pipe: Connection) -> None:
+    def _tell(self, buckets: list[str], new_counts: Callable[[], AnyStageCounts], pipe: Connection) -> None:
         try:
             pipe.send(self._read(buckets, new_counts))
         except InfrastructureError as error:
             pipe.send(str(error))
 
-    def _read(self, buckets: Sequence[str], new_counts: Callable[[], AnyCounts]) -> list[AnyCounts]:
+    def _read(self, buckets: Sequence[str], new_counts: Callable[[], AnyStageCounts]) -> list[AnyStageCounts]:
         total = [new_counts() for _ in self.stages]
         for bucket in buckets:
             self._read_bucket(bucket, total)
         return total
 
-    def _read_bucket(self, bucket: str, total: Sequence[Counts]) -> None:
+    def _read_bucket(self, bucket: str, total: Sequence[StageCounts]) -> None:
         with contextlib.ExitStack() as stack:
             folders: list[int | None] = []
             names: list[set[str]] = []
@@ -276,14 +279,14 @@ class ReceiptScan:
                 folders.append(folder)
                 names.append(set() if folder is None else _receipt_names(folder))
             for shard_id in set().union(*names):
-                seen: dict[int, _Seen] = {}
+                seen: dict[int, _ScannedReceipt] = {}
                 for number, folder in enumerate(folders):
                     if folder is not None and shard_id in names[number]:
                         receipt = _read_receipt(folder, f"{shard_id}.json")
                         if receipt is None:
                             total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
                         else:
-                            seen[number] = _Seen(receipt)
+                            seen[number] = _ScannedReceipt(receipt)
                 for number, this in seen.items():
                     try:
                         self._count(number, shard_id, this, seen, total[number])
@@ -293,7 +296,9 @@ class ReceiptScan:
                 planned = (stage.planned or {}).get(bucket, set())
                 total[number].untouched += len(planned - names[number] - stage.claimed)
 
-    def _count(self, number: int, shard_id: str, this: _Seen, seen: dict[int, _Seen], counts: Counts) -> None:
+    def _count(
+        self, number: int, shard_id: str, this: _ScannedReceipt, seen: dict[int, _ScannedReceipt], counts: StageCounts
+    ) -> None:
         status = this.receipt.get("status")
         if status == "done":
             counts.add_done(shard_id, this.receipt, self._why_stale(number, shard_id, seen))
@@ -302,7 +307,7 @@ class ReceiptScan:
         elif shard_id not in self.stages[number].claimed:
             counts.again += 1
 
-    def _why_stale(self, number: int, shard_id: str, seen: dict[int, _Seen]) -> str:
+    def _why_stale(self, number: int, shard_id: str, seen: dict[int, _ScannedReceipt]) -> str:
         """Why a shard that is done would be done again: ``epoch`` | ``inputs`` | ``upstream``, empty if it is not."""
         this = seen[number]
         if this.why is None:
@@ -310,7 +315,7 @@ class ReceiptScan:
             this.why = self._find_why(number, shard_id, this.receipt, seen)
         return this.why
 
-    def _find_why(self, number: int, shard_id: str, receipt: dict[str, Any], seen: dict[int, _Seen]) -> str:
+    def _find_why(self, number: int, shard_id: str, receipt: dict[str, Any], seen: dict[int, _ScannedReceipt]) -> str:
         if receipt.get("epoch") != self.stages[number].governing(shard_id):
             return "epoch"
         why = ""

@@ -1,5 +1,5 @@
-"""``select`` and ``neardup``: samples chosen by the tables and features of stage 06.
+"""``select`` and ``neardup``: samples chosen by the tables and features that stage 06 wrote.
 
-A **condition** is SQL on their columns; near duplicates are vectors whose cosine is above a threshold, and the
-**clusters** that they form.
+A **ShardTable** is a shard's parquet with its features; an **SqlFilter** is a condition on the columns.  A **group** of
+near duplicates are samples that are connected by pairs of similar features.
 """

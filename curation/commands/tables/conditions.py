@@ -20,24 +20,16 @@ from curation.extract.config import DATACOMP_NAMES
 from curation.jsonio import clean_text
 
 MAX_CONDITION_CHARS = 1 << 20
-
-
 _ROWS = 1 << 16  # of a block of results
-
-
 _SPACE = (
     r"\t-\r\x1c-\x20\x85\xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"  # as str.split has it
 )
 
 
 _TOP = re.compile(r"\btop\(\s*(?P<column>\"(?:[^\"]|\"\")+\"|\w+)\s*,\s*(?P<share>[0-9.eE-]+)\s*\)", re.I)
-
-
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
 
 _WORDS = f"length(regexp_extract_all(text, '[^{_SPACE}]+'))"
-
-
 BASELINES: Mapping[str, str] = MappingProxyType(
     {
         "no_filter": "true",

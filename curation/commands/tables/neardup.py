@@ -30,15 +30,13 @@ from curation.commands.tables.similarity import (
     nearest_of,
     normalise,
 )
-from curation.commands.tables.tables import Table, Tables, find_tables, with_features
+from curation.commands.tables.tables import FolderTables, ShardTable, find_tables, with_features
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.options import exit_code, parse_arguments
 from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, sort_uids, write_subset
 from curation.storage.files import make_folder, storage_errors, whole_file
 
 _TEXTS = ("uid", "key", "tar")
-
-
 _SIZES = (("original_width", "original_height"), ("width", "height"))
 
 
@@ -67,7 +65,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
+class _LoadedFeatures:
     """vectors: of the samples that have any.  rows: the number of each among all samples.  starts: the number of the
     first sample of each table, and behind them how many there are."""
 
@@ -100,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def _load(options: Options, tables: Tables, path: Path) -> _Loaded:
+def _load(options: Options, tables: FolderTables, path: Path) -> _LoadedFeatures:
     """The features of all tables, one behind the other, in a scratch file."""
     vectors, starts, numbers = Vectors(path), [0], []
     for table, features in with_features(tables.tables, options.folder):
@@ -116,13 +114,13 @@ def _load(options: Options, tables: Tables, path: Path) -> _Loaded:
             )
         starts.append(starts[-1] + count)
     rows = np.concatenate([np.empty(0, np.int64), *numbers])
-    return _Loaded(vectors, rows, np.array(starts, np.int64))
+    return _LoadedFeatures(vectors, rows, np.array(starts, np.int64))
 
 
 # ---- within the dataset
 
 
-def _within_the_dataset(options: Options, tables: Tables, scratch: Path) -> dict[str, Any]:
+def _within_the_dataset(options: Options, tables: FolderTables, scratch: Path) -> dict[str, Any]:
     loaded = _load(options, tables, scratch / "rows.f32")
     vectors, total = loaded.vectors, int(loaded.starts[-1])
     exact = options.index == "exact" or (options.index == "auto" and len(vectors) <= EXACT_ROWS)
@@ -152,7 +150,7 @@ def _within_the_dataset(options: Options, tables: Tables, scratch: Path) -> dict
     }
 
 
-def _facts(tables: Tables, starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Any:
+def _facts(tables: FolderTables, starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Any:
     """uid, key, tar and the number of pixels (0 where it is not told) of the samples ``rows``, as an Arrow table."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -223,7 +221,7 @@ def _write_groups(
 # ---- against embeddings
 
 
-def _against(options: Options, tables: Tables, scratch: Path) -> dict[str, Any]:
+def _against(options: Options, tables: FolderTables, scratch: Path) -> dict[str, Any]:
     import pyarrow as pa
 
     assert options.against is not None
@@ -273,7 +271,7 @@ def _against(options: Options, tables: Tables, scratch: Path) -> dict[str, Any]:
 # ---- tables
 
 
-def _read(table: Table, numbers: Sequence[str] = ()) -> Any:
+def _read(table: ShardTable, numbers: Sequence[str] = ()) -> Any:
     """uid, key and tar as texts, null where the table has no such column, and ``numbers`` as doubles."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -288,15 +286,15 @@ def _read(table: Table, numbers: Sequence[str] = ()) -> Any:
         raise InfrastructureError(f"{table.parquet}: cannot be read: {error}") from None
 
 
-def _row_count(table: Table) -> int:
+def _row_count(table: ShardTable) -> int:
     return int(_metadata(table).num_rows)
 
 
-def _columns(table: Table) -> set[str]:
+def _columns(table: ShardTable) -> set[str]:
     return set(_metadata(table).schema.to_arrow_schema().names)
 
 
-def _metadata(table: Table) -> Any:
+def _metadata(table: ShardTable) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -321,7 +319,7 @@ def _write_parquet(options: Options, schema: Any, blocks: Iterator[Any]) -> None
             writer.write_table(block.cast(schema))
 
 
-def _write_keep(path: Path, tables: Tables, starts: NDArray[np.int64], left: NDArray[np.bool_]) -> None:
+def _write_keep(path: Path, tables: FolderTables, starts: NDArray[np.int64], left: NDArray[np.bool_]) -> None:
     kept: list[Uids] = [np.empty(0, UID_DTYPE)]
     for number, table in enumerate(tables.tables):
         if "uid" not in _columns(table):

@@ -14,7 +14,7 @@ import orjson
 import tyro
 
 from curation.commands.tables.conditions import BASELINES, Condition, SqlFilter
-from curation.commands.tables.tables import Tables, find_tables
+from curation.commands.tables.tables import FolderTables, find_tables
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.options import exit_code, parse_arguments
 from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, write_subset
@@ -45,7 +45,7 @@ class Options:
 
 
 @dataclass
-class _Taken:
+class _SelectCounts:
     """Counted while the uids are written."""
 
     bad: int = 0
@@ -80,7 +80,7 @@ def _condition_text(options: Options) -> str:
     return "\nand ".join(f"(\n{text}\n)" for text in given if text) if all(given) else next(filter(None, given), "")
 
 
-def _select(options: Options, text: str, tables: Tables) -> dict[str, Any]:
+def _select(options: Options, text: str, tables: FolderTables) -> dict[str, Any]:
     out = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent) as spill:
@@ -89,7 +89,7 @@ def _select(options: Options, text: str, tables: Tables) -> dict[str, Any]:
             if "uid" not in selection.columns:
                 raise UsageError(f"{options.folder}: the tables have no column uid")
             condition = selection.condition(text)
-            taken = _Taken()
+            taken = _SelectCounts()
             kept = write_subset(out, _sorted_uids(selection, condition, options, taken))
             rows = selection.count()
     return {
@@ -104,7 +104,7 @@ def _select(options: Options, text: str, tables: Tables) -> dict[str, Any]:
     }
 
 
-def _sorted_uids(selection: SqlFilter, condition: Condition, options: Options, taken: _Taken) -> Iterator[Uids]:
+def _sorted_uids(selection: SqlFilter, condition: Condition, options: Options, taken: _SelectCounts) -> Iterator[Uids]:
     """DuckDB sorts the digits, which is the order of the numbers once their case is one."""
     distinct = "DISTINCT " if options.unique else ""
     for batch in selection.rows(condition, f"{distinct}lower(uid::varchar) AS uid", order="uid"):

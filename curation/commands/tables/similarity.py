@@ -23,14 +23,8 @@ from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
 
 BLOCK_ROWS = 2048
-
-
 MAX_WIDTH = 1 << 16
-
-
 _HEADER_BYTES = 4096
-
-
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 Rows = NDArray[np.float32]
@@ -136,23 +130,11 @@ class Vectors:
 
 
 TILE_ROWS = 2048
-
-
 EXACT_ROWS = 200_000  # up to here every pair is compared unless asked otherwise
-
-
 TOLERANCE = 1e-6  # of a cosine: identical vectors have one of 1 within this
-
-
 _SLACK = 1e-5  # more than single precision errs by, in a dot product of unit vectors
-
-
 _SEED = 7
-
-
 _SAMPLES_PER_CELL, _ITERATIONS = 40, 10
-
-
 _PROBES = 8
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]

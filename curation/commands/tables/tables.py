@@ -16,7 +16,7 @@ _SUFFIX, _FEATURES = ".parquet", ".npz"
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ShardTable:
     """A shard's table, and its features where the stage wrote any."""
 
     shard_id: str
@@ -25,14 +25,14 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Tables:
+class FolderTables:
     """tables: in the order of the shards.  warnings: what is not among them, in whole sentences."""
 
-    tables: tuple[Table, ...]
+    tables: tuple[ShardTable, ...]
     warnings: tuple[str, ...] = ()
 
 
-def find_tables(folder: Path) -> Tables:
+def find_tables(folder: Path) -> FolderTables:
     """The tables in ``folder``.
 
     Where a stage has its receipts there, those that its done receipts name, each of the size that was published; else
@@ -63,7 +63,7 @@ def _stages(folder: Path) -> list[str]:
     return [name for name in entries if not (folder / "_receipts" / name / "_home.json").exists()]
 
 
-def _of_stage(folder: Path, stage: str) -> Tables:
+def _of_stage(folder: Path, stage: str) -> FolderTables:
     tables, named, not_done = [], set(), 0
     for receipt in done_receipts(folder, stage):
         if receipt.get("status") != "done":
@@ -73,7 +73,7 @@ def _of_stage(folder: Path, stage: str) -> Tables:
         for path in sorted(outputs):
             if path.endswith(_SUFFIX) and not path.startswith("_"):
                 features = path.removesuffix(_SUFFIX) + _FEATURES
-                table = Table(
+                table = ShardTable(
                     str(receipt["shard"]),
                     _whole(folder, outputs[path]),
                     _whole(folder, outputs[features]) if features in outputs else None,
@@ -85,7 +85,7 @@ def _of_stage(folder: Path, stage: str) -> Tables:
     if strays:
         first = clean_text(str(strays[0]))
         warnings.append(f"ignored {len(strays):,} tables that no done receipt names (the first: {first})")
-    return Tables(tuple(sorted(tables, key=lambda table: (table.shard_id, table.parquet))), tuple(warnings))
+    return FolderTables(tuple(sorted(tables, key=lambda table: (table.shard_id, table.parquet))), tuple(warnings))
 
 
 def _whole(folder: Path, output: dict[str, Any]) -> Path:
@@ -101,12 +101,12 @@ def _whole(folder: Path, output: dict[str, Any]) -> Path:
     return path
 
 
-def _made_elsewhere(folder: Path) -> Tables:
+def _made_elsewhere(folder: Path) -> FolderTables:
     tables = []
     for path in sorted(_parquets(folder)):
         features = path.with_suffix(_FEATURES)
-        tables.append(Table(path.stem, path, features if features.is_file() else None))
-    return Tables(tuple(tables))
+        tables.append(ShardTable(path.stem, path, features if features.is_file() else None))
+    return FolderTables(tuple(tables))
 
 
 def _parquets(folder: Path) -> set[Path]:
@@ -114,7 +114,7 @@ def _parquets(folder: Path) -> set[Path]:
         return {folder / e.name for e in entries if e.name.endswith(_SUFFIX) and e.name[0] not in "._" and e.is_file()}
 
 
-def with_features(tables: Sequence[Table], folder: Path) -> Iterator[tuple[Table, Path]]:
+def with_features(tables: Sequence[ShardTable], folder: Path) -> Iterator[tuple[ShardTable, Path]]:
     """Each table with its features; InfrastructureError where one has none."""
     for table in tables:
         if table.features is None:

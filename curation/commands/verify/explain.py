@@ -12,32 +12,32 @@ import xxhash
 
 from curation.commands.findings import Findings
 from curation.commands.verify.edited_samples import is_edited, original_problems, self_problems
-from curation.commands.verify.prove import Expect, NewMember, Piece, edited_pieces, in_order
 from curation.errors import SampleError
 from curation.jsonio import parse_json_object
 from curation.tar.headers import Member
+from curation.tar.prove import ExpectedMember, expected_members
 from curation.tar.random_access import RangeReader
 from curation.tar.samples import MAX_MEMBER_BYTES
 from curation.tar.scan import SampleSpan, TarScan, Window
-from curation.tar.splice import Edit
+from curation.tar.splice import Action, Decide, Edit
 
 _PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Due:
-    """A sample as it should be.  pieces: its members in the source, and new ones whole."""
+    """A sample as it should be, or as it is; ``span`` is where it lies in the tar that was read."""
 
     span: SampleSpan
-    pieces: list[Piece]
+    members: list[ExpectedMember]
     edited: bool
     digest: bytes
 
 
-def explain(source: Path, hybrid: Path, expect: Expect, findings: Findings, *, provenance: bool) -> None:
+def explain(source: Path, hybrid: Path, decide: Decide, findings: Findings, *, provenance: bool) -> None:
     """Add a finding for everything that differs; at least one, for the caller knows that something does."""
     before = findings.counts.total()
-    due, gone = _due(source, expect)
+    due, gone = _due(source, decide)
     found, strays = _found(hybrid, findings)
     _compare_keys(due, found, gone, findings)
     if strays != _strays(source):
@@ -54,19 +54,17 @@ def explain(source: Path, hybrid: Path, expect: Expect, findings: Findings, *, p
         findings.add("bytes_differ", "", "it is not what its source and its edits make, outside of any sample")
 
 
-def _due(source: Path, expect: Expect) -> tuple[list[_Due], set[str]]:
+def _due(source: Path, decide: Decide) -> tuple[list[_Due], set[str]]:
     """The samples that should be there, in order, and the keys of those that should not."""
     due, gone = [], set()
     for window in TarScan(source).windows():
         for span in window.spans:
-            expected = expect(span) if span.key else False
-            if expected is False:
+            decision = decide(span) if span.key else Action.DROP
+            if decision is Action.DROP:
                 gone.add(span.key)
                 continue
-            pieces: list[Piece] = [*in_order(span)]
-            if isinstance(expected, Edit):
-                pieces = edited_pieces(span, expected)
-            due.append(_Due(span, pieces, isinstance(expected, Edit), _digest(window, pieces)))
+            members = expected_members(span, decision)
+            due.append(_Due(span, members, isinstance(decision, Edit), _digest(window, members)))
     return due, gone
 
 
@@ -80,8 +78,8 @@ def _found(hybrid: Path, findings: Findings) -> tuple[list[_Due], list[bytes]]:
             if span.torn:
                 findings.add("damaged_tar", span.key, span.torn)
             if span.members:
-                pieces: list[Piece] = [*in_order(span)]
-                found.append(_Due(span, pieces, edited=False, digest=_digest(window, pieces)))
+                members = expected_members(span, Action.KEEP)
+                found.append(_Due(span, members, edited=False, digest=_digest(window, members)))
             elif not span.key:
                 strays += [member.name for member in span.foreign]
     for damage in tar.report.damages:
@@ -136,9 +134,9 @@ def _by_key(samples: list[_Due]) -> dict[str, list[_Due]]:
 
 def _tell(key: str, due: _Due, found: SampleSpan, old: RangeReader, new: RangeReader, findings: Findings) -> None:
     """Which member of a sample differs, and where."""
-    names = [piece.name for piece in due.pieces]
-    members = in_order(found)
-    if due.edited and _same(in_order(due.span), old, found, new):
+    names = [member.name for member in due.members]
+    members = found.in_order
+    if due.edited and _same(due.span.in_order, old, found, new):
         findings.add("not_the_edit", key, "the original is still there: the edit was not applied")
         return
     if not due.edited and _says_edited(members, new):
@@ -149,11 +147,11 @@ def _tell(key: str, due: _Due, found: SampleSpan, old: RangeReader, new: RangeRe
         wanted = ", ".join(name.decode("utf-8", "replace") for name in names[:8])
         findings.add("wrong_members", key, f"its members are {said}; they should be {wanted}")
         return
-    for piece, member in zip(due.pieces, members, strict=True):
-        offset = _first_difference(piece, member, old, new)
+    for wanted_member, member in zip(due.members, members, strict=True):
+        offset = _first_difference(wanted_member, member, old, new)
         if offset is not None:
-            kind = "not_the_edit" if isinstance(piece, NewMember) else "bytes_differ"
-            whose = "the edit's" if isinstance(piece, NewMember) else "the source's"
+            kind = "not_the_edit" if wanted_member.new else "bytes_differ"
+            whose = "the edit's" if wanted_member.new else "the source's"
             where = f"first at its byte {offset:,}, header included"
             findings.add(kind, key, f"{member.text_name} is not {whose}, {where}")
 
@@ -190,36 +188,36 @@ def _says_edited(members: Sequence[Member], file: RangeReader) -> bool:
 
 
 def _same(wanted: Sequence[Member], old: RangeReader, found: SampleSpan, new: RangeReader) -> bool:
-    members = in_order(found)
+    members = found.in_order
     return len(wanted) == len(members) and all(
         _first_difference(one, other, old, new) is None for one, other in zip(wanted, members, strict=True)
     )
 
 
-def _first_difference(piece: Piece, member: Member, old: RangeReader, new: RangeReader) -> int | None:
+def _first_difference(
+    wanted: ExpectedMember | Member, member: Member, old: RangeReader, new: RangeReader
+) -> int | None:
     """The first byte, from the header on, in which a member is not as it should be; None where it is."""
-    size = member.end - member.start
-    wanted_size = len(piece.raw) if isinstance(piece, NewMember) else piece.end - piece.start
+    new_bytes = wanted.new if isinstance(wanted, ExpectedMember) else b""
+    size, wanted_size = member.end - member.start, len(new_bytes) or wanted.end - wanted.start
     for begin in range(0, max(size, wanted_size), _PIECE_BYTES):
-        if isinstance(piece, NewMember):
-            one = piece.raw[begin : begin + _PIECE_BYTES]
+        if new_bytes:
+            one = new_bytes[begin : begin + _PIECE_BYTES]
         else:
-            one = old.read(piece.start + begin, min(_PIECE_BYTES, wanted_size - begin))
-        other = new.read(member.start + begin, min(_PIECE_BYTES, size - begin))
+            one = old.read(wanted.start + begin, max(0, min(_PIECE_BYTES, wanted_size - begin)))
+        other = new.read(member.start + begin, max(0, min(_PIECE_BYTES, size - begin)))
         if one != other:
             pairs = zip(one, other, strict=False)
             return begin + next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
     return None
 
 
-def _digest(window: Window, pieces: list[Piece]) -> bytes:
+def _digest(window: Window, members: list[ExpectedMember]) -> bytes:
     digest = xxhash.xxh3_128()
-    for piece in pieces:
-        if isinstance(piece, NewMember):
-            digest.update(piece.raw)
-        else:
-            for view in window.pieces(piece.start, piece.end):
-                digest.update(view)
+    for member in members:
+        digest.update(member.new)
+        for view in window.pieces(member.start, member.end):
+            digest.update(view)
     return digest.digest()
 
 

@@ -22,13 +22,13 @@ from curation.commands.verify.conservation import (
 )
 from curation.commands.verify.edited_samples import original_problems, self_problems
 from curation.commands.verify.explain import explain
-from curation.commands.verify.prove import Proof, prove
 from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import InfrastructureError, ShardError
-from curation.jsonio import KEY_SUFFIX, clean_text, read_dictionary
+from curation.jsonio import KEY_SUFFIX, MAX_SAMPLE_JSON_BYTES, clean_text, read_dictionary
 from curation.run.inputs import published_below
-from curation.tar.scan import SampleSpan
-from curation.tar.splice import Edit
+from curation.tar.prove import Proof, prove_splice
+from curation.tar.scan import SampleSpan, TarScan, Window
+from curation.tar.splice import Action, Decision, Edit
 
 # The stages of the main job, whose receipts are compared with one another.
 CAPTIONS, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
@@ -107,14 +107,28 @@ class Expectation:
         self._edits, self._prompts, self._dropped = edits, prompts, dropped
         self._edited = edits.keys()
 
-    def __call__(self, span: SampleSpan) -> Edit | bool:
+    def __call__(self, span: SampleSpan) -> Edit | Action:
         if span.torn:
-            return False
+            return Action.DROP
         if span.repeated or (self._prompts is not None and span.key + KEY_SUFFIX not in self._prompts):
-            return True
+            return Action.KEEP
         if span.key in self._edited:
             return self._edits.read(span.key)
-        return self._prompts is None or span.key not in self._dropped
+        return Action.DROP if self._prompts is not None and span.key in self._dropped else Action.KEEP
+
+
+@dataclass(slots=True)
+class Samples:
+    """The keys of the source's samples in order; of them, those that should be replaced, and those that should go."""
+
+    keys: list[str] = field(default_factory=list)
+    edited: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        """Samples that should be in the hybrid shard."""
+        return len(self.keys) - len(self.left_out)
 
 
 def verify_shard(task: Task) -> Verdict:
@@ -150,18 +164,32 @@ def _verify(task: Task, verdict: Verdict) -> None:
     with edits:
         expect = Expectation(edits, prompts, last.gone if last is not None else ())
 
-        def look(span: SampleSpan, edit: Edit, original: bytes | None) -> None:
-            _check_edit(task, span.key, edit, original, prompts, findings)
+        samples = Samples()
 
-        proof = prove(task.source, task.hybrid, expect, look)
+        def count(window: Window, span: SampleSpan, decision: Decision) -> None:
+            samples.keys.append(span.key)
+            if decision is Action.DROP:
+                samples.left_out.append(span.key)
+            elif isinstance(decision, Edit):
+                samples.edited.append(span.key)
+                _check_edit(task, span.key, decision, _source_json(window, span), prompts, findings)
+
+        proof = prove_splice(TarScan(task.source), task.hybrid, expect, count)
         verdict.sha256, verdict.hybrid_bytes = proof.sha256, proof.size
-        verdict.samples, verdict.edited = len(proof.keys), len(proof.edited)
+        verdict.samples, verdict.edited = len(samples.keys), len(samples.edited)
         if not proof.equal:
             explain(task.source, task.hybrid, expect, findings, provenance=task.provenance)
-        for key in edits.keys() - set(proof.keys):
+        for key in edits.keys() - set(samples.keys):
             findings.add("edit_without_sample", key, f"the source has no such sample; the edit is in {task.edits}")
         edited = [key for key in sorted(edits.keys()) if prompts is None or key + KEY_SUFFIX in prompts]
-    _check_stages(task, proof, prompts, edited, last, findings)
+    _check_stages(task, proof, samples, prompts, edited, last, findings)
+
+
+def _source_json(window: Window, span: SampleSpan) -> bytes | None:
+    for member in span.members:
+        if member.suffix == "json" and member.regular and member.size <= MAX_SAMPLE_JSON_BYTES:
+            return window.read(member.data, member.size)
+    return None
 
 
 def _open_edits(task: Task, last: Record | None) -> Edits:
@@ -200,6 +228,7 @@ def _check_edit(
 def _check_stages(
     task: Task,
     proof: Proof,
+    samples: Samples,
     prompts: Mapping[str, Any] | None,
     edited: list[str],
     last: Record | None,
@@ -211,7 +240,7 @@ def _check_stages(
     if last is not None and last.done:
         path = Path(os.path.normpath(last.home / task.hybrid.name))
         known[path] = (proof.size, proof.digest)
-        _check_last(last, proof, findings)
+        _check_last(last, samples, findings)
         _check_source(last, task, findings)
         check_outputs(last, known, findings)
     third = read_stage(task.edits, EDITS, shard_id, findings)
@@ -240,21 +269,21 @@ def _check_stages(
     if second is not None and second.done:
         check_count(f"{PROMPTS} took in, captions", second.count("in"), len(captions), findings)
     first = read_stage(task.captions, CAPTIONS, shard_id, findings)
-    check_keys(CAPTIONS, proof.keys, names_to_keys(captions), first, findings)
+    check_keys(CAPTIONS, samples.keys, names_to_keys(captions), first, findings)
     if first is not None and first.done:
         check_outputs(first, {}, findings)
         check_count(f"{CAPTIONS} kept, captions", first.count("kept"), len(captions), findings)
-        check_count(f"{CAPTIONS} took in, samples of the source", first.count("in"), len(proof.keys), findings)
+        check_count(f"{CAPTIONS} took in, samples of the source", first.count("in"), len(samples.keys), findings)
 
 
-def _check_last(last: Record, proof: Proof, findings: Findings) -> None:
-    check_count(f"{HYBRID} took in, samples of the source", last.count("in"), len(proof.keys), findings)
-    check_count(f"{HYBRID} kept, samples that should be here", last.count("kept"), proof.kept, findings)
-    check_count(f"{HYBRID} replaced, edits of this shard", last.note("edited"), len(proof.edited), findings)
-    if proof.left_out or last.gone:
-        for key in Counter(proof.left_out) - last.gone:
+def _check_last(last: Record, samples: Samples, findings: Findings) -> None:
+    check_count(f"{HYBRID} took in, samples of the source", last.count("in"), len(samples.keys), findings)
+    check_count(f"{HYBRID} kept, samples that should be here", last.count("kept"), samples.kept, findings)
+    check_count(f"{HYBRID} replaced, edits of this shard", last.note("edited"), len(samples.edited), findings)
+    if samples.left_out or last.gone:
+        for key in Counter(samples.left_out) - last.gone:
             findings.add("lost_sample", key, f"left out, and no reject or drop of {HYBRID} tells why")
-        for key in last.gone - Counter(proof.left_out):
+        for key in last.gone - Counter(samples.left_out):
             findings.add("from_nowhere", key, f"{HYBRID} says it left this sample out, and had no reason to")
 
 

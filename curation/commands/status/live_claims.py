@@ -26,7 +26,7 @@ MAX_CLAIMS = 100_000  # of one stage: more are no claims of workers
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class LiveClaim:
     """A claim on a shard.
 
     life: ``alive`` (its heartbeat moved while we looked, or its process runs on this machine), ``gone`` (its process
@@ -42,7 +42,7 @@ class Holding:
     silent_s: float
 
 
-class Holdings:
+class ClaimWatcher:
     """Looks at claims again and again, and remembers how long it has seen each heartbeat stand still."""
 
     def __init__(self, places: Sequence[StagePlace]) -> None:
@@ -53,7 +53,7 @@ class Holdings:
         """These are the stages from now on; what was seen of their heartbeats is kept."""
         self._places = places
 
-    def look(self) -> list[list[Holding]]:
+    def look(self) -> list[list[LiveClaim]]:
         """The claims of each stage as they are now."""
         found, present = [], set()
         for place in self._places:
@@ -64,12 +64,12 @@ class Holdings:
                     read[holder.beat] = self._read_beat(place.claims / "_beats" / holder.beat) if holder.beat else {}
                 beat = place.claims / "_beats" / holder.beat if holder.beat else path
                 present.add(beat)
-                mine.append(self._holding(path, holder, beat, read[holder.beat]))
-            found.append(sorted(mine, key=lambda holding: holding.shard_id))
+                mine.append(self._live_claim(path, holder, beat, read[holder.beat]))
+            found.append(sorted(mine, key=lambda claim: claim.shard_id))
         self._beats = {beat: seen for beat, seen in self._beats.items() if beat in present}
         return found
 
-    def _holding(self, path: Path, holder: ClaimRecord, beat: Path, working: dict[str, int]) -> Holding:
+    def _live_claim(self, path: Path, holder: ClaimRecord, beat: Path, working: dict[str, int]) -> LiveClaim:
         now = time.monotonic()
         _, since, moved = self._beats.setdefault(beat, (b"", now, False))
         silent_s = now - since
@@ -81,7 +81,7 @@ class Holdings:
             life = "gone"
         else:
             life = "alive" if moved else "unknown"
-        return Holding(path, path.name.removesuffix(".claim"), holder, life, working.get(path.stem), silent_s)
+        return LiveClaim(path, path.name.removesuffix(".claim"), holder, life, working.get(path.stem), silent_s)
 
     def _read_beat(self, path: Path) -> dict[str, int]:
         data = b""
@@ -111,17 +111,9 @@ def _claims(place: StagePlace) -> list[tuple[Path, ClaimRecord]]:
 
 
 TIMEOUT_S = 10.0  # for all together
-
-
 _BATCH = 500  # ids of one call: a command line has bounds
-
-
 _MAX_JOBS = 5000
-
-
 _ID = re.compile(r"\d{1,12}(?:_\d{1,9})?")
-
-
 _STATE = re.compile(r"[A-Z_]{2,40}")
 
 

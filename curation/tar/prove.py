@@ -1,0 +1,276 @@
+"""The proof that a tar is another one with some samples replaced: every byte is foretold, and compared.
+
+What is foretold is worked out here, and not by ``splice``, which wrote the tar.  Samples that lie together and stay are
+compared in one piece of memory; the headers of the result are not even parsed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+import xxhash
+
+from curation.errors import ShardError
+from curation.tar.headers import RECORD, Member, make_header, padding
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
+from curation.tar.splice import Action, Copies, Decide, Decision, Edit, Windows
+
+READ_BYTES: Final = 1 << 20
+
+OnSample = Callable[[Window, SampleSpan, Decision], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedMember:
+    """A member of the result: new bytes, and behind them the source's bytes from ``start`` to ``end``.
+
+    Header and padding are among them.  A member that stays has no new bytes, one of an edit has nothing else.
+    """
+
+    name: bytes
+    new: bytes
+    start: int = 0
+    end: int = 0
+
+
+@dataclass(slots=True)
+class Proof:
+    """What one pass over the source and the result gave.
+
+    Attributes:
+        equal: Whether the result is, byte for byte, what it should be.
+        differs_at: The result's first byte that is not; None where all are equal.
+        key: Of the sample to which that byte belongs; "" where it belongs to none.
+        sha256: Of the result, in hex; "" where no digests were wanted, and likewise ``digest``.
+        digest: The result's xxh3-128, in hex.
+        size: The result's, in bytes.
+    """
+
+    equal: bool = True
+    differs_at: int | None = None
+    key: str = ""
+    sha256: str = ""
+    digest: str = ""
+    size: int = 0
+
+
+def prove_splice(
+    tar: Windows, result: Path, decide: Decide, on_sample: OnSample | None = None, *, digests: bool = True
+) -> Proof:
+    """Compare a tar with what the source's samples and the decisions about them make.
+
+    Args:
+        tar: The source's samples.
+        result: The tar that should have been made from them.
+        decide: What should have become of each sample.
+        on_sample: Called with each sample that has a key and the decision about it, in order.
+        digests: Whether to compute the result's digests on the way.
+
+    Raises:
+        ShardError: A file or an edit cannot be read.
+    """
+    proof = Proof()
+    with _Stream(result, digests=digests) as stream:
+        expected = _Comparison(stream, proof)
+        for window in tar.windows():
+            expected.window = window
+            for span in window.spans:
+                decision: Decision = Action.KEEP
+                if span.key:
+                    decision = decide(span)
+                    if on_sample is not None:
+                        on_sample(window, span, decision)
+                if decision is Action.KEEP and not span.damages:
+                    expected.add(span.start, span.end)
+                else:
+                    expected.add_members(span.key, expected_members(span, decision))
+            expected.compare()
+        expected.finish()
+        if digests:
+            proof.sha256, proof.digest = stream.digests()
+        proof.size = stream.size
+    return proof
+
+
+def verify_splice(tar: Windows, result: Path, decide: Decide) -> None:
+    """Raise ShardError unless ``result`` is what ``splice`` should have made; it is read from where it is stored."""
+    with open(result, "rb") as file, contextlib.suppress(OSError):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    proof = prove_splice(tar, result, decide, digests=False)
+    if not proof.equal:
+        where = f"in sample {proof.key}" if proof.key else "outside of any sample"
+        what = f"it differs at byte {proof.differs_at:,}, {where}"
+        raise ShardError(f"{result}: not what {Path(tar.path).name} and its edits make: {what}")
+
+
+def expected_members(span: SampleSpan, decision: Decision) -> list[ExpectedMember]:
+    """A sample as it should be in the result, in order, with the members without a key that are among its own."""
+    if decision is Action.KEEP:
+        return _kept(span.in_order)
+    if decision is Action.DROP:
+        return _kept(span.foreign)
+    if isinstance(decision, Copies):
+        copies = [_edited(span.members, span.key, decision.edit, key) for key in decision.keys]
+        return _kept(span.foreign) + [member for copy in copies for member in copy]
+    assert isinstance(decision, Edit)
+    return _edited(span.in_order, span.key, decision, span.key)
+
+
+def _kept(members: Iterable[Member]) -> list[ExpectedMember]:
+    return [ExpectedMember(member.name, b"", member.start, member.end) for member in members]
+
+
+def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> list[ExpectedMember]:
+    """The new jpg stands where the first image stood, the txt and the json where the first of theirs stood, and what
+    there was none of behind the last member."""
+    stem, old_stem = (f"{one}.".encode("utf-8", "surrogateescape") for one in (key, old_key))
+    expected: list[ExpectedMember] = []
+    placed: set[str] = set()
+
+    def add_new(part: str, mtime: int) -> None:
+        name, data = stem + part.encode(), edit.part(part) or b""
+        placed.add(part)
+        expected.append(ExpectedMember(name, b"".join((make_header(name, len(data), mtime), data, padding(len(data))))))
+
+    for member in members:
+        part = "jpg" if member.suffix in IMAGE_SUFFIXES else member.suffix
+        if part in edit.parts:
+            if part not in placed:
+                add_new(part, member.mtime)
+        elif key == old_key:
+            expected += _kept((member,))
+        else:
+            name = stem + member.name[len(old_stem) :]
+            header = make_header(name, member.size, member.mtime)
+            expected.append(ExpectedMember(name, header, member.data, member.end))
+    first = next(member for member in members if member.name.startswith(old_stem))
+    for part in edit.parts:
+        if part not in placed:
+            add_new(part, first.mtime)
+    return expected
+
+
+class _Comparison:
+    """What is due next in the result: bytes of the source's window that lie together, and new ones."""
+
+    window: Window
+
+    def __init__(self, stream: _Stream, proof: Proof) -> None:
+        self._stream, self._proof = stream, proof
+        self._begin = self._end = 0
+        self._size = 0  # of the result, as foretold
+
+    def add(self, start: int, end: int) -> None:
+        """The source's bytes from ``start`` to ``end`` are due."""
+        if start != self._end:
+            self.compare()
+            self._begin = start
+        self._end = end
+
+    def add_members(self, key: str, members: Iterable[ExpectedMember]) -> None:
+        for member in members:
+            if member.new:
+                self.compare()
+                if not self._same(member.new):
+                    self._proof.key = self._proof.key or key
+            if member.start != member.end:
+                self.add(member.start, member.end)
+
+    def compare(self) -> None:
+        """Compare what is due, before the window moves on."""
+        start, end = self._begin, self._end
+        self._begin = self._end
+        if start != end:
+            for piece in self.window.pieces(start, end):
+                size = len(piece)
+                before = self._size
+                if not self._same(piece) and not self._proof.key:
+                    self._proof.key = self._key_at(start + (self._proof.differs_at or 0) - before)
+                start += size
+
+    def finish(self) -> None:
+        """The end-of-archive blocks are due, padded to a record, and then the end of the file."""
+        if self._same(bytes(1024 + -(self._size + 1024) % RECORD)) and not self._stream.at_end():
+            self._proof.equal, self._proof.differs_at = False, self._size
+
+    def _same(self, piece: bytes | memoryview) -> bool:
+        """Whether ``piece`` comes next in the result; True as well where something before it differs already."""
+        before, self._size = self._size, self._size + len(piece)
+        if not self._proof.equal:
+            return True
+        same = self._stream.count_equal(piece)
+        if same < len(piece):
+            self._proof.equal, self._proof.differs_at = False, before + same
+        return self._proof.equal
+
+    def _key_at(self, offset: int) -> str:
+        """The key of the sample in which a byte of the source lies."""
+        spans = self.window.spans
+        number = bisect.bisect_right([span.start for span in spans], offset) - 1
+        return spans[number].key if number >= 0 else ""
+
+
+class _Stream:
+    """A file read once, in order, and hashed as it is read.  Raises ShardError where it cannot be read."""
+
+    def __init__(self, path: Path, *, digests: bool) -> None:
+        self._path = path
+        self._buffer = bytearray(READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._at = self._end = 0
+        self._sha256, self._xxh3, self._digests = hashlib.sha256(), xxhash.xxh3_128(), digests
+        self.size = 0  # read so far
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def count_equal(self, piece: bytes | memoryview) -> int:
+        """How many bytes of ``piece`` come next in the file.  Where all do, they are passed over."""
+        at, view = 0, memoryview(piece)
+        while at < len(view):
+            if self._at == self._end and not self._fill():
+                return at
+            count = min(len(view) - at, self._end - self._at)
+            wanted = view[at : at + count]
+            if not self._buffer.startswith(wanted, self._at):  # a memcmp: == of views goes by items
+                return at + next(n for n, byte in enumerate(wanted) if byte != self._buffer[self._at + n])
+            at += count
+            self._at += count
+        return at
+
+    def at_end(self) -> bool:
+        return self._at == self._end and not self._fill()
+
+    def digests(self) -> tuple[str, str]:
+        """SHA-256 and xxh3-128 of the whole file, in hex; reads what is left of it."""
+        while self._fill():
+            pass
+        return self._sha256.hexdigest(), self._xxh3.hexdigest()
+
+    def _fill(self) -> bool:
+        try:
+            count = os.preadv(self._descriptor, [self._view], self.size)
+        except OSError as error:
+            raise ShardError(f"{self._path}: cannot be read at byte {self.size:,} ({error.strerror})") from error
+        self._at, self._end = 0, count
+        self.size += count
+        if self._digests:
+            self._sha256.update(self._view[:count])
+            self._xxh3.update(self._view[:count])
+        return count > 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._descriptor)

@@ -5,39 +5,38 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from curation.backends.faces import DetectorName, detector_class
 from curation.cluster import Allocation
-from curation.edits import Edits
-from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
+from curation.errors import EXIT_OK, UsageError
+from curation.faces import FaceDetector
 from curation.models.needs import WeightsNeed
 from curation.options import at_least, exit_code, logger, parse_options
-from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, Placed, ShardLayout
-from curation.reshard.select import AS_IT_IS, Choice, Records, ReshardInputs, copy_keys, survey
+from curation.reshard.layout import ShardLayout
+from curation.reshard.regroup import Grouping, Index, Regroup, regroup
+from curation.reshard.select import AS_IT_IS, Choice, ReshardInputs, copy_keys, dry_run, records_of, warn_of_pass
 from curation.reshard.uids import Subset
-from curation.reshard.write import ShardWriter
+from curation.reshard.write import ShardWriter, decide
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
-from curation.run.output_folder import LAYOUT_NOTE, refuse_foreign_shards
+from curation.run.output_folder import refuse_foreign_shards
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
-from curation.tar.random_access import GatheredScan, Piece, write_wids
+from curation.tar.random_access import write_wids
 from curation.tar.scan import SampleSpan, TarReport, TarScan
-from curation.tar.sources import open_blocks
-from curation.tar.splice import Action, Decision, ObservedPass, Windows
-
-if TYPE_CHECKING:
-    from curation.reshard.blur import Blur
+from curation.tar.splice import Action, DecidedWindow, Decision
 
 PROMPTS_STAGE = "02_captions_processor"
 EDITS_STAGE = "03_generate_images"
-STAGE, INDEX_STAGE = "04_reshard", "04_index"
+STAGE = "04_reshard"
+
+BEHIND_ITS_OWN_KEY = Choice(0, failed=("duplicate_key", "it would lie right behind another of this key"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,8 @@ class Options(RunOptions):
         return not (self.subset or self.drop_rejected or self.on_missing == "drop" or self.shard_size is not None)
 
     @cached_property
-    def material(self) -> ReshardInputs:
+    def sources(self) -> ReshardInputs:
+        """What the hybrid shards are made of."""
         return ReshardInputs(
             edits=None if self.edits is None else (Path(self.edits), EDITS_STAGE),
             prompts=None if self.prompts is None else (Path(self.prompts), PROMPTS_STAGE),
@@ -134,223 +134,98 @@ class Options(RunOptions):
         return {name: value for name, value in named.items() if value}
 
 
-class Pass(Stage[Options]):
-    """What the passes share."""
+class Reshard(Stage[Options]):
+    """One shard: shards/<shard>.tar and its edits → <output>/<shard>.tar."""
 
     name = STAGE
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)
-        self.material = options.material
-        self._blur: Callable[[], Blur] | None = None
-
-    def open(self, allocation: Allocation) -> None:
-        if (boxes := self.options.blur_faces) is not None:
-            from curation.reshard.blur import Blur
-
-            detector = None
-            if boxes != "recorded":
-                detector = detector_class(boxes)(gpu=allocation.gpu)
-            self._blur = partial(Blur, detector)
+        self.writer = shard_writer(options)
 
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
         boxes = options.blur_faces
         return [] if boxes in (None, "recorded") else [detector_class(boxes).weights()]
 
-    def writer(self) -> ShardWriter:
-        o, blur = self.options, None if self._blur is None else self._blur()
-        return ShardWriter(self.output, o.tars, blur, index=o.index, verify=o.verify)
-
-
-class Reshard(Pass):
-    """One shard: shards/<shard>.tar and its edits → <output>/<shard>.tar."""
-
     def fingerprint(self) -> dict[str, object]:
         return self.options.choices() | self.options.forms()
 
     def inputs(self, shard: Shard) -> list[Input]:
-        return self.material.inputs(shard)
-
-    def process(self, work: ShardContext) -> None:
-        o, source, writer, report = self.options, work.shard.path, self.writer(), TarReport()
-        with contextlib.ExitStack() as stack:
-            with work.phase("read"):
-                opened = self.material.open(work.shard, records_of(self.inputs(work.shard), work))
-                edits, selection = stack.enter_context(opened)
-            reports = iter((report,))
-            before = ""  # the key of the last sample that was written
-            plain, choose, chosen = o.is_plain and writer.changes_nothing, selection.choose, writer.chosen
-
-            def begin() -> Windows:
-                nonlocal before
-                before = ""
-                return ObservedPass(TarScan(source, next(reports, None)), selection.look, writer.look)
-
-            def decide(span: SampleSpan) -> Decision:
-                nonlocal before
-                choice = choose(span)
-                if plain and choice is AS_IT_IS:  # nearly all of them
-                    chosen.append((span, choice))
-                    return Action.KEEP
-                if choice.copies and not plain:
-                    if span.key == before:  # what lay between them was left out: they would be taken for one
-                        choice = Choice(0, failed=("duplicate_key", "it would lie right behind another of this key"))
-                    before = span.key
-                keys = copy_keys(span.key, choice.copies) if choice.copies > 1 else ()
-                return writer.make(span, choice, edits, keys)
-
-            writer.write(work, begin, decide, lambda: selection.count(writer.chosen, work))
-            tell(report, edits, work)
-            selection.report(work, str(o.edits))
-
-
-class Index(Pass):
-    """One source shard: which of its samples go on, and where they lie → <output>/_index/<shard>.npy."""
-
-    name = INDEX_STAGE
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self.output = Path(options.output) / "_index"
-
-    def fingerprint(self) -> dict[str, object]:
-        return self.options.choices()
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        return self.material.inputs(shard)
+        return self.options.sources.inputs(shard)
 
     def open(self, allocation: Allocation) -> None:
-        pass
+        self.writer.open(allocation)
 
     def process(self, work: ShardContext) -> None:
-        writer, report, foreign = IndexWriter(), TarReport(), 0
-        opened = self.material.open(work.shard, records_of(self.inputs(work.shard), work))
-        with work.phase("read"), opened as (edits, selection):
-            for window in TarScan(work.shard.path, report).windows():
-                selection.look(window)
-                chosen = [(span, selection.choose(span)) for span in window.spans if span.key]
-                for span, choice in chosen:
-                    if choice.copies:
-                        writer.add(span.own_extents, choice.copies, IS_EDITED if choice.edited else 0)
-                foreign += sum(len(span.foreign) for span in window.spans)
-                selection.count(chosen, work)
-                work.check_stop(urgent_only=True)
-            tell(report, edits, work)
-            selection.report(work, str(self.options.edits))
-        if foreign:
-            work.warn(f"{foreign:,} members that belong to no sample are not taken along")
-        with work.output(self.output / f"{work.shard.id}.npy") as file:
-            file.write(writer.dump())
-        work.note("samples_out", writer.samples)
-        work.note("bytes_out", writer.bytes)
-
-
-class Regroup(Pass):
-    """One output shard: its samples out of the source shards and their edits → <output>/<number>.tar."""
-
-    def __init__(self, options: Options, layout: ShardLayout) -> None:
-        super().__init__(options)
-        self.layout = layout
-        self.index = Index(options).output
-
-    def fingerprint(self) -> dict[str, object]:
-        o = self.options
-        cut = {"shard_size": o.shard_size, "shuffle_buffer": o.shuffle_buffer, "seed": o.seed}
-        return o.choices() | o.forms() | cut | {"layout": self.layout.mark}
-
-    def inputs(self, shard: Shard) -> list[Input]:
-        inputs = []
-        for number in self.layout.draw(int(shard.id)).distinct:
-            source = self.layout.sources[number]
-            inputs.append(Input(self.index / f"{source.id}.npy", INDEX_STAGE, shard=source.id))
-            inputs += self.material.sources_of(source)
-        return inputs
-
-    def process(self, work: ShardContext) -> None:
-        sources, draw = self.layout.sources, self.layout.draw(int(work.shard.id))
-        records = records_of(self.inputs(work.shard), work)
+        report, blur = TarReport(), self.writer.blur()
         with contextlib.ExitStack() as stack:
-            edits: dict[int, Edits] = {}
             with work.phase("read"):
-                indexes = {n: IndexReader(self.index / f"{sources[n].id}.npy") for n in draw.distinct}
-                for n in draw.distinct:
-                    edits[n] = stack.enter_context(self.material.open_edits(sources[n], records))
-                drawn = [
-                    (int(n), indexes[int(n)].place(int(k))) for n, k in zip(draw.sources, draw.samples, strict=True)
-                ]
-            pieces = [Piece(n, placed.extents) for n, placed in drawn]
-            writer = self.writer()
-            turn: Iterator[tuple[int, Placed]]
-            taken: set[str] = set()
+                opened = self.options.sources.open(work.shard, records_of(self.inputs(work.shard), work))
+                edits, selector = stack.enter_context(opened)
 
-            def begin() -> Windows:
-                nonlocal turn
-                turn = iter(drawn)
-                taken.clear()
-                gathered = GatheredScan(str(self.index), pieces, lambda n: open_blocks(sources[n].path))
-                return ObservedPass(gathered, writer.look)
+            def windows(report: TarReport | None = None) -> Iterator[DecidedWindow]:
+                """The samples, and what becomes of them.  Those of the pass with the report are counted."""
+                plain = self.options.is_plain
+                before = ""  # the key of the last sample that goes on
+                for window in TarScan(work.shard.path, report).windows():
+                    selector.look(window)
+                    chosen: list[tuple[SampleSpan, Choice]] = []
+                    decisions: list[tuple[SampleSpan, Decision]] = []
+                    for span in window.spans:
+                        decision: Decision = Action.KEEP
+                        if span.key:
+                            choice = selector.choose(span)
+                            if choice.copies and not plain:
+                                if span.key == before:  # what lay between them was left out: they would become one
+                                    choice = BEHIND_ITS_OWN_KEY
+                                before = span.key
+                            if not plain or blur is not None or choice is not AS_IT_IS:  # nearly all stay as they are
+                                keys = copy_keys(span.key, choice.copies) if choice.copies > 1 else ()
+                                choice, decision = decide(window, span, choice, edits, blur, keys)
+                            chosen.append((span, choice))
+                        decisions.append((span, decision))
+                    yield window, decisions
+                    if report is not None:
+                        selector.count(chosen, work)
+                        work.check_stop(urgent_only=True)
 
-            def decide(span: SampleSpan) -> Decision:
-                number, placed = next(turn)
-                key = copy_keys(span.key, placed.copies)[placed.copy] if placed.copies > 1 else span.key
-                while key in taken:  # of a sample of another shard
-                    key = f"{key}-{sources[number].id}"
-                taken.add(key)
-                choice = Choice(1, edited=placed.is_edited)
-                return writer.make(span, choice, edits[number], () if key == span.key else (key,))
-
-            def count() -> None:
-                work.sample_in(len(writer.chosen))
-                for span, choice in writer.chosen:
-                    if choice.failed is None:
-                        work.keep()
-                    else:
-                        work.fail(span.key, *choice.failed)
-
-            writer.write(work, begin, decide, count)
-        work.note(LAYOUT_NOTE, self.layout.mark)
+            self.writer.write(work, windows(report), windows, blur)
+            warn_of_pass(report, edits, work)
+            selector.report(work, self.options.sources.edits_folder)
 
 
-def records_of(inputs: Sequence[Input], work: ShardContext) -> Records:
-    return {wanted.path: record for wanted, record in zip(inputs, work.inputs, strict=True)}
+def shard_writer(options: Options) -> ShardWriter:
+    o = options
+    detector = None if o.blur_faces is None else partial(load_detector, o.blur_faces)
+    return ShardWriter(Path(o.output), o.tars, detector, index=o.index, verify=o.verify)
 
 
-def tell(report: TarReport, edits: Edits, work: ShardContext) -> None:
-    """What a pass found besides samples."""
-    for line in report.warnings():
-        work.warn(line)
-    if edits.incomplete:
-        work.warn(f"{edits.incomplete:,} edits lack their jpg, txt or json: they are none")
+def load_detector(name: str, allocation: Allocation) -> FaceDetector | None:
+    if name == "recorded":
+        return None
+    detector: FaceDetector = detector_class(name)(gpu=allocation.gpu)
+    return detector
 
 
-def regroup(options: Options, shards: Sequence[Shard]) -> int:
-    """Index every source shard; when all are, write the output shards."""
-    index = Index(options)
-    claim_place(options, None)
-    if options.step != "write":
-        whole = options.shards is None  # --shards names output shards
-        step = replace(options, step="index", shards=None, rerun=options.rerun and whole)
-        code = run_stage(index, step, shards)
-        if code != EXIT_OK or options.step == "index":
-            return code
-    receipts, missing = receipts_of_all(index.output, INDEX_STAGE, [shard.id for shard in shards])
-    if missing and options.dry_run:
-        return EXIT_OK
-    if missing:
-        logger.warning(f"{missing} is not indexed yet: start the same command again")
-        return EXIT_WORK_LEFT
-    counts = [int(receipt["notes"]["samples_out"]) for receipt in receipts]
-    layout = ShardLayout(shards, counts, options.shard_size or 1, options.shuffle_buffer, options.seed)
-    logger.info(f"{layout.total:,} samples of {len(shards):,} shards make {len(layout):,} of {options.shard_size:,}")
-    outputs = layout.shards
-    claim_place(options, outputs)
-    code = run_stage(Regroup(options, layout), replace(options, step="write"), outputs)
-    return finish(options, outputs) if code == EXIT_OK else code
+def regroup_shards(options: Options, shards: Sequence[Shard]) -> int:
+    o, output, size = options, Path(options.output), options.shard_size or 1
+    grouping = Grouping(size=size, shuffle=o.shuffle_buffer, seed=o.seed, step=o.step)
+    cut = {"shard_size": o.shard_size, "shuffle_buffer": o.shuffle_buffer, "seed": o.seed}
+
+    def index(of_step: RunOptions) -> Index:
+        return Index(of_step, output / "_index", o.sources, o.choices())
+
+    def regrouping(indexed: Index, layout: ShardLayout) -> Regroup:
+        fingerprint = o.choices() | o.forms() | cut
+        return Regroup(STAGE, replace(o, step="write"), output, indexed, fingerprint, layout, shard_writer(o))
+
+    code, outputs = regroup(o, shards, grouping, index, regrouping, partial(claim_place, o))
+    return finish(o, outputs) if code == EXIT_OK and outputs is not None else code
 
 
 def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
-    """UsageError where the hybrid shards, None where they are not known yet, would stand among others."""
+    """Raise UsageError where the hybrid shards, None where they are not known yet, would stand among others."""
     if not is_worker():
         o, ids = options, None if shards is None else {shard.id for shard in shards}
         refuse_foreign_shards(
@@ -380,12 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(options.tars, RemoteFolder) and options.tars.holds(shard.path for shard in shards):
         raise UsageError("--publish_to must not be the folder of the source shards: it would replace them")
     if not is_worker():
-        options.material.check()
+        options.sources.check()
     if options.dry_run:
         chosen = shards if options.shard_size is not None else select(shards, options.shards)
-        print(survey(options.material, chosen, options.shard_size, cursory=options.is_plain))
+        print(dry_run(options.sources, chosen, options.shard_size, cursory=options.is_plain))
     if options.shard_size is not None:
-        return regroup(options, shards)
+        return regroup_shards(options, shards)
     claim_place(options, shards)
     code = run_stage(Reshard(options), options, shards, Follows(EDITS_STAGE, Path(options.edits or "")))
     return finish(options, shards) if code == EXIT_OK else code

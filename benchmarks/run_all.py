@@ -74,7 +74,10 @@ def main() -> int:
     table = "\n".join(summary)
     print(f"\n{machine()}\n\n{table}")
     if options.write:
-        about = f"The last run of `make bench`, written by `python benchmarks/run_all.py --write`.\n\n{machine()}"
+        about = (
+            "The last run of `make bench`, written by `python benchmarks/run_all.py --write`. `make test` runs each "
+            f"benchmark at a tiny\nsize (`--tiny`), which only shows that it still works.\n\n{machine()}"
+        )
         PAGE.write_text(f"# Benchmarks\n\n{about}\n\n{table}\n\n" + "\n".join(sections), "utf-8")
     return max(codes) if codes <= {0, 1} else 2
 

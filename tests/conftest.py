@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -72,8 +74,13 @@ def llm_port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def undisturbed(llm_port: int, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Stages 01 to 04 run once over the example shards; treat the folders as read-only."""
-    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), llm_port)
+    """Stages 01 to 04 run once over the example shards, for all processes of pytest; treat the folders as read-only."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    with open(base / "undisturbed.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return run_undisturbed(base / "undisturbed", llm_port)
 
 
 @pytest.fixture(scope="session")

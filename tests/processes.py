@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -100,6 +102,39 @@ def ended_at_last(*processes: subprocess.Popen[Any]) -> Iterator[Any]:
     finally:
         for process in processes:
             end(process)
+
+
+def cpu_time_of(
+    command: Sequence[object], *, more: dict[str, str] | None = None
+) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """Run a command to its end.
+
+    Returns:
+        The seconds of CPU time that it and its children took, and what it said.  The seconds on the clock would depend
+        on what else the machine does.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with started(command, more=more, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, log = process.communicate()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, subprocess.CompletedProcess(process.args, process.returncode, out, log)
+
+
+def help_answers_at_once(*command: object) -> subprocess.CompletedProcess[str]:
+    """``--help`` of a Python program takes less than a second of CPU time, in the best of five tries: caches are shared
+    with what else the machine does.  Gives what it says, and on the error stream the modules that it imported."""
+    for _ in range(5):
+        seconds, said = cpu_time_of([sys.executable, "-X", "importtime", *command, "--help"], more={"COLUMNS": "200"})
+        assert said.returncode == 0, said.stderr
+        if seconds < 1:
+            return said
+    raise AssertionError(f"{seconds:.1f} s of CPU time for --help")
+
+
+def imported_modules(importtime: str) -> set[str]:
+    """The top-level modules in what ``python -X importtime`` wrote."""
+    return {line.rpartition("|")[2].strip().split(".")[0] for line in importtime.splitlines() if "|" in line}
 
 
 class Leftovers:

@@ -10,10 +10,6 @@ from xdist.scheduler import LoadScopeScheduling
 
 SHARED = {  # file → what its tests share with those of others
     "tests/slurm/": "one cluster",
-    "tests/test_kill.py": "stages 01 to 04, run once",
-    "tests/test_pipeline.py": "stages 01 to 04, run once",
-    "tests/browser/": "stages 01 to 04, run once",
-    "tests/commands/test_report": "stages 01 to 04, run once",
 }
 EACH_ALONE = ("tests/run/test_commit_model.py",)  # few and long, without fixtures
 

@@ -1,8 +1,6 @@
 """House rules that a reader relies on: imports point one way, help answers at once, functions stay small."""
 
 import ast
-import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.processes import help_answers_at_once, imported_modules
 
 FLOORS = (  # from the ground up: a package imports from the floors below its own, never from its own or from above
     ("errors", "jsonio", "threads", "cluster", "options", "images", "language"),
@@ -278,41 +277,19 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
             assert not heavy, f"{path.name}:{node.lineno} imports {sorted(heavy)} when it is itself imported"
 
 
-def help_of(script: Path, *python_options: str) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """The seconds of CPU time that ``--help`` takes: those on the clock depend on what else the machine does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, *python_options, str(script), "--help"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_help_answers_in_under_a_second(script: Path) -> None:
-    seconds = []
-    for _ in range(5):  # the best of a few: caches are shared with what else the machine does
-        took, result = help_of(script)
-        assert result.returncode == 0, result.stderr
-        assert "--help" in result.stdout
-        seconds.append(took)
-        if took < 1:
-            break
-    assert min(seconds) < 1
+def test_help_answers_in_under_a_second_and_loads_no_heavy_library(script: Path) -> None:
+    said = help_answers_at_once(script)
+    assert "--help" in said.stdout
+    loaded = imported_modules(said.stderr)
+    assert "curation" in loaded
+    assert not loaded & set(HEAVY)
 
 
 def test_help_that_nobody_reads_to_its_end() -> None:
     command = f"{sys.executable} {ROOT / '05_recaption.py'} --help | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_help_loads_no_heavy_library(script: Path) -> None:
-    _, result = help_of(script, "-X", "importtime")
-    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in result.stderr.splitlines() if "|" in line}
-    assert "curation" in loaded
-    assert not loaded & set(HEAVY)
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -6,34 +6,30 @@ stage 02's prompts can be compared byte for byte too.  CURATION_KILL_SEED sets o
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.pipeline import StageRun, Undisturbed, copy_tree, start
+from tests.processes import cpu_time_of, ended_at_last, imported_modules
+from tests.stages.harness import hashes
+from tests.test_architecture import HEAVY
 
 SEED = int(os.environ.get("CURATION_KILL_SEED", "20261121"))
 HAVE_TIMES = {"_receipts", "_claims", "_partial"}  # times and hosts stand in receipts only
 STAGES = ["01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"]
 
 
-def published(root: Path, stage: StageRun) -> dict[str, str]:
-    """Path → sha256 of every file in the stage's folders but for the records that have times in them."""
-    found = {}
-    for folder in stage.outputs:
-        for path in sorted((root / folder).rglob("*")):
-            relative = path.relative_to(root)
-            if path.is_file() and not set(relative.parts) & HAVE_TIMES:
-                found[str(relative)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+def published(root: Path, stage: StageRun) -> list[dict[str, str]]:
+    """Path → sha256 of every file in each of the stage's folders but for the records that have times in them."""
+    return [hashes(root / folder, HAVE_TIMES) for folder in stage.outputs]
 
 
 def counts(root: Path, stage: StageRun) -> dict[str, dict[str, object]]:
@@ -49,13 +45,10 @@ def kill_and_go_on(run: Undisturbed, name: str, moments: int, tmp_path: Path) ->
         copy_tree(run.before[name], root)
         # much of a short stage is start-up: every other moment falls into its second half
         moment = seconds * rng.uniform(0.5 if number % 2 else 0.0, 1.0)
-        victim = start(stage, root)
-        try:
+        with ended_at_last(start(stage, root)) as victim, contextlib.suppress(subprocess.TimeoutExpired):
             victim.wait(timeout=moment)
-        except subprocess.TimeoutExpired:
-            os.killpg(victim.pid, signal.SIGKILL)
-            victim.wait()
-        code = start(stage, root).wait(timeout=300)
+        with ended_at_last(start(stage, root)) as process:
+            code = process.wait(timeout=280)
         assert code == 0, f"{name} started again after a kill at {moment:.2f} s ended with {code}"
         assert published(root, stage) == published(run.after[name], stage), f"killed at {moment:.2f} of {seconds:.2f} s"
         assert counts(root, stage) == counts(run.after[name], stage)
@@ -87,7 +80,9 @@ def test_a_finished_stage_started_again_does_nothing_quickly(
         return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
 
     before = state()
-    began = time.monotonic()
-    assert start(undisturbed.stage(name), root).wait(timeout=60) == 0
-    assert time.monotonic() - began < 5, "nothing is pending: no model needs loading"
+    command = [sys.executable, "-X", "importtime", *undisturbed.stage(name).command(root)]
+    seconds, said = cpu_time_of(command)
+    assert said.returncode == 0
+    assert seconds < 5
+    assert not imported_modules(said.stderr) & set(HEAVY), "nothing is pending: no model needs loading"
     assert state() == before

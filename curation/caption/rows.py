@@ -24,7 +24,7 @@ from curation.storage.urls import Source
 from curation.tar.headers import Member
 from curation.tar.samples import MAX_MEMBER_BYTES, caption_of, lenient_metadata, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
-from curation.tar.splice import Action, Edit, splice
+from curation.tar.splice import Action, Edit, decided, splice
 
 Row = dict[str, Any]
 """key, shard, url, uid, caption, original_caption, width, height, original_width, original_height, sha256,
@@ -315,8 +315,7 @@ def write_tar(file: AtomicFile, source: Source, rows: Sequence[Row]) -> None:
     """
     by_key = {row["key"]: row for row in rows}
     captioned = _Captions(source, by_key)
-    for _ in splice(captioned, file, captioned.decide):
-        pass
+    splice(decided(captioned, captioned.decide), file)
 
 
 class _Captions(TarScan):

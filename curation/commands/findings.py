@@ -1,7 +1,4 @@
-"""What a command that checks data has found: of bounded number and length, however many faults there are.
-
-One task after the other in this process, or several at once in processes of their own.
-"""
+"""Faults that a command has found in data, bounded in number and length, and the processes that look for them."""
 
 from __future__ import annotations
 
@@ -16,15 +13,18 @@ from typing import Any, Final, TypeVar
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
 
-SHOWN_OF_A_KIND: Final = 5  # findings of a kind that are told of for each shard; the rest are counted
-MAX_LINES: Final = 200  # of findings on the screen; --json has what a shard kept
+SHOWN_OF_A_KIND: Final = 5  # findings of one kind that are kept for each shard; the others are only counted
+MAX_LINES: Final = 200  # of findings on the screen; --json has all that were kept
 _MAX_DETAIL = 400
 _MAX_KEY = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault.  kind: a short snake_case word.  key: the sample, empty for the shard as a whole."""
+    """One fault.
+
+    kind: a short snake_case word.  key: the sample; empty where the fault is the whole shard's.
+    """
 
     kind: str
     key: str
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Findings:
-    """The faults of one shard: all are counted, a few of each kind are kept."""
+    """The faults of one shard: all of them are counted, and a few of each kind are kept."""
 
     counts: Counter[str] = field(default_factory=Counter)
     kept: list[Finding] = field(default_factory=list)
@@ -52,7 +52,12 @@ class Findings:
 
 
 def as_lines(shards: Iterable[tuple[str, Findings]], remedies: Mapping[str, str]) -> list[str]:
-    """A line for each finding, under its shard; then what to do about each kind."""
+    """Returns a line for each finding, in the order of the shards, and then what to do about each kind.
+
+    Args:
+        shards: Pairs of a shard's id and its findings.
+        remedies: Kind → what to do about it.
+    """
     lines: list[str] = []
     seen: Counter[str] = Counter()
     left_out = 0
@@ -60,26 +65,26 @@ def as_lines(shards: Iterable[tuple[str, Findings]], remedies: Mapping[str, str]
         if not findings:
             continue
         seen.update(findings.counts)
-        told: Counter[str] = Counter()
+        shown: Counter[str] = Counter()
         for finding in findings.kept:
-            told[finding.kind] += 1
+            shown[finding.kind] += 1
             if len(lines) < MAX_LINES:
                 lines.append(": ".join(filter(None, (shard_id, finding.kind, finding.key, finding.detail))))
             else:
                 left_out += 1
-        for kind, count in (findings.counts - told).items():
+        for kind, count in (findings.counts - shown).items():
             if len(lines) < MAX_LINES:
                 lines.append(f"{shard_id}: {kind}: and {count:,} more")
             else:
                 left_out += count
     if left_out:
-        lines.append(f"... and {left_out:,} more findings; --json tells more of them")
+        lines.append(f"... and {left_out:,} more findings; --json shows more of them")
     lines += [f"what to do about {kind} ({seen[kind]:,}): {text}" for kind, text in remedies.items() if seen[kind]]
     return lines
 
 
 def as_record(findings: Findings, remedies: Mapping[str, str]) -> dict[str, Any]:
-    """One shard's findings as a JSON value."""
+    """Returns one shard's findings as a JSON value."""
     return {
         "counts": dict(findings.counts.most_common()),
         "findings": [finding.as_record(remedies) for finding in findings.kept],
@@ -91,11 +96,20 @@ Result = TypeVar("Result")
 
 
 def results_in_order(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """What ``work`` makes of each task, in their order.  InfrastructureError where a process is killed."""
+    """Yields what ``work`` makes of each task, in the order of the tasks.
+
+    Args:
+        work: Called with one task; it is pickled where there are several workers.
+        tasks: What to do.
+        workers: How many processes do it; with one, this process does it.
+
+    Raises:
+        InfrastructureError: A process was killed.
+    """
     if workers < 2:
         yield from map(work, tasks)
         return
-    # spawn: not a copy of this process's threads and locks
+    # spawn, so that no copy of this process's threads and locks is made
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             yield from pool.map(work, tasks)

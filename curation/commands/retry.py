@@ -1,7 +1,7 @@
-"""``python -m curation retry ROOT --stage S``: failed shards become pending again.
+"""``python -m curation retry ROOT --stage S`` makes failed shards pending again.
 
-A receipt is never deleted, because generations must only grow for the commit to be safe: a receipt of the next
-generation with the status ``retry`` is committed in its place.
+A receipt is never deleted, because the commit is safe only while generations grow.  Instead a receipt of the next
+generation, with the status ``retry``, is committed in its place.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _KEPT = ("shard", "stage", "version", "epoch", "inputs", "sources", "error")  # 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Make failed shards of a stage pending again; the stage's next run does them."""
+    """Make failed shards of a stage pending again; the next run of the stage does them."""
 
     root: Annotated[Path, tyro.conf.Positional]
     """The folder of the dataset, or the stage's output folder."""
     stage: str
     """The stage's name, as status shows it: 01_filter_noface."""
     reason: str | None = None
-    """Only failures with this reason, or with this text in their message."""
+    """Only failures that have this reason, or this text in their message."""
     shards: str | None = None
-    """Only these: ids, ranges (00000010..00000019) or a file of them.  Shards that have failed three times are
-    quarantined, and run again only if they are named here."""
+    """Only these shards: ids, ranges (00000010..00000019) or a file of them.  Shards that have failed three times are
+    quarantined: they run again only if they are named here."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
 
@@ -73,7 +73,7 @@ _LEFT = {
 
 
 def _failed(place: StagePlace, options: Options, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The receipts of failed shards that the options mean."""
+    """Yields the receipts of the failed shards that the options select, and counts the others."""
     for receipt in _receipts(place, options.shards):
         if receipt.get("status") != "failed":
             counts["sound"] += options.shards is not None
@@ -107,7 +107,7 @@ def _commit(place: StagePlace, shard_id: str) -> Commit:
 
 
 def _retry(place: StagePlace, receipt: dict[str, Any], *, named: bool, dry_run: bool) -> str:
-    """What became of it: ``retry``, or why it was left."""
+    """Makes a shard pending.  Returns ``retry``, or the reason why it was left as it is."""
     shard_id = str(receipt["shard"])
     attempts = int(receipt.get("attempts", 1))
     if attempts >= MAX_ATTEMPTS and not named:
@@ -116,7 +116,7 @@ def _retry(place: StagePlace, receipt: dict[str, Any], *, named: bool, dry_run: 
         holder = read_claim(place.claim(shard_id))
         return "claimed" if holder is not None and not is_gone(holder) else "retry"
     last = [output["path"] for output in receipt.get("outputs", []) if output.get("checked", True)]
-    superseded = [*last, *receipt.get("superseded", [])]  # the next attempt clears them away
+    superseded = [*last, *receipt.get("superseded", [])]  # the next attempt removes them
     fields = {
         **{name: receipt[name] for name in _KEPT if name in receipt},
         "outputs": [],
@@ -128,7 +128,7 @@ def _retry(place: StagePlace, receipt: dict[str, Any], *, named: bool, dry_run: 
 
 
 def _command(stage: str) -> str:
-    """How the stage is started, by the scripts that lie beside the package."""
+    """Returns how the stage is started, from the scripts beside the package."""
     folder = Path(curation.__file__).resolve().parent.parent
     scripts = [path.name for path in sorted(folder.glob("[0-9]*.sh")) if path.stem == stage]
     programs = [path.name for path in sorted(folder.glob("[0-9]*.py")) if path.stem.startswith(stage)]

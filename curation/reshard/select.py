@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import logging
 import os
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import orjson
 
 from curation.edits import Edits, LooseEdits, TarredEdits
 from curation.errors import SampleError, ShardError, UsageError
 from curation.jsonio import KEY_SUFFIX, parse_json_object, read_dictionary, some
+from curation.options import logger
 from curation.reshard.uids import Halves, Subset, uid_of
+from curation.run import ShardContext
 from curation.run.inputs import VERIFY_BYTES, Input, Upstream, published_below, source_inputs
 from curation.shards import Shard
 from curation.storage.urls import Source
 from curation.tar.samples import MAX_MEMBER_BYTES, problem_of
-from curation.tar.scan import SampleSpan, TarScan, Window
+from curation.tar.scan import SampleSpan, TarReport, TarScan, Window
 
 MAX_REJECTS_BYTES: Final = 1 << 30
 
@@ -48,19 +49,6 @@ class Choice:
     wanted: bool = False
     dropped: str = ""
     failed: tuple[str, str] | None = None
-
-
-class Account(Protocol):
-    """Where every sample is counted: see ``ShardContext``."""
-
-    shard: Shard
-
-    def sample_in(self, count: int = 1) -> None: ...
-    def keep(self, count: int = 1) -> None: ...
-    def drop(self, key: str, reason: str) -> None: ...
-    def fail(self, key: str, reason: str, detail: str = "") -> None: ...
-    def note(self, name: str, value: Any) -> None: ...
-    def warn(self, text: str) -> None: ...
 
 
 AS_IT_IS, _EDITED = Choice(1), Choice(1, edited=True)
@@ -123,7 +111,7 @@ class SampleSelector:
             return self._by_subset(span, self._found[span.start])
         return self._by_edits(span)
 
-    def count(self, chosen: Sequence[tuple[SampleSpan, Choice]], work: Account) -> None:
+    def count(self, chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext) -> None:
         """Every sample once: kept, dropped or failed."""
         work.sample_in(len(chosen))
         kept = 0
@@ -143,7 +131,7 @@ class SampleSelector:
             self._note(span, choice)
         work.keep(kept)
 
-    def report(self, work: Account, edits: str) -> None:
+    def report(self, work: ShardContext, edits: str) -> None:
         """What was found beside the samples.  ShardError for edits that match no sample."""
         if self.unused:
             raise ShardError(
@@ -296,6 +284,11 @@ class ReshardInputs:
             )
 
     @property
+    def edits_folder(self) -> str:
+        """For messages."""
+        return str(self.edits and self.edits[0])
+
+    @property
     def _made(self) -> list[tuple[Path, str]]:
         return [made for made in (self.prompts, self.edits) if made is not None]
 
@@ -355,11 +348,21 @@ class ReshardInputs:
         return LooseEdits(loose, {})
 
 
-logger = logging.getLogger("curation")
+def records_of(inputs: Sequence[Input], work: ShardContext) -> Records:
+    """What the runner knows of the inputs of a shard."""
+    return {wanted.path: record for wanted, record in zip(inputs, work.inputs, strict=True)}
 
 
-class _Count:
-    """The account of one shard."""
+def warn_of_pass(report: TarReport, edits: Edits, work: ShardContext) -> None:
+    """Warn of what a pass over a source shard found besides samples, and of edits that are not whole."""
+    for line in report.warnings():
+        work.warn(line)
+    if edits.incomplete:
+        work.warn(f"{edits.incomplete:,} edits lack their jpg, txt or json: they are none")
+
+
+class _Tally(ShardContext):
+    """Counts of a dry run: nothing is claimed, written or recorded."""
 
     def __init__(self, shard: Shard, tally: Counter[str]) -> None:
         self.shard = shard
@@ -385,7 +388,7 @@ class _Count:
         logger.warning(f"{self.shard.id}: {text}")
 
 
-def survey(material: ReshardInputs, shards: Sequence[Shard], size: int | None, *, cursory: bool) -> str:
+def dry_run(material: ReshardInputs, shards: Sequence[Shard], size: int | None, *, cursory: bool) -> str:
     """One line for all of the shards.
 
     size: of the shards that they are regrouped into.  cursory: every sample goes on, so that the files' sizes do.
@@ -401,7 +404,7 @@ def survey(material: ReshardInputs, shards: Sequence[Shard], size: int | None, *
         if records is None:
             tally["blocked shards"] += 1
             continue
-        account = _Count(shard, tally)
+        account = _Tally(shard, tally)
         with material.open(shard, records) as (_, selection):
             for window in TarScan(shard.path).windows():
                 selection.look(window)

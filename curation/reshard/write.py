@@ -2,88 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from curation.cluster import Allocation
 from curation.edits import Edits
 from curation.errors import SampleError
-from curation.reshard.select import Account, Choice
+from curation.reshard.select import Choice
+from curation.run import ShardContext
 from curation.storage.buckets import Folder
-from curation.storage.files import AtomicFile, AtomicWriter
-from curation.storage.urls import Source
+from curation.storage.files import AtomicFile
 from curation.tar.prove import verify_splice
 from curation.tar.random_access import SUFFIX, Entry, dump_index
 from curation.tar.scan import SampleSpan, Window
-from curation.tar.splice import UNCHANGED, Action, Copies, Decision, Edit, Windows, splice
+from curation.tar.splice import UNCHANGED, Action, Copies, DecidedWindow, Decision, Edit, splice
 
-if TYPE_CHECKING:  # it brings image libraries, for a flag that few runs have
+if TYPE_CHECKING:  # they bring image libraries, for a flag that few runs have
+    from curation.faces import FaceDetector
     from curation.reshard.blur import Blur
 
 
-class Work(Account, Protocol):
-    """What is given for one shard: see ``ShardContext``."""
-
-    def output(self, path: Source, /) -> AbstractContextManager[AtomicWriter]: ...
-    def phase(self, name: str, /) -> AbstractContextManager[None]: ...
-    def check_stop(self, *, urgent_only: bool = False) -> None: ...
-
-
 class ShardWriter:
-    """One output shard: what becomes of its samples, and the files.  tars: where it goes; folder: its index."""
+    """Writes output shards, each with an index where one is wanted.
 
-    def __init__(self, folder: Path, tars: Folder, blur: Blur | None, *, index: bool, verify: bool) -> None:
-        self._folder, self._tars, self._blur, self._index, self._verify = folder, tars, blur, index, verify
-        self.chosen: list[tuple[SampleSpan, Choice]] = []  # since they were last counted
-        self._window: Window
+    Args:
+        folder: Where the indexes go.
+        tars: Where the shards go, which may be a bucket.
+        detector: Finds the faces that are to be blurred, given the allocation; it returns None where those count that
+            the metadata records.  None: nothing is blurred.
+        index: Whether to write ``<shard>.idx``.
+        verify: Whether to read each shard back before it is published.
+    """
 
-    def look(self, window: Window) -> None:
-        self._window = window
-        self.chosen.clear()
+    def __init__(
+        self,
+        folder: Path,
+        tars: Folder,
+        detector: Callable[[Allocation], FaceDetector | None] | None,
+        *,
+        index: bool,
+        verify: bool,
+    ) -> None:
+        self._folder, self._tars, self._index, self._verify = folder, tars, index, verify
+        self._find_detector = detector
+        self._detector: FaceDetector | None = None
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether samples that are not edited stay as they are."""
-        return self._blur is None
+    def open(self, allocation: Allocation) -> None:
+        """Load what blurring needs, once per process.  Raises InfrastructureError where it is not there."""
+        if self._find_detector is not None:
+            self._detector = self._find_detector(allocation)
 
-    def make(self, span: SampleSpan, choice: Choice, edits: Edits, keys: Sequence[str] = ()) -> Decision:
-        """keys: those that the sample goes out under, where they are not its own."""
-        edit: Edit | None = None
-        if choice.copies and choice.edited:
-            edit = edits.read(span.key)
-        elif choice.copies and self._blur is not None:
-            try:
-                edit = self._blur.edit(self._window, span)
-            except SampleError as error:  # it may show a face: it does not go on as it is
-                choice = Choice(0, failed=(error.reason, error.detail))
-        self.chosen.append((span, choice))
-        if not choice.copies:
-            return Action.DROP
-        return Copies(keys, edit or UNCHANGED) if keys else edit or Action.KEEP
+    def blur(self) -> Blur | None:
+        """What blurs the faces of one shard, and counts; None where nothing is blurred."""
+        if self._find_detector is None:
+            return None
+        from curation.reshard.blur import Blur
+
+        return Blur(self._detector)
 
     def write(
         self,
-        work: Work,
-        begin: Callable[[], Windows],
-        decide: Callable[[SampleSpan], Decision],
-        count: Callable[[], None],
+        work: ShardContext,
+        windows: Iterable[DecidedWindow],
+        again: Callable[[], Iterable[DecidedWindow]],
+        blur: Blur | None,
     ) -> None:
-        """begin: starts a pass over the samples; decide: about each; count: those that were just decided."""
+        """Write one output shard.
+
+        Args:
+            work: The attempt at the shard.
+            windows: Its samples, and what becomes of them.
+            again: The same from the start, for reading it back.
+            blur: What has blurred samples of ``windows``.
+
+        Raises:
+            ShardError: The sources cannot be read, or what was written is not what was decided.
+        """
         entries: list[Entry] | None = [] if self._index else None
         with work.phase("write"), work.output(self._tars / f"{work.shard.id}.tar") as file:
-            for _ in splice(begin(), file, decide, entries):
-                count()
-                work.check_stop(urgent_only=True)
+            splice(windows, file, entries)
         if entries is not None:
             with work.output(self._folder / f"{work.shard.id}{SUFFIX}") as index:
                 index.write(dump_index(entries))
             work.note("samples_out", len(entries))
-        if self._blur is not None:
-            work.note("blurred", self._blur.blurred)
-            if self._blur.unknown:
-                work.warn(f"{self._blur.unknown:,} samples do not say whether they show a face: not blurred")
+        if blur is not None:
+            work.note("blurred", blur.blurred)
+            if blur.unknown:
+                work.warn(f"{blur.unknown:,} samples do not say whether they show a face: not blurred")
         if self._verify and isinstance(file, AtomicFile):
             with work.phase("verify"):
-                verify_splice(begin(), file.temporary, decide)
+                verify_splice(again(), file.temporary, f"{work.shard.id}.tar")
             work.note("verified", True)
+
+
+def decide(
+    window: Window, span: SampleSpan, choice: Choice, edits: Edits, blur: Blur | None, keys: Sequence[str] = ()
+) -> tuple[Choice, Decision]:
+    """What becomes of a sample about which it was chosen whether and how often it goes on.
+
+    Args:
+        window: Where the sample lies.
+        span: The sample.
+        choice: What was chosen.
+        edits: The edits of the sample's shard.
+        blur: Blurs a sample that is not edited; None where nothing is blurred.
+        keys: The keys under which the sample goes on, where they are not its own.
+
+    Returns:
+        The choice, which is another one where the sample cannot be blurred, and the decision for the writer.
+    """
+    edit: Edit | None = None
+    if choice.copies and choice.edited:
+        edit = edits.read(span.key)
+    elif choice.copies and blur is not None:
+        try:
+            edit = blur.edit(window, span)
+        except SampleError as error:  # it may show a face: it does not go on as it is
+            choice = Choice(0, failed=(error.reason, error.detail))
+    if not choice.copies:
+        return choice, Action.DROP
+    return choice, Copies(keys, edit or UNCHANGED) if keys else edit or Action.KEEP

@@ -54,9 +54,6 @@ def build_receipt(
 
     Args:
         work: What the stage has counted, noted and written.
-        stage: The stage.
-        allocation: Of this process.
-        token: Of the attempt.
         options_version: The number of the options version that the attempt works for.
         outputs: The files that it publishes.
         began: Unix time.
@@ -106,10 +103,15 @@ def build_receipt(
         receipt["superseded"] = superseded
     if error:
         receipt["error"] = error
-        failed_before = previous.get("status") in ("failed", "retry") and previous.get("epoch") == options_version
-        attempts = int(previous.get("attempts", 0)) + 1 if failed_before else 1
-        receipt["attempts"] = max(attempts, MAX_ATTEMPTS) if quarantine else attempts
+        receipt["attempts"] = _attempts_so_far(previous, options_version, quarantine)
     return receipt
+
+
+def _attempts_so_far(previous: dict[str, Any], options_version: int, quarantine: bool) -> int:
+    """How often the shard has failed in a row under one options version, this time included."""
+    failed_before = previous.get("status") in ("failed", "retry") and previous.get("epoch") == options_version
+    attempts = int(previous.get("attempts", 0)) + 1 if failed_before else 1
+    return max(attempts, MAX_ATTEMPTS) if quarantine else attempts
 
 
 def _superseded(work: ShardContext, paths: set[str]) -> list[str]:

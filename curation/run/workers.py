@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 
 from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, parse_deadline
@@ -33,6 +34,13 @@ def is_worker() -> bool:
     return True
 
 
+def _script_of(stage: object, options: RunOptions) -> str:
+    """The script that a worker runs: the file of the stage, or of its options where the package has the stage."""
+    files = [inspect.getsourcefile(type(one)) for one in (stage, options)]
+    package = str(Path(__file__).resolve().parent.parent)
+    return next((file for file in files if file and not os.path.realpath(file).startswith(package)), sys.argv[0])
+
+
 def run_workers(stage: object, options: RunOptions, shared: str) -> int:
     """Run the stage's script in ``options.workers`` processes that share the shards by claims; returns the exit code.
 
@@ -43,8 +51,7 @@ def run_workers(stage: object, options: RunOptions, shared: str) -> int:
     if end is not None or options.deadline is not None:  # counted from now, also for a worker that is started again
         text = "none" if end is None else datetime.fromtimestamp(end).isoformat()
         options = dataclasses.replace(options, deadline=text)
-    script = inspect.getsourcefile(type(stage)) or sys.argv[0]
-    command = [sys.executable, script, *to_argv(options)]
+    command = [sys.executable, _script_of(stage, options), *to_argv(options)]
     threads = str(Allocation.detect(options.workers).threads)
     slots: list[_Worker] = []
     stopping: list[int] = []

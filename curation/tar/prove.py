@@ -10,7 +10,7 @@ import bisect
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -20,11 +20,9 @@ import xxhash
 from curation.errors import ShardError
 from curation.tar.headers import RECORD, Member, make_header, padding
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
-from curation.tar.splice import Action, Copies, Decide, Decision, Edit, Windows
+from curation.tar.splice import Action, Copies, DecidedWindow, Decision, Edit
 
 READ_BYTES: Final = 1 << 20
-
-OnSample = Callable[[Window, SampleSpan, Decision], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +59,12 @@ class Proof:
     size: int = 0
 
 
-def prove_splice(
-    tar: Windows, result: Path, decide: Decide, on_sample: OnSample | None = None, *, digests: bool = True
-) -> Proof:
+def prove_splice(windows: Iterable[DecidedWindow], result: Path, *, digests: bool = True) -> Proof:
     """Compare a tar with what the source's samples and the decisions about them make.
 
     Args:
-        tar: The source's samples.
+        windows: The source's samples, and what should have become of each.
         result: The tar that should have been made from them.
-        decide: What should have become of each sample.
-        on_sample: Called with each sample that has a key and the decision about it, in order.
         digests: Whether to compute the result's digests on the way.
 
     Raises:
@@ -79,14 +73,9 @@ def prove_splice(
     proof = Proof()
     with _Stream(result, digests=digests) as stream:
         expected = _Comparison(stream, proof)
-        for window in tar.windows():
+        for window, decisions in windows:
             expected.window = window
-            for span in window.spans:
-                decision: Decision = Action.KEEP
-                if span.key:
-                    decision = decide(span)
-                    if on_sample is not None:
-                        on_sample(window, span, decision)
+            for span, decision in decisions:
                 if decision is Action.KEEP and not span.damages:
                     expected.add(span.start, span.end)
                 else:
@@ -99,15 +88,24 @@ def prove_splice(
     return proof
 
 
-def verify_splice(tar: Windows, result: Path, decide: Decide) -> None:
-    """Raise ShardError unless ``result`` is what ``splice`` should have made; it is read from where it is stored."""
+def verify_splice(windows: Iterable[DecidedWindow], result: Path, source: str) -> None:
+    """Read a tar from where it is stored and check that it is what ``splice`` should have made.
+
+    Args:
+        windows: The source's samples, and what should have become of each.
+        result: The tar.
+        source: What the source is called in a message.
+
+    Raises:
+        ShardError: It is not, or a file cannot be read.
+    """
     with open(result, "rb") as file, contextlib.suppress(OSError):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    proof = prove_splice(tar, result, decide, digests=False)
+    proof = prove_splice(windows, result, digests=False)
     if not proof.equal:
         where = f"in sample {proof.key}" if proof.key else "outside of any sample"
         what = f"it differs at byte {proof.differs_at:,}, {where}"
-        raise ShardError(f"{result}: not what {Path(tar.path).name} and its edits make: {what}")
+        raise ShardError(f"{result}: not what {source} and its edits make: {what}")
 
 
 def expected_members(span: SampleSpan, decision: Decision) -> list[ExpectedMember]:

@@ -60,7 +60,8 @@ Decision = Edit | Copies | Action
 Decide = Callable[[SampleSpan], Decision]
 
 
-"""What becomes of a sample: the same answer each time it is asked."""
+DecidedWindow = tuple[Window, Sequence[tuple[SampleSpan, Decision]]]
+"""A window, and the decision about each of its spans.  Spans without a key are always kept."""
 
 
 class Windows(Protocol):
@@ -77,51 +78,40 @@ class Target(Protocol):
     def write_pieces(self, pieces: Sequence[bytes | memoryview], /) -> object: ...
 
 
-class ObservedPass:
-    """A pass whose windows are shown to those who want to look into the samples that they are asked about."""
-
-    def __init__(self, tar: Windows, *viewers: Callable[[Window], object]) -> None:
-        self.path = tar.path
-        self._tar, self._viewers = tar, viewers
-
-    def windows(self) -> Iterator[Window]:
-        for window in self._tar.windows():
-            for view in self._viewers:
-                view(window)
-            yield window
+def decided(tar: Windows, decide: Decide) -> Iterator[DecidedWindow]:
+    """The windows of a scan with the decision about each sample."""
+    for window in tar.windows():
+        yield window, [(span, decide(span) if span.key else Action.KEEP) for span in window.spans]
 
 
-def splice(
-    tar: Windows, file: Target, decide: Decide, index: list[tuple[str, int, int]] | None = None
-) -> Iterator[list[tuple[SampleSpan, Decision]]]:
-    """Copy a shard to ``file``; yields what was decided, a few megabytes of samples at a time.
+def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str, int, int]] | None = None) -> None:
+    """Write a tar of the samples of ``windows``, as it was decided about them.
 
     In an edited sample the jpg takes the place of the first image of any type, under the name ``<key>.jpg``, and
     further images go; what the source lacks comes behind its last member.  New members take the times of those they
-    replace.  Spans without a key are not asked about.
-    index: gains (key, offset, length in bytes) of each sample in the result.
+    replace.
+
+    Args:
+        windows: The samples.  Each window is written before the next is taken.
+        file: Where the tar goes.
+        index: Gains the key, offset and length in bytes of each sample in the result.
     """
     out = _Out(file)
-    for window in tar.windows():
-        decided: list[tuple[SampleSpan, Decision]] = []
+    for window, decisions in windows:
         out.window = window
-        for span in window.spans:
-            fate: Decision = Action.KEEP
-            if span.key:
-                fate = decide(span)
-                decided.append((span, fate))
+        for span, decision in decisions:
             begin = 0 if index is None else out.position
-            if isinstance(fate, Edit):
-                out.add_edited(span, fate)
-            elif isinstance(fate, Copies):
+            if isinstance(decision, Edit):
+                out.add_edited(span, decision)
+            elif isinstance(decision, Copies):
                 out.copy_members(span.foreign)
-                for key in fate.keys:
+                for key in decision.keys:
                     begin = out.position
-                    out.add_edited(span, fate.edit, key)
+                    out.add_edited(span, decision.edit, key)
                     if index is not None:
                         index.append((key, begin, out.position - begin))
                 continue
-            elif fate is Action.DROP:
+            elif decision is Action.DROP:
                 out.copy_members(span.foreign)
                 continue
             elif span.damages:
@@ -131,7 +121,6 @@ def splice(
             if index is not None and span.key:
                 index.append((span.key, begin, out.position - begin))
         out.flush()
-        yield decided
     out.end()
 
 

@@ -29,7 +29,7 @@ FIGURES = {
     "bench_verify": {"sha256sum": NUMBER, "verify, 1 process": NUMBER, "verify, 2 processes": NUMBER},
     "metadata": {"bare model, preloaded tensors": NUMBER, "stage 06, exact": NUMBER, "plain loop, one process": NUMBER},
     "recaption": {"bare model, tensors prepared before": NUMBER, "stage 05": NUMBER, "plain loop": NUMBER},
-    "recaption --gpu --device cpu": {"64² published loop": "", "64² stage 05, tar to JSONL": ""},
+    "recaption --gpu --device cpu": {"64² published loop": "", "stage 05, tar to JSONL": ""},
 }
 
 

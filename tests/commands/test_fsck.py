@@ -425,10 +425,10 @@ def test_hostile_tars_neither_crash_nor_pass(name: str, tmp_path: Path, capsys: 
     (tmp_path / "tars").mkdir()
     path = tmp_path / "tars" / "0.tar"
     path.write_bytes(A + HOSTILE[name] + C + END)
-    began = time.perf_counter()
+    began = time.process_time()
     found = kinds_of(path.parent, capsys, "--repair", str(tmp_path / "new"))
     assert found
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
     assert not any("\x1b" in key for keys in found.values() for key in keys)
     repaired = tmp_path / "new" / "0.tar"
     raw = raw_samples(repaired)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from curation.__main__ import main
 from curation.run.claims import Claims
+from tests.processes import ended_at_last, wait_until
 from tests.run import toy_stage
 from tests.run.toy_runs import Place
 
@@ -123,12 +122,8 @@ def test_a_shard_in_work_is_left(place: Place, capsys: pytest.CaptureFixture[str
 
 
 def test_a_claim_of_a_process_that_is_gone_is_no_obstacle(place: Place) -> None:
-    slow = place.start("--retry_failed", "--sample_s", "5")
-    deadline = time.monotonic() + 30
-    while not list((place.out / "_claims").rglob("*.claim")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    slow.send_signal(signal.SIGKILL)
-    slow.communicate()
+    with ended_at_last(place.start("--retry_failed", "--sample_s", "3600")) as slow:  # SIGKILL
+        wait_until(lambda: list((place.out / "_claims").rglob("*.claim")), "a claim", while_runs=slow)
     assert retry(place) == 0
     assert statuses(place) == "drrr"
 

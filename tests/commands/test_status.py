@@ -22,6 +22,7 @@ from curation.commands.status import live_claims
 from curation.commands.status.scan import speed
 from curation.shards import bucket_of
 from tests import ROOT
+from tests.processes import ended_at_last, started, wait_until
 from tests.run import toy_stage
 from tests.run.toy_runs import Place
 
@@ -128,14 +129,10 @@ def test_shards_of_an_older_epoch_are_stale(place: Place, status: Status) -> Non
     place.shards(3)
     assert place.run() == 0
     place.shard("00000000", *["keep"] * 400)
-    process = place.start("--rerun", "--mark", "y", "--sample_s", "0.05")
-    try:
-        wait_for(lambda: len(place.lines("begin")) > 3)
+    with ended_at_last(place.start("--rerun", "--mark", "y", "--hold", "00000000")) as process:
+        place.wait_for("begin", process, count=4)
         found = status()["toy"]
         assert found["stale"] == {"epoch": 3}
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_downstream_of_a_retry_is_stale(place: Place, status: Status) -> None:
@@ -147,31 +144,20 @@ def test_downstream_of_a_retry_is_stale(place: Place, status: Status) -> None:
     assert status()["b"]["stale"] == {"inputs": 1}
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_who_is_at_work_and_how_far(place: Place, status: Status) -> None:
-    place.shards(2, *["keep"] * 200)
+    place.shards(2, *["keep"] * 1000)
     ids = {"SLURM_JOB_ID": "41", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"}
-    process = place.start("--sample_s", "0.02", environment=ids)
-    try:
-        wait_for(lambda: len(place.lines("sample")) > 30)  # the heart beats every quarter of a second
+    with ended_at_last(place.start("--sample_s", "0.05", environment=ids)) as process:
+        place.wait_for("sample", process, count=20)  # the heart beats every quarter of a second
         plan(place, "toy", "00000000", "00000001")
         toy = status()["toy"]
         (claim,) = toy["running"]
         assert claim["shard"] == "00000000"
         assert (claim["pid"], claim["job"], claim["life"]) == (process.pid, "40_7", "alive")
-        assert 1 <= claim["samples"] <= 200
+        assert 1 <= claim["samples"] <= 1000
         assert abs(claim["since"] - time.time()) < 60
         assert claim["trouble"] == ""
         assert (toy["done"], toy["pending"]) == (0, 1)
-    finally:
-        process.kill()
-        process.communicate()
     (claim,) = status()["toy"]["running"]
     assert claim["life"] == "gone", "its process ran on this machine"
 
@@ -200,17 +186,13 @@ def test_a_heartbeat_elsewhere_is_looked_at_twice(ran: Place, status: Status) ->
     (claim,) = status("--look_s", "0.1")["toy"]["running"]
     assert claim["life"] == "unknown"
     script = (
-        "import sys, time\nfor n in range(2, 400):\n"
+        "import sys, time\nfor n in range(2, 10**6):\n"
         "    open(sys.argv[1], 'r+b').write(b'%020d {\"working\": {\"00000001\": 12}}\\n' % n)\n    time.sleep(0.05)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(beat)])
-    try:
-        wait_for(lambda: beat.read_bytes()[:20] != b"%020d" % 1)
-        (claim,) = status("--look_s", "0.5")["toy"]["running"]
+    with started([sys.executable, "-c", script, beat]) as process:
+        wait_until(lambda: beat.read_bytes()[:20] != b"%020d" % 1, "a beat", while_runs=process)
+        (claim,) = status("--look_s", "3")["toy"]["running"]
         assert (claim["life"], claim["samples"], claim["host"]) == ("alive", 12, "far")
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_one_that_stands_still_for_a_lease_is_dead(ran: Place, status: Status) -> None:
@@ -289,7 +271,7 @@ def command(place: Place, *more: str) -> list[str]:
 def test_plain_lines_in_a_log(ran: Place) -> None:
     ran.shard("00000002", "bug")
     assert ran.run() == 1
-    result = subprocess.run(command(ran), capture_output=True, text=True, check=True, cwd=ROOT, timeout=60)
+    result = subprocess.run(command(ran), capture_output=True, text=True, check=True, cwd=ROOT, timeout=120)
     assert "toy  done 1  running 0" in result.stdout
     assert "failed: 1 KeyError" in result.stdout
     assert "\x1b" not in result.stdout
@@ -307,32 +289,31 @@ def test_tables_on_a_terminal(ran: Place) -> None:
     except OSError:
         pass  # the other end is closed
     os.close(mine)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert "quarantined" in told.decode()
     assert "━" in told.decode()
 
 
 def test_watch_draws_again_until_it_is_interrupted(ran: Place) -> None:
-    with subprocess.Popen(command(ran, "--watch", "0.2", "--json"), stdout=subprocess.PIPE, cwd=ROOT) as process:
+    with started(command(ran, "--watch", "0.2", "--json"), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         first = json.loads(process.stdout.readline())
         ran.shard("00000002", "keep")
         assert ran.run() == 0
-        end = time.monotonic() + 30
         while json.loads(process.stdout.readline())["stages"][0]["done"] != 2:
-            assert time.monotonic() < end
+            pass
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
     assert first["stages"][0]["done"] == 1
 
 
 @pytest.mark.parametrize("arguments", [["--watch", "--json"], ["--watch"]])
 def test_watch_needs_no_number(arguments: list[str], ran: Place) -> None:
-    with subprocess.Popen(command(ran, *arguments), stdout=subprocess.PIPE, cwd=ROOT) as process:
+    with started(command(ran, *arguments), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert b"toy" in process.stdout.readline()
+        assert "toy" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
 
 
 # ---- SLURM's word, by a program of sacct's name that answers as sacct does
@@ -374,11 +355,9 @@ def test_a_sacct_that_answers_nonsense_breaks_nothing(
 
 
 def test_a_sacct_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sacct(tmp_path, "exec sleep 60", monkeypatch)
+    sacct(tmp_path, "exec sleep 3600", monkeypatch)
     monkeypatch.setattr(live_claims, "TIMEOUT_S", 0.5)
-    began = time.monotonic()
     assert live_claims.slurm_states(str(number) for number in range(3000)) == {}
-    assert time.monotonic() - began < 5
 
 
 def test_ids_reach_sacct_only_as_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

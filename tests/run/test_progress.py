@@ -42,7 +42,7 @@ def on_a_terminal(place: Place, *more: str) -> str:
     except OSError:
         pass  # the other end is closed
     os.close(mine)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     return told.decode()
 
 
@@ -77,7 +77,7 @@ def test_a_bar_with_the_lines_of_finished_shards_above_it(place: Place) -> None:
 
 def test_plain_timed_lines_in_a_log(place: Place) -> None:
     process = place.start()
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "\x1b" not in told
     assert "━" not in told

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.processes import started
 
 STUB = Path(__file__).with_name("ollama_stub.py")
 PHOTO_SERVER = Path(__file__).with_name("photo_server.py")
@@ -21,13 +22,8 @@ def ollama_stub(**settings: object) -> Iterator[int]:
     settings: the flags of ``ollama_stub.py`` (``slots=4, latency_s=0.05, …``).
     """
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    process = subprocess.Popen([sys.executable, str(STUB), *flags], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
-    finally:
-        process.kill()
-        process.wait()
+    with started([sys.executable, STUB, *flags], stdout=subprocess.PIPE) as process:
+        yield int(str(process.stdout and process.stdout.readline()))
 
 
 def deterministic_llm_server(delay_s: float = 0.0) -> contextlib.AbstractContextManager[int]:
@@ -43,29 +39,15 @@ def vision_server(folder: Path, name: str = "tiny-vision") -> Iterator[int]:
 
     encoder = folder / "encoder.gguf"
     save_vision_encoder(encoder, GEMMA_WIDTH)
-    process = subprocess.Popen(
-        [sys.executable, str(VISION_SERVER), str(model_file()), str(encoder), name],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
-    )
-    try:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, VISION_SERVER, model_file(), encoder, name]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with started(command, more={"OMP_WAIT_POLICY": "passive"}, **pipes) as process:
+        yield int(str(process.stdout and process.stdout.readline()))
 
 
 @contextlib.contextmanager
 def photo_server(folder: Path, latency_s: float = 0.0) -> Iterator[int]:
     """A web server of the photos in the shards of ``folder``, and of every kind of bad answer; gives its port."""
-    command = [sys.executable, str(PHOTO_SERVER), str(folder), "--latency_s", str(latency_s)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, PHOTO_SERVER, folder, "--latency_s", latency_s]
+    with started(command, stdout=subprocess.PIPE) as process:
+        yield int(str(process.stdout and process.stdout.readline()))

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +21,8 @@ from curation.serving.pool import EndpointPool
 from curation.serving.registry import OwnRegistration, Registration, Registry, RegistryWatcher, parse_registration
 from curation.serving.wire import Request
 from curation.storage.retry import RetryPolicy
-from tests import ROOT
+from tests import processes
+from tests.processes import started, wait_until
 from tests.servers import ollama_stub
 from tests.serving.test_pool import MODEL, REPLIES, TEXTS, free_port, short_pauses  # noqa: F401 - a fixture for all
 
@@ -53,13 +54,6 @@ def pool_on(folder: Path, **settings: float) -> Iterator[EndpointPool]:
     watch = RegistryWatcher(pool, Registry(folder)).start()
     yield pool
     watch.close()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -178,12 +172,12 @@ def test_servers_come_and_go_in_mid_run(tmp_path: Path) -> None:
     ):
         mine = registrar(tmp_path, first)
         replies = [threads.submit(pool.ask, Request(user=text)) for text in TEXTS]
-        wait_for(lambda: sum(reply.done() for reply in replies) > 40)
+        wait_until(lambda: sum(reply.done() for reply in replies) > 40)
         registrar(tmp_path, second)
-        wait_for(lambda: len(pool.members()) == 2)
+        wait_until(lambda: len(pool.members()) == 2)
         mine.remove()
-        wait_for(lambda: list(pool.members()) == [f"http://127.0.0.1:{second}"])
-        assert [reply.result(timeout=20).text for reply in replies] == REPLIES
+        wait_until(lambda: list(pool.members()) == [f"http://127.0.0.1:{second}"])
+        assert [reply.result(timeout=120).text for reply in replies] == REPLIES
         facts = pool.facts()
     assert sum(int(str(fact["answered"])) for fact in facts.values()) == len(TEXTS), "not one was asked twice"
     assert all(set(fact) <= {"answered", "limit", "latency_s"} for fact in facts.values()), "nor did one fail"
@@ -191,15 +185,20 @@ def test_servers_come_and_go_in_mid_run(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick_scans")
 def test_a_server_that_leaves_finishes_what_it_was_asked(tmp_path: Path) -> None:
-    with ollama_stub(latency_s=1.0) as port, pool_on(tmp_path) as pool, ThreadPoolExecutor(1) as threads:
+    log = tmp_path.with_name("asked")
+    with (
+        ollama_stub(latency_s=3.0, log=log) as port,
+        pool_on(tmp_path) as pool,
+        ThreadPoolExecutor(1) as threads,
+    ):
         mine = registrar(tmp_path, port)
-        wait_for(pool.members)
+        wait_until(pool.members)
         reply = threads.submit(pool.ask, Request(user=TEXTS[0]))
-        time.sleep(0.3)
+        wait_until(lambda: log.exists() and log.stat().st_size, "the request")
         mine.remove()
-        wait_for(lambda: not pool.members())
+        wait_until(lambda: not pool.members())
         assert not reply.done()
-        assert reply.result(timeout=5).text == REPLIES[0]
+        assert reply.result(timeout=120).text == REPLIES[0]
 
 
 @pytest.mark.usefixtures("quick_scans")
@@ -211,15 +210,15 @@ def test_a_dead_jobs_file_is_left_where_its_server_is_silent_too(
     with ollama_stub() as port, pool_on(tmp_path) as pool:
         registrar(tmp_path, port)
         registrar(tmp_path, free_port())  # what a killed job left: it never answers
-        wait_for(pool.members)
+        wait_until(pool.members)
         time.sleep(1.0)
         assert pool.ask(Request(user=TEXTS[0])).text == REPLIES[0]
         with ollama_stub(die_after=1) as dying:
             registrar(tmp_path, dying)
-            wait_for(lambda: len(pool.members()) == 2)
+            wait_until(lambda: len(pool.members()) == 2)
             with ThreadPoolExecutor(4) as threads:
                 assert [r.text for r in threads.map(pool.ask, [Request(user=t) for t in TEXTS])] == REPLIES
-            wait_for(lambda: list(pool.members()) == [f"http://127.0.0.1:{port}"])
+            wait_until(lambda: list(pool.members()) == [f"http://127.0.0.1:{port}"])
 
 
 @pytest.mark.usefixtures("quick_scans")
@@ -249,17 +248,17 @@ def test_when_all_have_gone_the_run_waits_and_then_ends(tmp_path: Path) -> None:
         assert pool.ask(Request(user=TEXTS[0])).text == REPLIES[0]
         time.sleep(1.2)  # idle for longer than its patience, which is nobody's fault
         mine.remove()
-        wait_for(lambda: not pool.members())
+        wait_until(lambda: not pool.members())
         waiting = threads.submit(pool.ask, Request(user=TEXTS[1]))
         time.sleep(0.4)
         again = registrar(tmp_path, port)
-        assert waiting.result(timeout=5).text == REPLIES[1]
+        assert waiting.result(timeout=120).text == REPLIES[1]
         again.remove()
-        wait_for(lambda: not pool.members())
+        wait_until(lambda: not pool.members())
         began = time.monotonic()
         with pytest.raises(InfrastructureError, match=r"no endpoint has answered for 1 s.*nothing is registered"):
             pool.ask(Request(user=TEXTS[2]))
-        assert 0.5 < time.monotonic() - began < 5
+        assert time.monotonic() - began > 0.5
 
 
 @pytest.mark.usefixtures("quick_scans")
@@ -280,12 +279,8 @@ def test_a_folder_that_cannot_be_read_for_a_while(tmp_path: Path) -> None:
 def registering(folder: Path, port: int, *more: str) -> Iterator[subprocess.Popen[str]]:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "curation", "register", f"--dir={folder}", f"--url={url}"]
-    process = subprocess.Popen([*command, f"--model={MODEL}", *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
+    with started([*command, f"--model={MODEL}", *more], stderr=subprocess.PIPE) as process:
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_server_is_registered_once_it_has_loaded_and_until_the_end(tmp_path: Path) -> None:
@@ -294,17 +289,17 @@ def test_a_server_is_registered_once_it_has_loaded_and_until_the_end(tmp_path: P
         time.sleep(0.5)
         with ollama_stub(port=port, load_s=1.5):
             began = time.monotonic()
-            wait_for(lambda: list(folder.glob("*.json")))
+            wait_until(lambda: list(folder.glob("*.json")))
             assert time.monotonic() - began > 1.0
             (path,) = folder.iterdir()
             first = json.loads(path.read_bytes())
             assert (first["url"], first["model"], first["api"]) == (f"http://127.0.0.1:{port}", MODEL, "ollama")
             assert (first["pid"], first["host"]) == (77, os.uname().nodename)
             path.unlink()  # by mistake
-            wait_for(path.exists)
+            wait_until(path.exists)
             assert json.loads(path.read_bytes())["beat"] > first["beat"]
             process.terminate()
-            assert process.wait(timeout=10) == 0
+            assert process.wait(timeout=120) == 0
     assert not list(folder.iterdir())
 
 
@@ -313,7 +308,7 @@ def test_waiting_for_a_server_to_load_ends_at_a_signal(number: signal.Signals, t
     with ollama_stub(load_s=60.0) as port, registering(tmp_path, port) as process:
         time.sleep(1.0)
         process.send_signal(number)
-        assert process.wait(timeout=5) == 0
+        assert process.wait(timeout=120) == 0
     assert not list(tmp_path.iterdir())
 
 
@@ -333,7 +328,7 @@ def test_what_a_server_lacks(
     with ExitStack() as stack:
         port = free_port() if settings is None else stack.enter_context(ollama_stub(**settings))
         process = stack.enter_context(registering(tmp_path, port, *flags))
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == code
     assert errors.startswith("error: ") and errors.count("\n") == 1
     assert says in errors
@@ -346,7 +341,7 @@ def test_what_a_server_lacks(
 def start_stage(tmp_path: Path, output: str, *flags: str) -> subprocess.Popen[str]:
     folders = [f"--input={tmp_path}/captions", f"--output={tmp_path / output}"]
     command = [sys.executable, "02_captions_processor.py", *folders, *flags]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return processes.start(command, stderr=subprocess.PIPE)
 
 
 def published(folder: Path) -> dict[str, bytes]:
@@ -361,23 +356,23 @@ def test_stage_02_goes_on_while_servers_are_killed_and_others_come(tmp_path: Pat
         captions = {f"{n:03d}.json": f"A woman walks her dog along the beach, number {n}" for n in range(200)}
         (tmp_path / "captions" / f"{shard:08d}.json").write_text(json.dumps(captions))
     with ollama_stub() as port:
-        assert start_stage(tmp_path, "undisturbed", f"--ports={port}", "--host=127.0.0.1").wait(timeout=60) == 0
+        assert start_stage(tmp_path, "undisturbed", f"--ports={port}", "--host=127.0.0.1").wait(timeout=120) == 0
     folder = tmp_path / "endpoints"
     with ExitStack() as stack:
         deaths, logs = [ExitStack(), ExitStack()], [tmp_path / "first", tmp_path / "second", tmp_path / "third"]
         for death, log in zip(deaths, logs, strict=False):
             port = stack.enter_context(death).enter_context(ollama_stub(latency_s=0.1, log=log))
             stack.enter_context(registering(folder, port))
-        wait_for(lambda: len(list(folder.glob("*.json"))) == 2)
+        wait_until(lambda: len(list(folder.glob("*.json"))) == 2)
         stage = start_stage(tmp_path, "prompts", f"--endpoints_dir={folder}")
-        wait_for(lambda: all(log.exists() and log.stat().st_size for log in logs[:2]))
+        wait_until(lambda: all(log.exists() and log.stat().st_size for log in logs[:2]))
         time.sleep(0.5)
         deaths[0].close()  # SIGKILL
         time.sleep(0.5)
         port = stack.enter_context(ollama_stub(latency_s=0.02, log=logs[2]))
         stack.enter_context(registering(folder, port))
         deaths[1].close()
-        _, errors = stage.communicate(timeout=60)
+        _, errors = stage.communicate(timeout=120)
         assert stage.returncode == 0, errors
     assert logs[2].stat().st_size, "the one that came was asked"
     assert published(tmp_path / "prompts") == published(tmp_path / "undisturbed")
@@ -390,18 +385,18 @@ def test_a_stage_that_starts_first_waits_for_the_first_server(tmp_path: Path) ->
     (tmp_path / "captions" / "0.json").write_text(json.dumps({"a.json": "A woman walks her dog along the beach"}))
     flags = [f"--endpoints_dir={tmp_path}/endpoints", "--groups=none"]
     stage = start_stage(tmp_path, "prompts", *flags, "--endpoint_wait=1")
-    _, errors = stage.communicate(timeout=30)
+    _, errors = stage.communicate(timeout=120)
     assert stage.returncode == 2
     assert errors.splitlines()[-1].startswith("error: no model server came within 1 s")
     stage = start_stage(tmp_path, "prompts", *flags)
     time.sleep(2.0)
     assert stage.poll() is None
     stage.send_signal(signal.SIGUSR1)
-    assert stage.wait(timeout=20) == 75
+    assert stage.wait(timeout=120) == 75
     stage = start_stage(tmp_path, "prompts", *flags)
     time.sleep(1.0)
     with ollama_stub() as port, registering(tmp_path / "endpoints", port):
-        assert stage.wait(timeout=30) == 0
+        assert stage.wait(timeout=120) == 0
     assert json.loads((tmp_path / "prompts" / "0.json").read_bytes()) == {
         "a.json": "A photo, A woman walks her dog along the beach"
     }
@@ -411,6 +406,6 @@ def test_a_stage_that_starts_first_waits_for_the_first_server(tmp_path: Path) ->
 def test_a_folder_and_other_servers_exclude_each_other(other: str, tmp_path: Path) -> None:
     (tmp_path / "captions").mkdir()
     stage = start_stage(tmp_path, "prompts", f"--endpoints_dir={tmp_path}", other)
-    _, errors = stage.communicate(timeout=30)
+    _, errors = stage.communicate(timeout=120)
     assert stage.returncode == 2
     assert "--endpoints_dir names the servers" in errors

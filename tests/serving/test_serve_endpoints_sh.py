@@ -8,14 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, processes
+from tests.processes import end, wait_until
 from tests.stages.test_captions_processor_sh import OLLAMA, STUB
 
 SCRIPT = ROOT / "serve_endpoints.sh"
@@ -43,9 +43,7 @@ class Servers:
 
     def start(self, **changes: str) -> subprocess.Popen[str]:
         environment = {**self.environment, **changes}
-        self.process = subprocess.Popen(
-            [SCRIPT], env=environment, cwd=self.root, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        self.process = processes.start([SCRIPT], env=environment, cwd=self.root, stderr=subprocess.PIPE)
         return self.process
 
     def registered(self) -> list[dict[str, object]]:
@@ -68,14 +66,10 @@ def servers(tmp_path: Path) -> Iterator[Servers]:
     yield made
     if made.process is not None and made.process.poll() is None:
         made.process.terminate()
-        made.process.communicate(timeout=30)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+        try:
+            made.process.communicate(timeout=120)
+        finally:
+            end(made.process)
 
 
 def listens(entry: dict[str, object]) -> bool:
@@ -89,7 +83,7 @@ def listens(entry: dict[str, object]) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_server_per_gpu_until_the_end(number: signal.Signals, servers: Servers) -> None:
-    process = servers.start()
+    process = servers.start(DRAIN_S="5")
     entries = servers.wait_for(2)
     assert all(entry["model"] == "tulu3:fairclip" and entry["api"] == "ollama" for entry in entries)
     started = sorted(line.split() for line in (servers.root / "ollama").read_text().splitlines())
@@ -99,7 +93,7 @@ def test_a_server_per_gpu_until_the_end(number: signal.Signals, servers: Servers
     process.send_signal(number)
     wait_until(lambda: not servers.registered())
     assert all(listens(entry) for entry in entries), "out of the folder first, so that nobody asks any more"
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
     assert not any(listens(entry) for entry in entries)
     assert not list(servers.folder.iterdir())
 
@@ -112,7 +106,7 @@ def test_a_request_that_is_out_is_answered_before_the_end(servers: Servers) -> N
         connection.sendall(b"POST /api/chat HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         process.terminate()
         assert b"A photo, x" in connection.recv(4096)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
 
 
 def test_a_server_that_is_killed_is_started_again(servers: Servers) -> None:
@@ -128,7 +122,7 @@ def test_a_server_that_is_killed_is_started_again(servers: Servers) -> None:
 
 def test_a_server_that_will_not_live_is_given_up(servers: Servers) -> None:
     process = servers.start(BROKEN="1", RESTARTS="2")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert len((servers.root / "ollama").read_text().splitlines()) == 6, "two servers, each tried three times"
     assert "no such driver" in errors
@@ -137,7 +131,7 @@ def test_a_server_that_will_not_live_is_given_up(servers: Servers) -> None:
 
 def test_a_model_that_is_not_there_is_not_tried_again(servers: Servers) -> None:
     process = servers.start(MODEL="another", CUDA_VISIBLE_DEVICES="0")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "ollama create another" in errors
     assert len((servers.root / "ollama").read_text().splitlines()) == 1
@@ -175,7 +169,7 @@ def test_ports_of_ones_choice(servers: Servers) -> None:
 )
 def test_what_the_machine_lacks(changes: dict[str, str], says: str, servers: Servers) -> None:
     process = servers.start(**changes)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert says in errors
 
@@ -200,11 +194,11 @@ def test_servers_of_several_jobs_serve_one_stage(servers: Servers, tmp_path: Pat
         )
         wait_until(lambda: any(p.stat().st_size for p in (tmp_path / "prompts" / "_partial").rglob("*") if p.is_file()))
         first.send_signal(signal.SIGUSR1)
-        _, errors = stage.communicate(timeout=60)
+        _, errors = stage.communicate(timeout=120)
         assert stage.returncode == 0
         assert len(json.loads((tmp_path / "prompts" / "0.json").read_bytes())) == 300
         assert "leaving it alone" not in errors, "no request met a server that was gone"
-        assert first.wait(timeout=30) == 0
+        assert first.wait(timeout=120) == 0
     finally:
         other.terminate()
-        other.communicate(timeout=30)
+        other.communicate(timeout=120)

@@ -141,10 +141,17 @@ class Cluster:
         self.call("scontrol", "update", f"NodeName=node[1-{self.nodes}]", "State=RESUME", check=False)
         wait_until(lambda: self.idle_nodes() == self.nodes, "the nodes again")
 
-    def stop(self) -> None:
+    def end_jobs(self) -> None:
+        """No job is left, and no process of one, of nodes that SLURM has lost neither."""
         self.call("scancel", "--user=root", check=False)
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: not self.squeue(), "the last jobs", seconds=8)
+            wait_until(lambda: not self.squeue() and not self.job_processes(None), "the last jobs", seconds=8)
+        for pid in self.job_processes(None):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        self.end_jobs()
         for name in reversed(list(self.processes)):
             self.processes[name].terminate()
         for process in reversed(list(self.processes.values())):
@@ -152,9 +159,6 @@ class Cluster:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
-        for pid in self.job_processes(None):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
     def _start(self, name: str, *command: str) -> None:
         with open(self.base / "log" / f"{name}.out", "ab") as log:

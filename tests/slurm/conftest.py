@@ -34,10 +34,11 @@ def booted() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(booted: Cluster) -> Cluster:
+def cluster(booted: Cluster) -> Iterator[Cluster]:
     booted.call("scancel", "--user=root", check=False)
     booted.revive()
-    return booted
+    yield booted
+    booted.end_jobs()
 
 
 @pytest.fixture(scope="session")

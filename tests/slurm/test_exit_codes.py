@@ -151,6 +151,7 @@ def test_the_end_of_the_job_is_asked_for_again(job: Job, tmp_path: Path) -> None
     assert "tasks ended" not in job.jobs.logs()
     cluster.call("scontrol", "update", f"JobId={number}", "EndTime=now+20")  # that SLURM rounds to a minute
     wait_until(lambda: "requeueing" in job.jobs.logs(), job.jobs.logs)
+    wait_until(lambda: cluster.squeue(number)[number][0] == "PENDING", "the job in the queue again")
     cluster.call("scancel", number)
     cluster.wait(number)
 

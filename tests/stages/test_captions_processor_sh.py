@@ -8,12 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, processes
+from tests.processes import started, wait_until
 from tests.servers import ollama_stub
 
 SCRIPT = ROOT / "02_captions_processor.sh"
@@ -67,6 +67,10 @@ def job(tmp_path: Path) -> dict[str, str]:
     }
 
 
+def has_replies(root: Path) -> bool:
+    return any(path.is_file() and path.stat().st_size for path in (root / "prompts" / "_partial").rglob("*"))
+
+
 def listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port)).close()
@@ -80,7 +84,7 @@ def left_behind(tmp_path: Path) -> list[str]:
 
 
 def test_a_server_per_gpu_and_the_stage_with_them(job: dict[str, str], tmp_path: Path) -> None:
-    assert subprocess.run([SCRIPT, "--groups", "none"], env=job, check=False, timeout=60).returncode == 0
+    assert subprocess.run([SCRIPT, "--groups", "none"], env=job, check=False, timeout=120).returncode == 0
     servers = sorted(line.split() for line in (tmp_path / "ollama").read_text().splitlines())
     assert [gpu for gpu, *_ in servers] == ["0", "GPU-7"]
     assert len({host for _, host, *_ in servers}) == 2
@@ -106,7 +110,7 @@ def test_a_server_per_gpu_and_the_stage_with_them(job: dict[str, str], tmp_path:
     ],
 )
 def test_what_the_machine_lacks(changes: dict[str, str], says: str, job: dict[str, str], tmp_path: Path) -> None:
-    done = subprocess.run([SCRIPT], env={**job, **changes}, check=False, timeout=60, capture_output=True, text=True)
+    done = subprocess.run([SCRIPT], env={**job, **changes}, check=False, timeout=120, capture_output=True, text=True)
     assert done.returncode == 2
     assert says in done.stderr
     assert not left_behind(tmp_path)
@@ -118,7 +122,7 @@ def test_root_names_both_folders_and_plain_bash_will_do(job: dict[str, str], tmp
     (tmp_path / "captions with a space").rename(tmp_path / "captions")
     environment = {**kept, "ROOT": str(tmp_path), "SERVERS": "2", "MODEL_OF_STUB": "other:model"}
     command = [SCRIPT, "--groups", "none", "--model_name", "other:model"]
-    assert subprocess.run(command, env=environment, cwd=tmp_path, check=False, timeout=60).returncode == 0
+    assert subprocess.run(command, env=environment, cwd=tmp_path, check=False, timeout=120).returncode == 0
     assert len(json.loads((tmp_path / "prompts" / "00000000.json").read_bytes())) == 60
     assert not left_behind(tmp_path)
     assert not (tmp_path / "logs").exists()
@@ -128,7 +132,9 @@ def test_servers_that_run_already(job: dict[str, str], tmp_path: Path) -> None:
     """By their ports: none is started, and none is stopped."""
     with ollama_stub() as port:
         environment = {**job, "PORTS": str(port), "CUDA_VISIBLE_DEVICES": ""}
-        assert subprocess.run([SCRIPT, "--host", "127.0.0.1"], env=environment, check=False, timeout=60).returncode == 0
+        assert (
+            subprocess.run([SCRIPT, "--host", "127.0.0.1"], env=environment, check=False, timeout=120).returncode == 0
+        )
         with socket.create_connection(("127.0.0.1", port)):
             pass
     assert not (tmp_path / "ollama").exists()
@@ -137,29 +143,26 @@ def test_servers_that_run_already(job: dict[str, str], tmp_path: Path) -> None:
 
 def test_a_server_that_dies_is_started_again(job: dict[str, str], tmp_path: Path) -> None:
     environment = {**job, "CUDA_VISIBLE_DEVICES": "0", "DIE_AFTER": "25"}
-    assert subprocess.run([SCRIPT], env=environment, check=False, timeout=60).returncode == 0
+    assert subprocess.run([SCRIPT], env=environment, check=False, timeout=120).returncode == 0
     assert len((tmp_path / "ollama").read_text().splitlines()) == 3
     assert len(json.loads((tmp_path / "prompts" / "00000000.json").read_bytes())) == 60
 
 
 def test_servers_end_with_a_script_that_is_killed(job: dict[str, str], tmp_path: Path) -> None:
-    process = subprocess.Popen([SCRIPT], env={**job, "LATENCY_S": "0.5"})
-    until = time.monotonic() + 30
-    while not list((tmp_path / "prompts").glob(".job-servers-*/*.json")):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    process = processes.start([SCRIPT], env={**job, "LATENCY_S": "0.5"})
+    try:
+        registered = (tmp_path / "prompts").glob
+        wait_until(lambda: list(registered(".job-servers-*/*.json")), "a server", while_runs=process)
+    finally:
+        process.kill()  # it alone: what it started has to notice
+        process.wait()
     ports = [int(line.split()[1].split(":")[1]) for line in (tmp_path / "ollama").read_text().splitlines()]
-    until = time.monotonic() + 20
-    while any(listens(port) for port in ports):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: not any(listens(port) for port in ports), "the servers' end")
 
 
 def test_folders_must_be_named(job: dict[str, str]) -> None:
     del job["SRC_DIR"]
-    done = subprocess.run([SCRIPT], env=job, check=False, timeout=60, capture_output=True, text=True)
+    done = subprocess.run([SCRIPT], env=job, check=False, timeout=120, capture_output=True, text=True)
     assert done.returncode == 2
     assert "the folder of captions that stage 01 wrote" in done.stderr
 
@@ -171,14 +174,10 @@ def test_folders_must_be_named(job: dict[str, str]) -> None:
 def test_at_the_time_limit_it_queues_itself_again(
     number: signal.Signals, restarts: str, requeued: bool, job: dict[str, str], tmp_path: Path
 ) -> None:
-    process = subprocess.Popen([SCRIPT], env={**job, "LATENCY_S": "0.5", "SLURM_RESTART_COUNT": restarts})
-    partial = tmp_path / "prompts" / "_partial"
-    until = time.monotonic() + 30
-    while not any(path.is_file() and path.stat().st_size for path in partial.rglob("*")):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(timeout=30) == 75
+    with started([SCRIPT], env={**job, "LATENCY_S": "0.5", "SLURM_RESTART_COUNT": restarts}) as process:
+        wait_until(lambda: has_replies(tmp_path), "replies on disk", while_runs=process)
+        process.send_signal(number)
+        assert process.wait(timeout=120) == 75
     asked = (tmp_path / "scontrol").read_text().split() if (tmp_path / "scontrol").exists() else []
     assert asked == (["requeue", job["SLURM_JOB_ID"]] if requeued else [])
     assert not left_behind(tmp_path)
@@ -186,10 +185,8 @@ def test_at_the_time_limit_it_queues_itself_again(
 
 def test_an_array_element_queues_itself_alone(job: dict[str, str], tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"}
-    process = subprocess.Popen([SCRIPT], env={**job, **array, "LATENCY_S": "0.5"})
-    while not any(path.is_file() and path.stat().st_size for path in (tmp_path / "prompts" / "_partial").rglob("*")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=30) == 75
+    with started([SCRIPT], env={**job, **array, "LATENCY_S": "0.5"}) as process:
+        wait_until(lambda: has_replies(tmp_path), "replies on disk", while_runs=process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=120) == 75
     assert (tmp_path / "scontrol").read_text().split() == ["requeue", "70_3"]

@@ -29,7 +29,7 @@ from curation.tar.headers import BLOCK, RECORD
 from curation.tar.prove import verify_splice
 from curation.tar.samples import TarWriter
 from curation.tar.scan import SampleSpan, TarScan
-from curation.tar.splice import Action, Edit, splice
+from curation.tar.splice import Action, Edit, decided, splice
 from tests import EXAMPLES
 from tests.shards import Member, contents, member, raw_members, tar_of
 from tests.stages.harness import Run
@@ -567,10 +567,11 @@ def test_splice_is_what_a_plain_loop_would_make(
         return edit if span.key in edited else Action.DROP if span.key in left_out else Action.KEEP
 
     file = Pieces()
-    decided = [span.key for spans in splice(TarScan(source), file, decide) for span, _ in spans]
-    assert decided == [key for key, _ in shard]
+    windows = list(decided(TarScan(source), decide))
+    assert [span.key for _, decisions in windows for span, _ in decisions] == [key for key, _ in shard]
+    splice(decided(TarScan(source), decide), file)
     result.write_bytes(file.getvalue())
-    verify_splice(TarScan(source), result, decide)
+    verify_splice(decided(TarScan(source), decide), result, "source.tar")
     old = contents(source.read_bytes())
     expected: dict[str, bytes] = {}
     for key, suffixes in shard:
@@ -595,8 +596,7 @@ def test_verify_notices_every_changed_byte(tmp_path: Path) -> None:
         return edit if span.key == "b" else Action.KEEP
 
     file = Pieces()
-    for _ in splice(TarScan(source), file, decide):
-        pass
+    splice(decided(TarScan(source), decide), file)
     whole = file.getvalue()
     members = sum(len(raw) for _, raw in raw_members(whole))
     dice = random.Random(0)
@@ -604,7 +604,7 @@ def test_verify_notices_every_changed_byte(tmp_path: Path) -> None:
     for at in sorted({0, members - 1, *(dice.randrange(members) for _ in range(300))}):
         result.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         try:
-            verify_splice(TarScan(source), result, decide)
+            verify_splice(decided(TarScan(source), decide), result, "source.tar")
             unnoticed.append(at)
         except ShardError as error:
             assert str(result) in str(error)
@@ -620,7 +620,7 @@ def test_verify_notices_samples_that_are_not_where_they_should_be(tmp_path: Path
     data = triples(wrong)
     result.write_bytes(data[:-RECORD] if how == "cut" else data)
     with pytest.raises(ShardError, match="not what"):
-        verify_splice(TarScan(source), result, lambda span: Action.KEEP)
+        verify_splice(decided(TarScan(source), lambda span: Action.KEEP), result, "source.tar")
 
 
 def test_what_verify_refuses_is_not_published(run: Stage04, monkeypatch: pytest.MonkeyPatch) -> None:

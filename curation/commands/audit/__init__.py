@@ -2,5 +2,5 @@
 
 **GroupCounts** say how many samples of one group came to each step; a **Difference** is the share of one group beside
 that of all others, with its confidence interval.  A prompt **mentions** a value of an attribute where it has a word for
-it.
+it.  The **data card** and the Croissant file describe the dataset for others.
 """

@@ -1,4 +1,4 @@
-"""``python -m curation audit ROOT``: what became of each group's samples, and whether a group fared otherwise.
+"""``python -m curation audit ROOT`` shows what became of each group's samples, and which group fared differently.
 
 It reads receipts, provenance and rejects, and, where ``--clip`` names a model, some of the generated images.
 """
@@ -35,7 +35,7 @@ from curation.options import exit_code, logger, parse_arguments, set_up_logging
 AUDIT_FORMAT = 1
 
 
-# what is lost at each step: name → (those who came, those who went on), what is said of a sample that did not
+# What is lost at each step: name → (the step before, the step after, what is said of a sample that was lost)
 LOSSES: Mapping[str, tuple[str, str, str]] = {
     "prompt": ("assigned", "accepted", "got no prompt"),
     "image": ("to_generate", "generated", "got no image"),
@@ -50,14 +50,14 @@ class Options:
     root: Annotated[Path, tyro.conf.Positional]
     """The folder of the dataset: stages 02 to 04 are found in it or in a folder in it."""
     workers: int | None = None
-    """Processes that read.  Default: one a CPU, at most 8."""
+    """How many processes read.  Default: one for each CPU, at most 8."""
     clip: str | None = None
-    """Let this model look at generated images: oai-clip-vit-b32, oai-clip-vit-l14, clip:<hub id or folder>,
+    """Let this model classify generated images: oai-clip-vit-b32, oai-clip-vit-l14, clip:<hub id or folder>,
     siglip:<hub id or folder>."""
     clip_weights: str | None = None
-    """Weights in place of that model's own: a folder or a hub id."""
+    """Use these weights for that model: a folder or a hub id."""
     images: int = 1000
-    """How many images it looks at, spread over the shards."""
+    """How many images it classifies, spread over the shards."""
     device: str = "cpu"
     """Where it runs: cpu, cuda, cuda:1."""
     card: Path | None = None
@@ -68,7 +68,7 @@ class Options:
     """One JSON object on one line instead of tables in Markdown."""
 
     def check(self) -> None:
-        """Raise UsageError for values that make no sense."""
+        """Raises UsageError for values that make no sense."""
         if self.workers is not None and self.workers < 1:
             raise UsageError("--workers must be at least 1")
         if self.images < 1:
@@ -93,7 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def audit(root: Path, places: Mapping[str, StagePlace] | None = None, workers: int | None = None) -> dict[str, Any]:
-    """Everything that is shown but for what a model saw, as one JSON value; docs/audit.md describes it."""
+    """Returns all that is shown, except what a model saw, as one JSON value; docs/audit.md describes it.
+
+    Args:
+        root: The folder of the dataset.
+        places: The stages below it; None: they are looked for.
+        workers: Processes that read; None: one for each CPU, at most 8.
+
+    Raises:
+        UsageError: Stage 02 assigned no sample to a group.
+    """
     tallies = tally(places or stage_places(root), workers or min(8, os.cpu_count() or 1))
     if not tallies.groups:
         raise UsageError(f"{root}: no sample was assigned to a group (stage 02 ran with --groups none, or on nothing)")

@@ -1,8 +1,7 @@
-"""What became of the samples of each group, by the receipts and provenance of stages 02 to 04, a shard at a time.
+"""What became of the samples of each group, from the receipts and the provenance of stages 02 to 04.
 
-Whether a share in one group differs from that in the others beyond chance.
-
-Whether a prompt says in words which group it portrays, and whether it names another.
+Three questions are answered here: how many samples of a group came to each step; whether a share in one group differs
+from that in the others by more than chance; and whether a prompt mentions the group that it portrays, or another.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from curation.commands.findings import results_in_order
 from curation.commands.places import EDITS, HYBRID, PROMPTS, StagePlace, find_stages, provenance, rejected
 from curation.errors import UsageError
 
-# Words that state a value of an attribute, as regular expressions between word boundaries.  Those of the published
-# pipeline's groups; a value that is not here is looked for by its own words.
+# Words that mention a value of an attribute, as regular expressions between word boundaries, for the groups of the
+# published pipeline.  A value that is not listed is looked for by its own words.
 _PERSON = (
     r"(?: (?!hair|haired|and|suit|dress|shirt)\w+)?[ -](?:man|men|woman|women|boys?|girls?|males?|females?|person"
     r"|people|couple|family|child|children|kids?|lady|ladies|gentlem[ae]n|baby|teenagers?|adults?|model|actor|actress)"
@@ -47,8 +46,10 @@ WORDS: Mapping[str, Mapping[str, str]] = {
 
 @lru_cache(maxsize=4096)
 def attributes_of(group: str) -> tuple[tuple[str, str], ...]:
-    """The (attribute, value) pairs of a group such as "middle east male"; words that belong to no known attribute are
-    one value of the attribute "group"."""
+    """Returns the (attribute, value) pairs of a group such as "middle east male".
+
+    Words that belong to no known attribute become one value of the attribute "group".
+    """
     rest, found = f" {group.lower()} ", []
     for attribute, values in WORDS.items():
         for value in sorted(values, key=len, reverse=True):
@@ -62,12 +63,12 @@ def attributes_of(group: str) -> tuple[tuple[str, str], ...]:
 
 
 def mentions(prompt: str, attribute: str, value: str) -> bool:
-    """Whether the prompt has a word for the value."""
+    """Returns whether the prompt has a word for the value."""
     return _pattern(attribute, value).search(prompt) is not None
 
 
 def mentions_another(prompt: str, attribute: str, value: str) -> bool:
-    """Whether it has a word for another value of the attribute: of those that are known."""
+    """Returns whether the prompt has a word for another known value of the attribute."""
     return any(other != value and mentions(prompt, attribute, other) for other in WORDS.get(attribute, {}))
 
 
@@ -77,16 +78,19 @@ def _pattern(attribute: str, value: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
 
 
-REPLIED = "reply_"  # reasons of replies that came and were refused begin so
+REPLIED = "reply_"  # the reasons of replies that were refused begin with this
 STEPS = ("assigned", "rewritten", "accepted", "generated", "hybrid")
-_CHUNK = 64  # shards that a process is handed at once
+_CHUNK = 64  # shards that a process gets at once
 
 
 @dataclass(slots=True)
 class GroupCounts:
-    """steps: how many samples of the group came so far; to_generate and to_hybrid: those accepted and generated of
-    which the next stage has done the shard.  refused: by "stage: reason".
-    stated, contradicted: attribute=value → prompts that have a word for it, or for another value."""
+    """What became of the samples of one group.
+
+    steps: step → how many samples reached it; to_generate and to_hybrid are the accepted and the generated samples in
+    shards that the next stage has done.  refused: "stage: reason" → samples.
+    stated, contradicted: "attribute=value" → prompts that mention it, or that mention another value.
+    """
 
     steps: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -100,7 +104,10 @@ class GroupCounts:
 
 @dataclass(slots=True)
 class Tallies:
-    """groups: by name.  shards: by stage, those that are done.  warnings: what could not be told, once each."""
+    """Counts over many shards.
+
+    groups: name → its counts.  shards: stage → shards that are done.  warnings: what is not counted → times.
+    """
 
     groups: dict[str, GroupCounts] = field(default_factory=dict)
     shards: Counter[str] = field(default_factory=Counter)
@@ -117,7 +124,11 @@ class Tallies:
 
 
 def stage_places(root: Path) -> dict[str, StagePlace]:
-    """The one place of each stage below a folder.  UsageError where stage 02 is missing, or one is there twice."""
+    """Returns the one place of each stage below a folder.
+
+    Raises:
+        UsageError: Stage 02 is missing, or a stage ran on two folders.
+    """
     places: dict[str, StagePlace] = {}
     for place in find_stages(root):
         if place.stage in places:
@@ -131,7 +142,7 @@ def stage_places(root: Path) -> dict[str, StagePlace]:
 
 
 def tally(places: Mapping[str, StagePlace], workers: int) -> Tallies:
-    """Of all shards that stage 02 has done."""
+    """Counts the samples of all shards that stage 02 has done, in ``workers`` processes."""
     ids = sorted(shards_tried(places[PROMPTS]))
     total = Tallies()
     one = partial(tally_shards, dict(places))
@@ -223,7 +234,7 @@ def _receipt(place: StagePlace | None, shard_id: str) -> dict[str, Any] | None:
 
 
 def shards_tried(place: StagePlace) -> Iterator[str]:
-    """Ids of shards with receipts, whatever they say."""
+    """Yields the ids of the shards that have a receipt, whatever it says."""
     for path in place.receipts.glob("[!_.]*/*.json"):
         if not path.name.startswith("."):
             yield path.stem
@@ -234,10 +245,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The share in one group less that in the others, with its interval.
-
-    beyond_chance: the interval does not hold 0.
-    """
+    """The share in one group minus the share in the others, with its confidence interval."""
 
     share: float
     others: float
@@ -250,11 +258,15 @@ class Difference:
 
     @property
     def beyond_chance(self) -> bool:
+        """Whether the interval leaves out 0."""
         return self.low > 0 or self.high < 0
 
 
 def wilson(hits: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The interval of a share: E. B. Wilson, JASA 22 (1927).  (0, 1) where nothing was counted."""
+    """Returns the confidence interval of a share: E. B. Wilson, JASA 22 (1927).
+
+    It is (0, 1) where nothing was counted.
+    """
     if count == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -266,10 +278,15 @@ def wilson(hits: int, count: int, confidence: float = CONFIDENCE) -> tuple[float
 
 
 def difference(hits: int, count: int, other_hits: int, other_count: int, comparisons: int = 1) -> Difference | None:
-    """Of two shares, with Newcombe's hybrid score interval (Statistics in Medicine 17 (1998), method 10).
+    """Compares two shares by Newcombe's hybrid score interval (Statistics in Medicine 17 (1998), method 10).
 
-    comparisons: how many are looked at together; each is held to a level such that all of them keep 95 % (Bonferroni).
-    None where one side has nothing.
+    Args:
+        hits, count: Of the group.
+        other_hits, other_count: Of all other groups.
+        comparisons: How many are made together: 95 % holds for all of them (Bonferroni).
+
+    Returns:
+        The difference, or None where one side has no sample.
     """
     if not count or not other_count:
         return None

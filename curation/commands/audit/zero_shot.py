@@ -1,4 +1,4 @@
-"""How far generated images show the group that they were made for, as a zero-shot CLIP or SigLIP model sees them."""
+"""How often generated images show the group that they were made for, by a zero-shot CLIP or SigLIP model."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def question(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """model: with its revision.  images: looked at.  unreadable: that could not be.
-    shown: (attribute, value) → [images of that value, those of which the model holds that value for the likeliest]."""
+    """model: with its revision.  images: how many were classified.  unreadable: how many could not be read.
+    shown: (attribute, value) → [images of that value, those for which the model finds that value most likely]."""
 
     model: str
     images: int

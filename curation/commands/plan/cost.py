@@ -1,6 +1,6 @@
-"""What the receipts of finished shards say a stage costs: worker time, devices, bytes, files, tokens.
+"""What a stage costs by the receipts of finished shards, and what that says about the other shards.
 
-What a few shards tell of the rest: ratio estimates with their error.
+The cost is worker time, devices, bytes, files and tokens; the forecast is a ratio estimate with its error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from curation.commands.status.scan import covered_seconds
 from curation.errors import UsageError
 from curation.shards import Shard, bucket_of, files_of
 
-# Student's t, 97.5 % quantile, by degrees of freedom; beyond the table the normal distribution's.
+# The 97.5 % quantile of Student's t by degrees of freedom; t_quantile approximates those beyond the table.
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -27,13 +27,16 @@ _T = (
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A sum and half the width of its 95 % interval: None where one shard alone was measured."""
+    """A sum and half the width of its 95 % interval.
+
+    error: None where only one shard was measured.
+    """
 
     value: float
     error: float | None = 0.0
 
     def __add__(self, other: Estimate) -> Estimate:
-        """Of two sums that err independently."""
+        """Adds a sum whose error is independent of this one's."""
         if self.error is None or other.error is None:
             return Estimate(self.value + other.value, None)
         return Estimate(self.value + other.value, math.hypot(self.error, other.error))
@@ -43,12 +46,19 @@ class Estimate:
 
 
 def ratio_estimate(sizes: Sequence[float], values: Sequence[float], rest: float, rest_count: int) -> Estimate:
-    """The sum of a quantity over shards that were not measured, from those that were.
+    """Estimates the sum of a quantity over the shards that were not measured, from those that were.
 
-    sizes, values: of each measured shard its size and the quantity, which is taken to grow with the size.
-    rest, rest_count: the sum of the sizes of the others, and their number.
-    The classical ratio estimator with its finite population correction: W. G. Cochran, Sampling Techniques (1977),
-    chapter 6.
+    This is the classical ratio estimator with its finite population correction: W. G. Cochran, Sampling Techniques
+    (1977), chapter 6.
+
+    Args:
+        sizes: The size of each measured shard.
+        values: The quantity of each measured shard; it is assumed to grow with the size.
+        rest: The sum of the sizes of the other shards.
+        rest_count: How many other shards there are.
+
+    Raises:
+        ValueError: No shard was measured, and there are others.
     """
     n = len(sizes)
     measured = sum(sizes)
@@ -61,28 +71,28 @@ def ratio_estimate(sizes: Sequence[float], values: Sequence[float], rest: float,
     if n == 1:
         return Estimate(value, None)
     deviation = sum((y - ratio * x) ** 2 for x, y in zip(sizes, values, strict=True)) / (n - 1)
-    # the mean over the rest errs with the sample's mean and with its own scatter around the ratio
+    # the mean over the rest has the error of the sample's mean, and its own scatter around the ratio
     scale = rest / (measured / n) if measured else float(rest_count)
     variance = scale**2 * deviation / n + rest_count * deviation
     return Estimate(value, t_quantile(n - 1) * math.sqrt(variance))
 
 
 def t_quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t."""
+    """Returns the two-sided 95 % quantile of Student's t."""
     if degrees <= len(_T):
         return _T[degrees - 1]
     return 1.96 + 2.4 / degrees
 
 
-MAX_RECEIPTS = 2_000  # of one stage that are read: evenly spaced; more would not narrow the error
-MAX_SIZES = 20_000  # source shards whose size is looked up: likewise
-MIN_STEADY = 2  # shards that were not a worker's first, for a rate from them alone
+MAX_RECEIPTS = 2_000  # of one stage that are read, evenly spaced; more would not make the error smaller
+MAX_SIZES = 20_000  # source shards whose size is looked up, evenly spaced
+MIN_STEADY = 2  # that were not a worker's first: the rate is taken from them alone where there are so many
 QUANTITIES = ("worker_s", "bytes", "files", "tokens_read", "tokens_written", "samples")
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSizes:
-    """Sizes of the source shards in bytes.  Of those that were not looked up, ``mean`` is taken."""
+    """Sizes of the source shards in bytes; ``mean`` stands for those that were not looked up."""
 
     known: Mapping[str, int]
     count: int
@@ -97,7 +107,11 @@ class ShardSizes:
 
 
 def sizes_of(shards: Sequence[Shard]) -> ShardSizes:
-    """Raises UsageError for a shard that cannot be looked at."""
+    """Looks up the sizes of the shards.
+
+    Raises:
+        UsageError: A shard is not there, or cannot be read.
+    """
     known = {}
     for shard_id, path in files_of(evenly(shards, MAX_SIZES)).items():
         try:
@@ -108,7 +122,7 @@ def sizes_of(shards: Sequence[Shard]) -> ShardSizes:
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most ``count`` of the items, spread over all of them, in their order."""
+    """Returns at most ``count`` of the items, spread evenly over all of them, in their order."""
     if len(items) <= count:
         return list(items)
     return [items[int((number + 0.5) * len(items) / count)] for number in range(count)]
@@ -116,12 +130,12 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 @dataclass(slots=True)
 class StageCost:
-    """One stage: what the measured shards cost, and what all of them will.
+    """What the measured shards of one stage cost, and what all of its shards will cost.
 
-    measured: quantity → one value a measured shard.  cpus, gpus: of one worker.
-    open_s: what a worker takes to begin: getting ready, and what its first shard takes longer than others.
-    steady: places of the measured shards that were not a worker's first; of all where too few are left.
-    left: shards to do.  reads_source: whether it reads the source shards themselves.
+    measured: quantity → a value for each measured shard.  cpus, gpus: of one worker.
+    open_s: the seconds that a worker needs to get ready, and those that its first shard takes longer than others.
+    steady: indices of the measured shards that were not a worker's first; of all shards where those are too few.
+    left: how many shards are to do.  reads_source: whether the stage reads the source shards themselves.
     spent, to_come: quantity → what the finished shards cost, and the estimate for the others.
     """
 
@@ -144,7 +158,7 @@ class StageCost:
 
 
 def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: ShardSizes) -> StageCost | None:
-    """What the stage's receipts tell of ``shards``; None where none of them is done."""
+    """Returns what the stage's receipts say about ``shards``; None where no shard is done."""
     ids = {shard.id for shard in shards}
     there = sorted(ids & _with_receipts(place, ids))
     receipts = {}
@@ -176,7 +190,7 @@ def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: ShardSizes) ->
 def _extrapolate(cost: StageCost, sizes: ShardSizes) -> None:
     measured = [sizes.of(shard_id) for shard_id in cost.shards]
     cost.open_s += _warm_up(cost, measured)
-    unread = cost.done - len(cost.shards)  # done, but their receipts were not read
+    unread = cost.done - len(cost.shards)  # shards that are done but whose receipts were not read
     rest_bytes = max(0.0, sizes.total - sum(measured))
     others = cost.left + unread
     for quantity, values in cost.measured.items():
@@ -190,7 +204,7 @@ def _extrapolate(cost: StageCost, sizes: ShardSizes) -> None:
 
 
 def _warm_up(cost: StageCost, sizes: Sequence[float]) -> float:
-    """Seconds that a first shard took longer than its size lets expect: first calls load and choose kernels."""
+    """Returns the seconds that a first shard took longer than its size explains: first calls choose kernels."""
     seconds = cost.measured["worker_s"]
     first = sorted(set(range(len(seconds))) - set(cost.steady))
     size = sum(sizes[place] for place in cost.steady)
@@ -201,10 +215,11 @@ def _warm_up(cost: StageCost, sizes: Sequence[float]) -> float:
 
 
 def _worker_seconds(receipts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], set[str]]:
-    """Wall-clock seconds of one worker for each shard, and the shards that were a worker's first.
+    """Returns the wall-clock seconds of one worker for each shard, and the shards that were a worker's first.
 
-    A worker that has several shards in hand at once is busy for the union of their times, which is shared out by their
-    lengths."""
+    A worker that does several shards at once is busy for the union of their times.  Each shard gets a part of that in
+    proportion to its own time.
+    """
     spans: dict[tuple[str, ...], list[tuple[float, float, str]]] = defaultdict(list)
     for shard_id, receipt in receipts.items():
         worker = tuple(str(receipt.get(name)) for name in ("host", "rank", "run", "slurm"))

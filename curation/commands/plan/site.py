@@ -1,6 +1,6 @@
-"""How much room is left where a dataset is written: bytes and inodes, of the filesystem and of the user's quota.
+"""What the place allows: bytes and files that may still be written, and jobs that SLURM takes.
 
-What a stage's ``.sh`` asks SLURM for, and the sbatch lines for so many workers.
+The sbatch lines for a number of workers are made here, from what a stage's ``.sh`` asks for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _KIB = 1024
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What may still be written.  None: no limit, or none that can be read."""
+    """What may still be written.
+
+    None means that there is no limit, or none that can be read.
+    """
 
     what: str
     bytes_left: int | None
@@ -28,7 +31,10 @@ class Quota:
 
 
 def quotas(folder: Path) -> list[Quota]:
-    """The filesystem's own room, then the quotas that ``lfs`` and ``quota`` tell of, where they are installed."""
+    """Returns what the folder's filesystem has left, then the quotas that ``lfs`` and ``quota`` report.
+
+    The folder itself need not be there yet, and neither program need be installed.
+    """
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -37,7 +43,9 @@ def quotas(folder: Path) -> list[Quota]:
         system = os.statvfs(there)
     except OSError:
         return []
-    files_left = system.f_favail if system.f_files else None  # filesystems that make inodes as they go say 0
+    files_left = (
+        system.f_favail if system.f_files else None
+    )  # a filesystem that makes inodes when they are needed says 0
     found.append(Quota("the filesystem", system.f_bavail * system.f_frsize, files_left))
     if (text := _answer("lfs", "quota", "-q", "-u", str(os.getuid()), str(there))) is not None:
         found += read_lustre(text, "your quota on Lustre")
@@ -49,8 +57,10 @@ def quotas(folder: Path) -> list[Quota]:
 
 
 def read_lustre(text: str, what: str) -> Iterator[Quota]:
-    """``lfs quota -q``: path, kilobytes, soft and hard limit, grace, files, soft and hard limit, grace; a number that
-    is over its limit has a star, and 0 is no limit."""
+    """Reads ``lfs quota -q``: path, kilobytes, soft and hard limit, grace, files, their limits and grace.
+
+    A number that is over its limit has a star, and a limit of 0 means that there is none.
+    """
     words = text.split()
     if len(words) < 8:
         return
@@ -60,7 +70,7 @@ def read_lustre(text: str, what: str) -> Iterator[Quota]:
 
 
 def read_quota(text: str) -> Iterator[Quota]:
-    """``quota -w -p``: two heading lines, then filesystem, KiB, soft and hard limit, grace, files, and theirs."""
+    """Reads ``quota -w -p``: two heading lines, then filesystem, KiB, its limits and grace, and the same for files."""
     for line in text.splitlines():
         words = line.split()
         if len(words) < 9 or not re.fullmatch(r"\d+\*?", words[1]):
@@ -74,7 +84,7 @@ def _left(used: int | None, limit: int | None, unit: int) -> int | None:
 
 
 def _answer(*command: str) -> str | None:
-    """Of a program that may not be there, or may not know this filesystem."""
+    """Returns what a program prints; None where it is not installed, prints nothing, or does not end in time."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -95,7 +105,7 @@ _OPTION = re.compile(r"^#SBATCH\s+--([a-z-]+)(?:[= ](\S+))?", flags=re.M)
 
 @dataclass(frozen=True, slots=True)
 class JobShape:
-    """One job, or one element of an array: its tasks, the CPUs of each, and whether they have GPUs."""
+    """One job, or one element of an array: its tasks, the CPUs of each task, and whether they have GPUs."""
 
     script: str
     tasks: int
@@ -104,7 +114,7 @@ class JobShape:
 
 
 def job_shape(script: Path) -> JobShape | None:
-    """By the #SBATCH lines of a stage's script; None where the stage has none."""
+    """Reads the #SBATCH lines of a stage's script; None where there is no script."""
     try:
         options = dict(_OPTION.findall(script.read_text("utf-8")))
     except (OSError, UnicodeDecodeError):
@@ -117,7 +127,7 @@ def job_shape(script: Path) -> JobShape | None:
 
 
 def max_array_size() -> int:
-    """How many elements an array may have here: scontrol's word, else SLURM's default."""
+    """Returns how many elements an array may have here: what scontrol says, else SLURM's default."""
     text = _answer("scontrol", "show", "config") or ""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, flags=re.M)
     return max(1, int(found.group(1))) if found else DEFAULT_MAX_ARRAY_SIZE
@@ -126,9 +136,14 @@ def max_array_size() -> int:
 def array_commands(
     shape: JobShape, variables: Mapping[str, str], elements: int, limit: int, flags: Sequence[str]
 ) -> list[str]:
-    """As many sbatch lines as the elements need: any number of arrays may work on the same folder at once.
+    """Returns as many sbatch lines as the elements need; several arrays may work on the same folder at once.
 
-    limit: elements of one array, at most.
+    Args:
+        shape: What the stage's script asks for.
+        variables: Environment variables of the job.
+        elements: How many elements the arrays have together.
+        limit: How many elements one array has at most.
+        flags: Further flags of the stage.
     """
     before = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     after = " ".join(map(shlex.quote, [shape.script, *flags]))

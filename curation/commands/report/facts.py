@@ -1,4 +1,4 @@
-"""Everything that the page tells, gathered from the files of a dataset: numbers as one JSON value, and the samples."""
+"""All that the page shows, gathered from the files of a dataset: numbers as one JSON value, and samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from curation.errors import UsageError
 from curation.jsonio import clean_text
 
 REPORT_FORMAT = 1
-CLOSE = 8  # shards whose samples are shown: each costs a pass over its tars
+CLOSE = 8  # shards whose samples are shown: each costs one pass over its tars
 MAX_HOSTS = 10
 MAX_REASONS = 40
 TITLES = {
@@ -37,18 +37,29 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class ReportFacts:
-    """told: the numbers; places, stories: of the stages, in the same order; source: of the original images."""
+    """All that the page shows.
+
+    told: the numbers, as one JSON value.  places, stats: of the stages, in the same order.  source: the folder of the
+    shards with the original images.
+    """
 
     told: dict[str, Any]
     places: list[StagePlace]
-    stories: list[ReceiptStats]
+    stats: list[ReceiptStats]
     looked: SampleStats
     source: Path | None
 
 
 def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int, *, audit: bool) -> ReportFacts:
-    """Read everything once: receipts in several processes, the samples of ``sample_shards`` shards, and, for
-    ``audit``, the provenance of all."""
+    """Reads the dataset: receipts in several processes, and the samples of some shards.
+
+    Args:
+        root: The folder of the dataset.
+        source: The folder of the source shards; None: ``root/shards``, unless a stage writes there.
+        shards_page: Shards of a stage that are shown one by one.
+        sample_shards: Shards of each stage whose samples are read.
+        audit: Whether the groups are counted too, which reads the provenance of all shards.
+    """
     began = time.monotonic()
     places = find_stages(root)
     claims = ClaimWatcher(places)
@@ -57,13 +68,13 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
     bounds = ReceiptBounds(_shards_a_cell(scan, shards_page), sample_shards)
     for stage, held in zip(scan.stages, held_first, strict=True):
         stage.claimed = {claim.shard_id for claim in held}
-    stories = scan.read(partial(ReceiptStats, bounds=bounds))
+    stats = scan.read(partial(ReceiptStats, bounds=bounds))
     held_now = claims.look()
     stages = []
-    for stage, story, held in zip(scan.stages, stories, held_now, strict=True):
-        _see_the_others(stage, story, {claim.shard_id for claim in held})
-        stages.append(_bounded(stage_result(stage, story, held, {})) | _more(stage, story, shards_page))
-    chosen = [[shard for _, shard in sorted(story.chosen, reverse=True)] for story in stories]
+    for stage, stage_stats, held in zip(scan.stages, stats, held_now, strict=True):
+        _see_the_others(stage, stage_stats, {claim.shard_id for claim in held})
+        stages.append(_bounded(stage_result(stage, stage_stats, held, {})) | _more(stage, stage_stats, shards_page))
+    chosen = [[shard for _, shard in sorted(stage_stats.chosen, reverse=True)] for stage_stats in stats]
     looked = look(places, chosen, 500, CLOSE)
     told: dict[str, Any] = {
         "format": REPORT_FORMAT,
@@ -80,11 +91,11 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
     if audit:
         _add_audit(root, told)
     told["seconds"] = round(time.monotonic() - began, 3)
-    return ReportFacts(told, places, stories, looked, source or _source_of(root, places))
+    return ReportFacts(told, places, stats, looked, source or _source_of(root, places))
 
 
 def _shards_a_cell(scan: ReceiptScan, shards_page: int) -> int:
-    """By what runs set out to do; where none has said so, by the folders of receipts."""
+    """Returns how many shards share a cell, by what runs have planned, or else by the number of receipt folders."""
     expected = 0
     for stage in scan.stages:
         if stage.planned is not None:
@@ -94,31 +105,31 @@ def _shards_a_cell(scan: ReceiptScan, shards_page: int) -> int:
     return 1 if expected <= max(shards_page, 1000) else -(-expected // shards_page)
 
 
-def _see_the_others(stage: ScannedStage, story: ReceiptStats, running: set[str]) -> None:
-    """Shards without a receipt that counts: those in somebody's hands, and those that are planned."""
+def _see_the_others(stage: ScannedStage, stage_stats: ReceiptStats, running: set[str]) -> None:
+    """Adds the shards without a receipt that counts: those that a worker has claimed, and those that are planned."""
     for shard_id in sorted(running):
-        story.see(GridCell(shard_id, shard_id, Counter(running=1)))
+        stage_stats.see(GridCell(shard_id, shard_id, Counter(running=1)))
     planned: dict[str, GridCell] = {}
     for shard_id in (shard_id for ids in (stage.planned or {}).values() for shard_id in ids):
-        name = cell_of(shard_id, story.bounds.shards_a_cell)
+        name = cell_of(shard_id, stage_stats.bounds.shards_a_cell)
         add_cell(planned, name, GridCell(shard_id, shard_id, Counter(pending=1)))
     for name, cell in planned.items():
-        seen = story.cells[name].states.total() if name in story.cells else 0
-        if cell.states["pending"] > seen:  # which ones of a cell is not known, nor shown
-            story.see(GridCell(cell.first, cell.last, Counter(pending=cell.states["pending"] - seen)))
+        seen = stage_stats.cells[name].states.total() if name in stage_stats.cells else 0
+        if cell.states["pending"] > seen:  # it is not known which shards of the cell they are
+            stage_stats.see(GridCell(cell.first, cell.last, Counter(pending=cell.states["pending"] - seen)))
 
 
-def _more(stage: ScannedStage, story: ReceiptStats, shards_page: int) -> dict[str, Any]:
-    hosts = sorted(story.hosts.items(), key=lambda item: -item[1].seconds / max(1, item[1].shards))
-    cells = merged(story.cells, shards_page)
+def _more(stage: ScannedStage, stage_stats: ReceiptStats, shards_page: int) -> dict[str, Any]:
+    hosts = sorted(stage_stats.hosts.items(), key=lambda item: -item[1].seconds / max(1, item[1].shards))
+    cells = merged(stage_stats.cells, shards_page)
     return {
         "title": TITLES.get(stage.place.stage, clean_text(stage.place.stage)),
         "shards": sum(cell.states.total() for cell in cells),
-        "worker_seconds": round(sum(host.seconds for host in story.hosts.values()), 1),
-        "output_bytes": story.output_bytes,
-        "phases": {name: round(float(seconds), 3) for name, seconds in story.phases.most_common(MAX_REASONS)},
-        "notes": dict(story.notes.most_common(MAX_REASONS)),
-        "languages": dict(story.languages.most_common()),
+        "worker_seconds": round(sum(host.seconds for host in stage_stats.hosts.values()), 1),
+        "output_bytes": stage_stats.output_bytes,
+        "phases": {name: round(float(seconds), 3) for name, seconds in stage_stats.phases.most_common(MAX_REASONS)},
+        "notes": dict(stage_stats.notes.most_common(MAX_REASONS)),
+        "languages": dict(stage_stats.languages.most_common()),
         "hosts": [
             {"host": name, "shards": host.shards, "failed": host.failed, "samples": host.samples,
              "seconds": round(host.seconds, 3)}
@@ -127,16 +138,18 @@ def _more(stage: ScannedStage, story: ReceiptStats, shards_page: int) -> dict[st
         "hosts_in_all": len(hosts),
         "slowest": [
             {"shard": shard, "host": host, "seconds": round(seconds, 3), "samples": samples}
-            for seconds, shard, host, samples in sorted(story.slowest, reverse=True)
+            for seconds, shard, host, samples in sorted(stage_stats.slowest, reverse=True)
         ],
-        "warned": story.warned,
-        "warnings": story.warnings,
+        "warned": stage_stats.warned,
+        "warnings": stage_stats.warnings,
     }  # fmt: skip
 
 
 def _bounded(value: Any) -> Any:
-    """Texts of receipts and claims, which are anybody's: one line each, not longer than a page shows; names alike are
-    counted together."""
+    """Shortens the texts of receipts and claims, which anybody may have written, to one line each.
+
+    Counts under names that become equal are added.
+    """
     if isinstance(value, str):
         return clean_text(value[:4000])[:300]
     if isinstance(value, list):
@@ -154,7 +167,7 @@ def _bounded(value: Any) -> Any:
 
 
 def _funnel(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples of the main job, step by step: those that came, were left, and are in the hybrid shards."""
+    """Returns the samples of the main job step by step: how many came, how many were left, how many were replaced."""
     by_name = {stage["stage"]: stage for stage in stages}
     steps: list[dict[str, Any]] = []
     first = next((by_name[name] for name in (FACES, PROMPTS, EDITS) if name in by_name), None)
@@ -188,7 +201,7 @@ def _add_audit(root: Path, told: dict[str, Any]) -> None:
 
 
 def _source_of(root: Path, places: Sequence[StagePlace]) -> Path | None:
-    """``shards`` in the root, unless a stage publishes into it."""
+    """Returns ``shards`` in the root, unless a stage writes into it."""
     folder = root / "shards"
     homes = {place.home for place in places}
     return folder if folder.is_dir() and Path(os.path.realpath(folder)) not in homes else None

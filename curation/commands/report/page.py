@@ -1,4 +1,4 @@
-"""The page itself: facts, charts and pictures through one template that escapes everything, within a bound of bytes."""
+"""The page itself: one template, which escapes everything, makes it from facts, charts and thumbnails."""
 
 from __future__ import annotations
 
@@ -30,13 +30,23 @@ from curation.shards import bucket_of
 
 MAX_CELLS: Final = 16_000  # on the page, of all stages together: 130 bytes each
 FEW: Final = 150  # cells that are drawn larger
-_ROOM: Final = 60_000  # bytes that stay free
+_ROOM: Final = 60_000  # bytes of the page that are not given to pictures
 _PICTURE_SHARE: Final = 0.8
 
 
 def render(facts: ReportFacts, page: Path, gallery: int, max_bytes: int) -> bytes:
-    """The page as HTML.  page: where it will lie, for its links.  Samples are left out until it is small enough."""
-    charts = [_stage_charts(story) for story in facts.stories]
+    """Returns the page as HTML; samples, and then cells, are left out until it is small enough.
+
+    Args:
+        facts: What it shows.
+        page: The file that it will be, for its links.
+        gallery: How many samples are shown at most.
+        max_bytes: How large the page is at most.
+
+    Raises:
+        InfrastructureError: It is larger even without samples.
+    """
+    charts = [_stage_charts(stage_stats) for stage_stats in facts.stats]
     looks = _look_charts(facts)
     shown, cells = gallery, MAX_CELLS
     while True:
@@ -90,18 +100,18 @@ def _fill(
 
 
 def _csp_hash(text: str) -> str:
-    """As Content-Security-Policy names an inline style or script (CSP level 2, 4.2.5)."""
+    """Returns the name of an inline style or script for a Content-Security-Policy (CSP level 2, 4.2.5)."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
 # ---- charts
 
 
-def _stage_charts(story: ReceiptStats) -> dict[str, Any]:
-    lengths = (ended - began for began, ended in zip(story.spans[0::3], story.spans[1::3], strict=True))
+def _stage_charts(stage_stats: ReceiptStats) -> dict[str, Any]:
+    lengths = (ended - began for began, ended in zip(stage_stats.spans[0::3], stage_stats.spans[1::3], strict=True))
     took = [length for length in lengths if 0 <= length < MAX_SECONDS]
     return {
-        "rate": over_time("Samples a second", story.spans),
+        "rate": over_time("Samples a second", stage_stats.spans),
         "took": histogram("Time of a shard", took, "", show=short_time),
     }
 
@@ -122,11 +132,11 @@ def _look_charts(facts: ReportFacts) -> list[Chart]:
 
 
 def _grids(facts: ReportFacts, page: Path, cells: int) -> list[dict[str, Any]]:
-    """cells: of all stages together, at most."""
+    """Returns the grid of each stage; ``cells`` is how many they have together at most."""
     at_most = max(1, cells // len(facts.places))
     return [
-        _grid(place, merged(story.cells, at_most), page)
-        for place, story in zip(facts.places, facts.stories, strict=True)
+        _grid(place, merged(stage_stats.cells, at_most), page)
+        for place, stage_stats in zip(facts.places, facts.stats, strict=True)
     ]
 
 
@@ -155,7 +165,7 @@ def _grid(place: StagePlace, cells: Sequence[GridCell], page: Path) -> dict[str,
 
 
 def _look_of(cell: GridCell, median: float) -> str:
-    """The style of a cell: that of its worst state; done ones by their pace."""
+    """Returns the style of a cell: that of its worst state, or the pace of one that is done."""
     for state in ("failed", "running", "stale"):
         if cell.states[state]:
             return state[0]
@@ -169,7 +179,7 @@ def _done(cell: GridCell) -> int:
 
 
 def _pace(seconds: float, median: float) -> int:
-    """1 to 4: quick, as most, slow, very slow."""
+    """Returns 1 to 4: quick, like most, slow, very slow."""
     return 1 + sum(seconds > factor * median for factor in (0.75, 1.5, 3.0)) if median else 2
 
 
@@ -177,7 +187,7 @@ def _pace(seconds: float, median: float) -> int:
 
 
 def _samples(facts: ReportFacts, gallery: int, pictures: Thumbnails) -> dict[str, Any]:
-    """The samples that are shown, with their pictures taken in: at most ``gallery`` edited ones."""
+    """Returns the samples that are shown, at most ``gallery`` edited ones, and makes their thumbnails."""
     looked = facts.looked
     edited = in_order(looked.edited)[:gallery]
     rejected = {name: in_order(heap)[: 4 if gallery else 0] for name, heap in looked.rejected.items()}
@@ -188,8 +198,8 @@ def _samples(facts: ReportFacts, gallery: int, pictures: Thumbnails) -> dict[str
     captions = with_captions(refused, facts.places)
     told = []
     for (stage, reason), ones in sorted(rejected.items()):
-        story = next(story for place, story in zip(facts.places, facts.stories, strict=True) if place.stage == stage)
-        count = story.dropped[reason] + story.samples_failed[reason]
+        of_stage = next(one for place, one in zip(facts.places, facts.stats, strict=True) if place.stage == stage)
+        count = of_stage.dropped[reason] + of_stage.samples_failed[reason]
         told.append({"stage": stage, "reason": reason, "count": count, "samples": ones})
     return {"edited": edited, "rejected": told, "recaptioned": recaptioned, "captions": captions}
 
@@ -220,7 +230,8 @@ def _links(place: StagePlace, page: Path) -> dict[str, str]:
 
 
 def _link(target: Path, page: Path) -> str:
-    """From the page, so that both may be moved together; with a scheme's colon escaped, so that none is made up."""
+    """Returns a link relative to the page, so that both can be moved together; its colons are escaped, so that no part
+    can be taken for a scheme."""
     relative = os.path.relpath(os.path.realpath(target), os.path.realpath(page.parent))
     return quote(os.fsencode(relative))
 

@@ -1,4 +1,4 @@
-"""Small pictures for the page, within a budget of bytes."""
+"""Thumbnails for the page, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,25 @@ MAX_IMAGE_BYTES: Final = 64 << 20
 
 @dataclass(slots=True)
 class Thumbnails:
-    """Data URIs of thumbnails.  left: bytes that the page has still room for; omitted: pictures that had none."""
+    """Data URIs of thumbnails.
+
+    left: bytes of the budget that are left.  omitted: pictures that did not fit.
+    """
 
     left: int
     omitted: int = 0
     found: dict[tuple[str, str, str], str] = field(default_factory=dict)
 
     def add(self, kind: str, folder: Path | None, wanted: Mapping[str, Sequence[str]]) -> list[str]:
-        """Thumbnails of samples of the tars in ``folder``; returns what could not be read.
+        """Makes thumbnails of samples.
 
-        kind: under which they are asked for again.  wanted: shard → keys.
+        Args:
+            kind: The name under which ``get`` finds them.
+            folder: Of the tars.
+            wanted: Shard → keys.
+
+        Returns:
+            What could not be read.
         """
         troubles = []
         for shard_id, keys in wanted.items():
@@ -46,7 +55,7 @@ class Thumbnails:
         return troubles
 
     def get(self, kind: str, shard_id: str, key: str) -> str:
-        """The data URI, empty where there is none."""
+        """Returns the data URI; empty where there is none."""
         return self.found.get((kind, shard_id, key), "")
 
     def _add_from(self, kind: str, path: Path, shard_id: str, keys: set[str]) -> None:
@@ -65,7 +74,7 @@ class Thumbnails:
 
 
 def thumbnail(sample: Sample) -> str:
-    """The sample's image as a small JPEG in a data URI, encoded anew; empty where it cannot be decoded."""
+    """Returns the sample's image as a small JPEG, encoded anew, in a data URI; empty where it cannot be decoded."""
     try:
         image = Image.fromarray(decode_rgb(image_of(sample), at_least=SIDE))
     except SampleError:

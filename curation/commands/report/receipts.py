@@ -1,6 +1,6 @@
-"""What the report asks of the receipts beyond ``status``: time, hosts, languages, and which shard is what.
+"""What the report needs from receipts beyond what ``status`` sums up: time, hosts, languages, and each shard's state.
 
-Everything is a sum of bounded size, so that a million receipts need no more memory than a thousand.
+Everything is a sum of limited size, so that a million receipts need no more memory than a thousand.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from curation.commands.status.scan import StageCounts, attempt_seconds, whole
 from curation.jsonio import clean_text
 
 SLOWEST = 10  # shards that are named
-MAX_NAMES = 2_000  # hosts, languages, phases, notes: more are counted together
+MAX_NAMES = 2_000  # hosts, languages, phases, notes; the others are counted together
 MAX_NAME = 80
-MAX_SECONDS = 1e9  # longer is no attempt but a broken clock
+MAX_SECONDS = 1e9  # a longer attempt is a wrong clock
 OTHERS = "(others)"
 STATES = ("done", "stale", "failed", "running", "pending")
 
 
 @dataclass(slots=True)
 class HostStats:
-    """What one machine did.  seconds: of its attempts, which may have run beside each other."""
+    """What one machine did.
+
+    seconds: of its attempts, which may have run at the same time.
+    """
 
     shards: int = 0
     failed: int = 0
@@ -41,7 +44,10 @@ class HostStats:
 
 @dataclass(slots=True)
 class GridCell:
-    """Shards of the grid that lie beside each other.  first, last: of their ids.  seconds: of those that are done."""
+    """Neighbouring shards, shown as one cell.
+
+    first, last: of their ids.  seconds: of those that are done.
+    """
 
     first: str
     last: str
@@ -58,14 +64,14 @@ class GridCell:
 
 @dataclass(frozen=True, slots=True)
 class ReceiptBounds:
-    """shards_a_cell: neighbours by number that are one cell; chosen: shards of which the samples are looked at."""
+    """shards_a_cell: how many neighbours are one cell.  chosen: how many shards have their samples read."""
 
     shards_a_cell: int
     chosen: int
 
 
 def cell_of(shard_id: str, shards_a_cell: int) -> str:
-    """The cell that a shard belongs to; cells sort as their shards do."""
+    """Returns the name of the cell that a shard belongs to; names sort as the shards do."""
     if shards_a_cell == 1:
         return shard_id
     if shard_id.isdecimal() and shard_id.isascii():
@@ -74,14 +80,17 @@ def cell_of(shard_id: str, shards_a_cell: int) -> str:
 
 
 def choice_of(shard_id: str) -> int:
-    """By this number shards are chosen: the lowest ones, the same in every stage and on every day."""
+    """Returns the number by which shards are chosen, the lowest first: the same ones in every stage and every time."""
     return xxhash.xxh3_64_intdigest(shard_id.encode(), seed=7)
 
 
 @dataclass(slots=True)
 class ReceiptStats(StageCounts):
-    """A stage's sums.  phases: seconds by phase; notes: whole numbers that the stage noted; slowest: (seconds, shard,
-    host, samples), a heap; chosen: (-choice, shard), a heap; output_bytes: of what the receipts name."""
+    """What the receipts of one stage add up to.
+
+    phases: phase → seconds.  notes: whole numbers that the stage noted.  output_bytes: of the files that receipts name.
+    slowest: a heap of (seconds, shard, host, samples).  chosen: a heap of (-choice, shard).
+    """
 
     bounds: ReceiptBounds = ReceiptBounds(1, 200)
     phases: Counter[str] = field(default_factory=Counter)
@@ -140,7 +149,7 @@ class ReceiptStats(StageCounts):
         self._host(name_of(receipt.get("host"))).add(HostStats(0, 1, 0, seconds_of(receipt)))
 
     def see(self, cell: GridCell) -> None:
-        """Shards of one cell that have no receipt that counts."""
+        """Adds shards of one cell that are running or pending: they have no receipt that counts."""
         name = cell_of(cell.first, self.bounds.shards_a_cell)
         if name in self.cells and self.bounds.shards_a_cell == 1:  # one shard has one state: it is being done again
             self.cells[name].states = cell.states
@@ -163,7 +172,7 @@ def add_cell(cells: dict[str, GridCell], name: str, cell: GridCell) -> None:
 
 
 def merged(cells: dict[str, GridCell], at_most: int) -> list[GridCell]:
-    """The cells in the order of their shards, neighbours put together where there are more than ``at_most``."""
+    """Returns the cells in the order of their shards; neighbours are merged where there are more than ``at_most``."""
     ordered = [cells[name] for name in sorted(cells)]
     width = -(-len(ordered) // at_most)
     if width < 2:
@@ -178,7 +187,7 @@ def merged(cells: dict[str, GridCell], at_most: int) -> list[GridCell]:
 
 
 def seconds_of(receipt: dict[str, Any]) -> float:
-    """What an attempt took by its node's clock; 0 where the receipt does not say or the clock was turned back."""
+    """Returns what an attempt took by its node's clock; 0 where the receipt does not say, or the clock was set back."""
     seconds = attempt_seconds(receipt)
     return seconds if seconds is not None and 0 <= seconds < MAX_SECONDS else 0.0
 

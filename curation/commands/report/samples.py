@@ -1,6 +1,6 @@
-"""What the samples of some shards look like: faces, lengths, scores, and which of them are shown.
+"""What the samples of some shards are like: faces, lengths, scores, and the samples that are shown.
 
-The shards are chosen by a hash of their ids, the samples by a hash of their keys: the same ones each time.
+Shards are chosen by a hash of their ids and samples by a hash of their keys, so that they are the same ones each time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from curation.commands.report.scores import ScoreValues
 from curation.errors import SampleError, ShardError
 from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, read_dictionary
 
-MAX_FILE_BYTES: Final = 256 << 20  # of a shard's provenance, rejects or drops: more is read up to here
+MAX_FILE_BYTES: Final = 256 << 20  # of a shard's provenance, rejects or drops; the rest of a larger file is not read
 MAX_VALUES: Final = 1_000_000  # of one distribution
 MAX_TEXT: Final = 600  # characters that are shown of a caption or a prompt
 MAX_REASONS: Final = 200
@@ -45,8 +45,11 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class GallerySample:
-    """A sample of the gallery.  what: ``edited`` | ``rejected`` | ``recaptioned``.  before, after: caption and prompt,
-    or the caption before and after.  boxes: of its faces, parts of the width and height."""
+    """A sample that is shown.
+
+    what: ``edited`` | ``rejected`` | ``recaptioned``.  before, after: the caption and the prompt, or the old and the
+    new caption.  boxes: of the faces, as shares of the width and the height.
+    """
 
     what: str
     stage: str
@@ -62,8 +65,11 @@ class GallerySample:
 
 @dataclass(slots=True)
 class SampleStats:
-    """shards: stage → how many were looked at.  faces: number of faces → samples; sides: of the faces, as a part of
-    the image's side.  troubles: files that could not be read."""
+    """What was found in the samples of some shards.
+
+    shards: stage → how many of its shards were read.  faces: number of faces → samples.  sides: of the faces, as a
+    share of the image's side.  troubles: files that could not be read.
+    """
 
     shards: Counter[str] = field(default_factory=Counter)
     faces: Counter[int] = field(default_factory=Counter)
@@ -83,9 +89,13 @@ class SampleStats:
 
 
 def look(places: Sequence[StagePlace], chosen: Sequence[Sequence[str]], gallery: int, close: int) -> SampleStats:
-    """chosen: for each stage its shards in the order of their choice.
+    """Reads the samples of the chosen shards.
 
-    gallery: samples to show at most; close: shards that they come from, the first of the chosen ones.
+    Args:
+        places: The stages.
+        chosen: For each stage its shards, in the order in which they were chosen.
+        gallery: How many samples are shown at most.
+        close: How many shards, the first of the chosen ones, those samples come from.
     """
     looked = SampleStats()
     by_stage = {place.stage: place for place in reversed(places)}
@@ -124,9 +134,9 @@ def _look_at_faces(place: StagePlace, shard_id: str, looked: SampleStats) -> Non
 
 
 def _faces(place: StagePlace, shard_id: str) -> dict[str, list[Box]]:
-    """Key → faces of the samples that stage 01 kept: as detected, else as recorded in the metadata."""
+    """Returns key → faces of the samples that stage 01 kept: as it detected them, or as the metadata records them."""
     found = {}
-    for folder in sorted({place.home, *place.home.parent.iterdir()}):  # wherever --edits was: it points back here
+    for folder in sorted({place.home, *place.home.parent.iterdir()}):  # one of them was --edits, and points back here
         path = folder / f"{shard_id}.json"
         if (folder / "_receipts" / place.stage / "_home.json").is_file() and path.is_file():
             metadata = read_dictionary(path, MAX_FILE_BYTES)
@@ -179,7 +189,7 @@ def _choose_rejected(place: StagePlace, shard_id: str, places: Mapping[str, Stag
 
 
 def with_captions(shown: Iterable[GallerySample], places: Sequence[StagePlace]) -> dict[tuple[str, str], str]:
-    """(shard, key) → the caption, of samples that stage 01 kept and a later one did not."""
+    """Returns (shard, key) → caption for samples that stage 01 kept and a later stage left out."""
     homes = [place.home for place in places if place.stage == FACES]
     found: dict[tuple[str, str], str] = {}
     wanted: dict[str, set[str]] = {}
@@ -207,7 +217,7 @@ def _look_at_recaptions(place: StagePlace, shard_id: str, looked: SampleStats, g
 
 
 def _choose(heap: list[tuple[int, GallerySample]], shown: GallerySample, at_most: int) -> None:
-    """The samples of the lowest hashes, each once."""
+    """Adds a sample to a heap of those with the lowest hashes, each once."""
     number = -xxhash.xxh3_64_intdigest(f"{shown.shard}/{shown.key}".encode("utf-8", "replace"))
     if any(number == other for other, _ in heap):
         return
@@ -219,7 +229,7 @@ def in_order(heap: Sequence[tuple[int, GallerySample]]) -> list[GallerySample]:
 
 
 def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
-    """(reason, key, detail) of the samples that were dropped or failed."""
+    """Yields (reason, key, detail) of the samples that were dropped or failed."""
     for line in rejected(place, shard_id, MAX_FILE_BYTES):
         yield _text(line.get("reason"), 80), str(line.get("key")), _text(line.get("detail"), 300)
     try:
@@ -236,7 +246,7 @@ def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _boxes(value: Any) -> list[Box]:
-    """Faces as parts of the image, 0 to 1; what is no box is left out."""
+    """Returns faces as shares of the image, 0 to 1; what is not a box is left out."""
     found = []
     for box in value if isinstance(value, list) else ():
         if not isinstance(box, list) or len(box) < 4 or not all(isinstance(v, int | float) for v in box[:4]):
@@ -252,6 +262,6 @@ def _extend(values: array[float], more: Iterable[float]) -> None:
 
 
 def _text(value: Any, at_most: int = MAX_TEXT) -> str:
-    """One printable line, cut where it is long."""
+    """Returns one printable line, cut where it is too long."""
     text = clean_text(value) if isinstance(value, str) else ""
     return text if len(text) <= at_most else text[: at_most - 1] + "…"

@@ -1,8 +1,7 @@
-"""``python -m curation status ROOT``: how far every stage below a folder is, from receipts, plans and claims alone.
+"""``python -m curation status ROOT`` shows how far every stage below a folder is, from receipts, plans and claims.
 
-It writes nothing, needs no SLURM, and trusts no other node's clock: whether a worker lives is seen from its heartbeat.
-
-What ``status`` found, as tables on a terminal and as plain lines in a log.
+It writes nothing, needs no SLURM, and trusts no other node's clock: a heartbeat shows whether a worker is alive.  The
+result is shown as tables on a terminal and as plain lines in a log.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
 from curation.options import exit_code, parse_arguments
 
-_MAX_ROWS = 40  # of running shards, before they are counted only
+_MAX_ROWS = 40  # of running shards; the others are only counted
 _LIVES = {"alive": "alive", "gone": "dead: its shard is free to take", "unknown": "not known to be alive"}
 
 
 def as_lines(result: dict[str, Any]) -> Iterator[str]:
-    """For a log: a stage's line, and indented what there is to say of it."""
+    """Yields the lines for a log: a line for each stage, and its details indented below it."""
     for stage in result["stages"]:
         facts = "  ".join(f"{name} {value}" for name, value in zip(_HEADINGS, _row(stage)[1:], strict=True))
         yield f"{stage['stage']}  {facts}  ({stage['folder']})"
@@ -43,7 +42,7 @@ def as_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def print_tables(result: dict[str, Any], *, clear: bool) -> None:
-    """For a terminal."""
+    """Prints the tables for a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -154,9 +153,9 @@ def _rate(value: float | None) -> str:
 
 
 STATUS_FORMAT = 1
-_MOMENT_S = 1.0  # between the two looks at a heartbeat, at least
+_MOMENT_S = 1.0  # between the two times that a heartbeat is read, at least
 _WATCH_S = "10"
-_SHARE_OF_READING = 3.0  # --watch rests at least so many times as long as it reads
+_SHARE_OF_READING = 3.0  # --watch waits at least so many times as long as it reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +163,13 @@ class Options:
     """Show how far the stages below a folder are."""
 
     root: Annotated[Path, tyro.conf.Positional]
-    """The folder of the dataset: stages whose receipts lie in it or in a folder in it are found."""
+    """The folder of the dataset: stages whose receipts are in it, or in a folder in it, are found."""
     watch: float | None = None
     """Show it again every so many seconds (10 where no number is given), until interrupted."""
     json: bool = False
     """One JSON object on one line instead of tables."""
     look_s: float = _MOMENT_S
-    """Look at heartbeats for so many seconds before saying who is alive: a worker beats four times a lease."""
+    """Watch heartbeats for so many seconds before saying who is alive: a worker beats four times a lease."""
 
 
 @exit_code
@@ -214,7 +213,7 @@ def _show(result: dict[str, Any], options: Options) -> None:
 
 
 def _look(root: Path, scan: ReceiptScan, claims: ClaimWatcher, look_s: float) -> dict[str, Any]:
-    """Everything that is shown, as one JSON value; docs/status.md describes it."""
+    """Returns all that is shown, as one JSON value; docs/status.md describes it."""
     began = time.monotonic()
     for stage, held in zip(scan.stages, claims.look(), strict=True):
         stage.claimed = {claim.shard_id for claim in held}
@@ -243,7 +242,7 @@ def _look(root: Path, scan: ReceiptScan, claims: ClaimWatcher, look_s: float) ->
 def stage_result(
     stage: ScannedStage, counts: StageCounts, held: list[LiveClaim], states: dict[str, str]
 ) -> dict[str, Any]:
-    """One stage of the JSON value."""
+    """Returns one stage of the JSON value."""
     fast = speed(counts.spans)
     pending = counts.again + counts.untouched
     lively = [claim for claim in held if claim.life != "gone"]

@@ -1,8 +1,7 @@
-"""Who is working on what, from claims and heartbeats alone, watched by this process's own clock.
+"""Who is working on which shard, from claims and heartbeats alone, by this process's own clock.
 
-What SLURM's accounting says became of jobs, where there is any: OUT_OF_MEMORY, TIMEOUT, NODE_FAIL, PREEMPTED …
-
-Without sacct, without accounting behind it, or when it does not answer in time, nothing is known and nothing breaks.
+SLURM's accounting adds how the jobs of silent workers ended: OUT_OF_MEMORY, TIMEOUT, NODE_FAIL, PREEMPTED …
+That is left out where there is no sacct, where it has no accounting, or where it does not answer in time.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ from curation.commands.places import StagePlace
 from curation.run.claims import MAX_BEAT_BYTES, ClaimRecord, is_gone, parse_beat, read_claim
 from curation.shards import is_safe_id
 
-MAX_CLAIMS = 100_000  # of one stage: more are no claims of workers
+MAX_CLAIMS = 100_000  # of one stage that are read
 
 
 @dataclass(frozen=True, slots=True)
 class LiveClaim:
     """A claim on a shard.
 
-    life: ``alive`` (its heartbeat moved while we looked, or its process runs on this machine), ``gone`` (its process
-    has ended on this machine, or its heartbeat stood still for a lease), ``unknown`` (it was not looked at for long
-    enough).  samples: finished so far, None where the heartbeat does not say.  silent_s: for how long we saw it still.
+    life: ``alive`` (the heartbeat changed while we watched, or the process runs on this machine), ``gone`` (the process
+    has ended on this machine, or the heartbeat did not change for a lease), ``unknown`` (we have not watched it long
+    enough).  samples: how many are finished; None where the heartbeat does not say.  silent_s: for how long we have
+    seen no change of the heartbeat.
     """
 
     path: Path
@@ -43,18 +43,18 @@ class LiveClaim:
 
 
 class ClaimWatcher:
-    """Looks at claims again and again, and remembers how long it has seen each heartbeat stand still."""
+    """Reads claims again and again, and remembers for how long each heartbeat has not changed."""
 
     def __init__(self, places: Sequence[StagePlace]) -> None:
         self._places = places
-        self._beats: dict[Path, tuple[bytes, float, bool]] = {}  # → counter, since when, whether it was seen to move
+        self._beats: dict[Path, tuple[bytes, float, bool]] = {}  # → counter, since when, whether we have seen it change
 
     def follow(self, places: Sequence[StagePlace]) -> None:
-        """These are the stages from now on; what was seen of their heartbeats is kept."""
+        """Takes these stages from now on, and keeps what is known of their heartbeats."""
         self._places = places
 
     def look(self) -> list[list[LiveClaim]]:
-        """The claims of each stage as they are now."""
+        """Returns the claims of each stage as they are now."""
         found, present = [], set()
         for place in self._places:
             read: dict[str, dict[str, int]] = {}
@@ -110,17 +110,21 @@ def _claims(place: StagePlace) -> list[tuple[Path, ClaimRecord]]:
     return found
 
 
-TIMEOUT_S = 10.0  # for all together
-_BATCH = 500  # ids of one call: a command line has bounds
+TIMEOUT_S = 10.0  # for all calls of sacct together
+_BATCH = 500  # ids in one call: the length of a command line is limited
 _MAX_JOBS = 5000
 _ID = re.compile(r"\d{1,12}(?:_\d{1,9})?")
 _STATE = re.compile(r"[A-Z_]{2,40}")
 
 
 def slurm_states(jobs: Iterable[str]) -> dict[str, str]:
-    """Job (41, or 40_7 of an array) → the state it is in or ended in, the worst of its runs where it was requeued.
+    """Asks SLURM's accounting about jobs.
 
-    Jobs of which SLURM knows nothing are left out.
+    Args:
+        jobs: Ids of jobs: 41, or 40_7 of an array.
+
+    Returns:
+        Job → its state, or the worst state of its runs where it was requeued.  Unknown jobs are left out.
     """
     wanted = sorted({job for job in jobs if _ID.fullmatch(job)}, key=_newest_first)[:_MAX_JOBS]
     found: dict[str, str] = {}

@@ -1,9 +1,7 @@
-"""Reading the receipts of all stages below a folder, a bucket at a time, in a few processes.
+"""Reads the receipts of all stages below a folder, a bucket at a time, in a few processes, and adds them up.
 
-A shard's receipts of all stages are looked at together, so that what is stale is found by comparing receipts, and
-nothing is held but sums.  Nothing is written, and no file is hashed.
-
-What the receipts of one stage add up to; sums of parts can be added again.
+The receipts that the stages have of one shard are read together, so that stale ones are found by comparing receipts.
+Only sums are kept; sums of parts can be added.  Nothing is written, and no file is hashed.
 """
 
 from __future__ import annotations
@@ -30,13 +28,13 @@ from curation.run.planned import planned
 from curation.shards import bucket_of
 from curation.storage.files import MAX_RECEIPT_BYTES, read_record
 
-EXAMPLES = 5  # failed shards that are told of for each reason
-WINDOW_S = 600.0  # "in the last while", at least
+EXAMPLES = 5  # failed shards that are shown for each reason
+WINDOW_S = 600.0  # over which the recent speed is measured, at least
 _MAX_MESSAGE = 300
 
 
 def job_of(slurm: Any) -> str:
-    """The SLURM job that a receipt or a claim names, as sacct takes it: 41, or 40_7 of an array; empty for none."""
+    """Returns the job that a receipt or a claim names, as sacct takes it: 41, or 40_7 of an array; empty for none."""
     if not isinstance(slurm, dict):
         return ""
     array_job, element = str(slurm.get("array_job_id", "")), str(slurm.get("array_task_id", ""))
@@ -48,12 +46,13 @@ def job_of(slurm: Any) -> str:
 
 @dataclass(slots=True)
 class StageCounts:
-    """Shards by what they are, samples and times of one stage.
+    """Sums over the receipts of one stage: shards by their state, samples, and times.
 
-    done: shards that are done and up to date; stale: done, but not up to date, by why (epoch, inputs, upstream).
-    failed, quarantined: by reason.  again: to be tried again; untouched: planned, without a receipt.  Neither counts
-    shards that a worker has claimed.  jobs: (reason, SLURM job) of failures.  spans: started, finished and samples in
-    of each attempt that was done, one after the other, Unix times by the clocks of their nodes.
+    done: shards that are done and up to date.  stale: why (epoch, inputs, upstream) → shards that are done but not up
+    to date.  failed, quarantined: reason → shards.  again: shards to be tried again.  untouched: planned shards without
+    a receipt.  The last two leave out shards that a worker has claimed.  jobs: (reason, SLURM job) → failures.
+    spans: when each finished attempt started and finished and how many samples it read, one after the other, in Unix
+    time by the clocks of the nodes.
     """
 
     done: int = 0
@@ -87,7 +86,7 @@ class StageCounts:
             self.examples[reason] = [*self.examples.get(reason, []), *examples][:EXAMPLES]
 
     def add_done(self, shard_id: str, receipt: dict[str, Any], why_stale: str) -> None:
-        """A shard that is done; ``why_stale`` is empty where it is up to date."""
+        """Adds a shard that is done; ``why_stale`` is empty where it is up to date."""
         if why_stale:
             self.stale[why_stale] += 1
         else:
@@ -148,8 +147,11 @@ def covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StageSpeed:
-    """samples_per_s: over the time in which at least one shard was worked on; recent: of what was finished in the last
-    ``window_s`` before the last receipt; shards_per_s: likewise.  None where the receipts do not tell."""
+    """How fast a stage is; None where the receipts do not say.
+
+    samples_per_s: over the time in which at least one shard was worked on.  recent, shards_per_s: samples and shards a
+    second that were finished in the last ``window_s`` before the last receipt.
+    """
 
     samples_per_s: float | None = None
     recent: float | None = None
@@ -158,7 +160,7 @@ class StageSpeed:
 
 
 def speed(spans: array[float]) -> StageSpeed:
-    """From the times of the attempts that were done."""
+    """Returns the speed by the times of the attempts, as ``StageCounts.spans`` has them."""
     rows = sorted(zip(spans[0::3], spans[1::3], spans[2::3], strict=True))
     if not rows:
         return StageSpeed()
@@ -174,7 +176,7 @@ def speed(spans: array[float]) -> StageSpeed:
 
 
 def _jobs_of_failure(receipt: dict[str, Any], error: dict[str, Any]) -> list[str]:
-    """The jobs of the workers that died on the shard, or that of the worker that failed it."""
+    """Returns the jobs of the workers that died on the shard, or the job of the worker that failed it."""
     deaths = error.get("deaths")
     slurm = [d.get("slurm") for d in deaths if isinstance(d, dict)] if isinstance(deaths, list) else []
     return [job for ids in slurm or [receipt.get("slurm")] if (job := job_of(ids))][:16]
@@ -184,15 +186,17 @@ def whole(value: Any) -> int:
     return value if type(value) is int and value >= 0 else 0
 
 
-MAX_PROCESSES = 8  # a shared filesystem answers several at once; a login node is not ours alone
-_BUCKETS_A_PROCESS = 4  # fewer are not worth starting one for
+MAX_PROCESSES = 8  # a shared filesystem answers several at once, but others use the login node too
+_BUCKETS_A_PROCESS = 4  # a process is not worth starting for fewer
 _READ_BYTES = 256 << 10
 
 
 @dataclass(slots=True)
 class ScannedStage:
-    """A stage as status reads it.  planned: bucket → shard ids, None where no run has left its plan.  claimed: shards
-    that somebody has a claim on."""
+    """A stage whose receipts are read.
+
+    planned: bucket → shard ids; None where no run has left its plan.  claimed: shards on which a worker has a claim.
+    """
 
     place: StagePlace
     epochs: list[OptionsVersion]
@@ -205,7 +209,7 @@ class ScannedStage:
 
 @dataclass(slots=True)
 class _ScannedReceipt:
-    """A shard's receipt in one stage, and why it is stale; None while that is not known."""
+    """A shard's receipt in one stage, and why it is stale: None while that is not known."""
 
     receipt: dict[str, Any]
     why: str | None = None
@@ -215,7 +219,7 @@ AnyStageCounts = TypeVar("AnyStageCounts", bound=StageCounts)
 
 
 class ReceiptScan:
-    """The stages below a folder and what their receipts add up to."""
+    """The stages below a folder, and what their receipts add up to."""
 
     def __init__(self, places: Sequence[StagePlace]) -> None:
         self.warnings: list[str] = []
@@ -224,9 +228,13 @@ class ReceiptScan:
         self._origins: dict[tuple[int, str, str], tuple[int | None, str]] = {}
 
     def read(self, new_counts: Callable[[], AnyStageCounts]) -> list[AnyStageCounts]:
-        """The sums for each stage, in the order of ``stages``.
+        """Returns the sums of each stage, in the order of ``stages``.
 
-        new_counts: makes an empty sum.  A command that needs more than ``StageCounts`` holds has a subclass of it.
+        Args:
+            new_counts: Makes an empty sum.  A command that needs more than ``StageCounts`` holds has a subclass of it.
+
+        Raises:
+            InfrastructureError: A process that reads receipts was killed.
         """
         names = {name for stage in self.stages for name in _buckets(stage.place.receipts)}
         names |= {name for stage in self.stages for name in stage.planned or ()}
@@ -234,7 +242,7 @@ class ReceiptScan:
         wanted = min(MAX_PROCESSES, max(2, os.cpu_count() or 1), len(buckets) // _BUCKETS_A_PROCESS)
         if wanted < 2:
             return self._read(buckets, new_counts)
-        context = multiprocessing.get_context("fork")  # they inherit what was read so far
+        context = multiprocessing.get_context("fork")  # the processes inherit what was read so far
         readers = []
         for number in range(wanted):
             mine, theirs = context.Pipe(duplex=False)
@@ -248,7 +256,7 @@ class ReceiptScan:
             try:
                 part = pipe.recv()
             except EOFError:
-                raise InfrastructureError("a process that reads receipts ended without a word") from None
+                raise InfrastructureError("a process that reads receipts was killed") from None
             process.join()
             if isinstance(part, str):
                 raise InfrastructureError(part)
@@ -290,7 +298,7 @@ class ReceiptScan:
                 for number, this in seen.items():
                     try:
                         self._count(number, shard_id, this, seen, total[number])
-                    except (TypeError, ValueError, KeyError, AttributeError):  # made by hand
+                    except (TypeError, ValueError, KeyError, AttributeError):  # not a receipt that a stage has written
                         total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
             for number, stage in enumerate(self.stages):
                 planned = (stage.planned or {}).get(bucket, set())
@@ -308,10 +316,10 @@ class ReceiptScan:
             counts.again += 1
 
     def _why_stale(self, number: int, shard_id: str, seen: dict[int, _ScannedReceipt]) -> str:
-        """Why a shard that is done would be done again: ``epoch`` | ``inputs`` | ``upstream``, empty if it is not."""
+        """Returns why a shard that is done is stale: ``epoch`` | ``inputs`` | ``upstream``; empty where it is not."""
         this = seen[number]
         if this.why is None:
-            this.why = ""  # for stages that read each other's outputs in a circle
+            this.why = ""  # in case stages read each other's outputs in a circle
             this.why = self._find_why(number, shard_id, this.receipt, seen)
         return this.why
 
@@ -323,7 +331,7 @@ class ReceiptScan:
             if "stage" not in source:
                 continue
             upstream, folder = self._origin(number, source["stage"], source["folder"])
-            if upstream is None or upstream == number:  # it does not lie below the folder that is looked at
+            if upstream is None or upstream == number:  # that stage is not below the folder that is read
                 continue
             theirs = seen.get(upstream)
             if theirs is None or theirs.receipt.get("status") != "done":
@@ -340,7 +348,7 @@ class ReceiptScan:
         return why
 
     def _origin(self, number: int, stage: str, folder: str) -> tuple[int | None, str]:
-        """The stage that vouches for inputs in ``folder``, by its number, and the folder's real path."""
+        """Returns the number of the stage that wrote the inputs in ``folder``, and the folder's real path."""
         key = (number, stage, folder)
         if key not in self._origins:
             real = os.path.realpath(self.stages[number].place.home / folder)
@@ -360,7 +368,7 @@ class ReceiptScan:
         return epochs
 
     def _planned(self, place: StagePlace) -> dict[str, set[str]] | None:
-        """The shards that the runs of a stage set out to do, by bucket."""
+        """Returns the shards that the runs of a stage planned to do, by bucket."""
         found: dict[str, set[str]] = {}
         for shard_id in planned(place.home, place.stage, self.warnings.append):
             found.setdefault(bucket_of(shard_id), set()).add(shard_id)

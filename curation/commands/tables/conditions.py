@@ -1,4 +1,4 @@
-"""A condition on the columns of many tables, in SQL: which rows fulfil it.  DuckDB reads the tables, within bounds.
+"""Finds the rows of many tables that fulfil a condition in SQL.  DuckDB reads the tables, within limits.
 
 The condition is one expression.  It can name columns and call functions; it can open no file but the tables, write
 none, and change no setting.
@@ -55,14 +55,17 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """expression: what DuckDB is asked, every name resolved.  thresholds: of each ``top(column, share)`` in it."""
+    """expression: what DuckDB gets, with every name resolved.  thresholds: the value of each ``top(column, share)``."""
 
     expression: str
     thresholds: Mapping[str, float | None]
 
 
 class SqlFilter:
-    """Rows of the tables ``paths``, seen as one.  memory_mb: DuckDB's bound; what does not fit goes to ``spill``."""
+    """The rows of the tables ``paths`` as one table.
+
+    memory_mb: DuckDB's limit; what does not fit goes to the folder ``spill``.
+    """
 
     def __init__(self, paths: Sequence[Path], spill: Path, *, memory_mb: int, threads: int) -> None:
         self._duckdb = import_duckdb()
@@ -119,7 +122,11 @@ class SqlFilter:
         return int(self._ask("SELECT count(*) FROM all_rows").fetchall()[0][0])
 
     def condition(self, text: str) -> Condition:
-        """The condition as DuckDB takes it; UsageError where it is none, or names a column that is not there."""
+        """Returns the condition as DuckDB takes it.
+
+        Raises:
+            UsageError: It is not a condition, or names a column that is not there.
+        """
         if len(text) > MAX_CONDITION_CHARS:
             raise UsageError(f"the condition is longer than {MAX_CONDITION_CHARS:,} characters")
         text = self._quote_dashed(text)
@@ -140,7 +147,7 @@ class SqlFilter:
         return Condition(text, thresholds)
 
     def rows(self, condition: Condition, columns: str, *, order: str) -> Iterator[Any]:
-        """Arrow record batches of the rows that fulfil it.  columns, order: SQL that the caller wrote itself."""
+        """Yields Arrow record batches of the rows that fulfil it; columns and order are the caller's own SQL."""
         query = f"SELECT {columns} FROM ({_rows_where(condition.expression)}) ORDER BY {order}"
         with self._clear_errors():
             yield from self._connection.sql(query).to_arrow_reader(_ROWS)
@@ -161,7 +168,7 @@ class SqlFilter:
         return None if found[0][0] is None else float(found[0][0])
 
     def _quote_dashed(self, text: str) -> str:
-        """Columns with dashes may stand in it as they are."""
+        """Quotes columns with dashes, so that they may be written as they are."""
         dashed = sorted((name for name in self.columns if not re.fullmatch(r"\w+", name)), key=len, reverse=True)
         if not dashed:
             return text

@@ -1,5 +1,7 @@
-"""``python -m curation neardup FOLDER --feature …``: groups of near duplicates by the cosine of features, and the
-samples that are left when each group keeps one."""
+"""``python -m curation neardup FOLDER --feature …`` finds groups of near duplicates by the cosine of features.
+
+It can also write which samples are left when each group keeps one.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +68,11 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class _LoadedFeatures:
-    """vectors: of the samples that have any.  rows: the number of each among all samples.  starts: the number of the
-    first sample of each table, and behind them how many there are."""
+    """The features of all tables.
+
+    vectors: of the samples that have one.  rows: the number of each of those among all samples.  starts: the number of
+    the first sample of each table, and last the number of all samples.
+    """
 
     vectors: Vectors
     rows: NDArray[np.int64]
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(options: Options, tables: FolderTables, path: Path) -> _LoadedFeatures:
-    """The features of all tables, one behind the other, in a scratch file."""
+    """Writes the features of all tables, one after the other, to a scratch file."""
     vectors, starts, numbers = Vectors(path), [0], []
     for table, features in with_features(tables.tables, options.folder):
         count = 0
@@ -151,7 +156,7 @@ def _within_the_dataset(options: Options, tables: FolderTables, scratch: Path) -
 
 
 def _facts(tables: FolderTables, starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Any:
-    """uid, key, tar and the number of pixels (0 where it is not told) of the samples ``rows``, as an Arrow table."""
+    """Returns uid, key, tar and the number of pixels (0: unknown) of the samples ``rows``, as an Arrow table."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -173,7 +178,7 @@ def _facts(tables: FolderTables, starts: NDArray[np.int64], rows: NDArray[np.int
 
 
 def _choose(groups: NDArray[np.int64], facts: Any) -> NDArray[np.bool_]:
-    """Which sample each group keeps: that with the most pixels, of these that with the lowest uid, then the first."""
+    """Returns which samples are kept: of each group the one with most pixels, then the lowest uid, then the first."""
     uids, bad = parse_uids(facts["uid"].combine_chunks())
     pixels = facts["pixels"].to_numpy()
     order = np.lexsort((uids["f1"], uids["f0"], bad, -pixels, groups))
@@ -191,7 +196,7 @@ def _write_groups(
     chosen: NDArray[np.bool_],
     facts: Any,
 ) -> None:
-    """A row for each member, group by group, the one that is kept first."""
+    """Writes a row for each member, group by group; the one that is kept comes first."""
     import pyarrow as pa
 
     keeper = np.full(int(roots.max()) + 1 if len(roots) else 0, -1, np.int64)
@@ -272,7 +277,7 @@ def _against(options: Options, tables: FolderTables, scratch: Path) -> dict[str,
 
 
 def _read(table: ShardTable, numbers: Sequence[str] = ()) -> Any:
-    """uid, key and tar as texts, null where the table has no such column, and ``numbers`` as doubles."""
+    """Returns uid, key and tar as texts (null where the table has no such column), and ``numbers`` as doubles."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -305,7 +310,7 @@ def _metadata(table: ShardTable) -> Any:
 
 
 def _write_parquet(options: Options, schema: Any, blocks: Iterator[Any]) -> None:
-    """Feature and threshold stand in the schema's metadata."""
+    """Writes the parquet, with feature and threshold in the schema's metadata."""
     import pyarrow.parquet as pq
 
     schema = schema.with_metadata({"feature": options.feature, "threshold": repr(options.threshold)})

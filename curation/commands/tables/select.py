@@ -1,4 +1,4 @@
-"""``python -m curation select FOLDER --where …``: the uids of the samples whose scores fulfil a condition."""
+"""``python -m curation select FOLDER --where …`` writes the uids of the samples whose scores fulfil a condition."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Options:
     baseline: str | None = None
     """A ready condition: one of DataComp's baselines.  With --where: both must hold."""
     unique: bool = False
-    """Take each uid once.  Otherwise one that stands in several rows is taken as often, as DataComp's tools do."""
+    """Take each uid once.  Otherwise a uid that is in several rows is written as often, as DataComp's tools do."""
     skip_bad_uids: bool = False
     """Leave out rows whose uid is missing or is not 32 hexadecimal digits; otherwise such a row is an error."""
     memory_mb: int = 2000
@@ -46,7 +46,7 @@ class Options:
 
 @dataclass
 class _SelectCounts:
-    """Counted while the uids are written."""
+    """What is counted while the uids are written."""
 
     bad: int = 0
     examples: list[str] = field(default_factory=list)
@@ -105,7 +105,7 @@ def _select(options: Options, text: str, tables: FolderTables) -> dict[str, Any]
 
 
 def _sorted_uids(selection: SqlFilter, condition: Condition, options: Options, taken: _SelectCounts) -> Iterator[Uids]:
-    """DuckDB sorts the digits, which is the order of the numbers once their case is one."""
+    """DuckDB sorts the digits as text: in lower case that is the order of the numbers."""
     distinct = "DISTINCT " if options.unique else ""
     for batch in selection.rows(condition, f"{distinct}lower(uid::varchar) AS uid", order="uid"):
         uids, bad = parse_uids(batch.column(0))

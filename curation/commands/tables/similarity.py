@@ -1,4 +1,4 @@
-"""Which vectors are close to which: pairs by cosine, exactly or through cells, and the groups that they make.
+"""Finds vectors that are close to each other: pairs by cosine, exactly or through cells, and the groups of them.
 
 Rows lie in a scratch file and are compared in tiles, so that memory does not grow with their number but for a few
 bytes a row.  A pair whose cosine in single precision is too near to the threshold to tell is decided in double
@@ -48,7 +48,7 @@ def feature_blocks(path: Path, name: str, rows: int = BLOCK_ROWS) -> Iterator[Ro
 
 
 def array_blocks(path: Path, rows: int = BLOCK_ROWS) -> Iterator[Rows]:
-    """The rows of a ``.npy`` of embeddings as float32."""
+    """Yields the rows of a ``.npy`` of embeddings as float32."""
     try:
         with open(path, "rb") as file:
             yield from _blocks(file, str(path), rows)
@@ -83,7 +83,7 @@ def _read_fully(file: Any, size: int) -> bytes:
 
 
 def normalise(rows: Rows) -> tuple[Rows, NDArray[np.bool_]]:
-    """The rows with length 1, and which of them have one (not NaN, infinite or all zeros); the others are zeros."""
+    """Returns the rows scaled to length 1, and which of them have a length; the others (NaN, zeros) become zeros."""
     with np.errstate(all="ignore"):
         lengths = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1))
         valid = np.isfinite(lengths) & (lengths > 0)
@@ -92,7 +92,7 @@ def normalise(rows: Rows) -> tuple[Rows, NDArray[np.bool_]]:
 
 
 class Vectors:
-    """Rows of one width in a scratch file: appended, then read by range or by number."""
+    """Rows of one width in a scratch file: they are appended, and then read by range or by number."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,7 +118,7 @@ class Vectors:
         return np.frombuffer(data, np.float32).reshape(stop - start, self.width)
 
     def take(self, places: NDArray[np.int64]) -> Rows:
-        """The rows at ``places``.  The mapping ends with the call, so that its pages are nobody's memory."""
+        """Returns the rows at ``places``.  The mapping ends with the call, so that its pages do not stay in memory."""
         self._file.flush()
         if not len(places):
             return np.empty((0, self.width), np.float32)
@@ -165,7 +165,7 @@ class Groups:
             rows = above
 
     def roots(self) -> NDArray[np.int64]:
-        """Of every row, the smallest row of its group."""
+        """Returns for every row the smallest row of its group."""
         while True:
             above = self._parents[self._parents]
             if np.array_equal(above, self._parents):
@@ -174,7 +174,7 @@ class Groups:
 
 
 def exact_pairs(vectors: Vectors, threshold: float) -> Iterator[Pairs]:
-    """All pairs of rows with a cosine of at least ``threshold``, a tile at a time."""
+    """Yields all pairs of rows with a cosine of at least ``threshold``, a tile at a time."""
     for start in range(0, len(vectors), TILE_ROWS):
         rows = vectors.read(start, start + TILE_ROWS)
         yield _close(rows, rows, threshold, start, start, same=True)
@@ -232,7 +232,7 @@ def _within(
 
 
 def _assign(vectors: Vectors, probes: int, faiss: Any) -> tuple[NDArray[np.int32], int]:
-    """Of each row its nearest cells, the nearest first, and how many cells there are."""
+    """Returns the nearest cells of each row, the nearest first, and how many cells there are."""
     count = len(vectors)
     cells = max(1, min(int(2 * count**0.5), count // _SAMPLES_PER_CELL))
     sample = np.random.default_rng(_SEED).permutation(count)[: cells * _SAMPLES_PER_CELL]
@@ -248,7 +248,7 @@ def _assign(vectors: Vectors, probes: int, faiss: Any) -> tuple[NDArray[np.int32
 
 
 def _sampled(vectors: Vectors, places: NDArray[np.int64]) -> Rows:
-    """The rows at ``places``, sorted, read in order: gathered at once they would pull the whole file into memory."""
+    """Returns the rows at the sorted ``places``, read in order: at once they would bring the whole file into memory."""
     starts = range(0, len(vectors), TILE_ROWS)
     parts = np.split(places, np.searchsorted(places, np.array(starts[1:], np.int64)))
     read = [vectors.read(start, start + TILE_ROWS)[part - start] for start, part in zip(starts, parts, strict=True)]
@@ -272,13 +272,13 @@ def _close(rows: Rows, others: Rows, threshold: float, start: int, other: int, *
 
 
 def cosine_pairs(rows: Rows, others: Rows) -> NDArray[np.float64]:
-    """Of each row and the other's row at its place, in double precision."""
+    """Returns the cosine of each row with the other's row at the same place, in double precision."""
     cosines: NDArray[np.float64] = (rows.astype(np.float64) * others).sum(axis=1)
     return cosines
 
 
 def nearest_of(rows: Rows, others: Vectors) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Of each row the greatest cosine with any of ``others``, and the first row that has it."""
+    """Returns for each row the greatest cosine with any of ``others``, and the first row that has it."""
     best = np.full(len(rows), -np.inf, np.float32)
     places = np.full(len(rows), -1, np.int64)
     for start in range(0, len(others), TILE_ROWS):

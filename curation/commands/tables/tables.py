@@ -1,4 +1,4 @@
-"""The tables of a stage below its output folder: those that finished shards have, and what lies there beside them."""
+"""Finds the tables in a folder: those of a stage's finished shards, or tables that were made elsewhere."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ class ShardTable:
 
 @dataclass(frozen=True, slots=True)
 class FolderTables:
-    """tables: in the order of the shards.  warnings: what is not among them, in whole sentences."""
+    """tables: in the order of the shards.  warnings: what was left out, in whole sentences."""
 
     tables: tuple[ShardTable, ...]
     warnings: tuple[str, ...] = ()
 
 
 def find_tables(folder: Path) -> FolderTables:
-    """The tables in ``folder``.
+    """Returns the tables in ``folder``.
 
-    Where a stage has its receipts there, those that its done receipts name, each of the size that was published; else
-    (tables made elsewhere, such as DataComp's) every ``*.parquet`` in it.  Raises UsageError where there are none,
-    InfrastructureError where one is not what its receipt says.
+    Where a stage has its receipts there, they are the tables that its done receipts name.  Otherwise (the tables were
+    made elsewhere, such as DataComp's) they are every ``*.parquet`` in it.
+
+    Raises:
+        UsageError: There are no tables.
+        InfrastructureError: A table does not have the size that its receipt says.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
@@ -55,7 +58,7 @@ def find_tables(folder: Path) -> FolderTables:
 
 
 def _stages(folder: Path) -> list[str]:
-    """Those whose receipts lie in the folder itself."""
+    """Returns the stages whose receipts are in the folder itself."""
     try:
         entries = sorted(entry.name for entry in os.scandir(folder / "_receipts") if entry.is_dir())
     except FileNotFoundError:
@@ -115,7 +118,11 @@ def _parquets(folder: Path) -> set[Path]:
 
 
 def with_features(tables: Sequence[ShardTable], folder: Path) -> Iterator[tuple[ShardTable, Path]]:
-    """Each table with its features; InfrastructureError where one has none."""
+    """Yields each table with its features.
+
+    Raises:
+        InfrastructureError: A table has none.
+    """
     for table in tables:
         if table.features is None:
             raise InfrastructureError(f"{folder}: shard {table.shard_id} has no features ({table.parquet.stem}.npz)")

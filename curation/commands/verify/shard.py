@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,7 @@ from curation.jsonio import KEY_SUFFIX, MAX_SAMPLE_JSON_BYTES, clean_text, read_
 from curation.run.inputs import published_below
 from curation.tar.prove import Proof, prove_splice
 from curation.tar.scan import SampleSpan, TarScan, Window
-from curation.tar.splice import Action, Decision, Edit
+from curation.tar.splice import Action, DecidedWindow, Decision, Edit, decided
 
 # The stages of the main job, whose receipts are compared with one another.
 CAPTIONS, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
@@ -125,6 +125,13 @@ class Samples:
     edited: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    def add(self, key: str, decision: Decision) -> None:
+        self.keys.append(key)
+        if decision is Action.DROP:
+            self.left_out.append(key)
+        elif isinstance(decision, Edit):
+            self.edited.append(key)
+
     @property
     def kept(self) -> int:
         """Samples that should be in the hybrid shard."""
@@ -166,15 +173,16 @@ def _verify(task: Task, verdict: Verdict) -> None:
 
         samples = Samples()
 
-        def count(window: Window, span: SampleSpan, decision: Decision) -> None:
-            samples.keys.append(span.key)
-            if decision is Action.DROP:
-                samples.left_out.append(span.key)
-            elif isinstance(decision, Edit):
-                samples.edited.append(span.key)
-                _check_edit(task, span.key, decision, _source_json(window, span), prompts, findings)
+        def counted() -> Iterator[DecidedWindow]:
+            for window, decisions in decided(TarScan(task.source), expect):
+                for span, decision in decisions:
+                    if span.key:
+                        samples.add(span.key, decision)
+                    if isinstance(decision, Edit):
+                        _check_edit(task, span.key, decision, _source_json(window, span), prompts, findings)
+                yield window, decisions
 
-        proof = prove_splice(TarScan(task.source), task.hybrid, expect, count)
+        proof = prove_splice(counted(), task.hybrid)
         verdict.sha256, verdict.hybrid_bytes = proof.sha256, proof.size
         verdict.samples, verdict.edited = len(samples.keys), len(samples.edited)
         if not proof.equal:

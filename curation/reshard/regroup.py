@@ -1,0 +1,217 @@
+"""Shards of one size: an index of each source shard, and output shards that are drawn from several of them.
+
+Both are stages of their own.  ``Index`` says which samples of a source shard go on and where they lie; ``Regroup``
+makes an output shard of ranges of source shards.  ``regroup`` runs the one and then the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from curation.cluster import Allocation
+from curation.edits import Edits
+from curation.errors import EXIT_OK, EXIT_WORK_LEFT
+from curation.options import logger
+from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, ShardLayout
+from curation.reshard.select import Choice, ReshardInputs, copy_keys, records_of, warn_of_pass
+from curation.reshard.write import ShardWriter, decide
+from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
+from curation.run.ledger import receipts_of_all
+from curation.run.output_folder import LAYOUT_NOTE
+from curation.shards import Shard
+from curation.tar.random_access import GatheredScan, Piece
+from curation.tar.scan import SampleSpan, TarReport, TarScan
+from curation.tar.sources import open_blocks
+from curation.tar.splice import DecidedWindow, Decision
+
+INDEX_STAGE = "04_index"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """Into what shards are regrouped.
+
+    Attributes:
+        size: Samples of each output shard but the last.
+        shuffle: Samples that are shuffled together; 0 keeps their order.
+        seed: Of the shuffling.
+        step: ``index`` the source shards, ``write`` the output shards, or ``all``.
+    """
+
+    size: int
+    shuffle: int
+    seed: int
+    step: Literal["all", "index", "write"]
+
+
+class Index(Stage[RunOptions]):
+    """One source shard: which of its samples go on, and where they lie → <output>/_index/<shard>.npy."""
+
+    name = INDEX_STAGE
+
+    def __init__(
+        self, options: RunOptions, output: Path, sources: ReshardInputs, fingerprint: dict[str, object]
+    ) -> None:
+        """output: the stage's own folder, ``_index`` in that of the output shards."""
+        super().__init__(options, output)
+        self.sources = sources
+        self._fingerprint = fingerprint
+
+    def fingerprint(self) -> dict[str, object]:
+        return self._fingerprint
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        return self.sources.inputs(shard)
+
+    def process(self, work: ShardContext) -> None:
+        writer, report, foreign = IndexWriter(), TarReport(), 0
+        opened = self.sources.open(work.shard, records_of(self.inputs(work.shard), work))
+        with work.phase("read"), opened as (edits, selector):
+            for window in TarScan(work.shard.path, report).windows():
+                selector.look(window)
+                chosen = [(span, selector.choose(span)) for span in window.spans if span.key]
+                for span, choice in chosen:
+                    if choice.copies:
+                        writer.add(span.own_extents, choice.copies, IS_EDITED if choice.edited else 0)
+                foreign += sum(len(span.foreign) for span in window.spans)
+                selector.count(chosen, work)
+                work.check_stop(urgent_only=True)
+            warn_of_pass(report, edits, work)
+            selector.report(work, self.sources.edits_folder)
+        if foreign:
+            work.warn(f"{foreign:,} members that belong to no sample are not taken along")
+        with work.output(self.output / f"{work.shard.id}.npy") as file:
+            file.write(writer.dump())
+        work.note("samples_out", writer.samples)
+        work.note("bytes_out", writer.bytes)
+
+
+class Regroup(Stage[RunOptions]):
+    """One output shard: its samples out of the source shards and their edits → <output>/<number>.tar."""
+
+    def __init__(
+        self,
+        name: str,
+        options: RunOptions,
+        output: Path,
+        index: Index,
+        fingerprint: dict[str, object],
+        layout: ShardLayout,
+        writer: ShardWriter,
+    ) -> None:
+        super().__init__(options, output)
+        self.name = name
+        self.index, self.sources = index, index.sources
+        self.layout, self.writer = layout, writer
+        self._fingerprint = fingerprint
+
+    def fingerprint(self) -> dict[str, object]:
+        return self._fingerprint | {"layout": self.layout.mark}
+
+    def inputs(self, shard: Shard) -> list[Input]:
+        inputs = []
+        for number in self.layout.draw(int(shard.id)).distinct:
+            source = self.layout.sources[number]
+            inputs.append(Input(self.index.output / f"{source.id}.npy", INDEX_STAGE, shard=source.id))
+            inputs += self.sources.sources_of(source)
+        return inputs
+
+    def open(self, allocation: Allocation) -> None:
+        self.writer.open(allocation)
+
+    def process(self, work: ShardContext) -> None:
+        sources, draw = self.layout.sources, self.layout.draw(int(work.shard.id))
+        records = records_of(self.inputs(work.shard), work)
+        blur = self.writer.blur()
+        with contextlib.ExitStack() as stack:
+            edits: dict[int, Edits] = {}
+            with work.phase("read"):
+                indexes = {n: IndexReader(self.index.output / f"{sources[n].id}.npy") for n in draw.distinct}
+                for n in draw.distinct:
+                    edits[n] = stack.enter_context(self.sources.open_edits(sources[n], records))
+                drawn = [
+                    (int(n), indexes[int(n)].place(int(k))) for n, k in zip(draw.sources, draw.samples, strict=True)
+                ]
+            pieces = [Piece(n, placed.extents) for n, placed in drawn]
+
+            def windows(*, counts: bool) -> Iterator[DecidedWindow]:
+                """The drawn samples, and what becomes of them.  counts: whether they are counted."""
+                turn, taken = iter(drawn), set[str]()
+                scan = GatheredScan(str(self.index.output), pieces, lambda n: open_blocks(sources[n].path))
+                for window in scan.windows():
+                    chosen: list[tuple[SampleSpan, Choice]] = []
+                    decisions: list[tuple[SampleSpan, Decision]] = []
+                    for span in window.spans:
+                        number, placed = next(turn)
+                        key = copy_keys(span.key, placed.copies)[placed.copy] if placed.copies > 1 else span.key
+                        while key in taken:  # of a sample of another shard
+                            key = f"{key}-{sources[number].id}"
+                        taken.add(key)
+                        keys = () if key == span.key else (key,)
+                        choice = Choice(1, edited=placed.is_edited)
+                        choice, decision = decide(window, span, choice, edits[number], blur, keys)
+                        chosen.append((span, choice))
+                        decisions.append((span, decision))
+                    yield window, decisions
+                    if counts:
+                        count(chosen, work)
+
+            self.writer.write(work, windows(counts=True), lambda: windows(counts=False), blur)
+        work.note(LAYOUT_NOTE, self.layout.mark)
+
+
+def count(chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext) -> None:
+    """Count samples of an output shard, which all go on but for those that cannot be blurred."""
+    work.sample_in(len(chosen))
+    for span, choice in chosen:
+        if choice.failed is None:
+            work.keep()
+        else:
+            work.fail(span.key, *choice.failed)
+    work.check_stop(urgent_only=True)
+
+
+def regroup(
+    options: RunOptions,
+    shards: Sequence[Shard],
+    grouping: Grouping,
+    index: Callable[[RunOptions], Index],
+    output: Callable[[Index, ShardLayout], Regroup],
+    claim: Callable[[Sequence[Shard] | None], None],
+) -> tuple[int, list[Shard] | None]:
+    """Index every source shard; when all are indexed, write the output shards.
+
+    Args:
+        options: The options of the run.
+        shards: The source shards.
+        grouping: Into what they are regrouped.
+        index: Makes the stage that indexes.
+        output: Makes the stage that writes, when it is known what lies where.
+        claim: Raises UsageError where the output shards would stand among others; None: they are not known yet.
+
+    Returns:
+        The exit code, and the output shards; None where none was to be written.
+    """
+    claim(None)
+    steps: dict[str, Any] = {"step": "index", "shards": None, "rerun": options.rerun and options.shards is None}
+    indexing = index(replace(options, **steps))  # --shards names output shards
+    if grouping.step != "write":
+        code = run_stage(indexing, indexing.options, shards)
+        if code != EXIT_OK or grouping.step == "index":
+            return code, None
+    receipts, missing = receipts_of_all(indexing.output, INDEX_STAGE, [shard.id for shard in shards])
+    if missing and options.dry_run:
+        return EXIT_OK, None
+    if missing:
+        logger.warning(f"{missing} is not indexed yet: start the same command again")
+        return EXIT_WORK_LEFT, None
+    counts = [int(receipt["notes"]["samples_out"]) for receipt in receipts]
+    layout = ShardLayout(shards, counts, grouping.size, grouping.shuffle, grouping.seed)
+    logger.info(f"{layout.total:,} samples of {len(shards):,} shards make {len(layout):,} of {grouping.size:,}")
+    claim(layout.shards)
+    writing = output(indexing, layout)
+    return run_stage(writing, writing.options, layout.shards), layout.shards

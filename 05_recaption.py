@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 import tyro
 
 from curation import backends
-from curation.backends.caption.base import captioner_weights
 from curation.caption import (
     CaptionLoader,
     CaptionSample,
@@ -47,7 +46,7 @@ from curation.hub.background import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonio import dump_json
 from curation.models import hub_cache
-from curation.models.needs import NothingToFetch, WeightsBySource, WeightsNeed
+from curation.models.needs import WeightsBySource, WeightsNeed
 from curation.models.weights import CACHE, fetch_weights
 from curation.options import FINITE, also, at_least, exit_code, logger, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
@@ -196,9 +195,7 @@ class Recaption(Stage[Options]):
         if options.watermark_model is not None:
             needs.append(WeightsBySource("--watermark_model", options.watermark_model, options.watermark_sha256))
         family, source = options.captioner
-        if family.served:
-            return [*needs, NothingToFetch(f"{source}: its server loads it, nothing to fetch")]
-        return [*needs, captioner_weights(source, options.revision)]
+        return [*needs, backends.load("caption", family.name).weights(source, options.revision)]
 
     @cached_property
     def _prompt(self) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from curation.errors import InfrastructureError, SampleError
+from curation.models.needs import WeightsNeed
 
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
@@ -130,6 +131,15 @@ class CaptionBackend(Protocol):
     name: str
     revision: str
     device_kind: str
+
+    @classmethod
+    def weights(cls, source: str, revision: str | None) -> WeightsNeed:
+        """What has to be on this machine before the model can be loaded without internet.
+
+        Args:
+            source: From ``resolve``.
+            revision: Branch, tag or commit of a model on the hub.
+        """
 
     def prepare(self, image: Any) -> Any:
         """Turn an image into what the model takes.  It is called in many threads at once.

@@ -230,29 +230,28 @@ class Computer:
         columns: dict[str, list[Any]] = {column.name: [] for column in self._columns}
         features = {f.name: np.empty((count, f.width), self._feature_dtype) for f in self._features}
         lost: dict[int, tuple[str, str]] = {}
-        start = 0
-        while start < count:
-            end = min(start + memory.limit(0), count)
+        problem = ""
+
+        def run(start: int, end: int) -> dict[str, Any] | None:
+            nonlocal problem
             try:
-                outputs = self._run(batch, start, end)
+                return self._run(batch, start, end)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 problem = str(error).partition("\n")[0]
-                outputs = None
-            if outputs is None:  # outside of the handler, whose error holds the tensors
-                if "torch" in sys.modules and self._device.startswith("cuda"):
-                    sys.modules["torch"].cuda.empty_cache()
-                if end - start > 1:
-                    memory.shrink(0, tried=end - start)
-                    continue
+            if "torch" in sys.modules and self._device.startswith("cuda"):  # outside the handler, which holds tensors
+                sys.modules["torch"].cuda.empty_cache()
+            return None
+
+        for start, end, outputs in memory.split(count, (0,), run):
+            if outputs is None:
                 lost[start] = "out_of_memory", problem
                 outputs = {name: [None] for name in columns} | dict.fromkeys(features, math.nan)
             for name, cells in columns.items():
                 cells += outputs[name]
             for name, array in features.items():
                 array[start:end] = outputs[name]
-            start = end
         return self._judge(batch, columns, features, lost)
 
     def _run(self, batch: ExtractBatch, start: int, end: int) -> dict[str, Any]:

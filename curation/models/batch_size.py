@@ -111,7 +111,7 @@ class FittingBatchSize:
         return limit
 
     def split(
-        self, count: int, size: tuple[int, ...], call: Callable[[int, int], T | None]
+        self, count: int, size: tuple[int, ...], call: Callable[[int, int], T | None], *, padded: bool = False
     ) -> Iterator[tuple[int, int, T | None]]:
         """Compute ``count`` samples of one size in parts that fit.
 
@@ -119,16 +119,19 @@ class FittingBatchSize:
             count: Number of samples.
             size: Of each of them.
             call: Computes the samples from a start to an end; returns None where memory ran out.
+            padded: ``call`` fills up each part to the limit.
 
         Yields:
             Start and end of each part, and what ``call`` returned: None for one sample that does not fit alone.
         """
         start = 0
         while start < count:
-            end = min(start + self.limit(*size), count)
+            limit = self.limit(*size)
+            end = min(start + limit, count)
+            tried = limit if padded else end - start
             result = call(start, end)
-            if result is None and end - start > 1:
-                self.shrink(*size, tried=end - start)
+            if result is None and tried > 1:
+                self.shrink(*size, tried=tried)
                 continue
             yield start, end, result
             start = end

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curation.extract.plugins import load_plugin
 from curation.images import image_size
 from curation.tar.samples import read_samples
 from tests import EXAMPLES, ROOT, processes
@@ -290,7 +291,7 @@ def test_fields_have_the_types_of_their_values(tmp_path: Path) -> None:
 def test_memory_that_runs_out_halves_the_batch_and_costs_one_sample_at_most(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stub = stage.load_plugin(str(PLUGIN))
+    stub = load_plugin(str(PLUGIN))
     monkeypatch.setattr(stub.Stub, "fits", 1)
     assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *STUB) == 0
     names = ("00000003.parquet", "00000003.npz")

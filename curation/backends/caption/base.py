@@ -186,6 +186,16 @@ class VisionLanguageModel:
         except _LOADING_ERRORS as error:
             raise InfrastructureError(f"--model {source}: cannot be loaded: {hub_error_line(error)}") from error
 
+    @classmethod
+    def weights(cls, source: str, revision: str | None) -> WeightsNeed:
+        """See CaptionBackend."""
+
+        def wanted(files: Sequence[HubFile]) -> list[HubFile]:
+            loaded = (file for file in files if any(fnmatch(file.path, pattern) for pattern in MODEL_FILES))
+            return sorted(loaded, key=lambda file: file.path)
+
+        return whole_model(source, revision, None, TRANSFORMER, wanted, local_folder)
+
     # ---- what a family may override
 
     def _configure(self, prompt: str | None) -> None:
@@ -400,16 +410,6 @@ def local_folder(source: ModelSource) -> Path:
         return Path(snapshot_download(source.location, **arguments))
     except hub_errors() as error:
         raise InfrastructureError(f"--model {source.location}: download failed: {hub_error_line(error)}") from error
-
-
-def captioner_weights(model: str, revision: str | None) -> WeightsNeed:
-    """A captioner of transformers, in the hub's cache or in a folder: what is loaded, no pickles and no code."""
-
-    def wanted(files: Sequence[HubFile]) -> list[HubFile]:
-        loaded = (file for file in files if any(fnmatch(file.path, pattern) for pattern in MODEL_FILES))
-        return sorted(loaded, key=lambda file: file.path)
-
-    return whole_model(model, revision, None, TRANSFORMER, wanted, local_folder)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from curation.backends.caption.base import PROMPTS
 from curation.caption.captioner import CaptionSettings, Family
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
+from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.serving import EndpointPool, Registry, RegistryWatcher, Request, endpoint_urls
 
 LONGEST_SIDE = 1536  # pixels; vision models look at no more
@@ -70,6 +71,11 @@ class Backend:
             self._pool = EndpointPool(urls, source, timeout_s=s.timeout_s)
             self._pool.open()
         self._threads = ThreadPoolExecutor(self.family.batch_size, "caption")
+
+    @classmethod
+    def weights(cls, source: str, revision: str | None) -> WeightsNeed:
+        """See CaptionBackend."""
+        return NothingToFetch(f"{source}: its server loads it, nothing to fetch")
 
     def prepare(self, image: Any) -> SentImage:
         """See CaptionBackend."""

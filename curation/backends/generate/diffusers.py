@@ -216,20 +216,24 @@ class Backend:
         texts: Texts | None,
         check_stop: Callable[[], None] | None,
     ) -> Images:
-        chunks: list[_Chunk] = []
-        start = 0
-        while start < len(requests):
-            limit = self.batch.limit(width, height)
-            rows = list(range(start, min(start + limit, len(requests))))
-            count = len(rows)
-            if self.speed_ups.compile != "none":  # one graph: the last batch is as long as the others
-                rows += rows[-1:] * (limit - count)
-            chunk = self._run(requests, rows, count, width, height, texts, check_stop)
+        padded = self.speed_ups.compile != "none"  # one graph: the last batch is as long as the others
+
+        def run(start: int, end: int) -> _Chunk | None:
+            rows = list(range(start, end))
+            if padded:
+                rows += rows[-1:] * (self.batch.limit(width, height) - len(rows))
+            chunk = self._run(requests, rows, end - start, width, height, texts, check_stop)
             if chunk is None:
-                self._shrink(width, height, len(rows))
-                continue
+                self._release()
+            return chunk
+
+        chunks: list[_Chunk] = []
+        for _, _, chunk in self.batch.split(len(requests), (width, height), run, padded=padded):
+            if chunk is None:
+                raise InfrastructureError(
+                    f"{self.source.name}: one picture of {width}×{height} does not fit into memory ({self.device_kind})"
+                )
             chunks.append(chunk)
-            start += count
         return Images(chunks)
 
     def _encode_all(self, prompts: Sequence[str], at_once: int) -> Texts:
@@ -305,14 +309,6 @@ class Backend:
         ready = torch.cuda.Event(blocking=True)
         ready.record(torch.cuda.current_stream(self.device))
         return _Chunk(host_pixels, host_broken, flagged, count, ready)
-
-    def _shrink(self, width: int, height: int, tried: int) -> None:
-        if tried == 1:
-            raise InfrastructureError(
-                f"{self.source.name}: one picture of {width}×{height} does not fit into memory ({self.device_kind})"
-            )
-        self.batch.shrink(width, height, tried=tried)
-        self._release()
 
     def _release(self) -> None:
         gc.collect()

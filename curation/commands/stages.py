@@ -51,11 +51,11 @@ def load_script(script: Path) -> ModuleType:
 
 
 def stage_class(module: ModuleType) -> type[Stage[Any]]:
-    """The first class of the script that is a stage."""
+    """The first class that the script itself defines and that is a stage."""
     return next(
         kind
         for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, Stage) and kind is not Stage
+        if isinstance(kind, type) and issubclass(kind, Stage) and kind.__module__ == module.__name__
     )
 
 

@@ -20,11 +20,11 @@ from curation.backends.generate.presets import Preset, families, family_for, pre
 from curation.cluster import Allocation, workers_for_gpus
 from curation.edits import (
     GENERATED_XMP,
-    EarlierEdits,
+    EditWriter,
     OriginalMetadata,
+    PreviousEdits,
     checked_prompt,
     edited_metadata,
-    edits_sink,
     json_of,
     read_provenance,
     recipe,
@@ -208,7 +208,7 @@ class GenerateImages(Stage[Options]):
     def process(self, work: ShardContext) -> None:
         with work.phase("read"):
             samples = self._read(work)
-            earlier = EarlierEdits(self.output, work.shard.id)
+            earlier = PreviousEdits(self.output, work.shard.id)
             reused = earlier.matching({s.job.key: recipe(s.curation, self.name) for s in samples}, self.name)
         work.keep(len(reused))
         jobs = [sample.job for sample in samples if sample.job.key not in reused]
@@ -308,14 +308,14 @@ class GenerateImages(Stage[Options]):
         self,
         work: ShardContext,
         samples: Sequence[Sample],
-        earlier: EarlierEdits,
+        earlier: PreviousEdits,
         reused: Mapping[str, str],
         pictures: EncodedLog,
     ) -> None:
         """Write every edited sample, in the shard's order; no file where no sample was edited."""
         if not work.kept:
             return
-        with edits_sink(self.output, work.shard.id, self.options.edits_layout, work.output) as add:
+        with EditWriter(self.output, work.shard.id, self.options.edits_layout, work.output) as writer:
             for sample in samples:
                 key, job = sample.job.key, sample.job
                 found = (earlier.jpg(key), reused[key]) if key in reused else pictures.picture(key)
@@ -323,7 +323,7 @@ class GenerateImages(Stage[Options]):
                     continue
                 jpg, sha256 = found
                 metadata = edited_metadata(sample.original, sample.curation, sha256, job.width, job.height)
-                add(key, jpg, txt_of(sample.curation["prompt"]), json_of(metadata))
+                writer.add(key, jpg, txt_of(sample.curation["prompt"]), json_of(metadata))
                 work.provenance({"key": key, "sha256": sha256, **sample.curation})
 
 

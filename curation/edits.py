@@ -1,10 +1,9 @@
-"""The finished edits of a shard: a jpg, a txt and a json of the same key, together, in one tar or as loose files.
+"""The edits of a shard: for each edited sample a jpg, a txt and a json, in one tar or as loose files.
 
-Anything less is no edit: stage 01 may have left a lone json, and a generator that was killed a jpg without its text.
-
-The edited sample: its json, txt and jpg, a picture's recipe, and which pictures of an earlier run still hold.
-
-What is known of the samples that are to be edited: their prompts, how those came about, the original metadata.
+An **edit** is all three together.  Anything less is no edit: stage 01 may have left a lone json, and a generator that
+was killed may have left a jpg without its text.  ``EditWriter`` writes edits, an ``EditReader`` reads them by key, and
+``PreviousEdits`` are those of an earlier run that may be kept.  ``OriginalMetadata`` is what the samples' json said
+before.
 """
 
 from __future__ import annotations
@@ -48,6 +47,9 @@ GENERATED_XMP = (
     f'Iptc4xmpExt:DigitalSourceType="{DIGITAL_SOURCE_TYPE}"/>'
     '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 ).encode()
+
+
+# ---- what an edit says
 
 
 def edited_metadata(
@@ -96,6 +98,19 @@ def recipe(curation: Mapping[str, Any], stage: str) -> list[Any]:
     return [*(curation.get(name) for name in RECIPE_FIELDS), image_model, version]
 
 
+def txt_of(prompt: str) -> bytes:
+    """The sample's text member: the prompt, without a newline, as DataComp has it."""
+    return prompt.encode("utf-8", "replace")
+
+
+def json_of(metadata: Mapping[str, Any]) -> bytes:
+    """The sample's json member."""
+    return dump_json(metadata, indent=True)
+
+
+# ---- what is known of a sample that is to be edited
+
+
 def unsafe_key(key: str) -> str:
     """Why a key cannot name a tar member or a file below the output folder; empty where it can."""
     parts = key.split("/")
@@ -110,99 +125,125 @@ def unsafe_key(key: str) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def edits_sink(
-    edits: Path, shard_id: str, layout: str, output: Callable[[Path], AbstractContextManager[AtomicFile]]
-) -> Iterator[Callable[[str, bytes, bytes, bytes], None]]:
-    """A function ``add(key, jpg, txt, json)`` for a shard's edited samples, which become one tar or loose files.
-
-    layout: ``tar`` or ``files``.  output: opens a file that is published under the given path.
-    Times in the tar are 0: stage 04 takes those of the source's members.
-    """
-    if layout == "files":
-
-        def add_files(key: str, jpg: bytes, txt: bytes, json: bytes) -> None:
-            for suffix, data in (("jpg", jpg), ("txt", txt), ("json", json)):
-                try:
-                    path = loose_path(edits / shard_id, f"{key}.{suffix}")
-                except SampleError as error:
-                    raise ShardError(f"{edits / shard_id}: {key}: {error}") from None
-                with output(path) as file:
-                    file.write(data)
-
-        yield add_files
-        return
-    with output(edits / f"{shard_id}.tar") as file:
-        writer = TarWriter(file)
-
-        def add_members(key: str, jpg: bytes, txt: bytes, json: bytes) -> None:
-            for suffix, data in (("jpg", jpg), ("txt", txt), ("json", json)):
-                writer.add(f"{key}.{suffix}", data)
-
-        yield add_members
-        writer.close()
+def checked_prompt(key: str, prompt: object) -> str:
+    """The prompt as one line of text.  SampleError for what is none, and for a key that cannot name a file."""
+    if problem := unsafe_key(key):
+        raise SampleError("unsafe_key", problem)
+    if not isinstance(prompt, str):
+        raise SampleError("prompt_not_text", f"it is a {type(prompt).__name__}")
+    if not (text := clean_text(prompt)):
+        raise SampleError("empty_prompt")
+    return text
 
 
-class EarlierEdits:
-    """The edits that an earlier run left for a shard, as a tar or as loose files.
+def with_suffix(prompt: str, suffix: str) -> str:
+    """The prompt as the model gets it: ', sharp' is put right behind it, a word after a space."""
+    return f"{prompt}{'' if not suffix or suffix[0] in ' ,.;:' else ' '}{suffix}"
 
-    Each answers for itself: its json records the recipe, and its picture must have the sha256 that the json says.  What
-    does not hold, or cannot be read, is made again.
-    """
 
-    def __init__(self, edits: Path, shard_id: str) -> None:
-        self._tar = edits / f"{shard_id}.tar"
-        self._folder = edits / shard_id
-        self._matching: dict[str, str] = {}  # key → sha256
-        self._stream: Iterator[tuple[str, bytes]] | None = None
-        self._passed: dict[str, bytes] = {}
-
-    def matching(self, wanted: Mapping[str, list[Any]], stage: str) -> Mapping[str, str]:
-        """Those of ``wanted`` (key → recipe) whose picture is here and whole, with the picture's sha256."""
+def read_provenance(path: Path) -> dict[str, Mapping[str, Any]]:
+    """key → the line that the stage before recorded about its prompt; empty where the prompts were made elsewhere."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
+    found: dict[str, Mapping[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
         try:
-            for key, jpg, metadata in self._edits(wanted):
-                curation = metadata.get("curation")
-                if not isinstance(curation, dict) or recipe(curation, stage) != wanted[key]:
-                    continue
-                sha256 = hashlib.sha256(jpg).hexdigest()
-                if sha256 == metadata.get("sha256"):
-                    self._matching[key] = sha256
-        except ShardError:  # a tar that breaks off: what came before the break was checked
-            pass
-        return self._matching
+            record = parse_json_object(line)
+        except SampleError as error:
+            raise ShardError(f"{path}, line {number}: {error}") from None
+        found[str(record.get("key", ""))] = record
+    return found
 
-    def jpg(self, key: str) -> bytes:
-        """The picture of a matching key.  One pass over the earlier tar, which holds little when asked in its order.
 
-        Raises LostClaim when it is not what it was: another worker has published this shard.
-        """
-        if self._stream is None:
-            self._stream = ((name, jpg) for name, jpg, _ in self._edits(self._matching))
-        try:
-            while key not in self._passed:
-                name, jpg = next(self._stream)
-                self._passed[name] = jpg
-        except (StopIteration, ShardError):
-            raise LostClaim(f"{self._tar} changed while it was read") from None
-        found = self._passed.pop(key)
-        if hashlib.sha256(found).hexdigest() != self._matching[key]:
-            raise LostClaim(f"{self._tar} changed while it was read")
+class OriginalMetadata:
+    """The original metadata of a shard's samples: ``edits/<shard>.json``, or else loose ``edits/<shard>/<key>.json``.
+
+    stage: the one that edits; a loose file may already hold its edit, which is then undone.
+    Raises ShardError when neither is there.
+    """
+
+    def __init__(self, edits: Path, shard_id: str, stage: str) -> None:
+        self._dictionary, self._folder, self._stage = edits / f"{shard_id}.json", edits / shard_id, stage
+        self._known: Mapping[str, Any] | None = None
+        if self._dictionary.exists():
+            self._known = read_dictionary(self._dictionary)
+        elif not self._folder.is_dir():
+            raise ShardError(f"no metadata of the samples: neither {self._dictionary} nor {self._folder}/ is there")
+
+    def find(self, key: str) -> Mapping[str, Any]:
+        """The metadata of a key that ``unsafe_key`` finds nothing wrong with.  SampleError where there is none."""
+        found = self._loose(key) if self._known is None else self._known.get(key + KEY_SUFFIX)
+        if found is None:
+            raise SampleError("no_metadata", f"{self._dictionary.name} has no entry")
+        if not isinstance(found, dict):
+            raise SampleError("bad_metadata", f"a {type(found).__name__} in {self._dictionary.name}")
         return found
 
-    def _edits(self, keys: Mapping[str, Any]) -> Iterator[tuple[str, bytes, Mapping[str, Any]]]:
-        """(key, jpg, metadata) of the samples in ``keys`` that have both, in the tar's order or that of ``keys``."""
-        if self._tar.is_file():
-            for sample in read_samples(self._tar, want=("jpg", "json")):
-                if sample.key in keys and not sample.problem and sample.members.keys() >= {"jpg", "json"}:
-                    yield from _readable(sample.key, bytes(sample.members["jpg"]), bytes(sample.members["json"]))
-        elif self._folder.is_dir():
-            for key in keys:
-                try:
-                    jpg = loose_path(self._folder, f"{key}.jpg").read_bytes()
-                    json = loose_path(self._folder, f"{key}.json").read_bytes()
-                except (OSError, SampleError):
-                    continue
-                yield from _readable(key, jpg, json)
+    def _loose(self, key: str) -> Mapping[str, Any]:
+        try:
+            data = loose_path(self._folder, key + KEY_SUFFIX).read_bytes()
+            return original_metadata(parse_json_object(data), self._stage)
+        except OSError as error:
+            raise SampleError("no_metadata", error.strerror or "") from error
+        except SampleError as error:
+            raise SampleError("bad_metadata", str(error)) from None
+
+
+# ---- writing
+
+
+_PARTS = ("jpg", "txt", "json")
+
+
+_ROW = Struct("6q")
+
+
+class EditWriter:
+    """Writes the edits of a shard, as one tar or as loose files; a context manager.
+
+    Times in the tar are 0: stage 04 takes those of the source's members.
+
+    Args:
+        edits: The folder of all shards' edits.
+        shard_id: The shard.
+        layout: ``tar`` or ``files``.
+        output: Opens a file that is published under the given path.
+    """
+
+    def __init__(
+        self, edits: Path, shard_id: str, layout: str, output: Callable[[Path], AbstractContextManager[AtomicFile]]
+    ) -> None:
+        self._path, self._folder = edits / f"{shard_id}.tar", edits / shard_id
+        self._is_tar, self._output = layout != "files", output
+        self._opened = contextlib.ExitStack()
+        self._tar: TarWriter | None = None
+
+    def __enter__(self) -> Self:
+        if self._is_tar:
+            self._tar = TarWriter(self._opened.enter_context(self._output(self._path)))
+        return self
+
+    def add(self, key: str, jpg: bytes, txt: bytes, json: bytes) -> None:
+        """Write one edited sample.  Raises ShardError where its files cannot be named so below the folder."""
+        for suffix, data in zip(_PARTS, (jpg, txt, json), strict=True):
+            if self._tar is not None:
+                self._tar.add(f"{key}.{suffix}", data)
+                continue
+            try:
+                path = loose_path(self._folder, f"{key}.{suffix}")
+            except SampleError as error:
+                raise ShardError(f"{self._folder}: {key}: {error}") from None
+            with self._output(path) as file:
+                file.write(data)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._tar is not None and exc_info[0] is None:
+            self._tar.close()
+        self._opened.__exit__(*exc_info)  # type: ignore[arg-type]
 
 
 def loose_path(folder: Path, name: str) -> Path:
@@ -214,33 +255,17 @@ def loose_path(folder: Path, name: str) -> Path:
     return path
 
 
-def txt_of(prompt: str) -> bytes:
-    """The sample's text member: the prompt, without a newline, as DataComp has it."""
-    return prompt.encode("utf-8", "replace")
+# ---- reading
 
 
-def json_of(metadata: Mapping[str, Any]) -> bytes:
-    """The sample's json member."""
-    return dump_json(metadata, indent=True)
+class EditReader(Protocol):
+    """Reads the edits of one shard by key; a context manager.
 
+    Attributes:
+        incomplete: How many keys have a jpg, but not all three files.
+    """
 
-def _readable(key: str, jpg: bytes, json: bytes) -> Iterator[tuple[str, bytes, Mapping[str, Any]]]:
-    try:
-        yield key, jpg, parse_json_object(json)
-    except SampleError:
-        return
-
-
-_PARTS = ("jpg", "txt", "json")
-
-
-_ROW = Struct("6q")
-
-
-class Edits(Protocol):
-    """The edits of one shard by key."""
-
-    incomplete: int  # keys with a jpg, but not with all three
+    incomplete: int
 
     def keys(self) -> KeysView[str]: ...
 
@@ -254,11 +279,16 @@ class Edits(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
-class TarredEdits:
+class TarEditReader:
     """Edits in a tar, in any order: one pass finds where they lie, and each is read when it is asked for.
 
-    digest: of the whole file, where it was published with one.
-    Raises ShardError for another digest, a damaged tar, and two edits of one key: edits must not get lost unnoticed.
+    Args:
+        path: The tar.
+        digest: Of the whole file, where a receipt says it.
+
+    Raises:
+        ShardError: The file has another digest, is damaged, or has two edits of one key: no edit may be lost
+            unnoticed.
     """
 
     def __init__(self, path: Path, digest: str | None = None) -> None:
@@ -312,10 +342,13 @@ class TarredEdits:
         self.close()
 
 
-class LooseEdits:
+class LooseEditReader:
     """Edits as ``<key>.jpg``, ``<key>.txt`` and ``<key>.json`` below one folder, in subfolders where keys have them.
 
-    published: the files that count, with size and digest; None: all that are there, made elsewhere.
+    Args:
+        folder: The folder.
+        published: The files that count, with size and digest; None where all that are there count, because they were
+            made elsewhere.
     """
 
     def __init__(self, folder: Path, published: dict[str, tuple[int, str]] | None) -> None:
@@ -378,69 +411,73 @@ def _short(key: str) -> str:
     return clean_text(key)[:200]
 
 
-class OriginalMetadata:
-    """The original metadata of a shard's samples: ``edits/<shard>.json``, or else loose ``edits/<shard>/<key>.json``.
+# ---- what of the edits of an earlier run still holds
 
-    stage: the one that edits; a loose file may already hold its edit, which is then undone.
-    Raises ShardError when neither is there.
+
+class PreviousEdits:
+    """The edits that an earlier run left for a shard, as a tar or as loose files.
+
+    An edit is kept where its json records the wanted recipe and its picture has the sha256 that the json says.  Every
+    other one, and one that cannot be read, is made again.
     """
 
-    def __init__(self, edits: Path, shard_id: str, stage: str) -> None:
-        self._dictionary, self._folder, self._stage = edits / f"{shard_id}.json", edits / shard_id, stage
-        self._known: Mapping[str, Any] | None = None
-        if self._dictionary.exists():
-            self._known = read_dictionary(self._dictionary)
-        elif not self._folder.is_dir():
-            raise ShardError(f"no metadata of the samples: neither {self._dictionary} nor {self._folder}/ is there")
+    def __init__(self, edits: Path, shard_id: str) -> None:
+        self._tar = edits / f"{shard_id}.tar"
+        self._folder = edits / shard_id
+        self._matching: dict[str, str] = {}  # key → sha256
+        self._stream: Iterator[tuple[str, bytes]] | None = None
+        self._passed: dict[str, bytes] = {}
 
-    def find(self, key: str) -> Mapping[str, Any]:
-        """The metadata of a key that ``unsafe_key`` finds nothing wrong with.  SampleError where there is none."""
-        found = self._loose(key) if self._known is None else self._known.get(key + KEY_SUFFIX)
-        if found is None:
-            raise SampleError("no_metadata", f"{self._dictionary.name} has no entry")
-        if not isinstance(found, dict):
-            raise SampleError("bad_metadata", f"a {type(found).__name__} in {self._dictionary.name}")
+    def matching(self, wanted: Mapping[str, list[Any]], stage: str) -> Mapping[str, str]:
+        """Those of ``wanted`` (key → recipe) whose picture is here and whole, with the picture's sha256."""
+        try:
+            for key, jpg, metadata in self._edits(wanted):
+                curation = metadata.get("curation")
+                if not isinstance(curation, dict) or recipe(curation, stage) != wanted[key]:
+                    continue
+                sha256 = hashlib.sha256(jpg).hexdigest()
+                if sha256 == metadata.get("sha256"):
+                    self._matching[key] = sha256
+        except ShardError:  # a tar that breaks off: what came before the break was checked
+            pass
+        return self._matching
+
+    def jpg(self, key: str) -> bytes:
+        """The picture of a matching key.  One pass over the earlier tar, which holds little when asked in its order.
+
+        Raises LostClaim when it is not what it was: another worker has published this shard.
+        """
+        if self._stream is None:
+            self._stream = ((name, jpg) for name, jpg, _ in self._edits(self._matching))
+        try:
+            while key not in self._passed:
+                name, jpg = next(self._stream)
+                self._passed[name] = jpg
+        except (StopIteration, ShardError):
+            raise LostClaim(f"{self._tar} changed while it was read") from None
+        found = self._passed.pop(key)
+        if hashlib.sha256(found).hexdigest() != self._matching[key]:
+            raise LostClaim(f"{self._tar} changed while it was read")
         return found
 
-    def _loose(self, key: str) -> Mapping[str, Any]:
-        try:
-            data = loose_path(self._folder, key + KEY_SUFFIX).read_bytes()
-            return original_metadata(parse_json_object(data), self._stage)
-        except OSError as error:
-            raise SampleError("no_metadata", error.strerror or "") from error
-        except SampleError as error:
-            raise SampleError("bad_metadata", str(error)) from None
+    def _edits(self, keys: Mapping[str, Any]) -> Iterator[tuple[str, bytes, Mapping[str, Any]]]:
+        """(key, jpg, metadata) of the samples in ``keys`` that have both, in the tar's order or that of ``keys``."""
+        if self._tar.is_file():
+            for sample in read_samples(self._tar, want=("jpg", "json")):
+                if sample.key in keys and not sample.problem and sample.members.keys() >= {"jpg", "json"}:
+                    yield from _readable(sample.key, bytes(sample.members["jpg"]), bytes(sample.members["json"]))
+        elif self._folder.is_dir():
+            for key in keys:
+                try:
+                    jpg = loose_path(self._folder, f"{key}.jpg").read_bytes()
+                    json = loose_path(self._folder, f"{key}.json").read_bytes()
+                except (OSError, SampleError):
+                    continue
+                yield from _readable(key, jpg, json)
 
 
-def checked_prompt(key: str, prompt: object) -> str:
-    """The prompt as one line of text.  SampleError for what is none, and for a key that cannot name a file."""
-    if problem := unsafe_key(key):
-        raise SampleError("unsafe_key", problem)
-    if not isinstance(prompt, str):
-        raise SampleError("prompt_not_text", f"it is a {type(prompt).__name__}")
-    if not (text := clean_text(prompt)):
-        raise SampleError("empty_prompt")
-    return text
-
-
-def with_suffix(prompt: str, suffix: str) -> str:
-    """The prompt as the model gets it: ', sharp' is put right behind it, a word after a space."""
-    return f"{prompt}{'' if not suffix or suffix[0] in ' ,.;:' else ' '}{suffix}"
-
-
-def read_provenance(path: Path) -> dict[str, Mapping[str, Any]]:
-    """key → the line that the stage before recorded about its prompt; empty where the prompts were made elsewhere."""
+def _readable(key: str, jpg: bytes, json: bytes) -> Iterator[tuple[str, bytes, Mapping[str, Any]]]:
     try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
-    found: dict[str, Mapping[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = parse_json_object(line)
-        except SampleError as error:
-            raise ShardError(f"{path}, line {number}: {error}") from None
-        found[str(record.get("key", ""))] = record
-    return found
+        yield key, jpg, parse_json_object(json)
+    except SampleError:
+        return

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from curation.edits import (
     REPLACED_FIELDS,
-    EarlierEdits,
+    PreviousEdits,
     checked_prompt,
     edited_metadata,
     json_of,
@@ -145,7 +145,7 @@ def write_edits(path: Path, keys: list[str]) -> dict[str, list[Any]]:
 
 def test_earlier_edits_are_found_in_any_order(tmp_path: Path) -> None:
     wanted = write_edits(tmp_path / "7.tar", ["a", "b", "c", "d"])
-    earlier = EarlierEdits(tmp_path, "7")
+    earlier = PreviousEdits(tmp_path, "7")
     assert set(earlier.matching({**wanted, "e": wanted["a"]}, STAGE)) == {"a", "b", "c", "d"}
     for key in ("c", "a", "d", "b"):
         assert earlier.jpg(key) == f"jpg of {key}".encode()
@@ -153,7 +153,7 @@ def test_earlier_edits_are_found_in_any_order(tmp_path: Path) -> None:
 
 def test_earlier_edits_that_another_worker_replaces_are_a_lost_claim(tmp_path: Path) -> None:
     wanted = write_edits(tmp_path / "7.tar", ["a", "b"])
-    earlier = EarlierEdits(tmp_path, "7")
+    earlier = PreviousEdits(tmp_path, "7")
     assert len(earlier.matching(wanted, STAGE)) == 2
     write_edits(tmp_path / "7.tar", ["b"])
     with pytest.raises(LostClaim):
@@ -165,8 +165,8 @@ def test_a_tar_that_breaks_off_gives_what_came_before(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "7.tar") as archive:
         cut = archive.getmember("c.jpg").offset_data + 3
     os.truncate(tmp_path / "7.tar", cut)
-    assert set(EarlierEdits(tmp_path, "7").matching(wanted, STAGE)) == {"a", "b"}
+    assert set(PreviousEdits(tmp_path, "7").matching(wanted, STAGE)) == {"a", "b"}
 
 
 def test_no_earlier_edits(tmp_path: Path) -> None:
-    assert EarlierEdits(tmp_path, "7").matching({"a": []}, STAGE) == {}
+    assert PreviousEdits(tmp_path, "7").matching({"a": []}, STAGE) == {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curation.cluster import Allocation
-from curation.edits import Edits
+from curation.edits import EditReader
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT
 from curation.options import logger
 from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, ShardLayout
@@ -128,7 +128,7 @@ class Regroup(Stage[RunOptions]):
         records = records_of(self.inputs(work.shard), work)
         blur = self.writer.blur()
         with contextlib.ExitStack() as stack:
-            edits: dict[int, Edits] = {}
+            edits: dict[int, EditReader] = {}
             with work.phase("read"):
                 indexes = {n: IndexReader(self.index.output / f"{sources[n].id}.npy") for n in draw.distinct}
                 for n in draw.distinct:

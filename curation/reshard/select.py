@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from curation.edits import Edits, LooseEdits, TarredEdits
+from curation.edits import EditReader, LooseEditReader, TarEditReader
 from curation.errors import SampleError, ShardError, UsageError
 from curation.jsonio import KEY_SUFFIX, parse_json_object, read_dictionary, some
 from curation.options import logger
@@ -320,7 +320,7 @@ class ReshardInputs:
         return [replace(wanted, shard=shard.id) for wanted in self.sources(shard)]
 
     @contextlib.contextmanager
-    def open(self, shard: Shard, records: Records) -> Iterator[tuple[Edits, SampleSelector]]:
+    def open(self, shard: Shard, records: Records) -> Iterator[tuple[EditReader, SampleSelector]]:
         """The shard's edits, and the choice among its samples."""
         prompts = None
         if self.prompts is not None:
@@ -334,18 +334,18 @@ class ReshardInputs:
                 ),
             )
 
-    def open_edits(self, shard: Shard, records: Records) -> Edits:
+    def open_edits(self, shard: Shard, records: Records) -> EditReader:
         """The shard's edits, of those files alone that the stage which made them vouches for, where it did."""
         if self.edits is None:
-            return LooseEdits(Path(shard.id), {})
+            return LooseEditReader(Path(shard.id), {})
         folder, stage = self.edits
         tar, loose = folder / f"{shard.id}.tar", folder / shard.id
         absent = {"absent": True}
         if not (record := records.get(tar, absent)).get("absent"):
-            return TarredEdits(tar, record.get("digest") if record["size"] > VERIFY_BYTES else None)
+            return TarEditReader(tar, record.get("digest") if record["size"] > VERIFY_BYTES else None)
         if not records.get(loose, absent).get("absent"):
-            return LooseEdits(loose, published_below(loose, stage, shard.id))
-        return LooseEdits(loose, {})
+            return LooseEditReader(loose, published_below(loose, stage, shard.id))
+        return LooseEditReader(loose, {})
 
 
 def records_of(inputs: Sequence[Input], work: ShardContext) -> Records:
@@ -353,7 +353,7 @@ def records_of(inputs: Sequence[Input], work: ShardContext) -> Records:
     return {wanted.path: record for wanted, record in zip(inputs, work.inputs, strict=True)}
 
 
-def warn_of_pass(report: TarReport, edits: Edits, work: ShardContext) -> None:
+def warn_of_pass(report: TarReport, edits: EditReader, work: ShardContext) -> None:
     """Warn of what a pass over a source shard found besides samples, and of edits that are not whole."""
     for line in report.warnings():
         work.warn(line)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curation.cluster import Allocation
-from curation.edits import Edits
+from curation.edits import EditReader
 from curation.errors import SampleError
 from curation.reshard.select import Choice
 from curation.run import ShardContext
@@ -97,7 +97,7 @@ class ShardWriter:
 
 
 def decide(
-    window: Window, span: SampleSpan, choice: Choice, edits: Edits, blur: Blur | None, keys: Sequence[str] = ()
+    window: Window, span: SampleSpan, choice: Choice, edits: EditReader, blur: Blur | None, keys: Sequence[str] = ()
 ) -> tuple[Choice, Decision]:
     """What becomes of a sample about which it was chosen whether and how often it goes on.
 

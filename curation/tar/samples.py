@@ -1,9 +1,7 @@
-"""Shards as tar files: their samples in memory, and a writer.
+"""The samples of a shard in memory, what their members say, and a writer of tars.
 
-A sample is the run of members that share a key, by WebDataset's rule.  How a tar is read, and what becomes of a
-damaged one, is in ``tar_pass.py``; what its header blocks look like in ``tar_headers.py``.
-
-What the members of a sample say: its metadata, its caption, its image.
+A sample is the run of members that share a key, by WebDataset's rule.  ``scan.py`` says how a tar is read and what
+becomes of a damaged one.
 """
 
 from __future__ import annotations
@@ -30,9 +28,12 @@ MAX_MEMBER_BYTES: Final = 256 << 20  # what is loaded into memory; larger member
 class Sample:
     """A sample in memory.
 
-    members: suffix (after the first dot, lower case) → bytes, of the members that were wanted, in the shard's order.
-    mtimes: of the same, seconds since 1970.  suffixes: of all its members, wanted or not.
-    problem: (reason, detail) why it must not be used, None for a sound one.
+    Attributes:
+        key: Its members' name up to the first dot of the basename, folder included.
+        members: Suffix (after the first dot, lower case) → bytes of the members that were wanted, in the shard's order.
+        mtimes: Suffix → seconds since 1970, of the same members.
+        suffixes: Of all its members, wanted or not.
+        problem: The reason and the detail why it must not be used; None for a sound sample.
     """
 
     key: str
@@ -60,11 +61,17 @@ def read_samples(
 ) -> Iterator[Sample]:
     """The samples of a shard in order, those with a problem among them.
 
-    want: the suffixes (lower case) to load, or a test of one; all by default.  What is not wanted is not copied.
-    report: filled with what else was found; complete after the last sample.
-    Problems: ``damaged_tar`` (a member is cut or lost; see tar_pass), ``duplicate_key``, ``duplicate_member``,
-    ``not_a_file`` (a link, a device, a sparse file), ``unsafe_name``, ``member_too_large`` (of a wanted one).
-    Raises ShardError when the file cannot be read.
+    A problem is ``damaged_tar`` (see ``TarScan``), ``duplicate_key``, ``duplicate_member``, ``not_a_file`` (a link, a
+    device, a sparse file), ``unsafe_name`` or ``member_too_large`` (of a wanted member).
+
+    Args:
+        path: The shard: a path, or what ``curation.storage.urls`` can read.
+        want: The suffixes (lower case) to load, or a test of one; all by default.  Other members are not copied.
+        report: Filled with what else was found; complete after the last sample.
+        max_member_bytes: Larger members are not loaded.
+
+    Raises:
+        ShardError: The file cannot be read.
     """
     wanted: Callable[[str], bool]
     if want is None or callable(want):
@@ -81,7 +88,9 @@ def read_samples(
 def open_sample(shard: Path, key: str) -> Sample:
     """One sample of a shard by its key, through the ``.idx`` beside it: one read, however large the shard.
 
-    Raises SampleError ``no_such_key``, and ShardError where there is no index or it is not this shard's.
+    Raises:
+        SampleError: ``no_such_key``, or ``sample_too_large``.
+        ShardError: There is no index, or it is not this shard's.
     """
     place = place_of(shard, key)
     if place is None:

@@ -193,6 +193,7 @@ class TarScan:
         self._lost: tuple[int, str] | None = None  # where damage began and what it is, while a header is looked for
         self._damage: Damage | None = None  # the last one, until the sample behind it begins
         self._unresolved: list[Damage] = []
+        self._suspects: dict[str, str] = {}  # of the open sample: suffix → what happened to the member
         self._searched = 0  # bytes of suspect members that were searched for headers
         self._zeros = (-1, -1)  # the last run of zero blocks
         self._archive = 0  # where the archive begins, if several were put behind one another
@@ -318,6 +319,11 @@ class TarScan:
         span, self._open, self._prefix = self._open, None, _NO_PREFIX
         if span is None:
             return
+        if self._suspects:
+            sound = {member.suffix for member in span.members}  # what stands there twice was a stray copy of a header
+            lost = [why for suffix, why in self._suspects.items() if suffix not in sound]
+            span.torn, span.suspect = next(iter(lost), ""), bool(lost)
+            self._suspects.clear()
         swallowed = self._free_swallowed(span, following) if len(span.members) < self._usual_count else ()
         if span.key and span.damages:
             usual = self._last_whole.kinds if self._last_whole else _EXPECTED_KINDS
@@ -386,8 +392,8 @@ class TarScan:
     def _cut(self, at: int, data: int, name: bytes, missing: int) -> int:
         """The member at ``at`` is not wholly there: the sample it belongs to is torn, whatever else it has."""
         why = _cut_text(name, missing)
-        if self._enter(name, at) is not None and self._open is not None:
-            self._open.torn, self._open.suspect = why, True
+        if (suffix := self._enter(name, at)) is not None:
+            self._suspects[suffix] = why
         self._lost = (at, why)
         return self._resume(data)
 
@@ -400,8 +406,7 @@ class TarScan:
         """
         if span.members and span.members[-1] is member:
             del span.members[-1]
-            if all(other.suffix != member.suffix for other in span.members):  # else a stray copy of a header
-                span.torn, span.suspect = span.torn or why, True
+            self._suspects.setdefault(member.suffix, why)
         else:
             del span.foreign[-1]
         span.end = member.start

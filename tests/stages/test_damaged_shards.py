@@ -16,6 +16,9 @@ import pytest
 from PIL import Image
 
 from curation.__main__ import main as command
+from curation.shards import discover
+from curation.storage.urls import Source
+from curation.tar import TarReport, TarScan, blocks
 from tests.servers import deterministic_llm_server
 from tests.stages import recaption_stub
 from tests.stages.test_stage_06_metadata import PLUGIN
@@ -220,3 +223,25 @@ def test_sound_samples_come_through(
     if counts["failed"]:
         lines = (tmp_path / "out/_rejects" / NAMES[stage] / "0.jsonl").read_text().splitlines()
         assert {json.loads(line)["key"] for line in lines} <= gone
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_streams_and_small_windows_give_the_same_samples(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream's size is known only at its end; with small windows most suspect members are no longer in memory."""
+
+    def seen(source: Source) -> tuple[list[object], list[str]]:
+        report = TarReport()
+        spans = [span for window in TarScan(source, report).windows() for span in window.spans]
+        found: list[object] = [(span.key, span.torn, span.repeated, [m.start for m in span.members]) for span in spans]
+        return found, [line.split(": ", 1)[1] for line in report.warnings()]
+
+    path = tmp_path / "0.tar"
+    path.write_bytes(DAMAGES[damage][0](*sound_shard()))
+    (stream,) = discover(f"pipe:cat {path}", allow_pipe=True)
+    expected = seen(path)
+    assert seen(stream.path) == expected
+    monkeypatch.setattr(blocks, "READ_BYTES", 8192)
+    monkeypatch.setattr(blocks, "MAX_KEPT_BYTES", 16 << 10)
+    assert seen(path) == seen(stream.path) == expected

@@ -14,7 +14,7 @@ from curation import backends
 from curation.commands.audit.groups import attributes_of, shards_tried
 from curation.commands.places import EDITS, PROMPTS, StagePlace, provenance
 from curation.commands.plan.cost import evenly
-from curation.edits import LooseEdits, TarredEdits
+from curation.edits import LooseEditReader, TarEditReader
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.extract.api import Preparation, short_name
 from curation.extract.settings import ModelSettings
@@ -104,7 +104,7 @@ def _chosen(places: Mapping[str, StagePlace], count: int) -> Iterator[tuple[str,
         groups = {str(line.get("key")): line.get("group") for line in provenance(places[PROMPTS], shard_id)}
         tar = places[EDITS].home / f"{shard_id}.tar"
         try:
-            with TarredEdits(tar) if tar.exists() else LooseEdits(tar.with_suffix(""), None) as edits:
+            with TarEditReader(tar) if tar.exists() else LooseEditReader(tar.with_suffix(""), None) as edits:
                 keys = sorted(edits.keys() & groups.keys(), key=lambda key: hash_of(0, key))
                 for key in keys[: min(each, left)]:
                     group, jpeg = groups[key], edits.read(key).jpg

@@ -22,7 +22,7 @@ from curation.commands.verify.conservation import (
 )
 from curation.commands.verify.edited_samples import original_problems, self_problems
 from curation.commands.verify.explain import explain
-from curation.edits import Edits, LooseEdits, TarredEdits
+from curation.edits import EditReader, LooseEditReader, TarEditReader
 from curation.errors import InfrastructureError, ShardError
 from curation.jsonio import KEY_SUFFIX, MAX_SAMPLE_JSON_BYTES, clean_text, read_dictionary
 from curation.run.inputs import published_below
@@ -103,7 +103,7 @@ class Expectation:
     dropped: what stage 04 says it left out.
     """
 
-    def __init__(self, edits: Edits, prompts: Mapping[str, Any] | None, dropped: Collection[str]) -> None:
+    def __init__(self, edits: EditReader, prompts: Mapping[str, Any] | None, dropped: Collection[str]) -> None:
         self._edits, self._prompts, self._dropped = edits, prompts, dropped
         self._edited = edits.keys()
 
@@ -200,12 +200,12 @@ def _source_json(window: Window, span: SampleSpan) -> bytes | None:
     return None
 
 
-def _open_edits(task: Task, last: Record | None) -> Edits:
+def _open_edits(task: Task, last: Record | None) -> EditReader:
     """The edits that stage 04 used, or should have."""
     tar, loose = task.edits / f"{task.shard_id}.tar", task.edits / task.shard_id
     if tar.is_file() and not _read_as_absent(last, tar.name):
-        return TarredEdits(tar)
-    return LooseEdits(loose, published_below(loose, EDITS, task.shard_id) if loose.is_dir() else {})
+        return TarEditReader(tar)
+    return LooseEditReader(loose, published_below(loose, EDITS, task.shard_id) if loose.is_dir() else {})
 
 
 def _read_as_absent(last: Record | None, name: str) -> bool:

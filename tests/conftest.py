@@ -28,19 +28,19 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call() -> Iterator[None]:
-    leftovers.look()
-    return (yield)
+def pytest_runtest_setup() -> Iterator[None]:
+    with leftovers.setup():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_teardown(nextitem: pytest.Item | None) -> Iterator[None]:
-    """A test ends what it started.  After the last one nothing runs, of the fixtures' processes neither."""
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """A file ends what it started.  After the last one nothing runs, of the fixtures' processes neither."""
     try:
         return (yield)
     finally:
-        left = leftovers.end(everything=nextitem is None)
-        if left:
+        at_the_end = nextitem is None or nextitem.path != item.path
+        if at_the_end and (left := leftovers.end(everything=nextitem is None)):
             pytest.fail("left running, and killed: " + "; ".join(left), pytrace=False)
 
 

@@ -138,25 +138,30 @@ def imported_modules(importtime: str) -> set[str]:
 
 
 class Leftovers:
-    """What a test started and left running."""
+    """What the tests of a file started and left running."""
 
     def __init__(self) -> None:
         self._mark = f"{MARK}={os.getpid()}.{time.time_ns()}".encode()
         os.environ[MARK] = self._mark.partition(b"=")[2].decode()
-        self._before: set[int] = set()
+        self._of_fixtures: set[int] = set()
 
-    def look(self) -> None:
-        """Remember what runs already, the processes of fixtures among it."""
-        self._before = _pids()
+    @contextlib.contextmanager
+    def setup(self) -> Iterator[None]:
+        """What is started meanwhile is a fixture's, which may be for later files too."""
+        before = _pids()
+        try:
+            yield
+        finally:
+            self._of_fixtures |= _pids() - before
 
     def end(self, *, everything: bool) -> list[str]:
-        """Kill what has been started since the last look (or ever), and say what it was.
+        """Kill what has been started, with or without what fixtures have, and say what it was.
 
         What ends by itself within some seconds is no leftover: its end was on its way.
         """
-        before = set() if everything else self._before
+        spared = set() if everything else self._of_fixtures
         until = time.monotonic() + 10
-        while (left := self._running(_pids() - before)) and time.monotonic() < until:
+        while (left := self._running(_pids() - spared)) and time.monotonic() < until:
             time.sleep(0.02)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):

@@ -12,7 +12,6 @@ import pytest
 
 from curation import cluster
 from curation.cluster import (
-    ONE_SIGNAL_S,
     Allocation,
     StopSignal,
     host_identity,
@@ -25,6 +24,7 @@ from curation.cluster import (
     visible_gpus,
 )
 from curation.errors import Stopped, UsageError
+from tests import processes
 
 
 def detect(workers: int = 1, **environ: str) -> Allocation:
@@ -251,10 +251,8 @@ def test_a_deadline_drains_before_it_comes() -> None:
 
 def test_waiting_ends_at_the_deadline() -> None:
     stop = StopSignal(time.time() + 0.2)
-    began = time.monotonic()
-    assert stop.wait(30)
-    assert time.monotonic() - began < 5
-    assert StopSignal(time.time() - 100).wait(30)
+    assert stop.wait(3600)
+    assert StopSignal(time.time() - 100).wait(3600)
 
 
 def test_the_first_cause_is_kept() -> None:
@@ -270,7 +268,9 @@ def test_the_first_cause_is_kept() -> None:
 
 PROGRAM = """
 import sys
+from curation import cluster
 from curation.cluster import StopSignal
+cluster.ONE_SIGNAL_S = float(sys.argv[1])
 stop = StopSignal()
 stop.install()
 print("ready", flush=True)
@@ -299,15 +299,16 @@ print("ended by itself", stop.cause, "urgent" if stop.urgent else "drains", flus
 def test_signals(signals: list[str], says: str | None, code: int) -> None:
     """One drains or hurries, the second of SIGINT and SIGTERM ends on the spot (``""`` is a while)."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM], text=True, **pipes)  # type: ignore[call-overload]
-    assert process.stdout.readline() == "ready\n"
+    one_signal_s = 0.2 if "" in signals else 3600
+    process = processes.start([sys.executable, "-c", PROGRAM, one_signal_s], **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(getattr(signal, f"SIG{signals[0]}"))
     first = process.stdout.readline()
     for name in signals[1:]:
         if name:
             process.send_signal(getattr(signal, f"SIG{name}"))
-        time.sleep(0.05 if name else ONE_SIGNAL_S)
-    rest, _ = process.communicate("\n" if says else None, timeout=10)
+        time.sleep(0.05 if name else 0.3)
+    rest, _ = process.communicate("\n" if says else None, timeout=120)
     assert process.returncode == code
     if says is None:
         assert "by itself" not in rest

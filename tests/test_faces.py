@@ -52,7 +52,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float(shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(0, 40))
 def test_suppression_keeps_the_best_of_each_heap(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)

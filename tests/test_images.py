@@ -318,7 +318,7 @@ def test_the_bound_is_below_what_pillow_itself_refuses() -> None:
 DAMAGED = [jpeg(), jpeg(progressive=True), *(make(Image.fromarray(photo())) for make in KINDS.values())]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(DAMAGED), st.integers(0, 2**31), st.integers(1, 40), st.booleans())
 def test_damage_anywhere_ends_in_pixels_or_in_a_sample_error(data: bytes, seed: int, hits: int, cut: bool) -> None:
     random = np.random.default_rng(seed)

@@ -78,7 +78,7 @@ def test_hostile_captions_harm_neither_themselves_nor_others(identifier: Languag
     assert all(language == "en" for language, _ in guesses[:6])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.text(st.characters(), max_size=40), max_size=5))  # all characters, lone surrogates too
 def test_any_text_gets_an_answer_that_does_not_depend_on_its_company(captions: list[str]) -> None:
     identifier = LanguageIdentifier(find_model()) if not _SHARED else _SHARED[0]

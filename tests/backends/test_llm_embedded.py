@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +21,8 @@ from curation.rewrite.groups import read_groups
 from curation.rewrite.prompts import completion_request, judge, opening
 from curation.serving.pool import EndpointPool
 from curation.serving.wire import SERVER_APIS, Request, Session, detect_api
-from tests import EXAMPLES, ROOT
+from tests import EXAMPLES, ROOT, processes
+from tests.processes import started, wait_until
 
 pytestmark = pytest.mark.slow
 PROXY = ROOT / ".venv-ollama" / "bin" / "ollama-proxy"
@@ -49,13 +48,6 @@ def listens(url: str) -> bool:
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as attempt:
         return attempt.connect_ex((host, int(port))) == 0
-
-
-def ends(url: str, within_s: float = 5.0) -> bool:
-    until = time.monotonic() + within_s
-    while listens(url) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not listens(url)
 
 
 # ---- the embedded server
@@ -95,21 +87,20 @@ def test_it_ends_when_it_is_closed() -> None:
     backend = Backend()
     assert listens(backend.url)
     backend.close()
-    assert ends(backend.url)
+    wait_until(lambda: not listens(backend.url), "its end")
     backend.close()
 
 
 def test_it_ends_with_a_process_that_is_killed() -> None:
     program = "import time; from curation.backends.llm.embedded import Backend; print(Backend().url, flush=True)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{program}; time.sleep(99)"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    assert listens(url)
-    process.kill()
-    process.wait()
-    assert ends(url)
+    process = processes.start([sys.executable, "-c", f"{program}; time.sleep(3600)"], stdout=subprocess.PIPE)
+    try:
+        url = str(process.stdout and process.stdout.readline()).strip()
+        assert listens(url)
+    finally:
+        process.kill()  # it alone: what it started has to notice
+        process.communicate()
+    wait_until(lambda: not listens(url), "its end")
 
 
 def test_a_damaged_model_is_put_together_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,17 +138,13 @@ def test_a_killed_run_keeps_the_replies_that_it_had(tmp_path: Path) -> None:
     """Keys, conservation, and the recorded replies reappear: a real model's replies are not reproduced."""
     (tmp_path / "shards").mkdir()
     os.link(EXAMPLES / "00000007.tar", tmp_path / "shards" / "00000007.tar")
-    process = subprocess.Popen(stage(tmp_path, "--embedded"), cwd=ROOT)
-    recorded: list[str] = []
-    while not recorded:
-        time.sleep(0.1)
-        assert process.poll() is None, "it ended before it could be killed"
+
+    def in_the_log() -> list[str]:
         logs = [path for path in (tmp_path / "prompts" / "_partial").rglob("*") if path.is_file()]
-        recorded = [
-            prompt for path in logs for prompt in re.findall(r'"prompt":"(.*?)"', path.read_bytes().decode("latin-1"))
-        ]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        return [prompt for path in logs for prompt in re.findall(r'"prompt":"(.*?)"', path.read_text("latin-1"))]
+
+    with started(stage(tmp_path, "--embedded")) as process:  # SIGKILL
+        recorded = wait_until(in_the_log, "a reply on disk", while_runs=process)
     assert subprocess.run(stage(tmp_path, "--embedded", "--max_error_rate", "1"), cwd=ROOT, check=False).returncode == 0
     prompts = json.loads((tmp_path / "prompts" / "00000007.json").read_bytes())
     assert set(recorded) <= set(prompts.values())
@@ -186,13 +173,8 @@ def ollama_proxy(server: Backend, folder: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with ExitStack() as stack:
         log = stack.enter_context(open(folder / "proxy.log", "wb"))
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        until = time.monotonic() + 30
-        while not listens(url):
-            assert time.monotonic() < until and process.poll() is None, (folder / "proxy.log").read_text()
-            time.sleep(0.1)
+        process = stack.enter_context(started(command, env=environment, cwd=folder, stdout=log, stderr=log))
+        wait_until(lambda: listens(url), (folder / "proxy.log").read_text, while_runs=process)
         yield url
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +27,8 @@ from curation.hub.card import write_card
 from curation.hub.parts import Collection, collect
 from curation.hub.push import GaveUp, Pushed, PushOptions, push
 from curation.hub.repository import check_name
-from tests import EXAMPLES, ROOT
+from tests import EXAMPLES, ROOT, processes
+from tests.processes import ended_at_last, started, wait_until
 from tests.servers.hub import Hub, serve
 from tests.servers.hub_datasets import Fault
 from tests.stages import recaption_stub as stub
@@ -353,8 +353,9 @@ def test_several_at_once(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPa
     server.datasets.faults = [Fault("POST .*/(commit|preupload)/", times=99, delay_s=0.05)]
     command = [sys.executable, "-m", "curation", "publish", str(folder), "--repo", REPO, "--json", "--quiet"]
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"}
-    pushers = [subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
-    results = [json.loads(pusher.communicate(timeout=60)[0]) for pusher in pushers]
+    pushers = [processes.start(command, env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    with ended_at_last(*pushers):
+        results = [json.loads(pusher.communicate(timeout=120)[0]) for pusher in pushers]
     repo = server.datasets.repos[REPO]
     assert len(repo.commits) == 2
     assert {path for result in results for path in result["uploaded"]} == {path for path in repo.files if "/" in path}
@@ -365,14 +366,10 @@ def test_several_at_once(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPa
 def test_killed_in_the_middle_and_started_again(server: Hub, folder: Path) -> None:
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "curation", "publish", str(folder), "--repo", REPO, "--json", "--quiet"]
-    server.datasets.faults = [Fault("PUT /lfs/", times=99, delay_s=0.15)]
-    first = subprocess.Popen(command, env=environment, cwd=ROOT)
-    deadline = time.monotonic() + 30
-    while len(server.datasets.stored) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.wait(timeout=10)
-    time.sleep(0.3)  # those in the server's hands
+    server.datasets.faults = [Fault("PUT /lfs/", times=99, delay_s=0.5)]
+    with started(command, env=environment) as first:  # SIGKILL
+        wait_until(lambda: len(server.datasets.stored) >= 4, "four of ten files", while_runs=first)
+    time.sleep(1)  # those in the server's hands
     before = len(server.datasets.stored)
     assert 4 <= before < 10
     server.datasets.faults = []

@@ -17,7 +17,8 @@ from curation.errors import InfrastructureError, UsageError
 from curation.models import weights
 from curation.models.weights import cached, fetch_weights
 from curation.storage.retry import RetryPolicy
-from tests import ROOT
+from tests import ROOT, processes
+from tests.processes import ended_at_last
 from tests.servers.files import FileServer, Served, file_server
 from tests.servers.hub import Model, serve
 
@@ -137,9 +138,9 @@ print(fetch_weights(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
 
 def test_four_processes_at_once_are_one_download(files: FileServer, tmp_path: Path) -> None:
     command = [sys.executable, "-c", FETCH, f"{files.url}/release/scrfd.pt", SHA256, str(tmp_path / "cache")]
-    started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    said = {process.communicate(timeout=60)[0].strip() for process in started}
-    assert [process.returncode for process in started] == [0] * 4
+    with ended_at_last(*(processes.start(command, stdout=subprocess.PIPE) for _ in range(4))) as four:
+        said = {process.communicate(timeout=120)[0].strip() for process in four}
+    assert [process.returncode for process in four] == [0] * 4
     assert len(said) == 1
     assert Path(said.pop()).read_bytes() == CONTENT
     assert len(served(files).asked) == 1

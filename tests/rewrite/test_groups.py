@@ -73,7 +73,7 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
         read_groups(str(tmp_path / "no.yaml"))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text(max_size=10), unique=True, max_size=60), st.text(max_size=5), st.integers(0, 2**63))
 def test_each_group_equally_often_to_within_one(keys: list[str], shard: str, seed: int) -> None:
     dealt = assign_groups(keys, shard, DEFAULT, seed)

@@ -57,7 +57,7 @@ def test_a_caption_cannot_break_out_of_its_quotation_marks(caption: str) -> None
     assert user.isprintable()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(), max_size=80))
 def test_no_caption_can(caption: str) -> None:
     user = ask(caption)
@@ -243,7 +243,7 @@ def test_a_reply_that_was_cut_short() -> None:
     assert judge(Reply("A man in a park with a", complete=False)) == (None, "reply_cut_short")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(), max_size=200))
 def test_any_reply_is_one_printable_line_or_none(text: str) -> None:
     prompt, reason = judge(Reply(text))

@@ -175,7 +175,7 @@ def test_what_is_no_sorted_array_of_uids_is_refused(run: Regroup) -> None:
     assert not (run.root / "hybrid").exists()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30), st.booleans())
 def test_the_search_finds_what_counting_finds(
     tmp_path_factory: pytest.TempPathFactory, uids: list[tuple[int, int]], high: bool
@@ -318,7 +318,7 @@ def test_shuffling_is_a_permutation_of_each_block_that_the_seed_decides(run: Reg
             assert sorted(part) == orders["none"][begin : begin + 25] != part
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(0, 30), min_size=1, max_size=8),
     size=st.integers(1, 40),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.errors import ShardError
@@ -550,7 +550,7 @@ shards = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(shard=shards, edited=st.sets(st.sampled_from("abcdefgh")), left_out=st.sets(st.sampled_from("abcdefgh")))
 def test_splice_is_what_a_plain_loop_would_make(
     small_windows: None,

@@ -30,7 +30,8 @@ from curation.storage.files import fast_digest
 from curation.storage.retry import RetryPolicy
 from curation.storage.urls import Url
 from curation.tar.samples import TarWriter, read_samples
-from tests import ROOT
+from tests import ROOT, processes
+from tests.processes import wait_until
 from tests.servers import photo_server
 from tests.servers.relay import Relay, Rule
 
@@ -169,7 +170,7 @@ class Place:
         )
         command = [sys.executable, "-c", code, *self.arguments("--publish_to", "s3://out/hybrid", *more)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        return processes.start(command, env=environment, stderr=subprocess.PIPE)
 
 
 @pytest.fixture
@@ -270,9 +271,7 @@ def test_an_answer_that_is_lost_with_the_process(place: Place, store: Store) -> 
     """The store has completed the upload, and nobody has been told: the commit is finished all the same."""
     store.relay.rules = [Rule(COMPLETE, "after", then=lambda: None)]
     process = place.start()
-    deadline = time.monotonic() + 20
-    while not store.objects() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(store.objects, "the object", while_runs=process)
     process.kill()
     process.communicate()
     store.relay.reset()

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from curation.errors import SampleError, ShardError
@@ -24,7 +24,7 @@ from curation.tar.samples import Sample, TarWriter, is_safe_name, read_samples
 from curation.tar.scan import SampleSpan, TarReport, TarScan
 from tests import EXAMPLES
 
-QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=60)
 TRIPLE = ("jpg", "json", "txt")
 
 

@@ -182,12 +182,9 @@ def test_options_have_docstrings() -> None:
         for kind in module.Options.__mro__[:-1]:
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
             assert isinstance(definition, ast.ClassDef)
-            for field, text in itertools.pairwise(definition.body):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant)
-                ):
+            for field, text in itertools.pairwise([*definition.body, definition]):
+                has_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                if isinstance(field, ast.AnnAssign) and (has_text or "help=" in ast.unparse(field.annotation)):
                     described.add(ast.unparse(field.target))
         fields = {field.name for field in dataclasses.fields(module.Options)}
         assert not fields - SHARED - described, f"{script.name} {sorted(fields - SHARED - described)}"

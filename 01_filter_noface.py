@@ -72,7 +72,9 @@ class Options(RunOptions):
     model: str | None = None
     """Another ONNX file for the detector.  Default: the detector's own."""
     det_size: Annotated[int | None, between(32, 4096), tyro.conf.arg(help=DET_SIZE_HELP)] = None
+    """Pixels that an image's longest side is brought to; --help lists each detector's own."""
     threshold: Annotated[float | None, more_than(0), less_than(1), tyro.conf.arg(help=THRESHOLD_HELP)] = None
+    """Score from which a detection counts as a face; --help lists each detector's own."""
     min_faces: Annotated[int, at_least(1)] = 1
     """Faces that a sample needs."""
     select: Literal["face", "noface"] = "face"

@@ -551,7 +551,7 @@ def test_the_embedded_pipeline_has_the_same_bytes_wherever_it_is_built(tmp_path:
 
 def test_processes_may_build_the_embedded_pipeline_at_once(tmp_path: Path) -> None:
     code = (
-        "from curation.backends.diffusion_tiny import build_embedded, embedded_source\n"
+        "from curation.backends.generate.tiny import build_embedded, embedded_source\n"
         "source = embedded_source()\nbuild_embedded(source)\nprint(source.location)"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}

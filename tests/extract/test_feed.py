@@ -40,9 +40,9 @@ def stub_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def feed(stub_log: Path) -> Iterator[ExtractLoader]:
-    """One for all tests, as a process of the stage has one for all its shards."""
+    """A loader whose worker processes end with the test."""
     made = ExtractLoader(PREPARATIONS, 8, 2, PLUGIN)
     yield made
     made.close()

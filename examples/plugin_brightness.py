@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from curation.extract.api import Batch, Column, Feature
-from curation.extract.settings import ModelSettings
+from curation.extract import Batch, Column, Feature, ModelSettings
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,30 @@ An **extractor** computes **columns** (one value a sample, in the parquet) and *
 are computed.
 """
 
+from curation.extract.api import Batch, Column, Extractor, Feature, Preparation, SampleFacts
 from curation.extract.catalogue import Catalogue
 from curation.extract.compute import Extraction, SpooledShard
 from curation.extract.config import KEYS, ExtractConfig, read_config
 from curation.extract.feed import WANTED, ExtractLoader, ExtractSample, extract_sample
 from curation.extract.outputs import MetadataTable, import_arrow, write_npz, write_parquet
+from curation.extract.settings import ModelSettings
 
 __all__ = [
     "KEYS",
     "WANTED",
+    "Batch",
     "Catalogue",
+    "Column",
     "ExtractConfig",
     "ExtractLoader",
     "ExtractSample",
     "Extraction",
+    "Extractor",
+    "Feature",
     "MetadataTable",
+    "ModelSettings",
+    "Preparation",
+    "SampleFacts",
     "SpooledShard",
     "extract_sample",
     "import_arrow",

@@ -25,10 +25,14 @@ import xxhash
 from PIL import Image
 
 from curation.errors import InfrastructureError, UsageError
+from curation.extract import api
+from curation.extract import settings as model_settings
 from curation.extract.api import Batch, Column, Extractor, Feature, Kind, Preparation, Takes
 from curation.extract.settings import ModelSettings
 
 _PACKAGE = "dataset2metadata"
+# Plugins written for version 0.1 import from modules that have other names now.
+_FORMER_MODULES = {"curation.extracting": api, "curation.model_settings": model_settings}
 
 
 def load_plugin(path: str) -> ModuleType:
@@ -45,6 +49,8 @@ def load_plugin(path: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    for former, now in _FORMER_MODULES.items():
+        sys.modules.setdefault(former, now)
     try:
         with upstream_modules():
             spec.loader.exec_module(module)

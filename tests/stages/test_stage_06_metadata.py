@@ -428,6 +428,20 @@ def test_plugins_that_are_none(tmp_path: Path, text: str, told: str, capsys: pyt
     assert told in line
 
 
+def test_a_plugin_written_for_version_0_1_still_loads(tmp_path: Path) -> None:
+    """It imports from modules that have other names now, here and in the worker processes."""
+    plugin = tmp_path / "plugin.py"
+    text = (ROOT / "examples" / "plugin_brightness.py").read_text("utf-8")
+    imports = (
+        "from curation.extracting import Batch, Column, Feature\nfrom curation.model_settings import ModelSettings\n"
+    )
+    now = "from curation.extract import Batch, Column, Feature, ModelSettings\n"
+    assert now in text
+    plugin.write_text(text.replace(now, imports), "utf-8")
+    flags = ["--custom_pypath", plugin, "--models", "brightness"]
+    assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *flags) == 0
+
+
 def test_a_plugin_is_part_of_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text(PLUGIN.read_text())

@@ -433,11 +433,11 @@ def test_a_plugin_written_for_version_0_1_still_loads(tmp_path: Path) -> None:
     plugin = tmp_path / "plugin.py"
     text = (ROOT / "examples" / "plugin_brightness.py").read_text("utf-8")
     imports = (
-    imports = ("from curation.extracting import Batch, Column, Feature", "from curation.model_settings import ModelSettings")
+        "from curation.extracting import Batch, Column, Feature\nfrom curation.model_settings import ModelSettings\n"
     )
     now = "from curation.extract import Batch, Column, Feature, ModelSettings\n"
     assert now in text
-    plugin.write_text(text.replace(now, "\n".join(imports) + "\n"), "utf-8")
+    plugin.write_text(text.replace(now, imports), "utf-8")
     flags = ["--custom_pypath", plugin, "--models", "brightness"]
     assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *flags) == 0
 

@@ -112,7 +112,7 @@ class Model:
             return [(("list",), disk, START)]
         lies = any(path in dict(disk.finals) for path in receipt.superseded)
         left = disk.claim or (self.rules.tidy_superseded and lies)
-        tidy = Process("still_mine", receipt, sources=disk.claim) if left and receipt.superseded else GIVE_BACK
+        tidy = self._tidied(disk, receipt, disk.claim) if left else GIVE_BACK
         return [(("list",), disk._replace(claim=(me.token,)), tidy)]
 
     def _claim(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
@@ -139,7 +139,7 @@ class Model:
     def _decided(self, disk: Disk, p: Process, receipt: Receipt | None, me: Attempt) -> Process:
         """Whether the shard is to be done: there is no receipt, it is of other options, or its outputs are gone."""
         if not self.rules.eager and receipt is not None and receipt.token != "o" and outputs_are_there(disk, receipt):
-            return Process("still_mine", receipt, sources=p.predecessors) if receipt.superseded else GIVE_BACK
+            return self._tidied(disk, receipt, p.predecessors)
         return p._replace(at="write", receipt=receipt, todo=tuple((path, me.token) for path in me.outputs))
 
     def _write(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
@@ -232,7 +232,11 @@ class Model:
         generation = p.value.generation
         there = record_of(disk, generation)
         after = disk._replace(records=disk.records - {there}) if there else disk
-        local = self._clearing(p, me) if p.then == "won" else p._replace(at=p.then, value=None, then="")
+        local = p._replace(at=p.then, value=None, then="")
+        if p.then == "won":
+            local = self._clearing(after, p, me)
+        elif p.then == "left_records":
+            local = self._after_records(local)
         return [(("unlink", f"record {generation}"), after, local)]
 
     # ---- afterwards
@@ -241,7 +245,7 @@ class Model:
         op = ("read", "receipt")
         if disk.receipt is None or disk.receipt.token != me.token:
             return [(op, disk, p._replace(at="unprepare"))]
-        return [(op, disk, self._clearing(p, me))]
+        return [(op, disk, self._clearing(disk, p, me))]
 
     def _unprepare(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         prepared = frozenset(receipt for receipt in disk.prepared if receipt.token != me.token)
@@ -255,7 +259,7 @@ class Model:
         local = p._replace(todo=rest) if rest else Process("give_back")
         return [(("unlink", temporary(*file)), disk._replace(temporaries=disk.temporaries - {file}), local)]
 
-    def _clearing(self, p: Process, me: Attempt) -> Process:
+    def _clearing(self, disk: Disk, p: Process, me: Attempt) -> Process:
         """The winner clears away what it found, and whatever those it took the claim from have written since."""
         own = p.receipt
         assert own is not None
@@ -265,7 +269,7 @@ class Model:
             groups.append(tuple(sorted(names | {(place, token) for place in places for token in p.predecessors})))
         groups = [group for group in groups if group]
         local = Process("clear", own, groups=tuple(groups), sources=p.predecessors)
-        return local if local.groups else self._cleared(local)
+        return local if local.groups else self._tidied(disk, own, p.predecessors)
 
     def _clear(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         """Within a group in any order; the search takes the first."""
@@ -275,11 +279,33 @@ class Model:
             group = tuple(other for other in p.groups[0] if other != file)
             local = p._replace(groups=(group, *p.groups[1:]) if group else p.groups[1:])
             after = without(disk, path, token)
-            steps.append((("unlink", temporary(path, token)), after, local if local.groups else self._cleared(local)))
+            assert p.receipt is not None
+            local = local if local.groups else self._tidied(after, p.receipt, p.sources)
+            steps.append((("unlink", temporary(path, token)), after, local))
         return steps
 
-    def _cleared(self, p: Process) -> Process:
+    def _tidied(self, disk: Disk, receipt: Receipt, sources: tuple[str, ...]) -> Process:
+        """Where others had the claim before, the records that they may have left; then what was superseded."""
+        left = tuple(str(record.generation) for record in sorted(disk.records, key=generation_of)) if sources else ()
+        return self._after_records(Process("left_records", receipt, paths=left, sources=sources))
+
+    def _left_records(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
+        """In any order; the search takes the first."""
+        steps: list[Step] = []
+        for number in p.paths:
+            local = p._replace(paths=tuple(other for other in p.paths if other != number))
+            value = record_of(disk, int(number))
+            if value is None:  # somebody has finished it since the listing
+                local = self._after_records(local)
+            else:
+                local = local._replace(at="finish", value=value, then="left_records")
+            steps.append((("read", f"record {number}"), disk, local))
+        return steps
+
+    def _after_records(self, p: Process) -> Process:
         assert p.receipt is not None
+        if p.paths:
+            return p
         return Process("still_mine", p.receipt, sources=p.sources) if p.receipt.superseded else GIVE_BACK
 
     def _still_mine(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:

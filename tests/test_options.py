@@ -58,7 +58,7 @@ def test_help_of_a_stage_begins_with_its_input_and_output(script: str, capsys: p
     own = help_of(kind, capsys).partition("run options")[0]
     shared = {field.name for field in fields(RunOptions)}
     assert not flags_in(own, shared)
-    begins = {"03_generate_images_multigpu": ["prompts", "edits"], "06_metadata": ["yml", "models"]}
+    begins = {"03_generate_images_multigpu": ["prompts", "edits"], "06_metadata": ["input_tars", "output_metadata_dir"]}
     first = begins.get(script, ["data_path" if script == "05_recaption" else "input", "output"])
     assert flags_in(own, {*first, "model", "embedded"})[: len(first)] == first
 

@@ -164,8 +164,8 @@ class SampleBatch:
     def __init__(
         self, pictures: list[Any], captions: list[str], features: dict[str, Any] | None = None, device: str = "cpu"
     ) -> None:
-        pairs = zip(pictures, captions, strict=True)
-        facts = [SampleFacts("key", {}, caption, b"image", pixels.shape[1::-1]) for pixels, caption in pairs]
+        sizes = [(0, 0) if pixels is None else pixels.shape[1::-1] for pixels in pictures]  # of texts alone: none
+        facts = [SampleFacts("key", {}, caption, b"image", size) for size, caption in zip(sizes, captions, strict=True)]
         self._given = {"image": pictures, "text": captions, "sample": facts}
         self.readable = np.ones(len(pictures), bool)
         self.features = features or {}

@@ -74,7 +74,7 @@ def edited_metadata(
 
 
 def original_metadata(metadata: Mapping[str, Any], stage: str) -> Mapping[str, Any]:
-    """Undo ``edited_metadata`` if ``stage`` has edited this sample before, since loose files hold only the last state."""
+    """Undo ``edited_metadata`` if ``stage`` has edited this sample: loose files hold only the last state."""
     curation = metadata.get("curation")
     if not isinstance(curation, dict) or stage not in (curation.get("stages") or {}):
         return metadata

@@ -228,7 +228,7 @@ def find_header(buffer: bytearray | bytes, begin: int = 0, end: int | None = Non
     at = buffer.find(MAGIC, begin + MAGIC_AT, end)
     while 0 <= at <= end - BLOCK + MAGIC_AT:
         start = at - MAGIC_AT
-        if buffer[start + _CHECKSUM.start] in _OCTAL:  # a cheap test, against crafted data that would make the search slow
+        if buffer[start + _CHECKSUM.start] in _OCTAL:  # a cheap test: crafted data could make the search slow
             with contextlib.suppress(BadHeader):
                 parse_header(buffer, start)
                 return start

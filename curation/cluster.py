@@ -1,4 +1,4 @@
-"""Where this process runs (a task of a SLURM step, or a worker on this machine), until when, and how it is stopped."""
+"""What the process knows about its job: SLURM task or local worker, CPUs and GPU, end time, and stop signals."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
 
 WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
 RUN_VARIABLE = "CURATION_RUN_ID"
-PROGRESS_VARIABLE = "CURATION_PROGRESS"  # a file that a job's script wants to be made when something was finished
-TIME_LEFT_VARIABLE = "CURATION_TIME_LEFT"  # what SLURM said when the tasks were started, as squeue writes it
-ONE_SIGNAL_S = 1.0  # SLURM sends SIGTERM to every process of a step, and a parent passes its own on to its workers
-MARGIN_S = 60.0  # before the deadline, at which no new work is begun
+PROGRESS_VARIABLE = "CURATION_PROGRESS"  # a file to create when some work is finished, for the job's script
+TIME_LEFT_VARIABLE = "CURATION_TIME_LEFT"  # the time left when the tasks were started, as squeue prints it
+ONE_SIGNAL_S = 1.0  # a worker may get SIGTERM twice in this time: from SLURM and from its parent
+MARGIN_S = 60.0  # so long before the deadline, no new work is begun
 _DEVICE = re.compile(r"\d+$|GPU-|MIG-")  # an index, or a GPU's or a slice's UUID
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """What one process was given.
+    """The resources of one process.
 
-    rank, world: its number among all tasks that were started together, and how many there are.
-    local_rank: its number on this node.  gpu: the index of its CUDA device among the visible ones, None without one.
-    threads: the CPU threads that are its own.  deadline: Unix time at which it is ended; None without a deadline.
+    rank, world: its number among all tasks that were started together, and their count.
+    local_rank: its number on this node.  gpu: the index of its CUDA device among the visible ones; None without one.
+    threads: how many CPU threads it may use.  deadline: the Unix time at which it will be ended; None without one.
     run_id: the same for every process of one submission.
     """
 
@@ -52,7 +52,7 @@ class Allocation:
 
     @staticmethod
     def detect(workers: int = 1, environ: Mapping[str, str] = os.environ) -> Allocation:
-        """Read SLURM's variables, or a parent's, or take the whole machine.  Needs no SLURM and no torch."""
+        """Read the variables of SLURM or of a parent process; without them, use the whole machine.  Needs no torch."""
         rank, world = _int(environ, "SLURM_PROCID", 0), max(1, _int(environ, "SLURM_NTASKS", 1))
         local_rank = _int(environ, "SLURM_LOCALID", 0)
         element, elements = _array_element(environ)
@@ -72,9 +72,9 @@ class Allocation:
 
 
 def run_id(environ: Mapping[str, str] = os.environ, interactive: bool | None = None) -> str:
-    """What all processes of one submission share, and a requeued one keeps: the parent's mark, or the job's id.
+    """An id that all processes of one submission share and a requeued job keeps: the parent's mark, or the job's id.
 
-    Empty on a lone start, and for commands that a person types one after the other within one interactive job.
+    It is empty outside a job, and for commands that a person types one after the other in one interactive job.
     """
     if environ.get(RUN_VARIABLE):
         return f"run-{environ[RUN_VARIABLE]}"
@@ -97,12 +97,12 @@ def host_identity() -> tuple[str, str, str]:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
         return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux: no process is ever presumed dead by its pid
+    except OSError:  # not Linux: a pid then never proves that a process is dead
         return socket.gethostname(), "", ""
 
 
 def process_start(pid: int) -> str | None:
-    """The start time of a live process in clock ticks since boot, None when it is gone (a zombie is gone too)."""
+    """The start time of a live process in clock ticks since boot; None if it has ended (also for a zombie)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -112,7 +112,7 @@ def process_start(pid: int) -> str | None:
 
 
 def process_is_gone(pid: int, start: str) -> bool:
-    """Whether the process of this pid and start time has certainly ended; of this pid namespace only."""
+    """Whether the process with this pid and start time, in this pid namespace, has certainly ended."""
     now = process_start(pid)
     if now is not None:
         return now != start
@@ -130,7 +130,7 @@ def process_is_gone(pid: int, start: str) -> bool:
 def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[str, str] = os.environ) -> float | None:
     """``--deadline`` as Unix time: ``none``, ``30m``, ``1.5h``, ``90s``, ``HH:MM:SS`` from now, or a date and time.
 
-    None asks SLURM when this job ends; where SLURM does not answer there is no deadline.
+    None asks SLURM when this job ends; if SLURM does not answer, there is no deadline.
     Raises UsageError for anything else.
     """
     now = time.time() if now is None else now
@@ -150,13 +150,13 @@ def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[
 
 
 def slurm_job_end(environ: Mapping[str, str] = os.environ) -> float | None:
-    """When SLURM will end this job, by this node's clock; None outside a job or where SLURM does not say within ten
+    """When SLURM will end this job, by this node's clock; None outside a job or if SLURM does not answer within ten
     seconds.
 
-    From the time that is left rather than from the end: a node's clock may be minutes off SLURM's.
+    It is computed from the time that is left, because the node's clock may differ from SLURM's by minutes.
     """
     now = time.time()
-    if environ.get(TIME_LEFT_VARIABLE):  # the job's script asked once for all its tasks
+    if environ.get(TIME_LEFT_VARIABLE):  # the job's script asked SLURM once for all tasks
         left = parse_time_left(environ[TIME_LEFT_VARIABLE])
         return None if left is None else now + left
     job = environ.get("SLURM_JOB_ID", "")
@@ -182,7 +182,7 @@ def parse_time_left(text: str) -> float | None:
 
 @lru_cache(maxsize=1)
 def note_progress() -> None:
-    """Something was published or checkpointed: the job's script may queue the job again, for it gets on."""
+    """Record that something was published or checkpointed, so that the job's script may requeue the job."""
     path = os.environ.get(PROGRESS_VARIABLE)
     if path:
         with contextlib.suppress(OSError):
@@ -190,22 +190,22 @@ def note_progress() -> None:
 
 
 class CheckStop(Protocol):
-    """What long work calls between two steps (``ShardContext.check_stop``)."""
+    """A function that long work calls between two steps (``ShardContext.check_stop``)."""
 
     def __call__(self, *, urgent_only: bool = False) -> None:
-        """Raise Stopped when it is time to end."""
+        """Raise Stopped if it is time to end."""
 
 
 class StopSignal:
     """Whether this process was asked to end, and how soon.
 
-    SIGUSR1, SIGUSR2, SIGINT and the deadline drain: the batch in hand is finished and saved.  SIGTERM is urgent: what
-    is done is saved at once, for the scheduler kills soon after.  A second SIGINT or SIGTERM exits on the spot; every
-    output is still under a temporary name then, so nothing half-written is left under a final one.
+    SIGUSR1, SIGUSR2, SIGINT and the deadline drain: the current batch is finished and saved.  SIGTERM is urgent:
+    finished work is saved at once, because the scheduler kills the process soon after.  A second SIGINT or SIGTERM
+    exits immediately; outputs still have temporary names then, so no incomplete file has a final name.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        if deadline is not None:  # a margin to save what is done in, without eating up a short run
+        if deadline is not None:  # leave time to save the work, but not most of a short run
             deadline -= min(MARGIN_S, max(0.0, deadline - time.time()) / 10)
         self.deadline = deadline
         self.cause: str | None = None
@@ -215,7 +215,7 @@ class StopSignal:
         self._last_term = -math.inf
 
     def install(self) -> None:
-        """Take over the signals.  Main thread only."""
+        """Set the signal handlers.  Call it in the main thread."""
         for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._received)
 
@@ -231,7 +231,7 @@ class StopSignal:
         self.ask(signal.Signals(number).name, urgent=number == signal.SIGTERM)
 
     def ask(self, cause: str, *, urgent: bool = False) -> None:
-        """Ask to stop; the first cause is kept."""
+        """Request a stop; the first cause is kept."""
         self.cause = self.cause or cause
         if urgent:
             self._urgent.set()
@@ -239,23 +239,23 @@ class StopSignal:
 
     @property
     def draining(self) -> bool:
-        """No new work may be begun."""
+        """Whether no new work may be begun."""
         if not self._draining.is_set() and self.deadline is not None and time.time() >= self.deadline:
             self.ask("deadline")
         return self._draining.is_set()
 
     @property
     def urgent(self) -> bool:
-        """Not even the batch in hand may be finished."""
+        """Whether not even the current batch may be finished."""
         return self._urgent.is_set()
 
     def check(self, *, urgent_only: bool = False) -> None:
-        """Raise Stopped when it is time.  ``urgent_only``: go on while merely draining (a shard that takes seconds)."""
+        """Raise Stopped if a stop was requested; with ``urgent_only``, not while draining (for a short shard)."""
         if self.urgent or (self.draining and not urgent_only):
             raise Stopped(self.cause or "asked to stop")
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, but wake when asked to stop; True when so."""
+        """Sleep until the time is over or a stop is requested; returns whether one was requested."""
         if self.deadline is not None:
             seconds = max(0.0, min(seconds, self.deadline - time.time() + 0.01))
         self._draining.wait(seconds)
@@ -263,9 +263,9 @@ class StopSignal:
 
 
 def _array_element(environ: Mapping[str, str]) -> tuple[int, int]:
-    """The number of this element among those of its job array, and how many there are; (0, 1) outside an array.
+    """(index of this element in its job array, number of elements); (0, 1) outside an array.
 
-    Raises UsageError for a number that the array cannot have: such a job was put together by hand.
+    Raises UsageError for a number that the array cannot have, which happens if variables were set by hand.
     """
     text = environ.get("SLURM_ARRAY_TASK_ID", "")
     if not text:
@@ -274,7 +274,7 @@ def _array_element(environ: Mapping[str, str]) -> tuple[int, int]:
     first = _int(environ, "SLURM_ARRAY_TASK_MIN", 0)
     last = _int(environ, "SLURM_ARRAY_TASK_MAX", first + count - 1)
     if not text.isdecimal() or ("SLURM_ARRAY_TASK_MAX" in environ and not first <= int(text) <= last):
-        raise UsageError(f"SLURM_ARRAY_TASK_ID={text!r} is no element of this job's array ({first} to {last})")
+        raise UsageError(f"SLURM_ARRAY_TASK_ID={text!r} is not an element of this job's array ({first} to {last})")
     step = max(1, _int(environ, "SLURM_ARRAY_TASK_STEP", 1))
     return (int(text) - first) // step % count, count
 
@@ -290,10 +290,10 @@ def _cpus(environ: Mapping[str, str]) -> int:
 
 
 def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None) -> int:
-    """How many processes to start here, one per GPU: as many as were asked for, else as GPUs can be seen.
+    """How many processes to start here, one per GPU: the requested number, otherwise the number of visible GPUs.
 
-    gpus: numbers such as ``0,2``: only these are seen from now on.  Where srun starts several tasks each is one
-    already.  Raises UsageError where more are asked for than there are.
+    gpus: numbers such as ``0,2``: only these are visible from now on.  If srun starts several tasks, each of them is
+    one process.  Raises UsageError if more GPUs are requested than there are.
     """
     if gpus is not None:
         chosen = [part.strip() for part in gpus.split(",")]
@@ -306,7 +306,7 @@ def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None
         alone = workers == 1 and not (tasks.isdigit() and int(tasks) > 1)
         return max(1, visible_gpus()) if alone else workers
     if 0 < visible_gpus() < num_gpus:
-        raise UsageError(f"--num_gpus {num_gpus}: only {visible_gpus()} can be seen here")
+        raise UsageError(f"--num_gpus {num_gpus}: only {visible_gpus()} are visible here")
     return num_gpus
 
 
@@ -314,7 +314,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
     """How many CUDA devices this process may use.  Needs no torch."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        # CUDA ignores all that follows the first it does not know; SLURM writes NoDevFiles for none
+        # CUDA ignores everything after the first entry that it does not know; SLURM writes NoDevFiles for no device.
         return len(list(takewhile(_DEVICE.match, (device.strip() for device in visible.split(",")))))
     try:
         return len(os.listdir("/proc/driver/nvidia/gpus"))
@@ -323,7 +323,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def gpu_name(index: int | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """What CUDA_VISIBLE_DEVICES calls the device of that index among the visible ones: a number or a UUID."""
+    """The name that CUDA_VISIBLE_DEVICES gives to the visible device with this index: a number or a UUID."""
     if index is None:
         return None
     visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -331,6 +331,6 @@ def gpu_name(index: int | None, environ: Mapping[str, str] = os.environ) -> str 
 
 
 def _own_gpu(environ: Mapping[str, str], local_rank: int) -> int | None:
-    """SLURM may show a task its own GPU alone, or all of the node's; accelerate's LOCAL_RANK is never there."""
+    """The index of this task's GPU: SLURM may show a task only its own GPU, or all GPUs of the node."""
     count = visible_gpus(environ)
     return local_rank % count if count else None

@@ -27,16 +27,16 @@ from curation.tar.samples import MAX_MEMBER_BYTES, TarWriter, problem_of, read_s
 from curation.tar.scan import TarReport, TarScan
 from curation.tar.splice import Edit
 
-# The fields of a sample that a new picture and text make untrue, kept as curation.original_<field>.
+# The fields of a sample that are wrong for the new image and text; they are kept as curation.original_<field>.
 REPLACED_FIELDS = ("caption", "sha256", "face_bboxes", "width", "height")
 
-# What of a `curation` object decides how the picture looks, beside its image model and this stage's version.
+# The fields of `curation` that determine the image, besides its model and the stage's version.
 RECIPE_FIELDS = (
     "prompt", "prompt_suffix", "negative_prompt", "seed", "steps", "guidance", "text_tokens", "size", "quality",
 )  # fmt: skip
 
-# IPTC's term for pictures made by a trained model, where readers look for it: the photo metadata standard's Digital
-# Source Type (Iptc4xmpExt), https://iptc.org/std/photometadata/specification.
+# IPTC's term for images made by a trained model, in the field where readers expect it: Digital Source Type of the photo
+# metadata standard (Iptc4xmpExt), https://iptc.org/std/photometadata/specification.
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
@@ -55,13 +55,13 @@ GENERATED_XMP = (
 def edited_metadata(
     original: Mapping[str, Any], curation: Mapping[str, Any], sha256: str, width: int, height: int
 ) -> dict[str, Any]:
-    """The sample's metadata with everything that the new picture and text change, and ``curation`` as its last field.
+    """The sample's metadata, updated for the new image and text, with ``curation`` as its last field.
 
-    original: the source sample's whole metadata; every field stays, in its order.  Where the old picture had a list of
-    face boxes, the new one's are not known: null, which readers of DataComp take as just that.
-    ``curation`` gains what was there before, as ``original_<field>`` for each field that was there at all; a
-    ``curation`` object of an earlier pass is kept inside it as ``previous``.
-    sha256: of the new jpg's bytes, hex.  width, height: pixels.
+    original: the source sample's whole metadata; every field stays, in its order.  A list of face boxes becomes null,
+    because the new image's faces are unknown; readers of DataComp understand null in this way.
+    ``curation`` gets the earlier value of each changed field that existed, as ``original_<field>``; the ``curation``
+    object of an earlier pass is kept inside it as ``previous``.
+    sha256: that of the new jpg's bytes, in hex.  width, height: in pixels.
     """
     before = {f"original_{name}": original[name] for name in REPLACED_FIELDS if name in original}
     metadata = {name: value for name, value in original.items() if name != "curation"}
@@ -74,7 +74,7 @@ def edited_metadata(
 
 
 def original_metadata(metadata: Mapping[str, Any], stage: str) -> Mapping[str, Any]:
-    """Undo ``edited_metadata`` where ``stage`` has edited this sample before: loose files hold only the last state."""
+    """Undo ``edited_metadata`` if ``stage`` has edited this sample: loose files hold only the last state."""
     curation = metadata.get("curation")
     if not isinstance(curation, dict) or stage not in (curation.get("stages") or {}):
         return metadata
@@ -90,8 +90,8 @@ def original_metadata(metadata: Mapping[str, Any], stage: str) -> Mapping[str, A
 
 
 def recipe(curation: Mapping[str, Any], stage: str) -> list[Any]:
-    """What decides the picture, as one comparable value: two samples with the same recipe have the same picture, but
-    for the rounding that its batch neighbours cause."""
+    """Everything that determines the image, as one comparable value.  Samples with the same recipe have the same image,
+    except for rounding differences that depend on the other images of the batch."""
     models, stages = (curation.get(name) for name in ("models", "stages"))
     image_model = models.get("image") if isinstance(models, dict) else None
     version = stages.get(stage) if isinstance(stages, dict) else None
@@ -99,7 +99,7 @@ def recipe(curation: Mapping[str, Any], stage: str) -> list[Any]:
 
 
 def txt_of(prompt: str) -> bytes:
-    """The sample's text member: the prompt, without a newline, as DataComp has it."""
+    """The sample's text member: the prompt without a newline, as in DataComp."""
     return prompt.encode("utf-8", "replace")
 
 
@@ -108,16 +108,16 @@ def json_of(metadata: Mapping[str, Any]) -> bytes:
     return dump_json(metadata, indent=True)
 
 
-# ---- what is known of a sample that is to be edited
+# ---- the inputs of an edit
 
 
 def unsafe_key(key: str) -> str:
-    """Why a key cannot name a tar member or a file below the output folder; empty where it can."""
+    """Why a key cannot name a tar member or a file below the output folder; empty if it can."""
     parts = key.split("/")
     if any(part in ("", ".", "..") for part in parts):
         return "an empty, . or .. part"
     if "." in parts[-1]:
-        return "a dot in its name, at which WebDataset would cut it"
+        return "a dot in its name, where WebDataset would cut it"
     if any(ord(char) < 32 or char in "\\\x7f" or "\ud800" <= char <= "\udfff" for char in key):
         return "a control character, a backslash or half a surrogate pair"
     if any(len(part.encode()) > 240 for part in parts) or len(key.encode()) > 1000:
@@ -126,7 +126,7 @@ def unsafe_key(key: str) -> str:
 
 
 def checked_prompt(key: str, prompt: object) -> str:
-    """The prompt as one line of text.  SampleError for what is none, and for a key that cannot name a file."""
+    """The prompt as one line of text.  Raises SampleError if it is not text, or if the key cannot name a file."""
     if problem := unsafe_key(key):
         raise SampleError("unsafe_key", problem)
     if not isinstance(prompt, str):
@@ -137,12 +137,12 @@ def checked_prompt(key: str, prompt: object) -> str:
 
 
 def with_suffix(prompt: str, suffix: str) -> str:
-    """The prompt as the model gets it: ', sharp' is put right behind it, a word after a space."""
+    """The prompt for the model: a suffix that begins with punctuation follows directly, a word after a space."""
     return f"{prompt}{'' if not suffix or suffix[0] in ' ,.;:' else ' '}{suffix}"
 
 
 def read_provenance(path: Path) -> dict[str, Mapping[str, Any]]:
-    """key → the line that the stage before recorded about its prompt; empty where the prompts were made elsewhere."""
+    """key → the line that the previous stage recorded about its prompt; empty if the prompts were made elsewhere."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -162,8 +162,8 @@ def read_provenance(path: Path) -> dict[str, Mapping[str, Any]]:
 class OriginalMetadata:
     """The original metadata of a shard's samples: ``edits/<shard>.json``, or else loose ``edits/<shard>/<key>.json``.
 
-    stage: the one that edits; a loose file may already hold its edit, which is then undone.
-    Raises ShardError when neither is there.
+    stage: the stage that edits; a loose file may already contain its edit, which is then undone.
+    Raises ShardError if neither exists.
     """
 
     def __init__(self, edits: Path, shard_id: str, stage: str) -> None:
@@ -172,10 +172,10 @@ class OriginalMetadata:
         if self._dictionary.exists():
             self._known = read_dictionary(self._dictionary)
         elif not self._folder.is_dir():
-            raise ShardError(f"no metadata of the samples: neither {self._dictionary} nor {self._folder}/ is there")
+            raise ShardError(f"no metadata of the samples: neither {self._dictionary} nor {self._folder}/ exists")
 
     def find(self, key: str) -> Mapping[str, Any]:
-        """The metadata of a key that ``unsafe_key`` finds nothing wrong with.  SampleError where there is none."""
+        """The metadata of a key that ``unsafe_key`` accepts.  Raises SampleError if there is none."""
         found = self._loose(key) if self._known is None else self._known.get(key + KEY_SUFFIX)
         if found is None:
             raise SampleError("no_metadata", f"{self._dictionary.name} has no entry")
@@ -205,7 +205,7 @@ _ROW = Struct("6q")
 class EditWriter:
     """Writes the edits of a shard, as one tar or as loose files; a context manager.
 
-    Times in the tar are 0: stage 04 takes those of the source's members.
+    Times in the tar are 0, because stage 04 uses the times of the source's members.
 
     Args:
         edits: The folder of all shards' edits.
@@ -228,7 +228,7 @@ class EditWriter:
         return self
 
     def add(self, key: str, jpg: bytes, txt: bytes, json: bytes) -> None:
-        """Write one edited sample.  Raises ShardError where its files cannot be named so below the folder."""
+        """Write one edited sample.  Raises ShardError if its key cannot name files below the folder."""
         for suffix, data in zip(_PARTS, (jpg, txt, json), strict=True):
             if self._tar is not None:
                 self._tar.add(f"{key}.{suffix}", data)
@@ -247,7 +247,7 @@ class EditWriter:
 
 
 def loose_path(folder: Path, name: str) -> Path:
-    """``folder/name``, or SampleError ``unsafe_key`` where a link below the folder leads out of it."""
+    """Return ``folder/name``; raises SampleError ``unsafe_key`` if a link below the folder leads out of it."""
     path = folder / name
     root = os.path.realpath(folder)
     if os.path.commonpath([root, os.path.realpath(path)]) != root:
@@ -270,7 +270,7 @@ class EditReader(Protocol):
     def keys(self) -> KeysView[str]: ...
 
     def read(self, key: str) -> Edit:
-        """Raises ShardError when it cannot be read, or is not what was published."""
+        """Read one edit.  Raises ShardError if it cannot be read, or is not what was published."""
 
     def close(self) -> None: ...
 
@@ -280,15 +280,15 @@ class EditReader(Protocol):
 
 
 class TarEditReader:
-    """Edits in a tar, in any order: one pass finds where they lie, and each is read when it is asked for.
+    """Edits in a tar, in any order: one pass finds their offsets, and each edit is read on request.
 
     Args:
         path: The tar.
-        digest: Of the whole file, where a receipt says it.
+        digest: The digest of the whole file according to its receipt, if it has one.
 
     Raises:
-        ShardError: The file has another digest, is damaged, or has two edits of one key: no edit may be lost
-            unnoticed.
+        ShardError: The file has another digest, is damaged, or has two edits of one key, so that an edit could be
+            lost without notice.
     """
 
     def __init__(self, path: Path, digest: str | None = None) -> None:
@@ -297,7 +297,7 @@ class TarEditReader:
             raise ShardError(f"{path}: is not what its receipt says; generate this shard's images again")
         self.incomplete = 0
         self._rows: dict[str, int] = {}
-        self._places = array("q")  # of each edit: offset and size of its jpg, txt and json: ten thousand take 1 MB
+        self._places = array("q")  # for each edit, offset and size of its jpg, txt and json: 1 MB for 10,000
         report = TarReport()
         tar = TarScan(path, report)
         for window in tar.windows():
@@ -327,7 +327,7 @@ class TarEditReader:
         jpg, jpg_size, txt, txt_size, json, json_size = _ROW.unpack_from(self._places, _ROW.size * self._rows[key])
         begin = min(jpg, txt, json)
         size = max(jpg + jpg_size, txt + txt_size, json + json_size) - begin
-        data = memoryview(os.pread(self._descriptor, size, begin))  # the three lie together
+        data = memoryview(os.pread(self._descriptor, size, begin))  # the three are adjacent
         if len(data) < size:
             raise ShardError(f"{self._path}: changed while it was read")
         return Edit(data[jpg - begin :][:jpg_size], data[txt - begin :][:txt_size], data[json - begin :][:json_size])
@@ -343,12 +343,12 @@ class TarEditReader:
 
 
 class LooseEditReader:
-    """Edits as ``<key>.jpg``, ``<key>.txt`` and ``<key>.json`` below one folder, in subfolders where keys have them.
+    """Edits as ``<key>.jpg``, ``<key>.txt`` and ``<key>.json`` below one folder; keys may contain subfolders.
 
     Args:
         folder: The folder.
-        published: The files that count, with size and digest; None where all that are there count, because they were
-            made elsewhere.
+        published: The files that count, with size and digest; None if all files count, because they were made
+            elsewhere.
     """
 
     def __init__(self, folder: Path, published: dict[str, tuple[int, str]] | None) -> None:
@@ -396,7 +396,7 @@ class LooseEditReader:
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    """Paths relative to ``folder``; one listing per folder, links to folders are not followed."""
+    """Yield paths relative to ``folder``, with one listing per folder; links to folders are not followed."""
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -411,14 +411,14 @@ def _short(key: str) -> str:
     return clean_text(key)[:200]
 
 
-# ---- what of the edits of an earlier run still holds
+# ---- the edits of an earlier run that are still valid
 
 
 class PreviousEdits:
     """The edits that an earlier run left for a shard, as a tar or as loose files.
 
-    An edit is kept where its json records the wanted recipe and its picture has the sha256 that the json says.  Every
-    other one, and one that cannot be read, is made again.
+    An edit is kept if its json records the wanted recipe and its image has the sha256 in the json.  All others, and
+    those that cannot be read, are made again.
     """
 
     def __init__(self, edits: Path, shard_id: str) -> None:
@@ -429,7 +429,7 @@ class PreviousEdits:
         self._passed: dict[str, bytes] = {}
 
     def matching(self, wanted: Mapping[str, list[Any]], stage: str) -> Mapping[str, str]:
-        """Those of ``wanted`` (key → recipe) whose picture is here and whole, with the picture's sha256."""
+        """Those of ``wanted`` (key → recipe) whose image exists and is intact, with the image's sha256."""
         try:
             for key, jpg, metadata in self._edits(wanted):
                 curation = metadata.get("curation")
@@ -438,14 +438,14 @@ class PreviousEdits:
                 sha256 = hashlib.sha256(jpg).hexdigest()
                 if sha256 == metadata.get("sha256"):
                     self._matching[key] = sha256
-        except ShardError:  # a tar that breaks off: what came before the break was checked
+        except ShardError:  # the tar ends early; the edits before that point were checked
             pass
         return self._matching
 
     def jpg(self, key: str) -> bytes:
-        """The picture of a matching key.  One pass over the earlier tar, which holds little when asked in its order.
+        """The image of a matching key.  The earlier tar is read in one pass; calls in its order need little memory.
 
-        Raises LostClaim when it is not what it was: another worker has published this shard.
+        Raises LostClaim if the image has changed, because another worker has published this shard.
         """
         if self._stream is None:
             self._stream = ((name, jpg) for name, jpg, _ in self._edits(self._matching))
@@ -461,7 +461,7 @@ class PreviousEdits:
         return found
 
     def _edits(self, keys: Mapping[str, Any]) -> Iterator[tuple[str, bytes, Mapping[str, Any]]]:
-        """(key, jpg, metadata) of the samples in ``keys`` that have both, in the tar's order or that of ``keys``."""
+        """Yield (key, jpg, metadata) of the samples in ``keys`` that have both, in the order of the tar or ``keys``."""
         if self._tar.is_file():
             for sample in read_samples(self._tar, want=("jpg", "json")):
                 if sample.key in keys and not sample.problem and sample.members.keys() >= {"jpg", "json"}:

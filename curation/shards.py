@@ -1,7 +1,7 @@
-"""Which shards there are: discovery by folder, glob, braces, list file, URL or one path, and the choice of a subset.
+"""Finds shards by folder, glob, braces, list file, URL or single path, and selects a subset of them.
 
-A shard's id is its file's name without the suffix (``00000012.tar`` → ``00000012``); everything that the pipeline
-records is keyed by it.  Numbering may have gaps and needs no common width.
+A shard's id is its file's name without the suffix (``00000012.tar`` → ``00000012``); all records of the pipeline are
+keyed by it.  The numbers may have gaps and different widths.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from curation.errors import UsageError
 from curation.storage.urls import PIPE, Source, Url, find_remote, is_remote
 
 TAR = ".tar"
-MAX_SHARDS = 10_000_000  # a brace pattern such as {0..99999999999} is a slip of the finger, not a dataset
+MAX_SHARDS = 10_000_000  # a brace pattern such as {0..99999999999} is a typing error
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")  # becomes a file name in every output folder
 
 
@@ -30,7 +30,7 @@ class Shard:
 
     Attributes:
         id: Its name in every folder of the pipeline.
-        path: What it is read from: a file, a folder of loose files (``is_loose``), a URL or a command.
+        path: Where it is read from: a file, a folder of loose files (``is_loose``), a URL or a command.
     """
 
     id: str
@@ -38,24 +38,25 @@ class Shard:
 
     @property
     def file(self) -> Path:
-        """The file or folder of a shard that lies on a filesystem of this machine.
+        """The file or folder of a shard that is on a filesystem of this machine.
 
         Raises:
             UsageError: The shard is a URL or a command.
         """
         if isinstance(self.path, Path):
             return self.path
-        raise UsageError(f"{self.path}: is not on a filesystem of this machine; only such shards are read here")
+        raise UsageError(f"{self.path}: not on a filesystem of this machine, which is required here")
 
 
 def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False, allow_pipe: bool = False) -> list[Shard]:
     """The shards that ``source`` names, sorted by id.
 
-    source: a folder (every ``*<suffix>`` in it, not below it; where it has no tars, its folders of loose files), a
-        glob, a brace pattern (``{00000..00042}.tar``, ``{a,b}``), a list file (one name a line, paths relative to the
-        list; ``#`` comments), one file that ends in ``suffix``, a URL or ``pipe:`` and a command, with braces or not.
-    may_be_empty: nothing there is no error: it may come.  allow_pipe: commands may be run.
-    Raises UsageError where nothing is found, where two files would be the same shard, or where a name is unsafe.
+    source: a folder (every ``*<suffix>`` directly in it; if it has no tars, its folders of loose files), a glob, a
+        brace pattern (``{00000..00042}.tar``, ``{a,b}``), a list file (one name per line, paths relative to the list,
+        ``#`` comments), one file that ends in ``suffix``, or, with or without braces, a URL or ``pipe:`` and a command.
+    may_be_empty: it is no error if no shard exists yet.  allow_pipe: commands may be run.
+
+    Raises UsageError if nothing is found, two files would be the same shard, or a name is unsafe.
     """
     shards: dict[str, Shard] = {}
     for path in _paths(source, suffix, allow_pipe):
@@ -71,44 +72,45 @@ def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False, a
 
 
 def is_loose(path: Path) -> bool:
-    """Whether a folder is a shard of loose files (img2dataset): its name is a number, or its table lies beside it."""
+    """Whether a folder is a shard of loose files (img2dataset): its name is a number, or its table is next to it."""
     name = path.name
     return path.is_dir() and ((name.isascii() and name.isdigit()) or path.with_name(f"{name}.parquet").is_file())
 
 
 def local_folders(shards: Iterable[Shard]) -> set[Path]:
-    """The real folders of the shards that lie on a filesystem."""
+    """The real paths of the folders of those shards that are on a filesystem."""
     return {Path(os.path.realpath(folder)) for folder in {s.path.parent for s in shards if isinstance(s.path, Path)}}
 
 
 def files_of(shards: Sequence[Shard]) -> dict[str, Path]:
-    """shard id → its file, for what needs files on a filesystem.
+    """Map each shard id to its file, for code that needs files on a filesystem.
 
     Raises:
-        UsageError: A shard lies elsewhere.
+        UsageError: A shard is not on a filesystem.
     """
     return {shard.id: shard.file for shard in shards}
 
 
 def is_safe_id(text: str) -> bool:
-    """Whether ``text`` can name a shard, and so a file in every output folder."""
+    """Whether ``text`` can be a shard's id, and so a file name in every output folder."""
     return _SAFE_ID.fullmatch(text) is not None
 
 
 def bucket_of(shard_id: str) -> str:
-    """The folder of about a thousand shards that a shard's records live in."""
+    """The name of the folder for a shard's records; about a thousand shards share one."""
     if shard_id.isdigit():
         return shard_id[:-3] or "0"
     return "x" + xxhash.xxh3_64_hexdigest(shard_id.encode())[:3]
 
 
 def select(shards: list[Shard], spec: str | None, *, may_be_empty: bool = False) -> list[Shard]:
-    """The subset of ``shards`` that ``spec`` names; all of them where it is None.
+    """The subset of ``shards`` that ``spec`` names; all of them if it is None.
 
     spec: comma-separated ids, inclusive ranges ``00000010..00000019``, or files of those (``@ids.txt``, or the path
-        of an existing file), one or more a line.  Ranges may span gaps; a single id must exist.
-    may_be_empty: of shards that are not there yet, none is missed.
-    Raises UsageError for an id that is not there and for a spec that selects nothing.
+        of an existing file), one or more per line.  Ranges may contain gaps; a single id must exist.
+    may_be_empty: shards may not exist yet, so that no missing shard is an error.
+
+    Raises UsageError for an id that does not exist and for a spec that selects nothing.
     """
     if spec is None:
         return shards
@@ -130,10 +132,10 @@ def select(shards: list[Shard], spec: str | None, *, may_be_empty: bool = False)
 
 
 def expand_braces(pattern: str, *, leave_others: bool = False) -> Iterator[str]:
-    """Bash's brace expansion, of one or more ``{a,b}`` and ``{000..042}`` (zero padding kept), left to right.
+    """Expand ``{a,b}`` and ``{000..042}`` (zero padding is kept) as Bash does, from left to right.
 
-    leave_others: braces that are neither stay as they are, as in a command; else they are a UsageError.
-    Lazy, so that a caller can stop a pattern that names too many.
+    leave_others: keep other braces unchanged, as in a command; otherwise they raise UsageError.
+    It is lazy, so that a caller can stop at a pattern that names too many.
     """
     match = re.search(r"\{(\d+\.\.\d+|[^{}\s]*,[^{}\s]*)\}" if leave_others else r"\{([^{}]*)\}", pattern)
     if not match:
@@ -172,16 +174,16 @@ def _paths(source: str, suffix: str, allow_pipe: bool) -> Iterator[Source]:
         for name in islice(expand_braces(source), MAX_SHARDS + 1):
             if any(c in name for c in "*?["):
                 yield from _globbed(name)
-            elif os.path.exists(name):  # a range over numbering with gaps
+            elif os.path.exists(name):  # the range may contain gaps
                 yield Path(name)
     elif any(c in source for c in "*?["):
         yield from _globbed(source)
     else:
-        raise UsageError(f"{source!r} is not there: give a folder, a glob, braces, a list file or one *{suffix}")
+        raise UsageError(f"{source!r} does not exist: give a folder, a glob, braces, a list file or one *{suffix}")
 
 
 def _in_folder(folder: Path, suffix: str) -> Iterator[Path]:
-    """Its files with the suffix; where it has no tars, its folders of loose files, or itself if it is one."""
+    """The folder's files with the suffix; without tars, its folders of loose files, or itself if it is one."""
     try:
         with os.scandir(folder) as entries:  # one listing, no stat per shard
             every = [entry for entry in entries if not entry.name.startswith(".")]
@@ -197,7 +199,7 @@ def _in_folder(folder: Path, suffix: str) -> Iterator[Path]:
 
 def _remote(text: str, suffix: str, allow_pipe: bool) -> Iterator[Url]:
     if suffix != TAR:
-        raise UsageError(f"{Url(text)}: only tars are read from there; copy *{suffix} files to this machine")
+        raise UsageError(f"{Url(text)}: only tars are read from a URL or command; copy *{suffix} files to this machine")
     for name in islice(expand_braces(text, leave_others=text.startswith(PIPE)), MAX_SHARDS + 1):
         yield from find_remote(name, suffix, allow_pipe=allow_pipe)
 
@@ -218,7 +220,7 @@ def _listed(list_file: Path, suffix: str, allow_pipe: bool) -> Iterator[Source]:
 
 
 def _lines(list_file: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a list, without comments: a ``#`` at the start or after white space."""
+    """The numbered lines of a list without comments, which begin with a ``#`` at the start or after white space."""
     try:
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -240,7 +242,7 @@ def _shard_id(path: Source, suffix: str) -> str:
 def _spec_items(spec: str, known: Container[str], inside: Path | None = None) -> Iterator[str]:
     for item in filter(None, (part.strip() for part in spec.split(","))):
         file = Path(item.removeprefix("@"))
-        if item in known or not (item.startswith("@") or file.is_file()):  # an id goes before a file of that name
+        if item in known or not (item.startswith("@") or file.is_file()):  # an id wins over a file of that name
             yield item
         elif inside is not None:
             raise UsageError(f"--shards: {file} is named inside {inside}, which is a list itself")

@@ -1,7 +1,7 @@
-"""Threads that work ahead of their caller, with bounds on how far.
+"""Threads that work ahead of their caller, within limits.
 
-``prefetch`` works ahead and hands on in order.  A ``BackgroundCall`` reads and parses the next block while the caller
-works on this one.  A ``DaemonPool`` waits for other machines, and all shards that a process works on share it.
+``prefetch`` works ahead and returns results in order.  A ``BackgroundCall`` does the next piece of work while the
+caller processes the current one.  A ``DaemonPool`` waits for other machines; all shards in flight share it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_IDLE_PER_WORKING = 32  # where few items need work, so many others may wait behind each of them
+_IDLE_PER_WORKING = 32  # so many items that need no work may wait for each that does
 
 
 def prefetch(
@@ -26,12 +26,12 @@ def prefetch(
     ahead: int,
     max_bytes: int,
 ) -> Iterator[tuple[T, Future[R] | None]]:
-    """Each item with what ``begin`` started for it, in the items' order.
+    """Yield each item with the future that ``begin`` returned for it, in the order of the items.
 
-    begin: hands the item to a pool, or returns None for one that needs no work.  ``ahead`` items that need work, or
-    ``max_bytes`` of them by ``size_of``, are begun before the first of them is awaited: enough for the pool never to
-    be idle, and no more than that in memory.  Which items are handed on when does not depend on how fast the pool is.
-    What has not begun when the caller stops is cancelled.
+    begin: gives the item to a pool, or returns None if it needs no work.  ``ahead`` items that need work, or
+    ``max_bytes`` of them as measured by ``size_of``, are begun before the first one is awaited.  So the pool is never
+    idle and the memory stays bounded.  The speed of the pool does not change which items are begun at which point.
+    Work that has not begun when the caller stops is cancelled.
     """
     window: deque[tuple[T, Future[R] | None, int]] = deque()
     working = held = 0
@@ -59,9 +59,9 @@ def prefetch(
 
 
 class BackgroundCall(Generic[T]):
-    """A thread for one call at a time.  A call that it has not begun when the result is wanted, the caller makes.
+    """A thread for one call at a time.  If it has not begun the call when the result is needed, the caller makes it.
 
-    So a machine with a core to spare does two things at once, and on a busy one no thread waits to be woken up.
+    So with a free core two things happen at once, and on a busy machine nobody waits until the thread wakes up.
     """
 
     def __init__(self, name: str) -> None:
@@ -70,20 +70,20 @@ class BackgroundCall(Generic[T]):
         self._next: tuple[Callable[[], T], Future[T]] | None = None
 
     def start(self, call: Callable[[], T]) -> None:
-        """Hand over a call; its result is to be taken before the next is handed over."""
+        """Start a call.  ``result`` must be called before the next ``start``."""
         assert self._next is None
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix=self._name)
         self._next = call, self._pool.submit(call)
 
     def result(self) -> T:
-        """Of the call that was handed over; what it raised is raised here."""
+        """The result of the last call; an exception that it raised is raised here."""
         assert self._next is not None
         (call, future), self._next = self._next, None
         return call() if future.cancel() else future.result()
 
     def close(self) -> None:
-        """Wait for the call if it has begun, whatever becomes of it, and end the thread."""
+        """Wait for the call if it has begun, ignore its result, and end the thread."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -92,10 +92,10 @@ Job = Callable[[], None]
 
 
 class DaemonPool:
-    """A fixed number of threads that take jobs in the order in which they were given.
+    """A fixed number of threads that take jobs in the order of submission.
 
-    One pool for the whole process: while the last replies of one shard are awaited, the next shard's questions are out.
-    The threads are daemons: a process that has to end does not wait for a reply that may never come.
+    The whole process has one pool, so that the next shard's requests are sent while the last replies of one shard are
+    awaited.  The threads are daemons, so that a process that must end does not wait for a reply that may never come.
     """
 
     def __init__(self, size: int, name: str) -> None:
@@ -105,11 +105,11 @@ class DaemonPool:
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """``job`` must deal with its own exceptions: no caller is left to raise them to."""
+        """Submit a job.  It must handle its own exceptions, because no caller waits for it."""
         self._jobs.put(job)
 
     def shutdown(self) -> None:
-        """The threads end after the jobs that they were given."""
+        """Let the threads end after the submitted jobs."""
         for _ in range(self._size):
             self._jobs.put(None)
 

@@ -1,4 +1,4 @@
-"""Which pictures are made together: their sizes follow the originals, and only the shard decides the batch plan."""
+"""Plans which images are generated together: sizes follow the originals, and the plan depends only on the shard."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import xxhash
 
-# Width to height.  Few: every size has a last batch that is not full, and a compiled graph.
+# Width to height.  They are few, because every size has an incomplete last batch and a compiled graph of its own.
 ASPECT_RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0)  # and their inverses
-MIN_AREA = 0.75  # of the area asked for
+MIN_AREA = 0.75  # as a share of the requested area
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One picture to make.  ``digest``: of everything that it depends on, as 16 hex digits."""
+    """One image to generate.  ``digest``: the digest of everything on which it depends, as 16 hex digits."""
 
     key: str
     prompt: str
@@ -28,8 +28,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Jobs of one size that are made together.  ``digest`` covers all of them: a batch is done whole or not at all,
-    since a picture's last bits depend on its neighbours."""
+    """Jobs of one size that are generated together.  ``digest`` covers all of them: a batch is always done as a whole,
+    because the last bits of an image depend on the other images in its batch."""
 
     width: int
     height: int
@@ -40,8 +40,8 @@ class Batch:
 def bucket_sizes(width: int, height: int, multiple: int) -> list[tuple[int, int]]:
     """The (width, height) for each of ``ASPECT_RATIOS``, in pixels, none larger in area than ``width`` × ``height``.
 
-    Sides are multiples of ``multiple``; of the sizes that are possible, the nearest in ratio and in area, both by the
-    logarithm, the ratio counting double.  Small areas give fewer sizes, as several ratios fall on one.
+    Sides are multiples of ``multiple``.  Each is the possible size that is nearest in ratio and area, both measured by
+    the logarithm, with double weight for the ratio.  Small areas give fewer sizes, because several ratios coincide.
     """
     budget = width * height
     possible = [
@@ -64,7 +64,7 @@ def bucket_sizes(width: int, height: int, multiple: int) -> list[tuple[int, int]
 def nearest_size(
     sizes: Sequence[tuple[int, int]], metadata: Mapping[str, Any], fixed: tuple[int, int]
 ) -> tuple[int, int]:
-    """Of ``sizes`` the nearest in ratio to the sample's ``width`` and ``height``; ``fixed`` where it has none."""
+    """The size nearest in ratio to the sample's ``width`` and ``height``; ``fixed`` if the sample has none."""
     width, height = (metadata.get(name) for name in ("width", "height"))
     if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side < 1 << 31 for side in (width, height)):
         return fixed
@@ -73,7 +73,7 @@ def nearest_size(
 
 
 def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[Batch]:
-    """Jobs of one size together, ``batch_size`` at a time: the shard's order within a size, by first job overall."""
+    """Put jobs of one size into batches of ``batch_size``, in the shard's order; batches are sorted by first job."""
     waiting: dict[tuple[int, int], list[Job]] = {}
     numbered: list[tuple[int, Batch]] = []
     first: dict[tuple[int, int], int] = {}
@@ -90,9 +90,9 @@ def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[Batch]:
 
 
 def shrunk_batches(batches: Sequence[Batch], limit: Callable[[int, int], int]) -> dict[str, int]:
-    """``"<width>x<height>"`` → how many pictures fit at once, for each size of which a batch had to be divided.
+    """``"<width>x<height>"`` → how many images fit at once, for each size whose batches must be divided.
 
-    limit: (width, height) → how many pictures of that size fit.
+    limit: (width, height) → how many images of that size fit.
     """
     fullest = {(batch.width, batch.height): len(batch.jobs) for batch in reversed(batches)}
     limits = {size: limit(*size) for size in fullest}
@@ -100,7 +100,7 @@ def shrunk_batches(batches: Sequence[Batch], limit: Callable[[int, int], int]) -
 
 
 def seed_of(seed: int, key: str) -> int:
-    """The 63-bit seed of one sample's randomness: a hash of the run's seed and the sample's key, whatever its batch."""
+    """The 63-bit seed of one sample: a hash of the run's seed and the sample's key, independent of its batch."""
     digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

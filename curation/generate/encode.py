@@ -1,4 +1,4 @@
-"""The pictures of one shard: made batch by batch, and encoded and saved while the device makes the next ones."""
+"""Generates the images of one shard in batches, and encodes and saves them while the device makes the next ones."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from curation.run import ShardContext
 
 _PICTURE, _REFUSED = b"P", b"R"  # the first byte of a record
 _SHA256_BYTES = 32
-_IN_FLIGHT = 1  # batches being encoded while the device works on another
+_IN_FLIGHT = 1  # batches that are encoded while the device works on another
 
 
 class Pictures(Protocol):
-    """A batch's pictures, perhaps still on their way from the device; ``image`` waits, and raises SampleError."""
+    """A batch's images, which the device may still be producing; ``image`` waits, and raises SampleError."""
 
     def __len__(self) -> int: ...
 
@@ -39,11 +39,11 @@ AnyTexts = TypeVar("AnyTexts", bound=Texts)
 
 
 class EncodedLog:
-    """The pictures of one shard's batches, each with its sha256, in the shard's checkpoint.
+    """The images of one shard, each with its sha256, in the shard's checkpoint.
 
-    The records of a batch are appended in one write and count only together: the bytes of a picture depend on the
-    others of its batch, so a batch of which any is missing is made again as a whole.  Each job is counted as kept or
-    failed once its record is durable or found.
+    The records of a batch are appended in one write and are valid only together: the bytes of an image depend on the
+    other images of its batch, so an incomplete batch is made again as a whole.  Each job is counted as kept or
+    failed once its record is durable or was found.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class EncodedLog:
         quality: int,
         xmp: bytes,
     ) -> None:
-        """groups: Batches whose prompts are encoded together; the bytes of a picture depend on those too."""
+        """groups: Batches whose prompts are encoded together; the bytes of an image depend on the group too."""
         self._work, self._log = work, work.partial()
         self._encoders, self._quality, self._xmp = encoders, quality, xmp
         self._running: deque[tuple[Batch, list[Future[bytes]]]] = deque()
@@ -64,7 +64,7 @@ class EncodedLog:
             self._digests |= {job.key: batch.digest + mark for batch in group for job in batch.jobs}
 
     def has(self, batch: Batch) -> bool:
-        """Whether an earlier attempt finished the batch; its jobs are then counted.  Ask once."""
+        """Whether an earlier attempt finished the batch; if so, its jobs are counted.  Call it once per batch."""
         records = [self._log.get(job.key, self._digests[job.key]) for job in batch.jobs]
         if not all(records):
             return False
@@ -73,19 +73,19 @@ class EncodedLog:
         return True
 
     def take(self, batch: Batch, pictures: Pictures) -> None:
-        """Encode a batch in the background, and log the one before it."""
+        """Encode a batch in the background, and log the previous one."""
         tasks = [self._encoders.submit(self._encode, pictures, index) for index in range(len(pictures))]
         self._running.append((batch, tasks))
         while len(self._running) > _IN_FLIGHT:
             self._log_oldest()
 
     def finish(self) -> None:
-        """Log whatever was taken."""
+        """Log the batches that are not logged yet."""
         while self._running:
             self._log_oldest()
 
     def picture(self, key: str) -> tuple[bytes, str] | None:
-        """A job's JPEG and its sha256 (hex); None where the sample failed."""
+        """A job's JPEG and its sha256 (hex); None if the sample failed."""
         record = self._log.get(key, self._digests[key]) or b""
         if record[:1] != _PICTURE:
             return None
@@ -124,17 +124,17 @@ def make_missing(
     make: Callable[[Batch, AnyTexts | None], Pictures],
     encode_texts: Callable[[Sequence[str]], AnyTexts | None],
 ) -> None:
-    """Make every batch that the log does not have.  While the device works on one, the one before it is encoded.
+    """Generate every batch that is not in the log.  While the device works on one, the previous one is encoded.
 
     Args:
         work: The shard's context.
-        groups: The shard's batches, those together whose prompts are encoded together.
-        log: Takes the pictures.
-        make: Makes the pictures of a batch, from encoded prompts where there are any.
-        encode_texts: Encodes all prompts of a group at once; None: they are encoded batch by batch when they are made.
+        groups: The shard's batches; batches of one group have their prompts encoded together.
+        log: Receives the images.
+        make: Generates the images of a batch, from encoded prompts if there are any.
+        encode_texts: Encodes all prompts of a group at once; None: they are encoded batch by batch.
 
     Raises:
-        Stopped: It was time to stop; all pictures that were made are in the log.
+        Stopped: A stop was requested; all images that were made are in the log.
     """
     try:
         for group in groups:

@@ -1,5 +1,5 @@
 """Stage 04: source shards and edits become hybrid shards.
 
-A **choice** says what becomes of a sample: kept, replaced by its **edit**, or dropped; a **layout** spreads samples
+A **choice** says whether a sample is kept, replaced by its **edit**, or dropped; a **layout** distributes samples
 over shards of another size; a **uid subset** is DataComp's list of samples.
 """

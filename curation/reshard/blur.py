@@ -1,4 +1,4 @@
-"""Faces made unrecognisable, as DataComp does it: a Gaussian blur behind a soft mask around each box."""
+"""Blurs faces as DataComp does: a Gaussian blur with a soft mask around each face box."""
 
 from __future__ import annotations
 
@@ -18,25 +18,19 @@ from curation.tar.samples import MAX_MEMBER_BYTES
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
 from curation.tar.splice import Edit
 
-QUALITY: Final = 95  # of the JPEG, as in DataComp's shards
-
-
-_GROWTH = 0.1  # of a box on each side, as a share of its longer side
-
-
+QUALITY: Final = 95  # the JPEG quality of DataComp's shards
+_GROWTH = 0.1  # a box grows on each side by this share of its longer side
 _SIGMA = 0.1  # as a share of the largest box's longer side
-
-
-_REACH = 4  # standard deviations that the kernel extends to
+_REACH = 4  # the kernel's radius in standard deviations
 
 Box = Sequence[float]  # x0, y0, x1, y1 as shares of width and height
 
 
 class Blur:
-    """Blurs the faces of a sample's image, where it has any."""
+    """Blurs the faces of a sample's image, if it has any."""
 
     def __init__(self, detector: FaceDetector | None) -> None:
-        """detector: looks for the faces; None: those count that the metadata records."""
+        """detector: finds the faces; None: use the boxes that the metadata records."""
         try:
             import cv2
         except ImportError as error:
@@ -46,13 +40,13 @@ class Blur:
         cv2.setNumThreads(1)
         self._cv2 = cv2
         self._detector = detector
-        self.blurred = 0  # images
+        self.blurred = 0  # number of images
         self.unknown = 0  # samples whose metadata does not say whether there are faces
 
     def edit(self, window: Window, span: SampleSpan) -> Edit | None:
-        """The sample's new image and json, None where there is nothing to blur.
+        """The sample's new image and json; None if there is nothing to blur.
 
-        Raises SampleError where the image or the boxes cannot be read: such a sample must not go on as it is.
+        Raises SampleError if the image or the boxes cannot be read: such a sample must not be kept unblurred.
         """
         image = _read(window, span, IMAGE_SUFFIXES)
         json = _read(window, span, frozenset(("json",)))
@@ -84,7 +78,7 @@ class Blur:
             longer = max(x1 - x0, y1 - y0)
             largest = max(largest, longer)
             grown = (x0 - _GROWTH * longer, y0 - _GROWTH * longer, x1 + _GROWTH * longer, y1 + _GROWTH * longer)
-            left, top, right, bottom = (max(0, int(value)) for value in grown)  # below 0 they would count from the end
+            left, top, right, bottom = (max(0, int(value)) for value in grown)  # negative indices count from the end
             mask[top:bottom, left:right] = 1
         sigma = max(_SIGMA * largest, 0.5)
         size = 2 * math.ceil(_REACH * sigma) + 1
@@ -95,7 +89,7 @@ class Blur:
         return result
 
     def _json(self, metadata: Mapping[str, Any], jpg: bytes, pixels: Pixels, boxes: Sequence[Box]) -> bytes:
-        """Every field as it was, the boxes, what the new image changes, and ``curation.blur``: how it came about."""
+        """The metadata with the boxes, the new image's facts, and a description of the blur in ``curation.blur``."""
         if self._detector is None:
             by: dict[str, Any] = {"boxes": "recorded"}
         else:

@@ -1,8 +1,8 @@
-"""Which samples of which source shards lie in which output shard, when shards of one size are made of them.
+"""Assigns the samples of source shards to output shards of one size.
 
-An index of each source shard says where the samples that go on lie in it.  The layout is a function of the counts in
-these indexes alone: the samples in the order of their shards, each as often as it is taken, shuffled block by block,
-cut into pieces of one size.  So any process can tell what is in any output shard without looking at the others.
+An index of each source shard lists the places of the chosen samples.  The layout depends only on the counts in these
+indexes: the samples in the order of their shards, each with its copies, are shuffled block by block and cut into shards
+of one size.  So any process can compute the content of any output shard alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from curation.shards import Shard
 ROW: Final = np.dtype([("start", "<i8"), ("end", "<i8"), ("copies", "<i4"), ("bits", "<i4")])
 
 
-"""A byte range of a sample, how often the sample goes on (0 in all of its ranges but the last), and what it is."""
+"""A byte range of a sample, the number of its copies (0 in all of its ranges except the last), and its kind."""
 
 
 IS_EDITED: Final = 1
@@ -37,11 +37,11 @@ Positions = NDArray[np.int64]
 
 
 class IndexWriter:
-    """The samples of a source shard that go on, in its order."""
+    """Collects the chosen samples of a source shard, in its order."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int]] = []
-        self.samples = 0  # copies count
+        self.samples = 0  # including copies
         self.bytes = 0
 
     def add(self, extents: Sequence[tuple[int, int]], copies: int, bits: int) -> None:
@@ -58,7 +58,7 @@ class IndexWriter:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A sample where it lies: the ranges of its members; ``copy`` of ``copies`` in all."""
+    """The place of a sample: the ranges of its members; this is copy number ``copy`` of ``copies``."""
 
     extents: Sequence[tuple[int, int]]
     copy: int
@@ -67,7 +67,7 @@ class Placed:
 
 
 class IndexReader:
-    """The samples of a source shard that go on, by their number.  ShardError for what ``IndexWriter`` did not make."""
+    """The chosen samples of a source shard by number.  Raises ShardError for a file that is not an index."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -80,7 +80,7 @@ class IndexReader:
         self._ends: Positions = np.cumsum(rows["copies"], dtype=np.int64)
 
     def place(self, number: int) -> Placed:
-        """The sample with this number among those that go on, copies counted."""
+        """The chosen sample with this number; copies have numbers of their own."""
         last = int(np.searchsorted(self._ends, number, side="right"))
         first = last
         while first > 0 and self._rows[first - 1]["copies"] == 0:
@@ -94,7 +94,7 @@ class IndexReader:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The samples of one output shard, in its order: the number of the source shard, and that of the sample in it."""
+    """The samples of one output shard in order: numbers of source shards, and numbers of samples in them."""
 
     sources: Positions
     samples: Positions
@@ -106,7 +106,7 @@ class Draw:
 
 
 class ShardLayout:
-    """counts: samples that go on of each source shard, in order.  shuffle: samples that are shuffled together."""
+    """counts: number of chosen samples of each source shard, in order.  shuffle: samples in one shuffled block."""
 
     def __init__(self, shards: Sequence[Shard], counts: Iterable[int], size: int, shuffle: int, seed: int) -> None:
         self.sources = list(shards)
@@ -116,18 +116,18 @@ class ShardLayout:
         self.draw = lru_cache(8)(self._draw)
 
     def __len__(self) -> int:
-        """Output shards."""
+        """The number of output shards."""
         return -(-self.total // self._size)
 
     @property
     def shards(self) -> list[Shard]:
-        """The output shards; what each is read from is its first source."""
+        """The output shards; the path of each is that of its first source."""
         width = max(8, len(str(max(0, len(self) - 1))))
         return [Shard(f"{number:0{width}d}", self.sources[self._first(number)].path) for number in range(len(self))]
 
     @property
     def mark(self) -> str:
-        """Tells one layout from another: it changes when the samples that go on become more or fewer in any shard."""
+        """A text that identifies the layout: it changes if the number of chosen samples of any shard changes."""
         digest = xxhash.xxh3_64(self._ends.tobytes())
         for shard in self.sources:
             digest.update(f"{shard.id}\n".encode())
@@ -145,8 +145,8 @@ class ShardLayout:
         return Draw(sources, positions - before)
 
     def _shuffled(self, positions: Positions) -> Positions:
-        """Which samples come to stand at these positions: each block of ``shuffle`` samples is a permutation of itself,
-        so that no sample goes further than that, and one block tells nothing of another."""
+        """The samples at these positions.  Each block of ``shuffle`` samples is permuted on its own, so that no sample
+        moves further than that, and a block can be computed without the others."""
         first, last = int(positions[0]) // self._shuffle, int(positions[-1]) // self._shuffle
         blocks = []
         for block in range(first, last + 1):
@@ -158,8 +158,8 @@ class ShardLayout:
 
 
 def _scrambled(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """A hash of each number: the finaliser of SplitMix64 (Steele, Lea and Flood 2014).  NumPy's own generators may
-    give other numbers in other versions."""
+    """Hash each number with the finaliser of SplitMix64 (Steele, Lea and Flood 2014), because NumPy's generators may
+    change between versions."""
     start = xxhash.xxh3_64_intdigest(f"shuffle {seed}".encode())
     with np.errstate(over="ignore"):
         mixed = numbers * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)

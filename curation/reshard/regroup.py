@@ -1,7 +1,7 @@
-"""Shards of one size: an index of each source shard, and output shards that are drawn from several of them.
+"""Makes shards of one size, in two stages.
 
-Both are stages of their own.  ``Index`` says which samples of a source shard go on and where they lie; ``Regroup``
-makes an output shard of ranges of source shards.  ``regroup`` runs the one and then the other.
+``Index`` lists the chosen samples of a source shard and their places; ``Regroup`` makes an output shard from ranges of
+source shards.  ``regroup`` runs one after the other.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ INDEX_STAGE = "04_index"
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
-    """Into what shards are regrouped.
+    """How shards are regrouped.
 
     Attributes:
-        size: Samples of each output shard but the last.
-        shuffle: Samples that are shuffled together; 0 keeps their order.
-        seed: Of the shuffling.
+        size: The number of samples in each output shard except the last.
+        shuffle: The number of samples in one shuffled block; 0 keeps the order.
+        seed: The seed of the shuffling.
         step: ``index`` the source shards, ``write`` the output shards, or ``all``.
     """
 
@@ -49,14 +49,14 @@ class Grouping:
 
 
 class Index(Stage[RunOptions]):
-    """One source shard: which of its samples go on, and where they lie → <output>/_index/<shard>.npy."""
+    """Indexes one source shard: its chosen samples and their places → <output>/_index/<shard>.npy."""
 
     name = INDEX_STAGE
 
     def __init__(
         self, options: RunOptions, output: Path, sources: ReshardInputs, fingerprint: dict[str, object]
     ) -> None:
-        """output: the stage's own folder, ``_index`` in that of the output shards."""
+        """output: the folder of the index, ``_index`` in the folder of the output shards."""
         super().__init__(options, output)
         self.sources = sources
         self._fingerprint = fingerprint
@@ -83,7 +83,7 @@ class Index(Stage[RunOptions]):
             warn_of_pass(report, edits, work)
             selector.report(work, self.sources.edits_folder)
         if foreign:
-            work.warn(f"{foreign:,} members that belong to no sample are not taken along")
+            work.warn(f"{foreign:,} members that belong to no sample are left out")
         with work.output(self.output / f"{work.shard.id}.npy") as file:
             file.write(writer.dump())
         work.note("samples_out", writer.samples)
@@ -91,7 +91,7 @@ class Index(Stage[RunOptions]):
 
 
 class Regroup(Stage[RunOptions]):
-    """One output shard: its samples out of the source shards and their edits → <output>/<number>.tar."""
+    """Writes one output shard from samples of source shards and their edits → <output>/<number>.tar."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Regroup(Stage[RunOptions]):
             pieces = [Piece(n, placed.extents) for n, placed in drawn]
 
             def windows(*, counts: bool) -> Iterator[DecidedWindow]:
-                """The drawn samples, and what becomes of them.  counts: whether they are counted."""
+                """Yield the shard's samples with their decisions.  counts: whether to count them."""
                 turn, taken = iter(drawn), set[str]()
                 scan = GatheredScan(str(self.index.output), pieces, lambda n: open_blocks(sources[n].path))
                 for window in scan.windows():
@@ -148,7 +148,7 @@ class Regroup(Stage[RunOptions]):
                     for span in window.spans:
                         number, placed = next(turn)
                         key = copy_keys(span.key, placed.copies)[placed.copy] if placed.copies > 1 else span.key
-                        while key in taken:  # of a sample of another shard
+                        while key in taken:  # by a sample of another source shard
                             key = f"{key}-{sources[number].id}"
                         taken.add(key)
                         keys = () if key == span.key else (key,)
@@ -165,7 +165,7 @@ class Regroup(Stage[RunOptions]):
 
 
 def count(chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext) -> None:
-    """Count samples of an output shard, which all go on but for those that cannot be blurred."""
+    """Count the samples of an output shard: all are kept, except those that cannot be blurred."""
     work.sample_in(len(chosen))
     for span, choice in chosen:
         if choice.failed is None:
@@ -188,17 +188,18 @@ def regroup(
     Args:
         options: The options of the run.
         shards: The source shards.
-        grouping: Into what they are regrouped.
+        grouping: How they are regrouped.
         index: Makes the stage that indexes.
-        output: Makes the stage that writes, when it is known what lies where.
-        claim: Raises UsageError where the output shards would stand among others; None: they are not known yet.
+        output: Makes the stage that writes, once the layout is known.
+        claim: Raises UsageError if the output folder has other shards; its argument is None while the output shards
+            are not known.
 
     Returns:
-        The exit code, and the output shards; None where none was to be written.
+        The exit code, and the output shards; None if none was to be written.
     """
     claim(None)
     steps: dict[str, Any] = {"step": "index", "shards": None, "rerun": options.rerun and options.shards is None}
-    indexing = index(replace(options, **steps))  # --shards names output shards
+    indexing = index(replace(options, **steps))  # --shards selects output shards
     if grouping.step != "write":
         code = run_stage(indexing, indexing.options, shards)
         if code != EXIT_OK or grouping.step == "index":
@@ -207,7 +208,7 @@ def regroup(
     if missing and options.dry_run:
         return EXIT_OK, None
     if missing:
-        logger.warning(f"{missing} is not indexed yet: start the same command again")
+        logger.warning(f"{missing} is not indexed yet: run the same command again")
         return EXIT_WORK_LEFT, None
     counts = [int(receipt["notes"]["samples_out"]) for receipt in receipts]
     layout = ShardLayout(shards, counts, grouping.size, grouping.shuffle, grouping.seed)

@@ -1,8 +1,7 @@
-"""Which samples of a shard go into the output, how often, and which of them as their edit.
+"""Chooses the samples of a shard for the output: how often each is written, and whether as its edit.
 
-What the samples of a source shard are chosen by and edited with: its edits, prompts, rejects and the subset.
-
-What a dry run of resharding tells: how many samples would go on, in how many bytes.  Reads, and writes nothing.
+The choice depends on the shard's edits, prompts and rejects, and on the subset.  The dry run of resharding, which
+writes nothing, counts the chosen samples and their bytes.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from curation.tar.scan import SampleSpan, TarReport, TarScan, Window
 MAX_REJECTS_BYTES: Final = 1 << 30
 
 
-_ROOM_FOR_A_NUMBER = 16  # bytes that a key may grow by
+_ROOM_FOR_A_NUMBER = 16  # bytes by which a key may grow
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """copies: how often the sample goes into the output.  dropped: why it does not; failed: reason and detail.
+    """copies: how often the sample is written.  dropped: why it is not; failed: reason and detail.
 
-    wanted: it has a prompt, so that an edit of it is missed.
+    wanted: it has a prompt, so that it should have an edit.
     """
 
     copies: int
@@ -61,10 +60,10 @@ _NOT_IN_SUBSET = Choice(0, dropped="not_in_subset")
 
 
 class SampleSelector:
-    """The choice for each sample of one shard, and the count of what was chosen.
+    """Chooses the samples of one shard, and counts the choices.
 
-    edited: keys that have an edit.  prompts: "<key>.json" of the samples that are to be edited, None: all that have
-    an edit.  rejected: key → the stage that rejected it, of those that go for that.
+    edited: keys that have an edit.  prompts: "<key>.json" of the samples that should be edited; None: all that have
+    an edit.  rejected: key → the stage that rejected it, for samples that are dropped for this reason.
     """
 
     def __init__(
@@ -79,16 +78,16 @@ class SampleSelector:
         self._edited, self._prompts, self._drops_missing = edited, prompts, drops_missing
         self._rejected = rejected or {}
         self._subset = subset
-        self._found: dict[int, int | SampleError] = {}  # of the samples of the window, by where they begin
-        self.unused = set(edited)  # edits that no sample has claimed yet
+        self._found: dict[int, int | SampleError] = {}  # offset of a sample in the window → its count
+        self.unused = set(edited)  # edits for which no sample was found yet
         self.unasked = 0  # edits without a prompt
         self.applied = 0
-        self.left_out: list[str] = []  # samples with an edit that go all the same
+        self.left_out: list[str] = []  # dropped samples that have an edit
         self.missing: list[str] = []  # samples with a prompt, without an edit
         self.copies = 0  # beyond the first of each sample
 
     def look(self, window: Window) -> None:
-        """Shown each window before ``choose`` is asked about its samples: the subset is searched for all at once."""
+        """Search the subset for all samples of a window at once; call it before ``choose``."""
         if self._subset is None:
             return
         self._found.clear()
@@ -104,7 +103,7 @@ class SampleSelector:
         self._found.update(zip(starts, self._subset.counts(uids), strict=True))
 
     def choose(self, span: SampleSpan) -> Choice:
-        """The same answer each time it is asked.  Of samples with one key the first is edited."""
+        """Choose for one sample; repeated calls give the same result.  Of samples with one key, the first is edited."""
         if span.torn:
             return Choice(0, failed=("damaged_tar", span.torn))
         if self._subset is not None:
@@ -112,11 +111,11 @@ class SampleSelector:
         return self._by_edits(span)
 
     def count(self, chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext) -> None:
-        """Every sample once: kept, dropped or failed."""
+        """Count every sample once: kept, dropped or failed."""
         work.sample_in(len(chosen))
         kept = 0
         for span, choice in chosen:
-            if choice is AS_IT_IS and span.key not in self.unused:  # nearly all of them
+            if choice is AS_IT_IS and span.key not in self.unused:  # true for nearly all samples
                 kept += 1
                 continue
             if choice.copies:
@@ -132,7 +131,7 @@ class SampleSelector:
         work.keep(kept)
 
     def report(self, work: ShardContext, edits: str) -> None:
-        """What was found beside the samples.  ShardError for edits that match no sample."""
+        """Report on the edits.  Raises ShardError for edits that match no sample."""
         if self.unused:
             raise ShardError(
                 f"{edits}: edits of shard {work.shard.id} match no sample of {work.shard.path}: {some(self.unused)}"
@@ -181,7 +180,7 @@ class SampleSelector:
         return _LEFT_OUT if self._drops_missing else _MISSED
 
     def _note(self, span: SampleSpan, choice: Choice) -> None:
-        """Keep account of the edits: each is applied, unasked for, left out, or it is missing."""
+        """Count the edits: each is applied, has no prompt, is left out, or is missing."""
         if span.repeated:
             return
         if span.key in self.unused:
@@ -197,13 +196,13 @@ class SampleSelector:
 
 
 def copy_keys(key: str, copies: int) -> list[str]:
-    """The keys of a sample that goes into the output more than once."""
+    """The keys of a sample that is written more than once."""
     return [f"{key}-{number}" for number in range(copies)]
 
 
 def read_rejected(folders: Iterable[tuple[Path, str]], shard_id: str) -> dict[str, str]:
-    """key → stage, of the samples that stages failed or dropped.  folders: (output, stage), the first one to name a
-    sample counts."""
+    """key → stage that failed or dropped the sample.  folders: (output, stage); the first one that names a sample
+    counts."""
     rejected: dict[str, str] = {}
     for folder, stage in folders:
         place = folder / "_rejects" / stage
@@ -223,7 +222,7 @@ def read_rejected(folders: Iterable[tuple[Path, str]], shard_id: str) -> dict[st
 
 
 def reject_files(folder: Path, stage: str, shard_id: str) -> list[Path]:
-    """Where a stage that writes below ``folder`` names the samples that did not go on."""
+    """The files in which a stage that writes below ``folder`` names the samples that it failed or dropped."""
     place = folder / "_rejects" / stage
     return [place / f"{shard_id}.jsonl", place / f"{shard_id}.drops.tsv.gz"]
 
@@ -255,14 +254,14 @@ def _lines(path: Path) -> list[bytes]:
 Records = Mapping[Source, Mapping[str, Any]]
 
 
-"""What is known of the inputs, by path."""
+"""Path of an input → its record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReshardInputs:
-    """The folders, and the stages that made what lies in them.
+    """The input folders, and the stages that made their files.
 
-    edits, prompts: (folder, stage), None without.  layout: of the edits.
+    edits, prompts: (folder, stage), or None.  layout: that of the edits.
     """
 
     edits: tuple[Path, str] | None
@@ -273,7 +272,7 @@ class ReshardInputs:
     subset: Subset | None = None
 
     def check(self) -> None:
-        """Raises UsageError where nothing is known of what is asked for."""
+        """Raise UsageError if the records that an option needs do not exist."""
         if self.subset is not None:
             self.subset.check_order()
         made_by = [(folder / "_receipts" / stage).is_dir() for folder, stage in self._made]
@@ -285,7 +284,7 @@ class ReshardInputs:
 
     @property
     def edits_folder(self) -> str:
-        """For messages."""
+        """The edits' folder, for messages."""
         return str(self.edits and self.edits[0])
 
     @property
@@ -304,7 +303,7 @@ class ReshardInputs:
         return inputs
 
     def inputs(self, shard: Shard) -> list[Input]:
-        """And what decides which of its samples go on."""
+        """The source shard, its edits, and the files that determine the choice."""
         inputs = self.sources(shard)
         if self.prompts is not None:
             inputs.append(Input(self.prompts[0] / f"{shard.id}.json", self.prompts[1]))
@@ -316,12 +315,12 @@ class ReshardInputs:
         return inputs
 
     def sources_of(self, shard: Shard) -> list[Input]:
-        """``sources`` as inputs of another shard, which is made of several."""
+        """``sources`` as inputs of an output shard, which is made from several source shards."""
         return [replace(wanted, shard=shard.id) for wanted in self.sources(shard)]
 
     @contextlib.contextmanager
     def open(self, shard: Shard, records: Records) -> Iterator[tuple[EditReader, SampleSelector]]:
-        """The shard's edits, and the choice among its samples."""
+        """Open the shard's edits, and the selector of its samples."""
         prompts = None
         if self.prompts is not None:
             prompts = read_dictionary(self.prompts[0] / f"{shard.id}.json").keys()
@@ -335,7 +334,7 @@ class ReshardInputs:
             )
 
     def open_edits(self, shard: Shard, records: Records) -> EditReader:
-        """The shard's edits, of those files alone that the stage which made them vouches for, where it did."""
+        """Open the shard's edits: only files that a receipt names, if a stage of this project made them."""
         if self.edits is None:
             return LooseEditReader(Path(shard.id), {})
         folder, stage = self.edits
@@ -349,20 +348,20 @@ class ReshardInputs:
 
 
 def records_of(inputs: Sequence[Input], work: ShardContext) -> Records:
-    """What the runner knows of the inputs of a shard."""
+    """The runner's records of a shard's inputs, by path."""
     return {wanted.path: record for wanted, record in zip(inputs, work.inputs, strict=True)}
 
 
 def warn_of_pass(report: TarReport, edits: EditReader, work: ShardContext) -> None:
-    """Warn of what a pass over a source shard found besides samples, and of edits that are not whole."""
+    """Warn of irregularities in a source shard, and of incomplete edits."""
     for line in report.warnings():
         work.warn(line)
     if edits.incomplete:
-        work.warn(f"{edits.incomplete:,} edits lack their jpg, txt or json: they are none")
+        work.warn(f"{edits.incomplete:,} edits lack their jpg, txt or json and are ignored")
 
 
 class _Tally(ShardContext):
-    """Counts of a dry run: nothing is claimed, written or recorded."""
+    """The counts of a dry run, which claims, writes and records nothing."""
 
     def __init__(self, shard: Shard, tally: Counter[str]) -> None:
         self.shard = shard
@@ -389,10 +388,10 @@ class _Tally(ShardContext):
 
 
 def dry_run(material: ReshardInputs, shards: Sequence[Shard], size: int | None, *, cursory: bool) -> str:
-    """One line for all of the shards.
+    """Return one line with the counts of all shards.
 
-    size: of the shards that they are regrouped into.  cursory: every sample goes on, so that the files' sizes do.
-    Bytes are those of the samples as they are: edits and blurred images may be larger or smaller.
+    size: that of regrouped shards.  cursory: every sample is kept, so that the sizes of the files are enough.
+    The bytes are those of the source samples; edits and blurred images may be larger or smaller.
     """
     tally: Counter[str] = Counter()
     bytes_out = samples_out = 0
@@ -415,14 +414,14 @@ def dry_run(material: ReshardInputs, shards: Sequence[Shard], size: int | None, 
                     bytes_out += choice.copies * sum(end - start for start, end in span.own_extents)
             selection.report(account, "edits")
     if cursory:
-        return f"{len(shards):,} shards would go on in about {bytes_out:,} bytes"
+        return f"{len(shards):,} shards would be written in about {bytes_out:,} bytes"
     told = ", ".join(f"{count:,} {what}" for what, count in sorted(tally.items()) if count)
     made = f" in {-(-samples_out // size):,} shards" if size else ""
-    return f"{samples_out:,} samples would go on{made}, about {bytes_out:,} bytes ({told or 'nothing comes in'})"
+    return f"{samples_out:,} samples would be written{made}, about {bytes_out:,} bytes ({told or 'nothing comes in'})"
 
 
 def _records(material: ReshardInputs, shard: Shard) -> Records | None:
-    """What is known of a shard's inputs, None where one is missing."""
+    """The records of a shard's inputs; None if an input is missing."""
     upstream = Upstream()
     records: dict[Source, Mapping[str, Any]] = {}
     for wanted in material.inputs(shard):

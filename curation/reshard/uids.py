@@ -1,12 +1,8 @@
-"""A subset of a dataset as DataComp's tools give it: a sorted array of uids, each as often as it is to be taken.
+"""Reads and writes DataComp's subset files: a sorted array of the uids of samples.
 
-A ``.npy`` file of dtype ``u8,u8``: the high and the low half of the 128 bits that the metadata's ``uid`` writes as 32
-hexadecimal digits.  It may name a billion samples, so it is never loaded: it is mapped, and searched where it lies.
-
-DataComp's subset files: the uids of samples as a sorted NumPy array of pairs of uint64.
-
-A uid of 32 hexadecimal digits is the pair of its halves (``np.dtype("u8,u8")``).  A uid that stands there twice is
-taken twice by DataComp's resharder.
+The ``.npy`` file has dtype ``u8,u8``: the high and the low half of the 128 bits that the metadata's ``uid`` writes as
+32 hexadecimal digits.  A uid that occurs twice is taken twice by DataComp's resharder.  A file may name a billion
+samples, so it is memory-mapped and searched without loading it.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ Halves = tuple[int, int]
 
 
 def uid_of(metadata: Mapping[str, Any]) -> Halves:
-    """The two halves of a sample's uid; SampleError ``no_uid`` where its metadata has none."""
+    """The two halves of a sample's uid.  Raises SampleError ``no_uid`` if its metadata has none."""
     uid = metadata.get("uid")
     if isinstance(uid, str) and 0 < len(uid) <= 32 and uid.isascii() and uid.isalnum():
         try:
@@ -46,10 +42,10 @@ def uid_of(metadata: Mapping[str, Any]) -> Halves:
 
 
 class Subset:
-    """How often each sample is to be taken."""
+    """Tells how often each sample is taken."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UsageError for a file that is no such array.  ``check_order`` is for whoever starts a run."""
+        """Raises UsageError for a file that is not such an array.  ``check_order`` is called once per run."""
         self.path = path
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -84,7 +80,7 @@ class Subset:
                 )
 
     def counts(self, uids: Sequence[Halves]) -> list[int]:
-        """How often each of these stands in the array: one binary search for all of them together."""
+        """How often each uid occurs in the array, by one binary search for all of them."""
         if not uids:
             return [0] * len(uids)
         wanted = np.array(uids, np.uint64)
@@ -92,7 +88,7 @@ class Subset:
         return found
 
     def _search(self, wanted: NDArray[np.uint64], *, after: bool) -> NDArray[np.int64]:
-        """The first place of each, or the one behind its last.  numpy.searchsorted would copy the columns."""
+        """The index of each one's first occurrence, or after its last.  numpy.searchsorted would copy the columns."""
         high, low = wanted[:, 0], wanted[:, 1]
         begin = np.zeros(len(wanted), np.int64)
         end = np.full(len(wanted), len(self), np.int64)
@@ -124,9 +120,9 @@ Uids = NDArray[Any]
 
 
 def parse_uids(column: Any) -> tuple[Uids, NDArray[np.bool_]]:
-    """The pairs of an Arrow string array, and which of them are none (null, or not 32 hexadecimal digits).
+    """The pairs of an Arrow string array, and which texts are invalid (null, or not 32 hexadecimal digits).
 
-    An invalid one's pair is (0, 0).
+    The pair of an invalid text is (0, 0).
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -144,12 +140,12 @@ def parse_uids(column: Any) -> tuple[Uids, NDArray[np.bool_]]:
 
 
 def sort_uids(uids: Uids) -> Uids:
-    """In the order of NumPy's own sort of such pairs, which takes ten times as long."""
+    """Sort in the order of NumPy's own sort of such pairs, which takes ten times as long."""
     return uids[np.lexsort((uids["f1"], uids["f0"]))]
 
 
 def write_subset(path: Path, blocks: Iterable[Uids]) -> int:
-    """The sorted blocks, one behind the other, as one ``.npy`` that appears whole; returns how many uids it has."""
+    """Write the sorted blocks one after the other as one ``.npy``, atomically; returns the number of uids."""
     count = 0
     make_folder(path.parent)
     with storage_errors(path), whole_file(path) as file:
@@ -163,6 +159,6 @@ def write_subset(path: Path, blocks: Iterable[Uids]) -> int:
 
 
 def _header(count: int) -> bytes:
-    """NumPy's own, padded so that every count has as many bytes."""
+    """NumPy's header, padded so that its length does not depend on the count."""
     fields = f"{{'descr': [('f0', '<u8'), ('f1', '<u8')], 'fortran_order': False, 'shape': ({count},), }}"
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + fields.ljust(117).encode() + b"\n"

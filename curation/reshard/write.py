@@ -1,4 +1,4 @@
-"""An output shard out of samples as they were, edited, blurred or copied; its index; and reading it back."""
+"""Writes an output shard from unchanged, edited, blurred or copied samples, with its index, and verifies it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from curation.tar.random_access import SUFFIX, Entry, dump_index
 from curation.tar.scan import SampleSpan, Window
 from curation.tar.splice import UNCHANGED, Action, Copies, DecidedWindow, Decision, Edit, splice
 
-if TYPE_CHECKING:  # they bring image libraries, for a flag that few runs have
+if TYPE_CHECKING:  # they import image libraries for a flag that few runs use
     from curation.faces import FaceDetector
     from curation.reshard.blur import Blur
 
 
 class ShardWriter:
-    """Writes output shards, each with an index where one is wanted.
+    """Writes output shards, and their indexes if requested.
 
     Args:
-        folder: Where the indexes go.
-        tars: Where the shards go, which may be a bucket.
-        detector: Finds the faces that are to be blurred, given the allocation; it returns None where those count that
-            the metadata records.  None: nothing is blurred.
+        folder: The folder for the indexes.
+        tars: The folder for the shards, which may be a bucket.
+        detector: Allocation → the detector of the faces to blur, or None to use the boxes that the metadata records.
+            If this itself is None, nothing is blurred.
         index: Whether to write ``<shard>.idx``.
         verify: Whether to read each shard back before it is published.
     """
@@ -49,12 +49,12 @@ class ShardWriter:
         self._detector: FaceDetector | None = None
 
     def open(self, allocation: Allocation) -> None:
-        """Load what blurring needs, once per process.  Raises InfrastructureError where it is not there."""
+        """Load what blurring needs, once per process.  Raises InfrastructureError if it is missing."""
         if self._find_detector is not None:
             self._detector = self._find_detector(allocation)
 
     def blur(self) -> Blur | None:
-        """What blurs the faces of one shard, and counts; None where nothing is blurred."""
+        """A new ``Blur`` for one shard, which also counts; None if nothing is blurred."""
         if self._find_detector is None:
             return None
         from curation.reshard.blur import Blur
@@ -72,12 +72,12 @@ class ShardWriter:
 
         Args:
             work: The attempt at the shard.
-            windows: Its samples, and what becomes of them.
-            again: The same from the start, for reading it back.
-            blur: What has blurred samples of ``windows``.
+            windows: Its samples, with the decisions about them.
+            again: Returns the same windows from the start, to verify the shard.
+            blur: The ``Blur`` that blurs samples of ``windows``.
 
         Raises:
-            ShardError: The sources cannot be read, or what was written is not what was decided.
+            ShardError: The sources cannot be read, or the written shard does not match the decisions.
         """
         entries: list[Entry] | None = [] if self._index else None
         with work.phase("write"), work.output(self._tars / f"{work.shard.id}.tar") as file:
@@ -99,18 +99,18 @@ class ShardWriter:
 def decide(
     window: Window, span: SampleSpan, choice: Choice, edits: EditReader, blur: Blur | None, keys: Sequence[str] = ()
 ) -> tuple[Choice, Decision]:
-    """What becomes of a sample about which it was chosen whether and how often it goes on.
+    """Turn the choice for a sample into a decision for the writer.
 
     Args:
-        window: Where the sample lies.
+        window: The window that contains the sample.
         span: The sample.
-        choice: What was chosen.
+        choice: The choice for it.
         edits: The edits of the sample's shard.
-        blur: Blurs a sample that is not edited; None where nothing is blurred.
-        keys: The keys under which the sample goes on, where they are not its own.
+        blur: Blurs a sample that is not edited; None if nothing is blurred.
+        keys: The keys under which the sample is written, if not under its own.
 
     Returns:
-        The choice, which is another one where the sample cannot be blurred, and the decision for the writer.
+        The choice, which changes to failed if the sample cannot be blurred, and the decision for the writer.
     """
     edit: Edit | None = None
     if choice.copies and choice.edited:
@@ -118,7 +118,7 @@ def decide(
     elif choice.copies and blur is not None:
         try:
             edit = blur.edit(window, span)
-        except SampleError as error:  # it may show a face: it does not go on as it is
+        except SampleError as error:  # it may show a face, so it must not be kept unblurred
             choice = Choice(0, failed=(error.reason, error.detail))
     if not choice.copies:
         return choice, Action.DROP

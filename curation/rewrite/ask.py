@@ -1,4 +1,4 @@
-"""Asks all questions of one shard, many at once; each reply is durable before it counts."""
+"""Sends all questions of one shard, many at a time; each reply is durable before it counts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from curation.run import ShardContext
 from curation.run.checkpoints import PartialLog
 from curation.threads import DaemonPool
 
-BATCH = 256  # replies that are recorded in one write, at most
-GATHER_S = 0.01  # a reply waits so long for others, so that one write is not made for each
-WAIT_S = 0.5  # how often a signal is looked for while nothing comes
+BATCH = 256  # at most so many replies are recorded in one write
+GATHER_S = 0.01  # a reply waits so long for others, so that several share one write
+WAIT_S = 0.5  # how often signals are checked while no reply arrives
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about one sample.
+    """The question about one sample.
 
     Attributes:
         caption: The caption to rewrite.
-        group: The group that the prompt is to portray; None without groups.
-        digest: Of all that the reply depends on beyond the stage's options.
+        group: The group that the prompt should portray; None without groups.
+        digest: The digest of everything besides the stage's options on which the reply depends.
     """
 
     caption: str
@@ -36,14 +36,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a question.
+    """The result of a question.
 
     Attributes:
-        prompt: The prompt; None where no reply was one.
-        asked: How many replies it took.
-        reason: Why there is no prompt, as a word that is counted; ``detail`` says more.
-        tokens_read: Of all questions, as the servers count them.
-        tokens_written: Of all replies.
+        prompt: The prompt; None if no reply was usable.
+        asked: How many replies were requested.
+        reason: Why there is no prompt, as a word that is counted; ``detail`` explains it.
+        tokens_read: The tokens of all questions, as the servers count them.
+        tokens_written: The tokens of all replies.
     """
 
     prompt: str | None
@@ -71,18 +71,18 @@ def request_all(
 
     Args:
         questions: key → question.
-        ask: Called in the pool's threads.  A SampleError that it raises becomes an outcome that is not recorded: the
-            server was at fault, and may not be next time.
-        work: The shard's context; it gives the checkpoint, and the time to stop.
+        ask: Called in the pool's threads.  A SampleError that it raises becomes an outcome that is not recorded,
+            because the server failed, and may succeed next time.
+        work: The shard's context, with the checkpoint and ``check_stop``.
         pool: The threads.
         on_result: Called in the calling thread with each key and outcome, once the outcome is recorded.
-        patience_s: Seconds to wait for replies that are on their way when it is time to stop.
+        patience_s: How many seconds to wait for outstanding replies after a stop was requested.
 
     Returns:
-        key → outcome, of every question.
+        key → outcome, for every question.
 
     Raises:
-        Stopped: It was time to stop; every reply that came is recorded.
+        Stopped: A stop was requested; every reply that arrived is recorded.
         Exception: Whatever else ``ask`` raises.
     """
     log = work.partial()
@@ -101,7 +101,7 @@ def request_all(
             _take(shard, log, outcomes, on_result)
             work.check_stop()
     except Stopped:
-        shard.halt.set()  # nothing more is begun
+        shard.halt.set()  # no further question is begun
         ends = time.monotonic() + patience_s
         while shard.awaited and time.monotonic() < ends:
             work.check_stop(urgent_only=True)
@@ -113,7 +113,7 @@ def request_all(
 
 
 class _Pending:
-    """The questions of one shard that are with the pool, and what came back."""
+    """The questions of one shard that were given to the pool, and their outcomes."""
 
     def __init__(self, questions: Mapping[str, Question], ask: Ask) -> None:
         self.questions = questions
@@ -143,7 +143,7 @@ class _Pending:
 def _take(
     shard: _Pending, log: PartialLog, outcomes: dict[str, Outcome], on_result: Callable[[str, Outcome], None]
 ) -> None:
-    """Record the outcomes that have come back, then hand them on."""
+    """Record the outcomes that have arrived, then return them."""
     came: dict[str, Outcome] = {}
     records = []
     problem: BaseException | None = None

@@ -1,4 +1,4 @@
-"""The groups of people that prompts portray, and which sample portrays which: balanced, and the same in every run."""
+"""The groups of people that prompts portray, and their assignment to samples: balanced, and the same in every run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from curation.errors import UsageError
 from curation.jsonio import clean_text
 
-# The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its words
+# The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its terms
 ETHNICITIES = ("black", "white", "asian", "latino", "middle east", "indian")
 GENDERS = ("male", "female")
 
@@ -24,10 +24,10 @@ Groups = tuple[str, ...]
 
 
 def read_groups(choice: str) -> Groups:
-    """The table that ``--groups`` names: ``default``, ``none`` (no groups at all) or a YAML file.
+    """Read the groups that ``--groups`` names: ``default``, ``none`` (no groups) or a YAML file.
 
-    The file holds a list of groups, each a text, or a mapping of attributes to lists of values, of which every
-    combination is a group, its values in the mapping's order: ``{ethnicity: [black, …], gender: [male, female]}``
+    The file contains a list of groups, each a text, or a mapping of attributes to lists of values.  In a mapping, every
+    combination is a group, with its values in the mapping's order: ``{ethnicity: [black, …], gender: [male, female]}``
     gives "black male" first.  Raises UsageError for anything else.
     """
     if choice == "none":
@@ -52,7 +52,9 @@ def read_groups(choice: str) -> Groups:
 
 
 def combinations(lists: Sequence[Sequence[str]]) -> Groups:
-    """One value of each list, in all ways, the last varying fastest.  UsageError for too many, or one twice."""
+    """All combinations of one value from each list; the last varies fastest.
+
+    Raises UsageError for too many groups, or the same group twice."""
     count = 1
     for values in lists:
         count *= len(values)
@@ -65,10 +67,10 @@ def combinations(lists: Sequence[Sequence[str]]) -> Groups:
 
 
 def assign_groups(keys: Iterable[str], shard_id: str, groups: Groups, seed: int) -> dict[str, str | None]:
-    """key → group.  In a shard each group is given equally often, to within one.
+    """Map each key to a group.  The numbers of samples of any two groups in a shard differ by at most one.
 
-    The keys are dealt in an order hashed from seed and key, beginning at a group hashed from seed and shard, so that
-    many small shards together are balanced too.
+    The keys are assigned in an order hashed from seed and key, beginning with a group hashed from seed and shard, so
+    that many small shards together are balanced too.
     """
     dealt = sorted(keys, key=lambda key: (hash_of(seed, key), key))
     if not groups:

@@ -1,4 +1,4 @@
-"""What a language model is asked about a caption, and which of its replies becomes a text-to-image prompt."""
+"""Builds the requests to the language model, and checks which of its replies can be text-to-image prompts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_PROMPT_CHARACTERS = 1000  # text-to-image models read 77 to 512 tokens
 MIN_PROMPT_CHARACTERS = 8
 MAX_TOKENS = 256
 MAX_SYSTEM_BYTES = 64 << 10
-WARMER = 0.2  # a reply that was refused is asked for again at a higher temperature, up to:
+WARMER = 0.2  # each retry after a refused reply raises the temperature by this, up to:
 HOTTEST = 1.5
 
-# The system prompt.  Ollama models carry it in their Modelfile (examples/ollama/Modelfile has this very text).
+# The system prompt.  Ollama models contain it through their Modelfile (examples/ollama/Modelfile has the same text).
 SYSTEM = """\
 You edit image captions. Each message holds a sentence that describes a picture, and may name a group of people, like \
 this: sentence: "a man reading in a park" group:"asian female"
@@ -38,7 +38,7 @@ Answer with the rewritten English sentence alone, on one line: no quotation mark
 
 
 class Verdict(NamedTuple):
-    """The prompt, or None and the reason why the reply is no prompt."""
+    """The prompt, or None and the reason why the reply is not usable."""
 
     prompt: str | None
     reason: str = ""
@@ -47,10 +47,10 @@ class Verdict(NamedTuple):
 def chat_request(
     caption: str, group: str | None, seed: int, key: str, attempt: int, temperature: float, system: str = ""
 ) -> Request:
-    """The question as the published pipeline puts it: ``sentence: "…" group:"…"``.
+    """The question in the form of the published pipeline: ``sentence: "…" group:"…"``.
 
-    The caption, which cannot break out of its quotation marks, is to be at most ``MAX_CAPTION_CHARACTERS`` long.
-    system: a system prompt of the user's own, sent to every server.
+    The caption must have at most ``MAX_CAPTION_CHARACTERS``; it cannot close its quotation marks.
+    system: the user's own system prompt, which is sent to every server.
     """
     user = f'sentence: "{quotable(caption)}"' + (f' group:"{quotable(group)}"' if group else "")
     return Request(
@@ -67,9 +67,9 @@ def chat_request(
 def completion_request(
     caption: str, group: str | None, seed: int, key: str, attempt: int, temperature: float
 ) -> Request:
-    """The question to a small model that was never taught to chat: eight examples, and the beginning of the answer.
+    """The question for a small model without chat training: eight examples, and the beginning of the answer.
 
-    Such a model would not heed the group, so the beginning names it: see ``opening``.
+    Such a model would ignore the group, so the beginning of the answer names it: see ``opening``.
     """
     shots = "".join(f"Caption: {shot}\n{_person(who)}Image: {opening(who)}{image}\n\n" for shot, who, image in _SHOTS)
     if group is None:
@@ -87,7 +87,7 @@ def completion_request(
 
 
 def read_system_prompt(path: str | None) -> str:
-    """The text of ``--system_prompt``, empty without one.  UsageError where it is no text of at most 64 kB."""
+    """The text of ``--system_prompt``; empty without one.  Raises UsageError unless it is text of at most 64 kB."""
     if path is None:
         return ""
     try:
@@ -110,14 +110,14 @@ def opening(group: str | None) -> str:
 
 
 def quotable(text: str) -> str:
-    """One line without double quotation marks, HTML entities and control characters: safe within ``"…"``."""
+    """One line without double quotation marks, HTML entities and control characters, which is safe inside ``"…"``."""
     return _DOUBLE_QUOTES.sub("'", clean_text(html.unescape(text)))
 
 
 def judge(reply: Reply, begun: str = "") -> Verdict:
-    """Whether a reply can be given to a text-to-image model: one line, within bounds, and nothing but the sentence.
+    """Check whether a reply can be a prompt: one line of permitted length that contains only the sentence.
 
-    begun: what the request had put at the reply's beginning.
+    begun: the beginning of the reply, if the request contained it.
     """
     if not reply.complete:
         return Verdict(None, "reply_cut_short")
@@ -144,7 +144,7 @@ _WORD = re.compile(r"[^\W\d_]{2}").search
 _QUOTED = {'"': '"', "“": "”", "„": "“", "'": "'", "‘": "’", "«": "»", "`": "`", "*": "*"}
 
 
-# In this order; a reason is counted, so it says what went wrong and not which words gave it away.
+# They are tried in this order.  A reason is counted, so it names the fault and not the words that revealed it.
 _UNFIT = tuple(
     (reason, re.compile(pattern, re.IGNORECASE).search)
     for reason, pattern in (
@@ -169,7 +169,7 @@ _UNFIT = tuple(
 
 
 def _unquoted(text: str) -> str:
-    """Without the quotation marks that stand around the whole of it."""
+    """The text without quotation marks around the whole of it."""
     while len(text) > 1 and _QUOTED.get(text[0]) == text[-1] and text[-1] not in text[1:-1].strip("*"):
         text = text[1:-1].strip()
     return text
@@ -180,7 +180,7 @@ def _temperature(temperature: float, attempt: int) -> float:
 
 
 def _seed(seed: int, key: str, attempt: int) -> int:
-    return hash_of(seed, key, attempt) & 0x7FFFFFFF  # servers take 31 bits
+    return hash_of(seed, key, attempt) & 0x7FFFFFFF  # servers accept 31 bits
 
 
 def _person(group: str | None) -> str:
@@ -193,10 +193,10 @@ def _in_plain_words(group: str) -> str:
 
 _PLAIN: Mapping[str, str] = {"male": "man", "female": "woman", "middle-eastern": "middle eastern"}
 
-# What keeps a model of 270 million parameters from repeating itself
+# These settings prevent a model of 270 million parameters from repeating itself.
 _SMALL_MODEL: Mapping[str, float] = {"repeat_penalty": 1.05, "dry_multiplier": 0.8}
 
-# Caption, group, and how the image's description goes on after the opening
+# Caption, group, and the continuation of the image's description after the opening.
 _SHOTS = (
     ("Man fishing on a wooden pier at dawn", "asian female", "fishing on a wooden pier at dawn, soft pink light."),
     (

@@ -1,4 +1,4 @@
-"""What stage 02 needs on a machine without internet: the language model for prompts, which Ollama fetches."""
+"""The weights that stage 02 needs on a machine without internet: the language model, which Ollama downloads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from curation.models.needs import NothingToFetch, WeightsNeed
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-_MODELFILES = {"tulu3:fairclip": Path("examples", "ollama", "Modelfile")}  # of models that are made from another one
+_MODELFILES = {"tulu3:fairclip": Path("examples", "ollama", "Modelfile")}  # for models that are made from another one
 
 
 def prompt_model(name: str) -> WeightsNeed:
-    """The model that writes the prompts: the commands that make Ollama fetch it.
+    """The commands with which Ollama downloads the model that writes the prompts.
 
     Args:
-        name: What the server calls the model.
+        name: The server's name for the model.
     """
     commands = [f"ollama pull {name}"]
     if (modelfile := _MODELFILES.get(name)) is not None:

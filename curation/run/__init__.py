@@ -1,7 +1,7 @@
-"""Each shard once, by any number of processes on any number of nodes.
+"""Makes sure that each shard is processed exactly once, by any number of processes on any number of nodes.
 
 A **stage** is work on one shard; the **runner** has the only loop over shards.  A **claim** says who works on a
-shard and saves double work; an **attempt** is one try of one process; the **commit** lets exactly one attempt
+shard, which avoids double work; an **attempt** is one try of one process; the **commit** lets exactly one attempt
 publish its outputs. A **receipt** records what was done to a shard, and the **ledger** is all receipts of a stage
 under one **options version**.  A **checkpoint** keeps what an attempt has finished before it ends.
 """

@@ -1,11 +1,11 @@
-"""What happens to one claimed shard: the attempt, its commit or failure, and clearing up after attempts that died.
+"""Processes one claimed shard: the attempt, its commit or failure, and the clean-up after attempts that died.
 
-The receipt of an attempt is built here: one JSON object that says all that was done to the shard.
+The receipt of an attempt is built here: one JSON object that records everything that was done to the shard.
 
-Some shards kill their workers (a crash in a decoder, more memory than the job has).  A worker that is asked to end
+Some shards kill their workers: a decoder crashes, or the job runs out of memory.  A worker that is asked to end
 releases its claims, so a claim whose holder is gone means a crash, a kill or a lost node.  While a process works on
-several shards, nobody knows which of them killed it.  So a shard on which two attempts in a row died without
-finishing anything is worked on while its process does nothing else, and fails only when that attempt dies too.
+several shards, it is unknown which of them killed it.  So when two attempts in a row died on a shard without finishing
+any sample, the next process works on that shard alone, and the shard fails only if that attempt dies too.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def build_receipt(
     sources: Sequence[Input] = (),
     open_s: float = 0.0,
 ) -> dict[str, Any]:
-    """The receipt of one attempt.  Times and hosts stand in receipts and nowhere else.
+    """Build the receipt of one attempt.  Only receipts contain times and hosts; outputs must be reproducible.
 
     Args:
-        work: What the stage has counted, noted and written.
-        options_version: The number of the options version that the attempt works for.
+        work: The counts, notes and outputs of the stage.
+        options_version: The number of the options version that the attempt runs under.
         outputs: The files that it publishes.
         began: Unix time.
-        error: Why the shard failed; None where it is done.
-        quarantine: Do not try the shard again unless it is named.
-        sources: Where the inputs come from, one for each of ``work.inputs``.
-        open_s: Seconds that this process took to get ready, loading of models included.
+        error: Why the shard failed; None if it is done.
+        quarantine: Do not try the shard again unless a run names it.
+        sources: The origin of each of ``work.inputs``, in the same order.
+        open_s: Seconds that this process needed to start, including the loading of models.
 
     Returns:
         The receipt.  ``seconds`` are wall-clock seconds by phase, summed over threads; ``started`` and ``finished`` are
@@ -108,17 +108,17 @@ def build_receipt(
 
 
 def _attempts_so_far(previous: dict[str, Any], options_version: int, quarantine: bool) -> int:
-    """How often the shard has failed in a row under one options version, this time included."""
+    """How often in a row the shard has failed under one options version, including this time."""
     failed_before = previous.get("status") in ("failed", "retry") and previous.get("epoch") == options_version
     attempts = int(previous.get("attempts", 0)) + 1 if failed_before else 1
     return max(attempts, MAX_ATTEMPTS) if quarantine else attempts
 
 
 def _superseded(work: ShardContext, paths: set[str]) -> list[str]:
-    """Files that the last receipt named and this one does not: to be removed, by whoever finds them after a crash.
+    """Files that the last receipt named and this one does not.  They must be removed, after a crash by any process.
 
-    Those that the last one superseded stay listed: one may be renamed aside just now, under a name that only the
-    process that renamed it knows.
+    Files that the last receipt superseded stay in the list: another process may have renamed one of them aside a
+    moment ago, and only that process knows its new name.
     """
     previous = work.previous or {}
     named = [output["path"] for output in previous.get("outputs", []) if output.get("checked", True)]
@@ -127,7 +127,7 @@ def _superseded(work: ShardContext, paths: set[str]) -> list[str]:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """The package's version, with the commit where it runs from a checkout."""
+    """The package's version, and the git commit if it runs from a checkout."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return __version__
@@ -140,11 +140,11 @@ def code_version() -> str:
 
 
 MAX_DEATHS = 3
-WORKERS_DIED = "workers_died"  # the reason of a shard that was failed for it
+WORKERS_DIED = "workers_died"  # the reason in the failed receipt of such a shard
 
 
 def deaths_without_progress(deaths: Sequence[LostAttempt], with_checkpoints: set[str]) -> list[LostAttempt]:
-    """The attempts at the end of ``deaths`` that had begun and died without finishing anything.
+    """The last attempts in ``deaths`` that had begun and died without finishing any sample.
 
     Args:
         deaths: All attempts that died on the shard, the oldest first.
@@ -154,21 +154,21 @@ def deaths_without_progress(deaths: Sequence[LostAttempt], with_checkpoints: set
     for death in reversed(deaths):
         if death.token in with_checkpoints:
             break
-        if death.token:  # else it died before it could write its claim
+        if death.token:  # without a token, it died before it could write its claim
             found.insert(0, death)
     return found
 
 
 def may_be_poison(deaths: Sequence[LostAttempt]) -> bool:
-    """Whether the shard may kill its workers, so that its process should do nothing else meanwhile."""
+    """Whether the shard may kill its workers, so that a process should work on it alone."""
     return len(deaths) >= MAX_DEATHS - 1
 
 
 def fail_if_poison(shard_id: str, deaths: Sequence[LostAttempt]) -> None:
-    """Fail a shard on which so many workers died that the next one would die too.
+    """Fail a shard on which so many workers died that the next one would probably die too.
 
     Raises:
-        ShardError: At least ``MAX_DEATHS`` died in a row, one of them while it worked on nothing else.
+        ShardError: At least ``MAX_DEATHS`` died in a row, one of them while it worked on this shard alone.
     """
     if len(deaths) >= MAX_DEATHS and any(death.alone for death in deaths):
         who = "; ".join(_describe(death) for death in deaths)
@@ -191,9 +191,9 @@ class _Attempt:
     """One attempt.
 
     Attributes:
-        options_version: The number of the options version that it works for.
+        options_version: The number of the options version that it runs under.
         began: Unix time.
-        alone: Its process works on no other shard meanwhile.
+        alone: Its process works on no other shard at the same time.
     """
 
     work: ShardContext
@@ -205,7 +205,7 @@ class _Attempt:
 
 
 class Attempts:
-    """Attempts at shards of one stage by one process, one after the other or in several threads."""
+    """The attempts of one process at shards of one stage, one after the other or in several threads."""
 
     def __init__(
         self,
@@ -228,10 +228,10 @@ class Attempts:
         self._tally = tally
         self._leftovers = StaleTempFiles()
         self._partials = Partials(ledger.root / "_partial" / stage.name)
-        self.open_s = 0.0  # that this process took to get ready
+        self.open_s = 0.0  # seconds that this process needed to start
 
     def wanted(self, state: State) -> bool:
-        """Whether this run is to work on a shard in that state."""
+        """Whether this run should work on a shard in that state."""
         if state.what != "failed":
             return state.what == "pending"
         receipt = state.receipt or {}
@@ -249,7 +249,7 @@ class Attempts:
         self._progress.shard_passed()
 
     def needs_to_be_alone(self, claim: Claim) -> bool:
-        """Whether this process should work on nothing else while it works on the shard, which may kill it."""
+        """Whether this process should work on the shard alone, because the shard may kill it."""
         return may_be_poison(self._deaths_without_progress(claim))
 
     def attempt(self, shard: Shard, claim: Claim, *, alone: bool = False) -> Literal["settled", "late", "lost"]:
@@ -258,11 +258,11 @@ class Attempts:
         Args:
             shard: The shard.
             claim: This process's claim on it.
-            alone: This process works on nothing else meanwhile.
+            alone: This process works on no other shard at the same time.
 
         Returns:
-            settled: The shard is done, failed, blocked or left to a later start.  late: Another worker had done it.
-            lost: Another worker took it over; it should be looked at again.
+            settled: The shard is done, failed, blocked or left for a later start.  late: Another worker had done it.
+            lost: Another worker took it over; this process should check it again later.
 
         Raises:
             InfrastructureError: The run cannot go on.
@@ -272,12 +272,12 @@ class Attempts:
         state = self._ledger.state(shard.id, inputs, fresh=True)  # after claiming
         if not self.wanted(state):
             self.count(state, shard)
-            if claim.predecessors or (state.receipt or {}).get("superseded"):  # others may have left something
+            if claim.predecessors or (state.receipt or {}).get("superseded"):  # others may have left files
                 self._tidy(shard, claim, state)
             return "settled" if state.what == "blocked" else "late"
         try:
             verify_inputs(inputs, state.inputs)
-        except ShardError as error:  # upstream is just replacing it, or somebody else did: not this stage's failure
+        except ShardError as error:  # an input was replaced meanwhile, which is not a failure of this stage
             self.count(State("blocked", str(error)), shard)
             return "settled"
         work = self._work(shard, claim, state)
@@ -289,7 +289,7 @@ class Attempts:
         except LostClaim as error:
             logger.info(f"{shard.id}: {error}")
             if work.checkpointed and (self._ledger.commit(shard.id).read_receipt() or {}).get("status") == "done":
-                work.finish(alone=False)  # the winner did not know of this one's checkpoints
+                work.finish(alone=False)  # the winner did not know this attempt's checkpoints
             return "lost"
         finally:
             work.discard()
@@ -297,13 +297,13 @@ class Attempts:
         return "settled"
 
     def untidy(self, state: State) -> bool:
-        """Whether an output is still there that the newest receipt of the shard no longer names."""
+        """Whether an output still exists that the newest receipt of the shard no longer names."""
         return state.what in ("done", "failed") and has_obsolete_outputs(
             self._ledger.root, state.receipt, self._ledger.presence
         )
 
     def tidy(self, shard: Shard, claim: Claim) -> None:
-        """Clear away what an attempt left that was killed after its commit."""
+        """Remove the leftovers of an attempt that was killed after its commit."""
         state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=True)
         if not self.wanted(state):
             self._tidy(shard, claim, state)
@@ -311,7 +311,7 @@ class Attempts:
     def _tidy(self, shard: Shard, claim: Claim, state: State) -> None:
         if state.receipt is None:
             return
-        # Of those presumed dead one may live and be about to commit the next generation: its files stay.
+        # An attempt that is only presumed dead may be about to commit the next generation, so its files stay.
         dead = [claim.confirmed_dead] if claim.confirmed_dead else []
         work = self._work(shard, claim, state)
         self._clear_away(work, claim, state.receipt, StaleTempFiles(), self._places(work), dead)
@@ -344,8 +344,8 @@ class Attempts:
             self._commit(this, None)
         except (Stopped, LostClaim, InfrastructureError):
             raise
-        except Exception as error:  # the shard's boundary: a failed receipt, and the run goes on
-            if isinstance(error, OSError) and is_storage_trouble(error):  # in a file of the stage's own
+        except Exception as error:  # the boundary of a shard: it fails, and the run goes on
+            if isinstance(error, OSError) and is_storage_trouble(error):  # in a file that the stage itself opened
                 raise storage_error(Path(error.filename or self._ledger.root), error) from error
             self._fail(this, error)
 
@@ -417,7 +417,7 @@ class Attempts:
 
     def _places(self, work: ShardContext) -> list[Source]:
         receipt = self._ledger.commit(work.shard.id).receipt_path
-        return [*work.places(), receipt.with_name(work.shard.id)]  # a prepared receipt is named for the shard alone
+        return [*work.places(), receipt.with_name(work.shard.id)]  # a prepared receipt has the shard's id as its name
 
     def _clear_away(
         self,
@@ -428,9 +428,9 @@ class Attempts:
         places: list[Source],
         dead: list[str],
     ) -> None:
-        """After a commit, remove checkpoints, what dead attempts left, and outputs that only the last receipt named.
+        """After a commit, remove checkpoints, files of dead attempts, and outputs that only the last receipt named.
 
-        The shard is done whether or not this succeeds.
+        If this fails, the shard is done nevertheless.
         """
         try:
             uploads = [output["upload"]["id"] for output in receipt.get("outputs", ()) if "upload" in output]
@@ -438,11 +438,11 @@ class Attempts:
             if receipt["status"] == "done":
                 work.finish()
             commit = self._ledger.commit(work.shard.id)
-            if claim.predecessors:  # one of them may have died between its receipt and the removal of its record
+            if claim.predecessors:  # one may have died after its receipt and before its record was removed
                 commit.finish_pending(names=os.listdir(commit.receipt_path.parent))
             remove_obsolete(work.root, commit, receipt, claim.token, claim.predecessors)
         except (OSError, InfrastructureError) as error:
-            logger.warning(f"{work.shard.id}: something was left behind: {error}")
+            logger.warning(f"{work.shard.id}: some leftover files could not be removed: {error}")
 
     def _log_done(self, work: ShardContext, receipt: dict[str, Any]) -> None:
         done = receipt["status"] == "done"

@@ -1,7 +1,7 @@
-"""Checkpoints inside a shard: an append-only log of finished samples that outlives the worker that wrote it.
+"""Checkpoints inside a shard: an append-only log of finished samples that remains when its worker ends.
 
-Each file has one writer ever.  A successor reads the files of its predecessors up to their first bad record and writes
-a file of its own.  ``Checkpoints`` writes such a log a batch at a time, and stops where no work is lost.
+Only one process ever writes a file.  A successor reads the files of its predecessors up to their first bad record and
+writes its own file.  ``Checkpoints`` writes such a log in batches, and stops only where no work is lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from curation.errors import InfrastructureError, LostClaim, Stopped
 from curation.shards import bucket_of
 from curation.storage.files import storage_error
 
-_HEADER = struct.Struct("<4sIIQQ")  # magic, length of key, of digest, of payload; xxh3-64 of all three
+_HEADER = struct.Struct("<4sIIQQ")  # magic; lengths of key, digest and payload; xxh3-64 of all three
 _MAGIC = b"cpr1"
 FSYNC_EVERY_S = 30.0
 LIST_EVERY_S = 60.0
@@ -35,8 +35,8 @@ _Key = tuple[str, str]  # a sample's key, and the digest of its input
 class PartialLog:
     """The finished samples of one shard under one fingerprint: key → (digest of the sample's input, payload).
 
-    The payloads stay on disk; memory holds one small entry a record.
-    names: files of the folder among which the predecessors' are; None: list the folder for them.
+    The payloads stay on disk; memory holds one small entry for each record.
+    names: files of the folder, including those of the predecessors; None: list the folder.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class PartialLog:
 
     @property
     def name(self) -> str | None:
-        """Of this attempt's own file, None where it has written nothing."""
+        """The name of this attempt's own file; None if it has written nothing."""
         return self._path.name if self._writer is not None else None
 
     def __len__(self) -> int:
         return len(self._records)
 
     def get(self, key: str, input_digest: str) -> bytes | None:
-        """The payload recorded for ``key``, None where nothing is recorded or it was made from another input."""
+        """The payload recorded for ``key``; None if there is none or it was made from another input."""
         record = self._records.get((key, input_digest))
         if record is None:
             return None
@@ -143,10 +143,10 @@ class PartialLog:
         return self._writer
 
     def _load(self, path: Path) -> None:
-        """Index a predecessor's records; of two records of one sample that of the lowest token counts."""
+        """Index a predecessor's records; if two files have the same sample, the file with the lower token counts."""
         try:
             file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        except OSError:  # removed meanwhile; what cannot be read is done again
+        except OSError:  # it was removed meanwhile; its samples are done again
             return
         self._readers.append(file)
         found: dict[_Key, tuple[BinaryIO, int, int]] = {}
@@ -165,13 +165,13 @@ class PartialLog:
             offset = file.tell()
             payload = file.read(length)
             if len(payload) < length or xxhash.xxh3_64_intdigest(names + payload) != checksum:
-                break  # the write that a kill cut short
+                break  # a kill cut this write short
             key = names[:key_length].decode("utf-8", "surrogatepass")
             found[(key, names[key_length:].decode("ascii"))] = (file, offset, length)
 
 
 def tokens_with_checkpoints(folder: Path, shard_id: str) -> set[str]:
-    """The attempts at a shard that finished at least something, whatever options they ran with."""
+    """The tokens of attempts at a shard that finished at least one sample, under any options."""
     found = set()
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -182,11 +182,11 @@ def tokens_with_checkpoints(folder: Path, shard_id: str) -> set[str]:
 
 
 class Partials:
-    """The checkpoints of one stage that others left.
+    """The checkpoints that other attempts of one stage left.
 
-    An attempt that dies leaves its token in its claim, so that its file has a known name; one that is asked to end
-    leaves nothing but the file, which a listing shows: a fresh one for a stage that takes checkpoints up, else one a
-    bucket and minute.
+    An attempt that dies leaves its token in its claim, so the name of its file is known.  An attempt that is asked to
+    end leaves only the file, which must be found by listing the folder: freshly for a stage that resumes from
+    checkpoints, otherwise at most once a minute for each bucket.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -198,7 +198,7 @@ class Partials:
         return self._folder / bucket_of(shard_id)
 
     def names(self, shard_id: str, *, fresh: bool = False) -> list[str]:
-        """The files of a shard, whatever options and attempt they are of.  fresh: as they are now."""
+        """The names of a shard's files, of all options and attempts.  fresh: list the folder again."""
         bucket = bucket_of(shard_id)
         with self._lock:
             listed, found = self._listings.get(bucket, (-float("inf"), {}))
@@ -210,9 +210,9 @@ class Partials:
             return list(found.get(shard_id, ()))
 
     def remove(self, shard_id: str, own: Iterable[str] = (), *, fresh: bool = False) -> None:
-        """Delete a shard's checkpoints, whatever options and attempt they are of: its receipt is written.
+        """Delete a shard's checkpoints of all options and attempts, after its receipt is written.
 
-        own: names that no listing need show.  An attempt that still lives finds its file gone and drops out.
+        own: names to delete even if no listing shows them.  A live attempt finds its file gone and ends.
         """
         for name in {*own, *self.names(shard_id, fresh=fresh)}:
             (self.folder(shard_id) / name).unlink(missing_ok=True)
@@ -234,9 +234,9 @@ def _listed(folder: Path) -> list[str]:
 
 
 class Checkpoints:
-    """Results of single samples: found again after an interruption, saved ``every`` so many.
+    """Results of single samples, saved in batches of ``every`` and found again after an interruption.
 
-    open_log: gives the log when the first sample asks for it, so that a shard that needs none touches no file.
+    open_log: returns the log when it is first needed, so that a shard without checkpoints touches no file.
     check_stop: ``ShardContext.check_stop``.
     """
 
@@ -248,20 +248,20 @@ class Checkpoints:
         self._batch: list[tuple[str, str, bytes]] = []
 
     def find(self, key: str, input_digest: str) -> bytes | None:
-        """What an earlier attempt saved for the same input."""
+        """The result that an earlier attempt saved for the same input, or None."""
         if self._log is None:
             self._log = self._open_log()
         return self._log.get(key, input_digest)
 
     def add(self, key: str, input_digest: str, payload: bytes) -> None:
-        """Take note of a result that ``find`` did not have; when a batch is full it is saved, and Stopped may come."""
+        """Add a result that ``find`` did not have.  A full batch is saved, after which Stopped may be raised."""
         self._batch.append((key, input_digest, payload))
         if len(self._batch) >= self._every:
             self.save()
             self._check_stop()
 
     def check_urgent(self) -> None:
-        """Between two samples: raise Stopped where not even a batch may be finished, with what there is of it saved."""
+        """Between two samples, save and raise Stopped if there is not even time to finish the batch."""
         try:
             self._check_stop(urgent_only=True)
         except Stopped:
@@ -269,7 +269,7 @@ class Checkpoints:
             raise
 
     def save(self) -> None:
-        """Write down what is not yet."""
+        """Write the results that are not saved yet."""
         if self._batch:
             if self._log is None:
                 self._log = self._open_log()

@@ -1,7 +1,7 @@
-"""Leased claims on shards over a shared filesystem, without a server, trusting no clock but one's own.
+"""Leased claims on shards over a shared filesystem: no server is needed, and clocks of other nodes are not trusted.
 
-A claim saves work: two workers that hold the same shard waste time and do no harm, because the commit (``commit``)
-lets only one attempt win.  docs/design.md says why file ages, locks and the clocks of nodes are not used.
+A claim avoids double work.  Two workers that hold the same shard waste time but do no harm, because the commit
+(``commit``) lets only one attempt win.  docs/design.md explains why file ages, locks and node clocks are not used.
 
 This file also defines what a claim and a heartbeat file say about the process that holds a shard.  Nothing that is
 read is trusted: a file may be empty, cut short, of another version of this project, or made by hand.
@@ -33,18 +33,18 @@ from curation.storage.files import make_folder, storage_error
 logger = logging.getLogger("curation")
 
 CLAIM_FORMAT = 1
-COUNTER_DIGITS = 20  # of a heartbeat: all that observers compare
+COUNTER_DIGITS = 20  # observers compare only these digits of a heartbeat
 MAX_CLAIM_BYTES = 64 << 10
 MAX_BEAT_BYTES = 32 << 10
-MAX_SHOWN = 64  # shards in flight that a heartbeat names
-MAX_PREDECESSORS = 16  # of a shard, that its claim lists
+MAX_SHOWN = 64  # a heartbeat names at most so many shards in flight
+MAX_PREDECESSORS = 16  # a claim lists at most so many dead attempts at its shard
 _MAX_TEXT = 200
 _NAME = re.compile(r"[0-9A-Za-z]{1,64}")  # tokens and heartbeats become parts of file names
 
 
 @dataclass(frozen=True, slots=True)
 class LostAttempt:
-    """An attempt whose process died.  alone: the process worked on nothing else when it died."""
+    """An attempt whose process died.  alone: the process worked on no other shard when it died."""
 
     token: str
     host: str
@@ -55,11 +55,11 @@ class LostAttempt:
 
 @dataclass(frozen=True, slots=True)
 class ClaimRecord:
-    """What a claim says.  Empty texts and None stand for what it does not say, or not in a form that can be used.
+    """The content of a claim.  A field that is missing or unusable is an empty text or None.
 
     beat: the name of its heartbeat file.  since: Unix time by its own node's clock.  lease_s: how long others wait
-    for its heartbeat.  predecessors: tokens of those who died holding the shard, the last one last; deaths: what is
-    known of them.  trouble: what is wrong with the claim, empty where nothing is.  raw: its bytes.
+    for its heartbeat.  predecessors: tokens of the attempts that died while they held the shard, oldest first; deaths:
+    what is known about them.  trouble: what is wrong with the claim, or an empty text.  raw: its bytes.
     """
 
     raw: bytes = b""
@@ -118,9 +118,9 @@ def claim_record(
 
 
 def read_claim(path: Path) -> ClaimRecord | None:
-    """Who holds a shard; an empty Holder for a claim that is not written yet; None where there is no claim."""
+    """Read a claim.  The record is empty if the claim is not written yet; None means that there is no claim."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)  # unlike open(), it asks for nothing else
+        descriptor = os.open(path, os.O_RDONLY)  # open() would make further system calls
         try:
             data = os.read(descriptor, MAX_CLAIM_BYTES)
         finally:
@@ -131,7 +131,7 @@ def read_claim(path: Path) -> ClaimRecord | None:
 
 
 def parse_claim(data: bytes) -> ClaimRecord:
-    """Never raises: what cannot be used is left out, and ``trouble`` says so."""
+    """Parse a claim.  It never raises: unusable fields are left out, and ``trouble`` says what is wrong."""
     if not data:
         return ClaimRecord()
     try:
@@ -155,7 +155,7 @@ def parse_claim(data: bytes) -> ClaimRecord:
         token=token,
         beat=beat,
         host=_text(record.get("host")),
-        boot=_text(record.get("boot")) if own else "",  # without it no process is presumed dead by its pid
+        boot=_text(record.get("boot")) if own else "",  # without it the pid proves nothing about the process
         pid_namespace=_text(record.get("pid_namespace")),
         pid=pid,
         pid_start=_text(record.get("pid_start")),
@@ -170,16 +170,16 @@ def parse_claim(data: bytes) -> ClaimRecord:
 
 
 def beat_content(counter: int, working: Mapping[str, int]) -> bytes:
-    """A heartbeat: the counter, and for show the shards that are worked on with their samples so far.
+    """The content of a heartbeat file: the counter and, for display, each shard in progress with its samples so far.
 
-    It ends with a line feed, because a longer one may have stood in the file before.
+    It ends with a line feed, because the file may still contain the end of a longer heartbeat.
     """
     shown = dict(islice(working.items(), MAX_SHOWN))
     return b"%0*d %s\n" % (COUNTER_DIGITS, counter, orjson.dumps({"working": shown}))
 
 
 def parse_beat(data: bytes) -> tuple[bytes, dict[str, int]]:
-    """(the counter's digits, shard → samples so far) of a heartbeat; the latter is empty where it cannot be read."""
+    """Return (the counter's digits, shard → samples so far); the mapping is empty if it cannot be read."""
     counter, rest = data[:COUNTER_DIGITS], data[COUNTER_DIGITS:].partition(b"\n")[0]
     try:
         working = orjson.loads(rest).get("working")
@@ -229,13 +229,13 @@ def _list(value: object) -> list[Any]:
 class Claim:
     """A shard that this process holds.
 
-    token: random per attempt, and in the name of every file that the attempt writes.
-    predecessors: tokens of the attempts that died holding this shard, whose partial files can be taken up.
-    confirmed_dead: the token of the last of them where its process is known to have ended; of the
-        others it is presumed.
-    deaths: what is known of those attempts; the last of them had no other shard in hand where it says ``alone``.
+    token: random for each attempt; the name of every file that the attempt writes contains it.
+    predecessors: tokens of the attempts that died while they held this shard; their partial files can be reused.
+    confirmed_dead: the token of the last of them if its process has certainly ended; the others are only
+        presumed dead.
+    deaths: what is known about those attempts.
     was_released: another process held the shard while this one ran, and released it.
-    lapses: those of the heartbeat when the claim was last seen to be ours.
+    lapses: the heartbeat's ``lapses`` when the claim was last seen to belong to this process.
     """
 
     shard_id: str
@@ -251,9 +251,9 @@ class Claim:
 class Heartbeat:
     """One file per process with a counter in it that a thread raises every quarter of the lease.
 
-    Behind the counter stands, for show, how far the process is with each shard.  Observers open and read the file,
-    because attribute caches make file times useless.  A process that reports no progress for ``stall_s`` stops
-    beating, so that a hung GPU does not keep its shard for ever.
+    After the counter, the file shows how far the process is with each shard.  Observers open and read the file,
+    because attribute caches make file times unreliable.  A process that reports no progress for ``stall_s`` stops
+    its heartbeat, so that a process with a hung GPU does not keep its shard for ever.
     """
 
     def __init__(self, folder: Path, lease_s: float, stall_s: float) -> None:
@@ -267,7 +267,7 @@ class Heartbeat:
         self._last_progress = time.monotonic()
         self._lock = threading.Lock()
         self._working: dict[str, int] = {}  # shards claimed → samples so far
-        self._working_lock = threading.Lock()  # never held while the filesystem is waited for
+        self._working_lock = threading.Lock()  # never held during a filesystem call, which may block
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -284,9 +284,9 @@ class Heartbeat:
             self._path.unlink(missing_ok=True)
 
     def progress(self, shard_id: str | None = None, samples: int = 0) -> None:
-        """Something was finished: the process is alive in the sense that matters.
+        """Report that some work was finished, so that the process does not count as stalled.
 
-        samples: how many more of ``shard_id``.
+        samples: how many further samples of ``shard_id`` are finished.
         """
         self._last_progress = time.monotonic()
         if samples and shard_id is not None:
@@ -295,7 +295,7 @@ class Heartbeat:
                     self._working[shard_id] += samples
 
     def claimed(self, shard_id: str) -> None:
-        """A shard was claimed: from now on there is something to get on with."""
+        """Record that a shard was claimed: from now on the process must report progress."""
         with self._working_lock:
             self._working[shard_id] = 0
         self.progress()
@@ -312,7 +312,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._ended.wait(self.lease_s / 4 * random.uniform(0.8, 1.2)):
             if not self._working or time.monotonic() - self._last_progress < self.stall_s:
-                with contextlib.suppress(OSError):  # a hiccup: a later beat may succeed, or the lease ends
+                with contextlib.suppress(OSError):  # may be temporary: a later beat succeeds, or the lease ends
                     self._beat()
 
     def _require_heartbeat(self) -> None:
@@ -341,28 +341,28 @@ class Heartbeat:
 
 
 class Claims:
-    """The claims of one stage below ``folder``; ``bucket`` spreads them over folders of about a thousand."""
+    """The claims of one stage below ``folder``.  Buckets of about a thousand shards keep its folders small."""
 
     def __init__(self, folder: Path, lease_s: float = 60.0, stall_s: float = 1800.0) -> None:
         self._folder = folder
         self._beats = folder / "_beats"
         self.heartbeat = Heartbeat(self._beats, lease_s, stall_s)
         self._lease_s = lease_s
-        self._seen: dict[str, tuple[bytes, float]] = {}  # heartbeat → its counter, since when unchanged
+        self._seen: dict[str, tuple[bytes, float]] = {}  # heartbeat → (its counter, when it last changed)
         self._listings: dict[str, set[str]] = {}
         self._warned: set[Path] = set()
-        self._held: set[str] = set()  # shards that others were seen to hold
+        self._held: set[str] = set()  # shards that other processes held when this one looked
         self._rank = Allocation.detect().rank
         self._process = (os.getpid(), process_start(os.getpid()))
 
     def acquire(self, bucket: str, shard_id: str) -> Claim | None:
-        """Claim a shard: at once if it is free, or from a holder that is dead.  None while another holds it."""
+        """Claim a shard that is free or whose holder is dead; None while a live process holds it."""
         path = self._folder / bucket / f"{shard_id}.claim"
         claim = self._create(path, shard_id)
         if claim is None:
             self._held.add(shard_id)
             observed = read_claim(path)
-            if observed is None:  # given back in between
+            if observed is None:  # it was released in between
                 claim = self._create(path, shard_id)
             elif self._expired(path, shard_id, observed):
                 claim = self._take_over(path, shard_id, observed)
@@ -374,14 +374,14 @@ class Claims:
         return claim
 
     def mark_alone(self, claim: Claim) -> None:
-        """Record that this process works on this shard alone, which is then to blame if the process dies."""
+        """Record that this process works on this shard alone: if the process dies, the shard is the cause."""
         try:
             os.close(os.open(_alone_mark(claim.path, claim.token), os.O_WRONLY | os.O_CREAT, 0o666))
         except OSError as error:
             raise storage_error(claim.path, error) from error
 
     def left_behind(self, bucket: str, shard_id: str) -> bool:
-        """Whether there was a claim on the shard when this process first looked: one listing a bucket."""
+        """Whether the shard had a claim when this process first listed its bucket."""
         if bucket not in self._listings:
             try:
                 self._listings[bucket] = set(os.listdir(self._folder / bucket))
@@ -390,7 +390,7 @@ class Claims:
         return f"{shard_id}.claim" in self._listings[bucket]
 
     def holds(self, claim: Claim) -> bool:
-        """Whether the claim is still ours and no process can have presumed us dead."""
+        """Whether the claim still belongs to this process and no other can have presumed this one dead."""
         lapses, current = self.heartbeat.lapses, read_claim(claim.path)
         held = current is not None and current.token == claim.token and self.heartbeat.fresh
         claim.lapses = lapses if held else None
@@ -399,14 +399,14 @@ class Claims:
     def release(self, claim: Claim) -> None:
         """Release a claim, once.  A claim that another process has taken over stays.
 
-        No process can have taken it over where it was ours at a look and the heartbeat has not stood still since.
+        It was not taken over if it belonged to this process when last read and the heartbeat has not lapsed since.
         """
         self.heartbeat.gave_back(claim.shard_id)
         ours = self.heartbeat.fresh and claim.lapses == self.heartbeat.lapses
         if not ours:
             current = read_claim(claim.path)
             ours = current is not None and current.token == claim.token
-        with contextlib.suppress(OSError):  # it ends with this process then
+        with contextlib.suppress(OSError):  # otherwise the claim expires after this process has ended
             if claim.deaths:
                 _alone_mark(claim.path, claim.token).unlink(missing_ok=True)
             if ours:
@@ -439,7 +439,7 @@ class Claims:
             raise storage_error(path, error) from error
         try:
             try:
-                os.write(descriptor, record)  # never fsynced: a claim lost in a crash is one given back
+                os.write(descriptor, record)  # no fsync: a claim that a crash loses counts as released
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -449,9 +449,9 @@ class Claims:
         return Claim(shard_id, path, token, predecessors, deaths=deaths)
 
     def _expired(self, path: Path, shard_id: str, observed: ClaimRecord) -> bool:
-        """Whether the holder is gone: by its pid where that can be seen, else by a heartbeat that stands still.
+        """Whether the holder is gone: its pid tells where it is visible, else a heartbeat that has stopped.
 
-        What is watched is the holder's heartbeat, so that all claims of a dead process expire together.
+        All claims of a process share its heartbeat, so that they expire together when it dies.
         """
         if is_gone(observed):
             return True
@@ -464,7 +464,7 @@ class Claims:
         if seen is None or (counter and counter != seen[0]):
             self._seen[holder] = (counter, now)
             return False
-        if observed.trouble and path not in self._warned:  # seen twice: it is not just being written
+        if observed.trouble and path not in self._warned:  # read twice, so it is not being written just now
             self._warned.add(path)
             logger.warning(
                 f"{path}: not a claim that this version can read ({observed.trouble}); the shard is taken over once "
@@ -484,13 +484,13 @@ class Claims:
     def _take_over(self, path: Path, shard_id: str, observed: ClaimRecord) -> Claim | None:
         aside = path.with_name(f".{shard_id}.{secrets.token_hex(8)}.stale")
         try:
-            os.rename(path, aside)  # of several takers one wins; the others see ENOENT
+            os.rename(path, aside)  # one of several processes succeeds; the others get ENOENT
         except FileNotFoundError:
             return None
         except OSError as error:
             raise storage_error(path, error) from error
         moved = read_claim(aside) or ClaimRecord()
-        if moved.raw != observed.raw:  # a live claim was made in between: put it back
+        if moved.raw != observed.raw:  # a live claim was created in between: put it back
             with contextlib.suppress(OSError):
                 os.link(aside, path)
             aside.unlink(missing_ok=True)
@@ -504,13 +504,13 @@ class Claims:
             aside.unlink(missing_ok=True)
             if observed.deaths:
                 alone.unlink(missing_ok=True)
-            if observed.beat:  # of the dead; who lives after all makes it anew
+            if observed.beat:  # the dead holder's; a holder that is alive after all writes it again
                 (self._beats / observed.beat).unlink(missing_ok=True)
         return claim
 
 
 def is_gone(observed: ClaimRecord) -> bool:
-    """Whether the holder's process has certainly ended; False where it ran out of this one's sight."""
+    """Whether the holder's process has certainly ended; False if this process cannot see it (another node)."""
     host, boot, namespace = host_identity()
     if not boot or (observed.host, observed.boot, observed.pid_namespace) != (host, boot, namespace):
         return False
@@ -524,5 +524,5 @@ def _alone_mark(path: Path, token: str) -> Path:
 
 
 def _unsigned(shard_id: str) -> str:
-    """What stands for the heartbeat of a claim whose holder was killed before it could write, or is about to."""
+    """The name used as heartbeat for an empty claim, whose holder was killed before it wrote or has yet to write."""
     return f"claim of {shard_id}"

@@ -1,18 +1,18 @@
-"""Outputs that appear whole or not at all, and the commit that only one attempt at a shard can win.
+"""Publishes a shard's outputs: they appear complete or not at all, and only one attempt at a shard can commit.
 
 Every output is written under a temporary name in its own folder, or as an upload that is not completed yet, and is
-hashed as it is written.  The commit is a hard link that only one attempt of a generation can create.  Renames and
-completions follow, which anyone can finish after a crash.
+hashed while it is written.  The commit is a hard link that only one attempt of a generation can create.  After it the
+files are renamed and the uploads are completed; any process can finish these steps after a crash.
 
 Obsolete outputs are files that the last receipt named and the newest one does not.  Whoever finds one removes it.
-Between a look at the receipt and the removal another attempt may publish a file of the same name, and no filesystem
-removes a file only if it is the one that was looked at.  So the file is first renamed aside, under a name of the
-remover's own, and only then the records are read: where no record of a newer commit is there, the renamed file cannot
-belong to one.  An object in a bucket is looked at in its place, in the same order, and removed on the condition that it
-has not changed.
+Between reading the receipt and removing the file, another attempt may publish a file of the same name, and no
+filesystem can remove a file on the condition that it is still the same one.  So the file is first renamed to a name
+that only the remover uses, and only then the records are read: if there is no record of a newer commit, the renamed
+file cannot belong to one.  An object in a bucket is checked in its place, in the same order, and removed on the
+condition that it has not changed.
 
-Attempts that were killed leave temporary files, which one listing of a folder by each process finds, and uploads, which
-one question for each shard finds.
+Attempts that were killed leave temporary files and uploads.  Each process lists a folder once to find the files, and
+asks the bucket once for each shard to find the uploads.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from curation.storage.urls import Source, Url
 class Commit:
     """The commit of one shard in the receipts folder of one stage.
 
-    root: the stage's output folder, which every path in a receipt is relative to.  folder: the bucket of receipts.
-    named: whether a valid record may name this attempt's temporary files, which must then stay for whoever finishes it.
+    root: the stage's output folder; paths in a receipt are relative to it.  folder: the bucket of receipts.
+    named: whether a valid record may name this attempt's temporary files.  They must then stay, because another process
+    may finish the commit.
     """
 
     def __init__(self, root: Path, folder: Path, shard_id: str) -> None:
@@ -56,12 +57,12 @@ class Commit:
         self.named = False
 
     def read_receipt(self) -> dict[str, Any] | None:
-        """The shard's receipt, None without one, or where the file is no receipt (the shard is then done again)."""
+        """The shard's receipt; None if there is none or the file is not a receipt (the shard is then done again)."""
         return read_record(self.receipt_path)
 
     def write(self, receipt: dict[str, Any]) -> None:
-        """Publish the outputs that ``receipt`` names, and the receipt last.  Its outputs are durable under their
-        temporary names already.  Raises LostClaim when another attempt won."""
+        """Publish the outputs that ``receipt`` names, then the receipt.  The outputs are already durable under their
+        temporary names.  Raises LostClaim when another attempt committed first."""
         token, generation = str(receipt["token"]), int(receipt["generation"])
         prepared = self.prepared(token)
         try:
@@ -76,21 +77,21 @@ class Commit:
             raise
         try:
             if self._finish(self.record(generation), winner) and winner.get("token") == token:
-                return  # only this process can have renamed our receipt, so it was published, whatever followed it
+                return  # only this process can rename our receipt, so it was published, even if a newer one followed
             final = self.read_receipt()
             if final is not None and final.get("token") == token:
                 return
-            self.named = False  # whoever won, a record of ours is void from here on
+            self.named = False  # another attempt won, so a record of ours is void from here on
             prepared.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(self.receipt_path, error) from error
         raise LostClaim(f"shard {self._shard_id}: another attempt committed first")
 
     def finish_pending(self, after_generation: int = 0, names: Iterable[str] | None = None) -> bool:
-        """Finish a commit that a dead process left; whether there was any.
+        """Finish a commit that a dead process left half-done; returns whether there was one.
 
-        A valid record has the generation that follows the receipt's: only that one is looked for, or those among
-        ``names`` of the folder.
+        A valid record has the generation that follows the receipt's.  So only that record is tried, or the records
+        among ``names``, which is a listing of the folder.
         """
         if names is None:
             records = [self.record(after_generation + 1)]
@@ -110,7 +111,7 @@ class Commit:
         return found
 
     def _link(self, prepared: Path, record: Path, receipt: dict[str, Any]) -> dict[str, Any]:
-        """Step 2: the receipt of the attempt that holds the record, which is this one if it could be linked."""
+        """Step 2: try to link the record; returns the receipt of the attempt that owns it, which may be another."""
         for _ in range(_TRIES):
             try:
                 self.named = True
@@ -120,11 +121,11 @@ class Commit:
                 self.named = False
                 winner = read_record(record)
                 if winner is not None:
-                    # True where our link was made, but the filesystem's answer was lost
+                    # The same file if our link was made but the filesystem's answer was lost.
                     self.named = winner.get("token") == receipt["token"]
                     return winner
-                # Finished in between.  Going on without a record of our own would be unsafe: link it, and step 3
-                # finds it void.
+                # Another process has just finished this commit.  To go on without a record of our own would be
+                # unsafe, so the link is tried again, and step 3 finds our record void.
                 time.sleep(0.001)
             except FileNotFoundError:
                 self.named = False
@@ -136,12 +137,12 @@ class Commit:
                         f"{self._folder}: this filesystem has no hard links ({error.strerror}), and commits need them"
                     ) from error
                 raise
-        raise InfrastructureError(f"{record}: is no record of a commit; move it away and start again")
+        raise InfrastructureError(f"{record}: this file is not a commit record; move it away and start again")
 
     def _finish(self, record: Path, value: dict[str, Any]) -> bool:
-        """Steps 3 and 4, which any process may take, in this order, at any time, any number of times.
+        """Steps 3 and 4.  Any process may run them, in this order, at any time and any number of times.
 
-        Returns whether this call put the receipt in its place; False where another had, or the record was void.
+        Returns whether this call published the receipt; False if another process did, or the record was void.
         """
         current = self.read_receipt()  # after the record was read
         if current is not None and int(current.get("generation", 0)) >= int(value["generation"]):
@@ -153,7 +154,7 @@ class Commit:
                 complete_upload(output)
                 continue
             final = self._root / output["path"]
-            with contextlib.suppress(FileNotFoundError):  # renamed already
+            with contextlib.suppress(FileNotFoundError):  # it was renamed before
                 os.rename(final.with_name(output["temporary"]), final)
             folders.add(final.parent)
         for folder in folders:
@@ -175,7 +176,7 @@ class Commit:
 
 
 def has_obsolete_outputs(root: Path, receipt: Mapping[str, Any] | None, presence: Presence | None = None) -> bool:
-    """Whether a file is still there that ``receipt`` superseded.  presence: of objects in buckets."""
+    """Whether an output that ``receipt`` superseded still exists.  presence: which objects exist in buckets."""
     presence = presence or Presence()
     places = (place_of(root, path) for path in (receipt or {}).get("superseded", ()))
     return any(presence.shows(at) if isinstance(at, Url) else os.path.lexists(at) for at in places)
@@ -184,14 +185,14 @@ def has_obsolete_outputs(root: Path, receipt: Mapping[str, Any] | None, presence
 def remove_obsolete(
     root: Path, commit: Commit, receipt: Mapping[str, Any], token: str, dead: Sequence[str] = ()
 ) -> None:
-    """Remove what ``receipt`` superseded, if it is the newest one; what ``dead`` had put aside as well.
+    """Remove the outputs that ``receipt`` superseded, if it is the newest one, and those that ``dead`` renamed aside.
 
-    token: of the attempt that removes.  Raises OSError, and InfrastructureError where a bucket cannot be asked.
+    token: that of the attempt that removes them.  Raises OSError, and InfrastructureError if a bucket does not answer.
     """
     superseded = receipt.get("superseded", [])
     current = commit.read_receipt() if superseded else None
     if current is None or current.get("token") != receipt["token"]:
-        return  # else they may be a newer one's
+        return  # the files may belong to a newer receipt
     places = {path: place_of(root, path) for path in superseded}
     paths = [path for path, place in places.items() if isinstance(place, Path)]
     for source in ("", *dead):
@@ -202,7 +203,7 @@ def remove_obsolete(
         for path in moved:
             aside = _aside(root / path, token)
             if any(_is(aside, output) for output in named if output["path"] == path):
-                with contextlib.suppress(FileExistsError, FileNotFoundError):  # yet a newer one; cleared away
+                with contextlib.suppress(FileExistsError, FileNotFoundError):  # restored or removed by another
                     os.link(aside, root / path)
             aside.unlink(missing_ok=True)
     for path, place in places.items():
@@ -222,7 +223,7 @@ def _aside(final: Path, token: str) -> Path:
 
 
 def _move_aside(final: Path, token: str, source: str) -> bool:
-    """source: the dead attempt that had moved the file already, empty for the file under its own name."""
+    """source: the token of the dead attempt that had renamed the file; empty for the file under its own name."""
     try:
         os.rename(_aside(final, source) if source else final, _aside(final, token))
     except FileNotFoundError:
@@ -231,10 +232,10 @@ def _move_aside(final: Path, token: str, source: str) -> bool:
 
 
 def _named(commit: Commit, generation: int) -> list[dict[str, Any]]:
-    """The outputs of the newest receipt, and of the commit that follows it where its record is there already.
+    """The outputs of the newest receipt, and those of the commit that follows it if its record exists.
 
-    generation: of a receipt that was read.  The record is read first: one that is not there is not finished either
-    if the receipt is still the same afterwards, so that nothing of it was published before.
+    generation: that of a receipt that was read before.  The record is read before the receipt: if there is no record
+    and the receipt is still the same afterwards, no newer commit has published anything.
     """
     while True:
         record = read_record(commit.record(generation + 1))
@@ -253,10 +254,10 @@ def _is(path: Path, output: Mapping[str, Any]) -> bool:
 
 
 class StaleTempFiles:
-    """What lay about under temporary names when this process first looked into a folder.
+    """The temporary files that a folder contained when this process first listed it.
 
-    It is cleared per shard, and only after one's own commit of that shard: an attempt that had written a temporary
-    file before then had read an older receipt, so that its own commit, should it still live, is void.
+    They are removed shard by shard, and only after this process has committed the shard: an attempt that wrote its
+    temporary file earlier had read an older receipt, so its commit is void even if the attempt is still alive.
     """
 
     def __init__(self) -> None:
@@ -264,9 +265,9 @@ class StaleTempFiles:
         self._uploads: dict[Url, list[str]] = {}
 
     def look(self, places: Collection[Source]) -> None:
-        """List the folders of ``places`` that are not listed yet, and the uploads to them.  Before the commit."""
+        """Before the commit, list the folders of ``places`` that are not listed yet, and the uploads to them."""
         for place in places:
-            if isinstance(place, Url):  # one that may not be listed is left to the bucket's own rules
+            if isinstance(place, Url):  # where listing is not allowed, the bucket's own rules clean up
                 with contextlib.suppress(InfrastructureError):
                     self._uploads[place] = object_at(place).under_way()
         for folder in {place.parent for place in places if isinstance(place, Path)} - self._found.keys():
@@ -284,9 +285,9 @@ class StaleTempFiles:
         dead_tokens: Iterable[str] = (),
         own_uploads: Collection[str] = (),
     ) -> None:
-        """Remove what other attempts left beside ``places``; ``dead_tokens`` are of those that died since the look.
+        """Remove what other attempts left beside ``places``.  ``dead_tokens``: attempts that died since ``look``.
 
-        Raises OSError, and InfrastructureError where a bucket cannot be asked.
+        Raises OSError, and InfrastructureError if a bucket does not answer.
         """
         dead_tokens = list(dead_tokens)
         for place in places:

@@ -1,4 +1,4 @@
-"""Follows the stage before: which of its shards are ready, which will come, and when nothing more will come.
+"""Follows the previous stage: which of its shards are ready, which will come, and when no more will come.
 
 A follower waits for the receipts of the shards that the runs upstream set out to do (``planned``).  Every few seconds
 it lists each bucket in which it waits for a receipt, and reads only receipts that are new.
@@ -25,20 +25,20 @@ from curation.storage.files import read_record
 
 logger = logging.getLogger("curation")
 
-_LOOK_S, _MAX_LOOK_S = 1.0, 10.0  # from one look to the next: while something comes, and when nothing does
-_MAX_CREDIT_S = 30.0  # of a gap between two looks that counts as idleness seen: this process may have been stopped
+_LOOK_S, _MAX_LOOK_S = 1.0, 10.0  # time between two looks: while shards arrive, and while none do
+_MAX_CREDIT_S = 30.0  # longest gap between two looks that counts as idle: this process may have been suspended
 _WATCHED_BEATS = 16
-_LOOKED_AT_AGAIN = 16  # receipts that were not the ones waited for, each time: an inode's number may come again
-_MAX_LOST = 5000  # shards found to be lost at one look
-_MAX_DEPTH = 8  # of stages before the one before
+_LOOKED_AT_AGAIN = 16  # receipts read again at each look although their inode is known: inode numbers are reused
+_MAX_LOST = 5000  # lost shards that are searched for at one look
+_MAX_DEPTH = 8  # stages before the previous one that are searched
 
 
 @dataclass(frozen=True, slots=True)
 class Follows:
     """What a stage follows: the stage that makes its input, and the folder where that stage's outputs lie.
 
-    suffix: a shard is the file ``<id><suffix>`` in that folder; None where the shards are found elsewhere, so that
-    only those are worked on.
+    suffix: a shard is the file ``<id><suffix>`` in that folder; None if the stage finds its shards elsewhere and
+    works on those only.
     """
 
     stage: str
@@ -46,18 +46,18 @@ class Follows:
     suffix: str | None = None
 
     def discover(self) -> list[Shard]:
-        """The shards that are there now: none yet, perhaps.  UsageError where the folder cannot become one."""
+        """The shards that exist now, possibly none.  Raises UsageError if the folder's path is not a folder."""
         if not self.folder.is_dir() and (self.folder.exists() or any(c in str(self.folder) for c in "*?[{")):
             raise UsageError(f"--follow waits for a folder of {self.stage}, and {self.folder} is no folder")
         return discover(str(self.folder), self.suffix or "", may_be_empty=True) if self.folder.is_dir() else []
 
 
 class Follower:
-    """What the stage before has still to publish, as one process of the following stage sees it.  One thread's.
+    """What the previous stage has still to publish, as one process of this stage sees it.  Not thread-safe.
 
-    shards: by id, all that this run is to work on, as far as is known; it grows.
-    has_grown: set where upstream has planned more; whoever has read ``planned`` again clears it.
-    expecting: whether more shards may become ready.  gave_up: whether that ended because nothing moved upstream.
+    shards: by id, all known shards of this run; it grows.
+    has_grown: set when upstream has planned more shards; the caller clears it after it has read ``planned`` again.
+    expecting: whether more shards may become ready.  gave_up: whether the wait ended because upstream was idle.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class Follower:
         self.has_grown = False
         self.expecting = True
         self.gave_up = False
-        self.missing = 0  # shards that it gave up on
+        self.missing = 0  # shards that it no longer waits for
         self._follows = follows
         self._found = {shard.id: shard for shard in found}
         self._choice = choice
         self._idle_s = idle_s
         self._lease_s = lease_s
         self._upstream = _Records(follows.stage, follows.folder)
-        self._waiting: dict[str, set[str]] = {}  # bucket → shards without the receipt that is waited for
-        self._seen: dict[str, int] = {}  # shard → inode of a receipt that was not the one
-        self._lost: set[str] = set()  # shards that upstream cannot do, because the stage before it failed on them
+        self._waiting: dict[str, set[str]] = {}  # bucket → shards whose new receipt is not there yet
+        self._seen: dict[str, int] = {}  # shard → inode of its older receipt
+        self._lost: set[str] = set()  # shards that upstream cannot do, because an earlier stage failed on them
         self._pause_s = _LOOK_S
         self._looked = time.monotonic()
         self._next_look = self._looked
@@ -85,7 +85,7 @@ class Follower:
         self._extend_by_plan()
 
     def planned(self) -> list[str]:
-        """The shards of this run that upstream has set out to do: those that will have a receipt."""
+        """The shards of this run that upstream has planned, so that they will get a receipt."""
         return sorted(self.shards.keys() & self._upstream.planned)
 
     @property
@@ -93,7 +93,7 @@ class Follower:
         return sum(map(len, self._waiting.values()))
 
     def settled(self, shard: Shard) -> bool:
-        """Whether upstream is through with a shard; if not, it is waited for again."""
+        """Whether upstream has finished a shard; if not, the follower waits for it again."""
         if not self.expecting or self._upstream.fate(shard.id):
             self._seen.pop(shard.id, None)
             return True
@@ -101,12 +101,13 @@ class Follower:
         return False
 
     def poll(self) -> list[Shard]:
-        """Shards with a new receipt upstream, when it is time to look again; at the end all others, which upstream
-        will not do."""
+        """Return shards with a new upstream receipt, if it is time to look again.  At the end return all the others,
+        which upstream will not do."""
         now = time.monotonic()
         if not self.expecting or now < self._next_look:
             return []
-        alive = self._upstream.look_for_life(self._lease_s)  # first: what a process records before it ends is read
+        # First, so that the records of a process that ends meanwhile are still seen.
+        alive = self._upstream.look_for_life(self._lease_s)
         grown = self._extend_by_plan()
         arrived, news = self._arrivals()
         moved = grown or news or self._upstream.moved
@@ -146,7 +147,7 @@ class Follower:
     # ---- looking
 
     def _arrivals(self) -> tuple[list[Shard], bool]:
-        """Shards whose receipts are to be looked at, and whether one of these is new."""
+        """Shards whose receipts should be read, and whether one of the receipts is new."""
         receipts, news = self._upstream.receipts, False
         arrived: list[Shard] = []
         if receipts is None:
@@ -158,7 +159,7 @@ class Follower:
                     shard_id, inode = entry.name[:-5], entry.inode()
                     if shard_id not in waiting or not entry.name.endswith(".json"):
                         continue
-                    if self._seen.get(shard_id) != inode:  # a receipt is replaced by a rename
+                    if self._seen.get(shard_id) != inode:  # a rename replaces a receipt
                         self._seen[shard_id] = inode
                         news = True
                     elif shard_id not in again:
@@ -183,7 +184,7 @@ class Follower:
     def _end(self) -> list[Shard]:
         self.expecting = False
         if self._choice is not None:
-            select(self._candidates(), self._choice)  # UsageError for a shard that there is not
+            select(self._candidates(), self._choice)  # raises UsageError for a shard that does not exist
         rest = sorted(shard_id for waiting in self._waiting.values() for shard_id in waiting)
         self._waiting.clear()
         return [self.shards[shard_id] for shard_id in rest]
@@ -193,28 +194,28 @@ class Follower:
         some = sorted(shard_id for waiting in self._waiting.values() for shard_id in waiting)[:3]
         what = f"{self.missing:,} shards are missing ({', '.join(some)}{', ...' if self.missing > 3 else ''})"
         if not self._upstream.planned:
-            what = "it has left no list of shards to do"
+            what = "it has written no list of planned shards"
         self._waiting.clear()
         logger.warning(
             f"nothing has moved in {self._follows.stage} on {self._follows.folder} for {self._idle_s:g} s, and {what}: "
-            f"start {self._follows.stage} again with the command that was used for it, and then this stage"
+            f"run {self._follows.stage} again with the same command, and then this stage"
         )
 
 
 class _Records:
-    """What a stage has left for others to read: receipts, options, plan and heartbeats, found when it has begun.
+    """The records of another stage: receipts, options, plan and heartbeats.  They exist once the stage has begun.
 
-    folder: one that the stage publishes into.
+    folder: a folder into which the stage publishes.
     """
 
     def __init__(self, stage: str, folder: Path) -> None:
-        self.moved = False  # a heartbeat, from the look before to the last one
+        self.moved = False  # whether a heartbeat changed between the last two looks
         self._stage = stage
         self._folder = folder
         self._ledger: Ledger | None = None
         self._plan: Plan | None = None
         self._parents: dict[tuple[str, str], _Records] = {}
-        self._beats: dict[str, bytes] = {}  # heartbeat → its counter, empty where it was not read yet
+        self._beats: dict[str, bytes] = {}  # heartbeat → its counter, empty if it was not read yet
         self._last_moved = 0.0
 
     @property
@@ -227,7 +228,7 @@ class _Records:
         return set() if self._plan is None else self._plan.ids
 
     def look_at_plan(self) -> bool:
-        """Read what was planned and which options were chosen since; whether further shards were planned."""
+        """Read new plans and options versions; returns whether further shards were planned."""
         ledger = self._found()
         if ledger is None or self._plan is None:
             return False
@@ -235,7 +236,7 @@ class _Records:
         return self._plan.look()
 
     def fate(self, shard_id: str) -> str:
-        """``done`` or ``failed`` where a receipt of the present options says so; empty where that is to come."""
+        """``done`` or ``failed`` if a receipt under the current options says so; empty while there is none."""
         ledger = self._found()
         if ledger is None:
             return ""
@@ -244,11 +245,11 @@ class _Records:
         if receipt is None or status not in ("done", "failed"):
             return ""
         if receipt.get("epoch") != ledger.governing(shard_id).number:
-            ledger.load_options_versions()  # the receipt may be newer than what was read
+            ledger.load_options_versions()  # the receipt may be newer than the versions read so far
         return str(status) if receipt.get("epoch") == ledger.governing(shard_id).number else ""
 
     def is_lost(self, shard_id: str, depth: int = 0) -> bool:
-        """Whether the shard failed here, or in a stage before, so that no receipt of it will come."""
+        """Whether the shard failed in this or an earlier stage, so that it will get no receipt."""
         fate = self.fate(shard_id)
         if fate or self._ledger is None or self._plan is None or depth > _MAX_DEPTH:
             return fate == "failed"
@@ -266,9 +267,9 @@ class _Records:
         return bool(self.planned) and shard_id not in self.planned and not self.fate(shard_id)
 
     def look_for_life(self, lease_s: float) -> bool:
-        """Whether a process of the stage is at work: there is a heartbeat that has not stood still for a lease.
+        """Whether a process of the stage is running: some heartbeat has changed within the last lease.
 
-        Sets ``moved``.  Of many heartbeats a few are read, others each time.
+        Sets ``moved``.  If there are many heartbeats, each call reads only some of them, in turn.
         """
         self.moved = False
         ledger = self._found()
@@ -279,7 +280,7 @@ class _Records:
             names = {name for name in os.listdir(folder) if name[0] != "."}
         except OSError:
             names = set()
-        self.moved = not names <= self._beats.keys()  # one more process
+        self.moved = not names <= self._beats.keys()  # a new process
         self._beats = {name: self._beats.get(name, b"") for name in names}
         for name in random.sample(sorted(names), min(_WATCHED_BEATS, len(names))):
             counter = _read_counter(folder / name)

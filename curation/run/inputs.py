@@ -18,18 +18,18 @@ from curation.storage.remote_read import Unavailable, fetch_info
 from curation.storage.urls import Source, Url
 from curation.tar.sources import table_of
 
-VERIFY_BYTES = 64 << 20  # inputs up to this size are hashed before they are used; larger ones by those who read them
+VERIFY_BYTES = 64 << 20  # inputs up to this size are hashed before use; larger ones while they are read
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One file that a shard is made from: a file or folder, or a remote one, which no stage vouches for.
+    """One input of a shard: a file, a folder, or a remote file, which no stage vouches for.
 
-    stage: the upstream stage whose receipt vouches for it; where that stage left no receipts in the file's folder, or
-    with None, the file was made elsewhere and counts by size and modification time.
-    optional: it may be absent, and its absence is recorded.
-    loose: a folder of files, of which the receipt names each; whoever reads them compares (``published_below``).
-    shard: the one whose receipt that is, where it is not the one that is worked on.
+    stage: the upstream stage whose receipt vouches for the input.  If it is None, or that stage left no receipts in
+    the file's folder, the file was made elsewhere and is identified by its size and modification time.
+    optional: the input may be absent; its absence is recorded.
+    loose: a folder of files, each named in the receipt; the reader compares them (``published_below``).
+    shard: the shard whose receipt vouches for it, if that is not the shard being processed.
     """
 
     path: Source
@@ -39,30 +39,30 @@ class Input:
     shard: str | None = None
 
     def origin(self, root: Path) -> dict[str, str]:
-        """For the receipt of a stage whose output folder is ``root``: the input's folder as seen from there, and the
-        stage that vouches for it.  Empty for an input that was made elsewhere, or is vouched for by none."""
+        """For the receipt of a stage whose output folder is ``root``: the stage that vouches for the input, and the
+        input's folder relative to ``root``.  Empty if no stage vouches for it."""
         if self.stage is None or isinstance(self.path, Url):
             return {}
         return {"stage": self.stage, "folder": os.path.relpath(_real(self.path.parent), _real(root))}
 
 
 def source_inputs(shard: Shard) -> list[Input]:
-    """A source shard that was made elsewhere; of loose files the table beside them too."""
+    """The inputs for a source shard that was made elsewhere; for loose files also the table beside them."""
     if isinstance(shard.path, Path) and shard.path.suffix != TAR and shard.path.is_dir():
         return [Input(shard.path), Input(table_of(shard.path), optional=True)]
     return [Input(shard.path)]
 
 
 class Upstream:
-    """The receipts of upstream stages, found once a folder."""
+    """The receipts of upstream stages; each folder is searched once."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[Path, str], Path] = {}
 
     def identify(self, wanted: Input, shard_id: str, *, fresh: bool = True) -> tuple[dict[str, Any] | None, str]:
-        """What the input is now, or None and why the shard is not ready.
+        """The input's record as it is now, or None with the reason why the shard is not ready.
 
-        fresh: of a remote file, not what its listing said.
+        fresh: ask for a remote file again instead of using its listing.
         """
         if isinstance(wanted.path, Url):
             return _identify_remote(wanted.path, fresh=fresh)
@@ -81,25 +81,25 @@ class Upstream:
         if receipt is None:
             return None, f"{wanted.stage} has no receipt for it yet in {receipts}"
         if receipt.get("status") == "retry":
-            return None, f"{wanted.stage} has not done it yet: it is to try it again"
+            return None, f"{wanted.stage} has not done it yet: it will try it again"
         if receipt.get("status") != "done":
-            return None, f"{wanted.stage} failed on it; mend that first (its receipt is in {receipts})"
+            return None, f"{wanted.stage} failed on it; fix that first (its receipt is in {receipts})"
         place = f"{_real(wanted.path.parent)}/{name}"
         found = vouched_for(place, _real(receipts.parent.parent), receipt.get("outputs", []), loose=wanted.loose)
         if found is None and wanted.optional:
             return {"path": name, "absent": True}, ""
-        return found, "" if found else f"the receipt of {wanted.stage} names no {name}"
+        return found, "" if found else f"the receipt of {wanted.stage} does not name {name}"
 
     def _receipts(self, folder: Path, stage: str) -> Path | None:
         place = self._places.get((folder, stage)) or receipts_of(folder, stage)
-        if place is not None:  # where there are none yet, the stage may begin while this run goes on
+        if place is not None:  # if there are none yet, the stage may begin during this run
             self._places[(folder, stage)] = place
         return place
 
 
 def _identify_remote(file: Url, *, fresh: bool) -> tuple[dict[str, Any] | None, str]:
-    """Its size, and its etag or time; of a command, its text.  One that is not to be had is an input of that kind, so
-    that the shard fails until that changes."""
+    """Identify a file by its size and its etag or time, a command by its text.  An unavailable input has a record of
+    its own, so that the shard fails until the input is available."""
     if file.command is not None:
         return {"path": file.name, "command": xxhash.xxh3_128_hexdigest(file.command.encode("utf-8", "replace"))}, ""
     if file.known is not None and not fresh:
@@ -113,22 +113,21 @@ def _identify_remote(file: Url, *, fresh: bool) -> tuple[dict[str, Any] | None, 
 
 
 def check_same_remote(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
-    """Raise ShardError where a remote input is another one than when the shard was begun: each pass reads it anew.
+    """Raise ShardError if a remote input has changed since the shard was begun, because each pass reads it again.
 
-    Of one that cannot be looked at any more, such as by a URL that has expired, nothing is known, and what was read of
-    it counts.
+    If the input can no longer be checked, for example because its URL has expired, the data that was read is used.
     """
     for wanted, record in zip(inputs, records, strict=True):
         if isinstance(wanted.path, Url):
             now, _ = _identify_remote(wanted.path, fresh=True)
             if now is not None and "unavailable" not in now and now != record:
-                raise ShardError(f"{wanted.path}: it changed while it was worked on; start again", "changed")
+                raise ShardError(f"{wanted.path}: it changed while it was processed; start again", "changed")
 
 
 def vouched_for(path: str, home: str, outputs: Sequence[dict[str, Any]], *, loose: bool) -> dict[str, Any] | None:
-    """What a receipt says of the input ``path``, as the receipts of those who read it record it; None for nothing.
+    """What a receipt says about the input ``path``, in the form in which a reader's receipt records it; else None.
 
-    home: the real path of the output folder that the paths in ``outputs`` are relative to.  loose: ``path`` may be a
+    home: the real path of the output folder; the paths in ``outputs`` are relative to it.  loose: ``path`` may be a
     folder of files that the receipt names.
     """
     name = os.path.basename(path)
@@ -144,7 +143,7 @@ def vouched_for(path: str, home: str, outputs: Sequence[dict[str, Any]], *, loos
 
 
 def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) -> None:
-    """Raise ShardError unless every input that a receipt vouches for is whole: size, and digest up to 64 MiB."""
+    """Raise ShardError unless every input with a receipt has its size and, up to 64 MiB, its digest."""
     for wanted, record in zip(inputs, records, strict=True):
         if "digest" not in record or wanted.loose or isinstance(wanted.path, Url):
             continue
@@ -155,13 +154,13 @@ def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) ->
             raise ShardError(f"{wanted.path}: cannot be read ({error.strerror})") from error
         if not whole:
             raise ShardError(
-                f"{wanted.path}: is not what {wanted.stage} published (its receipt says {record['size']:,} bytes, "
+                f"{wanted.path}: this is not what {wanted.stage} published (its receipt says {record['size']:,} bytes, "
                 f"{record['digest']}); run {wanted.stage} again for this shard"
             )
 
 
 def receipts_of(folder: Path, stage: str) -> Path | None:
-    """The receipts folder of ``stage`` for files in ``folder``; None where it never ran there."""
+    """The receipts folder of ``stage`` for files in ``folder``; None if the stage never ran there."""
     place = folder / "_receipts" / stage
     pointer = read_record(place / "_home.json")
     if pointer is not None:
@@ -172,7 +171,7 @@ def receipts_of(folder: Path, stage: str) -> Path | None:
 def published_below(folder: Path, stage: str, shard_id: str) -> dict[str, tuple[int, str]] | None:
     """The files below ``folder`` that a shard's receipt of ``stage`` names: path below it → (size, digest).
 
-    None where the stage never ran there: the files were made elsewhere.
+    None if the stage never ran there: the files were made elsewhere.
     """
     receipts = receipts_of(folder.parent, stage)
     if receipts is None:

@@ -1,7 +1,7 @@
-"""What is done: receipts, versions of the options, and whether a shard is pending, done, failed or blocked.
+"""Knows what is done: receipts, versions of the options, and whether a shard is pending, done, failed or blocked.
 
-A ledger is one stage on one output folder.  All of it is files in underscore folders below that folder; nothing is kept
-in memory that another process could not read.
+A ledger belongs to one stage in one output folder.  It consists of files in underscore folders below that folder, so
+that every process can read its whole state.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from curation.shards import bucket_of
 from curation.storage.buckets import Presence
 from curation.storage.files import link_exclusively, make_folder, parse_record, read_record, read_whole
 
-MAX_ATTEMPTS = 3  # a shard that failed so often runs again only when it is named
+MAX_ATTEMPTS = 3  # a shard that failed so often runs again only if a run names it
 _TRIES, _RETRY_S = 100, 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """``what``: pending | done | failed | blocked; ``why`` for the last two; the inputs as they are now."""
+    """``what`` is pending, done, failed or blocked; ``why`` explains the last two; ``inputs`` are the current ones."""
 
     what: str
     why: str = ""
@@ -45,7 +45,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class OptionsVersion:
-    """One choice of options for a stage on a root.  ``shards`` None: for all of them."""
+    """One choice of options for a stage on a root.  It covers ``shards``, or all shards if that is None."""
 
     number: int
     version: int
@@ -73,17 +73,17 @@ class OptionsVersion:
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """The receipts and the records of commits under way in one bucket, as they were when it was listed."""
+    """The receipts and the records of unfinished commits in one bucket, as they were when it was listed."""
 
     receipts: frozenset[str]
     commits: tuple[str, ...]
 
 
 class Ledger:
-    """Receipts of ``stage`` below ``root``.  ``prepare`` makes the folders.
+    """The receipts of ``stage`` below ``root``.  ``prepare`` creates the folders.
 
-    kept_by_rerun: what --rerun takes over, for the message about other options.
-    read_only: nothing at all is written; else reading finishes what a dead process left half-committed.
+    kept_by_rerun: what --rerun keeps, for the message about changed options.
+    read_only: write nothing; otherwise, reading also finishes commits that a dead process left half-done.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Ledger:
         self.stage = stage
         self.version = version
         try:
-            self.options = orjson.loads(orjson.dumps(options))  # as a receipt will give them back
+            self.options = orjson.loads(orjson.dumps(options))  # in the form in which a receipt returns them
         except TypeError as error:
             raise UsageError(f"{stage}: an option cannot be recorded: {error}") from None
         self.receipts = root / "_receipts" / stage
@@ -116,7 +116,7 @@ class Ledger:
     # ---- folders
 
     def prepare(self, other_outputs: Sequence[Path]) -> None:
-        """Make the folders, and leave a pointer to the receipts in every further output folder."""
+        """Create the folders, and write a pointer to the receipts in every other output folder."""
         for folder in (self.root, self.receipts, *other_outputs):
             make_folder(folder)
         for folder in other_outputs:
@@ -135,7 +135,7 @@ class Ledger:
         if there.get("output") != home:
             raise UsageError(
                 f"{folder}: {self.stage} has put its files there with --output {clean_text(str(there.get('output')))} "
-                f"(seen from there); give that one, or another folder, or remove {pointer} with what it stands for"
+                f"(relative to it); use that --output, or another folder, or remove {pointer} and the files it is for"
             )
 
     def place(self, kind: str, shard_id: str, suffix: str) -> Path:
@@ -150,13 +150,13 @@ class Ledger:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names partial files: work done under other options is not taken up."""
+        """Part of the names of partial files, so that work done under other options is not reused."""
         return xxhash.xxh3_64_hexdigest(orjson.dumps([self.version, self.options], option=orjson.OPT_SORT_KEYS))
 
     def enter(self, run_id: str, rerun: bool, subset: Sequence[str] | None, selected: Sequence[str]) -> None:
-        """Find or make the options version under which this run works.
+        """Find or create the options version under which this run works.
 
-        Raises UsageError when the stage ran here with other options and ``rerun`` was not asked for.
+        Raises UsageError if the stage ran here with other options and ``rerun`` is not set.
         """
         self.load_options_versions()
         covered = None if subset is None else frozenset(subset)
@@ -166,7 +166,7 @@ class Ledger:
                 self._check_same_options(selected)
                 return
             if rerun and any(self._is_of_this_run(past, run_id, covered) for past in self._options_versions):
-                return  # this run began it: another of its tasks, or the job before it was requeued
+                return  # this run began it: in another task, or before the job was requeued
             if self._read_only:
                 return
             number = len(self._options_versions) + 1
@@ -180,8 +180,8 @@ class Ledger:
             }
             data = orjson.dumps(record, option=orjson.OPT_INDENT_2)
             if not link_exclusively(self.receipts / f"_epoch.{number}.json", data):
-                time.sleep(_RETRY_S)  # another process was first; its record may take a moment to be seen here
-            self.load_options_versions()  # and then ask again whether it fits
+                time.sleep(_RETRY_S)  # another process was first; its record may take a moment to appear here
+            self.load_options_versions()  # the loop then checks again whether it fits
         raise InfrastructureError(f"{self.receipts}: the options of this run cannot be recorded; try again")
 
     def _is_of_this_run(self, past: OptionsVersion, run_id: str, covered: frozenset[str] | None) -> bool:
@@ -200,9 +200,9 @@ class Ledger:
         return OptionsVersion(1, self.version, self.options, None, "")  # nothing ran here yet
 
     def check_options_version(self, shard_id: str, *, look: bool = True) -> None:
-        """Raise InfrastructureError when an options version that began after ``enter`` has taken the shard over.
+        """Raise InfrastructureError if an options version that began after ``enter`` now covers the shard.
 
-        look: for newer ones on the disk first.
+        look: first read newer options versions from the disk.
         """
         if look:
             self.load_options_versions()
@@ -212,7 +212,7 @@ class Ledger:
             )
 
     def load_options_versions(self) -> None:
-        """Read the options versions that have begun since the last look."""
+        """Read the options versions that have begun since the last call."""
         with self._lock:
             while True:
                 number = len(self._options_versions) + 1
@@ -220,7 +220,7 @@ class Ledger:
                 data = read_whole(path)
                 if data is None:
                     return
-                value = parse_record(data) or read_record(path)  # it may have been made a moment ago
+                value = parse_record(data) or read_record(path)  # it may be only a moment old
                 if value is None:
                     raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
                 self._options_versions.append(OptionsVersion.from_record(number, value))
@@ -230,7 +230,7 @@ class Ledger:
         if base.same_options(self.options, self.version):
             return
         if selected and all(self.governing(s).same_options(self.options, self.version) for s in selected):
-            return  # going on with a subset that was rerun with these options
+            return  # this run continues a subset that was rerun with these options
         changes = []
         if base.version != self.version:
             changes.append(f"stage version {base.version} → {self.version}")
@@ -247,10 +247,10 @@ class Ledger:
     # ---- states
 
     def state(self, shard_id: str, inputs: Sequence[Input], *, fresh: bool = False, cursory: bool = False) -> State:
-        """Whether a shard is to be done.  ``fresh``: look at the disk even if the folder's listing knows no receipt.
+        """Whether a shard should be done.  ``fresh``: read the disk even if the folder's listing has no receipt.
 
-        cursory: it will be asked again after claiming, so that inputs that were made elsewhere need no look where
-        there is no receipt to compare them with.
+        cursory: the state will be checked again after claiming, so inputs that were made elsewhere are not checked
+        if there is no receipt to compare them with.
         """
         cursory = cursory and all(wanted.stage is None and not wanted.optional for wanted in inputs)
         receipt = self.receipt(shard_id, fresh=fresh) if cursory else None
@@ -270,7 +270,7 @@ class Ledger:
             return State("pending", inputs=current)
         gone = next((record["unavailable"] for record in current if "unavailable" in record), None)
         if gone is not None and receipt.get("status") == "done":
-            return State("blocked", f"{inputs[0].path}: {gone}; what it was made into stays", current, receipt)
+            return State("blocked", f"{inputs[0].path}: {gone}; its outputs stay", current, receipt)
         same = receipt.get("epoch") == in_force.number and receipt.get("inputs") == list(current)
         if same and receipt.get("status") == "failed":
             return State("failed", str(receipt.get("error", {}).get("message", "")), current, receipt)
@@ -282,7 +282,7 @@ class Ledger:
         return State("pending", inputs=current, receipt=receipt)
 
     def receipt(self, shard_id: str, *, fresh: bool = True) -> dict[str, Any] | None:
-        """The shard's receipt, after finishing a commit that a dead process may have left half-done."""
+        """Finish a commit that a dead process may have left half-done, and return the shard's receipt."""
         commit = self.commit(shard_id)
         if not fresh:
             listing = self._listing(bucket_of(shard_id))
@@ -296,11 +296,11 @@ class Ledger:
         return receipt
 
     def forget_listing(self) -> None:
-        """Look at the folders again at the next question."""
+        """Forget the listings, so that the next call lists the folders again."""
         self._listings.clear()
 
     def _listing(self, bucket: str) -> _Listing:
-        """One listing per bucket and process, until it is known to be out of date."""
+        """The listing of a bucket.  A process lists a bucket once, and again when the listing proves out of date."""
         listing = self._listings.get(bucket)
         if listing is None:
             try:
@@ -331,7 +331,7 @@ class Ledger:
 
 
 def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
-    """Every receipt of a stage below its output folder, done and failed, in the order of the shards."""
+    """Yield every receipt of a stage below its output folder, done and failed, in the order of the shards."""
     receipts = root / "_receipts" / stage
     try:
         buckets = sorted(entry.name for entry in os.scandir(receipts) if entry.is_dir())
@@ -346,7 +346,7 @@ def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
 
 
 def receipts_of_all(root: Path, stage: str, ids: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    """The receipts of these shards in their order, and the first shard that is not done, "" where all are."""
+    """The receipts of these shards in their order, and the first shard that is not done ("" if all are done)."""
     found = {receipt["shard"]: receipt for receipt in done_receipts(root, stage)}
     receipts: list[dict[str, Any]] = []
     for shard_id in ids:

@@ -1,14 +1,14 @@
-"""Merges the parts of many shards into one file: a JSONL that grows while they are made, or one parquet at the end.
+"""Merges the parts of many shards into one file: a JSONL that grows during the run, or a parquet file at its end.
 
-Any number of processes merge a JSONL together.  A log of entries decides what is merged: which shards come next, and at
-which byte.  An entry is a file that only one process can create.  Its bytes in the JSONL follow from the entry alone
-(parts are named with their digests), so whoever finds an entry may write its bytes at their place, any number of times,
-and a process that is killed or sleeps does no harm.  An entry begins only when the bytes of the one before are durable.
+Any number of processes merge a JSONL together.  A log of entries decides which shards come next, and at which byte.
+An entry is a file that only one process can create.  Its bytes in the JSONL follow from the entry alone (it names each
+part with its digest), so any process that finds an entry may write its bytes at their offset, any number of times, and
+a killed or suspended process does no harm.  An entry is created only when the bytes of the last one are durable.
 
-A shard that failed has no rows.  Where a shard was done again after it was merged, the log is out of date: once nothing
-is pending any more a second log is begun, and its file takes the place of the first one's when it is complete.
+A failed shard has no rows.  If a shard was done again after it was merged, the log is out of date: once nothing is
+pending, a second log is begun, and its file replaces the first one when it is complete.
 
-A parquet file is made of the parts of all shards, in their order, once none is pending.
+A parquet file is made from the parts of all shards, in the order of the shards, once none is pending.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from curation.storage.files import link_exclusively, make_folder, read_record, w
 logger = logging.getLogger("curation")
 
 MERGE_EVERY_S = 2.0
-MAX_ENTRY_BYTES = 64 << 20  # of one entry, of which each process that writes it holds one in memory
+MAX_ENTRY_BYTES = 64 << 20  # of one entry, which the process that writes it holds in memory
 _FOLDER, _DATA = "_merged", "data"
 
 Transform = Callable[[bytes, Path], bytes]
@@ -45,21 +45,21 @@ Transform = Callable[[bytes, Path], bytes]
 
 @dataclass(slots=True)
 class _Log:
-    """The entries of one log that this process has seen.  end: where the next one begins."""
+    """The entries of one log that this process has read.  end: the byte at which the next one begins."""
 
     folder: Path
-    shards: list[tuple[str, str, int]] = field(default_factory=list)  # id, digest of its part ("": none), bytes
+    shards: list[tuple[str, str, int]] = field(default_factory=list)  # id, digest of its part (or ""), bytes
     last: dict[str, Any] | None = None
     count: int = 0
     end: int = 0
-    written: int = 0  # of the entries, those whose bytes this process knows to be durable
+    written: int = 0  # number of entries whose bytes are known to be durable
 
     @property
     def data(self) -> Path:
         return self.folder / _DATA
 
     def read(self) -> None:
-        """Take in the entries that were made since the last look."""
+        """Read the entries that were created since the last call."""
         while (entry := read_record(self.folder / f"{self.count}.json")) is not None:
             self.shards += [(str(i), str(d), int(n)) for i, d, n in entry["shards"]]
             self.last, self.count, self.end = entry, self.count + 1, int(entry["end"])
@@ -68,8 +68,8 @@ class _Log:
 class JsonlMerge:
     """Merges the parts ``part(shard id)`` of a stage's done shards into ``target``, in the order of their ids.
 
-    part: where a shard's part is, relative to the ledger's root, as its receipt names it.
-    transform: (bytes of a part, its path) → its lines in the merged file, always the same.
+    part: shard id → path of its part relative to the ledger's root, as its receipt names it.
+    transform: (bytes of a part, its path) → its lines in the merged file; it must be deterministic.
     """
 
     def __init__(self, ledger: Ledger, target: Path, part: Callable[[str], str], transform: Transform) -> None:
@@ -82,17 +82,17 @@ class JsonlMerge:
         self._last_look = -float("inf")
 
     def grow(self) -> None:
-        """Merge what has been done, at most every few seconds."""
+        """Merge the shards that are done by now; calls within a few seconds of the last one do nothing."""
         if time.monotonic() - self._last_look >= MERGE_EVERY_S:
             self._merge(is_last=False)
             self._last_look = time.monotonic()
 
     def finish(self) -> bool:
-        """Merge what has been done, and again from the start where it was done again; whether all is merged."""
+        """Merge what is done, from the start if merged shards were done again; returns whether all is merged."""
         return self._merge(is_last=True)
 
     def _merge(self, *, is_last: bool) -> bool:
-        """is_last: compare what is merged with the receipts, and write the last entry's bytes whoever did before."""
+        """is_last: compare the log with the receipts, and write the last entry's bytes even if another process did."""
         self._ledger.load_options_versions()
         if self._plan.look():
             self._order = sorted(self._plan.ids)
@@ -102,7 +102,7 @@ class JsonlMerge:
         log.read()
         if [shard_id for shard_id, _, _ in log.shards] != order[: len(log.shards)] or (is_last and self._is_stale(log)):
             if any(self._fate(shard_id) is None for shard_id in order):
-                return False  # later: it would be out of date again
+                return False  # a new log would soon be out of date again
             log = self._begin(int(log.folder.name) + 1)
             log.read()
         if is_last:
@@ -145,7 +145,7 @@ class JsonlMerge:
         return any(self._fate(shard_id) not in (None, digest) for shard_id, digest, _ in log.shards)
 
     def _show(self, log: _Log) -> None:
-        """Have ``target`` be the log's file, and remove the logs before it."""
+        """Make ``target`` the log's file, and remove the older logs."""
         if self._current().folder != log.folder:
             return
         with contextlib.suppress(FileNotFoundError):
@@ -163,7 +163,7 @@ class JsonlMerge:
     # ---- entries
 
     def _fate(self, shard_id: str) -> str | None:
-        """The digest of a shard's part; "" where it failed; None while it is pending."""
+        """The digest of a shard's part; "" if the shard failed; None while it is pending."""
         receipt = self._ledger.receipt(shard_id)
         if receipt is None or receipt.get("epoch") != self._ledger.governing(shard_id).number:
             return None
@@ -175,7 +175,7 @@ class JsonlMerge:
         return str(outputs.get(self._part(shard_id), ""))
 
     def _next_entry(self, log: _Log, order: list[str]) -> dict[str, Any] | None:
-        """The shards that can be merged next; None where the first of them is pending."""
+        """The shards that can be merged next; None if the first of them is pending."""
         shards: list[tuple[str, str, int]] = []
         size = 0
         for shard_id in order[len(log.shards) :]:
@@ -190,7 +190,7 @@ class JsonlMerge:
         return {"start": log.end, "end": log.end + size, "shards": shards} if shards else None
 
     def _lines(self, shard_id: str, digest: str) -> bytes | None:
-        """A shard's lines; None where its part is another one by now."""
+        """A shard's lines; None if its part has been replaced."""
         if not digest:
             return b""
         path = self._ledger.root / self._part(shard_id)
@@ -204,13 +204,13 @@ class JsonlMerge:
             return None
 
     def _complete_last(self, log: _Log) -> bool:
-        """Write the bytes of the last entry, whoever made it; False where a part of it is gone."""
+        """Write the bytes of the last entry, even if another process created it; False if a part of it is gone."""
         entry = log.last
         if entry is None or log.written == log.count:
             return True
         try:
             descriptor = os.open(log.data, os.O_WRONLY)
-        except FileNotFoundError:  # a newer log has taken over
+        except FileNotFoundError:  # a newer log has replaced this one
             return False
         try:
             for offset, data in self._pieces(entry):
@@ -235,22 +235,22 @@ class JsonlMerge:
 
     @staticmethod
     def _is_written(log: _Log, entry: dict[str, Any]) -> bool:
-        """Whether the file reaches as far as an entry: its parts were replaced after they were merged."""
+        """Whether the file contains an entry's bytes, so that its parts were replaced only after the merge."""
         return log.data.stat().st_size >= int(entry["end"])
 
 
 _MARK = b"parts"
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for a formula (OWASP, CSV injection)
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet reads these as a formula (OWASP, CSV injection)
 
 
 def merge_parquet(
     ledger: Ledger, part_of: Callable[[str], str], name: str, also: Callable[[Path], None] | None = None
 ) -> bool:
-    """``name`` in the stage's output folder, out of each shard's ``part_of(shard id)``; whether it is there.
+    """Write ``name`` in the stage's output folder from the ``part_of(shard id)`` of each shard; whether it exists.
 
-    Whoever comes last makes it, and it appears whole; where it is there already, of the same parts, it is left alone.
-    A column that is not of one type in all parts becomes text.
-    also: makes whatever else is made from the file, before the file appears.
+    The process that finishes last writes it, and it appears complete; a file made from the same parts is kept.
+    A column whose type differs between the parts becomes text.
+    also: called with the file before it appears, to make further files from it.
     """
     import pyarrow
     from pyarrow import parquet
@@ -280,14 +280,14 @@ def merge_parquet(
             file.flush()
             if also is not None:
                 also(Path(file.name))
-    except (OSError, pyarrow.ArrowException) as error:  # a shard is being done again: whoever does it comes here too
+    except (OSError, pyarrow.ArrowException) as error:  # a shard is being done again; its worker will merge too
         logger.warning(f"{target}: not written: {error}")
         return False
     return True
 
 
 def write_csv(source: Path, target: Path, columns: Sequence[str], keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Some columns of a parquet file, of the rows that ``keep`` wants, as a csv that no spreadsheet runs."""
+    """Write some columns of the rows that ``keep`` accepts as CSV, so that no spreadsheet runs a cell as a formula."""
     from pyarrow.parquet import ParquetFile
 
     with whole_file(target) as out, ParquetFile(source) as file:

@@ -1,4 +1,4 @@
-"""Guards the output folder: a stage goes on with its own shards there, and leaves those of others as they are."""
+"""Guards the output folder: a stage continues its own shards there, and does not overwrite those of others."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from curation.storage.buckets import Folder, RemoteFolder, object_at
 from curation.storage.files import read_record
 from curation.storage.urls import Url
 
-LAYOUT_NOTE = "layout"  # of receipts of shards that were regrouped
+LAYOUT_NOTE = "layout"  # a note in the receipts of regrouped shards
 
 
 def refuse_foreign_shards(
     output: Path, place: Folder, stage: str, ids: Collection[str] | None, *, regroups: bool, overwrite: bool
 ) -> None:
-    """Refuse to write among tars that the stage did not make, or among its own shards of another layout.
+    """Refuse to write into a folder with tars that the stage did not make, or with its own shards of another layout.
 
     Args:
-        output: Where the receipts are.
-        place: Where the tars go, which may be a bucket.
+        output: The folder of the receipts.
+        place: The folder for the tars, which may be a bucket.
         stage: The name of the stage.
-        ids: The shards that are to be there; None where that is not known yet.
-        regroups: These are all the shards that there may be.
-        overwrite: Tars that are in the way are replaced, and shards of another layout are removed.
+        ids: The shards that this run will write; None if they are not known yet.
+        regroups: No other shards than these may exist.
+        overwrite: Replace tars that are in the way, and remove shards of another layout.
 
     Raises:
-        UsageError: ``place`` holds such shards, and ``overwrite`` was not asked for.
+        UsageError: ``place`` holds such shards, and ``overwrite`` is not set.
     """
     tars = {name.removesuffix(TAR) for name in _names(place) if name.endswith(TAR) and name[0] != "."}
-    own = _own(output / "_receipts" / stage)  # looked up after the tars: a commit publishes them before its receipt
+    own = _own(output / "_receipts" / stage)  # read after the tars, because a commit publishes tars before its receipt
     if not overwrite:
         _refuse(place, stage, tars - own, "--overwrite")
     surplus = own - set(ids) if ids is not None else set()
-    if surplus and not regroups:  # shards of other sources may stand beside these, but not those of a layout
+    if surplus and not regroups:  # shards of other sources may be in the folder, but not of another layout
         record = read_record(_receipt(output, stage, min(surplus))) or {}
         surplus = surplus if LAYOUT_NOTE in record.get("notes", {}) else set()
     if not surplus:
@@ -46,33 +46,33 @@ def refuse_foreign_shards(
     if not overwrite:
         raise UsageError(
             f"{place} holds {len(surplus):,} shards of another layout, which would stay beside the new ones: "
-            f"{some(surplus)}. Give another folder, or --overwrite to remove them"
+            f"{some(surplus)}. Use another folder, or --overwrite to remove them"
         )
     for shard_id in sorted(surplus):
         _remove(output, stage, shard_id)
 
 
 def refuse_foreign_files(output: Path, place: Folder, stage: str, ids: Collection[str], *, rerun: bool) -> None:
-    """Refuse to begin a stage where anything lies already that has the name of one of its shards.
+    """Refuse to begin a stage in a folder that already has entries with the name of one of its shards.
 
     This is for a stage that writes several files, or a folder, for each shard.  A stage that has begun in ``output``
-    goes on there.
+    continues there.
 
     Raises:
-        UsageError: ``place`` holds such files, and ``rerun`` was not asked for.
+        UsageError: ``place`` holds such files, and ``rerun`` is not set.
     """
     receipts = output / "_receipts" / stage
     if rerun or receipts.exists():
         return
     foreign = {name.partition(".")[0] for name in _names(place)} & set(ids)
-    if not receipts.exists():  # else another worker has begun meanwhile
+    if not receipts.exists():  # otherwise another worker has begun meanwhile
         _refuse(place, stage, foreign, "--rerun")
 
 
 def _refuse(place: Folder, stage: str, foreign: Collection[str], flag: str) -> None:
     if foreign:
         raise UsageError(
-            f"{place} already holds {len(foreign):,} shards that {stage} has not made: {some(foreign)}. Give "
+            f"{place} already holds {len(foreign):,} shards that {stage} has not made: {some(foreign)}. Use "
             f"another folder, or {flag} to replace those that are in the way"
         )
 
@@ -89,7 +89,7 @@ def _names(folder: Folder) -> list[str]:
 
 
 def _own(receipts: Path) -> set[str]:
-    """Shards with a receipt, or with a commit under way."""
+    """The shards that have a receipt or an unfinished commit."""
     found = set()
     for bucket in _names(receipts):
         if bucket[0] == "_" or not (receipts / bucket).is_dir():
@@ -107,7 +107,7 @@ def _receipt(output: Path, stage: str, shard_id: str) -> Path:
 
 
 def _remove(output: Path, stage: str, shard_id: str) -> None:
-    """Remove a shard: its receipt first, because files that no receipt names belong to no shard."""
+    """Remove a shard: the receipt first, because files that no receipt names belong to no shard."""
     path = _receipt(output, stage, shard_id)
     record = read_record(path) or {}
     path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The shards that the runs of a stage set out to do: lists below the stage's output folder, one file for each list.
+"""The shards that the runs of a stage plan to do: lists below the stage's output folder, one file for each list.
 
-A stage that follows another learns from them which shards will come, and ``status`` which are pending.
+A stage that follows another one reads there which shards will come, and ``status`` which are pending.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from curation.storage.files import link_exclusively, make_folder, read_record
 
 logger = logging.getLogger("curation")
 
-MAX_LISTS = 10_000  # of one stage: each run leaves at most one for each time that its list grows
+MAX_LISTS = 10_000  # of one stage: a run writes one list, and one more each time that its list grows
 _MAX_SOURCES = 64
 _MAX_PATH = 4096
 
 
 def record_plan(output: Path, stage: str, ids: Iterable[str], sources: Sequence[Mapping[str, str]] = ()) -> None:
-    """Record that a run of ``stage`` sets out to do these shards.  The same list is one file, however many record it.
+    """Record that a run of ``stage`` plans to do these shards.  Runs that record the same list share one file.
 
-    sources: where the shards come from, as receipts say it: ``{"stage": ..., "folder": seen from output}``.
+    sources: the origin of the shards in the form of receipts: ``{"stage": ..., "folder": relative to output}``.
     """
     shards = sorted(set(ids))
     if not shards:
@@ -43,16 +43,16 @@ def record_plan(output: Path, stage: str, ids: Iterable[str], sources: Sequence[
 
 
 def planned(output: Path, stage: str, on_warning: Callable[[str], None] = logger.warning) -> set[str]:
-    """Every shard that a run of ``stage`` set out to do; empty where none has left its list."""
+    """Every shard that a run of ``stage`` planned to do; empty if no run has written a list."""
     plan = Plan(output, stage, on_warning)
     plan.look()
     return plan.ids
 
 
 class Plan:
-    """The lists of one stage together.  A list never changes once it is there, so each is read once.
+    """All lists of one stage together.  A list never changes, so each is read once.
 
-    sources: (stage, folder seen from the output folder) of what the shards are made from.
+    sources: (stage, folder relative to the output folder) of the shards' inputs.
     """
 
     def __init__(self, output: Path, stage: str, on_warning: Callable[[str], None] = logger.warning) -> None:
@@ -64,7 +64,7 @@ class Plan:
         self._read: set[str] = set()
 
     def look(self) -> bool:
-        """Read the lists that are new; whether they name further shards."""
+        """Read the new lists; returns whether they name further shards."""
         before = len(self.ids)
         for name in self._new_names():
             if len(self._read) >= MAX_LISTS or len(self.ids) > MAX_SHARDS:
@@ -82,7 +82,7 @@ class Plan:
                     for entry in entries
                     if entry.name.endswith(".json") and entry.name[0] != "." and entry.name not in self._read
                 )
-        except OSError:  # no run yet
+        except OSError:  # no run has written a list yet
             return []
 
     def _take(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class Plan:
         safe = {shard_id for shard_id in shards if isinstance(shard_id, str) and is_safe_id(shard_id)}
         self.ids |= safe
         if len(safe) < len(shards):
-            self._warn(f"{path}: {len(shards) - len(safe):,} names that are no shard's, or stand there twice")
+            self._warn(f"{path}: {len(shards) - len(safe):,} names are not valid shard ids, or are repeated")
         sources = record.get("sources", [])
         for source in sources[:_MAX_SOURCES] if isinstance(sources, list) else []:
             stage, folder = (source.get("stage"), source.get("folder")) if isinstance(source, dict) else (None, None)

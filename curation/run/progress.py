@@ -1,4 +1,4 @@
-"""Shows how a run gets on: a bar on a terminal, and a line from time to time in a log."""
+"""Shows the progress of a run: a bar on a terminal, or a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from curation.options import logger, on_terminal
 LINE_EVERY_S = 30.0
 
 
-_WORDING = {  # what became of a shard → its words in the last line, in this order
+_WORDING = {  # result of a shard → its words in the last line, in this order
     "worked": "done",
     "done": "were done before",
     "failed": "failed",
@@ -29,14 +29,14 @@ _WORDING = {  # what became of a shard → its words in the last line, in this o
 
 
 def _log_to_stderr() -> None:
-    """Let the log follow ``sys.stderr``, which a bar replaces while it is drawn."""
+    """Make the log write to the current ``sys.stderr``, which a progress bar replaces while it is shown."""
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
 
 
 class Tally:
-    """What became of the shards and of the samples, in this process.  Thread-safe."""
+    """Counts the results of shards and samples in this process.  Thread-safe."""
 
     def __init__(self) -> None:
         self._shards: Counter[str] = Counter()
@@ -67,7 +67,7 @@ class Tally:
 
 
 class Progress:
-    """Shards and samples done.  Thread-safe; costs a lock and an addition per call."""
+    """Shows the shards and samples that are done.  Thread-safe; a call costs a lock and an addition."""
 
     def __init__(self, title: str, shards: int, quiet: bool) -> None:
         self._title = title
@@ -98,7 +98,7 @@ class Progress:
             )
             self._task = self._bar.add_task(self._title, total=self._shards, samples=0, rate=0.0)
             self._bar.start()
-            _log_to_stderr()  # which is the bar's now: lines go above it
+            _log_to_stderr()  # now the bar's own stream, so that lines appear above the bar
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,7 +107,7 @@ class Progress:
             _log_to_stderr()
 
     def expect(self, shards: int) -> None:
-        """There are so many shards in all, it has turned out."""
+        """Set the total number of shards, once it is known."""
         with self._lock:
             self._shards = shards
             if self._bar is not None:
@@ -119,7 +119,7 @@ class Progress:
             self._show()
 
     def shard_passed(self) -> None:
-        """A shard is done, failed, blocked, or was done before."""
+        """Count a shard that is done, failed, blocked, or was done before."""
         with self._lock:
             self._shards_done += 1
             self._show()

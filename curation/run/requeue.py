@@ -22,21 +22,22 @@ from curation.shards import bucket_of
 Redo = Literal["urls", "images"]
 
 
-"""What is to be done of a shard that was done: its failed rows asked once more; its stored images decoded."""
+"""What to redo of a done shard: request its failed rows once more, or decode its stored images."""
 
 
 def requeue(
     commit: Commit, claim: Path, receipt: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> Literal["retry", "claimed", "lost"]:
-    """Commit a receipt with the status ``retry`` and these fields in the place of ``receipt``.
+    """Commit a receipt with the status ``retry`` and these fields in place of ``receipt``.
 
-    claim: where a worker's claim on the shard would be.  claimed: a live worker has it; lost: it is just committing.
+    claim: the path of a worker's claim on the shard.  Returns ``claimed`` if a live worker holds the shard, ``lost``
+    if another process is committing it.
     """
     holder = read_claim(claim)
-    if holder is not None and not is_gone(holder):  # its work would be lost to this commit
+    if holder is not None and not is_gone(holder):  # this commit would discard its work
         return "claimed"
     generation = int(receipt.get("generation", 0))
-    if commit.finish_pending(generation):  # a worker died in the middle of a newer commit
+    if commit.finish_pending(generation):  # a worker died during a newer commit
         return "lost"
     token, now = secrets.token_hex(8), round(time.time(), 3)
     try:
@@ -47,10 +48,10 @@ def requeue(
 
 
 def requeue_all(ledger: Ledger, shards: Collection[str], what: Collection[Redo], run_id: str) -> Counter[str]:
-    """Make done shards pending for ``what``; what they have stays published, and named, until it is replaced.
+    """Make done shards pending for ``what``; their outputs stay published until they are replaced.
 
-    For ``urls`` alone, only those with failed rows.  Shards that this very run has done are left.  Counts what became
-    of those that were to be done again: ``retry``, ``claimed``, ``lost``.
+    With ``urls`` alone, this selects only shards with failed rows.  Shards that this very run has done are skipped.
+    Returns the number of selected shards by result: ``retry``, ``claimed``, ``lost``.
     """
     counts: Counter[str] = Counter()
     for receipt in done_receipts(ledger.root, ledger.stage):

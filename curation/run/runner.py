@@ -1,4 +1,4 @@
-"""The only loop over shards: find what is pending, claim it, have the stage work on it, commit, go on.
+"""The only loop over shards: find a pending shard, claim it, let the stage process it, commit, and continue.
 
 Any number of processes on any number of nodes run this loop over the same folders, and more may join at any time.
 """
@@ -30,16 +30,25 @@ from curation.run.work import Stage
 from curation.run.workers import is_worker, run_workers
 from curation.shards import Shard, bucket_of, select
 
-_WATCHED = 16  # claims of others that an idle worker looks at
+_WATCHED = 16  # claims of other workers that an idle worker checks
 _MISSES_BEFORE_RELISTING = 6
-_LOSSES = 3  # of one shard to this process, before it leaves the shard to others
+_LOSSES = 3  # after it has lost a shard so often, this process leaves it to others
 
 
 def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follows: Follows | None = None) -> int:
-    """Run a stage over the selected shards in this process, or in ``--workers`` of them; returns the exit code.
+    """Run a stage over the selected shards, in this process or in ``--workers`` processes.
 
-    follows: what ``--follow`` waits for; None for a stage that has none before it.
-    Raises InfrastructureError where the run cannot go on; ``exit_code`` turns it into a line and code 2.
+    Args:
+        stage: The stage.
+        options: Its options.
+        shards: All shards that were found; ``--shards`` selects among them.
+        follows: What ``--follow`` waits for; None for a stage that has no stage before it.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InfrastructureError: The run cannot go on; ``exit_code`` turns this into one line and code 2.
     """
     options.check()
     if not options.follow:
@@ -54,7 +63,8 @@ def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], f
         set_up_logging(options.quiet)
         shared = run_id().partition("-")[2] or secrets.token_hex(8)
         follower = _follower(follows, selected, options)
-        _enter(stage, selected, options, f"run-{shared}", follower)  # what is wrong with them is then said once
+        # Here, so that an error in the options is reported once and not by each worker.
+        _enter(stage, selected, options, f"run-{shared}", follower)
         return run_workers(stage, options, shared)
     allocation = Allocation.detect(options.workers)
     set_up_logging(options.quiet, f"[{allocation.rank}]" if allocation.world > 1 else "")
@@ -72,7 +82,7 @@ def run_shards(
     stop: StopSignal,
     follows: Follows | None = None,
 ) -> int:
-    """Work on every pending shard until none is left that this process could take; returns the exit code."""
+    """Process pending shards until none is left that this process can claim; returns the exit code."""
     allocation = replace(allocation, run_id=allocation.run_id or f"run-{secrets.token_hex(8)}")
     follower = _follower(follows, shards, options)
     ledger = _enter(stage, shards, options, allocation.run_id, follower)
@@ -103,7 +113,7 @@ def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOpti
 def _enter(
     stage: Stage[Any], shards: Sequence[Shard], options: RunOptions, run: str, follower: Follower | None = None
 ) -> Ledger:
-    """Make the stage's folders, record its options there or find that they fit, and record its list of shards."""
+    """Create the stage's folders, record its options or check that they match, and record its list of shards."""
     if follower is not None:
         shards = list(follower.shards.values())
     ledger = _ledger(stage)
@@ -115,7 +125,7 @@ def _enter(
 
 
 def _record_plan(stage: Stage[Any], shards: Sequence[Shard], follower: Follower | None) -> None:
-    """For those who follow this run.  One that follows itself names only shards that upstream has named."""
+    """Record the shards of this run for stages that follow it.  With --follow, only those that upstream planned."""
     if follower is not None:
         shards = [follower.shards[shard_id] for shard_id in follower.planned()]
     if shards:
@@ -124,7 +134,7 @@ def _record_plan(stage: Stage[Any], shards: Sequence[Shard], follower: Follower 
 
 
 class _Run:
-    """The main thread looks for shards and claims them; as many threads as the stage wants shards in flight work."""
+    """The main thread finds and claims shards; ``shards_in_flight`` threads process them."""
 
     def __init__(
         self,
@@ -152,12 +162,12 @@ class _Run:
         self._opened = False
         self._misses = 0
         self._untidy: list[Shard] = []
-        # shared with the threads
+        # The threads share these:
         self._lock = threading.Lock()
-        self._waiting: list[Shard] = []  # others hold them, or took them from us
+        self._waiting: list[Shard] = []  # other processes hold them, or took them over
         self._losses: Counter[str] = Counter()
         self._in_flight = 0
-        self._landed = threading.Event()  # one of those in flight
+        self._landed = threading.Event()  # a shard in flight has ended
         self._fatal: BaseException | None = None
 
     def go(self) -> int:
@@ -172,7 +182,7 @@ class _Run:
                         self._in_flight += 1
                     pool.submit(self._attempt, shard, claim, alone)
             except BaseException:
-                self._stop.ask("error")  # those in flight
+                self._stop.ask("error")  # stops the shards in flight
                 raise
         if self._fatal is not None:
             raise self._fatal
@@ -182,7 +192,7 @@ class _Run:
     # ---- which shard next
 
     def _claimed(self) -> Iterator[tuple[Shard, Claim]]:
-        """Claim pending shards one after the other; each comes with one slot taken that the attempt gives back."""
+        """Claim pending shards one after the other.  Each takes a slot, which the attempt frees at its end."""
         if self._follower is None:
             yield from self._try(self._shards)
         yield from self._watch()
@@ -203,7 +213,7 @@ class _Run:
                 self._slots.release()
 
     def _arrived(self) -> Sequence[Shard]:
-        """With ``--follow``: shards that upstream has just published.  What it has planned since is planned here."""
+        """With ``--follow``: the shards that upstream has just published.  Shards newly planned there are recorded."""
         follower = self._follower
         if follower is None:
             return ()
@@ -216,7 +226,7 @@ class _Run:
         return arrived
 
     def _look_at(self, shard: Shard, *, fresh: bool = False) -> Claim | None:
-        """Claim the shard if it is to be done; one that another holds is put among the waiting."""
+        """Claim the shard if it should be done; if another process holds it, add it to the waiting ones."""
         if self._follower is not None and not self._follower.settled(shard):
             return None
         self._ledger.check_options_version(shard.id, look=False)
@@ -231,7 +241,7 @@ class _Run:
             self._stage.open(self._allocation)
             self._opened = True
             self._attempts.open_s = time.monotonic() - began
-            if self._ended():  # it may have taken minutes
+            if self._ended():  # opening may have taken minutes
                 self._tally.shards("left")
                 return None
         claim = self._claims.acquire(bucket_of(shard.id), shard.id)
@@ -242,15 +252,15 @@ class _Run:
         return claim
 
     def _missed(self) -> None:
-        """Others are ahead of what the listing says: after several times, look again."""
+        """Another process had already done a shard that the listing shows as pending; after several, list again."""
         with self._lock:
             self._misses += 1
         if self._misses % (_MISSES_BEFORE_RELISTING + random.randrange(3)) == 0:
             self._ledger.forget_listing()
 
     def _watch(self) -> Iterator[tuple[Shard, Claim]]:
-        """Shards that others hold: take what they give back or die on, until nothing was to be had for two leases.
-        And with ``--follow`` those that upstream publishes meanwhile, until it is complete."""
+        """Wait for shards that others hold: claim those that they release or die on, until two leases brought none.
+        With ``--follow``, also claim the shards that upstream publishes meanwhile, until it is complete."""
         idle_since = time.monotonic()
         pause_s = min(1.0, self._options.lease_s / 8)
         while not self._ended():
@@ -288,10 +298,10 @@ class _Run:
             self._waiting.clear()
         if count:
             self._tally.shards("others", count)
-            logger.info(f"{count} shards are in other workers' hands; this one ends")
+            logger.info(f"other workers hold {count} shards; this one ends")
 
     def _order(self, shards: Sequence[Shard]) -> Sequence[Shard]:
-        """The shards' own order for a lone worker; among several, one hashed by worker, so that they do not race."""
+        """A single worker takes the shards in order.  Each of several has a hashed order, so that they do not race."""
         if self._allocation.world == 1:
             return shards
         mark = f"{self._claims.heartbeat.name}:".encode()
@@ -303,7 +313,7 @@ class _Run:
     # ---- one shard
 
     def _wait_for_all_slots(self) -> None:
-        """Take all slots beside the one that is taken already, so that nothing else is in flight."""
+        """Take all other slots, so that no other shard is in flight."""
         for _ in range(1, self._stage.shards_in_flight):
             while not self._slots.acquire(timeout=0.5):
                 pass  # signal handlers run in between
@@ -327,17 +337,19 @@ class _Run:
             self._landed.set()
 
     def _lost(self, shard: Shard) -> None:
-        """Another worker won it or will; if not, this one comes back to it."""
+        """Another worker has won the shard or will; if it does not, this worker tries the shard again."""
         with self._lock:
             self._losses[shard.id] += 1
             if self._losses[shard.id] < _LOSSES:
                 self._waiting.append(shard)
                 return
-        logger.warning(f"{shard.id}: lost {_LOSSES} times; start again to go on with it")
+        logger.warning(
+            f"{shard.id}: other workers took it over {_LOSSES} times; run the command again to continue with it"
+        )
         self._tally.shards("left")
 
     def _tidy_up(self) -> None:
-        """Shards that were done when this run came, on which a dead process still has a claim."""
+        """Clean up shards that were done before this run and still have the claim of a dead process."""
         for shard in self._untidy:
             if self._stop.draining:
                 return
@@ -355,7 +367,7 @@ class _Run:
         logger.info(f"{self._stage.name}: of {len(self._shards)} shards {self._tally.text(seconds)}")
         if self._tally["left"] or (follower is not None and follower.expecting):
             cause = self._stop.cause or "lost shards"
-            logger.warning(f"stopped ({cause}) with work left: start the same command again")
+            logger.warning(f"stopped ({cause}) with work left: run the same command again")
             return EXIT_WORK_LEFT
         if self._tally["failed"] or self._tally["blocked"]:
             logger.warning(f"receipts of failed shards are in {self._ledger.receipts}; --retry_failed tries them again")
@@ -364,7 +376,7 @@ class _Run:
 
 
 def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:
-    """Say what would be done.  Writes nothing."""
+    """Print what would be done, and write nothing."""
     ledger = _ledger(stage, read_only=True)
     if not options.rerun:
         ledger.enter("", False, None, [shard.id for shard in shards])

@@ -1,4 +1,4 @@
-"""What a stage is, and the context in which it works on a shard: counts, outputs, checkpoints, times and stopping."""
+"""Defines a stage, and the context in which it processes a shard: counts, outputs, checkpoints, times and stopping."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ MAX_DETAIL = 500  # characters of a reject's detail
 class Stage(ABC, Generic[AnyOptions]):
     """One stage of the pipeline: what it reads and writes, and the work on one shard.
 
-    A stage has a ``name`` and says in ``fingerprint`` and ``process`` what is its own; all else has a default.
+    A stage must define ``name``, ``fingerprint`` and ``process``; everything else has a default.
 
     Attributes:
-        name: Of the folders ``_receipts/<name>/`` and so on.
-        version: Raised when the same options give other bytes.
-        output: Receipts, rejects, provenance and claims lie beneath it.
-        other_outputs: Further folders that it publishes into.
-        shards_in_flight: Shards that one process works on at once.
-        kept_by_rerun: A sentence on what ``--rerun`` does not do again, of a stage that keeps something.
+        name: Used in folder names such as ``_receipts/<name>/``.
+        version: Increase it when the same options produce other bytes than before.
+        output: The folder below which receipts, rejects, provenance and claims are.
+        other_outputs: Further folders into which it publishes.
+        shards_in_flight: How many shards one process works on at the same time.
+        kept_by_rerun: A sentence on what ``--rerun`` does not do again, if the stage keeps something.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Stage(ABC, Generic[AnyOptions]):
     kept_by_rerun: str = ""
 
     def __init__(self, options: AnyOptions, output: str | Path | None = None) -> None:
-        """output: Default: the option ``output``."""
+        """output: defaults to the option ``output``."""
         self.options = options
         self.output = Path(vars(options)["output"] if output is None else output)
 
@@ -64,18 +64,18 @@ class Stage(ABC, Generic[AnyOptions]):
 
     @classmethod
     def weights(cls, options: AnyOptions) -> Sequence[WeightsNeed]:
-        """What a run with these options loads, so that it can be fetched ahead.  Default: the stage needs no model.
+        """The weights that a run with these options loads, so that they can be downloaded before.  Default: none.
 
-        It is asked before ``options.check``, and on machines where the stage's folders are not there.
+        It is called before ``options.check``, and also on machines where the stage's folders do not exist.
         """
         return []
 
     def inputs(self, shard: Shard) -> list[Input]:
-        """The files that the shard is made from.  Default: the shard itself, made elsewhere."""
+        """The files that the shard is made from.  Default: only the shard itself, as a file made elsewhere."""
         return source_inputs(shard)
 
     def open(self, allocation: Allocation) -> None:
-        """Once per process, before the first shard: load models, find servers.
+        """Load models and find servers; called once per process, before the first shard.
 
         Raises:
             InfrastructureError: Ends the run with exit code 2.
@@ -83,7 +83,7 @@ class Stage(ABC, Generic[AnyOptions]):
 
     @abstractmethod
     def process(self, work: ShardContext) -> None:
-        """One shard.
+        """Process one shard.
 
         Raises:
             ShardError: Fails the shard; the run goes on.
@@ -92,13 +92,13 @@ class Stage(ABC, Generic[AnyOptions]):
         """
 
     def close(self) -> None:
-        """Once per process, after the last shard, whether or not ``open`` was reached."""
+        """Free resources; called once per process, after the last shard, even if ``open`` was never called."""
 
 
 class ShardContext:
-    """One attempt at one shard.  Thread-safe where a stage's threads need it: counting, rejects, provenance, phases.
+    """One attempt at one shard.  Counts, rejects, provenance and phases are thread-safe.
 
-    Every sample that comes in (``sample_in``) must leave by exactly one of ``keep``, ``drop`` and ``fail``.
+    For every sample that is counted with ``sample_in``, exactly one of ``keep``, ``drop`` and ``fail`` must be called.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class ShardContext:
         self.shard = shard
         self.root = ledger.root
         self.allocation = allocation
-        self.previous = previous  # the shard's last receipt, for a stage that keeps what has not changed
+        self.previous = previous  # the shard's last receipt, for a stage that keeps unchanged outputs
         self.inputs = inputs
         self.samples_in = 0
         self.kept = 0
@@ -128,8 +128,8 @@ class ShardContext:
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
         self.outputs: list[tuple[AtomicWriter, bool]] = []
-        self._finals: set[Source] = set()  # of this receipt
-        self._touched: set[Source] = set()  # of all that this attempt tried
+        self._finals: set[Source] = set()  # the outputs for this receipt
+        self._touched: set[Source] = set()  # all outputs that this attempt began
         self._ledger = ledger
         self._claim = claim
         self._partials = partials
@@ -145,13 +145,13 @@ class ShardContext:
     # ---- every sample exactly once
 
     def samples(self, suffixes: Collection[str]) -> Iterator[Sample]:
-        """Read the samples of the shard's tar.  Each is counted as come in.
+        """Read the samples of the shard's tar, and count each with ``sample_in``.
 
-        The time that they take to come is the phase ``read``.  What the pass found besides samples becomes warnings;
-        of a shard without samples the runner warns.
+        The time for reading is added to the phase ``read``.  Other things that are found in the tar become warnings;
+        the runner warns about a shard without samples.
 
         Args:
-            suffixes: Of the members to read, such as ``("json", "txt")``; others are skipped.
+            suffixes: Which members to read, such as ``("json", "txt")``; others are skipped.
 
         Raises:
             ShardError: The tar cannot be read to its end.
@@ -175,25 +175,25 @@ class ShardContext:
                 self.warn(line)
 
     def sample_in(self, count: int = 1) -> None:
-        """Samples have come in."""
+        """Count samples that were read."""
         with self._lock:
             self.samples_in += count
 
     def keep(self, count: int = 1) -> None:
-        """Samples go on to the output."""
+        """Count samples that go into the output."""
         with self._lock:
             self.kept += count
         self._on_progress(count)
 
     def drop(self, key: str, reason: str) -> None:
-        """A routine drop (no face, another language): the key goes into the shard's compressed list."""
+        """Record a routine drop (no face, another language): the key is added to the shard's compressed list."""
         with self._lock:
             self.dropped[reason] += 1
             self._drops.append((reason, key))
         self._on_progress(1)
 
     def fail(self, key: str, reason: str, detail: str = "") -> None:
-        """A sample that could not be used: a line in ``_rejects/`` with its reason."""
+        """Record a sample that could not be used: a line in ``_rejects/`` with its reason."""
         line = {"key": key, "reason": reason}
         if detail:
             line["detail"] = clean_text(detail)[:MAX_DETAIL]
@@ -221,7 +221,7 @@ class ShardContext:
 
     @contextlib.contextmanager
     def output(self, path: Source, *, checked: bool = True) -> Iterator[Any]:
-        """A binary file, or an object in a bucket, that appears under ``path`` when the shard is committed.
+        """Open a binary file, or an object in a bucket, that appears under ``path`` when the shard is committed.
 
         checked: whether readers compare its digest; False for a copy that another stage may replace.
         """
@@ -235,7 +235,7 @@ class ShardContext:
             file: AtomicWriter = RemoteOutput(path, token) if isinstance(path, Url) else AtomicFile(path, token)
             with file:
                 yield file
-        except BaseException:  # what an error cut short is gone, and not listed
+        except BaseException:  # an output that an error cut short is discarded and not listed
             with self._lock:
                 self._finals.discard(path)
             raise
@@ -243,19 +243,19 @@ class ShardContext:
             self.outputs.append((file, checked))
 
     def provenance(self, record: dict[str, Any]) -> None:
-        """A line of ``_provenance/<stage>/<shard>.jsonl``."""
+        """Add a line to ``_provenance/<stage>/<shard>.jsonl``."""
         line = dump_json(record)
         with self._lock:
             self._provenance.append(line)
 
     def note(self, name: str, value: Any) -> None:
-        """An extra fact for the receipt, a JSON value.  Raises TypeError for anything else."""
+        """Add a JSON value to the receipt.  Raises TypeError for anything else."""
         dump_json(value)
         with self._lock:
             self.notes[name] = value
 
     def warn(self, text: str) -> None:
-        """A line in the log and in the receipt."""
+        """Add a warning to the log and to the receipt."""
         text = clean_text(text)
         with self._lock:
             self.warnings.append(text)
@@ -265,7 +265,7 @@ class ShardContext:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the wall-clock seconds spent inside to the receipt's phase ``name`` (read, decode, infer, write)."""
+        """Add the wall-clock seconds of the ``with`` block to the receipt's phase (read, decode, infer, write)."""
         began = time.perf_counter()
         try:
             yield
@@ -273,31 +273,31 @@ class ShardContext:
             self.add_seconds(name, time.perf_counter() - began)
 
     def add_seconds(self, name: str, seconds: float) -> None:
-        """Seconds of a phase that was timed elsewhere."""
+        """Add seconds to a phase that was timed elsewhere."""
         with self._lock:
             self.seconds[name] += seconds  # type: ignore[assignment]  # a Counter of floats
 
     def progress(self, count: int = 0) -> None:
-        """Something was finished that is no sample yet: keeps the stall watch quiet."""
+        """Report progress, also before a sample is finished, so that the process does not count as stalled."""
         self._on_progress(count)
 
     def check_stop(self, *, urgent_only: bool = False) -> None:
-        """Raise Stopped when a signal or the deadline asks to end; call it after each batch that is in the partial log.
+        """Raise Stopped if a signal or the deadline asks to end; call it after each batch saved in the partial log.
 
-        urgent_only: go on while merely draining, for a shard that takes seconds and has no partial log.
+        urgent_only: ignore a stop that leaves time to finish, for a shard that takes seconds and has no partial log.
         """
         self._stop.check(urgent_only=urgent_only)
 
     # ---- checkpoints
 
     def partial(self, fingerprint: str = "") -> PartialLog:
-        """The checkpoint of this shard: samples that an earlier, interrupted attempt finished are found in it.
+        """The checkpoint of this shard, which contains the samples that earlier, interrupted attempts finished.
 
-        fingerprint: whatever beyond the stage's options a record depends on, short and fit for a file name.
+        fingerprint: anything besides the stage's options on which a record depends; short and valid in a file name.
         """
         mark = f"{self._ledger.fingerprint}{'-' + fingerprint if fingerprint else ''}"
-        # As it is now: an attempt that was asked to end a moment ago left nothing but its file.  The folder holds the
-        # checkpoints of shards that are being worked on, not of all.
+        # A fresh listing, because an attempt that was asked to end a moment ago left nothing but its file.  The folder
+        # is small: it holds only the checkpoints of shards in progress.
         names = self._partials.names(self.shard.id, fresh=True)
         names += [f"{self.shard.id}.{mark}.{token}" for token in self._claim.predecessors]
         log = PartialLog(self._partials.folder(self.shard.id), self.shard.id, mark, self._claim.token, names)
@@ -310,9 +310,9 @@ class ShardContext:
     # ---- for the runner
 
     def close_outputs(self) -> list[Published]:
-        """Write the rejects, drops and provenance, make everything durable, and list it for the receipt.
+        """Write the rejects, drops and provenance, make all outputs durable, and list them for the receipt.
 
-        Lines are sorted, so that a stage's threads and a resumed attempt give the same bytes.
+        Lines are sorted, so that their bytes depend neither on the order of threads nor on a resumed attempt.
         """
         self._write_lines("rejects", ".jsonl", [dump_json(line) for line in self._rejects])
         self._write_lines("provenance", ".jsonl", self._provenance)
@@ -336,18 +336,18 @@ class ShardContext:
         return [*{*self._touched, *own, *(place_of(self._ledger.root, path) for path in paths)}]
 
     def discard(self) -> None:
-        """Remove every temporary file of this attempt; the partial log stays, durable."""
+        """Remove every temporary file of this attempt; the partial log is made durable and stays."""
         for file, _ in self.outputs:
             file.discard()
         self.hand_over()
 
     def hand_over(self) -> None:
-        """A commit names the temporary files now: they are no longer this attempt's to remove."""
+        """Give up the temporary files: a commit names them now, so this attempt must not remove them."""
         self.outputs.clear()
         self._finals.clear()
 
     def close(self) -> None:
-        """Nothing more is written; the partial log stays, durable."""
+        """Write nothing more; the partial log is made durable and stays."""
         for log in self._logs:
             with contextlib.suppress(LostClaim):
                 log.flush()
@@ -359,7 +359,7 @@ class ShardContext:
         return any(log.name is not None for log in self._logs)
 
     def finish(self, *, alone: bool = True) -> None:
-        """After the commit: no partial file is needed any more.
+        """Remove the partial files, which are not needed after the commit.
 
         alone: no other process is known to have worked on the shard since this one listed its checkpoints.
         """

@@ -1,4 +1,4 @@
-"""Several worker processes on one machine: they are started, watched, restarted when one dies, and ended together."""
+"""Runs several worker processes on one machine: starts, watches, restarts and ends them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, parse_de
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
 from curation.options import RunOptions, logger
 
-MAX_RESTARTS = 3  # per worker: a machine that keeps killing it will not stop doing so
+MAX_RESTARTS = 3  # per worker: a machine that kills it again and again will go on doing so
 _PR_SET_PDEATHSIG = 1
 _PARENT_VARIABLE = "CURATION_PARENT"
 
 
 def is_worker() -> bool:
-    """Whether this process was started by ``run_workers``; it then ends when its parent does."""
+    """Whether ``run_workers`` started this process; if so, it ends when its parent ends."""
     if WORKER_VARIABLE not in os.environ:
         return False
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.environ.get(_PARENT_VARIABLE) not in (None, str(os.getppid())):
-        sys.exit(EXIT_WORK_LEFT)  # it ended before it could be watched
+        sys.exit(EXIT_WORK_LEFT)  # the parent ended before it could be watched
     return True
 
 
 def _script_of(stage: object, options: RunOptions) -> str:
-    """The script that a worker runs: the file of the stage, or of its options where the package has the stage."""
+    """The script that a worker runs: the file of the stage, or of its options if the stage is in the package."""
     files = [inspect.getsourcefile(type(one)) for one in (stage, options)]
     package = str(Path(__file__).resolve().parent.parent)
     return next((file for file in files if file and not os.path.realpath(file).startswith(package)), sys.argv[0])
@@ -44,11 +44,11 @@ def _script_of(stage: object, options: RunOptions) -> str:
 def run_workers(stage: object, options: RunOptions, shared: str) -> int:
     """Run the stage's script in ``options.workers`` processes that share the shards by claims; returns the exit code.
 
-    shared: what marks the processes of this run.
-    A worker that dies by a signal is started again, up to three times; the others take its shard up meanwhile.
+    shared: a mark that all processes of this run have in common.
+    A worker that a signal kills is started again, up to three times; meanwhile the others continue its shard.
     """
     end = parse_deadline(options.deadline)
-    if end is not None or options.deadline is not None:  # counted from now, also for a worker that is started again
+    if end is not None or options.deadline is not None:  # it counts from now, also for a restarted worker
         text = "none" if end is None else datetime.fromtimestamp(end).isoformat()
         options = dataclasses.replace(options, deadline=text)
     command = [sys.executable, _script_of(stage, options), *to_argv(options)]
@@ -66,18 +66,18 @@ def run_workers(stage: object, options: RunOptions, shared: str) -> int:
     for index in range(options.workers):
         if not stopping:
             slots.append(_Worker(command, index, options.workers, shared, threads))
-            if stopping:  # asked meanwhile
+            if stopping:  # a signal came meanwhile
                 slots[-1].send(stopping[-1])
     while any(slot.running for slot in slots):
         time.sleep(0.1)
         for slot in slots:
             code = slot.poll()
-            if code == EXIT_USAGE and not stopping:  # the others would run into the same wall
+            if code == EXIT_USAGE and not stopping:  # the others would fail in the same way
                 pass_on(signal.SIGTERM, None)
             elif code is not None and code < 0 and not stopping:
                 logger.error(f"worker {slot.index} died: {signal.Signals(-code).name}")
                 slot.restart()
-    by_signal = EXIT_WORK_LEFT if stopping else EXIT_SHARDS_FAILED  # asked to stop before it could listen, or killed
+    by_signal = EXIT_WORK_LEFT if stopping else EXIT_SHARDS_FAILED  # stopped before its handler was set, or killed
     codes = {slot.code if slot.code >= 0 else by_signal for slot in slots}
     if len(slots) < options.workers:
         codes.add(EXIT_WORK_LEFT)
@@ -104,11 +104,11 @@ class _Worker:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # in a session of its own, so that a terminal's Ctrl-C reaches it once, from the parent, and not twice
+        # Each worker has its own session, so that a terminal's Ctrl-C reaches it only once, through the parent.
         return subprocess.Popen(self._command, env=self._environment, start_new_session=True)
 
     def poll(self) -> int | None:
-        """The exit code, once, when it has ended."""
+        """The exit code when the worker has ended; it is returned only once."""
         if not self.running:
             return None
         code = self._process.poll()
@@ -139,5 +139,5 @@ def to_argv(options: RunOptions) -> list[str]:
         elif isinstance(value, list | tuple):
             argv += [f"--{item.name}", *map(str, value)]
         else:
-            argv.append(f"--{item.name}={value}")  # in one word: the value may begin with a dash
+            argv.append(f"--{item.name}={value}")  # as one argument, because the value may begin with a dash
     return argv

@@ -1,6 +1,6 @@
-"""A file read once, in order, in large blocks, into fixed memory.
+"""Reads a file once, in order, in large blocks, into memory of fixed size.
 
-No mmap: on GPFS and Lustre it faults page by page.
+It does not use mmap, which reads page by page on GPFS and Lustre.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ from typing import Final, Self
 
 from curation.errors import ShardError
 
-READ_BYTES: Final = 2 << 20  # large enough for a shared filesystem, small enough for a processor's cache
+READ_BYTES: Final = 2 << 20  # large enough for a shared filesystem, small enough for a CPU cache
 
 
-MAX_KEPT_BYTES: Final = 4 << 20  # of what began in the block before; where that is more, it is read again if needed
+MAX_KEPT_BYTES: Final = 4 << 20  # kept from the previous block; a larger part is read again if needed
 
 
 _REREAD_BYTES = 1 << 20
 
 
 class Block:
-    """What is in memory of a file, the bytes from ``begin`` to ``end``: byte ``n`` is ``buffer[n - shift]``."""
+    """The part of a file that is in memory, from byte ``begin`` to ``end``: byte ``n`` is ``buffer[n - shift]``."""
 
     __slots__ = ("_file", "_view", "begin", "buffer", "end", "shift")
 
     def __init__(self, file: Blocks | None, buffer: bytearray, shift: int, begin: int, end: int) -> None:
-        """file: what else of it is read from; None where all of it is in memory."""
+        """file: the source of other bytes of the file; None if all of it is in memory."""
         self._file = file
         self._view = memoryview(buffer)
         self.buffer, self.shift, self.begin, self.end = buffer, shift, begin, end
 
     def view(self, start: int, end: int) -> memoryview | None:
-        """The bytes from ``start`` to ``end`` without a copy, None where they are not all in memory."""
+        """The bytes from ``start`` to ``end`` without a copy; None if they are not all in memory."""
         inside = self.begin <= start and end <= self.end
         return self._view[start - self.shift : end - self.shift] if inside else None
 
     def pieces(self, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes from ``start`` to ``end``, zeros beyond the end of the file: a view, or, where they are not in
-        memory, read again in pieces of which each is valid until the next.  Raises ShardError."""
+        """Yield the bytes from ``start`` to ``end``, with zeros beyond the end of the file: one view, or, if they are
+        not in memory, pieces that are read again and valid until the next one.  Raises ShardError."""
         if (view := self.view(start, end)) is not None:
             yield view
             return
@@ -60,15 +60,15 @@ class Block:
 
 
 class Blocks:
-    """One pass over a file, wherever it lies.  Two buffers take turns: a block stays as it is while the next is read.
+    """One pass over a local or remote file.  It has two buffers, so that a block stays valid while the next is read.
 
-    ``size`` is the file's; it is corrected when the file proves shorter.  Raises ShardError when it cannot be read.
+    ``size`` is the file's; it is corrected if the file is shorter.  Raises ShardError if the file cannot be read.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         capacity = MAX_KEPT_BYTES + min(READ_BYTES, size)
-        self._buffers = bytearray(capacity), bytearray(capacity)  # memory only where it is filled
+        self._buffers = bytearray(capacity), bytearray(capacity)  # the system allocates pages only when they are filled
         self._turn = 0
         self.block = Block(self, self._buffers[0], -MAX_KEPT_BYTES, 0, 0)
 
@@ -76,9 +76,9 @@ class Blocks:
         """Read the next block.
 
         Args:
-            kept_from: The bytes from here to the end of the last block stay in memory where there is room for them.
-            wanted: Where parsing goes on.  The bytes from there always stay.  What lies wholly before it is skipped,
-                and where it lies before the last block, the file is read again from there.
+            kept_from: The bytes from here to the end of the last block stay in memory if there is room for them.
+            wanted: Where parsing continues.  The bytes from there always stay; bytes before it may be skipped.  If it
+                is before the last block, the file is read again from there.
         """
         last = self.block
         skips = wanted >= last.end + READ_BYTES or wanted < last.begin
@@ -96,11 +96,11 @@ class Blocks:
         return self.block
 
     def fill(self, view: memoryview, start: int) -> int:
-        """Fill ``view`` from the file, as far as it goes.  Two threads may ask at once."""
+        """Fill ``view`` from the file, up to the file's end.  Two threads may call it at once."""
         raise NotImplementedError
 
     def cancel(self) -> None:
-        """A ``fill`` that waits for bytes is not to wait any longer: they are not wanted any more."""
+        """Make a waiting ``fill`` stop, because its bytes are not needed any more."""
 
     def close(self) -> None:
         raise NotImplementedError
@@ -110,11 +110,11 @@ class Blocks:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-        del self.block  # it knows this file: else both, with their megabytes, wait for the collector of cycles
+        del self.block  # it refers to this object: break the cycle to free megabytes at once
 
 
 class FileBlocks(Blocks):
-    """Of a file on a filesystem."""
+    """The blocks of a file on a filesystem."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -127,12 +127,12 @@ class FileBlocks(Blocks):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def fill(self, view: memoryview, start: int) -> int:
-        """Fill ``view`` from the file, as far as it goes: a shared filesystem may return less than it was asked for."""
+        """Fill ``view`` up to the file's end, with several reads if a shared filesystem returns too few bytes."""
         total = 0
         try:
             while total < len(view) and (count := os.preadv(self._descriptor, [view[total:]], start + total)):
                 total += count
-        except OSError as error:  # a folder, a bad disk, a file that another node removed
+        except OSError as error:  # a folder, a bad disk, or a file that another node removed
             raise ShardError(f"{self._path}: cannot be read at byte {start + total:,} ({error.strerror})") from error
         return total
 

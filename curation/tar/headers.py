@@ -1,7 +1,7 @@
-"""Tar header blocks: reading them from a buffer, and making them.
+"""Reads tar header blocks from a buffer, and makes them.
 
-Formats read: v7, ustar, GNU (long names and links, base-256 numbers, old sparse files) and pax.  Written: ustar, with a
-pax header in front where a name or a size does not fit.
+It reads v7, ustar, GNU (long names and links, base-256 numbers, old sparse files) and pax.  It writes ustar, with a pax
+header in front if a name or a size does not fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECORD: Final = 20 * BLOCK  # tar pads an archive to whole records
 MAX_EXTENSION_BYTES: Final = 1 << 20  # a long name or a pax header; real ones are a few hundred bytes
 
 
-MAX_EXTENSIONS: Final = 16  # of one member; real ones have up to three
+MAX_EXTENSIONS: Final = 16  # per member; real members have up to three
 
 
 MAX_NAME_BYTES: Final = 4096  # PATH_MAX
@@ -37,12 +37,10 @@ REGULAR: Final = frozenset(b"0\x007")
 LONG_NAME, LONG_LINK, GNU_SPARSE = b"LKS"
 
 
-EXTENSIONS: Final = frozenset(b"LKxX")  # of the member behind them; "X" is Solaris's "x".  "g" stands by itself
+EXTENSIONS: Final = frozenset(b"LKxX")  # they describe the next member; "X" is Solaris's "x".  "g" is independent
+WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: their size field is ignored
 
-
-WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: whatever their size field says
-
-_unpack = struct.Struct("100s24x12s12s8sB100x6s82xB166x").unpack_from  # of the prefix one byte: it is rare
+_unpack = struct.Struct("100s24x12s12s8sB100x6s82xB166x").unpack_from  # only one byte of the prefix, which is rare
 
 
 MAGIC: Final = b"ustar"
@@ -60,7 +58,7 @@ _PREFIX = slice(345, 500)
 _CHECKSUM = slice(148, 156)
 
 
-_MODULUS = 65521  # of Adler-32
+_MODULUS = 65521  # Adler-32's
 
 
 _SPACES_SUM = 8 * ord(" ")
@@ -76,15 +74,15 @@ _CONSTANT_SUM = sum(_OWNER) + sum(_NO_LINK_AND_MAGIC) + _SPACES_SUM
 
 
 class BadHeader(ValueError):
-    """A block where a header is due that is none, or one that makes no sense; the message says what "it" lacks."""
+    """A block that should be a header is not a valid one; the message describes the defect, with "it" as subject."""
 
 
 @dataclass(slots=True)
 class Member:
-    """A member and where it lies, all offsets in the file.
+    """A member and its place; all offsets are those in the file.
 
-    suffix: after the first dot of the basename, lower case; "" where there is no key.  start: its first header block,
-    with the long name or pax header before it.  data, size: as stored.  end: after the padding.
+    suffix: the part after the first dot of the basename, in lower case; "" without a key.  start: its first header
+    block, including a long name or pax header.  data, size: as stored.  end: after the padding.
     regular: a plain file, not a link, a device or a sparse file.
     """
 
@@ -99,7 +97,7 @@ class Member:
 
     @property
     def mtime(self) -> int:
-        """Whole seconds since 1970; 0 where the field makes no sense."""
+        """The time in whole seconds since 1970; 0 if the field is invalid."""
         try:
             return max(0, parse_number(self.mtime_field))
         except BadHeader:
@@ -112,10 +110,10 @@ class Member:
 
 
 def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, int]:
-    """The header block at ``buffer[at:at + 512]`` as (name, size, mtime field, type flag).
+    """Parse the header block at ``buffer[at:at + 512]`` into (name, size, mtime field, type flag).
 
-    Raises BadHeader where the checksum does not fit.  This is the inner loop of every pass over a shard: the sum of the
-    bytes comes from Adler-32, whose low half is 1 + their sum modulo 65521, computed in C.
+    Raises BadHeader if the checksum does not fit.  This is the inner loop of every pass over a shard, so the sum of the
+    bytes is taken from Adler-32, which is computed in C: its low half is 1 + their sum modulo 65521.
     """
     name, size_field, mtime, checksum, kind, magic, has_prefix = _unpack(buffer, at)
     if adler32(buffer[at : at + BLOCK]) & 0xFFFF != _adler_low_half(checksum):
@@ -131,14 +129,14 @@ def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes,
     end = name.find(0)
     if end >= 0:
         name = name[:end]
-    if has_prefix and magic == b"ustar\0":  # GNU's "ustar " keeps times there
+    if has_prefix and magic == b"ustar\0":  # GNU's "ustar " has times in this field
         name = bytes(buffer[at : at + BLOCK][_PREFIX]).partition(b"\0")[0] + b"/" + name
     return name, size, mtime, kind
 
 
 @lru_cache(4096)
 def _adler_low_half(checksum: bytes) -> int:
-    """The low half of the header's Adler-32, as its checksum field foretells it: 1 + the sum of all bytes.
+    """The low half of the header's Adler-32 as it follows from its checksum field: 1 + the sum of all bytes.
 
     The checksum counts its own field as eight spaces.
     """
@@ -146,11 +144,11 @@ def _adler_low_half(checksum: bytes) -> int:
 
 
 def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes, int, bytes, int, int] | None:
-    """A header that is not a plain file's, with the extensions in front of it.
+    """Parse a header that is not a plain file's, with the extensions in front of it.
 
-    Returns (name, size as stored, mtime field, type flag, bytes from ``at`` to the data), None where ``limit`` comes
-    first.  A type flag of a plain file whose data are not its contents (pax's sparse format) becomes GNU_SPARSE.
-    Where extensions disagree the first holds, as in Python's tarfile.
+    Returns (name, size as stored, mtime field, type flag, bytes from ``at`` to the data), or None if ``limit`` comes
+    first.  The type flag becomes GNU_SPARSE for a plain file whose data are not its content (pax's sparse format).
+    If extensions disagree, the first one counts, as in Python's tarfile.
     """
     start = at
     pax: dict[str, bytes] = {}
@@ -183,7 +181,7 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
             kind = GNU_SPARSE
     elif kind == GNU_SPARSE:
         more = buffer[at - BLOCK + 482]
-        while more:  # blocks that go on with the map of holes
+        while more:  # further blocks with the map of holes
             if at + BLOCK > limit:
                 return None
             if at - start > MAX_EXTENSION_BYTES:
@@ -192,19 +190,19 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
             at += BLOCK
     if name.startswith(b"\0"):
         raise BadHeader("its name begins with NUL")
-    if kind in WITHOUT_DATA or (kind == 0 and name.endswith(b"/")):  # v7 marks a folder so
+    if kind in WITHOUT_DATA or (kind == 0 and name.endswith(b"/")):  # v7 marks folders in this way
         size = 0
     return name, size, mtime, kind, at - start
 
 
 def parse_member(buffer: bytearray | bytes, at: int, limit: int, shift: int = 0) -> Member | None:
-    """The member whose header stands at the file's byte ``at``, which is ``buffer[at - shift]``.
+    """Parse the member whose header is at the file's byte ``at``, which is ``buffer[at - shift]``.
 
     Returns:
-        The member, with all offsets in the file; None where ``limit`` comes before the end of its headers.
+        The member, with all offsets in the file; None if ``limit`` comes before the end of its headers.
 
     Raises:
-        BadHeader: There is no header, or it makes no sense.
+        BadHeader: There is no valid header.
     """
     if at + BLOCK > limit:
         return None
@@ -222,15 +220,15 @@ def parse_member(buffer: bytearray | bytes, at: int, limit: int, shift: int = 0)
 
 
 def find_header(buffer: bytearray | bytes, begin: int = 0, end: int | None = None) -> int:
-    """Where the first header begins that lies wholly in ``buffer[begin:end]``, at any alignment; -1 without one.
+    """The offset of the first header that is completely in ``buffer[begin:end]``, at any alignment; -1 without one.
 
-    A header is known by its magic and a checksum that fits, so those of v7, which has no magic, are not found.
+    A header is recognised by its magic and a correct checksum, so headers of v7, which has no magic, are not found.
     """
     end = len(buffer) if end is None else end
     at = buffer.find(MAGIC, begin + MAGIC_AT, end)
     while 0 <= at <= end - BLOCK + MAGIC_AT:
         start = at - MAGIC_AT
-        if buffer[start + _CHECKSUM.start] in _OCTAL:  # a cheap test, for bytes that are made to annoy
+        if buffer[start + _CHECKSUM.start] in _OCTAL:  # a cheap test: crafted data could make the search slow
             with contextlib.suppress(BadHeader):
                 parse_header(buffer, start)
                 return start
@@ -239,7 +237,7 @@ def find_header(buffer: bytearray | bytes, begin: int = 0, end: int | None = Non
 
 
 def parse_number(field: bytes) -> int:
-    """A numeric field: octal digits among spaces and NULs, or base-256 where the first bit is set."""
+    """Parse a numeric field: octal digits among spaces and NULs, or base-256 if the first bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big", signed=True) if field[0] & 0x40 else _unsigned_base256(field)
     text = field.partition(b"\0")[0].strip(b" ")
@@ -254,7 +252,7 @@ def parse_number(field: bytes) -> int:
 
 
 def parse_pax(data: bytes) -> dict[str, bytes]:
-    """The records ``"<length> <keyword>=<value>\\n"`` of a pax header.  Raises BadHeader where they are malformed."""
+    """Parse the records ``"<length> <keyword>=<value>\\n"`` of a pax header.  Raises BadHeader if one is malformed."""
     records: dict[str, bytes] = {}
     at = 0
     while at < len(data) and data[at]:
@@ -271,10 +269,10 @@ def parse_pax(data: bytes) -> dict[str, bytes]:
 
 
 def make_header(name: str | bytes, size: int, mtime: int = 0) -> bytes:
-    """The header blocks of a regular file: mode 0644, owner 0, nothing of the machine, so that bytes repeat.
+    """Make the header blocks of a regular file: mode 0644, owner 0, so that they are the same on every machine.
 
-    A name beyond ustar's 100 bytes (or 155 + 100 at a slash) or a size of 8 GiB and more gets a pax header in front.
-    Raises ValueError for a name that is empty, too long, or holds a NUL.
+    A name beyond ustar's 100 bytes (or 155 + 100 at a slash) or a size of 8 GiB or more gets a pax header in front.
+    Raises ValueError for a name that is empty, too long, or contains a NUL.
     """
     raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
     if not raw or len(raw) > MAX_NAME_BYTES or b"\0" in raw:
@@ -294,9 +292,9 @@ def make_header(name: str | bytes, size: int, mtime: int = 0) -> bytes:
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes] | None:
-    """(key, suffix) by WebDataset's rule: split at the first dot of the basename, the folder belongs to the key.
+    """(key, suffix) by WebDataset's rule: the name is split at the first dot of the basename; the key has the folder.
 
-    None for a name without a key: a folder, or a basename that has no dot or nothing before it.
+    None for a name without a key: a folder, or a basename without a dot or with nothing before it.
     """
     base = name.rfind(b"/") + 1
     dot = name.find(b".", base)
@@ -330,7 +328,7 @@ def _ustar(prefix: bytes, name: bytes, size: int, mtime: int, kind: bytes) -> by
 
 
 def _split_name(raw: bytes) -> tuple[bytes, bytes]:
-    """ustar's (prefix, name); an empty name where it does not fit."""
+    """ustar's (prefix, name); the name is empty if it does not fit."""
     if len(raw) <= 100:
         return b"", raw
     slash = raw.find(b"/", len(raw) - 101)
@@ -352,7 +350,7 @@ def _unsigned_base256(field: bytes) -> int:
 
 
 def _signed_sum(buffer: bytearray | bytes, at: int) -> int:
-    """Some old tars summed signed bytes."""
+    """The checksum of some old tars, which sums signed bytes."""
     block = bytearray(buffer[at : at + BLOCK])
     block[_CHECKSUM] = b" " * 8
     return sum(block) - 256 * sum(byte > 127 for byte in block)

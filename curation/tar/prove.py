@@ -1,7 +1,7 @@
-"""The proof that a tar is another one with some samples replaced: every byte is foretold, and compared.
+"""Proves that a tar is a copy of another one with some samples replaced: it computes and compares every byte.
 
-What is foretold is worked out here, and not by ``splice``, which wrote the tar.  Samples that lie together and stay are
-compared in one piece of memory; the headers of the result are not even parsed.
+The expected bytes are computed here, independently of ``splice``, which wrote the tar.  Adjacent samples that stay are
+compared in one piece of memory; the headers of the result need not be parsed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ READ_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ExpectedMember:
-    """A member of the result: new bytes, and behind them the source's bytes from ``start`` to ``end``.
+    """A member of the result: new bytes, followed by the source's bytes from ``start`` to ``end``.
 
-    Header and padding are among them.  A member that stays has no new bytes, one of an edit has nothing else.
+    They include header and padding.  A member that stays has no new bytes; a member of an edit has only new bytes.
     """
 
     name: bytes
@@ -40,15 +40,15 @@ class ExpectedMember:
 
 @dataclass(slots=True)
 class Proof:
-    """What one pass over the source and the result gave.
+    """The result of one pass over the source and the tar.
 
     Attributes:
-        equal: Whether the result is, byte for byte, what it should be.
-        differs_at: The result's first byte that is not; None where all are equal.
-        key: Of the sample to which that byte belongs; "" where it belongs to none.
-        sha256: Of the result, in hex; "" where no digests were wanted, and likewise ``digest``.
-        digest: The result's xxh3-128, in hex.
-        size: The result's, in bytes.
+        equal: Whether every byte of the tar is as expected.
+        differs_at: The offset of the first different byte in the tar; None if all are equal.
+        key: The sample to which that byte belongs; "" if it belongs to none.
+        sha256: The tar's, in hex; "" if no digests were requested, as is ``digest``.
+        digest: The tar's xxh3-128, in hex.
+        size: The tar's, in bytes.
     """
 
     equal: bool = True
@@ -60,12 +60,12 @@ class Proof:
 
 
 def prove_splice(windows: Iterable[DecidedWindow], result: Path, *, digests: bool = True) -> Proof:
-    """Compare a tar with what the source's samples and the decisions about them make.
+    """Compare a tar with the tar that follows from the source's samples and the decisions about them.
 
     Args:
-        windows: The source's samples, and what should have become of each.
+        windows: The source's samples, and the decision about each.
         result: The tar that should have been made from them.
-        digests: Whether to compute the result's digests on the way.
+        digests: Whether to compute the tar's digests in the same pass.
 
     Raises:
         ShardError: A file or an edit cannot be read.
@@ -89,15 +89,15 @@ def prove_splice(windows: Iterable[DecidedWindow], result: Path, *, digests: boo
 
 
 def verify_splice(windows: Iterable[DecidedWindow], result: Path, source: str) -> None:
-    """Read a tar from where it is stored and check that it is what ``splice`` should have made.
+    """Read a tar from its filesystem and check that it is what ``splice`` should have made.
 
     Args:
-        windows: The source's samples, and what should have become of each.
+        windows: The source's samples, and the decision about each.
         result: The tar.
-        source: What the source is called in a message.
+        source: The name of the source in messages.
 
     Raises:
-        ShardError: It is not, or a file cannot be read.
+        ShardError: The tar differs, or a file cannot be read.
     """
     with open(result, "rb") as file, contextlib.suppress(OSError):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -105,11 +105,11 @@ def verify_splice(windows: Iterable[DecidedWindow], result: Path, source: str) -
     if not proof.equal:
         where = f"in sample {proof.key}" if proof.key else "outside of any sample"
         what = f"it differs at byte {proof.differs_at:,}, {where}"
-        raise ShardError(f"{result}: not what {source} and its edits make: {what}")
+        raise ShardError(f"{result}: not what {source} and its edits should give: {what}")
 
 
 def expected_members(span: SampleSpan, decision: Decision) -> list[ExpectedMember]:
-    """A sample as it should be in the result, in order, with the members without a key that are among its own."""
+    """The expected members of a sample in the result, in order, including members without a key between them."""
     if decision is Action.KEEP:
         return _kept(span.in_order)
     if decision is Action.DROP:
@@ -126,8 +126,8 @@ def _kept(members: Iterable[Member]) -> list[ExpectedMember]:
 
 
 def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> list[ExpectedMember]:
-    """The new jpg stands where the first image stood, the txt and the json where the first of theirs stood, and what
-    there was none of behind the last member."""
+    """The new jpg takes the place of the first image; the txt and the json take the places of the first txt and json.
+    A new member without a counterpart comes after the last member."""
     stem, old_stem = (f"{one}.".encode("utf-8", "surrogateescape") for one in (key, old_key))
     expected: list[ExpectedMember] = []
     placed: set[str] = set()
@@ -156,17 +156,17 @@ def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> li
 
 
 class _Comparison:
-    """What is due next in the result: bytes of the source's window that lie together, and new ones."""
+    """Compares the tar with the expected bytes: adjacent bytes of the source's window, and new ones."""
 
     window: Window
 
     def __init__(self, stream: _Stream, proof: Proof) -> None:
         self._stream, self._proof = stream, proof
         self._begin = self._end = 0
-        self._size = 0  # of the result, as foretold
+        self._size = 0  # expected size of the result
 
     def add(self, start: int, end: int) -> None:
-        """The source's bytes from ``start`` to ``end`` are due."""
+        """Expect the source's bytes from ``start`` to ``end`` next."""
         if start != self._end:
             self.compare()
             self._begin = start
@@ -182,7 +182,7 @@ class _Comparison:
                 self.add(member.start, member.end)
 
     def compare(self) -> None:
-        """Compare what is due, before the window moves on."""
+        """Compare the expected bytes; call it before the window becomes invalid."""
         start, end = self._begin, self._end
         self._begin = self._end
         if start != end:
@@ -194,12 +194,12 @@ class _Comparison:
                 start += size
 
     def finish(self) -> None:
-        """The end-of-archive blocks are due, padded to a record, and then the end of the file."""
+        """Expect the end-of-archive blocks, padded to a record, and then the end of the file."""
         if self._same(bytes(1024 + -(self._size + 1024) % RECORD)) and not self._stream.at_end():
             self._proof.equal, self._proof.differs_at = False, self._size
 
     def _same(self, piece: bytes | memoryview) -> bool:
-        """Whether ``piece`` comes next in the result; True as well where something before it differs already."""
+        """Whether ``piece`` comes next in the result; also True after a difference was found."""
         before, self._size = self._size, self._size + len(piece)
         if not self._proof.equal:
             return True
@@ -209,14 +209,14 @@ class _Comparison:
         return self._proof.equal
 
     def _key_at(self, offset: int) -> str:
-        """The key of the sample in which a byte of the source lies."""
+        """The key of the sample to which a byte of the source belongs."""
         spans = self.window.spans
         number = bisect.bisect_right([span.start for span in spans], offset) - 1
         return spans[number].key if number >= 0 else ""
 
 
 class _Stream:
-    """A file read once, in order, and hashed as it is read.  Raises ShardError where it cannot be read."""
+    """A file that is read once, in order, and hashed at the same time.  Raises ShardError if it cannot be read."""
 
     def __init__(self, path: Path, *, digests: bool) -> None:
         self._path = path
@@ -233,14 +233,14 @@ class _Stream:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def count_equal(self, piece: bytes | memoryview) -> int:
-        """How many bytes of ``piece`` come next in the file.  Where all do, they are passed over."""
+        """How many bytes of ``piece`` come next in the file.  If all do, the position advances by them."""
         at, view = 0, memoryview(piece)
         while at < len(view):
             if self._at == self._end and not self._fill():
                 return at
             count = min(len(view) - at, self._end - self._at)
             wanted = view[at : at + count]
-            if not self._buffer.startswith(wanted, self._at):  # a memcmp: == of views goes by items
+            if not self._buffer.startswith(wanted, self._at):  # a memcmp; == of views compares item by item
                 return at + next(n for n, byte in enumerate(wanted) if byte != self._buffer[self._at + n])
             at += count
             self._at += count
@@ -250,7 +250,7 @@ class _Stream:
         return self._at == self._end and not self._fill()
 
     def digests(self) -> tuple[str, str]:
-        """SHA-256 and xxh3-128 of the whole file, in hex; reads what is left of it."""
+        """SHA-256 and xxh3-128 of the whole file, in hex; it reads the rest of the file."""
         while self._fill():
             pass
         return self._sha256.hexdigest(), self._xxh3.hexdigest()

@@ -1,9 +1,7 @@
-"""Samples whose place in a tar is known: parsed in memory, and gathered out of several shards as one pass.
+"""Reads samples by their offset in a tar: single ones, or samples of several shards as if they were one pass.
 
-Where each sample lies in a finished shard: ``<shard>.idx`` beside it, and the list of all shards for ``wids``.
-
-``<shard>.idx`` has a line for each sample in the shard's order: the key as a JSON string, the offset and the length in
-bytes, with tabs in between.
+The index ``<shard>.idx`` next to a finished shard has a line for each sample in the shard's order: the key as a JSON
+string, the offset and the length in bytes, separated by tabs.  ``wids.json`` lists all shards for ``wids``.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from curation.tar.headers import BadHeader, parse_member, split_name
 from curation.tar.scan import SampleSpan, Window
 from curation.threads import BackgroundCall
 
-GATHERED_BYTES: Final = 8 << 20  # in memory together
+GATHERED_BYTES: Final = 8 << 20  # size of a window of gathered samples
 
 
 MAX_SAMPLE_BYTES: Final = 1 << 30
@@ -39,7 +37,7 @@ _RANGE_BYTES = 4 << 20
 
 
 def parse_span(buffer: bytearray | bytes, at: int, limit: int) -> SampleSpan:
-    """The sample whose members are ``buffer[at:limit]``.  Raises BadHeader where they are no members of one sample."""
+    """Parse the sample in ``buffer[at:limit]``.  Raises BadHeader if these are not the members of one sample."""
     span = SampleSpan("", at, limit)
     key: bytes | None = None
     while at < limit:
@@ -60,10 +58,10 @@ def parse_span(buffer: bytearray | bytes, at: int, limit: int) -> SampleSpan:
 
 
 class RangeReader:
-    """A file of which byte ranges are read in any order.  What was read around the last range is kept in memory."""
+    """Reads byte ranges of a file in any order, and caches the block around the last range."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ShardError where the file cannot be opened."""
+        """Raises ShardError if the file cannot be opened."""
         self._path = path
         self._begin, self._data = 0, b""
         try:
@@ -73,7 +71,7 @@ class RangeReader:
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, start: int, size: int) -> bytes:
-        """``size`` bytes at ``start``, fewer where the file ends before.  Raises ShardError."""
+        """Read ``size`` bytes at ``start``, or fewer at the file's end.  Raises ShardError."""
         at = start - self._begin
         if at < 0 or at + size > len(self._data):
             try:
@@ -92,7 +90,7 @@ class RangeReader:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One sample: the shard by its number, and the byte ranges of its members."""
+    """One sample: the number of its shard, and the byte ranges of its members."""
 
     source: int
     extents: Sequence[tuple[int, int]]
@@ -103,10 +101,10 @@ class Piece:
 
 
 class GatheredScan:
-    """Samples out of several shards in a given order, as a pass over one.  See ``TarScan``.
+    """Samples from several shards in a given order, with the interface of a pass over one shard.  See ``TarScan``.
 
-    A thread reads one window ahead.  Within a window samples are read in the order in which they lie, whatever order
-    they go out in.
+    A thread reads one window ahead.  Within a window, samples are read in the order of their offsets, whatever their
+    order in the result.
     """
 
     def __init__(self, path: str, pieces: Sequence[Piece], open_source: Callable[[int], Blocks]) -> None:
@@ -118,7 +116,7 @@ class GatheredScan:
         self._next = 0
 
     def windows(self) -> Iterator[Window]:
-        """Raises ShardError where a shard cannot be read, or is not what was indexed."""
+        """Yield the windows.  Raises ShardError if a shard cannot be read, or has changed since it was indexed."""
         self._next = 0
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
@@ -160,7 +158,7 @@ class GatheredScan:
         return Window(spans, Block(None, buffer, 0, 0, size))
 
     def _read(self, buffer: bytearray, reads: Sequence[tuple[int, int, int, int]]) -> None:
-        """What lies together and goes together is read at once."""
+        """Read the ranges; ranges that are adjacent in the file and in the buffer are read at once."""
         view = memoryview(buffer)
         number = 0
         while number < len(reads):
@@ -209,7 +207,7 @@ def dump_index(entries: Sequence[Entry]) -> bytes:
 
 
 def place_of(shard: Path, key: str) -> tuple[int, int] | None:
-    """(offset, length) of a sample, None for a key that the shard lacks.  ShardError where there is no index."""
+    """(offset, length) of a sample; None if the shard lacks the key.  Raises ShardError if there is no index."""
     path = shard.with_suffix(SUFFIX)
     try:
         with open(path, "rb") as file:
@@ -227,8 +225,8 @@ def place_of(shard: Path, key: str) -> tuple[int, int] | None:
 
 
 def write_wids(folder: Path, receipts: Iterable[Mapping[str, Any]]) -> Path:
-    """``wids.json`` for ``wids.ShardListDataset``: each tar that receipts name.  The same receipts, the same bytes: any
-    process may write it, the last one stays."""
+    """Write ``wids.json`` for ``wids.ShardListDataset``, with each tar that receipts name.  The same receipts give the
+    same bytes, so any process may write it, and the last one stays."""
     listed = []
     for receipt in receipts:
         tar = f"{receipt['shard']}.tar"
@@ -242,5 +240,5 @@ def write_wids(folder: Path, receipts: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def _quoted(key: str) -> bytes:
-    """A JSON string; a key whose bytes are not UTF-8 with escapes for them."""
+    """The key as a JSON string; bytes that are not UTF-8 are written as escapes."""
     return dump_json(key)

@@ -1,7 +1,7 @@
-"""The samples of a shard in memory, what their members say, and a writer of tars.
+"""Reads the samples of a shard into memory, interprets their members, and writes tars.
 
-A sample is the run of members that share a key, by WebDataset's rule.  ``scan.py`` says how a tar is read and what
-becomes of a damaged one.
+A sample is a run of members with the same key, by WebDataset's rule.  ``scan.py`` describes how a tar is read and how
+damage is handled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from curation.tar.headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make
 from curation.tar.random_access import MAX_SAMPLE_BYTES, parse_span, place_of
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarReport, TarScan, Window
 
-MAX_MEMBER_BYTES: Final = 256 << 20  # what is loaded into memory; larger members are only copied
+MAX_MEMBER_BYTES: Final = 256 << 20  # larger members are not loaded into memory, only copied
 
 
 @dataclass(slots=True)
@@ -29,11 +29,11 @@ class Sample:
     """A sample in memory.
 
     Attributes:
-        key: Its members' name up to the first dot of the basename, folder included.
-        members: Suffix (after the first dot, lower case) → bytes of the members that were wanted, in the shard's order.
+        key: The members' name up to the first dot of the basename, including the folder.
+        members: Suffix (after the first dot, in lower case) → bytes of the requested members, in the shard's order.
         mtimes: Suffix → seconds since 1970, of the same members.
-        suffixes: Of all its members, wanted or not.
-        problem: The reason and the detail why it must not be used; None for a sound sample.
+        suffixes: The suffixes of all members, requested or not.
+        problem: Why the sample must not be used, as (reason, detail); None for a good sample.
     """
 
     key: str
@@ -43,13 +43,13 @@ class Sample:
     problem: tuple[str, str] | None = None
 
     def check(self) -> None:
-        """Raise SampleError with the problem, if there is one."""
+        """Raise SampleError if the sample has a problem."""
         if self.problem is not None:
             raise SampleError(*self.problem)
 
     @property
     def image_suffix(self) -> str | None:
-        """The suffix of its first image, wanted or not."""
+        """The suffix of the first image, requested or not."""
         return next((suffix for suffix in self.suffixes if suffix in IMAGE_SUFFIXES), None)
 
 
@@ -59,15 +59,15 @@ def read_samples(
     report: TarReport | None = None,
     max_member_bytes: int = MAX_MEMBER_BYTES,
 ) -> Iterator[Sample]:
-    """The samples of a shard in order, those with a problem among them.
+    """Yield the samples of a shard in order, including those with a problem.
 
     A problem is ``damaged_tar`` (see ``TarScan``), ``duplicate_key``, ``duplicate_member``, ``not_a_file`` (a link, a
     device, a sparse file), ``unsafe_name`` or ``member_too_large`` (of a wanted member).
 
     Args:
         path: The shard: a path, or what ``curation.storage.urls`` can read.
-        want: The suffixes (lower case) to load, or a test of one; all by default.  Other members are not copied.
-        report: Filled with what else was found; complete after the last sample.
+        want: The suffixes (lower case) to load, or a function that tests one; default: all.  Others are not copied.
+        report: Receives what else was found; it is complete after the last sample.
         max_member_bytes: Larger members are not loaded.
 
     Raises:
@@ -86,11 +86,11 @@ def read_samples(
 
 
 def open_sample(shard: Path, key: str) -> Sample:
-    """One sample of a shard by its key, through the ``.idx`` beside it: one read, however large the shard.
+    """Read one sample of a shard by its key, with the ``.idx`` next to the shard, so that one read is enough.
 
     Raises:
         SampleError: ``no_such_key``, or ``sample_too_large``.
-        ShardError: There is no index, or it is not this shard's.
+        ShardError: There is no index, or it belongs to another shard.
     """
     place = place_of(shard, key)
     if place is None:
@@ -115,7 +115,7 @@ def open_sample(shard: Path, key: str) -> Sample:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a file of this name lies below the folder that it is unpacked into."""
+    """Whether a file with this name stays inside the folder in which it is unpacked."""
     parts = name.split("/")
     too_long = len(name) > MAX_NAME_BYTES or max(map(len, parts)) > 255
     return bool(parts[0]) and ".." not in parts and "\0" not in name and not too_long
@@ -126,20 +126,20 @@ class Writable(Protocol):
 
 
 class TarWriter:
-    """Writes members of plain files: ustar, a pax header where a name or size needs one, no trace of the machine."""
+    """Writes plain files as ustar, with a pax header if a name or size needs one, and the same bytes on any machine."""
 
     def __init__(self, file: Writable) -> None:
         self._file = file
         self.size = 0
 
     def add(self, name: str | bytes, data: bytes | memoryview, mtime: int = 0) -> None:
-        """One member.  Raises ValueError for a name that is empty, holds a NUL, or is longer than a path may be."""
+        """Write one member.  Raises ValueError for a name that is empty, contains a NUL, or is too long for a path."""
         self._write(make_header(name, len(data), mtime))
         self._write(data)
         self._write(padding(len(data)))
 
     def close(self) -> None:
-        """The end-of-archive blocks, padded to whole records as GNU tar does.  The file stays open."""
+        """Write the end-of-archive blocks, padded to whole records as GNU tar does.  The file stays open."""
         end = 2 * 512
         self._write(bytes(end + -(self.size + end) % RECORD))
 
@@ -164,7 +164,7 @@ def _load(window: Window, span: SampleSpan, wanted: Callable[[str], bool], max_m
 
 
 def problem_of(span: SampleSpan) -> tuple[str, str] | None:
-    """(reason, detail) why a sample must not be used, None for a sound one."""
+    """Why a sample must not be used, as (reason, detail); None for a good one."""
     if span.torn:
         return "damaged_tar", span.torn
     if span.repeated:
@@ -192,7 +192,7 @@ _LOOSE_SUFFIXES = (".json", ".jpg", ".txt")
 
 
 def metadata_of(sample: Sample) -> dict[str, Any]:
-    """The .json as an object; SampleError ``no_json``, ``bad_json`` and its kin."""
+    """The .json as an object.  Raises SampleError: ``no_json``, or those of ``parse_json_object``."""
     data = sample.members.get("json")
     if data is None:
         raise SampleError("no_json", f"it has only {', '.join(sample.suffixes)}")
@@ -200,7 +200,7 @@ def metadata_of(sample: Sample) -> dict[str, Any]:
 
 
 def image_of(sample: Sample) -> bytes:
-    """The bytes of the image, of whatever format; SampleError ``no_image``."""
+    """The bytes of the image in any format.  Raises SampleError ``no_image``."""
     for suffix, data in sample.members.items():
         if suffix in IMAGE_SUFFIXES:
             return data
@@ -208,7 +208,9 @@ def image_of(sample: Sample) -> bytes:
 
 
 def caption_of(metadata: Mapping[str, Any], txt: bytes | None) -> str:
-    """The metadata's caption, else the .txt, as one clean line; SampleError ``no_caption`` or ``caption_too_long``."""
+    """The caption in the metadata, otherwise the .txt, as one clean line.
+
+    Raises SampleError ``no_caption`` or ``caption_too_long``."""
     caption = metadata.get("caption")
     if not isinstance(caption, str):
         if txt is None:
@@ -222,7 +224,7 @@ def caption_of(metadata: Mapping[str, Any], txt: bytes | None) -> str:
 def check_loose_name(key: str) -> None:
     """Raise SampleError ``unsafe_name`` for a key that cannot name loose files beside those of other samples.
 
-    A folder that looks like a file (``000.json/001``) would stand in the way of the sample that has it as its file.
+    A folder that looks like a file (``000.json/001``) would conflict with the file of that name of another sample.
     """
     *folders, base = key.split("/")
     if any(name.endswith(_LOOSE_SUFFIXES) for name in folders) or len(os.fsencode(base)) > 255 - len(".json"):
@@ -230,7 +232,7 @@ def check_loose_name(key: str) -> None:
 
 
 def lenient_metadata(data: bytes | None) -> dict[str, Any]:
-    """The .json of a sample, empty where there is none or it cannot be read: the image is captioned all the same."""
+    """The .json of a sample; empty if it is missing or cannot be read, because the image is captioned nevertheless."""
     if data is None:
         return {}
     try:

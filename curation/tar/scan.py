@@ -1,17 +1,18 @@
-"""One sequential pass over a tar: where its samples lie, and where it is damaged.
+"""Scans a tar in one sequential pass, and finds its samples and its damage.
 
 Blocks are read in order into fixed buffers, and headers are parsed in these buffers, without a copy.
 
-A shard comes from anywhere and may be damaged.  Damage never ends a scan: it goes on at the next sound header, which is
-known by its magic and its checksum, at any offset.  What was lost is reported as a torn sample, so that it is counted:
+A shard may come from any source and may be damaged.  Damage never ends a scan: it continues at the next valid header,
+which is recognised by its magic and its checksum, at any offset.  Lost data is reported as a torn sample, so that it is
+counted:
 
-- A member that is cut off, that has lost bytes or into which bytes were inserted is **suspect**: it is not among its
-  sample's members, and the sample is torn.  A member that has lost bytes reaches over the headers behind it, so the
-  next header is also looked for inside the suspect member.
-- A sample beside damage is torn when it lacks a kind of member that the last whole sample had (an image, a txt and a
-  json before the first whole sample): its first or last members may be what was lost.
-- Damage that no torn sample explains is a torn sample of its own, with the key ``@<offset>`` and without members.
-- Zero blocks with members behind them are passed over and belong to no sample.
+- A member that is cut off, that has lost bytes or into which bytes were inserted is **suspect**: it is not one of its
+  sample's members, and the sample is torn.  A member that has lost bytes extends over the headers after it, so the
+  next header is also searched inside the suspect member.
+- A sample next to damage is torn if it lacks a kind of member that the last complete sample had (before the first
+  complete sample: an image, a txt and a json), because its first or last members may be lost.
+- Damage that no torn sample explains counts as a torn sample with the key ``@<offset>`` and without members.
+- Zero blocks that are followed by members are skipped and belong to no sample.
 """
 
 from __future__ import annotations
@@ -48,39 +49,31 @@ IMAGE_SUFFIXES: Final = frozenset(
 )
 
 
-_EXPECTED_KINDS = frozenset(("image", "txt", "json"))  # DataComp's, until the shard has shown its own
-
-
-_USUAL_END_BYTES = 64 << 10  # tar pads to 10 kB unless told otherwise
+_EXPECTED_KINDS = frozenset(("image", "txt", "json"))  # DataComp's, until the shard's own are known
+_USUAL_END_BYTES = 64 << 10  # tar pads to 10 kB by default
 
 
 _NONZERO = re.compile(rb"[^\0]")
 
 
 _NO_HEADER = "no header where one is due: "
-
-
 _NO_PREFIX = b"\0"  # no member's name begins with it
-
-
-_SEARCH_BYTES = 1 << 20  # read again at a time where a suspect member is searched for headers
-
-
-_SEARCHES_PER_BYTE = 4  # at most: members of a hostile tar may all reach over the same bytes
+_SEARCH_BYTES = 1 << 20  # bytes read at a time when a suspect member is searched for headers
+_SEARCHES_PER_BYTE = 4  # a limit, because the members of a crafted tar may all extend over the same bytes
 
 
 @dataclass(slots=True)
 class SampleSpan:
-    """Where a sample lies: from byte ``start`` to byte ``end``.  Only damage and zero blocks lie between two spans.
+    """The place of a sample, from byte ``start`` to byte ``end``.  Only damage and zero blocks are between two spans.
 
     Attributes:
         key: The sample's key; "" for members that come before any sample.
-        members: Its sound members, in the shard's order.
-        foreign: Members without a key among them, such as folders and global pax headers.
-        torn: What happened to the sample; "" where it is whole.
-        suspect: Whether a damaged member of it was taken out of ``members``.
-        repeated: Whether an earlier sample of the shard, one that is not torn, has the same key.
-        damages: The damage inside the sample and beside it.
+        members: Its undamaged members, in the shard's order.
+        foreign: Members without a key between them, such as folders and global pax headers.
+        torn: What happened to the sample; "" if it is complete.
+        suspect: Whether a damaged member was removed from ``members``.
+        repeated: Whether an earlier sample of the shard that is not torn has the same key.
+        damages: The damage inside the sample and next to it.
     """
 
     key: str
@@ -95,7 +88,7 @@ class SampleSpan:
 
     @property
     def own_extents(self) -> list[tuple[int, int]]:
-        """The byte ranges of its members that have its key.  Members that lie together share one range."""
+        """The byte ranges of the members with its key.  Adjacent members share one range."""
         if not self.damages and not self.foreign:
             return [(self.start, self.end)]
         runs: list[tuple[int, int]] = []
@@ -106,7 +99,7 @@ class SampleSpan:
 
     @property
     def in_order(self) -> list[Member]:
-        """All members from the sample's first to its last, those without a key among them, in the file's order."""
+        """All members from the sample's first to its last, including those without a key, in the file's order."""
         if not self.foreign:
             return self.members
         return sorted((*self.members, *self.foreign), key=lambda member: member.start)
@@ -119,7 +112,7 @@ class SampleSpan:
 
 @dataclass(slots=True)
 class Damage:
-    """Bytes that are not a sound member.  ``explained``: a torn sample accounts for it."""
+    """Bytes that are not a valid member.  ``explained``: a torn sample accounts for them."""
 
     offset: int
     length: int
@@ -136,11 +129,11 @@ class TarReport:
     repeated_keys: int = 0
     damages: list[Damage] = field(default_factory=list)
     missing_end: bool = False
-    gaps: list[int] = field(default_factory=list)  # where zero blocks with members behind them begin
+    gaps: list[int] = field(default_factory=list)  # offsets of zero blocks that are followed by members
     end_bytes: int = 0  # the zeros that end the archive
 
     def warnings(self) -> list[str]:
-        """One line for each thing that is not as it should be."""
+        """One line for each irregularity."""
         lines = [f"{self.path}: damage at byte {d.offset:,} ({d.length:,} bytes): {d.detail}" for d in self.damages]
         if self.missing_end:
             lines.append(f"{self.path}: no end-of-archive blocks; read to its last whole member")
@@ -153,10 +146,10 @@ class TarReport:
 
 
 class Window:
-    """Samples that lie together, and the part of the file in which they lie.
+    """Adjacent samples, and the part of the file that contains them.
 
-    ``view``, ``pieces`` and ``read`` give the bytes of its spans (see ``Block``).  The bytes of a very large sample are
-    not in memory and are read again.  A window is valid until the next but one is taken.
+    ``view``, ``pieces`` and ``read`` return the bytes of its spans (see ``Block``).  The bytes of a very large sample
+    are not in memory and are read again.  A window stays valid while the next one is used, and not longer.
     """
 
     __slots__ = ("pieces", "read", "spans", "view")
@@ -169,12 +162,12 @@ class Window:
 class TarScan:
     """One pass over a tar: ``for window in scan.windows(): for span in window.spans: …``.
 
-    A thread reads and parses one window ahead: so a shared filesystem's latency hides behind the caller's work, and the
-    parsing hides behind the caller's reads and writes.  The memory is fixed, whatever the size of the file.
+    A thread reads and parses one window ahead, so that reading and parsing overlap with the caller's work.  The memory
+    is fixed, whatever the size of the file.
 
     Args:
         source: A tar on a filesystem, a folder of loose files, or what ``curation.storage.urls`` can read.
-        report: Filled with what is found besides samples; a new one where none is given.
+        report: Receives what is found besides samples; default: a new one.
     """
 
     def __init__(self, source: str | Source, report: TarReport | None = None) -> None:
@@ -186,21 +179,21 @@ class TarScan:
         self._block: Block
         self._next = 0  # where the next header should be
         self._open: SampleSpan | None = None
-        self._prefix = _NO_PREFIX  # the open sample's key and the dot
+        self._prefix = _NO_PREFIX  # the current sample's key and the dot
         self._keys: set[int] = set()  # hashes: a shard may hold a million keys
         self._last_whole: SampleSpan | None = None
-        self._usual_count = 0  # of the last whole sample's members
-        self._lost: tuple[int, str] | None = None  # where damage began and what it is, while a header is looked for
-        self._damage: Damage | None = None  # the last one, until the sample behind it begins
+        self._usual_count = 0  # number of members of the last complete sample
+        self._lost: tuple[int, str] | None = None  # start and kind of the damage, while the next header is searched
+        self._damage: Damage | None = None  # the last one, until the sample after it begins
         self._unresolved: list[Damage] = []
-        self._suspects: dict[str, str] = {}  # of the open sample: suffix → what happened to the member
+        self._suspects: dict[str, str] = {}  # of the current sample: suffix → what happened to the member
         self._searched = 0  # bytes of suspect members that were searched for headers
         self._zeros = (-1, -1)  # the last run of zero blocks
-        self._archive = 0  # where the archive begins, if several were put behind one another
+        self._archive = 0  # start of the current archive, if several were concatenated
         self._done: list[SampleSpan] = []
 
     def windows(self) -> Iterator[Window]:
-        """The samples in the shard's order, a few megabytes at a time.
+        """Yield the samples in the shard's order, a few megabytes at a time.
 
         Raises:
             ShardError: The file cannot be read.
@@ -208,7 +201,7 @@ class TarScan:
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(open_blocks(self._source))
             ahead = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
-            stack.callback(self._file.cancel)  # called first, so that nobody waits for bytes that are not wanted
+            stack.callback(self._file.cancel)  # runs first at the end, so that nobody waits for unneeded bytes
             self._block = self._file.block
             more = self._file.size > 0
             if more:
@@ -223,7 +216,7 @@ class TarScan:
             yield self._take()
 
     def _step(self) -> Window:
-        """Read and parse one block further."""
+        """Read and parse the next block."""
         self._block = self._file.advance(self._open.start if self._open else self._next, self._next)
         self._scan()
         while self._next > self._file.size and self._open is not None:
@@ -239,8 +232,8 @@ class TarScan:
     # ---- members and samples
 
     def _scan(self) -> None:
-        """Parse every header in the block, up to one that is not wholly there.  A scan spends its time here: hence the
-        local variables."""
+        """Parse every header in the block, up to one that is incomplete.  The function uses local variables because a
+        scan spends most of its time here."""
         buffer, shift, limit, size = self._block.buffer, self._block.shift, self._block.end, self._file.size
         at = self._next if self._lost is None else self._resume(self._next)
         prefix, span = self._prefix, self._open
@@ -278,10 +271,10 @@ class TarScan:
         self._next = at
 
     def _enter(self, name: bytes, at: int) -> str | None:
-        """Open the sample that a member belongs to, after closing another.
+        """Begin the sample to which a member belongs, and end the previous one.
 
         Returns:
-            The member's suffix; None where it has no key.
+            The member's suffix; None if it has no key.
         """
         split = split_name(name)
         if split is None:
@@ -311,16 +304,16 @@ class TarScan:
         return _suffix_text(raw_suffix)
 
     def _close(self, following: bytes | None = None) -> None:
-        """The open sample has ended: decide whether it is torn, and hand it out.
+        """End the current sample: decide whether it is torn, and add it to the window.
 
         Args:
-            following: The key of the member behind it.
+            following: The key of the member after it.
         """
         span, self._open, self._prefix = self._open, None, _NO_PREFIX
         if span is None:
             return
         if self._suspects:
-            sound = {member.suffix for member in span.members}  # what stands there twice was a stray copy of a header
+            sound = {member.suffix for member in span.members}  # if a suffix is here too, the damage was a stray header
             lost = [why for suffix, why in self._suspects.items() if suffix not in sound]
             span.torn, span.suspect = next(iter(lost), ""), bool(lost)
             self._suspects.clear()
@@ -333,7 +326,7 @@ class TarScan:
                 for damage in span.damages:
                     damage.explained = True
                 if not span.repeated:
-                    self._keys.discard(hash(span.key))  # a whole sample with this key is no repetition of a torn one
+                    self._keys.discard(hash(span.key))  # a later complete sample does not count as repeated
         elif span.key:
             self._last_whole, self._usual_count = span, len(span.members)
         self._done.append(span)
@@ -346,10 +339,10 @@ class TarScan:
             self._open.end = member.end
 
     def _resolve(self, pending: Damage | None) -> None:
-        """Damage between whole samples counts as a lost sample.
+        """Count damage between complete samples as a lost sample.
 
         Args:
-            pending: Damage whose neighbour behind it has not been read yet.
+            pending: Damage after which no sample was read yet.
         """
         for damage in self._unresolved:
             if damage is not pending and not damage.explained:
@@ -365,7 +358,7 @@ class TarScan:
     # ---- damage
 
     def _not_a_header(self, at: int, why: str) -> int:
-        """At ``at`` there is no header: it is the end of the archive, or damage.  Returns where to go on."""
+        """Handle an offset without a header: the end of the archive, or damage.  Returns where to continue."""
         buffer, shift, limit = self._block.buffer, self._block.shift, self._block.end
         if buffer.startswith(ZERO_BLOCK, at - shift):
             nonzero = _NONZERO.search(buffer, at - shift, limit - shift)
@@ -375,7 +368,7 @@ class TarScan:
                 self._note_gap()
                 self._zeros = (at, at)
             self._zeros = (self._zeros[0], until)
-            self._prefix = _NO_PREFIX  # so that _enter sees the member behind the zeros
+            self._prefix = _NO_PREFIX  # so that _enter is called for the member after the zeros
             return until
         span = self._open
         if span is not None and span.end == at and (span.members or span.foreign):
@@ -390,7 +383,7 @@ class TarScan:
         return self._resume(at + 1)
 
     def _cut(self, at: int, data: int, name: bytes, missing: int) -> int:
-        """The member at ``at`` is not wholly there: the sample it belongs to is torn, whatever else it has."""
+        """Handle an incomplete member at ``at``: its sample is torn, whatever its other members are."""
         why = _cut_text(name, missing)
         if (suffix := self._enter(name, at)) is not None:
             self._suspects[suffix] = why
@@ -398,11 +391,11 @@ class TarScan:
         return self._resume(data)
 
     def _take_out(self, span: SampleSpan, member: Member, why: str, behind: int, inside: int | None = None) -> int:
-        """The open sample's last member is suspect: it is as if its header were damage.  Returns where to go on.
+        """Treat the current sample's last member as suspect, as if its header were damage.  Returns where to continue.
 
         Args:
-            behind: The end of what its header claims.
-            inside: Where a header stands in what it claims, if that is known.
+            behind: The end of the member according to its header.
+            inside: The offset of a header inside the member, if one is known.
         """
         if span.members and span.members[-1] is member:
             del span.members[-1]
@@ -419,9 +412,9 @@ class TarScan:
         return inside
 
     def _header_inside(self, start: int, end: int) -> int | None:
-        """Where the first header begins between two offsets, in memory or not."""
+        """The offset of the first header between two offsets, which need not be in memory."""
         end = min(end + BLOCK - 1, self._file.size)
-        size = 8 * BLOCK  # the header is often near
+        size = 8 * BLOCK  # search a small part first, because the header is often near
         while start + BLOCK <= end and self._searched <= _SEARCHES_PER_BYTE * (end + _SEARCH_BYTES):
             stop = min(end, start + size)
             size = min(2 * size, _SEARCH_BYTES)
@@ -433,10 +426,10 @@ class TarScan:
         return None
 
     def _free_swallowed(self, span: SampleSpan, following: bytes | None) -> list[Member]:
-        """Members of the following sample over which a member of this one reaches, up to its last byte.
+        """Find members of the next sample that a member of this one contains, up to its last byte.
 
-        Such a member has lost exactly as many bytes as the members behind it have, so that a header stands where one
-        should.  It is suspect.  Only samples that have fewer members than the last whole one come here.
+        Such a member has lost exactly as many bytes as the members after it have, so that the next header is at the
+        expected place.  The member is suspect.  Only samples with fewer members than the last complete one are checked.
         """
         own = span.key.encode("utf-8", "surrogateescape")
         for member in span.members:
@@ -461,7 +454,7 @@ class TarScan:
         return []
 
     def _chain(self, at: int, end: int) -> list[Member]:
-        """The members that follow one another from ``at`` to ``end``, or to zeros that reach to ``end``."""
+        """The consecutive members from ``at`` to ``end``, or to zeros that extend to ``end``."""
         chain: list[Member] = []
         try:
             while at < end and (member := parse_member(self._block.buffer, at, end, self._block.shift)) is not None:
@@ -474,7 +467,7 @@ class TarScan:
         return chain if not self._block.read(at, end - at).strip(b"\0") else []
 
     def _resume(self, at: int) -> int:
-        """The next sound header from ``at`` on, at any alignment; without one, where to look in the next block."""
+        """The offset of the next valid header at any alignment; without one, where to search in the next block."""
         shift, limit = self._block.shift, self._block.end
         if (found := find_header(self._block.buffer, at - shift, limit - shift)) >= 0:
             self._lose(until=found + shift)
@@ -482,7 +475,7 @@ class TarScan:
         return self._file.size if limit >= self._file.size else max(at, limit - BLOCK + 1)
 
     def _lose(self, until: int) -> None:
-        """From the start of the damage to ``until`` there is no sound member."""
+        """Record the bytes from the start of the damage to ``until`` as lost."""
         assert self._lost is not None
         offset, why = self._lost
         self._lost = None
@@ -491,16 +484,16 @@ class TarScan:
         self._unresolved.append(self._damage)
         if self._open is not None:
             self._open.damages.append(self._damage)
-            self._prefix = _NO_PREFIX  # so that _enter looks at the next member
+            self._prefix = _NO_PREFIX  # so that _enter is called for the next member
 
     def _pass_gap(self, *, inside: bool) -> None:
-        """Members stand behind zero blocks.
+        """Handle zero blocks that are followed by members.
 
-        Zeros that fill the record are the end of an archive to which another was appended.  Others may stand in place
-        of members, so that they count as damage.
+        Zeros that fill the record are the end of an archive to which another one was appended.  Others may have
+        replaced members, so they count as damage.
 
         Args:
-            inside: Whether the zeros are inside the open sample.
+            inside: Whether the zeros are inside the current sample.
         """
         begin, end = self._zeros
         ends_archive = end - begin >= 2 * BLOCK and (end - self._archive) % RECORD == 0
@@ -516,7 +509,7 @@ class TarScan:
             self.report.gaps.append(self._zeros[0])
 
     def _finish(self) -> None:
-        """At the end of the file: what is missing there, and the last sample."""
+        """At the end of the file, record what is missing and end the last sample."""
         size = self._file.size
         ended = self._zeros[0] >= 0
         if self._lost is None and self._next < size and any(self._block.read(self._next, size - self._next)):
@@ -555,7 +548,7 @@ def _quoted(name: bytes) -> str:
 
 
 def _last_member(span: SampleSpan) -> Member:
-    """The member of a sample, or among its members, that begins last."""
+    """The member that begins last, among the sample's own and the foreign ones."""
     return max((*span.members[-1:], *span.foreign[-1:]), key=lambda member: member.start)
 
 

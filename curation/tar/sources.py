@@ -1,10 +1,8 @@
-"""Passes over what cannot be read like a file: remote files, the output of commands, folders of loose files.
+"""Reads shards that are not local tar files: remote files, the output of commands, and folders of loose files.
 
-``open_blocks`` hides which of them it is.
-
-A shard of loose files, as img2dataset's ``files`` layout leaves it: a folder read as if it were a tar of its files.
-
-Samples come in the order of their keys.  The table ``<folder>.parquet`` beside it fills in a json that is missing.
+``open_blocks`` gives all of them one interface.  A folder of loose files (img2dataset's layout ``files``) is read as if
+it were a tar of its files, with the samples in the order of their keys.  If a sample has no json, it is made from its
+row in the table ``<folder>.parquet`` next to the folder.
 """
 
 from __future__ import annotations
@@ -50,9 +48,9 @@ class _File:
 
 
 class LooseStream:
-    """The tar that a folder would make, made while it is read: each file is looked at once.
+    """A folder as a tar that is produced while it is read; nothing is written.
 
-    A file costs an open, a look and a read; nothing is written.  ``size`` is None until the end was read.
+    Each file costs one open, one stat and one read.  ``size`` is None until the end was read.
     """
 
     def __init__(self, folder: str) -> None:
@@ -60,8 +58,8 @@ class LooseStream:
         self.size: int | None = None
         self._names = _sorted_names(folder)
         self._rows = _Rows(folder)
-        self._next = 0  # of the names
-        self._starts: list[int] = []  # where each part begins
+        self._next = 0  # index of the next name
+        self._starts: list[int] = []  # the offset of each part
         self._parts: list[_File | bytes] = []
         self._end = 0
         self._open: tuple[str, int] | None = None  # name and descriptor
@@ -85,10 +83,10 @@ class LooseStream:
             os.close(self._open[1])
             self._open = None
 
-    # ---- what the tar is made of
+    # ---- the parts of the tar
 
     def _extend(self) -> None:
-        """One file further, or the end."""
+        """Add the next file, or the end of the archive."""
         if self._next == len(self._names):
             end = 2 * len(ZERO_BLOCK)
             self._add(bytes(end + -(self._end + end) % RECORD))
@@ -107,7 +105,7 @@ class LooseStream:
             self._fill_in(key, int(found.st_mtime))
 
     def _nearby(self, key: str) -> set[str]:
-        """The names of the sample that ends before the next one."""
+        """The names of the sample that ends before the next name."""
         at = self._next - 1
         names = set()
         while at >= 0 and _key(self._names[at]) == key:
@@ -129,7 +127,7 @@ class LooseStream:
     # ---- its bytes
 
     def _copy(self, view: memoryview, at: int) -> int:
-        """Bytes of one part from ``at`` on."""
+        """Copy the bytes of one part from ``at`` on."""
         number = bisect.bisect_right(self._starts, at) - 1
         part = self._parts[number]
         inside = at - self._starts[number]
@@ -161,12 +159,12 @@ class LooseStream:
 
 
 def table_of(folder: Path) -> Path:
-    """Where img2dataset puts a folder's table."""
+    """The path where img2dataset puts a folder's table."""
     return folder.with_name(f"{folder.name}.parquet")
 
 
 class _Rows:
-    """The table beside a folder, read when a row is first wanted."""
+    """The table next to a folder, which is read when a row is first needed."""
 
     def __init__(self, folder: str) -> None:
         self._path = table_of(Path(folder))
@@ -201,7 +199,7 @@ class _Rows:
 
 
 def _sorted_names(folder: str) -> list[str]:
-    """Its files by key and then suffix, so that a sample's lie together; hidden ones are left out."""
+    """The folder's files sorted by key and then suffix, so that a sample's files are adjacent; without hidden files."""
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir()]
@@ -230,21 +228,21 @@ _STDERR_LINES = 5
 
 
 class Stream(Protocol):
-    """Bytes that come in order.  ``size`` is None until it is known, at the latest when the end was read."""
+    """Bytes that arrive in order.  ``size`` is None until it is known, at the latest when the end was read."""
 
     size: int | None
 
     def read_at(self, view: memoryview, start: int) -> int:
-        """Fill ``view`` as far as it goes; what lies before the bytes read last costs more.  Raises ShardError."""
+        """Fill ``view`` up to the end of the stream; to go back costs more.  Raises ShardError."""
 
     def cancel(self) -> None:
-        """Whoever waits in ``read_at`` gets a ShardError soon."""
+        """Make a caller that waits in ``read_at`` get a ShardError soon."""
 
     def close(self) -> None: ...
 
 
 def open_blocks(source: str | Source) -> Blocks:
-    """A pass over a shard.  Raises ShardError where it is not there."""
+    """Open a shard for one pass.  Raises ShardError if it does not exist."""
     if isinstance(source, Url):
         return StreamBlocks(PrefetchStream(source) if source.command is None else CommandStream(source))
     path = os.fspath(source)
@@ -254,7 +252,7 @@ def open_blocks(source: str | Source) -> Blocks:
 
 
 class StreamBlocks(Blocks):
-    """Of a stream, whose size may turn out at its end."""
+    """The blocks of a stream, whose size may be known only at its end."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -279,7 +277,7 @@ class StreamBlocks(Blocks):
 
 
 class PrefetchStream:
-    """A remote file, of which a thread fetches a few megabytes ahead.  What is wanted again is fetched again."""
+    """A remote file; a thread fetches a few megabytes ahead.  Bytes that are needed again are fetched again."""
 
     def __init__(self, file: Url) -> None:
         self._file, self._policy = file, remote_read.RETRIES
@@ -296,7 +294,7 @@ class PrefetchStream:
         self._chunk = memoryview(b"")
         self._ended = False
         self._ahead: deque[bytes | Exception] = deque()
-        self._held = 0  # bytes in it
+        self._held = 0  # bytes in the queue
         self._news = threading.Condition()
         threading.Thread(target=self._fetch, name="fetch-ahead", daemon=True).start()
 
@@ -316,7 +314,7 @@ class PrefetchStream:
         return total
 
     def _more(self) -> bool:
-        """Whether there are bytes at hand, after waiting for them."""
+        """Wait for bytes; returns whether there are any."""
         if len(self._chunk) or self._ended:
             return bool(len(self._chunk))
         data = self._take()
@@ -339,7 +337,7 @@ class PrefetchStream:
             return data
 
     def _again(self, view: memoryview, start: int) -> int:
-        """Bytes that were read before: those of a sample that is too large to be kept."""
+        """Fetch bytes again that were read before, for a sample that is too large to stay in memory."""
         again = ResumingReader(
             self._file,
             self._server,
@@ -359,7 +357,7 @@ class PrefetchStream:
         return total
 
     def _fetch(self) -> None:
-        """In a thread, to the end or until nobody wants it any more."""
+        """In a thread: fetch to the end, or until the stream is closed."""
         try:
             while True:
                 data: bytes | Exception
@@ -384,15 +382,15 @@ class PrefetchStream:
             self._news.notify_all()
 
     def close(self) -> None:
-        """The thread ends by itself, at the latest when its connection times out."""
+        """Close the stream.  The thread ends by itself, at the latest when its connection times out."""
         self.cancel()
         self._ahead.clear()
 
 
 class CommandStream:
-    """What a command writes, kept in an unnamed temporary file while it runs: a sample may be wanted again.
+    """The output of a command, kept in an unnamed temporary file, because a sample may be needed again.
 
-    The bash that runs it fails where any part of a pipeline fails; whatever was written before counts for nothing then.
+    Bash runs the command and fails if any part of a pipeline fails; the output is then not used.
     """
 
     def __init__(self, file: Url) -> None:
@@ -429,7 +427,7 @@ class CommandStream:
         return total
 
     def _pump(self) -> None:
-        """In a thread: from the command to the file, and its exit status at the end."""
+        """In a thread: copy the command's output to the file, and get its exit status at the end."""
         error: Exception | None = None
         assert self._process.stdout is not None
         try:
@@ -456,14 +454,14 @@ class CommandStream:
         return ": " + redact("; ".join(self._stderr)) if self._stderr else ", it said nothing on stderr"
 
     def _listen(self) -> None:
-        """In a thread: the last lines of what it complains of, so that it never has to wait to complain."""
+        """In a thread: keep the last lines of stderr, and read all of it so that the command never blocks."""
         assert self._process.stderr is not None
         while line := self._process.stderr.readline(4096):
             if text := line.decode("utf-8", "replace").strip():
                 self._stderr.append(text[:300])
 
     def cancel(self) -> None:
-        """The command and what it started are ended, if they have not ended."""
+        """End the command and the processes that it started, if they still run."""
         if self._process.poll() is None or self._pumper.is_alive():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)

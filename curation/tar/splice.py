@@ -1,6 +1,6 @@
-"""A shard copied with some of its samples replaced: everything else stays, byte for byte, in its order.
+"""Copies a shard with some of its samples replaced; everything else stays, byte for byte, in its order.
 
-What lies together and stays is written straight from the read buffer in one piece: header, data and padding.
+Adjacent bytes that stay (header, data and padding) are written from the read buffer in one piece.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ END_OF_ARCHIVE: Final = 2 * 512
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What a sample is replaced with.  Its other members stay, and so do those for which there is None here."""
+    """The new members of a sample.  Its other members stay, as do those for which there is None here."""
 
     jpg: bytes | memoryview | None
     txt: bytes | memoryview | None
@@ -26,7 +26,7 @@ class Edit:
 
     @property
     def parts(self) -> list[str]:
-        """The suffixes of what is new."""
+        """The suffixes of the new members."""
         return [suffix for suffix in ("jpg", "txt", "json") if self.part(suffix) is not None]
 
     def part(self, suffix: str) -> bytes | memoryview | None:
@@ -38,9 +38,9 @@ UNCHANGED: Final = Edit(None, None, None)
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """A sample that goes into the shard under other keys, once for each of them, edited or not.
+    """A sample that is written under other keys, once for each of them, edited or not.
 
-    Its members are plain files; those that belong to no sample but lie between them stay once.
+    Its members are plain files; members between them that belong to no sample are written once.
     """
 
     keys: Sequence[str]
@@ -48,10 +48,10 @@ class Copies:
 
 
 class Action(Enum):
-    """Of a sample that is not edited."""
+    """What to do with a sample that is not edited."""
 
     KEEP = "stays"
-    DROP = "left out"  # members that are no sample's, such as folders, stay all the same
+    DROP = "left out"  # members that belong to no sample, such as folders, stay nevertheless
 
 
 Decision = Edit | Copies | Action
@@ -65,7 +65,7 @@ DecidedWindow = tuple[Window, Sequence[tuple[SampleSpan, Decision]]]
 
 
 class Windows(Protocol):
-    """Where the samples come from: see ``TarScan``."""
+    """A source of samples, such as ``TarScan``."""
 
     path: str
 
@@ -73,28 +73,28 @@ class Windows(Protocol):
 
 
 class Target(Protocol):
-    """Where a spliced shard goes: see ``AtomicFile``."""
+    """The file to which a shard is written, such as ``AtomicFile``."""
 
     def write_pieces(self, pieces: Sequence[bytes | memoryview], /) -> object: ...
 
 
 def decided(tar: Windows, decide: Decide) -> Iterator[DecidedWindow]:
-    """The windows of a scan with the decision about each sample."""
+    """Yield the windows of a scan with the decision about each sample."""
     for window in tar.windows():
         yield window, [(span, decide(span) if span.key else Action.KEEP) for span in window.spans]
 
 
 def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str, int, int]] | None = None) -> None:
-    """Write a tar of the samples of ``windows``, as it was decided about them.
+    """Write a tar from the samples of ``windows`` and the decisions about them.
 
     In an edited sample the jpg takes the place of the first image of any type, under the name ``<key>.jpg``, and
-    further images go; what the source lacks comes behind its last member.  New members take the times of those they
-    replace.
+    further images are removed; members that the source lacks come after its last member.  New members have the times
+    of those that they replace.
 
     Args:
-        windows: The samples.  Each window is written before the next is taken.
-        file: Where the tar goes.
-        index: Gains the key, offset and length in bytes of each sample in the result.
+        windows: The samples.  Each window is written before the next one is read.
+        file: The file to write.
+        index: Receives the key, offset and length in bytes of each sample in the result.
     """
     out = _Out(file)
     for window, decisions in windows:
@@ -125,23 +125,23 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
 
 
 class _Out:
-    """What goes to the target.  Bytes of the source are gathered as views, and those that lie together as one."""
+    """Writes to the target.  Bytes of the source are collected as views, and adjacent bytes as one view."""
 
     window: Window
 
     def __init__(self, file: Target) -> None:
         self._file = file
         self._pieces: list[bytes | memoryview] = []
-        self._begun = self._done = 0  # a run of source bytes that is not among the pieces yet
+        self._begun = self._done = 0  # a range of source bytes that is not in the pieces yet
         self._size = 0
 
     @property
     def position(self) -> int:
-        """Bytes of the result so far."""
+        """The size of the result so far, in bytes."""
         return self._size + self._done - self._begun
 
     def copy(self, start: int, end: int) -> None:
-        """The source's bytes from ``start`` to ``end``."""
+        """Copy the source's bytes from ``start`` to ``end``."""
         if start != self._done:
             self._end_run()
             self._begun = start
@@ -152,7 +152,7 @@ class _Out:
             self.copy(member.start, member.end)
 
     def add_edited(self, span: SampleSpan, edit: Edit, key: str | None = None) -> None:
-        """Members that stay, and new ones in the place of others; under another key if one is given."""
+        """Write the members that stay and the new ones in place of others, under another key if one is given."""
         stem = (span.key if key is None else key).encode("utf-8", "surrogateescape") + b"."
         suffix_at = len(span.key.encode("utf-8", "surrogateescape")) + 1
         missing = edit.parts
@@ -176,17 +176,17 @@ class _Out:
         for suffix in tuple(missing):
             replace(suffix, span.members[0].mtime)
         self._add(new)
-        if self._begun == self._done:  # the next run may begin right behind the members that went
+        if self._begun == self._done:  # the next range may begin directly after removed members
             self._begun = self._done = span.end
 
     def flush(self) -> None:
-        """Write what was gathered, before the window moves on."""
+        """Write the collected pieces; call it before the window becomes invalid."""
         self._end_run()
         self._file.write_pieces(self._pieces)
         self._pieces.clear()
 
     def end(self) -> None:
-        """The end-of-archive blocks, padded to a record as GNU tar does."""
+        """Write the end-of-archive blocks, padded to a record as GNU tar does."""
         self._file.write_pieces([bytes(END_OF_ARCHIVE + -(self._size + END_OF_ARCHIVE) % RECORD)])
 
     def _add(self, new: list[bytes | memoryview]) -> None:
@@ -207,12 +207,12 @@ class _Out:
             return
         self._file.write_pieces(self._pieces)
         self._pieces.clear()
-        for piece in self.window.pieces(start, end):  # of a very large sample
+        for piece in self.window.pieces(start, end):  # several pieces for a very large sample
             self._file.write_pieces([piece])
 
 
 def _replaced_by(member: Member) -> str | None:
-    """The edit's member that takes a member's place; None for one that stays."""
+    """The suffix of the edit's member that replaces this member; None if the member stays."""
     if member.suffix in IMAGE_SUFFIXES:
         return "jpg"
     return member.suffix if member.suffix in ("txt", "json") else None

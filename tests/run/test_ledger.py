@@ -340,7 +340,7 @@ def test_an_output_that_the_receipt_does_not_name_is_not_taken(tmp_path: Path) -
     made = entered(tmp_path / "out")
     state = made.state(SHARD, [wanted, leftover])
     assert state.what == "blocked"
-    assert f"names no {SHARD}.tar" in state.why
+    assert f"does not name {SHARD}.tar" in state.why
     optional = Input(leftover.path, "01", optional=True)
     assert made.state(SHARD, [wanted, optional]).inputs[1] == {"path": f"{SHARD}.tar", "absent": True}
 

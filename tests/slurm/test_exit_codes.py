@@ -202,7 +202,7 @@ def test_a_wrong_array_element(job: Job) -> None:
     assert job.jobs.cluster.wait(
         job.submit("0", "--quiet", sbatch=("--array=1",), SRC_DIR=str(job.jobs.shards), **wrong)
     ) == [2], job.jobs.logs()
-    assert "SLURM_ARRAY_TASK_ID='99' is no element of this job's array (1 to 1)" in job.jobs.logs()
+    assert "SLURM_ARRAY_TASK_ID='99' is not an element of this job's array (1 to 1)" in job.jobs.logs()
 
 
 def test_the_sites_own_setup(job: Job, tmp_path: Path) -> None:

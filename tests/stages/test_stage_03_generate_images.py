@@ -692,5 +692,5 @@ def test_one_process_per_gpu(
 def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     options = stage.parse_options(stage.Options, ["--prompts", "p", "--edits", "e", "--num_gpus", "4"])
-    with pytest.raises(UsageError, match="--num_gpus 4: only 2 can be seen here"):
+    with pytest.raises(UsageError, match="--num_gpus 4: only 2 are visible here"):
         stage.one_process_per_gpu(options)

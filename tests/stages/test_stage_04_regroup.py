@@ -266,7 +266,7 @@ def test_regrouping_takes_odd_headers_along_and_leaves_what_is_no_sample(run: Re
     outputs = [s for path in run.tars() for s in read_samples(path)]
     assert [s.members for s in outputs] == [s.members for s in sources]
     assert [len(keys) for keys in run.keys().values()] == [3, 3, 3, 3, 1][: len(run.tars())]
-    assert "members that belong to no sample are not taken along" in run.log
+    assert "members that belong to no sample are left out" in run.log
 
 
 def test_samples_of_two_shards_with_one_key_stay_two(run: Regroup) -> None:
@@ -466,7 +466,7 @@ def test_a_dry_run_tells_samples_and_bytes_and_writes_nothing(run: Regroup) -> N
     assert run(*flags, "--dry_run") == 0
     assert not (run.root / "hybrid").exists()
     out = run.out
-    assert "4 samples would go on in 2 shards" in out
+    assert "4 samples would be written in 2 shards" in out
     assert "17 dropped: not_in_subset" in out
     assert "1 copies" in out
     assert run(*flags) == 0

@@ -632,7 +632,7 @@ def test_what_verify_refuses_is_not_published(run: Stage04, monkeypatch: pytest.
 
     monkeypatch.setattr(AtomicFile, "write_pieces", write_wrongly)
     assert run("--verify") == 1
-    assert "not what 0.tar and its edits make" in run.log
+    assert "not what 0.tar and its edits should give" in run.log
     assert not (run.root / "hybrid/0.tar").exists()
     assert not list(run.root.glob("hybrid/.*"))
 

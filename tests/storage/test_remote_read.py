@@ -611,7 +611,7 @@ def test_a_file_that_changes_between_two_passes(
 
     monkeypatch.setattr(stub.stage, "write_format", change_and_write)
     assert run(url, tmp_path / "out", "--format", "tar") == 1
-    assert "changed while it was worked on" in receipt(tmp_path / "out", "5")["error"]["message"]
+    assert "changed while it was processed" in receipt(tmp_path / "out", "5")["error"]["message"]
     monkeypatch.setattr(stub.stage, "write_format", write)
     assert run(url, tmp_path / "out", "--format", "tar") == 0  # it is another file now: no flag is needed
 

@@ -20,7 +20,7 @@ import xxhash
 from curation.backends.faces import DetectorName, defaults_of_all, detector_class
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
-from curation.faces import RECORDED_FIELD, Agreement, FaceDetector, recorded_boxes
+from curation.faces import RECORDED_FIELD, Agreement, DetectorSettings, FaceDetector, recorded_boxes
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.needs import NothingToFetch, WeightsNeed
@@ -181,7 +181,7 @@ class FilterFaces(Stage[Options]):
         o = self.options
         model = Path(o.model) if o.model else None
         # One thread a run, and as many runs side by side as there are threads: twice as fast as the other way round.
-        loaded = detector_class(o.pixel_detector or "")(model, o.det_size, o.threshold, 1, self._gpu)
+        loaded = detector_class(o.pixel_detector or "")(DetectorSettings(model, o.det_size, o.threshold, gpu=self._gpu))
         logger.info(f"faces: {loaded.name} ({loaded.revision}) on {loaded.device}, {self._threads} threads")
         self._pool = ThreadPoolExecutor(self._threads, "faces")
         return loaded

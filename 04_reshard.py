@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from curation.backends.faces import DetectorName, detector_class
 from curation.cluster import Allocation
 from curation.errors import EXIT_OK, UsageError
-from curation.faces import FaceDetector
+from curation.faces import DetectorSettings, FaceDetector
 from curation.models.needs import WeightsNeed
 from curation.options import at_least, exit_code, logger, parse_options
 from curation.reshard.layout import ShardLayout
@@ -204,7 +204,7 @@ def shard_writer(options: Options) -> ShardWriter:
 def load_detector(name: str, allocation: Allocation) -> FaceDetector | None:
     if name == "recorded":
         return None
-    detector: FaceDetector = detector_class(name)(gpu=allocation.gpu)
+    detector: FaceDetector = detector_class(name)(DetectorSettings(gpu=allocation.gpu))
     return detector
 
 

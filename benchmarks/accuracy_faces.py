@@ -21,7 +21,7 @@ from measuring import ROOT, print_table
 
 from curation.backends import load
 from curation.commands.audit.groups import wilson
-from curation.faces import FaceDetector
+from curation.faces import DetectorSettings, FaceDetector
 from curation.images import Pixels, decode_rgb
 from curation.tar.samples import (
     image_of,
@@ -179,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = load("faces", options.detector)
     scores, ms = {}, {}
     for size in options.sizes:
-        scores[size], ms[size] = best_scores(backend(options.model, size, FLOOR, options.threads), counted)
+        scores[size], ms[size] = best_scores(
+            backend(DetectorSettings(options.model, size, FLOOR, options.threads)), counted
+        )
 
     def part(shards: Sequence[str], size: int) -> list[tuple[float, int]]:
         pairs = zip(counted, scores[size], strict=True)

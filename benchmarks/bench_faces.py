@@ -127,7 +127,7 @@ def bench_detector(work: Path, images: int, threads: int, rounds: int) -> dict[s
     data = [photos[i % len(photos)] for i in range(images)]
     bare = [(f"{i:09}", members_of(image, {"caption": meta["caption"]})) for i, (image, meta) in enumerate(data)]
     write_shard(work / "shards" / "00000000.tar", bare)
-    detector = Backend(threads=1)
+    detector = Backend()
     pictures = [decode_rgb(image, at_least=detector.wants_pixels) for image, _ in data]
     arrays = [detector.prepare(picture)[0] for picture in pictures]
     shipped = shipped_session(threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,29 @@ from curation.images import Pixels
 Boxes = NDArray[np.float32]  # n × 5: x0, y0, x1, y1, score
 
 RECORDED_FIELD = "face_bboxes"  # in DataComp's metadata: corners as shares of the image, in [0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorSettings:
+    """How a face detector is loaded.
+
+    Attributes:
+        model: Another ONNX file of the same network.  Default: the detector's own.
+        det_size: Pixels that the longest side of an image is brought to.  Default: the detector's own.
+        threshold: The score, between 0 and 1, from which a detection is a face.  Default: the detector's own.
+        threads: CPU threads of one ``detect``.  Several calls side by side with one thread each are faster than one
+            call with several.
+        gpu: Number of the GPU to use, if this onnxruntime can; None for the CPU.
+    """
+
+    model: Path | None = None
+    det_size: int | None = None
+    threshold: float | None = None
+    threads: int = 1
+    gpu: int | None = None
+
+
+AS_PUBLISHED = DetectorSettings()
 
 
 class FaceDetector(Protocol):

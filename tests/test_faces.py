@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from curation.backends import load, names
 from curation.errors import InfrastructureError, SampleError
-from curation.faces import Agreement, FaceDetector, non_maximum_suppression, normalised, recorded_boxes
+from curation.faces import (
+    Agreement,
+    DetectorSettings,
+    FaceDetector,
+    non_maximum_suppression,
+    normalised,
+    recorded_boxes,
+)
 from curation.images import decode_rgb
 from tests import ROOT
 
@@ -187,7 +194,7 @@ def test_yunets_boxes_are_opencvs() -> None:
     from curation.backends.faces.fitting import fit
     from curation.backends.faces.yunet import packaged_model
 
-    yunet = load("faces", "yunet")(det_size=640, threshold=0.5)
+    yunet = load("faces", "yunet")(DetectorSettings(det_size=640, threshold=0.5))
     theirs = cv2.FaceDetectorYN.create(str(packaged_model()), "", (640, 640), 0.5, 0.3, 5000)
     faces = 0
     for pixels, _ in photos("00000001", 20).values():
@@ -204,14 +211,14 @@ def test_yunets_boxes_are_opencvs() -> None:
 
 
 def test_thread_counts_are_explicit(centerface: FaceDetector) -> None:
-    backend = load("faces", "centerface")(threads=2)
+    backend = load("faces", "centerface")(DetectorSettings(threads=2))
     for detector, threads in ((centerface, 1), (backend, 2)):
         assert detector._session.get_session_options().intra_op_num_threads == threads  # type: ignore[attr-defined]
     assert centerface.device == "cpu"
 
 
 def test_insightface_runs_centerface_as_an_scrfd(centerface: FaceDetector, scrfd_file: Path) -> None:
-    scrfd = load("faces", "scrfd")(scrfd_file, threshold=centerface.threshold)
+    scrfd = load("faces", "scrfd")(DetectorSettings(scrfd_file, threshold=centerface.threshold))
     assert scrfd.wants_pixels == 640
     faces = 0
     for pixels, _ in photos("00000001", 20).values():
@@ -223,7 +230,7 @@ def test_insightface_runs_centerface_as_an_scrfd(centerface: FaceDetector, scrfd
 
 
 def test_insightface_finds_keypoints_in_the_stand_in(scrfd_file: Path) -> None:
-    scrfd = load("faces", "scrfd")(scrfd_file)
+    scrfd = load("faces", "scrfd")(DetectorSettings(scrfd_file))
     inside = 0
     for pixels, _ in photos("00000001", 20).values():
         boxes, keypoints = scrfd._scrfd.detect(np.ascontiguousarray(pixels[:, :, ::-1]))
@@ -239,11 +246,11 @@ def test_an_scrfd_of_one_size_only(scrfd_file: Path, tmp_path: Path) -> None:
 
     fixed = build_scrfd(_centerface_file(), tmp_path / "fixed.onnx", side=320)
     backend = load("faces", "scrfd")
-    assert backend(fixed).wants_pixels == 320
-    assert backend(fixed, det_size=320).wants_pixels == 320
+    assert backend(DetectorSettings(fixed)).wants_pixels == 320
+    assert backend(DetectorSettings(fixed, 320)).wants_pixels == 320
     with pytest.raises(InfrastructureError, match=r"320 × 320 only, not --det_size 640"):
-        backend(fixed, det_size=640)
-    assert backend(scrfd_file, det_size=320).wants_pixels == 320
+        backend(DetectorSettings(fixed, 640))
+    assert backend(DetectorSettings(scrfd_file, 320)).wants_pixels == 320
 
 
 # ---- models that are not there, or are something else
@@ -266,9 +273,9 @@ def test_without_the_package_a_clear_line_says_what_to_install(monkeypatch: pyte
 
 def test_one_detectors_file_given_to_the_other(scrfd_file: Path) -> None:
     with pytest.raises(InfrastructureError, match="is no CenterFace"):
-        load("faces", "centerface")(scrfd_file)
+        load("faces", "centerface")(DetectorSettings(scrfd_file))
     with pytest.raises(InfrastructureError, match="is no SCRFD"):
-        load("faces", "scrfd")(_centerface_file())
+        load("faces", "scrfd")(DetectorSettings(_centerface_file()))
 
 
 def test_an_unknown_backend_names_those_that_are_there() -> None:

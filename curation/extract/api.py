@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,17 +110,37 @@ class Extractor(Protocol):
     """
 
     name: str
-    revision: str
-    columns: tuple[Column, ...]
-    features: tuple[Feature, ...]
-    needs: tuple[str, ...]
-    preparations: tuple[Preparation, ...]
+    revision: str = "1"
+    columns: tuple[Column, ...] = ()
+    features: tuple[Feature, ...] = ()
+    needs: tuple[str, ...] = ()
+    preparations: tuple[Preparation, ...] = ()
+
+    @staticmethod
+    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
+        """What has to be on this machine before it can be loaded.  Default: it has no weights."""
+        return []
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         """One value per sample for each of its columns (an array, or a list with None for null) and of its features
         (samples × width, an array or a tensor)."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of what was loaded."""
+
+
+class PreparedColumns(Extractor):
+    """An extractor whose preparation has computed everything: a dict with the columns' values for each sample."""
+
+    preparation: ClassVar[Preparation]
+
+    def __init__(self, directive: str, settings: ModelSettings) -> None:
+        self.name = directive
+        self.preparations = (self.preparation,)
+
+    def compute(self, batch: Batch) -> Mapping[str, Any]:
+        found = batch.prepared(self.preparation)
+        return {column.name: [row.get(column.name) for row in found] for column in self.columns}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from curation.backends.faces import detector_class
 from curation.errors import InfrastructureError
 from curation.extract.api import Directive, ExtractorFamily, dependents
 from curation.extract.settings import ModelSettings
-from curation.faces import FaceDetector
+from curation.faces import DetectorSettings, FaceDetector
 from tests.test_faces import photos
 
 FACES = backends.names("faces")
@@ -36,7 +36,7 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FaceD
 
             model = build_scrfd(packaged_model(), tmp_path_factory.mktemp("scrfd") / "scrfd.onnx")
         try:
-            return detector_class(name)(model, **more)
+            return detector_class(name)(DetectorSettings(model, **more))
         except InfrastructureError as error:
             pytest.skip(str(error))
 
@@ -88,13 +88,13 @@ def test_a_detector_takes_images_of_any_shape(name: str, detectors: Callable[...
 def test_a_detectors_model_that_is_not_there_or_is_none(name: str, tmp_path: Path) -> None:
     kind = detector_class(name)
     with pytest.raises(InfrastructureError, match=r"nowhere\.onnx"):
-        kind(tmp_path / "nowhere.onnx")
+        kind(DetectorSettings(tmp_path / "nowhere.onnx"))
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"this is no model")
     with pytest.raises(InfrastructureError, match=r"garbage\.onnx"):
-        kind(garbage)
+        kind(DetectorSettings(garbage))
     with pytest.raises(InfrastructureError, match="Is a directory"):
-        kind(tmp_path)
+        kind(DetectorSettings(tmp_path))
 
 
 # ---- extractors

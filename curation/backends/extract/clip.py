@@ -23,7 +23,7 @@ from curation.backends.extract.pictures import (
 )
 from curation.backends.extract.tokens import ClipTokens, FolderTokens, is_clip_vocabulary
 from curation.errors import InfrastructureError, UsageError
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation, short_name
+from curation.extract.api import Batch, Column, Directive, Extractor, Feature, Preparation, short_name
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
@@ -43,14 +43,13 @@ class _Pictures:
     deviation: tuple[float, ...]
 
 
-class Backend:
+class Backend(Extractor):
     """One model on one device."""
 
     directives = (
         *(Directive(name, ("{}-score",), ("{}-image", "{}-text")) for name in (*SOURCES, "clip:")),
         Directive("siglip:", ("{}-score", "{}-probability"), ("{}-image", "{}-text")),
     )
-    needs: tuple[str, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curation.errors import InfrastructureError
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.models.weights import fetch_weights
 
@@ -44,12 +44,11 @@ HEADS = {
 }
 
 
-class Backend:
+class Backend(Extractor):
     """One head; it takes the features as they are stored, of length one, as upstream does."""
 
     directives = tuple(Directive(name, (head.column,)) for name, head in HEADS.items())
     needs: tuple[str, ...] = ("oai-clip-vit-l14-image",)
-    features: tuple[Feature, ...] = ()
     preparations: tuple[Preparation, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:

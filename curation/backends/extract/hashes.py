@@ -6,7 +6,6 @@ their median (Zauner 2010); dHash: whether each of 8 × 8 places is brighter tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation
-from curation.extract.settings import ModelSettings, WeightSource
+from curation.extract.api import Column, Directive, PreparedColumns
 from curation.images import Pixels
 
 SIDE = 8
@@ -61,27 +59,9 @@ def _lowest_cosines() -> NDArray[np.float64]:
 _COSINES = _lowest_cosines()
 
 
-class Backend:
+class Backend(PreparedColumns):
     """What the preparation found, as columns."""
 
     directives = (Directive("hashes", ("phash", "dhash")),)
-    revision = "1"
-    needs: tuple[str, ...] = ()
-    features: tuple[Feature, ...] = ()
     columns = (Column("phash", "hash"), Column("dhash", "hash"))
-
-    def __init__(self, directive: str, settings: ModelSettings) -> None:
-        self.name = directive
-        self._hashes = Hashes()
-        self.preparations: tuple[Preparation, ...] = (self._hashes,)
-
-    @staticmethod
-    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-        return []
-
-    def compute(self, batch: Batch) -> Mapping[str, Any]:
-        found = batch.prepared(self._hashes)
-        return {column.name: [row.get(column.name) for row in found] for column in self.columns}
-
-    def close(self) -> None:
-        """Nothing is held."""
+    preparation = Hashes()

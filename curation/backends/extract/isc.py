@@ -22,7 +22,7 @@ import numpy as np
 from curation.backends.extract.layers import NamedTensors
 from curation.backends.extract.pictures import Normalise, Squeeze
 from curation.errors import InfrastructureError, UsageError
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Extractor, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.models.weights import fetch_weights
 
@@ -121,11 +121,10 @@ NO_EMBEDDINGS = "none"
 _ROWS_AT_ONCE = 1 << 16  # of the embeddings: 64 MB of scores for a batch of 256
 
 
-class Backend:
+class Backend(Extractor):
     """The network, and the embeddings that pictures are compared with."""
 
     directives = (Directive("dedup-isc-ft-v107", ("{}-score",), ("{}-image",)),)
-    needs: tuple[str, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.language import LanguageIdentifier, find_model
 from curation.models.weights import fetch_weights
@@ -31,12 +31,10 @@ def _identifier(model: str) -> LanguageIdentifier:
     return LanguageIdentifier(Path(model))
 
 
-class Backend:
+class Backend(Extractor):
     """What the preparation found, as columns."""
 
     directives = (Directive("language", ("language", "language-probability")),)
-    needs: tuple[str, ...] = ()
-    features: tuple[Feature, ...] = ()
     columns = (Column("language", "string"), Column("language-probability", "float32"))
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
@@ -58,6 +56,3 @@ class Backend:
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         found = batch.prepared(self._language)
         return {column.name: [row.get(column.name) for row in found] for column in self.columns}
-
-    def close(self) -> None:
-        """Nothing is held."""

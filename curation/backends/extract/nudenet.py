@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import InfrastructureError
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
@@ -73,12 +73,10 @@ def _taken(pixels: Pixels, rows: NDArray[np.intp], columns: NDArray[np.intp]) ->
     return found
 
 
-class Backend:
+class Backend(Extractor):
     """One session, a picture at a time."""
 
     directives = (Directive("nudenet", ("{}-score", "{}-label")),)
-    needs: tuple[str, ...] = ()
-    features: tuple[Feature, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         [source] = self.sources(directive, settings)

@@ -25,7 +25,7 @@ from PIL import Image
 from curation.backends.extract.layers import NamedTensors
 from curation.backends.extract.pictures import Normalise
 from curation.errors import InfrastructureError
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
@@ -203,12 +203,10 @@ SOURCE = WeightSource(
 Answer = tuple[list[NDArray[Any]], list[NDArray[Any]]]  # scores and distances of one picture, by stride
 
 
-class Backend:
+class Backend(Extractor):
     """The detector, whichever kind its weights are."""
 
     directives = (Directive("faces-scrfd10g", ("face-boxes",)),)
-    needs: tuple[str, ...] = ()
-    features: tuple[Feature, ...] = ()
     columns = (Column("face-boxes", "boxes"),)
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation, SampleFacts
-from curation.extract.settings import ModelSettings, WeightSource
+from curation.extract.api import Column, Directive, PreparedColumns, SampleFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +24,9 @@ class Statistics:
         return found
 
 
-class Backend:
+class Backend(PreparedColumns):
     """What the preparation found, as columns."""
 
-    revision = "1"
-    needs: tuple[str, ...] = ()
-    features: tuple[Feature, ...] = ()
     columns = (
         Column("image-width", "int64", needs_image=True, needs_text=False),
         Column("image-height", "int64", needs_image=True, needs_text=False),
@@ -42,19 +37,4 @@ class Backend:
     )
 
     directives = (Directive("statistics", tuple(column.name for column in columns)),)
-
-    def __init__(self, directive: str, settings: ModelSettings) -> None:
-        self.name = directive
-        self._statistics = Statistics()
-        self.preparations: tuple[Preparation, ...] = (self._statistics,)
-
-    @staticmethod
-    def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-        return []
-
-    def compute(self, batch: Batch) -> Mapping[str, Any]:
-        found = batch.prepared(self._statistics)
-        return {column.name: [row.get(column.name) for row in found] for column in self.columns}
-
-    def close(self) -> None:
-        """Nothing is held."""
+    preparation = Statistics()

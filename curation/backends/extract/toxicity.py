@@ -11,7 +11,7 @@ from typing import Any
 
 from curation.backends.extract.tokens import FolderTokens
 from curation.errors import InfrastructureError
-from curation.extract.api import Batch, Column, Directive, Feature, Preparation
+from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
@@ -29,12 +29,10 @@ TOXICITY = ("toxicity", "severe_toxicity", "obscene", "identity_attack", "insult
 _OTHER_NAMES = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe_toxic": "severe_toxicity"}
 
 
-class Backend:
+class Backend(Extractor):
     """The classifier of one folder."""
 
     directives = (Directive("nsfw-detoxify", ("{}-score",)),)
-    needs: tuple[str, ...] = ()
-    features: tuple[Feature, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch

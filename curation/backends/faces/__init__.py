@@ -6,11 +6,10 @@ its default size and threshold, and where its weights come from.  ``fitting`` ha
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from curation import backends
-from curation.faces import FaceDetector
+from curation.faces import AS_PUBLISHED, DetectorSettings, FaceDetector
 from curation.models.needs import WeightsNeed
 
 if TYPE_CHECKING:
@@ -27,23 +26,8 @@ class DetectorClass(Protocol):
     default_det_size: int  # pixels
     default_threshold: float
 
-    def __call__(
-        self,
-        model: Path | None = None,
-        det_size: int | None = None,
-        threshold: float | None = None,
-        threads: int = 1,
-        gpu: int | None = None,
-    ) -> FaceDetector:
+    def __call__(self, settings: DetectorSettings = AS_PUBLISHED) -> FaceDetector:
         """Load the detector.
-
-        Args:
-            model: Another ONNX file of the same network.  Default: the detector's own.
-            det_size: Pixels that the longest side of an image is brought to.
-            threshold: The score, between 0 and 1, from which a detection is a face.
-            threads: CPU threads of one ``detect``.  Several calls side by side with one thread each are faster than
-                one call with several.
-            gpu: Number of the GPU to use, if this onnxruntime can; None for the CPU.
 
         Raises:
             InfrastructureError: The weights are not there, or are of another network.

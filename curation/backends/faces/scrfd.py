@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from curation.errors import InfrastructureError
-from curation.faces import Boxes, normalised
+from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, normalised
 from curation.images import Pixels
 from curation.models.needs import WeightsNeed
 from curation.models.onnx import open_session, read_weights
@@ -53,27 +53,20 @@ class Backend:
     default_det_size = 640
     default_threshold = 0.5  # insightface's
 
-    def __init__(
-        self,
-        model: Path | None = None,
-        det_size: int | None = None,
-        threshold: float | None = None,
-        threads: int = 1,
-        gpu: int | None = None,
-    ) -> None:
-        path = model or _buffalo_l()
+    def __init__(self, settings: DetectorSettings = AS_PUBLISHED) -> None:
+        det_size, path = settings.det_size, settings.model or _buffalo_l()
         weights, self.revision = read_weights(path)
-        session, self.device = open_session(weights, path, threads, gpu)
+        session, self.device = open_session(weights, path, settings.threads, settings.gpu)
         if len(session.get_outputs()) not in _OUTPUTS or len(session.get_inputs()) != 1:
             raise InfrastructureError(
                 f"the model {path} is no SCRFD: it has {len(session.get_inputs())} inputs and "
                 f"{len(session.get_outputs())} outputs; expected one and {', '.join(map(str, _OUTPUTS))}"
             )
-        self.threshold = self.default_threshold if threshold is None else threshold
+        self.threshold = settings.threshold or self.default_threshold
         # One session for every size: a second one would be built with settings that we do not control.
         self._scrfd = _scrfd_class()(model_file=str(path), session=session, static_shape_sessions=False)
         fixed = self._scrfd.static_input_size  # (width, height) where the graph allows no other
-        wanted = self.default_det_size if det_size is None else det_size
+        wanted = det_size or self.default_det_size
         if fixed is not None and det_size is not None and fixed != (wanted, wanted):
             raise InfrastructureError(f"the model {path} takes {fixed[0]} × {fixed[1]} only, not --det_size {det_size}")
         self._size: tuple[int, int] = fixed or (wanted, wanted)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from curation.backends.faces.fitting import fit, import_cv2
 from curation.errors import InfrastructureError
-from curation.faces import Boxes, non_maximum_suppression, normalised
+from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, non_maximum_suppression, normalised
 from curation.images import Pixels
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.models.onnx import open_session, packaged_file, read_weights
@@ -39,21 +39,14 @@ class Backend:
     default_det_size = 320
     default_threshold = 0.45
 
-    def __init__(
-        self,
-        model: Path | None = None,
-        det_size: int | None = None,
-        threshold: float | None = None,
-        threads: int = 1,
-        gpu: int | None = None,
-    ) -> None:
+    def __init__(self, settings: DetectorSettings = AS_PUBLISHED) -> None:
         self._cv2 = import_cv2()
-        self.det_size = self.default_det_size if det_size is None else det_size
-        self.threshold = self.default_threshold if threshold is None else threshold
+        self.det_size = settings.det_size or self.default_det_size
+        self.threshold = settings.threshold or self.default_threshold
         self.wants_pixels = self.det_size
-        path = model or packaged_model()
+        path = settings.model or packaged_model()
         weights, self.revision = read_weights(path)
-        self._session, self.device = open_session(_free_size(weights, path), path, threads, gpu)
+        self._session, self.device = open_session(_free_size(weights, path), path, settings.threads, settings.gpu)
         self._input = self._session.get_inputs()[0].name
 
     @staticmethod

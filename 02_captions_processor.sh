@@ -1,18 +1,18 @@
 #!/bin/bash
-# Stage 02 on a cluster: a model server for each GPU of the node, and the stage that asks them.  Start it as often and as
-# wide as you like, until nothing is pending; all share the shards by claims:
+# Stage 02 on a cluster: a model server for each GPU of the node, and the stage.  Submit it as often and with as many
+# tasks as you like, until nothing is pending; all tasks share the shards by claims:
 #
 #     ROOT=/path/to/root sbatch --array=0-9 02_captions_processor.sh
 #     SRC_DIR=/path/to/captions TARGET_DIR=/path/to/prompts sbatch 02_captions_processor.sh --groups none
 #
-# SRC_DIR, by default $ROOT/captions, contains stage 01's captions; TARGET_DIR, by default $ROOT/prompts, receives the prompts.
+# SRC_DIR, by default $ROOT/captions, has stage 01's captions; TARGET_DIR, by default $ROOT/prompts, gets the prompts.
 # With one of these variables it starts no server and needs no GPU:
 #
 #     ENDPOINTS_DIR=/path/to/endpoints  where servers of other jobs register (serve_endpoints.sh)
 #     ENDPOINTS=http://gpu1:8000,…      servers that run elsewhere
 #     PORTS=11434,11435                 servers that run on this node
 #
-# The model must have been made where the servers look for it (OLLAMA_MODELS, by default ~/.ollama/models):
+# The model must exist in the folder of the servers (OLLAMA_MODELS, by default ~/.ollama/models):
 #     ollama create tulu3:fairclip -f examples/ollama/Modelfile
 #
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/stage-02.md has the variables of the servers,

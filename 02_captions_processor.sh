@@ -1,25 +1,25 @@
 #!/bin/bash
-# Stage 02 on a cluster: a model server for each GPU of the node, and the stage that asks them.  Start it as often and as
-# wide as you like, until nothing is pending; all share the shards by claims:
+# Stage 02 on a cluster: a model server for each GPU of the node, and the stage.  Submit it as often and with as many
+# tasks as you like, until nothing is pending; all tasks share the shards by claims:
 #
 #     ROOT=/path/to/root sbatch --array=0-9 02_captions_processor.sh
 #     SRC_DIR=/path/to/captions TARGET_DIR=/path/to/prompts sbatch 02_captions_processor.sh --groups none
 #
-# SRC_DIR, by default $ROOT/captions, is what stage 01 wrote; TARGET_DIR, by default $ROOT/prompts, takes the prompts.
-# With one of these it starts no server, and needs no GPU:
+# SRC_DIR, by default $ROOT/captions, has stage 01's captions; TARGET_DIR, by default $ROOT/prompts, gets the prompts.
+# With one of these variables it starts no server and needs no GPU:
 #
-#     ENDPOINTS_DIR=/path/to/endpoints  where servers register that are other jobs (serve_endpoints.sh)
+#     ENDPOINTS_DIR=/path/to/endpoints  where servers of other jobs register (serve_endpoints.sh)
 #     ENDPOINTS=http://gpu1:8000,…      servers that run elsewhere
 #     PORTS=11434,11435                 servers that run on this node
 #
-# The model must have been made where the servers look for it (OLLAMA_MODELS, by default ~/.ollama/models):
+# The model must exist in the folder of the servers (OLLAMA_MODELS, by default ~/.ollama/models):
 #     ollama create tulu3:fairclip -f examples/ollama/Modelfile
 #
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/stage-02.md has the variables of the servers,
 # docs/slurm.md all others; those of the site's accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
-# it puts itself (this array element alone) into the queue again, as long as it gets on.
+# it requeues itself (in an array, only this element), as long as it makes progress.
 #SBATCH --job-name=02_captions_processor
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -32,7 +32,7 @@
 #SBATCH --output=logs/%x-%j.log
 set -u
 
-# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+# sbatch runs a copy of this file elsewhere: the project is in the folder of submission, or where the original file is
 for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
     [ -f "$PROJECT/slurm_tasks.sh" ] && break
 done
@@ -52,7 +52,7 @@ for word in "$@"; do
     previous=$word
 done
 
-# The servers of this job alone: they end with it, even when it is killed.
+# These servers are for this job only: they end with it, even if it is killed.
 start_servers() {
     mkdir -p "$TARGET_DIR" || usage_error "the folder $TARGET_DIR cannot be made"
     own=$(mktemp -d "$TARGET_DIR/.job-servers-${SLURM_JOB_ID:-0}.XXXXXX") || usage_error "the folder $TARGET_DIR cannot be written"

@@ -1,17 +1,17 @@
 #!/bin/bash
-# Stage 03 on a cluster: one task per GPU, all sharing the shards by claims.  Start it as often and as wide as you like,
-# until nothing is pending:
+# Stage 03 on a cluster: one task per GPU, all sharing the shards by claims.  Submit it as often and with as many tasks
+# as you like, until nothing is pending:
 #
 #     ROOT=/path/to/root sbatch --array=0-9 03_generate_images.sh
 #     SRC_DIR=/path/to/prompts TARGET_DIR=/path/to/edits sbatch 03_generate_images.sh --model stabilityai/sd-turbo
 #
-# SRC_DIR, by default $ROOT/prompts, is what stage 02 wrote; TARGET_DIR, by default $ROOT/edits, holds the metadata that
-# stage 01 wrote, and takes the images.
+# SRC_DIR, by default $ROOT/prompts, contains stage 02's prompts; TARGET_DIR, by default $ROOT/edits, contains
+# stage 01's metadata and receives the images.
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
-# it puts itself (this array element alone) into the queue again, as long as it gets on.
+# it requeues itself (in an array, only this element), as long as it makes progress.
 #SBATCH --job-name=03_generate_images
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
@@ -24,7 +24,7 @@
 #SBATCH --output=logs/%x-%j.log
 set -u
 
-# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+# sbatch runs a copy of this file elsewhere: the project is in the folder of submission, or where the original file is
 for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
     [ -f "$PROJECT/slurm_tasks.sh" ] && break
 done

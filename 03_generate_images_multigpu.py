@@ -138,7 +138,7 @@ class GenerateImages(Stage[Options]):
 
     @cached_property
     def settings(self) -> Preset:
-        """The model's preset with the flags in it."""
+        """The model's preset, overridden by the flags."""
         o = self.options
         if o.embedded:
             [preset] = o.family.presets.values()
@@ -228,7 +228,7 @@ class GenerateImages(Stage[Options]):
     # ---- what comes in
 
     def _read(self, work: ShardContext) -> list[Sample]:
-        """The samples to edit, in the order of the prompts; those that cannot be are recorded."""
+        """The samples to edit, in the order of the prompts; those that cannot be edited are recorded."""
         shard = work.shard
         prompts = read_dictionary(shard.file)
         work.sample_in(len(prompts))

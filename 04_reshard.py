@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stage 04: write the hybrid shards.  Edited samples are replaced in place, every other byte stays as it was."""
+"""Stage 04: write the hybrid shards.  Edited samples are replaced in place; every other byte stays unchanged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BEHIND_ITS_OWN_KEY = Choice(0, failed=("duplicate_key", "it would lie right behi
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Replace the edited samples of each shard; copy everything else byte for byte.  Or take a subset, and regroup."""
+    """Replace the edited samples of each shard and copy everything else byte for byte; or take a subset, or regroup."""
 
     input: str
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
@@ -50,16 +50,16 @@ class Options(RunOptions):
     edits: str | None = None
     """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together."""
     prompts: str | None = None
-    """Folder with the prompts (<shard>.json): only samples that have one are edited, and those whose edit is missing
-    are known.  Default: every edit is applied."""
+    """Folder with the prompts (<shard>.json): only samples with a prompt are edited, and missing edits are noticed.
+    Default: every edit is applied."""
     on_missing: Literal["keep", "drop"] = "keep"
     """A sample with a prompt but without an edit: keep it as it was, or leave it out."""
     edits_layout: Literal["auto", "tar", "files"] = "auto"
     """Where the edits are.  auto: in the tar if there is one, else in loose files."""
     subset: str | None = None
-    """A sorted .npy array of uids (dtype u8,u8): only these samples, each as often as it stands there."""
+    """A sorted .npy array of uids (dtype u8,u8): only these samples, each as often as its uid occurs."""
     drop_rejected: bool = False
-    """Leave out the samples that stages 02 and 03 rejected; without it they stay as they were."""
+    """Leave out the samples that stages 02 and 03 rejected; without it they stay unchanged."""
     blur_faces: Literal["recorded"] | DetectorName | None = None
     """Blur faces of samples that are not edited: in the boxes that the metadata records, or in a detector's."""
     shard_size: Annotated[int | None, at_least(1)] = None
@@ -69,13 +69,13 @@ class Options(RunOptions):
     seed: int = 0
     """Of the shuffling."""
     step: Literal["all", "index", "write"] = "all"
-    """With --shard_size: index the source shards, write the output shards, or first the one and then the other."""
+    """With --shard_size: index the source shards, write the output shards, or do both."""
     index: bool = False
     """Write <shard>.idx beside each output shard, and wids.json for all of them."""
     publish_to: str | None = None
-    """Write the hybrid shards to this place in a bucket (s3://bucket/folder, gs://…); all else goes to --output."""
+    """Write the hybrid shards to this folder in a bucket (s3://bucket/folder, gs://…), other files to --output."""
     overwrite: bool = False
-    """Replace shards there that this stage has not made, and remove those of another layout."""
+    """Replace shards in the output folder that this stage has not made, and remove those of another layout."""
     verify: bool = False
     """Read each output back before it is published and compare it with the source and the edits."""
 
@@ -106,7 +106,7 @@ class Options(RunOptions):
 
     @cached_property
     def sources(self) -> ReshardInputs:
-        """What the hybrid shards are made of."""
+        """The inputs of the hybrid shards."""
         return ReshardInputs(
             edits=None if self.edits is None else (Path(self.edits), EDITS_STAGE),
             prompts=None if self.prompts is None else (Path(self.prompts), PROMPTS_STAGE),
@@ -122,14 +122,14 @@ class Options(RunOptions):
         return Path(self.output) if self.publish_to is None else remote_folder(self.publish_to)
 
     def choices(self) -> dict[str, object]:
-        """What decides which samples go on; flags that are not given are not named, as before there were such."""
+        """The options that determine the choice of samples.  Unset flags are absent, as before these flags existed."""
         chosen: dict[str, object] = {"prompts": self.prompts is not None, "on_missing": self.on_missing}
         chosen["edits_layout"] = self.edits_layout
         named = {"edits": self.edits is None, "subset": self.subset is not None, "drop_rejected": self.drop_rejected}
         return chosen | {name: name != "edits" for name, given in named.items() if given}
 
     def forms(self) -> dict[str, object]:
-        """What decides the form in which they do."""
+        """The options that determine the form of the output."""
         named = {"blur_faces": self.blur_faces, "index": self.index, "publish_to": self.publish_to and str(self.tars)}
         return {name: value for name, value in named.items() if value}
 
@@ -165,9 +165,9 @@ class Reshard(Stage[Options]):
                 edits, selector = stack.enter_context(opened)
 
             def windows(report: TarReport | None = None) -> Iterator[DecidedWindow]:
-                """The samples, and what becomes of them.  Those of the pass with the report are counted."""
+                """Yield the samples with their decisions.  The pass with the report also counts them."""
                 plain = self.options.is_plain
-                before = ""  # the key of the last sample that goes on
+                before = ""  # the key of the last sample that is kept
                 for window in TarScan(work.shard.path, report).windows():
                     selector.look(window)
                     chosen: list[tuple[SampleSpan, Choice]] = []
@@ -177,10 +177,10 @@ class Reshard(Stage[Options]):
                         if span.key:
                             choice = selector.choose(span)
                             if choice.copies and not plain:
-                                if span.key == before:  # what lay between them was left out: they would become one
+                                if span.key == before:  # none is left between them: readers would merge them
                                     choice = BEHIND_ITS_OWN_KEY
                                 before = span.key
-                            if not plain or blur is not None or choice is not AS_IT_IS:  # nearly all stay as they are
+                            if not plain or blur is not None or choice is not AS_IT_IS:  # few samples change
                                 keys = copy_keys(span.key, choice.copies) if choice.copies > 1 else ()
                                 choice, decision = decide(window, span, choice, edits, blur, keys)
                             chosen.append((span, choice))
@@ -225,7 +225,7 @@ def regroup_shards(options: Options, shards: Sequence[Shard]) -> int:
 
 
 def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
-    """Raise UsageError where the hybrid shards, None where they are not known yet, would stand among others."""
+    """Raise UsageError if the output folder has other shards.  shards: the hybrid shards; None if not known yet."""
     if not is_worker():
         o, ids = options, None if shards is None else {shard.id for shard in shards}
         refuse_foreign_shards(
@@ -234,7 +234,7 @@ def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
 
 
 def finish(options: Options, shards: Sequence[Shard]) -> int:
-    """The list of all output shards, when they are all there."""
+    """Write the list of all output shards, once all are done."""
     if not options.index or is_worker() or options.dry_run:
         return EXIT_OK
     receipts, missing = receipts_of_all(Path(options.output), STAGE, [shard.id for shard in shards])

@@ -1,18 +1,18 @@
 #!/bin/bash
-# Stage 04 on a cluster: several tasks a node, all sharing the shards by claims.  Start it as often and as wide as you
-# like, until nothing is pending:
+# Stage 04 on a cluster: several tasks a node, all sharing the shards by claims.  Submit it as often and with as many
+# tasks as you like, until nothing is pending:
 #
 #     SRC_DIR=/path/to/shards TARGET_DIR=/path/to/root/shards sbatch 04_reshard.sh
 #     SRC_DIR=… ROOT=/path/to/root sbatch --array=0-9 04_reshard.sh --verify                 # any flag of the stage
 #
 # SRC_DIR, the source shards, is a folder, a glob in quotes, braces in quotes, or a list file.  EDITS_DIR and PROMPTS_DIR
-# are by default edits/ and prompts/ beside TARGET_DIR; with ROOT, TARGET_DIR is $ROOT/shards.  EDITS_DIR=none takes the
-# samples as they are, for a subset (--subset keep.npy) or shards of one size (--shard_size 10000).
+# are by default edits/ and prompts/ beside TARGET_DIR; with ROOT, TARGET_DIR is $ROOT/shards.  EDITS_DIR=none leaves
+# the samples unchanged, for a subset (--subset keep.npy) or shards of one size (--shard_size 10000).
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
-# it puts itself (this array element alone) into the queue again, as long as it gets on.
+# it requeues itself (in an array, only this element), as long as it makes progress.
 #SBATCH --job-name=04_reshard
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -25,7 +25,7 @@
 #SBATCH --output=logs/%x-%j.log
 set -u
 
-# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+# sbatch runs a copy of this file elsewhere: the project is in the folder of submission, or where the original file is
 for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
     [ -f "$PROJECT/slurm_tasks.sh" ] && break
 done

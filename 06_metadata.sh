@@ -1,18 +1,18 @@
 #!/bin/bash
-# Stage 06 on a cluster: one task per GPU, all sharing the shards by claims.  Start it as often and as wide as you like,
-# until nothing is pending:
+# Stage 06 on a cluster: one task per GPU, all sharing the shards by claims.  Submit it as often and with as many tasks
+# as you like, until nothing is pending:
 #
 #     ROOT=/path/to/root sbatch --array=0-9 06_metadata.sh --yml datacomp.yml
 #     SRC_DIR=/path/to/shards TARGET_DIR=/path/to/metadata sbatch 06_metadata.sh --models oai-clip-vit-b32
 #
 # SRC_DIR, by default $ROOT/shards, is a folder, a glob in quotes, braces in quotes, or a list file; TARGET_DIR, by
-# default $ROOT/metadata, takes the parquets and npzs.  Both go before what the YAML says; without
-# them its own input_tars and output_metadata_dir count.
+# default $ROOT/metadata, receives the parquets and npzs.  Both take precedence over the YAML; without
+# them its input_tars and output_metadata_dir count.
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
-# it puts itself (this array element alone) into the queue again, as long as it gets on.
+# it requeues itself (in an array, only this element), as long as it makes progress.
 #SBATCH --job-name=06_metadata
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
@@ -25,7 +25,7 @@
 #SBATCH --output=logs/%x-%j.log
 set -u
 
-# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+# sbatch runs a copy of this file elsewhere: the project is in the folder of submission, or where the original file is
 for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
     [ -f "$PROJECT/slurm_tasks.sh" ] && break
 done

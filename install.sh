@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 
 say() { printf '%s\n' "install: $*" >&2; }
 
-# A Debian package that is missing is installed where we may, and named where we may not.
+# A missing Debian package is installed if we have the right to; otherwise it is named.
 need_system_package() {
     local package=$1 why=$2
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
@@ -32,8 +32,8 @@ find_python() {
     exit 2
 }
 
-# A fresh environment, unless a whole one is there.  The mark .installing stays behind when pip is interrupted, and a
-# package that was being replaced at that moment may be in pieces: such an environment is made anew.
+# Creates the environment unless a complete one exists.  If pip is interrupted, the mark .installing remains, and the
+# package that was being replaced may be incomplete: such an environment is created again.
 make_environment() {
     local folder=$1
     if [ ! -e "$folder/.installing" ] && "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -60,7 +60,7 @@ finish() {
     touch "$1/.installed"
 }
 
-# One installation at a time; what an interrupted one left running holds the lock until it ends.
+# Only one installation runs at a time; a process that an interrupted one left running holds the lock until it ends.
 exec 9<install.sh
 flock --nonblock 9 || { say "another installation is running: waiting for it" && flock 9; }
 

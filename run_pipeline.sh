@@ -1,30 +1,30 @@
 #!/bin/bash
-# Stages 01 to 04 in one go.  On a cluster it submits them as jobs that depend on each other; where there is no sbatch it
-# runs them here, one after the other.  Start it as often as you like: what is done stays done.
+# Runs stages 01 to 04.  On a cluster it submits them as jobs that depend on each other; without sbatch it runs them
+# here, one after the other.  Run it as often as you like: finished shards are not done again.
 #
 #     SRC_DIR=/path/to/shards ROOT=/path/to/root ./run_pipeline.sh [--follow] [--stages 02-04] [--here] [--dry_run] [-- FLAGS]
 #
-#     --follow         a stage starts as soon as the stage before runs, and takes its shards as they are published
+#     --follow         a stage starts as soon as the previous one runs, and processes its shards as they are published
 #     --stages 02-04   only these: one (03) or a range; by default 01-04
-#     --here           run them here, even where there is sbatch: inside an allocation, for a few shards
+#     --here           run them here, even if there is sbatch: inside an allocation, for a few shards
 #     --dry_run        print the commands, and do nothing
-#     -- FLAGS         flags for every one of the stages, such as --quiet or --shards 00000000..00000099
+#     -- FLAGS         flags for every stage, such as --quiet or --shards 00000000..00000099
 #
 # Variables:
 #     SRC_DIR                     the source shards: a folder, a glob, braces or a list file (stages 01 and 04)
-#     ROOT                        takes captions/, prompts/, edits/ and shards/ (the hybrid shards)
+#     ROOT                        receives captions/, prompts/, edits/ and shards/ (the hybrid shards)
 #     ARRAY_01 … ARRAY_04         the stage as a job array: ARRAY_01=0-9, ARRAY_03=0-63%16
 #     SBATCH_01 … SBATCH_04       further words for its sbatch: SBATCH_01='--partition=cpu --time=01:00:00'
 #     FLAGS_01 … FLAGS_04         further flags of the stage: FLAGS_01='--detector scrfd'
 #     ENDPOINTS_DIR, ENDPOINTS or PORTS: the model servers of stage 02; without one it starts its own on its GPUs
 # SBATCH_*, FLAGS_* and FLAGS are words between spaces; no shell looks at them.  docs/slurm.md has all other variables.
 #
-# A stage starts when the one before has ended, whatever with: shards that failed stop nobody but themselves.  Ends with 0
-# when all jobs are submitted, 2 when one could not be.  Without sbatch it stops at a stage that ends with 2 or 75, goes on
-# after a 1 (some shards failed), and ends with the worst.
+# A stage starts when the previous one has ended, with any exit code: a failed shard does not stop the others.  The script
+# ends with 0 if all jobs were submitted, with 2 if one could not be.  Without sbatch it stops at a stage that ends with 2
+# or 75, continues after a 1 (some shards failed), and ends with the worst exit code.
 set -u
 
-# inside a job this file is a copy: the project is where it was submitted from, or where the original lies
+# inside a job this file is a copy: the project is in the folder of submission, or where the original file is
 for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
     [ -f "$PROJECT/slurm_tasks.sh" ] && break
 done
@@ -95,8 +95,8 @@ words_of() {
     return 0
 }
 
-# stage_words N: sets ``stage`` to the stage's flags and ``place`` to its variables.  SRC_DIR and the folders mean another
-# thing to each stage: it is given ROOT, from which it takes its own.
+# stage_words N: sets ``stage`` to the stage's flags and ``place`` to its variables.  SRC_DIR and the folders have another
+# meaning for each stage, so it gets ROOT and derives its own folders.
 stage_words() {
     words_of "FLAGS_0$1"
     stage=("${all_flags[@]}" "${words[@]}")
@@ -166,7 +166,7 @@ fi
 
 [ -n "$follow" ] && echo "--follow is for a cluster: here a stage starts when the one before has ended" >&2
 
-# A stage has a process group of its own, in which signals are not ignored, and is handed what this script is sent.
+# A stage has its own process group, in which signals are not ignored; this script forwards its signals to it.
 child='' asked=''
 forward() {
     asked=yes

@@ -1,18 +1,18 @@
 #!/bin/bash
-# Model servers for stage 02 on a cluster: one for each GPU of the job, registered in a folder that the stage reads.  Start
-# it as often as you like, before the stage or while it runs; the stage goes on while such jobs come and go:
+# Model servers for stage 02 on a cluster: one for each GPU of the job, registered in a folder that the stage reads.
+# Submit it as often as you like, before the stage or while it runs; such jobs may start and end while the stage runs:
 #
 #     mkdir -p logs; ENDPOINTS_DIR=/path/to/endpoints sbatch --array=0-3 serve_endpoints.sh
 #     ENDPOINTS_DIR=/path/to/endpoints ROOT=/path/to/root sbatch --gpus-per-node=0 02_captions_processor.sh
 #
-# Ollama by default.  Other servers by the words of their command, in which {port}, {model}, {gpu} and {bind} are filled in
-# (no shell looks at them):
+# The default is Ollama.  SERVER_COMMAND is the command of another server, in which {port}, {model}, {gpu} and {bind} are
+# replaced (no shell interprets it):
 #
 #     MODEL=allenai/Llama-3.1-Tulu-3-8B SERVER_COMMAND='vllm serve {model} --host {bind} --port {port}' …
 #     MODEL=tulu3 SERVER_COMMAND='llama-server -m tulu3.gguf --alias {model} --host {bind} --port {port}' …
 #
 # Each server is registered once it has loaded the model, is started again when it dies, and leaves the folder before it is
-# stopped.  Every variable is in docs/stage-02.md.  Ends with 0 when it was asked to end, 2 when no server could be kept up.
+# stopped.  Every variable is in docs/stage-02.md.  Exit codes: 0 if it was asked to end, 2 if no server keeps running.
 #SBATCH --job-name=serve_endpoints
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -25,7 +25,7 @@
 #SBATCH --output=logs/%x-%j.log
 set -u
 
-# sbatch runs a copy of this file elsewhere: the project is where it was submitted from, or where the original lies
+# sbatch runs a copy of this file elsewhere: the project is in the folder of submission, or where the original file is
 for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
     [ -f "$PROJECT/slurm_tasks.sh" ] && break
 done
@@ -49,7 +49,7 @@ read -r -a template <<<"${SERVER_COMMAND:-$OLLAMA serve}"
 mkdir -p "$ENDPOINTS_DIR" "$SERVER_LOGS" || usage_error "$ENDPOINTS_DIR or $SERVER_LOGS cannot be made"
 command -v "${template[0]}" >/dev/null || usage_error "no ${template[0]} on the PATH; set OLLAMA or SERVER_COMMAND"
 
-# The name under which other nodes reach this one.
+# The name under which other nodes reach this node.
 host=${SERVER_HOST:-$BIND}
 if [ "$host" = 0.0.0.0 ]; then
     for host in "${SLURMD_NODENAME:-}" "$(hostname)" 127.0.0.1; do
@@ -57,7 +57,7 @@ if [ "$host" = 0.0.0.0 ]; then
     done
 fi
 
-# A workstation need not name its GPUs.
+# On a workstation, CUDA_VISIBLE_DEVICES need not be set.
 if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
     CUDA_VISIBLE_DEVICES=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)
 fi
@@ -74,8 +74,8 @@ nap() {
     wait $!
 }
 
-# A free port of this node's; no two slots of this job ever choose the same, and those below 32768 are not handed out by
-# the system.  Should another job be quicker, the server ends and is started again on another.
+# Finds a free port of this node.  Two slots of this job never choose the same, and the system does not assign ports below
+# 32768.  If another job takes the port first, the server ends and is started again on another port.
 free_port() {
     local tries port=${FIRST_PORT:+$((FIRST_PORT + $1))}
     for ((tries = 0; tries < 100; tries++)); do
@@ -107,7 +107,7 @@ start() {
     registrar=$!
 }
 
-# Takes the server out of the folder, lets its requests finish where there is time, and stops it and its children.
+# Removes the server from the folder, lets its requests finish if there is time, and stops it and its children.
 stop() {
     local until
     kill "$registrar" 2>/dev/null
@@ -126,7 +126,7 @@ stop() {
     ended=$?
 }
 
-# supervise SLOT GPU: one server, until this job is asked to end or the server has failed too often.
+# supervise SLOT GPU: runs one server until this job is asked to end or the server has failed too often.
 supervise() {
     local slot=$1 gpu=$2 log failures=0 began server registrar registered ended stopping=
     log=$SERVER_LOGS/serve_endpoints-${SLURM_JOB_ID:-$$}-$slot.log

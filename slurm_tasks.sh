@@ -25,11 +25,11 @@ if [ -n "${CURATION_SETUP:-}" ]; then
     source "$CURATION_SETUP" || usage_error "CURATION_SETUP=$CURATION_SETUP ended with an error"
     set -u
 fi
-# With words before every command the Python may lie in a container, where this script cannot look.
+# With CURATION_WRAP, Python may be in a container, where this script cannot check it.
 [ -n "${CURATION_WRAP:-}" ] || command -v "$PYTHON" >/dev/null ||
     usage_error "there is no $PYTHON: ./install.sh makes it, or name your own, as in PYTHON=/path/to/python3"
 
-# Without SLURM, so many processes on this machine share the shards; stages 03, 05 and 06 make one for each GPU of it.
+# Without SLURM, so many processes on this machine share the shards; stages 03, 05 and 06 start one for each GPU.
 workers=()
 [ -z "${SLURM_JOB_ID:-}" ] && workers=(--workers "${WORKERS:-1}")
 
@@ -43,7 +43,7 @@ if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
 fi
 
 # run_tasks OUTPUT COMMAND…: the command once per task of the allocation; without SLURM, once.  Ends the script with the
-# stage's exit code, after queueing the job (this array element alone) again where it reached its time limit with work
+# stage's exit code, after requeueing the job (in an array, only this element) if it reached its time limit with work
 # left.  OUTPUT must be a folder that all nodes share.
 run_tasks() {
     local output=$1 codes killed
@@ -116,7 +116,7 @@ run_tasks() {
     exit 75
 }
 
-# What a script has to do at its end, however it ends: it may define this anew.
+# This runs at the end of a script, however it ends; a script may redefine it.
 clear_up() { :; }
 
 forward() {
@@ -124,7 +124,7 @@ forward() {
     [ -n "$step" ] && kill -s "$1" "$step" 2>/dev/null
 }
 
-# Sets ``code``.  A trapped signal ends a wait, and not the process.
+# Sets ``code``.  A trapped signal interrupts wait but does not end the process.
 wait_for_step() {
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done
     wait "$step"
@@ -148,12 +148,12 @@ queue_again() {
     scontrol requeue "$job" || echo "not queued again: SLURM refused; submit the same command again"
 }
 
-# What SLURM says is left of the job's time, [days-]hours:minutes:seconds; nothing where it does not answer.
+# Prints the time left for the job, [days-]hours:minutes:seconds; nothing if SLURM does not answer.
 time_left() {
     timeout 10 squeue --noheader --jobs "$SLURM_JOB_ID" --format %L 2>/dev/null | head -n 1
 }
 
-# The seconds of such a text; very many for none.
+# Converts such a text to seconds; an empty text gives a very large number.
 seconds_of() {
     awk -v text="$1" 'BEGIN {
         if (text !~ /^([0-9]+-)?([0-9]+:)*[0-9]+$/) { print 999999999; exit }
@@ -163,7 +163,7 @@ seconds_of() {
         print days * 86400 + total }'
 }
 
-# The warning that SLURM is asked for with --signal=B:USR1@180, where the job ends earlier than SLURM said at first.
+# Sends the warning of --signal=B:USR1@180 itself if the job ends earlier than SLURM said at first.
 watch_time() {
     local nap=
     trap - USR1 INT EXIT

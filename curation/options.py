@@ -96,7 +96,7 @@ class RunOptions:
     shards: str | None = None
     """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
     rerun: bool = False
-    """Do the selected shards again, with other options if need be, and replace what is there."""
+    """Do the selected shards again, also with other options, and replace their outputs."""
     retry_failed: bool = False
     """Try shards again that failed before (up to three times; a shard named by --shards always)."""
     workers: Annotated[int, at_least(1)] = 1
@@ -109,17 +109,17 @@ class RunOptions:
     quiet: bool = False
     """Only warnings and errors."""
     dry_run: bool = False
-    """Count what would be done, and do nothing."""
+    """Only count what would be done."""
     lease_s: Annotated[float, at_least(1)] = 120.0
-    """A worker that shows no life for so many seconds loses its shard to another."""
+    """A worker whose heartbeat stops for so many seconds loses its shard to another worker."""
     stall_s: float = 1800.0
     """A worker that finishes no sample for so many seconds counts as hung."""
     allow_pipe: bool = False
     """Run the commands of pipe: sources.  Without it they are refused."""
     follow: bool = False
-    """Work on shards as soon as the stage before has published them, and end when that stage is complete."""
+    """Process shards as soon as the previous stage has published them, and end when that stage is complete."""
     follow_idle_s: Annotated[float, at_least(1)] = 900.0
-    """With --follow: end with exit code 1 when the stage before has shown no life for so many seconds."""
+    """With --follow: end with exit code 1 when the previous stage has been inactive for so many seconds."""
 
     def check(self) -> None:
         """Check the values of the options and that they fit together; a stage adds its own checks.

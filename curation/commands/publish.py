@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pushed = push(place.home, place.stage, options.repo, asked)
     except GaveUp as error:
-        say_error(f"{error}.  What is uploaded stays: start the same command again to go on")
+        say_error(f"{error}.  What is uploaded stays: run the same command again to go on")
         return EXIT_WORK_LEFT
     print(dump_json(asdict(pushed)).decode() if options.json else _summary(pushed, dry_run=options.dry_run))
     return EXIT_SHARDS_FAILED if pushed.changed else EXIT_OK

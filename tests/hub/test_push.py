@@ -391,7 +391,7 @@ def test_it_gives_up_and_the_next_goes_on(
         upload()
     server.datasets.faults = [Fault("POST .*/commit/", status=503)]
     assert curation(["publish", str(folder), "--repo", REPO, "--tries", "1"]) == EXIT_WORK_LEFT
-    assert "start the same command again" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
     upload()
     everything_once(server, folder)
 

@@ -188,7 +188,7 @@ def test_an_upstream_that_is_killed_ends_the_follower_and_both_go_on_later(chain
     assert time.monotonic() - killed >= 2
     missing = len(ids) - len(chain.receipts("b"))
     assert f"{missing} shards are missing" in text
-    assert "start a again" in text
+    assert "run a again" in text
     again = [chain.start("b", "--follow_idle_s", "100"), chain.start("a")]
     assert [ended(p)[0] for p in again] == [0, 0]
     assert chain.receipts("b") == dict.fromkeys(ids, "done")
@@ -219,7 +219,7 @@ def test_an_upstream_that_never_begins_is_told_of(chain: Chain) -> None:
     code, text = ended(chain.start("b", "--follow_idle_s", "2"))
     assert code == 1
     assert time.monotonic() - began >= 2
-    assert "no list of shards" in text
+    assert "no list of planned shards" in text
 
 
 def test_a_plan_that_grows_in_mid_run(chain: Chain) -> None:

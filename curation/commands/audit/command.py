@@ -1,6 +1,6 @@
-"""``python -m curation audit ROOT`` shows what became of each group's samples, and which group fared differently.
+"""``python -m curation audit ROOT`` shows the attrition of each group, and which groups differ significantly.
 
-It reads receipts, provenance and rejects, and, where ``--clip`` names a model, some of the generated images.
+It reads receipts, provenance and rejects, and, if ``--clip`` names a model, some of the generated images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from curation.options import exit_code, logger, parse_arguments, set_up_logging
 AUDIT_FORMAT = 1
 
 
-# What is lost at each step: name → (the step before, the step after, what is said of a sample that was lost)
+# The losses: name → (the step before, the step after, the words for a lost sample)
 LOSSES: Mapping[str, tuple[str, str, str]] = {
     "prompt": ("assigned", "accepted", "got no prompt"),
     "image": ("to_generate", "generated", "got no image"),
@@ -50,18 +50,18 @@ class Options:
     root: Annotated[Path, tyro.conf.Positional]
     """The folder of the dataset: stages 02 to 04 are found in it or in a folder in it."""
     workers: int | None = None
-    """How many processes read.  Default: one for each CPU, at most 8."""
+    """Number of reading processes.  Default: one for each CPU, at most 8."""
     clip: str | None = None
     """Let this model classify generated images: oai-clip-vit-b32, oai-clip-vit-l14, clip:<hub id or folder>,
     siglip:<hub id or folder>."""
     clip_weights: str | None = None
     """Use these weights for that model: a folder or a hub id."""
     images: int = 1000
-    """How many images it classifies, spread over the shards."""
+    """Number of images to classify, spread over the shards."""
     device: str = "cpu"
-    """Where it runs: cpu, cuda, cuda:1."""
+    """The model's device: cpu, cuda, cuda:1."""
     card: Path | None = None
-    """A folder: write a dataset card with these tables (README.md: what others wrote stays) and croissant.json."""
+    """A folder: write a dataset card with these tables (README.md, whose other text is kept) and croissant.json."""
     license: str | None = None
     """The dataset's licence for the card, one of the hub's ids."""
     json: bool = False
@@ -271,7 +271,7 @@ def _images_as_markdown(images: Mapping[str, Any]) -> Iterator[str]:
 
 
 def findings(result: Mapping[str, Any]) -> Iterator[str]:
-    """Where a group fares otherwise beyond chance, in words."""
+    """Sentences about each significant difference."""
     for group in result["groups"]:
         for name, loss in group["losses"].items():
             if loss["beyond_chance"]:
@@ -283,7 +283,7 @@ def findings(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def cell(text: str) -> str:
-    """Text from the data within a Markdown table."""
+    """Escape a text from the data for a Markdown table."""
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "\\|`*_[]" else c for c in text)
 

@@ -1,7 +1,7 @@
-"""What became of the samples of each group, from the receipts and the provenance of stages 02 to 04.
+"""Counts the samples of each group from the receipts and the provenance of stages 02 to 04.
 
-Three questions are answered here: how many samples of a group came to each step; whether a share in one group differs
-from that in the others by more than chance; and whether a prompt mentions the group that it portrays, or another.
+It answers three questions: how many samples of a group reached each step; whether the share of one group differs
+significantly from that of the others; and whether a prompt mentions the group that it should portray, or another one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _CHUNK = 64  # shards that a process gets at once
 
 @dataclass(slots=True)
 class GroupCounts:
-    """What became of the samples of one group.
+    """The counts of one group.
 
     steps: step → how many samples reached it; to_generate and to_hybrid are the accepted and the generated samples in
     shards that the next stage has done.  refused: "stage: reason" → samples.
@@ -228,7 +228,7 @@ def _add_words(group: str, prompt: str, counts: GroupCounts) -> None:
 
 
 def _receipt(place: StagePlace | None, shard_id: str) -> dict[str, Any] | None:
-    """The receipt of a shard that is done, with its notes."""
+    """The receipt of a shard, with its notes, if the shard is done."""
     receipt = place.done_receipt(shard_id) if place is not None else None
     return receipt if receipt is not None and isinstance(receipt.get("notes"), dict) else None
 
@@ -258,7 +258,7 @@ class Difference:
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 

@@ -1,1 +1,1 @@
-"""``fsck``: what is wrong with tar shards, and every whole sample out of damaged ones (**salvage**)."""
+"""``fsck`` finds faults in tar shards, and copies every intact sample out of damaged ones (**salvage**)."""

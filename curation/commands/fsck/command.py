@@ -1,4 +1,4 @@
-"""``python -m curation fsck TARS``: what is wrong with tar shards, and every whole sample out of damaged ones."""
+"""``python -m curation fsck TARS`` finds faults in tar shards, and copies every intact sample out of damaged ones."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ FSCK_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Find what is wrong with tar shards, and save every whole sample of damaged ones."""
+    """Find faults in tar shards, and save every intact sample of damaged ones."""
 
     tars: Annotated[str, tyro.conf.Positional]
     """Shards: a folder of tars, a glob, braces, a list file or one tar."""
     repair: Path | None = None
-    """Folder for a new tar of each shard with findings, of its whole samples; not the folder of the tars."""
+    """Folder for a new tar with the intact samples of each faulty shard; not the folder of the tars."""
     shards: str | None = None
     """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
     workers: int | None = None
-    """Processes, a shard each.  Default: one a CPU."""
+    """Number of processes.  Default: one per CPU."""
     images: bool = True
-    """Decode every picture, which takes nearly all of the time."""
+    """Decode every image, which takes nearly all of the time."""
     json: bool = False
     """One JSON object on one line instead of text."""
     quiet: bool = False
-    """No progress; findings and the last line alone."""
+    """Show only the findings and the last line, no progress."""
 
 
 @exit_code

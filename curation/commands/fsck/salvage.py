@@ -1,8 +1,8 @@
-"""Every whole sample of a damaged tar, written to a new one: members, headers and all, as they were.
+"""Writes every intact sample of a damaged tar to a new tar, with its members and headers unchanged.
 
-Where the samples lie, and which of them are torn, is what ``TarScan`` finds: the stages read the same samples.  Beyond
-that, salvage sees the whole shard before it decides.  It puts the members of a sample together that do not lie
-together, and of several samples with one key it takes the first that is whole.
+``TarScan`` finds the samples and decides which are torn, so the stages read the same samples.  In addition, salvage
+sees the whole shard before it decides: it joins the members of a sample that are not adjacent, and of several samples
+with one key it uses the first complete one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_PARTS: Final = 32  # of a sample with members of one suffix; real samples h
 
 @dataclass(slots=True)
 class _LeftOut:
-    """The samples that are not saved: how many for each reason, and the first of them by name."""
+    """The samples that are not saved: their count for each reason, and the names of the first ones."""
 
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[dict[str, str]] = field(default_factory=list)
@@ -45,9 +45,9 @@ class _LeftOut:
 
 
 def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *, images: bool) -> int:
-    """Write ``<folder>/<shard>.tar`` with every whole sample of a tar, and then ``<folder>/<shard>.salvage.json``.
+    """Write ``<folder>/<shard>.tar`` with every intact sample of a tar, and then ``<folder>/<shard>.salvage.json``.
 
-    Headers and data stay byte for byte.  The JSON file says what was saved and what was left out.
+    Headers and data stay byte for byte.  The JSON file records what was saved and what was left out.
 
     Args:
         found: What is wrong with the tar, for the report: the kind of a finding and how often there is one.
@@ -93,9 +93,9 @@ def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *
 
 
 def _whole_samples(path: Path, source: RangeReader, left: _LeftOut, *, images: bool) -> Iterator[SampleSpan]:
-    """The samples without a fault, in the shard's order; the others are put on the list.
+    """Yield the samples without a fault, in the shard's order; the others are added to ``left``.
 
-    Of several samples with one key the first whole one is taken, and where none is whole, what they have together.
+    Of several samples with one key, the first complete one is used; if none is complete, their members are joined.
     """
     runs = [span for window in TarScan(path).windows() for span in window.spans if span.key]
     kinds = Kinds()

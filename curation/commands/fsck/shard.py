@@ -1,4 +1,4 @@
-"""``fsck`` of one tar: what is wrong with the archive, with its samples, and with what its receipt says of it."""
+"""Checks one tar: the archive, its samples, and whether it agrees with its receipt."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ REMEDIES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One tar to check.  images: whether every picture is decoded.  repair: where whole samples go, or None."""
+    """One tar to check.  images: whether to decode every image.  repair: the folder for intact samples, or None."""
 
     path: Path
     shard_id: str
@@ -68,7 +68,7 @@ class Task:
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found.  salvaged: samples in the new tar, None where none was written."""
+    """The result for one tar.  salvaged: number of samples in the new tar; None if none was written."""
 
     path: Path
     shard_id: str
@@ -81,7 +81,7 @@ class Verdict:
 
 
 def check_shard(task: Task) -> Verdict:
-    """Everything that is wrong with one tar.  Raises nothing but for bugs and a folder that cannot be written."""
+    """Find everything that is wrong with one tar.  It raises only for a bug, or if the folder cannot be written."""
     began = time.perf_counter()
     verdict = Verdict(task.path, task.shard_id)
     try:
@@ -178,7 +178,7 @@ def padding_of(window: Window, member: Member) -> bytes:
 
 
 def _check_receipts(task: Task, findings: Findings) -> None:
-    """Where a stage has published the file, its receipt names size and digest."""
+    """If a stage has published the file, compare it with the size and digest in its receipt."""
     folder = task.path.parent
     try:
         stages = sorted(entry.name for entry in os.scandir(folder / "_receipts") if entry.is_dir())

@@ -1,5 +1,5 @@
-"""``plan``: what the rest of the shards will cost, from the receipts of those that are done.
+"""``plan`` estimates the cost of the remaining shards from the receipts of finished ones.
 
 A **StageCost** holds what the measured shards of a stage cost, and an **Estimate** for the others.  A **Quota** is what
-may still be written to a filesystem.  A **JobShape** is what a stage's ``.sh`` asks SLURM for.
+may still be written to a filesystem.  A **JobShape** is the request of a stage's ``.sh`` to SLURM.
 """

@@ -1,7 +1,7 @@
-"""``python -m curation plan SOURCE ROOT``: what the whole dataset will cost, from the shards that have been done.
+"""``python -m curation plan SOURCE ROOT`` estimates the cost of the whole dataset from finished shards.
 
-Every figure comes from receipts.  With ``--sample`` stages 01 to 04 are run on a few shards first; what they make
-counts as done.  Nothing else is started, and nothing is written.
+Every figure comes from receipts.  With ``--sample``, stages 01 to 04 are first run on a few shards, whose outputs are
+kept.  Nothing else is started or written.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from curation.options import exit_code, parse_arguments
 from curation.shards import Shard, discover, select
 
 PLAN_FORMAT = 1
-FEW = 3  # measured shards below which a forecast is hardly one
+FEW = 3  # with fewer measured shards, a forecast is not reliable
 DAY_H = 24.0
 _PROJECT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Forecast hours, bytes, files and tokens for all shards from those that are done, and print the sbatch lines."""
+    """Estimate hours, bytes, files and tokens for all shards from finished shards, and print the sbatch commands."""
 
     source: Annotated[str, tyro.conf.Positional]
     """The source shards, all of them: a folder, a glob, braces or a list file."""
@@ -42,12 +42,12 @@ class Options:
     shards: str | None = None
     """Forecast for these only: ids, ranges, files of ids."""
     sample: int = 0
-    """First run stages 01 to 04 on so many shards, spread over all: FLAGS_01 … FLAGS_04, PORTS and so on are taken from
-    the environment, as run_pipeline.sh takes them.  Run it where the stages have the devices that they will have."""
+    """First run stages 01 to 04 on so many shards, spread over all.  FLAGS_01 … FLAGS_04, PORTS and so on are read from
+    the environment, as in run_pipeline.sh.  Run it on a machine with the devices that the stages will have."""
     tasks: str | None = None
     """Workers at once: one number, or one for each stage, as in 01=64,03=32.  Default: as many as --within needs."""
     within: float = DAY_H
-    """Hours in which each stage is to end, where --tasks says nothing of it."""
+    """Hours in which each stage should end, if --tasks does not name it."""
     max_array_size: int | None = None
     """The site's MaxArraySize.  Default: scontrol's, else SLURM's own 1001."""
     json: bool = False

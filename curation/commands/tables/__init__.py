@@ -1,5 +1,5 @@
-"""``select`` and ``neardup``: samples chosen by the tables and features that stage 06 wrote.
+"""``select`` and ``neardup`` choose samples by the tables and features that stage 06 wrote.
 
-A **ShardTable** is a shard's parquet with its features; an **SqlFilter** is a condition on the columns.  A **group** of
-near duplicates are samples that are connected by pairs of similar features.
+A **ShardTable** is a shard's parquet with its features; an **SqlFilter** finds rows by a condition on the columns.  A
+**group** of near duplicates consists of samples that are connected by pairs of similar features.
 """

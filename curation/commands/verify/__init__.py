@@ -1,5 +1,5 @@
-"""``verify``: the proof that hybrid shards are their source with the edits in place.
+"""``verify`` proves that hybrid shards are their source with the edits applied.
 
-A **proof** foretells every byte of a hybrid shard; **conservation** compares counts from stage to stage; an
-**explanation** says which samples of a shard are not what they should be, and how.
+A **proof** computes and compares every byte of a hybrid shard; **conservation** compares counts from stage to stage; an
+**explanation** tells which samples of a shard differ from the expected ones, and how.
 """

@@ -1,6 +1,6 @@
-"""``python -m curation verify SOURCE HYBRID``: the proof that a hybrid dataset is the source with its edits in place.
+"""``python -m curation verify SOURCE HYBRID`` proves that a hybrid dataset is its source with the edits applied.
 
-It reads files alone: no server, no SLURM, no claim is taken.  Nothing is written but the manifest.
+It only reads files: it needs no server and no SLURM, and takes no claim.  It writes nothing except the manifest.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ MANIFEST = "manifest.tsv"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Prove that a hybrid dataset is its source with the edits in place, and nothing else."""
+    """Prove that a hybrid dataset is its source with the edits applied, and nothing else."""
 
     source: Annotated[str, tyro.conf.Positional]
     """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
     hybrid: Annotated[Path, tyro.conf.Positional]
     """Folder with the hybrid shards: stage 04's --output."""
     edits: Path | None = None
-    """Folder with the edits.  Default: the one that stage 04's receipts name; likewise the next two."""
+    """Folder with the edits.  Default, as for the next two: the folder that stage 04's receipts name."""
     prompts: Path | None = None
     """Folder with the prompts: stage 02's --output."""
     captions: Path | None = None
@@ -50,16 +50,16 @@ class Options:
     shards: str | None = None
     """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
     workers: int | None = None
-    """Processes, a shard each.  Default: one a CPU."""
+    """Number of processes.  Default: one per CPU."""
     manifest: Path | None = None
-    """File for the digests of the hybrid shards, for `sha256sum -c`; written only when everything is as it should be.
+    """File for the digests of the hybrid shards, for `sha256sum -c`; written only if no fault was found.
     Default: manifest.tsv in the hybrid folder, when all shards are verified."""
     provenance: bool = True
-    """Edited samples must say how they came about; edits made elsewhere do not: --no_provenance."""
+    """Require provenance in edited samples.  Use --no_provenance for edits made elsewhere."""
     json: bool = False
     """One JSON object on one line instead of text."""
     quiet: bool = False
-    """No progress; findings and the last line alone."""
+    """Show only the findings and the last line, no progress."""
 
     def check(self) -> None:
         """Raise UsageError for values that make no sense."""
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _folders(options: Options, shards: Sequence[Shard]) -> tuple[Path, Path | None, Path | None]:
-    """edits, prompts, captions: as given, else as the receipts of the stages name them."""
+    """The folders of edits, prompts and captions: as given, otherwise as the stages' receipts name them."""
     edits = options.edits or _named_by(options.hybrid, HYBRID, EDITS, shards)
     if edits is None:
         raise UsageError(f"no receipt of {HYBRID} in {options.hybrid} names the edits; give them: --edits FOLDER")
@@ -113,7 +113,7 @@ def _folders(options: Options, shards: Sequence[Shard]) -> tuple[Path, Path | No
 
 
 def _named_by(folder: Path, stage: str, upstream: str, shards: Sequence[Shard]) -> Path | None:
-    """The folder that a stage's receipts say it read ``upstream``'s files from; None where none says so."""
+    """The folder from which a stage read ``upstream``'s files according to its receipts; None if none names it."""
     receipts = receipts_of(folder, stage)
     if receipts is None:
         return None
@@ -127,7 +127,7 @@ def _named_by(folder: Path, stage: str, upstream: str, shards: Sequence[Shard]) 
 
 
 def _strays(options: Options, everything: Sequence[Shard], edits: Path) -> list[Verdict]:
-    """Hybrid shards, receipts and edits of shards that the source has not.  Not looked for with --shards."""
+    """Hybrid shards, receipts and edits of shards that the source lacks.  With --shards they are not searched for."""
     if options.shards is not None:
         return []
     known = {shard.id for shard in everything}
@@ -152,7 +152,7 @@ def _strays(options: Options, everything: Sequence[Shard], edits: Path) -> list[
 
 
 def _manifest(options: Options, verdicts: Sequence[Verdict]) -> Path | None:
-    """Where it was written; None where it was not asked for, or could not be."""
+    """Write the manifest and return its path; None if it was not requested or could not be written."""
     path = options.manifest or (options.hybrid / MANIFEST if options.shards is None else None)
     if path is None:
         return None

@@ -1,8 +1,7 @@
-"""Conservation from stage to stage, for one shard: what one stage kept is what the next one took in.
+"""Checks conservation between the stages for one shard: each stage took in exactly what the previous one kept.
 
-By the counts of the receipts, and by the keys themselves: those of the source, of the dictionaries and of the edits,
-and the lines of ``_rejects``.  And the receipts' own word: outputs with their digests, inputs that are still what they
-were.
+It compares the counts in the receipts, and the keys in the source, the dictionaries, the edits and ``_rejects``.  It
+also checks the receipts themselves: outputs must have their digests, and inputs must not have changed.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _MAX_NAMED = 3
 
 @dataclass(slots=True)
 class Record:
-    """What a stage recorded of one shard.  home: its output folder.  gone: key → how often it was dropped or failed."""
+    """A stage's records of one shard.  home: its output folder.  gone: key → how often it was dropped or failed."""
 
     stage: str
     home: Path
@@ -52,7 +51,7 @@ class Record:
 
 
 def read_stage(folder: Path, stage: str, shard_id: str, findings: Findings) -> Record | None:
-    """A stage's record of a shard; None where it has none, which is a finding unless the stage never ran there."""
+    """A stage's record of a shard; None without one, which is a finding unless the stage never ran there."""
     receipts = receipts_of(folder, stage)
     if receipts is None:
         return None
@@ -73,9 +72,9 @@ def read_stage(folder: Path, stage: str, shard_id: str, findings: Findings) -> R
 
 
 def check_outputs(record: Record, known: dict[Path, tuple[int, str]], findings: Findings) -> None:
-    """Every file that a receipt vouches for is there, with its size and digest.
+    """Check that every file that a receipt names exists with its size and digest.
 
-    known: size and digest (xxh3-128) of files that were read already.
+    known: size and digest (xxh3-128) of files that were already read.
     """
     for output in record.receipt.get("outputs", ()):
         if not output.get("checked", True):
@@ -97,10 +96,10 @@ def check_outputs(record: Record, known: dict[Path, tuple[int, str]], findings: 
 def check_keys(
     what: str, came_in: Iterable[str], kept: Iterable[str], record: Record | None, findings: Findings
 ) -> None:
-    """Each key that came in was kept, dropped or failed; none came from nowhere.
+    """Check that each key that came in was kept, dropped or failed, and that no other key came out.
 
-    what: the stage in words.  record: its own, None where the files were made elsewhere: then what is missing is not
-    accounted for by anybody.
+    what: the stage in words.  record: the stage's record; None if its files were made elsewhere, so that missing keys
+    cannot be checked.
     """
     before, after = Counter(came_in), Counter(kept)
     gone = record.gone if record is not None else Counter()
@@ -127,7 +126,7 @@ def provenance_keys(record: Record, shard_id: str) -> list[str]:
 
 
 def _check_counts(record: Record, shard_id: str, findings: Findings) -> None:
-    """A receipt's counts add up, and the lists of what went are as long as it says."""
+    """Check that a receipt's counts add up, and that they agree with the lists of rejects and drops."""
     counts = record.receipt["counts"]
     dropped, failed = Counter(counts["dropped"]), Counter(counts["failed"])
     total = counts["kept"] + dropped.total() + failed.total()
@@ -156,7 +155,7 @@ def _check_counts(record: Record, shard_id: str, findings: Findings) -> None:
 
 
 def _check_inputs(record: Record, shard_id: str, findings: Findings) -> None:
-    """What the stage read is what the stage before says of it now: else a newer one was never taken over."""
+    """Check that the stage read what the previous stage's receipt names now; otherwise its output is stale."""
     for was, source in zip(record.receipt["inputs"], record.receipt["sources"], strict=True):
         if "stage" not in source:
             continue

@@ -1,4 +1,4 @@
-"""Whether an edited sample says the truth about itself: its json against its picture, its text and its original."""
+"""Checks the json of an edited sample against its image, its text and its original."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ABSENT = object()
 _CHANGED: Final = frozenset((*REPLACED_FIELDS, "curation"))
 
 
-# What docs/stage-03.md promises of every `curation` object: the field and what it may be.
+# The fields of every `curation` object as docs/stage-03.md promises them, with their types.
 _PROVENANCE: Final[Mapping[str, tuple[type, ...]]] = {
     "prompt": (str,),
     "prompt_suffix": (str,),
@@ -37,9 +37,9 @@ _PROVENANCE: Final[Mapping[str, tuple[type, ...]]] = {
 
 
 def self_problems(jpg: bytes, txt: bytes, json: bytes, *, provenance: bool = True) -> Iterator[Problem]:
-    """What is wrong with an edited sample taken by itself.
+    """Find what is wrong with an edited sample on its own.
 
-    provenance: whether it must have a whole ``curation`` object.  Kinds: ``bad_json``, ``wrong_sha256``,
+    provenance: whether it must have a complete ``curation`` object.  Kinds: ``bad_json``, ``wrong_sha256``,
     ``undecodable``, ``wrong_size``, ``caption_differs``, ``no_provenance``.
     """
     try:
@@ -67,11 +67,11 @@ def self_problems(jpg: bytes, txt: bytes, json: bytes, *, provenance: bool = Tru
 
 
 def original_problems(json: bytes, original_json: bytes) -> Iterator[Problem]:
-    """How an edited sample's json does not keep what its source's says.  Kind: ``original_lost``."""
+    """Find values of the source's json that the edited sample's json lacks.  Kind: ``original_lost``."""
     try:
         metadata, original = parse_json_object(json), parse_json_object(original_json)
     except SampleError:
-        return  # of the edit: told of by self_problems; of the source: there is nothing to keep
+        return  # self_problems reports the edit's bad json; a bad json of the source has nothing to keep
     lost = [name for name in original if name not in _CHANGED and metadata.get(name, _ABSENT) != original[name]]
     curation = metadata.get("curation")
     if isinstance(curation, dict):  # an edit made elsewhere need not have one
@@ -87,12 +87,12 @@ def original_problems(json: bytes, original_json: bytes) -> Iterator[Problem]:
 
 
 def is_edited(metadata: Mapping[str, Any]) -> bool:
-    """Whether a sample's json says that the sample was edited: its sha256 is then that of the picture beside it."""
+    """Whether a sample's json says that the sample was edited; its sha256 is then that of its image."""
     return isinstance(metadata.get("curation"), dict)
 
 
 def _lacking(metadata: Mapping[str, Any]) -> str:
-    """What a sample's provenance lacks; empty where it is whole."""
+    """What a sample's provenance lacks; empty if it is complete."""
     curation = metadata.get("curation")
     if not isinstance(curation, dict):
         return "everything: there is no such object"

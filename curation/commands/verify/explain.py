@@ -1,5 +1,5 @@
-"""How a hybrid shard differs from what it should be, told by samples and members: slower than the proof, and only for
-shards that did not pass it."""
+"""Explains how a hybrid shard differs from the expected one, by samples and members.  This is slower than the proof, so
+it is only done for shards that did not pass the proof."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Due:
 
 
 def explain(source: Path, hybrid: Path, decide: Decide, findings: Findings, *, provenance: bool) -> None:
-    """Add a finding for everything that differs; at least one, for the caller knows that something does."""
+    """Add a finding for every difference; at least one, because the caller knows that there is one."""
     before = findings.counts.total()
     due, gone = _due(source, decide)
     found, strays = _found(hybrid, findings)
@@ -55,7 +55,7 @@ def explain(source: Path, hybrid: Path, decide: Decide, findings: Findings, *, p
 
 
 def _due(source: Path, decide: Decide) -> tuple[list[_Due], set[str]]:
-    """The samples that should be there, in order, and the keys of those that should not."""
+    """The expected samples in order, and the keys of those that must not be there."""
     due, gone = [], set()
     for window in TarScan(source).windows():
         for span in window.spans:
@@ -69,7 +69,7 @@ def _due(source: Path, decide: Decide) -> tuple[list[_Due], set[str]]:
 
 
 def _found(hybrid: Path, findings: Findings) -> tuple[list[_Due], list[bytes]]:
-    """The samples that are there, and the names of members before any of them.  Findings for what is damaged."""
+    """The samples that exist, and the names of members before the first.  Damage becomes a finding."""
     tar = TarScan(hybrid)
     found: list[_Due] = []
     strays: list[bytes] = []
@@ -133,7 +133,7 @@ def _by_key(samples: list[_Due]) -> dict[str, list[_Due]]:
 
 
 def _tell(key: str, due: _Due, found: SampleSpan, old: RangeReader, new: RangeReader, findings: Findings) -> None:
-    """Which member of a sample differs, and where."""
+    """Report which member of a sample differs, and where."""
     names = [member.name for member in due.members]
     members = found.in_order
     if due.edited and _same(due.span.in_order, old, found, new):
@@ -197,7 +197,7 @@ def _same(wanted: Sequence[Member], old: RangeReader, found: SampleSpan, new: Ra
 def _first_difference(
     wanted: ExpectedMember | Member, member: Member, old: RangeReader, new: RangeReader
 ) -> int | None:
-    """The first byte, from the header on, in which a member is not as it should be; None where it is."""
+    """The first byte, counted from the header, at which a member differs; None if it does not."""
     new_bytes = wanted.new if isinstance(wanted, ExpectedMember) else b""
     size, wanted_size = member.end - member.start, len(new_bytes) or wanted.end - wanted.start
     for begin in range(0, max(size, wanted_size), _PIECE_BYTES):

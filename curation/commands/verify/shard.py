@@ -71,7 +71,7 @@ REMEDIES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One shard to verify.  Folders are None where there are none to compare with."""
+    """One shard to verify.  A folder is None if there is none to compare with."""
 
     shard_id: str
     source: Path
@@ -84,7 +84,7 @@ class Task:
 
 @dataclass(slots=True)
 class Verdict:
-    """What became of it.  sha256: of the hybrid's tar, empty where it could not be read."""
+    """The result for one shard.  sha256: that of the hybrid tar; empty if it could not be read."""
 
     shard_id: str
     findings: Findings = field(default_factory=Findings)
@@ -97,7 +97,7 @@ class Verdict:
 
 
 class Expectation:
-    """What should have become of each sample of the source.
+    """The expected result for each sample of the source.
 
     prompts: "<key>.json" → prompt, of the samples that were to be edited; None: those that have an edit.
     dropped: what stage 04 says it left out.
@@ -139,7 +139,7 @@ class Samples:
 
 
 def verify_shard(task: Task) -> Verdict:
-    """Everything that can be said of one shard.  Raises nothing but for bugs."""
+    """Check everything about one shard.  It raises only if there is a bug."""
     began = time.perf_counter()
     verdict = Verdict(task.shard_id)
     findings = verdict.findings
@@ -201,7 +201,7 @@ def _source_json(window: Window, span: SampleSpan) -> bytes | None:
 
 
 def _open_edits(task: Task, last: Record | None) -> EditReader:
-    """The edits that stage 04 used, or should have."""
+    """Open the edits that stage 04 used, or should have used."""
     tar, loose = task.edits / f"{task.shard_id}.tar", task.edits / task.shard_id
     if tar.is_file() and not _read_as_absent(last, tar.name):
         return TarEditReader(tar)
@@ -209,7 +209,7 @@ def _open_edits(task: Task, last: Record | None) -> EditReader:
 
 
 def _read_as_absent(last: Record | None, name: str) -> bool:
-    """Whether stage 04 looked for the edits under that name and found none: the layout of its choice was another."""
+    """Whether stage 04 looked for edits under that name and found none, because they had the other layout."""
     if last is None or not last.done:
         return False
     pairs = zip(last.receipt.get("inputs", ()), last.receipt.get("sources", ()), strict=False)

@@ -88,9 +88,9 @@ def shipped_session(threads: int) -> Any:
     import onnx
     import onnxruntime
 
-    from curation.backends.faces.centerface import packaged_model
+    from curation.backends.faces import centerface
 
-    model = onnx.load(str(packaged_model()))
+    model = onnx.load(str(centerface.Backend.packaged_model()))
     for value in (model.graph.input[0], *model.graph.output):
         for i in (0, 2, 3):
             value.type.tensor_type.shape.dim[i].dim_param = f"{value.name}_{i}"

@@ -122,9 +122,9 @@ def scrfd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _centerface_file() -> Path:
-    from curation.backends.faces.centerface import packaged_model
+    from curation.backends.faces import centerface
 
-    return packaged_model()
+    return centerface.Backend.packaged_model()
 
 
 def photos(shard: str, count: int) -> dict[str, tuple[np.ndarray, dict[str, object]]]:
@@ -192,10 +192,10 @@ def test_yunets_boxes_are_opencvs() -> None:
     import cv2
 
     from curation.backends.faces.fitting import fit
-    from curation.backends.faces.yunet import packaged_model
+    from curation.backends.faces.yunet import Backend
 
     yunet = load("faces", "yunet")(DetectorSettings(det_size=640, threshold=0.5))
-    theirs = cv2.FaceDetectorYN.create(str(packaged_model()), "", (640, 640), 0.5, 0.3, 5000)
+    theirs = cv2.FaceDetectorYN.create(str(Backend.packaged_model()), "", (640, 640), 0.5, 0.3, 5000)
     faces = 0
     for pixels, _ in photos("00000001", 20).values():
         padded, (width, height) = fit(cv2, pixels, 640, 640)

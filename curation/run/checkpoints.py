@@ -19,9 +19,9 @@ from typing import BinaryIO
 import xxhash
 
 from curation.cluster import CheckStop, note_progress
-from curation.errors import InfrastructureError, LostClaim, Stopped
+from curation.errors import LostClaim, Stopped
 from curation.shards import bucket_of
-from curation.storage.files import storage_error
+from curation.storage.files import names_in, storage_error
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic; lengths of key, digest and payload; xxh3-64 of all three
 _MAGIC = b"cpr1"
@@ -50,7 +50,7 @@ class PartialLog:
         self._writer: BinaryIO | None = None
         self._last_fsync = time.monotonic()
         self._lock = threading.Lock()
-        for name in sorted(set(_listed(folder) if names is None else names)):
+        for name in sorted(set(names_in(folder) if names is None else names)):
             if name.startswith(self._prefix) and name != self._path.name:
                 self._load(folder / name)
         self.recovered = len(self._records)
@@ -204,7 +204,7 @@ class Partials:
             listed, found = self._listings.get(bucket, (-float("inf"), {}))
             if fresh or time.monotonic() - listed > LIST_EVERY_S:
                 listed, found = time.monotonic(), {}
-                for name in _listed(self._folder / bucket):
+                for name in names_in(self._folder / bucket):
                     found.setdefault(_shard_of(name), []).append(name)
                 self._listings[bucket] = listed, found
             return list(found.get(shard_id, ()))
@@ -222,15 +222,6 @@ class Partials:
 
 def _shard_of(name: str) -> str:
     return name.rsplit(".", 2)[0]  # <shard>.<fingerprint>.<token>
-
-
-def _listed(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InfrastructureError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 class Checkpoints:

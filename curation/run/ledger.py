@@ -27,7 +27,7 @@ from curation.run.inputs import (
 )
 from curation.shards import bucket_of
 from curation.storage.buckets import Presence
-from curation.storage.files import link_exclusively, make_folder, parse_record, read_record, read_whole
+from curation.storage.files import link_exclusively, make_folder, names_in, parse_record, read_record, read_whole
 
 MAX_ATTEMPTS = 3  # a shard that failed so often runs again only if a run names it
 _TRIES, _RETRY_S = 100, 0.05
@@ -303,12 +303,7 @@ class Ledger:
         """The listing of a bucket.  A process lists a bucket once, and again when the listing proves out of date."""
         listing = self._listings.get(bucket)
         if listing is None:
-            try:
-                names = os.listdir(self.receipts / bucket)
-            except FileNotFoundError:
-                names = []
-            except OSError as error:
-                raise InfrastructureError(f"{self.receipts / bucket}: cannot be read ({error.strerror})") from error
+            names = names_in(self.receipts / bucket)
             receipts = frozenset(name for name in names if not name.startswith("."))
             listing = _Listing(receipts, tuple(name for name in names if name.endswith(".commit")))
             self._listings[bucket] = listing

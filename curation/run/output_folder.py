@@ -7,11 +7,11 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from curation.errors import InfrastructureError, UsageError
+from curation.errors import UsageError
 from curation.jsonio import some
 from curation.shards import TAR, bucket_of
 from curation.storage.buckets import Folder, RemoteFolder, object_at
-from curation.storage.files import read_record
+from curation.storage.files import names_in, read_record
 from curation.storage.urls import Url
 
 LAYOUT_NOTE = "layout"  # a note in the receipts of regrouped shards
@@ -80,12 +80,7 @@ def _refuse(place: Folder, stage: str, foreign: Collection[str], flag: str) -> N
 def _names(folder: Folder) -> list[str]:
     if isinstance(folder, RemoteFolder):
         return folder.names()
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InfrastructureError(f"{folder}: cannot be read ({error.strerror})") from error
+    return names_in(folder)
 
 
 def _own(receipts: Path) -> set[str]:

@@ -298,6 +298,20 @@ def temporary_name(name: str, token: str, end: str = "tmp") -> str:
     return f".{name}.{token}.{end}"
 
 
+def names_in(folder: Path) -> list[str]:
+    """The names of what lies in a folder; none where it does not exist.
+
+    Raises:
+        InfrastructureError: It cannot be read.
+    """
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InfrastructureError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it unless they exist.  Raises InfrastructureError."""
     with storage_errors(folder):

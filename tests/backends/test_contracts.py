@@ -31,10 +31,10 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FaceD
     def load(name: str, **more: Any) -> FaceDetector:
         model = None
         if name == "scrfd":
-            from curation.backends.faces.centerface import packaged_model
+            from curation.backends.faces import centerface
             from tests.backends.scrfd_from_centerface import build_scrfd
 
-            model = build_scrfd(packaged_model(), tmp_path_factory.mktemp("scrfd") / "scrfd.onnx")
+            model = build_scrfd(centerface.Backend.packaged_model(), tmp_path_factory.mktemp("scrfd") / "scrfd.onnx")
         try:
             return detector_class(name)(DetectorSettings(model, **more))
         except InfrastructureError as error:

@@ -20,7 +20,7 @@ from PIL import Image
 from curation.backends.extract import hashes, isc, language, nudenet, scrfd, statistics
 from curation.backends.extract.isc import IscNetwork
 from curation.backends.extract.scrfd import MAX_SQUARE_SIDE, WhiteSquare
-from curation.backends.faces.centerface import packaged_model
+from curation.backends.faces import centerface
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.api import SampleFacts
 from curation.extract.settings import ModelSettings
@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tiny.save_scrfd(folder / "scrfd.pt")
     tiny.save_isc(folder / "isc.pth.tar")
-    build_scrfd(packaged_model(), folder / "scrfd.onnx")
+    build_scrfd(centerface.Backend.packaged_model(), folder / "scrfd.onnx")
     return folder
 
 
@@ -115,7 +115,7 @@ def test_a_file_that_is_no_scrfd_is_told(models: Path, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match="other weights than SCRFD's"):
         scrfd.Backend("faces-scrfd10g", settings(tiny.save_aesthetic_head(tmp_path / "a.pt")))
     with pytest.raises(InfrastructureError, match="4 outputs; SCRFD"):
-        scrfd.Backend("faces-scrfd10g", settings(packaged_model()))
+        scrfd.Backend("faces-scrfd10g", settings(centerface.Backend.packaged_model()))
 
 
 # ---- copies

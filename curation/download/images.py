@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -15,9 +15,6 @@ from curation.images import MAX_PIXELS, ImageFacts, Pixels, decode_rgb, encode_j
 Encode = Literal["keep", "jpg"]
 Check = Literal["decode", "header"]
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
-
-
-RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 
 _WHITE = 255

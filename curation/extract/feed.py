@@ -55,7 +55,6 @@ class ExtractSample:
     caption: str | None
     image: bytes | None
     outcome: PreparationOutcome = field(default_factory=PreparationOutcome)
-    bad_json: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +75,7 @@ def extract_sample(sample: Sample) -> ExtractSample:
     """What the models are given of a sample: the .txt (as dataset2metadata gives it), else the json's caption."""
     data = sample.members.get("json")
     metadata = lenient_metadata(data)
-    found = ExtractSample(sample.key, metadata, _caption(sample, metadata), None, bad_json=not metadata)
+    found = ExtractSample(sample.key, metadata, _caption(sample, metadata), None)
     if sample.problem is not None:
         found.outcome.broken = sample.problem
         return found

@@ -29,9 +29,6 @@ OWN_FIELDS = ("uid", "key", "tar")
 STATUS = "status"
 
 
-OK = "ok"
-
-
 ROW_GROUP = 16_384  # rows that are in memory at a time
 
 

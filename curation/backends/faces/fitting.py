@@ -1,7 +1,8 @@
-"""Detectors whose ONNX file comes inside a package, and how a picture is made fit for a network of any size."""
+"""What detectors share whose ONNX file comes inside a Python package and takes pictures of any size."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,9 +12,11 @@ from curation.images import Pixels
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.models.onnx import open_session, packaged_file, read_weights
 
+_MULTIPLE = 32  # The sides of the input are multiples of it.
 
-class PackagedDetector:
-    """A detector through onnxruntime that takes pictures of any size, and whose ONNX file a Python package carries.
+
+class PackagedDetector(ABC):
+    """A detector whose ONNX file comes inside an installed Python package, of which nothing else is used or imported.
 
     Attributes:
         title: The detector's name in messages.
@@ -22,8 +25,6 @@ class PackagedDetector:
 
     title: ClassVar[str]
     packaged: ClassVar[tuple[str, str]]
-    name: str
-    licence: str
     default_det_size: int
     default_threshold: float
 
@@ -34,12 +35,21 @@ class PackagedDetector:
         self.wants_pixels = self.det_size
         path = settings.model or self.packaged_model()
         weights, self.revision = read_weights(path)
-        graph = self._rewrite_graph(weights, path)
-        self._session, self.device = open_session(graph, path, settings.threads, settings.gpu)
+        self._session, self.device = open_session(self._adapted(weights, path), path, settings.threads, settings.gpu)
+
+    @classmethod
+    def weights(cls) -> WeightsNeed:
+        return NothingToFetch(
+            f"{cls.packaged_model()}: {cls.title} came with the package {cls.packaged[0]}, nothing to fetch"
+        )
 
     @classmethod
     def packaged_model(cls) -> Path:
-        """The detector's file in its package."""
+        """The ONNX file in the package.
+
+        Raises:
+            InfrastructureError: The package is not installed.
+        """
         package, file = cls.packaged
         path = packaged_file(package, file)
         if path is None:
@@ -49,16 +59,35 @@ class PackagedDetector:
             )
         return path
 
-    @classmethod
-    def weights(cls) -> WeightsNeed:
-        return NothingToFetch(
-            f"{cls.packaged_model()}: {cls.title} came with the package {cls.packaged[0]}, nothing to fetch"
-        )
+    def fit(self, rgb: Pixels) -> tuple[Pixels, tuple[int, int]]:
+        """See ``fit``: the picture as the network takes it."""
+        return fit(self._cv2, rgb, self.det_size, _MULTIPLE)
 
     @staticmethod
-    def _rewrite_graph(weights: bytes, path: Path) -> bytes:
-        """The graph as it is run: of any size, and fast."""
-        return weights
+    @abstractmethod
+    def adapt(graph: Any) -> str:
+        """Change the published graph in place, so that it takes pictures of any size.
+
+        Returns:
+            What shows that the graph is of another network; empty if nothing does.
+        """
+
+    def _adapted(self, weights: bytes, path: Path) -> bytes:
+        try:
+            import onnx
+        except ImportError as error:
+            raise InfrastructureError(f"onnx cannot be imported ({error}): pip install onnx") from None
+        try:
+            model = onnx.load_model_from_string(weights)
+            mismatch = self.adapt(model.graph)
+        except Exception as error:
+            kind = type(error).__name__
+            raise InfrastructureError(f"the model {path} is no {self.title} ONNX file ({kind})") from error
+        if mismatch:
+            raise InfrastructureError(f"the model {path} is no {self.title}: {mismatch}")
+        del model.graph.value_info[:]  # shapes of the fixed graph
+        adapted: bytes = model.SerializeToString()
+        return adapted
 
 
 def import_cv2() -> Any:

@@ -6,20 +6,16 @@ which nothing else is used or imported.
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.backends.faces.fitting import PackagedDetector, fit
-from curation.errors import InfrastructureError
+from curation.backends.faces.fitting import PackagedDetector
 from curation.faces import Boxes, non_maximum_suppression, normalised
 from curation.images import Pixels
 
 _STRIDES = (8, 16, 32)
-
-
-_MULTIPLE = 32  # The sides of the input are multiples of it.
 
 
 _NMS_IOU = 0.3  # OpenCV's
@@ -38,47 +34,28 @@ class Backend(PackagedDetector):
     default_det_size = 320
     default_threshold = 0.45
 
-    @staticmethod
-    def _rewrite_graph(weights: bytes, path: Path) -> bytes:
-        return free_size(weights, path)
-
     def detect(self, rgb: Pixels) -> Boxes:
-        padded, size = fit(self._cv2, rgb, self.det_size, _MULTIPLE)
+        padded, size = self.fit(rgb)
         planes = padded[:, :, ::-1].transpose(2, 0, 1)[None].astype(np.float32)  # BGR, 0 to 255
-        found = dict(
-            zip(_OUTPUTS, self._session.run(list(_OUTPUTS), {self._session.get_inputs()[0].name: planes}), strict=True)
-        )
+        (image,) = self._session.get_inputs()
+        found = dict(zip(_OUTPUTS, self._session.run(list(_OUTPUTS), {image.name: planes}), strict=True))
         columns = padded.shape[1]
         parts = [_decode(found, stride, columns // stride, self.threshold) for stride in _STRIDES]
         boxes = np.concatenate(parts)
         return normalised(boxes[non_maximum_suppression(boxes, _NMS_IOU)], *size)
 
-
-def free_size(weights: bytes, path: Path) -> bytes:
-    """Change the graph in memory, so that it takes pictures of any size.
-
-    The published file declares pictures of 640 × 640, but no operation in it needs that size.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        raise InfrastructureError(f"onnx cannot be imported ({error}): pip install onnx") from None
-    try:
-        model = onnx.load_model_from_string(weights)
-        graph = model.graph
+    @staticmethod
+    def adapt(graph: Any) -> str:
+        """See ``PackagedDetector``.  The file declares pictures of 640 × 640, but no operation needs that size."""
         widths = {output.name: output.type.tensor_type.shape.dim[2].dim_value for output in graph.output}
         (image,) = graph.input
-    except Exception as error:  # noqa: BLE001 - protobuf's DecodeError, or a graph of another kind
-        raise InfrastructureError(f"the model {path} is no YuNet ONNX file ({type(error).__name__})") from None
-    if any(widths.get(name) != width for name, width in _OUTPUTS.items()):
-        raise InfrastructureError(f"the model {path} is no YuNet: its outputs are {', '.join(widths)}")
-    height, width = image.type.tensor_type.shape.dim[2:]
-    height.dim_param, width.dim_param = "height", "width"
-    for output in graph.output:
-        output.type.tensor_type.shape.dim[1].dim_param = "places"
-    del graph.value_info[:]  # shapes of the fixed graph
-    freed: bytes = model.SerializeToString()
-    return freed
+        if any(widths.get(name) != width for name, width in _OUTPUTS.items()):
+            return f"its outputs are {', '.join(widths)}"
+        height, width = image.type.tensor_type.shape.dim[2:]
+        height.dim_param, width.dim_param = "height", "width"
+        for output in graph.output:
+            output.type.tensor_type.shape.dim[1].dim_param = "places"
+        return ""
 
 
 def _decode(found: dict[str, NDArray[np.float32]], stride: int, columns: int, threshold: float) -> Boxes:

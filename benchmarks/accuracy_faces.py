@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("for comparison, those of the choice", FaceConfusion.count(by_size[size], threshold)),
         ]
     )
-    chosen = backend(options.model, size, threshold, options.threads)
+    chosen = backend(DetectorSettings(options.model, size, threshold, options.threads))
     print_counts(chosen, [photo for photo in counted if photo.shard in options.report])
     pairs = zip(counted, scores[size], strict=True)
     wrong = [(p, score) for p, score in pairs if p.shard in options.report and (score >= threshold) != bool(p.faces)]

@@ -42,7 +42,7 @@ from tests.stages.harness import Records, hashes
 
 NAME = "00_download"
 stage = importlib.import_module(NAME)
-FLAGS = ["--allow_private", "127.0.0.0/8", "--timeout", "1.5", "--retries", "1", "--lease_s", "2", "--quiet"]
+FLAGS = ["--allow_private", "127.0.0.0/8", "--timeout", "4", "--retries", "1", "--lease_s", "2", "--quiet"]
 FLAGS += ["--max_image_bytes", "1000000"]
 records = Records(NAME)
 

@@ -616,7 +616,7 @@ def test_a_wrong_command_is_one_line_and_code_2(
 def test_prompts_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "edits").mkdir()
     assert run(tmp_path) == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_no_hub_and_no_model_is_code_2_but_counting_works(

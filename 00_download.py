@@ -34,7 +34,6 @@ from curation.download import (
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.options import FINITE, also, at_least, between, exit_code, logger, more_than, parse_options
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
-from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet, write_csv
 from curation.run.output_folder import refuse_foreign_files
 from curation.run.requeue import Redo, requeue_all
@@ -264,12 +263,12 @@ class Download(Stage[Options]):
 
     @cached_property
     def _recipe(self) -> str:
-        return Ledger(self.output, self.name, self.version, self.fingerprint(), read_only=True).fingerprint
+        return self.ledger(read_only=True).fingerprint
 
     # ---- what is made of all shards
 
     def _finish_tables(self) -> None:
-        ledger = Ledger(self.output, self.name, self.version, self.fingerprint(), read_only=True)
+        ledger = self.ledger(read_only=True)
         merge_parquet(ledger, lambda shard_id: f"{shard_id}.parquet", FULL_METADATA, self._write_csv)
 
     def _write_csv(self, merged: Path) -> None:
@@ -280,7 +279,7 @@ def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
     """Make shards pending for --retry_failed_urls and --verify, once a run."""
     if not options.again or options.dry_run or is_worker() or not (stage.output / "_receipts" / stage.name).exists():
         return
-    ledger = Ledger(stage.output, stage.name, stage.version, dict(stage.fingerprint()))
+    ledger = stage.ledger()
     ledger.enter("", False, None, sorted(ids))
     counts = requeue_all(ledger, ids, options.again, run_id())
     logger.info(f"{counts['retry']:,} shards to look at again")

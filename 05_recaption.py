@@ -328,7 +328,7 @@ class Recaption(Stage[Options]):
     # ---- what is made of all shards
 
     def _ledger(self) -> Ledger:
-        return Ledger(self.output, self.name, self.version, self.fingerprint(), read_only=True)
+        return self.ledger(read_only=True)
 
     def _merger(self) -> JsonlMerge:
         if self._merge is None:

@@ -33,7 +33,6 @@ from curation.extract import (
 from curation.models.needs import WeightsNeed
 from curation.options import at_least, exit_code, logger, parse_options, set_up_logging
 from curation.run import RunOptions, ShardContext, Stage, run_stage
-from curation.run.ledger import Ledger
 from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.tar.samples import read_samples
@@ -188,7 +187,7 @@ class Metadata(Stage[Options]):
 
 def begins_anew(stage: Metadata, shards: Sequence[Shard]) -> bool:
     """Whether shards were done with other options: what ``reprocess`` is for."""
-    ledger = Ledger(stage.output, stage.name, stage.version, stage.fingerprint(), read_only=True)
+    ledger = stage.ledger(read_only=True)
     ledger.load_options_versions()
     return not all(ledger.governing(shard.id).same_options(ledger.options, stage.version) for shard in shards)
 

@@ -28,7 +28,7 @@ import orjson
 from curation.cluster import Allocation, host_identity, process_is_gone, process_start, slurm_ids
 from curation.jsonio import clean_text
 from curation.shards import is_safe_id
-from curation.storage.files import make_folder, storage_error
+from curation.storage.files import make_folder, names_in, storage_error
 
 logger = logging.getLogger("curation")
 
@@ -169,13 +169,15 @@ def parse_claim(data: bytes) -> ClaimRecord:
     )
 
 
-def beat_content(counter: int, working: Mapping[str, int]) -> bytes:
+def beat_content(counter: int, working: Mapping[str, int], options_version: int = 0) -> bytes:
     """The content of a heartbeat file: the counter and, for display, each shard in progress with its samples so far.
+
+    options_version: the one under which the process works; 0 while it has recorded none.
 
     It ends with a line feed, because the file may still contain the end of a longer heartbeat.
     """
     shown = dict(islice(working.items(), MAX_SHOWN))
-    return b"%0*d %s\n" % (COUNTER_DIGITS, counter, orjson.dumps({"working": shown}))
+    return b"%0*d %s\n" % (COUNTER_DIGITS, counter, orjson.dumps({"working": shown, "epoch": options_version}))
 
 
 def parse_beat(data: bytes) -> tuple[bytes, dict[str, int]]:
@@ -190,6 +192,15 @@ def parse_beat(data: bytes) -> tuple[bytes, dict[str, int]]:
         }
     except (orjson.JSONDecodeError, AttributeError):
         return counter, {}
+
+
+def beat_options_version(data: bytes) -> int | None:
+    """The options version under which the process works; 0: none yet; None: the heartbeat does not tell."""
+    try:
+        version = orjson.loads(data[COUNTER_DIGITS:].partition(b"\n")[0]).get("epoch")
+    except (orjson.JSONDecodeError, AttributeError):
+        return None
+    return version if type(version) is int else None
 
 
 def _death(record: Mapping[str, Any]) -> LostAttempt:
@@ -267,6 +278,7 @@ class Heartbeat:
         self._last_progress = time.monotonic()
         self._lock = threading.Lock()
         self._working: dict[str, int] = {}  # shards claimed → samples so far
+        self.options_version = 0  # the one under which this process works, once it is recorded
         self._working_lock = threading.Lock()  # never held during a filesystem call, which may block
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -309,6 +321,11 @@ class Heartbeat:
         """Whether the last beat is so recent that no process can have taken over the claims of this one."""
         return time.monotonic() - self._last_beat < self.lease_s
 
+    def works_under(self, options_version: int) -> None:
+        """Tell other processes under which options version this one works from now on."""
+        self.options_version = options_version
+        self._require_heartbeat()
+
     def _run(self) -> None:
         while not self._ended.wait(self.lease_s / 4 * random.uniform(0.8, 1.2)):
             if not self._working or time.monotonic() - self._last_progress < self.stall_s:
@@ -326,7 +343,7 @@ class Heartbeat:
             before = time.monotonic()  # taken before the write, so that our own lease ends before an observer's
             self._counter += 1
             with self._working_lock:
-                content = beat_content(self._counter, self._working)
+                content = beat_content(self._counter, self._working, self.options_version)
             try:
                 descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
             except FileNotFoundError:
@@ -412,6 +429,26 @@ class Claims:
             if ours:
                 claim.path.unlink(missing_ok=True)
 
+    def others_work_under(self, options_version: int) -> bool:
+        """Whether another process is alive that works under this options version.
+
+        A heartbeat that a killed process left behind is watched for a lease, which is how long others wait for it.
+        """
+        watched: dict[str, bytes] = {}
+        end = time.monotonic() + self._lease_s
+        while True:
+            names = {name for name in names_in(self._beats) if name != self.heartbeat.name and _NAME.fullmatch(name)}
+            for name in sorted(names):
+                data = self._read_beat(name, MAX_BEAT_BYTES)
+                if beat_options_version(data) not in (None, options_version):
+                    watched.pop(name, None)
+                elif watched.setdefault(name, data[:COUNTER_DIGITS]) != data[:COUNTER_DIGITS]:
+                    return True
+            watched = {name: counter for name, counter in watched.items() if name in names}
+            if not watched or time.monotonic() > end:
+                return False
+            time.sleep(min(0.5, self._lease_s / 8))
+
     def _create(
         self, path: Path, shard_id: str, predecessors: list[str] | None = None, deaths: tuple[LostAttempt, ...] = ()
     ) -> Claim | None:
@@ -472,12 +509,12 @@ class Claims:
             )
         return now - seen[1] >= self._lease_s
 
-    def _read_beat(self, name: str) -> bytes:
+    def _read_beat(self, name: str, size: int = COUNTER_DIGITS) -> bytes:
         if not name:  # an empty or foreign claim has no heartbeat: it expires like a dead one
             return b""
         try:
             with open(self._beats / name, "rb") as file:
-                return file.read(COUNTER_DIGITS)
+                return file.read(size)
         except OSError:
             return b""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -25,7 +26,7 @@ from curation.run.inputs import (
     Input,
     Upstream,
 )
-from curation.shards import bucket_of
+from curation.shards import Shard, bucket_of, select
 from curation.storage.buckets import Presence
 from curation.storage.files import link_exclusively, make_folder, names_in, parse_record, read_record, read_whole
 
@@ -54,12 +55,15 @@ class OptionsVersion:
     run_id: str
 
     @staticmethod
-    def from_record(number: int, record: dict[str, Any]) -> OptionsVersion:
+    def from_record(
+        number: int, record: dict[str, Any], before: Mapping[str, Any] = MappingProxyType({})
+    ) -> OptionsVersion:
+        """``before``: what options were before they existed, for a record that is older than they are."""
         shards = record.get("shards")
         return OptionsVersion(
             number=number,
             version=int(record.get("version", 0)),
-            options=record.get("options", {}),
+            options={**before, **record.get("options", {})},
             shards=None if shards is None else frozenset(shards),
             run_id=str(record.get("run", "")),
         )
@@ -83,6 +87,8 @@ class Ledger:
     """The receipts of ``stage`` below ``root``.  ``prepare`` creates the folders.
 
     kept_by_rerun: what --rerun keeps, for the message about changed options.
+    before: for each option that older versions of the stage did not have, the value that gives the bytes that they
+        wrote.  A record of options that lacks the option counts as a record of this value.
     read_only: write nothing; otherwise, reading also finishes commits that a dead process left half-done.
     """
 
@@ -94,6 +100,7 @@ class Ledger:
         options: dict[str, Any],
         *,
         kept_by_rerun: str = "",
+        before: Mapping[str, Any] = MappingProxyType({}),
         read_only: bool = False,
     ) -> None:
         self.root = root
@@ -105,8 +112,10 @@ class Ledger:
             raise UsageError(f"{stage}: an option cannot be recorded: {error}") from None
         self.receipts = root / "_receipts" / stage
         self._kept_by_rerun = kept_by_rerun
+        self._before = {name: value for name, value in before.items() if name in options}
         self._read_only = read_only
         self._options_versions: list[OptionsVersion] = []
+        self._coming: OptionsVersion | None = None  # the one that this run will begin
         self._entered = 1  # the number of the last options version when this run began
         self._lock = threading.Lock()
         self._listings: dict[str, _Listing] = {}
@@ -115,20 +124,27 @@ class Ledger:
 
     # ---- folders
 
-    def prepare(self, other_outputs: Sequence[Path]) -> None:
-        """Create the folders, and write a pointer to the receipts in every other output folder."""
-        for folder in (self.root, self.receipts, *other_outputs):
+    def prepare(self, other_outputs: Sequence[Path], *, look: bool = False) -> None:
+        """Create the folders, and write a pointer to the receipts in every other output folder.
+
+        look: only check that the other folders point to no other receipts, and write nothing.
+
+        Raises UsageError for a folder that has the outputs of another ``--output``.
+        """
+        for folder in () if look else (self.root, self.receipts, *other_outputs):
             make_folder(folder)
         for folder in other_outputs:
             if folder.resolve() != self.root.resolve():
-                self._leave_pointer(folder)
+                self._leave_pointer(folder, look=look)
 
-    def _leave_pointer(self, folder: Path) -> None:
+    def _leave_pointer(self, folder: Path, *, look: bool) -> None:
         pointer = folder / "_receipts" / self.stage / "_home.json"
-        make_folder(pointer.parent)
         home = os.path.relpath(self.root.resolve(), folder.resolve())
         there = read_record(pointer)
+        if there is None and look:
+            return
         if there is None:
+            make_folder(pointer.parent)
             record = orjson.dumps({"output": home}, option=orjson.OPT_INDENT_2)
             link_exclusively(pointer, record)
             there = read_record(pointer) or {}
@@ -151,31 +167,64 @@ class Ledger:
     @cached_property
     def fingerprint(self) -> str:
         """Part of the names of partial files, so that work done under other options is not reused."""
-        return xxhash.xxh3_64_hexdigest(orjson.dumps([self.version, self.options], option=orjson.OPT_SORT_KEYS))
+        # An option that is as it was before it existed does not count, so that an older version's work is used.
+        counted = {n: v for n, v in self.options.items() if n not in self._before or v != self._before[n]}
+        return xxhash.xxh3_64_hexdigest(orjson.dumps([self.version, counted], option=orjson.OPT_SORT_KEYS))
 
-    def enter(self, run_id: str, rerun: bool, subset: Sequence[str] | None, selected: Sequence[str]) -> None:
+    def enter(
+        self,
+        run_id: str,
+        rerun: bool,
+        subset: Sequence[str] | None,
+        selected: Sequence[str],
+        unused: Callable[[OptionsVersion], bool] | None = None,
+        *,
+        look: bool = False,
+    ) -> bool:
         """Find or create the options version under which this run works.
 
-        Raises UsageError if the stage ran here with other options and ``rerun`` is not set.
+        Args:
+            run_id: What all processes of this run have in common.
+            rerun: Whether the user asked for ``--rerun``.
+            subset: The shards that a new options version is for; None for all.
+            selected: The shards of this run.
+            unused: Whether nothing was done under a version and no process works under it, so that this run may put
+                its own options in its place.  Without it, other options are always refused.
+            look: Only check, and record nothing.
+
+        Returns:
+            Whether there is an options version for this run; with ``look`` there may be none yet.
+
+        Raises:
+            UsageError: The stage ran here with other options, and ``rerun`` is not set.
         """
         self.load_options_versions()
+        self._coming = None
         covered = None if subset is None else frozenset(subset)
         for _ in range(_TRIES):
             self._entered = max(1, len(self._options_versions))
+            superseded: int | None = None  # the number of a version under which nothing was done
             if not rerun and self._options_versions:
-                self._check_same_options(selected)
-                return
+                base = self._base_version()
+                if self._are_the_same(base, selected):
+                    return True
+                if unused is None or not self._nothing_was_done(base) or not unused(base):
+                    raise self._other_options(base)
+                superseded = base.number
             if rerun and any(self._is_of_this_run(past, run_id, covered) for past in self._options_versions):
-                return  # this run began it: in another task, or before the job was requeued
-            if self._read_only:
-                return
+                return True  # this run began it: in another task, or before the job was requeued
             number = len(self._options_versions) + 1
+            new_shards = covered if rerun else None
+            if look or self._read_only:
+                self._coming = OptionsVersion(number, self.version, self.options, new_shards, run_id)
+                return False
             record = {
                 "epoch": number,
                 "stage": self.stage,
                 "version": self.version,
                 "options": self.options,
-                "shards": sorted(covered) if rerun and covered is not None else None,
+                "shards": None if new_shards is None else sorted(new_shards),
+                **({} if superseded is None else {"supersedes": superseded}),
                 "run": run_id,
             }
             data = orjson.dumps(record, option=orjson.OPT_INDENT_2)
@@ -193,7 +242,9 @@ class Ledger:
         )
 
     def governing(self, shard_id: str) -> OptionsVersion:
-        """The last options version that covers a shard."""
+        """The last options version that covers a shard; the one that this run will begin, if it has looked."""
+        if self._coming is not None and self._coming.covers(shard_id):
+            return self._coming
         for options in reversed(self._options_versions):
             if options.covers(shard_id):
                 return options
@@ -223,14 +274,42 @@ class Ledger:
                 value = parse_record(data) or read_record(path)  # it may be only a moment old
                 if value is None:
                     raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
-                self._options_versions.append(OptionsVersion.from_record(number, value))
+                self._options_versions.append(OptionsVersion.from_record(number, value, self._before))
 
-    def _check_same_options(self, selected: Sequence[str]) -> None:
-        base = next((e for e in reversed(self._options_versions) if e.shards is None), self._options_versions[0])
+    @property
+    def options_versions(self) -> Sequence[OptionsVersion]:
+        """The versions that ``load_options_versions`` has read, in the order in which they began."""
+        return tuple(self._options_versions)
+
+    @property
+    def entered(self) -> int:
+        """The number of the last options version when this run entered."""
+        return self._entered
+
+    def _base_version(self) -> OptionsVersion:
+        """The last options version for all shards."""
+        return next((e for e in reversed(self._options_versions) if e.shards is None), self._options_versions[0])
+
+    def _are_the_same(self, base: OptionsVersion, selected: Sequence[str]) -> bool:
         if base.same_options(self.options, self.version):
-            return
-        if selected and all(self.governing(s).same_options(self.options, self.version) for s in selected):
-            return  # this run continues a subset that was rerun with these options
+            return True
+        # Or this run continues a subset that was rerun with these options.
+        return bool(selected) and all(self.governing(s).same_options(self.options, self.version) for s in selected)
+
+    def _nothing_was_done(self, base: OptionsVersion) -> bool:
+        """Whether no shard has a receipt, an unfinished commit or a partial file of these options."""
+        for bucket in names_in(self.receipts):
+            for name in names_in(self.receipts / bucket) if bucket[0] != "_" else ():
+                if name.endswith(".commit"):
+                    return False
+                if name.endswith(".json") and name[0] != ".":
+                    record = read_record(self.receipts / bucket / name) or {}
+                    if record.get("epoch", base.number) == base.number:
+                        return False
+        partial = self.root / "_partial" / self.stage
+        return not any(names_in(partial / bucket) for bucket in names_in(partial))
+
+    def _other_options(self, base: OptionsVersion) -> UsageError:
         changes = []
         if base.version != self.version:
             changes.append(f"stage version {base.version} → {self.version}")
@@ -238,7 +317,7 @@ class Ledger:
             before, now = base.options.get(name), self.options.get(name)
             if before != now:
                 changes.append(f"{name}: {_short(before)} → {_short(now)}")
-        raise UsageError(
+        return UsageError(
             f"{self.stage} ran on {self.root} with other options ({'; '.join(changes)}). "
             "Use the same ones, another output folder, or --rerun to do it again with these."
             f"{' ' if self._kept_by_rerun else ''}{self._kept_by_rerun}"
@@ -323,6 +402,25 @@ class Ledger:
             except OSError:
                 return False
         return True
+
+
+def lacks_option(root: Path, stage: str, name: str, shards: str | None = None) -> bool:
+    """Whether a stage has begun on ``root`` with options that an older version recorded, which had no option ``name``.
+
+    shards: the shards of ``--shards``; those of a rerun with options of its own have these.
+    """
+    ledger = Ledger(root, stage, 0, {}, read_only=True)
+    ledger.load_options_versions()
+    versions = ledger.options_versions
+    if not versions:
+        return False
+    for version in reversed(versions):
+        if version.shards is None:
+            return name not in version.options
+        ids = [Shard(shard_id, root) for shard_id in sorted(version.shards)]
+        if shards is not None and select(ids, shards, may_be_empty=True):
+            return name not in version.options
+    return name not in versions[0].options
 
 
 def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from curation.options import RunOptions, logger, set_up_logging
 from curation.run.attempt import Attempts
 from curation.run.claims import Claim, Claims
 from curation.run.follow import Follower, Follows
-from curation.run.ledger import Ledger
+from curation.run.ledger import OptionsVersion
 from curation.run.planned import record_plan
 from curation.run.progress import Progress, Tally
 from curation.run.work import Stage
@@ -62,9 +62,8 @@ def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], f
     if options.workers > 1 and not is_worker():
         set_up_logging(options.quiet)
         shared = run_id().partition("-")[2] or secrets.token_hex(8)
-        follower = _follower(follows, selected, options)
         # Here, so that an error in the options is reported once and not by each worker.
-        _enter(stage, selected, options, f"run-{shared}", follower)
+        _Entry(stage, selected, options, f"run-{shared}").check()
         return run_workers(stage, options, shared)
     allocation = Allocation.detect(options.workers)
     set_up_logging(options.quiet, f"[{allocation.rank}]" if allocation.world > 1 else "")
@@ -85,23 +84,17 @@ def run_shards(
     """Process pending shards until none is left that this process can claim; returns the exit code."""
     allocation = replace(allocation, run_id=allocation.run_id or f"run-{secrets.token_hex(8)}")
     follower = _follower(follows, shards, options)
-    ledger = _enter(stage, shards, options, allocation.run_id, follower)
+    entry = _Entry(stage, shards, options, allocation.run_id, follower)
+    entry.check()
     claims = Claims(stage.output / "_claims" / stage.name, options.lease_s, options.stall_s)
     claims.heartbeat.start()
     try:
-        return _Run(stage, shards, options, allocation, stop, ledger, claims, follower).go()
+        return _Run(stage, shards, options, allocation, stop, entry, claims, follower).go()
     finally:
         try:
             stage.close()
         finally:
             claims.heartbeat.stop()
-
-
-def _ledger(stage: Stage[Any], *, read_only: bool = False) -> Ledger:
-    fingerprint = dict(stage.fingerprint())
-    return Ledger(
-        stage.output, stage.name, stage.version, fingerprint, kept_by_rerun=stage.kept_by_rerun, read_only=read_only
-    )
 
 
 def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOptions) -> Follower | None:
@@ -110,18 +103,58 @@ def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOpti
     return Follower(follows, shards, options.shards, options.follow_idle_s, options.lease_s)
 
 
-def _enter(
-    stage: Stage[Any], shards: Sequence[Shard], options: RunOptions, run: str, follower: Follower | None = None
-) -> Ledger:
-    """Create the stage's folders, record its options or check that they match, and record its list of shards."""
-    if follower is not None:
-        shards = list(follower.shards.values())
-    ledger = _ledger(stage)
-    ledger.prepare(stage.other_outputs)
-    ids = [shard.id for shard in shards]
-    ledger.enter(run, options.rerun, ids if options.shards else None, ids)
-    _record_plan(stage, shards, follower)
-    return ledger
+class _Entry:
+    """The begin of a run: its options are checked at once, and recorded when the stage has proved that it can work.
+
+    A run that ends before its first shard, because a model, a server or a folder is missing, so leaves no options
+    behind, and the corrected command works.
+    """
+
+    def __init__(
+        self,
+        stage: Stage[Any],
+        shards: Sequence[Shard],
+        options: RunOptions,
+        run: str,
+        follower: Follower | None = None,
+    ) -> None:
+        self.ledger = stage.ledger()
+        self.recorded = False
+        self._stage = stage
+        self._options = options
+        self._run = run
+        self._follower = follower
+        self._all_shards = shards
+
+    def check(self) -> None:
+        """Create the folder of the receipts, and raise UsageError if this run's options do not fit what is recorded."""
+        self.ledger.prepare((), look=False)
+        self.ledger.prepare(self._stage.other_outputs, look=True)
+        self._enter(None, look=True)
+        if self._follower is not None:  # those that follow this stage learn already that it works
+            _record_plan(self._stage, self._shards, self._follower)
+
+    def record(self, claims: Claims) -> None:
+        """Record the options and the list of shards, once."""
+        if self.recorded:
+            return
+        self.ledger.prepare(self._stage.other_outputs)
+        self._enter(claims)
+        claims.heartbeat.works_under(self.ledger.entered)
+        _record_plan(self._stage, self._shards, self._follower)
+        self.recorded = True
+
+    @property
+    def _shards(self) -> Sequence[Shard]:
+        return self._all_shards if self._follower is None else list(self._follower.shards.values())
+
+    def _enter(self, claims: Claims | None, *, look: bool = False) -> bool:
+        def unused(version: OptionsVersion) -> bool:
+            return claims is None or not claims.others_work_under(version.number)
+
+        ids = [shard.id for shard in self._shards]
+        subset = ids if self._options.shards else None
+        return self.ledger.enter(self._run, self._options.rerun, subset, ids, unused, look=look)
 
 
 def _record_plan(stage: Stage[Any], shards: Sequence[Shard], follower: Follower | None) -> None:
@@ -143,17 +176,18 @@ class _Run:
         options: RunOptions,
         allocation: Allocation,
         stop: StopSignal,
-        ledger: Ledger,
+        entry: _Entry,
         claims: Claims,
         follower: Follower | None,
     ) -> None:
         self._stage = stage
+        self._entry = entry
         self._follower = follower
         self._shards = shards if follower is None else list(follower.shards.values())
         self._options = options
         self._allocation = allocation
         self._stop = stop
-        self._ledger = ledger
+        self._ledger = ledger = entry.ledger
         self._claims = claims
         self._progress = Progress(stage.name, len(self._shards), options.quiet)
         self._tally = Tally()
@@ -195,10 +229,17 @@ class _Run:
         """Claim pending shards one after the other.  Each takes a slot, which the attempt frees at its end."""
         if self._follower is None:
             yield from self._try(self._shards)
+            self._record()
         yield from self._watch()
+        self._record()
         with self._lock:
             self._tally.shards("left", len(self._waiting))
             self._waiting.clear()
+
+    def _record(self) -> None:
+        """Record the options and the shards also where nothing was to do, because stages that follow wait for them."""
+        if not self._ended():
+            self._entry.record(self._claims)
 
     def _try(self, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Claim]]:
         for shard in self._order(shards):
@@ -229,7 +270,8 @@ class _Run:
         """Claim the shard if it should be done; if another process holds it, add it to the waiting ones."""
         if self._follower is not None and not self._follower.settled(shard):
             return None
-        self._ledger.check_options_version(shard.id, look=False)
+        if self._entry.recorded:
+            self._ledger.check_options_version(shard.id, look=False)
         state = self._ledger.state(shard.id, self._stage.inputs(shard), fresh=fresh, cursory=self._opened)
         if not self._attempts.wanted(state):
             self._attempts.count(state, shard)
@@ -241,6 +283,7 @@ class _Run:
             self._stage.open(self._allocation)
             self._opened = True
             self._attempts.open_s = time.monotonic() - began
+            self._entry.record(self._claims)
             if self._ended():  # opening may have taken minutes
                 self._tally.shards("left")
                 return None
@@ -377,16 +420,16 @@ class _Run:
 
 def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:
     """Print what would be done, and write nothing."""
-    ledger = _ledger(stage, read_only=True)
-    if not options.rerun:
-        ledger.enter("", False, None, [shard.id for shard in shards])
+    ledger = stage.ledger(read_only=True)
+    ids = [shard.id for shard in shards]
+    ledger.enter("", options.rerun, ids if options.shards else None, ids, lambda version: True, look=True)
     counts: Counter[str] = Counter()
     for shard in shards if follower is None else follower.shards.values():
         if follower is not None and not follower.settled(shard):
             counts["waiting"] += 1
             continue
         state = ledger.state(shard.id, stage.inputs(shard))
-        counts["pending" if options.rerun and state.what in ("done", "failed") else state.what] += 1
+        counts[state.what] += 1
         if state.what in ("failed", "blocked"):
             logger.warning(f"{shard.id} {state.what}: {state.why}")
     print(f"{stage.name} into {stage.output}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))

@@ -8,20 +8,23 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, overload
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, overload
 
 from curation.cluster import Allocation, StopSignal
 from curation.errors import LostClaim, ShardError
 from curation.jsonio import clean_text, dump_json
 from curation.models.needs import WeightsNeed
-from curation.options import AnyOptions
+from curation.options import AnyOptions, logger, set_up_logging
 from curation.run.checkpoints import PartialLog, Partials
 from curation.run.claims import Claim
 from curation.run.inputs import Input, source_inputs
-from curation.run.ledger import Ledger
+from curation.run.ledger import Ledger, lacks_option
+from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.storage.buckets import RemoteOutput, place_of
 from curation.storage.files import AtomicFile, AtomicWriter, Published
@@ -30,6 +33,19 @@ from curation.tar.samples import Sample, read_samples
 from curation.tar.scan import TarReport
 
 MAX_DETAIL = 500  # characters of a reject's detail
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An option that older versions of a stage did not have.  The field of the option has the default None.
+
+    Attributes:
+        before: The value that gives the bytes that older versions wrote.
+        now: The value for a new folder, where the user gives none.
+    """
+
+    before: Any
+    now: Any
 
 
 class Stage(ABC, Generic[AnyOptions]):
@@ -44,6 +60,7 @@ class Stage(ABC, Generic[AnyOptions]):
         other_outputs: Further folders into which it publishes.
         shards_in_flight: How many shards one process works on at the same time.
         kept_by_rerun: A sentence on what ``--rerun`` does not do again, if the stage keeps something.
+        later: Options that ``fingerprint`` records and that older versions of the stage did not have.
     """
 
     name: str
@@ -52,6 +69,7 @@ class Stage(ABC, Generic[AnyOptions]):
     other_outputs: tuple[Path, ...] = ()
     shards_in_flight: int = 1
     kept_by_rerun: str = ""
+    later: ClassVar[Mapping[str, Later]] = MappingProxyType({})
 
     def __init__(self, options: AnyOptions, output: str | Path | None = None) -> None:
         """output: defaults to the option ``output``."""
@@ -61,6 +79,41 @@ class Stage(ABC, Generic[AnyOptions]):
     @abstractmethod
     def fingerprint(self) -> dict[str, object]:
         """The options that change the output, as JSON values."""
+
+    @classmethod
+    def settled(cls, options: AnyOptions, output: str | Path | None = None) -> AnyOptions:
+        """The options with a value for each of ``later`` that the user left open (None).
+
+        A folder that an older version has begun goes on as it was begun, so that its shards are all made alike; a new
+        folder, and ``--rerun``, take the value of now.
+
+        output: the folder of the receipts; defaults to the option ``output``.
+        """
+        root = Path(vars(options)["output"] if output is None else output)
+        values = {}
+        for name, option in cls.later.items():
+            if getattr(options, name) is None:
+                old = not options.rerun and lacks_option(root, cls.name, name, options.shards)
+                values[name] = option.before if old else option.now
+                if old and option.before != option.now and not is_worker():
+                    set_up_logging(options.quiet)
+                    logger.info(
+                        f"--{name} {option.before}: an older version has begun {root}; new folders and --rerun have "
+                        f"{option.now}"
+                    )
+        return replace(options, **values)
+
+    def ledger(self, *, read_only: bool = False) -> Ledger:
+        """The receipts of this stage.  read_only: nothing is written, and no half-done commit is finished."""
+        return Ledger(
+            self.output,
+            self.name,
+            self.version,
+            dict(self.fingerprint()),
+            kept_by_rerun=self.kept_by_rerun,
+            before={name: option.before for name, option in self.later.items()},
+            read_only=read_only,
+        )
 
     @classmethod
     def weights(cls, options: AnyOptions) -> Sequence[WeightsNeed]:

@@ -410,6 +410,8 @@ def lacks_option(root: Path, stage: str, name: str, shards: str | None = None) -
     shards: the shards of ``--shards``; those of a rerun with options of its own have these.
     """
     ledger = Ledger(root, stage, 0, {}, read_only=True)
+    if not ledger.receipts.is_dir():
+        return False
     ledger.load_options_versions()
     versions = ledger.options_versions
     if not versions:

@@ -283,10 +283,10 @@ class _Run:
             self._stage.open(self._allocation)
             self._opened = True
             self._attempts.open_s = time.monotonic() - began
-            self._entry.record(self._claims)
             if self._ended():  # opening may have taken minutes
                 self._tally.shards("left")
                 return None
+            self._entry.record(self._claims)
         claim = self._claims.acquire(bucket_of(shard.id), shard.id)
         if claim is None:
             with self._lock:

@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,7 +24,7 @@ from curation.options import RunOptions, exit_code, parse_options
 from curation.run.follow import Follows
 from curation.run.inputs import Input
 from curation.run.runner import run_stage
-from curation.run.work import ShardContext, Stage
+from curation.run.work import Later, ShardContext, Stage
 from curation.shards import Shard, discover
 
 
@@ -39,6 +40,8 @@ class Options(RunOptions):
     """A second folder that is published into."""
     mark: str = "x"
     """An option that changes the output."""
+    flavour: str | None = None
+    """An option that older versions of the stage did not have: salty, which they wrote, or plain."""
     sample_s: float = 0.0
     """Seconds that each sample takes."""
     hold: str = ""
@@ -58,6 +61,9 @@ class Options(RunOptions):
 
 
 class Toy(Stage[Options]):
+    name = "toy"
+    later: ClassVar[Mapping[str, Later]] = {"flavour": Later(before="salty", now="plain")}
+
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)
         self.name = options.as_stage
@@ -67,7 +73,7 @@ class Toy(Stage[Options]):
         self._lock = threading.Lock()
 
     def fingerprint(self) -> dict[str, object]:
-        return {"mark": self.options.mark}
+        return {"mark": self.options.mark, "flavour": self.options.flavour}
 
     def inputs(self, shard: Shard) -> list[Input]:
         return [Input(shard.path, self.options.upstream)]
@@ -106,7 +112,8 @@ class Toy(Stage[Options]):
                 self._wait_for_leave(work)
             self._write_journal(f"sample {work.shard.id} {key}")
             if line == "keep" or line[:1].isdigit():  # the toy's own output is good input too
-                kept.append(f"{key} {self.options.mark}\n".encode())
+                salt = " salt" if self.options.flavour == "salty" else ""
+                kept.append(f"{key} {self.options.mark}{salt}\n".encode())
                 if log is not None:
                     log.append([(key, line, kept[-1])])
                 work.keep()
@@ -169,7 +176,7 @@ class Toy(Stage[Options]):
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(Options, argv)
+    options = Toy.settled(parse_options(Options, argv))
     follows = Follows(options.upstream, Path(options.input), options.suffix) if options.upstream else None
     shards = follows.discover() if follows and options.follow else discover(options.input, options.suffix)
     return run_stage(Toy(options), options, shards, follows)

@@ -33,6 +33,7 @@ class ShardWriter:
             If this itself is None, nothing is blurred.
         index: Whether to write ``<shard>.idx``.
         verify: Whether to read each shard back before it is published.
+        image_suffix: What new images are called, and so their format.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class ShardWriter:
         *,
         index: bool,
         verify: bool,
+        image_suffix: ImageSuffix = "keep",
     ) -> None:
+        self._image_suffix: ImageSuffix = image_suffix
         self._folder, self._tars, self._index, self._verify = folder, tars, index, verify
         self._find_detector = detector
         self._detector: FaceDetector | None = None
@@ -53,13 +56,17 @@ class ShardWriter:
         if self._find_detector is not None:
             self._detector = self._find_detector(allocation)
 
-    def blur(self) -> Blur | None:
-        """A new ``Blur`` for one shard, which also counts; None if nothing is blurred."""
+    def fitting(self) -> Fitting:
+        """A new ``Fitting`` for one pass over a shard, which also counts."""
+        return Fitting(self._image_suffix)
+
+    def blur(self, fitting: Fitting) -> Blur | None:
+        """A new ``Blur`` for one pass over a shard, which also counts; None if nothing is blurred."""
         if self._find_detector is None:
             return None
         from curation.reshard.blur import Blur
 
-        return Blur(self._detector)
+        return Blur(self._detector, fitting)
 
     def write(
         self,

@@ -222,7 +222,7 @@ def _check_edit(
     task: Task, key: str, edit: Edit, original: bytes | None, prompts: Mapping[str, Any] | None, findings: Findings
 ) -> None:
     """What the edit that a sample was replaced with says of itself, of its original, and of its prompt."""
-    jpg, txt, json = (bytes(edit.part(part) or b"") for part in ("jpg", "txt", "json"))
+    jpg, txt, json = (bytes(edit.part(part) or b"") for part in ("image", "txt", "json"))
     for kind, detail in self_problems(jpg, txt, json, provenance=task.provenance):
         findings.add(kind, key, detail)
     if original is not None:

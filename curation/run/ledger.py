@@ -24,6 +24,7 @@ from curation.run.commit import Commit
 from curation.run.inputs import (
     Input,
     Upstream,
+    numbered,
 )
 from curation.shards import bucket_of
 from curation.storage.buckets import Presence
@@ -35,12 +36,16 @@ _TRIES, _RETRY_S = 100, 0.05
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """``what`` is pending, done, failed or blocked; ``why`` explains the last two; ``inputs`` are the current ones."""
+    """``what`` is pending, done, failed or blocked; ``why`` explains the last two; ``inputs`` are the current ones.
+
+    ``first`` names the stage that has to run before, if one is known: ``stage 03``.
+    """
 
     what: str
     why: str = ""
     inputs: tuple[dict[str, Any], ...] = ()
     receipt: dict[str, Any] | None = None
+    first: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +263,7 @@ class Ledger:
         for wanted in () if cursory and receipt is None else inputs:
             record, why = self._upstream.identify(wanted, shard_id, fresh=fresh)
             if record is None:
-                return State("blocked", why)
+                return State("blocked", why, first=numbered(wanted.stage))
             now.append(record)
         current = tuple(now)
         if not cursory:

@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, overload
@@ -93,6 +93,18 @@ class Stage(ABC, Generic[AnyOptions]):
 
     def close(self) -> None:
         """Free resources; called once per process, after the last shard, even if ``open`` was never called."""
+
+    def result(self, counts: Mapping[str, int]) -> str:
+        """What came of a run, in the stage's own words, for the last line of the run.
+
+        Args:
+            counts: The sums over the shards that the run has done: ``in``, ``kept``, ``dropped`` and ``failed``
+                samples, and each note that is a whole number (``ShardContext.note``).  What is not counted is 0.
+
+        Returns:
+            A few words such as ``5 replaced, 65 copied``.  Default: the number of samples that were kept.
+        """
+        return f"{counts['kept']:,} kept"
 
 
 class ShardContext:

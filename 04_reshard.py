@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from curation.reshard.layout import ShardLayout
 from curation.reshard.regroup import Grouping, Index, Regroup, regroup
 from curation.reshard.select import AS_IT_IS, Choice, ReshardInputs, copy_keys, dry_run, records_of, warn_of_pass
 from curation.reshard.uids import Subset
-from curation.reshard.write import ShardWriter, decide
+from curation.reshard.write import ShardWriter, decide, words_of_result
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import refuse_foreign_shards
@@ -156,6 +156,9 @@ class Reshard(Stage[Options]):
 
     def open(self, allocation: Allocation) -> None:
         self.writer.open(allocation)
+
+    def result(self, counts: Mapping[str, int]) -> str:
+        return words_of_result(counts, blurs=self.writer.blurs)
 
     def process(self, work: ShardContext) -> None:
         report, blur = TarReport(), self.writer.blur()

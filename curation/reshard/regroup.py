@@ -7,7 +7,7 @@ source shards.  ``regroup`` runs one after the other.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from curation.errors import EXIT_OK, EXIT_WORK_LEFT
 from curation.options import logger
 from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, ShardLayout
 from curation.reshard.select import Choice, ReshardInputs, copy_keys, records_of, warn_of_pass
-from curation.reshard.write import ShardWriter, decide
+from curation.reshard.write import ShardWriter, decide, words_of_result
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import LAYOUT_NOTE
@@ -66,6 +66,10 @@ class Index(Stage[RunOptions]):
 
     def inputs(self, shard: Shard) -> list[Input]:
         return self.sources.inputs(shard)
+
+    def result(self, counts: Mapping[str, int]) -> str:
+        edited = f", {counts['edited']:,} of them to be replaced" if self.sources.edits is not None else ""
+        return f"{counts['samples_out']:,} samples chosen{edited}"
 
     def process(self, work: ShardContext) -> None:
         writer, report, foreign = IndexWriter(), TarReport(), 0
@@ -123,6 +127,9 @@ class Regroup(Stage[RunOptions]):
     def open(self, allocation: Allocation) -> None:
         self.writer.open(allocation)
 
+    def result(self, counts: Mapping[str, int]) -> str:
+        return words_of_result(counts, blurs=self.writer.blurs)
+
     def process(self, work: ShardContext) -> None:
         sources, draw = self.layout.sources, self.layout.draw(int(work.shard.id))
         records = records_of(self.inputs(work.shard), work)
@@ -162,6 +169,7 @@ class Regroup(Stage[RunOptions]):
 
             self.writer.write(work, windows(counts=True), lambda: windows(counts=False), blur)
         work.note(LAYOUT_NOTE, self.layout.mark)
+        work.note("edited", sum(placed.is_edited for _, placed in drawn))
 
 
 def count(chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +53,14 @@ class ShardWriter:
         if self._find_detector is not None:
             self._detector = self._find_detector(allocation)
 
+    @property
+    def blurs(self) -> bool:
+        """Whether it blurs faces."""
+        return self._find_detector is not None
+
     def blur(self) -> Blur | None:
         """A new ``Blur`` for one shard, which also counts; None if nothing is blurred."""
-        if self._find_detector is None:
+        if not self.blurs:
             return None
         from curation.reshard.blur import Blur
 
@@ -87,13 +92,33 @@ class ShardWriter:
                 index.write(dump_index(entries))
             work.note("samples_out", len(entries))
         if blur is not None:
-            work.note("blurred", blur.blurred)
+            work.note("blurred", blur.faces)
+            work.note("blurred_samples", blur.blurred)
+            if blur.without_area:
+                work.note("boxes_without_area", blur.without_area)
+                work.warn(f"{blur.without_area:,} recorded face boxes have no area in the picture: ignored")
             if blur.unknown:
                 work.warn(f"{blur.unknown:,} samples do not say whether they show a face: not blurred")
         if self._verify and isinstance(file, AtomicFile):
             with work.phase("verify"):
                 verify_splice(again(), file.temporary, f"{work.shard.id}.tar")
             work.note("verified", True)
+
+
+def words_of_result(counts: Mapping[str, int], *, blurs: bool) -> str:
+    """What became of the samples, for ``Stage.result``: ``5 replaced, 65 copied``.
+
+    blurs: say how many were blurred, even if there were none.
+    """
+    copied = counts["kept"] - counts["edited"] - counts["blurred_samples"]
+    words = f"{counts['edited']:,} replaced, {copied:,} copied"
+    if blurs:
+        words += f", {counts['blurred_samples']:,} blurred ({counts['blurred']:,} faces)"
+    if gone := counts["dropped"] + counts["failed"]:
+        words += f", {gone:,} left out"
+    if counts["missing_edits"]:
+        words += f"; {counts['missing_edits']:,} have a prompt and no edit"
+    return words
 
 
 def decide(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,6 +218,9 @@ class Download(Stage[Options]):
         self._finish_tables()
 
     # ---- one shard
+
+    def result(self, counts: Mapping[str, int]) -> str:
+        return f"{counts['kept']:,} pictures stored, {counts['failed']:,} not to be had"
 
     def process(self, work: ShardContext) -> None:
         again = self._again(work)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ import xxhash
 from curation.backends.faces import DetectorName, defaults_of_all, detector_class
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
-from curation.faces import RECORDED_FIELD, Agreement, DetectorSettings, FaceDetector, recorded_boxes
+from curation.faces import RECORDED_FIELD, Agreement, DetectorSettings, FaceDetector, recorded_boxes, without_area
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.needs import NothingToFetch, WeightsNeed
@@ -122,6 +122,7 @@ class Candidate:
     image: bytes | None = None  # only while a detector needs it
     digest: str = ""  # of the image
     recorded: Boxes | None = None
+    without_area: int = 0  # recorded boxes that are ignored
     detected: Boxes | None = None
     error: SampleError | None = None
 
@@ -193,15 +194,22 @@ class FilterFaces(Stage[Options]):
             level = logging.WARNING if self._agreement.is_low else logging.INFO
             logger.log(level, f"{self.name}: {self._agreement.describe()}")
 
+    def result(self, counts: Mapping[str, int]) -> str:
+        what = "with" if self.options.select == "face" else "without"
+        return f"{counts['kept']:,} samples {what} a face found"
+
     # ---- one shard
 
     def process(self, work: ShardContext) -> None:
         agreement = Agreement()
         captions: list[tuple[str, str]] = []
+        ignored = 0
         edits = Path(self.options.edits)
 
         def kept() -> Iterator[tuple[str, Any]]:
+            nonlocal ignored
             for candidate in self._with_boxes(self._read(work), work):
+                ignored += candidate.without_area
                 caption = self._decide(candidate, work, agreement)
                 if caption is not None:
                     name = candidate.key + KEY_SUFFIX
@@ -215,6 +223,9 @@ class FilterFaces(Stage[Options]):
             write_dictionary(file, kept())
         with work.output(self.output / f"{work.shard.id}.json") as file:
             write_dictionary(file, captions)
+        if ignored:
+            work.note("boxes_without_area", ignored)
+            work.warn(f"{ignored:,} recorded face boxes have no area in the picture: ignored")
         self._report(agreement, work)
 
     def _read(self, work: ShardContext) -> Iterator[Candidate]:
@@ -235,6 +246,7 @@ class FilterFaces(Stage[Options]):
         detector = self.options.detector
         try:
             candidate.recorded = recorded_boxes(candidate.metadata)
+            candidate.without_area = without_area(candidate.metadata)
         except SampleError:
             if detector in ("auto", "recorded"):  # otherwise they are only compared
                 raise

@@ -192,6 +192,9 @@ class RewriteCaptions(Stage[Options]):
         if self._server is not None:
             self._server.close()
 
+    def result(self, counts: Mapping[str, int]) -> str:
+        return f"{counts['kept']:,} captions rewritten"
+
     # ---- one shard
 
     def process(self, work: ShardContext) -> None:

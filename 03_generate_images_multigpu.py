@@ -205,6 +205,10 @@ class GenerateImages(Stage[Options]):
             self.backend.close()
         self._encoders.shutdown(cancel_futures=True)
 
+    def result(self, counts: Mapping[str, int]) -> str:
+        reused = f", {counts['reused']:,} kept from before" if counts["reused"] else ""
+        return f"{counts['kept'] - counts['reused']:,} images generated{reused}"
+
     def process(self, work: ShardContext) -> None:
         with work.phase("read"):
             samples = self._read(work)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from curation.backends.faces import DetectorName, detector_class
 from curation.cluster import Allocation
@@ -17,12 +17,13 @@ from curation.errors import EXIT_OK, UsageError
 from curation.faces import DetectorSettings, FaceDetector
 from curation.models.needs import WeightsNeed
 from curation.options import at_least, exit_code, logger, parse_options
+from curation.reshard.fitting import LATER, ImageSuffix
 from curation.reshard.layout import ShardLayout
 from curation.reshard.regroup import Grouping, Index, Regroup, regroup
 from curation.reshard.select import AS_IT_IS, Choice, ReshardInputs, copy_keys, dry_run, records_of, warn_of_pass
 from curation.reshard.uids import Subset
-from curation.reshard.write import ShardWriter, decide
-from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.reshard.write import ShardWriter, words_of_result
+from curation.run import Follows, Input, Later, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import refuse_foreign_shards
 from curation.run.workers import is_worker
@@ -62,6 +63,9 @@ class Options(RunOptions):
     """Leave out the samples that stages 02 and 03 rejected; without it they stay unchanged."""
     blur_faces: Literal["recorded"] | DetectorName | None = None
     """Blur faces of samples that are not edited: in the boxes that the metadata records, or in a detector's."""
+    image_suffix: ImageSuffix | None = None
+    """What new images are called, and so their format: source (as the image whose place they take), jpg, png, webp, or
+    keep (the edit's own bytes).  Default: source."""
     shard_size: Annotated[int | None, at_least(1)] = None
     """Regroup into shards 00000000.tar, 00000001.tar … of so many samples each.  Default: shards stay as they are."""
     shuffle_buffer: Annotated[int, at_least(0)] = 0
@@ -130,7 +134,12 @@ class Options(RunOptions):
 
     def forms(self) -> dict[str, object]:
         """The options that determine the form of the output."""
-        named = {"blur_faces": self.blur_faces, "index": self.index, "publish_to": self.publish_to and str(self.tars)}
+        named = {
+            "image_suffix": self.image_suffix,
+            "blur_faces": self.blur_faces,
+            "index": self.index,
+            "publish_to": self.publish_to and str(self.tars),
+        }
         return {name: value for name, value in named.items() if value}
 
 
@@ -138,6 +147,7 @@ class Reshard(Stage[Options]):
     """One shard: shards/<shard>.tar and its edits → <output>/<shard>.tar."""
 
     name = STAGE
+    later: ClassVar[Mapping[str, Later]] = LATER
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)
@@ -157,8 +167,11 @@ class Reshard(Stage[Options]):
     def open(self, allocation: Allocation) -> None:
         self.writer.open(allocation)
 
+    def result(self, counts: Mapping[str, int]) -> str:
+        return words_of_result(counts, blurs=self.writer.blurs)
+
     def process(self, work: ShardContext) -> None:
-        report, blur = TarReport(), self.writer.blur()
+        report, changes = TarReport(), self.writer.changes()
         with contextlib.ExitStack() as stack:
             with work.phase("read"):
                 opened = self.options.sources.open(work.shard, records_of(self.inputs(work.shard), work))
@@ -180,17 +193,18 @@ class Reshard(Stage[Options]):
                                 if span.key == before:  # none is left between them: readers would merge them
                                     choice = BEHIND_ITS_OWN_KEY
                                 before = span.key
-                            if not plain or blur is not None or choice is not AS_IT_IS:  # few samples change
+                            if not plain or self.writer.blurs or choice is not AS_IT_IS:  # few samples change
                                 keys = copy_keys(span.key, choice.copies) if choice.copies > 1 else ()
-                                choice, decision = decide(window, span, choice, edits, blur, keys)
+                                choice, decision = changes.decide(window, span, choice, edits, keys)
                             chosen.append((span, choice))
                         decisions.append((span, decision))
                     yield window, decisions
                     if report is not None:
+                        changes.fitting.look(window.spans)
                         selector.count(chosen, work)
                         work.check_stop(urgent_only=True)
 
-            self.writer.write(work, windows(report), windows, blur)
+            self.writer.write(work, windows(report), windows, changes)
             warn_of_pass(report, edits, work)
             selector.report(work, self.options.sources.edits_folder)
 
@@ -198,7 +212,9 @@ class Reshard(Stage[Options]):
 def shard_writer(options: Options) -> ShardWriter:
     o = options
     detector = None if o.blur_faces is None else partial(load_detector, o.blur_faces)
-    return ShardWriter(Path(o.output), o.tars, detector, index=o.index, verify=o.verify)
+    return ShardWriter(
+        Path(o.output), o.tars, detector, index=o.index, verify=o.verify, image_suffix=o.image_suffix or "source"
+    )
 
 
 def load_detector(name: str, allocation: Allocation) -> FaceDetector | None:
@@ -247,7 +263,7 @@ def finish(options: Options, shards: Sequence[Shard]) -> int:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(Options, argv)
+    options = Reshard.settled(parse_options(Options, argv))
     options.check()
     shards = discover(options.input, allow_pipe=options.allow_pipe)
     if Path(options.output).resolve() in local_folders(shards):

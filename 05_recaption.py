@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -296,6 +296,9 @@ class Recaption(Stage[Options]):
         self._finish_formats()
 
     # ---- one shard
+
+    def result(self, counts: Mapping[str, int]) -> str:
+        return f"{counts['kept']:,} captioned"
 
     def process(self, work: ShardContext) -> None:
         if "jsonl" in self.options.formats:

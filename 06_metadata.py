@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -153,6 +153,9 @@ class Metadata(Stage[Options]):
     def close(self) -> None:
         if self._extraction is not None:
             self._extraction.close()
+
+    def result(self, counts: Mapping[str, int]) -> str:
+        return f"{counts['kept']:,} scored"
 
     def process(self, work: ShardContext) -> None:
         assert self._extraction is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from curation.images import Pixels
 Boxes = NDArray[np.float32]  # n × 5: x0, y0, x1, y1, score
 
 RECORDED_FIELD = "face_bboxes"  # in DataComp's metadata: corners as shares of the image, in [0, 1]
+LOWEST, HIGHEST = -1.0, 2.0  # a coordinate outside this range is no share of the image but a number of pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,20 @@ class FaceDetector(Protocol):
 def recorded_boxes(metadata: Mapping[str, Any]) -> list[list[float]] | None:
     """The face boxes that a sample's metadata records; [] if it records that there is no face.
 
-    The result is None if the metadata does not say: the field is absent (blurring was skipped) or null (detection
-    failed).  Raises SampleError ``bad_face_bboxes`` unless it is a list of lists of four or more finite numbers.
+    This is the one rule for recorded boxes, and every reader follows it.  A box is a list of x0, y0, x1 and y1 as
+    shares of the image; numbers behind them, such as a score, are kept and not looked at.  A box may reach a little
+    over the edge (``clipped`` cuts it).  A box without area in the image is left out (``without_area`` counts those).
+
+    Args:
+        metadata: The sample's metadata.
+
+    Returns:
+        The boxes as they are recorded, or None if the metadata does not say: the field is absent (blurring was
+        skipped) or null (detection failed).
+
+    Raises:
+        SampleError: ``bad_face_bboxes``: It is not a list of lists of four or more finite numbers, the corners of a box
+            are swapped, or a coordinate is below -1 or above 2, so that it must be a number of pixels.
     """
     value = metadata.get(RECORDED_FIELD)
     if value is None:
@@ -76,7 +89,33 @@ def recorded_boxes(metadata: Mapping[str, Any]) -> list[list[float]] | None:
     for box in value:
         if not (isinstance(box, list) and len(box) >= 4 and all(map(_is_number, box))):
             raise SampleError("bad_face_bboxes", f"{RECORDED_FIELD} holds {str(box)[:60]!r}, not four numbers")
-    return value
+        if not all(LOWEST <= share <= HIGHEST for share in box[:4]):
+            raise SampleError(
+                "bad_face_bboxes",
+                f"{RECORDED_FIELD} holds {str(box)[:60]!r}, which must be pixels: divide x by width and y by height",
+            )
+        if box[2] < box[0] or box[3] < box[1]:
+            raise SampleError(
+                "bad_face_bboxes", f"{RECORDED_FIELD} holds {str(box)[:60]!r}: x0, y0, x1, y1 with x0 <= x1, y0 <= y1"
+            )
+    return [box for box in value if has_area(box)]
+
+
+def without_area(metadata: Mapping[str, Any]) -> int:
+    """How many recorded boxes ``recorded_boxes`` leaves out; only for metadata that it accepts."""
+    return sum(not has_area(box) for box in metadata.get(RECORDED_FIELD) or ())
+
+
+def clipped(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """x0, y0, x1, y1 of a box as shares of the image, cut off at its edges."""
+    x0, y0, x1, y1 = (min(max(float(share), 0.0), 1.0) for share in box[:4])
+    return x0, y0, x1, y1
+
+
+def has_area(box: Sequence[float]) -> bool:
+    """Whether some of the box lies in the image."""
+    x0, y0, x1, y1 = clipped(box)
+    return x1 > x0 and y1 > y0
 
 
 def _is_number(value: object) -> bool:

@@ -19,9 +19,11 @@ from curation.faces import (
     Agreement,
     DetectorSettings,
     FaceDetector,
+    clipped,
     non_maximum_suppression,
     normalised,
     recorded_boxes,
+    without_area,
 )
 from curation.images import decode_rgb
 from tests import ROOT
@@ -48,6 +50,33 @@ def test_anything_else_fails_the_sample(value: object) -> None:
     with pytest.raises(SampleError) as caught:
         recorded_boxes({"face_bboxes": value})
     assert caught.value.reason == "bad_face_bboxes"
+
+
+@pytest.mark.parametrize(
+    ("box", "why"),
+    [
+        ([10, 6, 38, 32], "pixels"),
+        ([0.1, 0.1, 0.5, 2.5], "pixels"),
+        ([-1.01, 0, 1, 1], "pixels"),
+        ([10**400, 0, 1, 1], "pixels"),
+        ([0.5, 0.1, 0.2, 0.3], "x0 <= x1"),
+        ([0.2, 0.3, 0.5, 0.1], "y0 <= y1"),
+    ],
+)
+def test_pixels_and_swapped_corners_fail_the_sample(box: list[float], why: str) -> None:
+    with pytest.raises(SampleError, match=why) as caught:
+        recorded_boxes({"face_bboxes": [[0.1, 0.1, 0.2, 0.2], box]})
+    assert caught.value.reason == "bad_face_bboxes"
+
+
+def test_a_box_over_the_edge_is_clipped_and_one_without_area_is_left_out() -> None:
+    over, point, outside = [-0.01, 0.5, 0.4, 1.2, 0.9], [0.5, 0.5, 0.5, 0.7], [1.1, 0, 1.3, 1]
+    metadata = {"face_bboxes": [over, point, outside]}
+    assert recorded_boxes(metadata) == [over], "as it is recorded, with its score"
+    assert clipped(over) == (0, 0.5, 0.4, 1)
+    assert without_area(metadata) == 2
+    assert recorded_boxes({"face_bboxes": [point]}) == []
+    assert without_area({"face_bboxes": None}) == without_area({}) == 0
 
 
 # ---- geometry

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from curation.edits import json_of
 from curation.errors import InfrastructureError, SampleError
-from curation.faces import RECORDED_FIELD, FaceDetector, recorded_boxes
+from curation.faces import RECORDED_FIELD, FaceDetector, clipped, has_area, recorded_boxes, without_area
 from curation.images import Pixels, decode_rgb
 from curation.jsonio import parse_json_object
 from curation.reshard.fitting import QUALITY, Fitting
@@ -22,6 +23,14 @@ from curation.tar.splice import Edit
 _GROWTH = 0.1  # a box grows on each side by this share of its longer side
 _SIGMA = 0.1  # as a share of the largest box's longer side
 _REACH = 4  # the kernel's radius in standard deviations
+
+# OpenCV's work and memory grow with the kernel, whose size follows from the longer side of a box: a picture of
+# 60,000 x 2 pixels with one face would take 34 GB, one of 2 x 60,000 minutes.  Beyond these bounds the picture is
+# blurred at a reduced scale.
+_MAX_STEPS: Final = 10**11  # multiplications: about 20 s
+_MAX_BUFFER_BYTES: Final = 512 << 20  # rows that OpenCV holds at a time, as many as the kernel is high
+_MAX_SLENDERNESS: Final = 8  # the kernel's size as a multiple of the picture's shorter side
+_REDUCED_SIGMA: Final = 32.0  # pixels; a Gaussian this wide is the same at either scale
 
 Box = Sequence[float]  # x0, y0, x1, y1 as shares of width and height
 
@@ -41,13 +50,22 @@ class Blur:
         self._cv2 = cv2
         self._detector, self._fitting = detector, fitting
         self.blurred = 0  # number of images
+        self.faces = 0  # that were blurred in them
+        self.without_area = 0  # recorded boxes that were ignored
         self.unknown = 0  # samples whose metadata does not say whether there are faces
 
     def edit(self, window: Window, span: SampleSpan) -> Edit | None:
         """The sample's new image and json; None if there is nothing to blur.
 
-        Raises SampleError if the image or the boxes cannot be read: such a sample must not be kept unblurred.
+        Raises SampleError if the image or the boxes cannot be read, or if it cannot be blurred: such a sample must not
+        be kept unblurred.
         """
+        try:
+            return self._edit(window, span)
+        except (MemoryError, self._cv2.error) as error:  # of this picture's shape alone
+            raise SampleError("blur_failed", f"{type(error).__name__}: {error}") from None
+
+    def _edit(self, window: Window, span: SampleSpan) -> Edit | None:
         image = _read(window, span, IMAGE_SUFFIXES)
         json = _read(window, span, frozenset(("json",)))
         metadata = parse_json_object(json) if json is not None else {}
@@ -58,14 +76,17 @@ class Blur:
         if self._detector is None:
             boxes = recorded_boxes(metadata)
             self.unknown += boxes is None
+            self.without_area += without_area(metadata)
         else:
             pixels = decode_rgb(image)
-            boxes = [[round(float(value), 6) for value in box] for box in self._detector.detect(pixels)]
+            found = ([round(float(value), 6) for value in box] for box in self._detector.detect(pixels))
+            boxes = [box for box in found if has_area(box)]
         if not boxes:
             return None
         pixels = decode_rgb(image) if pixels is None else pixels
         new, suffix = self._fitting.encode(span, self._blurred(pixels, boxes))
         self.blurred += 1
+        self.faces += len(boxes)
         return Edit(new, None, self._json(metadata, new, pixels, boxes) if json is not None else None, suffix)
 
     def _blurred(self, pixels: Pixels, boxes: Sequence[Box]) -> Pixels:
@@ -73,20 +94,36 @@ class Blur:
         mask = np.zeros((height, width, 1), np.float32)
         largest = 0
         for box in boxes:
-            shares = [min(max(share, 0.0), 1.0) for share in box[:4]]
-            x0, y0, x1, y1 = (int(share * side) for share, side in zip(shares, (width, height) * 2, strict=True))
+            x0, y0, x1, y1 = (int(share * side) for share, side in zip(clipped(box), (width, height) * 2, strict=True))
             longer = max(x1 - x0, y1 - y0)
             largest = max(largest, longer)
             grown = (x0 - _GROWTH * longer, y0 - _GROWTH * longer, x1 + _GROWTH * longer, y1 + _GROWTH * longer)
             left, top, right, bottom = (max(0, int(value)) for value in grown)  # negative indices count from the end
-            mask[top:bottom, left:right] = 1
+            left, top = min(left, width - 1), min(top, height - 1)
+            mask[top : max(bottom, top + 1), left : max(right, left + 1)] = 1  # at least the pixel that it lies in
         sigma = max(_SIGMA * largest, 0.5)
-        size = 2 * math.ceil(_REACH * sigma) + 1
         image = pixels.astype(np.float32)
-        soft = self._cv2.GaussianBlur(mask, (size, size), sigma)[:, :, None]
-        smooth = self._cv2.GaussianBlur(image, (size, size), sigma)
-        result: Pixels = np.clip(image + (smooth - image) * soft, 0, 255).astype(np.uint8)
+        soft = self._smooth(mask, sigma)[:, :, None]
+        result: Pixels = np.clip(image + (self._smooth(image, sigma) - image) * soft, 0, 255).astype(np.uint8)
         return result
+
+    def _smooth(self, image: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+        """Blur all of an image with a Gaussian of ``sigma`` pixels; very large ones at a reduced scale."""
+        height, width = image.shape[:2]
+        size = _kernel(sigma)
+        smooth: NDArray[np.float32]
+        within = 6 * size * width * height <= _MAX_STEPS and 12 * size * width <= _MAX_BUFFER_BYTES
+        if within and size <= _MAX_SLENDERNESS * min(width, height):
+            smooth = self._cv2.GaussianBlur(image, (size, size), sigma)
+            return smooth
+        # Each axis has its own scale, because a thin picture cannot be made thinner than a pixel.
+        scale = min(1.0, _REDUCED_SIGMA / sigma)
+        reduced = max(1, round(width * scale)), max(1, round(height * scale))
+        small = self._cv2.resize(image, reduced, interpolation=self._cv2.INTER_AREA)
+        sigma *= scale
+        small = self._cv2.GaussianBlur(small, (_kernel(sigma), _kernel(sigma)), sigma)
+        smooth = self._cv2.resize(small, (width, height), interpolation=self._cv2.INTER_LINEAR)
+        return smooth
 
     def _json(self, metadata: Mapping[str, Any], image: bytes, pixels: Pixels, boxes: Sequence[Box]) -> bytes:
         """The metadata with the boxes, the new image's facts, and a description of the blur in ``curation.blur``."""
@@ -107,6 +144,10 @@ class Blur:
         curation = metadata.get("curation")
         earlier = curation if isinstance(curation, dict) else {}
         return json_of({**metadata, **changed, "curation": {**earlier, "blur": story}})
+
+
+def _kernel(sigma: float) -> int:
+    return 2 * math.ceil(_REACH * sigma) + 1
 
 
 def _read(window: Window, span: SampleSpan, suffixes: frozenset[str]) -> bytes | None:

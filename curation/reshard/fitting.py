@@ -16,11 +16,13 @@ from curation.edits import json_of
 from curation.errors import SampleError
 from curation.images import Pixels, encode_as, encode_jpeg, encoders, written_format
 from curation.jsonio import parse_json_object
+from curation.run import Later
 from curation.tar.headers import split_name
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan
 from curation.tar.splice import Edit
 
 ImageSuffix = Literal["source", "jpg", "png", "webp", "keep"]
+LATER: Final = {"image_suffix": Later(before="keep", now="source")}  # the stages' ``later``
 QUALITY: Final = 95  # of DataComp's shards
 _FORMATS: Final = {"jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp"}
 
@@ -46,9 +48,8 @@ class Fitting:
     def look(self, spans: Iterable[SampleSpan]) -> None:
         """Count the image suffixes of the source."""
         if self._wanted == "source":
-            self.sources.update(
-                suffix for span in spans for m in span.members if (suffix := m.suffix) in IMAGE_SUFFIXES
-            )
+            members = (member for span in spans for member in span.members)
+            self.sources.update(member.suffix for member in members if member.suffix in IMAGE_SUFFIXES)
 
     def fit(self, span: SampleSpan, edit: Edit) -> Edit:
         """The edit as it goes into the shard in place of the sample.
@@ -91,12 +92,11 @@ class Fitting:
         if self.unwritten:
             what = ", ".join(f"{count:,} over .{suffix}" for suffix, count in sorted(self.unwritten.items()))
             lines.append(f"new images stay .jpg where the format of the source is not written here: {what}")
-        if len(self.sources) > 1 and (self.encoded or self.unwritten):
+        if len(self.sources) > 1:
             what = ", ".join(f"{count:,} .{suffix}" for suffix, count in self.sources.most_common())
             lines.append(
-                f"the source has images of several suffixes ({what}), and new images take that of the one they replace; "
-                "a reader that takes its columns from the first samples misses some: --image_suffix gives the new "
-                "images one suffix"
+                f"the source has images of several suffixes ({what}), and a new image takes that of the one which it "
+                "replaces: a reader that takes its columns from the first samples misses those of another suffix"
             )
         return lines
 

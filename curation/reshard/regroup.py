@@ -7,7 +7,7 @@ source shards.  ``regroup`` runs one after the other.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,10 @@ from curation.cluster import Allocation
 from curation.edits import EditReader
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT
 from curation.options import logger
+from curation.reshard.fitting import LATER
 from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, ShardLayout
 from curation.reshard.select import Choice, ReshardInputs, copy_keys, records_of, warn_of_pass
-from curation.reshard.write import ShardWriter, decide
+from curation.reshard.write import ShardWriter, words_of_result
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import LAYOUT_NOTE
@@ -67,6 +68,10 @@ class Index(Stage[RunOptions]):
     def inputs(self, shard: Shard) -> list[Input]:
         return self.sources.inputs(shard)
 
+    def result(self, counts: Mapping[str, int]) -> str:
+        edited = f", {counts['edited']:,} of them to be replaced" if self.sources.edits is not None else ""
+        return f"{counts['samples_out']:,} samples chosen{edited}"
+
     def process(self, work: ShardContext) -> None:
         writer, report, foreign = IndexWriter(), TarReport(), 0
         opened = self.sources.open(work.shard, records_of(self.inputs(work.shard), work))
@@ -92,6 +97,8 @@ class Index(Stage[RunOptions]):
 
 class Regroup(Stage[RunOptions]):
     """Writes one output shard from samples of source shards and their edits → <output>/<number>.tar."""
+
+    later = LATER
 
     def __init__(
         self,
@@ -123,10 +130,13 @@ class Regroup(Stage[RunOptions]):
     def open(self, allocation: Allocation) -> None:
         self.writer.open(allocation)
 
+    def result(self, counts: Mapping[str, int]) -> str:
+        return words_of_result(counts, blurs=self.writer.blurs)
+
     def process(self, work: ShardContext) -> None:
         sources, draw = self.layout.sources, self.layout.draw(int(work.shard.id))
         records = records_of(self.inputs(work.shard), work)
-        blur = self.writer.blur()
+        changes = self.writer.changes()
         with contextlib.ExitStack() as stack:
             edits: dict[int, EditReader] = {}
             with work.phase("read"):
@@ -153,15 +163,17 @@ class Regroup(Stage[RunOptions]):
                         taken.add(key)
                         keys = () if key == span.key else (key,)
                         choice = Choice(1, edited=placed.is_edited)
-                        choice, decision = decide(window, span, choice, edits[number], blur, keys)
+                        choice, decision = changes.decide(window, span, choice, edits[number], keys)
                         chosen.append((span, choice))
                         decisions.append((span, decision))
                     yield window, decisions
                     if counts:
+                        changes.fitting.look(window.spans)
                         count(chosen, work)
 
-            self.writer.write(work, windows(counts=True), lambda: windows(counts=False), blur)
+            self.writer.write(work, windows(counts=True), lambda: windows(counts=False), changes)
         work.note(LAYOUT_NOTE, self.layout.mark)
+        work.note("edited", sum(placed.is_edited for _, placed in drawn))
 
 
 def count(chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext) -> None:

@@ -229,6 +229,7 @@ class Attempts:
         self._leftovers = StaleTempFiles()
         self._partials = Partials(ledger.root / "_partial" / stage.name)
         self.open_s = 0.0  # seconds that this process needed to start
+        self.to_run_first: set[str] = set()  # the stages that blocked shards wait for
 
     def wanted(self, state: State) -> bool:
         """Whether this run should work on a shard in that state."""
@@ -244,6 +245,8 @@ class Attempts:
     def count(self, state: State, shard: Shard) -> None:
         """Count a shard that this run does not work on, and say in the log why it is blocked or failed."""
         self._tally.shards(state.what)
+        if state.what == "blocked" and state.first:
+            self.to_run_first.add(state.first)
         if state.what in ("blocked", "failed"):
             logger.warning(f"{shard.id} {state.what}: {state.why}")
         self._progress.shard_passed()
@@ -457,4 +460,5 @@ class Attempts:
             f"{', ' if gone else ''}{', '.join(gone)} ({seconds:.1f} s, {work.samples_in / max(seconds, 1e-3):,.1f}/s)"
         )
         dropped, failed = work.dropped.total(), work.failed.total()
-        self._tally.samples({"in": work.samples_in, "kept": work.kept, "dropped": dropped, "failed": failed})
+        counts = {"in": work.samples_in, "kept": work.kept, "dropped": dropped, "failed": failed}
+        self._tally.samples(counts, work.notes)

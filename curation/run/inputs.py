@@ -75,26 +75,39 @@ class Upstream:
             except OSError as error:
                 if wanted.optional and isinstance(error, FileNotFoundError):
                     return {"path": name, "absent": True}, ""
-                return None, f"{wanted.path}: {error.strerror}"
+                return None, f"{_first(wanted.stage)}{wanted.path}: {error.strerror}"
             return {"path": name, "size": there.st_size, "mtime_ns": there.st_mtime_ns}, ""
         receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json")
+        first = _first(wanted.stage)
         if receipt is None:
-            return None, f"{wanted.stage} has no receipt for it yet in {receipts}"
+            return None, f"{first}{wanted.stage} has no receipt for it yet in {receipts}"
         if receipt.get("status") == "retry":
-            return None, f"{wanted.stage} has not done it yet: it will try it again"
+            return None, f"{first}{wanted.stage} has not done it yet: it will try it again"
         if receipt.get("status") != "done":
-            return None, f"{wanted.stage} failed on it; fix that first (its receipt is in {receipts})"
+            return None, (
+                f"{first}{wanted.stage} failed on it (its receipt in {receipts} says why); "
+                "mend that and run it with --retry_failed"
+            )
         place = f"{_real(wanted.path.parent)}/{name}"
         found = vouched_for(place, _real(receipts.parent.parent), receipt.get("outputs", []), loose=wanted.loose)
         if found is None and wanted.optional:
             return {"path": name, "absent": True}, ""
-        return found, "" if found else f"the receipt of {wanted.stage} does not name {name}"
+        return found, "" if found else f"{first}the receipt of {wanted.stage} does not name {name}"
 
     def _receipts(self, folder: Path, stage: str) -> Path | None:
         place = self._places.get((folder, stage)) or receipts_of(folder, stage)
         if place is not None:  # if there are none yet, the stage may begin during this run
             self._places[(folder, stage)] = place
         return place
+
+
+def numbered(stage: str | None) -> str:
+    """How messages call a stage that has to run: ``stage 03``; empty for what is no numbered stage of this project."""
+    return f"stage {stage[:2]}" if stage and stage[:2].isdigit() else ""
+
+
+def _first(stage: str | None) -> str:
+    return f"{name} first: " if (name := numbered(stage)) else ""
 
 
 def _identify_remote(file: Url, *, fresh: bool) -> tuple[dict[str, Any] | None, str]:

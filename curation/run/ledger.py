@@ -25,6 +25,7 @@ from curation.run.commit import Commit
 from curation.run.inputs import (
     Input,
     Upstream,
+    numbered,
 )
 from curation.shards import Shard, bucket_of, select
 from curation.storage.buckets import Presence
@@ -36,12 +37,16 @@ _TRIES, _RETRY_S = 100, 0.05
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """``what`` is pending, done, failed or blocked; ``why`` explains the last two; ``inputs`` are the current ones."""
+    """``what`` is pending, done, failed or blocked; ``why`` explains the last two; ``inputs`` are the current ones.
+
+    ``first`` names the stage that has to run before, if one is known: ``stage 03``.
+    """
 
     what: str
     why: str = ""
     inputs: tuple[dict[str, Any], ...] = ()
     receipt: dict[str, Any] | None = None
+    first: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +342,7 @@ class Ledger:
         for wanted in () if cursory and receipt is None else inputs:
             record, why = self._upstream.identify(wanted, shard_id, fresh=fresh)
             if record is None:
-                return State("blocked", why)
+                return State("blocked", why, first=numbered(wanted.stage))
             now.append(record)
         current = tuple(now)
         if not cursory:

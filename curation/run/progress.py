@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
+
+import orjson
 
 from curation.cluster import WORKER_VARIABLE, note_progress
 from curation.options import logger, on_terminal
@@ -36,12 +39,18 @@ def _log_to_stderr() -> None:
 
 
 class Tally:
-    """Counts the results of shards and samples in this process.  Thread-safe."""
+    """Counts the results of shards and samples in this process.  Thread-safe.
 
-    def __init__(self) -> None:
+    tell: a pipe into which the counts of each shard are written as well, so that the parent of this process can add
+        them up (``TalliesOfWorkers``); None if nobody reads.
+    """
+
+    def __init__(self, tell: int | None = None) -> None:
         self._shards: Counter[str] = Counter()
         self._samples: Counter[str] = Counter()
+        self._notes: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._pipe = tell
 
     def __getitem__(self, what: str) -> int:
         return self._shards[what]
@@ -53,17 +62,60 @@ class Tally:
         with self._lock:
             self._shards[what] += count
 
-    def samples(self, counts: Mapping[str, int]) -> None:
+    def samples(self, counts: Mapping[str, int], notes: Mapping[str, Any] | None = None) -> None:
+        """Count the samples of a shard that is done.
+
+        Args:
+            counts: in, kept, dropped and failed.
+            notes: The notes of its receipt, of which the whole numbers are added up.
+        """
+        whole = {name: value for name, value in (notes or {}).items() if type(value) is int}
         with self._lock:
             self._samples.update(counts)
+            self._notes.update(whole)
+        if self._pipe is not None:
+            with contextlib.suppress(OSError):  # the parent is gone, or reads nothing any more
+                os.write(self._pipe, orjson.dumps([counts, whole]) + b"\n")
 
-    def text(self, seconds: float) -> str:
-        """``3 done, 2 failed; samples: 30 in, 20 kept, 8 dropped, 2 failed (5.0/s)``"""
+    def text(self, seconds: float, result: Callable[[Mapping[str, int]], str]) -> str:
+        """``3 done, 2 failed; samples: 30 in, 20 kept, 8 dropped, 2 failed (5.0/s); 20 captioned``
+
+        result: turns the sums of counts and notes into words (``Stage.result``).
+        """
         text = ", ".join(f"{self._shards[what]} {words}" for what, words in _WORDING.items() if self._shards[what])
         if self._samples["in"]:
             text += "; samples: " + ", ".join(f"{n:,} {what}" for what, n in self._samples.items())
             text += f" ({self._samples['in'] / max(seconds, 1e-9):,.1f}/s)"
-        return text
+        return "; ".join(filter(None, (text, result(self._notes + self._samples))))
+
+
+class TalliesOfWorkers:
+    """Adds up what the workers of this process have done.  They write into one pipe, a line for each shard.
+
+    A worker that is killed has told of each shard that it finished.  Only these shards are counted: each worker sees
+    every other shard as well, so that the sums of those would be wrong.
+    """
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self._read_end, self.pipe = os.pipe()  # ``pipe`` is for the workers' ``Tally``
+        os.set_blocking(self._read_end, False)
+        os.set_blocking(self.pipe, False)  # a worker never waits for its parent
+        self._rest = b""
+
+    def read(self) -> None:
+        """Add up what was told since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._read_end, 1 << 16):
+                *lines, self._rest = (self._rest + data).split(b"\n")
+                for line in lines:
+                    self.tally.shards("worked")
+                    self.tally.samples(*orjson.loads(line))
+
+    def close(self) -> None:
+        self.read()
+        os.close(self.pipe)
+        os.close(self._read_end)
 
 
 class Progress:

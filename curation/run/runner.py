@@ -27,7 +27,7 @@ from curation.run.ledger import OptionsVersion
 from curation.run.planned import record_plan
 from curation.run.progress import Progress, Tally
 from curation.run.work import Stage
-from curation.run.workers import is_worker, run_workers
+from curation.run.workers import is_worker, pipe_to_parent, run_workers
 from curation.shards import Shard, bucket_of, select
 
 _WATCHED = 16  # claims of other workers that an idle worker checks
@@ -64,7 +64,7 @@ def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], f
         shared = run_id().partition("-")[2] or secrets.token_hex(8)
         # Here, so that an error in the options is reported once and not by each worker.
         _Entry(stage, selected, options, f"run-{shared}").check()
-        return run_workers(stage, options, shared)
+        return run_workers(stage, options, shared, len(selected))
     allocation = Allocation.detect(options.workers)
     set_up_logging(options.quiet, f"[{allocation.rank}]" if allocation.world > 1 else "")
     stop = StopSignal(parse_deadline(options.deadline))
@@ -89,12 +89,14 @@ def run_shards(
     claims = Claims(stage.output / "_claims" / stage.name, options.lease_s, options.stall_s)
     claims.heartbeat.start()
     try:
-        return _Run(stage, shards, options, allocation, stop, entry, claims, follower).go()
+        run = _Run(stage, shards, options, allocation, stop, entry, claims, follower)
+        run.go()
     finally:
         try:
             stage.close()
         finally:
             claims.heartbeat.stop()
+    return run.conclude()  # last, so that the run's last line says what came of it
 
 
 def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOptions) -> Follower | None:
@@ -190,7 +192,8 @@ class _Run:
         self._ledger = ledger = entry.ledger
         self._claims = claims
         self._progress = Progress(stage.name, len(self._shards), options.quiet)
-        self._tally = Tally()
+        self._began = time.monotonic()
+        self._tally = Tally(pipe_to_parent())
         self._attempts = Attempts(stage, options, allocation, stop, ledger, claims, self._progress, self._tally)
         self._slots = threading.Semaphore(stage.shards_in_flight)
         self._opened = False
@@ -204,8 +207,8 @@ class _Run:
         self._landed = threading.Event()  # a shard in flight has ended
         self._fatal: BaseException | None = None
 
-    def go(self) -> int:
-        began = time.monotonic()
+    def go(self) -> None:
+        """Work on the shards until none is left that this process can claim."""
         with self._progress, ThreadPoolExecutor(self._stage.shards_in_flight, "shard") as pool:
             try:
                 for shard, claim in self._claimed():
@@ -221,7 +224,6 @@ class _Run:
         if self._fatal is not None:
             raise self._fatal
         self._tidy_up()
-        return self._conclude(time.monotonic() - began)
 
     # ---- which shard next
 
@@ -403,19 +405,30 @@ class _Run:
                 finally:
                     self._claims.release(claim)
 
-    def _conclude(self, seconds: float) -> int:
+    def conclude(self) -> int:
+        """Say what came of the run, and what to do about shards that are not done; returns the exit code."""
         follower = self._follower
         if follower is not None:
             self._tally.shards("missing" if follower.gave_up else "left", follower.missing or follower.waiting)
-        logger.info(f"{self._stage.name}: of {len(self._shards)} shards {self._tally.text(seconds)}")
+        code = EXIT_SHARDS_FAILED if follower is not None and follower.gave_up else EXIT_OK
         if self._tally["left"] or (follower is not None and follower.expecting):
             cause = self._stop.cause or "lost shards"
             logger.warning(f"stopped ({cause}) with work left: run the same command again")
-            return EXIT_WORK_LEFT
-        if self._tally["failed"] or self._tally["blocked"]:
+            code = EXIT_WORK_LEFT
+        elif self._tally["failed"] or self._tally["blocked"]:
+            self._say_what_to_do()
+            code = EXIT_SHARDS_FAILED
+        told = self._tally.text(time.monotonic() - self._began, self._stage.result)
+        logger.info(f"{self._stage.name}: of {len(self._shards)} shards {told}")
+        return code
+
+    def _say_what_to_do(self) -> None:
+        if self._tally["failed"]:
             logger.warning(f"receipts of failed shards are in {self._ledger.receipts}; --retry_failed tries them again")
-            return EXIT_SHARDS_FAILED
-        return EXIT_SHARDS_FAILED if follower is not None and follower.gave_up else EXIT_OK
+        if blocked := self._tally["blocked"]:
+            first = ", ".join(sorted(self._attempts.to_run_first))
+            what = f"run {first} first" if first else "do what the lines above say"
+            logger.warning(f"{blocked} shards are blocked: {what}, and then the same command again")
 
 
 def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:

@@ -24,7 +24,6 @@ from curation.run.checkpoints import PartialLog, Partials
 from curation.run.claims import Claim
 from curation.run.inputs import Input, source_inputs
 from curation.run.ledger import Ledger, lacks_option
-from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.storage.buckets import RemoteOutput, place_of
 from curation.storage.files import AtomicFile, AtomicWriter, Published
@@ -95,7 +94,7 @@ class Stage(ABC, Generic[AnyOptions]):
             if getattr(options, name) is None:
                 old = not options.rerun and lacks_option(root, cls.name, name, options.shards)
                 values[name] = option.before if old else option.now
-                if old and option.before != option.now and not is_worker():
+                if old and option.before != option.now:
                     set_up_logging(options.quiet)
                     logger.info(
                         f"--{name} {option.before}: an older version has begun {root}; new folders and --rerun have "
@@ -146,6 +145,18 @@ class Stage(ABC, Generic[AnyOptions]):
 
     def close(self) -> None:
         """Free resources; called once per process, after the last shard, even if ``open`` was never called."""
+
+    def result(self, counts: Mapping[str, int]) -> str:
+        """What came of a run, in the stage's own words, for the last line of the run.
+
+        Args:
+            counts: The sums over the shards that the run has done: ``in``, ``kept``, ``dropped`` and ``failed``
+                samples, and each note that is a whole number (``ShardContext.note``).  What is not counted is 0.
+
+        Returns:
+            A few words such as ``5 replaced, 65 copied``.  Default: the number of samples that were kept.
+        """
+        return f"{counts['kept']:,} kept"
 
 
 class ShardContext:

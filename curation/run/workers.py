@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import inspect
@@ -13,14 +14,18 @@ import time
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, parse_deadline
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
 from curation.options import RunOptions, logger
+from curation.run.progress import TalliesOfWorkers
+from curation.run.work import Stage
 
 MAX_RESTARTS = 3  # per worker: a machine that kills it again and again will go on doing so
 _PR_SET_PDEATHSIG = 1
 _PARENT_VARIABLE = "CURATION_PARENT"
+_PIPE_VARIABLE = "CURATION_TALLY_PIPE"  # the number of the descriptor into which a worker tells what it counts
 
 
 def is_worker() -> bool:
@@ -34,6 +39,14 @@ def is_worker() -> bool:
     return True
 
 
+def pipe_to_parent() -> int | None:
+    """The pipe through which a worker tells its parent what it counts; None in any other process."""
+    if is_worker():
+        with contextlib.suppress(KeyError, ValueError):
+            return int(os.environ[_PIPE_VARIABLE])
+    return None
+
+
 def _script_of(stage: object, options: RunOptions) -> str:
     """The script that a worker runs: the file of the stage, or of its options if the stage is in the package."""
     files = [inspect.getsourcefile(type(one)) for one in (stage, options)]
@@ -41,10 +54,10 @@ def _script_of(stage: object, options: RunOptions) -> str:
     return next((file for file in files if file and not os.path.realpath(file).startswith(package)), sys.argv[0])
 
 
-def run_workers(stage: object, options: RunOptions, shared: str) -> int:
+def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: int) -> int:
     """Run the stage's script in ``options.workers`` processes that share the shards by claims; returns the exit code.
 
-    shared: a mark that all processes of this run have in common.
+    shared: a mark that all processes of this run have in common.  shards: the number of shards that are selected.
     A worker that a signal kills is started again, up to three times; meanwhile the others continue its shard.
     """
     end = parse_deadline(options.deadline)
@@ -53,6 +66,7 @@ def run_workers(stage: object, options: RunOptions, shared: str) -> int:
         options = dataclasses.replace(options, deadline=text)
     command = [sys.executable, _script_of(stage, options), *to_argv(options)]
     threads = str(Allocation.detect(options.workers).threads)
+    began, tallies = time.monotonic(), TalliesOfWorkers()
     slots: list[_Worker] = []
     stopping: list[int] = []
 
@@ -65,11 +79,12 @@ def run_workers(stage: object, options: RunOptions, shared: str) -> int:
         signal.signal(name, pass_on)
     for index in range(options.workers):
         if not stopping:
-            slots.append(_Worker(command, index, options.workers, shared, threads))
+            slots.append(_Worker(command, index, options.workers, shared, threads, tallies.pipe))
             if stopping:  # a signal came meanwhile
                 slots[-1].send(stopping[-1])
     while any(slot.running for slot in slots):
         time.sleep(0.1)
+        tallies.read()
         for slot in slots:
             code = slot.poll()
             if code == EXIT_USAGE and not stopping:  # the others would fail in the same way
@@ -77,18 +92,24 @@ def run_workers(stage: object, options: RunOptions, shared: str) -> int:
             elif code is not None and code < 0 and not stopping:
                 logger.error(f"worker {slot.index} died: {signal.Signals(-code).name}")
                 slot.restart()
+    tallies.close()
     by_signal = EXIT_WORK_LEFT if stopping else EXIT_SHARDS_FAILED  # stopped before its handler was set, or killed
     codes = {slot.code if slot.code >= 0 else by_signal for slot in slots}
     if len(slots) < options.workers:
         codes.add(EXIT_WORK_LEFT)
-    for code in (EXIT_USAGE, EXIT_WORK_LEFT):
-        if code in codes:
-            return code
-    return EXIT_OK if codes == {EXIT_OK} else EXIT_SHARDS_FAILED
+    code = next((code for code in (EXIT_USAGE, EXIT_WORK_LEFT, EXIT_SHARDS_FAILED) if code in codes), EXIT_OK)
+    if code != EXIT_USAGE:
+        total = tallies.tally
+        if code == EXIT_OK and not options.follow:  # else it is unknown how many were done before
+            total.shards("done", max(0, shards - total["worked"]))
+        told = total.text(time.monotonic() - began, stage.result)
+        logger.info(f"{stage.name}: {options.workers} workers together: {told}")
+    return code
 
 
 class _Worker:
-    def __init__(self, command: list[str], index: int, count: int, shared: str, threads: str) -> None:
+    def __init__(self, command: list[str], index: int, count: int, shared: str, threads: str, pipe: int) -> None:
+        self._pipe = pipe
         self.index = index
         self.code = EXIT_OK
         self.running = True
@@ -99,13 +120,14 @@ class _Worker:
             WORKER_VARIABLE: f"{index}/{count}",
             RUN_VARIABLE: shared,
             _PARENT_VARIABLE: str(os.getpid()),
+            _PIPE_VARIABLE: str(pipe),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         }
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Each worker has its own session, so that a terminal's Ctrl-C reaches it only once, through the parent.
-        return subprocess.Popen(self._command, env=self._environment, start_new_session=True)
+        return subprocess.Popen(self._command, env=self._environment, start_new_session=True, pass_fds=(self._pipe,))
 
     def poll(self) -> int | None:
         """The exit code when the worker has ended; it is returned only once."""

@@ -105,6 +105,18 @@ def test_recorded_boxes_decide_and_everything_is_written_as_it_was(run: Stage01)
     assert not list((run.root / "captions").rglob("*.jsonl")), "nothing failed, and nothing empty is written"
 
 
+def test_boxes_in_pixels_are_rejected_and_one_without_area_is_no_face(run: Stage01) -> None:
+    face, point = [0.1, 0.1, 0.4, 0.5], [0.3, 0.3, 0.3, 0.6]
+    boxes = {"pixels": [[10, 6, 38, 32]], "swapped": [[0.4, 0.1, 0.1, 0.5]], "point": [point], "both": [point, face]}
+    run.add("00000000", *[sample(key, boxes=value) for key, value in boxes.items()])
+    assert run("--detector", "recorded", "--max_error_rate", "1") == 0
+    assert run.rejects() == {"pixels": "bad_face_bboxes", "swapped": "bad_face_bboxes"}
+    assert run.drops() == {"point": "no_face"}
+    assert list(run.captions()) == ["both.json"]
+    assert run.receipt()["notes"]["boxes_without_area"] == 2
+    assert "1 samples with a face found" in run.log.splitlines()[-1]
+
+
 def test_recorded_boxes_need_no_model_and_no_image(run: Stage01) -> None:
     """auto without SCRFD's weights: DataComp's own shards have every box recorded."""
     run.add("00000000", sample("a"), sample("b", jpg=None), sample("c", boxes=[]), sample("d", jpg=b"no image"))

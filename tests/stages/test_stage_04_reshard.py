@@ -341,7 +341,7 @@ def test_a_shard_that_stage_03_has_not_done_is_blocked(run: Stage04) -> None:
         run.put(f"shards/{shard}.tar", triples("ab"))
     generate(run, "a")
     assert run() == 1
-    assert "1 blocked: 03_generate_images has no receipt for it yet" in run.log
+    assert "1 blocked: stage 03 first: 03_generate_images has no receipt for it yet" in run.log
     assert run.receipt("0")["status"] == "done"
     assert not (run.root / "hybrid/1.tar").exists()
 

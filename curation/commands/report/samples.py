@@ -31,6 +31,7 @@ from curation.commands.places import (
 from curation.commands.report.receipts import keep_greatest
 from curation.commands.report.scores import ScoreValues
 from curation.errors import SampleError, ShardError
+from curation.faces import RECORDED_FIELD, clipped, recorded_boxes
 from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, read_dictionary
 
 MAX_FILE_BYTES: Final = 256 << 20  # of a shard's provenance, rejects or drops; the rest of a larger file is not read
@@ -246,14 +247,11 @@ def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _boxes(value: Any) -> list[Box]:
-    """Returns faces as shares of the image, 0 to 1; what is not a box is left out."""
-    found = []
-    for box in value if isinstance(value, list) else ():
-        if not isinstance(box, list) or len(box) < 4 or not all(isinstance(v, int | float) for v in box[:4]):
-            continue
-        x0, y0, x1, y1 = (min(1.0, max(0.0, float(v))) if math.isfinite(v) else 0.0 for v in box[:4])
-        found.append((x0, y0, max(x0, x1), max(y0, y1)))
-    return found
+    """Returns faces as shares of the image, 0 to 1; [] for boxes that the stages refuse."""
+    try:
+        return [clipped(box) for box in recorded_boxes({RECORDED_FIELD: value}) or ()]
+    except SampleError:
+        return []
 
 
 def _extend(values: array[float], more: Iterable[float]) -> None:

@@ -118,10 +118,11 @@ class Expectation:
         if span.repeated or (self._prompts is not None and span.key + KEY_SUFFIX not in self._prompts):
             return Action.KEEP
         if span.key in self._edited:
+            edit = self._edits.read(span.key)
             try:
-                return self._fitting.fit(span, self._edits.read(span.key))
+                return self._fitting.fit(span, edit)
             except SampleError:  # stage 04 could not encode it either, and left the sample out
-                return Action.DROP
+                return Action.DROP if span.key in self._dropped else edit
         return Action.DROP if self._prompts is not None and span.key in self._dropped else Action.KEEP
 
 
@@ -207,6 +208,8 @@ def _verify(task: Task, verdict: Verdict) -> None:
 
 def _image_suffix(last: Record | None) -> ImageSuffix:
     """What stage 04 called new images here.  Receipts of older versions do not tell: they kept the edits' own names."""
+    if last is None:
+        return "source"
     noted = _noted(last, "image_suffix")
     return next((known for known in get_args(ImageSuffix) if known == noted), "keep")
 

@@ -80,11 +80,11 @@ def check_folders(
         may_come: Edits that are not there yet may still come (``--follow``).
     """
     if sources.prompts is not None:
-        check_made_by("prompts", *sources.prompts)
+        check_made_by("--prompts", *sources.prompts)
     if sources.edits is None:
         return
     folder, stage = sources.edits
-    check_made_by("edits", folder, stage, beside=(FACES_STAGE,))
+    check_made_by("--edits", folder, stage, beside=(FACES_STAGE,))
     if Path(os.path.realpath(folder)) in local_folders(everything):
         raise UsageError("--edits must not be the folder of the source shards: they would replace themselves")
     if may_come:

@@ -181,26 +181,31 @@ def receipts_of(folder: Path, stage: str) -> Path | None:
     return place if place.is_dir() else None
 
 
-def check_made_by(flag: str, folder: Path, stage: str, *, beside: Sequence[str] = ()) -> None:
+def check_made_by(
+    flag: str, folder: Path, stage: str, *, beside: Sequence[str] = (), or_by: Sequence[str] = ()
+) -> None:
     """Check that a folder that is given for the files of one stage does not hold those of another.
 
     Files that were made elsewhere, without receipts, are accepted.
 
     Args:
-        flag: The option that names the folder.
+        flag: The option that names the folder, for the message: ``--edits``.
         folder: The folder.
         stage: The stage whose files are wanted.
-        beside: Stages that may have put some of their files there, while their own output is elsewhere.
+        or_by: Other stages whose files serve as well.
+        beside: Stages that may have put some of their files there, while their ``--output`` is elsewhere.
 
     Raises:
         UsageError: Other stages have their receipts there, and this one has none.
     """
     receipts = folder / "_receipts"
-    found = {name for name in names_in(receipts) if (receipts / name).is_dir()} if folder.is_dir() else set()
-    others = sorted(name for name in found if name not in beside or not (receipts / name / "_home.json").exists())
-    if stage not in found and others:
+    found = [name for name in sorted(names_in(receipts)) if (receipts / name).is_dir()] if folder.is_dir() else []
+    guests = {name for name in found if (receipts / name / "_home.json").exists()}  # their --output is elsewhere
+    others = [f"{name} (not its --output)" if name in guests else name for name in found if name not in beside]
+    others += [name for name in found if name in beside and name not in guests]
+    if others and not {stage, *or_by} & (set(found) - guests):
         raise UsageError(
-            f"--{flag}: {folder} holds the files of {', '.join(others)}, and not those of {stage}; give the "
+            f"{flag}: {folder} holds the files of {', '.join(others)}, and not those of {stage}; give the "
             f"folder that {numbered(stage) or stage} wrote (perhaps two folders were swapped)"
         )
 

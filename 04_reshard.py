@@ -18,6 +18,7 @@ from curation.faces import DetectorSettings, FaceDetector
 from curation.models.needs import WeightsNeed
 from curation.options import at_least, exit_code, logger, parse_options
 from curation.reshard.fitting import LATER, ImageSuffix
+from curation.reshard.folders import check_folders, of_one_tar
 from curation.reshard.layout import ShardLayout
 from curation.reshard.regroup import Grouping, Index, Regroup, regroup
 from curation.reshard.select import AS_IT_IS, Choice, ReshardInputs, copy_keys, dry_run, records_of, warn_of_pass
@@ -47,9 +48,10 @@ class Options(RunOptions):
     input: str
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output: str
-    """Folder for the hybrid shards, one <shard>.tar each."""
+    """Folder for the hybrid shards, one <shard>.tar each.  With one tar as --input, also that file: out/<shard>.tar."""
     edits: str | None = None
-    """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together."""
+    """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together.
+    With one tar as --input, also the shard's own folder or tar: edits/<shard>."""
     prompts: str | None = None
     """Folder with the prompts (<shard>.json): only samples with a prompt are edited, and missing edits are noticed.
     Default: every edit is applied."""
@@ -102,6 +104,17 @@ class Options(RunOptions):
             raise UsageError("--shuffle_buffer and --step need --shard_size: else each shard keeps its samples")
         if self.shard_size is not None and self.follow:
             raise UsageError("--shard_size needs all source shards before it can write one: leave --follow out")
+
+    def of_all_shards(self, shards: Sequence[Shard]) -> Options:
+        """The same options with the folders of all shards, where the own files of one shard were given."""
+        output, edits, prompts = of_one_tar(self.output, self.edits, self.prompts, shards)
+        if output != self.output and self.shard_size is not None:
+            raise UsageError(f"--shard_size makes shards of its own names: --output {self.output} must be a folder")
+        if edits != self.edits and self.edits_layout == "auto" and edits is not None:
+            own = Path(edits) / shards[0].id
+            if own.is_dir() and own.with_name(f"{own.name}.tar").is_file():
+                raise UsageError(f"--edits: there is {own} and {own}.tar; say which: --edits_layout files or tar")
+        return replace(self, output=output, edits=edits, prompts=prompts)
 
     @property
     def is_plain(self) -> bool:
@@ -263,17 +276,20 @@ def finish(options: Options, shards: Sequence[Shard]) -> int:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    options = Reshard.settled(parse_options(Options, argv))
-    options.check()
+    options = parse_options(Options, argv)
     shards = discover(options.input, allow_pipe=options.allow_pipe)
+    options = Reshard.settled(options.of_all_shards(shards))
+    options.check()
+    every = options.shard_size is not None or options.follow  # regrouping reads all; a follower selects later
+    chosen = shards if every else select(shards, options.shards)
     if Path(options.output).resolve() in local_folders(shards):
         raise UsageError("--output must not be the folder of the source shards: it would replace them")
     if isinstance(options.tars, RemoteFolder) and options.tars.holds(shard.path for shard in shards):
         raise UsageError("--publish_to must not be the folder of the source shards: it would replace them")
     if not is_worker():
         options.sources.check()
+        check_folders(options.sources, chosen, shards, may_come=options.follow)
     if options.dry_run:
-        chosen = shards if options.shard_size is not None else select(shards, options.shards)
         print(dry_run(options.sources, chosen, options.shard_size, cursory=options.is_plain))
     if options.shard_size is not None:
         return regroup_shards(options, shards)

@@ -88,8 +88,9 @@ class Stage04(Run):
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Stage04:
-    (tmp_path / "edits").mkdir()
-    return Stage04(tmp_path, capsys)
+    run = Stage04(tmp_path, capsys)
+    run.put("edits/of-another-run.tar", tar_of_edits(["nobody"]))  # an empty folder would be refused
+    return run
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from curation.errors import SampleError, ShardError
 from curation.tar import blocks
 from curation.tar.headers import BLOCK, RECORD, BadHeader, make_header, parse_header, parse_pax, split_name
 from curation.tar.samples import Sample, TarWriter, is_safe_name, read_samples
-from curation.tar.scan import SampleSpan, TarReport, TarScan
+from curation.tar.scan import TOGETHER, SampleSpan, TarReport, TarScan
 from tests import EXAMPLES
 
 QUICK = settings(max_examples=60)
@@ -359,9 +359,10 @@ def test_a_nul_in_a_pax_name_is_unsafe(tmp_path: Path) -> None:
 def test_repeated_keys_are_told(tmp_path: Path) -> None:
     samples, report = read(tar_of((f"{key}.txt", b"x") for key in "abcab"), tmp_path)
     assert [sample.problem is None for sample in samples] == [True, True, True, False, False]
-    assert samples[3].problem == ("duplicate_key", "an earlier sample of the shard has the same key")
+    assert samples[3].problem == ("duplicate_key", f"an earlier sample of the shard has the same key; {TOGETHER}")
     assert report.repeated_keys == 2
-    assert report.warnings() == [f"{tmp_path}/shard.tar: 2 samples have the key of an earlier one"]
+    assert report.warnings() == [f"{tmp_path}/shard.tar: 2 samples have the key of an earlier one; {TOGETHER}"]
+    assert "fsck TARS --repair" in TOGETHER
 
 
 def test_safe_names() -> None:

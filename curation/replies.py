@@ -102,6 +102,8 @@ def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "") -> Verd
     """
     if reply.refused:
         return Verdict(None, "reply_refusal")
+    if len(reply.text) > _MOST_CHARACTERS:
+        return Verdict(None, "reply_too_long")
     raw, finished = without_reasoning(reply.text) if form.chats else (reply.text, True)
     cut = reply.ended == CUT
     if not finished or (reply.reasoned and not raw.strip()):
@@ -150,9 +152,9 @@ def asks_for_structure(asked: str) -> bool:
 
 _THINKING = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis|seed:think)"
 _TAG = re.compile(
-    rf"(?P<start><\s*{_THINKING}\s*>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>(?:thought)?"
+    rf"(?P<start><\s*{_THINKING}(?:\s[^<>]{{0,60}})?>|<\|think(?:ing)?\|>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>(?:thought)?"
     rf"|<\|channel>\s*(?:thought|thinking|analysis)\b)"
-    rf"|(?P<end><\s*/\s*{_THINKING}\s*>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>"
+    rf"|(?P<end><\s*/\s*{_THINKING}\s*>|<\|/think(?:ing)?\|>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>"
     rf"|<channel\|>|<\|channel>\s*(?:final|response)\b\s*)",
     re.IGNORECASE,
 )
@@ -209,6 +211,7 @@ def without_reasoning(text: str) -> tuple[str, bool]:
 
 # ---- what is no result
 
+_MOST_CHARACTERS = 1 << 19  # with all reasoning
 _READ_FACTOR = 4  # a text that is longer than so many times the longest result is not looked at
 _SHORTEST_SENTENCE = 8
 _MOST_QUOTES = 6
@@ -280,6 +283,7 @@ _TALK = (
         _found(
             r"^\W*(?:(?:okay|ok|alright|hmm+|well|first|so|wait|got it)\b\W*){0,5}"
             r"(?:the user(?:'s|\s(?:is|wants|asked|asks|gave|has|provided|needs|just))\b"
+            r"|(?:reasoning|thought process|thinking|step-by-step|analysis)\W{0,3}:"
             r"|let(?: me|'s) (?:think|analy|start by|look at (?:the|this)|break (?:this|it) down)"
             r"|(?:we|I)(?:'ll| will| need to| should| have to| must) (?:first )?(?:rewrite|describe|produce|write"
             r"|output|answer|change|caption|respond|generate|analy[sz]e|look at|identify)\b)"
@@ -291,13 +295,17 @@ _TALK = (
             r"^\W*(?:(?:sure|sure thing|certainly|of course|absolutely|okay|ok|no problem|got it|understood|gladly"
             r"|alright)\s*[,!:.](?!\w)|yes\s*[,!:.]\s*(?:here\b|I\b|the (?:image|sentence|caption)\b)"
             r"|(?:I'd|I would|I'm|I am) (?:be )?(?:happy|glad) to\b"
+            r"|(?:great|perfect|excellent)\s*!|here you (?:go|are)\b"
+            r"|thank(?:s| you) for (?:sharing|providing|the|your)\b"
+            r"|(?:a|the|one)?\s?(?:(?:possible|suitable|good|image) )?(?:caption|description|prompt)"
+            r" (?:for (?:this|the) (?:image|picture|photo) )?(?:is|would be|could be|might be)\b"
             rf"|here(?:'s| is| are)\b.{{0,80}}?(?::|\b{_RESULT}\b)"
             rf"|(?:below|the following|following) is\b.{{0,60}}\b{_RESULT}\b"
             r"|based on (?:the|this|your) (?:image|picture|photo|sentence)[^.]{0,40}, here\b"
             r"|(?:the )?(?:modified|rewritten|revised|updated|new|edited|final)"
             r" (?:sentence|caption|text|version|prompt)\b"
             r"|(?:answer|final answer|output|result|response|prompt|caption|image|rewritten|modified|description"
-            r"|image description|detailed description|alt text|summary)\W{0,3}\s*:)"
+            r"|image description|detailed description|alt text|summary|title|subject)\W{0,3}\s*:)"
         ),
     ),
     (
@@ -318,7 +326,7 @@ _ROLE = _found(
 _TOKENS = _found(
     r"<\|[^<>|]{1,40}\|>|<｜[^<>]{1,40}｜>|</?(?:think|s|bos|eos|pad|unk|mask|start_of_turn|end_of_turn|end_of_utterance|turn"
     r"|image|img|loc_\d+|unused\d+|extra_id_\d+|image_soft_token|0x[0-9A-F]{2})>|<\|?(?:turn|channel)\|?>|\[/?INST\]|<</?SYS>>"
-    r"|◁[^▷]{1,20}▷"
+    r"|◁[^▷]{1,20}▷|▁\w|(?:Ġ\w+\s*){2}|\[(?:insert|your)\b[^\]]{0,60}\]"
 )
 _HTML = (
     r"</?(?:a|b|i|u|p|br|hr|em|strong|div|span|ul|ol|li|h[1-6]|html|head|body|title|table|tr|td|th|img|code|pre|script|style|svg"
@@ -328,7 +336,8 @@ _HTML = (
 _STRUCTURE = (
     _found(_HTML),
     _found(
-        r"```|\\boxed\{|!?\[[^\]\n]{1,200}\]\(https?:|(?<!\w)\*\*(?=\S)[^*\n]{1,200}?\*\*(?!\w)|(?<!\w)__(?=\S)[^_\n]{1,200}?__(?!\w)"
+        r"```|\\boxed\{|!?\[[^\]\n]{1,200}\]\(https?:"
+        r"|(?<!\w)\*\*(?=\S)[^*\n]{1,200}?\*\*(?!\w)|(?<!\w)__(?=\S)[^_\n]{1,200}?__(?!\w)"
     ),
     _found(
         r"^\s*(?:#{2,6}\s*\S|#\s+[^\W\d])|^\s*\|?(?:\s*:?-{3,}:?\s*\|)+|^\s*(?:-{3,}|\*{3,}|={3,})\s*$", re.MULTILINE
@@ -337,7 +346,8 @@ _STRUCTURE = (
         r"\A\s*[-*•‣▪]\s+\S|(?:^|\n)\s*(?:[-*•‣▪]|\d{1,2}[.)])\s+\S[^\n]*\n+\s*(?:[-*•‣▪]|\d{1,2}[.)])\s+\S", re.NOFLAG
     ),
     _found(
-        r"\A\s*\[?\s*\{\s*[\"'\w]+\s*:|\A\s*\[\s*[\"'{]|[\"']\s*:\s*[\"'\[{][^\n]*\}\s*\Z|\A\s*\{\s*\"|\A\s*<\?xml",
+        r"\A\s*\[?\s*\{\s*[\"'\w]+\s*:|\A\s*\[\s*[\"'{]|\A\s*[\"'][\w ]{1,30}[\"']\s*:\s*[\"'\[{]"
+        r"|[\"']\s*:\s*[\"'\[{][^\n]*\}\s*\Z|\A\s*\{\s*\"|\A\s*<\?xml",
         re.NOFLAG,
     ),
 )
@@ -386,15 +396,19 @@ def _unquoted(text: str) -> str:
 # ---- repetition and sentences
 
 _LONGEST_PHRASE = 60  # words
+_SENTENCES = re.compile(r"[.!?]+(?:\s|$)")
 _SAME_CHARACTERS = re.compile(r"([^\s\d]{1,12}?)\1{24,}").search
 
 
 def repeats_endlessly(text: str) -> bool:
     """Whether a text says the same again and again, as a model does that finds no end.
 
-    A word eight times in a row, two words six times, a phrase four times, or a sentence (eight words) three times.
+    A word eight times in a row, two words six times, a phrase four times, or eight words or a sentence three times.
     """
     if _SAME_CHARACTERS(text):
+        return True
+    sentences = [sentence for sentence in _SENTENCES.split(text.lower()) if " " in sentence.strip()]
+    if any(one == two == three for one, two, three in zip(sentences, sentences[1:], sentences[2:], strict=False)):
         return True
     words = text.lower().split()
     if len(words) < 8 or len({*pairwise(words)}) > 0.9 * len(words):

@@ -28,6 +28,15 @@ ASKED = "Describe this image in one sentence. Write the description only."
 # ---- captions
 
 SOUND = [
+    "Great Wall of China in the morning fog.",
+    "Thank you card with flowers on a wooden table.",
+    "The title page of a book: a drawing of a ship.",
+    "A caption contest for a picture of two dogs.",
+    "Subject to change: a notice on a station wall.",
+    "Rain, rain, rain on a window at night.",
+    "Analysis of a blood sample under a microscope.",
+    'A sign reads "STOP! STOP! STOP!" in red.',
+    "Perfect day at the beach: three children build a castle.",
     "A T-shirt that reads \"I'm sorry, I can't hear you\" hangs on a line.",
     "I'm sorry, I can't hear you over the sound of my freedom T-shirt, worn by an Asian woman",
     "I Can't Keep Calm, I'm Getting Married mug held by a white woman",
@@ -137,6 +146,18 @@ NO_CAPTIONS = [
     ("Describe this image in one sentence. Write the description only. A man in a park.", "reply_echo"),
     ("USER: what is it ASSISTANT: A man", "reply_echo"),
     ("assistant\nA man in a park", "reply_echo"),
+    ("Here you go: A man in a park.", "reply_preamble"),
+    ("The caption is: A man in a park.", "reply_preamble"),
+    ("A possible caption for this image would be A man in a park.", "reply_preamble"),
+    ("Title: A man in a park", "reply_preamble"),
+    ("Great! A man in a park.", "reply_preamble"),
+    ("Thank you for sharing this image. A man in a park.", "reply_preamble"),
+    ("Reasoning: the man is old. A man in a park.", "reply_reasoning"),
+    ('"caption": "A man in a park"', "reply_markup"),
+    ("A [insert colour] car", "reply_markup"),
+    ("\u0120A \u0120man \u0120in \u0120a \u0120park", "reply_markup"),
+    ("\u2581A\u2581man\u2581in\u2581a\u2581park", "reply_markup"),
+    ("A man in a park. A man in a park. A man in a park. ", "reply_repetition"),
     ("A man and a man and a man and a man and a man and a man", "reply_repetition"),
     ("the the the the the the the the the", "reply_repetition"),
     ("!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!", "reply_repetition"),
@@ -163,6 +184,8 @@ def test_replies_that_are_no_captions(text: str, reason: str) -> None:
 # ---- reasoning
 
 REASONED = [
+    '<think time="3">x</think>A man in a park.',
+    "<|think|>x<|/think|>A man in a park.",
     "<think>x</think>A man in a park.",
     "hm\n</think>\n\nA man in a park.",
     "<thinking>x</thinking> A man in a park.",
@@ -339,7 +362,7 @@ HOSTILE = (
 def test_any_text_is_judged_at_once(piece: str) -> None:
     for form in (CAPTION, PROMPT):
         for size in (form.longest - 1, 4 * form.longest - 1, 1 << 22):
-            text = piece * (size // len(piece.encode())) + "x"
+            text = piece * (size // len(piece)) + "x"
             began = time.process_time()
             judge(Reply(text), form, asked=ASKED)
             judge(Reply(text, CUT), form, asked=ASKED)

@@ -125,6 +125,32 @@ def test_the_default_prompt_asks_for_no_more_than_fits(tmp_path: Path) -> None:
     assert asked == [{" Use at most 70 words."}, {" Use at most 9 words."}, {""}]
 
 
+def test_a_folder_of_an_older_version_goes_on_with_its_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def asked(name: str, *flags: str) -> set[str]:
+        log = tmp_path / name
+        log.touch()
+        with ollama_stub(log=log) as port:
+            assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", port, *flags) == 0
+        return {body["messages"][-1]["content"].rpartition("introduction.")[2] for body in requests_of(log)}
+
+    assert asked("first", "--max_words", "0") == {""}
+    (record,) = out.glob(f"_receipts/{NAME}/_epoch.1.json")
+    epoch = json.loads(record.read_bytes())
+    assert epoch["options"].pop("max_words") == 0  # as an older version has recorded it
+    record.write_text(json.dumps(epoch))
+    assert asked("all is done") == set()
+    (receipt,) = out.glob(f"_receipts/{NAME}/*/*.json")
+    receipt.unlink()
+    assert asked("again") == {""}
+    assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", 1, "--max_words", "auto") == 2
+    assert "max_words: 0" in capsys.readouterr().err
+    assert asked("anew", "--rerun") == {" Use at most 70 words."}
+
+
 def test_a_server_that_is_too_slow_leaves_it_to_the_others(tmp_path: Path) -> None:
     with ollama_stub(api="openai", latency_s=5) as slow, ollama_stub(api="openai") as quick:
         flags = ["--model", "endpoint:tulu3:fairclip", "--ports", f"{slow},{quick}", "--timeout", 0.4]

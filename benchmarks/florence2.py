@@ -90,6 +90,6 @@ def save(folder: Path, size: str, side: int, tokens: int) -> None:
     )  # as the real ones come
     # Each caption is as long as it may be, and its last token ends it, because a text that was cut is no caption.
     model.generation_config.update(min_new_tokens=tokens - 1, max_new_tokens=tokens)
-    model.generation_config.update(exponential_decay_length_penalty=(tokens - 2, 1e4))
+    model.generation_config.update(exponential_decay_length_penalty=(tokens - 2, 1e4), forced_eos_token_id=None)
     model.save_pretrained(folder, safe_serialization=True)
     Florence2Processor(images, words, post_processor_config={"pure_text": {}}).save_pretrained(folder)

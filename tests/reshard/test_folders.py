@@ -97,6 +97,15 @@ def test_all_of_stage_03s_prompts_may_have_been_refused(run: Stage04) -> None:
     assert last_line(run).endswith("; 0 replaced, 3 copied; 1 have a prompt and no edit")
 
 
+def test_blocked_names_the_stage_to_run(run: Stage04) -> None:
+    generate(run, "a")
+    assert run() == 1
+    assert "1 blocked: stage 03 first: 03_generate_images has no receipt for it yet" in run.log
+    assert "1 shards are blocked: run stage 03 first, and then the same command again" in run.log
+    assert "retry_failed" not in run.log
+    assert last_line(run).endswith("; 1 replaced, 2 copied")
+
+
 @pytest.mark.parametrize("flags", [["--index"], ["--shard_size", "2"]])
 def test_without_edits_a_flag_says_what_to_do(run: Stage04, flags: list[str]) -> None:
     arguments = ["--input", f"{run.root}/shards", "--output", f"{run.root}/hybrid", *flags]

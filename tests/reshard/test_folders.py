@@ -198,6 +198,14 @@ def test_one_tar_by_its_own_files(run: Stage04, capsys: pytest.CaptureFixture[st
     assert hashes(run.folder) == alone
 
 
+def test_the_list_of_wids_has_the_tars_of_all_calls(run: Stage04) -> None:
+    for shard in "01":
+        loose(run.root / f"edits/{shard}", "a")
+        assert run.script.main(one_tar(run, shard, f"edits/{shard}", "--index")) == 0
+    listed = json.loads((run.folder / "wids.json").read_bytes())["shardlist"]
+    assert [one["url"] for one in listed] == ["0.tar", "1.tar"]
+
+
 def test_calls_for_several_tars_at_once(run: Stage04) -> None:
     for shard in "0123":
         run.put(f"shards/{shard}.tar", triples("abc"))

@@ -21,6 +21,8 @@ HTTP: Final = frozenset(("http", "https"))
 PACKAGES: Final = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}  # through fsspec
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _MAX_MESSAGE = 300
+_MAX_HEADER_BYTES = 64 << 10
+_COMPRESSIONS: Final = frozenset(("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "dcb", "dcz"))
 _ETAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what the filesystems of fsspec call it
 _TIMES = ("LastModified", "updated", "mtime")
 _SECRETS: Final = (
@@ -130,6 +132,14 @@ def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def compressions_in(content_encoding: str) -> list[str]:
+    """The compressions that a ``Content-Encoding`` names, in the order in which they were applied.
+
+    Many servers send a value that names none (``utf-8``, ``none``, a media type); that is no fault of the file.
+    """
+    return [name for word in content_encoding.split(",") if (name := word.strip().lower()) in _COMPRESSIONS]
+
+
 def find_remote(text: str, suffix: str, *, allow_pipe: bool) -> Iterator[Url]:
     """The files that a URL or a command names; a bucket's folder and a glob are listed.
 
@@ -166,7 +176,9 @@ def filesystem(scheme: str) -> Any:
 
     Raises InfrastructureError where its package is missing.
     """
-    web = {"client_kwargs": {"trust_env": True}} if scheme in HTTP else {}  # else aiohttp would use no proxies
+    # Without trust_env, aiohttp would use no proxies; by itself, it takes header lines of 8 kB.
+    client = {"trust_env": True, "max_line_size": _MAX_HEADER_BYTES, "max_field_size": _MAX_HEADER_BYTES}
+    web = {"client_kwargs": client} if scheme in HTTP else {}
     try:
         import fsspec
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import curation
 from curation.cluster import Allocation, run_id
@@ -22,6 +22,7 @@ from curation.download import (
     NamedColumns,
     OutputFormat,
     PreviousShard,
+    ResizeFilter,
     ResizeMode,
     RowDownloads,
     UrlTables,
@@ -37,6 +38,7 @@ from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.merge import merge_parquet, write_csv
 from curation.run.output_folder import refuse_foreign_files
 from curation.run.requeue import Redo, requeue_all
+from curation.run.work import Later
 from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.storage.buckets import Folder, remote_folder
@@ -85,11 +87,13 @@ class Options(RunOptions):
     encode: Encode = "keep"
     """keep: each image byte for byte as it came.  jpg: decoded, upright, resized as asked, as JPEG."""
     image_check: Check = "decode"
-    """decode: an image that cannot be decoded to its end has failed.  header: one whose header cannot be read."""
+    """decode: an image that cannot be decoded to its end has failed.  header: only one that is cut or has no header."""
     image_size: Annotated[int, at_least(0)] = 0
     """With --encode jpg: pixels of the side that --resize_mode means."""
     resize_mode: ResizeMode = "no"
     """no, keep_ratio (the shorter side), keep_ratio_largest, center_crop, border (padded with white)."""
+    resize_filter: ResizeFilter | None = None
+    """How an image is made smaller.  Default: hamming, nearest to the mean of the area; box in a folder of 0.2.0."""
     resize_only_if_bigger: bool = False
     """Leave images alone that are smaller."""
     encode_quality: Annotated[int, between(1, 100)] = 95
@@ -155,6 +159,7 @@ class Options(RunOptions):
             self.min_image_size,
             self.max_aspect_ratio,
             self.image_check,
+            filter=self.resize_filter or "hamming",
         )
 
     def limits(self) -> FetchLimits:
@@ -175,6 +180,7 @@ class Download(Stage[Options]):
     """One shard: a run of a table's rows → <shard>.tar (or <shard>/), <shard>.parquet, <shard>_stats.json."""
 
     name = "00_download"
+    later: ClassVar[Mapping[str, Later]] = {"resize_filter": Later(before="box", now="hamming")}
     shards_in_flight = 2  # while the slowest URLs of one are waited for, the next one's are asked
 
     def __init__(self, options: Options, tables: UrlTables) -> None:
@@ -186,8 +192,8 @@ class Download(Stage[Options]):
         o = self.options
         names = (
             "output_format", "rows_per_shard", "url_col", "caption_col", "verify_hash", "encode", "image_check",
-            "image_size", "resize_mode", "resize_only_if_bigger", "encode_quality", "min_image_size", "max_image_bytes",
-            "disallowed_header_directives",
+            "image_size", "resize_mode", "resize_filter", "resize_only_if_bigger", "encode_quality", "min_image_size",
+            "max_image_bytes", "disallowed_header_directives",
         )  # fmt: skip
         ratio = None if o.max_aspect_ratio == float("inf") else o.max_aspect_ratio
         named: dict[str, object] = {name: getattr(o, name) for name in names}
@@ -294,6 +300,7 @@ def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
+    options = Download.settled(options)
     hashed = options.hash_to_verify
     columns = NamedColumns(options.url_col, options.caption_col, hashed[1] if hashed else None)
     tables = UrlTables(options.input, options.output, options.rows_per_shard, columns, dry=options.dry_run)

@@ -6,7 +6,7 @@ sends requests to many hosts at once, each within its limits; an **image policy*
 
 from curation.download.downloader import Downloader
 from curation.download.fetch import FetchLimits, parse_networks
-from curation.download.images import Check, Encode, ImagePolicy, ResizeMode
+from curation.download.images import Check, Encode, ImagePolicy, ResizeFilter, ResizeMode
 from curation.download.shard import OutputFormat, PreviousShard, RowDownloads, examine_by, refuse
 from curation.download.tables import NamedColumns, UrlTables, caption_column_of, url_column_of
 
@@ -19,6 +19,7 @@ __all__ = [
     "NamedColumns",
     "OutputFormat",
     "PreviousShard",
+    "ResizeFilter",
     "ResizeMode",
     "RowDownloads",
     "UrlTables",

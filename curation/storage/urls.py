@@ -199,7 +199,10 @@ def object_info(info: Mapping[str, Any]) -> ObjectInfo:
 def _listed(file: Url, suffix: str) -> Iterator[Url]:
     store, url = filesystem(file.scheme), file.target
     try:
-        if any(c in url for c in "*?["):
+        is_pattern = any(c in url for c in "*?[")
+        if is_pattern and store.isfile(url):  # a name may hold such characters
+            found = {info["name"]: info for info in [store.info(url)]}
+        elif is_pattern and not store.isdir(url):
             found = store.glob(url, detail=True)
         else:
             found = {info["name"]: info for info in store.ls(url.rstrip("/"), detail=True)}

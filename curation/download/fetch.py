@@ -111,7 +111,7 @@ class FetchError(Exception):
     ) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
-        self.detail = clean_text(detail)[:300]
+        self.detail = clean_text(redact(detail))[:300]
         self.retryable = retryable
         self.busy = busy
         self.wait_s = wait_s

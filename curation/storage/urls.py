@@ -1,7 +1,7 @@
 """URLs and commands that name shards: how they are found, and what may be said of them.
 
-Nothing is read here; ``remote_read`` does that.  ``redact`` is the one place that takes secrets out of URLs and of what
-libraries say in their errors: everything that reaches a log, a receipt or the terminal goes through it.
+Nothing is read here; ``remote_read`` does that.  ``redact`` takes secrets out of URLs and of what libraries say in
+their errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from curation.errors import InfrastructureError, UsageError
+from curation.errors import redact as redact  # it is on the floor of the log, and known by this module's name
 
 PIPE: Final = "pipe:"
 HTTP: Final = frozenset(("http", "https"))
@@ -25,13 +26,6 @@ _MAX_HEADER_BYTES = 64 << 10
 _COMPRESSIONS: Final = frozenset(("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "dcb", "dcz"))
 _ETAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what the filesystems of fsspec call it
 _TIMES = ("LastModified", "updated", "mtime")
-_SECRETS: Final = (
-    (re.compile(r"(://)[^/\s'\"]*@"), r"\1"),  # user and password
-    (re.compile(r"(://[^\s'\"?#]*)[?#][^\s'\"]*"), r"\1?…"),  # a query may be a signature
-    (re.compile(r"(with url: [^\s'\"?]*)\?\S*"), r"\1?…"),  # as urllib3 says it, without the host
-    (re.compile(r"(?i)\b(bearer|authorization: basic)\s+[\w.~+/=*-]+"), r"\1 ***"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),  # the hub's tokens
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +109,6 @@ def is_remote(text: str) -> bool:
         known = ", ".join(f"{scheme}://" for scheme in (*sorted(HTTP), *PACKAGES))
         raise UsageError(f"{match[0]}: no such source; there are {known} and pipe:")
     return True
-
-
-def redact(text: str, *secrets: str) -> str:
-    """The text without users, passwords and queries of URLs, without credentials, and without these ``secrets``."""
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def error_line(error: BaseException) -> str:

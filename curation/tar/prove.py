@@ -76,7 +76,7 @@ def prove_splice(windows: Iterable[DecidedWindow], result: Path, *, digests: boo
         for window, decisions in windows:
             expected.window = window
             for span, decision in decisions:
-                if decision is Action.KEEP and not span.damages:
+                if decision is Action.KEEP and span.verbatim:
                     expected.add(span.start, span.end)
                 else:
                     expected.add_members(span.key, expected_members(span, decision))
@@ -122,7 +122,13 @@ def expected_members(span: SampleSpan, decision: Decision) -> list[ExpectedMembe
 
 
 def _kept(members: Iterable[Member]) -> list[ExpectedMember]:
-    return [ExpectedMember(member.name, b"", member.start, member.end) for member in members]
+    return [_stays(member) for member in members]
+
+
+def _stays(member: Member) -> ExpectedMember:
+    if not member.odd:
+        return ExpectedMember(member.name, b"", member.start, member.end)
+    return ExpectedMember(member.name, make_header(member.name, member.size, member.mtime), member.data, member.end)
 
 
 def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> list[ExpectedMember]:

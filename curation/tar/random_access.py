@@ -50,6 +50,7 @@ def parse_span(buffer: bytearray | bytes, at: int, limit: int) -> SampleSpan:
         if split is not None:
             key = split[0]
         (span.foreign if split is None else span.members).append(member)
+        span.verbatim = span.verbatim and not member.odd
         at = member.end
     if key is None:
         raise BadHeader("it holds no member with a key")

@@ -114,10 +114,10 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
             elif decision is Action.DROP:
                 out.copy_members(span.foreign)
                 continue
-            elif span.damages:
-                out.copy_members(span.in_order)
-            else:
+            elif span.verbatim:
                 out.copy(span.start, span.end)
+            else:
+                out.copy_members(span.in_order)
             if index is not None and span.key:
                 index.append((span.key, begin, out.position - begin))
         out.flush()
@@ -149,7 +149,7 @@ class _Out:
 
     def copy_members(self, members: Iterable[Member]) -> None:
         for member in members:
-            self.copy(member.start, member.end)
+            self._keep(member, None)
 
     def add_edited(self, span: SampleSpan, edit: Edit, key: str | None = None) -> None:
         """Write the members that stay and the new ones in place of others, under another key if one is given."""
@@ -167,10 +167,8 @@ class _Out:
         for member in span.in_order if key is None else span.members:
             suffix = _replaced_by(member)
             if suffix not in parts:
-                if key is not None:
-                    new.append(make_header(stem + member.name[suffix_at:], member.size, member.mtime))
                 self._add(new)
-                self.copy(member.start if key is None else member.data, member.end)
+                self._keep(member, None if key is None else stem + member.name[suffix_at:])
             elif suffix is not None and suffix in missing:
                 replace(suffix, member.mtime)
         for suffix in tuple(missing):
@@ -188,6 +186,14 @@ class _Out:
     def end(self) -> None:
         """Write the end-of-archive blocks, padded to a record as GNU tar does."""
         self._file.write_pieces([bytes(END_OF_ARCHIVE + -(self._size + END_OF_ARCHIVE) % RECORD)])
+
+    def _keep(self, member: Member, name: bytes | None) -> None:
+        """Copy a member.  It gets a new header if it is odd, or if it gets another name."""
+        if member.odd or name is not None:
+            self._add([make_header(name or member.name, member.size, member.mtime)])
+            self.copy(member.data, member.end)
+        else:
+            self.copy(member.start, member.end)
 
     def _add(self, new: list[bytes | memoryview]) -> None:
         if new:

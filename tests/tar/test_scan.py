@@ -99,7 +99,7 @@ names = st.lists(part.filter(lambda p: p not in (".", "..")), min_size=1, max_si
 
 @QUICK
 @given(
-    members=st.lists(st.tuples(names, st.binary(max_size=3000)), max_size=12),
+    members=st.lists(st.tuples(names, st.binary(max_size=3000)), max_size=12, unique_by=lambda member: member[0]),
     format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
 @example(members=[("a" * 250 + "/" + "b" * 250 + ".jpg", b"x")], format=tarfile.GNU_FORMAT)

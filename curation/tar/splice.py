@@ -78,6 +78,23 @@ class Target(Protocol):
     def write_pieces(self, pieces: Sequence[bytes | memoryview], /) -> object: ...
 
 
+class Neighbours:
+    """Finds samples that would stand right behind another one of their key, as those between them are left out: readers
+    would merge the two into one."""
+
+    def __init__(self) -> None:
+        self._key, self._start = "", -1
+
+    def meet(self, span: SampleSpan) -> bool:
+        """Whether a sample that is kept has the key of the one that was kept before it.
+
+        Call it once for each sample that is kept, in the shard's order; further passes may follow.
+        """
+        before = self._key if self._start < span.start else ""
+        self._key, self._start = span.key, span.start
+        return before == span.key
+
+
 def decided(tar: Windows, decide: Decide) -> Iterator[DecidedWindow]:
     """Yield the windows of a scan with the decision about each sample."""
     for window in tar.windows():

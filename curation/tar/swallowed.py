@@ -112,9 +112,9 @@ class HeaderSearch:
         begin = member.data
         while (found := self.find(begin, at)) is not None:
             links, behind, zeros = self._follow(found, at)
-            if links > 1 or zeros:
-                if not (zeros and found == member.data):  # else it is an archive that is stored in the member
-                    return found
+            is_stored = zeros and found == member.data  # an archive that is the whole member
+            if (links > 1 or zeros) and not is_stored:
+                return found
             begin = max(behind, found + 1)
         return None
 

@@ -250,14 +250,8 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
     known = min(size, _SPARSE_MAP_BYTES) if kind == GNU_SPARSE else 0
     if at + known > limit:
         return None
-    return (
-        name,
-        size,
-        mtime,
-        kind,
-        at - start,
-        oddity or _oddity(bytes(buffer[start : at + known]), at - start, name, size),
-    )
+    oddity = oddity or _oddity(bytes(buffer[start : at + known]), at - start, name, size, regular=kind in REGULAR)
+    return name, size, mtime, kind, at - start, oddity
 
 
 def _are_plain(records: dict[str, bytes]) -> bool:
@@ -279,13 +273,13 @@ def _oddity_of_global(body: bytes) -> str:
     return ""
 
 
-def _oddity(blocks: bytes, data: int, name: bytes, size: int) -> str:
+def _oddity(blocks: bytes, data: int, name: bytes, size: int, *, regular: bool) -> str:
     """``Member.odd`` of a header with extensions, by what tarfile itself reads.
 
     Args:
         blocks: The header blocks, and the data's first bytes where tarfile looks into them.
         data: The size of the header blocks.
-        name, size: What this module reads.
+        name, size, regular: What this module reads.
     """
     try:
         with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", encoding="utf-8") as tar:
@@ -300,7 +294,9 @@ def _oddity(blocks: bytes, data: int, name: bytes, size: int) -> str:
         return "its name holds a NUL, at which some programs end it"
     if behind != data + padded(size):
         return f"Python's tarfile expects the next header {behind:,} bytes behind it, not {data + padded(size):,}"
-    return _difference(found, name, size if found.isreg() and not found.issparse() else found.size)
+    if (found.isreg() and not found.issparse()) != regular:
+        return f"Python's tarfile reads it as {'a special' if regular else 'a plain'} file"
+    return _difference(found, name, size if regular else found.size)
 
 
 def parse_member(buffer: bytearray | bytes, at: int, limit: int, shift: int = 0) -> Member | None:

@@ -370,7 +370,8 @@ class TarScan:
             if b"\0" in member.name:
                 span.refused = span.refused or ("unsafe_name", member.odd)
             return True
-        why = f"{_quoted(member.name)} has a header that not every program reads in the same way: {member.odd}"
+        what = _quoted(member.name) if member.name else "a global header"
+        why = f"{what} is not read in the same way by every program: {member.odd}"
         damage = Damage(member.start, member.end - member.start, why, explained=True)
         self.report.damages.append(damage)
         span.hit(damage)
@@ -508,7 +509,7 @@ class TarScan:
             self._suspects[suffix] = why
         self._lost = (at, why)
         if not is_archive(name):
-            return self._resume(data)
+            return self._resume(at + BLOCK)  # the size may be that of an extended header, and the next one sound
         inside = self._search.inside(Member(name, "", at, data, length, data + length, True, b"0"), size)
         if inside is None:
             return size

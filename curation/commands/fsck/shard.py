@@ -128,7 +128,7 @@ def _check_archive(task: Task, verdict: Verdict) -> None:
 def _kind_of(damage: Damage) -> str:
     if damage.detail.startswith("behind the end"):
         return "behind_end"
-    if "not every program" in damage.detail:
+    if "by every program" in damage.detail:
         return "odd_header"
     if "is cut" in damage.detail:
         return "cut_member"

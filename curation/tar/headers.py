@@ -195,7 +195,7 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
 
     Returns (name, size as stored, mtime field, type flag, bytes from ``at`` to the data, ``Member.odd``), or None if
     ``limit`` comes first.  The type flag becomes GNU_SPARSE for a plain file whose data are not its content (pax's
-    sparse format).  If extensions disagree, the first one counts, as in Python's tarfile.
+    sparse format).  If extensions disagree, the first one counts, as in Python's tarfile; but not on the name.
     """
     start, alike, oddity = at, True, ""
     pax: dict[str, bytes] = {}
@@ -216,11 +216,15 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
             return name, size, mtime, kind, at - start, oddity or _oddity_of_global(body)
         if kind == LONG_NAME:
             alike &= b"\0" in body and body[0] != 0
-            pax.setdefault("path", body.partition(b"\0")[0])
+            records = {"path": body.partition(b"\0")[0]}
         elif kind != LONG_LINK:
             records = parse_pax(body)
             alike &= _are_plain(records)
-            pax = records | pax
+        else:
+            records = {}
+        if "path" in pax and records.get("path", pax["path"]) != pax["path"]:
+            raise BadHeader("its extended headers give it two names")  # the member of the first one is lost
+        pax = records | pax
         at += padded(size)
     else:
         raise BadHeader(f"it has more than {MAX_EXTENSIONS} extended headers")

@@ -301,7 +301,9 @@ class TarScan:
             end = span.end = data + length + -length % BLOCK
             member = Member(name, suffix or "", at, data, length, end, kind in REGULAR, mtime, odd)
             at = end
-            if odd and not self._may_be_written_anew(span, member, suffix):
+            if odd and not self._may_be_written_anew(span, member):
+                at = self._leave_out(span, member, suffix)
+                prefix = self._prefix
                 continue
             (span.foreign if suffix is None else span.members).append(member)
             while mark < data:
@@ -360,24 +362,32 @@ class TarScan:
             return False
         return here == len(suffixes) or following.suffix == suffixes[here]
 
-    def _may_be_written_anew(self, span: SampleSpan, member: Member, suffix: str | None) -> bool:
-        """Handle a member with an odd header: whether it remains a member, because its header can be replaced."""
-        where = f"at byte {member.start:,}, {_quoted(member.name)}: {member.odd}"
+    def _may_be_written_anew(self, span: SampleSpan, member: Member) -> bool:
+        """Whether a member with an odd header remains a member, because its header can be replaced."""
+        if not member.regular or len(member.name) > MAX_NAME_BYTES:
+            return False
         span.verbatim = False
-        if member.regular and len(member.name) <= MAX_NAME_BYTES:
-            self.report.odd_headers += 1
-            self.report.first_odd = self.report.first_odd or where
-            if b"\0" in member.name:
-                span.refused = span.refused or ("unsafe_name", member.odd)
-            return True
+        self.report.odd_headers += 1
+        where = f"at byte {member.start:,}, {_quoted(member.name)}: {member.odd}"
+        self.report.first_odd = self.report.first_odd or where
+        if b"\0" in member.name:
+            span.refused = span.refused or ("unsafe_name", member.odd)
+        return True
+
+    def _leave_out(self, span: SampleSpan, member: Member, suffix: str | None) -> int:
+        """Handle a member whose odd header cannot be written anew.  Returns where to continue."""
         what = _quoted(member.name) if member.name else "a global header"
         why = f"{what} is not read in the same way by every program: {member.odd}"
+        if suffix is not None:
+            self._suspects.setdefault(suffix, why)
+        if member.name and member.data > member.start + BLOCK:
+            span.end = member.start
+            self._lost = (member.start, why)
+            return self._resume(member.start + BLOCK)  # without its extended header it may be sound
         damage = Damage(member.start, member.end - member.start, why, explained=True)
         self.report.damages.append(damage)
         span.hit(damage)
-        if suffix is not None:
-            self._suspects.setdefault(suffix, why)
-        return False
+        return member.end
 
     def _enter(self, name: bytes, at: int) -> str | None:
         """Begin the sample to which a member belongs, and end the previous one.
@@ -425,7 +435,7 @@ class TarScan:
         if len(span.members) > len({member.suffix for member in span.members}):
             self._take_first_copy(span)
         if span.key and span.damages:
-            if not span.torn and not span.kinds >= self._usual_kinds():
+            if not span.torn and not span.kinds >= self._usual_kinds(span.end):
                 span.torn = span.damages[0].detail
             if span.torn:
                 for damage in span.damages:
@@ -438,13 +448,32 @@ class TarScan:
         if self._unresolved:
             self._resolve(self._damage)
 
-    def _usual_kinds(self) -> frozenset[str]:
-        """The kinds of members that the last complete sample has; before the first one, those of DataComp's samples."""
-        return self._last_whole.kinds if self._last_whole else _EXPECTED_KINDS
+    def _usual_kinds(self, behind: int) -> frozenset[str]:
+        """The kinds of members that a complete sample of the shard has; without one, those of DataComp's samples."""
+        whole = self._last_whole or self._sample_ahead(behind)
+        return whole.kinds if whole else _EXPECTED_KINDS
+
+    def _sample_ahead(self, at: int) -> SampleSpan | None:
+        """The first sample in memory from ``at`` on that has no member twice, and another one behind it."""
+        block, span = self._block, SampleSpan("", at, at)
+        with contextlib.suppress(BadHeader):
+            while block.begin <= at and (member := parse_member(block.buffer, at, block.end, block.shift)) is not None:
+                at = member.end
+                if (split := split_name(member.name)) is None:
+                    continue
+                key = split[0].decode("utf-8", "surrogateescape")
+                if key != span.key:
+                    suffixes = {member.suffix for member in span.members}
+                    if span.key and len(suffixes) == len(span.members):
+                        return span
+                    span = SampleSpan(key, member.start, member.end)
+                span.members.append(member)
+        return None
 
     def _take_first_copy(self, span: SampleSpan) -> None:
         """Leave only the first of each member, if the further ones are copies that stand behind them."""
-        usual = [member.suffix for member in self._last_whole.members] if self._last_whole else []
+        whole = self._last_whole or self._sample_ahead(span.end)
+        usual = [member.suffix for member in whole.members] if whole else []
         first = first_copy(span.members, usual)
         if first is not None:
             span.surplus, span.members, span.verbatim = len(span.members) - len(first), first, False

@@ -712,7 +712,7 @@ def test_what_is_not_odd_is_read_by_tarfile_alike(at: int, value: bytes) -> None
     if not member.odd:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         regular = found.isreg() and not found.issparse()
-        assert (found.name.encode(), regular) == (member.name, member.regular)
+        assert (found.name.encode("utf-8", "surrogateescape"), regular) == (member.name, member.regular)
         assert not member.regular or found.size == member.size
 
 

@@ -28,11 +28,13 @@ from curation.models.onnx import read_weights
 from curation.options import at_least, between, exit_code, less_than, logger, more_than, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import Checkpoints
+from curation.run.inputs import check_made_by
 from curation.shards import discover
 from curation.tar.samples import Sample, caption_of, check_loose_name, image_of, metadata_of
 from curation.tar.scan import IMAGE_SUFFIXES
 from curation.threads import prefetch
 
+EDITS_STAGE = "03_generate_images"  # it writes into --edits too
 DEFAULT_DETECTOR, EMBEDDED_DETECTOR = "scrfd", "centerface"  # if ``auto`` must detect faces
 CHECKPOINT = 64  # detected samples that go into the partial log together
 MAX_BYTES_AHEAD = 256 << 20  # limit for images that are read ahead of the detector
@@ -343,6 +345,8 @@ def mark(detector: FaceDetector) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
+    check_made_by("--output", Path(options.output), FilterFaces.name)
+    check_made_by("--edits", Path(options.edits), EDITS_STAGE, beside=(FilterFaces.name,))
     return run_stage(FilterFaces(options), options, discover(options.input, allow_pipe=options.allow_pipe))
 
 

@@ -33,13 +33,15 @@ from curation.rewrite.prompts import (
 )
 from curation.rewrite.weights import prompt_model
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.run.inputs import check_made_by
 from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, endpoint_urls
-from curation.shards import Shard, discover
+from curation.shards import TAR, Shard, discover, local_folders
 from curation.storage.urls import is_remote
 from curation.tar.samples import caption_of, metadata_of
 from curation.threads import DaemonPool
 
 CAPTIONS_STAGE = "01_filter_noface"
+TAR_STAGES = ("00_download", "04_reshard", "05_recaption")  # their tars may be the input as well
 TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3
 EMBEDDED_MODEL = "embedded/gemma-3-270m"
 EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
@@ -353,6 +355,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     follows = Follows(CAPTIONS_STAGE, Path(options.input), ".json")
     shards = follows.discover() if options.follow else find_input(options.input, allow_pipe=options.allow_pipe)
+    check_made_by("--output", Path(options.output), RewriteCaptions.name)
+    for folder in local_folders(shards):
+        check_made_by("--input", folder, CAPTIONS_STAGE, or_by=TAR_STAGES if shards[0].path.name.endswith(TAR) else ())
     return run_stage(RewriteCaptions(options), options, shards, follows)
 
 

@@ -39,8 +39,8 @@ from curation.models.hub_cache import ModelSource
 from curation.models.needs import WeightsNeed
 from curation.options import FINITE, at_least, between, exit_code, logger, parse_options
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
-from curation.run.inputs import stage_version
-from curation.shards import Shard, discover
+from curation.run.inputs import check_made_by, stage_version
+from curation.shards import Shard, discover, local_folders
 
 DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
@@ -347,6 +347,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     follows = Follows(PROMPTS_STAGE, Path(options.prompts), ".json")
     shards = follows.discover() if options.follow else discover(options.prompts, ".json")
+    for folder in local_folders(shards):
+        check_made_by("--prompts", folder, PROMPTS_STAGE)
+    check_made_by("--edits", Path(options.edits), GenerateImages.name, beside=(METADATA_STAGE,))
     return run_stage(GenerateImages(options), one_process_per_gpu(options), shards, follows)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from curation.backends.faces import DetectorName, detector_class
 from curation.cluster import Allocation
@@ -17,12 +17,14 @@ from curation.errors import EXIT_OK, UsageError
 from curation.faces import DetectorSettings, FaceDetector
 from curation.models.needs import WeightsNeed
 from curation.options import at_least, exit_code, logger, parse_options
+from curation.reshard.fitting import LATER, ImageSuffix
+from curation.reshard.folders import check_folders, of_one_tar
 from curation.reshard.layout import ShardLayout
 from curation.reshard.regroup import Grouping, Index, Regroup, regroup
 from curation.reshard.select import AS_IT_IS, Choice, ReshardInputs, copy_keys, dry_run, records_of, warn_of_pass
 from curation.reshard.uids import Subset
-from curation.reshard.write import ShardWriter, decide, words_of_result
-from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.reshard.write import ShardWriter, words_of_result
+from curation.run import Follows, Input, Later, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import refuse_foreign_shards
 from curation.run.workers import is_worker
@@ -46,9 +48,10 @@ class Options(RunOptions):
     input: str
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output: str
-    """Folder for the hybrid shards, one <shard>.tar each."""
+    """Folder for the hybrid shards, one <shard>.tar each.  With one tar as --input, also that file: out/<shard>.tar."""
     edits: str | None = None
-    """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together."""
+    """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together.
+    With one tar as --input, also the shard's own folder or tar: edits/<shard>."""
     prompts: str | None = None
     """Folder with the prompts (<shard>.json): only samples with a prompt are edited, and missing edits are noticed.
     Default: every edit is applied."""
@@ -62,6 +65,9 @@ class Options(RunOptions):
     """Leave out the samples that stages 02 and 03 rejected; without it they stay unchanged."""
     blur_faces: Literal["recorded"] | DetectorName | None = None
     """Blur faces of samples that are not edited: in the boxes that the metadata records, or in a detector's."""
+    image_suffix: ImageSuffix | None = None
+    """What new images are called, and so their format: source (as the image whose place they take), jpg, png, webp, or
+    keep (the edit's own bytes).  Default: source."""
     shard_size: Annotated[int | None, at_least(1)] = None
     """Regroup into shards 00000000.tar, 00000001.tar … of so many samples each.  Default: shards stay as they are."""
     shuffle_buffer: Annotated[int, at_least(0)] = 0
@@ -99,6 +105,17 @@ class Options(RunOptions):
         if self.shard_size is not None and self.follow:
             raise UsageError("--shard_size needs all source shards before it can write one: leave --follow out")
 
+    def of_all_shards(self, shards: Sequence[Shard]) -> Options:
+        """The same options with the folders of all shards, where the own files of one shard were given."""
+        output, edits, prompts = of_one_tar(self.output, self.edits, self.prompts, shards)
+        if output != self.output and self.shard_size is not None:
+            raise UsageError(f"--shard_size makes shards of its own names: --output {self.output} must be a folder")
+        if edits != self.edits and self.edits_layout == "auto" and edits is not None:
+            own = Path(edits) / shards[0].id
+            if own.is_dir() and own.with_name(f"{own.name}.tar").is_file():
+                raise UsageError(f"--edits: there is {own} and {own}.tar; say which: --edits_layout files or tar")
+        return replace(self, output=output, edits=edits, prompts=prompts)
+
     @property
     def is_plain(self) -> bool:
         """Whether every source shard becomes one of as many samples, at the same place."""
@@ -130,7 +147,12 @@ class Options(RunOptions):
 
     def forms(self) -> dict[str, object]:
         """The options that determine the form of the output."""
-        named = {"blur_faces": self.blur_faces, "index": self.index, "publish_to": self.publish_to and str(self.tars)}
+        named = {
+            "image_suffix": self.image_suffix,
+            "blur_faces": self.blur_faces,
+            "index": self.index,
+            "publish_to": self.publish_to and str(self.tars),
+        }
         return {name: value for name, value in named.items() if value}
 
 
@@ -138,6 +160,7 @@ class Reshard(Stage[Options]):
     """One shard: shards/<shard>.tar and its edits → <output>/<shard>.tar."""
 
     name = STAGE
+    later: ClassVar[Mapping[str, Later]] = LATER
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)
@@ -161,7 +184,7 @@ class Reshard(Stage[Options]):
         return words_of_result(counts, blurs=self.writer.blurs)
 
     def process(self, work: ShardContext) -> None:
-        report, blur = TarReport(), self.writer.blur()
+        report, changes = TarReport(), self.writer.changes()
         with contextlib.ExitStack() as stack:
             with work.phase("read"):
                 opened = self.options.sources.open(work.shard, records_of(self.inputs(work.shard), work))
@@ -181,17 +204,18 @@ class Reshard(Stage[Options]):
                             choice = selector.choose(span)
                             if choice.copies and kept.meet(span):
                                 choice = BEHIND_ITS_OWN_KEY
-                            if not plain or blur is not None or choice is not AS_IT_IS:  # few samples change
+                            if not plain or self.writer.blurs or choice is not AS_IT_IS:  # few samples change
                                 keys = copy_keys(span.key, choice.copies) if choice.copies > 1 else ()
-                                choice, decision = decide(window, span, choice, edits, blur, keys)
+                                choice, decision = changes.decide(window, span, choice, edits, keys)
                             chosen.append((span, choice))
                         decisions.append((span, decision))
                     yield window, decisions
                     if report is not None:
+                        changes.fitting.look(window.spans)
                         selector.count(chosen, work)
                         work.check_stop(urgent_only=True)
 
-            self.writer.write(work, windows(report), windows, blur)
+            self.writer.write(work, windows(report), windows, changes)
             warn_of_pass(report, edits, work)
             selector.report(work, self.options.sources.edits_folder)
 
@@ -199,7 +223,9 @@ class Reshard(Stage[Options]):
 def shard_writer(options: Options) -> ShardWriter:
     o = options
     detector = None if o.blur_faces is None else partial(load_detector, o.blur_faces)
-    return ShardWriter(Path(o.output), o.tars, detector, index=o.index, verify=o.verify)
+    return ShardWriter(
+        Path(o.output), o.tars, detector, index=o.index, verify=o.verify, image_suffix=o.image_suffix or "source"
+    )
 
 
 def load_detector(name: str, allocation: Allocation) -> FaceDetector | None:
@@ -249,16 +275,19 @@ def finish(options: Options, shards: Sequence[Shard]) -> int:
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
-    options.check()
     shards = discover(options.input, allow_pipe=options.allow_pipe)
+    options = Reshard.settled(options.of_all_shards(shards))
+    options.check()
+    every = options.shard_size is not None or options.follow  # regrouping reads all; a follower selects later
+    chosen = shards if every else select(shards, options.shards)
     if Path(options.output).resolve() in local_folders(shards):
         raise UsageError("--output must not be the folder of the source shards: it would replace them")
     if isinstance(options.tars, RemoteFolder) and options.tars.holds(shard.path for shard in shards):
         raise UsageError("--publish_to must not be the folder of the source shards: it would replace them")
     if not is_worker():
         options.sources.check()
+        check_folders(options.sources, chosen, shards, may_come=options.follow)
     if options.dry_run:
-        chosen = shards if options.shard_size is not None else select(shards, options.shards)
         print(dry_run(options.sources, chosen, options.shard_size, cursory=options.is_plain))
     if options.shard_size is not None:
         return regroup_shards(options, shards)

@@ -5,6 +5,7 @@
 #     SRC_DIR=/path/to/shards TARGET_DIR=/path/to/root/shards sbatch 04_reshard.sh
 #     SRC_DIR=… ROOT=/path/to/root sbatch --array=0-9 04_reshard.sh --verify                 # any flag of the stage
 #
+# One tar by its own files: SRC_DIR=x.tar TARGET_DIR=out/x.tar EDITS_DIR=edits/x 04_reshard.sh.  Its receipts are in out/.
 # SRC_DIR, the source shards, is a folder, a glob in quotes, braces in quotes, or a list file.  EDITS_DIR and PROMPTS_DIR
 # are by default edits/ and prompts/ beside TARGET_DIR; with ROOT, TARGET_DIR is $ROOT/shards.  EDITS_DIR=none leaves
 # the samples unchanged, for a subset (--subset keep.npy) or shards of one size (--shard_size 10000).
@@ -35,9 +36,16 @@ source "$PROJECT/slurm_tasks.sh" || exit 2
 TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/shards}}
 need SRC_DIR "the source shards"
 need TARGET_DIR "the folder for the hybrid shards (or ROOT, which holds shards/)"
-EDITS_DIR=${EDITS_DIR:-$(dirname "$TARGET_DIR")/edits} PROMPTS_DIR=${PROMPTS_DIR:-$(dirname "$TARGET_DIR")/prompts}
+case $TARGET_DIR in # the file of one tar, unless it is a folder of that name
+*.tar) [ -d "$TARGET_DIR" ] && folder=$TARGET_DIR || folder=$(dirname "$TARGET_DIR") ;;
+*) folder=$TARGET_DIR ;;
+esac
+# The edits of one tar were named by themselves: they need no prompts, as in the call of the Python script.
+[ "$folder" != "$TARGET_DIR" ] && [ -n "${EDITS_DIR:-}" ] && PROMPTS_DIR=${PROMPTS_DIR:-none}
+EDITS_DIR=${EDITS_DIR:-$(dirname "$folder")/edits} PROMPTS_DIR=${PROMPTS_DIR:-$(dirname "$folder")/prompts}
 
 # A task uses two CPUs: one reads ahead while the other writes.
 stage=("$PYTHON" "$PROJECT/04_reshard.py" --input "$SRC_DIR")
-[ "$EDITS_DIR" = none ] || stage+=(--edits "$EDITS_DIR" --prompts "$PROMPTS_DIR")
-run_tasks "$TARGET_DIR" "${stage[@]}" --output "$TARGET_DIR" "${workers[@]}" "$@"
+[ "$EDITS_DIR" = none ] || stage+=(--edits "$EDITS_DIR")
+[ "$EDITS_DIR" = none ] || [ "$PROMPTS_DIR" = none ] || stage+=(--prompts "$PROMPTS_DIR")
+run_tasks "$folder" "${stage[@]}" --output "$TARGET_DIR" "${workers[@]}" "$@"

@@ -196,7 +196,7 @@ class OriginalMetadata:
 # ---- writing
 
 
-_PARTS = ("jpg", "txt", "json")
+EDIT_PARTS = ("jpg", "txt", "json")
 
 
 _ROW = Struct("6q")
@@ -229,7 +229,7 @@ class EditWriter:
 
     def add(self, key: str, jpg: bytes, txt: bytes, json: bytes) -> None:
         """Write one edited sample.  Raises ShardError if its key cannot name files below the folder."""
-        for suffix, data in zip(_PARTS, (jpg, txt, json), strict=True):
+        for suffix, data in zip(EDIT_PARTS, (jpg, txt, json), strict=True):
             if self._tar is not None:
                 self._tar.add(f"{key}.{suffix}", data)
                 continue
@@ -305,7 +305,7 @@ class TarEditReader:
                 if span.torn or span.repeated:
                     raise ShardError(f"{path}: {_short(span.key)}: {span.torn or 'two edits of one key'}")
                 members = {member.suffix: member for member in span.members}
-                if not members.keys() >= {*_PARTS}:
+                if not members.keys() >= {*EDIT_PARTS}:
                     self.incomplete += "jpg" in members
                     continue
                 if problem := problem_of(span):
@@ -313,7 +313,7 @@ class TarEditReader:
                 self._rows[span.key] = len(self._rows)
                 if max(member.size for member in span.members) > MAX_MEMBER_BYTES:
                     raise ShardError(f"{path}: {_short(span.key)}: a member of more than {MAX_MEMBER_BYTES:,} bytes")
-                for part in _PARTS:
+                for part in EDIT_PARTS:
                     self._places.append(members[part].data)
                     self._places.append(members[part].size)
         if report.damages or report.missing_end:
@@ -357,9 +357,9 @@ class LooseEditReader:
         found: dict[str, set[str]] = {}
         for name in published if published is not None else _files_below(folder):
             key, _, suffix = name.rpartition(".")
-            if suffix in _PARTS:
+            if suffix in EDIT_PARTS:
                 found.setdefault(key, set()).add(suffix)
-        complete = sorted(key for key, parts in found.items() if len(parts) == len(_PARTS))
+        complete = sorted(key for key, parts in found.items() if len(parts) == len(EDIT_PARTS))
         self.incomplete = sum("jpg" in parts for parts in found.values()) - len(complete)
         self._keys = dict.fromkeys(complete)
 
@@ -367,7 +367,7 @@ class LooseEditReader:
         return self._keys.keys()
 
     def read(self, key: str) -> Edit:
-        jpg, txt, json = (self._read(f"{key}.{part}") for part in _PARTS)
+        jpg, txt, json = (self._read(f"{key}.{part}") for part in EDIT_PARTS)
         return Edit(jpg, txt, json)
 
     def _read(self, name: str) -> bytes:

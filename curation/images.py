@@ -16,11 +16,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
+import PIL
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from curation.errors import SampleError
 from curation.jsonio import clean_text
@@ -90,6 +92,65 @@ def encode_jpeg(rgb: Pixels, quality: int, xmp: bytes | None = None) -> bytes:
     end_of_jfif = 4 + int.from_bytes(data[4:6], "big")
     segment = b"\xff\xe1" + (len(payload) + 2).to_bytes(2, "big") + payload
     return data[:end_of_jfif] + segment + data[end_of_jfif:]
+
+
+def written_format(data: bytes | memoryview) -> str:
+    """The format of an image by its first bytes: ``jpg``, ``png`` or ``webp``; "" for any other."""
+    head = bytes(data[:12])
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if head[:4] == b"RIFF" and head[8:] == b"WEBP" else ""
+
+
+def encode_as(kind: str, image: bytes | memoryview | Pixels, quality: int) -> bytes:
+    """Encode an image anew with fixed settings; the same software gives the same bytes.
+
+    Args:
+        kind: ``jpg`` (4:2:0 chroma), ``png`` or ``webp``.
+        image: An encoded image, whose XMP packet, EXIF and colour profile are kept, or pixels (height × width × 3
+            uint8).  Its orientation stays as it is; JPEG shows transparency on white.
+        quality: 1 to 100, of JPEG and WebP.
+
+    Raises:
+        SampleError: The image cannot be decoded, or is too large for the format.
+    """
+    if isinstance(image, np.ndarray):
+        return _saved(Image.fromarray(image), {}, kind, quality)
+    with _opened(image, MAX_PIXELS) as opened:
+        opened.load()
+        kept = {name: opened.info[name] for name in ("icc_profile", "exif", "xmp") if opened.info.get(name)}
+        if opened.mode not in ("RGB", "RGBA", "L") or (kind == "jpg" and opened.mode == "RGBA"):
+            return _saved(Image.fromarray(_decode_with_pillow(opened, on_white=True)), kept, kind, quality)
+        return _saved(opened, kept, kind, quality)
+
+
+def _saved(image: Image.Image, kept: dict[str, Any], kind: str, quality: int) -> bytes:
+    settings: dict[str, Any] = dict(kept)
+    if kind == "png":
+        xmp = settings.pop("xmp", None)
+        if xmp is not None:
+            settings["pnginfo"] = PngImagePlugin.PngInfo()
+            settings["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
+        settings |= {"compress_level": 6}
+    elif kind == "webp":
+        settings |= {"quality": quality, "method": 4}
+    else:
+        settings |= {"quality": quality, "subsampling": "4:2:0"}
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, {"jpg": "JPEG"}.get(kind, kind), **settings)
+    except (OSError, ValueError) as error:  # WebP holds at most 16,383 pixels a side
+        raise SampleError("not_encodable", f"as {kind}, {image.width:,} × {image.height:,} pixels: {error}") from None
+    return buffer.getvalue()
+
+
+def encoders() -> str:
+    """The software that ``encode_as`` uses, on which its bytes depend."""
+    libraries = ("libjpeg_turbo", "webp", "zlib")
+    found = [f"{name} {features.version(name)}" for name in libraries if features.version(name)]
+    return ", ".join([f"Pillow {PIL.__version__}", *found])
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,6 +171,9 @@ def test_the_readmes_stage_commands_run(tmp_path: Path) -> None:
     for folder, value in (("captions", "Official portrait"), ("prompts", "A portrait"), ("edits", {"caption": "x"})):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "00000003.json").write_text(json.dumps({key: value}))
+    (tmp_path / "edits" / "00000003").mkdir()
+    for suffix in ("jpg", "txt", "json"):  # stage 04 refuses a folder without an edit
+        (tmp_path / "edits" / "00000003" / key.replace("json", suffix)).write_text("{}")
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "urls.csv").write_text("url\nhttps://images.example/1\n")
     for line in lines:

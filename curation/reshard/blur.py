@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from curation.edits import json_of
 from curation.errors import InfrastructureError, SampleError
 from curation.faces import RECORDED_FIELD, FaceDetector, clipped, has_area, recorded_boxes, without_area
-from curation.images import Pixels, decode_rgb, encode_jpeg
+from curation.images import Pixels, decode_rgb
 from curation.jsonio import parse_json_object
+from curation.reshard.fitting import QUALITY, Fitting
 from curation.tar.samples import MAX_MEMBER_BYTES
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
 from curation.tar.splice import Edit
 
-QUALITY: Final = 95  # the JPEG quality of DataComp's shards
 _GROWTH = 0.1  # a box grows on each side by this share of its longer side
 _SIGMA = 0.1  # as a share of the largest box's longer side
 _REACH = 4  # the kernel's radius in standard deviations
@@ -38,8 +38,8 @@ Box = Sequence[float]  # x0, y0, x1, y1 as shares of width and height
 class Blur:
     """Blurs the faces of a sample's image, if it has any."""
 
-    def __init__(self, detector: FaceDetector | None) -> None:
-        """detector: finds the faces; None: use the boxes that the metadata records."""
+    def __init__(self, detector: FaceDetector | None, fitting: Fitting) -> None:
+        """detector: finds the faces; None: use the boxes that the metadata records.  fitting: encodes the images."""
         try:
             import cv2
         except ImportError as error:
@@ -48,7 +48,7 @@ class Blur:
             ) from None
         cv2.setNumThreads(1)
         self._cv2 = cv2
-        self._detector = detector
+        self._detector, self._fitting = detector, fitting
         self.blurred = 0  # number of images
         self.faces = 0  # that were blurred in them
         self.without_area = 0  # recorded boxes that were ignored
@@ -84,10 +84,10 @@ class Blur:
         if not boxes:
             return None
         pixels = decode_rgb(image) if pixels is None else pixels
-        jpg = encode_jpeg(self._blurred(pixels, boxes), QUALITY)
+        new, suffix = self._fitting.encode(span, self._blurred(pixels, boxes))
         self.blurred += 1
         self.faces += len(boxes)
-        return Edit(jpg, None, self._json(metadata, jpg, pixels, boxes) if json is not None else None)
+        return Edit(new, None, self._json(metadata, new, pixels, boxes) if json is not None else None, suffix)
 
     def _blurred(self, pixels: Pixels, boxes: Sequence[Box]) -> Pixels:
         height, width = pixels.shape[:2]
@@ -125,7 +125,7 @@ class Blur:
         smooth = self._cv2.resize(small, (width, height), interpolation=self._cv2.INTER_LINEAR)
         return smooth
 
-    def _json(self, metadata: Mapping[str, Any], jpg: bytes, pixels: Pixels, boxes: Sequence[Box]) -> bytes:
+    def _json(self, metadata: Mapping[str, Any], image: bytes, pixels: Pixels, boxes: Sequence[Box]) -> bytes:
         """The metadata with the boxes, the new image's facts, and a description of the blur in ``curation.blur``."""
         if self._detector is None:
             by: dict[str, Any] = {"boxes": "recorded"}
@@ -139,7 +139,7 @@ class Blur:
         }
         story |= {f"original_{name}": metadata[name] for name in ("sha256", RECORDED_FIELD) if name in metadata}
         height, width = pixels.shape[:2]
-        changed = {"sha256": hashlib.sha256(jpg).hexdigest(), "width": width, "height": height}
+        changed = {"sha256": hashlib.sha256(image).hexdigest(), "width": width, "height": height}
         changed |= {RECORDED_FIELD: [list(box[:4]) for box in boxes]}
         curation = metadata.get("curation")
         earlier = curation if isinstance(curation, dict) else {}

@@ -16,9 +16,10 @@ from curation.cluster import Allocation
 from curation.edits import EditReader
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT
 from curation.options import logger
+from curation.reshard.fitting import LATER
 from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, ShardLayout
 from curation.reshard.select import Choice, ReshardInputs, copy_keys, records_of, warn_of_pass
-from curation.reshard.write import ShardWriter, decide, words_of_result
+from curation.reshard.write import ShardWriter, words_of_result
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import LAYOUT_NOTE
@@ -97,6 +98,8 @@ class Index(Stage[RunOptions]):
 class Regroup(Stage[RunOptions]):
     """Writes one output shard from samples of source shards and their edits → <output>/<number>.tar."""
 
+    later = LATER
+
     def __init__(
         self,
         name: str,
@@ -133,7 +136,7 @@ class Regroup(Stage[RunOptions]):
     def process(self, work: ShardContext) -> None:
         sources, draw = self.layout.sources, self.layout.draw(int(work.shard.id))
         records = records_of(self.inputs(work.shard), work)
-        blur = self.writer.blur()
+        changes = self.writer.changes()
         with contextlib.ExitStack() as stack:
             edits: dict[int, EditReader] = {}
             with work.phase("read"):
@@ -160,14 +163,15 @@ class Regroup(Stage[RunOptions]):
                         taken.add(key)
                         keys = () if key == span.key else (key,)
                         choice = Choice(1, edited=placed.is_edited)
-                        choice, decision = decide(window, span, choice, edits[number], blur, keys)
+                        choice, decision = changes.decide(window, span, choice, edits[number], keys)
                         chosen.append((span, choice))
                         decisions.append((span, decision))
                     yield window, decisions
                     if counts:
+                        changes.fitting.look(window.spans)
                         count(chosen, work)
 
-            self.writer.write(work, windows(counts=True), lambda: windows(counts=False), blur)
+            self.writer.write(work, windows(counts=True), lambda: windows(counts=False), changes)
         work.note(LAYOUT_NOTE, self.layout.mark)
         work.note("edited", sum(placed.is_edited for _, placed in drawn))
 

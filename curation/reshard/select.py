@@ -274,7 +274,7 @@ class ReshardInputs:
     subset: Subset | None = None
 
     def check(self) -> None:
-        """Raise UsageError if the records that an option needs do not exist."""
+        """Raise UsageError if the records that an option needs do not exist, or a file cannot be used."""
         if self.subset is not None:
             self.subset.check_order()
         made_by = [(folder / "_receipts" / stage).is_dir() for folder, stage in self._made]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from curation.cluster import Allocation
 from curation.edits import EditReader
 from curation.errors import SampleError
+from curation.reshard.fitting import Fitting, ImageSuffix
 from curation.reshard.select import Choice
 from curation.run import ShardContext
 from curation.storage.buckets import Folder
@@ -33,6 +34,7 @@ class ShardWriter:
             If this itself is None, nothing is blurred.
         index: Whether to write ``<shard>.idx``.
         verify: Whether to read each shard back before it is published.
+        image_suffix: What new images are called, and so their format.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class ShardWriter:
         *,
         index: bool,
         verify: bool,
+        image_suffix: ImageSuffix = "keep",
     ) -> None:
+        self._image_suffix: ImageSuffix = image_suffix
         self._folder, self._tars, self._index, self._verify = folder, tars, index, verify
         self._find_detector = detector
         self._detector: FaceDetector | None = None
@@ -58,20 +62,21 @@ class ShardWriter:
         """Whether it blurs faces."""
         return self._find_detector is not None
 
-    def blur(self) -> Blur | None:
-        """A new ``Blur`` for one shard, which also counts; None if nothing is blurred."""
+    def changes(self) -> Changes:
+        """New ``Changes`` for one output shard."""
+        fitting = Fitting(self._image_suffix)
         if not self.blurs:
-            return None
+            return Changes(fitting, None)
         from curation.reshard.blur import Blur
 
-        return Blur(self._detector)
+        return Changes(fitting, Blur(self._detector, fitting))
 
     def write(
         self,
         work: ShardContext,
         windows: Iterable[DecidedWindow],
         again: Callable[[], Iterable[DecidedWindow]],
-        blur: Blur | None,
+        changes: Changes,
     ) -> None:
         """Write one output shard.
 
@@ -79,7 +84,7 @@ class ShardWriter:
             work: The attempt at the shard.
             windows: Its samples, with the decisions about them.
             again: Returns the same windows from the start, to verify the shard.
-            blur: The ``Blur`` that blurs samples of ``windows``.
+            changes: What decided about the samples of ``windows``.
 
         Raises:
             ShardError: The sources cannot be read, or the written shard does not match the decisions.
@@ -91,14 +96,7 @@ class ShardWriter:
             with work.output(self._folder / f"{work.shard.id}{SUFFIX}") as index:
                 index.write(dump_index(entries))
             work.note("samples_out", len(entries))
-        if blur is not None:
-            work.note("blurred", blur.faces)
-            work.note("blurred_samples", blur.blurred)
-            if blur.without_area:
-                work.note("boxes_without_area", blur.without_area)
-                work.warn(f"{blur.without_area:,} recorded face boxes have no area in the picture: ignored")
-            if blur.unknown:
-                work.warn(f"{blur.unknown:,} samples do not say whether they show a face: not blurred")
+        changes.report(work)
         if self._verify and isinstance(file, AtomicFile):
             with work.phase("verify"):
                 verify_splice(again(), file.temporary, f"{work.shard.id}.tar")
@@ -121,30 +119,58 @@ def words_of_result(counts: Mapping[str, int], *, blurs: bool) -> str:
     return words
 
 
-def decide(
-    window: Window, span: SampleSpan, choice: Choice, edits: EditReader, blur: Blur | None, keys: Sequence[str] = ()
-) -> tuple[Choice, Decision]:
-    """Turn the choice for a sample into a decision for the writer.
+class Changes:
+    """Decides what becomes of each sample of one output shard, and counts what is changed.
 
     Args:
-        window: The window that contains the sample.
-        span: The sample.
-        choice: The choice for it.
-        edits: The edits of the sample's shard.
-        blur: Blurs a sample that is not edited; None if nothing is blurred.
-        keys: The keys under which the sample is written, if not under its own.
-
-    Returns:
-        The choice, which changes to failed if the sample cannot be blurred, and the decision for the writer.
+        fitting: Fits new images into the shard.
+        blur: Blurs samples that are not edited; None if nothing is blurred.
     """
-    edit: Edit | None = None
-    if choice.copies and choice.edited:
-        edit = edits.read(span.key)
-    elif choice.copies and blur is not None:
+
+    def __init__(self, fitting: Fitting, blur: Blur | None) -> None:
+        self.fitting, self.blur = fitting, blur
+
+    def decide(
+        self, window: Window, span: SampleSpan, choice: Choice, edits: EditReader, keys: Sequence[str] = ()
+    ) -> tuple[Choice, Decision]:
+        """Turn the choice for a sample into a decision for the writer.
+
+        Args:
+            window: The window that contains the sample.
+            span: The sample.
+            choice: The choice for it.
+            edits: The edits of the sample's shard.
+            keys: The keys under which the sample is written, if not under its own.
+
+        Returns:
+            The choice, which changes to failed if the sample's new image cannot be made, and the decision for the
+            writer.
+        """
+        edit: Edit | None = None
         try:
-            edit = blur.edit(window, span)
-        except SampleError as error:  # it may show a face, so it must not be kept unblurred
-            choice = Choice(0, failed=(error.reason, error.detail))
-    if not choice.copies:
-        return choice, Action.DROP
-    return choice, Copies(keys, edit or UNCHANGED) if keys else edit or Action.KEEP
+            if choice.copies and choice.edited:
+                edit = self.fitting.fit(span, edits.read(span.key))
+            elif choice.copies and self.blur is not None:
+                edit = self.blur.edit(window, span)
+        except SampleError as error:  # the original may show a face, so it must not be kept instead
+            choice = Choice(0, choice.edited, choice.wanted, failed=(error.reason, error.detail))
+        if not choice.copies:
+            return choice, Action.DROP
+        return choice, Copies(keys, edit or UNCHANGED) if keys else edit or Action.KEEP
+
+    def report(self, work: ShardContext) -> None:
+        """Write into the receipt what was changed."""
+        for name, value in self.fitting.notes().items():
+            work.note(name, value)
+        for line in self.fitting.warnings():
+            work.warn(line)
+        blur = self.blur
+        if blur is None:
+            return
+        work.note("blurred", blur.faces)
+        work.note("blurred_samples", blur.blurred)
+        if blur.without_area:
+            work.note("boxes_without_area", blur.without_area)
+            work.warn(f"{blur.without_area:,} recorded face boxes have no area in the picture: ignored")
+        if blur.unknown:
+            work.warn(f"{blur.unknown:,} samples do not say whether they show a face: not blurred")

@@ -10,6 +10,6 @@ from curation.options import RunOptions
 from curation.run.follow import Follows
 from curation.run.inputs import Input
 from curation.run.runner import run_stage
-from curation.run.work import ShardContext, Stage
+from curation.run.work import Later, ShardContext, Stage
 
-__all__ = ["Follows", "Input", "RunOptions", "ShardContext", "Stage", "run_stage"]
+__all__ = ["Follows", "Input", "Later", "RunOptions", "ShardContext", "Stage", "run_stage"]

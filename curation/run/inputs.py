@@ -11,9 +11,9 @@ from typing import Any
 
 import xxhash
 
-from curation.errors import ShardError
+from curation.errors import ShardError, UsageError
 from curation.shards import TAR, Shard, bucket_of
-from curation.storage.files import fast_digest, read_record
+from curation.storage.files import fast_digest, names_in, read_record
 from curation.storage.remote_read import Unavailable, fetch_info
 from curation.storage.urls import Source, Url
 from curation.tar.sources import table_of
@@ -179,6 +179,35 @@ def receipts_of(folder: Path, stage: str) -> Path | None:
     if pointer is not None:
         return Path(os.path.realpath(folder / str(pointer.get("output", ".")))) / "_receipts" / stage
     return place if place.is_dir() else None
+
+
+def check_made_by(
+    flag: str, folder: Path, stage: str, *, beside: Sequence[str] = (), or_by: Sequence[str] = ()
+) -> None:
+    """Check that a folder that is given for the files of one stage does not hold those of another.
+
+    Files that were made elsewhere, without receipts, are accepted.
+
+    Args:
+        flag: The option that names the folder, for the message: ``--edits``.
+        folder: The folder.
+        stage: The stage whose files are wanted.
+        or_by: Other stages whose files serve as well.
+        beside: Stages that may have put some of their files there, while their ``--output`` is elsewhere.
+
+    Raises:
+        UsageError: Other stages have their receipts there, and this one has none.
+    """
+    receipts = folder / "_receipts"
+    found = [name for name in sorted(names_in(receipts)) if (receipts / name).is_dir()] if folder.is_dir() else []
+    guests = {name for name in found if (receipts / name / "_home.json").exists()}  # their --output is elsewhere
+    others = [f"{name} (not its --output)" if name in guests else name for name in found if name not in beside]
+    others += [name for name in found if name in beside and name not in guests]
+    if others and not {stage, *or_by} & (set(found) - guests):
+        raise UsageError(
+            f"{flag}: {folder} holds the files of {', '.join(others)}, and not those of {stage}; give the "
+            f"folder that {numbered(stage) or stage} wrote (perhaps two folders were swapped)"
+        )
 
 
 def published_below(folder: Path, stage: str, shard_id: str) -> dict[str, tuple[int, str]] | None:

@@ -148,20 +148,20 @@ def _stays(member: Member) -> ExpectedMember:
 
 
 def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> list[ExpectedMember]:
-    """The new jpg takes the place of the first image; the txt and the json take the places of the first txt and json.
+    """The new image takes the place of the first image; the txt and the json take the places of the first txt and json.
     A new member without a counterpart comes after the last member."""
     stem, old_stem = (f"{one}.".encode("utf-8", "surrogateescape") for one in (key, old_key))
     expected: list[ExpectedMember] = []
     placed: set[str] = set()
 
     def add_new(part: str, mtime: int) -> None:
-        name, data = stem + part.encode(), edit.part(part) or b""
+        name, data = stem + edit.suffix(part), edit.part(part) or b""
         placed.add(part)
         header = make_header(name, len(data), mtime)
         expected.append(ExpectedMember(name, len(data), b"".join((header, data, padding(len(data))))))
 
     for member in members:
-        part = "jpg" if member.suffix in IMAGE_SUFFIXES else member.suffix
+        part = "image" if member.suffix in IMAGE_SUFFIXES else member.suffix
         if part in edit.parts:
             if part not in placed:
                 add_new(part, member.mtime)

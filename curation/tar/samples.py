@@ -19,7 +19,7 @@ from curation.storage.urls import Source
 from curation.tar.blocks import Block
 from curation.tar.headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make_header, padding
 from curation.tar.random_access import MAX_SAMPLE_BYTES, parse_span, place_of
-from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarReport, TarScan, Window
+from curation.tar.scan import IMAGE_SUFFIXES, TOGETHER, SampleSpan, TarReport, TarScan, Window
 
 MAX_MEMBER_BYTES: Final = 256 << 20  # larger members are not loaded into memory, only copied
 
@@ -168,7 +168,7 @@ def problem_of(span: SampleSpan) -> tuple[str, str] | None:
     if span.torn:
         return "damaged_tar", span.torn
     if span.repeated:
-        return "duplicate_key", "an earlier sample of the shard has the same key"
+        return "duplicate_key", f"an earlier sample of the shard has the same key; {TOGETHER}"
     if span.refused:
         return span.refused
     suffixes = {member.suffix for member in span.members if member.regular}

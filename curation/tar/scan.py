@@ -51,6 +51,8 @@ from curation.tar.sources import open_blocks
 from curation.tar.swallowed import HeaderSearch, has_magic, is_archive, marks
 from curation.threads import BackgroundCall
 
+# What to do if the members of one sample were found at two places.
+TOGETHER: Final = "if they are one whose members do not stand together: python -m curation fsck TARS --repair DIR"
 IMAGE_SUFFIXES: Final = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")
 )
@@ -161,7 +163,7 @@ class TarReport:
         if self.end_bytes > _USUAL_END_BYTES:
             lines.append(f"{self.path}: ends in {self.end_bytes:,} zero bytes; were there members once?")
         if self.repeated_keys:
-            lines.append(f"{self.path}: {self.repeated_keys:,} samples have the key of an earlier one")
+            lines.append(f"{self.path}: {self.repeated_keys:,} samples have the key of an earlier one; {TOGETHER}")
         if self.doubled:
             lines.append(f"{self.path}: {self.doubled:,} samples come several times in a row; the first one counts")
         if self.odd_headers:

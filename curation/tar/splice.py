@@ -18,19 +18,29 @@ END_OF_ARCHIVE: Final = 2 * 512
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """The new members of a sample.  Its other members stay, as do those for which there is None here."""
+    """The new members of a sample.  Its other members stay, as do those for which there is None here.
 
-    jpg: bytes | memoryview | None
+    image_suffix, txt_suffix, json_suffix: what a new member is called behind the key and a dot (``webp``, ``JPG``).
+    """
+
+    image: bytes | memoryview | None
     txt: bytes | memoryview | None
     json: bytes | memoryview | None
+    image_suffix: bytes = b"jpg"
+    txt_suffix: bytes = b"txt"
+    json_suffix: bytes = b"json"
 
     @property
     def parts(self) -> list[str]:
-        """The suffixes of the new members."""
-        return [suffix for suffix in ("jpg", "txt", "json") if self.part(suffix) is not None]
+        """Which members are new: image, txt, json."""
+        return [part for part in ("image", "txt", "json") if self.part(part) is not None]
 
-    def part(self, suffix: str) -> bytes | memoryview | None:
-        return self.jpg if suffix == "jpg" else self.txt if suffix == "txt" else self.json
+    def part(self, part: str) -> bytes | memoryview | None:
+        return self.image if part == "image" else self.txt if part == "txt" else self.json
+
+    def suffix(self, part: str) -> bytes:
+        """What the new member is called behind the key and a dot."""
+        return self.image_suffix if part == "image" else self.txt_suffix if part == "txt" else self.json_suffix
 
 
 UNCHANGED: Final = Edit(None, None, None)
@@ -104,7 +114,7 @@ def decided(tar: Windows, decide: Decide) -> Iterator[DecidedWindow]:
 def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str, int, int]] | None = None) -> None:
     """Write a tar from the samples of ``windows`` and the decisions about them.
 
-    In an edited sample the jpg takes the place of the first image of any type, under the name ``<key>.jpg``, and
+    In an edited sample the new image takes the place of the first image of any type, under its own suffix, and
     further images are removed; members that the source lacks come after its last member.  New members have the times
     of those that they replace.
 
@@ -176,20 +186,20 @@ class _Out:
         parts = frozenset(missing)
         new: list[bytes | memoryview] = []
 
-        def replace(suffix: str, mtime: int) -> None:
-            missing.remove(suffix)
-            data = edit.part(suffix) or b""
-            new.extend((make_header(stem + suffix.encode(), len(data), mtime), data, padding(len(data))))
+        def replace(part: str, mtime: int) -> None:
+            missing.remove(part)
+            data = edit.part(part) or b""
+            new.extend((make_header(stem + edit.suffix(part), len(data), mtime), data, padding(len(data))))
 
         for member in span.in_order if key is None else span.members:
-            suffix = _replaced_by(member)
-            if suffix not in parts:
+            part = _replaced_by(member)
+            if part not in parts:
                 self._add(new)
                 self._keep(member, None if key is None else stem + member.name[suffix_at:])
-            elif suffix is not None and suffix in missing:
-                replace(suffix, member.mtime)
-        for suffix in tuple(missing):
-            replace(suffix, span.members[0].mtime)
+            elif part is not None and part in missing:
+                replace(part, member.mtime)
+        for part in tuple(missing):
+            replace(part, span.members[0].mtime)
         self._add(new)
         if self._begun == self._done:  # the next range may begin directly after removed members
             self._begun = self._done = span.end
@@ -235,7 +245,7 @@ class _Out:
 
 
 def _replaced_by(member: Member) -> str | None:
-    """The suffix of the edit's member that replaces this member; None if the member stays."""
+    """The part of an edit that replaces this member; None if the member stays."""
     if member.suffix in IMAGE_SUFFIXES:
-        return "jpg"
+        return "image"
     return member.suffix if member.suffix in ("txt", "json") else None

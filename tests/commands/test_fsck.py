@@ -478,3 +478,45 @@ def test_findings_are_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     shard = result["findings"]["0"]
     assert shard["counts"]["caption_differs"] == 60
     assert len([f for f in shard["findings"] if f["kind"] == "caption_differs"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (["22.05", "22.06", "Track 2.0 (Clean)"], {"cut_key": 2}),
+        (["000.input", "001.input"], {"cut_key": 2}),
+    ],
+)
+def test_pictures_that_readers_do_not_see_are_told(
+    names: list[str], kinds: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The key ends at the first dot: 22.05.jpg is member 05.jpg of sample 22."""
+    write_plainly(tmp_path / "0.tar", [f"{name}.{suffix}" for name in names for suffix in ("jpg", "txt")])
+    for images in ([], ["--no_images"]):
+        assert main(["fsck", str(tmp_path), "--quiet", *images]) == 1
+        out = capsys.readouterr().out
+        assert f"what to do about cut_key ({kinds['cut_key']}): rename its members" in out
+        assert "SOUND" not in out
+    assert check_shard(Task(tmp_path / "0.tar", "0", True, None)).findings.counts == kinds
+
+
+@pytest.mark.parametrize("names", [["000.txt", "000.json", "001.txt"], ["000.mp4", "000.txt"], ["a", "b"]])
+def test_a_shard_in_which_no_sample_has_a_picture(names: list[str], tmp_path: Path) -> None:
+    write_plainly(tmp_path / "0.tar", names)
+    found = check_shard(Task(tmp_path / "0.tar", "0", False, None)).findings
+    assert found.counts["no_picture"] == 1
+    assert names[0] in next(one.detail for one in found.kept if one.kind == "no_picture")
+
+
+def test_further_pictures_of_a_sample_are_no_fault(tmp_path: Path) -> None:
+    write_plainly(tmp_path / "0.tar", ["000.jpg", "000.mask.png", "000.txt", "001.jpg", "001.mask.png", "001.txt"])
+    assert not check_shard(Task(tmp_path / "0.tar", "0", False, None)).findings
+
+
+def write_plainly(path: Path, names: list[str]) -> None:
+    picture = next(bytes(s.members["jpg"]) for s in read_samples(EXAMPLES / "00000000.tar", want=("jpg",)))
+    with path.open("wb") as file:
+        writer = TarWriter(file)
+        for name in names:
+            writer.add(name, picture if name.endswith(".jpg") else b"{}" if name.endswith(".json") else b"a dog")
+        writer.close()

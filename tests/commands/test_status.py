@@ -98,6 +98,21 @@ def test_without_a_plan_it_says_that_it_does_not_know(place: Place, status: Stat
     assert status()["toy"]["pending"] == 0
 
 
+def test_pending_is_what_the_stage_before_has_done_also_after_a_run_of_some_shards(
+    place: Place, status: Status
+) -> None:
+    place.shards(4)
+    assert place.run("--shards", "00000000..00000002") == 0
+    assert follow(place, "next", place.out, "toy", "--shards", "00000001") == 0
+    assert status()["toy"]["pending"] == 0, "what its inputs are was not made by a stage"
+    following = status()["next"]
+    assert (following["done"], following["pending"], following["planned"]) == (1, 2, 1)
+    assert follow(place, "next", place.out, "toy") == 0
+    assert (status()["next"]["done"], status()["next"]["pending"]) == (3, 0)
+    assert place.run() == 0
+    assert status()["next"]["pending"] == 1
+
+
 def test_quarantined_stand_apart_and_retry_makes_pending(place: Place, status: Status) -> None:
     place.shard("00000000", "shard error")
     for _ in range(3):

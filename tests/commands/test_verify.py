@@ -200,6 +200,32 @@ def test_the_text_form_ends_in_one_line(dataset: Dataset) -> None:
     assert any(line.startswith("what to do about bytes_differ (1): run stage 04 again") for line in lines)
 
 
+def test_a_set_in_which_nothing_was_edited_is_told(dataset: Dataset) -> None:
+    unedited = next(
+        path.stem
+        for path in sorted((dataset.root / "shards").glob("*.tar"))
+        if not edited_keys(dataset.root / "hybrid" / path.name)
+    )
+    arguments = ["verify", str(dataset.root / "shards"), str(dataset.root / "hybrid"), "--quiet", "--shards", unedited]
+    assert main(arguments) == 0
+    assert dataset.capsys.readouterr().out.startswith(
+        "OK, but nothing was edited: every sample is that of the source: 1 "
+    )
+
+
+def test_swapped_arguments_are_told(dataset: Dataset) -> None:
+    places = {name: str(dataset.root / name) for name in ("shards", "hybrid", "edits", "prompts", "captions")}
+    for arguments, told in (
+        ([places["hybrid"], places["shards"], "--edits", places["edits"]], "were the two swapped?"),
+        ([places["shards"], places["edits"]], "HYBRID: "),
+        ([places["shards"], places["hybrid"], "--edits", places["prompts"]], "--edits: "),
+        ([places["shards"], places["hybrid"], "--prompts", places["captions"]], "--prompts: "),
+        ([places["shards"], places["hybrid"], "--captions", places["edits"]], "--captions: "),
+    ):
+        assert main(["verify", *arguments]) == 2
+        assert told in dataset.capsys.readouterr().err
+
+
 def test_nothing_but_the_manifest_is_written_and_none_where_there_are_findings(dataset: Dataset) -> None:
     def look() -> dict[str, bytes]:
         return {str(p.relative_to(dataset.root)): p.read_bytes() for p in dataset.root.rglob("*") if p.is_file()}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from curation.images import decode_rgb
+from curation.images import decode_rgb, written_format
 from curation.tar.samples import read_samples
 from tests import EXAMPLES
 from tests.shards import member, tar_of
@@ -96,15 +96,22 @@ def test_the_blur_is_datacomps_kernel(run: Regroup, boxes: list[list[float]]) ->
         assert after[face].std() < 0.5 * before[face].std()
 
 
-def test_other_formats_become_jpeg_and_copies_are_blurred_too(run: Regroup) -> None:
+@pytest.mark.parametrize(("wanted", "suffix"), [("source", "png"), ("keep", "jpg"), ("webp", "webp")])
+def test_a_blurred_picture_has_the_format_of_its_name_and_copies_are_blurred_too(
+    run: Regroup, wanted: str, suffix: str
+) -> None:
     put(run, {"face": [BOX], "none": []}, "png", noise("PNG"))
-    assert run("--blur_faces", "recorded", "--subset", put_subset(run, [0, 0, 1]), "--shard_size", "2", "--verify") == 0
+    flags = ["--image_suffix", wanted, "--blur_faces", "recorded", "--subset"]
+    assert run(*flags, put_subset(run, [0, 0, 1]), "--shard_size", "2", "--verify") == 0
     samples = [s for path in run.tars() for s in read_samples(path)]
     assert [(s.key, s.suffixes) for s in samples] == [
-        ("face-0", ("jpg", "json", "txt")), ("face-1", ("jpg", "json", "txt")), ("none", ("png", "json", "txt"))
+        ("face-0", (suffix, "json", "txt")), ("face-1", (suffix, "json", "txt")), ("none", ("png", "json", "txt"))
     ]  # fmt: skip
     assert samples[0].members == samples[1].members
-    assert samples[0].members["jpg"][:3] == b"\xff\xd8\xff"
+    assert written_format(samples[0].members[suffix]) == suffix
+    assert decode_rgb(samples[0].members[suffix]).shape == (HEIGHT, WIDTH, 3)
+    told = json.loads(samples[0].members["json"])
+    assert told["sha256"] == hashlib.sha256(samples[0].members[suffix]).hexdigest()
 
 
 def test_what_cannot_be_blurred_does_not_go_on(run: Regroup) -> None:
@@ -153,7 +160,7 @@ def test_a_very_long_picture_is_blurred_within_bounds(
     put(run, {"long": [[0, 0, 1, 1]]}, "png", file.getvalue())
     assert run("--blur_faces", "recorded") == 0
     (sample,) = read_samples(run.root / "hybrid/0.tar")
-    after = decode_rgb(sample.members["jpg"])
+    after = decode_rgb(sample.members["png"])
     assert after.shape == stripes.shape
     assert after.std() < 6
     assert max(kernels) < 500

@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.errors import ShardError
+from curation.images import encode_jpeg
 from curation.options import RunOptions
 from curation.run.runner import run_stage
 from curation.run.work import ShardContext, Stage
@@ -37,7 +39,8 @@ from tests.stages.harness import Run
 stage_04 = importlib.import_module("04_reshard")
 NAME = "04_reshard"
 TRIPLE = ("jpg", "json", "txt")
-EDIT = {"jpg": b"generated " * 90, "txt": b"a portrait", "json": b'{"caption": "a portrait"}'}
+JPEG = encode_jpeg(np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8), 90)
+EDIT = {"jpg": JPEG, "txt": b"a portrait", "json": b'{"caption": "a portrait"}'}
 
 
 # ---- shards, edits, runs
@@ -85,8 +88,9 @@ class Stage04(Run):
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Stage04:
-    (tmp_path / "edits").mkdir()
-    return Stage04(tmp_path, capsys)
+    run = Stage04(tmp_path, capsys)
+    run.put("edits/of-another-run.tar", tar_of_edits(["nobody"]))  # an empty folder would be refused
+    return run
 
 
 @pytest.fixture
@@ -117,7 +121,7 @@ def test_edited_samples_are_replaced_and_the_rest_stays_byte_for_byte(run: Stage
             assert (info.mtime, info.mode, info.uid, info.uname) == (1_700_000_000, 0o644, 0, "")
     receipt = run.receipt()
     assert receipt["counts"] == {"in": 20, "kept": 20, "dropped": {}, "failed": {}}
-    assert receipt["notes"] == {"edited": 4, "missing_edits": 0, "verified": True}
+    assert receipt["notes"] == {"edited": 4, "image_suffix": "source", "missing_edits": 0, "verified": True}
     assert receipt["warnings"] == []
 
 
@@ -142,10 +146,15 @@ def test_again_there_is_nothing_to_do(run: Stage04) -> None:
 
 
 @pytest.mark.parametrize("image", ["webp", "png", "JPEG", "gif", "bmp", "tiff"])
-def test_the_jpg_replaces_an_image_of_any_type(run: Stage04, image: str) -> None:
+def test_the_edit_replaces_an_image_of_any_type(run: Stage04, image: str) -> None:
     run.put("shards/0.tar", tar_of([*sample("a", ["json", image, "txt"]), *sample("b", ["json", image, "txt"])]))
     run.put("edits/0.tar", tar_of_edits("a"))
     assert run("--verify") == 0, run.log
+    names = [name for name, _ in raw_members(run.result())]
+    suffix = image if image.lower() in ("jpeg", "png", "webp") else "jpg"
+    assert names == ["a.json", f"a.{suffix}", "a.txt", "b.json", f"b.{image}", "b.txt"]
+    assert run.receipt()["notes"].get("kept_jpg") == (None if suffix == image else {image: 1})
+    assert run("--verify", "--rerun", "--image_suffix", "keep") == 0, run.log
     names = [name for name, _ in raw_members(run.result())]
     assert names == ["a.json", "a.jpg", "a.txt", "b.json", f"b.{image}", "b.txt"]
 
@@ -156,7 +165,7 @@ def test_further_images_go_other_members_stay_and_lacking_ones_come_last(run: St
     run.put("edits/0.tar", tar_of_edits("a"))
     assert run("--verify") == 0, run.log
     old, new = dict(raw_members(source)), raw_members(run.result())
-    names = ["a.cls", "a.jpg", "a.seg.png", "a.npy", "a.txt", "a.json", "b.jpg", "b.json", "b.txt"]
+    names = ["a.cls", "a.png", "a.seg.png", "a.npy", "a.txt", "a.json", "b.jpg", "b.json", "b.txt"]
     assert [name for name, _ in new] == names
     for name, raw in new:
         if name in ("a.cls", "a.seg.png", "a.npy") or name.startswith("b"):
@@ -168,7 +177,7 @@ def test_new_members_take_the_time_of_those_they_replace(run: Stage04) -> None:
     run.put("edits/0.tar", tar_of_edits("a"))
     assert run() == 0
     with tarfile.open(fileobj=io.BytesIO(run.result())) as tar:
-        assert {info.name: info.mtime for info in tar} == {"a.jpg": 111, "a.json": 222, "a.txt": 111}
+        assert {info.name: info.mtime for info in tar} == {"a.webp": 111, "a.json": 222, "a.txt": 111}
 
 
 @pytest.mark.parametrize("parts", [["json"], ["jpg", "txt"], ["jpg", "json"], ["txt", "json"]])
@@ -214,7 +223,7 @@ def test_edits_layout_says_which_counts(run: Stage04, layout: str, edited: str) 
     loose(run, "b")
     assert run("--edits_layout", layout) == 0
     new = contents(run.result())
-    assert {name for name in new if new[name].startswith(b"generated")} == {f"{edited}.jpg"}
+    assert {name for name in new if new[name].startswith(JPEG)} == {f"{edited}.jpg"}
 
 
 @pytest.mark.parametrize("on_missing", ["keep", "drop"])
@@ -317,11 +326,11 @@ def test_only_what_stage_03s_receipt_names_counts(run: Stage04, layout: str) -> 
     generate(run, "ab", layout)
     assert run() == 0, run.log
     new = contents(run.result())
-    assert {name for name in new if new[name].startswith(b"generated")} == {"a.jpg", "b.jpg"}
+    assert {name for name in new if new[name].startswith(JPEG)} == {"a.jpg", "b.jpg"}
     generate(run, "b", layout)  # another run of stage 03 makes the shard pending
     assert run() == 0, run.log
     new = contents(run.result())
-    assert {name for name in new if new[name].startswith(b"generated")} == {"b.jpg"}
+    assert {name for name in new if new[name].startswith(JPEG)} == {"b.jpg"}
 
 
 @pytest.mark.parametrize("layout", ["tar", "files"])
@@ -349,8 +358,8 @@ def test_a_shard_that_stage_03_has_not_done_is_blocked(run: Stage04) -> None:
 @pytest.mark.parametrize(
     ("edits", "what"),
     [
-        (tar_of_edits("ab")[:4500], "is cut"),
-        (tar_of_edits("a")[: 1536 + 2 * 1024], "no end-of-archive"),
+        (tar_of_edits("ab")[: tar_of_edits("ab").index(b"b.jpg") + 700], "is cut"),
+        (tar_of_edits("a")[: 512 + len(JPEG + b"a") + -len(JPEG + b"a") % 512 + 2 * 1024], "no end-of-archive"),
         (tar_of_edits("aba"), "two edits of one key"),
         (tar_of([member("a.jpg", type=tarfile.SYMTYPE), member("a.txt", b"x"), member("a.json", b"{}")]), "not_a_file"),
         (b"no tar at all" * 99, "no header where one is due"),

@@ -107,7 +107,7 @@ def _chosen(places: Mapping[str, StagePlace], count: int) -> Iterator[tuple[str,
             with TarEditReader(tar) if tar.exists() else LooseEditReader(tar.with_suffix(""), None) as edits:
                 keys = sorted(edits.keys() & groups.keys(), key=lambda key: hash_of(0, key))
                 for key in keys[: min(each, left)]:
-                    group, jpeg = groups[key], edits.read(key).jpg
+                    group, jpeg = groups[key], edits.read(key).image
                     if isinstance(group, str) and jpeg is not None:
                         left -= 1
                         yield group, bytes(jpeg)

@@ -27,6 +27,34 @@ _DATACOMP_KINDS = frozenset(("image", "txt", "json"))
 Read = Callable[[Member], bytes]
 
 
+class Pictures:
+    """Whether readers find the pictures of a shard: a member counts as one by its suffix alone."""
+
+    def __init__(self) -> None:
+        self._found = self._cut = False
+        self._names: dict[str, None] = {}  # a few members of samples without a picture
+
+    def add(self, span: SampleSpan, findings: Findings) -> None:
+        """Look at the names of a sample's members.  If a picture is there and its suffix is not one, that is told."""
+        if "image" in span.kinds:
+            self._found = True
+            return
+        pictures = [m for m in span.members if m.suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+        if span.key and pictures:
+            self._cut = True
+            name, suffix = pictures[0].text_name, pictures[0].suffix
+            findings.add("cut_key", span.key, f"readers take {name} for .{suffix} of this key, which is no picture")
+        for member in span.members or span.foreign:
+            if member.regular and len(self._names) < SHOWN_OF_A_KIND:
+                self._names[member.text_name] = None
+
+    def tell(self, findings: Findings) -> None:
+        """Tell of a shard without any picture, unless it is known where they are."""
+        if self._names and not self._found and not self._cut:
+            some = ", ".join(self._names)
+            findings.add("no_picture", "", f"no sample has a picture ({', '.join(sorted(IMAGE_SUFFIXES))}): {some} …")
+
+
 class Kinds:
     """Which kinds of members the samples of a shard usually have, and which of them lack one."""
 

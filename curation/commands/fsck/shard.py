@@ -11,7 +11,7 @@ from typing import Final
 
 from curation.commands.findings import Findings
 from curation.commands.fsck.salvage import salvage
-from curation.commands.fsck.samples import Kinds, sample_problems
+from curation.commands.fsck.samples import Kinds, Pictures, sample_problems
 from curation.errors import ShardError
 from curation.jsonio import clean_text
 from curation.run.inputs import receipts_of, vouched_for
@@ -39,6 +39,8 @@ REMEDIES: Final[Mapping[str, str]] = {
     "duplicate_member": "--repair DIR keeps the first of each, or leaves the sample out; WebDataset refuses it",
     "split_sample": "--repair DIR puts its members together",
     "incomplete_sample": "--repair DIR leaves it out; what it lacks may be in another copy of the shard",
+    "cut_key": "rename its members: a key ends at the first dot, as 22.05.jpg to 22_05.jpg",
+    "no_picture": "rename the members to <key>.jpg, <key>.txt and <key>.json, or give the tars that hold the pictures",
     "overlong_key": "rename it at its source, or let --repair DIR leave it out: no file can have such a name",
     "unsafe_name": "never unpack the tar; --repair DIR leaves the sample out",
     "not_a_file": "--repair DIR leaves it out",
@@ -104,16 +106,18 @@ def check_shard(task: Task) -> Verdict:
 def _check_archive(task: Task, verdict: Verdict) -> None:
     findings = verdict.findings
     tar = TarScan(task.path)
-    kinds = Kinds()
+    kinds, pictures = Kinds(), Pictures()
     parts: dict[int, frozenset[str]] = {}  # hash of a key → the suffixes of its first run, of incomplete ones
     for window in tar.windows():
         for span in window.spans:
+            pictures.add(span, findings)
             if not span.key:
                 _check_foreign(span, findings)
                 continue
             verdict.samples += 1
             _check_span(task, window, span, kinds, parts, findings)
     kinds.tell(findings)
+    pictures.tell(findings)
     report = tar.report
     for damage in report.damages:
         findings.add(_kind_of(damage), "", f"at byte {damage.offset:,}, {damage.length:,} bytes: {damage.detail}")

@@ -24,7 +24,7 @@ from curation.commands.places import StagePlace
 from curation.errors import InfrastructureError
 from curation.run.inputs import receipts_of, vouched_for
 from curation.run.ledger import MAX_ATTEMPTS, OptionsVersion
-from curation.run.planned import planned
+from curation.run.planned import Plan
 from curation.shards import bucket_of
 from curation.storage.files import MAX_RECEIPT_BYTES, read_record
 
@@ -195,12 +195,14 @@ _READ_BYTES = 256 << 10
 class ScannedStage:
     """A stage whose receipts are read.
 
-    planned: bucket → shard ids; None where no run has left its plan.  claimed: shards on which a worker has a claim.
+    planned: bucket → shard ids; None where no run has left its plan.  sources: the stage and the folder, relative to
+    the output, of what the planned shards are made from.  claimed: shards on which a worker has a claim.
     """
 
     place: StagePlace
     epochs: list[OptionsVersion]
     planned: dict[str, set[str]] | None
+    sources: set[tuple[str, str]] = field(default_factory=set)
     claimed: set[str] = field(default_factory=set)
 
     def governing(self, shard_id: str) -> int:
@@ -223,9 +225,10 @@ class ReceiptScan:
 
     def __init__(self, places: Sequence[StagePlace]) -> None:
         self.warnings: list[str] = []
-        self.stages = [ScannedStage(place, self._epochs(place), self._planned(place)) for place in places]
+        self.stages = [ScannedStage(place, self._epochs(place), *self._planned(place)) for place in places]
         self._index = {str(place.receipts): number for number, place in enumerate(places)}
         self._origins: dict[tuple[int, str, str], tuple[int | None, str]] = {}
+        self._upstream = [self._upstream_of(number) for number in range(len(self.stages))]
 
     def read(self, new_counts: Callable[[], AnyStageCounts]) -> list[AnyStageCounts]:
         """Returns the sums of each stage, in the order of ``stages``.
@@ -286,6 +289,7 @@ class ReceiptScan:
                     stack.callback(os.close, folder)
                 folders.append(folder)
                 names.append(set() if folder is None else _receipt_names(folder))
+            done: list[set[str]] = [set() for _ in self.stages]
             for shard_id in set().union(*names):
                 seen: dict[int, _ScannedReceipt] = {}
                 for number, folder in enumerate(folders):
@@ -295,14 +299,18 @@ class ReceiptScan:
                             total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
                         else:
                             seen[number] = _ScannedReceipt(receipt)
+                            if receipt.get("status") == "done":
+                                done[number].add(shard_id)
                 for number, this in seen.items():
                     try:
                         self._count(number, shard_id, this, seen, total[number])
                     except (TypeError, ValueError, KeyError, AttributeError):  # not a receipt that a stage has written
                         total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
             for number, stage in enumerate(self.stages):
-                planned = (stage.planned or {}).get(bucket, set())
-                total[number].untouched += len(planned - names[number] - stage.claimed)
+                expected = (stage.planned or {}).get(bucket, set())
+                if upstream := self._upstream[number]:  # also those that a run with --shards left out
+                    expected = expected | set.intersection(*(done[before] for before in upstream))
+                total[number].untouched += len(expected - names[number] - stage.claimed)
 
     def _count(
         self, number: int, shard_id: str, this: _ScannedReceipt, seen: dict[int, _ScannedReceipt], counts: StageCounts
@@ -357,6 +365,17 @@ class ReceiptScan:
             self._origins[key] = (place, real)
         return self._origins[key]
 
+    def _upstream_of(self, number: int) -> list[int]:
+        """Returns the stages that make what a stage reads, as far as they are below the folder that is read.
+
+        None for shards of another size, which have other ids than those that they are made from.
+        """
+        sources = self.stages[number].sources
+        if any(folder.startswith("_") for _, folder in sources):  # the index of such shards
+            return []
+        found = {self._origin(number, stage, folder)[0] for stage, folder in sources}
+        return sorted(place for place in found if place is not None and place != number)
+
     def _epochs(self, place: StagePlace) -> list[OptionsVersion]:
         epochs: list[OptionsVersion] = []
         while (path := place.receipts / f"_epoch.{len(epochs) + 1}.json").exists():
@@ -367,12 +386,14 @@ class ReceiptScan:
             epochs.append(OptionsVersion.from_record(len(epochs) + 1, record))
         return epochs
 
-    def _planned(self, place: StagePlace) -> dict[str, set[str]] | None:
-        """Returns the shards that the runs of a stage planned to do, by bucket."""
+    def _planned(self, place: StagePlace) -> tuple[dict[str, set[str]] | None, set[tuple[str, str]]]:
+        """Returns the shards that the runs of a stage planned to do, by bucket, and what they are made from."""
         found: dict[str, set[str]] = {}
-        for shard_id in planned(place.home, place.stage, self.warnings.append):
+        plan = Plan(place.home, place.stage, self.warnings.append)
+        plan.look()
+        for shard_id in plan.ids:
             found.setdefault(bucket_of(shard_id), set()).add(shard_id)
-        return found or None
+        return found or None, plan.sources
 
 
 def _buckets(receipts: Path) -> Iterator[str]:

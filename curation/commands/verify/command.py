@@ -22,7 +22,7 @@ from curation.commands.verify.shard import CAPTIONS, EDITS, HYBRID, PROMPTS, REM
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
 from curation.jsonio import clean_text
 from curation.options import exit_code, logger, parse_arguments, set_up_logging
-from curation.run.inputs import receipts_of
+from curation.run.inputs import check_made_by, receipts_of
 from curation.run.progress import Progress
 from curation.shards import Shard, bucket_of, discover, files_of, is_safe_id, select
 from curation.storage.files import read_record, write_manifest
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = files_of(everything)
     if options.hybrid.resolve() in {path.parent.resolve() for path in files.values()}:
         raise UsageError("HYBRID is the folder of the source shards: there would be nothing to compare")
+    _check_places(options, {path.parent for path in files.values()})
     shards = select(everything, options.shards)
     edits, prompts, captions = _folders(options, shards)
     verdicts = _strays(options, everything, edits)
@@ -99,6 +100,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     manifest = _manifest(options, verdicts) if not faulty else None
     _show(options, verdicts, faulty, manifest, time.monotonic() - began)
     return EXIT_SHARDS_FAILED if faulty else EXIT_OK
+
+
+def _check_places(options: Options, sources: set[Path]) -> None:
+    """Raise UsageError if a folder holds what another stage made, so that arguments must have been swapped."""
+    if receipts_of(options.hybrid, HYBRID) is None and any(receipts_of(folder, HYBRID) for folder in sources):
+        raise UsageError(
+            f"SOURCE has receipts of {HYBRID}, and HYBRID {options.hybrid} has none: were the two swapped? "
+            "The source shards come first"
+        )
+    check_made_by("HYBRID", options.hybrid, HYBRID)
+    if options.edits is not None:
+        check_made_by("--edits", options.edits, EDITS, beside=(CAPTIONS,))
+    if options.prompts is not None:
+        check_made_by("--prompts", options.prompts, PROMPTS)
+    if options.captions is not None:
+        check_made_by("--captions", options.captions, CAPTIONS)
 
 
 def _folders(options: Options, shards: Sequence[Shard]) -> tuple[Path, Path | None, Path | None]:
@@ -197,4 +214,5 @@ def _show(
         count = sum(verdict.findings.counts.total() for verdict in faulty)
         print(f"FAULTY: {count:,} findings in {len(faulty):,} shards; {about}", flush=True)
     else:
-        print(f"OK: {about}" + (f"; digests in {manifest}" if manifest else ""), flush=True)
+        nothing = "" if total["edited"] else ", but nothing was edited: every sample is that of the source"
+        print(f"OK{nothing}: {about}" + (f"; digests in {manifest}" if manifest else ""), flush=True)

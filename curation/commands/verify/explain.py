@@ -18,7 +18,7 @@ from curation.tar.headers import Member
 from curation.tar.prove import ExpectedMember, expected_members
 from curation.tar.random_access import RangeReader
 from curation.tar.samples import MAX_MEMBER_BYTES
-from curation.tar.scan import SampleSpan, TarScan, Window
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
 from curation.tar.splice import Action, Decide, Edit
 
 _PIECE_BYTES = 1 << 20
@@ -171,10 +171,14 @@ def _tell_of_edit(
     provenance: bool,
 ) -> None:
     """What the edited sample in the hybrid says of itself."""
-    parts = {m.suffix: _read(new, m) for m in found.members if m.suffix in ("jpg", "txt", "json")}
+    parts: dict[str, bytes] = {}
+    for member in found.members:
+        part = "image" if member.suffix in IMAGE_SUFFIXES else member.suffix
+        if part in ("image", "txt", "json") and part not in parts:
+            parts[part] = _read(new, member)
     if len(parts) < 3:
         return
-    for kind, detail in self_problems(parts["jpg"], parts["txt"], parts["json"], provenance=provenance):
+    for kind, detail in self_problems(parts["image"], parts["txt"], parts["json"], provenance=provenance):
         findings.add(kind, key, detail)
     original = next((_read(old, m) for m in span.members if m.suffix == "json" and m.regular), None)
     if original is not None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from curation.commands.findings import Findings
 from curation.commands.verify.conservation import (
@@ -23,8 +23,10 @@ from curation.commands.verify.conservation import (
 from curation.commands.verify.edited_samples import original_problems, self_problems
 from curation.commands.verify.explain import explain
 from curation.edits import EditReader, LooseEditReader, TarEditReader
-from curation.errors import InfrastructureError, ShardError
+from curation.errors import InfrastructureError, SampleError, ShardError
+from curation.images import encoders
 from curation.jsonio import KEY_SUFFIX, MAX_SAMPLE_JSON_BYTES, clean_text, read_dictionary
+from curation.reshard.fitting import Fitting, ImageSuffix
 from curation.run.inputs import published_below
 from curation.tar.prove import Proof, prove_splice
 from curation.tar.scan import SampleSpan, TarScan, Window
@@ -40,6 +42,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "doubled_sample": "run stage 04 again for the shard: --rerun --shards <shard>",
     "unknown_sample": "run stage 04 again for the shard: --rerun --shards <shard>",
     "wrong_order": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "other_encoder": "run verify with the software that stage 04 used, or stage 04 again with the software here",
     "bytes_differ": "run stage 04 again for the shard (--rerun --shards <shard>), and look at the disk that held it",
     "wrong_members": "run stage 04 again for the shard: --rerun --shards <shard>",
     "not_the_edit": "run stage 04 again for the shard: --rerun --shards <shard>",
@@ -101,11 +104,13 @@ class Expectation:
     """The expected result for each sample of the source.
 
     prompts: "<key>.json" → prompt, of the samples that were to be edited; None: those that have an edit.
-    dropped: what stage 04 says it left out.
+    dropped: what stage 04 says it left out.  fitting: how it fitted the edits' images into the shard.
     """
 
-    def __init__(self, edits: EditReader, prompts: Mapping[str, Any] | None, dropped: Collection[str]) -> None:
-        self._edits, self._prompts, self._dropped = edits, prompts, dropped
+    def __init__(
+        self, edits: EditReader, prompts: Mapping[str, Any] | None, dropped: Collection[str], fitting: Fitting
+    ) -> None:
+        self._edits, self._prompts, self._dropped, self._fitting = edits, prompts, dropped, fitting
         self._edited = edits.keys()
         self._kept = Neighbours()
 
@@ -119,7 +124,11 @@ class Expectation:
         if span.repeated or (self._prompts is not None and span.key + KEY_SUFFIX not in self._prompts):
             return Action.KEEP
         if span.key in self._edited:
-            return self._edits.read(span.key)
+            edit = self._edits.read(span.key)
+            try:
+                return self._fitting.fit(span, edit)
+            except SampleError:  # stage 04 could not encode it either, and left the sample out
+                return Action.DROP if span.key in self._dropped else edit
         return Action.DROP if self._prompts is not None and span.key in self._dropped else Action.KEEP
 
 
@@ -175,7 +184,8 @@ def _verify(task: Task, verdict: Verdict) -> None:
         findings.add("bad_edits", "", str(error))
         return
     with edits:
-        expect = Expectation(edits, prompts, last.gone if last is not None else ())
+        fitting = Fitting(_image_suffix(last))
+        expect = Expectation(edits, prompts, last.gone if last is not None else (), fitting)
 
         samples = Samples()
 
@@ -193,12 +203,37 @@ def _verify(task: Task, verdict: Verdict) -> None:
         verdict.samples, verdict.edited = len(samples.keys), len(samples.edited)
         if proof.readers:
             findings.add("readers_differ", "", proof.readers)
-        if not proof.equal:
+        other = _other_encoder(last) if fitting.encoded else ""
+        if not proof.equal and other:
+            findings.add("other_encoder", "", other)
+        elif not proof.equal:
             explain(task.source, task.hybrid, expect, findings, provenance=task.provenance)
         for key in edits.keys() - set(samples.keys):
             findings.add("edit_without_sample", key, f"the source has no such sample; the edit is in {task.edits}")
         edited = [key for key in sorted(edits.keys()) if prompts is None or key + KEY_SUFFIX in prompts]
     _check_stages(task, proof, samples, prompts, edited, last, findings)
+
+
+def _image_suffix(last: Record | None) -> ImageSuffix:
+    """What stage 04 called new images here.  Receipts of older versions do not tell: they kept the edits' own names."""
+    if last is None:
+        return "source"
+    noted = _noted(last, "image_suffix")
+    return next((known for known in get_args(ImageSuffix) if known == noted), "keep")
+
+
+def _other_encoder(last: Record | None) -> str:
+    """Empty if this machine encodes images with the software that stage 04 used."""
+    noted = _noted(last, "encoded")
+    by = noted.get("by") if isinstance(noted, dict) else None
+    if by == encoders():
+        return ""
+    return f"stage 04 encoded images with {clean_text(str(by))[:200]}, which gives other bytes than {encoders()} here"
+
+
+def _noted(last: Record | None, name: str) -> object:
+    notes = None if last is None else last.receipt.get("notes")
+    return notes.get(name) if isinstance(notes, dict) else None
 
 
 def _source_json(window: Window, span: SampleSpan) -> bytes | None:
@@ -230,7 +265,7 @@ def _check_edit(
     task: Task, key: str, edit: Edit, original: bytes | None, prompts: Mapping[str, Any] | None, findings: Findings
 ) -> None:
     """What the edit that a sample was replaced with says of itself, of its original, and of its prompt."""
-    jpg, txt, json = (bytes(edit.part(part) or b"") for part in ("jpg", "txt", "json"))
+    jpg, txt, json = (bytes(edit.part(part) or b"") for part in ("image", "txt", "json"))
     for kind, detail in self_problems(jpg, txt, json, provenance=task.provenance):
         findings.add(kind, key, detail)
     if original is not None:

@@ -32,7 +32,7 @@ from curation.shards import Shard, discover, local_folders, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
 from curation.tar.random_access import write_wids
 from curation.tar.scan import SampleSpan, TarReport, TarScan
-from curation.tar.splice import Action, DecidedWindow, Decision
+from curation.tar.splice import Action, DecidedWindow, Decision, Neighbours
 
 PROMPTS_STAGE = "02_captions_processor"
 EDITS_STAGE = "03_generate_images"
@@ -193,7 +193,7 @@ class Reshard(Stage[Options]):
             def windows(report: TarReport | None = None) -> Iterator[DecidedWindow]:
                 """Yield the samples with their decisions.  The pass with the report also counts them."""
                 plain = self.options.is_plain
-                before = ""  # the key of the last sample that is kept
+                kept = Neighbours()
                 for window in TarScan(work.shard.path, report).windows():
                     selector.look(window)
                     chosen: list[tuple[SampleSpan, Choice]] = []
@@ -202,10 +202,8 @@ class Reshard(Stage[Options]):
                         decision: Decision = Action.KEEP
                         if span.key:
                             choice = selector.choose(span)
-                            if choice.copies and not plain:
-                                if span.key == before:  # none is left between them: readers would merge them
-                                    choice = BEHIND_ITS_OWN_KEY
-                                before = span.key
+                            if choice.copies and kept.meet(span):
+                                choice = BEHIND_ITS_OWN_KEY
                             if not plain or self.writer.blurs or choice is not AS_IT_IS:  # few samples change
                                 keys = copy_keys(span.key, choice.copies) if choice.copies > 1 else ()
                                 choice, decision = changes.decide(window, span, choice, edits, keys)

@@ -40,7 +40,7 @@ from curation.rewrite.weights import prompt_model
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import check_made_by
 from curation.run.work import Later
-from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, Request, endpoint_urls
+from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, Request, endpoint_urls, read_key
 from curation.serving.wire import Api, Served
 from curation.shards import TAR, Shard, discover, local_folders
 from curation.storage.urls import is_remote
@@ -89,7 +89,10 @@ class Options(RunOptions):
     timeout: Annotated[float, more_than(0)] = 10.0
     """Seconds for an answer; a request that takes longer is put to another server."""
     load_timeout: Annotated[float, more_than(0)] = 300.0
-    """Seconds for a server to load the model, before the first request."""
+    """Seconds for a server to load the model, before the first request and whenever it has to load it again."""
+    api_key_env: str | None = None
+    """The environment variable with the servers' key.  Default: CURATION_API_KEY; servers of --endpoints_dir get a key
+    only where this is given."""
     give_up: Annotated[float, more_than(0)] = 60.0
     """Seconds without an answer from any server, all of them broken, after which the run ends with exit code 2."""
     lang: str = "en"
@@ -122,6 +125,7 @@ class Options(RunOptions):
             raise UsageError("--endpoints_dir names the servers: leave --endpoints and --embedded out")
         if self.embedded and (self.endpoints or self.system_prompt):
             raise UsageError("--embedded brings its own server and prompt: leave --endpoints and --system_prompt out")
+        read_key(self.api_key_env, registered=bool(self.endpoints_dir))
 
 
 class RewriteCaptions(Stage[Options]):
@@ -181,9 +185,11 @@ class RewriteCaptions(Stage[Options]):
             logger.warning(STAND_IN)
             self._server = backends.load("llm", "embedded")(allocation.threads)
             urls, model, timeout_s = [self._server.url], self._server.model, max(o.timeout, EMBEDDED_TIMEOUT_S)
+            key = ""
         else:
             urls = [] if o.endpoints_dir else endpoint_urls(o.ports, o.host, o.endpoints)
             model, timeout_s = o.model_name, o.timeout
+            key = read_key(o.api_key_env, registered=bool(o.endpoints_dir))
         self._pool = EndpointPool(
             urls,
             model,
@@ -192,6 +198,7 @@ class RewriteCaptions(Stage[Options]):
             load_timeout_s=o.load_timeout,
             patience_s=o.give_up,
             wait_s=o.endpoint_wait,
+            key=key,
             instructed=self._is_instructed,
             needs_tokens=0 if o.embedded else needed_tokens(self.system, self._max_tokens),
         )
@@ -255,6 +262,8 @@ class RewriteCaptions(Stage[Options]):
             work.note("tokens", {"read": read, "written": written})
         if cut := sum(outcome.cut for outcome in outcomes.values()):
             work.note("cut_to_whole_sentences", cut)
+        if adapted := Counter(change for outcome in outcomes.values() for change in outcome.adapted):
+            work.note("servers_asked_otherwise", dict(sorted(adapted.items())))
         if self.groups:
             work.note("groups", counts_by_group(questions, outcomes))
         with work.phase("write"):
@@ -345,6 +354,7 @@ class RewriteCaptions(Stage[Options]):
             attempt += 1
         system = digest_of(reply.system) if reply.system else ""
         outcome = Outcome(verdict.text, count, tokens_read=read, tokens_written=written, cut=verdict.cut, system=system)
+        outcome = replace(outcome, adapted=reply.adapted)
         if verdict.text is not None:
             return outcome
         ended = "" if reply.ended == "stop" else f" (ended by {clean_text(reply.ended) or 'nothing'})"
@@ -375,6 +385,7 @@ class RewriteCaptions(Stage[Options]):
             prompts.append((key + KEY_SUFFIX, outcome.prompt))
             facts = {"prompt": outcome.prompt, "model": self.model, "seed": self.options.seed, "asked": outcome.asked}
             facts |= {"system_prompt": outcome.system or None}
+            facts |= {"asked_otherwise": list(outcome.adapted)} if outcome.adapted else {}
             spoken = {"language": language, "probability": round(probability, 4)}
             work.provenance({"key": key, "caption": asked.caption, "group": asked.group, **facts, **spoken})
         with work.output(self.output / f"{work.shard.id}.json") as file:

@@ -48,12 +48,13 @@ from curation.jsonio import dump_json
 from curation.models import hub_cache
 from curation.models.needs import WeightsBySource, WeightsNeed
 from curation.models.weights import CACHE, fetch_weights
-from curation.options import FINITE, also, at_least, exit_code, logger, parse_options
+from curation.options import FINITE, also, at_least, exit_code, logger, more_than, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
 from curation.run.merge import JsonlMerge
 from curation.run.work import Later
 from curation.run.workers import is_worker
+from curation.serving import read_key
 from curation.shards import discover, select
 
 JSONL_NAME = "captions.jsonl"
@@ -115,6 +116,11 @@ class Options(HubOptions, RunOptions):
     """A folder in which vision servers register (serve_endpoints.sh), in place of --ports; they may come and go."""
     timeout: float = 120.0
     """Seconds that a vision server has for one caption."""
+    load_timeout: Annotated[float, more_than(0)] = 300.0
+    """Seconds for a vision server to load the model, at the start and whenever it has to load it again."""
+    api_key_env: str | None = None
+    """The environment variable with the vision servers' key.  Default: CURATION_API_KEY; servers of --endpoints_dir get
+    a key only where this is given."""
     num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
     gpus: str | None = None
@@ -146,6 +152,7 @@ class Options(HubOptions, RunOptions):
             raise UsageError("--max_watermark needs --detect_watermarks")
         if self.follow:
             raise UsageError("--follow: there is no stage before 05_recaption that it could follow")
+        read_key(self.api_key_env, registered=self.endpoints_dir is not None)
         self.check_hub()
         if "parquet" in self.formats:
             import_arrow()
@@ -281,6 +288,8 @@ class Recaption(Stage[Options]):
             endpoints=o.endpoints,
             endpoints_dir=Path(o.endpoints_dir) if o.endpoints_dir else None,
             timeout_s=o.timeout,
+            load_timeout_s=o.load_timeout,
+            api_key_env=o.api_key_env,
         )
         backend = self.backend = backends.load("caption", family.name)(source, settings)
         score: Callable[[Pixels], float] | None = None
@@ -331,6 +340,8 @@ class Recaption(Stage[Options]):
         notes = {"recipe": recipe, "batch_size": size, "device": self.backend.device_kind, "threads": self._threads}
         for name, value in notes.items():
             work.note(name, value)
+        if self.options.captioner[0].served and (adapted := self.backend.adaptations()):
+            work.note("servers_asked_otherwise", adapted)
 
     def _write(self, work: ShardContext, samples: Sequence[CaptionSample]) -> None:
         """Write the shard's rows, and each format that was asked for, which depends on the rows and the shard alone."""

@@ -43,6 +43,7 @@ class Reply:
         reasoned: The model also wrote reasoning, which the server gave apart from the text.
         tokens_read, tokens_written: Of the request and of the reply, as the server counts; 0 where it does not say.
         system: The system prompt under which it was written, as far as it is known.
+        adapted: How the request differed from the usual one, because the server had refused that.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Reply:
     tokens_read: int = 0
     tokens_written: int = 0
     system: str = ""
+    adapted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,8 @@ class CaptionSettings:
             encoder of the images is compiled too.
         ports, endpoints, endpoints_dir: Where the model servers are; see ``endpoint_urls`` and ``Registry``.
         timeout_s: Seconds that a server has for one caption.
+        load_timeout_s: Seconds that it has to load its model.
+        api_key_env: The environment variable with its key, where one is named; see ``read_key``.
     """
 
     revision: str | None = None
@@ -143,6 +145,8 @@ class CaptionSettings:
     endpoints: str | None = None
     endpoints_dir: Path | None = None
     timeout_s: float = 120.0
+    load_timeout_s: float = 300.0
+    api_key_env: str | None = None
 
 
 class Prepared(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from curation.errors import SampleError, Stopped
@@ -46,6 +46,7 @@ class Outcome:
         tokens_written: The tokens of all replies.
         cut: The prompt ends with the last whole sentence of a reply that was cut.
         system: The digest of the system prompt in force; "" where it is not known, or there is none.
+        adapted: How the last request differed from the usual one, because its server had refused that.
     """
 
     prompt: str | None
@@ -56,6 +57,7 @@ class Outcome:
     tokens_written: int = 0
     cut: bool = False
     system: str = ""
+    adapted: Sequence[str] = ()
 
 
 # key, question, and a function to call before each try and while waiting → outcome

@@ -5,8 +5,18 @@ servers and gives each as many at once as it sustains; a **registry** is a folde
 register while they live.
 """
 
+from curation.serving.connection import read_key
 from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
 from curation.serving.registry import Registry, RegistryWatcher
 from curation.serving.wire import Request
 
-__all__ = ["EndpointPool", "NoEndpoint", "Registry", "RegistryWatcher", "Request", "endpoint_urls"]
+__all__ = [
+    "EndpointPool",
+    "NoEndpoint",
+    "Registry",
+    "RegistryWatcher",
+    "Reply",
+    "Request",
+    "endpoint_urls",
+    "read_key",
+]

@@ -1,7 +1,12 @@
 """A pool of HTTP model servers: which gets the next request, how many each gets at once, and what follows a failure.
 
 Every request goes to the server with the fewest outstanding ones, below a limit that starts at one and grows with what
-the server sustains.  A server that breaks gets one request on trial now and then, and its requests go to the others.
+the server sustains.  The requests of a server that breaks go to the others.
+
+Where a request fails, either it or the server is at fault.  A **control question** tells: a harmless request of the
+same settings.  A server that answers it takes others, so that the request may be blamed, once a second server has
+failed on it too.  A server that refuses it refuses everything, because of a setting or a key: no request is blamed, and
+where all servers do so, the run ends.  A server that is silent gets as long for it as a model takes to load.
 
 The limit is learnt from how a server answers.  A server with four slots that gets eight requests answers no more of
 them per second, only later; one that batches (vLLM, llama.cpp) answers more; one with a short queue refuses.  The user
@@ -10,35 +15,36 @@ need not know which is which.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import random
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.jsonio import clean_text
 from curation.replies import Reply
+from curation.serving.adapt import adapted
+from curation.serving.connection import KEY_VARIABLE, EndpointError, ModelMissing, Refused, Session, post
 from curation.serving.wire import (
     CONTEXT_TOKENS,
     PLAIN,
     SERVER_APIS,
     Api,
-    EndpointError,
     Manner,
-    ModelMissing,
     Request,
     Served,
     ServerApi,
-    Session,
-    answers,
     detect_api,
-    post,
-    without_refused,
+    while_busy,
 )
 from curation.storage.retry import RetryPolicy
 from curation.storage.urls import redact
@@ -152,11 +158,14 @@ class Concurrency:
 
 
 FAILURES_TO_OPEN = 3  # in a row: one broken connection does not mean a broken server
-TRIALS = RetryPolicy(first_wait_s=1.0, longest_wait_s=60.0)  # waits before a broken server gets a request on trial
+TRIALS = RetryPolicy(first_wait_s=1.0, longest_wait_s=60.0)  # waits before a broken server is asked again
 BUSY = RetryPolicy(first_wait_s=0.04, longest_wait_s=1.0)  # waits of a request that every server refuses
-ATTEMPTS = 4  # of one request that keeps failing while servers are alive
+ATTEMPTS = 4  # of one request that keeps failing while servers answer others
 PROBE_S = 5.0  # for a sign of life
 MUTE_S, MUTE_LATENCIES, MIN_ANSWERS = 2.0, 10.0, 16
+GRACE_S = 10.0  # where servers register: from the last that came until it counts that all refuse
+LONG_EXAMINATION_S = 5.0  # after which the log says how long it took
+CONTROL = "A dog sleeps on a sofa."
 
 logger = logging.getLogger("curation")
 
@@ -176,7 +185,8 @@ def endpoint_urls(ports: str, host: str = "localhost", endpoints: str | None = N
         urls = [url.strip().rstrip("/").removesuffix("/v1") for url in endpoints.split(",") if url.strip()]
         for url in urls:
             if not url.startswith(("http://", "https://")):
-                raise UsageError(f"--endpoints: {url!r} is not a URL; write http://host:port")
+                shown = re.sub(r"[^/@]*@", "", redact(url))  # perhaps a password, without the scheme
+                raise UsageError(f"--endpoints: {shown!r} is not a URL; write http://host:port")
     else:
         numbers = [port.strip() for port in ports.split(",") if port.strip()]
         for port in numbers:
@@ -208,30 +218,52 @@ class Call:
 
 
 class Endpoint:
-    """One server as the pool sees it, and its circuit breaker.  Only the pool, under its lock, changes it."""
+    """One server as the pool sees it, and its circuit breaker.  Only the pool, under its lock, changes it.
+
+    Attributes:
+        manner: How it is asked.
+        manner_is_known: It has answered a request of this manner.
+        answered_at: When it last answered anything (monotonic); 0 where it never has.
+        problem: The last one, for people.
+        broken: It gets no requests until it has answered a control question.
+        examined: It is being asked one.
+        refuses: What it said when it refused a control question: it refuses everything.
+        trial_at: When it may be asked again (monotonic).
+        leaving: It gets no more requests, and goes when those in flight have ended.
+    """
 
     def __init__(self, url: str, wire: ServerApi, timeout_s: float, manner: Manner = PLAIN) -> None:
         self.url = url
         self.name = redact(url)  # for messages
         self.wire = wire
         self.manner = manner
-        self.manner_is_known = False  # it has answered a request of this manner
+        self.manner_is_known = False
         self.concurrency = Concurrency(timeout_s)
         self.calls: set[Call] = set()
         self.latency_s = 0.0  # smoothed
         self.counts: Counter[str] = Counter()
-        self.problem = ""  # the last one
-        self.broken = False  # left alone until a request on trial succeeds
-        self.trial_at = 0.0  # monotonic: when one may be sent
-        self.leaving = False  # it gets no more requests, and goes when those in flight have ended
-        self._broken_at = 0.0
+        self.answered_at = 0.0
+        self.problem = ""
+        self.broken = False
+        self.examined = False
+        self.refuses = ""
+        self.trial_at = 0.0
+        self.leaving = False
+        self.one_control = threading.Lock()
         self._failures = 0  # in a row
         self._trials = 0  # waits since it last answered
+        self._told = False  # the log says that it is left alone
 
     def has_room(self, now: float) -> bool:
-        if self.leaving or now < self.trial_at:
-            return False
-        return len(self.calls) < (1 if self.broken else self.concurrency.limit)
+        return self.takes_requests and now >= self.trial_at and len(self.calls) < self.concurrency.limit
+
+    @property
+    def takes_requests(self) -> bool:
+        return not (self.broken or self.leaving)
+
+    def is_due(self, now: float) -> bool:
+        """Whether it may be asked a control question, to see whether it works again."""
+        return self.broken and not self.leaving and not self.examined and now >= self.trial_at
 
     def timeout_s(self, longest: float) -> float:
         """The time limit for a request's first try: a server that is silent for much longer than usual has failed."""
@@ -251,18 +283,21 @@ class Endpoint:
         self.counts["answered"] += 1
         self.latency_s += (0.2 if self.latency_s else 1.0) * (latency_s - self.latency_s)
         self.concurrency.answered(call.in_flight, latency_s, now, full=call.full)
-        self.recovered()
+        self.works(now)
 
-    def recovered(self) -> None:
+    def works(self, now: float) -> None:
+        """It has answered."""
+        self.answered_at = now
         self._failures = self._trials = 0
+        self.refuses = ""
         if self.broken:
             self.broken, self.trial_at = False, 0.0
+        if self._told:
+            self._told = False
             logger.info(f"{self.name} answers again")
 
-    def failed(self, error: EndpointError | ModelMissing, call: Call, now: float) -> None:
-        """Count a failure, lower the limit, and leave the server alone if it failed before or asks for that."""
-        if isinstance(error, ModelMissing):
-            error = EndpointError(f"404: {error}", refused=True)
+    def failed(self, error: EndpointError, call: Call, now: float) -> None:
+        """Count a failure and lower the limit.  It is broken where it failed before, or said nothing to anybody."""
         self.problem = str(error)
         self.counts["busy" if error.busy else "timeouts" if error.timed_out else "errors"] += 1
         others = len(self.calls) - 1
@@ -270,20 +305,65 @@ class Endpoint:
             self.concurrency.refused(others, now)
         elif error.timed_out:
             self.concurrency.timed_out(now)
-        if self.broken and call.began < self._broken_at:
+        if self.broken:
             return  # one of those in flight when it broke
-        if error.busy and others and not self.broken:  # it serves those
+        if error.busy and others:  # it serves those
             self.trial_at = now + error.retry_after_s
             return
         self._failures += 1
-        if self.broken or self._failures >= FAILURES_TO_OPEN or error.refused or error.retry_after_s:
-            self._trials += 1
-            pause_s = error.retry_after_s or TRIALS.wait_s(self._trials)
-            self.trial_at = max(self.trial_at, now + pause_s)
-            if not self.broken:
-                self.broken, self._broken_at = True, now
-                self.concurrency = Concurrency(self.concurrency.timeout_s)  # it comes back cold
-                logger.warning(f"{self.name}: {error}; leaving it alone for {pause_s:.1f} s")
+        silent = error.timed_out and self.answered_at < call.began
+        if error.refused or error.retry_after_s:
+            self.leave_alone(now, error.retry_after_s)
+        elif silent or self._failures >= FAILURES_TO_OPEN:  # perhaps because of the requests: it is asked at once
+            self.broken = True
+
+    def leave_alone(self, now: float, asked_s: float = 0.0) -> None:
+        """Ask it nothing for a while, because of ``problem``; the log says so once."""
+        self._trials += 1
+        pause_s = asked_s or TRIALS.wait_s(self._trials)
+        self.trial_at = max(self.trial_at, now + pause_s)
+        self.broken = True
+        self.concurrency = Concurrency(self.concurrency.timeout_s)  # it comes back cold
+        if not self._told:
+            self._told = True
+            why = "refuses every request" if self.refuses else "does not answer"
+            logger.warning(f"{self.name} {why}: {self.problem}; leaving it alone for {pause_s:.1f} s")
+
+    def refuse(self, words: str, now: float) -> None:
+        """It refuses everything."""
+        self.counts["refused"] += 1
+        self.refuses = self.problem = words
+        if not self.answered_at:
+            self._trials = 1000  # the longest wait: it never took a request
+        self.leave_alone(now)
+
+
+@dataclass(slots=True)
+class _Tries:
+    """What has come of one request so far.
+
+    Attributes:
+        last: The server that it was sent to last.
+        refused_by: Servers that refuse it although they answer others.
+        refusal: What the last of these said.
+        failures: How often a server failed on it.
+        failing_since: When the first of these tries began (monotonic).
+        problem: The last failure.
+        refusals: How often a server was too busy for it.
+    """
+
+    last: Endpoint | None = None
+    refused_by: set[Endpoint] = field(default_factory=set)
+    refusal: Refused | None = None
+    failures: int = 0
+    failing_since: float = math.inf
+    problem: EndpointError | None = None
+    refusals: int = 0
+
+    def failed(self, call: Call, error: EndpointError) -> None:
+        self.failures += 1
+        self.failing_since = min(self.failing_since, call.began)
+        self.problem = error
 
 
 class NoEndpoint(InfrastructureError):
@@ -301,10 +381,11 @@ class EndpointPool:
         model: The model's name on the servers.
         api: The servers' API, or ``auto`` to find it out.
         timeout_s: Time limit for an answer.
-        load_timeout_s: Time limit for a cold model to load, before the first request.
+        load_timeout_s: Time limit for a model to load, before the first request and whenever the server is silent.
         patience_s: How long ``ask`` waits while no server answers before it ends the run.
         wait_s: How long it waits for the first server, where there are no ``urls``.
         context_tokens: Of every request; the model is loaded with room for so many.
+        key: Sent to every server; see ``Session``.
         instructed: Whether a model, of which a server tells something, has the instruction for the task of its own.
         needs_tokens: About how many tokens each request takes with its reply; a server of a shorter context is refused.
     """
@@ -320,6 +401,7 @@ class EndpointPool:
         patience_s: float = 60.0,
         wait_s: float = 600.0,
         context_tokens: int = CONTEXT_TOKENS,
+        key: str = "",
         instructed: Callable[[Api, Served], bool] = lambda api, served: False,
         needs_tokens: int = 0,
     ) -> None:
@@ -331,6 +413,7 @@ class EndpointPool:
         self._patience_s = patience_s
         self._wait_s = wait_s
         self._context_tokens = context_tokens
+        self._key = key
         self._instructed = instructed
         self._needs_tokens = needs_tokens
         self.absence = "no endpoint is named"  # why there is no server, for the error that ends the run
@@ -339,7 +422,11 @@ class EndpointPool:
         self._had_servers = False  # whether there has ever been a server
         self._changed = threading.Condition()
         self._sessions = threading.local()
-        self._last_success = time.monotonic()
+        self._last_success = self._last_came = time.monotonic()
+        self._askers = 0
+        self._usual: Request | None = (
+            None  # the first one: later tries are warmer or longer, and may be refused for that
+        )
 
     def open(self) -> None:
         """Find out which servers answer, and load the model on each of them.
@@ -353,7 +440,8 @@ class EndpointPool:
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
             raise NoEndpoint(
-                f"no endpoint answers ({reasons}). Start the servers, or name others with --ports or --endpoints"
+                f"no endpoint answers ({reasons}). {key_hint(reasons)}Start the servers, or name others with --ports "
+                "or --endpoints"
             )
         if reasons:
             logger.warning(f"going on without {reasons}")
@@ -368,28 +456,46 @@ class EndpointPool:
             check_stop: Called before each attempt and while waiting.  What it raises ends the call.
 
         Raises:
-            SampleError: The request keeps failing although servers are alive (``llm_bad_request``, ``llm_timeout``,
-                ``llm_error``).
-            InfrastructureError: No server has answered anything for ``patience_s``.
+            SampleError: The request keeps failing although servers answer others (``llm_bad_request``,
+                ``llm_timeout``, ``llm_error``).
+            InfrastructureError: No server has answered anything for ``patience_s``, or all refuse everything.
         """
-        failures = refusals = 0
-        last: Endpoint | None = None
-        while True:
-            call = self._acquire(last, check_stop)
-            last = call.endpoint
-            try:
-                return self._send(call, request, self._timeout_s if failures else last.timeout_s(self._timeout_s))
-            except (EndpointError, ModelMissing) as error:
-                problem = error
-            if isinstance(problem, EndpointError) and problem.busy:
-                refusals += 1
-                if refusals > 1:  # the first time another server may be free at once
-                    time.sleep(BUSY.wait_s(refusals - 1))
-            elif not (isinstance(problem, ModelMissing) or problem.refused):  # these say nothing about the request
-                failures += 1
-                if failures >= ATTEMPTS and self._any_alive():
-                    reason = "llm_timeout" if problem.timed_out else "llm_error"
-                    raise SampleError(reason, f"{failures} attempts, the last at {last.name}: {problem}")
+        tries = _Tries()
+        with self._asking(request):
+            while True:
+                call = self._acquire(tries, check_stop)
+                endpoint = tries.last = call.endpoint
+                try:
+                    longest = self._timeout_s
+                    return self._send(call, request, longest if tries.failures else endpoint.timeout_s(longest))
+                except Refused as error:
+                    self._judge_refusal(call, tries, error)
+                except EndpointError as error:
+                    if error.busy:
+                        tries.refusals += 1
+                        if tries.refusals > 1:  # the first time another server may be free at once
+                            time.sleep(BUSY.wait_s(tries.refusals - 1))
+                    elif not error.refused:  # else it says nothing about the request
+                        tries.failed(call, error)
+
+    @contextlib.contextmanager
+    def _asking(self, request: Request) -> Iterator[None]:
+        """The time without an answer counts only while somebody asks: the stage before may pause for long."""
+        with self._changed:
+            if self._askers == 0:
+                self._last_success = time.monotonic()
+            self._askers += 1
+            self._usual = self._usual or request
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._askers -= 1
+
+    def adaptations(self) -> dict[str, list[str]]:
+        """How servers are asked that refused the usual request, by name, for receipts."""
+        with self._changed:
+            return {e.name: list(e.manner.changes) for e in self._endpoints if e.manner.changes}
 
     def facts(self) -> dict[str, dict[str, object]]:
         """What each server did, for the log: answers, failures by kind, its limit, and its latency in seconds."""
@@ -409,12 +515,14 @@ class EndpointPool:
         Raises InfrastructureError where it does not have the model.
         """
         api = known if self._api == "auto" else self._api
-        with Session() as session:
+        with self._new_session() as session:
             try:
                 api = detect_api(session, url, min(self._timeout_s, PROBE_S)) if api == "auto" else api
                 served = SERVER_APIS[api].load(session, url, self.model, self._context_tokens, self._load_timeout_s)
-            except (EndpointError, ModelMissing, SampleError) as error:
-                return str(error)
+            except SampleError as error:
+                return error.detail
+            except (EndpointError, ModelMissing) as error:
+                return clean_text(str(error))
         return Endpoint(url, SERVER_APIS[api], self._timeout_s, self._manner(url, api, served))
 
     def _manner(self, url: str, api: Api, served: Served) -> Manner:
@@ -442,7 +550,7 @@ class EndpointPool:
             endpoint.counts = self._gone.pop(endpoint.url, endpoint.counts)
             self._endpoints = [*(e for e in self._endpoints if e.url != endpoint.url), endpoint]
             self._had_servers = True
-            self._last_success = time.monotonic()
+            self._last_success = self._last_came = time.monotonic()
             self._changed.notify_all()
 
     def leave(self, url: str) -> None:
@@ -463,48 +571,80 @@ class EndpointPool:
 
     # ---- routing, under the lock
 
-    def _acquire(self, avoid: Endpoint | None, check_stop: Callable[[], None] | None) -> Call:
+    def _acquire(self, tries: _Tries, check_stop: Callable[[], None] | None) -> Call:
         with self._changed:
             while True:
                 if check_stop is not None:
                     check_stop()
                 now = time.monotonic()
-                free = [endpoint for endpoint in self._endpoints if endpoint.has_room(now)]
-                if len(free) > 1 and avoid in free:
-                    free.remove(avoid)
+                for endpoint in self._endpoints:
+                    if endpoint.is_due(now):
+                        endpoint.examined = True
+                        threading.Thread(target=self._examine, args=(endpoint,), daemon=True).start()
+                self._blame_request(tries)
+                free = [e for e in self._endpoints if e.has_room(now) and e not in tries.refused_by]
+                if len(free) > 1 and tries.last in free:
+                    free.remove(tries.last)
                 if free:
                     return min(free, key=lambda e: (len(e.calls), e.latency_s, random.random())).begin(now)
                 self._require_a_possible_success(now)
                 opens = [e.trial_at - now for e in self._endpoints if e.trial_at > now]
                 self._changed.wait(min([0.5, *opens]))
 
+    def _blame_request(self, tries: _Tries) -> None:
+        """Raise SampleError where a request has failed often enough, and servers answer others meanwhile."""
+        if tries.refusal is not None and not any(
+            e.takes_requests or e.examined for e in self._endpoints if e not in tries.refused_by
+        ):
+            raise tries.refusal
+        answer_others = any(endpoint.answered_at > tries.failing_since for endpoint in self._endpoints)
+        if tries.problem is not None and tries.failures >= ATTEMPTS and answer_others:
+            reason = "llm_timeout" if tries.problem.timed_out else "llm_error"
+            name = tries.last.name if tries.last else ""
+            raise SampleError(reason, f"{tries.failures} attempts, the last at {name}: {tries.problem}")
+
     def _require_a_possible_success(self, now: float) -> None:
-        """Raise InfrastructureError once every server has been broken or gone for too long."""
-        if not all(e.broken or e.leaving for e in self._endpoints):
+        """Raise InfrastructureError once every server has been broken or gone for too long, or refuses everything."""
+        here = [endpoint for endpoint in self._endpoints if not endpoint.leaving]
+        if not all(endpoint.broken for endpoint in here):
+            return
+        problems = "; ".join(f"{e.name}: {e.problem}" for e in self._endpoints) or self.absence
+        others_may_come = not self._urls and now - self._last_came < GRACE_S
+        if here and all(e.refuses and not e.answered_at for e in here) and not others_may_come:
+            raise InfrastructureError(
+                f"the model servers refuse every request ({problems}). {key_hint(problems)}No sample is blamed for it: "
+                "start again when the setting is right"
+            )
+        if any(endpoint.examined for endpoint in here):
             return
         if now - self._last_success <= (self._patience_s if self._had_servers else self._wait_s):
             return
         if not self._had_servers:
             raise InfrastructureError(f"no model server came within {self._wait_s:g} s ({self.absence})")
-        problems = "; ".join(f"{e.name}: {e.problem}" for e in self._endpoints) or self.absence
         raise InfrastructureError(
-            f"no endpoint has answered for {self._patience_s:g} s ({problems}). Replies so far are kept: start again "
-            "when the servers are back"
+            f"no endpoint has answered for {self._patience_s:g} s ({problems}). {key_hint(problems)}Replies so far are "
+            "kept: start again when the servers are back"
         )
 
     def _send(self, call: Call, request: Request, timeout_s: float) -> Reply:
         """Send a request once, and note what that says about the server."""
         endpoint = call.endpoint
         try:
-            reply = self._exchange(endpoint, request, timeout_s)
-        except (EndpointError, ModelMissing) as error:
+            reply = self._exchange(self._session(), endpoint, request, timeout_s)
+        except EndpointError as error:
             with self._changed:
                 endpoint.failed(error, call, time.monotonic())
             raise
+        except ModelMissing as error:
+            with self._changed:
+                endpoint.refuse(f"404: {error}", time.monotonic())
+            raise EndpointError(f"404: {error}", refused=True) from None
+        except Refused:
+            raise
         except SampleError:  # the server works, the request is at fault
             with self._changed:
-                self._last_success = time.monotonic()
-                endpoint.recovered()
+                self._last_success = now = time.monotonic()
+                endpoint.works(now)
             raise
         else:
             with self._changed:
@@ -520,46 +660,133 @@ class EndpointPool:
                 self._remove_if_idle(endpoint)
                 self._changed.notify()
 
-    def _exchange(self, endpoint: Endpoint, request: Request, timeout_s: float) -> Reply:
-        """One request and its reply.  Where a server does not know a field, it is asked without it from then on."""
+    def _exchange(self, session: Session, endpoint: Endpoint, request: Request, timeout_s: float) -> Reply:
+        """One request and its reply.  A server that refuses a field is asked again without it, and from then on."""
         manner = endpoint.manner
         while True:
             path, body = endpoint.wire.body(self.model, request, manner)
             try:
-                reply = endpoint.wire.reply(
-                    post(self._session(), endpoint.url + path, body, timeout_s), request, manner
-                )
+                payload = post(session, endpoint.url + path, body, timeout_s)
+                reply = endpoint.wire.reply(payload, request, manner)
             except (SampleError, EndpointError) as error:
-                asked_before = endpoint.manner_is_known or bool(request.prompt)
-                plainer = None if asked_before else without_refused(manner, error)
-                if plainer is None:
+                known = endpoint.manner_is_known and manner is endpoint.manner
+                other = adapted(manner, request, error, known=known or bool(request.prompt))
+                if other is None:
                     raise
-                manner = plainer
+                manner = other
                 continue
-            if not request.prompt:
-                self._learn(endpoint, manner)
-            return replace(reply, system=manner.system(request) or manner.own_system)
+            self._learn(endpoint, manner, of_chat=not request.prompt)
+            return replace(reply, system=manner.system(request) or manner.own_system, adapted=manner.changes)
 
-    def _learn(self, endpoint: Endpoint, manner: Manner) -> None:
+    def _learn(self, endpoint: Endpoint, manner: Manner, *, of_chat: bool) -> None:
         """Ask this server in this manner from now on, because it has answered."""
         with self._changed:
-            refused = [*(name for name in endpoint.manner.fields if name not in manner.fields)]
-            if endpoint.manner_is_known:
+            new = [change for change in manner.changes if change not in endpoint.manner.changes]
+            endpoint.manner_is_known = endpoint.manner_is_known or of_chat
+            if new:
+                endpoint.manner = manner
+        if new:
+            logger.info(f"{endpoint.name} refuses the usual request and is asked otherwise: {', '.join(new)}")
+
+    # ---- who is at fault
+
+    def _judge_refusal(self, call: Call, tries: _Tries, error: Refused) -> None:
+        """Find out whether a server refuses this request, or everything."""
+        endpoint = call.endpoint
+        with endpoint.one_control:  # one thread asks for all whose requests are refused now
+            with self._changed:
+                if endpoint.broken:  # another thread has found out
+                    return
+                takes_others = endpoint.answered_at > call.began and not error.access
+            try:
+                if not takes_others:
+                    self._exchange(self._session(), endpoint, self._control(), self._timeout_s)
+            except (Refused, ModelMissing) as refusal:
+                self._set_aside(endpoint, refusal)
                 return
-            endpoint.manner, endpoint.manner_is_known = manner, True
-        if refused:
-            logger.info(
-                f"{endpoint.name}: refuses {' and '.join(refused)}; it is asked without, and the model may reason"
-            )
+            except EndpointError as failure:
+                with self._changed:
+                    endpoint.failed(failure, call, time.monotonic())
+                tries.failed(call, failure)
+                return
+            except SampleError:
+                pass  # it answers
+            with self._changed:
+                if not takes_others:
+                    self._last_success = now = time.monotonic()
+                    endpoint.works(now)
+                endpoint.counts["refused"] += 1
+            tries.refused_by.add(endpoint)
+            tries.refusal = error
 
-    # ---- failures
+    def _control(self) -> Request:
+        """A harmless request of the usual settings."""
+        assert self._usual is not None
+        if self._usual.prompt:
+            return replace(self._usual, prompt=CONTROL)
+        return replace(self._usual, user=CONTROL, jpeg=_grey_picture() if self._usual.jpeg else b"")
 
-    def _any_alive(self) -> bool:
-        """Whether any server shows a sign of life.  Then it is this request that they cannot answer."""
-        return any(answers(self._session(), endpoint.url, PROBE_S) for endpoint in self._endpoints)
+    def _set_aside(self, endpoint: Endpoint, refusal: Refused | ModelMissing | InfrastructureError) -> None:
+        words = refusal.detail if isinstance(refusal, SampleError) else clean_text(str(refusal))
+        with self._changed:
+            endpoint.refuse(f"404: {words}" if isinstance(refusal, ModelMissing) else words, time.monotonic())
+            self._changed.notify_all()
+
+    def _examine(self, endpoint: Endpoint) -> None:
+        """In a thread: let a server load its model again, if it has to, and ask it a control question."""
+        began = time.monotonic()
+        control = self._control()
+
+        def question(left_s: float) -> Reply:
+            return self._exchange(session, endpoint, control, left_s)
+
+        try:
+            with self._new_session() as session:
+                endpoint.wire.load(session, endpoint.url, self.model, self._context_tokens, self._load_timeout_s)
+                while_busy(question, self._load_timeout_s)
+        except (Refused, ModelMissing, InfrastructureError) as refusal:
+            self._set_aside(endpoint, refusal)
+        except EndpointError as error:
+            with self._changed:
+                endpoint.problem = clean_text(str(error))
+                endpoint.leave_alone(time.monotonic(), error.retry_after_s)
+        except SampleError:
+            self._answered(endpoint, began)
+        else:
+            self._answered(endpoint, began)
+        finally:
+            with self._changed:
+                endpoint.examined = False
+                self._changed.notify_all()
+
+    def _answered(self, endpoint: Endpoint, began: float) -> None:
+        with self._changed:
+            self._last_success = now = time.monotonic()
+            endpoint.works(now)
+        if now - began > LONG_EXAMINATION_S:
+            logger.info(f"{endpoint.name} was silent, and answers again after {now - began:.0f} s (--load_timeout)")
+
+    def _new_session(self) -> Session:
+        return Session(self._key, registered=not self._urls)
 
     def _session(self) -> Session:
         if not hasattr(self._sessions, "value"):
-            self._sessions.value = Session()
+            self._sessions.value = self._new_session()
         session: Session = self._sessions.value
         return session
+
+
+@lru_cache(maxsize=1)
+def _grey_picture() -> bytes:
+    import numpy as np
+
+    from curation.images import encode_jpeg
+
+    return encode_jpeg(np.full((64, 64, 3), 127, np.uint8), 90)
+
+
+def key_hint(problems: str) -> str:
+    """What to do where servers want to know who asks; "" where they do not."""
+    if not re.search(r"\b(?:401|403|407): ", problems):
+        return ""
+    return f"A key for them is taken from the environment variable {KEY_VARIABLE}, or another with --api_key_env. "

@@ -35,19 +35,19 @@ from urllib.parse import urlsplit
 from curation.cluster import slurm_ids
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError, redact
 from curation.jsonio import clean_text, dump_json, parse_json_object
-from curation.serving.pool import Endpoint, EndpointPool
-from curation.serving.wire import (
-    CONTEXT_TOKENS,
-    SERVER_APIS,
-    Api,
+from curation.serving.connection import (
     EndpointError,
     ModelMissing,
     Session,
     answers,
-    detect_api,
+    is_no_server,
+    read_key,
 )
+from curation.serving.pool import Endpoint, EndpointPool
+from curation.serving.wire import CONTEXT_TOKENS, SERVER_APIS, Api, detect_api
 from curation.storage.files import make_folder, write_whole
 from curation.storage.retry import RetryPolicy
+from curation.storage.urls import redact
 
 AnyApi = Literal["auto", "ollama", "openai"]
 SUFFIX = ".json"
@@ -80,16 +80,22 @@ class Registration:
 
 
 def server_url(text: str) -> str:
-    """Return ``text`` if it is http(s)://host:port and nothing more, else raise ValueError."""
+    """Return ``text`` if it is http(s)://host:port of what can be a model server and nothing more.
+
+    Raises ValueError, whose text shows no password.
+    """
+    shown = redact(text[:MAX_TEXT])
     parts = urlsplit(text) if len(text) <= MAX_TEXT and text.isascii() else None
     host = parts.hostname if parts else None
     if not parts or not host or parts.scheme not in ("http", "https") or not parts.port:
-        raise ValueError(f"{text[:MAX_TEXT]!r} is not http://host:port")
+        raise ValueError(f"{shown!r} is not http://host:port")
     if not re.fullmatch(r"[\w.-]+|[\da-f:.]+", host):
         raise ValueError(f"{host!r} is not a host name")
     plain = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{parts.port}"
     if text.lower().rstrip("/") != plain:
-        raise ValueError(f"{text!r} is more than http://host:port")
+        raise ValueError(f"{shown!r} is more than http://host:port")
+    if why := is_no_server(host, registered=True):
+        raise ValueError(f"{why}, no model server")
     return plain
 
 
@@ -239,6 +245,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="the model that it is to load")
     parser.add_argument("--api", choices=get_args(AnyApi), default="auto", help="what it speaks")
     parser.add_argument("--pid", type=int, default=0, help="the server's process, noted for people")
+    parser.add_argument("--api_key_env", help="environment variable with its key (default CURATION_API_KEY)")
     parser.add_argument("--start_timeout", type=float, default=600.0, help="seconds for its first sign of life")
     parser.add_argument("--load_timeout", type=float, default=600.0, help="seconds to load the model")
     return parser.parse_args(argv)
@@ -263,7 +270,7 @@ def register(arguments: argparse.Namespace) -> int:
     It is 0 after a signal, 3 where the server does not answer (any more), 2 where it cannot serve the model.
     """
     url = server_url(arguments.url)
-    with Session() as session:
+    with Session(read_key(arguments.api_key_env, registered=False)) as session, Session(registered=True) as others:
         api = _wait_for_server(session, url, arguments.api, arguments.start_timeout)
         SERVER_APIS[api].load(session, url, arguments.model, CONTEXT_TOKENS, arguments.load_timeout)
         slurm = slurm_ids()
@@ -271,14 +278,14 @@ def register(arguments: argparse.Namespace) -> int:
         registration = Registration(url, arguments.model, api, os.uname().nodename, arguments.pid, slurm)
         registrar = OwnRegistration(arguments.dir, registration)
         try:
-            return _keep(registrar, Registry(arguments.dir), session, url)
+            return _keep(registrar, Registry(arguments.dir), session, others, url)
         finally:
             _on_signals(signal.SIG_IGN)  # so that no signal interrupts the removal
             registrar.remove()
 
 
-def _keep(registrar: OwnRegistration, folder: Registry, session: Session, url: str) -> int:
-    """Renew the registration as long as the server answers."""
+def _keep(registrar: OwnRegistration, folder: Registry, session: Session, others: Session, url: str) -> int:
+    """Renew the registration as long as the server answers.  others: without the key, for servers of the folder."""
     last_sign = time.monotonic()
     announced, trouble = False, ""
     while time.monotonic() - last_sign < MUTE_S:
@@ -289,7 +296,7 @@ def _keep(registrar: OwnRegistration, folder: Registry, session: Session, url: s
                 if not announced:
                     logger.info(f"{url} is registered in {registrar.path.parent}")
                 announced, trouble = True, ""
-                _remove_dead(folder, session, registrar.path.name)
+                _remove_dead(folder, others, registrar.path.name)
             except OSError as error:  # a full disk, a folder that went away: the next beat may succeed
                 if trouble != str(error):
                     logger.warning(f"{registrar.path}: {error.strerror}; trying again")

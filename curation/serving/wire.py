@@ -1,7 +1,6 @@
 """The APIs of model servers: Ollama's and OpenAI's, told apart by a request.  A prompt may come with a picture.
 
-This module knows the paths, the bodies, where the reply stands and what each error means.  It neither retries nor
-routes requests.
+This module knows the paths, the bodies and where the reply stands.  It neither retries nor routes requests.
 """
 
 from __future__ import annotations
@@ -9,58 +8,23 @@ from __future__ import annotations
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
 
 import orjson
-import requests
-import urllib3
 
 from curation.errors import InfrastructureError, SampleError
 from curation.replies import CUT, WHOLE, Reply, ended_by
-from curation.storage.retry import retry_after_s
-from curation.storage.urls import error_line, redact
+from curation.serving.connection import EndpointError, ModelMissing, Refused, Session, get, post
+from curation.storage.urls import redact
 
 Api = Literal["ollama", "openai"]
-MAX_REPLY_BYTES = 4 << 20
-CHUNK_BYTES = 64 << 10
-CONNECT_TIMEOUT_S = 5.0
+Result = TypeVar("Result")
+KEEP_ALIVE = "30m"  # Ollama's: of the model's memory, after each request; a pause of the stage before takes time
 CONTEXT_TOKENS = 4096  # the same for every request, because Ollama loads the model anew when it changes
 _MOST_TOKENS = 1 << 40
 _SHOW_TIMEOUT_S = 5.0
 _BYTES_PER_TOKEN, _MOST_BYTES_PER_TOKEN = 4, 8  # of English: about, and no tokeniser reaches more
-_LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer is tried all the same
-_JSON = {"Content-Type": "application/json", "Accept": "application/json"}
-
-
-class EndpointError(Exception):
-    """The server is at fault or too busy: the same request may succeed elsewhere or later.
-
-    Attributes:
-        busy: The server said that it is busy (503, 429).
-        timed_out: The server did not answer in time.
-        refused: The server was never reached.
-        retry_after_s: How long the server asked to be left alone, 0 where it did not say.
-    """
-
-    def __init__(
-        self,
-        text: str,
-        *,
-        busy: bool = False,
-        timed_out: bool = False,
-        refused: bool = False,
-        retry_after_s: float = 0.0,
-    ) -> None:
-        super().__init__(text)
-        self.busy = busy
-        self.timed_out = timed_out
-        self.refused = refused
-        self.retry_after_s = retry_after_s
-
-
-class ModelMissing(Exception):
-    """The server does not have the model (404)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +92,36 @@ class Manner:
         own_system: The system prompt that its model has of its own, for the record.
         fields: Further fields of a chat, which turn the model's reasoning off.
         context_tokens: The longest context of its model; 0 where it is not known.
+        omits: Options that every request has, which this server refuses.
+        tokens_field: What it calls the bound on the reply, in OpenAI's API.
+        folds_system: It refuses the system role: the system prompt is the beginning of the user's message.
+        changes: What of this is so because it refused the usual request, in words for the log and the receipts.
     """
 
     instructed: bool = False
     own_system: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     context_tokens: int = 0
+    omits: frozenset[str] = frozenset()
+    tokens_field: str = "max_tokens"
+    folds_system: bool = False
+    changes: tuple[str, ...] = ()
 
     def system(self, request: Request) -> str:
         """The system prompt that is sent; "" where the model's own is in force."""
         return request.system or ("" if self.instructed else request.default_system)
+
+    def texts(self, request: Request) -> tuple[str, str]:
+        """The texts of the system's and of the user's message."""
+        system = self.system(request)
+        if system and self.folds_system:
+            return "", f"{system}\n\n{request.user}"
+        return system, request.user
+
+    def options(self, usual: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a request under the names that the server takes, without those that it refuses."""
+        names = {"max_tokens": self.tokens_field}
+        return {names.get(name, name): value for name, value in usual.items() if name not in self.omits}
 
 
 PLAIN, USUAL = Manner(), Request()
@@ -184,13 +168,14 @@ class Ollama:
         }
         if request.stop:
             options["stop"] = list(request.stop)
-        common = {"model": model, "stream": False, "options": options}  # stream defaults to true
+        common = {"model": model, "stream": False, "keep_alive": KEEP_ALIVE, "options": manner.options(options)}
         if request.prompt:
             return "/api/generate", orjson.dumps({**common, "prompt": request.prompt, "raw": True})
-        user: dict[str, Any] = {"content": request.user}
+        system, text = manner.texts(request)
+        user: dict[str, Any] = {"content": text}
         if request.jpeg:
             user["images"] = [b64encode(request.jpeg).decode()]
-        messages = request.messages(manner.system(request), user)
+        messages = request.messages(system, user)
         return "/api/chat", orjson.dumps({**common, **manner.fields, "messages": messages})
 
     def reply(self, payload: bytes, request: Request = USUAL, manner: Manner = PLAIN) -> Reply:
@@ -224,14 +209,15 @@ class Ollama:
         # long the other servers take to load; after it by the server's own rule.
         load = {"model": model, "keep_alive": -1, "stream": False, "options": {"num_ctx": context_tokens}}
         try:
-            _while_busy(lambda left_s: post(session, f"{url}/api/generate", orjson.dumps(load), left_s), timeout_s)
+            while_busy(lambda left_s: post(session, f"{url}/api/generate", orjson.dumps(load), left_s), timeout_s)
         except ModelMissing as error:
             raise InfrastructureError(
                 f"{redact(url)} has no model {model!r} ({error}); make it with `ollama create {model} -f "
                 "examples/ollama/Modelfile`, or name another with --model_name"
             ) from None
-        except SampleError:  # a server behind this API that needs a prompt: it answers, and that is enough
-            pass
+        except Refused as error:  # a server behind this API that needs a prompt: it answers, and that is enough
+            if error.access:
+                raise
         return _shown(session, url, model, min(timeout_s, _SHOW_TIMEOUT_S))
 
     def quiet_fields(self, served: Served) -> Mapping[str, Any]:
@@ -303,13 +289,15 @@ class OpenAI:
         }
         if request.stop:
             common["stop"] = list(request.stop)
+        common = manner.options(common)
         if request.prompt:
             return "/v1/completions", orjson.dumps({**common, "prompt": request.prompt})
-        content: Any = request.user
+        system, text = manner.texts(request)
+        content: Any = text
         if request.jpeg:  # the picture itself, not a URL that a server would fetch
             url = "data:image/jpeg;base64," + b64encode(request.jpeg).decode()
-            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.user}]
-        messages = request.messages(manner.system(request), {"content": content})
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        messages = request.messages(system, {"content": content})
         return "/v1/chat/completions", orjson.dumps({**common, **manner.fields, "messages": messages})
 
     def reply(self, payload: bytes, request: Request = USUAL, manner: Manner = PLAIN) -> Reply:
@@ -335,7 +323,10 @@ class OpenAI:
         )
 
     def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> Served:
-        value = _object(_while_busy(lambda left_s: get(session, f"{url}/v1/models", left_s), timeout_s))
+        try:
+            value = _object(while_busy(lambda left_s: get(session, f"{url}/v1/models", left_s), timeout_s))
+        except ModelMissing:  # a gateway that has no list of models: the first request shows whether it has this one
+            return Served()
         entries = value.get("data") if isinstance(value.get("data"), list) else []
         found = {str(entry.get("id")): entry for entry in entries or [] if isinstance(entry, dict)}
         if found and model not in found:
@@ -346,30 +337,6 @@ class OpenAI:
     def quiet_fields(self, served: Served) -> Mapping[str, Any]:
         """What vLLM, SGLang and llama-server hand to the chat template, and what OpenAI's API itself has."""
         return {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}, "reasoning_effort": "low"}
-
-
-# What a server may say of a field that it does not know, or that its model does not have.
-_FIELD_WORDS = {
-    "think": ("think",),
-    "reasoning_effort": ("reasoning", "think"),
-    "chat_template_kwargs": ("chat_template", "chat template"),
-}
-
-
-def without_refused(manner: Manner, error: SampleError | EndpointError) -> Manner | None:
-    """The manner of a server that has refused a request, without the fields that it may not know.
-
-    Returns:
-        The manner without the fields that the error names; without any where a 400 or 422 names none; None where the
-        error says nothing about fields.
-    """
-    said = (error.detail if isinstance(error, SampleError) else str(error)).lower()
-    named = {name for name in manner.fields if any(word in said for word in _FIELD_WORDS.get(name, (name,)))}
-    bad_request = isinstance(error, SampleError) and error.reason == "llm_bad_request" and said[:3] in ("400", "422")
-    if not manner.fields or not (bad_request or (named and said[:3] == "500")):
-        return None
-    kept = {name: value for name, value in manner.fields.items() if named and name not in named}
-    return replace(manner, fields=kept)
 
 
 def _text_of(content: Any) -> str | None:
@@ -431,35 +398,17 @@ def _streamed(payload: bytes) -> Reply:
     return Reply("".join(parts), ended, refused=refused, reasoned=reasoned)
 
 
-class Session(requests.Session):
-    """A requests session for one thread, without proxies or passwords from the environment.
-
-    Preparing a request costs more time than sending it, and all requests to a URL differ only in their body: each is
-    prepared once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trust_env = False
-        self._prepared: dict[tuple[str, str], requests.PreparedRequest] = {}
-
-    def prepared(self, method: str, url: str, body: bytes | None) -> requests.PreparedRequest:
-        """A request that is valid until the next one to the same URL.  Raises requests' errors for a malformed URL."""
-        request = self._prepared.get((method, url))
-        if request is None:
-            request = self.prepare_request(requests.Request(method, url, headers=_JSON))
-            self._prepared[method, url] = request
-        if body is not None:
-            request.body = body
-            request.headers["Content-Length"] = str(len(body))
-        return request
-
-
 SERVER_APIS: Mapping[Api, ServerApi] = {"ollama": Ollama(), "openai": OpenAI()}
 
 
 def detect_api(session: Session, url: str, timeout_s: float) -> Api:
-    """Which API the server at ``url`` has.  Raises EndpointError where it does not answer or has neither."""
+    """Which API the server at ``url`` has.
+
+    Raises:
+        EndpointError: It does not answer, or has neither.
+        Refused: It answers, but does not let us in.
+    """
+    denied: Refused | None = None
     probes: tuple[tuple[str, bytes, Api], ...] = (
         ("/", b"ollama", "ollama"),
         ("/v1/models", b"", "openai"),
@@ -474,70 +423,16 @@ def detect_api(session: Session, url: str, timeout_s: float) -> Api:
                 raise
             if error.busy and not says:
                 return api  # it is loading its model
-        except (ModelMissing, SampleError):
+        except Refused as error:
+            denied = error if error.access else denied
+        except ModelMissing:
             continue
+    if denied is not None:
+        raise denied
     raise EndpointError("answers neither /v1/models nor /api/tags")
 
 
-def answers(session: Session, url: str, timeout_s: float) -> bool:
-    """Whether the server at ``url`` shows any sign of life within ``timeout_s``."""
-    try:
-        get(session, f"{url}/", timeout_s)
-    except EndpointError as error:
-        return error.busy
-    except (ModelMissing, SampleError):
-        return True
-    return True
-
-
-def post(session: Session, url: str, body: bytes, timeout_s: float) -> bytes:
-    """Send a request and return the body of a 200.
-
-    Raises:
-        EndpointError: No connection, no answer in time, 5xx or 429.
-        ModelMissing: 404.
-        SampleError: Any other 4xx (``llm_bad_request``): the request itself is at fault, on every server.
-    """
-    return _call(session, "POST", url, body, timeout_s)
-
-
-def get(session: Session, url: str, timeout_s: float) -> bytes:
-    """Like ``post``."""
-    return _call(session, "GET", url, None, timeout_s)
-
-
-def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s: float) -> bytes:
-    ends = time.monotonic() + timeout_s
-    payload = bytearray()
-    timeouts = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
-    try:
-        with session.send(
-            session.prepared(method, url, body), stream=True, timeout=timeouts, allow_redirects=False
-        ) as response:
-            while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
-                payload += chunk
-                if len(payload) > MAX_REPLY_BYTES:
-                    raise EndpointError(f"a reply of more than {MAX_REPLY_BYTES:,} bytes")
-                if time.monotonic() > ends:  # requests' own time-out starts anew with every packet
-                    raise EndpointError(f"no whole answer within {timeout_s:.3g} s", timed_out=True)
-    except requests.exceptions.InvalidURL as error:
-        raise InfrastructureError(f"{redact(url)}: {error_line(error)}") from None
-    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise _connection_error(error, timeout_s) from None
-    status, text = response.status_code, bytes(payload[:200]).decode("utf-8", "replace")
-    if status == 200:
-        return bytes(payload)
-    if status in (429, 503):
-        asked_s = min(_LONGEST_ASKED_S, retry_after_s(response.headers.get("Retry-After")) or 0.0)
-        raise EndpointError(f"{status}: {text}", busy=True, retry_after_s=asked_s)
-    if status >= 500 or status in (408, 499) or 300 <= status < 400:
-        raise EndpointError(f"{status}: {text}", timed_out=status == 408)
-    if status == 404:
-        raise ModelMissing(text)
-    raise SampleError("llm_bad_request", f"{status}: {text}")
-
-
-def _while_busy(attempt: Callable[[float], bytes], timeout_s: float) -> bytes:
+def while_busy(attempt: Callable[[float], Result], timeout_s: float) -> Result:
     """What ``attempt(seconds left)`` returns; called again while the server is busy, because it loads its model."""
     ends = time.monotonic() + timeout_s
     while True:
@@ -547,20 +442,6 @@ def _while_busy(attempt: Callable[[float], bytes], timeout_s: float) -> bytes:
             if not error.busy or time.monotonic() > ends:
                 raise
             time.sleep(0.2)
-
-
-def _connection_error(error: Exception, timeout_s: float) -> EndpointError:
-    if isinstance(error, requests.exceptions.ConnectTimeout):
-        return EndpointError("no connection", timed_out=True, refused=True)
-    if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError):
-        return EndpointError(f"no answer within {timeout_s:.3g} s", timed_out=True)
-    text = str(error)
-    if "NewConnectionError" in text or "NameResolutionError" in text:
-        why = "connection refused" if "refused" in text else "cannot be reached"
-        return EndpointError(why, refused=True)
-    if "Read timed out" in text:  # requests turns urllib3's into a ConnectionError while a body is read
-        return EndpointError(f"no whole answer within {timeout_s:.3g} s", timed_out=True)
-    return EndpointError(f"connection broken ({type(error).__name__})")
 
 
 def _object(payload: bytes) -> dict[str, Any]:

@@ -73,7 +73,7 @@ GOOD: dict[str, object] = {"url": "http://gpu-1:11434", "model": MODEL, "api": "
         ("http://gpu-1.cluster:8000", "http://gpu-1.cluster:8000"),
         ("https://10.0.0.1:1/", "https://10.0.0.1:1"),
         ("http://GPU1:80", "http://gpu1:80"),
-        ("http://[fe80::1]:8000", "http://[fe80::1]:8000"),
+        ("http://[fd12::1]:8000", "http://[fd12::1]:8000"),
     ],
 )
 def test_urls_of_servers(url: str, plain: str) -> None:
@@ -98,6 +98,39 @@ def test_urls_of_servers(url: str, plain: str) -> None:
 def test_what_is_no_url_of_a_server(url: object) -> None:
     with pytest.raises(ValueError, match=r"http://host:port|not a host name|no url|[Pp]ort"):
         parse_registration(json.dumps({**GOOD, "url": url}).encode())
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("169.254.169.254", "[fd00:ec2::254]", "[::ffff:169.254.169.254]", "[64:ff9b::a9fe:a9fe]", "100.100.100.200"),
+        *("metadata.google.internal", "METADATA", "instance-data", "192.0.0.192", "168.63.129.16", "[fd20:ce::254]"),
+        *("169.254.7.7", "[fe80::1]", "224.0.0.1", "[ff02::1]", "255.255.255.255", "0.0.0.0", "[::]"),
+    ],
+)
+def test_what_no_model_server_is_gets_no_request(host: str, tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps({**GOOD, "url": f"http://{host}:80"}))
+    assert list(Registry(tmp_path).read()) == []
+    assert len(said) == 1 and "no model server" in said[0]
+
+
+def test_a_name_that_leads_to_the_metadata_service_gets_no_request(tmp_path: Path, said: list[str]) -> None:
+    """2852039166 is a spelling of 169.254.169.254, which the system resolves as it does a name."""
+    (tmp_path / "bad.json").write_text(json.dumps({**GOOD, "url": "http://2852039166:80"}))
+    pool = EndpointPool([], MODEL)
+    watch = RegistryWatcher(pool, Registry(tmp_path))
+    watch.sync()
+    deadline = time.monotonic() + 5
+    while not any("metadata" in line for line in said) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert pool.members() == {}
+    assert any("169.254.169.254 is the metadata service of a cloud, no model server" in line for line in said)
+
+
+def test_a_password_in_a_registration_is_not_logged(tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps({**GOOD, "url": "http://user:s3cr3t@gpu-1:11434"}))
+    assert list(Registry(tmp_path).read()) == []
+    assert said and not any("s3cr3t" in line for line in said)
 
 
 def test_damaged_and_hostile_files_are_ignored_with_one_line_each(tmp_path: Path, said: list[str]) -> None:

@@ -15,21 +15,18 @@ from hypothesis import strategies as st
 
 from curation.errors import InfrastructureError, SampleError
 from curation.replies import CUT, Reply
-from curation.serving.wire import (
+from curation.serving.adapt import adapted
+from curation.serving.connection import (
     MAX_REPLY_BYTES,
-    SERVER_APIS,
     EndpointError,
-    Manner,
     ModelMissing,
-    Request,
-    Served,
+    Refused,
     Session,
     answers,
-    detect_api,
     get,
     post,
-    without_refused,
 )
+from curation.serving.wire import SERVER_APIS, Manner, Request, Served, detect_api
 
 CHAT = Request(
     user="hello", default_system="be kind", temperature=0.5, seed=7, max_tokens=9, context_tokens=64, stop=("\n",)
@@ -93,6 +90,7 @@ def test_ollama_bodies_always_bound_the_reply_and_never_stream() -> None:
     assert value == {
         "model": "m",
         "stream": False,
+        "keep_alive": "30m",
         "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}],
         "options": {"temperature": 0.5, "seed": 7, "num_ctx": 64, "num_predict": 9, "stop": ["\n"]},
     }
@@ -142,7 +140,7 @@ def test_a_server_is_asked_without_the_field_that_it_does_not_know() -> None:
     manner = Manner(fields={"chat_template_kwargs": {}, "reasoning_effort": "low"})
 
     def left(error: Exception, manner: Manner = manner) -> list[str] | None:
-        found = without_refused(manner, error)  # type: ignore[arg-type]
+        found = adapted(manner, Request(user="x"), error, known=False)  # type: ignore[arg-type]
         return None if found is None else [*found.fields]
 
     bad = "llm_bad_request"
@@ -326,7 +324,6 @@ def test_a_sound_answer() -> None:
         (http(502, b"boom"), False, False),
         (http(499, b"cancelled"), False, False),
         (http(408, b"late"), False, True),
-        (http(302, b"", b"Location: http://127.0.0.1:1/"), False, False),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf", False, False),
         (b"", False, False),
         (b"not http\r\n\r\n", False, False),
@@ -341,9 +338,28 @@ def test_a_server_at_fault(response: bytes, busy: bool, timed_out: bool) -> None
 
 
 def test_a_request_at_fault() -> None:
-    for status in (400, 401, 413, 422):
+    for status in (400, 401, 413, 422):  # or a setting is: the pool finds out
         with pytest.raises(SampleError, match=f"llm_bad_request: {status}: too long"):
             call(http(status, b"too long"))
+
+
+def test_a_redirect_is_told_and_not_followed() -> None:
+    away = b"Location: http://user:secret@127.0.0.1:1/login?next=/v1"
+    with pytest.raises(Refused, match=r"302: it redirects to http://127\.0\.0\.1:1/login\?…, which is not") as caught:
+        call(http(302, b"", away))
+    assert caught.value.access
+
+
+@pytest.mark.parametrize("where", [b"http://[", b"http://\xff\xfe/", b"javascript:alert(1)", b"", b"//" + b"x" * 9000])
+def test_a_hostile_redirect_is_no_more_than_that(where: bytes) -> None:
+    with pytest.raises(Refused, match="307: it redirects"):
+        call(http(307, b"", b"Location: " + where))
+
+
+def test_no_credit_is_no_busy_server() -> None:
+    words = b'{"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}'
+    with pytest.raises(Refused, match="429: You exceeded your current quota"):
+        call(http(429, words))
 
 
 def test_a_missing_model() -> None:
@@ -420,6 +436,13 @@ def test_servers_are_told_apart(responses: list[bytes], api: str) -> None:
 
 def test_a_server_that_speaks_neither() -> None:
     with serving(*[http(404, b"")] * 3) as url, Session() as session, pytest.raises(EndpointError, match="neither"):
+        detect_api(session, url, 5.0)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_to_know_who_asks_says_so(status: int) -> None:
+    answers_ = [http(404, b""), http(status, b'{"error":"Unauthorized"}'), http(404, b"")]
+    with serving(*answers_) as url, Session() as session, pytest.raises(Refused, match=f"{status}: Unauthorized"):
         detect_api(session, url, 5.0)
 
 

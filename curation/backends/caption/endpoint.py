@@ -16,7 +16,7 @@ from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.replies import Reply
-from curation.serving import EndpointPool, Registry, RegistryWatcher, Request, endpoint_urls
+from curation.serving import EndpointPool, Registry, RegistryWatcher, Request, endpoint_urls, read_key
 from curation.serving.wire import estimated_tokens
 
 LONGEST_SIDE = 1536  # pixels; vision models look at no more
@@ -67,12 +67,18 @@ class Backend:
         self.asked = question(s, self._max_tokens)
         needs_tokens = estimated_tokens(self.asked) + self._max_tokens
         self._watch: RegistryWatcher | None = None
+        urls = [] if s.endpoints_dir is not None else endpoint_urls(s.ports, endpoints=s.endpoints)
+        self._pool = EndpointPool(
+            urls,
+            source,
+            timeout_s=s.timeout_s,
+            load_timeout_s=s.load_timeout_s,
+            key=read_key(s.api_key_env, registered=s.endpoints_dir is not None),
+            needs_tokens=needs_tokens,
+        )
         if s.endpoints_dir is not None:
-            self._pool = EndpointPool([], source, timeout_s=s.timeout_s, needs_tokens=needs_tokens)
             self._watch = RegistryWatcher(self._pool, Registry(s.endpoints_dir)).start()
         else:
-            urls = endpoint_urls(s.ports, endpoints=s.endpoints)
-            self._pool = EndpointPool(urls, source, timeout_s=s.timeout_s, needs_tokens=needs_tokens)
             self._pool.open()
         self._threads = ThreadPoolExecutor(self.family.batch_size, "caption")
 
@@ -112,6 +118,10 @@ class Backend:
             return self._pool.ask(request)
         except SampleError as error:
             return error
+
+    def adaptations(self) -> dict[str, list[str]]:
+        """How servers are asked that refused the usual request, by name, for receipts."""
+        return self._pool.adaptations()
 
     def close(self) -> None:
         """See CaptionBackend.  Answers that are still to come are thrown away."""

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NoReturn
 
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import clean_text
@@ -165,6 +165,7 @@ PROBE_S = 5.0  # for a sign of life
 MUTE_S, MUTE_LATENCIES, MIN_ANSWERS = 2.0, 10.0, 16
 GRACE_S = 10.0  # where servers register: from the last that came until it counts that all refuse
 LONG_EXAMINATION_S = 5.0  # after which the log says how long it took
+FIRST_REQUESTS = 4  # where so many fail and none has been answered, no other will be
 CONTROL = "A dog sleeps on a sofa."
 
 logger = logging.getLogger("curation")
@@ -366,6 +367,12 @@ class _Tries:
         self.problem = error
 
 
+class Denied(str):
+    """Why a server does not let us in, which waiting does not change."""
+
+    __slots__ = ()
+
+
 class NoEndpoint(InfrastructureError):
     """None of the servers that were named answers."""
 
@@ -417,6 +424,7 @@ class EndpointPool:
         self._instructed = instructed
         self._needs_tokens = needs_tokens
         self.absence = "no endpoint is named"  # why there is no server, for the error that ends the run
+        self.denied = False  # every server that is registered has refused to let us in
         self._endpoints: list[Endpoint] = []  # replaced, never changed in place
         self._gone: dict[str, Counter[str]] = {}
         self._had_servers = False  # whether there has ever been a server
@@ -424,9 +432,10 @@ class EndpointPool:
         self._sessions = threading.local()
         self._last_success = self._last_came = time.monotonic()
         self._askers = 0
-        self._usual: Request | None = (
-            None  # the first one: later tries are warmer or longer, and may be refused for that
-        )
+        # The first request: later tries are warmer or longer, and may be refused for that.
+        self._usual: Request | None = None
+        self._any_answer = False  # to a request, not to a control question
+        self._blamed = 0  # requests, as long as there is none
 
     def open(self) -> None:
         """Find out which servers answer, and load the model on each of them.
@@ -520,7 +529,7 @@ class EndpointPool:
                 api = detect_api(session, url, min(self._timeout_s, PROBE_S)) if api == "auto" else api
                 served = SERVER_APIS[api].load(session, url, self.model, self._context_tokens, self._load_timeout_s)
             except SampleError as error:
-                return error.detail
+                return Denied(error.detail)
             except (EndpointError, ModelMissing) as error:
                 return clean_text(str(error))
         return Endpoint(url, SERVER_APIS[api], self._timeout_s, self._manner(url, api, served))
@@ -596,12 +605,22 @@ class EndpointPool:
         if tries.refusal is not None and not any(
             e.takes_requests or e.examined for e in self._endpoints if e not in tries.refused_by
         ):
-            raise tries.refusal
+            self._blame(tries.refusal)
         answer_others = any(endpoint.answered_at > tries.failing_since for endpoint in self._endpoints)
         if tries.problem is not None and tries.failures >= ATTEMPTS and answer_others:
             reason = "llm_timeout" if tries.problem.timed_out else "llm_error"
             name = tries.last.name if tries.last else ""
-            raise SampleError(reason, f"{tries.failures} attempts, the last at {name}: {tries.problem}")
+            self._blame(SampleError(reason, f"{tries.failures} attempts, the last at {name}: {tries.problem}"))
+
+    def _blame(self, error: SampleError) -> NoReturn:
+        """Raise it; or InfrastructureError, where every request fails from the first one on: that is a setting."""
+        self._blamed += not self._any_answer
+        if self._blamed >= FIRST_REQUESTS and not self._any_answer:
+            raise InfrastructureError(
+                f"none of the first {self._blamed} requests was answered, though the servers answer a harmless one: "
+                f"{error}. Look at --timeout, --max_tokens and the system prompt or --prompt"
+            )
+        raise error
 
     def _require_a_possible_success(self, now: float) -> None:
         """Raise InfrastructureError once every server has been broken or gone for too long, or refuses everything."""
@@ -610,7 +629,8 @@ class EndpointPool:
             return
         problems = "; ".join(f"{e.name}: {e.problem}" for e in self._endpoints) or self.absence
         others_may_come = not self._urls and now - self._last_came < GRACE_S
-        if here and all(e.refuses and not e.answered_at for e in here) and not others_may_come:
+        refused = all(e.refuses and not e.answered_at for e in here) if here else self.denied and not self._had_servers
+        if refused and not others_may_come:
             raise InfrastructureError(
                 f"the model servers refuse every request ({problems}). {key_hint(problems)}No sample is blamed for it: "
                 "start again when the setting is right"
@@ -649,6 +669,7 @@ class EndpointPool:
         else:
             with self._changed:
                 self._last_success = now = time.monotonic()
+                self._any_answer = True
                 limit = endpoint.concurrency.limit
                 endpoint.succeeded(call, now)
                 if endpoint.concurrency.limit > limit:
@@ -671,6 +692,8 @@ class EndpointPool:
             except (SampleError, EndpointError) as error:
                 known = endpoint.manner_is_known and manner is endpoint.manner
                 other = adapted(manner, request, error, known=known or bool(request.prompt))
+                if isinstance(error, EndpointError):
+                    error.args = (redact(clean_text(str(error)), self._key),)
                 if other is None:
                     raise
                 manner = other
@@ -743,7 +766,10 @@ class EndpointPool:
         try:
             with self._new_session() as session:
                 endpoint.wire.load(session, endpoint.url, self.model, self._context_tokens, self._load_timeout_s)
+                asked = time.monotonic()
                 while_busy(question, self._load_timeout_s)
+                if time.monotonic() - asked > self._timeout_s:  # it had to load its model, or is always so slow
+                    question(self._timeout_s)
         except (Refused, ModelMissing, InfrastructureError) as refusal:
             self._set_aside(endpoint, refusal)
         except EndpointError as error:

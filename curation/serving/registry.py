@@ -43,7 +43,7 @@ from curation.serving.connection import (
     is_no_server,
     read_key,
 )
-from curation.serving.pool import Endpoint, EndpointPool
+from curation.serving.pool import Denied, Endpoint, EndpointPool
 from curation.serving.wire import CONTEXT_TOKENS, SERVER_APIS, Api, detect_api
 from curation.storage.files import make_folder, write_whole
 from curation.storage.retry import RetryPolicy
@@ -458,6 +458,9 @@ class RegistryWatcher:
             problems = "; ".join(f"{url}: {trouble.why}" for url, trouble in sorted(self._trouble.items())[:5])
         others = f"servers of {', '.join(sorted(self._others)[:5])} only" if self._others else ""
         why = problems or others or "nothing is registered"
+        with self._lock:
+            denied = bool(self._trouble) and all(isinstance(trouble.why, Denied) for trouble in self._trouble.values())
+        self._pool.denied = denied and not self._opening
         self._pool.absence = f"{self._folder.folder}, model {self._pool.model!r}: {why}"
 
 

@@ -158,7 +158,7 @@ def test_a_certificate_for_another_name_is_told(certificate: Path, monkeypatch: 
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     with odd_server(certificate=certificate) as server:
         elsewhere = server.url.replace("127.0.0.1", "localhost")
-        with pytest.raises(InfrastructureError, match="certificate is not trusted.*localhost"):
+        with pytest.raises(InfrastructureError, match=r"certificate is not trusted.*localhost"):
             EndpointPool([elsewhere], MODEL).open()
 
 

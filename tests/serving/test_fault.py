@@ -140,6 +140,21 @@ def test_a_time_limit_that_is_too_short_for_every_answer_is_a_setting() -> None:
             ask_all(pool)
 
 
+@pytest.mark.parametrize("slow_s", [0.6, 0.0])
+def test_requests_that_all_take_longer_than_the_time_limit_are_not_blamed(slow_s: float) -> None:
+    """Although the servers answer a harmless question: in more than that time, or at once."""
+
+    def slow(asked: Asked) -> Answer:
+        time.sleep(slow_s if asked.text == CONTROL else 0.6)
+        return echo(asked)
+
+    with odd_server(slow) as server:
+        pool = opened(server, timeout_s=0.2, load_timeout_s=5.0, patience_s=1.0)
+        with pytest.raises(InfrastructureError, match=r"--timeout|no endpoint has answered.*no answer within 0.2 s"):
+            for text in TEXTS:
+                ask_all(pool, [text])
+
+
 # ---- a request
 
 

@@ -24,6 +24,7 @@ from curation.storage.retry import RetryPolicy
 from tests import processes
 from tests.processes import started, wait_until
 from tests.servers import ollama_stub
+from tests.servers.odd_server import Answer, odd_server
 from tests.serving.test_pool import MODEL, REPLIES, TEXTS, free_port, short_pauses  # noqa: F401 - a fixture for all
 
 
@@ -125,6 +126,18 @@ def test_a_name_that_leads_to_the_metadata_service_gets_no_request(tmp_path: Pat
         time.sleep(0.02)
     assert pool.members() == {}
     assert any("169.254.169.254 is the metadata service of a cloud, no model server" in line for line in said)
+
+
+def test_servers_that_let_nobody_in_end_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after ``--endpoint_wait``."""
+    monkeypatch.setattr("curation.serving.pool.GRACE_S", 1.0)
+    with odd_server() as server, pool_on(tmp_path, wait_s=600.0) as pool:
+        server.other = lambda asked: Answer('{"error": "Unauthorized"}', 401)
+        registrar(tmp_path, int(server.url.rpartition(":")[2]))
+        began = time.monotonic()
+        with pytest.raises(InfrastructureError, match=r"refuse every request.*401: Unauthorized.*--api_key_env"):
+            pool.ask(Request(user="x"))
+        assert time.monotonic() - began < 30
 
 
 def test_a_password_in_a_registration_is_not_logged(tmp_path: Path, said: list[str]) -> None:

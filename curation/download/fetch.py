@@ -23,10 +23,9 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit, urlunsplit
 
 from curation.download.heads import lenient_protocol, quoted_url
 from curation.jsonio import clean_text
+from curation.storage.addresses import parse_address
 from curation.storage.retry import retry_after_s
 from curation.storage.urls import compressions_in, error_line, redact
-
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 
 class RefusedAddress(OSError):
@@ -35,18 +34,11 @@ class RefusedAddress(OSError):
 
 def is_public(address: str) -> bool:
     """Whether an IPv4 or IPv6 address, also one inside another, is a single host of the open internet."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
+    ip = parse_address(address)
+    if ip is None:
         return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip.is_site_local or int(ip) >> 32 == 0:  # the latter: IPv4-compatible, long out of use
-            return False
+    if isinstance(ip, ipaddress.IPv6Address) and (ip.is_site_local or int(ip) >> 32 == 0):
+        return False  # the latter: IPv4-compatible, long out of use
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 

@@ -47,7 +47,6 @@ from curation.serving.pool import Denied, Endpoint, EndpointPool
 from curation.serving.wire import CONTEXT_TOKENS, SERVER_APIS, Api, detect_api
 from curation.storage.files import make_folder, write_whole
 from curation.storage.retry import RetryPolicy
-from curation.storage.urls import redact
 
 AnyApi = Literal["auto", "ollama", "openai"]
 SUFFIX = ".json"

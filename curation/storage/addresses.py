@@ -17,7 +17,7 @@ def parse_address(text: str) -> Address | None:
         return None
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in _NAT64 or (int(ip) >> 32 == 0 and int(ip) > 1):  # the latter: IPv4-compatible, long out of use
+        if ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         return inner or ip
     return ip

@@ -449,8 +449,8 @@ class EndpointPool:
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
             raise NoEndpoint(
-                f"no endpoint answers ({reasons}). {key_hint(reasons)}Start the servers, or name others with --ports "
-                "or --endpoints"
+                f"no endpoint answers ({reasons}). {self._key_hint(reasons)}Start the servers, or name others with "
+                "--ports or --endpoints"
             )
         if reasons:
             logger.warning(f"going on without {reasons}")
@@ -632,8 +632,8 @@ class EndpointPool:
         refused = all(e.refuses and not e.answered_at for e in here) if here else self.denied and not self._had_servers
         if refused and not others_may_come:
             raise InfrastructureError(
-                f"the model servers refuse every request ({problems}). {key_hint(problems)}No sample is blamed for it: "
-                "start again when the setting is right"
+                f"the model servers refuse every request ({problems}). {self._key_hint(problems)}No sample is blamed "
+                "for it: start again when the setting is right"
             )
         if any(endpoint.examined for endpoint in here):
             return
@@ -642,8 +642,8 @@ class EndpointPool:
         if not self._had_servers:
             raise InfrastructureError(f"no model server came within {self._wait_s:g} s ({self.absence})")
         raise InfrastructureError(
-            f"no endpoint has answered for {self._patience_s:g} s ({problems}). {key_hint(problems)}Replies so far are "
-            "kept: start again when the servers are back"
+            f"no endpoint has answered for {self._patience_s:g} s ({problems}). {self._key_hint(problems)}Replies so "
+            "far are kept: start again when the servers are back"
         )
 
     def _send(self, call: Call, request: Request, timeout_s: float) -> Reply:
@@ -792,6 +792,14 @@ class EndpointPool:
         if now - began > LONG_EXAMINATION_S:
             logger.info(f"{endpoint.name} was silent, and answers again after {now - began:.0f} s (--load_timeout)")
 
+    def _key_hint(self, problems: str) -> str:
+        """What to do where servers want to know who asks; "" where they do not."""
+        if not re.search(r"\b(?:401|403|407): ", problems):
+            return ""
+        if not self._urls:
+            return "Servers that register get a key only where --api_key_env names its environment variable. "
+        return f"A key for them is taken from the environment variable {KEY_VARIABLE}, or another with --api_key_env. "
+
     def _new_session(self) -> Session:
         return Session(self._key, registered=not self._urls)
 
@@ -809,10 +817,3 @@ def _grey_picture() -> bytes:
     from curation.images import encode_jpeg
 
     return encode_jpeg(np.full((64, 64, 3), 127, np.uint8), 90)
-
-
-def key_hint(problems: str) -> str:
-    """What to do where servers want to know who asks; "" where they do not."""
-    if not re.search(r"\b(?:401|403|407): ", problems):
-        return ""
-    return f"A key for them is taken from the environment variable {KEY_VARIABLE}, or another with --api_key_env. "

@@ -326,12 +326,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stderr)
     _on_signals(_end)
+    why: Exception
     try:
         return register(arguments)
-    except (InfrastructureError, SampleError, ModelMissing, ValueError) as error:
+    except SampleError as error:
+        code, why = EXIT_USAGE, InfrastructureError(f"{redact(arguments.url)}: {error.detail}")
+    except (InfrastructureError, ModelMissing, ValueError) as error:
         code, why = EXIT_USAGE, error
     except EndpointError as error:
-        code, why = EXIT_NO_SERVER, InfrastructureError(f"{arguments.url}: {error}")
+        code, why = EXIT_NO_SERVER, InfrastructureError(f"{redact(arguments.url)}: {error}")
     print(f"error: {clean_text(redact(str(why)))}", file=sys.stderr, flush=True)
     return code
 

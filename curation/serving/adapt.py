@@ -27,7 +27,8 @@ _UNKNOWN = re.compile(
 _RANGE = re.compile(r"between|range|greater than|less than|at most|at least|[<>≤≥]|too (?:large|long|high|many)")
 _NO_SYSTEM = re.compile(
     r"system\W{1,3}(?:role|message|prompt|instruction)|role\W{1,8}system|roles must alternate|"
-    r"developer instruction|(?:only|just)\W.{0,20}user.{0,20}assistant"
+    r"developer instruction|(?:only|just)\W.{0,20}user.{0,20}assistant|"
+    r"system\W{1,3}is not|\Wuser\W{1,3}or\W{1,3}assistant\W"
 )
 _STATUSES = (400, 422, 500, 501)  # llama.cpp and older vLLM answer 500 where a chat template fails
 

@@ -445,7 +445,7 @@ class EndpointPool:
         with ThreadPoolExecutor(len(self._urls)) as threads:
             found = list(threads.map(self.try_to_open, self._urls))
         silent = {redact(url): why for url, why in zip(self._urls, found, strict=True) if isinstance(why, str)}
-        reasons = "; ".join(f"{name}: {why}" for name, why in silent.items())
+        reasons = listed([f"{name}: {why}" for name, why in silent.items()])
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
             raise NoEndpoint(
@@ -627,7 +627,7 @@ class EndpointPool:
         here = [endpoint for endpoint in self._endpoints if not endpoint.leaving]
         if not all(endpoint.broken for endpoint in here):
             return
-        problems = "; ".join(f"{e.name}: {e.problem}" for e in self._endpoints) or self.absence
+        problems = listed([f"{e.name}: {e.problem}" for e in self._endpoints]) or self.absence
         others_may_come = not self._urls and now - self._last_came < GRACE_S
         refused = all(e.refuses and not e.answered_at for e in here) if here else self.denied and not self._had_servers
         if refused and not others_may_come:
@@ -808,6 +808,12 @@ class EndpointPool:
             self._sessions.value = self._new_session()
         session: Session = self._sessions.value
         return session
+
+
+def listed(problems: Sequence[str], most: int = 5) -> str:
+    """The problems of servers in one line; of many only some."""
+    more = [f"and {len(problems) - most:,} more"] if len(problems) > most else []
+    return "; ".join([*problems[:most], *more])
 
 
 @lru_cache(maxsize=1)

@@ -348,6 +348,12 @@ def test_a_field_that_a_server_refuses_is_left_out_from_then_on(
         (400, '{"object": "error", "message": "System role not supported", "code": 400}'),
         (400, '{"message": "Conversation roles must alternate user/assistant/user/assistant/..."}'),
         (500, '{"error": {"message": "Jinja Exception: System role not supported"}}'),
+        (400, '{"message": "Only user and assistant roles are supported!"}'),
+        (
+            422,
+            '{"detail": [{"loc": ["body", "messages", 0, "role"], "msg": "Input should be \'user\' or \'assistant\'"}]}',
+        ),
+        (400, "{\"error\": \"'system' is not one of ['user', 'assistant']\"}"),
         (400, '{"error": {"message": "Developer instruction is not enabled for models/gemma-3-27b-it"}}'),
     ],
 )

@@ -35,7 +35,7 @@ from curation.rewrite.weights import prompt_model
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import check_made_by
 from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, endpoint_urls
-from curation.shards import TAR, Shard, discover, local_folders
+from curation.shards import TAR, Shard, discover, is_tar, local_folders
 from curation.storage.urls import is_remote
 from curation.tar.samples import caption_of, metadata_of
 from curation.threads import DaemonPool
@@ -154,7 +154,7 @@ class RewriteCaptions(Stage[Options]):
         return {**mine, **asked, "groups": list(self.groups)}
 
     def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path, None if is_tar(shard) else CAPTIONS_STAGE)]
+        return [Input(shard.path, None if is_tar(shard.path) else CAPTIONS_STAGE)]
 
     def open(self, allocation: Allocation) -> None:
         o = self.options
@@ -219,7 +219,7 @@ class RewriteCaptions(Stage[Options]):
 
     def _read(self, work: ShardContext) -> Iterator[tuple[str, str]]:
         """Key and caption of every sample that has one, as one clean line."""
-        if not is_tar(work.shard):
+        if not is_tar(work.shard.path):
             with work.phase("read"):
                 dictionary = read_dictionary(work.shard.file)
             work.sample_in(len(dictionary))
@@ -334,19 +334,18 @@ def counts_by_group(questions: Mapping[str, Question], outcomes: Mapping[str, Ou
     return {group: dict(counts[group]) for group in sorted(counts)}
 
 
-def is_tar(shard: Shard) -> bool:
-    return shard.path.suffix == ".tar"
-
-
 def find_input(source: str, *, allow_pipe: bool = False) -> list[Shard]:
     """The caption dictionaries that ``source`` names, or the tars if a folder has tars.
 
-    A folder of tars may also contain a downloader's ``<shard>_stats.json``, so tars take precedence.
+    A folder of tars may also contain a downloader's ``<shard>_stats.json``, so tars take precedence; tars compressed
+    with gzip only where the folder has no other JSON file.
     """
-    path = Path(source)
-    in_folder = path.is_dir() and next(path.glob("*.tar"), None) is not None
-    tars = in_folder or is_remote(source) or source.endswith(".tar")
-    return discover(source, ".tar" if tars else ".json", allow_pipe=allow_pipe)
+    tars = is_remote(source) or is_tar(source)
+    if (folder := Path(source)).is_dir():
+        names = [path.name for path in folder.iterdir()]
+        dictionaries = any(name.endswith(".json") and not name.endswith("_stats.json") for name in names)
+        tars = any(name.endswith(TAR) for name in names) or (any(map(is_tar, names)) and not dictionaries)
+    return discover(source, TAR if tars else ".json", allow_pipe=allow_pipe)
 
 
 @exit_code

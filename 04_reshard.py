@@ -28,7 +28,7 @@ from curation.run import Follows, Input, Later, RunOptions, ShardContext, Stage,
 from curation.run.ledger import receipts_of_all
 from curation.run.output_folder import refuse_foreign_shards
 from curation.run.workers import is_worker
-from curation.shards import Shard, discover, local_folders, select
+from curation.shards import Shard, discover, local_folders, refuse_packed, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
 from curation.tar.random_access import write_wids
 from curation.tar.scan import SampleSpan, TarReport, TarScan
@@ -194,7 +194,7 @@ class Reshard(Stage[Options]):
                 """Yield the samples with their decisions.  The pass with the report also counts them."""
                 plain = self.options.is_plain
                 before = ""  # the key of the last sample that is kept
-                for window in TarScan(work.shard.path, report).windows():
+                for window in TarScan(work.shard.path, report, unpack=False).windows():
                     selector.look(window)
                     chosen: list[tuple[SampleSpan, Choice]] = []
                     decisions: list[tuple[SampleSpan, Decision]] = []
@@ -282,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     every = options.shard_size is not None or options.follow  # regrouping reads all; a follower selects later
     chosen = shards if every else select(shards, options.shards)
+    refuse_packed(chosen)
     if Path(options.output).resolve() in local_folders(shards):
         raise UsageError("--output must not be the folder of the source shards: it would replace them")
     if isinstance(options.tars, RemoteFolder) and options.tars.holds(shard.path for shard in shards):

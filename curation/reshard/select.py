@@ -405,7 +405,7 @@ def dry_run(material: ReshardInputs, shards: Sequence[Shard], size: int | None, 
             continue
         account = _Tally(shard, tally)
         with material.open(shard, records) as (_, selection):
-            for window in TarScan(shard.path).windows():
+            for window in TarScan(shard.path, unpack=False).windows():
                 selection.look(window)
                 chosen = [(span, selection.choose(span)) for span in window.spans if span.key]
                 selection.count(chosen, account)

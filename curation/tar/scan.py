@@ -170,11 +170,12 @@ class TarScan:
     Args:
         source: A tar on a filesystem, a folder of loose files, or what ``curation.storage.urls`` can read.
         report: Receives what is found besides samples; default: a new one.
+        unpack: Whether a shard may be compressed with gzip; the offsets of its spans are those of the tar inside.
     """
 
-    def __init__(self, source: str | Source, report: TarReport | None = None) -> None:
+    def __init__(self, source: str | Source, report: TarReport | None = None, *, unpack: bool = True) -> None:
         self.path = str(source)
-        self._source = source
+        self._source, self._unpack = source, unpack
         self.report = report if report is not None else TarReport()
         self.report.path = self.path
         self._file: Blocks
@@ -198,10 +199,10 @@ class TarScan:
         """Yield the samples in the shard's order, a few megabytes at a time.
 
         Raises:
-            ShardError: The file cannot be read.
+            ShardError: The file cannot be read, or it is no tar.
         """
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open_blocks(self._source))
+            self._file = stack.enter_context(open_blocks(self._source, unpack=self._unpack))
             ahead = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
             stack.callback(self._file.cancel)  # runs first at the end, so that nobody waits for unneeded bytes
             self._block = self._file.block

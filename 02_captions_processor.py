@@ -20,7 +20,7 @@ from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.models.needs import NothingToFetch, WeightsNeed
-from curation.options import at_least, between, exit_code, logger, more_than, parse_options
+from curation.options import URLS, at_least, between, exit_code, logger, more_than, parse_options
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
 from curation.rewrite.prompts import (
@@ -56,7 +56,7 @@ STAND_IN = (
 class Options(RunOptions):
     """Keep English captions and let model servers rewrite them into prompts that portray a group of people."""
 
-    input: str
+    input: Annotated[str, URLS]
     """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file."""
     output: str
     """Folder for the prompts, one <shard>.json each."""
@@ -70,7 +70,7 @@ class Options(RunOptions):
     """Ports of the model servers on --host, separated by commas."""
     host: str = "localhost"
     """Host of the model servers."""
-    endpoints: str | None = None
+    endpoints: Annotated[str | None, URLS] = None
     """Whole URLs of the model servers, separated by commas, in place of --host and --ports."""
     endpoints_dir: str | None = None
     """A folder in which servers register (serve_endpoints.sh); they may come and go while the run lasts."""

@@ -31,7 +31,7 @@ from curation.extract import (
     write_parquet,
 )
 from curation.models.needs import WeightsNeed
-from curation.options import at_least, exit_code, logger, parse_options, set_up_logging
+from curation.options import URLS, at_least, exit_code, logger, parse_options, set_up_logging
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.workers import is_worker
 from curation.shards import Shard
@@ -43,7 +43,7 @@ from curation.tar.scan import TarReport
 class Options(RunOptions):
     """Compute scores and features of the samples of tar shards: a parquet and an npz for each; one process per GPU."""
 
-    input_tars: str | None = None
+    input_tars: Annotated[str | None, URLS] = None
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output_metadata_dir: str | None = None
     """Folder for the parquets and npzs."""
@@ -69,9 +69,9 @@ class Options(RunOptions):
     """Do shards again that were done with other options, as --rerun; with the same options the work goes on."""
     use_datacomp_keys: bool | None = None
     """DataComp's names and types: clip_l14_similarity_score, face_bboxes, l14_img and so on."""
-    weights: str | None = None
+    weights: Annotated[str | None, URLS] = None
     """In place of a directive's own weights: directive=path, with commas; or a hub id, or a URL with #sha256=."""
-    embeddings: str | None = None
+    embeddings: Annotated[str | None, URLS] = None
     """Embeddings of the images that dedup-isc-ft-v107 looks for: a path, or a URL with #sha256=."""
     feature_dtype: Literal["float16", "float32"] | None = None
     """Of the npz.  Default: float16."""

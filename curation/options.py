@@ -11,10 +11,12 @@ import functools
 import logging
 import math
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
@@ -63,6 +65,30 @@ def between(low: float, high: float) -> Bound:
 
 
 FINITE = Bound("a finite number", math.isfinite)
+
+
+@dataclass(frozen=True, slots=True)
+class MayBeUrl:
+    """In the annotation of an option's field: its value may be a URL.  All other options take paths of this machine."""
+
+
+URLS = MayBeUrl()
+_URL = re.compile(r"\s*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_URL_AS_PATH = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # a Path of s3://bucket is s3:/bucket
+
+
+def refuse_url(flag: str, value: object) -> None:
+    """Raise UsageError if the value is a URL: written as a path, it would make a folder ``./s3:/…`` on this machine."""
+    match = (_URL_AS_PATH if isinstance(value, Path) else _URL).match(str(value))
+    if isinstance(value, str | Path) and match:
+        raise UsageError(f"{flag} {match[1]}://…: a URL, where a path on this machine's filesystem is wanted")
+
+
+def refuse_urls(options: object) -> None:
+    """Raise UsageError if an option of a dataclass is a URL, unless its annotation has ``URLS``."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        if URLS not in getattr(hint, "__metadata__", ()):
+            refuse_url(f"--{name}", getattr(options, name, None))
 
 
 def also(*names: str) -> Any:
@@ -125,9 +151,11 @@ class RunOptions:
         """Check the values of the options and that they fit together; a stage adds its own checks.
 
         Raises:
-            UsageError: A number is out of its bounds, or two options exclude each other.
+            UsageError: A number is out of its bounds, a URL stands where a path is wanted, or two options exclude each
+                other.
         """
         check_bounds(self)
+        refuse_urls(self)
         if self.follow and self.follow_idle_s < self.lease_s:  # heartbeats come every quarter of a lease
             raise UsageError("--follow_idle_s must not be shorter than --lease_s: a live stage would seem dead")
         if self.follow and self.rerun and self.shards is not None:
@@ -313,7 +341,7 @@ def on_terminal() -> bool:
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: str) -> Arguments:
-    """Parse the command line of ``python -m curation <command>`` and check the bounds of its numbers.
+    """Parse the command line of ``python -m curation <command>``; check the bounds of its numbers, and its paths.
 
     An unknown flag or a value of the wrong type ends the process with exit code 2.
 
@@ -323,8 +351,9 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: 
         command: The command's name.
 
     Raises:
-        UsageError: A number is out of its bounds.
+        UsageError: A number is out of its bounds, or a URL stands where a path is wanted.
     """
     options = _parse(kind, None if argv is None else list(argv), f"python -m curation {command}")
     check_bounds(options)
+    refuse_urls(options)
     return options

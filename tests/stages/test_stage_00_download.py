@@ -226,7 +226,7 @@ def test_webdataset_and_the_other_stages_read_the_shards(thousand: Thousand, tmp
 
 
 def test_stage_05_reads_the_shards(thousand: Thousand, tmp_path: Path) -> None:
-    arguments = [str(thousand.out), "-o", str(tmp_path), "--max_images", "5", "--num_gpus", "1", "--quiet"]
+    arguments = [str(thousand.out), "-o", str(tmp_path), "--max_images", "5", "--device", "cpu", "--quiet"]
     assert recaption_stub.main(arguments) == 0
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     good = [row for row in thousand.rows if row["status"] == "success"]

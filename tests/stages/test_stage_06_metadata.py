@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curation.cluster import visible_gpus
 from curation.extract.plugins import load_plugin
 from curation.images import image_size
 from curation.tar.samples import read_samples
@@ -717,3 +718,17 @@ def test_the_readmes_second_example_runs(tmp_path: Path, tiny: dict[str, Path]) 
         assert all(len(box) == 4 and all(0 <= side <= 1 for side in box) for box in row["face_bboxes"])
     told = json.loads(schema.metadata[b"curation"])
     assert set(told["models"]) == set(tiny)
+
+
+def test_a_job_with_gpus_does_not_score_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if visible_gpus():
+        pytest.skip("this machine has GPUs")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    flags = ["--input_tars", str(EXAMPLES), "--output_metadata_dir", str(tmp_path), "--models", "statistics", "--quiet"]
+    flags += ["--nworkers", "1"]
+    assert stage.main(flags) == 2
+    assert "with --device cpu it computes on the CPU" in capsys.readouterr().err
+    assert stage.main([*flags, "--num_gpus", "3"]) == 2
+    assert stage.main([*flags, "--device", "cpu"]) == 0

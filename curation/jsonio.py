@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -158,3 +159,8 @@ def some(keys: Collection[str]) -> str:
     """A few keys for a message, and the number of the others."""
     named = ", ".join(clean_text(key)[:100] for key in sorted(keys)[:NAMED])
     return f"{named} and {len(keys) - NAMED:,} more" if len(keys) > NAMED else named
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that come more than once, such as those of a table's columns."""
+    return [name for name, count in Counter(names).items() if count > 1]

@@ -14,7 +14,7 @@ import contextlib
 import csv
 import difflib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ import orjson
 import xxhash
 
 from curation.errors import InfrastructureError, SampleError, ShardError, UsageError
-from curation.jsonio import clean_text, dump_json, parse_json_object
+from curation.jsonio import clean_text, dump_json, parse_json_object, repeated
 from curation.shards import MAX_SHARDS, Shard
 from curation.storage.files import link_exclusively, make_folder, read_record, whole_file
 from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_remote, object_info, redact
@@ -195,6 +195,7 @@ class UrlTables:
 
     def _check(self, source: str, schema: Any) -> None:
         wanted = self._columns
+        check_names(source, schema.names)
         if wanted.hash is not None:
             _column(source, schema.names, wanted.hash, "--verify_hash")
         caption_column_of(source, schema.names, wanted.caption)
@@ -202,6 +203,12 @@ class UrlTables:
         kind = str(schema.field(name).type)
         if "string" not in kind and kind != "null":
             raise UsageError(f"{source}: the column {name!r} holds {kind}, not text; name another one with --url_col")
+
+
+def check_names(source: str, names: Iterable[str]) -> None:
+    """Raise UsageError for a table with two columns of one name, of which nobody can say which one is meant."""
+    if doubles := repeated(names):
+        raise UsageError(f"{source}: two columns have the name {clean_text(doubles[0])[:60]!r}; rename one of them")
 
 
 def caption_column_of(source: str, names: Sequence[str], wanted: str | None) -> str | None:
@@ -389,8 +396,7 @@ def _csv_rows(source: str, file: BinaryIO) -> Iterator[_Row]:
     reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
     try:
         names = next(reader, [])
-        if len(set(names)) < len(names):
-            raise UsageError(f"{source}: two columns have one name: {', '.join(names)[:500]}")
+        check_names(source, names)
         for fields in reader:
             if not fields:
                 continue

@@ -579,7 +579,7 @@ def test_columns_that_clash_are_renamed_and_none_is_lost() -> None:
         ("t.csv", "url\n", [], ["no rows"]),
         ("t.csv", "", [], ["no rows"]),
         ("t.csv", "url,a\nhttp://x/,1,2\n", [], ["line 2", "3 fields"]),
-        ("t.csv", "url,url\nx,y\n", [], ["two columns have one name"]),
+        ("t.csv", "url,url\nx,y\n", [], ["two columns have the name 'url'"]),
         ("t.jsonl", '{"url": "x"}\n[1]\n', [], ["line 2", "json_not_an_object"]),
         ("t.jsonl", '{"url": 5}\n', [], ["holds int64, not text"]),
         ("t.parquet", "no parquet", [], ["cannot be read as a table"]),
@@ -676,3 +676,11 @@ def test_small_and_long_images_can_be_refused(web: Web, tmp_path: Path) -> None:
     assert run(table, tmp_path / "out", "--min_image_size", 400, "--max_aspect_ratio", 1.1) == 0
     told = [row["error_message"] and row["error_message"].partition(":")[0] for row in rows(tmp_path / "out")]
     assert told == [None, "image_too_small", "image_too_small"]
+
+
+def test_a_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pa.table([["http://h.invalid/1"], ["a"], ["b"]], names=["url", "caption", "caption"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert run(tmp_path / "t.parquet", tmp_path / "out") == 2
+    assert "two columns have the name 'caption'" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.tar"))

@@ -151,11 +151,9 @@ class RunOptions:
         """Check the values of the options and that they fit together; a stage adds its own checks.
 
         Raises:
-            UsageError: A number is out of its bounds, a URL stands where a path is wanted, or two options exclude each
-                other.
+            UsageError: A number is out of its bounds, or two options exclude each other.
         """
         check_bounds(self)
-        refuse_urls(self)
         if self.follow and self.follow_idle_s < self.lease_s:  # heartbeats come every quarter of a lease
             raise UsageError("--follow_idle_s must not be shorter than --lease_s: a live stage would seem dead")
         if self.follow and self.rerun and self.shards is not None:
@@ -179,8 +177,13 @@ def parse_options(kind: type[AnyOptions], argv: Sequence[str] | None = None, pro
 
     Returns:
         The options, whose values are not checked yet (``RunOptions.check``).
+
+    Raises:
+        UsageError: A URL stands where a path is wanted.
     """
-    return _parse(kind, _spelled_out(kind, sys.argv[1:] if argv is None else argv), prog, _help_groups(kind))
+    options = _parse(kind, _spelled_out(kind, sys.argv[1:] if argv is None else argv), prog, _help_groups(kind))
+    refuse_urls(options)
+    return options
 
 
 def _parse(

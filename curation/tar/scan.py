@@ -133,6 +133,7 @@ class TarReport:
     missing_end: bool = False
     gaps: list[int] = field(default_factory=list)  # offsets of zero blocks that are followed by members
     end_bytes: int = 0  # the zeros that end the archive
+    odd_texts: int = 0  # .txt members that were loaded and whose bytes are no UTF-8
 
     def warnings(self) -> list[str]:
         """One line for each irregularity."""
@@ -144,6 +145,11 @@ class TarReport:
             lines.append(f"{self.path}: ends in {self.end_bytes:,} zero bytes; were there members once?")
         if self.repeated_keys:
             lines.append(f"{self.path}: {self.repeated_keys:,} samples have the key of an earlier one; {TOGETHER}")
+        if self.odd_texts:
+            lines.append(
+                f"{self.path}: {self.odd_texts:,} .txt members hold bytes that are no UTF-8 (another encoding without "
+                "a byte order mark?); U+FFFD stands for those bytes"
+            )
         return lines
 
 

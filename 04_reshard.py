@@ -25,14 +25,14 @@ from curation.reshard.select import AS_IT_IS, Choice, ReshardInputs, copy_keys, 
 from curation.reshard.uids import Subset
 from curation.reshard.write import ShardWriter, words_of_result
 from curation.run import Follows, Input, Later, RunOptions, ShardContext, Stage, run_stage
-from curation.run.ledger import receipts_of_all
+from curation.run.ledger import done_receipts, receipts_of_all
 from curation.run.output_folder import refuse_foreign_shards
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders, refuse_packed, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
 from curation.tar.random_access import write_wids
 from curation.tar.scan import SampleSpan, TarReport, TarScan
-from curation.tar.splice import Action, DecidedWindow, Decision
+from curation.tar.splice import Action, DecidedWindow, Decision, Neighbours
 
 PROMPTS_STAGE = "02_captions_processor"
 EDITS_STAGE = "03_generate_images"
@@ -195,7 +195,7 @@ class Reshard(Stage[Options]):
             def windows(report: TarReport | None = None) -> Iterator[DecidedWindow]:
                 """Yield the samples with their decisions.  The pass with the report also counts them."""
                 plain = self.options.is_plain
-                before = ""  # the key of the last sample that is kept
+                kept = Neighbours()
                 for window in TarScan(work.shard.path, report, unpack=False).windows():
                     selector.look(window)
                     chosen: list[tuple[SampleSpan, Choice]] = []
@@ -204,10 +204,8 @@ class Reshard(Stage[Options]):
                         decision: Decision = Action.KEEP
                         if span.key:
                             choice = selector.choose(span)
-                            if choice.copies and not plain:
-                                if span.key == before:  # none is left between them: readers would merge them
-                                    choice = BEHIND_ITS_OWN_KEY
-                                before = span.key
+                            if choice.copies and kept.meet(span):
+                                choice = BEHIND_ITS_OWN_KEY
                             if not plain or self.writer.blurs or choice is not AS_IT_IS:  # few samples change
                                 keys = copy_keys(span.key, choice.copies) if choice.copies > 1 else ()
                                 choice, decision = changes.decide(window, span, choice, edits, keys)
@@ -252,7 +250,7 @@ def regroup_shards(options: Options, shards: Sequence[Shard]) -> int:
         return Regroup(STAGE, replace(o, step="write"), output, indexed, fingerprint, layout, shard_writer(o))
 
     code, outputs = regroup(o, shards, grouping, index, regrouping, partial(claim_place, o))
-    return finish(o, outputs) if code == EXIT_OK and outputs is not None else code
+    return finish(o, [shard.id for shard in outputs]) if code == EXIT_OK and outputs is not None else code
 
 
 def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
@@ -264,15 +262,20 @@ def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
         )
 
 
-def finish(options: Options, shards: Sequence[Shard]) -> int:
-    """Write the list of all output shards, once all are done."""
+def finish(options: Options, ids: Sequence[str]) -> int:
+    """Write the list of all output shards, once those of this run are done.
+
+    It has the shards of runs with other sources as well, such as one tar each.
+    """
     if not options.index or is_worker() or options.dry_run:
         return EXIT_OK
-    receipts, missing = receipts_of_all(Path(options.output), STAGE, [shard.id for shard in shards])
+    output = Path(options.output)
+    done = {receipt["shard"] for receipt in done_receipts(output, STAGE) if receipt["status"] == "done"}
+    receipts, missing = receipts_of_all(output, STAGE, sorted(done.union(ids)))
     if missing:
         logger.info(f"{missing} is not done yet: wids.json will be written when all shards are")
     else:
-        write_wids(Path(options.output), receipts)
+        write_wids(output, receipts)
     return EXIT_OK
 
 
@@ -298,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return regroup_shards(options, shards)
     claim_place(options, shards)
     code = run_stage(Reshard(options), options, shards, Follows(EDITS_STAGE, Path(options.edits or "")))
-    return finish(options, shards) if code == EXIT_OK else code
+    return finish(options, [shard.id for shard in shards]) if code == EXIT_OK else code
 
 
 if __name__ == "__main__":

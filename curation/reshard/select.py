@@ -104,6 +104,8 @@ class SampleSelector:
         """Choose for one sample; repeated calls give the same result.  Of samples with one key, the first is edited."""
         if span.torn:
             return Choice(0, failed=("damaged_tar", span.torn))
+        if span.refused:
+            return Choice(0, failed=span.refused)
         if self._subset is not None:
             return self._by_subset(span, self._found[span.start])
         return self._by_edits(span)

@@ -2,12 +2,18 @@
 
 It reads v7, ustar, GNU (long names and links, base-256 numbers, old sparse files) and pax.  It writes ustar, with a pax
 header in front if a name or a size does not fit.
+
+Programs do not agree on every header.  A header is **odd** if Python's tarfile, with which webdataset and Hugging Face
+``datasets`` read, takes another name, size or place from it than this module does, or stops at it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 import struct
+import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -37,10 +43,15 @@ REGULAR: Final = frozenset(b"0\x007")
 LONG_NAME, LONG_LINK, GNU_SPARSE = b"LKS"
 
 
-EXTENSIONS: Final = frozenset(b"LKxX")  # they describe the next member; "X" is Solaris's "x".  "g" is independent
+EXTENSIONS: Final = frozenset(b"LKxX")  # they describe the next member; "X" is Solaris's "x"
+GLOBAL: Final = ord("g")  # a pax header for all members behind it
+_HARD_KEYWORDS: Final = ("GNU.sparse.", "hdrcharset")  # of pax headers; tarfile itself is asked about these
 WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: their size field is ignored
 
-_unpack = struct.Struct("100s24x12s12s8sB100x6s82xB166x").unpack_from  # only one byte of the prefix, which is rare
+_unpack = struct.Struct("100s24s12s12s8sB100s88s167s").unpack_from
+_NO_LINK, _NO_PREFIX = bytes(100), bytes(167)
+_OFTEN_CHANGED: Final = 157  # the bytes before the name of the link, which never sum up to Adler-32's modulus
+_SPARSE_MAP_BYTES: Final = 8 << 10  # of a sparse file's data: its map must end within them
 
 
 MAGIC: Final = b"ustar"
@@ -52,13 +63,11 @@ MAGIC_AT: Final = 257
 _OCTAL = frozenset(b"01234567 \0")
 
 
-_PREFIX = slice(345, 500)
+_PREFIX_BYTES = 155
+_NUMBER: Final = re.compile(rb" *[0-7]* *(?:\0.*)?|[\x80\xff].*", re.DOTALL)  # tarfile reads these as this module does
 
 
 _CHECKSUM = slice(148, 156)
-
-
-_MODULUS = 65521  # Adler-32's
 
 
 _SPACES_SUM = 8 * ord(" ")
@@ -83,7 +92,8 @@ class Member:
 
     suffix: the part after the first dot of the basename, in lower case; "" without a key.  start: its first header
     block, including a long name or pax header.  data, size: as stored.  end: after the padding.
-    regular: a plain file, not a link, a device or a sparse file.
+    regular: a plain file, not a link, a device or a sparse file.  odd: how Python's tarfile takes its header; "" if it
+    takes it as this module does.
     """
 
     name: bytes
@@ -94,6 +104,7 @@ class Member:
     end: int
     regular: bool
     mtime_field: bytes
+    odd: str = ""
 
     @property
     def mtime(self) -> int:
@@ -112,14 +123,22 @@ class Member:
 def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, int]:
     """Parse the header block at ``buffer[at:at + 512]`` into (name, size, mtime field, type flag).
 
-    Raises BadHeader if the checksum does not fit.  This is the inner loop of every pass over a shard, so the sum of the
-    bytes is taken from Adler-32, which is computed in C: its low half is 1 + their sum modulo 65521.
+    Raises BadHeader if the checksum does not fit.
     """
-    name, size_field, mtime, checksum, kind, magic, has_prefix = _unpack(buffer, at)
-    if adler32(buffer[at : at + BLOCK]) & 0xFFFF != _adler_low_half(checksum):
-        stored = parse_number(checksum)
-        if stored != _signed_sum(buffer, at):
-            raise BadHeader("its checksum does not fit")
+    return parse_block(buffer, at)[:4]
+
+
+def parse_block(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, int, str]:
+    """Parse a header block, as ``parse_header``, into (name, size, mtime field, type flag, ``Member.odd``).
+
+    This is the inner loop of every pass over a shard.  So the bytes are summed by Adler-32, which is computed in C: its
+    low half is 1 + their sum.  The bytes that are the same in nearly all headers are summed only once.
+    """
+    name, owner, size_field, mtime, checksum, kind, link, rest, tail = _unpack(buffer, at)
+    others = _sum_of_others(owner, mtime, rest) if link == _NO_LINK and tail == _NO_PREFIX else -1
+    plain = others >= 0 and (adler32(buffer[at : at + _OFTEN_CHANGED]) & 0xFFFF) + others == _expected(checksum)
+    if not plain and parse_number(checksum) not in _sums(buffer, at):
+        raise BadHeader("its checksum does not fit")
     try:
         size = int(size_field[:11], 8) if size_field[11] in b"\0 " else parse_number(size_field)
     except ValueError:
@@ -129,45 +148,83 @@ def parse_header(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes,
     end = name.find(0)
     if end >= 0:
         name = name[:end]
-    if has_prefix and magic == b"ustar\0":  # GNU's "ustar " has times in this field
-        name = bytes(buffer[at : at + BLOCK][_PREFIX]).partition(b"\0")[0] + b"/" + name
-    return name, size, mtime, kind
+    if plain and size_field[0] < 0x81:
+        return name, size, mtime, kind, ""
+    if tail[0] and rest.startswith(b"ustar\0"):  # GNU's "ustar " has times in this field
+        name = tail[:_PREFIX_BYTES].partition(b"\0")[0] + b"/" + name
+    return name, size, mtime, kind, _oddity_of_block(bytes(buffer[at : at + BLOCK]), name, size)
 
 
 @lru_cache(4096)
-def _adler_low_half(checksum: bytes) -> int:
-    """The low half of the header's Adler-32 as it follows from its checksum field: 1 + the sum of all bytes.
+def _sum_of_others(owner: bytes, mtime: bytes, rest: bytes) -> int:
+    """The sum of the bytes of ``rest``; -1 if a field that this module does not need is no number: tarfile stops there.
 
-    The checksum counts its own field as eight spaces.
+    owner: mode, user and group.  rest: from the magic to the device's numbers.
     """
-    return (parse_number(checksum) + sum(checksum) - _SPACES_SUM + 1) % _MODULUS
+    fields = (owner[:8], owner[8:16], owner[16:], mtime, rest[72:80], rest[80:])
+    return sum(rest) if all(map(_NUMBER.fullmatch, fields)) else -1
 
 
-def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes, int, bytes, int, int] | None:
+def _oddity_of_block(block: bytes, name: bytes, size: int) -> str:
+    """``Member.odd`` of a single block, by what tarfile itself reads."""
+    try:
+        found = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return f"Python's tarfile stops at its header ({error})"
+    return _difference(found, name, size)
+
+
+def _difference(found: tarfile.TarInfo, name: bytes, size: int) -> str:
+    theirs = found.name.encode("utf-8", "surrogateescape")
+    if theirs.rstrip(b"/") != name.rstrip(b"/"):
+        return f"Python's tarfile reads its name as {theirs[:200].decode('utf-8', 'replace')!r}"
+    if found.size != size:
+        return f"Python's tarfile reads its size as {found.size:,}, not {size:,}"
+    return ""
+
+
+@lru_cache(4096)
+def _expected(checksum: bytes) -> int:
+    """1 + the sum of a header's bytes as it follows from its checksum field, which counts itself as eight spaces; -1 if
+    the field has a form that tarfile does not read."""
+    return parse_number(checksum) + sum(checksum) - _SPACES_SUM + 1 if checksum[0] <= 0x80 else -1
+
+
+def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes, int, bytes, int, int, str] | None:
     """Parse a header that is not a plain file's, with the extensions in front of it.
 
-    Returns (name, size as stored, mtime field, type flag, bytes from ``at`` to the data), or None if ``limit`` comes
-    first.  The type flag becomes GNU_SPARSE for a plain file whose data are not its content (pax's sparse format).
-    If extensions disagree, the first one counts, as in Python's tarfile.
+    Returns (name, size as stored, mtime field, type flag, bytes from ``at`` to the data, ``Member.odd``), or None if
+    ``limit`` comes first.  The type flag becomes GNU_SPARSE for a plain file whose data are not its content (pax's
+    sparse format).  If extensions disagree, the first one counts, as in Python's tarfile; but not on the name.
     """
-    start = at
+    start, alike, oddity = at, True, ""
     pax: dict[str, bytes] = {}
     for _ in range(MAX_EXTENSIONS):
         if at + BLOCK > limit:
             return None
-        name, size, mtime, kind = parse_header(buffer, at)
+        name, size, mtime, kind, odd = parse_block(buffer, at)
+        oddity = oddity or odd
         at += BLOCK
-        if kind not in EXTENSIONS:
+        if kind not in EXTENSIONS and kind != GLOBAL:
             break
         if size + at - start > MAX_EXTENSION_BYTES:
             raise BadHeader(f"it has an extended header of {size + at - start:,} bytes")
         if at + size > limit:
             return None
         body = bytes(buffer[at : at + size])
+        if kind == GLOBAL:
+            return name, size, mtime, kind, at - start, oddity or _oddity_of_global(body)
         if kind == LONG_NAME:
-            pax.setdefault("path", body.partition(b"\0")[0])
+            alike &= b"\0" in body and body[0] != 0
+            records = {"path": body.partition(b"\0")[0]}
         elif kind != LONG_LINK:
-            pax = parse_pax(body) | pax
+            records = parse_pax(body)
+            alike &= _are_plain(records)
+        else:
+            records = {}
+        if "path" in pax and records.get("path", pax["path"]) != pax["path"]:
+            raise BadHeader("its extended headers give it two names")  # the member of the first one is lost
+        pax = records | pax
         at += padded(size)
     else:
         raise BadHeader(f"it has more than {MAX_EXTENSIONS} extended headers")
@@ -192,7 +249,58 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
         raise BadHeader("its name begins with NUL")
     if kind in WITHOUT_DATA or (kind == 0 and name.endswith(b"/")):  # v7 marks folders in this way
         size = 0
-    return name, size, mtime, kind, at - start
+    if alike and (kind in REGULAR or kind in WITHOUT_DATA):
+        return name, size, mtime, kind, at - start, oddity
+    known = min(size, _SPARSE_MAP_BYTES) if kind == GNU_SPARSE else 0
+    if at + known > limit:
+        return None
+    oddity = oddity or _oddity(bytes(buffer[start : at + known]), at - start, name, size, regular=kind in REGULAR)
+    return name, size, mtime, kind, at - start, oddity
+
+
+def _are_plain(records: dict[str, bytes]) -> bool:
+    """Whether tarfile takes from a pax header what this module takes from it, as nearly all of them are."""
+    size, path = records.get("size", b"0"), records.get("path", b"name")
+    plain = size.isdigit() and len(size) < 20 and path != b"" and b"\0" not in path and not path.endswith(b"/")
+    return plain and not any(keyword.startswith(_HARD_KEYWORDS) for keyword in records)
+
+
+def _oddity_of_global(body: bytes) -> str:
+    """A global pax header changes every header behind it for tarfile; here it is a member without a key."""
+    try:
+        records = parse_pax(body)
+    except BadHeader as error:
+        return f"{error}"
+    for keyword in records:
+        if keyword in ("path", "linkpath", "size") or keyword.startswith(_HARD_KEYWORDS):
+            return f"it gives all members behind it one {keyword[:100]!r}"
+    return ""
+
+
+def _oddity(blocks: bytes, data: int, name: bytes, size: int, *, regular: bool) -> str:
+    """``Member.odd`` of a header with extensions, by what tarfile itself reads.
+
+    Args:
+        blocks: The header blocks, and the data's first bytes where tarfile looks into them.
+        data: The size of the header blocks.
+        name, size, regular: What this module reads.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", encoding="utf-8") as tar:
+            found, behind = tar.next(), tar.offset
+    except tarfile.TarError as error:
+        return f"Python's tarfile stops at its header ({error})"
+    except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        return f"Python's tarfile fails at its header ({error})"
+    if found is None:
+        return "Python's tarfile stops at its header"
+    if b"\0" in name:
+        return "its name holds a NUL, at which some programs end it"
+    if behind != data + padded(size):
+        return f"Python's tarfile expects the next header {behind:,} bytes behind it, not {data + padded(size):,}"
+    if (found.isreg() and not found.issparse()) != regular:
+        return f"Python's tarfile reads it as {'a special' if regular else 'a plain'} file"
+    return _difference(found, name, size if regular else found.size)
 
 
 def parse_member(buffer: bytearray | bytes, at: int, limit: int, shift: int = 0) -> Member | None:
@@ -207,16 +315,17 @@ def parse_member(buffer: bytearray | bytes, at: int, limit: int, shift: int = 0)
     if at + BLOCK > limit:
         return None
     data = at + BLOCK
-    name, size, mtime, kind = parse_header(buffer, at - shift)
+    name, size, mtime, kind, odd = parse_block(buffer, at - shift)
     if kind not in REGULAR:
         special = parse_special(buffer, at - shift, limit - shift)
         if special is None:
             return None
-        name, size, mtime, kind, header_bytes = special
+        name, size, mtime, kind, header_bytes, odd = special
         data = at + header_bytes
+        name = b"" if kind == GLOBAL else name  # its name is that of no file
     split = split_name(name)
     suffix = "" if split is None else split[1].decode("utf-8", "surrogateescape").lower()
-    return Member(name, suffix, at, data, size, data + padded(size), kind in REGULAR, mtime)
+    return Member(name, suffix, at, data, size, data + padded(size), kind in REGULAR, mtime, odd)
 
 
 def find_header(buffer: bytearray | bytes, begin: int = 0, end: int | None = None) -> int:
@@ -261,7 +370,7 @@ def parse_pax(data: bytes) -> dict[str, bytes]:
             raise BadHeader("its pax header is malformed")
         end = at + int(data[at:space])
         keyword, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if end > len(data) or end <= space + 1 or not equals or data[end - 1] != 0x0A:
+        if end > len(data) or end <= space + 1 or not equals or not keyword or data[end - 1] != 0x0A:
             raise BadHeader("its pax header is malformed")
         records[keyword.decode("utf-8", "surrogateescape")] = value
         at = end
@@ -349,8 +458,9 @@ def _unsigned_base256(field: bytes) -> int:
     return int.from_bytes(bytes((field[0] & 0x7F,)) + field[1:], "big")
 
 
-def _signed_sum(buffer: bytearray | bytes, at: int) -> int:
-    """The checksum of some old tars, which sums signed bytes."""
+def _sums(buffer: bytearray | bytes, at: int) -> tuple[int, int]:
+    """The checksum, and that of some old tars, which sum signed bytes."""
     block = bytearray(buffer[at : at + BLOCK])
     block[_CHECKSUM] = b" " * 8
-    return sum(block) - 256 * sum(byte > 127 for byte in block)
+    unsigned = sum(block)
+    return unsigned, unsigned - 256 * sum(byte > 127 for byte in block)

@@ -1,7 +1,8 @@
 """Proves that a tar is a copy of another one with some samples replaced: it computes and compares every byte.
 
 The expected bytes are computed here, independently of ``splice``, which wrote the tar.  Adjacent samples that stay are
-compared in one piece of memory; the headers of the result need not be parsed.
+compared in one piece of memory.  Then Python's tarfile, with which webdataset and Hugging Face ``datasets`` read, goes
+through the result: it must find the same members.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import bisect
 import contextlib
 import hashlib
 import os
+import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Final, Self
 import xxhash
 
 from curation.errors import ShardError
-from curation.tar.headers import RECORD, Member, make_header, padding
+from curation.tar.headers import RECORD, Member, make_header, padding, split_name
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
 from curation.tar.splice import Action, Copies, DecidedWindow, Decision, Edit
 
@@ -30,9 +32,11 @@ class ExpectedMember:
     """A member of the result: new bytes, followed by the source's bytes from ``start`` to ``end``.
 
     They include header and padding.  A member that stays has no new bytes; a member of an edit has only new bytes.
+    size: that of a plain file's data; 0 for other members.
     """
 
     name: bytes
+    size: int
     new: bytes
     start: int = 0
     end: int = 0
@@ -49,6 +53,7 @@ class Proof:
         sha256: The tar's, in hex; "" if no digests were requested, as is ``digest``.
         digest: The tar's xxh3-128, in hex.
         size: The tar's, in bytes.
+        readers: How Python's tarfile reads the tar otherwise than expected; "" if it finds the expected members.
     """
 
     equal: bool = True
@@ -57,6 +62,7 @@ class Proof:
     sha256: str = ""
     digest: str = ""
     size: int = 0
+    readers: str = ""
 
 
 def prove_splice(windows: Iterable[DecidedWindow], result: Path, *, digests: bool = True) -> Proof:
@@ -70,21 +76,27 @@ def prove_splice(windows: Iterable[DecidedWindow], result: Path, *, digests: boo
     Raises:
         ShardError: A file or an edit cannot be read.
     """
-    proof = Proof()
+    proof, due = Proof(), _Listing()
     with _Stream(result, digests=digests) as stream:
         expected = _Comparison(stream, proof)
         for window, decisions in windows:
             expected.window = window
             for span, decision in decisions:
-                if decision is Action.KEEP and not span.damages:
+                if decision is Action.KEEP and span.verbatim:
                     expected.add(span.start, span.end)
+                    for member in span.in_order:
+                        due.add(member.name, member.size if member.regular else 0)
                 else:
-                    expected.add_members(span.key, expected_members(span, decision))
+                    members = expected_members(span, decision)
+                    expected.add_members(span.key, members)
+                    for one in members:
+                        due.add(one.name, one.size)
             expected.compare()
         expected.finish()
         if digests:
             proof.sha256, proof.digest = stream.digests()
         proof.size = stream.size
+    proof.readers = _read_as_others_do(result, due)
     return proof
 
 
@@ -102,6 +114,8 @@ def verify_splice(windows: Iterable[DecidedWindow], result: Path, source: str) -
     with open(result, "rb") as file, contextlib.suppress(OSError):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     proof = prove_splice(windows, result, digests=False)
+    if proof.equal and proof.readers:
+        raise ShardError(f"{result}: {proof.readers}")
     if not proof.equal:
         where = f"in sample {proof.key}" if proof.key else "outside of any sample"
         what = f"it differs at byte {proof.differs_at:,}, {where}"
@@ -122,7 +136,15 @@ def expected_members(span: SampleSpan, decision: Decision) -> list[ExpectedMembe
 
 
 def _kept(members: Iterable[Member]) -> list[ExpectedMember]:
-    return [ExpectedMember(member.name, b"", member.start, member.end) for member in members]
+    return [_stays(member) for member in members]
+
+
+def _stays(member: Member) -> ExpectedMember:
+    size = member.size if member.regular else 0
+    if not member.odd:
+        return ExpectedMember(member.name, size, b"", member.start, member.end)
+    header = make_header(member.name, member.size, member.mtime)
+    return ExpectedMember(member.name, size, header, member.data, member.end)
 
 
 def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> list[ExpectedMember]:
@@ -135,7 +157,8 @@ def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> li
     def add_new(part: str, mtime: int) -> None:
         name, data = stem + edit.suffix(part), edit.part(part) or b""
         placed.add(part)
-        expected.append(ExpectedMember(name, b"".join((make_header(name, len(data), mtime), data, padding(len(data))))))
+        header = make_header(name, len(data), mtime)
+        expected.append(ExpectedMember(name, len(data), b"".join((header, data, padding(len(data))))))
 
     for member in members:
         part = "image" if member.suffix in IMAGE_SUFFIXES else member.suffix
@@ -147,12 +170,54 @@ def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> li
         else:
             name = stem + member.name[len(old_stem) :]
             header = make_header(name, member.size, member.mtime)
-            expected.append(ExpectedMember(name, header, member.data, member.end))
+            expected.append(ExpectedMember(name, member.size, header, member.data, member.end))
     first = next(member for member in members if member.name.startswith(old_stem))
     for part in edit.parts:
         if part not in placed:
             add_new(part, first.mtime)
     return expected
+
+
+class _Listing:
+    """The members of a tar, as a digest of their names and sizes, and the number of its samples."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+        self._key = b""
+        self.samples = 0
+
+    def add(self, name: bytes, size: int) -> None:
+        """name: b"" for a global header, which is no member.  size: that of a plain file; 0 for other members."""
+        if not name:
+            return
+        self._digest.update(b"%d %s\0" % (size, name.rstrip(b"/")))
+        split = split_name(name)
+        if split is not None and split[0] != self._key:
+            self._key = split[0]
+            self.samples += 1
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _read_as_others_do(result: Path, due: _Listing) -> str:
+    """``Proof.readers``: what Python's tarfile finds in a tar, and what it should find."""
+    found, problem = _Listing(), ""
+    try:
+        with tarfile.open(result, "r|*") as stream:  # webdataset's mode, in which its first bytes tell how it is packed
+            stream.next()
+        with tarfile.open(result, "r:", encoding="utf-8") as tar:
+            while (member := tar.next()) is not None:
+                size = member.size if member.isreg() and not member.issparse() else 0
+                found.add(member.name.encode("utf-8", "surrogateescape"), size)
+                tar.members.clear()  # type: ignore[attr-defined]  # as webdataset does: a shard may have a million
+    except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, LookupError) as error:
+        problem = f", then stops: {error}"
+    if not problem and found.digest == due.digest:
+        return ""
+    differs = "" if problem or found.samples != due.samples else ", some of them with other members"
+    return f"Python's tarfile reads {found.samples:,} of its {due.samples:,} samples{differs}{problem}"
 
 
 class _Comparison:

@@ -19,7 +19,7 @@ from curation.errors import ShardError
 from curation.jsonio import dump_json
 from curation.storage.files import storage_errors, write_whole
 from curation.tar.blocks import Block, Blocks
-from curation.tar.headers import BadHeader, parse_member, split_name
+from curation.tar.headers import BLOCK, BadHeader, parse_member, split_name
 from curation.tar.scan import SampleSpan, Window
 from curation.tar.sources import open_blocks
 from curation.threads import BackgroundCall
@@ -50,6 +50,7 @@ def parse_span(buffer: bytearray | bytes, at: int, limit: int) -> SampleSpan:
         if split is not None:
             key = split[0]
         (span.foreign if split is None else span.members).append(member)
+        span.verbatim = span.verbatim and not member.odd
         at = member.end
     if key is None:
         raise BadHeader("it holds no member with a key")
@@ -161,7 +162,8 @@ class GatheredScan:
             while number < len(reads) and reads[number][:2] == (source, end) and reads[number][3] == at + end - start:
                 end = reads[number][2]
                 number += 1
-            if self._source(source).fill(view[at : at + end - start], start) < end - start:
+            missing = end - start - self._source(source).fill(view[at : at + end - start], start)
+            if missing >= BLOCK:  # fewer may be the padding of the last member of a shard that was cut
                 raise self._changed(source, f"it ends before byte {end:,}")
 
     def _source(self, number: int) -> Blocks:

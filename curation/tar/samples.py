@@ -180,6 +180,8 @@ def problem_of(span: SampleSpan) -> tuple[str, str] | None:
         return "damaged_tar", span.torn
     if span.repeated:
         return "duplicate_key", f"an earlier sample of the shard has the same key; {TOGETHER}"
+    if span.refused:
+        return span.refused
     suffixes = {member.suffix for member in span.members if member.regular}
     if len(suffixes) < len(span.members):
         return _odd_member(span.members)

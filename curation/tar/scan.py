@@ -8,17 +8,23 @@ counted:
 
 - A member that is cut off, that has lost bytes or into which bytes were inserted is **suspect**: it is not one of its
   sample's members, and the sample is torn.  A member that has lost bytes extends over the headers after it, so the
-  next header is also searched inside the suspect member.
+  next header is also searched inside the member before any damage and before zero blocks.  If the member has lost
+  exactly as many bytes as whole members behind it have, no header is missing; so the magic of headers is looked for at
+  the blocks of all members.  A tar that is stored as a member is no damage: its headers lead to its own end.
 - A sample next to damage is torn if it lacks a kind of member that the last complete sample had (before the first
   complete sample: an image, a txt and a json), because its first or last members may be lost.
 - Damage that no torn sample explains counts as a torn sample with the key ``@<offset>`` and without members.
 - Zero blocks that are followed by members are skipped and belong to no sample.
+- A member with an odd header (``headers``) is one that readers read otherwise or not at all.  It is a member of its
+  sample if its header can be written anew, and otherwise it is suspect; without a key it is left out.
+- If the members of a sample come again right behind it, they are not among its members: the first of each counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,20 +34,21 @@ from curation.storage.urls import Source
 from curation.tar.blocks import Block, Blocks
 from curation.tar.headers import (
     BLOCK,
-    MAGIC,
-    MAGIC_AT,
+    GLOBAL,
+    MAX_NAME_BYTES,
     RECORD,
     REGULAR,
     ZERO_BLOCK,
     BadHeader,
     Member,
     find_header,
-    parse_header,
+    parse_block,
     parse_member,
     parse_special,
     split_name,
 )
 from curation.tar.sources import open_blocks
+from curation.tar.swallowed import HeaderSearch, has_magic, is_archive, marks
 from curation.threads import BackgroundCall
 
 # What to do if the members of one sample were found at two places.
@@ -60,8 +67,7 @@ _NONZERO = re.compile(rb"[^\0]")
 
 _NO_HEADER = "no header where one is due: "
 _NO_PREFIX = b"\0"  # no member's name begins with it
-_SEARCH_BYTES = 1 << 20  # bytes read at a time when a suspect member is searched for headers
-_SEARCHES_PER_BYTE = 4  # a limit, because the members of a crafted tar may all extend over the same bytes
+_FAR: Final = 1 << 63  # behind every mark
 
 
 @dataclass(slots=True)
@@ -73,6 +79,9 @@ class SampleSpan:
         members: Its undamaged members, in the shard's order.
         foreign: Members without a key between them, such as folders and global pax headers.
         torn: What happened to the sample; "" if it is complete.
+        refused: Why no stage may keep it although it is complete, as (reason, detail): readers would stop at it.
+        surplus: How many further copies of its members stood behind them; they are not among ``members``.
+        verbatim: Whether its bytes from ``start`` to ``end`` are its members as readers read them, and nothing else.
         suspect: Whether a damaged member was removed from ``members``.
         repeated: Whether an earlier sample of the shard that is not torn has the same key.
         damages: The damage inside the sample and next to it.
@@ -86,12 +95,20 @@ class SampleSpan:
     torn: str = ""
     suspect: bool = False
     repeated: bool = False
+    refused: tuple[str, str] | None = None
+    surplus: int = 0
+    verbatim: bool = True
     damages: list[Damage] = field(default_factory=list)
+
+    def hit(self, damage: Damage) -> None:
+        """Note damage inside the sample or next to it."""
+        self.damages.append(damage)
+        self.verbatim = False
 
     @property
     def own_extents(self) -> list[tuple[int, int]]:
         """The byte ranges of the members with its key.  Adjacent members share one range."""
-        if not self.damages and not self.foreign:
+        if self.verbatim and not self.foreign:
             return [(self.start, self.end)]
         runs: list[tuple[int, int]] = []
         for member in self.members:
@@ -129,6 +146,9 @@ class TarReport:
     path: str = ""
     samples: int = 0
     repeated_keys: int = 0
+    doubled: int = 0  # samples that come several times in a row
+    odd_headers: int = 0
+    first_odd: str = ""  # what is known of the first odd header
     damages: list[Damage] = field(default_factory=list)
     missing_end: bool = False
     gaps: list[int] = field(default_factory=list)  # offsets of zero blocks that are followed by members
@@ -149,6 +169,13 @@ class TarReport:
             lines.append(
                 f"{self.path}: {self.odd_texts:,} .txt members hold bytes that are no UTF-8 (another encoding without "
                 "a byte order mark?); U+FFFD stands for those bytes"
+            )
+        if self.doubled:
+            lines.append(f"{self.path}: {self.doubled:,} samples come several times in a row; the first one counts")
+        if self.odd_headers:
+            lines.append(
+                f"{self.path}: {self.odd_headers:,} headers that not every program reads in the same way: stage 04 "
+                f"writes them anew; the first one: {self.first_odd}"
             )
         return lines
 
@@ -191,12 +218,12 @@ class TarScan:
         self._prefix = _NO_PREFIX  # the current sample's key and the dot
         self._keys: set[int] = set()  # hashes: a shard may hold a million keys
         self._last_whole: SampleSpan | None = None
-        self._usual_count = 0  # number of members of the last complete sample
         self._lost: tuple[int, str] | None = None  # start and kind of the damage, while the next header is searched
         self._damage: Damage | None = None  # the last one, until the sample after it begins
         self._unresolved: list[Damage] = []
         self._suspects: dict[str, str] = {}  # of the current sample: suffix → what happened to the member
-        self._searched = 0  # bytes of suspect members that were searched for headers
+        self._search: HeaderSearch
+        self._looked = 0  # headers' marks were looked for up to here
         self._zeros = (-1, -1)  # the last run of zero blocks
         self._archive = 0  # start of the current archive, if several were concatenated
         self._done: list[SampleSpan] = []
@@ -211,7 +238,7 @@ class TarScan:
             self._file = stack.enter_context(open_blocks(self._source, unpack=self._unpack))
             ahead = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
             stack.callback(self._file.cancel)  # runs first at the end, so that nobody waits for unneeded bytes
-            self._block = self._file.block
+            self._block, self._search = self._file.block, HeaderSearch(self._file)
             more = self._file.size > 0
             if more:
                 ahead.start(self._step)
@@ -230,6 +257,7 @@ class TarScan:
         self._scan()
         while self._next > self._file.size and self._open is not None:
             member = _last_member(self._open)  # the end of a stream is known only when it is reached
+            assert member is not None
             cut = _cut_text(member.name, member.data + member.size - self._file.size)
             if member.data + member.size <= self._file.size:
                 break  # only padding is missing
@@ -244,46 +272,137 @@ class TarScan:
         """Parse every header in the block, up to one that is incomplete.  The function uses local variables because a
         scan spends most of its time here."""
         buffer, shift, limit, size = self._block.buffer, self._block.shift, self._block.end, self._file.size
-        at = self._next if self._lost is None else self._resume(self._next)
+        at = self._look_back(self._next) if self._lost is None else self._resume(self._next)
         prefix, span = self._prefix, self._open
+        found, mark = self._marks(at), -1
         while at + BLOCK <= limit:
             data = at + BLOCK
             try:
-                name, length, mtime, kind = parse_header(buffer, at - shift)
+                name, length, mtime, kind, odd = parse_block(buffer, at - shift)
                 if kind not in REGULAR:
                     special = parse_special(buffer, at - shift, limit - shift)
                     if special is None and limit < size:
                         break  # it continues in the next block, and is parsed again from its start
                     if special is None:
                         raise BadHeader("the file ends in it")
-                    name, length, mtime, kind, header_bytes = special
+                    name, length, mtime, kind, header_bytes, odd = special
                     data = at + header_bytes
             except BadHeader as error:
                 at = self._not_a_header(at, str(error))
                 prefix = self._prefix
                 if at < self._block.begin:
                     break  # back to a header that is no longer in memory
+                found, mark = self._marks(at), -1
                 continue
             if data + length > size:
-                at = self._cut(at, data, name, data + length - size)
+                at = self._cut(at, data, name, length, size)
                 prefix = self._prefix
+                if at < self._block.begin:
+                    break
+                found, mark = self._marks(at), -1
                 continue
             suffix = _suffix_text(name[len(prefix) :]) if name.startswith(prefix) else None
-            if suffix is None:
+            if suffix is None or kind == GLOBAL:
+                name = name if kind != GLOBAL else b""  # its name is that of no file
                 suffix = self._enter(name, at)
                 prefix, span = self._prefix, self._open
             assert span is not None
             end = span.end = data + length + -length % BLOCK
-            member = Member(name, suffix or "", at, data, length, end, kind in REGULAR, mtime)
-            (span.foreign if suffix is None else span.members).append(member)
+            member = Member(name, suffix or "", at, data, length, end, kind in REGULAR, mtime, odd)
             at = end
-        self._next = at
+            if odd and not self._may_be_written_anew(span, member):
+                at = self._leave_out(span, member, suffix)
+                prefix = self._prefix
+                continue
+            (span.foreign if suffix is None else span.members).append(member)
+            while mark < data:
+                mark = next(found, _FAR)
+            if mark < end and (inside := self._swallowed(member, mark, found)) is not None:
+                at = self._take_out(span, member, _swallows_text(name), end, inside)
+                prefix = self._prefix
+                if at < self._block.begin:
+                    break
+                found, mark = self._marks(at), -1
+        self._next, self._looked = at, limit
+
+    def _marks(self, at: int) -> Iterator[int]:
+        """The offsets in the block, from a header on, at which there may be headers."""
+        return marks(self._block, at, self._block.end, at)
+
+    def _swallowed(self, member: Member, mark: int, more: Iterator[int]) -> int | None:
+        """The offset of the first header that a member has swallowed.
+
+        mark, more: the offsets at which there may be headers, the first of them inside the member.
+        """
+        while mark < member.end:
+            if has_magic(self._block, mark):
+                return self._search.landing(member)
+            mark = next(more, _FAR)
+        return None
+
+    def _look_back(self, at: int) -> int:
+        """Look for headers in the last member, if a part of it was not in memory before.  Returns where to continue."""
+        span, member, looked = self._open, self._member_before(at), self._looked
+        if not span or not member or at <= looked:
+            return at
+        found = marks(self._block, max(member.data, looked - BLOCK), at, at)
+        inside = self._swallowed(member, next(found, _FAR), found)
+        if inside is None and looked < self._block.begin and not self._is_usual_at(at):
+            inside = self._search.landing(member)
+        return at if inside is None else self._take_out(span, member, _swallows_text(member.name), at, inside)
+
+    def _member_before(self, at: int) -> Member | None:
+        """The member that ends at ``at``."""
+        member = _last_member(self._open) if self._open is not None else None
+        return member if member is not None and member.end == at else None
+
+    def _is_usual_at(self, at: int) -> bool:
+        """Whether the member at ``at`` is the one that usually comes next.  A large member is not read in full to look
+        for headers inside it, unless another one comes."""
+        if self._open is None or self._last_whole is None:
+            return False
+        try:
+            following = parse_member(self._block.buffer, at, self._block.end, self._block.shift)
+        except BadHeader:
+            return True  # this is damage, after which the member is searched
+        suffixes = [member.suffix for member in self._last_whole.members]
+        here = len(self._open.members)
+        if following is None or [member.suffix for member in self._open.members] != suffixes[:here]:
+            return False
+        return here == len(suffixes) or following.suffix == suffixes[here]
+
+    def _may_be_written_anew(self, span: SampleSpan, member: Member) -> bool:
+        """Whether a member with an odd header remains a member, because its header can be replaced."""
+        if not member.regular or len(member.name) > MAX_NAME_BYTES:
+            return False
+        span.verbatim = False
+        self.report.odd_headers += 1
+        where = f"at byte {member.start:,}, {_quoted(member.name)}: {member.odd}"
+        self.report.first_odd = self.report.first_odd or where
+        if b"\0" in member.name:
+            span.refused = span.refused or ("unsafe_name", member.odd)
+        return True
+
+    def _leave_out(self, span: SampleSpan, member: Member, suffix: str | None) -> int:
+        """Handle a member whose odd header cannot be written anew.  Returns where to continue."""
+        what = _quoted(member.name) if member.name else "a global header"
+        why = f"{what} is not read in the same way by every program: {member.odd}"
+        if suffix is not None:
+            self._suspects.setdefault(suffix, why)
+        if member.name and member.data > member.start + BLOCK:
+            span.end = member.start
+            self._lost = (member.start, why)
+            return self._resume(member.start + BLOCK)  # without its extended header it may be sound
+        damage = Damage(member.start, member.end - member.start, why, explained=True)
+        self.report.damages.append(damage)
+        span.hit(damage)
+        return member.end
 
     def _enter(self, name: bytes, at: int) -> str | None:
         """Begin the sample to which a member belongs, and end the previous one.
 
         Returns:
-            The member's suffix; None if it has no key.
+            The member's suffix; None if it has no key, as a global pax header, which has no name.
         """
         split = split_name(name)
         if split is None:
@@ -296,8 +415,8 @@ class TarScan:
         key = raw_key.decode("utf-8", "surrogateescape")
         if self._zeros[1] == at:
             self._pass_gap(inside=self._open is not None and self._open.key == key)
-        while self._open is not None and key != self._open.key:
-            self._close(raw_key)
+        if self._open is not None and key != self._open.key:
+            self._close()
         if self._open is None:
             self._open = span = SampleSpan(key, at, at)
             self.report.samples += 1
@@ -307,17 +426,13 @@ class TarScan:
                 self.report.repeated_keys += 1
             self._keys.add(mark)
             if self._damage:
-                span.damages.append(self._damage)
+                span.hit(self._damage)
         self._damage = None
         self._prefix = raw_key + b"."
         return _suffix_text(raw_suffix)
 
-    def _close(self, following: bytes | None = None) -> None:
-        """End the current sample: decide whether it is torn, and add it to the window.
-
-        Args:
-            following: The key of the member after it.
-        """
+    def _close(self) -> None:
+        """End the current sample: decide whether it is torn, and add it to the window."""
         span, self._open, self._prefix = self._open, None, _NO_PREFIX
         if span is None:
             return
@@ -326,26 +441,58 @@ class TarScan:
             lost = [why for suffix, why in self._suspects.items() if suffix not in sound]
             span.torn, span.suspect = next(iter(lost), ""), bool(lost)
             self._suspects.clear()
-        swallowed = self._free_swallowed(span, following) if len(span.members) < self._usual_count else ()
+        if len(span.members) > len({member.suffix for member in span.members}):
+            self._take_first_copy(span)
         if span.key and span.damages:
-            usual = self._last_whole.kinds if self._last_whole else _EXPECTED_KINDS
-            if not span.torn and not span.kinds >= usual:
+            if not span.torn and not span.kinds >= self._usual_kinds(span.end):
                 span.torn = span.damages[0].detail
             if span.torn:
                 for damage in span.damages:
                     damage.explained = True
                 if not span.repeated:
                     self._keys.discard(hash(span.key))  # a later complete sample does not count as repeated
-        elif span.key:
-            self._last_whole, self._usual_count = span, len(span.members)
+        elif span.key and not span.refused:
+            self._last_whole = span
         self._done.append(span)
         if self._unresolved:
             self._resolve(self._damage)
-        for member in swallowed:
-            self._enter(member.name, member.start)
-            assert self._open is not None
-            self._open.members.append(member)
-            self._open.end = member.end
+
+    def _usual_kinds(self, behind: int) -> frozenset[str]:
+        """The kinds of members that a complete sample of the shard has; without one, those of DataComp's samples."""
+        whole = self._last_whole or self._sample_ahead(behind)
+        return whole.kinds if whole else _EXPECTED_KINDS
+
+    def _sample_ahead(self, at: int) -> SampleSpan | None:
+        """The first sample in memory from ``at`` on that has no member twice, and another one behind it."""
+        block, span = self._block, SampleSpan("", at, at)
+        with contextlib.suppress(BadHeader):
+            while block.begin <= at and (member := parse_member(block.buffer, at, block.end, block.shift)) is not None:
+                at = member.end
+                if (split := split_name(member.name)) is None:
+                    continue
+                key = split[0].decode("utf-8", "surrogateescape")
+                if key != span.key:
+                    suffixes = {member.suffix for member in span.members}
+                    if span.key and len(suffixes) == len(span.members):
+                        return span
+                    span = SampleSpan(key, member.start, member.end)
+                span.members.append(member)
+        return None
+
+    def _take_first_copy(self, span: SampleSpan) -> None:
+        """Leave only the first of each member, if the further ones are copies that stand behind them."""
+        whole = self._last_whole or self._sample_ahead(span.end)
+        usual = [member.suffix for member in whole.members] if whole else []
+        first = first_copy(span.members, usual)
+        if first is not None:
+            span.surplus, span.members, span.verbatim = len(span.members) - len(first), first, False
+            self.report.doubled += 1
+            return
+        ((suffix, count),) = Counter(member.suffix for member in span.members if member.regular).most_common(1) or [
+            ("", 0)
+        ]
+        if count > 1:  # webdataset raises an error there, and reads no further
+            span.refused = span.refused or ("duplicate_member", f"it has several members .{suffix}")
 
     def _resolve(self, pending: Damage | None) -> None:
         """Count damage between complete samples as a lost sample.
@@ -369,7 +516,11 @@ class TarScan:
     def _not_a_header(self, at: int, why: str) -> int:
         """Handle an offset without a header: the end of the archive, or damage.  Returns where to continue."""
         buffer, shift, limit = self._block.buffer, self._block.shift, self._block.end
+        span = self._open
+        member = self._member_before(at)
         if buffer.startswith(ZERO_BLOCK, at - shift):
+            if span and member and (inside := self._search.before_zeros(member, at)) is not None:
+                return self._take_out(span, member, _swallows_text(member.name), at, inside)
             nonzero = _NONZERO.search(buffer, at - shift, limit - shift)
             until = limit if nonzero is None else nonzero.start() + shift
             until -= (until - at) % BLOCK
@@ -379,10 +530,8 @@ class TarScan:
             self._zeros = (self._zeros[0], until)
             self._prefix = _NO_PREFIX  # so that _enter is called for the member after the zeros
             return until
-        span = self._open
-        if span is not None and span.end == at and (span.members or span.foreign):
-            member = _last_member(span)
-            inside = self._header_inside(member.data, at)
+        if span and member:
+            inside = self._search.inside(member, at)
             if inside is not None:
                 return self._take_out(span, member, _swallows_text(member.name), at, inside)
             if self._block.read(member.data + member.size, at - member.data - member.size).strip(b"\0"):
@@ -391,13 +540,19 @@ class TarScan:
         self._lost = (at, _NO_HEADER + why)
         return self._resume(at + 1)
 
-    def _cut(self, at: int, data: int, name: bytes, missing: int) -> int:
+    def _cut(self, at: int, data: int, name: bytes, length: int, size: int) -> int:
         """Handle an incomplete member at ``at``: its sample is torn, whatever its other members are."""
-        why = _cut_text(name, missing)
+        why = _cut_text(name, data + length - size)
         if (suffix := self._enter(name, at)) is not None:
             self._suspects[suffix] = why
         self._lost = (at, why)
-        return self._resume(data)
+        if not is_archive(name):
+            return self._resume(at + BLOCK)  # the size may be that of an extended header, and the next one sound
+        inside = self._search.inside(Member(name, "", at, data, length, data + length, True, b"0"), size)
+        if inside is None:
+            return size
+        self._lose(until=inside)
+        return inside
 
     def _take_out(self, span: SampleSpan, member: Member, why: str, behind: int, inside: int | None = None) -> int:
         """Treat the current sample's last member as suspect, as if its header were damage.  Returns where to continue.
@@ -414,66 +569,11 @@ class TarScan:
         span.end = member.start
         self._lost = (member.start, why)
         if inside is None:
-            inside = self._header_inside(member.data, behind)
+            inside = self._search.inside(member, behind)
         if inside is None:
             return self._resume(behind)
         self._lose(until=inside)
         return inside
-
-    def _header_inside(self, start: int, end: int) -> int | None:
-        """The offset of the first header between two offsets, which need not be in memory."""
-        end = min(end + BLOCK - 1, self._file.size)
-        size = 8 * BLOCK  # search a small part first, because the header is often near
-        while start + BLOCK <= end and self._searched <= _SEARCHES_PER_BYTE * (end + _SEARCH_BYTES):
-            stop = min(end, start + size)
-            size = min(2 * size, _SEARCH_BYTES)
-            self._searched += stop - start
-            found = find_header(self._block.read(start, stop - start))
-            if found >= 0:
-                return start + found
-            start = stop - BLOCK + 1
-        return None
-
-    def _free_swallowed(self, span: SampleSpan, following: bytes | None) -> list[Member]:
-        """Find members of the next sample that a member of this one contains, up to its last byte.
-
-        Such a member has lost exactly as many bytes as the members after it have, so that the next header is at the
-        expected place.  The member is suspect.  Only samples with fewer members than the last complete one are checked.
-        """
-        own = span.key.encode("utf-8", "surrogateescape")
-        for member in span.members:
-            view = self._block.view(member.data, member.end)
-            marks = bytes(view[MAGIC_AT::BLOCK]) if view is not None else b""
-            if (block := marks.find(MAGIC[:1])) < 0:
-                continue
-            chain = self._chain(member.data + block * BLOCK, member.end)
-            keys = {split[0] for one in chain if (split := split_name(one.name))}
-            if not chain or not keys & {own, following}:
-                continue
-            why = _swallows_text(member.name)
-            damage = Damage(member.start, chain[0].start - member.start, why, explained=True)
-            self.report.damages.append(damage)
-            span.torn, span.suspect = span.torn or why, True
-            span.damages.append(damage)
-            mine = [one for one in chain if (split := split_name(one.name)) and split[0] == own]
-            span.members = sorted(
-                (*mine, *(one for one in span.members if one is not member)), key=lambda one: one.start
-            )
-            return [one for one in chain if (split := split_name(one.name)) and split[0] != own]
-        return []
-
-    def _chain(self, at: int, end: int) -> list[Member]:
-        """The consecutive members from ``at`` to ``end``, or to zeros that extend to ``end``."""
-        chain: list[Member] = []
-        try:
-            while at < end and (member := parse_member(self._block.buffer, at, end, self._block.shift)) is not None:
-                if member.end > end:
-                    return []
-                chain.append(member)
-                at = member.end
-        except BadHeader:
-            pass
-        return chain if not self._block.read(at, end - at).strip(b"\0") else []
 
     def _resume(self, at: int) -> int:
         """The offset of the next valid header at any alignment; without one, where to search in the next block."""
@@ -492,7 +592,7 @@ class TarScan:
         self.report.damages.append(self._damage)
         self._unresolved.append(self._damage)
         if self._open is not None:
-            self._open.damages.append(self._damage)
+            self._open.hit(self._damage)
             self._prefix = _NO_PREFIX  # so that _enter is called for the next member
 
     def _pass_gap(self, *, inside: bool) -> None:
@@ -511,7 +611,7 @@ class TarScan:
             return
         self._damage = Damage(begin, end - begin, "zero blocks where members should be", explained=True)
         if self._open is not None:
-            self._open.damages.append(self._damage)
+            self._open.hit(self._damage)
 
     def _note_gap(self) -> None:
         if self._zeros[0] >= 0:
@@ -537,10 +637,9 @@ class TarScan:
         else:
             self.report.missing_end = True
             if self._open is not None and self._open.key:
-                self._open.damages.append(Damage(size, 0, "the file ends without an end of archive", explained=True))
+                self._open.hit(Damage(size, 0, "the file ends without an end of archive", explained=True))
         self._damage = None
-        while self._open is not None:
-            self._close()
+        self._close()
         self._resolve(None)
 
 
@@ -556,9 +655,28 @@ def _quoted(name: bytes) -> str:
     return repr(name.decode("utf-8", "replace"))
 
 
-def _last_member(span: SampleSpan) -> Member:
+def _last_member(span: SampleSpan) -> Member | None:
     """The member that begins last, among the sample's own and the foreign ones."""
-    return max((*span.members[-1:], *span.foreign[-1:]), key=lambda member: member.start)
+    return max((*span.members[-1:], *span.foreign[-1:]), key=lambda member: member.start, default=None)
+
+
+def first_copy(members: list[Member], usual: list[str]) -> list[Member] | None:
+    """The members of a sample of which some come again under the same name; None if it is not clear which count.
+
+    It is clear if all members come again and again in one order, so that the first of each count; or if they stand in a
+    row in the order that the samples of the shard usually have.
+
+    usual: The suffixes of the last complete sample, in its order.
+    """
+    suffixes = [member.suffix for member in members]
+    count = len(set(suffixes))
+    if len({member.name for member in members}) != count:
+        return None  # a.jpg and a.JPG
+    for begin in range(len(members) - count + 1):
+        if suffixes[begin : begin + count] == usual:
+            return members[begin : begin + count]
+    rounds, rest = divmod(len(members), count)
+    return members[:count] if rest == 0 and suffixes == suffixes[:count] * rounds else None
 
 
 @lru_cache(1024)

@@ -88,6 +88,23 @@ class Target(Protocol):
     def write_pieces(self, pieces: Sequence[bytes | memoryview], /) -> object: ...
 
 
+class Neighbours:
+    """Finds samples that would stand right behind another one of their key, as those between them are left out: readers
+    would merge the two into one."""
+
+    def __init__(self) -> None:
+        self._key, self._start = "", -1
+
+    def meet(self, span: SampleSpan) -> bool:
+        """Whether a sample that is kept has the key of the one that was kept before it.
+
+        Call it once for each sample that is kept, in the shard's order; further passes may follow.
+        """
+        before = self._key if self._start < span.start else ""
+        self._key, self._start = span.key, span.start
+        return before == span.key
+
+
 def decided(tar: Windows, decide: Decide) -> Iterator[DecidedWindow]:
     """Yield the windows of a scan with the decision about each sample."""
     for window in tar.windows():
@@ -124,10 +141,10 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
             elif decision is Action.DROP:
                 out.copy_members(span.foreign)
                 continue
-            elif span.damages:
-                out.copy_members(span.in_order)
-            else:
+            elif span.verbatim:
                 out.copy(span.start, span.end)
+            else:
+                out.copy_members(span.in_order)
             if index is not None and span.key:
                 index.append((span.key, begin, out.position - begin))
         out.flush()
@@ -159,7 +176,7 @@ class _Out:
 
     def copy_members(self, members: Iterable[Member]) -> None:
         for member in members:
-            self.copy(member.start, member.end)
+            self._keep(member, None)
 
     def add_edited(self, span: SampleSpan, edit: Edit, key: str | None = None) -> None:
         """Write the members that stay and the new ones in place of others, under another key if one is given."""
@@ -177,10 +194,8 @@ class _Out:
         for member in span.in_order if key is None else span.members:
             part = _replaced_by(member)
             if part not in parts:
-                if key is not None:
-                    new.append(make_header(stem + member.name[suffix_at:], member.size, member.mtime))
                 self._add(new)
-                self.copy(member.start if key is None else member.data, member.end)
+                self._keep(member, None if key is None else stem + member.name[suffix_at:])
             elif part is not None and part in missing:
                 replace(part, member.mtime)
         for part in tuple(missing):
@@ -198,6 +213,14 @@ class _Out:
     def end(self) -> None:
         """Write the end-of-archive blocks, padded to a record as GNU tar does."""
         self._file.write_pieces([bytes(END_OF_ARCHIVE + -(self._size + END_OF_ARCHIVE) % RECORD)])
+
+    def _keep(self, member: Member, name: bytes | None) -> None:
+        """Copy a member.  It gets a new header if it is odd, or if it gets another name."""
+        if member.odd or name is not None:
+            self._add([make_header(name or member.name, member.size, member.mtime)])
+            self.copy(member.data, member.end)
+        else:
+            self.copy(member.start, member.end)
 
     def _add(self, new: list[bytes | memoryview]) -> None:
         if new:

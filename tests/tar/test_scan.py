@@ -18,10 +18,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from curation.errors import SampleError, ShardError
+from curation.storage.files import AtomicFile
 from curation.tar import blocks
-from curation.tar.headers import BLOCK, RECORD, BadHeader, make_header, parse_header, parse_pax, split_name
+from curation.tar.headers import (
+    BLOCK,
+    RECORD,
+    BadHeader,
+    make_header,
+    parse_header,
+    parse_member,
+    parse_pax,
+    split_name,
+)
+from curation.tar.prove import prove_splice, verify_splice
 from curation.tar.samples import Sample, TarWriter, is_safe_name, read_samples
 from curation.tar.scan import TOGETHER, SampleSpan, TarReport, TarScan
+from curation.tar.splice import Action, decided, splice
 from tests import EXAMPLES
 
 QUICK = settings(max_examples=60)
@@ -99,7 +111,7 @@ names = st.lists(part.filter(lambda p: p not in (".", "..")), min_size=1, max_si
 
 @QUICK
 @given(
-    members=st.lists(st.tuples(names, st.binary(max_size=3000)), max_size=12),
+    members=st.lists(st.tuples(names, st.binary(max_size=3000)), max_size=12, unique_by=lambda member: member[0]),
     format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
 @example(members=[("a" * 250 + "/" + "b" * 250 + ".jpg", b"x")], format=tarfile.GNU_FORMAT)
@@ -608,3 +620,202 @@ def test_a_pass_leaves_no_memory_to_the_collector() -> None:
         assert not [found for found in gc.get_objects() if isinstance(found, blocks.Blocks)]
     finally:
         gc.enable()
+
+
+# ---- what readers read
+
+
+def altered(name: str, size: int, at: int, value: bytes) -> bytes:
+    """A plain header with other bytes in one field, and a checksum that fits."""
+    header = bytearray(make_header(name, size, 1_700_000_000))
+    header[at : at + len(value)] = value
+    return checksummed(header)
+
+
+def pax_record(record: bytes, kind: bytes = b"x") -> bytes:
+    length = len(record) + 3
+    while len(b"%d %s\n" % (length, record)) != length:
+        length += 1
+    body = b"%d %s\n" % (length, record)
+    header = bytearray(make_header("PaxHeader", len(body)))
+    header[156:157] = kind
+    return checksummed(header) + body + bytes(-len(body) % BLOCK)
+
+
+def plain_member(name: str, data: bytes) -> bytes:
+    return make_header(name, len(data), 1_700_000_000) + data + bytes(-len(data) % BLOCK)
+
+
+def a_sample(key: str) -> bytes:
+    return b"".join(plain_member(f"{key}.{suffix}", f"{key} {suffix} ".encode() * 90) for suffix in TRIPLE)
+
+
+END = bytes(10240)
+BODY = b"001 json " * 90
+ODD = {
+    "a group that is no number": altered("001.json", len(BODY), 116, b"\x03garbage"),
+    "a mode in an unknown base": altered("001.json", len(BODY), 100, b"\x81\0\0\0\0\0\0\1"),
+    "a time that is no number": altered("001.json", len(BODY), 136, b"never\0\0\0\0\0\0\0"),
+    "a device that is no number": altered("001.json", len(BODY), 329, b"99999999"),
+    "times where ustar has a prefix": altered("001.json", len(BODY), 257, b"ustar  \0" + bytes(80) + b"14000000000\0"),
+    "a negative pax size": pax_record(b"size=-5") + make_header("001.json", len(BODY)),
+    "a pax size with an exponent": pax_record(b"size=1e3") + make_header("001.json", len(BODY)),
+    "a pax size in other digits": pax_record("size=５".encode()) + make_header("001.json", len(BODY)),
+    "an empty pax size": pax_record(b"size=") + make_header("001.json", len(BODY)),
+    "a global size": pax_record(b"size=3", b"g") + make_header("001.json", len(BODY)),
+    "a global name": pax_record(b"path=all.jpg", b"g") + make_header("001.json", len(BODY)),
+    "a sparse file without a map": pax_record(b"GNU.sparse.major=1") + make_header("001.json", len(BODY)),
+    "a sparse file with a bad map": pax_record(b"GNU.sparse.map=1,x") + make_header("001.json", len(BODY)),
+    "a sparse file of a negative size": pax_record(b"GNU.sparse.realsize=-1") + make_header("001.json", len(BODY)),
+}
+
+
+def copied(path: Path) -> tuple[Path, TarReport]:
+    report, target = TarReport(), path.with_name("copy.tar")
+    with AtomicFile(target, "token") as file:
+        splice(decided(TarScan(path, report), lambda span: Action.DROP if span.torn else Action.KEEP), file)
+    file.move_into_place()
+    verify_splice(decided(TarScan(path), lambda span: Action.DROP if span.torn else Action.KEEP), target, "source")
+    return target, report
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_header_that_readers_take_differently_is_written_anew(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    json = ODD[what] + BODY + bytes(-len(BODY) % BLOCK)
+    rest = [plain_member(f"001.{suffix}", f"001 {suffix} ".encode() * 90) for suffix in ("jpg", "txt")]
+    path.write_bytes(a_sample("000") + rest[0] + json + rest[1] + a_sample("002") + END)
+    target, report = copied(path)
+    expected = {f"00{n}.{suffix}": f"00{n} {suffix} ".encode() * 90 for n in range(3) for suffix in TRIPLE}
+    assert dict(as_tarfile_sees(target)) == expected
+    assert report.odd_headers or report.damages
+    assert report.warnings()
+    data = target.read_bytes()
+    assert data.startswith(a_sample("000")), "sound samples stay byte for byte"
+    assert a_sample("002") in data
+
+
+@QUICK
+@given(
+    at=st.sampled_from([100, 108, 116, 124, 136, 148, 156, 257, 329, 337, 345]),
+    value=st.binary(min_size=1, max_size=12) | st.from_regex(rb"[-+ 0-9_ox\x00\t]{1,12}", fullmatch=True),
+)
+@example(at=116, value=b" 12 34\0\0")
+@example(at=108, value=b"1_0\0\0\0\0\0")
+@example(at=345, value=b"a")
+def test_what_is_not_odd_is_read_by_tarfile_alike(at: int, value: bytes) -> None:
+    header = altered("001.json", 10, at, value)
+    try:
+        member = parse_member(header + bytes(BLOCK), 0, 2 * BLOCK)
+    except BadHeader:
+        return
+    if member is not None and not member.odd:
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        regular = found.isreg() and not found.issparse()
+        assert (found.name.encode("utf-8", "surrogateescape"), regular) == (member.name, member.regular)
+        assert not member.regular or found.size == member.size
+
+
+def test_a_checksum_beyond_its_modulus_is_noticed() -> None:
+    header = bytearray(make_header("a.txt", 10))
+    header[148:156] = b"%06o\0 " % (int(header[148:154], 8) + 65521)
+    with pytest.raises(BadHeader):
+        parse_header(header, 0)
+
+
+def test_the_same_sample_several_times_in_a_row_is_one(tmp_path: Path) -> None:
+    data = a_sample("000") + 3 * a_sample("001") + a_sample("002") + END
+    samples, report = read(data, tmp_path)
+    assert [(sample.key, sample.problem, [*sample.members]) for sample in samples] == [
+        (key, None, [*TRIPLE]) for key in ("000", "001", "002")
+    ]
+    assert report.samples == 3
+    (line,) = report.warnings()
+    assert "1 samples come several times in a row; the first one counts" in line
+    target, _ = copied(tmp_path / "shard.tar")
+    assert target.read_bytes().rstrip(b"\0") == (a_sample("000") + a_sample("001") + a_sample("002")).rstrip(b"\0")
+
+
+def test_the_first_copy_counts(tmp_path: Path) -> None:
+    other = a_sample("000").replace(b"000 txt", b"XXX txt")
+    ((sample,), _) = read(a_sample("000") + other + END, tmp_path)
+    assert sample.members["txt"].startswith(b"000 txt")
+    stray = plain_member("001.txt", b"of another sample")
+    for data in (a_sample("001") + stray, stray + a_sample("001")):
+        samples, _ = read(a_sample("000") + data + END, tmp_path)
+        assert samples[1].problem is None
+        assert samples[1].members["txt"].startswith(b"001 txt")
+
+
+SWALLOWED = {"the next sample": 3, "the next member": 1}  # members that are as long as what was lost
+
+
+@pytest.mark.parametrize("members", SWALLOWED.values(), ids=SWALLOWED)
+@pytest.mark.parametrize("last", [False, True], ids=["in the middle", "at the end"])
+def test_a_member_that_lost_as_many_bytes_as_are_behind_it(members: int, last: bool, tmp_path: Path) -> None:
+    """The next header is where it should be, so that nothing but the headers inside the member shows the loss."""
+    length = len(b"".join(plain_member(f"002.{s}", f"002 {s} ".encode() * 90) for s in TRIPLE[:members]))
+    txt = b"a long text " * 2000
+    whole = a_sample("000") + a_sample("001")[: -len(plain_member("001.txt", b"001 txt " * 90))]
+    at = len(whole) + BLOCK + 700
+    data = whole + plain_member("001.txt", txt) + a_sample("002") + (b"" if last else a_sample("003")) + END
+    samples, report = read(data[:at] + data[at + length :], tmp_path)
+    problems = {sample.key: sample.problem and sample.problem[0] for sample in samples}
+    assert problems == {"000": None, "001": "damaged_tar", "002": None} | ({} if last else {"003": None})
+    assert any("reaches over the header" in line for line in report.warnings())
+
+
+@pytest.mark.parametrize("suffix", ["tar", "notes"])
+@pytest.mark.parametrize(
+    "around", ["nothing", "garbage behind it", "zeros behind it", "it is last", "the end is missing"]
+)
+def test_a_stored_tar_is_no_damage(suffix: str, around: str, tmp_path: Path) -> None:
+    stored = a_sample("inner-a") + a_sample("inner-b") + END
+    sample = a_sample("001") + plain_member(f"001.{suffix}", stored)
+    behind = a_sample("002") + END
+    data = a_sample("000") + sample + {
+        "nothing": behind, "garbage behind it": b"\xaa" * 1024 + behind, "zeros behind it": bytes(1024) + behind,
+        "it is last": END, "the end is missing": b"",
+    }[around]  # fmt: skip
+    samples, _ = read(data, tmp_path)
+    keys = [sample.key for sample in samples if sample.problem is None]
+    assert keys == ["000", "001"] + (["002"] if behind in data else [])
+    assert samples[1].members[suffix] == stored
+
+
+def test_a_tar_cut_inside_a_stored_tar_gives_none_of_its_samples(tmp_path: Path) -> None:
+    stored = a_sample("inner-a") + a_sample("inner-b") + END
+    data = a_sample("000") + a_sample("001") + plain_member("001.tar", stored)
+    samples, _ = read(data[:-9000], tmp_path)
+    assert {sample.key for sample in samples} == {"000", "001"}
+
+
+def test_text_that_looks_like_a_header_is_text(tmp_path: Path) -> None:
+    text = bytes(512) + make_header("002.jpg", 100) + b"x" * 5000
+    text += bytearray(make_header("003.jpg", 100)).replace(b"003", b"004")
+    data = a_sample("000") + a_sample("001") + plain_member("001.md", text) + a_sample("002") + END
+    samples, report = read(data, tmp_path)
+    assert [(sample.key, sample.problem) for sample in samples] == [("000", None), ("001", None), ("002", None)]
+    assert report.warnings() == []
+
+
+def test_an_end_of_archive_inside_a_sample_is_not_copied(tmp_path: Path) -> None:
+    members = [plain_member(f"001.{suffix}", f"001 {suffix} ".encode() * 90) for suffix in TRIPLE]
+    data = a_sample("000") + members[0] + bytes(1024) + members[1] + members[2] + a_sample("002") + END
+    (tmp_path / "shard.tar").write_bytes(data)
+    target, report = copied(tmp_path / "shard.tar")
+    assert len(as_tarfile_sees(target)) == 9
+    assert report.gaps
+
+
+def test_a_proof_reads_as_readers_do(tmp_path: Path) -> None:
+    """The source's bytes and the copy's are equal, and tarfile reads only the half of them."""
+    path = tmp_path / "shard.tar"
+    path.write_bytes(a_sample("000") + bytes(1024) + a_sample("001") + END)
+    spans = [SampleSpan("000", 0, path.stat().st_size - len(END))]
+    windows = list(TarScan(path).windows())
+    window = windows[-1]
+    spans[0].members = [member for one in windows for span in one.spans for member in span.members]
+    window.spans = spans
+    proof = prove_splice([(window, [(spans[0], Action.KEEP)])], path)
+    assert proof.readers == "Python's tarfile reads 1 of its 2 samples"

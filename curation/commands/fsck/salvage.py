@@ -1,4 +1,5 @@
-"""Writes every intact sample of a damaged tar to a new tar, with its members and headers unchanged.
+"""Writes every intact sample of a damaged tar to a new tar, with its members unchanged, and its headers unless they are
+odd.
 
 ``TarScan`` finds the samples and decides which are torn, so the stages read the same samples.  In addition, salvage
 sees the whole shard before it decides: it joins the members of a sample that are not adjacent, and of several samples
@@ -18,7 +19,7 @@ from typing import Any, Final
 from curation.commands.fsck.samples import Kinds, sample_problems
 from curation.jsonio import clean_text, dump_json
 from curation.storage.files import AtomicFile, storage_error, write_whole
-from curation.tar.headers import BLOCK, RECORD, Member
+from curation.tar.headers import BLOCK, RECORD, Member, make_header
 from curation.tar.random_access import RangeReader
 from curation.tar.scan import SampleSpan, TarScan
 
@@ -47,7 +48,8 @@ class _LeftOut:
 def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *, images: bool) -> int:
     """Write ``<folder>/<shard>.tar`` with every intact sample of a tar, and then ``<folder>/<shard>.salvage.json``.
 
-    Headers and data stay byte for byte.  The JSON file records what was saved and what was left out.
+    Headers and data stay byte for byte, but odd headers are written anew.  The JSON file records what was saved and
+    what was left out.
 
     Args:
         found: What is wrong with the tar, for the report: the kind of a finding and how often there is one.
@@ -69,7 +71,9 @@ def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *
             for span in _whole_samples(path, source, left, images=images):
                 for member in span.members:
                     end = member.data + member.size
-                    for begin in range(member.start, end, _COPY_BYTES):
+                    if member.odd:
+                        output.write(make_header(member.name, member.size, member.mtime))
+                    for begin in range(member.data if member.odd else member.start, end, _COPY_BYTES):
                         output.write(source.read(begin, min(_COPY_BYTES, end - begin)))
                     output.write(bytes(member.end - end))  # the source's padding may hold other bytes
                 saved += 1

@@ -34,8 +34,9 @@ REMEDIES: Final[Mapping[str, str]] = {
     "early_end": "tar stops reading at the first end of archive: --repair DIR writes a tar without it",
     "behind_end": _SALVAGE,
     "padding": _SALVAGE,
+    "odd_header": "readers lose what comes behind it: --repair DIR writes such headers anew; stage 04 does the same",
     "duplicate_key": "rename it at its source, or let --repair DIR leave it out: stages 01 to 04 take the first alone",
-    "duplicate_member": "let --repair DIR leave the sample out; WebDataset refuses it",
+    "duplicate_member": "--repair DIR keeps the first of each, or leaves the sample out; WebDataset refuses it",
     "split_sample": "--repair DIR puts its members together",
     "incomplete_sample": "--repair DIR leaves it out; what it lacks may be in another copy of the shard",
     "cut_key": "rename its members: a key ends at the first dot, as 22.05.jpg to 22_05.jpg",
@@ -132,6 +133,8 @@ def _check_archive(task: Task, verdict: Verdict) -> None:
 def _kind_of(damage: Damage) -> str:
     if damage.detail.startswith("behind the end"):
         return "behind_end"
+    if "by every program" in damage.detail:
+        return "odd_header"
     if "is cut" in damage.detail:
         return "cut_member"
     return "bad_checksum" if "checksum" in damage.detail else "damaged"
@@ -140,6 +143,17 @@ def _kind_of(damage: Damage) -> str:
 def _check_foreign(span: SampleSpan, findings: Findings) -> None:
     if span.torn:
         findings.add("torn_sample", "", span.torn)
+    for member in span.foreign:
+        if member.odd:
+            findings.add("odd_header", "", f"{member.text_name}: {member.odd}")
+
+
+def _tell_of_copies(span: SampleSpan, findings: Findings) -> None:
+    copies, rest = divmod(span.surplus, len(span.members))
+    if rest:
+        findings.add("duplicate_member", span.key, f"{span.surplus} of its members come again behind or before it")
+    else:
+        findings.add("duplicate_key", span.key, f"it comes {copies + 1} times in a row: readers merge them and stop")
 
 
 def _check_span(
@@ -170,7 +184,11 @@ def _check_span(
             kinds.add(key, span.kinds)
     if any(span.members[0].start < member.start < span.members[-1].start for member in span.foreign):
         findings.add("split_sample", key, f"{span.foreign[0].text_name} stands between its members")
+    if span.surplus:
+        _tell_of_copies(span, findings)
     for member in span.members:
+        if member.odd:
+            findings.add("odd_header", key, f"{member.text_name}: {member.odd}")
         if member.end - member.data - member.size and (rest := padding_of(window, member)).strip(b"\0"):
             findings.add("padding", key, f"{member.text_name}: {len(rest)} bytes of padding are not zeros")
     for kind, detail in sample_problems(span, lambda m: window.read(m.data, m.size), images=task.images):

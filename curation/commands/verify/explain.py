@@ -77,6 +77,11 @@ def _found(hybrid: Path, findings: Findings) -> tuple[list[_Due], list[bytes]]:
         for span in window.spans:
             if span.torn:
                 findings.add("damaged_tar", span.key, span.torn)
+            if span.surplus:
+                findings.add("wrong_members", span.key, f"{span.surplus:,} members come a second time")
+            for member in span.in_order:
+                if member.odd:
+                    findings.add("damaged_tar", span.key, f"{member.text_name}: {member.odd}")
             if span.members:
                 members = expected_members(span, Action.KEEP)
                 found.append(_Due(span, members, edited=False, digest=_digest(window, members)))
@@ -203,12 +208,12 @@ def _first_difference(
 ) -> int | None:
     """The first byte, counted from the header, at which a member differs; None if it does not."""
     new_bytes = wanted.new if isinstance(wanted, ExpectedMember) else b""
-    size, wanted_size = member.end - member.start, len(new_bytes) or wanted.end - wanted.start
+    size, wanted_size = member.end - member.start, len(new_bytes) + wanted.end - wanted.start
     for begin in range(0, max(size, wanted_size), _PIECE_BYTES):
-        if new_bytes:
-            one = new_bytes[begin : begin + _PIECE_BYTES]
-        else:
-            one = old.read(wanted.start + begin, max(0, min(_PIECE_BYTES, wanted_size - begin)))
+        one = new_bytes[begin : begin + _PIECE_BYTES]
+        missing = min(_PIECE_BYTES, wanted_size - begin) - len(one)
+        if missing > 0:
+            one += old.read(wanted.start + begin + len(one) - len(new_bytes), missing)
         other = new.read(member.start + begin, max(0, min(_PIECE_BYTES, size - begin)))
         if one != other:
             pairs = zip(one, other, strict=False)

@@ -30,7 +30,7 @@ from curation.reshard.fitting import Fitting, ImageSuffix
 from curation.run.inputs import published_below
 from curation.tar.prove import Proof, prove_splice
 from curation.tar.scan import SampleSpan, TarScan, Window
-from curation.tar.splice import Action, DecidedWindow, Decision, Edit, decided
+from curation.tar.splice import Action, DecidedWindow, Decision, Edit, Neighbours, decided
 
 # The stages of the main job, whose receipts are compared with one another.
 CAPTIONS, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
@@ -46,6 +46,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "bytes_differ": "run stage 04 again for the shard (--rerun --shards <shard>), and look at the disk that held it",
     "wrong_members": "run stage 04 again for the shard: --rerun --shards <shard>",
     "not_the_edit": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "readers_differ": "run stage 04 again for the shard: --rerun --shards <shard>",
     "damaged_tar": "run stage 04 again for the shard; `python -m curation fsck` tells what is left of it",
     "stale": "run the stage that is named first again, without --rerun: it takes up what has changed",
     "stale_prompt": "run stages 03 and 04 again: they take up prompts that have changed",
@@ -111,9 +112,14 @@ class Expectation:
     ) -> None:
         self._edits, self._prompts, self._dropped, self._fitting = edits, prompts, dropped, fitting
         self._edited = edits.keys()
+        self._kept = Neighbours()
 
     def __call__(self, span: SampleSpan) -> Edit | Action:
-        if span.torn:
+        decision = self._decide(span)
+        return Action.DROP if decision is not Action.DROP and self._kept.meet(span) else decision
+
+    def _decide(self, span: SampleSpan) -> Edit | Action:
+        if span.torn or span.refused:
             return Action.DROP
         if span.repeated or (self._prompts is not None and span.key + KEY_SUFFIX not in self._prompts):
             return Action.KEEP
@@ -195,6 +201,8 @@ def _verify(task: Task, verdict: Verdict) -> None:
         proof = prove_splice(counted(), task.hybrid)
         verdict.sha256, verdict.hybrid_bytes = proof.sha256, proof.size
         verdict.samples, verdict.edited = len(samples.keys), len(samples.edited)
+        if proof.readers:
+            findings.add("readers_differ", "", proof.readers)
         other = _other_encoder(last) if fitting.encoded else ""
         if not proof.equal and other:
             findings.add("other_encoder", "", other)

@@ -322,7 +322,8 @@ def test_a_sample_without_a_new_caption_is_not_in_the_tar(tmp_path: Path) -> Non
     assert run(tmp_path / "in", tmp_path / "out", "--format", "tar,jsonl") == 0
     kept = {name.partition(".")[0] for name in contents(tmp_path / "out/shards/0.tar")}
     assert kept == {key for _, key in order(tmp_path / "out")}
-    assert contents(tmp_path / "out/shards/0.tar")["024.json"] == b"{broken", "what cannot be read stays"
+    broken = json.loads(contents(tmp_path / "out/shards/0.tar")["024.json"])
+    assert broken["caption"] == contents(tmp_path / "out/shards/0.tar")["024.txt"].decode(), "never the old one"
 
 
 def test_files_are_named_by_the_images_hash_with_both_captions_beside_them(undisturbed: Path) -> None:

@@ -391,7 +391,7 @@ def stage_04_subset(run: Run) -> None:
 
 
 def stage_05(run: Run) -> None:
-    flags = ("--format", "tar", "--batch_size", "32", "--num_gpus", "1", "--dataloader_num_workers", "1")
+    flags = ("--format", "tar", "--batch_size", "32", "--device", "cpu", "--dataloader_num_workers", "1")
     code = in_a_thread(recaption_stub.main, run.source, "-o", run.root / "05", *flags, *FLAGS[:3])
     if code:
         run.wrong.append(f"05: exit code {code}")

@@ -147,12 +147,12 @@ class HeaderSearch:
     def shifted(self, member: Member) -> bool:
         """Whether bytes were inserted into a member whose padding is not of zeros, and behind which there is no header.
 
-        Then its own last bytes and its padding stand before the next header, which may have another alignment.  If not,
-        the damage began in the padding of a sound member.
+        Then its own last bytes and its padding stand before the next header.  If not, the damage began in the padding
+        of a sound member.
         """
         zeros = member.end - member.data - member.size
         following = self.find(member.end, member.end + _SEARCH_BYTES)
-        if following is None or (following - member.end) % BLOCK:
+        if following is None:
             return True
         tail = self._file.block.read(following - zeros - 1, zeros + 1)
         return tail[0] != 0 and not tail[1:].strip(b"\0")

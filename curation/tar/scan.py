@@ -336,7 +336,7 @@ class TarScan:
     def _look_back(self, at: int) -> int:
         """Look for headers in the last member, if a part of it was not in memory before.  Returns where to continue."""
         span, member, looked = self._open, self._member_before(at), self._looked
-        if not span or not member or at <= looked:
+        if not span or not member or at <= looked or at > self._file.size:
             return at
         found = marks(self._block, max(member.data, looked - BLOCK), at, at)
         inside = self._swallowed(member, next(found, _FAR), found)

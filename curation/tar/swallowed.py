@@ -139,7 +139,8 @@ class HeaderSearch:
         block = self._file.block
         if block.view(begin, end) is None:
             for start in range(begin, end, _SEARCH_BYTES):
-                part = Block(None, bytearray(block.read(start, _SEARCH_BYTES)), start, start, start + _SEARCH_BYTES)
+                stop = min(start + _SEARCH_BYTES, end)
+                part = Block(None, bytearray(block.read(start, stop - start)), start, start, stop)
                 yield from (offset for offset in marks(part, start, end, start) if has_magic(part, offset))
         else:
             yield from (offset for offset in marks(block, begin, end, begin) if has_magic(block, offset))

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import curation
 from curation.cluster import Allocation, run_id
 from curation.download import (
+    CaptionNames,
     Check,
     Downloader,
     Encode,
@@ -22,21 +23,32 @@ from curation.download import (
     NamedColumns,
     OutputFormat,
     PreviousShard,
+    ResizeFilter,
     ResizeMode,
     RowDownloads,
+    TsvQuotes,
     UrlTables,
-    caption_column_of,
     examine_by,
     parse_networks,
     refuse,
-    url_column_of,
 )
 from curation.errors import InfrastructureError, ShardError, UsageError
-from curation.options import FINITE, also, at_least, between, exit_code, logger, more_than, parse_options
+from curation.options import (
+    FINITE,
+    also,
+    at_least,
+    between,
+    exit_code,
+    logger,
+    more_than,
+    parse_options,
+    set_up_logging,
+)
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.merge import merge_parquet, write_csv
 from curation.run.output_folder import refuse_foreign_files
 from curation.run.requeue import Redo, requeue_all
+from curation.run.work import Later
 from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.storage.buckets import Folder, remote_folder
@@ -67,7 +79,11 @@ class Options(RunOptions):
     url_col: str | None = None
     """Column of the URLs.  Default: url, or what is usually called so."""
     caption_col: str | None = None
-    """Column of the captions.  Default: caption or text, if the table has it."""
+    """Column of the captions.  Default: caption, text, alt_text, title or what else is usually called so."""
+    caption_names: CaptionNames | None = None
+    """few: only caption and text are found without --caption_col.  Default: many; few in a folder of 0.2.0."""
+    tsv_quotes: TsvQuotes | None = None
+    """Quotation marks in a tsv.  Default: auto, around a whole field they are taken off; csv in a folder of 0.2.0."""
     verify_hash: str | None = None
     """Column of a hash that the bytes must have, such as sha256 or md5=original_md5."""
     threads: Annotated[int, at_least(1), also("--thread_count")] = 256
@@ -85,11 +101,13 @@ class Options(RunOptions):
     encode: Encode = "keep"
     """keep: each image byte for byte as it came.  jpg: decoded, upright, resized as asked, as JPEG."""
     image_check: Check = "decode"
-    """decode: an image that cannot be decoded to its end has failed.  header: one whose header cannot be read."""
+    """decode: an image that cannot be decoded to its end has failed.  header: only one that is cut or has no header."""
     image_size: Annotated[int, at_least(0)] = 0
     """With --encode jpg: pixels of the side that --resize_mode means."""
     resize_mode: ResizeMode = "no"
     """no, keep_ratio (the shorter side), keep_ratio_largest, center_crop, border (padded with white)."""
+    resize_filter: ResizeFilter | None = None
+    """How an image is made smaller.  Default: hamming, nearest to the mean of the area; box in a folder of 0.2.0."""
     resize_only_if_bigger: bool = False
     """Leave images alone that are smaller."""
     encode_quality: Annotated[int, between(1, 100)] = 95
@@ -155,6 +173,7 @@ class Options(RunOptions):
             self.min_image_size,
             self.max_aspect_ratio,
             self.image_check,
+            filter=self.resize_filter or "hamming",
         )
 
     def limits(self) -> FetchLimits:
@@ -175,6 +194,11 @@ class Download(Stage[Options]):
     """One shard: a run of a table's rows → <shard>.tar (or <shard>/), <shard>.parquet, <shard>_stats.json."""
 
     name = "00_download"
+    later: ClassVar[Mapping[str, Later]] = {
+        "resize_filter": Later(before="box", now="hamming"),
+        "caption_names": Later(before="few", now="many"),
+        "tsv_quotes": Later(before="csv", now="auto"),
+    }
     shards_in_flight = 2  # while the slowest URLs of one are waited for, the next one's are asked
 
     def __init__(self, options: Options, tables: UrlTables) -> None:
@@ -185,9 +209,9 @@ class Download(Stage[Options]):
     def fingerprint(self) -> dict[str, object]:
         o = self.options
         names = (
-            "output_format", "rows_per_shard", "url_col", "caption_col", "verify_hash", "encode", "image_check",
-            "image_size", "resize_mode", "resize_only_if_bigger", "encode_quality", "min_image_size", "max_image_bytes",
-            "disallowed_header_directives",
+            "output_format", "rows_per_shard", "url_col", "caption_col", "caption_names", "tsv_quotes", "verify_hash",
+            "encode", "image_check", "image_size", "resize_mode", "resize_filter", "resize_only_if_bigger",
+            "encode_quality", "min_image_size", "max_image_bytes", "disallowed_header_directives",
         )  # fmt: skip
         ratio = None if o.max_aspect_ratio == float("inf") else o.max_aspect_ratio
         named: dict[str, object] = {name: getattr(o, name) for name in names}
@@ -253,9 +277,7 @@ class Download(Stage[Options]):
         with work.phase("read"):
             table = self.tables.read(work.shard.id)
         o = self.options
-        names = table.column_names
-        url, caption = url_column_of("", names, o.url_col), caption_column_of("", names, o.caption_col)
-        rows = RowDownloads(work, table, url, caption, o.rows_per_shard, o.hash_to_verify)
+        rows = RowDownloads(work, table, o.rows_per_shard, o.hash_to_verify)
         if earlier is not None:
             rows.take_over(earlier, ask_failed="urls" in again)
         log = work.partial("again" if earlier is not None else "")
@@ -275,7 +297,7 @@ class Download(Stage[Options]):
         merge_parquet(ledger, lambda shard_id: f"{shard_id}.parquet", FULL_METADATA, self._write_csv)
 
     def _write_csv(self, merged: Path) -> None:
-        write_csv(merged, self.output / SIMPLE_CSV, CSV_COLUMNS, lambda row: row["status"] == "success")
+        write_csv(merged, self.output / SIMPLE_CSV, CSV_COLUMNS, ("status", "success"))
 
 
 def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
@@ -290,13 +312,32 @@ def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
         logger.warning(f"{left:,} shards are in a worker's hands just now: start again when it is done")
 
 
+def find_tables(options: Options) -> UrlTables:
+    hashed = options.hash_to_verify
+    columns = NamedColumns(
+        options.url_col, options.caption_col, hashed[1] if hashed else None, options.caption_names or "many"
+    )
+    tables = UrlTables(
+        options.input,
+        options.output,
+        options.rows_per_shard,
+        columns,
+        tsv_quotes=options.tsv_quotes or "auto",
+        dry=options.dry_run,
+    )
+    if tables.notes and not is_worker():
+        set_up_logging(options.quiet)
+        for note in tables.notes:
+            logger.warning(note)
+    return tables
+
+
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
-    hashed = options.hash_to_verify
-    columns = NamedColumns(options.url_col, options.caption_col, hashed[1] if hashed else None)
-    tables = UrlTables(options.input, options.output, options.rows_per_shard, columns, dry=options.dry_run)
+    options = Download.settled(options)
+    tables = find_tables(options)
     shards = tables.shards()
     stage = Download(options, tables)
     ids = {shard.id for shard in shards}

@@ -7,10 +7,10 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import xxhash
 
@@ -21,20 +21,27 @@ from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, 
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.options import at_least, between, exit_code, logger, more_than, parse_options
+from curation.replies import PROMPT, judge
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
 from curation.rewrite.prompts import (
     MAX_CAPTION_CHARACTERS,
+    MAX_TOKENS,
+    OWN_SYSTEM,
+    SMALL_MODEL_TOKENS,
     chat_request,
     completion_request,
-    judge,
+    is_instructed,
+    needed_tokens,
     opening,
     read_system_prompt,
 )
 from curation.rewrite.weights import prompt_model
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import check_made_by
-from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, endpoint_urls
+from curation.run.work import Later
+from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, Request, endpoint_urls
+from curation.serving.wire import Api, Served
 from curation.shards import TAR, Shard, discover, local_folders
 from curation.storage.urls import is_remote
 from curation.tar.samples import caption_of, metadata_of
@@ -42,6 +49,7 @@ from curation.threads import DaemonPool
 
 CAPTIONS_STAGE = "01_filter_noface"
 TAR_STAGES = ("00_download", "04_reshard", "05_recaption")  # their tars may be the input as well
+DEFAULT_MODEL = "tulu3:fairclip"
 TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3
 EMBEDDED_MODEL = "embedded/gemma-3-270m"
 EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
@@ -60,7 +68,7 @@ class Options(RunOptions):
     """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file."""
     output: str
     """Folder for the prompts, one <shard>.json each."""
-    model_name: str = "tulu3:fairclip"
+    model_name: str = DEFAULT_MODEL
     """The model, as the servers call it."""
     embedded: bool = False
     """Start a small stand-in model on this machine: for testing the installation, not for research."""
@@ -99,7 +107,14 @@ class Options(RunOptions):
     temperature: Annotated[float | None, between(0, 2)] = None
     """Sampling temperature of the first try.  Default: 0.7; 0.3 with --embedded."""
     system_prompt: str | None = None
-    """A text file to send as the system prompt.  Default: Ollama models have their own; others get the project's."""
+    """A text file to send as the system prompt; or model: send none, the model's own stays in force.  Default: the
+    project's is sent, but for a model that has the instruction for this task of its own."""
+    instruct: Literal["auto", "openai"] | None = None
+    """Without --system_prompt, which models get the project's.  auto, the default: all without an instruction of their
+    own; openai: those of servers with OpenAI's API, as in folders that a version before 0.3.0 has begun."""
+    max_tokens: Annotated[int | None, at_least(1)] = None
+    """Length of a reply in tokens.  Default: 256, 64 with --embedded; a reply that is longer is requested once more
+    with twice as many."""
 
     def check(self) -> None:
         super().check()
@@ -113,12 +128,14 @@ class RewriteCaptions(Stage[Options]):
     """One shard: captions/<shard>.json → prompts/<shard>.json."""
 
     name = "02_captions_processor"
+    later: ClassVar[Mapping[str, Later]] = {"instruct": Later(before="openai", now="auto")}
     shards_in_flight = 3  # while the last replies for one arrive, the next one's requests are sent
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)
         self.groups = read_groups(options.groups)
         self.system = read_system_prompt(options.system_prompt)
+        self._telling, self._told = threading.Lock(), set[str]()  # lines on system prompts that are in the log already
         self._one_at_a_time = threading.Lock()
         self._server: Any = None
         self._threads: DaemonPool | None = None
@@ -149,9 +166,10 @@ class RewriteCaptions(Stage[Options]):
     def fingerprint(self) -> dict[str, object]:
         o = self.options
         mine = {name: getattr(o, name) for name in ("lang", "lang_threshold", "lid_model", "seed", "retries")}
-        system = xxhash.xxh3_64_hexdigest(self.system.encode()) if self.system else None
-        asked = {"model": self.model, "temperature": self.temperature, "system_prompt": system}
-        return {**mine, **asked, "groups": list(self.groups)}
+        system = self.system if self.system in ("", OWN_SYSTEM) else digest_of(self.system)
+        asked = {"model": self.model, "temperature": self.temperature, "system_prompt": system or None}
+        tokens = {} if o.max_tokens is None else {"max_tokens": o.max_tokens}
+        return {**mine, **asked, **tokens, "instruct": o.instruct, "groups": list(self.groups)}
 
     def inputs(self, shard: Shard) -> list[Input]:
         return [Input(shard.path, None if is_tar(shard) else CAPTIONS_STAGE)]
@@ -174,6 +192,8 @@ class RewriteCaptions(Stage[Options]):
             load_timeout_s=o.load_timeout,
             patience_s=o.give_up,
             wait_s=o.endpoint_wait,
+            instructed=self._is_instructed,
+            needs_tokens=0 if o.embedded else needed_tokens(self.system, self._max_tokens),
         )
         if o.endpoints_dir:
             self._watch = RegistryWatcher(self._pool, Registry(Path(o.endpoints_dir))).start()
@@ -183,6 +203,27 @@ class RewriteCaptions(Stage[Options]):
             except NoEndpoint as error:
                 raise InfrastructureError(f"{error}, or use --embedded for the small stand-in model") from None
         self._threads = DaemonPool(o.num_threads, "ask")
+
+    def _is_instructed(self, api: Api, served: Served) -> bool:
+        """Whether a server's model needs no system prompt of the project; the log says once which is in force."""
+        o = self.options
+        model_says = is_instructed(served, default_name=o.model_name == DEFAULT_MODEL)
+        instructed = api == "ollama" and (model_says if o.instruct != "openai" else True)
+        if o.embedded:
+            line = "the stand-in model is shown examples, and has no system prompt"
+        elif self.system == OWN_SYSTEM:
+            line = f"{o.model_name}: no system prompt is sent, the model's own is in force"
+        elif self.system:
+            line = f"{o.model_name}: the system prompt of {o.system_prompt} is sent"
+        elif instructed:
+            line = f"{o.model_name}: the model's own system prompt is in force"
+        else:
+            line = f"{o.model_name}: the project's system prompt is sent, the model has no instruction for this task"
+        with self._telling:
+            if line not in self._told:
+                self._told.add(line)
+                logger.info(line)
+        return instructed
 
     def close(self) -> None:
         if self._watch is not None:
@@ -212,6 +253,8 @@ class RewriteCaptions(Stage[Options]):
             read = sum(outcome.tokens_read for outcome in outcomes.values())
             written = sum(outcome.tokens_written for outcome in outcomes.values())
             work.note("tokens", {"read": read, "written": written})
+        if cut := sum(outcome.cut for outcome in outcomes.values()):
+            work.note("cut_to_whole_sentences", cut)
         if self.groups:
             work.note("groups", counts_by_group(questions, outcomes))
         with work.phase("write"):
@@ -276,26 +319,43 @@ class RewriteCaptions(Stage[Options]):
             patience_s=self.options.timeout,
         )
 
+    @property
+    def _max_tokens(self) -> int:
+        return self.options.max_tokens or (SMALL_MODEL_TOKENS if self.options.embedded else MAX_TOKENS)
+
     def _until_fit(self, key: str, asked: Question, check_stop: Callable[[], None]) -> Outcome:
-        """In a thread of the pool: request replies, each with another seed, until one is a usable prompt."""
+        """In a thread of the pool: request replies until one is a usable prompt.
+
+        Each has another seed; but one that was cut is requested once as it was, with twice the tokens.
+        """
         assert self._pool is not None
         o = self.options
         begun = opening(asked.group) if o.embedded else ""
-        reason = text = ""
-        read = written = 0
-        for attempt in range(o.retries + 1):
-            if o.embedded:
-                request = completion_request(asked.caption, asked.group, o.seed, key, attempt, self.temperature)
-            else:
-                request = chat_request(asked.caption, asked.group, o.seed, key, attempt, self.temperature, self.system)
-            reply = self._pool.ask(request, check_stop)
-            read, written = read + reply.tokens_read, written + reply.tokens_written
-            prompt, reason = judge(reply, begun)
-            if prompt is not None:
-                return Outcome(prompt, attempt + 1, tokens_read=read, tokens_written=written)
-            text = reply.text
-        last = f"the last of {o.retries + 1} replies: {clean_text(text[:300])!r}"
-        return Outcome(None, o.retries + 1, reason, last, tokens_read=read, tokens_written=written)
+        tokens, may_be_longer = self._max_tokens, o.max_tokens is None
+        attempt = read = written = count = 0
+        while True:
+            reply = self._pool.ask(self._request(key, asked, attempt, tokens), check_stop)
+            count, read, written = count + 1, read + reply.tokens_read, written + reply.tokens_written
+            verdict = judge(reply, PROMPT, begun=begun)
+            if verdict.cut and may_be_longer:
+                tokens, may_be_longer = 2 * tokens, False
+                continue
+            if verdict.text is not None or attempt == o.retries:
+                break
+            attempt += 1
+        system = digest_of(reply.system) if reply.system else ""
+        outcome = Outcome(verdict.text, count, tokens_read=read, tokens_written=written, cut=verdict.cut, system=system)
+        if verdict.text is not None:
+            return outcome
+        ended = "" if reply.ended == "stop" else f" (ended by {clean_text(reply.ended) or 'nothing'})"
+        last = f"the last of {count} replies{ended}: {clean_text(reply.text[:300])!r}"
+        return replace(outcome, reason=verdict.reason, detail=last, cut=False)
+
+    def _request(self, key: str, asked: Question, attempt: int, tokens: int) -> Request:
+        seed, warmth = self.options.seed, self.temperature
+        if self.options.embedded:
+            return completion_request(asked.caption, asked.group, seed, key, attempt, warmth, tokens)
+        return chat_request(asked.caption, asked.group, seed, key, attempt, warmth, self.system, tokens)
 
     # ---- what goes out
 
@@ -314,10 +374,16 @@ class RewriteCaptions(Stage[Options]):
                 continue
             prompts.append((key + KEY_SUFFIX, outcome.prompt))
             facts = {"prompt": outcome.prompt, "model": self.model, "seed": self.options.seed, "asked": outcome.asked}
+            facts |= {"system_prompt": outcome.system or None}
             spoken = {"language": language, "probability": round(probability, 4)}
             work.provenance({"key": key, "caption": asked.caption, "group": asked.group, **facts, **spoken})
         with work.output(self.output / f"{work.shard.id}.json") as file:
             write_dictionary(file, prompts)
+
+
+def digest_of(system: str) -> str:
+    """The digest of a system prompt, for the record."""
+    return xxhash.xxh3_64_hexdigest(system.encode("utf-8", "surrogatepass"))
 
 
 def question(caption: str, group: str | None) -> Question:
@@ -353,6 +419,7 @@ def find_input(source: str, *, allow_pipe: bool = False) -> list[Shard]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
+    options = RewriteCaptions.settled(options)
     follows = Follows(CAPTIONS_STAGE, Path(options.input), ".json")
     shards = follows.discover() if options.follow else find_input(options.input, allow_pipe=options.allow_pipe)
     check_made_by("--output", Path(options.output), RewriteCaptions.name)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import xxhash
@@ -17,6 +18,7 @@ import xxhash
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.generate.presets import Preset, families, family_for, preset_for
+from curation.backends.generate.reading import Reading
 from curation.cluster import Allocation, workers_for_gpus
 from curation.edits import (
     GENERATED_XMP,
@@ -29,7 +31,6 @@ from curation.edits import (
     read_provenance,
     recipe,
     txt_of,
-    with_suffix,
 )
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of, shrunk_batches
@@ -40,6 +41,7 @@ from curation.models.needs import WeightsNeed
 from curation.options import FINITE, at_least, between, exit_code, logger, parse_options
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import check_made_by, stage_version
+from curation.run.work import Later
 from curation.shards import Shard, discover, local_folders
 
 DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
@@ -83,8 +85,10 @@ class Options(RunOptions):
     """Seed; each sample's noise comes from a hash of it and the sample's key."""
     negative_prompt: str = ""
     """What the pictures should not show, where the model and its guidance use one."""
+    true_cfg_scale: Annotated[float | None, at_least(0), FINITE] = None
+    """Scale of the guidance by the negative prompt, of models such as Flux and Qwen-Image.  Default: the pipeline's."""
     prompt_suffix: str = ""
-    """Text put behind every prompt for the model only, such as ', high quality photo'."""
+    """Text behind every prompt, for the model only, such as ', high quality photo'.  Long prompts make room for it."""
     quality: Annotated[int, between(1, 100)] = 90
     """JPEG quality, 1 to 100."""
     num_gpus: Annotated[int | None, at_least(1)] = None
@@ -125,6 +129,7 @@ class GenerateImages(Stage[Options]):
     """One shard: prompts/<shard>.json and the samples' metadata → edits/<shard>.tar."""
 
     name = "03_generate_images"
+    later = MappingProxyType({"true_cfg_scale": Later(before=None, now=None)})
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.edits)
@@ -161,7 +166,7 @@ class GenerateImages(Stage[Options]):
                 raise
             logger.warning(f"{error}")
         preset = {name: getattr(s, name) for name in ("steps", "guidance", "height", "width", "text_tokens", "dtype")}
-        names = ("size", "seed", "negative_prompt", "prompt_suffix", "quality", "edits_layout")
+        names = ("size", "seed", "negative_prompt", "true_cfg_scale", "prompt_suffix", "quality", "edits_layout")
         speed = ("compile", "channels_last", "fuse_qkv", "text_batches")
         mine = {name: getattr(o, name) for name in (*names, *speed)}
         return {**model, **preset, "batch_size": s.batch_size, **mine}
@@ -187,6 +192,8 @@ class GenerateImages(Stage[Options]):
             self.source,
             self.settings,
             negative_prompt=o.negative_prompt,
+            true_cfg_scale=o.true_cfg_scale,
+            prompt_suffix=o.prompt_suffix,
             speed_ups=SpeedUps(compile=o.compile, channels_last=o.channels_last, fuse_qkv=o.fuse_qkv),
             device=device,
             threads=self.threads,
@@ -207,7 +214,9 @@ class GenerateImages(Stage[Options]):
 
     def result(self, counts: Mapping[str, int]) -> str:
         reused = f", {counts['reused']:,} kept from before" if counts["reused"] else ""
-        return f"{counts['kept'] - counts['reused']:,} images generated{reused}"
+        cut = f", {counts['prompts_cut']:,} prompts longer than what the model reads" if counts["prompts_cut"] else ""
+        short = f", {counts['prompts_shortened']:,} shortened for the suffix" if counts["prompts_shortened"] else ""
+        return f"{counts['kept'] - counts['reused']:,} images generated{reused}{cut}{short}"
 
     def process(self, work: ShardContext) -> None:
         with work.phase("read"):
@@ -246,19 +255,45 @@ class GenerateImages(Stage[Options]):
             self.name: self.version,
         }
         stages = {stage: version for stage, version in versions.items() if version is not None}
-        samples = []
+        wanted: list[tuple[str, str, Mapping[str, Any]]] = []
         for name, prompt in prompts.items():
             key = name.removesuffix(KEY_SUFFIX)
             try:
-                samples.append(self._sample(key, checked_prompt(key, prompt), originals, made.get(key, {}), stages))
+                wanted.append((key, checked_prompt(key, prompt), originals.find(key)))
             except SampleError as error:
                 work.fail(key, error.reason, error.detail)
+        readings = self.backend.read([prompt for _, prompt, _ in wanted])
+        samples = []
+        for (key, prompt, original), reading in zip(wanted, readings, strict=True):
+            if reading.text:
+                samples.append(self._sample(key, prompt, reading, original, made.get(key, {}), stages))
+            else:
+                work.fail(key, "no_room_for_prompt", "--prompt_suffix leaves no room for a word of the prompt")
+        self._note_cut_prompts(work, [reading for reading in readings if reading.text])
         return samples
 
+    def _note_cut_prompts(self, work: ShardContext, readings: Sequence[Reading]) -> None:
+        """The model did not read the ends of some prompts: the receipt says how many."""
+        cut = sum(reading.is_cut for reading in readings)
+        if not cut or self.backend.window is None:
+            return
+        work.note("prompts_cut", cut)
+        end = "their ends were not read"
+        if shortened := sum(reading.shortened is not None for reading in readings):
+            work.note("prompts_shortened", shortened)
+            end = f"{shortened} were shortened so that --prompt_suffix is read whole"
+        room = self.backend.window.room
+        work.warn(f"{cut} of {len(readings)} prompts are longer than the {room} tokens that the model reads; {end}")
+
     def _sample(
-        self, key: str, prompt: str, originals: OriginalMetadata, made: Mapping[str, Any], stages: Mapping[str, int]
+        self,
+        key: str,
+        prompt: str,
+        reading: Reading,
+        original: Mapping[str, Any],
+        made: Mapping[str, Any],
+        stages: Mapping[str, int],
     ) -> Sample:
-        original = originals.find(key)
         width, height = nearest_size(self.sizes, original, self.fixed_size)
         o, call, source = self.options, self.backend.call, self.source
         image_model = {"name": source.name, "revision": source.revision, "dtype": self.settings.dtype}
@@ -279,8 +314,14 @@ class GenerateImages(Stage[Options]):
             "quality": o.quality,
             "stages": dict(stages),
         }
+        if call.true_cfg_scale is not None:
+            curation["true_cfg_scale"] = call.true_cfg_scale
+        if reading.is_cut or reading.given is None:
+            curation["tokens"] = {"given": reading.given, "read": reading.read}
+        if reading.shortened is not None:
+            curation["prompt_shortened"] = reading.shortened
         digest = xxhash.xxh3_64_hexdigest(dump_json([key, recipe(curation, self.name)]))
-        return Sample(Job(key, with_suffix(prompt, o.prompt_suffix), width, height, digest), curation, original)
+        return Sample(Job(key, reading.text, width, height, digest), curation, original)
 
     # ---- pictures
 
@@ -350,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in local_folders(shards):
         check_made_by("--prompts", folder, PROMPTS_STAGE)
     check_made_by("--edits", Path(options.edits), GenerateImages.name, beside=(METADATA_STAGE,))
+    options = GenerateImages.settled(options, options.edits)
     return run_stage(GenerateImages(options), one_process_per_gpu(options), shards, follows)
 
 

@@ -25,7 +25,7 @@ from curation.reshard.select import AS_IT_IS, Choice, ReshardInputs, copy_keys, 
 from curation.reshard.uids import Subset
 from curation.reshard.write import ShardWriter, words_of_result
 from curation.run import Follows, Input, Later, RunOptions, ShardContext, Stage, run_stage
-from curation.run.ledger import receipts_of_all
+from curation.run.ledger import done_receipts, receipts_of_all
 from curation.run.output_folder import refuse_foreign_shards
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders, select
@@ -248,7 +248,7 @@ def regroup_shards(options: Options, shards: Sequence[Shard]) -> int:
         return Regroup(STAGE, replace(o, step="write"), output, indexed, fingerprint, layout, shard_writer(o))
 
     code, outputs = regroup(o, shards, grouping, index, regrouping, partial(claim_place, o))
-    return finish(o, outputs) if code == EXIT_OK and outputs is not None else code
+    return finish(o, [shard.id for shard in outputs]) if code == EXIT_OK and outputs is not None else code
 
 
 def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
@@ -260,15 +260,20 @@ def claim_place(options: Options, shards: Sequence[Shard] | None) -> None:
         )
 
 
-def finish(options: Options, shards: Sequence[Shard]) -> int:
-    """Write the list of all output shards, once all are done."""
+def finish(options: Options, ids: Sequence[str]) -> int:
+    """Write the list of all output shards, once those of this run are done.
+
+    It has the shards of runs with other sources as well, such as one tar each.
+    """
     if not options.index or is_worker() or options.dry_run:
         return EXIT_OK
-    receipts, missing = receipts_of_all(Path(options.output), STAGE, [shard.id for shard in shards])
+    output = Path(options.output)
+    done = {receipt["shard"] for receipt in done_receipts(output, STAGE) if receipt["status"] == "done"}
+    receipts, missing = receipts_of_all(output, STAGE, sorted(done.union(ids)))
     if missing:
         logger.info(f"{missing} is not done yet: wids.json will be written when all shards are")
     else:
-        write_wids(Path(options.output), receipts)
+        write_wids(output, receipts)
     return EXIT_OK
 
 
@@ -293,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return regroup_shards(options, shards)
     claim_place(options, shards)
     code = run_stage(Reshard(options), options, shards, Follows(EDITS_STAGE, Path(options.edits or "")))
-    return finish(options, shards) if code == EXIT_OK else code
+    return finish(options, [shard.id for shard in shards]) if code == EXIT_OK else code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -52,6 +52,7 @@ from curation.options import FINITE, also, at_least, exit_code, logger, parse_op
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
 from curation.run.merge import JsonlMerge
+from curation.run.work import Later
 from curation.run.workers import is_worker
 from curation.shards import discover, select
 
@@ -85,7 +86,11 @@ class Options(HubOptions, RunOptions):
     prompt_file: str | None = None
     """A file with the prompt."""
     max_tokens: Annotated[int | None, at_least(1)] = None
-    """Length of a caption in tokens.  Default: the model family's."""
+    """Length of a caption in tokens.  Default: the model family's; a reply that is longer is asked for once more with
+    twice as many."""
+    max_words: Annotated[int | Literal["auto"] | None, at_least(0)] = None
+    """How many words --detail's prompt asks for at most.  auto, the default: what fits in --max_tokens; 0: it does not
+    say, as in folders that a version before 0.3.0 has begun."""
     temperature: Annotated[float, at_least(0), FINITE] = 0.0
     """0: the likeliest words; above: sampled, with a seed for each key."""
     seed: int = 0
@@ -180,6 +185,7 @@ class Recaption(Stage[Options]):
     """One shard: shards/<shard>.tar → rows/<shard>.jsonl and the formats that were asked for."""
 
     name = "05_recaption"
+    later: ClassVar[Mapping[str, Later]] = {"max_words": Later(before=0, now="auto")}
     kept_by_rerun = "Captions of the same model, prompt and settings are taken over, not made again."
 
     def __init__(self, options: Options, limits: dict[str, int]) -> None:
@@ -225,7 +231,17 @@ class Recaption(Stage[Options]):
 
     def fingerprint(self) -> dict[str, object]:
         o = self.options
-        names = ("detail", "max_tokens", "temperature", "seed", "batch_size", "dtype", "quantize", "compile")
+        names = (
+            "detail",
+            "max_tokens",
+            "max_words",
+            "temperature",
+            "seed",
+            "batch_size",
+            "dtype",
+            "quantize",
+            "compile",
+        )
         watermarks = hashlib.sha256(self._watermark_file.read_bytes()).hexdigest() if self._watermark_file else None
         model: dict[str, str] = {}
         try:
@@ -253,6 +269,7 @@ class Recaption(Stage[Options]):
             prompt=self._prompt,
             detail=o.detail,
             max_tokens=o.max_tokens,
+            max_words=o.max_words if isinstance(o.max_words, int) else None,
             temperature=o.temperature,
             quantize=o.quantize,
             offload=o.offload,
@@ -278,6 +295,7 @@ class Recaption(Stage[Options]):
             seed_of=partial(seed_of, o.seed),
             sizes=self.output / "_batch_sizes" / self.name,
             what="\0".join(map(str, what)),
+            may_be_longer=o.max_tokens is None,
         )
         self.pushing.begin(allocation)
 
@@ -326,6 +344,8 @@ class Recaption(Stage[Options]):
     def _recipe(self) -> str:
         """A digest of all that decides a caption.  A run with the same one takes over captions that are there."""
         fields = {name: value for name, value in self.fingerprint().items() if name not in NO_PART_OF_A_CAPTION}
+        # An option as it was before it existed does not count, so that captions of an older version are taken over.
+        fields = {n: v for n, v in fields.items() if n not in self.later or v != self.later[n].before}
         return hashlib.sha256(dump_json([fields, self.backend.name, self.backend.revision])).hexdigest()[:32]
 
     # ---- what is made of all shards
@@ -353,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options.check()
     run = options.of_the_run()
+    run = Recaption.settled(run, run.output_dir)
     shards = select(discover(run.source, allow_pipe=run.allow_pipe), run.shards)
     limits: dict[str, int] = {}
     if run.max_images is not None:

@@ -88,6 +88,8 @@ def save(folder: Path, size: str, side: int, tokens: int) -> None:
     model.generation_config.update(
         num_beams=3, no_repeat_ngram_size=3, decoder_start_token_id=2, bos_token_id=0, eos_token_id=2, pad_token_id=1
     )  # as the real ones come
-    model.generation_config.update(min_new_tokens=tokens, max_new_tokens=tokens)
+    # Each caption is as long as it may be, and its last token ends it, because a text that was cut is no caption.
+    model.generation_config.update(min_new_tokens=tokens - 1, max_new_tokens=tokens)
+    model.generation_config.update(exponential_decay_length_penalty=(tokens - 2, 1e4), forced_eos_token_id=None)
     model.save_pretrained(folder, safe_serialization=True)
     Florence2Processor(images, words, post_processor_config={"pure_text": {}}).save_pretrained(folder)

@@ -34,6 +34,8 @@ REPLACED_FIELDS = ("caption", "sha256", "face_bboxes", "width", "height")
 RECIPE_FIELDS = (
     "prompt", "prompt_suffix", "negative_prompt", "seed", "steps", "guidance", "text_tokens", "size", "quality",
 )  # fmt: skip
+# Later ones.  A sample without them has the recipe that it always had.
+LATER_RECIPE_FIELDS = ("true_cfg_scale", "prompt_shortened")
 
 # IPTC's term for images made by a trained model, in the field where readers expect it: Digital Source Type of the photo
 # metadata standard (Iptc4xmpExt), https://iptc.org/std/photometadata/specification.
@@ -95,7 +97,8 @@ def recipe(curation: Mapping[str, Any], stage: str) -> list[Any]:
     models, stages = (curation.get(name) for name in ("models", "stages"))
     image_model = models.get("image") if isinstance(models, dict) else None
     version = stages.get(stage) if isinstance(stages, dict) else None
-    return [*(curation.get(name) for name in RECIPE_FIELDS), image_model, version]
+    later = [[name, curation[name]] for name in LATER_RECIPE_FIELDS if curation.get(name) is not None]
+    return [*(curation.get(name) for name in RECIPE_FIELDS), image_model, version, *later]
 
 
 def txt_of(prompt: str) -> bytes:

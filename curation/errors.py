@@ -2,14 +2,47 @@
 
 A sample's error is recorded with its reason and the shard goes on; a shard's error makes a failed receipt and the
 run goes on; an infrastructure error stops the run with one clear line and exit code 2.
+
+``redact`` is the one place that takes secrets out of what is said of an error.  The log, the terminal, receipts and
+rejects put every text through it, whichever library it comes from.
 """
 
 from __future__ import annotations
+
+import re
+from typing import Final
 
 EXIT_OK = 0
 EXIT_SHARDS_FAILED = 1
 EXIT_USAGE = 2  # usage or infrastructure
 EXIT_WORK_LEFT = 75  # EX_TEMPFAIL: stopped by a signal or the deadline with work left
+
+# A "…" is what stands here for a query already.
+_SECRETS: Final = (
+    (re.compile(r"(:/?/)[^/\s'\"]*@"), r"\1"),  # user and password
+    (re.compile(r"(://[^\s'\"?#]*)[?#](?!…)[^\s'\"]*"), r"\1?…"),  # a query may be a signature
+    (re.compile(r"(with url: [^\s'\"?]*)\?(?!…)\S*"), r"\1?…"),  # as urllib3 says it, without the host
+    (re.compile(r"(/[^\s'\"?]*)\?(?!…)[^\s'\"=?]*=[^\s'\"]*"), r"\1?…"),  # as http.client says it
+    (
+        re.compile(
+            r"(?i)((?:x-(?:amz|goog|oss|ms)-(?:signature|credential|security-token)|signature|sig|awsaccesskeyid"
+            r"|googleaccessid|access_token|auth_token|api_?key|password|passwd|secret)=)(?!\*\*\*)[^&\s'\"]+"
+        ),
+        r"\1***",
+    ),
+    (re.compile(r"(?i)\b(bearer|authorization: basic)\s+[\w.~+/=*-]+"), r"\1 ***"),
+    (re.compile(r"(?i)\b((?:proxy-)?authorization|x-api-key|api-key)(['\"]?\s*[:=]\s*b?['\"])[^'\"]+"), r"\1\2***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),  # the hub's tokens
+)
+
+
+def redact(text: str, *secrets: str) -> str:
+    """The text without users, passwords and queries of URLs, without credentials, and without these ``secrets``."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 class SampleError(Exception):

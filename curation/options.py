@@ -13,12 +13,14 @@ import math
 import os
 import select
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from types import NoneType
+from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
-from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
+from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError, redact
 from curation.jsonio import clean_text
 
 if TYPE_CHECKING:
@@ -243,13 +245,13 @@ def _spelled_out(kind: type[AnyOptions], words: Sequence[str]) -> list[str]:
 
 
 class _CleanFormatter(logging.Formatter):
-    """Removes control characters, because names and captions from the web reach the log.
+    """Removes secrets, and control characters, because names and captions from the web reach the log.
 
     Each further line of a message is indented, so that it cannot look like a message.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        first, *rest = super().format(record).splitlines() or [""]
+        first, *rest = redact(super().format(record)).splitlines() or [""]
         indents = [len(line) - len(line.lstrip(" ")) for line in rest]
         return "\n".join(
             [clean_text(first), *(" " * (4 + n) + clean_text(x) for n, x in zip(indents, rest, strict=True))]
@@ -276,6 +278,7 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
+        _hide_secrets_of_tracebacks()
         try:
             code = main(argv)
             sys.stdout.flush()
@@ -291,6 +294,22 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
     return guarded
 
 
+def _hide_secrets_of_tracebacks() -> None:
+    """Unless somebody else, such as a debugger, prints them."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _say_traceback
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = lambda caught: _say_traceback(
+            caught.exc_type, caught.exc_value or caught.exc_type(), caught.exc_traceback
+        )
+
+
+def _say_traceback(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """What Python says of an error that nobody expected, without secrets.  It ends the process as Python would."""
+    if error is not None and not issubclass(kind, SystemExit):
+        sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _reader_is_gone() -> bool:
     """Whether stdout's reader is gone, as ``head`` is after its lines; further output is then thrown away."""
     stdout = sys.stdout.fileno()
@@ -304,7 +323,7 @@ def _reader_is_gone() -> bool:
 
 def say_error(text: Any) -> None:
     """The one clear line that an infrastructure error ends with."""
-    print(f"error: {clean_text(str(text))}", file=sys.stderr, flush=True)
+    print(f"error: {clean_text(redact(str(text)))}", file=sys.stderr, flush=True)
 
 
 def on_terminal() -> bool:

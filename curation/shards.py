@@ -6,7 +6,6 @@ keyed by it.  The numbers may have gaps and different widths.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import xxhash
 
 from curation.errors import UsageError
+from curation.storage.files import glob_paths
 from curation.storage.urls import PIPE, Source, Url, find_remote, is_remote
 
 TAR = ".tar"
@@ -172,12 +172,12 @@ def _paths(source: str, suffix: str, allow_pipe: bool) -> Iterator[Source]:
         yield from _listed(path, suffix, allow_pipe)
     elif "{" in source:
         for name in islice(expand_braces(source), MAX_SHARDS + 1):
-            if any(c in name for c in "*?["):
-                yield from _globbed(name)
-            elif os.path.exists(name):  # the range may contain gaps
+            if os.path.exists(name):  # the range may contain gaps
                 yield Path(name)
+            elif any(c in name for c in "*?["):
+                yield from map(Path, glob_paths(name))
     elif any(c in source for c in "*?["):
-        yield from _globbed(source)
+        yield from map(Path, glob_paths(source))
     else:
         raise UsageError(f"{source!r} does not exist: give a folder, a glob, braces, a list file or one *{suffix}")
 
@@ -202,10 +202,6 @@ def _remote(text: str, suffix: str, allow_pipe: bool) -> Iterator[Url]:
         raise UsageError(f"{Url(text)}: only tars are read from a URL or command; copy *{suffix} files to this machine")
     for name in islice(expand_braces(text, leave_others=text.startswith(PIPE)), MAX_SHARDS + 1):
         yield from find_remote(name, suffix, allow_pipe=allow_pipe)
-
-
-def _globbed(pattern: str) -> Iterator[Path]:
-    yield from (Path(name) for name in sorted(glob.glob(pattern)))
 
 
 def _listed(list_file: Path, suffix: str, allow_pipe: bool) -> Iterator[Source]:

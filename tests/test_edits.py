@@ -68,6 +68,12 @@ def test_a_recipe_changes_with_what_decides_the_picture(field: str) -> None:
     assert recipe(CURATION, STAGE) != recipe({**CURATION, field: "other"}, STAGE)
 
 
+@pytest.mark.parametrize("field", ["true_cfg_scale", "prompt_shortened"])
+def test_a_later_field_changes_only_recipes_that_have_it(field: str) -> None:
+    assert recipe(CURATION, STAGE) == recipe({**CURATION, field: None}, STAGE)
+    assert recipe(CURATION, STAGE) != recipe({**CURATION, field: "other"}, STAGE)
+
+
 def test_a_recipe_knows_model_and_version_and_ignores_the_rest() -> None:
     assert recipe(CURATION, STAGE) == recipe({**CURATION, "group": "x", "original_caption": "y"}, STAGE)
     assert recipe(CURATION, STAGE) == recipe({**CURATION, "stages": {STAGE: 1, "02": 9}}, STAGE)

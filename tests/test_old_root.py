@@ -42,7 +42,7 @@ def run(root: Path, stage: str, port: int, *more: str) -> tuple[int, str]:
 
 def test_a_root_of_an_earlier_version_goes_on(root: Path, tmp_path: Path) -> None:
     before = hashes(root, {"_claims", "_plan", "_partial"})
-    with ollama_stub(slots=4, log=tmp_path / "requests.jsonl") as port:
+    with ollama_stub(slots=4, log=tmp_path / "requests.jsonl", system="You are a helpful assistant.") as port:
         for script in FLAGS:
             stage = script.removesuffix("_multigpu")
             done = receipts(root, stage)
@@ -63,6 +63,10 @@ def test_a_root_of_an_earlier_version_goes_on(root: Path, tmp_path: Path) -> Non
     assert receipts(root, "02_captions_processor")["00000001"]["notes"]["recovered"] == 1  # type: ignore[index]
     asked = [json.loads(line["body"])["messages"][-1]["content"] for line in read_jsonl(tmp_path / "requests.jsonl")]
     assert not any("football" in question for question in asked), "a recorded reply is not asked for again"
+    roles = {
+        m["role"] for line in read_jsonl(tmp_path / "requests.jsonl") for m in json.loads(line["body"])["messages"]
+    }
+    assert roles == {"user"}, "it sent no system prompt to servers of Ollama's API, and goes on without"
     assert [len(contents(root / "hybrid" / f"{shard}.tar")) for shard in SHARDS] == [9, 9, 9]
 
 

@@ -233,3 +233,20 @@ def test_a_bucket_is_a_plain_folder_name(shard_id: str) -> None:
     assert bucket
     assert "/" not in bucket
     assert not bucket.startswith((".", "_"))
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "data [v2]"
+    folder.mkdir()
+    (tmp_path / "data v").mkdir()
+    for name in ("0[1].tar", "02.tar"):
+        (folder / name).touch()
+    (tmp_path / "data v" / "03.tar").touch()
+    (folder / "0[1].tar").rename(folder / "01.tar")
+    found = {source: [s.id for s in discover(str(source))] for source in (
+        folder, folder / "*.tar", f"{folder}/0[1].tar", f"{folder}/{{01..05}}.tar", folder / "02.tar",
+        f"{tmp_path}/data ?/*.tar",
+    )}  # fmt: skip
+    assert list(found.values()) == [["01", "02"], ["01", "02"], ["01"], ["01", "02"], ["02"], ["03"]]
+    (folder / "list[1].txt").write_text("01.tar\n02.tar\n")
+    assert [s.id for s in discover(str(folder / "list[1].txt"))] == ["01", "02"]

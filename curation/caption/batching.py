@@ -4,64 +4,136 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 from PIL import Image
 
-from curation.caption.captioner import CaptionBackend, OutOfMemory, Prepared
+from curation.caption.captioner import FIRST, Attempt, CaptionBackend, OutOfMemory, Prepared
 from curation.caption.feed import MOST_WAITING_BYTES, CaptionBatch, CaptionLoader, CaptionSample, gathered_ahead
 from curation.caption.rows import Row, sha256_of
 from curation.errors import SampleError
 from curation.images import decode_rgb
+from curation.jsonio import clean_text
 from curation.models.batch_size import LARGEST_BATCH, FittingBatchSize, agreed_batch_size, find_batch_size
+from curation.replies import CAPTION, WHOLE, Form, Reply, Verdict, asks_for_structure, judge
 from curation.run import ShardContext
 from curation.run.checkpoints import PartialLog
 from curation.storage.urls import Source
 from curation.tar.samples import image_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES, TarReport
 
+RETRIES = 2  # of an image whose reply is no caption
+
 
 def caption_batch(
-    backend: CaptionBackend, memory: FittingBatchSize, batch: Sequence[Prepared], seeds: Sequence[int]
-) -> list[str | SampleError]:
+    backend: CaptionBackend,
+    memory: FittingBatchSize,
+    batch: Sequence[Prepared],
+    seeds: Sequence[int],
+    *,
+    may_be_longer: bool = True,
+) -> list[Verdict | SampleError]:
     """Caption images of one shape, in as many calls of the device as its memory needs.
+
+    Images whose replies are no captions are captioned again: those of one batch together, so that what shares a call
+    depends on the batch alone.
 
     Args:
         backend: The captioner.
         memory: Says how many fit, and remembers where memory runs out.
         batch: Images from ``backend.prepare``.
         seeds: One for each image.
+        may_be_longer: A reply that is cut is asked for once more, with twice the tokens.
 
     Returns:
         For each image its caption, or why there is none: ``out_of_memory`` for an image that does not fit alone,
-        ``empty_caption`` for a caption without a word, or the backend's own reason.
+        ``empty_caption`` for a caption without a word, a reason of the judge, or the backend's own.
     """
+    form = replace(CAPTION, chats=backend.family.chats, structure=asks_for_structure(backend.asked))
+    images = [_Image(form, backend.asked, may_be_longer) for _ in batch]
+    while waiting := [place for place, image in enumerate(images) if image.attempt is not None]:
+        for attempt in dict.fromkeys(images[place].attempt for place in waiting):
+            assert attempt is not None
+            places = [place for place in waiting if images[place].attempt == attempt]
+            chosen, their_seeds = [batch[place] for place in places], attempt.seeds([seeds[place] for place in places])
+            for place, said in zip(places, _call(backend, memory, chosen, their_seeds, attempt), strict=True):
+                images[place].take(said)
+    return [image.result for image in images]
+
+
+class _Image:
+    """One image while its caption is asked for.
+
+    Attributes:
+        attempt: The next one; None where there is no further one.
+        result: What is known so far.
+    """
+
+    def __init__(self, form: Form, asked: str, may_be_longer: bool) -> None:
+        self.attempt: Attempt | None = FIRST
+        self.result: Verdict | SampleError = SampleError("empty_caption")
+        self._form, self._asked, self._may_be_longer = form, asked, may_be_longer
+        self._replies = 0
+
+    def take(self, said: Reply | str | SampleError) -> None:
+        attempt, self.attempt = self.attempt, None
+        assert attempt is not None
+        has_text = isinstance(self.result, Verdict)
+        if isinstance(said, SampleError):
+            self.result = self.result if has_text else said
+            return
+        self._replies += 1
+        reply = Reply(said) if isinstance(said, str) else said
+        verdict = judge(reply, self._form, asked=self._asked)
+        if verdict.text is not None:
+            self.result = verdict
+        elif not has_text:
+            self.result = self._failure(verdict, reply)
+        if verdict.cut and self._may_be_longer and not attempt.longer:
+            self.attempt = replace(attempt, longer=True)
+        elif not verdict.cut and not isinstance(self.result, Verdict) and attempt.warmer < RETRIES:
+            self.attempt = replace(attempt, warmer=attempt.warmer + 1)
+
+    def _failure(self, verdict: Verdict, reply: Reply) -> SampleError:
+        if verdict.reason == "reply_empty":
+            return SampleError("empty_caption", "the model said nothing")
+        ended = "" if reply.ended == WHOLE else f" (ended by {clean_text(reply.ended) or 'nothing'})"
+        told = f"the last of {self._replies} replies{ended}: {clean_text(reply.text[:300])!r}"
+        return SampleError(verdict.reason, told)
+
+
+def _call(
+    backend: CaptionBackend,
+    memory: FittingBatchSize,
+    batch: Sequence[Prepared],
+    seeds: Sequence[int],
+    attempt: Attempt,
+) -> list[Reply | str | SampleError]:
+    """What the model writes for each image of a batch, in as many calls as its memory needs."""
     shape = batch[0].shape
     message = ""
 
-    def call(start: int, end: int) -> Sequence[str | SampleError] | None:
+    def call(start: int, end: int) -> Sequence[Reply | str | SampleError] | None:
         nonlocal message
         try:
-            return backend.caption(batch[start:end], seeds[start:end])
+            if attempt == FIRST:
+                return backend.caption(batch[start:end], seeds[start:end])
+            return backend.caption(batch[start:end], seeds[start:end], attempt)
         except OutOfMemory as error:
             message = str(error)
             return None
 
-    captions: list[str | SampleError] = []
-    for _, _, found in memory.split(len(batch), shape, call):
+    replies: list[Reply | str | SampleError] = []
+    size = (*shape, 2) if attempt.longer else shape  # what fits with twice the tokens says nothing about the others
+    for _, _, found in memory.split(len(batch), size, call):
         if found is None:
-            captions.append(SampleError("out_of_memory", f"{'×'.join(map(str, shape))}: {message}"))
+            replies.append(SampleError("out_of_memory", f"{'×'.join(map(str, shape))}: {message}"))
         else:
-            captions += map(_checked, found)
-    return captions
-
-
-def _checked(caption: str | SampleError) -> str | SampleError:
-    if isinstance(caption, SampleError):
-        return caption
-    return caption.strip() or SampleError("empty_caption", "the model said nothing")
+            replies += found
+    return replies
 
 
 class ShardCaptioner:
@@ -76,6 +148,7 @@ class ShardCaptioner:
         seed_of: Callable[[str], int],
         sizes: Path,
         what: str,
+        may_be_longer: bool = True,
     ) -> None:
         """
         Args:
@@ -85,9 +158,11 @@ class ShardCaptioner:
             seed_of: The seed of an image, from its key.
             sizes: The folder in which batch sizes are recorded.
             what: What a fitting batch size depends on: the kind of device, the model, the dtype and so on.
+            may_be_longer: A reply that is cut is asked for once more, with twice the tokens.
         """
         self._backend, self._loader, self._seed_of = backend, loader, seed_of
         self._batch_size, self._sizes, self._what = batch_size, sizes, what
+        self._may_be_longer = may_be_longer
 
     def batch_size(self, source: Source) -> int:
         """The batch size for a shard: the one that was given, or the one that all workers agreed on."""
@@ -143,6 +218,8 @@ class ShardCaptioner:
         work.keep(reused)
         if reused:
             work.note("reused", reused)
+        if cut := sum(sample.record.get("cut", False) for sample in samples):
+            work.note("cut_to_whole_sentences", cut)
         return samples
 
     def _caption(self, work: ShardContext, batch: CaptionBatch, log: PartialLog, memory: FittingBatchSize) -> None:
@@ -151,7 +228,7 @@ class ShardCaptioner:
             images = [sample.prepared for sample in batch.samples]
             seeds = [self._seed_of(sample.key) for sample in batch.samples]
             with work.phase("infer"):
-                captions = caption_batch(self._backend, memory, images, seeds)
+                captions = caption_batch(self._backend, memory, images, seeds, may_be_longer=self._may_be_longer)
             if (limit := memory.limit(*images[0].shape)) < len(images):
                 work.note("batch_shrunk_to", limit)
             pairs = zip(batch.samples, captions, strict=True)

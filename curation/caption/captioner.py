@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import xxhash
+
 from curation.errors import InfrastructureError, SampleError
 from curation.models.needs import WeightsNeed
+from curation.replies import Reply
 
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
@@ -59,6 +62,7 @@ class Family:
             in ``models`` is known without asking the hub.  It is compared in lower case, with ``-`` for ``_``.
         models: The models that have short names.
         served: Model servers load the model, and it is named ``<family>:<the server's name for it>``.
+        chats: Its models answer as in a chat, so that they may refuse, reason or introduce their answer.
     """
 
     name: str
@@ -68,6 +72,38 @@ class Family:
     hub_names: str | None = None
     models: tuple[Model, ...] = ()
     served: bool = False
+    chats: bool = True
+
+
+WARMER, HOTTEST = 0.4, 1.5
+_SEED_BITS = 63  # torch takes seeds of 64 bits with a sign
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which request for one caption it is.
+
+    Attributes:
+        longer: The same with twice the tokens, because the reply was cut.
+        warmer: So many replies were no captions.  Each further one is sampled, warmer, and from another seed.
+    """
+
+    longer: bool = False
+    warmer: int = 0
+
+    def tokens(self, first: int) -> int:
+        return 2 * first if self.longer else first
+
+    def temperature(self, first: float) -> float:
+        return round(max(first, min(HOTTEST, first + WARMER * self.warmer)), 3)
+
+    def seeds(self, first: Sequence[int]) -> list[int]:
+        if not self.warmer:
+            return [*first]
+        return [xxhash.xxh3_64_intdigest(f"{seed}\0{self.warmer}".encode()) >> (64 - _SEED_BITS) for seed in first]
+
+
+FIRST = Attempt()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +114,7 @@ class CaptionSettings:
         revision: Branch, tag or commit of a model on the hub.
         prompt: What the model is asked, in place of the family's own words for ``detail``.
         max_tokens: Length of a caption; None: the family's.
+        max_words: How many words the family's own prompt asks for at most; 0: it does not say; None: what fits.
         temperature: 0 takes the likeliest token; above it, each image's seed decides.
         quantize: Keep the language model's weights in 4 or 8 bits.
         offload: What does not fit on the GPU stays in the machine's memory and is moved when it is needed.
@@ -94,6 +131,7 @@ class CaptionSettings:
     prompt: str | None = None
     detail: Detail = "more_detailed"
     max_tokens: int | None = None
+    max_words: int | None = None
     temperature: float = 0.0
     quantize: Quantize | None = None
     offload: bool = False
@@ -125,12 +163,14 @@ class CaptionBackend(Protocol):
         name: The model.
         revision: Which version of it; together they say exactly which model it is.
         device_kind: A GPU's name and memory, on which the fitting batch size and the last bits depend.
+        asked: What the model is asked in words; "" where it is not.
     """
 
     family: Family
     name: str
     revision: str
     device_kind: str
+    asked: str
 
     @classmethod
     def weights(cls, source: str, revision: str | None) -> WeightsNeed:
@@ -154,15 +194,18 @@ class CaptionBackend(Protocol):
             SampleError: ``processor_refused``: the model's processor cannot use the image.
         """
 
-    def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> Sequence[str | SampleError]:
+    def caption(
+        self, batch: Sequence[Any], seeds: Sequence[int], attempt: Attempt = FIRST
+    ) -> Sequence[Reply | str | SampleError]:
         """Caption a batch by one call of the device.  It is called from one thread.
 
         Args:
             batch: Images from ``prepare`` that have one shape.
             seeds: One for each image, for models that sample.
+            attempt: Which request for their captions it is.
 
         Returns:
-            For each image its caption, or the reason why there is none.
+            For each image what the model wrote (a text alone is a whole reply), or the reason why there is nothing.
 
         Raises:
             OutOfMemory: The batch does not fit on the device.

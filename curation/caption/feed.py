@@ -21,6 +21,7 @@ from curation.caption.rows import Row, make_row, sha256_of
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
 from curation.jsonio import clean_text, dump_json
+from curation.replies import Verdict
 from curation.run import ShardContext
 from curation.storage.urls import Source
 from curation.tar.samples import Sample, image_of, lenient_metadata, read_samples
@@ -110,7 +111,7 @@ class CaptionSample:
     caption: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
 
-    def outcome(self, caption: str | SampleError, mark: str) -> bytes:
+    def outcome(self, caption: Verdict | SampleError, mark: str) -> bytes:
         """Record its caption, or why there is none, and return the record as JSON.  mark: of the batch it was in."""
         record: dict[str, Any] = {
             "size": self.size, "sha256": self.sha256, "score": self.score, "shape": self.shape, "nbytes": self.nbytes,
@@ -119,7 +120,9 @@ class CaptionSample:
         if isinstance(caption, SampleError):
             record["failed"] = [caption.reason, clean_text(caption.detail)]
         else:
-            record["caption"] = clean_text(caption)
+            record["caption"] = caption.text
+            if caption.cut:
+                record["cut"] = True
         self.record = record
         return dump_json(record)
 

@@ -7,18 +7,24 @@ the address that a socket is about to connect to, whatever name, redirect or odd
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import ipaddress
+import logging
 import socket
 import ssl
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from http.cookies import CookieError
 from typing import Any, Final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit, urlunsplit
 
+from curation.download.heads import lenient_protocol, quoted_url
 from curation.jsonio import clean_text
 from curation.storage.retry import retry_after_s
-from curation.storage.urls import error_line, redact
+from curation.storage.urls import compressions_in, error_line, redact
 
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
@@ -70,10 +76,16 @@ def public_sockets(allowed: Networks = ()) -> Callable[[tuple[Any, ...]], socket
 
 MAX_URL_CHARACTERS: Final = 16_384
 MAX_REDIRECTS: Final = 10
+_VISITS_OF_ONE_URL: Final = 4  # as urllib has it: a site may send the same URL again to see whether its cookie came
 _REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 _BUSY: Final = frozenset((429, 503))
 _PASSING: Final = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
 
+
+_MAX_FIELD_BYTES, _MAX_FIELDS = 128 << 10, 1024  # of a head that ``heads`` has normalised
+_INFLATED: Final = frozenset(("gzip", "x-gzip", "deflate"))
+_MAX_CODINGS: Final = 3
+_IMAGE_STARTS: Final = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM")
 
 # of X-Robots-Tag: rules with a value, whose colon is not that of a user agent
 _RULES_WITH_VALUES: Final = frozenset(("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"))
@@ -99,7 +111,7 @@ class FetchError(Exception):
     ) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
-        self.detail = clean_text(detail)[:300]
+        self.detail = clean_text(redact(detail))[:300]
         self.retryable = retryable
         self.busy = busy
         self.wait_s = wait_s
@@ -138,6 +150,7 @@ class Fetcher:
 
         self._limits = limits
         self._aiohttp = aiohttp
+        logging.getLogger("aiohttp.internal").setLevel(logging.ERROR)  # it warns of each cookie that is malformed
         connector = aiohttp.TCPConnector(
             limit=limits.connections,
             ttl_dns_cache=600,
@@ -145,12 +158,16 @@ class Fetcher:
             socket_factory=public_sockets(limits.allowed_networks),
             enable_cleanup_closed=False,
         )
+        connector._factory = functools.partial(lenient_protocol(), loop=asyncio.get_running_loop())
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,  # a proxy would connect in our stead, wherever it likes
             timeout=aiohttp.ClientTimeout(total=None),
+            max_line_size=_MAX_FIELD_BYTES,
+            max_field_size=_MAX_FIELD_BYTES,
+            max_headers=_MAX_FIELDS,
             headers={"User-Agent": limits.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
         )
 
@@ -170,30 +187,42 @@ class Fetcher:
             raise self._as_fetch_error(error) from None
 
     async def _follow(self, url: str) -> bytes:
-        seen: set[str] = set()
+        visits: Counter[str] = Counter()
+        cookies = None  # of this URL alone: made where a site sets one and sends the request elsewhere
         for _ in range(MAX_REDIRECTS + 1):
-            if url in seen:
-                raise FetchError("redirect_loop", redact(url))
-            seen.add(url)
             target = self._parsed(url)
-            async with self._session.get(target, allow_redirects=False) as response:
+            visits[str(target)] += 1
+            if visits[str(target)] > _VISITS_OF_ONE_URL:
+                raise FetchError("redirect_loop", redact(url))
+            text = "" if cookies is None else _cookie_text(cookies, target)
+            told = {"Cookie": text} if text else None
+            async with self._session.get(target, allow_redirects=False, headers=told) as response:
                 self._require_consent(response.headers)
                 if response.status not in _REDIRECTS:
                     return await self._body(response)
                 location = response.headers.get("Location", "")
+                if set_cookies := response.headers.getall("Set-Cookie", ()):
+                    cookies = cookies or self._aiohttp.CookieJar(unsafe=True)  # unsafe: also of hosts without a name
+                    with contextlib.suppress(ValueError, CookieError):
+                        cookies.update_cookies_from_headers(set_cookies, target)
                 response.close()  # its body is of no interest, and may be endless
             if not location:
                 raise FetchError("bad_redirect", "without a Location")
-            url = urljoin(url, location.strip())
+            try:
+                url = urljoin(url, location)
+            except ValueError as error:
+                raise FetchError("bad_redirect", str(error)) from None
         raise FetchError("too_many_redirects", f"more than {MAX_REDIRECTS}")
 
     def _parsed(self, url: str) -> Any:
+        """The URL without its fragment, quoted where it must be and nowhere else: it may be signed."""
         from yarl import URL
 
-        host_of(url)
-        plain = url.isascii() and url.isprintable() and not set(url) & set(' "<>\\^`{|}')
+        host = host_of(url)
         try:
-            return URL(url, encoded=plain)  # a URL that needs no quoting goes out as it is: it may be signed
+            if not host.isascii() or "%" in host:
+                url = _with_host(url, str(URL.build(scheme="http", host=unquote(host)).raw_host))
+            return URL(quoted_url(urldefrag(url)[0].encode("utf-8", "replace")), encoded=True)
         except ValueError as error:
             raise FetchError("bad_url", str(error)) from None
 
@@ -213,17 +242,15 @@ class Fetcher:
             )
         if (response.content_length or 0) > bound:
             raise FetchError("too_large", f"{response.content_length:,} bytes, the bound is {bound:,}")
-        coding = response.headers.get("Content-Encoding", "identity").strip().lower() or "identity"
-        inflate = _Inflate(coding, bound)
         data = bytearray()
         async for piece in response.content.iter_any():
-            data += inflate(piece)
+            data += piece
             if len(data) > bound:
                 response.close()
                 raise FetchError("too_large", f"more than {bound:,} bytes")
         if not data:
             raise FetchError("empty", "no bytes", retryable=True)
-        return bytes(data)
+        return inflated(bytes(data), ",".join(response.headers.getall("Content-Encoding", ())), bound)
 
     def _as_fetch_error(self, error: Exception) -> FetchError:
         http, text = self._aiohttp, error_line(error)
@@ -242,29 +269,46 @@ class Fetcher:
         return FetchError("bad_reply", text)
 
 
-class _Inflate:
-    """Undoes a Content-Encoding that was not asked for, within a bound on what comes out."""
+def inflated(data: bytes, content_encoding: str, bound: int) -> bytes:
+    """The bytes without a compression that was not asked for.
 
-    def __init__(self, coding: str, bound: int) -> None:
-        self._bound = bound
-        self._left = bound + 1
-        self._stream = None
-        if coding in ("gzip", "x-gzip", "deflate"):
-            self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        elif coding != "identity":
+    A header that names no compression (``utf-8``, ``none``), or one that the bytes do not have, changes nothing: the
+    image is there.  Raises FetchError ``encoded`` or ``too_large``.
+    """
+    for coding in reversed(compressions_in(content_encoding)[:_MAX_CODINGS]):
+        if data.startswith(_IMAGE_STARTS) or data[4:8] == b"ftyp":
+            return data
+        if coding not in _INFLATED:
             raise FetchError("encoded", f"Content-Encoding: {coding}")
+        data = _inflate(data, bound)
+    return data
 
-    def __call__(self, piece: bytes) -> bytes:
-        if self._stream is None:
-            return piece
-        if self._left <= 0:
-            raise FetchError("too_large", f"inflates to more than {self._bound:,} bytes")
-        try:
-            data = self._stream.decompress(piece, self._left)
-        except zlib.error as error:
-            raise FetchError("encoded", str(error)) from None
-        self._left -= len(data)
-        return data
+
+def _inflate(data: bytes, bound: int) -> bytes:
+    """gzip of one or more members, zlib, or deflate without a frame."""
+    is_gzip, is_zlib = data[:2] == b"\x1f\x8b", data[:1] and data[0] & 0x0F == 8 and not int.from_bytes(data[:2]) % 31
+    found = bytearray()
+    try:
+        while data and len(found) <= bound:
+            stream = zlib.decompressobj(zlib.MAX_WBITS | 32 if is_gzip or is_zlib else -zlib.MAX_WBITS)
+            found += stream.decompress(data, bound + 1 - len(found))
+            data = stream.unused_data if is_gzip and stream.unused_data[:2] == b"\x1f\x8b" else b""
+    except zlib.error as error:
+        raise FetchError("encoded", str(error)) from None
+    if len(found) > bound:
+        raise FetchError("too_large", f"inflates to more than {bound:,} bytes")
+    return bytes(found)
+
+
+def _cookie_text(jar: Any, target: Any) -> str:
+    return "; ".join(f"{name}={morsel.coded_value}" for name, morsel in jar.filter_cookies(target).items())
+
+
+def _with_host(url: str, host: str) -> str:
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    port = "" if parts.port is None else f":{parts.port}"
+    return urlunsplit(parts._replace(netloc=f"{user}{at}{host}{port}"))
 
 
 def host_of(url: str) -> str:

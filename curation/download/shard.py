@@ -30,10 +30,12 @@ from curation.download.rows import (
     stats_of,
     unpack,
 )
+from curation.download.tables import MENDED, ShardRows
 from curation.errors import InfrastructureError, SampleError, ShardError
 from curation.images import decode_rgb, image_facts
 from curation.jsonio import clean_text, dump_json
 from curation.run.checkpoints import PartialLog
+from curation.run.merge import values_of
 from curation.run.work import ShardContext
 from curation.storage.buckets import Folder, object_at, place_of
 from curation.storage.files import fast_digest
@@ -210,14 +212,19 @@ def refuse(request: UrlRequest, error: FetchError) -> bytes:
     return pack(RowOutcome(NOT_DOWNLOADED, f"{error.reason}: {error.detail}" if error.detail else error.reason))
 
 
+def _hex(value: Any) -> str:
+    """A hash of a table, which may hold it as bytes."""
+    if isinstance(value, bytes):
+        value = value.decode("ascii") if value.isalnum() and value.isascii() else value.hex()
+    return "" if value is None else str(value).strip().lower()
+
+
 class RowDownloads:
     """The rows of one shard, and what becomes of their URLs.  Rows with the same URL and hash share one request.
 
     Args:
         work: The attempt that counts the rows and takes the outputs.
-        table: The shard's rows, a pyarrow Table.
-        url: The column of the URLs.
-        caption: The column of the captions, None where there is none.
+        rows: The shard's rows.
         rows_per_shard: Rows of a full shard, which decides how many digits a key has.
         verify: The name of a hash and its column.
     """
@@ -225,15 +232,17 @@ class RowDownloads:
     def __init__(
         self,
         work: ShardContext,
-        table: Any,
-        url: str,
-        caption: str | None,
+        rows: ShardRows,
         rows_per_shard: int,
         verify: tuple[str, str] | None,
     ) -> None:
         self._work = work
-        self._table = table.rename_columns(renamed_columns(table.column_names, url, caption))
-        self._has_caption = caption is not None
+        table = rows.table
+        self._table = table.rename_columns(renamed_columns(table.column_names, rows.url, rows.caption))
+        self._has_caption = rows.caption is not None
+        if rows.mended:
+            work.note("not_utf8", rows.mended)
+            work.warn(f"{rows.mended:,} values of its table are no UTF-8; {MENDED}")
         self._keys = [key_of(work.shard.id, row, rows_per_shard) for row in range(table.num_rows)]
         self._earlier: PreviousShard | None = None
         self._outcomes: dict[str, RowOutcome] = {}  # of rows that need no request, by key
@@ -242,12 +251,12 @@ class RowDownloads:
         self._keys_of: dict[str, list[str]] = {}  # the other way
         self._requests: dict[str, UrlRequest] = {}
         self._heads: dict[str, RowOutcome] = {}  # mark → what became of it
-        hashes = table.column(verify[1]).to_pylist() if verify else [None] * table.num_rows
+        hashes = [_hex(value) for value in values_of(table.column(verify[1]))] if verify else [None] * table.num_rows
         for key, text, digest in zip(self._keys, self._table.column("url").to_pylist(), hashes, strict=True):
             if not text or not text.strip():
                 self._outcomes[key] = RowOutcome(NOT_DOWNLOADED, "no_url")
                 continue
-            expected = (verify[0], str(digest).strip().lower()) if verify and digest else None
+            expected = (verify[0], digest) if verify and digest else None
             request = UrlRequest(text.strip(), expected)
             mark = hashlib.blake2b(f"{request.url}\0{expected}".encode("utf-8", "replace"), digest_size=16).hexdigest()
             self._mark_of[key] = mark
@@ -345,7 +354,9 @@ class RowDownloads:
         """The samples in the table's order: earlier ones as they are, the others from the log."""
         there = self._earlier.members(self._copied) if self._earlier is not None and self._copied else iter(())
         for batch in rows.to_batches(_JSON_ROWS):
-            for row in batch.to_pylist():
+            columns = [values_of(column) for column in batch.columns]
+            for values in zip(*columns, strict=True):
+                row = dict(zip(batch.schema.names, values, strict=True))
                 key = row["key"]
                 if row["status"] != SUCCESS:
                     continue
@@ -362,6 +373,6 @@ class RowDownloads:
     def _members(self, row: dict[str, Any], outcome: RowOutcome, image: memoryview) -> Members:
         members: dict[str, bytes | memoryview] = {outcome.suffix: image}
         if self._has_caption:
-            members["txt"] = str(row["caption"] or "").encode("utf-8", "replace")
+            members["txt"] = (row["caption"] or "").encode()
         members["json"] = json_of(row)
         return members

@@ -6,44 +6,45 @@ shard is a row group.  Only ``_Place`` opens files, because a table may lie in a
 
 A csv has no types: its columns stay text, so that ``000123`` does not become a number.  In jsonl a column has the type
 that all its values share; where they share none, it holds each value as JSON.
+
+Each table's columns are checked before anything is downloaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import difflib
-import io
-from collections.abc import Iterator, Mapping, Sequence
+import fnmatch
+import glob
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import orjson
 import xxhash
 
-from curation.errors import InfrastructureError, SampleError, ShardError, UsageError
-from curation.jsonio import clean_text, dump_json, parse_json_object
+from curation.download.columns import NamedColumns, caption_column_of, check_columns, sound_table, url_column_of
+from curation.download.text_tables import TextTable, TsvQuotes
+from curation.errors import InfrastructureError, ShardError, UsageError
+from curation.jsonio import dump_json
 from curation.shards import MAX_SHARDS, Shard
-from curation.storage.files import link_exclusively, make_folder, read_record, whole_file
+from curation.storage.files import existing_part, glob_paths, link_exclusively, make_folder, read_record, whole_file
 from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_remote, object_info, redact
 
 SUFFIXES: Final = (
     ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".txt", ".txt.gz",
 )  # fmt: skip
 TABLES_FOLDER: Final = "_tables"
+_OWN_FILES: Final = ("00000000.parquet", "full_metadata.parquet", "metadata.csv", f"{TABLES_FOLDER}/0.parquet")
 _FOOTERS_AT_ONCE = 16
 _BATCH_ROWS = 4096
+MENDED: Final = "what is none is percent-encoded in URLs, and U+FFFD stands for it in other texts"
 _RULES = 1  # how a table is read: raised when the same table gives other shards
-_USUAL_CAPTION_COLUMNS = ("caption", "text")
-_USUAL_URL_COLUMNS = ("url", "image_url", "img_url", "image_link", "link", "src")
-_MAX_LINE_BYTES: Final = 4 << 20
-_TEXT_BATCH_ROWS: Final = 4096
-_MAX_COLUMNS: Final = 10_000
-
-_Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,20 @@ class UrlTable:
 
 
 @dataclass(frozen=True, slots=True)
-class NamedColumns:
-    """The columns that the user named; None for the one that is usually called so, or for no hash."""
+class ShardRows:
+    """The rows of one shard.
 
-    url: str | None = None
-    caption: str | None = None
-    hash: str | None = None
+    Attributes:
+        table: A pyarrow Table, whose texts are UTF-8.
+        url: The column of URLs, which holds texts.
+        caption: The column of captions, which holds texts; None where there is none.
+        mended: How many values had to be changed, because they were no UTF-8.
+    """
+
+    table: Any
+    url: str
+    caption: str | None
+    mended: int
 
 
 class UrlTables:
@@ -80,7 +89,11 @@ class UrlTables:
         output: The stage's output folder.
         rows_per_shard: Rows of a full shard.
         columns: The columns that the user named.
+        tsv_quotes: What quotation marks mean in a tsv.
         dry: Write nothing.
+
+    Attributes:
+        notes: What a user should know of the tables, each with how many tables it is true of and the first of them.
 
     Raises:
         UsageError: Something is not a table of URLs, or there are too many shards.
@@ -88,17 +101,36 @@ class UrlTables:
     """
 
     def __init__(
-        self, source: str, output: Path, rows_per_shard: int, columns: NamedColumns, *, dry: bool = False
+        self,
+        source: str,
+        output: Path,
+        rows_per_shard: int,
+        columns: NamedColumns,
+        *,
+        tsv_quotes: TsvQuotes = "auto",
+        dry: bool = False,
     ) -> None:
         self._output = output
         self._rows = rows_per_shard
         self._columns = columns
+        self._tsv_quotes: TsvQuotes = tsv_quotes
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._notes: Counter[str] = Counter()
+        self._noted_first: dict[str, str] = {}
         self._place = _Place(source)
+        self._place.refuse_own_files(output)
         self.tables = self._dry_plan() if dry else self._plan()
         if not any(table.rows for table in self.tables):
             raise UsageError(f"{redact(source)}: no rows in {_named(self.tables)}")
         if sum(-(-table.rows // rows_per_shard) for table in self.tables) > MAX_SHARDS:
             raise UsageError(f"{redact(source)}: more than {MAX_SHARDS:,} shards of {rows_per_shard:,} rows")
+
+    @property
+    def notes(self) -> list[str]:
+        return [
+            f"{self._noted_first[note]}{f' and {count - 1:,} more tables' if count > 1 else ''}: {note}"
+            for note, count in self._notes.items()
+        ]
 
     @property
     def is_local(self) -> bool:
@@ -122,37 +154,58 @@ class UrlTables:
         tables = [[_plain(table.source).rpartition("/")[2], table.rows] for table in self.tables]
         return f"{len(tables)} tables, {sum(t.rows for t in self.tables)} rows, {_digest([tables, self._rows])[:12]}"
 
-    def read(self, shard_id: str) -> Any:
-        """The rows of a shard as a pyarrow Table.  Raises ShardError."""
+    def read(self, shard_id: str) -> ShardRows:
+        """Raises ShardError."""
         table, first = self._starts[shard_id]
         count = min(self._rows, table.rows - first)
         try:
             with self._open_parquet(table) as file:
                 rows = _rows_of(file, first, count)
+            url = url_column_of("", rows.column_names, self._columns.url)
+            caption = caption_column_of("", rows.schema, self._columns)
+            rows, mended = sound_table(rows, [url, *([caption] if caption else [])])
         except Exception as error:
             raise ShardError(f"{redact(table.source)}: cannot be read: {error_line(error)}", "bad_table") from error
         if rows.num_rows != count:
             why = f"{rows.num_rows:,} rows from {first:,} on, {count:,} expected"
             raise ShardError(f"{redact(table.source)}: {why}", "bad_table")
-        return rows
+        return ShardRows(rows, url, caption, mended)
 
     @contextlib.contextmanager
     def _open_parquet(self, table: UrlTable) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
 
         if table.file:
-            with ParquetFile(self._output / TABLES_FOLDER / table.file) as file:
+            path = self._output / TABLES_FOLDER / table.file
+            self._write_again(table, path)
+            with ParquetFile(path) as file:
                 yield file
         else:
             with self._place.open(table.source) as raw, ParquetFile(raw) as file:
                 yield file
 
+    def _write_again(self, table: UrlTable, path: Path) -> None:
+        """Write a table of text once more as parquet, where somebody has deleted the output folder meanwhile."""
+        if path.is_file():
+            return
+        with self._writing:
+            if path.is_file():  # another thread was faster
+                return
+            make_folder(path.parent)
+            now = self._inspect(table.source, table.mark)
+        if now.rows != table.rows:
+            why = f"{now.rows:,} rows, {table.rows:,} when the run began"
+            raise ShardError(f"{redact(table.source)}: {why}", "bad_table")
+
     # ---- planning
 
     def _plan(self) -> list[UrlTable]:
         """What an earlier process recorded of the same tables; else each of them is inspected."""
-        found = self._place.find()
-        record = self._output / TABLES_FOLDER / f"{_digest([_RULES, found, self._rows, asdict(self._columns)])}.json"
+        found = self._found()
+        columns = asdict(self._columns)
+        younger = [columns.pop("caption_names"), self._tsv_quotes]  # without them, as versions before 0.3.0 name it
+        key = [_RULES, found, self._rows, columns, *([] if younger == ["few", "csv"] else [younger])]
+        record = self._output / TABLES_FOLDER / f"{_digest(key)}.json"
         known = read_record(record)
         if known is not None:
             return [UrlTable(source, **table) for (source, _), table in zip(found, known["tables"], strict=True)]
@@ -163,9 +216,14 @@ class UrlTables:
         link_exclusively(record, dump_json({"tables": entries}, indent=True))  # no names: a URL may hold a secret
         return tables
 
+    def _found(self) -> list[tuple[str, str]]:
+        found = self._place.find()
+        self._place.refuse_own_files(self._output, [source for source, _ in found])
+        return found
+
     def _dry_plan(self) -> list[UrlTable]:
         """The tables with their numbers of rows; nothing is written."""
-        return [self._inspect(source, mark, write=False) for source, mark in self._place.find()]
+        return [self._inspect(source, mark, write=False) for source, mark in self._found()]
 
     def _inspect(self, source: str, mark: str, *, write: bool = True) -> UrlTable:
         shown = redact(source)
@@ -177,56 +235,34 @@ class UrlTables:
                     self._check(shown, file.schema_arrow)
                     return UrlTable(source, mark, file.metadata.num_rows)
             with self._place.open_text(source) as text:
-                schema = columns_of(shown, text)
+                schema = TextTable(shown, text, self._tsv_quotes).schema()
             if schema is None:
                 return UrlTable(source, mark, 0)
             self._check(shown, schema)
             if not write:
                 with self._place.open_text(source) as text:
-                    return UrlTable(source, mark, count_rows(shown, text))
-            name = f"{_digest([_RULES, _plain(source), mark, self._rows])}.parquet"
+                    return UrlTable(source, mark, sum(1 for _ in TextTable(shown, text, self._tsv_quotes).rows()))
+            quotes = [self._tsv_quotes] if ".tsv" in _plain(source)[-7:] and self._tsv_quotes != "csv" else []
+            name = f"{_digest([_RULES, _plain(source), mark, self._rows, *quotes])}.parquet"
             with whole_file(self._output / TABLES_FOLDER / name) as file, self._place.open_text(source) as text:
-                rows = write_parquet(shown, text, schema, file, self._rows)
-            return UrlTable(source, mark, rows, name)
+                rows = TextTable(shown, text, self._tsv_quotes)
+                count = rows.write_parquet(schema, file, self._rows)
+            if rows.not_utf8:
+                self._note(shown, f"{rows.not_utf8:,} values are no UTF-8; {MENDED}")
+            return UrlTable(source, mark, count, name)
         except InfrastructureError:
             raise
         except Exception as error:
             raise UsageError(f"{shown}: cannot be read as a table: {error_line(error)}") from error
 
     def _check(self, source: str, schema: Any) -> None:
-        wanted = self._columns
-        if wanted.hash is not None:
-            _column(source, schema.names, wanted.hash, "--verify_hash")
-        caption_column_of(source, schema.names, wanted.caption)
-        name = url_column_of(source, schema.names, wanted.url)
-        kind = str(schema.field(name).type)
-        if "string" not in kind and kind != "null":
-            raise UsageError(f"{source}: the column {name!r} holds {kind}, not text; name another one with --url_col")
+        for note in check_columns(source, schema, self._columns):
+            self._note(source, note)
 
-
-def caption_column_of(source: str, names: Sequence[str], wanted: str | None) -> str | None:
-    """The column of captions, None for a table without one.  Raises UsageError where the named one is missing."""
-    if wanted is not None:
-        return _column(source, names, wanted, "--caption_col")
-    return next((name for known in _USUAL_CAPTION_COLUMNS for name in names if name.lower() == known), None)
-
-
-def url_column_of(source: str, names: Sequence[str], wanted: str | None) -> str:
-    """The column of URLs.  Raises UsageError that lists the columns and names the nearest."""
-    if wanted is None:
-        found = (name for known in _USUAL_URL_COLUMNS for name in names if name.lower() == known)
-        wanted = next(found, "url")
-    return _column(source, names, wanted, "--url_col")
-
-
-def _column(source: str, names: Sequence[str], wanted: str, flag: str) -> str:
-    if wanted in names:
-        return wanted
-    near = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], 1, 0.5)
-    nearest = next((name for name in names if near and name.lower() == near[0]), None)
-    listed = ", ".join(clean_text(name)[:60] for name in names[:50]) or "none"
-    hint = f"did you mean {flag} {nearest}?" if nearest else f"name it with {flag}"
-    raise UsageError(f"{source}: no column {wanted!r} among {listed}; {hint}")
+    def _note(self, source: str, note: str) -> None:
+        with self._lock:  # many tables are looked at at once
+            self._notes[note] += 1
+            self._noted_first.setdefault(note, source)
 
 
 def _rows_of(file: Any, first: int, count: int) -> Any:
@@ -262,11 +298,37 @@ class _Place:
             raise UsageError(f"{source}: a table is read more than once, and a command's output cannot be")
         self._files = filesystem("file" if self.is_local else Url(source).scheme)
 
+    def refuse_own_files(self, output: Path, tables: Sequence[str] = ()) -> None:
+        """Raise UsageError where the next start would take files of the output folder for tables.
+
+        An output folder inside the input folder is refused before it is begun; one that was begun goes on.
+        """
+        if not self.is_local:
+            return
+        home, source = os.path.realpath(output), self._source
+        own = [os.path.join(home, name) for name in _OWN_FILES]
+        if os.path.isdir(source):
+            folder = os.path.realpath(source)
+            begun = (output / "_receipts").is_dir()
+            clash = home == folder or (home.startswith(os.path.join(folder, "")) and not begun)
+        elif os.path.exists(source):
+            clash = False
+        else:
+            clash = any(map(_matcher(source), own))
+        found = map(os.path.realpath, tables)
+        if clash or any(os.path.dirname(path) == home and _is_own_file(path) for path in found):
+            raise UsageError(
+                f"--output {output} is where --input {source} looks for tables: the next start would take files that "
+                "this one writes for tables. Use an output folder outside the input folder"
+            )
+
     def find(self) -> list[tuple[str, str]]:
         """The path and the mark of every table, ordered by name."""
         source, shown = self._source, redact(self._source)
         try:
-            if any(c in _plain(source) for c in "*?["):
+            if self.is_local:
+                names = _local_names(source)
+            elif any(c in _plain(source) for c in "*?[") and not self._files.exists(source):
                 names = self._files.glob(source)
             elif Url(source).scheme not in HTTP and self._files.isdir(source):
                 names = self._files.ls(source, detail=False)
@@ -295,6 +357,34 @@ class _Place:
         return _digest([info.size, list(info.mark().items())])
 
 
+def _is_own_file(path: str) -> bool:
+    """Whether the stage writes a file of that name for a shard or for all of them."""
+    name = os.path.basename(path)
+    return name in _OWN_FILES or re.fullmatch(r"\d{8}\.parquet", name) is not None
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a real path is one that the pattern names, or will name once it is there."""
+    from fsspec.utils import glob_translate
+
+    place, base = os.path.split(os.path.abspath(pattern))
+    folders = {os.path.realpath(folder) for folder in glob_paths(place, recursive=True)}
+    there, rest = existing_part(os.path.abspath(pattern))
+    later = re.compile(glob_translate(os.path.join(glob.escape(os.path.realpath(there)), rest)))
+    return lambda path: (
+        later.match(path) is not None
+        or (os.path.dirname(path) in folders and fnmatch.fnmatch(os.path.basename(path), base))
+    )
+
+
+def _local_names(source: str) -> list[str]:
+    if os.path.isdir(source):
+        return [os.path.join(os.path.abspath(source), name) for name in os.listdir(source)]
+    if os.path.exists(source):
+        return [source]
+    return [os.path.abspath(path) for path in glob_paths(source, recursive=True)]
+
+
 def _plain(source: str) -> str:
     """A URL without its query, because a signature changes every day.  A local path may hold a question mark."""
     return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
@@ -310,135 +400,3 @@ def _digest(value: Any) -> str:
 
 def _named(tables: Sequence[UrlTable]) -> str:
     return ", ".join(redact(table.source) for table in tables[:5]) + (" …" if len(tables) > 5 else "")
-
-
-def columns_of(source: str, file: BinaryIO) -> Any:
-    """The pyarrow schema of a table of text, None where it has no rows.  Raises UsageError that names the line."""
-    import pyarrow
-
-    if not _is_jsonl(source):
-        rows = _rows(source, file)
-        first = next(rows, None)
-        return None if first is None else pyarrow.schema([(name, pyarrow.string()) for name in first])
-    types: dict[str, Any] = {}
-    for batch in _batches(_rows(source, file)):
-        for name in {name: None for row in batch for name in row}:
-            types[name] = _common(types.get(name), [row.get(name) for row in batch])
-        if len(types) > _MAX_COLUMNS:
-            raise UsageError(f"{source}: more than {_MAX_COLUMNS:,} different keys")
-    return pyarrow.schema(list(types.items())) if types else None
-
-
-def count_rows(source: str, file: BinaryIO) -> int:
-    return sum(1 for _ in _rows(source, file))
-
-
-def write_parquet(source: str, text: BinaryIO, schema: Any, file: BinaryIO, rows_per_group: int) -> int:
-    """Write a table of text as parquet with row groups of that size; returns the number of rows."""
-    import pyarrow
-    from pyarrow.parquet import ParquetWriter
-
-    count = 0
-    with ParquetWriter(file, schema, compression="zstd") as writer:
-        for batch in _batches(_rows(source, text), rows_per_group):
-            columns = [_array(field.type, [row.get(field.name) for row in batch]) for field in schema]
-            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema), row_group_size=rows_per_group)
-            count += len(batch)
-    return count
-
-
-def _rows(source: str, file: BinaryIO) -> Iterator[_Row]:
-    if _is_jsonl(source):
-        yield from _json_rows(source, file)
-    elif _without_packing(source).endswith(".txt"):
-        yield from ({"url": line.decode("utf-8", "replace")} for _, line in _lines(source, file))
-    else:
-        yield from _csv_rows(source, file)
-
-
-def _is_jsonl(source: str) -> bool:
-    return _without_packing(source).endswith((".jsonl", ".ndjson"))
-
-
-def _without_packing(source: str) -> str:
-    return source.removesuffix("?…").removesuffix(".gz")
-
-
-def _lines(source: str, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not empty, with their numbers."""
-    number = 0
-    while line := file.readline(_MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > _MAX_LINE_BYTES:
-            raise UsageError(f"{source}, line {number}: longer than {_MAX_LINE_BYTES:,} bytes")
-        if line := line.strip().removeprefix(b"\xef\xbb\xbf"):
-            yield number, line
-
-
-def _json_rows(source: str, file: BinaryIO) -> Iterator[_Row]:
-    for number, line in _lines(source, file):
-        try:
-            yield parse_json_object(line)
-        except SampleError as error:
-            raise UsageError(f"{source}, line {number}: {error}") from None
-
-
-def _csv_rows(source: str, file: BinaryIO) -> Iterator[_Row]:
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    tabs = _without_packing(source).endswith(".tsv")
-    reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
-    try:
-        names = next(reader, [])
-        if len(set(names)) < len(names):
-            raise UsageError(f"{source}: two columns have one name: {', '.join(names)[:500]}")
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(names):
-                raise UsageError(
-                    f"{source}, line {reader.line_num}: {len(fields)} fields, but the first line names {len(names)}"
-                )
-            yield dict(zip(names, fields, strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UsageError(f"{source}, line {reader.line_num}: {error}") from None
-
-
-def _batches(rows: Iterator[_Row], size: int = _TEXT_BATCH_ROWS) -> Iterator[list[_Row]]:
-    batch: list[_Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _common(known: Any, values: list[Any]) -> Any:
-    """The type that holds these values and those of the known type; text where there is none."""
-    import pyarrow
-
-    try:
-        here = pyarrow.array(values).type
-        if known is None:
-            return here
-        fields = [pyarrow.schema([("x", kind)]) for kind in (known, here)]
-        return pyarrow.unify_schemas(fields, promote_options="permissive").field("x").type
-    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
-        return pyarrow.string()
-
-
-def _array(kind: Any, values: list[Any]) -> Any:
-    import pyarrow
-
-    if pyarrow.types.is_string(kind):
-        values = [value if value is None or isinstance(value, str) else _as_json(value) for value in values]
-        values = [None if value is None else value.encode("utf-8", "replace").decode() for value in values]
-    return pyarrow.array(values, kind)
-
-
-def _as_json(value: Any) -> str:
-    try:
-        return orjson.dumps(value).decode()
-    except TypeError:  # an integer beyond 64 bits
-        return str(value)

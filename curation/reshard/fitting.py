@@ -95,8 +95,8 @@ class Fitting:
         if len(self.sources) > 1:
             what = ", ".join(f"{count:,} .{suffix}" for suffix, count in self.sources.most_common())
             lines.append(
-                f"the source has images of several suffixes ({what}), and a new image takes that of the one which it "
-                "replaces: a reader that takes its columns from the first samples misses those of another suffix"
+                f"the source has images of several suffixes ({what}): readers that take their columns from the first "
+                "samples miss those of another suffix"
             )
         return lines
 

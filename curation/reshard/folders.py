@@ -58,6 +58,8 @@ def of_one_tar(
 
 def _edits_of_all(given: Path, own: str) -> str:
     """The folder of all shards' edits, if ``given`` are the edits of the shard ``own`` alone; else ``given``."""
+    if not given.name:  # ``.``, in the shard's own folder
+        given = given.absolute()
     if given.name == f"{own}{TAR}" and given.is_file():
         return str(given.parent)
     holds_shards = any((given / name).exists() for name in (f"{own}{TAR}", own, "_receipts"))

@@ -44,6 +44,8 @@ class Outcome:
         reason: Why there is no prompt, as a word that is counted; ``detail`` explains it.
         tokens_read: The tokens of all questions, as the servers count them.
         tokens_written: The tokens of all replies.
+        cut: The prompt ends with the last whole sentence of a reply that was cut.
+        system: The digest of the system prompt in force; "" where it is not known, or there is none.
     """
 
     prompt: str | None
@@ -52,6 +54,8 @@ class Outcome:
     detail: str = ""
     tokens_read: int = 0
     tokens_written: int = 0
+    cut: bool = False
+    system: str = ""
 
 
 # key, question, and a function to call before each try and while waiting → outcome

@@ -1,21 +1,21 @@
-"""Builds the requests to the language model, and checks which of its replies can be text-to-image prompts."""
+"""Builds the requests to the language model, and decides whose system prompt is in force."""
 
 from __future__ import annotations
 
 import html
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from curation.errors import UsageError
 from curation.jsonio import clean_text
 from curation.rewrite.groups import hash_of
-from curation.serving.wire import CONTEXT_TOKENS, Reply, Request
+from curation.serving.wire import CONTEXT_TOKENS, Request, Served, estimated_tokens
 
 MAX_CAPTION_CHARACTERS = 2000  # about 500 tokens of English
-MAX_PROMPT_CHARACTERS = 1000  # text-to-image models read 77 to 512 tokens
-MIN_PROMPT_CHARACTERS = 8
 MAX_TOKENS = 256
+SMALL_MODEL_TOKENS = 64
+QUESTION_TOKENS = 100  # of a usual caption
+OWN_SYSTEM = "model"  # --system_prompt model: the model's own stays in force
 MAX_SYSTEM_BYTES = 64 << 10
 WARMER = 0.2  # each retry after a refused reply raises the temperature by this, up to:
 HOTTEST = 1.5
@@ -37,35 +37,41 @@ Answer with the rewritten English sentence alone, on one line: no quotation mark
 """
 
 
-class Verdict(NamedTuple):
-    """The prompt, or None and the reason why the reply is not usable."""
-
-    prompt: str | None
-    reason: str = ""
-
-
 def chat_request(
-    caption: str, group: str | None, seed: int, key: str, attempt: int, temperature: float, system: str = ""
+    caption: str,
+    group: str | None,
+    seed: int,
+    key: str,
+    attempt: int,
+    temperature: float,
+    system: str = "",
+    max_tokens: int = MAX_TOKENS,
 ) -> Request:
     """The question in the form of the published pipeline: ``sentence: "…" group:"…"``.
 
     The caption must have at most ``MAX_CAPTION_CHARACTERS``; it cannot close its quotation marks.
-    system: the user's own system prompt, which is sent to every server.
+    system: the user's own system prompt, which is sent to every server; ``model``: none is sent.
     """
     user = f'sentence: "{quotable(caption)}"' + (f' group:"{quotable(group)}"' if group else "")
     return Request(
         user=user,
-        system=system,
-        default_system=SYSTEM,
+        system="" if system == OWN_SYSTEM else system,
+        default_system="" if system == OWN_SYSTEM else SYSTEM,
         temperature=_temperature(temperature, attempt),
         seed=_seed(seed, key, attempt),
-        max_tokens=MAX_TOKENS,
+        max_tokens=max_tokens,
         context_tokens=CONTEXT_TOKENS,
     )
 
 
 def completion_request(
-    caption: str, group: str | None, seed: int, key: str, attempt: int, temperature: float
+    caption: str,
+    group: str | None,
+    seed: int,
+    key: str,
+    attempt: int,
+    temperature: float,
+    max_tokens: int = SMALL_MODEL_TOKENS,
 ) -> Request:
     """The question for a small model without chat training: eight examples, and the beginning of the answer.
 
@@ -79,7 +85,7 @@ def completion_request(
         prompt=f"{shots}{asked} {opening(group)}".rstrip(),
         temperature=_temperature(temperature, attempt),
         seed=_seed(seed, key, attempt),
-        max_tokens=64,
+        max_tokens=max_tokens,
         context_tokens=CONTEXT_TOKENS,
         stop=("\n",),
         extra=_SMALL_MODEL,
@@ -87,9 +93,12 @@ def completion_request(
 
 
 def read_system_prompt(path: str | None) -> str:
-    """The text of ``--system_prompt``; empty without one.  Raises UsageError unless it is text of at most 64 kB."""
-    if path is None:
-        return ""
+    """The text of ``--system_prompt``; empty without one, and ``model`` as it is.
+
+    Raises UsageError unless it is text of at most 64 kB.
+    """
+    if path is None or path == OWN_SYSTEM:
+        return path or ""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_SYSTEM_BYTES + 1)
@@ -114,65 +123,41 @@ def quotable(text: str) -> str:
     return _DOUBLE_QUOTES.sub("'", clean_text(html.unescape(text)))
 
 
-def judge(reply: Reply, begun: str = "") -> Verdict:
-    """Check whether a reply can be a prompt: one line of permitted length that contains only the sentence.
+# "You are a helpful assistant", "You are Qwen, created by Alibaba Cloud.  You are …": who the model is, no instruction.
+_VENDOR = re.compile(
+    r"\W*(?:you are|you're|i am|i'm|this is)\b[^.!?\n]{0,120}"
+    r"\b(?:assistant|chatbot|bot|ai|model|created|trained|developed)\b[^.!?\n]{0,120}[.!?]?\s*",
+    re.IGNORECASE,
+)
+_TASK = re.compile(r"\b(?:sentence|caption|prompt|rewrit|rephras|edit|describ|portray|group)", re.IGNORECASE)
 
-    begun: the beginning of the reply, if the request contained it.
+
+def is_instructed(served: Served, *, default_name: bool) -> bool:
+    """Whether a model has the instruction for this task of its own, so that the project's is not sent to it.
+
+    It has where its system prompt, its template or its example messages speak of the sentence and the group, as
+    examples/ollama/Modelfile does.  A model of the default name was made for the task, whatever the words: there any
+    system prompt counts that says more than who the model is, and a server that tells nothing is believed.
     """
-    if not reply.complete:
-        return Verdict(None, "reply_cut_short")
-    lines = [line for line in _LINES.split(reply.text) if line.strip()]
-    if not lines:
-        return Verdict(None, "reply_empty")
-    if len(lines) > 1:
-        return Verdict(None, "reply_many_lines")
-    text = _unquoted(clean_text(begun.rstrip() + lines[0]))
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        return Verdict(None, "reply_too_long")
-    plain = text.replace("’", "'")
-    for reason, gives_away in _UNFIT:
-        if gives_away(plain):
-            return Verdict(None, reason)
-    if len(text) < MIN_PROMPT_CHARACTERS or not _WORD(text):
-        return Verdict(None, "reply_too_short")
-    return Verdict(text)
+    spoken = f"{served.system}\n{served.texts}".lower()
+    if re.search(r"\bsentences?\b", spoken) and re.search(r"\bgroups?\b", spoken):
+        return True
+    if not default_name:
+        return False
+    own = served.system.strip()
+    return not served.told or bool(own and (_TASK.search(own) or _VENDOR.sub("", own).strip()))
+
+
+def needed_tokens(system: str, max_tokens: int) -> int:
+    """About how many tokens a usual question takes with its system prompt and its reply.
+
+    system: the user's own; ``model``: the model's, which its server has room for; "": the project's.
+    """
+    own = 0 if system == OWN_SYSTEM else estimated_tokens(system or SYSTEM)
+    return own + QUESTION_TOKENS + max_tokens
 
 
 _DOUBLE_QUOTES = re.compile('["“”„‟〝〞＂]')
-_LINES = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
-_WORD = re.compile(r"[^\W\d_]{2}").search
-_QUOTED = {'"': '"', "“": "”", "„": "“", "'": "'", "‘": "’", "«": "»", "`": "`", "*": "*"}
-
-
-# They are tried in this order.  A reason is counted, so it names the fault and not the words that revealed it.
-_UNFIT = tuple(
-    (reason, re.compile(pattern, re.IGNORECASE).search)
-    for reason, pattern in (
-        ("reply_echo", r"^\W*(sentence|group)\W?\s*:|\b(sentence|group)\W?\s*:\s*[\"“']"),
-        (
-            "reply_refusal",
-            r"^\W*((I'm|I am) (\w+ )?sorry\b[^a-z]*(but|I\b|,|\.|$)|sorry, (but )?(I|as)\b|I apologi[sz]e\b"
-            r"|(I'm|I am) (not able|unable|not comfortable)\b|I (can't|cannot|can not|won't|will not|must decline)\b)"
-            r"|\bas an? (AI|artificial intelligence|(large )?language model)\b",
-        ),
-        (
-            "reply_preamble",
-            r"^\W*((sure|certainly|of course|absolutely|okay|ok|yes)\s*[,!:.]"
-            r"|here('s| is| are)\b.{0,80}?(:|\b(sentence|caption|version|prompt|description)\b)"
-            r"|(the )?(modified|rewritten|revised|updated|new|edited) (sentence|caption|text|version|prompt)\b"
-            r"|(answer|output|result|response|prompt|caption|image|rewritten|modified)\s*:)",
-        ),
-        ("reply_remark", r"\b(note|explanation|remark)\s*:|\bI (have )?(changed|replaced|modified) the\b"),
-        ("reply_markup", r"<\|.*?\|>|</?(think|s|bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]|```"),
-    )
-)
-
-
-def _unquoted(text: str) -> str:
-    """The text without quotation marks around the whole of it."""
-    while len(text) > 1 and _QUOTED.get(text[0]) == text[-1] and text[-1] not in text[1:-1].strip("*"):
-        text = text[1:-1].strip()
-    return text
 
 
 def _temperature(temperature: float, attempt: int) -> float:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from curation import __version__
 from curation.cluster import Allocation, StopSignal, gpu_name, host_identity, slurm_ids
-from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped
+from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped, redact
 from curation.options import RunOptions, logger
 from curation.run.checkpoints import Partials, tokens_with_checkpoints
 from curation.run.claims import Claim, Claims, LostAttempt
@@ -378,8 +378,8 @@ class Attempts:
         work = this.work
         expected = isinstance(error, ShardError)
         reason = error.reason if isinstance(error, ShardError) else type(error).__name__
-        message = str(error) if expected else f"{type(error).__name__}: {error}"
-        trace = "" if expected else "".join(traceback.format_exception(error))
+        message = redact(str(error) if expected else f"{type(error).__name__}: {error}")
+        trace = "" if expected else redact("".join(traceback.format_exception(error)))
         logger.error(f"{work.shard.id} failed: {message}{chr(10) + trace if trace else ''}")
         work.discard()
         record: dict[str, Any] = {"reason": reason, "message": message, "traceback": trace}

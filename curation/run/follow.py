@@ -21,7 +21,7 @@ from curation.run.inputs import receipts_of
 from curation.run.ledger import Ledger
 from curation.run.planned import Plan
 from curation.shards import Shard, bucket_of, discover, select
-from curation.storage.files import read_record
+from curation.storage.files import is_pattern, read_record
 
 logger = logging.getLogger("curation")
 
@@ -47,7 +47,7 @@ class Follows:
 
     def discover(self) -> list[Shard]:
         """The shards that exist now, possibly none.  Raises UsageError if the folder's path is not a folder."""
-        if not self.folder.is_dir() and (self.folder.exists() or any(c in str(self.folder) for c in "*?[{")):
+        if not self.folder.is_dir() and (self.folder.exists() or is_pattern(str(self.folder))):
             raise UsageError(f"--follow waits for a folder of {self.stage}, and {self.folder} is no folder")
         return discover(str(self.folder), self.suffix or "", may_be_empty=True) if self.folder.is_dir() else []
 

@@ -201,8 +201,13 @@ def check_made_by(
     receipts = folder / "_receipts"
     found = [name for name in sorted(names_in(receipts)) if (receipts / name).is_dir()] if folder.is_dir() else []
     guests = {name for name in found if (receipts / name / "_home.json").exists()}  # their --output is elsewhere
-    others = [f"{name} (not its --output)" if name in guests else name for name in found if name not in beside]
-    others += [name for name in found if name in beside and name not in guests]
+    hosts = set()  # a run that could not begin leaves an empty folder
+    for name in found:
+        left = names_in(receipts / name)
+        if "_epoch.1.json" in left or (left and name not in beside):
+            hosts.add(name)
+    others = [f"{name} (not its --output)" for name in found if name in guests and name not in beside]
+    others += [name for name in found if name in hosts - guests]
     if others and not {stage, *or_by} & (set(found) - guests):
         raise UsageError(
             f"{flag}: {folder} holds the files of {', '.join(others)}, and not those of {stage}; give the "

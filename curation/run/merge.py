@@ -18,6 +18,7 @@ import csv
 import io
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -240,7 +241,14 @@ class JsonlMerge:
 
 
 _MARK = b"parts"
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet reads these as a formula (OWASP, CSV injection)
+_NOT_IN_PYTHON = (ValueError, OverflowError, ArithmeticError, TypeError)  # a date, a time zone or a text that is none
+# What a spreadsheet reads as a formula (OWASP, CSV injection): it skips white space, controls and marks without a width
+# (Unicode's Cc, Cf and Z), and some take the full-width forms for the plain ones.
+_FORMULA = re.compile(
+    r"[\x00-\x20\x7f-\xa0\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f"
+    r"\u2028-\u202f\u205f-\u206f\u2800\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]*"
+    r"[=+\-@\uff1d\uff0b\uff0d\uff20\ufe62\ufe63\ufe66\ufe6b\u2212]|[\t\r\n]"
+)
 
 
 def merge_parquet(
@@ -286,8 +294,11 @@ def merge_parquet(
     return True
 
 
-def write_csv(source: Path, target: Path, columns: Sequence[str], keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Write some columns of the rows that ``keep`` accepts as CSV, so that no spreadsheet runs a cell as a formula."""
+def write_csv(source: Path, target: Path, columns: Sequence[str], where: tuple[str, str]) -> None:
+    """Write some columns of a parquet file as CSV, so that no spreadsheet runs a cell as a formula.
+
+    where: a column and the value that it must have in the rows that are written.
+    """
     from pyarrow.parquet import ParquetFile
 
     with whole_file(target) as out, ParquetFile(source) as file:
@@ -295,16 +306,32 @@ def write_csv(source: Path, target: Path, columns: Sequence[str], keep: Callable
         writer = csv.writer(text)
         there = [name for name in columns if name in file.schema_arrow.names]
         writer.writerow(there)
-        for batch in file.iter_batches(4096):
-            writer.writerows([_cell(row[name]) for name in there] for row in batch.to_pylist() if keep(row))
+        for batch in file.iter_batches(4096, columns=[*there, where[0]]):
+            cells = [values_of(batch.column(name)) for name in (where[0], *there)]
+            writer.writerows(map(_cell, row[1:]) for row in zip(*cells, strict=True) if row[0] == where[1])
         text.detach()
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
         value = value.replace("\0", "")
-        return f"'{value}" if value.startswith(_FORMULA_STARTS) else value
+        return f"'{value}" if _FORMULA.match(value) else value
     return "" if value is None else value
+
+
+def values_of(column: Any) -> list[Any]:
+    """The values of an Arrow array as Python's; None for one that Python cannot hold, such as the year 60000."""
+    try:
+        return list(column.to_pylist())
+    except _NOT_IN_PYTHON:
+        return [_value_of(value) for value in column]
+
+
+def _value_of(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except _NOT_IN_PYTHON:
+        return None
 
 
 def _common_schema(schemas: Sequence[Any]) -> Any:
@@ -336,7 +363,7 @@ def _aligned(table: Any, schema: Any) -> Any:
             try:
                 column = column.cast(wanted.type)
             except pyarrow.ArrowException:
-                values = [None if value is None else str(value) for value in column.to_pylist()]
+                values = [None if value is None else str(value) for value in values_of(column)]
                 column = pyarrow.array(values, pyarrow.string())
         columns.append(column)
     return pyarrow.Table.from_arrays(columns, schema=schema)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from curation.storage.buckets import Folder, RemoteFolder, object_at
 from curation.storage.files import names_in, read_record
 from curation.storage.urls import Url
 
+# What img2dataset and this project write for a shard: its tar or its folder, its table, its counts.
+_NUMBERED = re.compile(r"([0-9]+)(?:\.tar|\.parquet|_stats\.json|\.tfrecord)?")
 LAYOUT_NOTE = "layout"  # a note in the receipts of regrouped shards
 
 
@@ -53,19 +56,29 @@ def refuse_foreign_shards(
 
 
 def refuse_foreign_files(output: Path, place: Folder, stage: str, ids: Collection[str], *, rerun: bool) -> None:
-    """Refuse to begin a stage in a folder that already has entries with the name of one of its shards.
+    """Refuse to begin a stage in a folder that already has shards, those of img2dataset in five digits included.
 
     This is for a stage that writes several files, or a folder, for each shard.  A stage that has begun in ``output``
     continues there.
 
     Raises:
-        UsageError: ``place`` holds such files, and ``rerun`` is not set.
+        UsageError: ``place`` holds entries with the name of one of the shards, and ``rerun`` is not set; or it holds
+            other shards, which would stay among the new ones.
     """
     receipts = output / "_receipts" / stage
-    if rerun or receipts.exists():
+    if receipts.exists():
         return
-    foreign = {name.partition(".")[0] for name in _names(place)} & set(ids)
-    if not receipts.exists():  # otherwise another worker has begun meanwhile
+    names = _names(place)
+    foreign = {name.partition(".")[0] for name in names} & set(ids)
+    others = {match[1] for name in names if (match := _NUMBERED.fullmatch(name))} - set(ids)
+    if receipts.exists():  # another worker has begun meanwhile
+        return
+    if others:
+        raise UsageError(
+            f"{place} already holds {len(others):,} shards that {stage} has not made: {some(others)}. They would stay "
+            "among the new ones: use another folder"
+        )
+    if not rerun:
         _refuse(place, stage, foreign, "--rerun")
 
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Generic, overload
 
 from curation.cluster import Allocation, StopSignal
-from curation.errors import LostClaim, ShardError
+from curation.errors import LostClaim, ShardError, redact
 from curation.jsonio import clean_text, dump_json
 from curation.models.needs import WeightsNeed
 from curation.options import AnyOptions, logger, set_up_logging
@@ -260,7 +260,7 @@ class ShardContext:
         """Record a sample that could not be used: a line in ``_rejects/`` with its reason."""
         line = {"key": key, "reason": reason}
         if detail:
-            line["detail"] = clean_text(detail)[:MAX_DETAIL]
+            line["detail"] = clean_text(redact(detail))[:MAX_DETAIL]
         with self._lock:
             self.failed[reason] += 1
             self._rejects.append(line)
@@ -320,7 +320,7 @@ class ShardContext:
 
     def warn(self, text: str) -> None:
         """Add a warning to the log and to the receipt."""
-        text = clean_text(text)
+        text = clean_text(redact(text))
         with self._lock:
             self.warnings.append(text)
         self._on_warning(f"{self.shard.id}: {text}")

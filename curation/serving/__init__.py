@@ -7,6 +7,6 @@ register while they live.
 
 from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
 from curation.serving.registry import Registry, RegistryWatcher
-from curation.serving.wire import Reply, Request
+from curation.serving.wire import Request
 
-__all__ = ["EndpointPool", "NoEndpoint", "Registry", "RegistryWatcher", "Reply", "Request", "endpoint_urls"]
+__all__ = ["EndpointPool", "NoEndpoint", "Registry", "RegistryWatcher", "Request", "endpoint_urls"]

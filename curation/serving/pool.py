@@ -18,21 +18,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal
 
 from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.replies import Reply
 from curation.serving.wire import (
     CONTEXT_TOKENS,
+    PLAIN,
     SERVER_APIS,
+    Api,
     EndpointError,
+    Manner,
     ModelMissing,
-    Reply,
     Request,
+    Served,
     ServerApi,
     Session,
     answers,
     detect_api,
     post,
+    without_refused,
 )
 from curation.storage.retry import RetryPolicy
 from curation.storage.urls import redact
@@ -204,10 +210,12 @@ class Call:
 class Endpoint:
     """One server as the pool sees it, and its circuit breaker.  Only the pool, under its lock, changes it."""
 
-    def __init__(self, url: str, wire: ServerApi, timeout_s: float) -> None:
+    def __init__(self, url: str, wire: ServerApi, timeout_s: float, manner: Manner = PLAIN) -> None:
         self.url = url
         self.name = redact(url)  # for messages
         self.wire = wire
+        self.manner = manner
+        self.manner_is_known = False  # it has answered a request of this manner
         self.concurrency = Concurrency(timeout_s)
         self.calls: set[Call] = set()
         self.latency_s = 0.0  # smoothed
@@ -297,6 +305,8 @@ class EndpointPool:
         patience_s: How long ``ask`` waits while no server answers before it ends the run.
         wait_s: How long it waits for the first server, where there are no ``urls``.
         context_tokens: Of every request; the model is loaded with room for so many.
+        instructed: Whether a model, of which a server tells something, has the instruction for the task of its own.
+        needs_tokens: About how many tokens each request takes with its reply; a server of a shorter context is refused.
     """
 
     def __init__(
@@ -310,6 +320,8 @@ class EndpointPool:
         patience_s: float = 60.0,
         wait_s: float = 600.0,
         context_tokens: int = CONTEXT_TOKENS,
+        instructed: Callable[[Api, Served], bool] = lambda api, served: False,
+        needs_tokens: int = 0,
     ) -> None:
         self.model = model
         self._urls = list(urls)
@@ -319,6 +331,8 @@ class EndpointPool:
         self._patience_s = patience_s
         self._wait_s = wait_s
         self._context_tokens = context_tokens
+        self._instructed = instructed
+        self._needs_tokens = needs_tokens
         self.absence = "no endpoint is named"  # why there is no server, for the error that ends the run
         self._endpoints: list[Endpoint] = []  # replaced, never changed in place
         self._gone: dict[str, Counter[str]] = {}
@@ -398,10 +412,24 @@ class EndpointPool:
         with Session() as session:
             try:
                 api = detect_api(session, url, min(self._timeout_s, PROBE_S)) if api == "auto" else api
-                SERVER_APIS[api].load(session, url, self.model, self._context_tokens, self._load_timeout_s)
+                served = SERVER_APIS[api].load(session, url, self.model, self._context_tokens, self._load_timeout_s)
             except (EndpointError, ModelMissing, SampleError) as error:
                 return str(error)
-        return Endpoint(url, SERVER_APIS[api], self._timeout_s)
+        return Endpoint(url, SERVER_APIS[api], self._timeout_s, self._manner(url, api, served))
+
+    def _manner(self, url: str, api: Api, served: Served) -> Manner:
+        """How to ask a server.  Raises InfrastructureError where the context of its model is too short."""
+        # Ollama's context is the one that each request asks for; other servers have begun with theirs.
+        contexts = [served.context_tokens, self._context_tokens if api == "ollama" else 0]
+        holds = min((tokens for tokens in contexts if tokens), default=0)
+        if holds and self._needs_tokens > holds:
+            raise InfrastructureError(
+                f"{redact(url)}: the context of {self.model!r} holds {holds:,} tokens, and the system prompt (or "
+                f"--prompt) with a reply takes about {self._needs_tokens:,}: shorten the prompt by about "
+                f"{4 * (self._needs_tokens - holds):,} characters, or lower --max_tokens"
+            )
+        fields = SERVER_APIS[api].quiet_fields(served)
+        return Manner(self._instructed(api, served), served.system, fields, served.context_tokens)
 
     def members(self) -> dict[str, bool]:
         """The servers that get requests, and whether each of them works."""
@@ -468,8 +496,7 @@ class EndpointPool:
         """Send a request once, and note what that says about the server."""
         endpoint = call.endpoint
         try:
-            path, body = endpoint.wire.body(self.model, request)
-            reply = endpoint.wire.reply(post(self._session(), endpoint.url + path, body, timeout_s))
+            reply = self._exchange(endpoint, request, timeout_s)
         except (EndpointError, ModelMissing) as error:
             with self._changed:
                 endpoint.failed(error, call, time.monotonic())
@@ -492,6 +519,38 @@ class EndpointPool:
                 endpoint.calls.discard(call)
                 self._remove_if_idle(endpoint)
                 self._changed.notify()
+
+    def _exchange(self, endpoint: Endpoint, request: Request, timeout_s: float) -> Reply:
+        """One request and its reply.  Where a server does not know a field, it is asked without it from then on."""
+        manner = endpoint.manner
+        while True:
+            path, body = endpoint.wire.body(self.model, request, manner)
+            try:
+                reply = endpoint.wire.reply(
+                    post(self._session(), endpoint.url + path, body, timeout_s), request, manner
+                )
+            except (SampleError, EndpointError) as error:
+                asked_before = endpoint.manner_is_known or bool(request.prompt)
+                plainer = None if asked_before else without_refused(manner, error)
+                if plainer is None:
+                    raise
+                manner = plainer
+                continue
+            if not request.prompt:
+                self._learn(endpoint, manner)
+            return replace(reply, system=manner.system(request) or manner.own_system)
+
+    def _learn(self, endpoint: Endpoint, manner: Manner) -> None:
+        """Ask this server in this manner from now on, because it has answered."""
+        with self._changed:
+            refused = [*(name for name in endpoint.manner.fields if name not in manner.fields)]
+            if endpoint.manner_is_known:
+                return
+            endpoint.manner, endpoint.manner_is_known = manner, True
+        if refused:
+            logger.info(
+                f"{endpoint.name}: refuses {' and '.join(refused)}; it is asked without, and the model may reason"
+            )
 
     # ---- failures
 

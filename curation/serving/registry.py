@@ -33,7 +33,7 @@ from typing import Any, Literal, NoReturn, Self, get_args
 from urllib.parse import urlsplit
 
 from curation.cluster import slurm_ids
-from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError
+from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError, redact
 from curation.jsonio import clean_text, dump_json, parse_json_object
 from curation.serving.pool import Endpoint, EndpointPool
 from curation.serving.wire import (
@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, why = EXIT_USAGE, error
     except EndpointError as error:
         code, why = EXIT_NO_SERVER, InfrastructureError(f"{arguments.url}: {error}")
-    print(f"error: {clean_text(str(why))}", file=sys.stderr, flush=True)
+    print(f"error: {clean_text(redact(str(why)))}", file=sys.stderr, flush=True)
     return code
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import orjson
@@ -17,6 +17,7 @@ import requests
 import urllib3
 
 from curation.errors import InfrastructureError, SampleError
+from curation.replies import CUT, WHOLE, Reply, ended_by
 from curation.storage.retry import retry_after_s
 from curation.storage.urls import error_line, redact
 
@@ -26,6 +27,8 @@ CHUNK_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 5.0
 CONTEXT_TOKENS = 4096  # the same for every request, because Ollama loads the model anew when it changes
 _MOST_TOKENS = 1 << 40
+_SHOW_TIMEOUT_S = 5.0
+_BYTES_PER_TOKEN, _MOST_BYTES_PER_TOKEN = 4, 8  # of English: about, and no tokeniser reaches more
 _LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer is tried all the same
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
@@ -67,8 +70,7 @@ class Request:
     Attributes:
         user: The user's message.
         system: The system prompt.
-        default_system: The system prompt for APIs whose models have none of their own; Ollama's have one in their
-            Modelfile.
+        default_system: The system prompt for models that have no instruction for the task of their own.
         prompt: For a raw completion, in place of a chat.
         temperature, seed: Of sampling.
         max_tokens: Bound on the reply.
@@ -97,19 +99,48 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """A server's reply.
+class Served:
+    """What a server tells of its model, as far as it tells anything.
 
     Attributes:
-        text: What the model wrote.
-        complete: False where ``max_tokens`` cut it short.
-        tokens_read, tokens_written: Of the request and of the reply, as the server counts; 0 where it does not say.
+        told: It was asked and answered.
+        system: The system prompt that the model has of its own.
+        texts: Everything else that the model is given with each chat: its template and its example messages.
+        thinks: It writes its reasoning first, and can be told not to.
+        levels: Its reasoning cannot be turned off, only turned down.
+        context_tokens: The longest context; 0 where it is not told.
     """
 
-    text: str
-    complete: bool = True
-    tokens_read: int = 0
-    tokens_written: int = 0
+    told: bool = False
+    system: str = ""
+    texts: str = ""
+    thinks: bool = False
+    levels: bool = False
+    context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How one server is asked, beside what its API says.
+
+    Attributes:
+        instructed: Its model has the instruction for the task of its own, so ``default_system`` is not sent.
+        own_system: The system prompt that its model has of its own, for the record.
+        fields: Further fields of a chat, which turn the model's reasoning off.
+        context_tokens: The longest context of its model; 0 where it is not known.
+    """
+
+    instructed: bool = False
+    own_system: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    context_tokens: int = 0
+
+    def system(self, request: Request) -> str:
+        """The system prompt that is sent; "" where the model's own is in force."""
+        return request.system or ("" if self.instructed else request.default_system)
+
+
+PLAIN, USUAL = Manner(), Request()
 
 
 class ServerApi(Protocol):
@@ -117,22 +148,33 @@ class ServerApi(Protocol):
 
     api: Api
 
-    def body(self, model: str, request: Request) -> tuple[str, bytes]:
+    def body(self, model: str, request: Request, manner: Manner = PLAIN) -> tuple[str, bytes]:
         """Path and body of a request.  The same request gives the same bytes."""
 
-    def reply(self, payload: bytes) -> Reply:
-        """The reply in the body of a 200.  Raises EndpointError where it holds an error or something else."""
+    def reply(self, payload: bytes, request: Request = USUAL, manner: Manner = PLAIN) -> Reply:
+        """The reply in the body of a 200.
 
-    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
-        """Return once the model is ready.  Raises InfrastructureError where the server does not have it."""
+        Raises:
+            EndpointError: The body holds an error or something else.
+            SampleError: The server has cut the request (``llm_context_too_short``).
+        """
+
+    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> Served:
+        """Return once the model is ready, with what the server tells of it.
+
+        Raises InfrastructureError where the server does not have it.
+        """
+
+    def quiet_fields(self, served: Served) -> Mapping[str, Any]:
+        """The fields of a chat that turn this model's reasoning off."""
 
 
 class Ollama:
-    """https://docs.ollama.com/api: /api/chat, /api/generate."""
+    """https://docs.ollama.com/api: /api/chat, /api/generate, /api/show."""
 
     api: Api = "ollama"
 
-    def body(self, model: str, request: Request) -> tuple[str, bytes]:
+    def body(self, model: str, request: Request, manner: Manner = PLAIN) -> tuple[str, bytes]:
         options: dict[str, Any] = {
             "temperature": request.temperature,
             "seed": request.seed,
@@ -148,10 +190,12 @@ class Ollama:
         user: dict[str, Any] = {"content": request.user}
         if request.jpeg:
             user["images"] = [b64encode(request.jpeg).decode()]
-        return "/api/chat", orjson.dumps({**common, "messages": request.messages(request.system, user)})
+        messages = request.messages(manner.system(request), user)
+        return "/api/chat", orjson.dumps({**common, **manner.fields, "messages": messages})
 
-    def reply(self, payload: bytes) -> Reply:
-        parts, reason = [], "stop"
+    def reply(self, payload: bytes, request: Request = USUAL, manner: Manner = PLAIN) -> Reply:
+        parts: list[str] = []
+        answered = reasoned = False
         value: dict[str, Any] = {}
         for line in payload.splitlines():  # one object; one per line from servers that stream
             if not line.strip():
@@ -160,17 +204,22 @@ class Ollama:
             if value.get("error"):
                 raise EndpointError(f"error in the reply: {str(value['error'])[:200]}")
             message = value.get("message")
-            text = message.get("content") if isinstance(message, dict) else value.get("response")
-            if isinstance(text, str):
-                parts.append(text)
-            reason = value.get("done_reason") or reason
-        if not parts:
+            holder = message if isinstance(message, dict) else value if "response" in value else {"content": 0}
+            text = _text_of(holder.get("content", holder.get("response")))
+            answered = answered or text is not None
+            parts.append(text or "")
+            reasoned = reasoned or _reasons(holder)
+        if not answered:
             raise EndpointError(f"no reply in {payload[:100]!r}")
-        return Reply(
-            "".join(parts), reason != "length", _count(value.get("prompt_eval_count")), _count(value.get("eval_count"))
-        )
+        read, written = _count(value.get("prompt_eval_count")), _count(value.get("eval_count"))
+        _check_context(read, request, manner)
+        # Without a line that says ``done`` the stream has ended too early.  Old servers say no reason, even where the
+        # bound on tokens has ended the reply.
+        reason = value.get("done_reason") or (CUT if written >= request.max_tokens else WHOLE)
+        ended = ended_by(reason) if value.get("done") is True else ""
+        return Reply("".join(parts), ended, reasoned=reasoned, tokens_read=read, tokens_written=written)
 
-    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
+    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> Served:
         # With the context of the requests, or the first of them would load it anew.  Kept until that comes, however
         # long the other servers take to load; after it by the server's own rule.
         load = {"model": model, "keep_alive": -1, "stream": False, "options": {"num_ctx": context_tokens}}
@@ -182,7 +231,60 @@ class Ollama:
                 "examples/ollama/Modelfile`, or name another with --model_name"
             ) from None
         except SampleError:  # a server behind this API that needs a prompt: it answers, and that is enough
-            return
+            pass
+        return _shown(session, url, model, min(timeout_s, _SHOW_TIMEOUT_S))
+
+    def quiet_fields(self, served: Served) -> Mapping[str, Any]:
+        """Only for models that reason: the others may refuse the field."""
+        if not served.thinks:
+            return {}
+        return {"think": "low" if served.levels else False}
+
+
+def _shown(session: Session, url: str, model: str, timeout_s: float) -> Served:
+    """What Ollama tells of a model.  Servers behind its API that do not know the question tell nothing."""
+    try:
+        shown = _object(post(session, f"{url}/api/show", orjson.dumps({"model": model}), timeout_s))
+    except (EndpointError, ModelMissing, SampleError):
+        return Served()
+    details, facts = shown.get("details"), shown.get("model_info")
+    family = str(details.get("family", "")) if isinstance(details, dict) else ""
+    capabilities = shown.get("capabilities")
+    messages = shown.get("messages")
+    examples = (
+        [str(m.get("content", "")) for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    )
+    lengths = [v for k, v in facts.items() if str(k).endswith(".context_length")] if isinstance(facts, dict) else []
+    return Served(
+        told=True,
+        system=str(shown.get("system") or ""),
+        texts="\n".join([str(shown.get("template") or ""), *examples]),
+        thinks=isinstance(capabilities, list) and "thinking" in capabilities,
+        levels="gptoss" in family.replace("-", "").lower(),
+        context_tokens=_count(lengths[0]) if lengths else 0,
+    )
+
+
+def _check_context(read: int, request: Request, manner: Manner) -> None:
+    """Ollama answers a request that is longer than the context as well, after it has thrown a part of it away.
+
+    Raises:
+        SampleError: ``llm_context_too_short``: it says that it has read as many tokens as the context holds; or far
+            fewer than so long a text can have.
+    """
+    holds = min(request.context_tokens, manner.context_tokens or request.context_tokens)
+    sent = len((manner.system(request) + request.user + request.prompt).encode("utf-8", "replace"))
+    if read >= holds or (0 < read < sent / _MOST_BYTES_PER_TOKEN and estimated_tokens(sent) > holds):
+        raise SampleError(
+            "llm_context_too_short",
+            f"the server has read {read:,} tokens of a request that is longer than the context of {holds:,} tokens",
+        )
+
+
+def estimated_tokens(text: str | int) -> int:
+    """About how many tokens a text, or a number of bytes, is: four bytes each, as in English."""
+    size = text if isinstance(text, int) else len(text.encode("utf-8", "replace"))
+    return -(-size // _BYTES_PER_TOKEN)
 
 
 class OpenAI:
@@ -190,7 +292,7 @@ class OpenAI:
 
     api: Api = "openai"
 
-    def body(self, model: str, request: Request) -> tuple[str, bytes]:
+    def body(self, model: str, request: Request, manner: Manner = PLAIN) -> tuple[str, bytes]:
         common: dict[str, Any] = {
             "model": model,
             "temperature": request.temperature,
@@ -207,33 +309,126 @@ class OpenAI:
         if request.jpeg:  # the picture itself, not a URL that a server would fetch
             url = "data:image/jpeg;base64," + b64encode(request.jpeg).decode()
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.user}]
-        messages = request.messages(request.system or request.default_system, {"content": content})
-        return "/v1/chat/completions", orjson.dumps({**common, "messages": messages})
+        messages = request.messages(manner.system(request), {"content": content})
+        return "/v1/chat/completions", orjson.dumps({**common, **manner.fields, "messages": messages})
 
-    def reply(self, payload: bytes) -> Reply:
+    def reply(self, payload: bytes, request: Request = USUAL, manner: Manner = PLAIN) -> Reply:
+        if payload.lstrip()[:5] == b"data:":
+            return _streamed(payload)
         value = _object(payload)
         choices = value.get("choices")
         first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
         message = first.get("message")
-        text = message.get("content") if isinstance(message, dict) else first.get("text")
+        text = _text_of(message.get("content")) if isinstance(message, dict) else first.get("text")
         if not isinstance(text, str):
             raise EndpointError(f"no reply in {payload[:100]!r}")
+        message = message if isinstance(message, dict) else {}
         usage = value.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         return Reply(
             text,
-            first.get("finish_reason") != "length",
-            _count(usage.get("prompt_tokens")),
-            _count(usage.get("completion_tokens")),
+            ended_by(first.get("finish_reason")),
+            refused=_refuses(message, text),
+            reasoned=_reasons(message),
+            tokens_read=_count(usage.get("prompt_tokens")),
+            tokens_written=_count(usage.get("completion_tokens")),
         )
 
-    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> None:
+    def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> Served:
         value = _object(_while_busy(lambda left_s: get(session, f"{url}/v1/models", left_s), timeout_s))
         entries = value.get("data") if isinstance(value.get("data"), list) else []
-        names = [str(entry.get("id")) for entry in entries or [] if isinstance(entry, dict)]
-        if names and model not in names:
-            served = ", ".join(names[:5])
+        found = {str(entry.get("id")): entry for entry in entries or [] if isinstance(entry, dict)}
+        if found and model not in found:
+            served = ", ".join([*found][:5])
             raise InfrastructureError(f"{redact(url)} serves {served}, not {model!r}: name it with --model_name")
+        return Served(context_tokens=_count(found.get(model, {}).get("max_model_len")))
+
+    def quiet_fields(self, served: Served) -> Mapping[str, Any]:
+        """What vLLM, SGLang and llama-server hand to the chat template, and what OpenAI's API itself has."""
+        return {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}, "reasoning_effort": "low"}
+
+
+# What a server may say of a field that it does not know, or that its model does not have.
+_FIELD_WORDS = {
+    "think": ("think",),
+    "reasoning_effort": ("reasoning", "think"),
+    "chat_template_kwargs": ("chat_template", "chat template"),
+}
+
+
+def without_refused(manner: Manner, error: SampleError | EndpointError) -> Manner | None:
+    """The manner of a server that has refused a request, without the fields that it may not know.
+
+    Returns:
+        The manner without the fields that the error names; without any where a 400 or 422 names none; None where the
+        error says nothing about fields.
+    """
+    said = (error.detail if isinstance(error, SampleError) else str(error)).lower()
+    named = {name for name in manner.fields if any(word in said for word in _FIELD_WORDS.get(name, (name,)))}
+    bad_request = isinstance(error, SampleError) and error.reason == "llm_bad_request" and said[:3] in ("400", "422")
+    if not manner.fields or not (bad_request or (named and said[:3] == "500")):
+        return None
+    kept = {name: value for name, value in manner.fields.items() if named and name not in named}
+    return replace(manner, fields=kept)
+
+
+def _text_of(content: Any) -> str | None:
+    """The text of a message's content: a text, a list of parts, or nothing at all; None where it is something else."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content if not _is_reasoning(part)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _is_reasoning(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning", "redacted_thinking")
+
+
+def _reasons(message: Mapping[str, Any]) -> bool:
+    """Whether a message holds reasoning apart from its text."""
+    content = message.get("content")
+    return any(message.get(name) for name in ("reasoning_content", "reasoning", "thinking", "reasoning_details")) or (
+        isinstance(content, list) and any(map(_is_reasoning, content))
+    )
+
+
+def _refuses(message: Mapping[str, Any], text: str) -> bool:
+    """Whether a message says that it is a refusal, or holds a call of some function in place of a text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    refusals = [message.get("refusal"), *(part.get("refusal") for part in parts if isinstance(part, dict))]
+    calls = message.get("tool_calls") or message.get("function_call")
+    return any(isinstance(refusal, str) and refusal.strip() for refusal in refusals) or (
+        bool(calls) and not text.strip()
+    )
+
+
+def _streamed(payload: bytes) -> Reply:
+    """The reply of a server that streams all the same, as server-sent events; it is whole where an event says so."""
+    parts: list[str] = []
+    ended = ""
+    reasoned = refused = False
+    for line in payload.splitlines():
+        data = line.removeprefix(b"data:").strip()
+        if not line.startswith(b"data:") or not data or data == b"[DONE]":
+            continue
+        value = _object(data)
+        if value.get("error"):
+            raise EndpointError(f"error in the reply: {str(value['error'])[:200]}")
+        choices = value.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        delta = first.get("delta")
+        delta = delta if isinstance(delta, dict) else {}
+        text = first.get("text")
+        parts.append(text if isinstance(text, str) else _text_of(delta.get("content")) or "")
+        reasoned = reasoned or _reasons(delta)
+        refused = refused or _refuses(delta, "x")
+        ended = ended_by(first.get("finish_reason")) or ended
+    return Reply("".join(parts), ended, refused=refused, reasoned=reasoned)
 
 
 class Session(requests.Session):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import threading
@@ -310,6 +311,29 @@ def names_in(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise InfrastructureError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def glob_paths(pattern: str, *, recursive: bool = False) -> list[str]:
+    """The paths that a pattern matches, in order.  recursive: ``**`` stands for any number of folders.
+
+    As much of its beginning as exists is read as it stands: ``data [v2]/*.tar`` looks into the folder ``data [v2]``.
+    """
+    there, rest = existing_part(pattern)
+    return sorted(glob.glob(os.path.join(glob.escape(there), rest) if there else rest, recursive=recursive))
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has characters of a pattern (also braces) in a part that does not exist as it stands."""
+    return any(c in existing_part(path)[1] for c in "*?[{")
+
+
+def existing_part(pattern: str) -> tuple[str, str]:
+    """As much of the beginning of a path as exists, and the rest."""
+    parts = Path(pattern).parts
+    count = 0
+    while count < len(parts) and os.path.lexists(os.path.join(*parts[: count + 1])):
+        count += 1
+    return os.path.join("", *parts[:count]), os.path.join("", *parts[count:])
 
 
 def make_folder(folder: Path) -> None:

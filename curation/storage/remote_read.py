@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from curation import __version__
 from curation.errors import ShardError
 from curation.storage.retry import RetryPolicy, TransientError, retry_after_s, with_retries
-from curation.storage.urls import HTTP, ObjectInfo, Url, error_line, filesystem, object_info
+from curation.storage.urls import HTTP, ObjectInfo, Url, compressions_in, error_line, filesystem, object_info
 
 RETRIES = RetryPolicy()
 _HTTP_CHUNK: Final = 1 << 20
@@ -108,7 +108,7 @@ class HttpServer:
         except requests.RequestException as error:
             raise TransientError(error_line(error)) from error
         if response.status_code in (200, 206):
-            if response.headers.get("Content-Encoding", "identity") != "identity":
+            if compressions_in(response.headers.get("Content-Encoding", "")):
                 response.close()
                 raise Unavailable(self._file, "the server sends it compressed though it was asked not to")
             return response

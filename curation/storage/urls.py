@@ -1,7 +1,7 @@
 """URLs and commands that name shards: how they are found, and what may be said of them.
 
-Nothing is read here; ``remote_read`` does that.  ``redact`` is the one place that takes secrets out of URLs and of what
-libraries say in their errors: everything that reaches a log, a receipt or the terminal goes through it.
+Nothing is read here; ``remote_read`` does that.  ``redact`` takes secrets out of URLs and of what libraries say in
+their errors.
 """
 
 from __future__ import annotations
@@ -15,21 +15,17 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from curation.errors import InfrastructureError, UsageError
+from curation.errors import redact as redact  # it is on the floor of the log, and known by this module's name
 
 PIPE: Final = "pipe:"
 HTTP: Final = frozenset(("http", "https"))
 PACKAGES: Final = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}  # through fsspec
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _MAX_MESSAGE = 300
+_MAX_HEADER_BYTES = 64 << 10
+_COMPRESSIONS: Final = frozenset(("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "dcb", "dcz"))
 _ETAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what the filesystems of fsspec call it
 _TIMES = ("LastModified", "updated", "mtime")
-_SECRETS: Final = (
-    (re.compile(r"(://)[^/\s'\"]*@"), r"\1"),  # user and password
-    (re.compile(r"(://[^\s'\"?#]*)[?#][^\s'\"]*"), r"\1?…"),  # a query may be a signature
-    (re.compile(r"(with url: [^\s'\"?]*)\?\S*"), r"\1?…"),  # as urllib3 says it, without the host
-    (re.compile(r"(?i)\b(bearer|authorization: basic)\s+[\w.~+/=*-]+"), r"\1 ***"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),  # the hub's tokens
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,19 +111,18 @@ def is_remote(text: str) -> bool:
     return True
 
 
-def redact(text: str, *secrets: str) -> str:
-    """The text without users, passwords and queries of URLs, without credentials, and without these ``secrets``."""
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
 def error_line(error: BaseException) -> str:
     """What went wrong, on one line and without secrets."""
     text = " ".join(redact(str(error)).split())[:_MAX_MESSAGE]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def compressions_in(content_encoding: str) -> list[str]:
+    """The compressions that a ``Content-Encoding`` names, in the order in which they were applied.
+
+    Many servers send a value that names none (``utf-8``, ``none``, a media type); that is no fault of the file.
+    """
+    return [name for word in content_encoding.split(",") if (name := word.strip().lower()) in _COMPRESSIONS]
 
 
 def find_remote(text: str, suffix: str, *, allow_pipe: bool) -> Iterator[Url]:
@@ -166,7 +161,9 @@ def filesystem(scheme: str) -> Any:
 
     Raises InfrastructureError where its package is missing.
     """
-    web = {"client_kwargs": {"trust_env": True}} if scheme in HTTP else {}  # else aiohttp would use no proxies
+    # Without trust_env, aiohttp would use no proxies; by itself, it takes header lines of 8 kB.
+    client = {"trust_env": True, "max_line_size": _MAX_HEADER_BYTES, "max_field_size": _MAX_HEADER_BYTES}
+    web = {"client_kwargs": client} if scheme in HTTP else {}
     try:
         import fsspec
 
@@ -187,7 +184,10 @@ def object_info(info: Mapping[str, Any]) -> ObjectInfo:
 def _listed(file: Url, suffix: str) -> Iterator[Url]:
     store, url = filesystem(file.scheme), file.target
     try:
-        if any(c in url for c in "*?["):
+        is_pattern = any(c in url for c in "*?[")
+        if is_pattern and store.isfile(url):  # a name may hold such characters
+            found = {info["name"]: info for info in [store.info(url)]}
+        elif is_pattern and not store.isdir(url):
             found = store.glob(url, detail=True)
         else:
             found = {info["name"]: info for info in store.ls(url.rstrip("/"), detail=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from curation import backends
+from curation.caption import batching
 from curation.caption.captioner import CaptionSettings, resolve
+from curation.jsonio import clean_text
+from curation.replies import Reply, Verdict
 from tests import EXAMPLES
 
 
@@ -20,6 +23,17 @@ def open_captioner(model: Path | str, **settings: Any) -> Any:
     """The captioner that ``--model`` means."""
     family, source = resolve(str(model), backends.families("caption"))
     return backends.load("caption", family.name)(source, CaptionSettings(**settings))
+
+
+def accepted(replies: Sequence[Reply]) -> list[Verdict]:
+    """What ``caption_batch`` makes of replies under ``any_text``."""
+    return [Verdict(clean_text(reply.text)) for reply in replies]
+
+
+@pytest.fixture
+def any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text is a caption.  Random weights write noise without an end, and these tests are about batches."""
+    monkeypatch.setattr(batching, "judge", lambda reply, *_, **__: Verdict(clean_text(reply.text)))
 
 
 @pytest.fixture(scope="session")

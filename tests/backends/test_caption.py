@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ import pytest
 from PIL import Image
 
 from curation import backends
-from curation.backends.caption.base import SquareImages
+from curation.backends.caption.base import PROMPTS, SquareImages
 from curation.caption.batching import caption_batch
-from curation.caption.captioner import CaptionSettings, OutOfMemory, resolve
+from curation.caption.captioner import FIRST, Attempt, CaptionSettings, OutOfMemory, resolve
 from curation.caption.feed import ShapeGroups
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import FittingBatchSize, agreed_batch_size, find_batch_size
+from curation.replies import CUT, Reply, Verdict
 from tests import ROOT
-from tests.backends.conftest import open_captioner
+from tests.backends.conftest import accepted, open_captioner
 from tests.servers import ollama_stub
 
 pytest.importorskip("transformers")
@@ -116,7 +118,8 @@ def test_florence_takes_its_three_tasks(folder: Callable[[str], Path], photos: l
         ids.append(backend.prepare(photos[0]).tensors["input_ids"][0].tolist())
         text = backend.processor.tokenizer.decode(ids[-1], skip_special_tokens=True)
         assert text == backend.processor.task_prompts_without_inputs[backend.task]
-        assert not {"<s>", "</s>", "<pad>"} & set(backend.caption([backend.prepare(photos[0])], [0])[0].split())
+        (caption,) = backend.caption([backend.prepare(photos[0])], [0])
+        assert not {"<s>", "</s>", "<pad>"} & set(caption.text.split())
     assert len({tuple(row) for row in ids}) == 3
     with pytest.raises(UsageError, match="boxes"):
         Backend(str(folder("florence2")), CaptionSettings(prompt="<OD>"))
@@ -200,33 +203,35 @@ class Forgetful:
 
     name = revision = "forgetful"
     device_kind = "cpu"
+    asked = ""
 
     def __init__(self, inner: Any, room: int, greedy: Sequence[Any] = ()) -> None:
         self.inner, self.room, self.greedy = inner, room, greedy
+        self.family = inner.family
         self.calls: list[int] = []
 
     def prepare(self, image: Any) -> Any:
         return self.inner.prepare(image)
 
-    def caption(self, batch: Sequence[Any], seeds: Sequence[int]) -> Sequence[str | SampleError]:
+    def caption(self, batch: Sequence[Any], seeds: Sequence[int], attempt: Attempt = FIRST) -> Sequence[Reply]:
         self.calls.append(len(batch))
         if len(batch) > self.room or any(one is greedy for one in batch for greedy in self.greedy):
             raise OutOfMemory("out of memory")
-        captions: Sequence[str | SampleError] = self.inner.caption(batch, seeds)
+        captions: Sequence[Reply] = self.inner.caption(batch, seeds, attempt)
         return captions
 
     def close(self) -> None: ...
 
 
 def test_the_batch_is_halved_until_it_fits_and_the_size_is_remembered(
-    tiny: Callable[..., Any], photos: list[Any], tmp_path: Path
+    tiny: Callable[..., Any], photos: list[Any], tmp_path: Path, any_text: None
 ) -> None:
     inner = tiny("florence2", temperature=1.0)
     batch = [inner.prepare(photo) for photo in photos]
     seeds = list(range(len(batch)))
     backend = Forgetful(inner, room=3)
     memory = FittingBatchSize(8, "cpu\0tiny", tmp_path)
-    assert caption_batch(backend, memory, batch, seeds) == inner.caption(batch, seeds)
+    assert caption_batch(backend, memory, batch, seeds) == accepted(inner.caption(batch, seeds))
     assert backend.calls == [8, 4, *[2] * 6]
     again = Forgetful(inner, room=3)
     caption_batch(again, FittingBatchSize(8, "cpu\0tiny", tmp_path), batch, seeds)
@@ -236,12 +241,14 @@ def test_the_batch_is_halved_until_it_fits_and_the_size_is_remembered(
     assert other.calls == [8, 4], "another model does not"
 
 
-def test_one_image_that_does_not_fit_costs_its_own_row(tiny: Callable[..., Any], photos: list[Any]) -> None:
+def test_one_image_that_does_not_fit_costs_its_own_row(
+    tiny: Callable[..., Any], photos: list[Any], any_text: None
+) -> None:
     inner = tiny("florence2")
     batch = [inner.prepare(photo) for photo in photos]
     backend = Forgetful(inner, room=99, greedy=[batch[5]])
     captions = caption_batch(backend, FittingBatchSize(8, "cpu"), batch, [0] * len(batch))
-    expected: list[Any] = inner.caption(batch, [0] * len(batch))
+    expected = accepted(inner.caption(batch, [0] * len(batch)))
     wrong = captions.pop(5)
     del expected[5]
     assert captions == expected
@@ -250,10 +257,105 @@ def test_one_image_that_does_not_fit_costs_its_own_row(tiny: Callable[..., Any],
 
 def test_an_empty_caption_is_none(tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     backend = tiny("qwen2_vl")
-    monkeypatch.setattr(backend, "_texts", lambda *_: [" \n", " two words "])
+    monkeypatch.setattr(backend, "_texts", lambda rows, _: [" \n", " two words "][: len(rows)])
+    monkeypatch.setattr(backend, "_ended", lambda rows, *_: [True] * len(rows))
     first, second = caption_batch(backend, FittingBatchSize(2, "cpu"), [backend.prepare(photos[0])] * 2, [0, 0])
     assert isinstance(first, SampleError) and first.reason == "empty_caption"
-    assert second == "two words"
+    assert second == Verdict("two words")
+
+
+class Scripted:
+    """A backend that says what its script says, for each image one text after the other."""
+
+    family = backends.families("caption")["endpoint"]
+    name = revision = "scripted"
+    device_kind = "cpu"
+    asked = "Describe this image in one sentence."
+
+    def __init__(self, scripts: Mapping[int, Sequence[Reply | str | SampleError]]) -> None:
+        self.scripts = {name: [*texts] for name, texts in scripts.items()}
+        self.calls: list[tuple[list[int], list[int], Attempt]] = []
+
+    def caption(self, batch: Sequence[Any], seeds: Sequence[int], attempt: Attempt = FIRST) -> list[Any]:
+        self.calls.append(([image.name for image in batch], [*seeds], attempt))
+        return [self.scripts[image.name].pop(0) for image in batch]
+
+
+@dataclass(frozen=True)
+class Named:
+    name: int
+    shape: tuple[int, ...] = (3,)
+    nbytes: int = 0
+
+
+def captions_of(backend: Any, **settings: bool) -> list[Any]:
+    batch = [Named(name) for name in backend.scripts]
+    return caption_batch(backend, FittingBatchSize(8, "cpu"), batch, [*range(len(batch))], **settings)
+
+
+def test_what_is_no_caption_is_asked_for_again_and_then_rejected() -> None:
+    whole, refusal = "A man in a park.", "I'm sorry, but I can't help with that."
+    cut = Reply("He walks. He sits. And then", CUT)
+    backend = Scripted(
+        {
+            0: [whole],
+            1: [refusal, whole],
+            2: [refusal, "Sure! A man.", refusal],
+            3: [cut, whole],
+            4: [cut, cut],
+            5: [cut, SampleError("llm_timeout")],
+            6: [Reply("no end", CUT), Reply("no end at all", CUT)],
+            7: ["", " ", "..."],
+        }
+    )
+    found = captions_of(backend)
+    kept = Verdict("He walks. He sits.", "reply_cut_short", True)
+    assert found[:2] == [Verdict(whole)] * 2 and found[3:6] == [Verdict(whole), kept, kept]
+    reasons = {place: one.reason for place, one in enumerate(found) if isinstance(one, SampleError)}
+    assert reasons == {2: "reply_refusal", 6: "reply_cut_short", 7: "empty_caption"}
+    assert "the last of 3 replies" in found[2].detail and "ended by length" in found[6].detail
+    longer, warm, warmer = Attempt(longer=True), Attempt(warmer=1), Attempt(warmer=2)
+    assert [(names, attempt) for names, _, attempt in backend.calls] == [
+        ([0, 1, 2, 3, 4, 5, 6, 7], FIRST),
+        ([1, 2, 7], warm),
+        ([3, 4, 5, 6], longer),
+        ([2, 7], warmer),
+    ]
+    assert backend.calls[2][1] == [3, 4, 5, 6], "the same seed, so that the text goes on"
+    assert backend.calls[1][1] != [1, 2, 7], "another seed, or the reply would be the same"
+    assert [longer.tokens(120), warm.tokens(120)] == [240, 120]
+    assert [FIRST.temperature(0.0), warm.temperature(0.0), warmer.temperature(0.9)] == [0.0, 0.4, 1.5]
+
+
+def test_a_bound_that_the_user_gave_is_kept() -> None:
+    backend = Scripted({0: [Reply("He walks. And then", CUT)], 1: [Reply("and then", CUT)]})
+    first, second = captions_of(backend, may_be_longer=False)
+    assert first.text == "He walks." and first.cut
+    assert second.reason == "reply_cut_short" and len(backend.calls) == 1
+
+
+@pytest.mark.parametrize("name", ["florence2", "gemma3"])
+def test_a_caption_that_reached_the_bound_was_cut(name: str, tiny: Callable[..., Any], photos: list[Any]) -> None:
+    """And twice the tokens go on with the same text."""
+    backend = tiny(name, max_tokens=6)
+    batch = [backend.prepare(photos[0])] * 2
+    short = backend.caption(batch, [0, 0])
+    assert [reply.ended for reply in short] == [CUT, CUT]
+    backend.generation.update(exponential_decay_length_penalty=(8, 1e4))
+    long = backend.caption(batch, [0, 0], Attempt(longer=True))
+    assert [reply.ended for reply in long] == ["stop", "stop"]
+    assert long[0].text.startswith(short[0].text.rstrip("\ufffd")) and long[0].text != short[0].text
+    end = backend.generation.eos_token_id
+    backend.generation.update(exponential_decay_length_penalty=None, forced_eos_token_id=end)
+    assert [reply.ended for reply in backend.caption(batch, [0, 0])] == [CUT, CUT], "an end that was forced is none"
+    assert backend.caption(batch[:1], [0], Attempt(warmer=1))[0].text != short[0].text, "the next try is sampled"
+
+
+def test_the_prompt_asks_for_no_more_than_fits(tiny: Callable[..., Any]) -> None:
+    assert tiny("qwen2_vl", max_tokens=120).asked.endswith("without an introduction. Use at most 70 words.")
+    assert tiny("qwen2_vl", max_tokens=120, max_words=20).asked.endswith("Use at most 20 words.")
+    assert tiny("qwen2_vl", max_words=0).asked == PROMPTS["more_detailed"]
+    assert tiny("qwen2_vl", prompt="What is this?").asked == "What is this?"
 
 
 def test_a_device_that_is_not_there(folder: Callable[[str], Path]) -> None:
@@ -329,7 +431,7 @@ def test_a_hub_model_is_taken_from_the_hubs_cache(
     shutil.copytree(folder("gemma3"), cache / "snapshots" / COMMIT)
     backend = open_captioner("somebody/tiny-gemma3", max_tokens=4)
     assert (backend.name, backend.revision) == ("somebody/tiny-gemma3", COMMIT)
-    assert backend.caption([backend.prepare(photos[0])], [0])[0]
+    assert backend.caption([backend.prepare(photos[0])], [0])[0].text
     (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
     with pytest.raises(InfrastructureError, match=r"somebody/tiny-gemma3: (download failed|cannot be loaded)"):
         open_captioner("somebody/tiny-gemma3")
@@ -433,10 +535,10 @@ def test_every_picture_gets_its_own_answer_from_any_server(api: str, photos: lis
     with ollama_stub(**settings) as first, ollama_stub(**settings) as second:
         backend = endpoint(first, second, temperature=0.5, prompt="What is this?")
         batch = [backend.prepare(photo) for photo in photos] * 4
-        captions = backend.caption(batch, [(1 << 62) + i for i in range(len(batch))])
+        captions = [reply.text for reply in backend.caption(batch, [(1 << 62) + i for i in range(len(batch))])]
         assert captions[: len(photos)] * 4 == captions
         assert len(set(captions)) == len(photos)
-        assert captions[0] == endpoint(first).caption([batch[0]], [3])[0]
+        assert captions[0] == endpoint(first).caption([batch[0]], [3])[0].text
         backend.close()
     bodies = [json.loads(json.loads(line)["body"]) for line in log.read_text().splitlines()][:-1]
     seeds = sorted(body.get("seed", body.get("options", {}).get("seed")) for body in bodies)
@@ -475,16 +577,16 @@ def test_a_large_picture_is_sent_smaller(photos: list[Any]) -> None:
 @pytest.mark.slow
 def test_a_real_vision_server(llama_server: str, photos: list[Any]) -> None:
     """llama.cpp's, whose real language model is shown each picture by an encoder with random weights."""
-    backend = open_captioner("endpoint:tiny-vision", endpoints=llama_server, max_tokens=8, timeout_s=60.0)
+    backend = open_captioner("endpoint:tiny-vision", endpoints=llama_server, max_tokens=8, max_words=0, timeout_s=60.0)
     batch = [backend.prepare(photo) for photo in photos[:4]]
-    captions = backend.caption(batch, [0] * 4)
-    assert all(isinstance(caption, str) for caption in captions)
-    assert len(set(captions)) > 1, "the answer depends on the picture"
-    assert backend.caption(batch[:1], [0]) == captions[:1]
+    replies = backend.caption(batch, [0] * 4)
+    assert all(isinstance(reply, Reply) for reply in replies)
+    assert len({reply.text for reply in replies}) > 1, "the answer depends on the picture"
+    assert backend.caption(batch[:1], [0])[0].text == replies[0].text
     broken = type(batch[0])(batch[0].jpeg[:100])
     first, second = backend.caption([broken, batch[1]], [0, 0])
     assert isinstance(first, SampleError) and first.reason in ("llm_bad_request", "llm_error")
-    assert isinstance(second, str)
+    assert isinstance(second, Reply)
     backend.close()
 
 

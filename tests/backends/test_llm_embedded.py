@@ -17,8 +17,9 @@ import pytest
 from curation.backends import load
 from curation.backends.llm.embedded import Backend, model_file
 from curation.errors import InfrastructureError
+from curation.replies import PROMPT, judge
 from curation.rewrite.groups import read_groups
-from curation.rewrite.prompts import completion_request, judge, opening
+from curation.rewrite.prompts import completion_request, opening
 from curation.serving.pool import EndpointPool
 from curation.serving.wire import SERVER_APIS, Request, Session, detect_api
 from tests import EXAMPLES, ROOT, processes
@@ -63,7 +64,7 @@ def test_every_group_is_in_its_prompt(pool: EndpointPool) -> None:
     for group in read_groups("default")[::5]:
         for attempt in range(4):
             reply = pool.ask(completion_request(CAPTION, group, 0, "key", attempt, 0.3))
-            prompt, reason = judge(reply, opening(group))
+            prompt, reason, _ = judge(reply, PROMPT, begun=opening(group))
             if prompt:
                 break
         assert prompt is not None, reason

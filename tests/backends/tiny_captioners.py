@@ -9,6 +9,7 @@ so that a new captioner needs no builder of its own.  Types for which that is no
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,18 +215,25 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def save(model_type: str, folder: Path, processor_class: str | None = None) -> None:
+def save(model_type: str, folder: Path, processor_class: str | None = None, ends_after: int | None = None) -> None:
     """Save a tiny model.
 
     Args:
         model_type: Of ``config.json``.
         folder: Where to.
         processor_class: The processor of the captioner, where it has one of its own.
+        ends_after: Its texts end after about so many tokens; otherwise hardly any text of random weights ends, and the
+            stage rejects those that it had to cut.
     """
     if model_type in BUILDERS:
         BUILDERS[model_type](folder)
     else:
         _save_any(model_type, folder, processor_class)
+    if ends_after is not None:
+        path = folder / "generation_config.json"
+        settings = json.loads(path.read_bytes())
+        settings["exponential_decay_length_penalty"] = [ends_after, 1e4]
+        path.write_text(json.dumps(settings))
 
 
 def _save_any(model_type: str, folder: Path, processor_class: str | None) -> None:

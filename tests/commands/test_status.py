@@ -113,6 +113,15 @@ def test_pending_is_what_the_stage_before_has_done_also_after_a_run_of_some_shar
     assert status()["next"]["pending"] == 1
 
 
+def test_pending_counts_shards_whose_makers_no_receipt_names(place: Place, status: Status) -> None:
+    """Stages 01, 05 and 06 read shards as files made elsewhere, also if stage 00 has made them."""
+    place.shards(3)
+    assert place.run() == 0
+    arguments = ["--input", place.out, "--output", place.root / "later", "--as_stage", "later", "--suffix", ".txt"]
+    assert toy_stage.main([*map(str, arguments), "--shards", "00000001"]) == 0
+    assert (status()["later"]["done"], status()["later"]["pending"], status()["toy"]["pending"]) == (1, 2, 0)
+
+
 def test_quarantined_stand_apart_and_retry_makes_pending(place: Place, status: Status) -> None:
     place.shard("00000000", "shard error")
     for _ in range(3):

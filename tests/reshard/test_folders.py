@@ -97,6 +97,15 @@ def test_all_of_stage_03s_prompts_may_have_been_refused(run: Stage04) -> None:
     assert last_line(run).endswith("; 0 replaced, 3 copied; 1 have a prompt and no edit")
 
 
+def test_blocked_names_the_stage_to_run(run: Stage04) -> None:
+    generate(run, "a")
+    assert run() == 1
+    assert "1 blocked: stage 03 first: 03_generate_images has no receipt for it yet" in run.log
+    assert "1 shards are blocked: run stage 03 first, and then the same command again" in run.log
+    assert "retry_failed" not in run.log
+    assert last_line(run).endswith("; 1 replaced, 2 copied")
+
+
 @pytest.mark.parametrize("flags", [["--index"], ["--shard_size", "2"]])
 def test_without_edits_a_flag_says_what_to_do(run: Stage04, flags: list[str]) -> None:
     arguments = ["--input", f"{run.root}/shards", "--output", f"{run.root}/hybrid", *flags]
@@ -187,6 +196,14 @@ def test_one_tar_by_its_own_files(run: Stage04, capsys: pytest.CaptureFixture[st
     shutil.rmtree(run.folder)
     assert run() == 0
     assert hashes(run.folder) == alone
+
+
+def test_the_list_of_wids_has_the_tars_of_all_calls(run: Stage04) -> None:
+    for shard in "01":
+        loose(run.root / f"edits/{shard}", "a")
+        assert run.script.main(one_tar(run, shard, f"edits/{shard}", "--index")) == 0
+    listed = json.loads((run.folder / "wids.json").read_bytes())["shardlist"]
+    assert [one["url"] for one in listed] == ["0.tar", "1.tar"]
 
 
 def test_calls_for_several_tars_at_once(run: Stage04) -> None:

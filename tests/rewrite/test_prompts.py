@@ -1,4 +1,4 @@
-"""What is asked, which captions cannot do to the question, and which replies become prompts."""
+"""What is asked, what captions cannot do to the question, and whose system prompt is in force."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.errors import UsageError
+from curation.replies import PROMPT, Reply, judge
 from curation.rewrite.groups import read_groups
 from curation.rewrite.prompts import (
-    MAX_PROMPT_CHARACTERS,
     MAX_TOKENS,
+    OWN_SYSTEM,
     SYSTEM,
     chat_request,
     completion_request,
-    judge,
+    is_instructed,
+    needed_tokens,
     opening,
     quotable,
     read_system_prompt,
 )
-from curation.serving.wire import CONTEXT_TOKENS, Reply
+from curation.serving.wire import CONTEXT_TOKENS, Served
 from tests import ROOT
 
 CAPTION = "Portrait of a man in a park"
@@ -114,7 +116,7 @@ def test_the_modelfiles_examples_are_replies_that_count() -> None:
     replies = re.findall(r"^MESSAGE assistant (.*)$", text, re.MULTILINE)
     assert len(questions) == len(replies) > 0
     assert all(re.fullmatch(r'sentence: "[^"]*" group:"[^"]*"', question) for question in questions)
-    assert all(judge(Reply(reply)).prompt == reply for reply in replies)
+    assert all(judge(Reply(reply), PROMPT).text == reply for reply in replies)
 
 
 # ---- the small model
@@ -145,114 +147,46 @@ def test_all_groups_share_the_examples_so_that_prompt_caches_work() -> None:
     assert shared > 0.9 * len(prompts[0]) - len(CAPTION) - 60
 
 
-def test_the_beginning_is_part_of_the_prompt() -> None:
-    assert judge(Reply(" in a red dress."), "A black woman ").prompt == "A black woman in a red dress."
-    assert judge(Reply(", in a red dress."), "A black woman ").prompt == "A black woman, in a red dress."
-    assert judge(Reply(" \n"), "A black woman ").reason == "reply_empty"
+# ---- whose system prompt is in force
 
-
-# ---- which replies count
+OWN = "You rewrite the sentence so that it portrays the given group."
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("served", "default_name", "instructed"),
     [
-        "A Black woman reads in a park",
-        "A sign that says sorry, we are closed, held by an Asian man",
-        "Here comes the bride: a Latino woman in white",
-        "I'm not a fan of mornings mug, held by an Indian woman",
-        "Sure-footed white male climber on a cliff",
-        "A group of Asian women in a park",
-        "An Indian man's death sentence is read out in court",
-        "Close-up of a note on a fridge, left by a Black man",
-        "A Middle Eastern woman, image of confidence",
-        "Yes Theory crew: Latino man on a plane",
+        (Served(told=True, system=SYSTEM), False, True),
+        (Served(told=True, system=OWN), False, True),
+        (Served(told=True, texts='sentence: "a man" group:"asian female"'), False, True),  # examples of its own
+        (Served(told=True), False, False),
+        (Served(told=True), True, False),
+        (Served(told=True, system="You are a helpful assistant."), False, False),
+        (Served(told=True, system="You are a helpful assistant."), True, False),
+        (
+            Served(told=True, system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+            True,
+            False,
+        ),
+        (Served(told=True, system="You are a helpful AI assistant named SmolLM, trained by Hugging Face"), True, False),
+        (Served(told=True, system="Answer in the voice of a pirate."), False, False),
+        (Served(told=True, system="Turn each caption into one that shows another person."), True, True),
+        (Served(told=True, system="Turn each caption into one that shows another person."), False, False),
+        (Served(), True, True),  # a server that tells nothing of the model that was made for the task
+        (Served(), False, False),
     ],
 )
-def test_sound_replies(reply: str) -> None:
-    assert judge(Reply(reply)) == (reply, "")
+def test_which_models_have_the_instruction(served: Served, default_name: bool, instructed: bool) -> None:
+    assert is_instructed(served, default_name=default_name) is instructed
 
 
-@pytest.mark.parametrize(
-    ("reply", "prompt"),
-    [
-        ("  A Black woman reads \n\n", "A Black woman reads"),
-        ('"A Black woman reads"', "A Black woman reads"),
-        ("“A Black woman reads”", "A Black woman reads"),
-        ("'A Black woman reads'", "A Black woman reads"),
-        ("**A Black woman reads**", "A Black woman reads"),
-        ('"A" and "B" seen by a woman "C"', '"A" and "B" seen by a woman "C"'),
-        ("A Black\twoman\0 reads\x1b", "A Black woman reads"),
-        ("A woman \ud800 reads", "A woman \ufffd reads"),
-    ],
-)
-def test_what_is_taken_off(reply: str, prompt: str) -> None:
-    assert judge(Reply(reply)).prompt == prompt
+def test_the_models_own_system_prompt_can_be_left_in_force() -> None:
+    assert read_system_prompt("model") == OWN_SYSTEM
+    left = chat_request(CAPTION, None, 0, "a", 0, 0.7, OWN_SYSTEM)
+    assert (left.system, left.default_system) == ("", "")
+    usual = chat_request(CAPTION, None, 0, "a", 0, 0.7)
+    assert (usual.system, usual.default_system) == ("", SYSTEM)
 
 
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        ("", "reply_empty"),
-        (" \n\t\r\n", "reply_empty"),
-        ('""', "reply_too_short"),
-        ("\0\x01", "reply_too_short"),
-        ("A man in a park.\nI hope this helps!", "reply_many_lines"),
-        ("A man\u2028in a park", "reply_many_lines"),
-        ("A man\x85in a park", "reply_many_lines"),
-        ('sentence: "A man in a park" group:"asian female"', "reply_echo"),
-        ("Sentence: A man in a park", "reply_echo"),
-        ('"sentence": "A man in a park"', "reply_echo"),
-        ('A man in a park group:"asian female"', "reply_echo"),
-        ("Group: asian female", "reply_echo"),
-        ("I'm sorry, but I can't help with that.", "reply_refusal"),
-        ("I’m sorry, I cannot do that", "reply_refusal"),
-        ("I am really sorry, but no", "reply_refusal"),
-        ("Sorry, I can't assist with that request.", "reply_refusal"),
-        ("I cannot rewrite this sentence.", "reply_refusal"),
-        ("I can't fulfill that request.", "reply_refusal"),
-        ("I am unable to modify that.", "reply_refusal"),
-        ("I apologize, but this is not possible", "reply_refusal"),
-        ("As an AI language model, I do not have opinions", "reply_refusal"),
-        ("As a large language model I cannot", "reply_refusal"),
-        ("Here is the modified sentence: A man in a park", "reply_preamble"),
-        ("Here's a rewritten version A man in a park", "reply_preamble"),
-        ("Sure! A man in a park", "reply_preamble"),
-        ("Sure, here you go: A man in a park", "reply_preamble"),
-        ("Certainly. A man in a park", "reply_preamble"),
-        ("Modified sentence: A man in a park", "reply_preamble"),
-        ("The rewritten caption is A man in a park", "reply_preamble"),
-        ("**Output:** A man in a park", "reply_preamble"),
-        ("Prompt: A man in a park", "reply_preamble"),
-        ("A man in a park (Note: I kept the scene)", "reply_remark"),
-        ("A man in a park. I replaced the woman with a man.", "reply_remark"),
-        ("<|assistant|> A man in a park", "reply_markup"),
-        ("<think>hm</think> A man in a park", "reply_markup"),
-        ("```A man in a park```", "reply_markup"),
-        ("A man", "reply_too_short"),
-        ("1234567890 1234567890", "reply_too_short"),
-        ("word " * 300, "reply_too_long"),
-        ("x" * (MAX_PROMPT_CHARACTERS + 1), "reply_too_long"),
-    ],
-)
-def test_replies_that_are_no_prompts(reply: str, reason: str) -> None:
-    assert judge(Reply(reply)) == (None, reason)
-
-
-def test_a_reply_that_was_cut_short() -> None:
-    assert judge(Reply("A man in a park with a", complete=False)) == (None, "reply_cut_short")
-
-
-@settings(max_examples=300)
-@given(st.text(st.characters(), max_size=200))
-def test_any_reply_is_one_printable_line_or_none(text: str) -> None:
-    prompt, reason = judge(Reply(text))
-    assert (prompt is None) == bool(reason)
-    if prompt is not None:
-        assert len(prompt.splitlines()) == 1
-        prompt.encode()
-
-
-def test_a_reply_of_four_megabytes_is_judged_at_once() -> None:
-    assert judge(Reply("here is " * 500_000)).reason == "reply_too_long"
-    assert judge(Reply('"' * 4_000_000)).prompt is None
+def test_what_a_question_needs_is_estimated() -> None:
+    assert 256 < needed_tokens(OWN_SYSTEM, 256) < needed_tokens("", 256) < CONTEXT_TOKENS // 4
+    assert needed_tokens("Rewrite the sentence so that it portrays the group. " * 1100, 256) > 3 * CONTEXT_TOKENS

@@ -21,7 +21,9 @@ def ollama_stub(**settings: object) -> Iterator[int]:
 
     settings: the flags of ``ollama_stub.py`` (``slots=4, latency_s=0.05, …``).
     """
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    flags = [
+        part for name, value in settings.items() for part in (f"--{name}", str(value))[: 1 if value is True else 2]
+    ]
     with started([sys.executable, STUB, *flags], stdout=subprocess.PIPE) as process:
         yield int(str(process.stdout and process.stdout.readline()))
 

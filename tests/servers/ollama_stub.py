@@ -1,9 +1,9 @@
 """A small server with Ollama's wire format, or OpenAI's (``--api openai``), for what a real one will not do on demand:
 answer in a fixed time, the same to the same question, be busy, load slowly, break in mid-stream, hang, die.
 
-Prints its port.  Words in the question choose the reply: REFUSE, PREAMBLE, TWOLINES, EMPTY, ECHO, LENGTH, HANG, BREAK,
-MIDSTREAM, E500, E400, NOTJSON; behind ONCE- they do so the first time only.  Everything else is answered with one line
-made from the caption and the group; a question about a picture with one made from the picture's bytes.
+Prints its port.  Words in the question choose the reply: REFUSE, PREAMBLE, TWOLINES, EMPTY, ECHO, LENGTH, SENTENCES,
+HANG, BREAK, MIDSTREAM, E500, E400, NOTJSON; behind ONCE- they do so the first time only.  Everything else is answered
+with one line made from the caption and the group; a question about a picture with one made from the picture's bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 
 BUSY = b'{"error":"server busy, please try again.  maximum pending requests exceeded"}'
 WORDS = (
-    *("REFUSE", "PREAMBLE", "TWOLINES", "EMPTY", "ECHO", "LENGTH"),
+    *("REFUSE", "PREAMBLE", "TWOLINES", "EMPTY", "ECHO", "LENGTH", "SENTENCES"),
     *("HANG", "BREAK", "MIDSTREAM", "E500", "E400", "NOTJSON"),
 )
 
@@ -61,18 +61,18 @@ class Model:
     def reply(self, text: str, word: str) -> bytes:
         flags = self.flags
         content = FIXED.get(word, "") if word != "ECHO" else text
-        if word not in ("REFUSE", "PREAMBLE", "TWOLINES", "EMPTY", "ECHO", "LENGTH"):
+        if word not in ("REFUSE", "PREAMBLE", "TWOLINES", "EMPTY", "ECHO", "LENGTH", "SENTENCES"):
             content = prompt_for(text)
         if flags.api == "openai":
             message = {"role": "assistant", "content": content}
-            reason = "length" if word == "LENGTH" else "stop"
+            reason = "length" if word in ("LENGTH", "SENTENCES") else "stop"
             usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(content.split())}
             return json.dumps({"choices": [{"message": message, "finish_reason": reason}], "usage": usage}).encode()
         final = {
             "model": flags.model,
             "message": {"role": "assistant", "content": content},
             "done": True,
-            "done_reason": "length" if word == "LENGTH" else "stop",
+            "done_reason": "length" if word in ("LENGTH", "SENTENCES") else "stop",
             "prompt_eval_count": len(text.split()),
             "eval_count": len(content.split()),
             "total_duration": int(flags.latency_s * 1e9),
@@ -111,6 +111,9 @@ class Connection(asyncio.Protocol):
         if request.get("model") != flags.model:
             return self.send(404, json.dumps({"error": f"model '{request.get('model')}' not found"}).encode())
         now = self.loop.time()
+        if path == "/api/show":
+            capabilities = ["completion", "thinking"] if flags.thinks else ["completion"]
+            return self.send(200, json.dumps({"system": flags.system, "capabilities": capabilities}).encode())
         if path == "/api/generate" and not request.get("prompt"):
             loaded = json.dumps({"model": flags.model, "response": "", "done": True, "done_reason": "load"}).encode()
             return self.later(self.model.load(now), self.send, 200, loaded)
@@ -118,6 +121,8 @@ class Connection(asyncio.Protocol):
             return self.send(503, BUSY)
         if self.model.log:
             self.model.log.write(json.dumps({"at": time.time(), "body": body.decode()}) + "\n")
+        if flags.refuses and flags.refuses in request:
+            return self.send(400, json.dumps({"error": f"Unknown argument: {flags.refuses}"}).encode())
         text = question(request["messages"][-1]) if "messages" in request else request["prompt"]
         self.model.pending += 1
         return self.later(self.model.finish_at(now), self.finish, text)
@@ -160,6 +165,7 @@ FIXED = {
     "TWOLINES": "A person in a garden.\nI hope this helps!",
     "EMPTY": " \n",
     "LENGTH": "A person in a garden with a",
+    "SENTENCES": "A person in a garden. The person holds a",
 }
 
 
@@ -196,6 +202,9 @@ async def main() -> None:
     parser.add_argument("--die_after", type=int, default=0, help="exit on this request")
     parser.add_argument("--hang_after", type=int, default=0, help="answer nothing from this request on")
     parser.add_argument("--retry_after", type=int, default=0, help="send Retry-After with a 503")
+    parser.add_argument("--thinks", action="store_true", help="say that the model can reason")
+    parser.add_argument("--refuses", default="", help="a field of a request that is refused with a 400")
+    parser.add_argument("--system", default="You rewrite the sentence for the group.", help="the model's own")
     parser.add_argument("--log", default="", help="append every generating request's body to this file")
     flags = parser.parse_args()
     model = Model(flags)

@@ -153,6 +153,42 @@ def test_every_body_is_the_same_on_every_run(tmp_path: Path) -> None:
     assert bodies[0] == bodies[1]
 
 
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "reasoning_effort", "think"])
+def test_a_field_that_a_server_refuses_is_left_out_from_then_on(
+    field: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each server is told not to reason; one that does not know how it is told is asked without."""
+    api = {"thinks": True} if field == "think" else {"api": "openai"}
+    with caplog.at_level("INFO"), pool_of({**api, "refuses": field, "log": tmp_path / "log"}) as ask:
+        assert ask(TEXTS[:30]) == REPLIES[:30]
+    bodies = [json.loads(json.loads(line)["body"]) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [field in body for body in bodies] == [True] + [False] * 30
+    others = {"chat_template_kwargs", "reasoning_effort"} - {field} if field != "think" else set()
+    assert all(others <= body.keys() for body in bodies), "what it knows is still sent"
+    assert sum(f"refuses {field}" in record.message for record in caplog.records) == 1
+
+
+def test_a_request_at_fault_does_not_change_how_a_server_is_asked(tmp_path: Path) -> None:
+    with pool_of({"api": "openai", "log": tmp_path / "log"}) as ask:
+        for text in ("E400", TEXTS[0], "E400", TEXTS[1]):
+            try:
+                ask([text])
+            except SampleError as error:
+                assert error.reason == "llm_bad_request"
+    bodies = [json.loads(json.loads(line)["body"]) for line in (tmp_path / "log").read_text().splitlines()]
+    assert ["reasoning_effort" in body for body in bodies] == [True, False, True, True, True]
+
+
+def test_a_context_that_cannot_hold_the_prompt_is_refused() -> None:
+    with (
+        pytest.raises(InfrastructureError, match=r"holds 4,096 tokens.*about 5,000: shorten"),
+        pool_of({}, needs_tokens=5000),
+    ):
+        pass
+    with pool_of({"api": "openai"}, needs_tokens=5000) as ask:
+        assert ask(TEXTS[:1]) == REPLIES[:1], "a server that does not tell has a context of its own"
+
+
 def test_a_slower_server_gets_fewer() -> None:
     with pool_of({"latency_s": 0.05}, {"latency_s": 0.2}) as ask:
         assert ask(TEXTS) == REPLIES

@@ -14,18 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curation.errors import InfrastructureError, SampleError
+from curation.replies import CUT, Reply
 from curation.serving.wire import (
     MAX_REPLY_BYTES,
     SERVER_APIS,
     EndpointError,
+    Manner,
     ModelMissing,
-    Reply,
     Request,
+    Served,
     Session,
     answers,
     detect_api,
     get,
     post,
+    without_refused,
 )
 
 CHAT = Request(
@@ -90,7 +93,7 @@ def test_ollama_bodies_always_bound_the_reply_and_never_stream() -> None:
     assert value == {
         "model": "m",
         "stream": False,
-        "messages": [{"role": "user", "content": "hello"}],
+        "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}],
         "options": {"temperature": 0.5, "seed": 7, "num_ctx": 64, "num_predict": 9, "stop": ["\n"]},
     }
     path, body = SERVER_APIS["ollama"].body("m", RAW)
@@ -117,6 +120,44 @@ def test_a_system_prompt_of_ones_own_goes_to_either() -> None:
         assert orjson.loads(wire.body("m", own)[1])["messages"][0] == {"role": "system", "content": "be brief"}
 
 
+def test_a_model_that_is_instructed_is_not_instructed_again() -> None:
+    for wire in SERVER_APIS.values():
+        messages = orjson.loads(wire.body("m", CHAT, Manner(instructed=True))[1])["messages"]
+        assert messages == [{"role": "user", "content": "hello"}]
+
+
+def test_reasoning_is_turned_off_where_a_server_can() -> None:
+    ollama, openai = SERVER_APIS["ollama"], SERVER_APIS["openai"]
+    assert not ollama.quiet_fields(Served(told=True)), "a model that does not reason may refuse the field"
+    assert ollama.quiet_fields(Served(told=True, thinks=True)) == {"think": False}
+    assert ollama.quiet_fields(Served(told=True, thinks=True, levels=True)) == {"think": "low"}
+    fields = openai.quiet_fields(Served())
+    assert fields["chat_template_kwargs"]["enable_thinking"] is False and fields["reasoning_effort"] == "low"
+    for wire, asked in ((ollama, {"think": False}), (openai, fields)):
+        assert orjson.loads(wire.body("m", CHAT, Manner(fields=asked))[1]).items() >= asked.items()
+        assert not orjson.loads(wire.body("m", RAW, Manner(fields=asked))[1]).keys() & asked.keys(), "no chat"
+
+
+def test_a_server_is_asked_without_the_field_that_it_does_not_know() -> None:
+    manner = Manner(fields={"chat_template_kwargs": {}, "reasoning_effort": "low"})
+
+    def left(error: Exception, manner: Manner = manner) -> list[str] | None:
+        found = without_refused(manner, error)  # type: ignore[arg-type]
+        return None if found is None else [*found.fields]
+
+    bad = "llm_bad_request"
+    assert left(SampleError(bad, "400: Unrecognized request argument supplied: chat_template_kwargs")) == [
+        "reasoning_effort"
+    ]
+    assert left(SampleError(bad, "400: 'm' does not support thinking")) == ["chat_template_kwargs"]
+    assert left(SampleError(bad, "422: Extra inputs are not permitted")) == []
+    assert left(EndpointError("500: chat_template_kwargs: unknown")) == ["reasoning_effort"]
+    assert left(EndpointError("500: out of memory")) is None
+    assert left(SampleError(bad, "401: chat_template_kwargs")) is None
+    assert left(SampleError(bad, "400: too long"), Manner()) is None
+    assert left(SampleError(bad, '400: "m" does not support thinking'), Manner(fields={"think": False})) == []
+
+
 def test_a_picture_is_in_the_body_itself() -> None:
     asked = Request(user="what is this?", jpeg=b"\xff\xd8\xff")
     (message,) = orjson.loads(SERVER_APIS["ollama"].body("m", asked)[1])["messages"]
@@ -140,22 +181,91 @@ def test_the_same_request_is_the_same_bytes(wire: object) -> None:
 def test_ollama_replies() -> None:
     reply = SERVER_APIS["ollama"].reply
     assert reply(b'{"message":{"content":"hi"},"done":true,"done_reason":"stop"}') == Reply("hi")
-    assert reply(b'{"response":"hi","done":true,"done_reason":"length"}') == Reply("hi", complete=False)
+    assert reply(b'{"response":"hi","done":true,"done_reason":"length"}') == Reply("hi", CUT)
+    assert reply(b'{"message":{"content":"hi"},"done":true}') == Reply("hi"), "old servers give no reason"
+    silent = b'{"message":{"content":"hi"},"done":true,"eval_count":9}'
+    assert reply(silent, CHAT).ended == CUT, "nor do they where the bound on tokens ended it"
     streamed = b'{"message":{"content":"h"},"done":false}\n{"message":{"content":"i"},"done":true}\n'
     assert reply(streamed) == Reply("hi"), "from a server that streams all the same"
     counted = b'{"message":{"content":"hi"},"done":true,"prompt_eval_count":42,"eval_count":3}'
     assert reply(counted) == Reply("hi", tokens_read=42, tokens_written=3)
-    strange = b'{"message":{"content":"hi"},"prompt_eval_count":-1,"eval_count":"many"}'
+    strange = b'{"message":{"content":"hi"},"done":true,"prompt_eval_count":-1,"eval_count":"many"}'
     assert reply(strange) == Reply("hi")
+    assert reply(b'{"message":{"content":"h"},"done":false}\n{"message":{"content":"i"},"done":false}').ended == ""
+    assert reply(b'{"message":{"content":"hi"}}').ended == "", "no line says that it is done"
+    for reason in ("load", "unload", "error"):
+        assert reply(b'{"message":{"content":"hi"},"done":true,"done_reason":"%s"}' % reason.encode()).ended == reason
+    thinking = b'{"message":{"content":"","thinking":"hm"},"done":true,"done_reason":"length"}'
+    assert reply(thinking) == Reply("", CUT, reasoned=True)
+    assert reply(b'{"message":{"content":null},"done":true}') == Reply("")
 
 
 def test_openai_replies() -> None:
     reply = SERVER_APIS["openai"].reply
     assert reply(b'{"choices":[{"message":{"content":"hi"},"finish_reason":"stop"}]}') == Reply("hi")
-    assert reply(b'{"choices":[{"text":"hi","finish_reason":"length"}]}') == Reply("hi", complete=False)
-    counted = b'{"choices":[{"text":"hi"}],"usage":{"prompt_tokens":42,"completion_tokens":3}}'
+    assert reply(b'{"choices":[{"text":"hi","finish_reason":"length"}]}') == Reply("hi", CUT)
+    counted = b'{"choices":[{"text":"hi","finish_reason":"stop"}],"usage":{"prompt_tokens":42,"completion_tokens":3}}'
     assert reply(counted) == Reply("hi", tokens_read=42, tokens_written=3)
-    assert reply(b'{"choices":[{"text":"hi"}],"usage":[7]}') == Reply("hi")
+    assert reply(b'{"choices":[{"text":"hi","finish_reason":"stop"}],"usage":[7]}') == Reply("hi")
+    for word, ended in (("eos_token", "stop"), ("stop_sequence", "stop"), ("abort", "abort"), (None, "")):
+        choice = {"message": {"content": "hi"}, "finish_reason": word}
+        assert reply(orjson.dumps({"choices": [choice]})) == Reply("hi", ended)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": None}, Reply("")),
+        ({}, Reply("")),
+        ({"content": None, "reasoning_content": "hm"}, Reply("", reasoned=True)),
+        ({"content": "hi", "reasoning": "hm"}, Reply("hi", reasoned=True)),
+        ({"content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, Reply("hi")),
+        ({"content": ["h", "i", 3, None]}, Reply("hi")),
+        ({"content": []}, Reply("")),
+        (
+            {"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "hi"}]},
+            Reply("hi", reasoned=True),
+        ),
+        ({"content": None, "refusal": "I'm sorry"}, Reply("", refused=True)),
+        ({"content": [{"type": "refusal", "refusal": "I'm sorry"}]}, Reply("", refused=True)),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, Reply("", refused=True)),
+        ({"content": "hi", "refusal": None, "tool_calls": []}, Reply("hi")),
+    ],
+)
+def test_content_that_is_no_text_is_a_reply(message: dict[str, object], expected: Reply) -> None:
+    payload = orjson.dumps({"choices": [{"message": message, "finish_reason": "stop"}]})
+    assert SERVER_APIS["openai"].reply(payload) == expected
+
+
+def test_a_server_that_streams_all_the_same() -> None:
+    def events(*choices: dict[str, object]) -> bytes:
+        return b"".join(b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n" for choice in choices)
+
+    reply = SERVER_APIS["openai"].reply
+    parts = events({"delta": {"content": "h"}, "finish_reason": None}, {"delta": {"content": "i"}})
+    assert reply(parts + b"data: [DONE]\n\n") == Reply("hi", "")
+    assert reply(parts + events({"delta": {}, "finish_reason": "stop"}) + b"data: [DONE]\n\n") == Reply("hi")
+    assert reply(events({"delta": {"reasoning_content": "hm"}, "finish_reason": "length"})).reasoned
+    with pytest.raises(EndpointError, match="boom"):
+        reply(b'data: {"error": "boom"}\n\n')
+
+
+def test_a_request_that_ollama_has_cut_is_no_reply() -> None:
+    """It answers all the same, and only the number of tokens that it has read tells it."""
+
+    def reply(read: int, request: Request, **manner: int) -> Reply:
+        payload = b'{"message":{"content":"hi"},"done":true,"prompt_eval_count":%d}' % read
+        return SERVER_APIS["ollama"].reply(payload, request, Manner(**manner))  # type: ignore[arg-type]
+
+    long = Request(user="a word " * 4000)
+    assert reply(4095, Request()).text == "hi"
+    assert reply(20, Request(user="a word " * 300)).text == "hi", "old servers do not count what their cache holds"
+    for read, request, known in ((4096, Request(), 0), (5000, Request(), 0), (2050, long, 0), (512, Request(), 512)):
+        with pytest.raises(SampleError, match="llm_context_too_short"):
+            reply(read, request, context_tokens=known)
+    assert SERVER_APIS["openai"].reply(
+        b'{"choices":[{"text":"hi","finish_reason":"stop"}],"usage":{"prompt_tokens":9000}}', long
+    ), "other servers have contexts of their own"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +280,7 @@ def test_openai_replies() -> None:
         b'{"choices":[]}',
         b'{"choices":[null]}',
         b'{"choices":{"0":1}}',
-        b'{"choices":[{"message":{"content":null}}]}',
+        b'{"choices":[{"message":{"content":7}}]}',
         b'{"message":"hi"}',
         b'{"message":{"content":3}}',
         b'{"error":"boom"}',
@@ -333,8 +443,31 @@ def test_an_openai_server_that_is_loading_is_waited_for() -> None:
 
 def test_an_ollama_server_that_is_busy_is_waited_for() -> None:
     loaded = http(200, b'{"done_reason":"load"}')
-    with serving(http(503, b"server busy"), loaded) as url, Session() as session:
-        SERVER_APIS["ollama"].load(session, url, "m", 64, 5.0)
+    with serving(http(503, b"server busy"), loaded, http(404, b"")) as url, Session() as session:
+        assert SERVER_APIS["ollama"].load(session, url, "m", 64, 5.0) == Served(), "it does not know /api/show"
+
+
+def test_what_ollama_tells_of_a_model() -> None:
+    shown = {
+        "system": "Be kind.",
+        "template": "{{ .Prompt }}",
+        "messages": [{"role": "user", "content": "hello"}],
+        "details": {"family": "gptoss"},
+        "model_info": {"general.architecture": "gptoss", "gptoss.context_length": 2048},
+        "capabilities": ["completion", "thinking"],
+    }
+    for told, expected in (
+        (shown, Served(True, "Be kind.", "{{ .Prompt }}\nhello", True, True, 2048)),
+        ({}, Served(True)),
+        ({"system": None, "details": 3, "model_info": [], "capabilities": 7, "messages": "x"}, Served(True)),
+    ):
+        answers = [http(200, b'{"done_reason":"load"}'), http(200, orjson.dumps(told))]
+        with serving(*answers) as url, Session() as session:
+            found = SERVER_APIS["ollama"].load(session, url, "m", 64, 5.0)
+        assert (found.told, found.system, found.texts.strip()) == (True, expected.system, expected.texts.strip())
+        assert (found.thinks, found.levels, found.context_tokens) == (
+            expected.thinks, expected.levels, expected.context_tokens,
+        )  # fmt: skip
 
 
 def test_a_server_that_stays_busy_is_not() -> None:

@@ -43,6 +43,7 @@ class Backend:
 
     family = backends.load("caption", "florence2").family
     name, revision, device_kind = "stub", "1", "cpu"
+    asked = ""
     fits = 1 << 30
 
     def __init__(self, source: str, settings: captioner.CaptionSettings) -> None:
@@ -57,7 +58,9 @@ class Backend:
         broad = int(image.width > image.height)
         return Pixels(hashlib.sha256(array.tobytes()).hexdigest()[:24], colour, (3, 1 + broad), array.nbytes)
 
-    def caption(self, batch: Sequence[Pixels], seeds: Sequence[int]) -> list[str]:
+    def caption(
+        self, batch: Sequence[Pixels], seeds: Sequence[int], attempt: captioner.Attempt = captioner.FIRST
+    ) -> list[str]:
         time.sleep(float(os.environ.get("CURATION_STUB_S", "0")))
         assert len({picture.shape for picture in batch}) == 1
         if len(batch) > self.fits or any(picture.colour == OVERFLOWS for picture in batch):

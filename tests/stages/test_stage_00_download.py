@@ -676,3 +676,54 @@ def test_small_and_long_images_can_be_refused(web: Web, tmp_path: Path) -> None:
     assert run(table, tmp_path / "out", "--min_image_size", 400, "--max_aspect_ratio", 1.1) == 0
     told = [row["error_message"] and row["error_message"].partition(":")[0] for row in rows(tmp_path / "out")]
     assert told == [None, "image_too_small", "image_too_small"]
+
+
+# ---- a folder that an older version began
+
+
+def test_an_older_folder_goes_on_as_it_was_begun(web: Web, tmp_path: Path) -> None:
+    """With the filter, the names of captions and the quotation marks of then; a new folder has those of now."""
+    table = tmp_path / "t.tsv"
+    table.write_text("title\turl\n" + "".join(f'"two\nlines"\t{web.url("photo", 9000 + i)}\n' for i in range(2)))
+    now = ["--encode", "jpg", "--image_size", "64", "--resize_mode", "keep_ratio", "--rows_per_shard", "1"]
+    then = ["--resize_filter", "box", "--caption_names", "few", "--tsv_quotes", "csv"]
+    assert run(table, tmp_path / "then", *now, *then) == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "then").glob("*.tar")}
+    out = tmp_path / "out"
+    assert run(table, out, *now, *then, "--shards", "00000000") == 0
+    record = out / "_receipts" / NAME / "_epoch.1.json"
+    older = json.loads(record.read_bytes())
+    for name in ("resize_filter", "caption_names", "tsv_quotes"):
+        assert older["options"].pop(name)
+    record.write_text(json.dumps(older))
+    assert run(table, out, *now) == 0
+    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == expected
+    assert run(table, tmp_path / "new", *now) == 2, "two lines are two rows, of which the second has one field"
+
+
+def test_a_folder_of_img2dataset_is_left_alone(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path / "t.parquet", [web.url("photo", 1)])
+    for number, name in enumerate(("00000.tar", "00001_stats.json", "000002.parquet", "00003/")):
+        out = tmp_path / str(number)
+        out.mkdir()
+        if name.endswith("/"):
+            (out / name).mkdir()
+        else:
+            (out / name).write_bytes(b"precious")
+        for flags in ((), ("--rerun",), ("--dry_run",)):
+            assert run(table, out, *flags) == 2
+            assert "that 00_download has not made: 0000" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir() if path.name[0] != "_"] == [name.strip("/")]
+
+
+def test_no_cell_of_metadata_csv_is_a_formula(web: Web, tmp_path: Path) -> None:
+    starts = ["", "\t", " ", "\r", "\n", "\x0b", "\xa0", "\u200b", "\ufeff", "\u3000", "\u2060", " \n\u200f"]
+    captions = [start + sign + "1+1" for start in starts for sign in "=+-@\uff1d\uff0b\uff0d\uff20"]
+    plain = ["a=1", "1-1", "'=1", "plain", "|x", "a\n=1"]
+    table = write_table(
+        tmp_path / "t.parquet", [web.url("photo", i) for i in range(len(captions + plain))], caption=captions + plain
+    )
+    assert run(table, tmp_path / "out") == 0
+    with open(tmp_path / "out" / "metadata.csv", newline="", encoding="utf-8") as file:
+        told = [row["caption"] for row in csv.DictReader(file)]
+    assert told == [f"'{caption}" for caption in captions] + plain

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
+from curation.rewrite.prompts import SYSTEM
 from tests import EXAMPLES
 from tests.processes import ended_at_last, wait_until
 from tests.servers import ollama_stub
@@ -100,6 +102,67 @@ def test_requests_are_the_published_ones_with_constant_bounds(run: Stage02) -> N
         assert message["content"].endswith('male"')
         assert (body["options"]["num_ctx"], body["options"]["num_predict"], body["stream"]) == (4096, 256, False)
         assert body["model"] == "tulu3:fairclip"
+
+
+# ---- whose system prompt is in force
+
+
+def systems(run: Stage02) -> set[str]:
+    return {message["content"] for body in run.asked() for message in body["messages"] if message["role"] == "system"}
+
+
+def digest(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+GENERIC = "You are a helpful assistant."
+
+
+@pytest.mark.parametrize("model", ["tulu3:fairclip", "llama3.1:8b"])
+@pytest.mark.parametrize("own", ["", GENERIC])
+def test_a_general_model_is_told_what_to_do(
+    own: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ollama_stub(log=tmp_path / "requests.jsonl", system=own, model=model) as port:
+        run = Stage02(tmp_path, port, capsys)
+        run.add(english(12))
+        assert run("--model_name", model) == 0
+    assert systems(run) == {SYSTEM}
+    assert run.log.count("the project's system prompt is sent") == 1
+    assert {line["system_prompt"] for line in run.provenance().values()} == {digest(SYSTEM)}
+
+
+def test_a_model_with_the_instruction_keeps_its_own(run: Stage02) -> None:
+    run.add(english(12))
+    assert run() == 0
+    assert not systems(run)
+    assert run.log.count("the model's own system prompt is in force") == 1
+    assert {line["system_prompt"] for line in run.provenance().values()} == {
+        digest("You rewrite the sentence for the group.")
+    }
+
+
+@pytest.mark.parametrize(("choice", "sent"), [("model", set()), ("FILE", {"Be brief."})])
+def test_the_user_decides_on_the_system_prompt(
+    choice: str, sent: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "FILE").write_text("Be brief.")
+    for number, api in enumerate(("ollama", "openai")):
+        with ollama_stub(log=tmp_path / "requests.jsonl", system=GENERIC, api=api) as port:
+            run = Stage02(tmp_path, port, capsys)
+            run.add(english(12))
+            value = choice if choice == "model" else str(tmp_path / choice)
+            assert run("--system_prompt", value, *(["--rerun"] if number else [])) == 0
+        assert systems(run) == sent
+        recorded = {line["system_prompt"] for line in run.provenance().values()}
+        assert recorded == ({digest("Be brief.")} if sent else {digest(GENERIC) if api == "ollama" else None})
+
+
+def test_a_system_prompt_that_the_context_cannot_hold_is_refused_at_the_start(run: Stage02, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("Rewrite the sentence so that it portrays the group. " * 1100)
+    run.add(english(12))
+    assert run("--system_prompt", str(tmp_path / "long.txt")) == 2
+    assert "shorten the prompt" in run.log and not run.asked()
 
 
 def test_other_groups_and_another_language(run: Stage02, tmp_path: Path) -> None:
@@ -189,9 +252,27 @@ def test_a_reply_that_is_no_prompt_is_asked_for_again_and_then_rejected(run: Sta
     assert run.rejects() == {"bad": reason}
     assert "bad.json" not in run.prompts()
     asked = [body for body in run.asked() if word in body["messages"][0]["content"]]
+    if word == "LENGTH":  # once more as it was, with twice the tokens
+        first = asked.pop(0)
+        assert first["options"] | {"num_predict": 512} == asked[0]["options"] and first["options"]["num_predict"] == 256
     assert len(asked) == 3
     assert len({body["options"]["seed"] for body in asked}) == 3, "the same question again would give the same reply"
     assert [body["options"]["temperature"] for body in asked] == [0.7, 0.9, 1.1]
+
+
+def test_the_length_of_a_reply_is_an_option(run: Stage02) -> None:
+    run.add({**english(9), "bad.json": f"{ENGLISH} LENGTH"})
+    assert run("--retries", "1", "--max_tokens", "40") == 0
+    assert {body["options"]["num_predict"] for body in run.asked()} == {40}, "the user's bound is kept"
+    assert run.rejects() == {"bad": "reply_cut_short"}
+
+
+def test_a_reply_that_was_cut_ends_with_its_last_whole_sentence(run: Stage02) -> None:
+    run.add({**english(9), "cut.json": f"{ENGLISH} SENTENCES"})
+    assert run() == 0
+    assert run.prompts()["cut.json"] == "A person in a garden."
+    assert run.receipt()["notes"]["cut_to_whole_sentences"] == 1
+    assert run.provenance()["cut"]["asked"] == 2
 
 
 def test_a_second_try_may_succeed(run: Stage02) -> None:
@@ -245,6 +326,7 @@ def test_hostile_captions(run: Stage02) -> None:
         "list": "caption_not_text",
         "long": "caption_too_long",
         "quoted": "reply_echo",  # the server repeats what it was told
+        "html": "reply_markup",
     }
     assert run.drops() == {"empty": "not_english"}
     prompts = run.prompts()

@@ -231,6 +231,50 @@ def test_the_suffix_is_for_the_model_alone(root: Path, monkeypatch: pytest.Monke
     }
 
 
+def test_what_the_model_did_not_read_is_recorded(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = change(root / f"prompts/{SHARD}.json", lambda prompts: prompts.update({next(iter(prompts)): "x" * 100}))
+    assert run(root, small=[flag for flag in SMALL if flag != "--quiet"]) == 0
+    curation = {key: metadata["curation"] for key, metadata in metadata_of(root).items()}
+    assert curation[keys[0]]["tokens"] == {"given": 100, "read": 75}
+    assert all("tokens" not in curation[key] for key in keys[1:]), "absent where all was read"
+    assert receipt(root)["notes"]["prompts_cut"] == 1
+    told = "1 of 10 prompts are longer than the 75 tokens that the model reads; their ends were not read"
+    assert receipt(root)["warnings"] == [told]
+    assert "10 images generated, 1 prompts longer than what the model reads" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_suffix_arrives_behind_a_long_prompt(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two suffixes give two pictures, also where the prompt alone fills the text encoder."""
+    long = "A photo of " + "a tall teacher in a red coat " * 10
+    keys = change(root / f"prompts/{SHARD}.json", lambda prompts: prompts.update(dict.fromkeys(prompts, long)))
+    assert run(root, "--prompt_suffix", ", film photography") == 0
+    films = {key: metadata["sha256"] for key, metadata in metadata_of(root).items()}
+    curation = metadata_of(root)[keys[0]]["curation"]
+    assert curation["prompt"] == long.strip(), "the caption stays whole"
+    # 57 letters and 16 of the suffix are 73 tokens of the embedded model; the next word would make them 80
+    assert curation["prompt_shortened"] == "A photo of" + " a tall teacher in a red coat" * 2 + " a tall"
+    assert curation["tokens"] == {"given": 8 + 10 * 22 + 16, "read": 73}
+    assert (receipt(root)["notes"]["prompts_cut"], receipt(root)["notes"]["prompts_shortened"]) == (10, 10)
+    with on_batch(monkeypatch) as sizes:
+        assert run(root, "--rerun", "--prompt_suffix", ", film photography") == 0
+        assert sizes == [], "the same recipe"
+        assert run(root, "--rerun", "--prompt_suffix", ", an oil painting") == 0
+    assert len(films) == 10 == sum(sizes)
+    assert all(films[key] != metadata["sha256"] for key, metadata in metadata_of(root).items())
+
+
+def test_a_suffix_that_cannot_arrive_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(root, "--prompt_suffix", "," * 80) == 2
+    assert "--prompt_suffix: it has 80 tokens" in capsys.readouterr().err
+    assert not (root / f"edits/{SHARD}.tar").exists()
+
+
+def test_a_prompt_for_which_the_suffix_leaves_no_room_is_rejected(root: Path) -> None:
+    keys = change(root / f"prompts/{SHARD}.json", lambda prompts: prompts.update({next(iter(prompts)): "字字 x"}))
+    assert run(root, "--prompt_suffix", "," * 73) == 0
+    assert rejects(root)[keys[0]] == "no_room_for_prompt"
+
+
 @pytest.mark.parametrize("flags", [[], ["--text_batches", "2"], ["--size", "original"]], ids=" ".join)
 def test_the_same_work_gives_the_same_bytes(flags: list[str], tmp_path: Path) -> None:
     one, two = (make_input(tmp_path / name) for name in ("one", "two"))

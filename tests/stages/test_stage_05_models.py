@@ -85,6 +85,72 @@ def test_servers_that_register_in_a_folder_are_asked(tmp_path: Path) -> None:
     assert [row["key"] for row in rows(tmp_path / "out")] == keys()
 
 
+@pytest.mark.parametrize("api", ["openai", "ollama"])
+@pytest.mark.parametrize(
+    ("word", "reason", "times"),
+    [("REFUSE", "reply_refusal", 3), ("PREAMBLE", "reply_preamble", 3), ("LENGTH", "reply_cut_short", 2)],
+)
+def test_a_text_of_a_server_that_is_no_caption(word: str, reason: str, times: int, api: str, tmp_path: Path) -> None:
+    """It is asked for again, then rejected with the reason, and the run does not end as if all were well."""
+    log = tmp_path / "requests.jsonl"
+    with ollama_stub(log=log, api=api) as port:
+        flags = ["--model", "endpoint:tulu3:fairclip", "--ports", str(port), "--prompt", f"What is this? {word}"]
+        assert run(tmp_path / "out", *flags) == 1
+    (receipt,) = (tmp_path / "out").glob(f"_receipts/{NAME}/*/*.json")
+    record = json.loads(receipt.read_bytes())
+    assert record["status"] == "failed" and record["counts"]["failed"] == {reason: len(keys())}
+    assert len(requests_of(log)) == times * len(keys())
+
+
+def test_a_caption_that_stays_cut_ends_with_its_last_whole_sentence(tmp_path: Path) -> None:
+    log = tmp_path / "requests.jsonl"
+    with ollama_stub(log=log) as port:
+        flags = ["--model", "endpoint:tulu3:fairclip", "--ports", str(port), "--prompt", "What is this? SENTENCES"]
+        assert run(tmp_path / "out", *flags) == 0
+    assert {row["caption"] for row in rows(tmp_path / "out")} == {"A person in a garden."}
+    (receipt,) = (tmp_path / "out").glob(f"_receipts/{NAME}/*/*.json")
+    assert json.loads(receipt.read_bytes())["notes"]["cut_to_whole_sentences"] == len(keys())
+    tokens = sorted(body["options"]["num_predict"] for body in requests_of(log))
+    assert tokens == [120] * len(keys()) + [240] * len(keys())
+
+
+def test_the_default_prompt_asks_for_no_more_than_fits(tmp_path: Path) -> None:
+    asked = []
+    for number, flags in enumerate(([], ["--max_words", "9"], ["--max_words", "0"])):
+        log = tmp_path / f"requests-{number}.jsonl"
+        with ollama_stub(log=log) as port:
+            more = ["--model", "endpoint:tulu3:fairclip", "--ports", str(port), *flags]
+            assert run(tmp_path / f"out-{number}", *more) == 0
+        asked.append({body["messages"][-1]["content"].rpartition("introduction.")[2] for body in requests_of(log)})
+    assert asked == [{" Use at most 70 words."}, {" Use at most 9 words."}, {""}]
+
+
+def test_a_folder_of_an_older_version_goes_on_with_its_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def asked(name: str, *flags: str) -> set[str]:
+        log = tmp_path / name
+        log.touch()
+        with ollama_stub(log=log) as port:
+            assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", port, *flags) == 0
+        return {body["messages"][-1]["content"].rpartition("introduction.")[2] for body in requests_of(log)}
+
+    assert asked("first", "--max_words", "0") == {""}
+    (record,) = out.glob(f"_receipts/{NAME}/_epoch.1.json")
+    epoch = json.loads(record.read_bytes())
+    assert epoch["options"].pop("max_words") == 0  # as an older version has recorded it
+    record.write_text(json.dumps(epoch))
+    assert asked("all is done") == set()
+    (receipt,) = out.glob(f"_receipts/{NAME}/*/*.json")
+    receipt.unlink()
+    assert asked("again") == {""}
+    assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", 1, "--max_words", "auto") == 2
+    assert "max_words: 0" in capsys.readouterr().err
+    assert asked("anew", "--rerun") == {" Use at most 70 words."}
+
+
 def test_a_server_that_is_too_slow_leaves_it_to_the_others(tmp_path: Path) -> None:
     with ollama_stub(api="openai", latency_s=5) as slow, ollama_stub(api="openai") as quick:
         flags = ["--model", "endpoint:tulu3:fairclip", "--ports", f"{slow},{quick}", "--timeout", 0.4]
@@ -117,7 +183,8 @@ def test_the_stage_with_a_real_vision_server(llama_server: str, tmp_path: Path) 
     assert run(tmp_path / "out", *flags, "--smoke", 3, "--max_error_rate", 1) == 0
     (receipt,) = (tmp_path / "out/_smoke-3").glob(f"_receipts/{NAME}/*/*.json")
     counts = json.loads(receipt.read_bytes())["counts"]
-    assert counts["in"] == 3 and set(counts["failed"]) <= {"empty_caption"}, "random eyes may leave it speechless"
+    speechless = {"empty_caption", "reply_cut_short", "reply_repetition", "reply_unfinished"}
+    assert counts["in"] == 3 and set(counts["failed"]) <= speechless, "random eyes may leave it so"
     assert all(row["caption"] for row in rows(tmp_path / "out/_smoke-3"))
 
 

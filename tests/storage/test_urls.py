@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import requests
 
-from curation.storage.urls import ObjectInfo, error_line, object_info, redact
+from curation.storage.urls import ObjectInfo, compressions_in, error_line, object_info, redact
 
 TOKEN = "hf_" + "s3cr3tT0ken" * 3
 
@@ -46,3 +46,11 @@ def test_filesystems_have_several_names_for_one_thing() -> None:
     assert object_info({"size": 7, "ETag": '"a"', "LastModified": "now"}) == ObjectInfo(7, '"a"')
     assert object_info({"size": 7, "mtime": 1.5}) == ObjectInfo(7, modified="1.5")
     assert object_info({}) == ObjectInfo(None)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("", []), ("utf-8", []), ("none, identity", []), ("GZIP", ["gzip"]), ("utf-8, deflate ,br", ["deflate", "br"])],
+)
+def test_a_content_encoding_counts_where_it_names_a_compression(value: str, expected: list[str]) -> None:
+    assert compressions_in(value) == expected

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from curation.backends.caption.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
-from curation.caption.captioner import CaptionSettings, Detail, Family, OutOfMemory, Quantize
+from curation.caption.captioner import FIRST, Attempt, CaptionSettings, Detail, Family, OutOfMemory, Quantize
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import is_out_of_memory, use_device
 from curation.models.hub_cache import (
@@ -33,6 +33,7 @@ from curation.models.hub_cache import (
 )
 from curation.models.needs import HubFile, WeightsNeed, whole_model
 from curation.models.weights import MODEL_FILES, hub_error_line, hub_errors
+from curation.replies import CUT, WHOLE, Reply
 
 # Modules that keep 16 bits under --quantize, as patterns of their whole names: they are small, and rounding hurts them.
 UNQUANTIZED = ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")
@@ -46,9 +47,28 @@ PROMPTS: Mapping[Detail, str] = {
     "only, without an introduction.",
 }
 
+WORDS_PER_TOKEN = 0.6  # English has 0.75; models count badly
+
 _GPU_SHARE = 0.7  # of the free memory, for weights under --offload; the rest is for what they compute
 _LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError)
 _PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError)
+
+
+def question(settings: CaptionSettings, max_tokens: int, prompts: Mapping[Detail, str] = PROMPTS) -> str:
+    """What a chat model is asked: the user's own prompt, or the family's, which asks for no more than fits.
+
+    Args:
+        settings: The captioner's.
+        max_tokens: Of a caption.
+        prompts: The family's, by ``detail``.
+    """
+    if settings.prompt:
+        return settings.prompt
+    words = (
+        settings.max_words if settings.max_words is not None else max(5, round(max_tokens * WORDS_PER_TOKEN / 5) * 5)
+    )
+    bound = f" Use at most {words} words." if words else ""
+    return prompts[settings.detail] + bound
 
 
 class SquareImages:
@@ -128,9 +148,11 @@ class VisionLanguageModel:
         squeezes: Every image is resized to one rectangle.
         compiles: It is an encoder-decoder, whose step can be captured.
         unquantized: See UNQUANTIZED.
+        asked: What the model is asked in words.
     """
 
     family: Family
+    asked = ""
     processor_class: str | None = None
     half_overflows = False
     squeezes = False
@@ -175,7 +197,7 @@ class VisionLanguageModel:
             self.model = self._load_model(folder)
             self._configure(s.prompt)
             static = s.compile != "none"
-            self._caches = StaticCaches(self.model.config.text_config, self.max_tokens) if static else None
+            self._caches = StaticCaches(self.model.config.text_config) if static else None
             if s.compile == "all" and device.startswith("cuda"):
                 self._images_encoder().compile(dynamic=False)
         except torch.OutOfMemoryError as error:
@@ -208,12 +230,8 @@ class VisionLanguageModel:
 
     def _texts(self, sequences: Any, prompt_length: int) -> list[str]:
         """Read the captions from the tokens that ``generate`` returned."""
-        ends = self.generation.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        rows = []
-        for row in sequences[:, prompt_length:].tolist():  # after its end a row is padded, by some models with a word
-            end = next((place for place, token in enumerate(row) if token in ends), len(row))
-            rows.append(row[:end])
+        # After its end a row is padded, by some models with a word.
+        rows = [row[: self._end(row)] for row in sequences[:, prompt_length:].tolist()]
         texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
@@ -239,10 +257,10 @@ class VisionLanguageModel:
             detail = f"{image.width}×{image.height}: {hub_error_line(error)}"
             raise SampleError("processor_refused", detail) from error
 
-    def caption(self, batch: Sequence[Inputs], seeds: Sequence[int]) -> list[str]:
+    def caption(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt = FIRST) -> list[Reply]:
         """See CaptionBackend."""
         try:
-            return self._caption(batch, seeds)
+            return self._caption(batch, seeds, attempt)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise self._explain(error) from error
@@ -257,8 +275,9 @@ class VisionLanguageModel:
 
     # ---- the device
 
-    def _caption(self, batch: Sequence[Inputs], seeds: Sequence[int]) -> list[str]:
+    def _caption(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt) -> list[Reply]:
         torch = self._torch
+        tokens = attempt.tokens(self.max_tokens)
         rows = [*batch, *[batch[-1]] * (padded_rows(len(batch)) - len(batch) if self._caches else 0)]
         joined = {name: torch.cat([inputs.tensors[name] for inputs in rows]) for name in rows[0].tensors}
         moved = {name: self._to_device(tensor) for name, tensor in joined.items()}
@@ -268,18 +287,36 @@ class VisionLanguageModel:
         # The caches are kept for the next call, and compiled code refuses tensors that were made in inference mode.
         with torch.inference_mode() if self._caches is None else torch.no_grad():
             if self._caches:
-                moved["past_key_values"] = self._caches.get(len(rows), prompt_length)
-            sequences = self.model.generate(
-                **moved, generation_config=self.generation, logits_processor=self._choice(seeds, len(rows))
-            )
-        return self._texts(sequences[: len(batch)], prompt_length)
+                moved["past_key_values"] = self._caches.get(len(rows), prompt_length, tokens)
+            settings = copy.deepcopy(self.generation)
+            settings.update(max_new_tokens=tokens)
+            choice = self._choice(seeds, len(rows), attempt)
+            sequences = self.model.generate(**moved, generation_config=settings, logits_processor=choice)
+        sequences = sequences[: len(batch)]
+        texts = self._texts(sequences, prompt_length)
+        ended = self._ended(sequences, prompt_length, tokens)
+        return [Reply(text, WHOLE if end else CUT) for text, end in zip(texts, ended, strict=True)]
 
-    def _choice(self, seeds: Sequence[int], rows: int) -> list[Any]:
+    def _ended(self, sequences: Any, prompt_length: int, tokens: int) -> list[bool]:
+        """Whether each caption ended before the bound on tokens."""
+        # The decoder of an encoder-decoder begins with a token of its own, in some models the one that ends a text.
+        first = 1 if getattr(self.model.config, "is_encoder_decoder", False) else prompt_length
+        rows = sequences[:, first:].tolist()
+        forced = self.generation.forced_eos_token_id is not None  # ``generate`` ends a text with it at the bound
+        return [len(row) < tokens or self._end(row[: tokens - forced]) is not None for row in rows]
+
+    def _end(self, row: Sequence[int]) -> int | None:
+        """The place of the first token that ends a text; None where there is none."""
+        ends = self.generation.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        return next((place for place, token in enumerate(row) if token in ends), None)
+
+    def _choice(self, seeds: Sequence[int], rows: int, attempt: Attempt) -> list[Any]:
         """The logits processors that choose a token, beside those of ``generate`` itself."""
         processors: list[Any] = [NoRepeatedNgrams(self._ngram)] if self._ngram else []
-        if self.settings.temperature > 0:
+        if (temperature := attempt.temperature(self.settings.temperature)) > 0:
             padded = [*seeds, *[0] * (rows - len(seeds))]
-            processors.append(SeededSampling(self.settings.temperature, padded, self.max_tokens))
+            processors.append(SeededSampling(temperature, padded, attempt.tokens(self.max_tokens)))
         return processors
 
     def _to_device(self, tensor: Any) -> Any:
@@ -437,7 +474,8 @@ class ChatCaptioner(VisionLanguageModel):
     prompts: Mapping[Detail, str] = PROMPTS
 
     def _configure(self, prompt: str | None) -> None:
-        content = [{"type": "image"}, {"type": "text", "text": prompt or self.prompts[self.settings.detail]}]
+        self.asked = prompt or question(self.settings, self.max_tokens, self.prompts)
+        content = [{"type": "image"}, {"type": "text", "text": self.asked}]
         if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
             raise ValueError("it has no chat template")
         self._text = self.processor.apply_chat_template(

@@ -58,21 +58,23 @@ class StaticCaches:
     """Keys and values of an encoder-decoder, in buffers of fixed size that keep their place from call to call, because
     a captured CUDA graph needs that."""
 
-    def __init__(self, config: Any, max_tokens: int) -> None:
-        """max_tokens: of an answer."""
-        self._config, self._length = config, max_tokens + 1  # the token that starts the decoder
-        self._caches: dict[tuple[int, int], Any] = {}
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._caches: dict[tuple[int, int, int], Any] = {}
 
-    def get(self, rows: int, encoder_length: int) -> Any:
-        """An empty cache for a batch of ``rows``.  Only the last two sizes are kept, as each may have gigabytes."""
+    def get(self, rows: int, encoder_length: int, max_tokens: int) -> Any:
+        """An empty cache for a batch of ``rows`` and answers of ``max_tokens``.
+
+        Only the last two sizes are kept, as each may have gigabytes.
+        """
         from transformers import EncoderDecoderCache, StaticCache
 
-        key = rows, encoder_length
+        key = rows, encoder_length, max_tokens
         cache = self._caches.pop(key, None)
         if cache is None:
             if len(self._caches) >= 2:
                 del self._caches[next(iter(self._caches))]
-            lengths = (self._length, encoder_length)
+            lengths = (max_tokens + 1, encoder_length)  # with the token that starts the decoder
             cache = EncoderDecoderCache(*(StaticCache(config=self._config, max_cache_len=most) for most in lengths))
         else:
             cache.reset()

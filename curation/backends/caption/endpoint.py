@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from curation.backends.caption.base import PROMPTS
-from curation.caption.captioner import CaptionSettings, Family
+from curation.backends.caption.base import question
+from curation.caption.captioner import FIRST, Attempt, CaptionSettings, Family
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
 from curation.models.needs import NothingToFetch, WeightsNeed
+from curation.replies import Reply
 from curation.serving import EndpointPool, Registry, RegistryWatcher, Request, endpoint_urls
+from curation.serving.wire import estimated_tokens
 
 LONGEST_SIDE = 1536  # pixels; vision models look at no more
 QUALITY = 95
@@ -59,16 +62,17 @@ class Backend:
         if s.endpoints and s.endpoints_dir is not None:
             raise UsageError("--endpoints_dir names the servers: leave --endpoints out")
         self.name, self.revision, self.device_kind = source, s.revision or "served", "endpoint"
-        self._prompt = s.prompt or PROMPTS[s.detail]
         self._temperature = s.temperature
         self._max_tokens = s.max_tokens or self.family.max_tokens
+        self.asked = question(s, self._max_tokens)
+        needs_tokens = estimated_tokens(self.asked) + self._max_tokens
         self._watch: RegistryWatcher | None = None
         if s.endpoints_dir is not None:
-            self._pool = EndpointPool([], source, timeout_s=s.timeout_s)
+            self._pool = EndpointPool([], source, timeout_s=s.timeout_s, needs_tokens=needs_tokens)
             self._watch = RegistryWatcher(self._pool, Registry(s.endpoints_dir)).start()
         else:
             urls = endpoint_urls(s.ports, endpoints=s.endpoints)
-            self._pool = EndpointPool(urls, source, timeout_s=s.timeout_s)
+            self._pool = EndpointPool(urls, source, timeout_s=s.timeout_s, needs_tokens=needs_tokens)
             self._pool.open()
         self._threads = ThreadPoolExecutor(self.family.batch_size, "caption")
 
@@ -90,20 +94,22 @@ class Backend:
         except (ValueError, OSError) as error:
             raise SampleError("processor_refused", f"{image.width}×{image.height}: {error}") from error
 
-    def caption(self, batch: Sequence[SentImage], seeds: Sequence[int]) -> list[str | SampleError]:
+    def caption(
+        self, batch: Sequence[SentImage], seeds: Sequence[int], attempt: Attempt = FIRST
+    ) -> list[Reply | SampleError]:
         """See CaptionBackend.  An image for which the servers have no answer fails alone."""
-        return list(self._threads.map(self._ask, batch, seeds))
+        return list(self._threads.map(partial(self._ask, attempt), batch, seeds))
 
-    def _ask(self, image: SentImage, seed: int) -> str | SampleError:
+    def _ask(self, attempt: Attempt, image: SentImage, seed: int) -> Reply | SampleError:
         request = Request(
-            user=self._prompt,
+            user=self.asked,
             jpeg=image.jpeg,
-            temperature=self._temperature,
+            temperature=attempt.temperature(self._temperature),
             seed=seed & ((1 << SEED_BITS) - 1),
-            max_tokens=self._max_tokens,
+            max_tokens=attempt.tokens(self._max_tokens),
         )
         try:
-            return self._pool.ask(request).text
+            return self._pool.ask(request)
         except SampleError as error:
             return error
 

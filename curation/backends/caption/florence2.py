@@ -24,6 +24,7 @@ class Backend(VisionLanguageModel):
         name="florence2",
         batch_size=16,
         max_tokens=256,
+        chats=False,
         model_types=("florence2",),
         hub_names=r"florence-?2",
         models=(

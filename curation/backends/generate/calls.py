@@ -14,6 +14,9 @@ from typing import Any
 from curation.backends.generate.presets import Preset, text_results
 from curation.errors import InfrastructureError, UsageError
 
+# The scales of a pipeline that is made of two: its prior reads the negative prompt too.
+COMBINED_SCALES = ("guidance_scale", "prior_guidance_scale", "decoder_guidance_scale")
+
 
 @dataclass(frozen=True, slots=True)
 class Texts:
@@ -49,12 +52,15 @@ class Texts:
 class PipelineCall:
     """A pipeline's call with every setting resolved: ``steps``, ``guidance``, ``width`` and ``height`` are numbers.
 
+    negative_prompt: empty where it would have no effect.  true_cfg_scale: None where it has no effect.
     warnings: what the user should know and is no error.
     Raises UsageError for a setting that this pipeline has no argument for or a size that it cannot make, and
     InfrastructureError for a pipeline that is none from text to images.
     """
 
-    def __init__(self, pipeline: Any, settings: Preset, negative_prompt: str = "") -> None:
+    def __init__(
+        self, pipeline: Any, settings: Preset, negative_prompt: str = "", true_cfg_scale: float | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.name = type(pipeline).__name__
         self.warnings: list[str] = []
@@ -72,8 +78,13 @@ class PipelineCall:
         self.height = settings.height or self._default_side("height")
         self.width = settings.width or self._default_side("width")
         self.check_size(self.width, self.height)
-        self._fixed = self._fixed_arguments(settings)
-        self.negative_prompt = self._effective_negative(negative_prompt)
+        self.text_tokens: int | None = settings.text_tokens or self._default("max_sequence_length", None)
+        self._fixed = self._fixed_arguments(settings, true_cfg_scale)
+        self._true_cfg_asked = true_cfg_scale is not None and true_cfg_scale > 1
+        scale = self._default("true_cfg_scale", None) if true_cfg_scale is None else true_cfg_scale
+        self.negative_prompt = self._effective_negative(negative_prompt, scale)
+        self.true_cfg_scale: float | None = scale if self.negative_prompt or self._true_cfg_asked else None
+        self._warn_of_guidance(settings.guidance)
 
     def check_size(self, width: int, height: int) -> None:
         """Raise UsageError where the pipeline would quietly make another size."""
@@ -94,9 +105,14 @@ class PipelineCall:
         arguments = dict(self._fixed)
         if prompts is not None:
             arguments["prompt"] = list(prompts)
-            if self.negative_prompt:
-                arguments["negative_prompt"] = [self.negative_prompt] * count
+        if self._has_negative and (prompts is not None or "negative_prompt_embeds" not in text_results()[self.name]):
+            arguments["negative_prompt"] = [self.negative_prompt] * count
         return arguments
+
+    @property
+    def _has_negative(self) -> bool:
+        """Guidance by --true_cfg_scale takes place only against a negative prompt, which may be empty."""
+        return bool(self.negative_prompt) or self._true_cfg_asked
 
     @property
     def takes_step_callback(self) -> bool:
@@ -109,6 +125,13 @@ class PipelineCall:
 
     def encode(self, prompts: Sequence[str]) -> Texts:
         """The prompts' embeddings, exactly those that the call would make for this batch."""
+        pairs = zip(text_results()[self.name], self.encode_prompt(prompts), strict=True)
+        # an absent negative is None or, in ZImagePipeline, an empty list
+        values = {name: value for name, value in pairs if name and value is not None and len(value)}
+        return Texts(values, len(prompts))
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Any:
+        """What the pipeline's own ``encode_prompt`` returns, called as the pipeline's call does."""
         import torch
 
         pipeline = self.pipeline
@@ -129,16 +152,13 @@ class PipelineCall:
             elif (own := self._default(name, None)) is not None:  # Sana's instruction to its text encoder
                 arguments[name] = own
         with torch.no_grad():
-            results = pipeline.encode_prompt(**arguments)
-        pairs = zip(text_results()[self.name], results, strict=True)
-        # an absent negative is None or, in ZImagePipeline, an empty list
-        values = {name: value for name, value in pairs if name and value is not None and len(value)}
-        return Texts(values, len(prompts))
+            return pipeline.encode_prompt(**arguments)
 
-    def _fixed_arguments(self, settings: Preset) -> dict[str, Any]:
+    def _fixed_arguments(self, settings: Preset, true_cfg_scale: float | None) -> dict[str, Any]:
         wanted: dict[str, Any] = {
             "num_inference_steps": self.steps or None,
             "guidance_scale": self.guidance,
+            "true_cfg_scale": true_cfg_scale,
             "max_sequence_length": settings.text_tokens,
             **settings.extra,
         }
@@ -150,17 +170,32 @@ class PipelineCall:
             arguments["intermediate_timesteps"] = None
         return arguments
 
-    def _effective_negative(self, negative_prompt: str) -> str:
+    def _effective_negative(self, negative_prompt: str, true_cfg_scale: float | None) -> str:
         """The negative prompt, empty with a warning where it would be ignored."""
-        if not negative_prompt:
-            return ""
         if "negative_prompt" not in self._parameters:
-            raise UsageError(f"--negative_prompt: {self.name} takes none")
-        self.pipeline._guidance_scale = self.guidance
-        if getattr(self.pipeline, "do_classifier_free_guidance", False):
+            if negative_prompt:
+                raise UsageError(f"--negative_prompt: {self.name} takes none")
+            return ""
+        scales = {"guidance_scale": self.guidance, "true_cfg_scale": true_cfg_scale}
+        if not negative_prompt or uses_negative_prompt(self.pipeline, scales):
             return negative_prompt
-        self.warnings.append(f"--negative_prompt has no effect: {self.name} ignores it at --guidance {self.guidance}")
+        flag, value = ("guidance", self.guidance) if true_cfg_scale is None else ("true_cfg_scale", true_cfg_scale)
+        self.warnings.append(f"--negative_prompt has no effect: {self.name} ignores it at --{flag} {value}")
         return ""
+
+    def _warn_of_guidance(self, given: float | None) -> None:
+        """Tell of a guidance scale that nothing reads; 0 and 1 are the usual ways to say that there is none."""
+        if given in (None, 0, 1):
+            return
+        pipeline = self.pipeline
+        config = getattr(denoiser_of(pipeline), "config", None)
+        embeds = getattr(config, "guidance_embeds", None)
+        embeds = getattr(config, "time_cond_proj_dim", None) is not None if embeds is None else embeds
+        guided = getattr(pipeline, "do_classifier_free_guidance", None)
+        if guided is None:  # only a transformer that is meant to read it says whether it does
+            guided = getattr(config, "guidance_embeds", None) is None
+        if not guided and not embeds:
+            self.warnings.append(f"--guidance {given} has no effect: {self.name} does not read it with this model")
 
     def _default(self, name: str, otherwise: Any) -> Any:
         parameter = self._parameters.get(name)
@@ -176,6 +211,39 @@ class PipelineCall:
         denoiser = denoiser_of(self.pipeline)
         latent = getattr(self.pipeline, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None)
         return int(latent) * scale if isinstance(latent, int) else 1024
+
+
+def uses_negative_prompt(pipeline: Any, scales: Mapping[str, float | None]) -> bool:
+    """Whether a pipeline whose call takes a negative prompt reads it.
+
+    A pipeline that takes ``true_cfg_scale`` (for guidance-distilled models) does so above 1, at any ``guidance_scale``.
+    One with the property ``do_classifier_free_guidance`` says so itself, unless its call has a variable of that name,
+    which then counts (the property of StableDiffusionPanoramaPipeline is always false).  All others follow the
+    definition of classifier-free guidance, which does nothing at a scale of 1: they do so if any of their scales is
+    above 1.  Where no scale is known the negative prompt is passed on.
+
+    Args:
+        pipeline: The pipeline.
+        scales: Values for the scales of its call; others have the call's defaults.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+
+    def scale(name: str) -> Any:
+        given = scales.get(name)
+        return parameters[name].default if given is None else given
+
+    if "true_cfg_scale" in parameters:
+        value = scale("true_cfg_scale")
+        return isinstance(value, (int, float)) and value > 1
+    own = "do_classifier_free_guidance" in inspect.unwrap(type(pipeline).__call__).__code__.co_varnames
+    if hasattr(type(pipeline), "do_classifier_free_guidance") and not own:
+        if "guidance_scale" in parameters:
+            pipeline._guidance_scale = scale("guidance_scale")  # the call sets it before it asks the property
+        return bool(pipeline.do_classifier_free_guidance)
+    names = COMBINED_SCALES if hasattr(pipeline, "prior_pipe") else ("guidance_scale",)
+    known = [scale(name) for name in names if name in parameters]
+    values = [value for value in known if isinstance(value, (int, float))]
+    return not values or max(values) > 1
 
 
 def denoiser_of(pipeline: Any) -> Any:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
 from curation.backends.generate.loading import load_pipeline, pipeline_weights
 from curation.backends.generate.presets import Preset
+from curation.backends.generate.reading import Reading, TextWindow, text_window
+from curation.edits import with_suffix
 from curation.errors import InfrastructureError, SampleError
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
 from curation.models.hub_cache import ModelSource, resolve
@@ -108,6 +110,7 @@ class Backend:
             again.
         is_stand_in: Whether it only runs a model of its own, for trying out.
         call: The pipeline's call, with every setting resolved.
+        window: How much of a prompt the pipeline reads; None where it does not show that.
     """
 
     presets: ClassVar[Mapping[str, Preset]] = {}
@@ -120,6 +123,8 @@ class Backend:
         settings: Preset,
         *,
         negative_prompt: str = "",
+        true_cfg_scale: float | None = None,
+        prompt_suffix: str = "",
         speed_ups: SpeedUps | None = None,
         device: str = "cpu",
         threads: int = 1,
@@ -132,6 +137,8 @@ class Backend:
             source: The exact model.
             settings: The model's preset with the user's flags in it.
             negative_prompt: What the pictures should not show.
+            true_cfg_scale: How strongly, where the pipeline takes it; None leaves it to the pipeline.
+            prompt_suffix: What ``read`` puts behind every prompt.
             speed_ups: Default: none.
             device: ``cpu`` or ``cuda:<n>``.
             threads: CPU threads for torch.
@@ -145,9 +152,11 @@ class Backend:
         self.source = source
         self.device = device
         self.speed_ups = speed_ups or SpeedUps()
+        self.prompt_suffix = prompt_suffix
         self._thread = ThreadPoolExecutor(1, "device")
+        texts = (negative_prompt, true_cfg_scale)
         try:
-            self._thread.submit(self._open, settings, negative_prompt, threads, remember_in, pipeline).result()
+            self._thread.submit(self._open, settings, texts, threads, remember_in, pipeline).result()
         except BaseException:
             self.close()
             raise
@@ -167,7 +176,12 @@ class Backend:
         self._thread.shutdown(cancel_futures=True)
 
     def _open(
-        self, settings: Preset, negative_prompt: str, threads: int, remember_in: Path | None, pipeline: Any
+        self,
+        settings: Preset,
+        texts: tuple[str, float | None],
+        threads: int,
+        remember_in: Path | None,
+        pipeline: Any,
     ) -> None:
         import torch
 
@@ -176,11 +190,29 @@ class Backend:
         torch.set_num_threads(threads)
         self.device_kind = use_device(device)
         self.pipeline = load_pipeline(source, settings.dtype, device) if pipeline is None else pipeline
-        self.call = PipelineCall(self.pipeline, settings, negative_prompt)
+        self.call = PipelineCall(self.pipeline, settings, *texts)
+        self.window: TextWindow | None = text_window(self.pipeline, self.call.encode_prompt, self.call.text_tokens)
+        self._check_texts()
         self.batch = FittingBatchSize(
             settings.batch_size, f"{self.device_kind}\0{source.name}\0{source.revision}\0{settings.dtype}", remember_in
         )
         self._apply(self.speed_ups)
+
+    def _check_texts(self) -> None:
+        call, window = self.call, self.window
+        if window is None:
+            call.warnings.append(f"{call.name} does not show how many tokens of a prompt it reads; prompts may be cut")
+            return
+        window.check_suffix(self.prompt_suffix, call.name)
+        [negative] = window.count([call.negative_prompt])
+        if negative > window.room:
+            call.warnings.append(f"--negative_prompt has {negative} tokens; {call.name} reads the first {window.room}")
+
+    def read(self, prompts: Sequence[str]) -> list[Reading]:
+        """What the model reads of each prompt, with the suffix that it is given."""
+        if self.window is None:
+            return [Reading(with_suffix(prompt, self.prompt_suffix)) for prompt in prompts]
+        return self._thread.submit(self.window.read, prompts, self.prompt_suffix).result()
 
     def generate(
         self,

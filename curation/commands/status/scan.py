@@ -14,6 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -23,9 +24,9 @@ import orjson
 from curation.commands.places import StagePlace
 from curation.errors import InfrastructureError
 from curation.run.inputs import receipts_of, vouched_for
-from curation.run.ledger import MAX_ATTEMPTS, OptionsVersion
+from curation.run.ledger import MAX_ATTEMPTS, OptionsVersion, done_receipts
 from curation.run.planned import Plan
-from curation.shards import bucket_of
+from curation.shards import bucket_of, is_safe_id
 from curation.storage.files import MAX_RECEIPT_BYTES, read_record
 
 EXAMPLES = 5  # failed shards that are shown for each reason
@@ -373,8 +374,27 @@ class ReceiptScan:
         sources = self.stages[number].sources
         if any(folder.startswith("_") for _, folder in sources):  # the index of such shards
             return []
+        if not sources:
+            return self._maker_of_files(number)
         found = {self._origin(number, stage, folder)[0] for stage, folder in sources}
         return sorted(place for place in found if place is not None and place != number)
+
+    def _maker_of_files(self, number: int) -> list[int]:
+        """Returns the stage that published the very file from which a stage made one of its shards, if there is one.
+
+        Source shards count by size and time, and no receipt says who made them.
+        """
+        for receipt in islice(done_receipts(self.stages[number].place.home, self.stages[number].place.stage), 1):
+            shard_id, inputs = str(receipt.get("shard")), receipt.get("inputs")
+            for other, stage in enumerate(self.stages):
+                theirs = stage.place.done_receipt(shard_id) if other != number and is_safe_id(shard_id) else None
+                for output in theirs.get("outputs", ()) if theirs is not None else ():
+                    with contextlib.suppress(OSError, TypeError, KeyError):
+                        path = stage.place.home / output["path"]
+                        found = {"path": path.name, "size": (is_ := path.stat()).st_size, "mtime_ns": is_.st_mtime_ns}
+                        if isinstance(inputs, list) and found in inputs:
+                            return [other]
+        return []
 
     def _epochs(self, place: StagePlace) -> list[OptionsVersion]:
         epochs: list[OptionsVersion] = []

@@ -1,0 +1,437 @@
+"""What a model wrote, and whether that is a result: the one judge for every model that writes text.
+
+A server, or a captioner in this process, gives a ``Reply``.  ``judge`` takes the model's reasoning off and tells
+whether the rest can be a prompt (stage 02) or a caption (stage 05).  What is no result has a reason that names the
+cause.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from curation.jsonio import clean_text
+
+WHOLE, CUT = "stop", "length"
+
+# How servers say that the model ended its reply itself (OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic), and that the
+# bound on tokens ended it.
+_WHOLE_WORDS = frozenset({"stop", "eos_token", "eos", "stop_sequence", "end_turn"})
+_CUT_WORDS = frozenset({"length", "max_tokens", "max_length", "model_length"})
+_FILTERED = frozenset({"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "moderation"})
+_ABORTED = frozenset({"abort", "aborted", "cancelled", "canceled"})
+
+
+def ended_by(word: object) -> str:
+    """A server's word for why a reply ended, in the words of ``Reply.ended``; "" where it says nothing."""
+    said = word.strip().lower()[:40] if isinstance(word, str) else ""
+    return WHOLE if said in _WHOLE_WORDS else CUT if said in _CUT_WORDS else said
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model wrote.
+
+    Attributes:
+        text: The reply, with whatever stands around the result.
+        ended: ``stop``: the model ended it.  ``length``: the bound on tokens did.  Anything else, "" included, is what
+            the server said, and the reply is not whole.
+        refused: The server says that the model refuses.
+        reasoned: The model also wrote reasoning, which the server gave apart from the text.
+        tokens_read, tokens_written: Of the request and of the reply, as the server counts; 0 where it does not say.
+        system: The system prompt under which it was written, as far as it is known.
+    """
+
+    text: str
+    ended: str = WHOLE
+    refused: bool = False
+    reasoned: bool = False
+    tokens_read: int = 0
+    tokens_written: int = 0
+    system: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a reply must be like.
+
+    Attributes:
+        shortest, longest: Characters.
+        one_line: It is one line; otherwise paragraphs are joined to one.
+        chats: A chat model wrote it, which may reason, refuse, introduce its answer or mark it up.  A model that only
+            reads pictures does none of that, and the text in a picture may look like all of it.
+        structure: Lists, headings, JSON and HTML are what was asked for.
+    """
+
+    shortest: int
+    longest: int
+    one_line: bool = False
+    chats: bool = True
+    structure: bool = False
+
+
+PROMPT = Form(shortest=8, longest=1000, one_line=True)  # text-to-image models read 77 to 512 tokens
+CAPTION = Form(shortest=1, longest=32_000)
+
+
+class Verdict(NamedTuple):
+    """The judge's result.
+
+    Attributes:
+        text: The prompt or caption; None where the reply is none.
+        reason: Why the reply is no result, or not the whole one, as a word that is counted; "" where it is whole.
+        cut: More tokens may make it whole.  ``text`` then ends with the last whole sentence, or is None.
+    """
+
+    text: str | None
+    reason: str = ""
+    cut: bool = False
+
+
+def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "") -> Verdict:
+    """Tell whether a reply is a result.
+
+    Args:
+        reply: What the model wrote.
+        form: What the result must be like.
+        asked: What the model was asked; a reply that repeats it is an echo.
+        begun: The beginning of the result, where the request contained it.
+    """
+    if reply.refused:
+        return Verdict(None, "reply_refusal")
+    if len(reply.text) > _MOST_CHARACTERS:
+        return Verdict(None, "reply_too_long")
+    raw, finished = without_reasoning(reply.text) if form.chats else (reply.text, True)
+    cut = reply.ended == CUT
+    if not finished or (reply.reasoned and not raw.strip()):
+        return Verdict(None, "reply_only_reasoning", cut)
+    if reply.ended not in (WHOLE, CUT):
+        return Verdict(None, _unfinished(reply))
+    if not raw.strip():
+        return Verdict(None, "reply_cut_short" if cut else "reply_empty", cut)
+    if form.one_line and len([line for line in _LINES.split(raw) if line.strip()]) > 1:
+        return Verdict(None, "reply_many_lines")
+    if len(raw) > _READ_FACTOR * form.longest:
+        return Verdict(None, "reply_too_long")
+    text = _unquoted(clean_text(begun.rstrip() + raw.strip("\r\n")))
+    if len(text) > form.longest:
+        return Verdict(None, "reply_too_long")
+    if reason := _unfit(text, "\n".join(filter(None, map(clean_text, _LINES.split(raw)))), form, asked):
+        return Verdict(None, reason)
+    if len(text) < form.shortest or not _WORD(text):
+        return Verdict(None, "reply_too_short" if form.one_line else "reply_empty")
+    if not cut:
+        return Verdict(None, "reply_unfinished") if form.chats and _DANGLING(text) else Verdict(text)
+    whole = last_whole_sentence(text)
+    return Verdict(whole if len(whole) >= max(form.shortest, _SHORTEST_SENTENCE) else None, "reply_cut_short", True)
+
+
+def _unfinished(reply: Reply) -> str:
+    if reply.ended in _FILTERED:
+        return "reply_filtered"
+    return "reply_aborted" if reply.ended in _ABORTED else "reply_unfinished"
+
+
+# What a question may ask for in so many words, and how it forbids it.
+_WANTS = re.compile(
+    r"\b(?:json|yaml|xml|html|markdown|bullet(?:ed)?|bullets|lists?|numbered|table|tags|headings?|key-value)\b",
+    re.IGNORECASE,
+).search
+_FORBIDS = re.compile(r"\b(?:no|not|without|avoid|never|don't)\b[^.;\n]{0,60}", re.IGNORECASE)
+
+
+def asks_for_structure(asked: str) -> bool:
+    """Whether a question asks for a list, JSON, markdown or the like, so that these are no faults of the reply."""
+    return bool(_WANTS(_FORBIDS.sub("", asked)))
+
+
+# ---- reasoning
+
+_THINKING = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis|seed:think)"
+_TAG = re.compile(
+    rf"(?P<start><\s*{_THINKING}(?:\s[^<>]{{0,60}})?>|<\|think(?:ing)?\|>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>(?:thought)?"
+    rf"|<\|channel>\s*(?:thought|thinking|analysis)\b)"
+    rf"|(?P<end><\s*/\s*{_THINKING}\s*>|<\|/think(?:ing)?\|>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>"
+    rf"|<channel\|>|<\|channel>\s*(?:final|response)\b\s*)",
+    re.IGNORECASE,
+)
+# gpt-oss: <|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…<|return|>
+_FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<\n]{0,40}(?:<\|constrain\|>[^<\n]{0,40})?(?:<\|message\|>)?")
+_CHANNEL_ENDS = re.compile(r"<\|(?:end|return|start|call)\|>")
+_ANSWER = re.compile(
+    r"\s*(?:<(?P<tag>answer|response|solution|final|output)>(?P<inner>.*)</(?P=tag)>"
+    r"|<\|begin_of_(?P<box>box|solution)\|>(?P<boxed>.*)<\|end_of_(?P=box)\|>"
+    r"|<\|START_RESPONSE\|>(?P<response>.*)<\|END_RESPONSE\|>)\s*",
+    re.IGNORECASE | re.DOTALL,
+)
+_GRANITE = re.compile(r"\s*here(?:'s| is) my thought process:(?P<thought>.*)", re.IGNORECASE | re.DOTALL)
+_GRANITE_ANSWER = re.compile(r"here(?:'s| is) my response:", re.IGNORECASE)
+
+
+def without_reasoning(text: str) -> tuple[str, bool]:
+    """Take a model's reasoning off its reply.
+
+    Returns:
+        The rest; and False where the reasoning has no end, so that no result follows it.
+    """
+    if "<|channel|>" in text:
+        finals = [match.end() for match in _FINAL_CHANNEL.finditer(text)]
+        if not finals:
+            return "", False
+        text = _CHANNEL_ENDS.split(text[finals[-1] :], maxsplit=1)[0]
+    elif re.match(r"\s*analysis(?=[A-Z]|.{0,20000}assistant\s?final)", text, re.DOTALL):  # the same without its tokens
+        _, found, text = text.rpartition("assistantfinal" if "assistantfinal" in text else "assistant final")
+        if not found:
+            return "", False
+    kept: list[str] = []
+    inside, place = False, 0
+    for tag in _TAG.finditer(text):
+        if tag["start"] and not inside:
+            kept.append(text[place : tag.start()])
+            inside = True
+        elif tag["end"]:
+            if not inside:  # an end alone: the chat template had written the start
+                kept.clear()
+            inside, place = False, tag.end()
+    if inside:
+        return "".join(kept), False
+    rest = "".join([*kept, text[place:]])
+    if granite := _GRANITE.match(rest):
+        answer = _GRANITE_ANSWER.search(granite["thought"])
+        if answer is None:
+            return "", False
+        rest = granite["thought"][answer.end() :]
+    if answer := _ANSWER.fullmatch(rest):
+        rest = answer["inner"] or answer["boxed"] or answer["response"] or ""
+    return rest, True
+
+
+# ---- what is no result
+
+_MOST_CHARACTERS = 1 << 19  # with all reasoning
+_READ_FACTOR = 4  # a text that is longer than so many times the longest result is not looked at
+_SHORTEST_SENTENCE = 8
+_MOST_QUOTES = 6
+_LINES = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
+_WORD = re.compile(r"[^\W\d_]{2}|[^\W_]").search
+_TWO_LETTERS = re.compile(r"[^\W\d_]{2}").search
+_QUOTED = {'"': '"', "“": "”", "„": "“", "'": "'", "‘": "’", "«": "»", "`": "`", "*": "*"}
+_DANGLING = re.compile(r"\s(?:a|an|the|and|or)$").search  # no sentence ends like this, whatever the server says
+_QUOTATION = re.compile(r'"[^"]{1,300}"|“[^”]{1,300}”|„[^“”]{1,300}[“”]|«[^»]{1,300}»')
+
+_CANNOT = (
+    r"(?:I\s*(?:'m| am)?|we\s*(?:'re| are)?)\s*(?:(?:really|very|so|just|unfortunately|currently)\s+)?"
+    r"(?:can't|cannot|can not|could not|couldn't|won't|will not|must decline|have to decline|decline"
+    r"|don't feel comfortable|do not feel comfortable|(?:not|un)\s*(?:able|comfortable|permitted|allowed|going))"
+)
+_HELP = (
+    r"(?:\s+to)?\s+(?:\w+ly\s+)?(?:assist|help|provide|describ|identif|comply|fulfil|rewrit|modif|generat|creat|answer"
+    r"|continue|process|view|access|determin|recogni|discuss|engag|support|confirm|speculat|complet|edit|alter|portray"
+    r"|depict|produce|offer|perform|do (?:that|this|so)|reproduc|analy|assess|infer|comment|share|fulfill|caption"
+    r"|(?:see|read|open) (?:the|this|that|any|an|your) (?:image|picture|photo|attach))"
+)
+# What carries such words when a caption begins with them.
+_PRINTED = re.compile(
+    r"\b(?:t-?shirts?|shirts?|tees?|hoodies?|sweat(?:er|shirt)s?|mugs?|cups?|posters?|signs?|stickers?|cards?|prints?|caps?|hats?"
+    r"|bags?|totes?|memes?|quotes?|lyrics|tattoos?|books?|albums?|covers?|banners?|slogans?|aprons?|magnets?)\b",
+    re.IGNORECASE,
+).search
+_SORRY = re.compile(
+    r"^\W*(?:(?:(?:I'm|I am|we're|we are) (?:\w+ ){0,2}(?:sorry|afraid)|sorry|my apologies|unfortunately"
+    r"|(?:I|we) (?:must )?apologi[sz]e)\b(?=\W*(?:but\b|for\b|I\b|as\b|that\b|no\b|the\b|this\b|we\b|it\b|$|[,.!]))"
+    rf"|{_CANNOT}\b"
+    r"|it(?:'s| is| would be) (?:not|in)\s*appropriate\b"
+    r"|(?:I'm|I am) (?:just |only )?(?:a|an) (?:\w+ )?(?:language|text-based|AI)\b"
+    r"|this (?:request|content|image) (?:may |might )?(?:violates?|goes against|is against)\b)",
+    re.IGNORECASE,
+).search
+_REFUSAL = re.compile(
+    rf"(?:^|[.!?]\W{{0,4}}\s|[,;]\s(?:but\s|so\s)?){_CANNOT}{_HELP}"
+    r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model|text-based|vision model)\b"
+    r"|\b(?:no|without an?) (?:image|picture|photo) (?:was|is|has been|were)"
+    r" (?:provided|attached|uploaded|included|given|shared)\b"
+    r"|\b(?:please|could you) (?:provide|upload|attach|share)\b.{0,30}\b(?:image|picture|photo|sentence|caption)\b"
+    r"|\bI (?:don't|do not) (?:see|have) (?:an?|any|the|access to|the ability)\b.{0,40}"
+    r"\b(?:image|picture|photo|attachment|view|see)\b"
+    r"|\b(?:against|violates?) (?:my|our|the|openai's?) (?:\w+ )?(?:guidelines|polic(?:y|ies))\b"
+    r"|^\W*(?:抱歉|很抱歉|对不起|作为一个(?:AI|人工智能)|我无法|申し訳|죄송|es tut mir leid|leider kann ich"
+    r"|je suis désolé|désolé,|lo siento|mi dispiace|sinto muito|desculpe,|извините|к сожалению, я)",
+    re.IGNORECASE,
+).search
+
+
+def _refuses(plain: str) -> bool:
+    if _REFUSAL(plain):
+        return True
+    return bool(_SORRY(plain)) and not _PRINTED(plain)
+
+
+def _found(pattern: str, flags: re.RegexFlag = re.IGNORECASE) -> Callable[[str], bool]:
+    search = re.compile(pattern, flags).search
+    return lambda text: bool(search(text))
+
+
+_RESULT = r"(?:sentence|caption|description|version|prompt|text|summary|title|rewrite|response|answer|output|result)"
+# They are tried in this order, on the text without what stands in quotation marks.
+_TALK = (
+    ("reply_refusal", _refuses),
+    (
+        "reply_reasoning",
+        _found(
+            r"^\W*(?:(?:okay|ok|alright|hmm+|well|first|so|wait|got it)\b\W*){0,5}"
+            r"(?:the user(?:'s|\s(?:is|wants|asked|asks|gave|has|provided|needs|just))\b"
+            r"|(?:reasoning|thought process|thinking|step-by-step|analysis)\W{0,3}:"
+            r"|let(?: me|'s) (?:think|analy|start by|look at (?:the|this)|break (?:this|it) down)"
+            r"|(?:we|I)(?:'ll| will| need to| should| have to| must) (?:first )?(?:rewrite|describe|produce|write"
+            r"|output|answer|change|caption|respond|generate|analy[sz]e|look at|identify)\b)"
+        ),
+    ),
+    (
+        "reply_preamble",
+        _found(
+            r"^\W*(?:(?:sure|sure thing|certainly|of course|absolutely|okay|ok|no problem|got it|understood|gladly"
+            r"|alright)\s*[,!:.](?!\w)|yes\s*[,!:.]\s*(?:here\b|I\b|the (?:image|sentence|caption)\b)"
+            r"|(?:I'd|I would|I'm|I am) (?:be )?(?:happy|glad) to\b"
+            r"|(?:great|perfect|excellent)\s*!|here you (?:go|are)\b"
+            r"|thank(?:s| you) for (?:sharing|providing|the|your)\b"
+            r"|(?:a|the|one)?\s?(?:(?:possible|suitable|good|image) )?(?:caption|description|prompt)"
+            r" (?:for (?:this|the) (?:image|picture|photo) )?(?:is|would be|could be|might be)\b"
+            rf"|here(?:'s| is| are)\b.{{0,80}}?(?::|\b{_RESULT}\b)"
+            rf"|(?:below|the following|following) is\b.{{0,60}}\b{_RESULT}\b"
+            r"|based on (?:the|this|your) (?:image|picture|photo|sentence)[^.]{0,40}, here\b"
+            r"|(?:the )?(?:modified|rewritten|revised|updated|new|edited|final)"
+            r" (?:sentence|caption|text|version|prompt)\b"
+            r"|(?:answer|final answer|output|result|response|prompt|caption|image|rewritten|modified|description"
+            r"|image description|detailed description|alt text|summary|title|subject)\W{0,3}\s*:)"
+        ),
+    ),
+    (
+        "reply_remark",
+        _found(
+            r"(?:^|[.!?\n]\s+|\(\s?|\*\s?)\*{0,3}(?:note|explanation|remark|disclaimer)\b[^:\n]{0,20}:"
+            r"|\bI (?:have |'ve )?(?:changed|replaced|modified|rewritten|adjusted) the\b"
+            r"|(?:^|[.!?\n]\W{0,4}\s)(?:I hope (?:this|that|it) helps|let me know (?:if|whether)|would you like me to"
+            r"|feel free to (?:ask|let)|is there anything else|do you want me to"
+            r"|if you(?:'d| would) like(?: me)?(?: to|,))(?!\w)"
+        ),
+    ),
+)
+_ECHOED_QUESTION = _found(r"^\W*(?:sentence|group)\W?\s*:|\b(?:sentence|group)\W?\s*:\s*[\"“']")
+_ROLE = _found(
+    r"^\W*(?:assistant|user|system)\s*:|^\W*human\s*:.*\bassistant\s*:|^(?:assistant|user|system|model)\s*\n"
+)
+_TOKENS = _found(
+    r"<\|[^<>|]{1,40}\|>|<｜[^<>]{1,40}｜>|</?(?:think|s|bos|eos|pad|unk|mask|start_of_turn|end_of_turn|end_of_utterance|turn"
+    r"|image|img|loc_\d+|unused\d+|extra_id_\d+|image_soft_token|0x[0-9A-F]{2})>|<\|?(?:turn|channel)\|?>|\[/?INST\]|<</?SYS>>"
+    r"|◁[^▷]{1,20}▷|▁\w|(?:Ġ\w+\s*){2}|\[(?:insert|your)\b[^\]]{0,60}\]"
+)
+_HTML = (
+    r"</?(?:a|b|i|u|p|br|hr|em|strong|div|span|ul|ol|li|h[1-6]|html|head|body|title|table|tr|td|th|img|code|pre|script|style|svg"
+    r"|center|font|sub|sup|blockquote|iframe|caption|sentence|answer|response|output|description|text|prompt|result)"
+    r"(?:\s[^<>]{0,200})?/?>|<!--|<!doctype"
+)
+_STRUCTURE = (
+    _found(_HTML),
+    _found(
+        r"```|\\boxed\{|!?\[[^\]\n]{1,200}\]\(https?:"
+        r"|(?<!\w)\*\*(?=\S)[^*\n]{1,200}?\*\*(?!\w)|(?<!\w)__(?=\S)[^_\n]{1,200}?__(?!\w)"
+    ),
+    _found(
+        r"^\s*(?:#{2,6}\s*\S|#\s+[^\W\d])|^\s*\|?(?:\s*:?-{3,}:?\s*\|)+|^\s*(?:-{3,}|\*{3,}|={3,})\s*$", re.MULTILINE
+    ),
+    _found(
+        r"\A\s*[-*•‣▪]\s+\S|(?:^|\n)\s*(?:[-*•‣▪]|\d{1,2}[.)])\s+\S[^\n]*\n+\s*(?:[-*•‣▪]|\d{1,2}[.)])\s+\S", re.NOFLAG
+    ),
+    _found(
+        r"\A\s*\[?\s*\{\s*[\"'\w]+\s*:|\A\s*\[\s*[\"'{]|\A\s*[\"'][\w ]{1,30}[\"']\s*:\s*[\"'\[{]"
+        r"|[\"']\s*:\s*[\"'\[{][^\n]*\}\s*\Z|\A\s*\{\s*\"|\A\s*<\?xml",
+        re.NOFLAG,
+    ),
+)
+
+
+def _unfit(text: str, raw: str, form: Form, asked: str) -> str:
+    """Why a text is no result; "" where nothing speaks against it.  raw: its lines, each without blanks around it."""
+    plain = text.replace("’", "'").replace("‘", "'")
+    bare = _QUOTATION.sub('""', plain)
+    if _ROLE(raw.strip()) or (form.one_line and _ECHOED_QUESTION(plain)) or _repeats(plain, asked):
+        return "reply_echo" if form.chats else ""
+    if form.chats:
+        for reason, gives_away in _TALK:
+            if gives_away(bare):
+                return reason
+    if _TOKENS(plain):
+        return "reply_markup"
+    if form.chats and not form.structure and any(found(raw) for found in _STRUCTURE) and not _only_around(raw):
+        return "reply_markup"
+    if form.one_line and text and not _TWO_LETTERS(text):
+        return "reply_too_short"
+    return "reply_repetition" if repeats_endlessly(text) else ""
+
+
+def _only_around(raw: str) -> bool:
+    """Whether the only markup is emphasis or quotation around the whole, which is taken off."""
+    inner = _unquoted(clean_text(raw))
+    return inner != clean_text(raw) and not any(found(inner) for found in _STRUCTURE)
+
+
+def _repeats(text: str, asked: str) -> bool:
+    """Whether a text holds the beginning of the question."""
+    question = " ".join(re.findall(r"\w+", asked.lower()))[:60]
+    return len(question) >= 20 and question in " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _unquoted(text: str) -> str:
+    """The text without quotation marks around the whole of it."""
+    for _ in range(_MOST_QUOTES):
+        if not (len(text) > 1 and _QUOTED.get(text[0]) == text[-1] and text[-1] not in text[1:-1].strip("*")):
+            break
+        text = text[1:-1].strip()
+    return text
+
+
+# ---- repetition and sentences
+
+_LONGEST_PHRASE = 60  # words
+_SENTENCES = re.compile(r"[.!?]+(?:\s|$)")
+_SAME_CHARACTERS = re.compile(r"([^\s\d]{1,12}?)\1{24,}").search
+
+
+def repeats_endlessly(text: str) -> bool:
+    """Whether a text says the same again and again, as a model does that finds no end.
+
+    A word eight times in a row, two words six times, a phrase four times, or eight words or a sentence three times.
+    """
+    if _SAME_CHARACTERS(text):
+        return True
+    sentences = [sentence for sentence in _SENTENCES.split(text.lower()) if " " in sentence.strip()]
+    if any(one == two == three for one, two, three in zip(sentences, sentences[1:], sentences[2:], strict=False)):
+        return True
+    words = text.lower().split()
+    if len(words) < 8 or len({*pairwise(words)}) > 0.9 * len(words):
+        return False
+    for size in range(1, min(_LONGEST_PHRASE, len(words) // 3) + 1):
+        times = 8 if size == 1 else 6 if size == 2 else 4 if size < 8 else 3
+        run = 0
+        for one, other in zip(words, words[size:], strict=False):
+            run = run + 1 if one == other else 0
+            if run >= size * (times - 1):
+                return True
+    return False
+
+
+_SENTENCE_END = re.compile(r"[.!?…。！？]+[\"'”’)\]]*(?=\s|$)|[。！？]")
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|St|No|vs|Prof|Sr|Jr|Inc|Ltd|Co|Corp|etc|approx|ca|e\.g|i\.e|a\.m|p\.m|U\.S|fig|vol|Mt|Ft|Ave)|\b[A-Z])\.$"
+).search
+
+
+def last_whole_sentence(text: str) -> str:
+    """The text up to the end of its last whole sentence; "" where it has none."""
+    for end in reversed([match.end() for match in _SENTENCE_END.finditer(text)]):
+        if end == len(text) or not _ABBREVIATION(text[max(0, end - 12) : end]):
+            return text[:end]
+    return ""

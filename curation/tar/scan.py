@@ -343,7 +343,7 @@ class TarScan:
     def _look_back(self, at: int) -> int:
         """Look for headers in the last member, if a part of it was not in memory before.  Returns where to continue."""
         span, member, looked = self._open, self._member_before(at), self._looked
-        if not span or not member or at <= looked:
+        if not span or not member or at <= looked or at > self._file.size:
             return at
         found = marks(self._block, max(member.data, looked - BLOCK), at, at)
         inside = self._swallowed(member, next(found, _FAR), found)
@@ -441,6 +441,8 @@ class TarScan:
             lost = [why for suffix, why in self._suspects.items() if suffix not in sound]
             span.torn, span.suspect = next(iter(lost), ""), bool(lost)
             self._suspects.clear()
+            for damage in () if lost else span.damages:
+                damage.explained = True
         if len(span.members) > len({member.suffix for member in span.members}):
             self._take_first_copy(span)
         if span.key and span.damages:
@@ -534,7 +536,8 @@ class TarScan:
             inside = self._search.inside(member, at)
             if inside is not None:
                 return self._take_out(span, member, _swallows_text(member.name), at, inside)
-            if self._block.read(member.data + member.size, at - member.data - member.size).strip(b"\0"):
+            rest = self._block.read(member.data + member.size, at - member.data - member.size)
+            if rest.strip(b"\0") and self._search.shifted(member):
                 text = f"{_quoted(member.name)}: its bytes have been shifted"
                 return self._take_out(span, member, text, at)
         self._lost = (at, _NO_HEADER + why)

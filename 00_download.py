@@ -35,6 +35,7 @@ from curation.download import (
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.options import (
     FINITE,
+    URLS,
     also,
     at_least,
     between,
@@ -65,12 +66,12 @@ HASHES = ("sha256", "md5", "sha512", "sha1")
 class Options(RunOptions):
     """Download the images of URL tables into tar shards; any number of processes share the work."""
 
-    input: Annotated[str, also("--url_list")]
+    input: Annotated[str, also("--url_list"), URLS]
     """URL tables (parquet, csv, tsv, jsonl, txt, the text ones also .gz): one, a folder of them or a glob; local, or
     https://, hf:// or s3://."""
     output: Annotated[Path, also("-o", "--output_folder")]
     """Folder for the shards."""
-    publish_to: str | None = None
+    publish_to: Annotated[str | None, URLS] = None
     """Write the tars to this place in a bucket (s3://bucket/folder, gs://…); all else goes to --output."""
     output_format: OutputFormat = "webdataset"
     """webdataset: <shard>.tar.  files: img2dataset's layout, <shard>/<key>.jpg and so on."""

@@ -25,7 +25,7 @@ from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.models.onnx import read_weights
-from curation.options import at_least, between, exit_code, less_than, logger, more_than, parse_options
+from curation.options import URLS, at_least, between, exit_code, less_than, logger, more_than, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import Checkpoints
 from curation.run.inputs import check_made_by
@@ -60,7 +60,7 @@ Boxes = list[list[float]]  # x0, y0, x1, y1 as shares of width and height; a det
 class Options(RunOptions):
     """Keep the samples whose image shows at least one face; write their captions and their metadata."""
 
-    input: str
+    input: Annotated[str, URLS]
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output: str
     """Folder for the captions, one <shard>.json each."""
@@ -83,6 +83,8 @@ class Options(RunOptions):
     """Keep samples with faces, or those without."""
     threads: Annotated[int | None, at_least(1)] = None
     """Number of images that are processed in parallel, one core each.  Default: the cores of this process."""
+    device: Literal["cpu"] | None = None
+    """cpu: compute on the CPU, also where there are GPUs.  Default: a GPU where onnxruntime has CUDA."""
     edits_layout: Literal["tar", "files"] = "tar"
     """files: each kept sample's metadata also as a loose <shard>/<key>.json in --edits, as older tools expect."""
 
@@ -174,7 +176,7 @@ class FilterFaces(Stage[Options]):
 
     def open(self, allocation: Allocation) -> None:
         self._threads = self.options.threads or allocation.threads
-        self._gpu = allocation.gpu
+        self._gpu = None if self.options.device == "cpu" else allocation.gpu
         if self.options.looks_at_every_image:
             _ = self.detector
 

@@ -20,7 +20,7 @@ from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.models.needs import NothingToFetch, WeightsNeed
-from curation.options import at_least, between, exit_code, logger, more_than, parse_options
+from curation.options import URLS, at_least, between, exit_code, logger, more_than, parse_options
 from curation.replies import PROMPT, judge
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
@@ -42,7 +42,7 @@ from curation.run.inputs import check_made_by
 from curation.run.work import Later
 from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, Request, endpoint_urls, read_key
 from curation.serving.wire import Api, Served
-from curation.shards import TAR, Shard, discover, local_folders
+from curation.shards import TAR, Shard, discover, is_tar, local_folders
 from curation.storage.urls import is_remote
 from curation.tar.samples import caption_of, metadata_of
 from curation.threads import DaemonPool
@@ -64,7 +64,7 @@ STAND_IN = (
 class Options(RunOptions):
     """Keep English captions and let model servers rewrite them into prompts that portray a group of people."""
 
-    input: str
+    input: Annotated[str, URLS]
     """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file."""
     output: str
     """Folder for the prompts, one <shard>.json each."""
@@ -78,7 +78,7 @@ class Options(RunOptions):
     """Ports of the model servers on --host, separated by commas."""
     host: str = "localhost"
     """Host of the model servers."""
-    endpoints: str | None = None
+    endpoints: Annotated[str | None, URLS] = None
     """Whole URLs of the model servers, separated by commas, in place of --host and --ports."""
     endpoints_dir: str | None = None
     """A folder in which servers register (serve_endpoints.sh); they may come and go while the run lasts."""
@@ -176,7 +176,7 @@ class RewriteCaptions(Stage[Options]):
         return {**mine, **asked, **tokens, "instruct": o.instruct, "groups": list(self.groups)}
 
     def inputs(self, shard: Shard) -> list[Input]:
-        return [Input(shard.path, None if is_tar(shard) else CAPTIONS_STAGE)]
+        return [Input(shard.path, None if is_tar(shard.path) else CAPTIONS_STAGE)]
 
     def open(self, allocation: Allocation) -> None:
         o = self.options
@@ -271,7 +271,7 @@ class RewriteCaptions(Stage[Options]):
 
     def _read(self, work: ShardContext) -> Iterator[tuple[str, str]]:
         """Key and caption of every sample that has one, as one clean line."""
-        if not is_tar(work.shard):
+        if not is_tar(work.shard.path):
             with work.phase("read"):
                 dictionary = read_dictionary(work.shard.file)
             work.sample_in(len(dictionary))
@@ -411,19 +411,18 @@ def counts_by_group(questions: Mapping[str, Question], outcomes: Mapping[str, Ou
     return {group: dict(counts[group]) for group in sorted(counts)}
 
 
-def is_tar(shard: Shard) -> bool:
-    return shard.path.suffix == ".tar"
-
-
 def find_input(source: str, *, allow_pipe: bool = False) -> list[Shard]:
     """The caption dictionaries that ``source`` names, or the tars if a folder has tars.
 
-    A folder of tars may also contain a downloader's ``<shard>_stats.json``, so tars take precedence.
+    A folder of tars may also contain a downloader's ``<shard>_stats.json``, so tars take precedence; tars compressed
+    with gzip only where the folder has no other JSON file.
     """
-    path = Path(source)
-    in_folder = path.is_dir() and next(path.glob("*.tar"), None) is not None
-    tars = in_folder or is_remote(source) or source.endswith(".tar")
-    return discover(source, ".tar" if tars else ".json", allow_pipe=allow_pipe)
+    tars = is_remote(source) or is_tar(source)
+    if (folder := Path(source)).is_dir():
+        names = [path.name for path in folder.iterdir()]
+        dictionaries = any(name.endswith(".json") and not name.endswith("_stats.json") for name in names)
+        tars = any(name.endswith(TAR) for name in names) or (any(map(is_tar, names)) and not dictionaries)
+    return discover(source, TAR if tars else ".json", allow_pipe=allow_pipe)
 
 
 @exit_code

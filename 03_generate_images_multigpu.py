@@ -19,7 +19,7 @@ from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.generate.presets import Preset, families, family_for, preset_for
 from curation.backends.generate.reading import Reading
-from curation.cluster import Allocation, workers_for_gpus
+from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.edits import (
     GENERATED_XMP,
     EditWriter,
@@ -93,6 +93,8 @@ class Options(RunOptions):
     """JPEG quality, 1 to 100."""
     num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
+    device: Literal["cpu"] | None = None
+    """cpu: compute on the CPU, also where there are GPUs.  Default: the GPUs that can be seen."""
     edits_layout: Literal["tar", "files"] = "tar"
     """tar: one <shard>.tar.  files: <shard>/<key>.{jpg,txt,json}, three files a sample."""
     compile: Literal["none", "blocks", "full", "max"] = "none"
@@ -183,11 +185,12 @@ class GenerateImages(Stage[Options]):
         given = os.environ.get("OMP_NUM_THREADS", "")
         self.threads = int(given) if given.isdigit() and int(given) else allocation.threads
         o = self.options
-        device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
         if o.embedded:
             logger.warning("--embedded: the pictures are noise from random weights")
-        elif device == "cpu":
-            logger.warning(f"no GPU: {self.source.name} on the CPU takes seconds to many minutes a picture")
+            device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
+        else:
+            slow = f"{self.source.name} on the CPU takes seconds to many minutes a picture"
+            device = allocation.device(o.device, slow)
         self.backend = o.family(
             self.source,
             self.settings,
@@ -379,7 +382,8 @@ def provenance_path(shard: Shard) -> Path:
 
 def one_process_per_gpu(options: Options) -> Options:
     """``--num_gpus`` as ``--workers``, which starts the processes.  Under srun with several tasks each is one."""
-    return replace(options, workers=workers_for_gpus(options.workers, options.num_gpus))
+    device = "cpu" if options.embedded and not visible_gpus() else options.device
+    return replace(options, workers=workers_for_gpus(options.workers, options.num_gpus, device=device))
 
 
 @exit_code

@@ -16,7 +16,7 @@ from curation.cluster import Allocation
 from curation.errors import EXIT_OK, UsageError
 from curation.faces import DetectorSettings, FaceDetector
 from curation.models.needs import WeightsNeed
-from curation.options import at_least, exit_code, logger, parse_options
+from curation.options import URLS, at_least, exit_code, logger, parse_options
 from curation.reshard.fitting import LATER, ImageSuffix
 from curation.reshard.folders import check_folders, of_one_tar
 from curation.reshard.layout import ShardLayout
@@ -28,7 +28,7 @@ from curation.run import Follows, Input, Later, RunOptions, ShardContext, Stage,
 from curation.run.ledger import done_receipts, receipts_of_all
 from curation.run.output_folder import refuse_foreign_shards
 from curation.run.workers import is_worker
-from curation.shards import Shard, discover, local_folders, select
+from curation.shards import Shard, discover, local_folders, refuse_packed, select
 from curation.storage.buckets import Folder, RemoteFolder, remote_folder
 from curation.tar.random_access import write_wids
 from curation.tar.scan import SampleSpan, TarReport, TarScan
@@ -45,7 +45,7 @@ BEHIND_ITS_OWN_KEY = Choice(0, failed=("duplicate_key", "it would lie right behi
 class Options(RunOptions):
     """Replace the edited samples of each shard and copy everything else byte for byte; or take a subset, or regroup."""
 
-    input: str
+    input: Annotated[str, URLS]
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output: str
     """Folder for the hybrid shards, one <shard>.tar each.  With one tar as --input, also that file: out/<shard>.tar."""
@@ -68,6 +68,8 @@ class Options(RunOptions):
     image_suffix: ImageSuffix | None = None
     """What new images are called, and so their format: source (as the image whose place they take), jpg, png, webp, or
     keep (the edit's own bytes).  Default: source."""
+    device: Literal["cpu"] | None = None
+    """cpu: detect faces on the CPU, also where there are GPUs.  Default: a GPU where onnxruntime has CUDA."""
     shard_size: Annotated[int | None, at_least(1)] = None
     """Regroup into shards 00000000.tar, 00000001.tar … of so many samples each.  Default: shards stay as they are."""
     shuffle_buffer: Annotated[int, at_least(0)] = 0
@@ -78,7 +80,7 @@ class Options(RunOptions):
     """With --shard_size: index the source shards, write the output shards, or do both."""
     index: bool = False
     """Write <shard>.idx beside each output shard, and wids.json for all of them."""
-    publish_to: str | None = None
+    publish_to: Annotated[str | None, URLS] = None
     """Write the hybrid shards to this folder in a bucket (s3://bucket/folder, gs://…), other files to --output."""
     overwrite: bool = False
     """Replace shards in the output folder that this stage has not made, and remove those of another layout."""
@@ -194,7 +196,7 @@ class Reshard(Stage[Options]):
                 """Yield the samples with their decisions.  The pass with the report also counts them."""
                 plain = self.options.is_plain
                 kept = Neighbours()
-                for window in TarScan(work.shard.path, report).windows():
+                for window in TarScan(work.shard.path, report, unpack=False).windows():
                     selector.look(window)
                     chosen: list[tuple[SampleSpan, Choice]] = []
                     decisions: list[tuple[SampleSpan, Decision]] = []
@@ -222,16 +224,16 @@ class Reshard(Stage[Options]):
 
 def shard_writer(options: Options) -> ShardWriter:
     o = options
-    detector = None if o.blur_faces is None else partial(load_detector, o.blur_faces)
+    detector = None if o.blur_faces is None else partial(load_detector, o.blur_faces, o.device)
     return ShardWriter(
         Path(o.output), o.tars, detector, index=o.index, verify=o.verify, image_suffix=o.image_suffix or "source"
     )
 
 
-def load_detector(name: str, allocation: Allocation) -> FaceDetector | None:
+def load_detector(name: str, device: str | None, allocation: Allocation) -> FaceDetector | None:
     if name == "recorded":
         return None
-    detector: FaceDetector = detector_class(name)(DetectorSettings(gpu=allocation.gpu))
+    detector: FaceDetector = detector_class(name)(DetectorSettings(gpu=None if device == "cpu" else allocation.gpu))
     return detector
 
 
@@ -285,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     every = options.shard_size is not None or options.follow  # regrouping reads all; a follower selects later
     chosen = shards if every else select(shards, options.shards)
+    refuse_packed(chosen)
     if Path(options.output).resolve() in local_folders(shards):
         raise UsageError("--output must not be the folder of the source shards: it would replace them")
     if isinstance(options.tars, RemoteFolder) and options.tars.holds(shard.path for shard in shards):

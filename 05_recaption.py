@@ -48,7 +48,7 @@ from curation.jsonio import dump_json
 from curation.models import hub_cache
 from curation.models.needs import WeightsBySource, WeightsNeed
 from curation.models.weights import CACHE, fetch_weights
-from curation.options import FINITE, also, at_least, exit_code, logger, more_than, parse_options
+from curation.options import FINITE, URLS, also, at_least, exit_code, logger, more_than, parse_options
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
 from curation.run.merge import JsonlMerge
@@ -66,9 +66,9 @@ NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 class Options(HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH")] = None
+    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH"), URLS] = None
     """Source shards, as --data_path."""
-    data_path: Annotated[str | None, also("--data_dir", "--input")] = None
+    data_path: Annotated[str | None, also("--data_dir", "--input"), URLS] = None
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output_dir: Annotated[str, also("-o", "--output", "--checkpoint_dir")] = "recaptions"
     """Folder for the captions."""
@@ -82,7 +82,7 @@ class Options(HubOptions, RunOptions):
     """jsonl, parquet, files, tar, several with commas between them, or all."""
     detail: Detail = "more_detailed"
     """How much the caption says: Florence-2's own tasks, a prompt of that kind for the other families."""
-    prompt: str | None = None
+    prompt: Annotated[str | None, URLS] = None
     """What the model is asked, instead of --detail's words."""
     prompt_file: str | None = None
     """A file with the prompt."""
@@ -110,7 +110,7 @@ class Options(HubOptions, RunOptions):
     """Florence-2 on a GPU: each step as one CUDA graph; or the images' encoder too.  The first batches take minutes."""
     ports: str = "8000"
     """Ports of the vision servers on this machine, with --model endpoint:<the server's model>."""
-    endpoints: str | None = None
+    endpoints: Annotated[str | None, URLS] = None
     """Whole URLs of the vision servers, separated by commas, in place of --ports."""
     endpoints_dir: str | None = None
     """A folder in which vision servers register (serve_endpoints.sh), in place of --ports; they may come and go."""
@@ -125,6 +125,8 @@ class Options(HubOptions, RunOptions):
     """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
     gpus: str | None = None
     """Only these GPUs of the machine, such as 0,2,3; one process each."""
+    device: Literal["cpu"] | None = None
+    """cpu: compute on the CPU, also where there are GPUs.  Default: the GPUs that can be seen."""
     resume: bool = False
     """Accepted and without effect: every run goes on where the last one ended."""
     max_images: Annotated[int | None, at_least(1)] = None
@@ -133,7 +135,7 @@ class Options(HubOptions, RunOptions):
     """A quick trial on so many images, from start to end, into a folder of its own; prints the captions."""
     detect_watermarks: bool = False
     """Score each image by --watermark_model and record the score."""
-    watermark_model: str | None = None
+    watermark_model: Annotated[str | None, URLS] = None
     """ONNX classifier (256×256, two classes): a path, or a URL with --watermark_sha256."""
     watermark_sha256: str | None = None
     """sha256 that the classifier's file must have."""
@@ -182,10 +184,13 @@ class Options(HubOptions, RunOptions):
         run = replace(self, data=None, data_path=self.source, compare=None)
         if self.smoke is not None:
             folder = str(Path(self.output_dir) / f"_smoke-{self.smoke}")
-            run = replace(run, output_dir=folder, max_images=self.smoke, rerun=True, push=False, workers=1, num_gpus=1)
-        if is_worker():
+            run = replace(
+                run, output_dir=folder, max_images=self.smoke, rerun=True, push=False, workers=1, num_gpus=None
+            )
+        if is_worker() or self.smoke is not None:
             return run
-        return replace(run, workers=workers_for_gpus(run.workers, run.num_gpus, run.gpus))
+        device = "cpu" if self.captioner[0].served else run.device
+        return replace(run, workers=workers_for_gpus(run.workers, run.num_gpus, run.gpus, device=device))
 
 
 class Recaption(Stage[Options]):
@@ -269,6 +274,7 @@ class Recaption(Stage[Options]):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         o = self.options
         family, source = o.captioner
+        device = allocation.device("cpu" if family.served else o.device)
         given = os.environ.get("OMP_NUM_THREADS", "")
         self._threads = int(given) if given.isdecimal() and int(given) else allocation.threads
         settings = CaptionSettings(
@@ -280,7 +286,7 @@ class Recaption(Stage[Options]):
             temperature=o.temperature,
             quantize=o.quantize,
             offload=o.offload,
-            device="cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}",
+            device=device,
             threads=self._threads,
             dtype=o.dtype,
             compile=o.compile,
@@ -300,7 +306,7 @@ class Recaption(Stage[Options]):
         self.captioner = ShardCaptioner(
             backend,
             self.loader,
-            batch_size=self._batch_size(allocation, family),
+            batch_size=self._batch_size(device, family),
             seed_of=partial(seed_of, o.seed),
             sizes=self.output / "_batch_sizes" / self.name,
             what="\0".join(map(str, what)),
@@ -308,11 +314,11 @@ class Recaption(Stage[Options]):
         )
         self.pushing.begin(allocation)
 
-    def _batch_size(self, allocation: Allocation, family: Family) -> int | None:
+    def _batch_size(self, device: str, family: Family) -> int | None:
         """The batch size; None where it is to be found by trying."""
         if self.options.batch_size != "auto":
             return self.options.batch_size
-        return family.batch_size if allocation.gpu is None else None
+        return family.batch_size if device == "cpu" else None
 
     def close(self) -> None:
         self.pushing.end()

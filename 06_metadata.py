@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from curation.backends.extract import families
 from curation.cluster import Allocation
 from curation.errors import UsageError
 from curation.extract import (
+    INTEGER,
     KEYS,
     WANTED,
     Catalogue,
@@ -31,8 +32,8 @@ from curation.extract import (
     write_parquet,
 )
 from curation.models.needs import WeightsNeed
-from curation.options import at_least, exit_code, logger, parse_options, set_up_logging
-from curation.run import RunOptions, ShardContext, Stage, run_stage
+from curation.options import URLS, at_least, exit_code, logger, parse_options, set_up_logging
+from curation.run import Later, RunOptions, ShardContext, Stage, run_stage
 from curation.run.workers import is_worker
 from curation.shards import Shard
 from curation.tar.samples import read_samples
@@ -43,7 +44,7 @@ from curation.tar.scan import TarReport
 class Options(RunOptions):
     """Compute scores and features of the samples of tar shards: a parquet and an npz for each; one process per GPU."""
 
-    input_tars: str | None = None
+    input_tars: Annotated[str | None, URLS] = None
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
     output_metadata_dir: str | None = None
     """Folder for the parquets and npzs."""
@@ -69,9 +70,12 @@ class Options(RunOptions):
     """Do shards again that were done with other options, as --rerun; with the same options the work goes on."""
     use_datacomp_keys: bool | None = None
     """DataComp's names and types: clip_l14_similarity_score, face_bboxes, l14_img and so on."""
-    weights: str | None = None
+    hash_type: Literal["int64", "float64"] | None = None
+    """Type of the field hash among --additional_fields.  Default: int64; float64 in a folder that an older version
+    has begun, which loses the last digits of LAION's numbers."""
+    weights: Annotated[str | None, URLS] = None
     """In place of a directive's own weights: directive=path, with commas; or a hub id, or a URL with #sha256=."""
-    embeddings: str | None = None
+    embeddings: Annotated[str | None, URLS] = None
     """Embeddings of the images that dedup-isc-ft-v107 looks for: a path, or a URL with #sha256=."""
     feature_dtype: Literal["float16", "float32"] | None = None
     """Of the npz.  Default: float16."""
@@ -111,6 +115,7 @@ class Metadata(Stage[Options]):
     """One shard: shards/<shard>.tar → <shard>.parquet, and <shard>.npz where features are asked for."""
 
     name = "06_metadata"
+    later: ClassVar[Mapping[str, Later]] = {"hash_type": Later(before="float64", now="int64")}
     shards_in_flight = 2  # the next one is read and prepared ahead while this one is computed and written
 
     def __init__(self, options: Options, config: ExtractConfig) -> None:
@@ -131,6 +136,7 @@ class Metadata(Stage[Options]):
         return {
             **{name: getattr(c, name) for name in (*names, "feature_dtype", "compress", "dtype", "resize")},
             "additional_fields": [[name, kind] for name, kind in c.additional_fields.items()],
+            "hash_type": self.options.hash_type,
             "weights": self._exact_weights,
             "plugin": plugin,
         }
@@ -143,12 +149,19 @@ class Metadata(Stage[Options]):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._extraction = Extraction(
             self.catalogue,
-            self.config,
+            self._typed(self.config),
             self.config.torch_device(allocation),
             allocation.threads,
             made_by={"stage": self.name, "version": self.version},
             remember_in=self.output / "_batch_sizes" / self.name,
         )
+
+    def _typed(self, config: ExtractConfig) -> ExtractConfig:
+        """The configuration with the type of the field ``hash``, where it is carried and no type is given."""
+        fields = config.additional_fields
+        if self.options.hash_type == "float64" or fields.get("hash", "") is not None:
+            return config
+        return replace(config, additional_fields={**fields, "hash": INTEGER})
 
     def close(self) -> None:
         if self._extraction is not None:
@@ -201,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     set_up_logging(options.quiet)
     config = read_config(options.yml, options.given)
+    options = Metadata.settled(options, config.output_metadata_dir)
     stage = Metadata(options, config)
     shards = config.input_shards(allow_pipe=options.allow_pipe)
     if not is_worker():

@@ -21,7 +21,8 @@ from itertools import takewhile
 from types import FrameType
 from typing import Protocol
 
-from curation.errors import EXIT_WORK_LEFT, Stopped, UsageError
+from curation.errors import EXIT_WORK_LEFT, InfrastructureError, Stopped, UsageError
+from curation.options import logger
 
 WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
 RUN_VARIABLE = "CURATION_RUN_ID"
@@ -29,6 +30,20 @@ PROGRESS_VARIABLE = "CURATION_PROGRESS"  # a file to create when some work is fi
 TIME_LEFT_VARIABLE = "CURATION_TIME_LEFT"  # the time left when the tasks were started, as squeue prints it
 ONE_SIGNAL_S = 1.0  # a worker may get SIGTERM twice in this time: from SLURM and from its parent
 MARGIN_S = 60.0  # so long before the deadline, no new work is begun
+CPU_ON_PURPOSE = "with --device cpu it computes on the CPU"
+_NAMING_GPUS = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "SLURM_JOB_GPUS",
+    "SLURM_STEP_GPUS",
+)
+_COUNTING_GPUS = (
+    "SLURM_GPUS",
+    "SLURM_GPUS_ON_NODE",
+    *(f"SLURM_GPUS_PER_{part}" for part in ("NODE", "TASK", "SOCKET")),
+)
+_NO_GPU = {"", "-1", "none", "void", "nodevfiles"}  # SLURM writes NoDevFiles for no device
 _DEVICE = re.compile(r"\d+$|GPU-|MIG-")  # an index, or a GPU's or a slice's UUID
 
 
@@ -69,6 +84,23 @@ class Allocation:
             threads=max(1, _cpus(environ) // max(1, workers)),
             run_id=run_id(environ),
         )
+
+    def device(self, wanted: str | None = None, on_cpu: str = "computing on the CPU, which is far slower") -> str:
+        """torch's name of the device that this process computes on.
+
+        Args:
+            wanted: What ``--device`` says: ``cpu``, or None for the GPU that this process was given.
+            on_cpu: What to say where there is no GPU and none was promised.
+
+        Raises:
+            InfrastructureError: GPUs were promised to this process, and it sees none.
+        """
+        if wanted == "cpu":
+            return "cpu"
+        if self.gpu is not None:
+            return f"cuda:{self.gpu}"
+        do_without_gpus("no GPU can be seen here", "" if self.local_rank else on_cpu)
+        return "cpu"
 
 
 def run_id(environ: Mapping[str, str] = os.environ, interactive: bool | None = None) -> str:
@@ -289,11 +321,43 @@ def _cpus(environ: Mapping[str, str]) -> int:
     return min(affinity, _int(environ, "SLURM_CPUS_PER_TASK", affinity)) or 1
 
 
-def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None) -> int:
+def gpus_promised(environ: Mapping[str, str] = os.environ) -> str:
+    """Who says that this process has GPUs, for a message; "" if nobody does."""
+    for name in (*_NAMING_GPUS, *_COUNTING_GPUS):
+        value = environ.get(name, "").strip()
+        none = not re.search(r"(^|[:=])0*[1-9]\d*($|\D)", value) if name in _COUNTING_GPUS else False
+        if value.lower() not in _NO_GPU and not none:
+            return f"{name}={value[:80]} says that there are GPUs"
+    if "CUDA_VISIBLE_DEVICES" not in environ:  # nobody has hidden them
+        devices = sorted(name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+|dxg", name))
+        if devices:
+            return f"this machine has the GPU /dev/{devices[0]} (CUDA_VISIBLE_DEVICES=0 names it, if it works)"
+    return ""
+
+
+def do_without_gpus(why: str, on_cpu: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Go on where a GPU would be used and cannot be: a job on a GPU node must not run on its CPUs unnoticed.
+
+    Args:
+        why: Why no GPU is used.
+        on_cpu: What is done instead, for one line of the log; "" if another process says it.
+
+    Raises:
+        InfrastructureError: GPUs were promised to this process.
+    """
+    if promise := gpus_promised(environ):
+        raise InfrastructureError(f"{why}, but {promise}: look at the job and the node's driver; {CPU_ON_PURPOSE}")
+    if on_cpu:
+        logger.warning(f"{why}: {on_cpu}")
+
+
+def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None, *, device: str | None = None) -> int:
     """How many processes to start here, one per GPU: the requested number, otherwise the number of visible GPUs.
 
     gpus: numbers such as ``0,2``: only these are visible from now on.  If srun starts several tasks, each of them is
-    one process.  Raises UsageError if more GPUs are requested than there are.
+    one process.  device: ``cpu`` if none of them uses a GPU; the number of processes can be requested all the same.
+
+    Raises UsageError if more GPUs are requested than there are.
     """
     if gpus is not None:
         chosen = [part.strip() for part in gpus.split(",")]
@@ -301,12 +365,15 @@ def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None
             raise UsageError(f"--gpus {gpus!r}: write different numbers such as 0,2,3")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
         return len(chosen)
+    if device == "cpu":
+        return workers if num_gpus is None else num_gpus
     if num_gpus is None:
         tasks = os.environ.get("SLURM_NTASKS", "1")
         alone = workers == 1 and not (tasks.isdigit() and int(tasks) > 1)
         return max(1, visible_gpus()) if alone else workers
-    if 0 < visible_gpus() < num_gpus:
-        raise UsageError(f"--num_gpus {num_gpus}: only {visible_gpus()} are visible here")
+    if visible_gpus() < num_gpus:
+        seen = f"only {visible_gpus()} are visible here" if visible_gpus() else "no GPU can be seen here"
+        raise UsageError(f"--num_gpus {num_gpus}: {seen}; {CPU_ON_PURPOSE}")
     return num_gpus
 
 

@@ -155,7 +155,7 @@ def read_provenance(path: Path) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         try:
-            record = parse_json_object(line)
+            record = parse_json_object(line, keep_surrogates=True)
         except SampleError as error:
             raise ShardError(f"{path}, line {number}: {error}") from None
         found[str(record.get("key", ""))] = record

@@ -13,10 +13,10 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from curation.errors import SampleError
+from curation.image_files import check_chunks, check_scans, pixels_alone
 from curation.jsonio import clean_text
 
 Pixels = NDArray[np.uint8]  # height × width × 3, RGB
+Found = TypeVar("Found")
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; phone cameras have up to 200 MP, but images on the web are much smaller
 MAX_XMP_BYTES = 65_502  # the space in one APP1 segment after its name (XMP part 3, 1.1.3)
@@ -47,6 +49,10 @@ _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # removed from error texts, because it
 
 def image_size(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) in pixels, after EXIF orientation is applied.  Only the header is read."""
+    return _with_pixels_alone(lambda data: _size(data, max_pixels), data)
+
+
+def _size(data: bytes | memoryview, max_pixels: int) -> tuple[int, int]:
     with _opened(data, max_pixels) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
@@ -63,9 +69,19 @@ def decode_rgb(
     below it, as Pillow's ``convert("RGB")`` and so the tools of CLIP and DataComp do.  ``max_pixels`` is checked
     in the header, before decoding.
 
-    Raises SampleError ``empty_image``, ``image_too_large`` or ``undecodable`` (a truncated image is undecodable).
+    An image is whole if all its pixels are there, whatever else the file holds or lacks: texts, profiles and other
+    chunks beside the pixels may be large or broken, and a JPEG's end marker may be missing.
+
+    Raises SampleError ``empty_image``, ``image_too_large`` or ``undecodable`` (a truncated image is undecodable, and
+    so is one that is made to take minutes: a JPEG of a thousand scans).
     """
+    return _with_pixels_alone(lambda data: _decode(data, max_pixels, at_least, on_white), data)
+
+
+def _decode(data: bytes | memoryview, max_pixels: int, at_least: int | None, on_white: bool) -> Pixels:
     with _opened(data, max_pixels) as image:
+        if image.format in ("JPEG", "MPO"):
+            check_scans(data, image.size[0] * image.size[1])
         orientation = _orientation(image)
         is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         pixels = _decode_jpeg(data, max_pixels, at_least) if is_plain_jpeg else None
@@ -166,11 +182,29 @@ class ImageFacts:
 
 def image_facts(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     """Read the facts from an image's header.  Raises SampleError like ``image_size``."""
+    return _with_pixels_alone(lambda data: _facts(data, max_pixels), data)
+
+
+def _facts(data: bytes | memoryview, max_pixels: int) -> ImageFacts:
     with _opened(data, max_pixels) as image:
         width, height = image.size
         if _orientation(image) >= 5:
             width, height = height, width
         return ImageFacts(_SUFFIXES[str(image.format)], width, height, _exif_of(image))
+
+
+def _with_pixels_alone(read: Callable[[bytes | memoryview], Found], data: bytes | memoryview) -> Found:
+    """What ``read`` makes of an image, or, where it finds damage, of the parts of the file that make up the pixels."""
+    try:
+        return read(data)
+    except SampleError as error:
+        alone = pixels_alone(bytes(data)) if error.reason == "undecodable" else None
+        if alone is None:
+            raise
+        try:
+            return read(alone)
+        except SampleError:
+            raise error from None
 
 
 @contextlib.contextmanager
@@ -179,6 +213,7 @@ def _opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
     if len(data) == 0:
         raise SampleError("empty_image", "zero bytes")
     _silence_pillow()
+    check_chunks(data)
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_bound(*image.size, max_pixels)

@@ -11,12 +11,14 @@ import functools
 import logging
 import math
 import os
+import re
 import select
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
@@ -65,6 +67,30 @@ def between(low: float, high: float) -> Bound:
 
 
 FINITE = Bound("a finite number", math.isfinite)
+
+
+@dataclass(frozen=True, slots=True)
+class MayBeUrl:
+    """In the annotation of an option's field: its value may be a URL.  All other options take paths of this machine."""
+
+
+URLS = MayBeUrl()
+_URL = re.compile(r"\s*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_URL_AS_PATH = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # a Path of s3://bucket is s3:/bucket
+
+
+def refuse_url(flag: str, value: object) -> None:
+    """Raise UsageError if the value is a URL: written as a path, it would make a folder ``./s3:/…`` on this machine."""
+    match = (_URL_AS_PATH if isinstance(value, Path) else _URL).match(str(value))
+    if isinstance(value, str | Path) and match:
+        raise UsageError(f"{flag} {match[1]}://…: a URL, where a path on this machine's filesystem is wanted")
+
+
+def refuse_urls(options: object) -> None:
+    """Raise UsageError if an option of a dataclass is a URL, unless its annotation has ``URLS``."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        if URLS not in getattr(hint, "__metadata__", ()):
+            refuse_url(f"--{name}", getattr(options, name, None))
 
 
 def also(*names: str) -> Any:
@@ -153,8 +179,13 @@ def parse_options(kind: type[AnyOptions], argv: Sequence[str] | None = None, pro
 
     Returns:
         The options, whose values are not checked yet (``RunOptions.check``).
+
+    Raises:
+        UsageError: A URL stands where a path is wanted.
     """
-    return _parse(kind, _spelled_out(kind, sys.argv[1:] if argv is None else argv), prog, _help_groups(kind))
+    options = _parse(kind, _spelled_out(kind, sys.argv[1:] if argv is None else argv), prog, _help_groups(kind))
+    refuse_urls(options)
+    return options
 
 
 def _parse(
@@ -332,7 +363,7 @@ def on_terminal() -> bool:
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: str) -> Arguments:
-    """Parse the command line of ``python -m curation <command>`` and check the bounds of its numbers.
+    """Parse the command line of ``python -m curation <command>``; check the bounds of its numbers, and its paths.
 
     An unknown flag or a value of the wrong type ends the process with exit code 2.
 
@@ -342,8 +373,9 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: 
         command: The command's name.
 
     Raises:
-        UsageError: A number is out of its bounds.
+        UsageError: A number is out of its bounds, or a URL stands where a path is wanted.
     """
     options = _parse(kind, None if argv is None else list(argv), f"python -m curation {command}")
     check_bounds(options)
+    refuse_urls(options)
     return options

@@ -16,10 +16,12 @@ from pathlib import Path
 import xxhash
 
 from curation.errors import UsageError
+from curation.options import logger
 from curation.storage.files import glob_paths
 from curation.storage.urls import PIPE, Source, Url, find_remote, is_remote
 
 TAR = ".tar"
+PACKED_TARS = (".tar.gz", ".tgz")  # read like tars; stage 04 alone takes none
 MAX_SHARDS = 10_000_000  # a brace pattern such as {0..99999999999} is a typing error
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")  # becomes a file name in every output folder
 
@@ -51,9 +53,10 @@ class Shard:
 def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False, allow_pipe: bool = False) -> list[Shard]:
     """The shards that ``source`` names, sorted by id.
 
-    source: a folder (every ``*<suffix>`` directly in it; if it has no tars, its folders of loose files), a glob, a
-        brace pattern (``{00000..00042}.tar``, ``{a,b}``), a list file (one name per line, paths relative to the list,
-        ``#`` comments), one file that ends in ``suffix``, or, with or without braces, a URL or ``pipe:`` and a command.
+    source: a folder (every ``*<suffix>`` directly in it; if it has no tars, its tars compressed with gzip or its
+        folders of loose files), a glob, a brace pattern (``{00000..00042}.tar``, ``{a,b}``), a list file (one name per
+        line, paths relative to the list, ``#`` comments), one file that ends in ``suffix``, or, with or without braces,
+        a URL or ``pipe:`` and a command.  Where ``suffix`` is ``.tar``, names may also end in ``.tar.gz`` or ``.tgz``.
     may_be_empty: it is no error if no shard exists yet.  allow_pipe: commands may be run.
 
     Raises UsageError if nothing is found, two files would be the same shard, or a name is unsafe.
@@ -69,6 +72,25 @@ def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False, a
     if not shards and not may_be_empty:
         raise UsageError(f"no *{suffix} shards found in {source!r}")
     return sorted(shards.values(), key=lambda shard: shard.id)
+
+
+def is_tar(source: Source | str) -> bool:
+    """Whether a name is that of a tar, be it compressed with gzip or not."""
+    return str(getattr(source, "name", source)).endswith((TAR, *PACKED_TARS))
+
+
+def refuse_packed(shards: Iterable[Shard]) -> None:
+    """For a stage that copies tars byte for byte.
+
+    Raises:
+        UsageError: A shard is a tar that is compressed with gzip; the message says how to unpack it.
+    """
+    for shard in shards:
+        if shard.path.name.endswith(PACKED_TARS):
+            raise UsageError(
+                f"{shard.path}: a tar compressed with gzip, which every other stage reads; here bytes of the tar are "
+                "copied: unpack it first (gzip -d) and give the tars"
+            )
 
 
 def is_loose(path: Path) -> bool:
@@ -166,7 +188,7 @@ def _paths(source: str, suffix: str, allow_pipe: bool) -> Iterator[Source]:
     path = Path(source)
     if path.is_dir():
         yield from _in_folder(path, suffix)
-    elif source.endswith(suffix) and path.is_file():
+    elif source.endswith(_endings(suffix)) and path.is_file():
         yield path
     elif path.is_file():
         yield from _listed(path, suffix, allow_pipe)
@@ -190,18 +212,43 @@ def _in_folder(folder: Path, suffix: str) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"{folder}: cannot be listed ({error.strerror})") from None
     names = [entry.name for entry in every if entry.name.endswith(suffix)]
-    if not names and suffix == TAR:
+    packed = [entry.name for entry in every if suffix == TAR and entry.name.endswith(PACKED_TARS)]
+    if names:
+        _tell_of_others(folder, names, packed)
+    elif packed:
+        names = packed
+    elif suffix == TAR:
         names = [entry.name for entry in every if entry.is_dir() and is_loose(folder / entry.name)]
         if not names and is_loose(folder):
             yield folder
     yield from (folder / name for name in sorted(names))
 
 
+def _tell_of_others(folder: Path, tars: Iterable[str], packed: Iterable[str]) -> None:
+    """Warn of packed tars in a folder of tars, which are not read, except of those that are a tar's own packed copy."""
+    ids = {_without_suffix(name, TAR) for name in tars}
+    if others := sorted(name for name in packed if _without_suffix(name, TAR) not in ids):
+        logger.warning(
+            f"{folder}: {len(others):,} files such as {others[0]} are not read, because there are tars beside them; to "
+            "read both, name them in a list file"
+        )
+
+
+def _endings(suffix: str) -> tuple[str, ...]:
+    return (suffix, *PACKED_TARS) if suffix == TAR else (suffix,)
+
+
+def _without_suffix(name: str, suffix: str) -> str:
+    """The file's name without its suffix; without all of them where the file has another suffix."""
+    ending = next((ending for ending in _endings(suffix) if name.endswith(ending)), None)
+    return name.split(".", 1)[0] if ending is None else name[: -len(ending)]
+
+
 def _remote(text: str, suffix: str, allow_pipe: bool) -> Iterator[Url]:
     if suffix != TAR:
         raise UsageError(f"{Url(text)}: only tars are read from a URL or command; copy *{suffix} files to this machine")
     for name in islice(expand_braces(text, leave_others=text.startswith(PIPE)), MAX_SHARDS + 1):
-        yield from find_remote(name, suffix, allow_pipe=allow_pipe)
+        yield from find_remote(name, _endings(suffix), allow_pipe=allow_pipe)
 
 
 def _listed(list_file: Path, suffix: str, allow_pipe: bool) -> Iterator[Source]:
@@ -228,8 +275,7 @@ def _lines(list_file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _shard_id(path: Source, suffix: str) -> str:
-    name = path.name
-    shard_id = name[: -len(suffix)] if name.endswith(suffix) else name.split(".", 1)[0]
+    shard_id = _without_suffix(path.name, suffix)
     if not _SAFE_ID.fullmatch(shard_id):
         raise UsageError(f"{path}: {shard_id!r} cannot name a shard: letters, digits and _.+=@- only")
     return shard_id

@@ -14,6 +14,7 @@ from curation import cluster
 from curation.cluster import (
     Allocation,
     StopSignal,
+    gpus_promised,
     host_identity,
     parse_deadline,
     process_is_gone,
@@ -22,8 +23,11 @@ from curation.cluster import (
     slurm_ids,
     slurm_job_end,
     visible_gpus,
+    workers_for_gpus,
 )
-from curation.errors import Stopped, UsageError
+from curation.errors import InfrastructureError, Stopped, UsageError
+from curation.models.onnx import open_session
+from curation.options import logger
 from tests import processes
 
 
@@ -221,6 +225,79 @@ def test_a_process_that_proc_hides_is_not_presumed_dead(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "kill", not_permitted)
     assert not process_is_gone(4711, "1")
+
+
+PROMISES = [
+    {"CUDA_VISIBLE_DEVICES": "0"},
+    {"CUDA_VISIBLE_DEVICES": "GPU-8e,GPU-9f"},
+    {"HIP_VISIBLE_DEVICES": "0"},
+    {"ROCR_VISIBLE_DEVICES": "0,1"},
+    {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0"},
+    {"SLURM_STEP_GPUS": "3"},
+    {"SLURM_GPUS": "2"},
+    {"SLURM_GPUS": "a100:2"},
+    {"SLURM_GPUS_ON_NODE": "1"},
+    {"SLURM_GPUS_PER_TASK": "gpu:10"},
+]
+NO_PROMISES = [
+    {"CUDA_VISIBLE_DEVICES": ""},
+    {"CUDA_VISIBLE_DEVICES": "-1"},
+    {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
+    {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_PER_NODE": "0", "SLURM_JOB_ID": "1"},
+    {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_PER_TASK": "a100:0"},
+    {"CUDA_VISIBLE_DEVICES": "", "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "8"},
+]
+
+
+@pytest.mark.parametrize("environ", PROMISES, ids=str)
+def test_who_was_promised_gpus_and_sees_none_does_not_compute_on_the_cpu(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpus_promised(environ)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InfrastructureError, match=r"says that there are GPUs.*--device cpu"):
+        Allocation(gpu=None).device()
+    assert Allocation(gpu=None).device("cpu") == "cpu"
+    assert Allocation(gpu=1).device() == "cuda:1"
+    assert Allocation(gpu=1).device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("environ", NO_PROMISES, ids=str)
+def test_without_gpus_one_line_says_that_the_cpu_computes(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not gpus_promised(environ)
+    lines: list[str] = []
+    monkeypatch.setattr(logger, "warning", lines.append)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert [Allocation(local_rank=rank).device() for rank in range(3)] == ["cpu"] * 3
+    assert lines == ["no GPU can be seen here: computing on the CPU, which is far slower"]
+
+
+def test_processes_for_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UsageError, match="--num_gpus 2: no GPU can be seen here; with --device cpu"):
+        workers_for_gpus(1, 2)
+    assert workers_for_gpus(1, 2, device="cpu") == 2
+    assert workers_for_gpus(3, None, device="cpu") == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert workers_for_gpus(1, None, device="cpu") == 1
+    assert workers_for_gpus(1, None) == 4
+
+
+def test_an_onnxruntime_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    model = Path(onnxruntime.__file__).parent / "datasets/sigmoid.onnx"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(InfrastructureError, match=r"onnxruntime-gpu.*--device cpu"):
+        open_session(model.read_bytes(), model, 1, gpu=0)
+    assert open_session(model.read_bytes(), model, 1, gpu=None)[1] == "cpu"
 
 
 def test_identity_tells_hosts_boots_and_containers_apart() -> None:

@@ -250,6 +250,8 @@ def test_a_truncated_image_is_undecodable_wherever_it_ends() -> None:
         for end in (len(whole) - 1, len(whole) - 2, int(len(whole) * 0.9), len(whole) // 2, 200):
             if whole[:4] == b"\x89PNG" and end > len(whole) - 16:
                 continue  # only the empty end chunk is missing: every pixel is there
+            if whole[:2] == b"\xff\xd8" and end >= len(whole) - 2:
+                continue  # only the end marker is missing
             assert reason_of(whole[:end]) == "undecodable", (whole[:12], end)
 
 

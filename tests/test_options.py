@@ -2,15 +2,27 @@
 
 import importlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
 
+from curation.__main__ import COMMANDS
+from curation.__main__ import main as command
 from curation.errors import UsageError
 from curation.hub.background import HubOptions
-from curation.options import FINITE, RunOptions, at_least, between, less_than, more_than, parse_arguments, parse_options
+from curation.options import (
+    FINITE,
+    RunOptions,
+    at_least,
+    between,
+    less_than,
+    more_than,
+    parse_arguments,
+    parse_options,
+    refuse_urls,
+)
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).parent.parent.glob("[0-9][0-9]_*.py"))
 
@@ -94,3 +106,100 @@ def test_the_bounds_of_a_command_are_checked_when_its_options_are_parsed() -> No
 
     with pytest.raises(UsageError, match="--workers must be at least 1"):
         parse_arguments(Command, ["--workers", "0"], "toy")
+
+
+# ---- URLs
+
+TAKE_URLS = {
+    *{("00_download", name) for name in ("input", "publish_to")},
+    ("01_filter_noface", "input"),
+    *{("02_captions_processor", name) for name in ("input", "endpoints")},
+    *{("04_reshard", name) for name in ("input", "publish_to")},
+    *{("05_recaption", name) for name in ("data", "data_path", "endpoints", "watermark_model", "prompt", "hf_repo")},
+    *{("06_metadata", name) for name in ("input_tars", "weights", "embeddings")},
+    ("curation.commands.plan.command", "source"),
+    ("curation.commands.publish", "repo"),
+}
+
+
+def options_that_hold_text() -> list[tuple[str, str, type]]:
+    """(module, option, the option's dataclass) of every stage and command, for values of type str or Path."""
+    modules = [*SCRIPTS, *(f"curation.{module}" for module, _ in COMMANDS.values())]
+    found = []
+    for name in modules:
+        kind = getattr(importlib.import_module(name), "Options", None)
+        if kind is None or not is_dataclass(kind):
+            continue
+        for field, hint in get_type_hints(kind).items():
+            if {str, Path} & {hint, *get_args(hint)}:
+                found.append((name, field, kind))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "option", "kind"), options_that_hold_text(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_url_is_no_local_path(module: str, option: str, kind: Any) -> None:
+    """Whatever option a stage or a command gets: it refuses URLs, unless it is listed above and says so itself."""
+    options = object.__new__(kind)
+    for url in ("s3://bucket/folder", "gs://bucket", "hf://datasets/a/b", "https://host/x", "file:///tmp/x"):
+        for value in {str: [url, f" {url}"], Path: [Path(url)]}[
+            Path if "Path" in str(get_type_hints(kind)[option]) else str
+        ]:
+            object.__setattr__(options, option, value)
+            if (module, option) in TAKE_URLS:
+                refuse_urls(options)
+            else:
+                with pytest.raises(UsageError, match=rf"--{option} \w+://…: a URL, where a path"):
+                    refuse_urls(options)
+
+
+def test_what_looks_a_little_like_a_url_is_a_path() -> None:
+    @dataclass
+    class Paths:
+        text: str = "x"
+        path: Path = Path("x")
+
+    for name in ("endpoint:/models/llava", "a:b/c", "./s3:/x", "C:/x", "/data/http://x", "it says http://x"):
+        refuse_urls(Paths(name))
+        refuse_urls(Paths(path=Path("folder", name)))
+    refuse_urls(Paths(path=Path("C:/x")))
+
+
+@pytest.mark.parametrize("words", [
+    ["status", "s3://bucket"],
+    ["report", "s3://bucket"],
+    ["select", "s3://bucket", "--where", "x > 1", "--out", "y.npy"],
+    ["select", ".", "--where", "x > 1", "--out", "s3://bucket/y.npy"],
+    ["neardup", ".", "--feature", "f", "--threshold", "0.9", "--out", "s3://bucket/y.parquet"],
+    ["neardup", ".", "--feature", "f", "--threshold", "0.9", "--out", "x.parquet", "--keep", "gs://bucket/y.npy"],
+    ["fsck", ".", "--repair", "s3://bucket/fixed"],
+    ["register", "--dir", "s3://bucket/servers", "--url", "http://h:1", "--model", "m"],
+])  # fmt: skip
+def test_commands_make_no_folder_named_like_a_url(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(words) == 2
+    assert "a URL, where a path on this machine's filesystem is wanted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [
+    ["00_download", "--input", "t.parquet", "--output", "s3://bucket/x"],
+    ["01_filter_noface", "--input", "x", "--output", "s3://bucket/x", "--edits", "e"],
+    ["02_captions_processor", "--input", "x", "--output", "s3://bucket/x"],
+    ["03_generate_images_multigpu", "--prompts", "x", "--edits", "s3://bucket/x"],
+    ["04_reshard", "--input", "x", "--output", "s3://bucket/x", "--edits", "e"],
+    ["05_recaption", "x", "-o", "s3://bucket/x"],
+    ["06_metadata", "--input_tars", "x", "--models", "statistics", "--output_metadata_dir", "s3://bucket/x"],
+    ["06_metadata", "--yml", "c.yml"],
+])  # fmt: skip
+def test_stages_make_no_folder_named_like_a_url(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yml").write_text("models: [statistics]\ninput_tars: x\noutput_metadata_dir: s3://bucket/x\n")
+    assert importlib.import_module(words[0]).main(words[1:]) == 2
+    assert "a URL, where a path on this machine's filesystem is wanted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yml"]

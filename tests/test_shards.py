@@ -235,6 +235,29 @@ def test_a_bucket_is_a_plain_folder_name(shard_id: str) -> None:
     assert not bucket.startswith((".", "_"))
 
 
+def test_tars_compressed_with_gzip_are_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.b.tar.gz", "c.tgz", "d.json", "e.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text("a.b.tar.gz\nc.tgz\n")
+    for source in (tmp_path, tmp_path / "list.txt", tmp_path / "*.t*gz"):
+        assert ids(discover(str(source))) == ["a.b", "c"]
+    assert ids(discover(str(tmp_path / "c.tgz"))) == ["c"]
+    with pytest.raises(UsageError, match="gzip -d"):
+        shards.refuse_packed(discover(str(tmp_path)))
+
+
+def test_in_a_folder_of_tars_packed_ones_are_told_and_not_read(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.logger, "propagate", True)
+    (folder / "00000002.tar.gz").touch()  # the packed copy of a tar
+    assert ids(discover(str(folder))) == ALL
+    assert not caplog.records
+    (folder / "backup.tar.gz").touch()
+    assert ids(discover(str(folder))) == ALL
+    assert "backup.tar.gz are not read" in caplog.text
+
+
 def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
     folder = tmp_path / "data [v2]"
     folder.mkdir()

@@ -15,14 +15,14 @@ from typing import Any, Literal, get_args
 import orjson
 
 from curation.errors import InfrastructureError, SampleError, ShardError
-from curation.jsonio import BinaryWriter, dump_json, parse_json_object
+from curation.jsonio import MAX_SAMPLE_JSON_BYTES, BinaryWriter, dump_json, parse_json_object
 from curation.run import ShardContext
 from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet
 from curation.storage.files import AtomicFile
 from curation.storage.urls import Source
 from curation.tar.headers import Member
-from curation.tar.samples import MAX_MEMBER_BYTES, caption_of, lenient_metadata, read_samples
+from curation.tar.samples import caption_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
 from curation.tar.splice import Action, Edit, decided, splice
 
@@ -111,7 +111,7 @@ def parse_rows(data: bytes, path: Path) -> Iterator[Row]:
     """The rows of a file that ``write_rows`` wrote.  Raises ShardError, which names ``path``, for any other file."""
     for number, line in enumerate(data.splitlines(), 1):
         try:
-            row = parse_json_object(line)
+            row = parse_json_object(line, keep_surrogates=True)
         except SampleError as error:
             raise ShardError(f"{path}, line {number}: not a row: {error}") from None
         yield row
@@ -220,7 +220,11 @@ def write_format(
             file.write(parquet_bytes(rows))
     elif name == "tar":
         with work.output(output / TAR_FOLDER / f"{shard_id}.tar") as file:
-            write_tar(file, source, rows)
+            if unreadable := write_tar(file, source, rows):
+                work.warn(
+                    f"{source}: the .json of {unreadable:,} samples cannot be read; in {TAR_FOLDER}/{shard_id}.tar it "
+                    "holds the new caption alone"
+                )
     elif name == "files":
         write_files(output / FILES_FOLDER / shard_id, source, rows, work.output)
 
@@ -307,15 +311,19 @@ def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Outp
 # ---- tar
 
 
-def write_tar(file: AtomicFile, source: Source, rows: Sequence[Row]) -> None:
+def write_tar(file: AtomicFile, source: Source, rows: Sequence[Row]) -> int:
     """Copy the source with the new captions as ``.txt`` and as ``caption`` of the ``.json``, where there is one.
 
     Images and other members stay byte for byte.  A sample without a new caption is left out, because its old caption
     would be taken for a new one.
+
+    Returns:
+        How many samples have a ``.json`` that cannot be read, which is replaced by one with the new caption alone.
     """
     by_key = {row["key"]: row for row in rows}
     captioned = _Captions(source, by_key)
     splice(decided(captioned, captioned.decide), file)
+    return captioned.unreadable
 
 
 class _Captions(TarScan):
@@ -325,6 +333,7 @@ class _Captions(TarScan):
         super().__init__(source)
         self._rows = rows
         self._window: Window | None = None
+        self.unreadable = 0
 
     def windows(self) -> Iterator[Window]:
         for self._window in super().windows():
@@ -338,16 +347,22 @@ class _Captions(TarScan):
         member = next((member for member in span.members if member.suffix == "json"), None)
         return Edit(None, row["caption"].encode("utf-8", "replace"), self._json(self._window, member, row))
 
-    @staticmethod
-    def _json(window: Window, member: Member | None, row: Row) -> bytes | None:
-        """The metadata with the new caption; None, which leaves it as it is, where it cannot be read."""
-        if member is None or not member.regular or member.size > MAX_MEMBER_BYTES:
+    def _json(self, window: Window, member: Member | None, row: Row) -> bytes | None:
+        """The metadata with the new caption; None where the sample has no json.
+
+        The old bytes of a json that cannot be read are not kept, because the old caption may stand in them.
+        """
+        if member is None or not member.regular:
             return None
-        metadata = lenient_metadata(window.read(member.data, member.size))
-        if not metadata:
-            return None
+        try:
+            if member.size > MAX_SAMPLE_JSON_BYTES:
+                raise SampleError("json_too_large")
+            metadata = parse_json_object(window.read(member.data, member.size))
+        except SampleError:
+            metadata = {}
+            self.unreadable += 1
         record: dict[str, Any] = {"original_caption": row["original_caption"]}
         record |= {"recaptioned_by": {"name": row["model"], "revision": row["revision"]}}
-        if isinstance(metadata.get("curation"), dict):
+        if metadata.get("curation") is not None:
             record["previous"] = metadata["curation"]
         return dump_json({**metadata, "caption": row["caption"], "curation": record}, indent=True)

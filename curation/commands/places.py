@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
-
-from curation.errors import UsageError
-from curation.jsonio import clean_text
+from curation.errors import SampleError, UsageError
+from curation.jsonio import clean_text, parse_json
 from curation.shards import bucket_of
 from curation.storage.files import read_record
 
@@ -126,8 +124,8 @@ def json_lines(path: Path, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str
         return
     for line in data.splitlines():
         try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
+            value = parse_json(line, keep_surrogates=True)
+        except SampleError:
             continue
         if isinstance(value, dict):
             yield value

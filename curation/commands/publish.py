@@ -14,7 +14,7 @@ from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT, UsageEr
 from curation.hub.push import GaveUp, Pushed, PushOptions, push
 from curation.hub.repository import check_access, check_name
 from curation.jsonio import clean_text, dump_json
-from curation.options import exit_code, parse_arguments, say_error, set_up_logging
+from curation.options import URLS, exit_code, parse_arguments, say_error, set_up_logging
 
 _SHOWN = 20  # of a list, without --json
 
@@ -25,7 +25,7 @@ class Options:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The stage's output folder, or the dataset's with --stage."""
-    repo: str
+    repo: Annotated[str, URLS]
     """The dataset repository: user/name, or a name of your own.  Created, private, where it is not there."""
     stage: str | None = None
     """The stage's name, as status shows it, where the folder has several."""

@@ -51,7 +51,8 @@ class Feature:
 class SampleFacts:
     """What a preparation of the kind ``sample`` is given.
 
-    caption: None where the sample has none.  image: as it lies in the shard, empty where there is none.
+    caption: the clean line that stages 01, 02 and 05 work on, None where the sample has none.
+    image: as it lies in the shard, empty where there is none.
     size: (width, height) upright, None where the image cannot be read.
     """
 

@@ -15,6 +15,7 @@ import yaml
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.errors import UsageError
 from curation.extract.settings import ModelSettings, Precision, Resize, WeightSource
+from curation.options import refuse_url
 from curation.shards import Shard, discover
 
 logger = logging.getLogger("curation")
@@ -110,7 +111,7 @@ class ExtractConfig:
             UsageError: The flag names a GPU that this machine does not have.
         """
         if num_gpus is not None or gpus is not None or self.device is None:
-            return workers_for_gpus(workers, num_gpus, gpus)
+            return workers_for_gpus(workers, num_gpus, gpus, device="cpu" if self.device == "cpu" else None)
         if isinstance(self.device, int) and self.device >= (count := visible_gpus()):
             if count or device_is_flag:
                 raise UsageError(f"device {self.device}: {count} GPUs can be seen here; --device cpu does without")
@@ -118,11 +119,14 @@ class ExtractConfig:
         return workers
 
     def torch_device(self, allocation: Allocation) -> str:
-        """torch's name of a process's device.  ``device`` counts for a lone process; several have a GPU each."""
-        if self.device == "cpu" or allocation.gpu is None:
-            return "cpu"
+        """torch's name of a process's device.  ``device`` counts for a lone process; several have a GPU each.
+
+        Raises:
+            InfrastructureError: GPUs were promised to this process, and it sees none.
+        """
+        given = allocation.device("cpu" if self.device == "cpu" else None)
         lone = allocation.world == 1 and isinstance(self.device, int)
-        return f"cuda:{self.device if lone else allocation.gpu}"
+        return f"cuda:{self.device}" if lone and given != "cpu" else given
 
     def public_name(self, name: str) -> str:
         """What a column or feature is called in the files."""
@@ -151,6 +155,7 @@ def read_config(yml: str | None, flags: Mapping[str, Any]) -> ExtractConfig:
         if value is not None:
             values[key] = _parse(f"--{key}", key, value)
     values = {key: value for key, value in values.items() if value is not None}
+    refuse_url("output_metadata_dir", values.get("output_metadata_dir"))
     for key in _REQUIRED:
         if not values.get(key):
             raise UsageError(

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from curation.errors import SampleError
 from curation.extract.api import Preparation
 from curation.extract.worker import Lost, PreparationJob, PreparationOutcome, SlotLayout, Slots, WorkerProcess
-from curation.tar.samples import MAX_CAPTION_CHARACTERS, Sample, image_of, lenient_metadata
+from curation.jsonio import decode_text
+from curation.tar.samples import MAX_CAPTION_CHARACTERS, Sample, caption_of, image_of, lenient_metadata
 from curation.tar.scan import IMAGE_SUFFIXES
 
 logger = logging.getLogger("curation")
@@ -48,12 +49,14 @@ _POLL_S = 0.1
 @dataclass(slots=True)
 class ExtractSample:
     """A sample of the shard.  image: its bytes, until they are prepared.  caption: as it lies in the shard, None where
-    there is none.  outcome: what became of it in the worker process, or why it was not sent there."""
+    there is none.  clean_caption: as the other stages work on it.  outcome: what became of it in the worker process, or
+    why it was not sent there."""
 
     key: str
     metadata: dict[str, Any]
     caption: str | None
     image: bytes | None
+    clean_caption: str | None = None
     outcome: PreparationOutcome = field(default_factory=PreparationOutcome)
 
 
@@ -72,10 +75,11 @@ class ExtractBatch:
 
 
 def extract_sample(sample: Sample) -> ExtractSample:
-    """What the models are given of a sample: the .txt (as dataset2metadata gives it), else the json's caption."""
+    """What the models are given of a sample: the .txt as it is (as dataset2metadata gives it), else the json's caption;
+    and the clean caption that the other stages work on."""
     data = sample.members.get("json")
     metadata = lenient_metadata(data)
-    found = ExtractSample(sample.key, metadata, _caption(sample, metadata), None)
+    found = ExtractSample(sample.key, metadata, _caption(sample, metadata), None, _clean_caption(sample, metadata))
     if sample.problem is not None:
         found.outcome.broken = sample.problem
         return found
@@ -88,12 +92,18 @@ def extract_sample(sample: Sample) -> ExtractSample:
 
 def _caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
     txt = sample.members.get("txt")
-    if txt is not None:
-        return txt[: 4 * MAX_CAPTION_CHARACTERS].decode("utf-8", "replace")[:MAX_CAPTION_CHARACTERS]
     told = metadata.get("caption")
-    if not isinstance(told, str):
+    found = None if txt is None else decode_text(txt[: 4 * MAX_CAPTION_CHARACTERS + 4])[:MAX_CAPTION_CHARACTERS]
+    if isinstance(told, str) and not (found and found.strip()):
+        return told[:MAX_CAPTION_CHARACTERS].encode("utf-8", "replace").decode()
+    return found
+
+
+def _clean_caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
+    try:
+        return caption_of(metadata, sample.members.get("txt"))
+    except SampleError:
         return None
-    return told[:MAX_CAPTION_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 class _ShardStream:
@@ -273,7 +283,9 @@ class ExtractLoader:
             self._submit(batch, jobs)
             self._bytes.wait(size, stop)
         metadata = sample.metadata if self._needs_facts else {}
-        jobs.append(PreparationJob(batch.slot, row, sample.key, sample.image, sample.caption, metadata))
+        jobs.append(
+            PreparationJob(batch.slot, row, sample.key, sample.image, sample.caption, metadata, sample.clean_caption)
+        )
 
     def _submit(self, batch: ExtractBatch, jobs: list[PreparationJob]) -> None:
         if jobs:

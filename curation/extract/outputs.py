@@ -7,7 +7,7 @@ are read back one batch at a time.
 from __future__ import annotations
 
 import io
-import math
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +42,12 @@ FIELD_TYPES: Mapping[str, str] = {
 }
 
 
+INTEGER = "integer"
+
+
 _MAX_INT64 = 1 << 63
+_MAX_EXACT = 1 << 53  # the integers up to here are doubles too
+_MAX_DOUBLE = sys.float_info.max
 
 
 @dataclass(slots=True)
@@ -100,7 +105,7 @@ class Spool:
         self._log.append([*parts, (str(number), "rows", dump_json(told))])  # last: where it is, the others are
 
     def rows(self, number: int) -> tuple[list[MetadataRow], Counter[str]]:
-        told = parse_json(self._read(number, "rows"), MAX_PAYLOAD_BYTES, MAX_DEPTH + 4)
+        told = parse_json(self._read(number, "rows"), MAX_PAYLOAD_BYTES, MAX_DEPTH + 4, keep_surrogates=True)
         return [MetadataRow(*row) for row in told["rows"]], Counter(told["missing"])
 
     def feature(self, number: int, name: str) -> bytes:
@@ -222,15 +227,19 @@ def _text(value: Any) -> str | None:
 
 
 def _field_types(spool: Spool, batches: int, table: MetadataTable) -> dict[str, str]:
-    """The type of each carried field's column: as given, as known, or the narrowest that holds the shard's values."""
+    """The type of each carried field's column: as given, as known, or the narrowest that holds the shard's values.
+
+    An ``integer`` is int64, and text where a value has more bits, so that every digit is kept.
+    """
     types = {name: kind or FIELD_TYPES.get(name) for name, kind in table.fields.items()}
-    seen: dict[str, set[str]] = {name: set() for name, kind in types.items() if kind is None}
+    seen: dict[str, set[str]] = {name: set() for name, kind in types.items() if kind in (None, INTEGER)}
     for number in range(batches) if seen else ():
         for row in spool.rows(number)[0]:
             for name, value in zip(types, row.fields, strict=True):
                 if name in seen and value is not None:
                     seen[name].add(_type_of(value))
     found = {name: _narrowest(seen[name]) if kind is None else kind for name, kind in types.items()}
+    found |= {n: "json" if "digits" in seen[n] else "int64" for n, kind in types.items() if kind == INTEGER}
     return {name: "boxes64" if kind == "boxes" else kind for name, kind in found.items()}
 
 
@@ -238,11 +247,17 @@ def _type_of(value: Any) -> str:
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        return "int64" if -_MAX_INT64 <= value < _MAX_INT64 else "json"
+        if not -_MAX_INT64 <= value < _MAX_INT64:
+            return "digits"
+        return "int64" if -_MAX_EXACT <= value <= _MAX_EXACT else "long"
     return {float: "float64", str: "string"}.get(type(value), "json")
 
 
 def _narrowest(seen: set[str]) -> str:
+    if seen and seen <= {"int64", "long"}:
+        return "int64"
+    if "digits" in seen or "long" in seen:
+        return "json"  # text, which keeps every digit
     if seen == {"int64", "float64"}:
         return "float64"
     return seen.pop() if len(seen) == 1 else "json" if seen else "string"
@@ -258,18 +273,19 @@ def _carried(value: Any, kind: str, name: str, mistyped: Counter[str]) -> Any:
     elif kind == "bool":
         fits = isinstance(value, bool)
     elif kind == "int64":
-        if is_number and float(value).is_integer():
+        if isinstance(value, float) and value.is_integer():
             value = int(value)
         fits = isinstance(value, int) and not isinstance(value, bool) and -_MAX_INT64 <= value < _MAX_INT64
     else:
-        fits = is_number
+        fits = is_number and -_MAX_DOUBLE <= value <= _MAX_DOUBLE
         value = float(value) if fits else value
     mistyped[name] += not fits
     return value if fits else None
 
 
 def _are_numbers(values: list[Any]) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    return len(numbers) == len(values) and all(-_MAX_DOUBLE <= v <= _MAX_DOUBLE for v in numbers)
 
 
 # ---- npz

@@ -47,6 +47,7 @@ class PreparationJob:
     image: bytes | None
     caption: str | None
     metadata: Mapping[str, Any]
+    clean_caption: str | None = None
 
 
 @dataclass(slots=True)
@@ -183,7 +184,7 @@ class _Preparer:
         outcome = PreparationOutcome()
         self._slots.clear(job.slot, job.row)
         pixels = self._decode(job, outcome)
-        facts = SampleFacts(job.key, job.metadata, job.caption, job.image or b"", outcome.size)
+        facts = SampleFacts(job.key, job.metadata, job.clean_caption, job.image or b"", outcome.size)
         for number, preparation in enumerate(self._preparations):
             given: Any = {"image": pixels, "text": job.caption or "", "sample": facts}[preparation.takes]
             if given is None:

@@ -25,7 +25,7 @@ from curation.cluster import WORKER_VARIABLE, Allocation
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
 from curation.hub.repository import check_access, check_name
 from curation.jsonio import clean_text
-from curation.options import at_least
+from curation.options import URLS, at_least
 from curation.storage.urls import redact
 
 logger = logging.getLogger("curation")
@@ -44,7 +44,7 @@ class HubOptions:
 
     push_every: Annotated[int, at_least(1)] = 500
     """Images between two uploads to the hub, half a minute at least."""
-    hf_repo: str | None = None
+    hf_repo: Annotated[str | None, URLS] = None
     """Dataset repository to upload to: user/name, or name.  Made, private, if it is not there.  Default: none."""
     hf_username: str | None = None
     """Owner of --hf_repo.  Default: who is logged in."""

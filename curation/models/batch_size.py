@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import xxhash
 
+from curation.cluster import CPU_ON_PURPOSE
 from curation.errors import InfrastructureError
 from curation.storage.files import link_exclusively, write_whole
 
@@ -60,7 +61,7 @@ def use_device(device: str) -> str:
     if not torch.cuda.is_available():
         raise InfrastructureError(
             f"{device} was given but this torch cannot use it: install a CUDA build of torch, "
-            "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            f"or a driver that is new enough; {CPU_ON_PURPOSE}"
         )
     try:
         torch.cuda.set_device(device)

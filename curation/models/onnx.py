@@ -9,6 +9,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from curation.cluster import CPU_ON_PURPOSE, do_without_gpus
 from curation.errors import InfrastructureError
 
 
@@ -35,14 +36,14 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
         model: The bytes of the ONNX file.
         path: For messages.
         threads: CPU threads of one run.
-        gpu: Index of a visible CUDA device, which is used if this onnxruntime has CUDA.
+        gpu: Index of a visible CUDA device, which is used if this onnxruntime has CUDA; None for the CPU.
 
     Returns:
         An ``onnxruntime.InferenceSession``, which several threads may run at once, and its device, such as ``cuda:0``.
 
     Raises:
-        InfrastructureError: It is not a model; or CUDA is there and does not start, because a job on a GPU node must
-            not run on the CPU unnoticed.
+        InfrastructureError: It is not a model; or CUDA is there and does not start, or GPUs were given to this job and
+            this onnxruntime has no CUDA, because a job on a GPU node must not run on the CPU unnoticed.
     """
     try:
         import onnxruntime
@@ -54,6 +55,11 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
     options.log_severity_level = 3  # errors: the warnings are about the exporter's habits
     providers: list[Any] = ["CPUExecutionProvider"]
     wants_cuda = gpu is not None and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if gpu is not None and not wants_cuda:
+        do_without_gpus(
+            f"this onnxruntime has no CUDA for GPU {gpu} (pip install onnxruntime-gpu in place of onnxruntime)",
+            f"{path.name} runs on the CPU",
+        )
     if wants_cuda:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
             onnxruntime.preload_dlls()
@@ -66,6 +72,6 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
     if wants_cuda and "CUDAExecutionProvider" not in session.get_providers():
         raise InfrastructureError(
             f"onnxruntime could not start CUDA on GPU {gpu} for {path} (does its version fit this node's CUDA and "
-            "cuDNN?); with CUDA_VISIBLE_DEVICES= it runs on the CPU"
+            f"cuDNN?); {CPU_ON_PURPOSE}"
         )
     return session, f"cuda:{gpu}" if wants_cuda else "cpu"

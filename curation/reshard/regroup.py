@@ -76,7 +76,7 @@ class Index(Stage[RunOptions]):
         writer, report, foreign = IndexWriter(), TarReport(), 0
         opened = self.sources.open(work.shard, records_of(self.inputs(work.shard), work))
         with work.phase("read"), opened as (edits, selector):
-            for window in TarScan(work.shard.path, report).windows():
+            for window in TarScan(work.shard.path, report, unpack=False).windows():
                 selector.look(window)
                 chosen = [(span, selector.choose(span)) for span in window.spans if span.key]
                 for span, choice in chosen:

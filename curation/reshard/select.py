@@ -16,11 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import orjson
-
 from curation.edits import EditReader, LooseEditReader, TarEditReader
 from curation.errors import SampleError, ShardError, UsageError
-from curation.jsonio import KEY_SUFFIX, parse_json_object, read_dictionary, some
+from curation.jsonio import KEY_SUFFIX, parse_json, parse_json_object, read_dictionary, some
 from curation.options import logger
 from curation.reshard.uids import Halves, Subset, uid_of
 from curation.run import ShardContext
@@ -210,14 +208,14 @@ def read_rejected(folders: Iterable[tuple[Path, str]], shard_id: str) -> dict[st
         place = folder / "_rejects" / stage
         for line in _lines(place / f"{shard_id}.jsonl"):
             try:
-                key = parse_json_object(line).get("key")
+                key = parse_json_object(line, keep_surrogates=True).get("key")
             except SampleError as error:
                 raise ShardError(f"{place / shard_id}.jsonl: {error}") from None
             rejected.setdefault(str(key), stage)
         for line in _lines(place / f"{shard_id}.drops.tsv.gz"):
             try:
-                key = orjson.loads(line.partition(b"\t")[2])
-            except ValueError:
+                key = parse_json(line.partition(b"\t")[2], keep_surrogates=True)
+            except SampleError:
                 raise ShardError(f"{place / shard_id}.drops.tsv.gz: not a list of dropped keys") from None
             rejected.setdefault(str(key), stage)
     return rejected
@@ -407,7 +405,7 @@ def dry_run(material: ReshardInputs, shards: Sequence[Shard], size: int | None, 
             continue
         account = _Tally(shard, tally)
         with material.open(shard, records) as (_, selection):
-            for window in TarScan(shard.path).windows():
+            for window in TarScan(shard.path, unpack=False).windows():
                 selection.look(window)
                 chosen = [(span, selection.choose(span)) for span in window.spans if span.key]
                 selection.count(chosen, account)

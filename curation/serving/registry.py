@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 from curation.cluster import slurm_ids
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError, redact
 from curation.jsonio import clean_text, dump_json, parse_json_object
+from curation.options import refuse_url
 from curation.serving.connection import (
     EndpointError,
     ModelMissing,
@@ -268,6 +269,7 @@ def register(arguments: argparse.Namespace) -> int:
 
     It is 0 after a signal, 3 where the server does not answer (any more), 2 where it cannot serve the model.
     """
+    refuse_url("--dir", arguments.dir)
     url = server_url(arguments.url)
     with Session(read_key(arguments.api_key_env, registered=False)) as session, Session(registered=True) as others:
         api = _wait_for_server(session, url, arguments.api, arguments.start_timeout)

@@ -125,12 +125,12 @@ def compressions_in(content_encoding: str) -> list[str]:
     return [name for word in content_encoding.split(",") if (name := word.strip().lower()) in _COMPRESSIONS]
 
 
-def find_remote(text: str, suffix: str, *, allow_pipe: bool) -> Iterator[Url]:
+def find_remote(text: str, suffixes: tuple[str, ...], *, allow_pipe: bool) -> Iterator[Url]:
     """The files that a URL or a command names; a bucket's folder and a glob are listed.
 
     Args:
         text: A URL or command, whose braces are expanded already.
-        suffix: How the files' names end.
+        suffixes: How the files' names may end.  Of a listing, the files with the first of these suffixes that any has.
         allow_pipe: Whether commands may be run.
 
     Raises:
@@ -145,13 +145,19 @@ def find_remote(text: str, suffix: str, *, allow_pipe: bool) -> Iterator[Url]:
             raise UsageError(f"{file}: the command names no *.tar that its shard could be named for")
         yield file
     elif file.scheme in HTTP:
-        if not file.name.endswith(suffix):
-            raise UsageError(f"{file}: web servers list no folders; name *{suffix} files, by braces or in a list file")
+        if not file.name.endswith(suffixes):
+            raise UsageError(
+                f"{file}: web servers list no folders; name *{suffixes[0]} files, by braces or in a list file"
+            )
         yield file
     else:
         filesystem(file.scheme)  # say at once that a package is missing
-        if any(c in text for c in "*?[") or not text.endswith(suffix):
-            yield from _listed(file, suffix)
+        if any(c in text for c in "*?["):
+            yield from _listed(file, suffixes)
+        elif not text.endswith(suffixes):
+            files = list(_listed(file, suffixes))
+            of_kinds = ([found for found in files if found.name.endswith(suffix)] for suffix in suffixes)
+            yield from next((kind for kind in of_kinds if kind), [])
         else:
             yield file
 
@@ -181,7 +187,7 @@ def object_info(info: Mapping[str, Any]) -> ObjectInfo:
     return ObjectInfo(info.get("size"), etag, "" if etag else modified)
 
 
-def _listed(file: Url, suffix: str) -> Iterator[Url]:
+def _listed(file: Url, suffixes: tuple[str, ...]) -> Iterator[Url]:
     store, url = filesystem(file.scheme), file.target
     try:
         is_pattern = any(c in url for c in "*?[")
@@ -201,5 +207,5 @@ def _listed(file: Url, suffix: str) -> Iterator[Url]:
         ) from error
     for name in sorted(found):
         base = name.rpartition("/")[2]
-        if found[name].get("type") == "file" and base.endswith(suffix) and not base.startswith("."):
+        if found[name].get("type") == "file" and base.endswith(suffixes) and not base.startswith("."):
             yield Url(f"{file.scheme}://{name}", object_info(found[name]))

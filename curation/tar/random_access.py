@@ -7,7 +7,6 @@ string, the offset and the length in bytes, separated by tabs.  ``wids.json`` li
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from curation.storage.files import storage_errors, write_whole
 from curation.tar.blocks import Block, Blocks
 from curation.tar.headers import BLOCK, BadHeader, parse_member, split_name
 from curation.tar.scan import SampleSpan, Window
+from curation.tar.sources import open_blocks
 from curation.threads import BackgroundCall
 
 GATHERED_BYTES: Final = 8 << 20  # size of a window of gathered samples
@@ -59,26 +59,20 @@ def parse_span(buffer: bytearray | bytes, at: int, limit: int) -> SampleSpan:
 
 
 class RangeReader:
-    """Reads byte ranges of a file in any order, and caches the block around the last range."""
+    """Reads byte ranges of a shard in any order, and caches the block around the last range."""
 
     def __init__(self, path: Path) -> None:
         """Raises ShardError if the file cannot be opened."""
-        self._path = path
         self._begin, self._data = 0, b""
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
-        self.size = os.fstat(self._descriptor).st_size
+        self._file = open_blocks(path)
+        self.size = path.stat().st_size
 
     def read(self, start: int, size: int) -> bytes:
         """Read ``size`` bytes at ``start``, or fewer at the file's end.  Raises ShardError."""
         at = start - self._begin
         if at < 0 or at + size > len(self._data):
-            try:
-                self._data = os.pread(self._descriptor, max(size, _RANGE_BYTES), start)
-            except OSError as error:
-                raise ShardError(f"{self._path}: cannot be read at byte {start:,} ({error.strerror})") from error
+            data = bytearray(max(size, _RANGE_BYTES))
+            self._data = bytes(memoryview(data)[: self._file.fill(memoryview(data), start)])
             self._begin, at = start, 0
         return self._data[at : at + size]
 
@@ -86,7 +80,7 @@ class RangeReader:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from curation.errors import SampleError, ShardError
-from curation.jsonio import clean_text, parse_json_object
+from curation.jsonio import clean_text, decode_text, parse_json_object
 from curation.storage.urls import Source
 from curation.tar.blocks import Block
 from curation.tar.headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make_header, padding
@@ -82,7 +82,18 @@ def read_samples(
     for window in tar.windows():
         for span in window.spans:
             if span.key:
-                yield _load(window, span, wanted, max_member_bytes)
+                sample = _load(window, span, wanted, max_member_bytes)
+                tar.report.odd_texts += _is_odd_text(sample.members.get("txt"))
+                yield sample
+
+
+def _is_odd_text(txt: bytes | None) -> bool:
+    try:
+        if txt is not None and not txt.isascii():
+            decode_text(txt, "strict")
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def open_sample(shard: Path, key: str) -> Sample:
@@ -190,6 +201,9 @@ def _odd_member(members: list[Member]) -> tuple[str, str]:
 MAX_CAPTION_CHARACTERS = 1 << 20
 
 
+_EMPTY_CHARACTERS = 1000  # a caption whose first characters are all invisible is looked at together with the .txt
+
+
 _LOOSE_SUFFIXES = (".json", ".jpg", ".txt")
 
 
@@ -210,17 +224,19 @@ def image_of(sample: Sample) -> bytes:
 
 
 def caption_of(metadata: Mapping[str, Any], txt: bytes | None) -> str:
-    """The caption in the metadata, otherwise the .txt, as one clean line.
+    """The caption in the metadata, or the .txt where that one is missing or empty, as one clean line.
 
     Raises SampleError ``no_caption`` or ``caption_too_long``."""
-    caption = metadata.get("caption")
-    if not isinstance(caption, str):
-        if txt is None:
-            raise SampleError("no_caption", "neither in the json nor as a txt")
-        caption = txt[: 4 * MAX_CAPTION_CHARACTERS + 4].decode("utf-8", "replace")
-    if len(caption) > MAX_CAPTION_CHARACTERS:
-        raise SampleError("caption_too_long", f"more than {MAX_CAPTION_CHARACTERS:,} characters")
-    return clean_text(caption)
+    told = metadata.get("caption")
+    captions = [told] if isinstance(told, str) else []
+    if txt is not None and not (captions and clean_text(captions[0][:_EMPTY_CHARACTERS])):
+        captions.append(decode_text(txt[: 4 * MAX_CAPTION_CHARACTERS + 8]))
+    if not captions:
+        raise SampleError("no_caption", "neither in the json nor as a txt")
+    for caption in captions:
+        if len(caption) > MAX_CAPTION_CHARACTERS:
+            raise SampleError("caption_too_long", f"more than {MAX_CAPTION_CHARACTERS:,} characters")
+    return next(filter(None, map(clean_text, captions)), "")
 
 
 def check_loose_name(key: str) -> None:

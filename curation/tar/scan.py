@@ -153,6 +153,7 @@ class TarReport:
     missing_end: bool = False
     gaps: list[int] = field(default_factory=list)  # offsets of zero blocks that are followed by members
     end_bytes: int = 0  # the zeros that end the archive
+    odd_texts: int = 0  # .txt members that were loaded and whose bytes are no UTF-8
 
     def warnings(self) -> list[str]:
         """One line for each irregularity."""
@@ -164,6 +165,11 @@ class TarReport:
             lines.append(f"{self.path}: ends in {self.end_bytes:,} zero bytes; were there members once?")
         if self.repeated_keys:
             lines.append(f"{self.path}: {self.repeated_keys:,} samples have the key of an earlier one; {TOGETHER}")
+        if self.odd_texts:
+            lines.append(
+                f"{self.path}: {self.odd_texts:,} .txt members hold bytes that are no UTF-8 (another encoding without "
+                "a byte order mark?); U+FFFD stands for those bytes"
+            )
         if self.doubled:
             lines.append(f"{self.path}: {self.doubled:,} samples come several times in a row; the first one counts")
         if self.odd_headers:
@@ -197,11 +203,12 @@ class TarScan:
     Args:
         source: A tar on a filesystem, a folder of loose files, or what ``curation.storage.urls`` can read.
         report: Receives what is found besides samples; default: a new one.
+        unpack: Whether a shard may be compressed with gzip; the offsets of its spans are those of the tar inside.
     """
 
-    def __init__(self, source: str | Source, report: TarReport | None = None) -> None:
+    def __init__(self, source: str | Source, report: TarReport | None = None, *, unpack: bool = True) -> None:
         self.path = str(source)
-        self._source = source
+        self._source, self._unpack = source, unpack
         self.report = report if report is not None else TarReport()
         self.report.path = self.path
         self._file: Blocks
@@ -225,10 +232,10 @@ class TarScan:
         """Yield the samples in the shard's order, a few megabytes at a time.
 
         Raises:
-            ShardError: The file cannot be read.
+            ShardError: The file cannot be read, or it is no tar.
         """
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open_blocks(self._source))
+            self._file = stack.enter_context(open_blocks(self._source, unpack=self._unpack))
             ahead = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
             stack.callback(self._file.cancel)  # runs first at the end, so that nobody waits for unneeded bytes
             self._block, self._search = self._file.block, HeaderSearch(self._file)
@@ -336,7 +343,7 @@ class TarScan:
     def _look_back(self, at: int) -> int:
         """Look for headers in the last member, if a part of it was not in memory before.  Returns where to continue."""
         span, member, looked = self._open, self._member_before(at), self._looked
-        if not span or not member or at <= looked:
+        if not span or not member or at <= looked or at > self._file.size:
             return at
         found = marks(self._block, max(member.data, looked - BLOCK), at, at)
         inside = self._swallowed(member, next(found, _FAR), found)
@@ -434,6 +441,8 @@ class TarScan:
             lost = [why for suffix, why in self._suspects.items() if suffix not in sound]
             span.torn, span.suspect = next(iter(lost), ""), bool(lost)
             self._suspects.clear()
+            for damage in () if lost else span.damages:
+                damage.explained = True
         if len(span.members) > len({member.suffix for member in span.members}):
             self._take_first_copy(span)
         if span.key and span.damages:
@@ -527,7 +536,8 @@ class TarScan:
             inside = self._search.inside(member, at)
             if inside is not None:
                 return self._take_out(span, member, _swallows_text(member.name), at, inside)
-            if self._block.read(member.data + member.size, at - member.data - member.size).strip(b"\0"):
+            rest = self._block.read(member.data + member.size, at - member.data - member.size)
+            if rest.strip(b"\0") and self._search.shifted(member):
                 text = f"{_quoted(member.name)}: its bytes have been shifted"
                 return self._take_out(span, member, text, at)
         self._lost = (at, _NO_HEADER + why)

@@ -15,6 +15,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import zlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from curation.storage.remote_read import ResumingReader, server_of
 from curation.storage.urls import Source, Url, redact
 from curation.tar.blocks import Block, Blocks, FileBlocks
 from curation.tar.headers import RECORD, ZERO_BLOCK, make_header, padded, padding, split_name
+from curation.tar.recognise import GZIP, HEAD_BYTES, not_a_tar
 
 MAX_FILES: Final = 10_000_000
 
@@ -227,10 +229,21 @@ _PIPE_BYTES: Final = 1 << 20
 _STDERR_LINES = 5
 
 
-class Stream(Protocol):
-    """Bytes that arrive in order.  ``size`` is None until it is known, at the latest when the end was read."""
+_GZIP_ONLY = 31  # zlib's window bits for gzip with a header
 
-    size: int | None
+
+_ANY_RATIO_BYTES = 1 << 30
+
+
+_MAX_RATIO = 100  # deflate reaches 1,030 with zeros; tars of pictures stay below 2, and of text alone below 10
+
+
+class Stream(Protocol):
+    """Bytes that arrive in order."""
+
+    @property
+    def size(self) -> int | None:
+        """None until it is known, at the latest when the end was read."""
 
     def read_at(self, view: memoryview, start: int) -> int:
         """Fill ``view`` up to the end of the stream; to go back costs more.  Raises ShardError."""
@@ -241,14 +254,46 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-def open_blocks(source: str | Source) -> Blocks:
-    """Open a shard for one pass.  Raises ShardError if it does not exist."""
+def open_blocks(source: str | Source, *, unpack: bool = True) -> Blocks:
+    """Open a shard for one pass.  What is compressed with gzip is unpacked on the way.
+
+    Args:
+        source: A tar on a filesystem, a folder of loose files, or what ``curation.storage.urls`` can read.
+        unpack: False refuses what is compressed with gzip.
+
+    Raises:
+        ShardError: It does not exist, or it is ``not_a_tar``, which the message then describes.
+    """
     if isinstance(source, Url):
-        return StreamBlocks(PrefetchStream(source) if source.command is None else CommandStream(source))
+        stream = PrefetchStream(source) if source.command is None else CommandStream(source)
+        return _checked(StreamBlocks(_Rereadable(stream)), str(source), unpack=unpack)
     path = os.fspath(source)
     if not path.endswith(TAR) and is_loose(Path(path)):
         return StreamBlocks(LooseStream(path))
-    return FileBlocks(path)
+    return _checked(FileBlocks(path), path, unpack=unpack)
+
+
+def _checked(blocks: Blocks, path: str, *, unpack: bool) -> Blocks:
+    """The blocks of the tar that ``blocks`` are, or hold in compressed form.  Raises ShardError ``not_a_tar``."""
+    try:
+        head = _head_of(blocks)
+        if head.startswith(GZIP) and not_a_tar(head) and unpack:
+            blocks = StreamBlocks(GunzipStream(path, blocks))
+            head = _head_of(blocks)
+            if problem := not_a_tar(head):
+                raise ShardError(f"{path}: compressed with gzip, and inside it is {problem}", "not_a_tar")
+        elif problem := not_a_tar(head):
+            raise ShardError(f"{path}: {problem}", "not_a_tar")
+    except BaseException:
+        blocks.cancel()
+        blocks.close()
+        raise
+    return blocks
+
+
+def _head_of(blocks: Blocks) -> bytes:
+    head = bytearray(HEAD_BYTES)
+    return bytes(head[: blocks.fill(memoryview(head), 0)])
 
 
 class StreamBlocks(Blocks):
@@ -274,6 +319,116 @@ class StreamBlocks(Blocks):
 
     def close(self) -> None:
         self._stream.close()
+
+
+class _Rereadable:
+    """A stream whose first bytes stay in memory, so that to look at them and then read from the start costs nothing."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._head: bytes | None = None
+
+    @property
+    def size(self) -> int | None:
+        return self._stream.size
+
+    def read_at(self, view: memoryview, start: int) -> int:
+        if self._head is None:
+            head = bytearray(HEAD_BYTES)
+            self._head = bytes(head[: self._stream.read_at(memoryview(head), 0)])
+        known = self._head[start : start + len(view)]
+        view[: len(known)] = known
+        rest = view[len(known) :]
+        return len(known) + (self._stream.read_at(rest, start + len(known)) if rest else 0)
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class GunzipStream:
+    """The content of a gzip file, kept in an unnamed temporary file, because a sample may be needed again.
+
+    A file that was cut ends where its data ends, as a tar that was cut does.
+    """
+
+    def __init__(self, path: str, packed: Blocks) -> None:
+        """path: for messages.  packed: the compressed bytes, which are closed together with this stream."""
+        self._path, self._packed = path, packed
+        self.size: int | None = None
+        self._taken = 0  # compressed bytes that were read
+        self._pending = b""  # those of them that were not unpacked yet
+        self._decoder: Any = None  # None between two members of the gzip file
+        self._written = 0
+        try:
+            self._spool = tempfile.TemporaryFile(prefix="curation-")  # noqa: SIM115  closed by close
+        except OSError as error:
+            raise self._no_room(error) from error
+
+    def read_at(self, view: memoryview, start: int) -> int:
+        while self.size is None and self._written < start + len(view):
+            self._unpack()
+        total = 0
+        while total < len(view) and (count := os.preadv(self._spool.fileno(), [view[total:]], start + total)):
+            total += count
+        return total
+
+    def _unpack(self) -> None:
+        if not self._pending:
+            packed = bytearray(_PIPE_BYTES)
+            self._pending = bytes(packed[: self._packed.fill(memoryview(packed), self._taken)])
+            self._taken += len(self._pending)
+            if not self._pending:
+                self.size = self._written
+                return
+        if self._decoder is None:
+            self._pending = self._pending.lstrip(b"\0")  # gzip ignores such padding, and what follows the last member
+            if self._pending and not self._pending.startswith(GZIP[: len(self._pending)]):
+                self.size = self._written
+            if not self._pending or self.size is not None:
+                return
+            self._decoder = zlib.decompressobj(_GZIP_ONLY)
+        try:
+            data = self._decoder.decompress(self._pending, _PIPE_BYTES)
+        except zlib.error as error:
+            raise ShardError(
+                f"{self._path}: its gzip data is damaged before byte {self._taken:,} ({error}); copy or download it "
+                "again",
+                "damaged_gzip",
+            ) from None
+        self._pending = self._decoder.unused_data if self._decoder.eof else self._decoder.unconsumed_tail
+        if self._decoder.eof:
+            self._decoder = None
+        self._keep(data)
+
+    def _keep(self, data: bytes) -> None:
+        at = 0
+        try:
+            while at < len(data):
+                at += os.pwrite(self._spool.fileno(), data[at:], self._written + at)
+        except OSError as error:
+            raise self._no_room(error) from error
+        self._written += len(data)
+        if self._written > max(_ANY_RATIO_BYTES, _MAX_RATIO * self._taken):
+            raise ShardError(
+                f"{self._path}: {self._taken:,} bytes of gzip unpack to more than {self._written:,}, more than "
+                f"{_MAX_RATIO} times as much, as no tar of pictures does; unpack it yourself if that is right",
+                "gzip_too_large",
+            )
+
+    def _no_room(self, error: OSError) -> InfrastructureError:
+        return InfrastructureError(
+            f"{self._path} is unpacked in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a folder with room"
+        )
+
+    def cancel(self) -> None:
+        self._packed.cancel()
+
+    def close(self) -> None:
+        self._packed.close()
+        self._spool.close()
 
 
 class PrefetchStream:

@@ -111,7 +111,7 @@ class HeaderSearch:
             return None
         begin = member.data
         while (found := self.find(begin, at)) is not None:
-            links, behind, zeros = self._follow(found, at)
+            links, behind, zeros, _ = self._follow(found, at)
             is_stored = zeros and found == member.data  # an archive that is the whole member
             if (links > 1 or zeros) and not is_stored:
                 return found
@@ -120,14 +120,15 @@ class HeaderSearch:
 
     def landing(self, member: Member) -> int | None:
         """The first header inside a member from which headers lead to the member's end: it has lost as many bytes as
-        the members behind it have, so that the next header is where it should be."""
+        the members behind it have, so that the next header is where it should be.  It may have swallowed an extended
+        header too, and end at the block that this one describes."""
         if is_archive(member.name):
             return None
         behind = 0
         for offset in self._marks(member.data, member.end):
             if offset >= behind and self._may_search(member.end):
-                links, behind, zeros = self._follow(offset, member.end)
-                if links and behind == member.end and not zeros:
+                links, behind, zeros, data = self._follow(offset, member.end)
+                if links and not zeros and behind >= member.end and (behind == member.end or data > member.end):
                     return offset
         return None
 
@@ -138,27 +139,40 @@ class HeaderSearch:
         block = self._file.block
         if block.view(begin, end) is None:
             for start in range(begin, end, _SEARCH_BYTES):
-                part = Block(None, bytearray(block.read(start, _SEARCH_BYTES)), start, start, start + _SEARCH_BYTES)
+                stop = min(start + _SEARCH_BYTES, end)
+                part = Block(None, bytearray(block.read(start, stop - start)), start, start, stop)
                 yield from (offset for offset in marks(part, start, end, start) if has_magic(part, offset))
         else:
             yield from (offset for offset in marks(block, begin, end, begin) if has_magic(block, offset))
 
-    def _follow(self, at: int, end: int) -> tuple[int, int, bool]:
+    def shifted(self, member: Member) -> bool:
+        """Whether bytes were inserted into a member whose padding is not of zeros, and behind which there is no header.
+
+        Then its own last bytes and its padding stand before the next header.  If not, the damage began in the padding
+        of a sound member.
+        """
+        zeros = member.end - member.data - member.size
+        following = self.find(member.end, member.end + _SEARCH_BYTES)
+        if following is None:
+            return True
+        tail = self._file.block.read(following - zeros - 1, zeros + 1)
+        return tail[0] != 0 and not tail[1:].strip(b"\0")
+
+    def _follow(self, at: int, end: int) -> tuple[int, int, bool, int]:
         """Go from header to header, up to ``end``.
 
         Returns:
-            How many members there are, the offset behind the last one, and whether zeros follow there up to ``end``, or
-            for at least one block.
+            How many members there are, the offset behind the last one, whether zeros follow there up to ``end``, or for
+            at least one block, and the offset of the last one's data.
         """
-        links = 0
+        links, data = 0, 0
         while at < end and self._may_search(end):
             member = self._member(at)
             if member is None:
                 break
-            links, at = links + 1, member.end
-        if at >= end:
-            return links, at, False
-        return links, at, not self._file.block.read(at, min(BLOCK, end - at)).strip(b"\0")
+            links, at, data = links + 1, member.end, member.data
+        zeros = at < end and not self._file.block.read(at, min(BLOCK, end - at)).strip(b"\0")
+        return links, at, zeros, data
 
     def _member(self, at: int) -> Member | None:
         """The member whose header is at an offset; None without a valid header."""
@@ -177,7 +191,7 @@ class HeaderSearch:
     def _end_of_archive(self, at: int, end: int) -> int | None:
         """The offset behind the zeros that end the archive whose first header is at ``at``; None if it has no end."""
         while at < end and self._may_search(end):
-            _, behind, zeros = self._follow(at, end)
+            _, behind, zeros, _ = self._follow(at, end)
             if zeros:
                 return self._behind_zeros(behind, end)
             if behind >= end:

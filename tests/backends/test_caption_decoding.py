@@ -223,7 +223,7 @@ def test_the_stage_goes_on_with_what_fits(
 
     monkeypatch.setattr(stage, "Recaption", OnSmallGpu)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = ["--model", str(folder("florence2")), "--max_tokens", "4", "--quiet", "--num_gpus", "1"]
+    flags = ["--model", str(folder("florence2")), "--max_tokens", "4", "--quiet", "--device", "cpu"]
     flags += ["--max_error_rate", "1"]
 
     def run(out: str, *more: str) -> dict[str, Any]:

@@ -347,3 +347,50 @@ def test_memory_does_not_grow_with_the_vectors(tmp_path: Path) -> None:
         used[shards, index] = int(done.stdout.splitlines()[-1])
     assert used[10, "exact"] < used[1, "exact"] + 25, used
     assert used[10, "cells"] < used[1, "exact"] + 150, used
+
+
+def test_an_array_that_is_stored_column_by_column(tmp_path: Path) -> None:
+    """A pandas frame's values or a transposed tensor: the same groups as with the same array row by row."""
+    rows = np.random.default_rng(0).normal(size=(5000, 8)).astype(np.float32)  # more than one block
+    rows[4999] = rows[1]
+    found = []
+    for name, array in (("rows", rows), ("columns", np.asfortranarray(rows))):
+        folder = tmp_path / name
+        write_shard(folder, "0", [uid(number) for number in range(len(rows))], rows)
+        np.savez(folder / "0.npz", **{FEATURE: array})
+        np.save(folder / "others.npy", array[:100])
+        flags = ["--feature", FEATURE, "--threshold", "0.999"]
+        assert main(["neardup", str(folder), *flags, "--out", str(folder / "g"), "--keep", str(folder / "k.npy")]) == 0
+        against = ["--against", str(folder / "others.npy"), "--out", str(folder / "n")]
+        assert main(["neardup", str(folder), *flags, *against]) == 0
+        found.append([(folder / file).read_bytes() for file in ("g", "k.npy", "n")])
+    assert found[0] == found[1]
+    assert len(subset(tmp_path / "columns/k.npy")) == 4999
+
+
+def test_keep_looks_for_uids_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "made"
+    write_shard(folder, "0", [uid(0)], np.ones((1, 4)))
+    pq.write_table(pa.table({"key": ["0"]}), folder / "1.parquet")
+    np.savez(folder / "1.npz", **{FEATURE: np.ones((1, 4))})
+    flags = ["--feature", FEATURE, "--threshold", "0.9", "--out", str(tmp_path / "out/g.parquet")]
+    assert main(["neardup", str(folder), *flags, "--keep", str(tmp_path / "out/k.npy")]) == 2
+    assert "1.parquet: has no column uid, which --keep needs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["neardup", str(folder), *flags]) == 0
+
+
+@pytest.mark.parametrize("words", [
+    ["neardup", "--feature", FEATURE, "--threshold", "0.9"],
+    ["select", "--where", "true"],
+], ids=["neardup", "select"])  # fmt: skip
+def test_two_columns_of_one_name_are_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "made"
+    write_shard(folder, "0", [uid(0)], np.ones((1, 4)))
+    twice = pa.table([[uid(0)], [uid(1)]], names=["uid", "uid"])
+    pq.write_table(twice, folder / "0.parquet")
+    assert main([words[0], str(folder), *words[1:], "--out", str(tmp_path / "out/x.npy")]) == 2
+    assert "0.parquet: two columns have the name 'uid'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -62,7 +62,7 @@ def test_parts_are_uploaded_while_the_stage_runs_and_the_rest_at_the_end(
     server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CURATION_STUB_S", "0.15")
-    flags = [*FLAGS, "--push_every", "1", "--format", "parquet,tar", "--num_gpus", "1"]
+    flags = [*FLAGS, "--push_every", "1", "--format", "parquet,tar", "--device", "cpu"]
     assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *flags]) == 0
     repo = server.datasets.repos[REPO]
     assert repo.private
@@ -82,7 +82,7 @@ def test_a_hub_that_is_down_costs_a_warning(
     """With a tiny Florence-2 that the real code loads."""
     save_florence2(tmp_path / "model")
     server.datasets.faults = [DOWN]
-    flags = [*FLAGS, "--push_every", "1", "--max_tokens", "4", "--num_gpus", "1"]
+    flags = [*FLAGS, "--push_every", "1", "--max_tokens", "4", "--device", "cpu"]
     stage = importlib.import_module("05_recaption")
     code = stage.main([str(EXAMPLES), "-o", str(tmp_path / "out"), "--model", str(tmp_path / "model"), *flags])
     told = "".join(capfd.readouterr()) + caplog.text
@@ -110,7 +110,7 @@ def test_several_workers_leave_the_last_push_to_the_one_that_started_them(server
 def test_a_hub_that_hangs_does_not_hold_the_stage(server: Hub, tmp_path: Path) -> None:
     """A signal ends the last push; what was captioned stays and the exit code is the stage's."""
     server.datasets.faults = [Fault("", times=99, delay_s=3600)]
-    command = [sys.executable, stub.__file__, EXAMPLES, "-o", tmp_path, *FLAGS, "--num_gpus", "1"]
+    command = [sys.executable, stub.__file__, EXAMPLES, "-o", tmp_path, *FLAGS, "--device", "cpu"]
     with started(command, stderr=subprocess.PIPE) as running:
         wait_until(lambda: server.datasets.asked, "a request", while_runs=running)
         running.send_signal(signal.SIGTERM)
@@ -122,7 +122,7 @@ def test_a_hub_that_hangs_does_not_hold_the_stage(server: Hub, tmp_path: Path) -
 
 def test_what_is_being_uploaded_is_broken_off_at_the_end(server: Hub, tmp_path: Path) -> None:
     server.datasets.faults = [Fault("", times=99, delay_s=3600)]
-    assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *FLAGS[:-2], "--num_gpus", "1", "--quiet"]) == 0
+    assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *FLAGS[:-2], "--device", "cpu", "--quiet"]) == 0
     pushing = Pushing(HubOptions(hf_repo=REPO, push_every=10), tmp_path, "05_recaption")
     pushing.begin(Allocation(rank=0, world=2))
     pushing.saw(4)
@@ -175,6 +175,6 @@ def test_where_it_goes(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_uploaded_by_a_trial_or_a_dry_run(server: Hub, tmp_path: Path) -> None:
     for flags in (["--smoke", "1"], ["--dry_run"], ["--no_push"]):
-        assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *FLAGS, "--num_gpus", "1", "--quiet", *flags]) == 0
+        assert stub.main([str(EXAMPLES), "-o", str(tmp_path), *FLAGS, "--device", "cpu", "--quiet", *flags]) == 0
     assert not server.datasets.asked
     assert os.environ["HF_TOKEN"] == TOKEN

@@ -43,7 +43,7 @@ PARQUET = [f"data/{shard}.parquet" for shard in IDS]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stage 05 makes of the examples, with a captioner of hashes."""
     out = tmp_path_factory.mktemp("made") / "captions"
-    flags = ["-o", out, "--format", "jsonl,parquet,tar", "--batch_size", "4", "--num_gpus", "1", "--quiet"]
+    flags = ["-o", out, "--format", "jsonl,parquet,tar", "--batch_size", "4", "--device", "cpu", "--quiet"]
     command = [sys.executable, stub.__file__, EXAMPLES, *flags]
     subprocess.run(
         list(map(str, command)), check=True, cwd=ROOT, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}

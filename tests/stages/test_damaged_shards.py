@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import json
@@ -169,7 +170,7 @@ def stage_04(root: Path, port: int) -> set[str]:
 
 
 def stage_05(root: Path, port: int) -> set[str]:
-    flags = ("--batch_size", "4", "--num_gpus", "1", "--dataloader_num_workers", "2")
+    flags = ("--batch_size", "4", "--device", "cpu", "--dataloader_num_workers", "2")
     assert in_a_thread(recaption_stub.main, root / "shards", "-o", root / "out", *flags, *ANY_ERROR_RATE) == 0
     rows = [json.loads(line) for line in (root / "out/captions.jsonl").read_text().splitlines()]
     assert len({row["key"] for row in rows}) == len(rows)
@@ -223,6 +224,44 @@ def test_sound_samples_come_through(
     if counts["failed"]:
         lines = (tmp_path / "out/_rejects" / NAMES[stage] / "0.jsonl").read_text().splitlines()
         assert {json.loads(line)["key"] for line in lines} <= gone
+
+
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz", "0.tar"])
+@pytest.mark.parametrize("stage", [stage for stage in NAMES if stage is not stage_04])
+def test_tars_compressed_with_gzip_are_read(
+    stage: Callable[[Path, int], set[str]], name: str, tmp_path: Path, port: int
+) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / name).write_bytes(gzip.compress(sound_shard()[0]))
+    assert stage(tmp_path, port) == {*KEYS}
+    assert stage(tmp_path, port) == {*KEYS}  # again, when it is done
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "code"), [("0.tar.gz", (), 2), ("0.tar", (), 1), ("0.tar", ("--shard_size", 5), 1)]
+)
+def test_stage_04_says_how_to_unpack(
+    name: str, more: tuple[object, ...], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / name).write_bytes(gzip.compress(sound_shard()[0]))
+    folders = ("--input", tmp_path / "shards", "--output", tmp_path / "out", "--index")
+    assert in_a_thread(script("04_reshard"), *folders, *more) == code
+    assert "gzip -d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", NAMES, ids=NAMES.values())
+def test_what_is_no_tar_is_a_failed_shard(
+    stage: Callable[[Path, int], set[str]], tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever share of the samples may fail."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/0.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    (tmp_path / "shards/1.tar").write_bytes(b"")
+    with pytest.raises(AssertionError, match="assert 1 == 0"):
+        stage(tmp_path, port)
+    receipts = [json.loads(path.read_bytes()) for path in (tmp_path / "out/_receipts" / NAMES[stage]).glob("*/?.json")]
+    assert [receipt["status"] for receipt in receipts] == ["failed", "failed"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

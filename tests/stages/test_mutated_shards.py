@@ -1,7 +1,7 @@
 """Mutated shards through every stage that reads tars: no sound sample is lost, and readers see what receipts say.
 
-A sample is **sound** if its bytes, from the first header to the last byte of data, stand somewhere in the mutated
-shard, and no member of its key stands before them.
+A sample is **sound** if its bytes, from the first header to the last byte of data (of the last sample: padding), stand
+somewhere in the mutated shard, and no member of its key stands before them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def sound_shard(name: str, number: int) -> Shard:
             shard.members.append((f"{dialect.folder}{key}.{suffix}", header, data + bytes(-len(data) % 512)))
             raw += header + shard.members[-1][2]
         shard.samples[dialect.folder + key] = members
-        shard.raw[dialect.folder + key] = raw[: len(raw) - -len(texts["txt"]) % 512]
+        shard.raw[dialect.folder + key] = raw[: len(raw) - -len(texts["txt"]) % 512 if n < SAMPLES - 1 else None]
     return shard
 
 
@@ -391,7 +391,7 @@ def stage_04_subset(run: Run) -> None:
 
 
 def stage_05(run: Run) -> None:
-    flags = ("--format", "tar", "--batch_size", "32", "--num_gpus", "1", "--dataloader_num_workers", "1")
+    flags = ("--format", "tar", "--batch_size", "32", "--device", "cpu", "--dataloader_num_workers", "1")
     code = in_a_thread(recaption_stub.main, run.source, "-o", run.root / "05", *flags, *FLAGS[:3])
     if code:
         run.wrong.append(f"05: exit code {code}")

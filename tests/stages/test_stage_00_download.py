@@ -226,7 +226,7 @@ def test_webdataset_and_the_other_stages_read_the_shards(thousand: Thousand, tmp
 
 
 def test_stage_05_reads_the_shards(thousand: Thousand, tmp_path: Path) -> None:
-    arguments = [str(thousand.out), "-o", str(tmp_path), "--max_images", "5", "--num_gpus", "1", "--quiet"]
+    arguments = [str(thousand.out), "-o", str(tmp_path), "--max_images", "5", "--device", "cpu", "--quiet"]
     assert recaption_stub.main(arguments) == 0
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     good = [row for row in thousand.rows if row["status"] == "success"]
@@ -676,6 +676,14 @@ def test_small_and_long_images_can_be_refused(web: Web, tmp_path: Path) -> None:
     assert run(table, tmp_path / "out", "--min_image_size", 400, "--max_aspect_ratio", 1.1) == 0
     told = [row["error_message"] and row["error_message"].partition(":")[0] for row in rows(tmp_path / "out")]
     assert told == [None, "image_too_small", "image_too_small"]
+
+
+def test_a_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pa.table([["http://h.invalid/1"], ["a"], ["b"]], names=["url", "caption", "caption"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert run(tmp_path / "t.parquet", tmp_path / "out") == 2
+    assert "two columns have one name" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.tar"))
 
 
 # ---- a folder that an older version began

@@ -690,7 +690,7 @@ def test_a_gpu_that_torch_cannot_use_is_told(
     BUILDERS["tiny-FLUX.1-schnell"](tmp_path / "tiny-FLUX.1-schnell")
     small = ["--model", str(tmp_path / "tiny-FLUX.1-schnell"), "--quiet", "--height", "64", "--width", "64"]
     assert run(root, "--rerun", small=small) == 2
-    assert "set CUDA_VISIBLE_DEVICES= to run on the CPU" in capsys.readouterr().err
+    assert "--device cpu" in capsys.readouterr().err
 
 
 def test_a_real_model_folder_is_recorded_by_its_name(root: Path, tmp_path: Path) -> None:
@@ -718,7 +718,7 @@ def test_a_real_model_folder_is_recorded_by_its_name(root: Path, tmp_path: Path)
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, ["--workers", "3"], 3),
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_NTASKS": "4"}, [], 1),
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_NTASKS": "1"}, [], 4),
-        ({"CUDA_VISIBLE_DEVICES": ""}, ["--num_gpus", "2"], 2),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["--num_gpus", "2", "--device", "cpu"], 2),
     ],
     ids=str,
 )

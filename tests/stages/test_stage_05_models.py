@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("stage_in_process")
 
 def run(out: Path, *flags: object) -> int:
     stage = importlib.import_module(NAME)
-    return int(stage.main([str(SHARD), "-o", str(out), "--num_gpus", "1", "--quiet", *map(str, flags)]))
+    return int(stage.main([str(SHARD), "-o", str(out), "--device", "cpu", "--quiet", *map(str, flags)]))
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

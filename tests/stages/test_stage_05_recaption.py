@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from curation.caption.rows import MORE_COLUMNS, PARQUET_COLUMNS
+from curation.cluster import visible_gpus
 from curation.tar.samples import read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
 from tests import EXAMPLES, processes
@@ -35,7 +36,7 @@ README_COLUMNS = [
     "key", "original_key", "url", "original_caption", "vlm_caption", "width", "height", "original_width",
     "original_height", "sha256", "md5", "tags", "merged_tags",
 ]  # fmt: skip
-FLAGS = ["--batch_size", "4", "--num_gpus", "1", "--quiet", "--lease_s", "2", "--dataloader_num_workers", "2"]
+FLAGS = ["--batch_size", "4", "--device", "cpu", "--quiet", "--lease_s", "2", "--dataloader_num_workers", "2"]
 records = Records(NAME)
 
 
@@ -321,7 +322,8 @@ def test_a_sample_without_a_new_caption_is_not_in_the_tar(tmp_path: Path) -> Non
     assert run(tmp_path / "in", tmp_path / "out", "--format", "tar,jsonl") == 0
     kept = {name.partition(".")[0] for name in contents(tmp_path / "out/shards/0.tar")}
     assert kept == {key for _, key in order(tmp_path / "out")}
-    assert contents(tmp_path / "out/shards/0.tar")["024.json"] == b"{broken", "what cannot be read stays"
+    broken = json.loads(contents(tmp_path / "out/shards/0.tar")["024.json"])
+    assert broken["caption"] == contents(tmp_path / "out/shards/0.tar")["024.txt"].decode(), "never the old one"
 
 
 def test_files_are_named_by_the_images_hash_with_both_captions_beside_them(undisturbed: Path) -> None:
@@ -486,3 +488,16 @@ def test_with_the_real_code_of_florence_2(tmp_path: Path) -> None:
     counts = records.receipt(outs[0], "00000003")["counts"]
     assert counts["in"] == 8 == len(rows) + counts["failed"].get("empty_caption", 0)
     assert all(row["revision"].startswith("local-") and row["caption"] for row in rows)
+
+
+def test_a_job_with_gpus_does_not_caption_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if visible_gpus():
+        pytest.skip("this machine has GPUs")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    flags = [str(EXAMPLES), "-o", str(tmp_path), "--batch_size", "4", "--quiet"]
+    assert stub.main(flags) == 2
+    assert "with --device cpu it computes on the CPU" in capsys.readouterr().err
+    assert stub.main([*flags, "--num_gpus", "3"]) == 2
+    assert stub.main([*flags, "--device", "cpu"]) == 0

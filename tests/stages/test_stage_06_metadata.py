@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curation.cluster import visible_gpus
 from curation.extract.plugins import load_plugin
 from curation.images import image_size
 from curation.tar.samples import read_samples
@@ -282,7 +283,7 @@ def test_fields_have_the_types_of_their_values(tmp_path: Path) -> None:
     }  # fmt: skip
     columns = table.to_pydict()
     assert columns["whole"] == [1, -(1 << 40), None] and columns["part"] == [1.0, 0.5, 2.0]
-    assert columns["mixed"] == ["1", "x", '[1,{"a":null}]'] and columns["text"] == ["a", "?", "c"]
+    assert columns["mixed"] == ["1", "x", '[1,{"a":null}]'] and columns["text"] == ["a", "\ufffd", "c"]
     assert columns["width"] == [5, None, 5] and columns["score"] == [1.0, None, None]
     assert columns["source_status"][0] == "success" and columns["status"] == ["ok"] * 3
     assert records.receipt(tmp_path / "out", "0")["notes"]["mistyped_fields"] == {"score": 1, "width": 1}
@@ -717,3 +718,59 @@ def test_the_readmes_second_example_runs(tmp_path: Path, tiny: dict[str, Path]) 
         assert all(len(box) == 4 and all(0 <= side <= 1 for side in box) for box in row["face_bboxes"])
     told = json.loads(schema.metadata[b"curation"])
     assert set(told["models"]) == set(tiny)
+
+
+def test_a_job_with_gpus_does_not_score_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if visible_gpus():
+        pytest.skip("this machine has GPUs")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    flags = ["--input_tars", str(EXAMPLES), "--output_metadata_dir", str(tmp_path), "--models", "statistics", "--quiet"]
+    flags += ["--nworkers", "1"]
+    assert stage.main(flags) == 2
+    assert "with --device cpu it computes on the CPU" in capsys.readouterr().err
+    assert stage.main([*flags, "--num_gpus", "3"]) == 2
+    assert stage.main([*flags, "--device", "cpu"]) == 0
+
+
+def hash_shard(path: Path, *values: object) -> Path:
+    samples = {
+        f"{n:03d}": {"json": json.dumps({"uid": f"{n:032x}", "hash": value}).encode(), "txt": b"a dog"}
+        for n, value in enumerate(values)
+    }
+    return write_shard(path, samples)
+
+
+def test_a_hash_keeps_every_digit(tmp_path: Path) -> None:
+    large = 1234567890123456789
+    hash_shard(tmp_path / "in/0.tar", large, -large, None)
+    hash_shard(tmp_path / "in/1.tar", large, 2**64 - 1, 2**70)
+    hash_shard(tmp_path / "in/2.tar", None)
+    flags = ["--input_tars", str(tmp_path / "in"), "--models", "statistics", "--device", "cpu", "--nworkers", "1"]
+    flags += ["--additional_fields", "hash", "--quiet", "--max_error_rate", "1", "--output_metadata_dir"]
+    assert stage.main([*flags, str(tmp_path / "out")]) == 0
+    columns = [parquet.read_table(tmp_path / f"out/{number}.parquet")["hash"] for number in range(3)]
+    assert columns[0].to_pylist() == [large, -large, None]
+    assert columns[1].to_pylist() == [str(large), str(2**64 - 1), str(2**70)]
+    assert [str(column.type) for column in columns] == ["int64", "string", "int64"]
+    assert stage.main([*flags, str(tmp_path / "old"), "--hash_type", "float64"]) == 0
+    old = parquet.read_table(tmp_path / "old/0.parquet")["hash"]
+    assert str(old.type) == "double"
+
+
+def test_a_folder_of_an_older_version_keeps_its_type_of_hash(tmp_path: Path) -> None:
+    hash_shard(tmp_path / "in/0.tar", 1234567890123456789)
+    flags = ["--input_tars", str(tmp_path / "in"), "--models", "statistics", "--device", "cpu", "--nworkers", "1"]
+    flags += ["--additional_fields", "hash", "--quiet", "--max_error_rate", "1"]
+    flags += ["--output_metadata_dir", str(tmp_path / "out")]
+    assert stage.main([*flags, "--hash_type", "float64"]) == 0
+    (record,) = (tmp_path / "out/_receipts").rglob("_epoch.1.json")
+    told = json.loads(record.read_bytes())
+    del told["options"]["hash_type"]  # as the older version wrote it
+    record.write_bytes(json.dumps(told).encode())
+    hash_shard(tmp_path / "in/1.tar", 1234567890123456789)
+    assert stage.main(flags) == 0
+    assert str(parquet.read_table(tmp_path / "out/1.parquet")["hash"].type) == "double"
+    assert stage.main([*flags, "--rerun"]) == 0
+    assert str(parquet.read_table(tmp_path / "out/1.parquet")["hash"].type) == "int64"

@@ -34,7 +34,7 @@ from tests.stages import recaption_stub as stub
 SHARD = EXAMPLES / "00000000.tar"
 DATA = SHARD.read_bytes()
 QUICK = RetryPolicy(tries=3, first_wait_s=0.01, longest_wait_s=0.05, connect_s=5, read_s=5)
-FLAGS = ["--batch_size", "4", "--num_gpus", "1", "--quiet", "--lease_s", "2", "--dataloader_num_workers", "2"]
+FLAGS = ["--batch_size", "4", "--device", "cpu", "--quiet", "--lease_s", "2", "--dataloader_num_workers", "2"]
 
 
 pytestmark = pytest.mark.usefixtures("stage_in_process")

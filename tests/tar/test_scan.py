@@ -398,8 +398,8 @@ def test_every_cut_leaves_what_is_whole(windows: None, tmp_path: Path) -> None:
     whole, _ = read(data, tmp_path)
     members = [member for span in spans for member in span.members]
     for cut in [
-        *range(0, spans[-1].end + 3 * BLOCK, 37),
-        *(m.start for m in members),
+        *range(37, spans[-1].end + 3 * BLOCK, 37),  # no byte, or a few letters of a name, are no tar
+        *(m.start for m in members[1:]),
         *(m.data + m.size for m in members),
     ]:
         samples, report = read(data[:cut], tmp_path)
@@ -515,16 +515,16 @@ def test_a_long_end_is_suspicious(tmp_path: Path) -> None:
     assert "were there members once?" in report.warnings()[0]
 
 
-@pytest.mark.parametrize("data", [b"", bytes(BLOCK), bytes(RECORD)], ids=["no byte", "a block", "a record"])
+@pytest.mark.parametrize("data", [bytes(BLOCK), bytes(RECORD)], ids=["a block", "a record"])
 def test_empty_tars_have_no_samples(tmp_path: Path, data: bytes) -> None:
     samples, report = read(data, tmp_path)
     assert samples == []
     assert report.samples == 0
-    assert report.missing_end == (not data)
+    assert not report.missing_end
 
 
-@pytest.mark.parametrize("data", [b"x", b"\x1f\x8b" + b"compressed" * 200, random.Random(0).randbytes(50_000)])
-def test_what_is_no_tar_is_one_damaged_sample(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"\xaa", b"\x1f\x8c" + b"compressed" * 200, random.Random(0).randbytes(50_000)])
+def test_what_could_be_a_damaged_tar_is_one_damaged_sample(tmp_path: Path, data: bytes) -> None:
     ((sample,), report) = read(data, tmp_path)
     assert (sample.key, sample.problem and sample.problem[0]) == ("@0", "damaged_tar")
     assert report.damages[0].length == len(data)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
+from curation.extract.api import Batch, Column, Directive, Extractor, Preparation, SampleFacts
 from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.language import LanguageIdentifier, find_model
 from curation.models.weights import fetch_weights
@@ -18,11 +18,11 @@ from curation.models.weights import fetch_weights
 class Language:
     """A caption → its language (ISO 639, ``zxx`` without words) and how probable that is."""
 
-    takes: ClassVar[Literal["text"]] = "text"
+    takes: ClassVar[Literal["sample"]] = "sample"
     model: str
 
-    def __call__(self, caption: str) -> dict[str, Any]:
-        [(language, probability)] = _identifier(self.model).identify([caption])
+    def __call__(self, facts: SampleFacts) -> dict[str, Any]:
+        [(language, probability)] = _identifier(self.model).identify([facts.caption or ""])
         return {"language": language, "language-probability": probability}
 
 
@@ -35,7 +35,10 @@ class Backend(Extractor):
     """What the preparation found, as columns."""
 
     directives = (Directive("language", ("language", "language-probability")),)
-    columns = (Column("language", "string"), Column("language-probability", "float32"))
+    columns = (
+        Column("language", "string", needs_image=False, needs_text=True),
+        Column("language-probability", "float32", needs_image=False, needs_text=True),
+    )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         own = [
@@ -44,7 +47,7 @@ class Backend(Extractor):
         model = own[0] if own else find_model()
         self.name, self.revision = directive, file_revision(model)
         self._language = Language(str(model))
-        self._language("a first line")  # a wrong file is told now
+        self._language(SampleFacts("", {}, "a first line", b"", None))  # a wrong file is told now
         self.preparations: tuple[Preparation, ...] = (self._language,)
 
     @staticmethod

@@ -11,7 +11,7 @@ from curation.commands.findings import SHOWN_OF_A_KIND, Findings
 from curation.commands.verify.edited_samples import is_edited, self_problems
 from curation.errors import SampleError
 from curation.images import decode_rgb
-from curation.jsonio import clean_text, parse_json_object
+from curation.jsonio import clean_text, decode_text, parse_json_object
 from curation.tar.headers import MAX_NAME_BYTES, Member
 from curation.tar.samples import MAX_MEMBER_BYTES, problem_of
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan
@@ -121,8 +121,8 @@ def sample_problems(span: SampleSpan, read: Read, *, images: bool) -> list[tuple
         if jpg is not None and txt is not None and json is not None:
             found += self_problems(jpg, txt, json)
     elif txt is not None and isinstance(caption := metadata.get("caption"), str):
-        text = clean_text(txt.decode("utf-8", "replace"))
-        if text != clean_text(caption):
+        text = clean_text(decode_text(txt))
+        if clean_text(caption) not in ("", text):  # an empty caption does not count: the txt is the caption
             found.append(("caption_differs", f"the json says {caption[:100]!r}, the txt {text[:100]!r}"))
     first: dict[str, str] = {}
     for kind, detail in found:  # one of a kind: a broken picture is not told of twice

@@ -55,6 +55,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "no_provenance": "run stages 03 and 04 again for the shard (--rerun)",
     "wrong_digest": "it is not what the stage published: run the stage again for the shard (--rerun --shards <shard>)",
     "not_done": "no stage vouches for it any more: see `python -m curation status`",
+    "not_a_tar": "nothing can be saved from it: get the tar itself, as the finding says",
     "unreadable": "look at the file and the disk; copy it anew",
 }
 
@@ -96,7 +97,7 @@ def check_shard(task: Task) -> Verdict:
             saved = salvage(task.path, task.shard_id, task.repair, found, images=task.images)
             verdict.salvaged, verdict.salvage_path = saved, str(task.repair / f"{task.shard_id}.tar")
     except ShardError as error:
-        verdict.findings.add("unreadable", "", str(error))
+        verdict.findings.add("not_a_tar" if error.reason == "not_a_tar" else "unreadable", "", str(error))
     except OSError as error:
         verdict.findings.add("unreadable", "", f"{task.path}: {error.strerror}")
     verdict.seconds = time.perf_counter() - began

@@ -22,7 +22,7 @@ from curation.commands.plan.cost import Estimate, ShardSizes, StageCost, evenly,
 from curation.commands.plan.site import JobShape, Quota, array_commands, job_shape, max_array_size, quotas
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, InfrastructureError, UsageError
 from curation.jsonio import clean_text
-from curation.options import exit_code, parse_arguments
+from curation.options import URLS, exit_code, parse_arguments
 from curation.shards import Shard, discover, select
 
 PLAN_FORMAT = 1
@@ -35,7 +35,7 @@ _PROJECT = Path(__file__).resolve().parents[3]
 class Options:
     """Estimate hours, bytes, files and tokens for all shards from finished shards, and print the sbatch commands."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, URLS]
     """The source shards, all of them: a folder, a glob, braces or a list file."""
     root: Annotated[Path, tyro.conf.Positional]
     """The folder of the dataset, with the outputs of stages that have run on some of the shards."""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from curation.errors import SampleError, ShardError
 from curation.images import decode_rgb, encode_jpeg
+from curation.shards import PACKED_TARS, TAR
 from curation.tar.samples import Sample, image_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
 
@@ -45,8 +46,9 @@ class Thumbnails:
         """
         troubles = []
         for shard_id, keys in wanted.items():
-            path = folder / f"{shard_id}.tar" if folder is not None else None
-            if path is None or not path.is_file():
+            names = (f"{shard_id}{suffix}" for suffix in (TAR, *PACKED_TARS))
+            path = next((path for name in names if folder and (path := folder / name).is_file()), None)
+            if path is None:
                 continue
             try:
                 self._add_from(kind, path, shard_id, set(keys))

@@ -241,7 +241,7 @@ def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
     for row in data.splitlines():
         reason, _, key = row.partition(b"\t")
         try:
-            yield _text(reason.decode("utf-8", "replace"), 80), str(parse_json(key)), ""
+            yield _text(reason.decode("utf-8", "replace"), 80), str(parse_json(key, keep_surrogates=True)), ""
         except SampleError:
             continue
 

@@ -32,7 +32,7 @@ from curation.commands.tables.similarity import (
     nearest_of,
     normalise,
 )
-from curation.commands.tables.tables import FolderTables, ShardTable, find_tables, with_features
+from curation.commands.tables.tables import FolderTables, ShardTable, check_columns, find_tables, with_features
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.options import exit_code, parse_arguments
 from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, sort_uids, write_subset
@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = find_tables(options.folder)
     for warning in tables.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    check_columns(tables.tables, "--keep" if options.keep is not None else "")
     scratch = options.scratch or options.out.parent
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".neardup.", dir=scratch) as folder:
@@ -327,8 +328,6 @@ def _write_parquet(options: Options, schema: Any, blocks: Iterator[Any]) -> None
 def _write_keep(path: Path, tables: FolderTables, starts: NDArray[np.int64], left: NDArray[np.bool_]) -> None:
     kept: list[Uids] = [np.empty(0, UID_DTYPE)]
     for number, table in enumerate(tables.tables):
-        if "uid" not in _columns(table):
-            raise UsageError(f"{table.parquet}: has no column uid, which --keep needs")
         uids, bad = parse_uids(_read(table)["uid"].combine_chunks())
         wanted = left[starts[number] : starts[number + 1]]
         if (bad & wanted).any():

@@ -14,7 +14,7 @@ import orjson
 import tyro
 
 from curation.commands.tables.conditions import BASELINES, Condition, SqlFilter
-from curation.commands.tables.tables import FolderTables, find_tables
+from curation.commands.tables.tables import FolderTables, check_columns, find_tables
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
 from curation.options import exit_code, parse_arguments
 from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, write_subset
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = find_tables(options.folder)
     for warning in tables.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    check_columns(tables.tables)
     result = _select(options, text, tables)
     result["seconds"] = round(time.monotonic() - began, 3)
     if options.json:

@@ -24,6 +24,7 @@ from curation.jsonio import clean_text
 
 BLOCK_ROWS = 2048
 MAX_WIDTH = 1 << 16
+MAX_COLUMNS_BYTES = 4 << 30  # of an array that is stored column by column
 _HEADER_BYTES = 4096
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -61,14 +62,30 @@ def _blocks(file: Any, what: str, rows: int) -> Iterator[Rows]:
     if reader is None:
         raise ValueError(f"{what} has an unknown NumPy format")
     shape, fortran, dtype = reader(file, max_header_size=_HEADER_BYTES)
-    if len(shape) != 2 or fortran or dtype.kind != "f" or not 0 < shape[1] <= MAX_WIDTH:
+    if len(shape) != 2 or dtype.kind != "f" or not 0 < shape[1] <= MAX_WIDTH:
         raise ValueError(f"{what} is no table of numbers, one row a sample (shape {shape}, {dtype})")
+    if fortran:
+        yield from _blocks_of_columns(file, what, rows, shape, dtype)
+        return
     left = shape[0]
     while left:
         count = min(rows, left)
         data = _read_fully(file, count * shape[1] * dtype.itemsize)
         yield np.frombuffer(data, dtype).reshape(count, shape[1]).astype(np.float32)
         left -= count
+
+
+def _blocks_of_columns(file: Any, what: str, rows: int, shape: tuple[int, ...], dtype: Any) -> Iterator[Rows]:
+    """Of an array stored column by column (a pandas frame's values, a transposed tensor), which is read as a whole."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    if size > MAX_COLUMNS_BYTES:
+        raise ValueError(
+            f"{what} is stored column by column, and with {size:,} bytes it is too large to be turned in memory; save "
+            "numpy.ascontiguousarray of it"
+        )
+    whole = np.frombuffer(_read_fully(file, size), dtype).reshape(shape, order="F")
+    for start in range(0, shape[0], rows):
+        yield np.ascontiguousarray(whole[start : start + rows], np.float32)
 
 
 def _read_fully(file: Any, size: int) -> bytes:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from curation.errors import InfrastructureError, UsageError
-from curation.jsonio import clean_text
+from curation.jsonio import clean_text, repeated
 from curation.run.ledger import done_receipts
 
+_READING_THREADS = 16  # a shared filesystem answers them at once
 _SUFFIX, _FEATURES = ".parquet", ".npz"
 
 
@@ -115,6 +117,35 @@ def _made_elsewhere(folder: Path) -> FolderTables:
 def _parquets(folder: Path) -> set[Path]:
     with os.scandir(folder) as entries:
         return {folder / e.name for e in entries if e.name.endswith(_SUFFIX) and e.name[0] not in "._" and e.is_file()}
+
+
+def check_columns(tables: Sequence[ShardTable], needs_uid: str = "") -> None:
+    """Look at the columns of all tables before anything is computed or written.
+
+    Args:
+        tables: The tables.
+        needs_uid: What needs a column ``uid``, for the message; "" if nothing does.
+
+    Raises:
+        UsageError: A table has two columns of one name, or no column ``uid``.
+        InfrastructureError: A table cannot be read.
+    """
+    with ThreadPoolExecutor(_READING_THREADS) as threads:
+        for table, names in zip(tables, threads.map(_column_names, tables), strict=True):
+            if doubles := repeated(names):
+                raise UsageError(f"{table.parquet}: two columns have the name {clean_text(doubles[0])!r}; rename one")
+            if needs_uid and "uid" not in names:
+                raise UsageError(f"{table.parquet}: has no column uid, which {needs_uid} needs")
+
+
+def _column_names(table: ShardTable) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return list(pq.read_schema(table.parquet).names)
+    except (OSError, pa.ArrowException) as error:
+        raise InfrastructureError(f"{table.parquet}: cannot be read: {error}") from None
 
 
 def with_features(tables: Sequence[ShardTable], folder: Path) -> Iterator[tuple[ShardTable, Path]]:

@@ -189,7 +189,7 @@ def _drops(path: Path) -> Iterator[tuple[str, str]]:
     for line in data.splitlines():
         reason, _, text = line.partition(b"\t")
         try:
-            key = parse_json(text)
+            key = parse_json(text, keep_surrogates=True)
         except SampleError as error:
             raise ShardError(f"{path}: not a list of drops ({error})") from None
         yield reason.decode("utf-8", "replace"), str(key)
@@ -197,6 +197,6 @@ def _drops(path: Path) -> Iterator[tuple[str, str]]:
 
 def _lines(path: Path, data: bytes) -> list[dict[str, Any]]:
     try:
-        return [parse_json_object(line) for line in data.splitlines()]
+        return [parse_json_object(line, keep_surrogates=True) for line in data.splitlines()]
     except SampleError as error:
         raise ShardError(f"{path}: not lines of JSON objects ({error})") from None

@@ -351,7 +351,7 @@ def test_a_field_that_a_server_refuses_is_left_out_from_then_on(
         (400, '{"message": "Only user and assistant roles are supported!"}'),
         (
             422,
-            '{"detail": [{"loc": ["body", "messages", 0, "role"], "msg": "Input should be \'user\' or \'assistant\'"}]}',
+            '{"detail": [{"msg": "Input should be \'user\' or \'assistant\'"}]}',
         ),
         (400, "{\"error\": \"'system' is not one of ['user', 'assistant']\"}"),
         (400, '{"error": {"message": "Developer instruction is not enabled for models/gemma-3-27b-it"}}'),

@@ -25,7 +25,8 @@ DEVICES='CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL ROCR_VISIBLE_DEVICES HIP_VISIBL
 drop_shapes() {
     local name
     while read -r name; do
-        [[ $name =~ ^($1)_($SHAPES) ]] && ! confirmed "${name#*_}" && unset "$name"
+        [[ $name =~ ^($1)_($SHAPES) ]] || continue
+        [[ $name == SLURM_* ]] && confirmed "${name#*_}" || unset "$name"
     done < <(compgen -e)
     # shellcheck disable=SC2086  # a list of words
     confirmed JOB_GPUS || unset $DEVICES
@@ -80,8 +81,8 @@ kind_of_step() {
     done
 }
 
-# Corrects the variables of this job.  The array element and the restarts are SLURM's to say.  The rest is left as it is
-# unless it comes from another allocation: a step's variables in a job's script, or what the record does not confirm.
+# Sets in_step, and drops what comes from another allocation, of which there are two signs: a step's variables in a job's
+# script, and what SLURM's record of this job does not confirm.  Without a sign, the variables are left as they are.
 tell_own_from_inherited() {
     local name inherited='' kind
     unset CURATION_PROGRESS CURATION_TIME_LEFT NOTES # an outer job's
@@ -100,8 +101,8 @@ tell_own_from_inherited() {
               if ($i !~ /^ *(Command|WorkDir|Std(Err|In|Out)|(Admin|System)?Comment|SubmitLine|Extra|MailUser)=/) line = line " " $i
           gsub(/ +/, " ", line); print line " "; exit }')
     if [ -n "$record" ]; then
-        confirmed ARRAY_ || unset "${!SLURM_ARRAY_@}"
-        confirmed RESTART_COUNT || unset SLURM_RESTART_COUNT
+        [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || confirmed ARRAY_ || inherited=yes
+        [ -z "${SLURM_RESTART_COUNT:-}" ] || confirmed RESTART_COUNT || inherited=yes
         for name in GPUS GPUS_ON_NODE GPUS_PER_NODE GPUS_PER_SOCKET GPUS_PER_TASK JOB_GPUS TRES_PER_TASK \
             CPUS_PER_GPU MEM_PER_CPU MEM_PER_GPU MEM_PER_NODE NTASKS_PER_NODE; do
             name=SLURM_$name

@@ -32,7 +32,7 @@ from curation.errors import ShardError
 from curation.jsonio import dump_json
 from curation.run.ledger import Ledger
 from curation.run.planned import Plan, planned
-from curation.storage.files import link_exclusively, make_folder, read_record, whole_file
+from curation.storage.files import link_exclusively, make_folder, make_link, read_record, whole_file
 
 logger = logging.getLogger("curation")
 
@@ -153,7 +153,7 @@ class JsonlMerge:
                 return
         temporary = self._target.with_name(f".{self._target.name}.{secrets.token_hex(8)}.tmp")
         try:
-            os.link(log.data, temporary)
+            make_link(log.data, temporary)
             os.rename(temporary, self._target)
         finally:
             temporary.unlink(missing_ok=True)

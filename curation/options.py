@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
-from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
+from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError, lack_of
 from curation.jsonio import clean_text
 
 if TYPE_CHECKING:
@@ -272,7 +272,8 @@ class Main(Protocol):
 
 
 def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
-    """Decorate a ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2."""
+    """Decorate a ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2, and so does
+    an error that says that this machine has too little memory, threads or room."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -286,6 +287,11 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
             if not _reader_is_gone():
                 raise
             return EXIT_OK
+        except (MemoryError, RuntimeError, OSError) as error:
+            if (lack := lack_of(error)) is None:
+                raise
+            say_error(lack)
+            return EXIT_USAGE
         return code
 
     return guarded

@@ -12,7 +12,7 @@ from tests import ROOT
 from tests.processes import help_answers_at_once, imported_modules
 
 FLOORS = (  # from the ground up: a package imports from the floors below its own, never from its own or from above
-    ("errors", "jsonio", "threads", "cluster", "options", "images", "language"),
+    ("errors", "jsonio", "yamlio", "threads", "cluster", "options", "images", "language"),
     ("storage",),
     ("shards", "faces", "models", "serving"),
     ("tar",),

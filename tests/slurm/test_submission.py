@@ -50,7 +50,9 @@ class Here:
         else:
             self.call(*outer, *words, **more)
         text = log.read_text()
-        found = [line.removeprefix("in the task: ").split("=", 1) for line in text.splitlines() if "in the task: " in line]
+        found = [
+            line.removeprefix("in the task: ").split("=", 1) for line in text.splitlines() if "in the task: " in line
+        ]
         return {name: value for name, value in found}, text
 
 
@@ -110,7 +112,9 @@ def test_in_the_shell_of_salloc(here: Here) -> None:
     ids=["salloc", "a step in salloc", "srun", "an element of an array", "gres"],
 )
 def test_nothing_of_the_outer_allocation_reaches_the_job(outer: tuple[str, ...], here: Here) -> None:
-    found, log = here.submitted_in(*outer, SRUN_CPUS_PER_TASK="5") if outer[0] != "salloc" else here.submitted_in(*outer)
+    found, log = (
+        here.submitted_in(*outer, SRUN_CPUS_PER_TASK="5") if outer[0] != "salloc" else here.submitted_in(*outer)
+    )
     assert "tasks ended with: 0" in log, log
     assert found.pop("SLURM_DISTRIBUTION") == "cyclic", "srun's own word for the default"
     foreign = ("GPU", "DIST", "ARRAY", "RESTART", "MEM_PER_GPU", "MEM_PER_NODE", "CPUS_PER_GPU", "CUDA")
@@ -169,7 +173,11 @@ def test_a_script_runs_its_own_code_from_wherever_it_is_submitted(how: str, here
     elif how == "link":
         (other / "own").symlink_to(own)
         script = "own/01_filter_noface.sh"
-    words = ["--wrap", f"bash '{own.parent}'/a*/01_filter_noface.sh two\\ words"] if how == "wrap" else [script, "two words"]
+    words = (
+        ["--wrap", f"bash '{own.parent}'/a*/01_filter_noface.sh two\\ words"]
+        if how == "wrap"
+        else [script, "two words"]
+    )
     array = ["--array=1"] if how == "array" else []
     here.call("sbatch", "--wait", f"--output={tmp_path}/log", *SMALL, *array, *words, cwd=other)
     log = (tmp_path / "log").read_text()

@@ -24,18 +24,16 @@
 # or 75, continues after a 1 (some shards failed), and ends with the worst exit code.
 set -u
 
-# inside a job this file is a copy: the project is in the folder of submission, or where the original file is
-for PROJECT in "${CURATION_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")"; do
-    [ -f "$PROJECT/slurm_tasks.sh" ] && break
-done
+# sbatch runs a copy of this file; SLURM knows the original's path, which it shows with the flags behind it
+PROJECT=${CURATION_HOME:-$(dirname "$(readlink -f "$0")")}
+if [ -z "${CURATION_HOME:-}" ] && [ ! -f "$PROJECT/slurm_tasks.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    PROJECT=$(scontrol show job "$SLURM_JOB_ID" | sed -nE 's#^ +Command=(.*)/[a-z0-9_]+\.sh( .*)?$#\1#p' | head -n 1)
+    PROJECT=$(cd "${SLURM_SUBMIT_DIR:-.}" && cd "${PROJECT:-.}" && pwd)
+fi
 
-usage_error() {
-    echo "error: $*" >&2
-    exit 2
-}
-
-[ -f "$PROJECT/slurm_tasks.sh" ] || usage_error "the project is not found: set CURATION_HOME to its folder"
+[ -f "$PROJECT/slurm_tasks.sh" ] || { echo "error: the project is not in '$PROJECT': set CURATION_HOME to its folder" >&2 && exit 2; }
 PROJECT=$(cd "$PROJECT" && pwd) || exit 2
+DEFINE_ONLY=yes source "$PROJECT/slurm_tasks.sh"
 
 SCRIPTS=(01_filter_noface.sh 02_captions_processor.sh 03_generate_images.sh 04_reshard.sh)
 PLANS=(captions/_plan/01_filter_noface prompts/_plan/02_captions_processor edits/_plan/03_generate_images)
@@ -117,7 +115,7 @@ how_to_look() {
 sbatch_words() {
     local array=ARRAY_0$1 kind=afterany element=
     submit=(sbatch --parsable --kill-on-invalid-dep=yes)
-    [ -n "${SBATCH_OUTPUT:-}" ] || submit+=(--output="$PROJECT/logs/%x-%j.log")
+    [ -n "${SBATCH_OUTPUT:-}" ] || submit+=(--output="${PROJECT//%/%%}/logs/%x-%j.log")
     [ -n "${!array:-}" ] && submit+=(--array="${!array}")
     if [ -n "$before" ]; then
         if [ -n "$follow" ]; then
@@ -139,6 +137,7 @@ if [ -z "$here" ] && command -v sbatch >/dev/null; then
     *,ALL,*) ;;
     *) usage_error "SBATCH_EXPORT=$SBATCH_EXPORT keeps the variables from the jobs: unset it" ;;
     esac
+    [ -z "${SLURM_JOB_ID:-}" ] || drop_shapes 'SLURM|SRUN|SBATCH' # of the allocation in which this script was started
     [ -n "$dry_run" ] || mkdir -p "$PROJECT/logs" "$ROOT" || usage_error "$PROJECT/logs or $ROOT cannot be made"
     before='' jobs=()
     for ((n = first; n <= last; n++)); do

@@ -1,16 +1,142 @@
 # shellcheck shell=bash
 # Sourced by the stages' .sh: where the project is, the site's settings, and how a stage runs as the tasks of a SLURM job,
-# or, under plain bash, on this machine.
-
-PYTHON=${PYTHON:-$PROJECT/.venv/bin/python}
-MAX_RESTARTS=${MAX_RESTARTS:-50}
-WARNING_S=${WARNING_S:-180}       # so long before its end a job saves its work and queues itself again
-TIME_CHECK_S=${TIME_CHECK_S:-300} # how often SLURM is asked when the job ends: that may be moved
+# or, under plain bash and in the shell of a job's step, right here.  run_pipeline.sh sources it for the part up to the
+# first "return" alone (DEFINE_ONLY).
 
 usage_error() {
     echo "error: $*" >&2
     exit 2
 }
+
+# ---- what a job inherits from the shell that submits it
+#
+# sbatch copies the environment, and from inside an allocation that is also how SLURM describes the outer job or step and
+# what was asked for it.  The new job's srun and the stage would take it for their own: GPUs that this job has not, the
+# outer job's memory, CPU masks, its array element (and the requeueing of that).  This is the one list of such variables,
+# without their prefix SLURM_, SRUN_ or SBATCH_.  All others stay: SLURM_CONF, SLURM_CLUSTERS, account, partition, QOS,
+# reservation, constraint, time limit, …
+SHAPES='ARBITRARY_NODELIST|ARRAY_|CORE_SPEC|CORES?_|CPUS?_|DIST|EXACT|EXCLUSIVE|EXPORT_ENV|GPUS?$|GPUS?_|GRES|HINT|HOSTFILE'
+SHAPES+='|JOB_GPUS|KILL_BAD_EXIT|LAUNCH_NODE_IPADDR|MEM_|NETWORK|NO_KILL|NPROCS|NTASKS|OVERCOMMIT|OVERLAP|OVERSUBSCRIBE'
+SHAPES+='|PTY_|REMOTE_CWD|REQ_SWITCH|RESTART_COUNT|SIGNAL|SPREAD_JOB|SRUN_COMM|STEP|STD(ERR|IN|OUT)MODE|THREAD|TRES_'
+SHAPES+='|USE_MIN_NODES|WAIT4SWITCH|WHOLE|WORKING_DIR'
+DEVICES='CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL ROCR_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ZE_AFFINITY_MASK'
+
+# drop_shapes PREFIXES: unsets such variables, but for those that SLURM's record of this job confirms.
+drop_shapes() {
+    local name
+    while read -r name; do
+        [[ $name =~ ^($1)_($SHAPES) ]] || continue
+        [[ $name == SLURM_* ]] && confirmed "${name#*_}" || unset "$name"
+    done < <(compgen -e)
+    # shellcheck disable=SC2086  # a list of words
+    confirmed JOB_GPUS || unset $DEVICES
+}
+
+# SLURM's record of this job, on one line and without the fields that hold free text; empty where it is not known.
+record=''
+has() { [[ $record =~ \ $1 ]]; }
+
+# Whether the record says that this job itself was given such a variable.  sbatch has then set it to this job's value.
+confirmed() {
+    case $1 in
+    ARRAY_*) has "ArrayJobId=${SLURM_ARRAY_JOB_ID:-none} " && has "ArrayTaskId=${SLURM_ARRAY_TASK_ID:-none} " ;;
+    CORE_SPEC) has 'CoreSpec=[0-9]' ;;
+    CPUS_ON_NODE | CPUS_PER_TASK | NPROCS | NTASKS) has 'NumTasks=' ;;
+    CPUS_PER_GPU) has 'CpusPerTres=' ;;
+    GPU_BIND | TRES_BIND) has 'TresBind=' ;;
+    GPU_FREQ) has 'TresFreq=' ;;
+    GPUS) has 'TresPerJob=[^ ]*gpu' ;;
+    GPUS_ON_NODE | JOB_GPUS) has '[A-Za-z]*(Tres|TRES)[A-Za-z]*=[^ ]*gpu' ;;
+    GPUS_PER_NODE) has 'TresPerNode=[^ ]*gpu' ;;
+    GPUS_PER_SOCKET) has 'TresPerSocket=[^ ]*gpu' ;;
+    GPUS_PER_TASK) has 'TresPerTask=[^ ]*gpu' ;;
+    MEM_PER_CPU) has 'MinMemoryCPU=[1-9]' ;;
+    MEM_PER_GPU) has 'MemPerTres=' ;;
+    MEM_PER_NODE) has 'MinMemoryNode=[1-9]' ;;
+    NETWORK) has 'Network=[^( ]' ;;
+    NTASKS_PER_GPU | NTASKS_PER_TRES) has 'NtasksPerTRES:[1-9]' ;;
+    NTASKS_PER_NODE) has 'NtasksPerN:B:S:C=[1-9]' ;;
+    RESTART_COUNT) has 'Restarts=[1-9]' ;;
+    TRES_PER_TASK) has 'TresPerTask=' ;;
+    *) false ;;
+    esac
+}
+
+# Prints where this process runs: batch (a job's script), interactive (the shell of salloc), step (a task or a shell that
+# srun started), or nothing if it cannot be told.  SLURM_STEP_ID may have been copied by sbatch, so the processes above
+# this one are asked.
+kind_of_step() {
+    local pid=$$ parent words line
+    while [ "${pid:-0}" -gt 1 ] && words=$(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline"); do
+        case $words in
+        *"/slurm_script "* | "slurmstepd: ["*".batch]"*) echo batch && return ;;
+        "slurmstepd: ["*".interactive]"* | "slurmstepd: ["*".extern]"*) echo interactive && return ;;
+        "slurmstepd: ["*) echo step && return ;;
+        esac
+        parent=''
+        while read -r line; do
+            case $line in PPid:*) read -r _ parent <<<"$line" ;; esac
+        done 2>/dev/null <"/proc/$pid/status"
+        pid=$parent
+    done
+}
+
+# Sets in_step, and drops what comes from another allocation, of which there are two signs: a step's variables in a job's
+# script, and what SLURM's record of this job does not confirm.  Without a sign, the variables are left as they are.
+tell_own_from_inherited() {
+    local name inherited='' kind
+    unset CURATION_PROGRESS CURATION_TIME_LEFT NOTES # an outer job's
+    in_step=''
+    [ -n "${SLURM_JOB_ID:-}" ] || return 0
+    if [[ ${SLURM_STEP_ID:-${SLURM_STEPID:-}} =~ ^[0-9]+$ ]]; then
+        kind=$(kind_of_step)
+        [ "$kind" = batch ] && [ "${SLURM_STEP_ID:-$SLURM_STEPID}" != 4294967291 ] && inherited=yes
+        # SLURM numbers the steps that are no srun's from 4294967290; /proc may hide its processes from users
+        case $kind in '' | step) [ "${SLURM_STEP_ID:-$SLURM_STEPID}" -lt 4294967000 ] && in_step=yes && return 0 ;; esac
+    fi
+    record=$(timeout 10 scontrol show job "$SLURM_JOB_ID" 2>/dev/null | awk -v RS= -v FS='\n' -v id="JobId=$SLURM_JOB_ID" '
+        $1 !~ "^" id " " { next }
+        { sub(/ JobName=.*/, "", $1); line = " " $1
+          for (i = 2; i <= NF; i++)
+              if ($i !~ /^ *(Command|WorkDir|Std(Err|In|Out)|(Admin|System)?Comment|SubmitLine|Extra|MailUser)=/) line = line " " $i
+          gsub(/ +/, " ", line); print line " "; exit }')
+    if [ -n "$record" ]; then
+        [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || confirmed ARRAY_ || inherited=yes
+        [ -z "${SLURM_RESTART_COUNT:-}" ] || confirmed RESTART_COUNT || inherited=yes
+        for name in GPUS GPUS_ON_NODE GPUS_PER_NODE GPUS_PER_SOCKET GPUS_PER_TASK JOB_GPUS TRES_PER_TASK \
+            CPUS_PER_GPU MEM_PER_CPU MEM_PER_GPU MEM_PER_NODE NTASKS_PER_NODE; do
+            name=SLURM_$name
+            [ -n "${!name:-}" ] && [ "${!name}" != 0 ] && ! confirmed "${name#SLURM_}" && inherited=yes
+        done
+    fi
+    [ -z "$inherited" ] || drop_shapes 'SLURM|SRUN'
+    [[ $record =~ \ NumTasks=([0-9]+)[^\ ]*\ CPUs/Task=([0-9]+) ]] &&
+        export SLURM_NTASKS=${BASH_REMATCH[1]} SLURM_NPROCS=${BASH_REMATCH[1]} SLURM_CPUS_PER_TASK=${BASH_REMATCH[2]}
+    return 0
+}
+
+# Prints the version of the project's code, as receipts record it.
+code_version() {
+    local line version='' commit=''
+    while read -r line; do
+        [[ $line =~ ^__version__\ =\ \"(.*)\" ]] && version=${BASH_REMATCH[1]}
+    done <"$PROJECT/curation/__init__.py"
+    [ -e "$PROJECT/.git" ] && commit=$(git -C "$PROJECT" rev-parse --short=12 HEAD 2>/dev/null)
+    echo "version ${version:-unknown}${commit:++$commit}"
+}
+
+[ -n "${DEFINE_ONLY:-}" ] && return 0
+
+# ---- this job
+
+PROJECT=$(cd "$PROJECT" && pwd) || exit 2
+tell_own_from_inherited # before the site's own settings, which stay
+echo "code: $PROJECT, $(code_version)" >&2
+
+PYTHON=${PYTHON:-$PROJECT/.venv/bin/python}
+MAX_RESTARTS=${MAX_RESTARTS:-50}
+WARNING_S=${WARNING_S:-180}       # so long before its end a job saves its work and queues itself again
+TIME_CHECK_S=${TIME_CHECK_S:-300} # how often SLURM is asked when the job ends: that may be moved
 
 # need NAME WHAT: a variable that must be set.
 need() {
@@ -29,9 +155,9 @@ fi
 [ -n "${CURATION_WRAP:-}" ] || command -v "$PYTHON" >/dev/null ||
     usage_error "there is no $PYTHON: ./install.sh makes it, or name your own, as in PYTHON=/path/to/python3"
 
-# Without SLURM, so many processes on this machine share the shards; stages 03, 05 and 06 start one for each GPU.
+# Without srun, so many processes on this machine share the shards; stages 03, 05 and 06 start one for each GPU.
 workers=()
-[ -z "${SLURM_JOB_ID:-}" ] && workers=(--workers "${WORKERS:-1}")
+[ -n "$in_step" ] || [ -z "${SLURM_JOB_ID:-}" ] && workers=(--workers "${WORKERS:-1}")
 
 # Words before every command, such as: apptainer exec --nv image.sif
 read -r -a wrap <<<"${CURATION_WRAP:-}"
@@ -42,7 +168,8 @@ if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
     esac
 fi
 
-# run_tasks OUTPUT COMMAND…: the command once per task of the allocation; without SLURM, once.  Ends the script with the
+# run_tasks OUTPUT COMMAND…: the command once per task of the allocation; without SLURM, once.  In a step too, once: its
+# own srun would wait for the resources that the step holds.  Ends the script with the
 # stage's exit code, after requeueing the job (in an array, only this element) if it reached its time limit with work
 # left.  OUTPUT must be a folder that all nodes share.
 run_tasks() {
@@ -51,7 +178,7 @@ run_tasks() {
     mkdir -p "$output" || usage_error "the folder $output cannot be made"
     cause='' step=''
     trap 'forward USR1' USR1
-    if [ -z "${SLURM_JOB_ID:-}" ]; then
+    if [ -n "$in_step" ] || [ -z "${SLURM_JOB_ID:-}" ]; then
         trap 'forward TERM' TERM
         trap 'forward INT' INT
         trap clear_up EXIT
@@ -81,7 +208,7 @@ run_tasks() {
         fi
         "$@"; code=$?
         echo "$code" >"$NOTES/code.$me"; exit "$code"'
-    srun --kill-on-bad-exit=0 "${wrap[@]}" bash -c "$recorded" task "$@" &
+    srun --kill-on-bad-exit=0 --export=ALL "${wrap[@]}" bash -c "$recorded" task "$@" &
     step=$!
     watch_time &
     watcher=$!
@@ -92,6 +219,9 @@ run_tasks() {
     killed=$(($(count "$notes"/task.*) - $(count "$notes"/code.*)))
     [ "$(count "$notes"/task.*)" -lt "${SLURM_NTASKS:-1}" ] && [ "$code" = 2 ] && codes="2 $codes" # did not see the folder
     [ -e "$notes/term" ] && cause=TERM
+    if [ "$(count "$notes"/task.*)" = 0 ] && [ -z "$cause" ]; then
+        usage_error "srun ended with $code and no task of job $SLURM_JOB_ID has started; the lines above say why"
+    fi
     [ "$killed" -gt 0 ] && echo "$killed of the tasks were killed: out of memory?"
     echo "tasks ended with: ${codes:-nothing}${cause:+, asked to stop by $cause}"
     case " $codes" in

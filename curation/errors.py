@@ -9,6 +9,7 @@ rejects put every text through it, whichever library it comes from.
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import Final
 
@@ -72,6 +73,41 @@ class InfrastructureError(Exception):
 
 class UsageError(InfrastructureError):
     """An option's value makes no sense: exit code 2, before any work is done."""
+
+
+_MORE = "use fewer --workers, smaller batches or fewer threads, or give the job more"
+_ROOM = "make room, or use another folder"
+_LACKS = {
+    errno.ENOMEM: ("memory", _MORE),
+    errno.EAGAIN: ("room for processes (ulimit -u, or the memory of this job)", _MORE),  # of fork
+    errno.EMFILE: ("room for open files (ulimit -n)", _MORE),
+    errno.ENFILE: ("room for open files of all processes", _MORE),
+    errno.ENOSPC: ("room on the disk", _ROOM),
+    errno.EDQUOT: ("room in the quota", _ROOM),
+}
+
+
+def lack_of(error: BaseException) -> InfrastructureError | None:
+    """What to tell the user if ``error`` was raised because this machine has too little memory, threads or room.
+
+    The next shard would meet it as well, so it is no shard's fault.
+
+    Returns:
+        The error to raise instead: one line that says what is missing and what to do.  None if the cause is another.
+    """
+    if isinstance(error, MemoryError):
+        what, advice = "memory", _MORE
+    elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        what, advice = "room for threads (ulimit -u, or the memory of this job)", _MORE
+    elif isinstance(error, OSError) and error.errno in _LACKS:
+        what, advice = _LACKS[error.errno]
+    else:
+        return None
+    said = f"{type(error).__name__}: {error}".rstrip(": ")
+    return InfrastructureError(
+        f"this machine has too little {what} ({said}); {advice}, and run the same command again: "
+        "nothing published is lost"
+    )
 
 
 class LostClaim(Exception):

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
-from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError, redact
+from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError, lack_of, redact
 from curation.jsonio import clean_text
 
 if TYPE_CHECKING:
@@ -305,7 +305,8 @@ class Main(Protocol):
 
 
 def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
-    """Decorate a ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2."""
+    """Decorate a ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2, and so does
+    an error that says that this machine has too little memory, threads or room."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -320,6 +321,11 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
             if not _reader_is_gone():
                 raise
             return EXIT_OK
+        except (MemoryError, RuntimeError, OSError) as error:
+            if (lack := lack_of(error)) is None:
+                raise
+            say_error(lack)
+            return EXIT_USAGE
         return code
 
     return guarded

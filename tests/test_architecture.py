@@ -12,7 +12,18 @@ from tests import ROOT
 from tests.processes import help_answers_at_once, imported_modules
 
 FLOORS = (  # from the ground up: a package imports from the floors below its own, never from its own or from above
-    ("errors", "jsonio", "threads", "cluster", "options", "images", "image_files", "language", "replies"),
+    (
+        "errors",
+        "jsonio",
+        "yamlio",
+        "threads",
+        "cluster",
+        "options",
+        "images",
+        "image_files",
+        "language",
+        "replies",
+    ),
     ("storage",),
     ("shards", "faces", "models", "serving"),
     ("tar",),

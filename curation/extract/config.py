@@ -10,13 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.errors import UsageError
 from curation.extract.settings import ModelSettings, Precision, Resize, WeightSource
 from curation.options import refuse_url
 from curation.shards import Shard, discover
+from curation.yamlio import read_yaml
 
 logger = logging.getLogger("curation")
 
@@ -198,35 +197,10 @@ def check_outputs(asked: Sequence[str], key: str, given: Sequence[str]) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"--yml {path}: cannot be read ({error.strerror})") from None
-    if len(data) > MAX_YAML_BYTES:
-        raise UsageError(f"--yml {path}: larger than {MAX_YAML_BYTES >> 20} MiB")
-    try:
-        value = yaml.load(data, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise UsageError(f"--yml {path}: not YAML: {' '.join(str(error).split())}") from None
+    value = read_yaml("--yml", path, MAX_YAML_BYTES)
     if not isinstance(value, dict):
         raise UsageError(f"--yml {path}: no keys in it")
     return value
-
-
-class _Loader(yaml.SafeLoader):
-    """As safe as that, and a key that is there twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is there twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 # ---- the values of single keys; each parser raises ValueError that says what is wanted

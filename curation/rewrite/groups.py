@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import xxhash
-import yaml
 
 from curation.errors import UsageError
 from curation.jsonio import clean_text
+from curation.yamlio import read_yaml
 
 # The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its terms
 ETHNICITIES = ("black", "white", "asian", "latino", "middle east", "indian")
@@ -34,17 +34,9 @@ def read_groups(choice: str) -> Groups:
         return ()
     if choice == "default":
         return combinations([ETHNICITIES, GENDERS])
-    path = Path(choice)
-    try:
-        data = path.open("rb").read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"--groups {choice}: {error.strerror}; give default, none or a YAML file") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise UsageError(f"--groups {choice}: more than {MAX_FILE_BYTES:,} bytes")
-    try:
-        table = yaml.safe_load(data)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"--groups {choice}: not YAML ({str(error).splitlines()[0]})") from None
+    if not Path(choice).is_file():
+        raise UsageError(f"--groups {choice}: there is no such file; give default, none or a YAML file")
+    table = read_yaml("--groups", Path(choice), MAX_FILE_BYTES)
     lists = list(table.values()) if isinstance(table, dict) else [table]
     if not lists or not all(isinstance(values, list) and values for values in lists):
         raise UsageError(f"--groups {choice}: write a list of groups, or attributes with lists of values")

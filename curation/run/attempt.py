@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from curation import __version__
 from curation.cluster import Allocation, StopSignal, gpu_name, host_identity, slurm_ids
-from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped, redact
+from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped, lack_of, redact
 from curation.options import RunOptions, logger
 from curation.run.checkpoints import Partials, tokens_with_checkpoints
 from curation.run.claims import Claim, Claims, LostAttempt
@@ -140,6 +140,7 @@ def code_version() -> str:
 
 
 MAX_DEATHS = 3
+OUT_OF_MEMORY = "out_of_memory"  # the reason of a sample for which this machine has too little memory
 WORKERS_DIED = "workers_died"  # the reason in the failed receipt of such a shard
 
 
@@ -350,6 +351,8 @@ class Attempts:
         except Exception as error:  # the boundary of a shard: it fails, and the run goes on
             if isinstance(error, OSError) and is_storage_trouble(error):  # in a file that the stage itself opened
                 raise storage_error(Path(error.filename or self._ledger.root), error) from error
+            if lack := lack_of(error):
+                raise InfrastructureError(f"{work.shard.id}: {lack}") from error
             self._fail(this, error)
 
     def _deaths_without_progress(self, claim: Claim) -> list[LostAttempt]:
@@ -366,6 +369,8 @@ class Attempts:
         failed = work.failed.total()
         if work.samples_in and failed / work.samples_in > self._options.max_error_rate:
             reasons = ", ".join(f"{n} {reason}" for reason, n in work.failed.most_common(5))
+            if (failed - work.failed[OUT_OF_MEMORY]) / work.samples_in <= self._options.max_error_rate:
+                raise InfrastructureError(f"{work.shard.id}: {lack_of(MemoryError(reasons))}")
             raise ShardError(
                 f"{failed} of {work.samples_in} samples failed ({reasons}), more than --max_error_rate "
                 f"{self._options.max_error_rate:g}; {work.shard.path}",

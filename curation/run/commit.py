@@ -18,7 +18,6 @@ asks the bucket once for each shard to find the uploads.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -33,6 +32,7 @@ from curation.storage.files import (
     _own_file_error,
     fast_digest,
     fsync_folder,
+    make_link,
     read_record,
     storage_error,
     temporary_name,
@@ -115,7 +115,7 @@ class Commit:
         for _ in range(_TRIES):
             try:
                 self.named = True
-                os.link(prepared, record)
+                make_link(prepared, record)
                 return receipt
             except FileExistsError:
                 self.named = False
@@ -130,12 +130,8 @@ class Commit:
             except FileNotFoundError:
                 self.named = False
                 raise LostClaim(f"shard {self._shard_id}: its files were cleared; another attempt won") from None
-            except OSError as error:
-                if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-                    self.named = False
-                    raise InfrastructureError(
-                        f"{self._folder}: this filesystem has no hard links ({error.strerror}), and commits need them"
-                    ) from error
+            except InfrastructureError:  # there are no hard links here
+                self.named = False
                 raise
         raise InfrastructureError(f"{record}: this file is not a commit record; move it away and start again")
 
@@ -204,7 +200,7 @@ def remove_obsolete(
             aside = _aside(root / path, token)
             if any(_is(aside, output) for output in named if output["path"] == path):
                 with contextlib.suppress(FileExistsError, FileNotFoundError):  # restored or removed by another
-                    os.link(aside, root / path)
+                    make_link(aside, root / path)
             aside.unlink(missing_ok=True)
     for path, place in places.items():
         if isinstance(place, Url):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import logging
 import os
@@ -33,7 +34,15 @@ from curation.errors import ShardError
 from curation.jsonio import dump_json
 from curation.run.ledger import Ledger
 from curation.run.planned import Plan, planned
-from curation.storage.files import link_exclusively, make_folder, read_record, whole_file
+from curation.storage.files import (
+    link_exclusively,
+    make_folder,
+    make_link,
+    read_record,
+    storage_error,
+    storage_errors,
+    whole_file,
+)
 
 logger = logging.getLogger("curation")
 
@@ -85,12 +94,14 @@ class JsonlMerge:
     def grow(self) -> None:
         """Merge the shards that are done by now; calls within a few seconds of the last one do nothing."""
         if time.monotonic() - self._last_look >= MERGE_EVERY_S:
-            self._merge(is_last=False)
+            with storage_errors(self._target):
+                self._merge(is_last=False)
             self._last_look = time.monotonic()
 
     def finish(self) -> bool:
         """Merge what is done, from the start if merged shards were done again; returns whether all is merged."""
-        return self._merge(is_last=True)
+        with storage_errors(self._target):
+            return self._merge(is_last=True)
 
     def _merge(self, *, is_last: bool) -> bool:
         """is_last: compare the log with the receipts, and write the last entry's bytes even if another process did."""
@@ -154,7 +165,7 @@ class JsonlMerge:
                 return
         temporary = self._target.with_name(f".{self._target.name}.{secrets.token_hex(8)}.tmp")
         try:
-            os.link(log.data, temporary)
+            make_link(log.data, temporary)
             os.rename(temporary, self._target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -289,6 +300,8 @@ def merge_parquet(
             if also is not None:
                 also(Path(file.name))
     except (OSError, pyarrow.ArrowException) as error:  # a shard is being done again; its worker will merge too
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ESTALE):
+            raise storage_error(target, error) from error
         logger.warning(f"{target}: not written: {error}")
         return False
     return True

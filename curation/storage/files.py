@@ -41,6 +41,14 @@ _CAUSES = {
     errno.EDQUOT: "the quota is used up",
     errno.EROFS: "the filesystem is read-only",
 }
+_NO_LINK = {  # what filesystems answer that have no hard links, or not between these names
+    errno.EPERM: "this filesystem has no hard links",
+    errno.ENOTSUP: "this filesystem has no hard links",
+    errno.EOPNOTSUPP: "this filesystem has no hard links",
+    errno.ENOSYS: "this filesystem has no hard links",
+    errno.EXDEV: "no hard link can be made here, because two filesystems are mounted in this folder",
+    errno.EMLINK: "this filesystem allows no second hard link to a file",
+}
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 
 
@@ -258,7 +266,10 @@ def whole_file(path: Path, *, durable: bool = True, replace: bool = True) -> Ite
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        (os.replace if replace else os.link)(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            make_link(temporary, path)
         if durable:
             fsync_folder(path.parent)
     finally:
@@ -269,6 +280,25 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file that appears whole or not at all, like ``whole_file``.  Raises OSError."""
     with whole_file(path, durable=durable) as file:
         file.write(data)
+
+
+def make_link(source: Path, name: Path) -> None:
+    """Give a file a second name, which one of several processes can do; the proof of who came first rests on it.
+
+    Raises:
+        InfrastructureError: The filesystem has no hard links.
+        OSError: Any other trouble; FileExistsError where the name is taken.
+    """
+    try:
+        os.link(source, name)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        raise InfrastructureError(
+            f"{name.parent}: {_NO_LINK[error.errno]} ({error.strerror}), and without them two workers could both "
+            "publish a shard; choose an output folder on another filesystem (ext4, XFS, Lustre, GPFS or NFS have hard links; "
+            "FAT, exFAT and buckets that are mounted as a folder have none)"
+        ) from error
 
 
 def link_exclusively(path: Path, data: bytes) -> bool:

@@ -174,6 +174,13 @@ def test_a_value_that_makes_no_sense_is_named(tmp_path: Path, change: str, told:
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     for text, told in [
         ("a: [1", "not YAML"),
+        ("[" * 5_000, "nested too deep"),
+        ("a: &a [*a]", "its aliases stand for more than"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+            "its aliases",
+        ),
+        ("a: 2026-99-99", "not YAML"),
         ("- a\n- b\n", "no keys"),
         ("", "no keys"),
         ("models: [a]\nmodels: [b]\n", "'models' is there twice"),

@@ -424,18 +424,21 @@ def test_nobody_commits_without_a_record_of_their_own(tmp_path: Path, monkeypatc
     assert links == 2
 
 
+@pytest.mark.parametrize("code", ["EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV"])
 def test_a_commit_that_could_not_begin_leaves_no_prepared_receipt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(tmp_path / "out")
     commit, _, receipt = prepare(world, "a", 1, b"x")
 
     def unsupported(source: Any, target: Any) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
+        raise OSError(getattr(errno, code), "Operation not permitted")
 
     monkeypatch.setattr(os, "link", unsupported)
-    with pytest.raises(InfrastructureError, match="no hard links"):
+    with pytest.raises(InfrastructureError, match="hard link.*choose an output folder on another filesystem"):
         commit.write(receipt)
+    with pytest.raises(InfrastructureError, match="hard link.*choose an output folder on another filesystem"):
+        link_exclusively(world.receipts / "_epoch.1.json", b"{}")
     assert not commit.named
     assert not list(world.receipts.iterdir())
 

@@ -36,7 +36,7 @@ while kill -0 $! 2>/dev/null; do wait $!; done
 wait $!
 """
 SCONTROL = """#!/bin/bash
-echo "$@" >>"$LOG/scontrol"
+[ "$1" = show ] || echo "$@" >>"$LOG/scontrol"
 """
 NO_SLURM = """#!/bin/bash
 exit 1

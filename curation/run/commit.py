@@ -26,6 +26,7 @@ from typing import Any
 
 from curation.errors import InfrastructureError, LostClaim
 from curation.jsonio import dump_json
+from curation.run.records import read_commit, read_receipt, refuse_outside
 from curation.storage.buckets import Presence, complete_upload, object_at, place_of
 from curation.storage.files import (
     _TRIES,
@@ -33,7 +34,6 @@ from curation.storage.files import (
     fast_digest,
     fsync_folder,
     make_link,
-    read_record,
     storage_error,
     temporary_name,
     write_durably,
@@ -50,15 +50,17 @@ class Commit:
     """
 
     def __init__(self, root: Path, folder: Path, shard_id: str) -> None:
-        self._root = root
+        self.root = root
         self._folder = folder
         self._shard_id = shard_id
+        self.stage = folder.parent.name
         self.receipt_path = folder / f"{shard_id}.json"
         self.named = False
 
     def read_receipt(self) -> dict[str, Any] | None:
-        """The shard's receipt; None if there is none or the file is not a receipt (the shard is then done again)."""
-        return read_record(self.receipt_path)
+        """The shard's receipt; None if there is none or a crash cut it (the shard is then done again).  Raises
+        InfrastructureError if the file is JSON and no receipt."""
+        return read_receipt(self.receipt_path)
 
     def write(self, receipt: dict[str, Any]) -> None:
         """Publish the outputs that ``receipt`` names, then the receipt.  The outputs are already durable under their
@@ -101,7 +103,7 @@ class Commit:
             records = [self.record(int(middle)) for middle in middles if middle.isdecimal()]
         found = False
         for record in records:
-            value = read_record(record)
+            value = read_commit(record, self.root)
             if value is not None:
                 found = True
                 try:
@@ -119,7 +121,7 @@ class Commit:
                 return receipt
             except FileExistsError:
                 self.named = False
-                winner = read_record(record)
+                winner = read_commit(record, self.root)
                 if winner is not None:
                     # The same file if our link was made but the filesystem's answer was lost.
                     self.named = winner.get("token") == receipt["token"]
@@ -149,7 +151,7 @@ class Commit:
             if "upload" in output:
                 complete_upload(output)
                 continue
-            final = self._root / output["path"]
+            final = self.root / output["path"]
             with contextlib.suppress(FileNotFoundError):  # it was renamed before
                 os.rename(final.with_name(output["temporary"]), final)
             folders.add(final.parent)
@@ -191,6 +193,8 @@ def remove_obsolete(
         return  # the files may belong to a newer receipt
     places = {path: place_of(root, path) for path in superseded}
     paths = [path for path, place in places.items() if isinstance(place, Path)]
+    for path in paths:
+        refuse_outside(commit.receipt_path, root, commit.stage, path)
     for source in ("", *dead):
         moved = [path for path in paths if _move_aside(root / path, token, source)]
         if not moved:
@@ -234,7 +238,7 @@ def _named(commit: Commit, generation: int) -> list[dict[str, Any]]:
     and the receipt is still the same afterwards, no newer commit has published anything.
     """
     while True:
-        record = read_record(commit.record(generation + 1))
+        record = read_commit(commit.record(generation + 1), commit.root)
         receipt = commit.read_receipt() or {}
         newest = int(receipt.get("generation", 0))
         if newest <= generation:

@@ -21,7 +21,7 @@ from curation.run.inputs import receipts_of
 from curation.run.ledger import Ledger
 from curation.run.planned import Plan
 from curation.shards import Shard, bucket_of, discover, select
-from curation.storage.files import is_pattern, read_record
+from curation.storage.files import is_pattern
 
 logger = logging.getLogger("curation")
 
@@ -240,7 +240,7 @@ class _Records:
         ledger = self._found()
         if ledger is None:
             return ""
-        receipt = read_record(ledger.commit(shard_id).receipt_path)
+        receipt = ledger.commit(shard_id).read_receipt()
         status = receipt.get("status") if receipt else None
         if receipt is None or status not in ("done", "failed"):
             return ""

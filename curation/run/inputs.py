@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from curation.errors import ShardError, UsageError
+from curation.run.records import read_receipt
 from curation.shards import TAR, Shard, bucket_of
 from curation.storage.files import fast_digest, names_in, read_record
 from curation.storage.remote_read import Unavailable, fetch_info
@@ -77,7 +78,7 @@ class Upstream:
                     return {"path": name, "absent": True}, ""
                 return None, f"{_first(wanted.stage)}{wanted.path}: {error.strerror}"
             return {"path": name, "size": there.st_size, "mtime_ns": there.st_mtime_ns}, ""
-        receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json")
+        receipt = read_receipt(receipts / bucket_of(shard_id) / f"{shard_id}.json")
         first = _first(wanted.stage)
         if receipt is None:
             return None, f"{first}{wanted.stage} has no receipt for it yet in {receipts}"
@@ -223,7 +224,7 @@ def published_below(folder: Path, stage: str, shard_id: str) -> dict[str, tuple[
     receipts = receipts_of(folder.parent, stage)
     if receipts is None:
         return None
-    receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json") or {}
+    receipt = read_receipt(receipts / bucket_of(shard_id) / f"{shard_id}.json") or {}
     place = f"{_real(folder.parent)}/{folder.name}"
     return _below(place, _real(receipts.parent.parent), receipt.get("outputs", []))
 
@@ -231,7 +232,7 @@ def published_below(folder: Path, stage: str, shard_id: str) -> dict[str, tuple[
 def stage_version(folder: Path, stage: str, shard_id: str) -> int | None:
     """The version of ``stage`` that made a shard's files in ``folder``; None for files made elsewhere."""
     receipts = receipts_of(folder, stage)
-    receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json") if receipts else None
+    receipt = read_receipt(receipts / bucket_of(shard_id) / f"{shard_id}.json") if receipts else None
     version = receipt.get("version") if receipt else None
     return version if isinstance(version, int) else None
 

@@ -27,6 +27,7 @@ from curation.run.inputs import (
     Upstream,
     numbered,
 )
+from curation.run.records import read_receipt
 from curation.shards import Shard, bucket_of, select
 from curation.storage.buckets import Presence
 from curation.storage.files import link_exclusively, make_folder, names_in, parse_record, read_record, read_whole
@@ -279,7 +280,10 @@ class Ledger:
                 value = parse_record(data) or read_record(path)  # it may be only a moment old
                 if value is None:
                     raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
-                self._options_versions.append(OptionsVersion.from_record(number, value, self._before))
+                try:
+                    self._options_versions.append(OptionsVersion.from_record(number, value, self._before))
+                except (TypeError, ValueError):
+                    raise InfrastructureError(f"{path}: not a record of options; restore it from a copy") from None
 
     @property
     def options_versions(self) -> Sequence[OptionsVersion]:
@@ -308,7 +312,7 @@ class Ledger:
                 if name.endswith(".commit"):
                     return False
                 if name.endswith(".json") and name[0] != ".":
-                    record = read_record(self.receipts / bucket / name) or {}
+                    record = read_receipt(self.receipts / bucket / name) or {}
                     if record.get("epoch", base.number) == base.number:
                         return False
         partial = self.root / "_partial" / self.stage
@@ -440,7 +444,7 @@ def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
     for bucket in buckets:
         for name in sorted(os.listdir(receipts / bucket)):
             if name.endswith(".json") and not name.startswith("."):
-                receipt = read_record(receipts / bucket / name)
+                receipt = read_receipt(receipts / bucket / name)
                 if receipt is not None:
                     yield receipt
 

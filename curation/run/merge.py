@@ -30,7 +30,7 @@ from typing import Any
 
 import xxhash
 
-from curation.errors import ShardError
+from curation.errors import InfrastructureError, ShardError
 from curation.jsonio import dump_json
 from curation.run.ledger import Ledger
 from curation.run.planned import Plan, planned
@@ -70,8 +70,17 @@ class _Log:
 
     def read(self) -> None:
         """Read the entries that were created since the last call."""
-        while (entry := read_record(self.folder / f"{self.count}.json")) is not None:
-            self.shards += [(str(i), str(d), int(n)) for i, d, n in entry["shards"]]
+        while (entry := read_record(path := self.folder / f"{self.count}.json")) is not None:
+            try:
+                shards = [(str(i), str(d), int(n)) for i, d, n in entry["shards"]]
+                sound = entry["start"] == self.end and entry["end"] == self.end + sum(n for _, _, n in shards)
+            except (KeyError, TypeError, ValueError):
+                sound = False
+            if not sound or any(size < 0 for _, _, size in shards):
+                raise InfrastructureError(
+                    f"{path}: not an entry of the merged file; remove {self.folder.parent}, and it is merged anew"
+                )
+            self.shards += shards
             self.last, self.count, self.end = entry, self.count + 1, int(entry["end"])
 
 

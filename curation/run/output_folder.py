@@ -10,9 +10,10 @@ from pathlib import Path
 
 from curation.errors import UsageError
 from curation.jsonio import some
+from curation.run.records import read_receipt
 from curation.shards import TAR, bucket_of
 from curation.storage.buckets import Folder, RemoteFolder, object_at
-from curation.storage.files import names_in, read_record
+from curation.storage.files import names_in
 from curation.storage.urls import Url
 
 # What img2dataset and this project write for a shard: its tar or its folder, its table, its counts.
@@ -42,7 +43,7 @@ def refuse_foreign_shards(
         _refuse(place, stage, tars - own, "--overwrite")
     surplus = own - set(ids) if ids is not None else set()
     if surplus and not regroups:  # shards of other sources may be in the folder, but not of another layout
-        record = read_record(_receipt(output, stage, min(surplus))) or {}
+        record = read_receipt(_receipt(output, stage, min(surplus))) or {}
         surplus = surplus if LAYOUT_NOTE in record.get("notes", {}) else set()
     if not surplus:
         return
@@ -117,7 +118,7 @@ def _receipt(output: Path, stage: str, shard_id: str) -> Path:
 def _remove(output: Path, stage: str, shard_id: str) -> None:
     """Remove a shard: the receipt first, because files that no receipt names belong to no shard."""
     path = _receipt(output, stage, shard_id)
-    record = read_record(path) or {}
+    record = read_receipt(path) or {}
     path.unlink(missing_ok=True)
     home = os.path.realpath(output)
     for named in record.get("outputs", []):

@@ -296,8 +296,8 @@ def make_link(source: Path, name: Path) -> None:
             raise
         raise InfrastructureError(
             f"{name.parent}: {_NO_LINK[error.errno]} ({error.strerror}), and without them two workers could both "
-            "publish a shard; choose an output folder on another filesystem (ext4, XFS, Lustre, GPFS or NFS have hard links; "
-            "FAT, exFAT and buckets that are mounted as a folder have none)"
+            "publish a shard; choose an output folder on another filesystem (ext4, XFS, Lustre, GPFS or NFS have "
+            "hard links; FAT, exFAT and buckets that are mounted as a folder have none)"
         ) from error
 
 

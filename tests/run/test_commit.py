@@ -435,9 +435,9 @@ def test_a_commit_that_could_not_begin_leaves_no_prepared_receipt(
         raise OSError(getattr(errno, code), "Operation not permitted")
 
     monkeypatch.setattr(os, "link", unsupported)
-    with pytest.raises(InfrastructureError, match="hard link.*choose an output folder on another filesystem"):
+    with pytest.raises(InfrastructureError, match=r"hard link.*choose an output folder on another filesystem"):
         commit.write(receipt)
-    with pytest.raises(InfrastructureError, match="hard link.*choose an output folder on another filesystem"):
+    with pytest.raises(InfrastructureError, match=r"hard link.*choose an output folder on another filesystem"):
         link_exclusively(world.receipts / "_epoch.1.json", b"{}")
     assert not commit.named
     assert not list(world.receipts.iterdir())
@@ -474,7 +474,7 @@ def test_a_receipt_with_any_text_can_be_read_again(tmp_path: Path) -> None:
     commit, _, receipt = prepare(world, "a", 1, b"x")
     receipt |= {"warnings": ["caption \ud800 \x00"], "notes": {"big": 1 << 70}}
     commit.write(receipt)
-    assert world.commit().read_receipt() == receipt
+    assert world.commit().read_receipt() == receipt | {"warnings": ["caption \ufffd \0"]}
 
 
 def test_output_is_hashed_sized_and_hidden_until_the_commit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From where a stage is started: a step's shell, another allocation, another checkout.  A program stands in for the stage."""
+"""From where a stage is started: a step's shell, another allocation, another checkout; a program is in its place."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Here:
         found = [
             line.removeprefix("in the task: ").split("=", 1) for line in text.splitlines() if "in the task: " in line
         ]
-        return {name: value for name, value in found}, text
+        return dict(found), text
 
 
 @pytest.fixture
@@ -148,7 +148,8 @@ def test_run_pipeline_from_inside_an_allocation(here: Here) -> None:
     words = f"--output={here.folder}/%x.log {' '.join(SMALL)}"
     said = here.call(
         *outer, "bash", str(ROOT / "run_pipeline.sh"), "--stages", "01",
-        SBATCH_01=f"{words} --cpus-per-task=2", SBATCH_GPUS_PER_TASK="1", SBATCH_CPU_BIND="none", SBATCH_PARTITION="urgent",
+        SBATCH_01=f"{words} --cpus-per-task=2", SBATCH_GPUS_PER_TASK="1", SBATCH_MEM_BIND="none",
+        SBATCH_PARTITION="urgent",
     )  # fmt: skip
     (number,) = [line.split()[-1] for line in said.splitlines() if line.startswith("stage 01 is job ")]
     assert here.cluster.wait(number) == [0]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from curation.jsonio import clean_text
+from curation.replies import Verdict
 from tests.commands.synthetic_root import Synthetic, make_root
 from tests.pipeline import Undisturbed, run_undisturbed
 from tests.processes import SIGNALS, Leftovers
@@ -98,3 +100,9 @@ def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
     """The receipts of 10,000 shards in four stages; read-only."""
     return make_root(tmp_path_factory.mktemp("many") / "root", 10_000)
+
+
+@pytest.fixture
+def any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text is a caption.  Random weights write noise without an end, and these tests are about batches."""
+    monkeypatch.setattr("curation.caption.batching.judge", lambda reply, *_, **__: Verdict(clean_text(reply.text)))

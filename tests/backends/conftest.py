@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from curation import backends
-from curation.caption import batching
 from curation.caption.captioner import CaptionSettings, resolve
 from curation.jsonio import clean_text
 from curation.replies import Reply, Verdict
@@ -28,12 +27,6 @@ def open_captioner(model: Path | str, **settings: Any) -> Any:
 def accepted(replies: Sequence[Reply]) -> list[Verdict]:
     """What ``caption_batch`` makes of replies under ``any_text``."""
     return [Verdict(clean_text(reply.text)) for reply in replies]
-
-
-@pytest.fixture
-def any_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every text is a caption.  Random weights write noise without an end, and these tests are about batches."""
-    monkeypatch.setattr(batching, "judge", lambda reply, *_, **__: Verdict(clean_text(reply.text)))
 
 
 @pytest.fixture(scope="session")

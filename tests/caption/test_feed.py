@@ -16,6 +16,7 @@ from PIL import Image
 
 from curation.caption.captioner import Family
 from curation.caption.feed import CaptionLoader, CaptionSample, ShapeGroups
+from curation.replies import Verdict
 from curation.tar.samples import TarWriter
 from curation.tar.scan import TarReport
 
@@ -121,7 +122,7 @@ def gather(
     for batch in loader.batches(samples, 16, []):
         plan.append([sample.key for sample in batch.samples])
         for sample in batch.samples:
-            records[sample.key] = json.loads(sample.outcome("a", batch.mark))
+            records[sample.key] = json.loads(sample.outcome(Verdict("a"), batch.mark))
             sample.release()
     loader.close()
     return plan, records

@@ -77,7 +77,7 @@ def test_parts_are_uploaded_while_the_stage_runs_and_the_rest_at_the_end(
 
 
 def test_a_hub_that_is_down_costs_a_warning(
-    server: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    server: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, any_text: None
 ) -> None:
     """With a tiny Florence-2 that the real code loads."""
     save_florence2(tmp_path / "model")

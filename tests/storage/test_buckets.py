@@ -114,7 +114,11 @@ def tar_of(keys: list[str], size: int, text: bytes = b"a caption") -> bytes:
     file = io.BytesIO()
     writer = TarWriter(file)
     for key in keys:
-        for suffix, data in (("jpg", random.Random(key).randbytes(size)), ("txt", text), ("json", b"{}")):
+        for suffix, data in (
+            ("jpg", b"\xff\xd8\xff" + random.Random(key).randbytes(size)),
+            ("txt", text),
+            ("json", b"{}"),
+        ):
             writer.add(f"{key}.{suffix}", data)
     writer.close()
     return file.getvalue()

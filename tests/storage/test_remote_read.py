@@ -624,9 +624,9 @@ def test_stages_01_and_04_read_the_web(web: FileServer, tmp_path: Path) -> None:
     assert first.main(["--input", url, *folders, "--detector", "recorded", "--max_error_rate", "1", *flags]) == 0
     assert (tmp_path / "captions" / f"{SHARD.stem}.json").exists()
     (tmp_path / "edits" / SHARD.name).unlink(missing_ok=True)
-    folders = ["--edits", f"{tmp_path}/edits", "--output", f"{tmp_path}/hybrid"]
-    assert fourth.main(["--input", f"pipe:curl -s {url}", *folders, "--edits_layout", "tar", *flags]) == 2
-    more = ["--edits_layout", "tar", "--verify", "--allow_pipe", *flags]
+    folders = ["--index", "--output", f"{tmp_path}/hybrid"]
+    assert fourth.main(["--input", f"pipe:curl -s {url}", *folders, *flags]) == 2
+    more = ["--verify", "--allow_pipe", *flags]
     assert fourth.main(["--input", f"pipe:cat {SHARD}", *folders, *more]) == 0
     assert read(tmp_path / "hybrid" / SHARD.name) == read(SHARD)
 

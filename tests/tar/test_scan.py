@@ -408,6 +408,7 @@ def test_every_cut_leaves_what_is_whole(windows: None, tmp_path: Path) -> None:
         begun = [span for span in spans if span.start + BLOCK <= cut and span.key not in complete]
         assert len(samples) - len(complete) >= len(begun), cut
         assert report.missing_end == (cut < spans[-1].end + BLOCK), cut
+        report.odd_texts = 0  # the members are random bytes
         assert bool(report.warnings()) == report.missing_end
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from curation.images import encode_as
 from curation.tar.headers import padded
 from curation.tar.samples import TarWriter
+from curation.tar.scan import IMAGE_SUFFIXES
 
 Member = tuple[tarfile.TarInfo, bytes]
 
@@ -86,3 +88,36 @@ def plain(colour: tuple[int, int, int], side: int = 32, format: str = "png") -> 
 def noise(number: int, size: tuple[int, int] = (48, 32)) -> bytes:
     """An image of noise, another one for each number."""
     return image_bytes(np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8))
+
+
+def all_samples(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Those of all tars of a folder; no key comes twice."""
+    found = [samples_of(path) for path in sorted(folder.glob("*.tar"))]
+    samples = {key: members for shard in found for key, members in shard.items()}
+    assert len(samples) == sum(map(len, found))
+    return samples
+
+
+def shards_as(kind: str, source: Path, target: Path) -> Path:
+    """Copies of shards whose pictures all have one format; those that have it already stay byte for byte."""
+    for path in sorted(source.glob("*.tar")):
+        samples = samples_of(path)
+        for key, members in samples.items():
+            samples[key] = {
+                (kind if suffix in IMAGE_SUFFIXES else suffix): (
+                    encode_as(kind, data, 90) if suffix in IMAGE_SUFFIXES and suffix != kind else data
+                )
+                for suffix, data in members.items()
+            }
+        write_shard(target / path.name, samples)
+    return target
+
+
+def image_of(sample: Mapping[str, Any]) -> Any:
+    """The first picture of a sample, whatever a reader made of it."""
+    return next(value for name, value in sample.items() if name in IMAGE_SUFFIXES)
+
+
+def decoded(data: bytes) -> Any:
+    """The pixels as Pillow decodes them."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

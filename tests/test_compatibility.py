@@ -1,7 +1,8 @@
-"""Hybrid shards in the libraries that users load them with: every sample exactly once, in each of them.
+"""Hybrid shards in the libraries that users load them with: every sample exactly once, with every picture, in each.
 
-Outputs of the whole pipeline over the example shards: shard by shard, regrouped with shuffling and copies, and over
-sources whose pictures are webp and png.
+Outputs of the whole pipeline over the example shards: shard by shard, a subset with copies that is regrouped and
+shuffled, with blurred faces, and over sources whose pictures are webp and png.  What each library should find is read
+by Python's tarfile, not by the project's own reader.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import webdataset as wds
+import wids
 from PIL import Image
 
-from curation.images import encode_as
-from curation.reshard.uids import UID, uid_of
-from curation.tar.samples import TarWriter, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
 from tests.pipeline import Undisturbed
+from tests.shards import all_samples, decoded, image_of, shards_as
 
-wds = pytest.importorskip("webdataset")
-torch = pytest.importorskip("torch")
 stage_04 = importlib.import_module("04_reshard")
 
 
@@ -47,53 +47,64 @@ class Output:
         assert Counter(keys) == Counter(list(self.samples))
 
 
-def shards_as(kind: str, source: Path, target: Path) -> Path:
-    """Copies of shards whose pictures have another format."""
-    target.mkdir()
-    for path in sorted(source.glob("*.tar")):
-        with open(target / path.name, "wb") as file:
-            writer = TarWriter(file)
-            for sample in read_samples(path):
-                for suffix, data in sample.members.items():
-                    is_image = suffix in IMAGE_SUFFIXES
-                    new = encode_as(kind, data, 90) if is_image else bytes(data)
-                    writer.add(f"{sample.key}.{kind if is_image else suffix}", new)
-            writer.close()
-    return target
+def write_subset(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    """All uids, and each ninth twice, as docs/stage-04.md says how to."""
+    uids = [json.loads(members["json"])["uid"] for members in samples.values()]
+    pairs = np.array([divmod(int(uid, 16), 2**64) for uid in uids + uids[::9]], "u8,u8")
+    np.save(path, np.sort(pairs))
 
 
-@pytest.fixture(scope="module", params=["shard by shard", "regrouped", "over jpg", "over webp", "over png"])
+@pytest.fixture(scope="module", params=["shard by shard", "regrouped jpg", "blurred jpg", "webp", "png"])
 def output(
     request: pytest.FixtureRequest, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory
 ) -> Output:
     root, folder = undisturbed.root, tmp_path_factory.mktemp("hybrid") / "shards"
-    kind = request.param.removeprefix("over ")
+    how, _, kind = request.param.rpartition(" ")
     source = root / "shards"
     if kind in ("jpg", "webp", "png"):
         source = shards_as(kind, source, folder.parent / "source")
+    before = all_samples(source)
     argv = ["--input", str(source), "--edits", f"{root}/edits", "--prompts", f"{root}/prompts"]
     argv += ["--output", str(folder), "--index", "--quiet"]
-    if request.param == "regrouped":
-        found = [s for path in sorted((root / "shards").glob("*.tar")) for s in read_samples(path, {"json"})]
-        uids = [uid_of(json.loads(sample.members["json"])) for sample in found]
-        np.save(folder.parent / "keep.npy", np.sort(np.array(uids + uids[::9], UID)))
+    if how == "regrouped":
+        write_subset(folder.parent / "keep.npy", before)
         argv += ["--subset", f"{folder.parent}/keep.npy", "--shard_size", "16", "--shuffle_buffer", "40"]
+    if how == "blurred":
+        argv += ["--blur_faces", "recorded"]
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(stage_04.main, argv).result() == 0
-    samples = {s.key: s.members for path in sorted(folder.glob("*.tar")) for s in read_samples(path)}
-    assert len(samples) == (85 if request.param == "regrouped" else 76)
+    samples = all_samples(folder)
+    assert len(samples) == (85 if how == "regrouped" else 76)
     names = {name for members in samples.values() for name in members}
     assert names == {*((kind,) if source != root / "shards" else ("jpg", "webp")), "txt", "json"}
+    check_content(samples, before, all_samples(root / "edits"), how)
     return Output(folder, samples, len(names) == 3)
 
 
-def image_of(sample: dict[str, Any]) -> Any:
-    return next(value for name, value in sample.items() if name in IMAGE_SUFFIXES)
-
-
-def decoded(data: bytes) -> Any:
-    """The pixels as Pillow decodes them."""
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+def check_content(
+    samples: dict[str, dict[str, bytes]],
+    before: dict[str, dict[str, bytes]],
+    edits: dict[str, dict[str, bytes]],
+    how: str,
+) -> None:
+    """Each sample is the source's, or the edit with its caption; a copy is the same under another key."""
+    edited = blurred = 0
+    for name, members in samples.items():
+        key = name if name in before else name.rpartition("-")[0]
+        old, new = before[key], edits.get(key)
+        assert members["txt"] == (new or old)["txt"]
+        if new is not None:
+            edited += 1
+            ((suffix, picture),) = ((s, data) for s, data in members.items() if s in IMAGE_SUFFIXES)
+            near = np.abs(decoded(picture).astype(int) - decoded(new["jpg"])).mean()
+            assert picture == new["jpg"] if suffix == "jpg" else near < (8 if suffix == "webp" else 1e-9)
+            assert json.loads(members["json"])["caption"] == json.loads(new["json"])["caption"]
+        elif members != old:
+            blurred += 1
+            assert how == "blurred" and json.loads(old["json"])["face_bboxes"]
+            assert members.keys() == old.keys()
+            assert decoded(image_of(members)).shape == decoded(image_of(old)).shape
+    assert edited >= len(edits) > 0 and (blurred > 0) == (how == "blurred")
 
 
 def test_webdataset(output: Output) -> None:
@@ -111,15 +122,19 @@ def test_webdataset(output: Output) -> None:
 
 
 def test_a_torch_loader_with_two_workers(output: Output) -> None:
-    dataset = wds.WebDataset(output.tars, shardshuffle=False, workersplitter=wds.split_by_worker).map(key_and_text)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
-    found = list(loader)
-    output.check(key for key, _ in found)
-    assert dict(found) == {key: members["txt"].decode() for key, members in output.samples.items()}
+    dataset = wds.WebDataset(output.tars, shardshuffle=False, workersplitter=wds.split_by_worker).decode("rgb8")
+    loader = torch.utils.data.DataLoader(dataset.map(picture_and_text), batch_size=None, num_workers=2)
+    keys = []
+    for key, picture, text in loader:
+        keys.append(key)
+        expected = output.samples[key]
+        assert np.array_equal(picture, decoded(image_of(expected)))
+        assert text == expected["txt"].decode()
+    output.check(keys)
 
 
-def key_and_text(sample: dict[str, Any]) -> tuple[str, str]:
-    return sample["__key__"], sample["txt"].decode()
+def picture_and_text(sample: dict[str, Any]) -> tuple[str, Any, str]:
+    return sample["__key__"], image_of(sample), sample["txt"]
 
 
 def test_open_clips_conventions(output: Output) -> None:
@@ -150,45 +165,55 @@ def test_open_clips_conventions(output: Output) -> None:
         wds.select(has_image_and_caption),
         wds.decode("pilrgb"),
         wds.rename(image="jpg;png;jpeg;webp", text="txt", key="__key__"),
-        wds.map_dict(image=lambda image: np.asarray(image.resize((224, 224))), text=str.strip),
+        wds.map_dict(image=as_a_model_sees_it, text=str.strip),
         wds.to_tuple("image", "text", "key"),
         wds.batched(32, partial=True),
     )
     keys: list[str] = []
     for images, texts, batch in pipeline:
-        assert images.shape == (len(batch), 224, 224, 3)
+        for image, key in zip(images, batch, strict=True):
+            picture = Image.open(io.BytesIO(image_of(output.samples[key]))).convert("RGB")
+            assert np.array_equal(image, as_a_model_sees_it(picture))
         assert list(texts) == [output.samples[key]["txt"].decode().strip() for key in batch]
         keys += batch
     output.check(keys)
 
 
+def as_a_model_sees_it(image: Image.Image) -> Any:
+    return np.asarray(image.resize((224, 224)))
+
+
 def test_hugging_face_datasets(output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     streamed = datasets.load_dataset(
         "webdataset", data_files={"train": output.tars}, split="train", streaming=True, cache_dir=str(tmp_path)
     )
-    keys = []
-    for sample in streamed:
-        keys.append(sample["__key__"])
-        assert sample["txt"] == output.samples[sample["__key__"]]["txt"].decode()
-        assert sample["json"]["uid"] == json.loads(output.samples[sample["__key__"]]["json"])["uid"]
-        picture = image_of(sample)
-        if picture is None:  # the one webp among the example shards: this reader has no column for it
-            assert "webp" in output.samples[sample["__key__"]]
-            assert not output.is_uniform
-            continue
-        assert np.array_equal(picture.convert("RGB"), decoded(image_of(output.samples[sample["__key__"]])))
-    output.check(keys)
     loaded = datasets.load_dataset(
         "webdataset", data_files={"train": output.tars}, split="train", cache_dir=str(tmp_path / "cache")
     )
-    output.check(loaded["__key__"])
+    for way in (streamed, loaded):
+        keys = []
+        for sample in way:
+            keys.append(sample["__key__"])
+            members = output.samples[sample["__key__"]]
+            told = json.loads(members["json"])
+            assert sample["txt"] == members["txt"].decode()
+            assert {name: sample["json"][name] for name in ("uid", "caption", "sha256")} == {
+                name: told[name] for name in ("uid", "caption", "sha256")
+            }
+            picture = image_of(sample)
+            if picture is None:  # the one webp among the example shards: this reader has no column for it
+                assert "webp" in members
+                assert not output.is_uniform
+                continue
+            assert np.array_equal(picture.convert("RGB"), decoded(image_of(members)))
+        output.check(keys)
 
 
 def test_wids(output: Output, tmp_path: Path) -> None:
-    wids = pytest.importorskip("wids")
     index = json.loads((output.folder / "wids.json").read_bytes())
     assert [shard["url"] for shard in index["shardlist"]] == [os.path.basename(tar) for tar in output.tars]
     assert [shard["filesize"] for shard in index["shardlist"]] == [os.path.getsize(tar) for tar in output.tars]

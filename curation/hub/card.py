@@ -29,6 +29,17 @@ _META_BLOCK = re.compile(rf"^{_META_BEGIN}.*?^{_META_END}[^\n]*(?:\n|\Z)", re.S 
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)((?<=\n)|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.S)
 _MARKDOWN = re.compile(r"[&<>|`*_\[\]()#!~\\$^{}@:]")
 _LOADED = (".parquet", ".jsonl", ".tar")  # what the hub shows and `datasets` loads, the first of them that there is
+# The types of stage 05's rows.  `datasets` would take them from the first file, where a column may be null in all rows,
+# and `extra` holds whatever the sources' json have, so that no two files need agree; as a text every file has it.
+_ROW_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("key", "shard", "url", "uid", "caption", "original_caption"), "string"),
+    **dict.fromkeys(("width", "height", "original_width", "original_height"), "int64"),
+    **dict.fromkeys(("sha256", "image_sha256"), "string"),
+    "image_size": ["int64"],
+    **dict.fromkeys(("model", "revision"), "string"),
+    "watermark_score": "float64",
+    "extra": "string",
+}
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # the hub's bounds, by tens
 _MAX_COLUMNS, _MAX_LINE_BYTES, _MAX_VALUE = 200, 8 << 20, 300
 LICENCE_UNKNOWN = "unknown"
@@ -59,7 +70,12 @@ def write_card(existing: str, found: Collection, home: Path, stage: str, licence
     theirs = _parse(theirs_text)
     licence = licence or (_parse(before[0]).get("license") if before else None) or LICENCE_UNKNOWN
     groups = _groups(found)
-    ours = {"license": licence, "size_categories": [_size_category(found.counts["kept"])], "configs": _configs(groups)}
+    ours = {
+        "license": licence,
+        "size_categories": [_size_category(found.counts["kept"])],
+        "configs": _configs(groups),
+        "dataset_info": _dataset_info(groups),
+    }
     ours = {name: value for name, value in ours.items() if name not in theirs and value}
     lines = yaml.safe_dump(ours, sort_keys=False, allow_unicode=True) if ours else ""
     marked = f"{_META_BEGIN} (replaced at each upload)\n{lines}{_META_END}\n"
@@ -112,6 +128,19 @@ def _configs(groups: Mapping[str, Sequence[Part]]) -> list[dict[str, Any]]:
                 for name, glob in zip(names, globs, strict=True)
             ]
     return []
+
+
+def _dataset_info(groups: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
+    """The columns' types, where the tables are stage 05's rows; parquet has types of its own, and tars need none."""
+    configs = _configs(groups)
+    tables = [groups[config["data_files"][0]["path"]] for config in configs]
+    if len(tables) != 1 or tables[0][0].file.suffix != ".jsonl" or set(_columns(tables[0])) != _ROW_TYPES.keys():
+        return {}
+    features = [
+        {"name": name, "list": kind[0]} if isinstance(kind, list) else {"name": name, "dtype": kind}
+        for name, kind in _ROW_TYPES.items()
+    ]
+    return {"config_name": configs[0]["config_name"], "features": features}
 
 
 def _size_category(samples: int) -> str:

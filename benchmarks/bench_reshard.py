@@ -59,7 +59,7 @@ def make_input(folder: Path, count: int, share: float) -> None:
             yield key, {"jpg": picture(), "json": text, "txt": b"A photo of something"}
             if number % round(1 / share) == 3:
                 edit = json.dumps(metadata | {"curation": {"prompt": "y" * 300}}).encode()
-                edited[key] = {"jpg": picture(), "txt": b"A portrait of someone", "json": edit}
+                edited[key] = {"jpg": b"\xff\xd8\xff" + picture(), "txt": b"A portrait of someone", "json": edit}
 
     write_shard(folder / f"shards/{SHARD}.tar", samples(), MTIME)
     write_shard(folder / f"edits/{SHARD}.tar", edited.items())

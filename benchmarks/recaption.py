@@ -130,7 +130,10 @@ def bare_model(backend: Any, shard: Path, batch_size: int) -> float:
 
 def time_stage(model: Path, shards: Path, out: Path, *flags: object) -> tuple[float, Mapping[str, float]]:
     """Seconds of the shards by their receipts, and of each phase."""
-    run_stage("05_recaption", shards, "-o", out, "--model", model, "--num_gpus", 1, *flags)
+    import torch
+
+    device = ("--num_gpus", 1) if torch.cuda.is_available() else ("--device", "cpu")
+    run_stage("05_recaption", shards, "-o", out, "--model", model, *device, *flags)
     receipts = StageReceipts.read(out, "05_recaption")
     if failed := receipts.count("in") - receipts.count("kept"):
         raise SystemExit(f"{failed} images have no caption: nothing to compare")

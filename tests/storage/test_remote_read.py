@@ -161,7 +161,7 @@ def test_a_command_gives_what_the_file_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("size", [0, 100, 700, 100_000, 190_900, 500_000, len(DATA) - 10_240, len(DATA) - 600])
+@pytest.mark.parametrize("size", [700, 100_000, 190_900, 500_000, len(DATA) - 10_240, len(DATA) - 600])
 def test_a_tar_that_is_cut_is_read_as_the_cut_file_would_be(web: FileServer, tmp_path: Path, size: int) -> None:
     """Also where nobody knows how long it is until it ends."""
     cut = tmp_path / "cut.tar"
@@ -170,6 +170,19 @@ def test_a_tar_that_is_cut_is_read_as_the_cut_file_would_be(web: FileServer, tmp
     assert read(pipe(f"cat {cut}")) == wanted
     assert read(Url(web.add("cut.tar", DATA[:size]))) == wanted
     assert read(Url(web.add("cut.tar", DATA[:size], length=False))) == wanted
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_what_is_too_short_for_a_tar_is_none_from_anywhere(web: FileServer, tmp_path: Path, size: int) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(DATA[:size])
+    served = [web.add("1.tar", DATA[:size]), web.add("2.tar", DATA[:size], length=False)]
+    for source in (cut, pipe(f"cat {cut}"), *map(Url, served)):
+        if size == 0:
+            with pytest.raises(ShardError, match="zero bytes"):
+                read(source)
+        else:
+            assert all(sample.problem for sample in read_samples(source))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ FLOORS = (  # from the ground up: a package imports from the floors below its ow
     (
         "errors",
         "jsonio",
-        "yamlio",
         "threads",
         "cluster",
         "options",

@@ -15,7 +15,7 @@ from curation.errors import UsageError
 from curation.extract.settings import ModelSettings, Precision, Resize, WeightSource
 from curation.options import refuse_url
 from curation.shards import Shard, discover
-from curation.yamlio import read_yaml
+from curation.storage.yaml_files import read_yaml
 
 logger = logging.getLogger("curation")
 

@@ -10,7 +10,7 @@ import xxhash
 
 from curation.errors import UsageError
 from curation.jsonio import clean_text
-from curation.yamlio import read_yaml
+from curation.storage.yaml_files import read_yaml
 
 # The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its terms
 ETHNICITIES = ("black", "white", "asian", "latino", "middle east", "indian")

@@ -321,6 +321,10 @@ class Heartbeat:
         """Whether the last beat is so recent that no process can have taken over the claims of this one."""
         return time.monotonic() - self._last_beat < self.lease_s
 
+    def written_at(self) -> float:
+        """The modification time of the heartbeat's file, by the clock of its filesystem."""
+        return os.stat(self._path).st_mtime
+
     def works_under(self, options_version: int) -> None:
         """Tell other processes under which options version this one works from now on."""
         self.options_version = options_version

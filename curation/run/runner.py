@@ -29,8 +29,10 @@ from curation.run.progress import Progress, Tally
 from curation.run.work import Stage
 from curation.run.workers import is_worker, pipe_to_parent, run_workers
 from curation.shards import Shard, bucket_of, select
+from curation.storage.files import clear_leftovers, names_in
 
 _WATCHED = 16  # claims of other workers that an idle worker checks
+_FOLDERS_OF_SHARDS = ("_claims", "_partial", "_rejects", "_provenance")  # attempts clear them, shard by shard
 _MISSES_BEFORE_RELISTING = 6
 _LOSSES = 3  # after it has lost a shard so often, this process leaves it to others
 
@@ -88,6 +90,8 @@ def run_shards(
     entry.check()
     claims = Claims(stage.output / "_claims" / stage.name, options.lease_s, options.stall_s)
     claims.heartbeat.start()
+    if allocation.rank == 0:
+        _clear_leftovers(stage, claims)
     try:
         run = _Run(stage, shards, options, allocation, stop, entry, claims, follower)
         run.go()
@@ -97,6 +101,16 @@ def run_shards(
         finally:
             claims.heartbeat.stop()
     return run.conclude()  # last, so that the run's last line says what came of it
+
+
+def _clear_leftovers(stage: Stage[Any], claims: Claims) -> None:
+    """Remove what a killed process left of files that belong to no shard: records, lists, tables, merged files."""
+    now = claims.heartbeat.written_at()
+    for root in (stage.output, *stage.other_outputs):
+        folders = [root / name for name in names_in(root) if name[0] == "_" and name not in _FOLDERS_OF_SHARDS]
+        for folder in (root, *folders, *(folder / stage.name for folder in folders)):
+            if folder.is_dir():
+                clear_leftovers(folder, now)
 
 
 def _follower(follows: Follows | None, shards: Sequence[Shard], options: RunOptions) -> Follower | None:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import glob
 import os
+import re
 import secrets
 import threading
 from abc import ABC, abstractmethod
@@ -24,9 +25,12 @@ from typing import Any, BinaryIO, Self
 
 import xxhash
 
+from curation.cluster import host_identity, process_is_gone, process_start
 from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError
 from curation.jsonio import parse_json
 
+_LEFTOVER = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{16})[0-9a-f]{8}\.tmp")
+_LEFTOVER_S = 24 * 3600.0
 MAX_RECEIPT_BYTES = 256 << 20  # the `files` layout names every file of a shard
 _BUFFER_BYTES = 256 << 10
 _WRITEBACK_BYTES = 8 << 20  # after so many more bytes the kernel is asked to begin writing them back
@@ -259,7 +263,7 @@ def whole_file(path: Path, *, durable: bool = True, replace: bool = True) -> Ite
         FileExistsError: The file is there and ``replace`` is off.
         OSError: The file cannot be written.
     """
-    temporary = path.with_name(temporary_name(path.name, secrets.token_hex(8)))
+    temporary = path.with_name(temporary_name(path.name, _writer_token()))
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -274,6 +278,40 @@ def whole_file(path: Path, *, durable: bool = True, replace: bool = True) -> Ite
             fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _writer_token() -> str:
+    """A token that tells which process writes: a digest of its machine, its pid, its start time, and chance."""
+    pid = os.getpid()
+    return f"{_machine()}{pid:08x}{int(process_start(pid) or 0):016x}{secrets.token_hex(4)}"
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    return xxhash.xxh32_hexdigest("\0".join(host_identity()).encode())
+
+
+def clear_leftovers(folder: Path, now: float) -> None:
+    """Remove the temporary files of ``whole_file`` in a folder whose writers were killed.
+
+    On this machine the process tells whether it lives.  Of other machines, a file goes that is a day old.
+
+    Args:
+        folder: The folder, whose subfolders are not looked into.
+        now: The modification time of a file that was written a moment ago on the same filesystem, whose clock may
+            differ from this machine's.
+    """
+    for name in names_in(folder):
+        if not (found := _LEFTOVER.fullmatch(name)):
+            continue
+        path, (machine, pid, start) = folder / name, found.groups()
+        with contextlib.suppress(OSError):
+            if machine == _machine() and int(start, 16):
+                gone = process_is_gone(int(pid, 16), str(int(start, 16)))
+            else:
+                gone = now - path.stat().st_mtime > _LEFTOVER_S
+            if gone:
+                path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:

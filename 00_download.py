@@ -32,6 +32,7 @@ from curation.download import (
     parse_networks,
     refuse,
 )
+from curation.download.again import Redo, requeue_all
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.options import (
     FINITE,
@@ -48,7 +49,6 @@ from curation.options import (
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.merge import merge_parquet, write_csv
 from curation.run.output_folder import refuse_foreign_files
-from curation.run.requeue import Redo, requeue_all
 from curation.run.work import Later
 from curation.run.workers import is_worker
 from curation.shards import Shard

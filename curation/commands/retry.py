@@ -21,9 +21,8 @@ from curation.jsonio import clean_text
 from curation.options import exit_code, parse_arguments
 from curation.run.attempt import code_version
 from curation.run.claims import is_gone, read_claim
-from curation.run.commit import Commit
+from curation.run.commit import Commit, requeue
 from curation.run.ledger import MAX_ATTEMPTS, done_receipts
-from curation.run.requeue import requeue
 from curation.shards import Shard, bucket_of, select
 
 _KEPT = ("shard", "stage", "version", "epoch", "inputs", "sources", "error")  # of the receipt that is replaced

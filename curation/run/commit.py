@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from curation.errors import InfrastructureError, LostClaim
 from curation.jsonio import dump_json
+from curation.run.claims import is_gone, read_claim
 from curation.run.records import read_commit, read_receipt, refuse_outside
 from curation.storage.buckets import Presence, complete_upload, object_at, place_of
 from curation.storage.files import (
@@ -304,3 +306,27 @@ class StaleTempFiles:
 
 def _without_token(name: str) -> str:
     return name.rsplit(".", 2)[0]
+
+
+def requeue(
+    commit: Commit, claim: Path, receipt: Mapping[str, Any], fields: Mapping[str, Any]
+) -> Literal["retry", "claimed", "lost"]:
+    """Make a shard that has a receipt pending again: commit one with the status ``retry`` in its place.
+
+    The receipt is not deleted, because the commit is safe only while generations grow.
+
+    claim: the path of a worker's claim on the shard.  Returns ``claimed`` if a live worker holds the shard, ``lost``
+    if another process is committing it.
+    """
+    holder = read_claim(claim)
+    if holder is not None and not is_gone(holder):  # this commit would discard its work
+        return "claimed"
+    generation = int(receipt.get("generation", 0))
+    if commit.finish_pending(generation):  # a worker died during a newer commit
+        return "lost"
+    token, now = secrets.token_hex(8), round(time.time(), 3)
+    try:
+        commit.write({**fields, "status": "retry", "generation": generation + 1, "token": token, "finished": now})
+    except LostClaim:
+        return "lost"
+    return "retry"

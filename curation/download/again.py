@@ -1,50 +1,17 @@
-"""Makes a shard that has a receipt pending again, without deleting the receipt.
-
-The commit is safe only while generations grow.  So a receipt of the next generation, with the status ``retry``, is
-committed in place of the old one.
-"""
+"""Makes shards that are done pending again, to ask for their failed URLs or to decode their stored images."""
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections import Counter
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from curation.errors import LostClaim
-from curation.run.claims import is_gone, read_claim
-from curation.run.commit import Commit
+from curation.run.commit import requeue
 from curation.run.ledger import Ledger, done_receipts
 from curation.shards import bucket_of
 
 Redo = Literal["urls", "images"]
-
-
-"""What to redo of a done shard: request its failed rows once more, or decode its stored images."""
-
-
-def requeue(
-    commit: Commit, claim: Path, receipt: Mapping[str, Any], fields: Mapping[str, Any]
-) -> Literal["retry", "claimed", "lost"]:
-    """Commit a receipt with the status ``retry`` and these fields in place of ``receipt``.
-
-    claim: the path of a worker's claim on the shard.  Returns ``claimed`` if a live worker holds the shard, ``lost``
-    if another process is committing it.
-    """
-    holder = read_claim(claim)
-    if holder is not None and not is_gone(holder):  # this commit would discard its work
-        return "claimed"
-    generation = int(receipt.get("generation", 0))
-    if commit.finish_pending(generation):  # a worker died during a newer commit
-        return "lost"
-    token, now = secrets.token_hex(8), round(time.time(), 3)
-    try:
-        commit.write({**fields, "status": "retry", "generation": generation + 1, "token": token, "finished": now})
-    except LostClaim:
-        return "lost"
-    return "retry"
+"""What to do again of a done shard: ask for its failed rows once more, or decode its stored images."""
 
 
 def requeue_all(ledger: Ledger, shards: Collection[str], what: Collection[Redo], run_id: str) -> Counter[str]:

@@ -265,7 +265,7 @@ class Ledger:
             self.load_options_versions()
         if self.governing(shard_id).number > self._entered:
             raise InfrastructureError(
-                f"{self.stage} on {self.root}: another run began with --rerun and other options; this older run stops"
+                f"{self.stage} on {self.root}: another run has begun with other options; this older run stops"
             )
 
     def load_options_versions(self) -> None:
@@ -306,17 +306,21 @@ class Ledger:
         return bool(selected) and all(self.governing(s).same_options(self.options, self.version) for s in selected)
 
     def _nothing_was_done(self, base: OptionsVersion) -> bool:
-        """Whether no shard has a receipt, an unfinished commit or a partial file of these options."""
-        for bucket in names_in(self.receipts):
-            for name in names_in(self.receipts / bucket) if bucket[0] != "_" else ():
+        """Whether nothing done would be done again if this run's options took the place of ``base``.
+
+        That is, no shard has an unfinished commit, a partial file, or a receipt of ``base``, of a later version (a
+        rerun of some shards), or of an earlier one with this run's options (the rerun was given up).
+        """
+        kept = {past.number for past in self._options_versions if past.same_options(self.options, self.version)}
+        for folder in _folders_in(self.receipts):
+            for name in names_in(folder):
                 if name.endswith(".commit"):
                     return False
                 if name.endswith(".json") and name[0] != ".":
-                    record = read_receipt(self.receipts / bucket / name) or {}
-                    if record.get("epoch", base.number) == base.number:
+                    epoch = (read_receipt(folder / name) or {}).get("epoch")
+                    if not isinstance(epoch, int) or epoch >= base.number or epoch in kept:
                         return False
-        partial = self.root / "_partial" / self.stage
-        return not any(names_in(partial / bucket) for bucket in names_in(partial))
+        return not any(names_in(folder) for folder in _folders_in(self.root / "_partial" / self.stage))
 
     def _other_options(self, base: OptionsVersion) -> UsageError:
         changes = []
@@ -354,7 +358,7 @@ class Ledger:
         in_force = self.governing(shard_id)
         if receipt is None:
             if not in_force.same_options(self.options, self.version):
-                return State("blocked", f"it belongs to a rerun with other options (epoch {in_force.number})", current)
+                return State("blocked", _other_rerun(in_force), current)
             return State("pending", inputs=current)
         gone = next((record["unavailable"] for record in current if "unavailable" in record), None)
         if gone is not None and receipt.get("status") == "done":
@@ -365,8 +369,7 @@ class Ledger:
         if same and receipt.get("status") == "done" and self._outputs_are_there(receipt, fresh=fresh):
             return State("done", inputs=current, receipt=receipt)
         if not in_force.same_options(self.options, self.version):
-            why = f"it belongs to a rerun with other options (epoch {in_force.number})"
-            return State("blocked", why, current, receipt)
+            return State("blocked", _other_rerun(in_force), current, receipt)
         return State("pending", inputs=current, receipt=receipt)
 
     def receipt(self, shard_id: str, *, fresh: bool = True) -> dict[str, Any] | None:
@@ -459,6 +462,18 @@ def receipts_of_all(root: Path, stage: str, ids: Sequence[str]) -> tuple[list[di
             return receipts, shard_id
         receipts.append(receipt)
     return receipts, ""
+
+
+def _other_rerun(version: OptionsVersion) -> str:
+    return (
+        f"it belongs to a rerun with other options (epoch {version.number}): run it with --shards and those, or use "
+        "--rerun --shards to do it again with these"
+    )
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Its buckets; other files, such as those of a file manager, do not count."""
+    return [folder / name for name in names_in(folder) if (folder / name).is_dir()]
 
 
 def _short(value: Any) -> str:

@@ -77,6 +77,40 @@ def test_options_under_which_nothing_was_done_are_replaced(place: Place) -> None
     assert place.run("--mark", "wrong") == 2, "now something was done"
 
 
+def test_a_rerun_of_some_shards_is_not_done_again(place: Place, capsys: Err) -> None:
+    place.shards(2)
+    place.shard("00000000", "infrastructure")
+    assert place.run("--mark", "wrong", "--shards", "00000000") == 2
+    assert place.run("--rerun", "--shards", "00000001", "--mark", "sound") == 0
+    place.shards(2)
+    assert place.run("--mark", "right") == 2
+    assert 'mark: "wrong" → "right"' in capsys.readouterr().err
+    assert "sound" in (place.out / "00000001.txt").read_text()
+
+
+@pytest.mark.parametrize(("mark", "code"), [("first", 2), ("right", 0)])
+def test_a_rerun_that_did_nothing(place: Place, mark: str, code: int) -> None:
+    """Whoever gives it up does not want to do again what was done before; the corrected rerun may forget the flag."""
+    place.shards(2)
+    assert place.run("--mark", "first") == 0
+    place.shard("00000000", "infrastructure")
+    assert place.run("--rerun", "--mark", "wrong") == 2
+    place.shards(2)
+    assert place.run("--mark", mark) == code
+    assert mark in (place.out / "00000001.txt").read_text()
+
+
+def test_other_files_among_the_receipts_do_not_count(place: Place) -> None:
+    place.shards(1)
+    place.shard("00000000", "infrastructure")
+    assert place.run("--mark", "wrong") == 2
+    place.shards(1)
+    (place.out / "_receipts" / "toy" / ".DS_Store").touch()
+    (place.out / "_partial" / "toy").mkdir(parents=True)
+    (place.out / "_partial" / "toy" / ".DS_Store").touch()
+    assert place.run("--mark", "right") == 0
+
+
 @pytest.mark.parametrize("what", ["a receipt", "a failed receipt", "a commit", "a partial file"])
 def test_options_under_which_something_was_done_stay(place: Place, what: str, capsys: Err) -> None:
     place.shards(1, *["keep"] * 3)

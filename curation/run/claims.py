@@ -450,7 +450,7 @@ class Claims:
                 return False
             if not told:
                 told = True
-                logger.info(f"a process was here before with other options: watching for {self._lease_s:g} s if it lives")
+                logger.info(f"looking for up to {self._lease_s:g} s whether a process with other options is alive")
             time.sleep(min(0.5, self._lease_s / 8))
 
     def _create(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ import xxhash
 
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
+from curation.run.claims import Claims
 from curation.run.commit import Commit
 from curation.run.inputs import (
     Input,
@@ -183,7 +184,7 @@ class Ledger:
         rerun: bool,
         subset: Sequence[str] | None,
         selected: Sequence[str],
-        unused: Callable[[OptionsVersion], bool] | None = None,
+        claims: Claims | None = None,
         *,
         look: bool = False,
     ) -> bool:
@@ -194,8 +195,8 @@ class Ledger:
             rerun: Whether the user asked for ``--rerun``.
             subset: The shards that a new options version is for; None for all.
             selected: The shards of this run.
-            unused: Whether nothing was done under a version and no process works under it, so that this run may put
-                its own options in its place.  Without it, other options are always refused.
+            claims: This process's, with which it sees whether others work under a version.  Without them, and without
+                ``look``, the options of this run never take the place of others.
             look: Only check, and record nothing.
 
         Returns:
@@ -214,7 +215,9 @@ class Ledger:
                 base = self._base_version()
                 if self._are_the_same(base, selected):
                     return True
-                if unused is None or not self._nothing_was_done(base) or not unused(base):
+                if not self._may_be_replaced(base, claims, look=look):
+                    if self.load_options_versions():
+                        continue  # what was done is perhaps that of another process of this run
                     raise self._other_options(base)
                 superseded = base.number
             if rerun and any(self._is_of_this_run(past, run_id, covered) for past in self._options_versions):
@@ -224,20 +227,25 @@ class Ledger:
             if look or self._read_only:
                 self._coming = OptionsVersion(number, self.version, self.options, new_shards, run_id)
                 return False
-            record = {
-                "epoch": number,
-                "stage": self.stage,
-                "version": self.version,
-                "options": self.options,
-                "shards": None if new_shards is None else sorted(new_shards),
-                **({} if superseded is None else {"supersedes": superseded}),
-                "run": run_id,
-            }
-            data = orjson.dumps(record, option=orjson.OPT_INDENT_2)
-            if not link_exclusively(self.receipts / f"_epoch.{number}.json", data):
+            record = self._record(number, new_shards, run_id, superseded)
+            if claims is not None:
+                claims.heartbeat.works_under(number)  # before it appears, so that nobody takes it for an unused one
+            if not link_exclusively(self.receipts / f"_epoch.{number}.json", record):
                 time.sleep(_RETRY_S)  # another process was first; its record may take a moment to appear here
             self.load_options_versions()  # the loop then checks again whether it fits
         raise InfrastructureError(f"{self.receipts}: the options of this run cannot be recorded; try again")
+
+    def _record(self, number: int, shards: frozenset[str] | None, run_id: str, superseded: int | None) -> bytes:
+        record = {
+            "epoch": number,
+            "stage": self.stage,
+            "version": self.version,
+            "options": self.options,
+            "shards": None if shards is None else sorted(shards),
+            **({} if superseded is None else {"supersedes": superseded}),
+            "run": run_id,
+        }
+        return orjson.dumps(record, option=orjson.OPT_INDENT_2)
 
     def _is_of_this_run(self, past: OptionsVersion, run_id: str, covered: frozenset[str] | None) -> bool:
         return (
@@ -268,15 +276,16 @@ class Ledger:
                 f"{self.stage} on {self.root}: another run has begun with other options; this older run stops"
             )
 
-    def load_options_versions(self) -> None:
-        """Read the options versions that have begun since the last call."""
+    def load_options_versions(self) -> bool:
+        """Read the options versions that have begun since the last call; returns whether there are any."""
+        found = False
         with self._lock:
             while True:
                 number = len(self._options_versions) + 1
                 path = self.receipts / f"_epoch.{number}.json"
                 data = read_whole(path)
                 if data is None:
-                    return
+                    return found
                 value = parse_record(data) or read_record(path)  # it may be only a moment old
                 if value is None:
                     raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
@@ -284,6 +293,7 @@ class Ledger:
                     self._options_versions.append(OptionsVersion.from_record(number, value, self._before))
                 except (TypeError, ValueError):
                     raise InfrastructureError(f"{path}: not a record of options; restore it from a copy") from None
+                found = True
 
     @property
     def options_versions(self) -> Sequence[OptionsVersion]:
@@ -304,6 +314,15 @@ class Ledger:
             return True
         # Or this run continues a subset that was rerun with these options.
         return bool(selected) and all(self.governing(s).same_options(self.options, self.version) for s in selected)
+
+    def _may_be_replaced(self, base: OptionsVersion, claims: Claims | None, *, look: bool) -> bool:
+        """Whether nothing was done under a version, and (but for ``look``) no other process works under it."""
+        if not self._nothing_was_done(base):
+            return False
+        if look or claims is None:
+            return look
+        # Asked again, because a process that this one has waited for may have done something in between.
+        return not claims.others_work_under(base.number) and self._nothing_was_done(base)
 
     def _nothing_was_done(self, base: OptionsVersion) -> bool:
         """Whether nothing done would be done again if this run's options took the place of ``base``.

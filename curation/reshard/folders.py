@@ -17,7 +17,7 @@ from curation.jsonio import KEY_SUFFIX, read_dictionary
 from curation.reshard.select import ReshardInputs
 from curation.run.inputs import check_made_by, receipts_of
 from curation.shards import TAR, Shard, bucket_of, local_folders
-from curation.storage.files import read_record
+from curation.storage.files import names_in, read_record
 from curation.tar.scan import TarScan
 
 FACES_STAGE: Final = "01_filter_noface"  # its metadata lies in the folder of the edits
@@ -83,9 +83,17 @@ def check_folders(
     """
     if sources.prompts is not None:
         check_made_by("--prompts", *sources.prompts)
-    if sources.edits is None:
-        return
-    folder, stage = sources.edits
+    if sources.edits is not None:
+        _check_edits(sources, *sources.edits, everything, may_come=may_come)
+    if not may_come and sources.prompts is not None:
+        _check_has_prompts(*sources.prompts)
+        _check_prompted(sources, shards)
+
+
+def _check_edits(
+    sources: ReshardInputs, folder: Path, stage: str, everything: Sequence[Shard], *, may_come: bool
+) -> None:
+    """Raise UsageError if the folder is another stage's, that of the sources, or holds no edit of any shard."""
     check_made_by("--edits", folder, stage, beside=(FACES_STAGE,))
     if Path(os.path.realpath(folder)) in local_folders(everything):
         raise UsageError("--edits must not be the folder of the source shards: they would replace themselves")
@@ -97,7 +105,17 @@ def check_folders(
             f"--edits: {folder} holds no edit of any shard (no {what}, and no receipt of {stage}): run stage 03 first, "
             "give the folder that it wrote, or leave --edits out if nothing is to be replaced"
         )
-    _check_prompted(sources, shards)
+
+
+def _check_has_prompts(folder: Path, stage: str) -> None:
+    """Raise UsageError if there are prompts of no shard at all.  If stage 02 ran there, shards without are blocked."""
+    if receipts_of(folder, stage) is None and not any(
+        name.endswith(".json") and name[0] not in "._" for name in names_in(folder)
+    ):
+        raise UsageError(
+            f"--prompts: {folder} holds the prompts of no shard (no <shard>.json, and no receipt of {stage}): run "
+            "stage 02 first, or give the folder that it wrote"
+        )
 
 
 def _check_prompted(sources: ReshardInputs, shards: Sequence[Shard]) -> None:

@@ -144,6 +144,35 @@ def test_prompts_that_another_stage_made(run: Stage04, stage: str) -> None:
     assert f"--prompts: {run.root}/prompts holds the files of {stage}, and not" in refused(run)
 
 
+def test_prompts_of_no_shard(run: Stage04) -> None:
+    run.put("edits/0.tar", tar_of_edits("a"))
+    (run.root / "prompts").mkdir()
+    told = refused(run)
+    assert f"--prompts: {run.root}/prompts holds the prompts of no shard" in told
+    assert "run stage 02 first" in told
+    assert "holds the prompts of no shard" in refused(run, "--prompts", f"{run.root}/shards")
+    run.put("prompts/1.json", "{}")
+    assert run("--shards", "1") == 0, "another shard has none yet"
+    assert run("--shards", "0") == 1, "another shard has some"
+    assert "0 blocked: stage 02 first" in run.log
+    shutil.rmtree(run.root / "hybrid")
+    (run.root / "prompts/1.json").unlink()
+    ran(run.root / "prompts", STAGES[1])
+    assert run() == 1, "stage 02 has only begun"
+    assert "run stage 02 first" in run.log
+
+
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_an_output_folder_of_another_stage(run: Stage04, stage: str) -> None:
+    run.put("edits/0.tar", tar_of_edits("a"))
+    ran(run.root / "hybrid", stage)
+    told = refused(run)
+    assert f"--output: {run.root}/hybrid holds the files of {stage}" in told
+    assert "give a new folder, or the one that stage 04 wrote" in told
+    ran(run.root / "hybrid", STAGES[3])
+    assert "holds the files of" not in (run("--dry_run"), run.log)[1], "it has gone on there before"
+
+
 def test_swapped_folders(run: Stage04) -> None:
     run.prompts("a")
     swapped = ["--edits", f"{run.root}/prompts", "--prompts", f"{run.root}/edits"]

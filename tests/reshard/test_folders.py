@@ -123,6 +123,8 @@ def test_a_folder_without_any_edit(run: Stage04) -> None:
     assert "run stage 03 first" in refused(run)
     run.put("edits/notes/readme.md", "nothing")
     refused(run)
+    run.put("edits/photos/a.jpg", "a folder of pictures, as stands beside the edits where their parent is given")
+    refused(run)
     loose(run.root / "edits/0", "a")
     assert "no <shard>.tar, and" in refused(run, "--edits_layout", "tar")
     assert run() == 0
@@ -271,6 +273,7 @@ def test_names_that_are_not_of_one_tar(run: Stage04) -> None:
     single = ["--input", f"{run.root}/shards/1.tar"]
     assert "is written as 1.tar" in refused(run, *single, "--output", f"{run.root}/hybrid/0.tar")
     assert "must be a folder" in refused(run, *single, "--output", f"{run.root}/hybrid/1.tar", "--shard_size", "2")
+    assert "not packed: give a folder" in refused(run, *single, "--output", f"{run.root}/hybrid/1.tar.gz")
     loose(run.root / "mine", "a")
     assert "its folder must be named 1" in refused(run, *single, "--edits", f"{run.root}/mine")
     run.put("edits/0.tar", tar_of_edits("a"))

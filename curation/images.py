@@ -136,7 +136,13 @@ def encode_as(kind: str, image: bytes | memoryview | Pixels, quality: int) -> by
     """
     if isinstance(image, np.ndarray):
         return _saved(Image.fromarray(image), {}, kind, quality)
-    with _opened(image, MAX_PIXELS) as opened:
+    return _with_pixels_alone(lambda data: _encode(kind, data, quality), image)
+
+
+def _encode(kind: str, data: bytes | memoryview, quality: int) -> bytes:
+    with _opened(data, MAX_PIXELS) as opened:
+        if opened.format in ("JPEG", "MPO"):
+            check_scans(data, opened.size[0] * opened.size[1])
         opened.load()
         picture = opened
         if opened.mode not in ("RGB", "RGBA", "L") or (kind == "jpg" and opened.mode == "RGBA"):

@@ -443,3 +443,10 @@ def test_an_image_that_is_encoded_anew_stays_upright(source: str, kind: str) -> 
     image = saved(Image.fromarray(photo()), source, exif=exif)
     assert image_size(encode_as(kind, image, 95)) == (64, 96)
     assert difference(decode_rgb(encode_as(kind, image, 95)), decode_rgb(image)) < 6
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_a_whole_image_is_encoded_anew_whatever_its_file_lacks(kind: str) -> None:
+    assert encode_as(kind, jpeg()[:-2], 95) == encode_as(kind, jpeg(), 95), "the end marker"
+    with pytest.raises(SampleError, match="undecodable"):
+        encode_as(kind, jpeg()[:-400], 95)

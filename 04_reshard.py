@@ -25,6 +25,7 @@ from curation.reshard.select import AS_IT_IS, Choice, ReshardInputs, copy_keys, 
 from curation.reshard.uids import Subset
 from curation.reshard.write import ShardWriter, words_of_result
 from curation.run import Follows, Input, Later, RunOptions, ShardContext, Stage, run_stage
+from curation.run.inputs import check_made_by
 from curation.run.ledger import done_receipts, receipts_of_all
 from curation.run.output_folder import refuse_foreign_shards
 from curation.run.workers import is_worker
@@ -294,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--publish_to must not be the folder of the source shards: it would replace them")
     if not is_worker():
         options.sources.check()
+        check_made_by("--output", Path(options.output), STAGE)
         check_folders(options.sources, chosen, shards, may_come=options.follow)
     if options.dry_run:
         print(dry_run(options.sources, chosen, options.shard_size, cursory=options.is_plain))

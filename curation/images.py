@@ -39,6 +39,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "AVIF": "avif"}
 _MAX_EXIF_TAGS, _MAX_EXIF_CHARACTERS = 200, 1000
 _ORIENTATION = 0x0112  # the EXIF tag
+_EXIF_NAME = b"Exif\x00\x00"
 _XMP_NAME = b"http://ns.adobe.com/xap/1.0/\x00"
 
 # libjpeg's warnings that mean lost pixels (jerror.h).  After its other warnings (extra bytes between segments, an odd
@@ -125,8 +126,9 @@ def encode_as(kind: str, image: bytes | memoryview | Pixels, quality: int) -> by
 
     Args:
         kind: ``jpg`` (4:2:0 chroma), ``png`` or ``webp``.
-        image: An encoded image, whose XMP packet, EXIF and colour profile are kept, or pixels (height × width × 3
-            uint8).  Its orientation stays as it is; JPEG shows transparency on white.
+        image: An encoded image, or pixels (height × width × 3 uint8).  The image's XMP packet, EXIF and, if it is for
+            the new channels, colour profile are kept.  Its orientation stays as it is; JPEG shows transparency on
+            white.
         quality: 1 to 100, of JPEG and WebP.
 
     Raises:
@@ -134,12 +136,23 @@ def encode_as(kind: str, image: bytes | memoryview | Pixels, quality: int) -> by
     """
     if isinstance(image, np.ndarray):
         return _saved(Image.fromarray(image), {}, kind, quality)
-    with _opened(image, MAX_PIXELS) as opened:
+    return _with_pixels_alone(lambda data: _encode(kind, data, quality), image)
+
+
+def _encode(kind: str, data: bytes | memoryview, quality: int) -> bytes:
+    with _opened(data, MAX_PIXELS) as opened:
+        if opened.format in ("JPEG", "MPO"):
+            check_scans(data, opened.size[0] * opened.size[1])
         opened.load()
-        kept = {name: opened.info[name] for name in ("icc_profile", "exif", "xmp") if opened.info.get(name)}
+        picture = opened
         if opened.mode not in ("RGB", "RGBA", "L") or (kind == "jpg" and opened.mode == "RGBA"):
-            return _saved(Image.fromarray(_decode_with_pillow(opened, on_white=True)), kept, kind, quality)
-        return _saved(opened, kept, kind, quality)
+            picture = Image.fromarray(_decode_with_pillow(opened, on_white=True))
+        kept = {name: opened.info[name] for name in ("icc_profile", "exif", "xmp") if opened.info.get(name)}
+        # A profile is for the channels that it names (ICC.1, 7.2.6); WebP makes grey pixels RGB.
+        channels = b"GRAY" if picture.mode == "L" and kind != "webp" else b"RGB "
+        if kept.get("icc_profile", b"")[16:20] != channels:
+            kept.pop("icc_profile", None)
+        return _saved(picture, kept, kind, quality)
 
 
 def _saved(image: Image.Image, kept: dict[str, Any], kind: str, quality: int) -> bytes:
@@ -154,6 +167,8 @@ def _saved(image: Image.Image, kept: dict[str, Any], kind: str, quality: int) ->
         settings |= {"quality": quality, "method": 4}
     else:
         settings |= {"quality": quality, "subsampling": "4:2:0"}
+        if "exif" in settings:  # a WebP may hold it without the name that a JPEG's segment begins with
+            settings["exif"] = _EXIF_NAME + settings["exif"].removeprefix(_EXIF_NAME)
     buffer = io.BytesIO()
     try:
         image.save(buffer, {"jpg": "JPEG"}.get(kind, kind), **settings)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from curation.errors import SampleError
-from curation.images import MAX_PIXELS, MAX_XMP_BYTES, decode_rgb, encode_jpeg, image_size
+from curation.images import MAX_PIXELS, MAX_XMP_BYTES, decode_rgb, encode_as, encode_jpeg, image_size
 from tests import ROOT
 
 
@@ -406,3 +406,47 @@ def test_photos_of_the_examples_decode_alike_by_both_decoders() -> None:
             expected = np.asarray(image.convert("RGB"))
         assert difference(decode_rgb(data), expected) < 1
         assert image_size(data) == (expected.shape[1], expected.shape[0])
+
+
+# ---- encoding anew
+
+
+def profile(channels: bytes) -> bytes:
+    """A colour profile for these channels, as far as its header says."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return data[:16] + channels + data[20:]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    ("mode", "channels", "stays"),
+    [
+        ("RGB", b"RGB ", {"jpg", "png", "webp"}),
+        ("L", b"GRAY", {"jpg", "png"}),  # WebP has no grey pixels
+        ("CMYK", b"CMYK", set()),
+    ],
+)
+def test_a_profile_is_kept_only_if_it_is_for_the_new_channels(
+    mode: str, channels: bytes, stays: set[str], kind: str
+) -> None:
+    image = saved(Image.fromarray(photo()).convert(mode), "JPEG", quality=92, icc_profile=profile(channels))
+    encoded = Image.open(io.BytesIO(encode_as(kind, image, 95)))
+    assert (encoded.info.get("icc_profile", b"")[16:20] or None) == (channels if kind in stays else None)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("source", ["JPEG", "PNG", "WEBP"])
+def test_an_image_that_is_encoded_anew_stays_upright(source: str, kind: str) -> None:
+    """A WebP holds its EXIF without the name that it has in a JPEG."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = saved(Image.fromarray(photo()), source, exif=exif)
+    assert image_size(encode_as(kind, image, 95)) == (64, 96)
+    assert difference(decode_rgb(encode_as(kind, image, 95)), decode_rgb(image)) < 6
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_a_whole_image_is_encoded_anew_whatever_its_file_lacks(kind: str) -> None:
+    assert encode_as(kind, jpeg()[:-2], 95) == encode_as(kind, jpeg(), 95), "the end marker"
+    with pytest.raises(SampleError, match="undecodable"):
+        encode_as(kind, jpeg()[:-400], 95)

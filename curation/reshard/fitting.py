@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from curation.edits import json_of
 from curation.errors import SampleError
-from curation.images import Pixels, encode_as, encode_jpeg, encoders, written_format
+from curation.images import Pixels, encode_as, encode_jpeg, encoders, image_size, written_format
 from curation.jsonio import parse_json_object
 from curation.run import Later
 from curation.tar.headers import split_name
@@ -126,14 +126,17 @@ def _raw_suffix(name: bytes) -> bytes:
 
 
 def _brought_up_to_date(json: bytes, old: bytes | memoryview, new: bytes, kind: str) -> bytes:
-    """The edit's json with the new image's sha256, and in ``curation`` how it was encoded.  A json that cannot be read
-    stays as it is."""
+    """The edit's json with the new image's sha256 and size, if it has these, and how it was encoded.
+
+    A json that cannot be read stays as it is.
+    """
     try:
         metadata = dict(parse_json_object(json))
     except SampleError:
         return json
-    if "sha256" in metadata:
-        metadata["sha256"] = hashlib.sha256(new).hexdigest()
+    width, height = image_size(new)
+    now = {"sha256": hashlib.sha256(new).hexdigest(), "width": width, "height": height}
+    metadata |= {name: value for name, value in now.items() if name in metadata}
     curation = metadata.get("curation")
     if isinstance(curation, dict):
         quality = {} if kind == "png" else {"quality": QUALITY}

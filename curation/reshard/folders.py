@@ -17,7 +17,7 @@ from curation.jsonio import KEY_SUFFIX, read_dictionary
 from curation.reshard.select import ReshardInputs
 from curation.run.inputs import check_made_by, receipts_of
 from curation.shards import TAR, Shard, bucket_of, local_folders
-from curation.storage.files import read_record
+from curation.storage.files import names_in, read_record
 from curation.tar.scan import TarScan
 
 FACES_STAGE: Final = "01_filter_noface"  # its metadata lies in the folder of the edits
@@ -39,10 +39,12 @@ def of_one_tar(
         The three folders.
 
     Raises:
-        UsageError: ``output`` is named like a tar, and no other tar than this one would be written.
+        UsageError: ``output`` is named like a tar, and another one would be written.
     """
     own = shards[0].id if len(shards) == 1 else None
     target = Path(output)
+    if target.name.lower().endswith((".tar.gz", ".tgz")) and not target.is_dir():
+        raise UsageError(f"--output {output}: shards are written as <shard>{TAR}, not packed: give a folder")
     if target.name.endswith(TAR) and not target.is_dir():
         if own is None:
             raise UsageError(f"--output {output} names one tar, and --input {len(shards):,} shards: give a folder")
@@ -65,7 +67,7 @@ def _edits_of_all(given: Path, own: str) -> str:
     holds_shards = any((given / name).exists() for name in (f"{own}{TAR}", own, "_receipts"))
     if given.name == own and given.parent.is_dir() and not holds_shards:
         return str(given.parent)
-    if given.is_dir() and not holds_shards and _holds_images(given):
+    if given.is_dir() and not holds_shards and _holds_edit_files(given):
         raise UsageError(f"--edits {given} holds loose files of one shard: its folder must be named {own}")
     return str(given)
 
@@ -83,9 +85,17 @@ def check_folders(
     """
     if sources.prompts is not None:
         check_made_by("--prompts", *sources.prompts)
-    if sources.edits is None:
-        return
-    folder, stage = sources.edits
+    if sources.edits is not None:
+        _check_edits(sources, *sources.edits, everything, may_come=may_come)
+    if not may_come and sources.prompts is not None:
+        _check_has_prompts(*sources.prompts)
+        _check_prompted(sources, shards)
+
+
+def _check_edits(
+    sources: ReshardInputs, folder: Path, stage: str, everything: Sequence[Shard], *, may_come: bool
+) -> None:
+    """Raise UsageError if the folder is another stage's, that of the sources, or holds no edit of any shard."""
     check_made_by("--edits", folder, stage, beside=(FACES_STAGE,))
     if Path(os.path.realpath(folder)) in local_folders(everything):
         raise UsageError("--edits must not be the folder of the source shards: they would replace themselves")
@@ -97,7 +107,17 @@ def check_folders(
             f"--edits: {folder} holds no edit of any shard (no {what}, and no receipt of {stage}): run stage 03 first, "
             "give the folder that it wrote, or leave --edits out if nothing is to be replaced"
         )
-    _check_prompted(sources, shards)
+
+
+def _check_has_prompts(folder: Path, stage: str) -> None:
+    """Raise UsageError if there are prompts of no shard at all.  If stage 02 ran there, shards without are blocked."""
+    if receipts_of(folder, stage) is None and not any(
+        name.endswith(".json") and name[0] not in "._" for name in names_in(folder)
+    ):
+        raise UsageError(
+            f"--prompts: {folder} holds the prompts of no shard (no <shard>.json, and no receipt of {stage}): run "
+            "stage 02 first, or give the folder that it wrote"
+        )
 
 
 def _check_prompted(sources: ReshardInputs, shards: Sequence[Shard]) -> None:
@@ -143,7 +163,7 @@ def _has_edit_of(sources: ReshardInputs, shard_id: str, keys: set[str]) -> bool:
 
 
 def _holds_edits(folder: Path, ids: Collection[str], layout: str) -> bool:
-    """Whether there is a tar of edits, or a folder that is named like a shard or holds images."""
+    """Whether there is a tar of edits, or a folder that is named like a shard or holds files as of an edit."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -151,14 +171,19 @@ def _holds_edits(folder: Path, ids: Collection[str], layout: str) -> bool:
                     continue
                 if layout != "files" and entry.name.endswith(TAR) and entry.is_file():
                     return True
-                if layout != "tar" and entry.is_dir() and (entry.name in ids or _holds_images(Path(entry.path))):
+                if layout != "tar" and entry.is_dir() and (entry.name in ids or _holds_edit_files(Path(entry.path))):
                     return True
     except OSError as error:
         raise UsageError(f"--edits: {folder}: cannot be listed ({error.strerror})") from None
     return False
 
 
-def _holds_images(folder: Path) -> bool:
+def _holds_edit_files(folder: Path) -> bool:
+    """Whether there are files as of an edit: .jpg, .txt and .json."""
+    lacking = {*EDIT_PARTS}
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return any(entry.name.endswith(".jpg") for entry in entries)
+        for entry in entries:
+            lacking.discard(entry.name.rpartition(".")[2])
+            if not lacking:
+                return True
     return False

@@ -439,6 +439,7 @@ class Claims:
         A heartbeat that a killed process left behind is watched for a lease, which is how long others wait for it.
         """
         watched: dict[str, bytes] = {}
+        told = False
         end = time.monotonic() + self._lease_s
         while True:
             names = {name for name in names_in(self._beats) if name != self.heartbeat.name and _NAME.fullmatch(name)}
@@ -451,6 +452,9 @@ class Claims:
             watched = {name: counter for name, counter in watched.items() if name in names}
             if not watched or time.monotonic() > end:
                 return False
+            if not told:
+                told = True
+                logger.info(f"looking for up to {self._lease_s:g} s whether a process with other options is alive")
             time.sleep(min(0.5, self._lease_s / 8))
 
     def _create(

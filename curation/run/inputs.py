@@ -210,9 +210,10 @@ def check_made_by(
     others = [f"{name} (not its --output)" for name in found if name in guests and name not in beside]
     others += [name for name in found if name in hosts - guests]
     if others and not {stage, *or_by} & (set(found) - guests):
+        what = "a new folder, or the one" if flag == "--output" else "the folder"
         raise UsageError(
-            f"{flag}: {folder} holds the files of {', '.join(others)}, and not those of {stage}; give the "
-            f"folder that {numbered(stage) or stage} wrote (perhaps two folders were swapped)"
+            f"{flag}: {folder} holds the files of {', '.join(others)}, and not those of {stage}; give {what} "
+            f"that {numbered(stage) or stage} wrote (perhaps two folders were swapped)"
         )
 
 

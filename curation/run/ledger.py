@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ import xxhash
 
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
+from curation.run.claims import Claims
 from curation.run.commit import Commit
 from curation.run.inputs import (
     Input,
@@ -183,7 +184,7 @@ class Ledger:
         rerun: bool,
         subset: Sequence[str] | None,
         selected: Sequence[str],
-        unused: Callable[[OptionsVersion], bool] | None = None,
+        claims: Claims | None = None,
         *,
         look: bool = False,
     ) -> bool:
@@ -194,8 +195,8 @@ class Ledger:
             rerun: Whether the user asked for ``--rerun``.
             subset: The shards that a new options version is for; None for all.
             selected: The shards of this run.
-            unused: Whether nothing was done under a version and no process works under it, so that this run may put
-                its own options in its place.  Without it, other options are always refused.
+            claims: This process's, with which it sees whether others work under a version.  Without them, and without
+                ``look``, the options of this run never take the place of others.
             look: Only check, and record nothing.
 
         Returns:
@@ -214,7 +215,9 @@ class Ledger:
                 base = self._base_version()
                 if self._are_the_same(base, selected):
                     return True
-                if unused is None or not self._nothing_was_done(base) or not unused(base):
+                if not self._may_be_replaced(base, claims, look=look):
+                    if self.load_options_versions():
+                        continue  # what was done is perhaps that of another process of this run
                     raise self._other_options(base)
                 superseded = base.number
             if rerun and any(self._is_of_this_run(past, run_id, covered) for past in self._options_versions):
@@ -224,20 +227,25 @@ class Ledger:
             if look or self._read_only:
                 self._coming = OptionsVersion(number, self.version, self.options, new_shards, run_id)
                 return False
-            record = {
-                "epoch": number,
-                "stage": self.stage,
-                "version": self.version,
-                "options": self.options,
-                "shards": None if new_shards is None else sorted(new_shards),
-                **({} if superseded is None else {"supersedes": superseded}),
-                "run": run_id,
-            }
-            data = orjson.dumps(record, option=orjson.OPT_INDENT_2)
-            if not link_exclusively(self.receipts / f"_epoch.{number}.json", data):
+            record = self._record(number, new_shards, run_id, superseded)
+            if claims is not None:
+                claims.heartbeat.works_under(number)  # before it appears, so that nobody takes it for an unused one
+            if not link_exclusively(self.receipts / f"_epoch.{number}.json", record):
                 time.sleep(_RETRY_S)  # another process was first; its record may take a moment to appear here
             self.load_options_versions()  # the loop then checks again whether it fits
         raise InfrastructureError(f"{self.receipts}: the options of this run cannot be recorded; try again")
+
+    def _record(self, number: int, shards: frozenset[str] | None, run_id: str, superseded: int | None) -> bytes:
+        record = {
+            "epoch": number,
+            "stage": self.stage,
+            "version": self.version,
+            "options": self.options,
+            "shards": None if shards is None else sorted(shards),
+            **({} if superseded is None else {"supersedes": superseded}),
+            "run": run_id,
+        }
+        return orjson.dumps(record, option=orjson.OPT_INDENT_2)
 
     def _is_of_this_run(self, past: OptionsVersion, run_id: str, covered: frozenset[str] | None) -> bool:
         return (
@@ -265,18 +273,19 @@ class Ledger:
             self.load_options_versions()
         if self.governing(shard_id).number > self._entered:
             raise InfrastructureError(
-                f"{self.stage} on {self.root}: another run began with --rerun and other options; this older run stops"
+                f"{self.stage} on {self.root}: another run has begun with other options; this older run stops"
             )
 
-    def load_options_versions(self) -> None:
-        """Read the options versions that have begun since the last call."""
+    def load_options_versions(self) -> bool:
+        """Read the options versions that have begun since the last call; returns whether there are any."""
+        found = False
         with self._lock:
             while True:
                 number = len(self._options_versions) + 1
                 path = self.receipts / f"_epoch.{number}.json"
                 data = read_whole(path)
                 if data is None:
-                    return
+                    return found
                 value = parse_record(data) or read_record(path)  # it may be only a moment old
                 if value is None:
                     raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
@@ -284,6 +293,7 @@ class Ledger:
                     self._options_versions.append(OptionsVersion.from_record(number, value, self._before))
                 except (TypeError, ValueError):
                     raise InfrastructureError(f"{path}: not a record of options; restore it from a copy") from None
+                found = True
 
     @property
     def options_versions(self) -> Sequence[OptionsVersion]:
@@ -305,18 +315,31 @@ class Ledger:
         # Or this run continues a subset that was rerun with these options.
         return bool(selected) and all(self.governing(s).same_options(self.options, self.version) for s in selected)
 
+    def _may_be_replaced(self, base: OptionsVersion, claims: Claims | None, *, look: bool) -> bool:
+        """Whether nothing was done under a version, and (but for ``look``) no other process works under it."""
+        if not self._nothing_was_done(base):
+            return False
+        if look or claims is None:
+            return look
+        # Asked again, because a process that this one has waited for may have done something in between.
+        return not claims.others_work_under(base.number) and self._nothing_was_done(base)
+
     def _nothing_was_done(self, base: OptionsVersion) -> bool:
-        """Whether no shard has a receipt, an unfinished commit or a partial file of these options."""
-        for bucket in names_in(self.receipts):
-            for name in names_in(self.receipts / bucket) if bucket[0] != "_" else ():
+        """Whether nothing done would be done again if this run's options took the place of ``base``.
+
+        That is, no shard has an unfinished commit, a partial file, or a receipt of ``base``, of a later version (a
+        rerun of some shards), or of an earlier one with this run's options (the rerun was given up).
+        """
+        kept = {past.number for past in self._options_versions if past.same_options(self.options, self.version)}
+        for folder in _folders_in(self.receipts):
+            for name in names_in(folder):
                 if name.endswith(".commit"):
                     return False
                 if name.endswith(".json") and name[0] != ".":
-                    record = read_receipt(self.receipts / bucket / name) or {}
-                    if record.get("epoch", base.number) == base.number:
+                    epoch = (read_receipt(folder / name) or {}).get("epoch")
+                    if not isinstance(epoch, int) or epoch >= base.number or epoch in kept:
                         return False
-        partial = self.root / "_partial" / self.stage
-        return not any(names_in(partial / bucket) for bucket in names_in(partial))
+        return not any(names_in(folder) for folder in _folders_in(self.root / "_partial" / self.stage))
 
     def _other_options(self, base: OptionsVersion) -> UsageError:
         changes = []
@@ -354,7 +377,7 @@ class Ledger:
         in_force = self.governing(shard_id)
         if receipt is None:
             if not in_force.same_options(self.options, self.version):
-                return State("blocked", f"it belongs to a rerun with other options (epoch {in_force.number})", current)
+                return State("blocked", _other_rerun(in_force), current)
             return State("pending", inputs=current)
         gone = next((record["unavailable"] for record in current if "unavailable" in record), None)
         if gone is not None and receipt.get("status") == "done":
@@ -365,8 +388,7 @@ class Ledger:
         if same and receipt.get("status") == "done" and self._outputs_are_there(receipt, fresh=fresh):
             return State("done", inputs=current, receipt=receipt)
         if not in_force.same_options(self.options, self.version):
-            why = f"it belongs to a rerun with other options (epoch {in_force.number})"
-            return State("blocked", why, current, receipt)
+            return State("blocked", _other_rerun(in_force), current, receipt)
         return State("pending", inputs=current, receipt=receipt)
 
     def receipt(self, shard_id: str, *, fresh: bool = True) -> dict[str, Any] | None:
@@ -459,6 +481,18 @@ def receipts_of_all(root: Path, stage: str, ids: Sequence[str]) -> tuple[list[di
             return receipts, shard_id
         receipts.append(receipt)
     return receipts, ""
+
+
+def _other_rerun(version: OptionsVersion) -> str:
+    return (
+        f"it belongs to a rerun with other options (epoch {version.number}): run it with --shards and those, or use "
+        "--rerun --shards to do it again with these"
+    )
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Its buckets; other files, such as those of a file manager, do not count."""
+    return [folder / name for name in names_in(folder) if (folder / name).is_dir()]
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,6 @@ from curation.options import RunOptions, logger, set_up_logging
 from curation.run.attempt import Attempts
 from curation.run.claims import Claim, Claims
 from curation.run.follow import Follower, Follows
-from curation.run.ledger import OptionsVersion
 from curation.run.planned import record_plan
 from curation.run.progress import Progress, Tally
 from curation.run.work import Stage
@@ -165,12 +164,9 @@ class _Entry:
         return self._all_shards if self._follower is None else list(self._follower.shards.values())
 
     def _enter(self, claims: Claims | None, *, look: bool = False) -> bool:
-        def unused(version: OptionsVersion) -> bool:
-            return claims is None or not claims.others_work_under(version.number)
-
         ids = [shard.id for shard in self._shards]
         subset = ids if self._options.shards else None
-        return self.ledger.enter(self._run, self._options.rerun, subset, ids, unused, look=look)
+        return self.ledger.enter(self._run, self._options.rerun, subset, ids, claims, look=look)
 
 
 def _record_plan(stage: Stage[Any], shards: Sequence[Shard], follower: Follower | None) -> None:
@@ -449,7 +445,7 @@ def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], fo
     """Print what would be done, and write nothing."""
     ledger = stage.ledger(read_only=True)
     ids = [shard.id for shard in shards]
-    ledger.enter("", options.rerun, ids if options.shards else None, ids, lambda version: True, look=True)
+    ledger.enter("", options.rerun, ids if options.shards else None, ids, look=True)
     counts: Counter[str] = Counter()
     for shard in shards if follower is None else follower.shards.values():
         if follower is not None and not follower.settled(shard):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from curation.__main__ import main
 from curation.commands.fsck.shard import REMEDIES, Task, check_shard
@@ -364,6 +365,31 @@ def test_an_edited_sample_with_another_picture(edited: Path, capsys: pytest.Capt
         writer.close()
     for more in ((), ("--no_images",)):
         assert kinds_of(edited.parent, capsys, *more) == {"wrong_sha256": {victim.key}, "wrong_size": {victim.key}}
+
+
+def picture_of(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(PHOTO)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])
+def test_the_picture_of_an_edited_sample_may_have_any_format(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = json.dumps({"caption": "A photo", "sha256": "0" * 64, "curation": {"prompt": "A photo"}}).encode()
+    parts = {kind: picture_of(kind), "txt": b"A photo", "json": metadata}
+    (tmp_path / "0.tar").write_bytes(b"".join(member(f"a.{end}", data) for end, data in parts.items()) + END)
+    for more in ((), ("--no_images",)):
+        assert {"wrong_sha256", "wrong_size", "no_provenance"} <= kinds_of(tmp_path, capsys, *more).keys()
+
+
+def test_a_sample_whose_faces_were_blurred_was_not_generated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = json.dumps({"caption": "A photo", "curation": {"blur": {"boxes": "recorded"}}}).encode()
+    (tmp_path / "0.tar").write_bytes(sample("a", json=metadata) + END)
+    assert kinds_of(tmp_path, capsys) == {}
 
 
 def test_a_receipt_that_says_otherwise(edited: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,16 @@ def test_a_set_in_which_nothing_was_edited_is_told(dataset: Dataset) -> None:
     )
 
 
+@pytest.mark.parametrize(("flag", "value"), [("subset", True), ("blur_faces", "recorded"), ("shard_size", 20)])
+def test_what_does_not_come_from_edits_alone_is_refused(dataset: Dataset, flag: str, value: object) -> None:
+    (path,) = (dataset.root / "hybrid/_receipts/04_reshard").glob("_epoch.1.json")
+    record = json.loads(path.read_bytes())
+    record["options"][flag] = value
+    path.write_text(json.dumps(record))
+    assert main(["verify", str(dataset.root / "shards"), str(dataset.root / "hybrid")]) == 2
+    assert f"stage 04 made {dataset.root}/hybrid with --{flag}: " in dataset.capsys.readouterr().err
+
+
 def test_swapped_arguments_are_told(dataset: Dataset) -> None:
     places = {name: str(dataset.root / name) for name in ("shards", "hybrid", "edits", "prompts", "captions")}
     for arguments, told in (

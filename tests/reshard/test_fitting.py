@@ -36,7 +36,7 @@ def noise(seed: int) -> np.ndarray:
 JPEG = encode_jpeg(noise(1), 95, GENERATED_XMP)
 
 
-def put(run: Stage04, names: list[str], edit: bytes = JPEG) -> None:
+def put(run: Stage04, names: list[str], edit: bytes = JPEG, **more: object) -> None:
     """One sample for each name, in one shard; the last is edited."""
     parts = []
     for name in names:
@@ -50,7 +50,7 @@ def put(run: Stage04, names: list[str], edit: bytes = JPEG) -> None:
     writer = TarWriter(file)
     writer.add(f"{key}.jpg", edit)
     writer.add(f"{key}.txt", b"new")
-    writer.add(f"{key}.json", json.dumps(told | {"curation": {"prompt": "new"}}).encode())
+    writer.add(f"{key}.json", json.dumps(told | {"curation": {"prompt": "new"}} | more).encode())
     writer.close()
     run.put("edits/0.tar", file.getvalue())
 
@@ -90,6 +90,14 @@ def test_over_another_format_it_is_encoded_anew_and_says_so(run: Stage04, kind: 
     first = run.result()
     assert run("--rerun") == 0
     assert run.result() == first, "the same software gives the same bytes"
+
+
+def test_its_json_tells_the_size_of_the_image(run: Stage04) -> None:
+    """An edit that was made elsewhere may have that of the image whose place it takes."""
+    put(run, ["a.webp", "b.webp"], width=640, height=480)
+    assert run("--verify") == 0, run.log
+    _, _, told = edited(run, "b")
+    assert (told["width"], told["height"]) == (SIDE, SIDE)
 
 
 def test_over_a_format_that_is_not_written_it_stays_jpg_and_is_counted(run: Stage04) -> None:

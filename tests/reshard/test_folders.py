@@ -123,6 +123,8 @@ def test_a_folder_without_any_edit(run: Stage04) -> None:
     assert "run stage 03 first" in refused(run)
     run.put("edits/notes/readme.md", "nothing")
     refused(run)
+    run.put("edits/photos/a.jpg", "a folder of pictures, as stands beside the edits where their parent is given")
+    refused(run)
     loose(run.root / "edits/0", "a")
     assert "no <shard>.tar, and" in refused(run, "--edits_layout", "tar")
     assert run() == 0
@@ -142,6 +144,35 @@ def test_prompts_that_another_stage_made(run: Stage04, stage: str) -> None:
     run.prompts("a")
     ran(run.root / "prompts", stage)
     assert f"--prompts: {run.root}/prompts holds the files of {stage}, and not" in refused(run)
+
+
+def test_prompts_of_no_shard(run: Stage04) -> None:
+    run.put("edits/0.tar", tar_of_edits("a"))
+    (run.root / "prompts").mkdir()
+    told = refused(run)
+    assert f"--prompts: {run.root}/prompts holds the prompts of no shard" in told
+    assert "run stage 02 first" in told
+    assert "holds the prompts of no shard" in refused(run, "--prompts", f"{run.root}/shards")
+    run.put("prompts/1.json", "{}")
+    assert run("--shards", "1") == 0, "another shard has none yet"
+    assert run("--shards", "0") == 1, "another shard has some"
+    assert "0 blocked: stage 02 first" in run.log
+    shutil.rmtree(run.root / "hybrid")
+    (run.root / "prompts/1.json").unlink()
+    ran(run.root / "prompts", STAGES[1])
+    assert run() == 1, "stage 02 has only begun"
+    assert "run stage 02 first" in run.log
+
+
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_an_output_folder_of_another_stage(run: Stage04, stage: str) -> None:
+    run.put("edits/0.tar", tar_of_edits("a"))
+    ran(run.root / "hybrid", stage)
+    told = refused(run)
+    assert f"--output: {run.root}/hybrid holds the files of {stage}" in told
+    assert "give a new folder, or the one that stage 04 wrote" in told
+    ran(run.root / "hybrid", STAGES[3])
+    assert "holds the files of" not in (run("--dry_run"), run.log)[1], "it has gone on there before"
 
 
 def test_swapped_folders(run: Stage04) -> None:
@@ -242,6 +273,7 @@ def test_names_that_are_not_of_one_tar(run: Stage04) -> None:
     single = ["--input", f"{run.root}/shards/1.tar"]
     assert "is written as 1.tar" in refused(run, *single, "--output", f"{run.root}/hybrid/0.tar")
     assert "must be a folder" in refused(run, *single, "--output", f"{run.root}/hybrid/1.tar", "--shard_size", "2")
+    assert "not packed: give a folder" in refused(run, *single, "--output", f"{run.root}/hybrid/1.tar.gz")
     loose(run.root / "mine", "a")
     assert "its folder must be named 1" in refused(run, *single, "--edits", f"{run.root}/mine")
     run.put("edits/0.tar", tar_of_edits("a"))

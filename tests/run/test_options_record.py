@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from curation.run.claims import Claims
 from curation.run.ledger import Ledger
+from curation.storage.files import link_exclusively
 from tests.processes import wait_until
 from tests.run.toy_runs import Place
 
@@ -77,6 +79,40 @@ def test_options_under_which_nothing_was_done_are_replaced(place: Place) -> None
     assert place.run("--mark", "wrong") == 2, "now something was done"
 
 
+def test_a_rerun_of_some_shards_is_not_done_again(place: Place, capsys: Err) -> None:
+    place.shards(2)
+    place.shard("00000000", "infrastructure")
+    assert place.run("--mark", "wrong", "--shards", "00000000") == 2
+    assert place.run("--rerun", "--shards", "00000001", "--mark", "sound") == 0
+    place.shards(2)
+    assert place.run("--mark", "right") == 2
+    assert 'mark: "wrong" → "right"' in capsys.readouterr().err
+    assert "sound" in (place.out / "00000001.txt").read_text()
+
+
+@pytest.mark.parametrize(("mark", "code"), [("first", 2), ("right", 0)])
+def test_a_rerun_that_did_nothing(place: Place, mark: str, code: int) -> None:
+    """Whoever gives it up does not want to do again what was done before; the corrected rerun may forget the flag."""
+    place.shards(2)
+    assert place.run("--mark", "first") == 0
+    place.shard("00000000", "infrastructure")
+    assert place.run("--rerun", "--mark", "wrong") == 2
+    place.shards(2)
+    assert place.run("--mark", mark) == code
+    assert mark in (place.out / "00000001.txt").read_text()
+
+
+def test_other_files_among_the_receipts_do_not_count(place: Place) -> None:
+    place.shards(1)
+    place.shard("00000000", "infrastructure")
+    assert place.run("--mark", "wrong") == 2
+    place.shards(1)
+    (place.out / "_receipts" / "toy" / ".DS_Store").touch()
+    (place.out / "_partial" / "toy").mkdir(parents=True)
+    (place.out / "_partial" / "toy" / ".DS_Store").touch()
+    assert place.run("--mark", "right") == 0
+
+
 @pytest.mark.parametrize("what", ["a receipt", "a failed receipt", "a commit", "a partial file"])
 def test_options_under_which_something_was_done_stay(place: Place, what: str, capsys: Err) -> None:
     place.shards(1, *["keep"] * 3)
@@ -106,6 +142,49 @@ def test_options_of_a_live_process_stay(place: Place, capsys: Err) -> None:
     place.let_go()
     assert other.wait(120) == 0
     assert len(records(place)) == 1
+
+
+def test_what_a_process_does_while_another_looks_at_it_stays(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Err
+) -> None:
+    place.shards(1, *["keep"] * 10)
+    other = place.start("--mark", "old", "--hold", "00000000")
+    place.wait_for("sample 00000000", other)
+
+    def look(claims: Claims, options_version: int) -> bool:
+        place.let_go()
+        assert other.wait(120) == 0
+        return False
+
+    monkeypatch.setattr(Claims, "others_work_under", look)
+    assert place.run("--mark", "new") == 2
+    assert 'mark: "old" → "new"' in capsys.readouterr().err
+    assert len(records(place)) == 1
+
+
+def test_a_process_tells_its_options_before_it_records_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one that finds the record must see that it is used."""
+    claims = Claims(tmp_path / "_claims", lease_s=60)
+    told: list[int] = []
+
+    def link(path: Path, data: bytes) -> bool:
+        told.append(claims.heartbeat.options_version)
+        return link_exclusively(path, data)
+
+    monkeypatch.setattr("curation.run.ledger.link_exclusively", link)
+    ledger = Ledger(tmp_path, "toy", 1, {"mark": "x"})
+    ledger.prepare(())
+    assert ledger.enter("run", False, None, ["00000000"], claims)
+    assert told == [1]
+
+
+def test_several_processes_replace_them_at_once(place: Place) -> None:
+    place.shards(6, "infrastructure")
+    assert place.run("--mark", "wrong") == 2
+    place.shards(6)
+    processes = [place.start("--mark", "right") for _ in range(4)]
+    assert [process.wait(120) for process in processes] == [0] * 4
+    assert [record["options"]["mark"] for record in records(place)] == ["wrong", "right"]
 
 
 def test_options_of_a_process_that_was_killed_are_replaced(place: Place) -> None:

@@ -117,9 +117,9 @@ def sample_problems(span: SampleSpan, read: Read, *, images: bool) -> list[tuple
         found += _picture_problems(members)
     txt = members.get("txt")
     if is_edited(metadata):
-        jpg = members["jpg"] if "jpg" in members else _jpg(span, read)
-        if jpg is not None and txt is not None and json is not None:
-            found += self_problems(jpg, txt, json)
+        picture = _picture(span, read)
+        if picture is not None and txt is not None and json is not None:
+            found += self_problems(picture, txt, json)
     elif txt is not None and isinstance(caption := metadata.get("caption"), str):
         text = clean_text(decode_text(txt))
         if clean_text(caption) not in ("", text):  # an empty caption does not count: the txt is the caption
@@ -141,5 +141,6 @@ def _picture_problems(members: Mapping[str, bytes]) -> list[tuple[str, str]]:
     return found
 
 
-def _jpg(span: SampleSpan, read: Read) -> bytes | None:
-    return next((read(member) for member in span.members if member.suffix == "jpg" and member.regular), None)
+def _picture(span: SampleSpan, read: Read) -> bytes | None:
+    """The sample's first picture, which is the one that stage 04 replaces."""
+    return next((read(member) for member in span.members if member.suffix in IMAGE_SUFFIXES and member.regular), None)

@@ -23,6 +23,7 @@ from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
 from curation.jsonio import clean_text
 from curation.options import exit_code, logger, parse_arguments, set_up_logging
 from curation.run.inputs import check_made_by, receipts_of
+from curation.run.ledger import Ledger
 from curation.run.progress import Progress
 from curation.shards import Shard, bucket_of, discover, files_of, is_safe_id, select
 from curation.storage.files import read_record, write_manifest
@@ -31,6 +32,7 @@ VERIFY_FORMAT = 1
 
 
 MANIFEST = "manifest.tsv"
+_NOT_PROVED = ("subset", "blur_faces", "shard_size")  # options of stage 04
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("HYBRID is the folder of the source shards: there would be nothing to compare")
     _check_places(options, {path.parent for path in files.values()})
     shards = select(everything, options.shards)
+    _check_made_from_edits_alone(options.hybrid, shards)
     edits, prompts, captions = _folders(options, shards)
     verdicts = _strays(options, everything, edits)
     tasks = [
@@ -116,6 +119,19 @@ def _check_places(options: Options, sources: set[Path]) -> None:
         check_made_by("--prompts", options.prompts, PROMPTS)
     if options.captions is not None:
         check_made_by("--captions", options.captions, CAPTIONS)
+
+
+def _check_made_from_edits_alone(hybrid: Path, shards: Sequence[Shard]) -> None:
+    """Raise UsageError if stage 04 was told to do what cannot be computed from the source and the edits."""
+    ledger = Ledger(hybrid, HYBRID, 0, {}, read_only=True)
+    ledger.load_options_versions()
+    for shard in shards:
+        made_with = ledger.governing(shard.id).options
+        if told := [f"--{name}" for name in _NOT_PROVED if made_with.get(name)]:
+            raise UsageError(
+                f"stage 04 made {hybrid} with {', '.join(told)}: this command proves what comes from edits alone. "
+                "Stage 04's own --verify reads each shard back, and fsck checks the shards"
+            )
 
 
 def _folders(options: Options, shards: Sequence[Shard]) -> tuple[Path, Path | None, Path | None]:

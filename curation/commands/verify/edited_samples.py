@@ -87,8 +87,9 @@ def original_problems(json: bytes, original_json: bytes) -> Iterator[Problem]:
 
 
 def is_edited(metadata: Mapping[str, Any]) -> bool:
-    """Whether a sample's json says that the sample was edited; its sha256 is then that of its image."""
-    return isinstance(metadata.get("curation"), dict)
+    """Whether a sample's json says that the sample was edited, and not only that its faces were blurred."""
+    curation = metadata.get("curation")
+    return isinstance(curation, dict) and curation.keys() != {"blur"}
 
 
 def _lacking(metadata: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -308,6 +309,35 @@ def test_repaired_shards(source: Path, samples: Samples, load: Load, tmp_path: P
     check_webdataset(tmp_path / "new", expected)
     for read in load("webdataset", data_files={"train": str(tmp_path / "new" / "*.tar")}):
         check_pictures(read, expected)
+
+
+def test_indexes_lead_to_each_samples_bytes(source: Path, samples: Samples, tmp_path: Path) -> None:
+    """``_index/<shard>.npy`` and ``<shard>.idx`` as docs/formats.md describes them, by NumPy, json and tarfile."""
+    main = importlib.import_module("04_reshard").main
+    chosen = [told(members)["uid"] for members in list(samples.values())[::2]]
+    pairs = [divmod(int(uid, 16), 2**64) for uid in chosen + chosen[:5]]
+    np.save(tmp_path / "keep.npy", np.sort(np.array(pairs, "u8,u8")))
+    out = tmp_path / "out"
+    flags = ["--subset", tmp_path / "keep.npy", "--shard_size", 16, "--index", "--quiet"]
+    in_a_thread(main, "--input", source, "--output", out, *flags)
+
+    placed = Counter[str]()
+    for tar in sorted(source.glob("*.tar")):
+        records = np.load(out / "_index" / f"{tar.stem}.npy", allow_pickle=False)
+        assert records.dtype == np.dtype([("start", "<i8"), ("end", "<i8"), ("copies", "<i4"), ("bits", "<i4")])
+        for start, end, copies, bits in records.tolist():
+            ((key, members),) = samples_of(tar.read_bytes()[start:end]).items()
+            assert members == samples[key] and bits == 0
+            placed[told(members)["uid"]] += copies
+    assert placed == Counter(chosen + chosen[:5])
+
+    for tar in sorted(out.glob("*.tar")):
+        expected = samples_of(tar)
+        lines = [line.split("\t") for line in tar.with_suffix(".idx").read_text().splitlines()]
+        assert [json.loads(key) for key, _, _ in lines] == list(expected)
+        for key, offset, length in lines:
+            part = tar.read_bytes()[int(offset) : int(offset) + int(length)]
+            assert samples_of(part) == {json.loads(key): expected[json.loads(key)]}
 
 
 def test_wids_reads_names_of_100_bytes_and_no_longer_ones(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -310,6 +311,35 @@ def test_repaired_shards(source: Path, samples: Samples, load: Load, tmp_path: P
         check_pictures(read, expected)
 
 
+def test_indexes_lead_to_each_samples_bytes(source: Path, samples: Samples, tmp_path: Path) -> None:
+    """``_index/<shard>.npy`` and ``<shard>.idx`` as docs/formats.md describes them, by NumPy, json and tarfile."""
+    main = importlib.import_module("04_reshard").main
+    chosen = [told(members)["uid"] for members in list(samples.values())[::2]]
+    pairs = [divmod(int(uid, 16), 2**64) for uid in chosen + chosen[:5]]
+    np.save(tmp_path / "keep.npy", np.sort(np.array(pairs, "u8,u8")))
+    out = tmp_path / "out"
+    flags = ["--subset", tmp_path / "keep.npy", "--shard_size", 16, "--index", "--quiet"]
+    in_a_thread(main, "--input", source, "--output", out, *flags)
+
+    placed = Counter[str]()
+    for tar in sorted(source.glob("*.tar")):
+        records = np.load(out / "_index" / f"{tar.stem}.npy", allow_pickle=False)
+        assert records.dtype == np.dtype([("start", "<i8"), ("end", "<i8"), ("copies", "<i4"), ("bits", "<i4")])
+        for start, end, copies, bits in records.tolist():
+            ((key, members),) = samples_of(tar.read_bytes()[start:end]).items()
+            assert members == samples[key] and bits == 0
+            placed[told(members)["uid"]] += copies
+    assert placed == Counter(chosen + chosen[:5])
+
+    for tar in sorted(out.glob("*.tar")):
+        expected = samples_of(tar)
+        lines = [line.split("\t") for line in tar.with_suffix(".idx").read_text().splitlines()]
+        assert [json.loads(key) for key, _, _ in lines] == list(expected)
+        for key, offset, length in lines:
+            part = tar.read_bytes()[int(offset) : int(offset) + int(length)]
+            assert samples_of(part) == {json.loads(key): expected[json.loads(key)]}
+
+
 def test_wids_reads_names_of_100_bytes_and_no_longer_ones(tmp_path: Path) -> None:
     """As docs/stage-04.md says."""
     for length, all_found in ((100, True), (101, False)):
@@ -412,6 +442,35 @@ def test_load_dataset_of_published_captions(
             assert new == found[row["key"]]["txt"].decode()
             assert (row["uid"], row["url"], row["sha256"]) == (old["uid"], old["url"], old["sha256"])
             assert json.loads(row["extra"])["error_message"] == old["error_message"]
+
+
+def test_load_dataset_of_published_rows_that_differ(publish: Any, load: Load, tmp_path: Path) -> None:
+    """Columns that are null in the whole first shard, and fields of every type in the sources' json."""
+    facts: dict[str, list[dict[str, Any]]] = {
+        "0": [{}, {}],
+        "1": [
+            {"url": "https://example.org/1", "uid": "1" * 32, "a": 1},
+            {"a": "one"},
+            {"a": [1, {"b": None}]},
+        ],
+        "2": [{"a": {"b": 1}, "original_width": 900, "original_height": 600}],
+    }
+    for shard, each in facts.items():
+        members = [{"png": noise(number), "json": json.dumps(fact).encode()} for number, fact in enumerate(each)]
+        write_shard(tmp_path / "in" / f"{shard}.tar", {f"{shard}{i}": one for i, one in enumerate(members)})
+    in_a_thread(recaption_stub.main, tmp_path / "in", "-o", tmp_path / "out", "--device", "cpu", "--quiet")
+    clone = publish(tmp_path / "out", "05_recaption")
+    assert clone.configs() == {"default": "rows/*.jsonl"}
+    expected = [fact for each in facts.values() for fact in each]
+    for read in load(str(clone.folder)):
+        for row, fact in zip(read, expected, strict=True):
+            carried = ("url", "uid", "original_width", "original_height")
+            assert {name: row[name] for name in carried} == {name: fact.get(name) for name in carried}
+            assert row["image_size"] == [48, 32] and row["caption"].startswith("A photo of")
+            extra = {name: value for name, value in json.loads(row["extra"]).items() if value is not None}
+            # where the field has several types, each value may be a text
+            extra = {name: json.loads(value) if isinstance(value, str) else value for name, value in extra.items()}
+            assert extra == {name: value for name, value in fact.items() if name not in carried}
 
 
 def test_load_dataset_of_published_shards(

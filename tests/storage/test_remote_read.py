@@ -533,7 +533,8 @@ def test_stage_05_reads_the_same_from_everywhere(
 def test_stage_06_reads_the_same_from_everywhere(
     web: FileServer, bucket: tuple[Any, Cutter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("pyarrow")
+    from pyarrow.parquet import read_table
+
     data = {path.stem: path.read_bytes() for path in EXAMPLES.glob("*.tar")}
     web.add("00000001.tar", data["00000001"], cut_at=300_000, cuts=2)
     unpack(EXAMPLES / "00000007.tar", tmp_path / "00000007")
@@ -554,7 +555,11 @@ def test_stage_06_reads_the_same_from_everywhere(
     assert metadata(EXAMPLES, tmp_path / "local") == 0
     for shard in ("00000000", "00000001", "00000003", "00000004"):
         same_as(tmp_path / "local", tmp_path / "out", f"{shard}.parquet", ".")
-    assert (tmp_path / "out" / "00000007.parquet").is_file()
+    loose, packed = (
+        {row["key"]: row | {"tar": None} for row in read_table(folder / "00000007.parquet").to_pylist()}
+        for folder in (tmp_path / "out", tmp_path / "local")
+    )
+    assert loose == packed and len(loose) == len({sample.key for sample in read_samples(EXAMPLES / "00000007.tar")})
     (failed,) = (tmp_path / "out").glob("_receipts/06_metadata/*/00000005.json")
     message = json.loads(failed.read_bytes())["error"]["message"]
     assert message == f"{web.url}/00000005.tar?…: 404 Not Found"

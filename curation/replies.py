@@ -263,7 +263,7 @@ _SORRY = re.compile(
     r"|it(?:'s| is| would be) (?:not|in)\s*appropriate\b"
     r"|(?:I'm|I am) (?:just |only )?(?:a|an) (?:\w+ )?(?:language|text-based|AI)\b"
     r"|this (?:request|content|image) (?:may |might )?(?:violates?|goes against|is against|is harmful)\b"
-    r"|it(?:'s| is) (?:not possible|impossible) (?:for me )?to (?:describe|determine|identif|rewrit|tell|say|see|fulfil)"
+    r"|it(?:'s| is) (?:not possible|impossible) (?:for me )?to (?:describe|determine|identif|rewrit|tell|say|see)"
     r"|(?:the |your |this )?request (?:was |is |has been )?(?:declined|denied|refused|rejected)\W*$"
     rf"|(?:no|nope)\W*$|{_ABROAD})",
     re.IGNORECASE,

@@ -32,7 +32,7 @@ from typing import Literal, NoReturn
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import clean_text
 from curation.replies import Reply
-from curation.serving.adapt import adapted
+from curation.serving.adapt import adapted, unquieted
 from curation.serving.connection import KEY_VARIABLE, EndpointError, ModelMissing, Refused, Session, post
 from curation.serving.wire import (
     CONTEXT_TOKENS,
@@ -698,7 +698,12 @@ class EndpointPool:
                     raise
                 manner = other
                 continue
-            self._learn(endpoint, manner, of_chat=not request.prompt)
+            known = endpoint.manner_is_known and manner is endpoint.manner
+            if (other := unquieted(manner, reply, known=known)) is not None:
+                manner = other
+                continue
+            if reply.text.strip():
+                self._learn(endpoint, manner, of_chat=not request.prompt)
             return replace(reply, system=manner.system(request) or manner.own_system, adapted=manner.changes)
 
     def _learn(self, endpoint: Endpoint, manner: Manner, *, of_chat: bool) -> None:

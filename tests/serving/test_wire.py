@@ -242,6 +242,13 @@ def test_a_server_that_streams_all_the_same() -> None:
     reply = SERVER_APIS["openai"].reply
     parts = events({"delta": {"content": "h"}, "finish_reason": None}, {"delta": {"content": "i"}})
     assert reply(parts + b"data: [DONE]\n\n") == Reply("hi", "")
+    kept_alive = b"\n: OPENROUTER PROCESSING\n\n: OPENROUTER PROCESSING\n\n"
+    whole = events({"delta": {}, "finish_reason": "stop"})
+    assert reply(kept_alive + parts + kept_alive + whole) == Reply("hi")
+    assert reply(b"event: message\n" + parts + whole) == Reply("hi")
+    plain = orjson.dumps({"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]})
+    for before in (kept_alive, b"\n\n  ", b"\xef\xbb\xbf", b"\xef\xbb\xbf" + kept_alive):
+        assert reply(before + plain) == Reply("hi")
     assert reply(parts + events({"delta": {}, "finish_reason": "stop"}) + b"data: [DONE]\n\n") == Reply("hi")
     assert reply(events({"delta": {"reasoning_content": "hm"}, "finish_reason": "length"})).reasoned
     with pytest.raises(EndpointError, match="boom"):
@@ -500,3 +507,15 @@ def test_a_server_that_stays_busy_is_not() -> None:
         pytest.raises(EndpointError, match="busy"),
     ):
         SERVER_APIS["ollama"].load(session, url, "m", 64, 0.5)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"error": {"message": "the model has crashed"}}',
+        b'{"choices": [{"error": {"code": 502, "message": "the model has crashed"}, "message": {"content": "A ma"}}]}',
+    ],
+)
+def test_an_error_in_a_200_is_the_servers(payload: bytes) -> None:
+    with pytest.raises(EndpointError, match="error in the reply: .*has crashed"):
+        SERVER_APIS["openai"].reply(payload)

@@ -107,7 +107,7 @@ def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "", source:
         return Verdict(None, "reply_refusal")
     if len(reply.text) > _MOST_CHARACTERS:
         return Verdict(None, "reply_too_long")
-    raw, finished = without_reasoning(reply.text) if form.chats else (reply.text, True)
+    raw, finished = without_reasoning(_INVISIBLE.sub("", reply.text)) if form.chats else (reply.text, True)
     cut = reply.ended == CUT
     if not finished or (reply.reasoned and not raw.strip()):
         return Verdict(None, "reply_only_reasoning", cut)
@@ -218,6 +218,7 @@ _MOST_CHARACTERS = 1 << 19  # with all reasoning
 _READ_FACTOR = 4  # a text that is longer than so many times the longest result is not looked at
 _SHORTEST_SENTENCE = 8
 _MOST_QUOTES = 6
+_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # they join or part nothing that is seen, and hide words
 _LINES = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
 _WORD = re.compile(r"[^\W\d_]{2}|[^\W_]").search
 _TWO_LETTERS = re.compile(r"[^\W\d_]{2}").search
@@ -350,7 +351,8 @@ _TALK = (
             r"|(?:option|alternative|version|variant|variation|suggestion|choice|answer|caption|sentence|description)"
             r"\s*\W?(?:[1-9]|one|[AB])\W{0,3}\s*:"
             r"|(?:(?:natürlich|gerne|bien sûr|claro(?: que s[ií])?|por supuesto|certo|конечно)\s*[!,:.]+ )?"
-            r"(?:voici (?:une?|la|le|l'|votre)|aqu[ií] (?:tienes?|est[áa]|vai)|hier (?:ist|sind) (?:die|der|eine?)|ecco (?:la|una)"
+            r"(?:voici (?:une?|la|le|l'|votre)|aqu[ií] (?:tienes?|est[áa]|vai)|hier (?:ist|sind) (?:die|der|eine?)"
+            r"|ecco (?:la|una)"
             r"|вот)\b.{0,60}?:"
             r"|(?:好的|当然(?:可以)?|沒問題|没问题|はい|もちろん|네|물론)[\s,，、!！。:：]|(?:以下|下面)(?:是|は).{0,40}?[:：])"
         ),
@@ -361,14 +363,15 @@ _TALK = (
             r"(?:^|[.!?\n]\s+|[(\[]\s?|\*\s?)\*{0,3}(?:note|explanation|remark|disclaimer)\b[^:\n]{0,20}:"
             r"|[.!?\n]\W{0,4}\s(?:changes(?: made)?|rationale|reasoning)\W{0,3}:"
             r"|\bI(?:'ve| have)? (?:changed|replaced|modified|rewritten|adjusted) the\b"
-            r"|(?:[.!?\n]\W{0,4}\s|[(\[]\s?)I(?:'ve| have)? (?:changed|replaced|modified|rewritten|rewrote|adjusted|kept"
-            r"|maintained|preserved|swapped|substituted|added|removed)\b"
-            r"|[.!?\n]\W{0,4}\s(?:please note that|in this (?:version|revision|rewrite),|this (?:version|sentence|rewrite|revision)"
-            r" (?:now )?(?:portrays|maintains|keeps|preserves|retains|replaces|reflects|changes)"
+            r"|(?:[.!?\n]\W{0,4}\s|[(\[]\s?)I(?:'ve| have)? (?:changed|replaced|modified|rewritten|rewrote|adjusted"
+            r"|kept|maintained|preserved|swapped|substituted|added|removed)\b"
+            r"|[.!?\n]\W{0,4}\s(?:please note that|in this (?:version|revision|rewrite),"
+            r"|this (?:version|sentence|rewrite|revision) (?:now )?(?:portrays|maintains|keeps|preserves|retains|replaces|reflects|changes)"
             r"|how does (?:that|this) sound|does (?:this|that) work|do you need anything)\b"
             r"|[.!?\n]\W{0,4}\s(?:alternatively|or)\s*:"
             r"|[(\[](?:about |approx\w*\.? )?\d{1,3} (?:words|characters|tokens)[)\]]|[.!?\n(]\W{0,4}word count\s*:"
-            r"|(?:^|[.!?\n]\W{0,4}\s)(?:(?:I )?hope (?:this|that|it) helps|let me know (?:if|whether|what)|would you like me to"
+            r"|(?:^|[.!?\n]\W{0,4}\s)(?:(?:I )?hope (?:this|that|it) helps|let me know (?:if|whether|what)"
+            r"|would you like me to"
             r"|feel free to (?:ask|let)|is there anything else|do you want me to"
             r"|if you(?:'d| would) like(?: me)?(?: to|,))(?!\w)"
         ),
@@ -377,8 +380,10 @@ _TALK = (
 # What a program, or a model with nothing to say, writes in place of a text.
 _NOTHING = _found(
     r"^\W*(?:none|null|nil|undefined|nan|n/a|not applicable|\[?object object\]?|empty|blank|untitled|error"
-    r"|(?:no|empty) (?:caption|description|text|image|content|response|output|answer)(?: (?:available|provided|found|given))?"
-    r"|(?:internal server error|bad gateway|service unavailable|gateway time-?out|too many requests|rate limit exceeded))\W*$"
+    r"|(?:no|empty) (?:caption|description|text|image|content|response|output|answer)"
+    r"(?: (?:available|provided|found|given))?"
+    r"|(?:internal server error|bad gateway|service unavailable|gateway time-?out|too many requests"
+    r"|rate limit exceeded))\W*$"
 )
 _ECHOED_QUESTION = _found(r"^\W*(?:sentence|group)\W?\s*:|\b(?:sentence|group)\W?\s*:\s*[\"“']")
 _ROLE = _found(

@@ -245,32 +245,65 @@ NO_CAPTIONS = [
     *(
         (f"{text}A man in a park.", "reply_preamble")
         for text in (
-            "Revised: ", "Sentence: ", "Image Caption: ", "One-sentence description: ", "Description of the image: ",
-            "A description of the image is: ", "My answer: ", "Option 1: ", "Caption 1: ", "Hi! ", "You got it! ",
-            "Great question! ", "As requested, ", "Sure — ", "Result -> ", "Voici la description : ", "Hier ist die Antwort: ",
-            "Aquí tienes: ", "好的，", "以下是改写后的句子：",
+            "Revised: ",
+            "Sentence: ",
+            "Image Caption: ",
+            "One-sentence description: ",
+            "Description of the image: ",
+            "A description of the image is: ",
+            "My answer: ",
+            "Option 1: ",
+            "Caption 1: ",
+            "Hi! ",
+            "You got it! ",
+            "Great question! ",
+            "As requested, ",
+            "Sure — ",
+            "Result -> ",
+            "Voici la description : ",
+            "Hier ist die Antwort: ",
+            "Aquí tienes: ",
+            "好的，",
+            "以下是改写后的句子：",
         )
     ),
     *(
         (f"A man in a park. {text}", "reply_remark")
         for text in (
-            "(I replaced 'woman' with 'man'.)", "[Note: changed]", "Please note that this is fictional.",
-            "Changes made: woman to man.", "This sentence portrays the given group.", "I've changed the woman to a man.",
-            "I kept the rest unchanged.", "Let me know what you think!", "Hope this helps!", "(8 words)",
-            "(Word count: 8)", "Does this work for you?", "Alternatively: A man reads.",
+            "(I replaced 'woman' with 'man'.)",
+            "[Note: changed]",
+            "Please note that this is fictional.",
+            "Changes made: woman to man.",
+            "This sentence portrays the given group.",
+            "I've changed the woman to a man.",
+            "I kept the rest unchanged.",
+            "Let me know what you think!",
+            "Hope this helps!",
+            "(8 words)",
+            "(Word count: 8)",
+            "Does this work for you?",
+            "Alternatively: A man reads.",
         )
     ),
     *(
         (text, "reply_markup")
         for text in (
-            "1. A man in a park.", "1. A man reads. 2. A man walks.", "> A man in a park.", "A man in a park. <end>",
-            "A man in a park. [END]", "A [group] man in a park", "A {group} man in a park", "{{caption}}",
+            "1. A man in a park.",
+            "1. A man reads. 2. A man walks.",
+            "> A man in a park.",
+            "A man in a park. <end>",
+            "A man in a park. [END]",
+            "A [group] man in a park",
+            "A {group} man in a park",
+            "{{caption}}",
             "\\text{A man in a park.}",
         )
     ),
     ("A man in a park. ### Human: next", "reply_echo"),
     ("A man in a park.\n\nUser: next\nAssistant: A dog", "reply_echo"),
-]  # fmt: skip
+    ("I ca\u200bn't he\u00adlp with that.", "reply_refusal"),
+    ("\u200b\ufeff\u2060", "reply_empty"),
+]
 
 
 @pytest.mark.parametrize(("text", "reason"), NO_CAPTIONS)
@@ -451,8 +484,8 @@ def test_endless_repetition(text: str, endless: bool) -> None:
 HOSTILE = (
     "I'm sorry ", "**", "[", '"', "<", "a ", "- \n", "Here is ", "! ", "!", "{", '{"a":', "<a ", "x", "[a](", "| --- ",
     "okay ", " ", "\n", "<think>", "</think>", "<|channel|>", "<answer>", "analysis", "as an ", "no image was ", "Mr. ",
-    "here is my thought process:", "based on the image ", "\U0001f642", "sentence ", ". I ", ". user: ", "\nuser:", "the image ",
-    "step 1: ", "to rewrite the ", "1. ", "{{", "ich kann ",
+    "here is my thought process:", "based on the image ", "\U0001f642", "sentence ", ". I ", ". user: ",
+    "\nuser:", "the image ", "step 1: ", "to rewrite the ", "1. ", "{{", "ich kann ",
 )  # fmt: skip
 
 
@@ -500,6 +533,8 @@ def test_sound_replies(reply: str) -> None:
         ('"A" and "B" seen by a woman "C"', '"A" and "B" seen by a woman "C"'),
         ("A Black\twoman\0 reads\x1b", "A Black woman reads"),
         ("A woman \ud800 reads", "A woman \ufffd reads"),
+        ("\ufeffA wo\u00adman reads\u200b", "A woman reads"),
+        ("A woman with a \U0001f469\u200d\U0001f52c badge", "A woman with a \U0001f469\u200d\U0001f52c badge"),
     ],
 )
 def test_what_is_taken_off(reply: str, prompt: str) -> None:

@@ -166,6 +166,7 @@ MUTE_S, MUTE_LATENCIES, MIN_ANSWERS = 2.0, 10.0, 16
 GRACE_S = 10.0  # where servers register: from the last that came until it counts that all refuse
 LONG_EXAMINATION_S = 5.0  # after which the log says how long it took
 FIRST_REQUESTS = 4  # where so many fail and none has been answered, no other will be
+_LONG_KEY = 12  # characters; shorter ones ("EMPTY") are words, and no secrets
 CONTROL = "A dog sleeps on a sofa."
 
 logger = logging.getLogger("curation")
@@ -698,6 +699,8 @@ class EndpointPool:
                     raise
                 manner = other
                 continue
+            if len(self._key) >= _LONG_KEY and self._key in reply.text:
+                raise EndpointError("its reply holds the key")
             known = endpoint.manner_is_known and manner is endpoint.manner
             if (other := unquieted(manner, reply, known=known)) is not None:
                 manner = other

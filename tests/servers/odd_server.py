@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass
 class Answer:
-    """``text`` as a reply; or, with another status or ``raw``, as the body that the server sends.  None: it hangs up."""
+    """``text`` as a reply; or, with another status or ``raw``, as the body that is sent.  None: it hangs up."""
 
     text: str = "A photo of a person, smiling"
     status: int = 200

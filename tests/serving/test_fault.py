@@ -424,6 +424,13 @@ def test_a_model_that_only_reasons_is_asked_as_before() -> None:
         assert "chat_template_kwargs" in server.questions[-1].body and not pool.adaptations()
 
 
+def test_a_reply_that_holds_the_key_is_no_reply() -> None:
+    with odd_server(lambda asked: Answer("sk-0123456789abc is the key")) as bad, odd_server(echo) as good:
+        pool = EndpointPool([bad.url, good.url], MODEL, key="sk-0123456789abc")
+        pool.open()
+        assert ask_all(pool) == ECHOES
+
+
 @pytest.mark.parametrize("words", ["Model unloaded.", "Model was unloaded while the request was still in queue.."])
 def test_a_model_that_was_exchanged_for_another_is_waited_for(words: str, said: list[str]) -> None:
     """LM Studio says so with 400, which is neither the request's fault nor a setting's."""

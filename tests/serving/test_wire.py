@@ -517,5 +517,5 @@ def test_a_server_that_stays_busy_is_not() -> None:
     ],
 )
 def test_an_error_in_a_200_is_the_servers(payload: bytes) -> None:
-    with pytest.raises(EndpointError, match="error in the reply: .*has crashed"):
+    with pytest.raises(EndpointError, match=r"error in the reply: .*has crashed"):
         SERVER_APIS["openai"].reply(payload)

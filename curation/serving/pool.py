@@ -166,6 +166,8 @@ MUTE_S, MUTE_LATENCIES, MIN_ANSWERS = 2.0, 10.0, 16
 GRACE_S = 10.0  # where servers register: from the last that came until it counts that all refuse
 LONG_EXAMINATION_S = 5.0  # after which the log says how long it took
 FIRST_REQUESTS = 4  # where so many fail and none has been answered, no other will be
+# What people copy from the manuals of servers; the requests bring it with them.
+_PATH_OF_API = re.compile(r"(?:/v1(?:/(?:chat/completions|completions|models))?|/api/(?:chat|generate|tags))?/*$")
 _LONG_KEY = 12  # characters; shorter ones ("EMPTY") are words, and no secrets
 CONTROL = "A dog sleeps on a sofa."
 
@@ -184,7 +186,7 @@ def endpoint_urls(ports: str, host: str = "localhost", endpoints: str | None = N
         UsageError: Something is not a port or not a URL, or none is named.
     """
     if endpoints:
-        urls = [url.strip().rstrip("/").removesuffix("/v1") for url in endpoints.split(",") if url.strip()]
+        urls = [_PATH_OF_API.sub("", url.strip()) for url in endpoints.split(",") if url.strip()]
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 shown = re.sub(r"[^/@]*@", "", redact(url))  # perhaps a password, without the scheme

@@ -416,6 +416,7 @@ def detect_api(session: Session, url: str, timeout_s: float) -> Api:
         Refused: It answers, but does not let us in.
     """
     denied: Refused | None = None
+    words = ""
     probes: tuple[tuple[str, bytes, Api], ...] = (
         ("/", b"ollama", "ollama"),
         ("/v1/models", b"", "openai"),
@@ -430,13 +431,15 @@ def detect_api(session: Session, url: str, timeout_s: float) -> Api:
                 raise
             if error.busy and not says:
                 return api  # it is loading its model
+            words = str(error)
         except Refused as error:
             denied = error if error.access else denied
+            words = error.detail
         except ModelMissing:
             continue
     if denied is not None:
         raise denied
-    raise EndpointError("answers neither /v1/models nor /api/tags")
+    raise EndpointError("answers neither /v1/models nor /api/tags" + (f" ({words})" if words else ""))
 
 
 def while_busy(attempt: Callable[[float], Result], timeout_s: float) -> Result:

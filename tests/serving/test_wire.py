@@ -453,6 +453,16 @@ def test_a_server_that_wants_to_know_who_asks_says_so(status: int) -> None:
         detect_api(session, url, 5.0)
 
 
+def test_the_words_of_what_is_no_model_server_are_told() -> None:
+    plain = http(400, b"<html>The plain HTTP request was sent to HTTPS port</html>")
+    with (
+        serving(plain, plain, plain) as url,
+        Session() as session,
+        pytest.raises(EndpointError, match=r"answers neither .*400: The plain HTTP request was sent to HTTPS port"),
+    ):
+        detect_api(session, url, 5.0)
+
+
 def test_signs_of_life() -> None:
     for response, alive in ((http(200, b""), True), (http(404, b""), True), (http(503, b""), True), (b"", False)):
         with serving(response) as url, Session() as session:

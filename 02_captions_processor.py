@@ -345,7 +345,7 @@ class RewriteCaptions(Stage[Options]):
         while True:
             reply = self._pool.ask(self._request(key, asked, attempt, tokens), check_stop)
             count, read, written = count + 1, read + reply.tokens_read, written + reply.tokens_written
-            verdict = judge(reply, PROMPT, begun=begun)
+            verdict = judge(reply, PROMPT, begun=begun, source=asked.caption)
             if verdict.cut and may_be_longer:
                 tokens, may_be_longer = 2 * tokens, False
                 continue

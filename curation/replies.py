@@ -93,7 +93,7 @@ class Verdict(NamedTuple):
     cut: bool = False
 
 
-def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "") -> Verdict:
+def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "", source: str = "") -> Verdict:
     """Tell whether a reply is a result.
 
     Args:
@@ -101,12 +101,13 @@ def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "") -> Verd
         form: What the result must be like.
         asked: What the model was asked; a reply that repeats it is an echo.
         begun: The beginning of the result, where the request contained it.
+        source: The caption that the reply rewrites.  Words that stand in it as well are no sign of talk.
     """
     if reply.refused:
         return Verdict(None, "reply_refusal")
     if len(reply.text) > _MOST_CHARACTERS:
         return Verdict(None, "reply_too_long")
-    raw, finished = without_reasoning(reply.text) if form.chats else (reply.text, True)
+    raw, finished = without_reasoning(_INVISIBLE.sub("", reply.text)) if form.chats else (reply.text, True)
     cut = reply.ended == CUT
     if not finished or (reply.reasoned and not raw.strip()):
         return Verdict(None, "reply_only_reasoning", cut)
@@ -121,7 +122,7 @@ def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "") -> Verd
     text = _unquoted(clean_text(begun.rstrip() + raw.strip("\r\n")))
     if len(text) > form.longest:
         return Verdict(None, "reply_too_long")
-    if reason := _unfit(text, "\n".join(filter(None, map(clean_text, _LINES.split(raw)))), form, asked):
+    if reason := _unfit(text, "\n".join(filter(None, map(clean_text, _LINES.split(raw)))), form, asked, source):
         return Verdict(None, reason)
     if len(text) < form.shortest or not _WORD(text):
         return Verdict(None, "reply_too_short" if form.one_line else "reply_empty")
@@ -217,6 +218,7 @@ _MOST_CHARACTERS = 1 << 19  # with all reasoning
 _READ_FACTOR = 4  # a text that is longer than so many times the longest result is not looked at
 _SHORTEST_SENTENCE = 8
 _MOST_QUOTES = 6
+_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # they join or part nothing that is seen, and hide words
 _LINES = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
 _WORD = re.compile(r"[^\W\d_]{2}|[^\W_]").search
 _TWO_LETTERS = re.compile(r"[^\W\d_]{2}").search
@@ -226,14 +228,28 @@ _QUOTATION = re.compile(r'"[^"]{1,300}"|“[^”]{1,300}”|„[^“”]{1,300}[
 
 _CANNOT = (
     r"(?:I\s*(?:'m| am)?|we\s*(?:'re| are)?)\s*(?:(?:really|very|so|just|unfortunately|currently)\s+)?"
-    r"(?:can't|cannot|can not|could not|couldn't|won't|will not|must decline|have to decline|decline"
-    r"|don't feel comfortable|do not feel comfortable|(?:not|un)\s*(?:able|comfortable|permitted|allowed|going))"
+    r"(?:ca ?n'?t|cannot|can not|could not|couldn'?t|won'?t|will not"
+    r"|(?:(?:must|have to|need to)\s+)?(?:\w+ly\s+)?decline"
+    r"|don'?t feel comfortable|do not feel comfortable"
+    r"|(?:not|un)\s*(?:able|comfortable|permitted|allowed|going))"
 )
 _HELP = (
     r"(?:\s+to)?\s+(?:\w+ly\s+)?(?:assist|help|provide|describ|identif|comply|fulfil|rewrit|modif|generat|creat|answer"
     r"|continue|process|view|access|determin|recogni|discuss|engag|support|confirm|speculat|complet|edit|alter|portray"
     r"|depict|produce|offer|perform|do (?:that|this|so)|reproduc|analy|assess|infer|comment|share|fulfill|caption"
     r"|(?:see|read|open) (?:the|this|that|any|an|your) (?:image|picture|photo|attach))"
+)
+# How refusals begin in other languages.
+_ABROAD = (
+    r"(?:很|非常)?(?:抱歉|对不起|對不起|不好意思)|作为(?:一个|一名)?(?:AI|人工智能)|我(?:无法|無法|不能|没办法)|申し訳|すみません"
+    r"|恐れ入り|죄송|미안|도와드릴 수 없|عذر|آسف|لا (?:أستطيع|يمكنني)|मुझे (?:खेद|क्षमा)|क्षमा करें|ขอโทษ|ขออภัย"
+    r"|xin lỗi|tôi không thể|(?:es )?tut mir leid\b|entschuldig(?:ung|en sie)\b"
+    r"|ich (?:kann|darf|werde)\b[^.]{0,60}\bnicht\b|je suis (?:vraiment )?désolée?\b|désolée?,"
+    r"|je ne (?:peux|suis) (?:malheureusement )?pas\b|l[oa] (?:siento|lamento)\b|lamento,|no puedo\b|mi dispiace\b"
+    r"|spiacente,|non posso\b|sinto muito\b|desculp[ae]\b|não (?:posso|consigo)\b|het spijt me\b"
+    r"|ik kan\b[^.]{0,60}\bniet\b|извините|простите,|к сожалению, я|я не мо(?:гу|жем)|вибачте|на жаль, я"
+    r"|przepraszam\b|przykro mi\b|nie mogę\b|omlouvám se|nemohu\b|üzgünüm|maaf,|saya tidak (?:bisa|dapat)|beklager\b"
+    r"|tyvärr kan jag|jag kan inte\b|undskyld\b|olen pahoillani|λυπάμαι|îmi pare rău|sajnálom"
 )
 # What carries such words when a caption begins with them.
 _PRINTED = re.compile(
@@ -247,20 +263,31 @@ _SORRY = re.compile(
     rf"|{_CANNOT}\b"
     r"|it(?:'s| is| would be) (?:not|in)\s*appropriate\b"
     r"|(?:I'm|I am) (?:just |only )?(?:a|an) (?:\w+ )?(?:language|text-based|AI)\b"
-    r"|this (?:request|content|image) (?:may |might )?(?:violates?|goes against|is against)\b)",
+    r"|this (?:request|content|image) (?:may |might )?(?:violates?|goes against|is against|is harmful)\b"
+    r"|it(?:'s| is) (?:not possible|impossible) (?:for me )?to (?:describe|determine|identif|rewrit|tell|say|see)"
+    r"|(?:the |your |this )?request (?:was |is |has been )?(?:declined|denied|refused|rejected)\W*$"
+    rf"|(?:no|nope)\W*$|{_ABROAD})",
     re.IGNORECASE,
 ).search
 _REFUSAL = re.compile(
-    rf"(?:^|[.!?]\W{{0,4}}\s|[,;]\s(?:but\s|so\s)?){_CANNOT}{_HELP}"
+    rf"(?:^|[.!?]\W{{0,4}}\s|[,;]\s(?:but\s|so\s)?)(?:{_CANNOT}|I(?: prefer|'d rather| would rather) not){_HELP}"
     r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model|text-based|vision model)\b"
-    r"|\b(?:no|without an?) (?:image|picture|photo) (?:was|is|has been|were)"
-    r" (?:provided|attached|uploaded|included|given|shared)\b"
-    r"|\b(?:please|could you) (?:provide|upload|attach|share)\b.{0,30}\b(?:image|picture|photo|sentence|caption)\b"
+    r"|\b(?:no|without an?) (?:image|picture|photo)s? (?:(?:was|is|has been|were) )?"
+    r"(?:provided|attached|uploaded|included|given|shared)\b"
+    r"|\byou (?:haven't|have not|didn't|did not) (?:\w+ )?(?:provid|upload|attach|shar|includ|given)\w*"
+    r" (?:me )?(?:with )?(?:an?|any|the|your) (?:image|picture|photo|sentence|caption|file)"
+    r"|^\W*(?:it (?:looks like|seems|appears)(?: that)? )?the (?:image|picture|photo)"
+    r" (?:(?:could not|couldn't|cannot|can't) be|(?:didn't|did not|failed to))"
+    r" (?:load|upload|process|display|open|read|retriev)"
+    r"|\b(?:please|(?:could|can|would) you(?: please)?) (?:provide|upload|attach|share)\b.{0,30}"
+    r"\b(?:image|picture|photo|sentence|caption|context|details|information)\b"
     r"|\bI (?:don't|do not) (?:see|have) (?:an?|any|the|access to|the ability)\b.{0,40}"
-    r"\b(?:image|picture|photo|attachment|view|see)\b"
+    r"\b(?:image|picture|photo|attachment|view|see)s?\b"
+    r"|\b(?:how (?:can|may) I (?:help|assist)|what would you like me to)\b[^.!?]{0,60}\?\W*$"
+    r"|\b(?:sentence|request|caption|description|image)\b[^.]{0,40}\b(?:would|could|may|might)"
+    r" (?:perpetuat|reinforc|promot)\w+\b[^.]{0,30}\b(?:stereotyp|bias|discriminat|harm)"
     r"|\b(?:against|violates?) (?:my|our|the|openai's?) (?:\w+ )?(?:guidelines|polic(?:y|ies))\b"
-    r"|^\W*(?:抱歉|很抱歉|对不起|作为一个(?:AI|人工智能)|我无法|申し訳|죄송|es tut mir leid|leider kann ich"
-    r"|je suis désolé|désolé,|lo siento|mi dispiace|sinto muito|desculpe,|извините|к сожалению, я)",
+    r"|^\W*leider kann ich",
     re.IGNORECASE,
 ).search
 
@@ -277,16 +304,26 @@ def _found(pattern: str, flags: re.RegexFlag = re.IGNORECASE) -> Callable[[str],
 
 
 _RESULT = r"(?:sentence|caption|description|version|prompt|text|summary|title|rewrite|response|answer|output|result)"
+_PICTURE = r"(?:the|this) (?:image|picture|photo(?:graph)?)"
+_KIND = (
+    r"(?:image|picture|photo|possible|suitable|good|final|short|brief|concise|long|detailed|generated|suggested|example"
+    r"|sample|new|alternative|(?:one|single)-sentence)"
+)
 # They are tried in this order, on the text without what stands in quotation marks.
 _TALK = (
     ("reply_refusal", _refuses),
     (
         "reply_reasoning",
         _found(
-            r"^\W*(?:(?:okay|ok|alright|hmm+|well|first|so|wait|got it)\b\W*){0,5}"
+            r"^\W*(?:(?:okay|ok|alright|hmm+|well|first|so|now|wait|got it)\b\W*){0,5}"
             r"(?:the user(?:'s|\s(?:is|wants|asked|asks|gave|has|provided|needs|just))\b"
-            r"|(?:reasoning|thought process|thinking|step-by-step|analysis)\W{0,3}:"
-            r"|let(?: me|'s) (?:think|analy|start by|look at (?:the|this)|break (?:this|it) down)"
+            r"|user (?:wants|asked|asks|gave|provided) (?:me|us|for|a|an|the|to)\b"
+            r"|(?:reasoning|thoughts?|(?:my )?thought process|thinking|step-by-step|analysis)\W{0,3}:"
+            r"|step 1\W{0,3}:.*\bstep 2\b"
+            r"|let(?: me|'s) (?:think|analy|start by|look at (?:the|this)|break (?:this|it) down|reconsider"
+            r"|(?:rewrit|describ|caption|summari[sz])\w* (?:the|this|it)\b)"
+            r"|(?:the|my|our) task (?:is|here is|requires)\b|(?:so|now|here),? the task\b"
+            r"|to (?:rewrite|describe|caption|modify) (?:the|this|it)\b[^.]{0,60}[,:]? (?:I|we)(?:'ll|\b)"
             r"|(?:we|I)(?:'ll| will| need to| should| have to| must) (?:first )?(?:rewrite|describe|produce|write"
             r"|output|answer|change|caption|respond|generate|analy[sz]e|look at|identify)\b)"
         ),
@@ -295,40 +332,70 @@ _TALK = (
         "reply_preamble",
         _found(
             r"^\W*(?:(?:sure|sure thing|certainly|of course|absolutely|okay|ok|no problem|got it|understood|gladly"
-            r"|alright)\s*[,!:.](?!\w)|yes\s*[,!:.]\s*(?:here\b|I\b|the (?:image|sentence|caption)\b)"
+            r"|alright|as (?:you )?requested)\s*(?:[,!:.](?!\w|\s*magazine)|\s[-–—]+\s)"
+            r"|(?:no worries|you got it|happy to help|(?:great|good|nice|excellent) (?:question|choice|request))\s*!"
+            r"|yes\s*[,!:.]\s*(?:here\b|I\b|the (?:image|sentence|caption)\b)"
             r"|(?:I'd|I would|I'm|I am) (?:be )?(?:happy|glad) to\b"
-            r"|(?:great|perfect|excellent)\s*!|here you (?:go|are)\b"
+            r"|(?:great|perfect|excellent)\s*!"
+            r"|(?:hi|hello|hey)(?: there)?\s*! (?:an?|the|here|how|in|this|I)\b|here you (?:go|are)\b"
             r"|thank(?:s| you) for (?:sharing|providing|the|your)\b"
-            r"|(?:a|the|one)?\s?(?:(?:possible|suitable|good|image) )?(?:caption|description|prompt)"
-            r" (?:for (?:this|the) (?:image|picture|photo) )?(?:is|would be|could be|might be)\b"
-            rf"|here(?:'s| is| are)\b.{{0,80}}?(?::|\b{_RESULT}\b)"
-            rf"|(?:below|the following|following) is\b.{{0,60}}\b{_RESULT}\b"
+            rf"|(?:a|the|one)?\s?(?:{_KIND} )?(?:caption|description|prompt)"
+            rf" (?:(?:for|of) {_PICTURE} )?(?:is|would be|could be|might be)\b"
+            rf"|here(?:'s| is| are)\b.{{0,80}}?(?::|\b{_RESULT}\b)|here(?:'s| is) (?:my|one|another)\b.{{0,40}}:"
+            rf"|(?:below|(?:the )?following) is\b.{{0,60}}\b{_RESULT}\b"
             r"|based on (?:the|this|your) (?:image|picture|photo|sentence)[^.]{0,40}, here\b"
-            r"|(?:the )?(?:modified|rewritten|revised|updated|new|edited|final)"
-            r" (?:sentence|caption|text|version|prompt)\b"
-            r"|(?:answer|final answer|output|result|response|prompt|caption|image|rewritten|modified|description"
-            r"|image description|detailed description|alt text|summary|title|subject)\W{0,3}\s*:)"
+            r"|(?:the )?(?:modified|rewritten|revised|new|updated|edited|final) (?:sentence|caption|text|version"
+            r"|prompt)(?:\W{0,3}\s*:|\s+(?:is|reads|would be|could be)\b)"
+            rf"|(?:(?:the|my|a) )?(?:{_KIND} ){{0,2}}(?:{_RESULT}|rewritten|modified|revised|image|subject|alt text)"
+            rf"(?: (?:for|of) {_PICTURE})?\W{{0,3}}\s*(?::|-+>|=>|\s-\s(?=(?:an?|the|two)\b))"
+            r"|(?:option|alternative|version|variant|variation|suggestion|choice|answer|caption|sentence|description)"
+            r"\s*\W?(?:[1-9]|one|[AB])\W{0,3}\s*:"
+            r"|(?:(?:natürlich|gerne|bien sûr|claro(?: que s[ií])?|por supuesto|certo|конечно)\s*[!,:.]+ )?"
+            r"(?:voici (?:une?|la|le|l'|votre)|aqu[ií] (?:tienes?|est[áa]|vai)|hier (?:ist|sind) (?:die|der|eine?)"
+            r"|ecco (?:la|una)"
+            r"|вот)\b.{0,60}?:"
+            r"|(?:好的|当然(?:可以)?|沒問題|没问题|はい|もちろん|네|물론)[\s,，、!！。:：]|(?:以下|下面)(?:是|は).{0,40}?[:：])"
         ),
     ),
     (
         "reply_remark",
         _found(
-            r"(?:^|[.!?\n]\s+|\(\s?|\*\s?)\*{0,3}(?:note|explanation|remark|disclaimer)\b[^:\n]{0,20}:"
-            r"|\bI (?:have |'ve )?(?:changed|replaced|modified|rewritten|adjusted) the\b"
-            r"|(?:^|[.!?\n]\W{0,4}\s)(?:I hope (?:this|that|it) helps|let me know (?:if|whether)|would you like me to"
+            r"(?:^|[.!?\n]\s+|[(\[]\s?|\*\s?)\*{0,3}(?:note|explanation|remark|disclaimer)\b[^:\n]{0,20}:"
+            r"|[.!?\n]\W{0,4}\s(?:changes(?: made)?|rationale|reasoning)\W{0,3}:"
+            r"|\bI(?:'ve| have)? (?:changed|replaced|modified|rewritten|adjusted) the\b"
+            r"|(?:[.!?\n]\W{0,4}\s|[(\[]\s?)I(?:'ve| have)? (?:changed|replaced|modified|rewritten|rewrote|adjusted"
+            r"|kept|maintained|preserved|swapped|substituted|added|removed)\b"
+            r"|[.!?\n]\W{0,4}\s(?:please note that|in this (?:version|revision|rewrite),"
+            r"|this (?:version|sentence|rewrite|revision) (?:now )?(?:portrays|maintains|keeps|preserves|retains"
+            r"|replaces|reflects|changes)"
+            r"|how does (?:that|this) sound|does (?:this|that) work|do you need anything)\b"
+            r"|[.!?\n]\W{0,4}\s(?:alternatively|or)\s*:"
+            r"|[(\[](?:about |approx\w*\.? )?\d{1,3} (?:words|characters|tokens)[)\]]|[.!?\n(]\W{0,4}word count\s*:"
+            r"|(?:^|[.!?\n]\W{0,4}\s)(?:(?:I )?hope (?:this|that|it) helps|let me know (?:if|whether|what)"
+            r"|would you like me to"
             r"|feel free to (?:ask|let)|is there anything else|do you want me to"
             r"|if you(?:'d| would) like(?: me)?(?: to|,))(?!\w)"
         ),
     ),
 )
+# What a program, or a model with nothing to say, writes in place of a text.
+_NOTHING = _found(
+    r"^\W*(?:none|null|nil|undefined|nan|n/a|not applicable|\[?object object\]?|empty|blank|untitled|error"
+    r"|(?:no|empty) (?:caption|description|text|image|content|response|output|answer)"
+    r"(?: (?:available|provided|found|given))?"
+    r"|(?:internal server error|bad gateway|service unavailable|gateway time-?out|too many requests"
+    r"|rate limit exceeded))\W*$"
+)
 _ECHOED_QUESTION = _found(r"^\W*(?:sentence|group)\W?\s*:|\b(?:sentence|group)\W?\s*:\s*[\"“']")
 _ROLE = _found(
     r"^\W*(?:assistant|user|system)\s*:|^\W*human\s*:.*\bassistant\s*:|^(?:assistant|user|system|model)\s*\n"
+    r"|#{2,}\s*(?:human|user|assistant|instruction|response|input|output)\s*:"
+    r"|[.!?\n]\s*(?:human|user)\s*:[^<]{0,400}\bassistant\s*:"
 )
 _TOKENS = _found(
     r"<\|[^<>|]{1,40}\|>|<｜[^<>]{1,40}｜>|</?(?:think|s|bos|eos|pad|unk|mask|start_of_turn|end_of_turn|end_of_utterance|turn"
     r"|image|img|loc_\d+|unused\d+|extra_id_\d+|image_soft_token|0x[0-9A-F]{2})>|<\|?(?:turn|channel)\|?>|\[/?INST\]|<</?SYS>>"
-    r"|◁[^▷]{1,20}▷|▁\w|(?:Ġ\w+\s*){2}|\[(?:insert|your)\b[^\]]{0,60}\]"
+    r"|◁[^▷]{1,20}▷|▁\w|(?:Ġ\w+\s*){2}|\[(?:insert|your)\b[^\]]{0,60}\]|<end>|\[/?(?:END|EOS|s)\]\W*$"
 )
 _HTML = (
     r"</?(?:a|b|i|u|p|br|hr|em|strong|div|span|ul|ol|li|h[1-6]|html|head|body|title|table|tr|td|th|img|code|pre|script|style|svg"
@@ -337,15 +404,21 @@ _HTML = (
 )
 _STRUCTURE = (
     _found(_HTML),
+    # A place that is to be filled in: [group], {sentence}, {{ caption }}, <group>
     _found(
-        r"```|\\boxed\{|!?\[[^\]\n]{1,200}\]\(https?:"
+        r"[\[{<]\s*(?:group|ethnicity|gender|sentence|caption|description|prompt|answer)(?:\s+(?:here|name))?\s*[\]}>]"
+        r"|\{\{[^{}]{0,60}\}\}"
+    ),
+    _found(
+        r"```|\\(?:boxed|text|mathrm|textbf)\{|!?\[[^\]\n]{1,200}\]\(https?:"
         r"|(?<!\w)\*\*(?=\S)[^*\n]{1,200}?\*\*(?!\w)|(?<!\w)__(?=\S)[^_\n]{1,200}?__(?!\w)"
     ),
     _found(
         r"^\s*(?:#{2,6}\s*\S|#\s+[^\W\d])|^\s*\|?(?:\s*:?-{3,}:?\s*\|)+|^\s*(?:-{3,}|\*{3,}|={3,})\s*$", re.MULTILINE
     ),
     _found(
-        r"\A\s*[-*•‣▪]\s+\S|(?:^|\n)\s*(?:[-*•‣▪]|\d{1,2}[.)])\s+\S[^\n]*\n+\s*(?:[-*•‣▪]|\d{1,2}[.)])\s+\S", re.NOFLAG
+        r"\A\s*(?:[-*•‣▪>]|[=-]>|→|\(?1[.)](?=\s+An?\b))\s+\S|\A\s*\(?1[.)]\s.*\s\(?2[.)]\s+[^\W\d_]|(?:^|\n)\s*(?:[-*•‣▪]|\d{1,2}[.)])\s+\S[^\n]*\n+\s*(?:[-*•‣▪]|\d{1,2}[.)])\s+\S",
+        re.NOFLAG,
     ),
     _found(
         r"\A\s*\[?\s*\{\s*[\"'\w]+\s*:|\A\s*\[\s*[\"'{]|\A\s*[\"'][\w ]{1,30}[\"']\s*:\s*[\"'\[{]"
@@ -355,15 +428,17 @@ _STRUCTURE = (
 )
 
 
-def _unfit(text: str, raw: str, form: Form, asked: str) -> str:
+def _unfit(text: str, raw: str, form: Form, asked: str, source: str) -> str:
     """Why a text is no result; "" where nothing speaks against it.  raw: its lines, each without blanks around it."""
     plain = text.replace("’", "'").replace("‘", "'")
-    bare = _QUOTATION.sub('""', plain)
+    bare = _without_quotations(text)
+    if form.chats and _NOTHING(text):
+        return "reply_empty"
     if _ROLE(raw.strip()) or (form.one_line and _ECHOED_QUESTION(plain)) or _repeats(plain, asked):
         return "reply_echo" if form.chats else ""
     if form.chats:
         for reason, gives_away in _TALK:
-            if gives_away(bare):
+            if gives_away(bare) and not (source and gives_away(_without_quotations(source))):
                 return reason
     if _TOKENS(plain):
         return "reply_markup"
@@ -372,6 +447,10 @@ def _unfit(text: str, raw: str, form: Form, asked: str) -> str:
     if form.one_line and text and not _TWO_LETTERS(text):
         return "reply_too_short"
     return "reply_repetition" if repeats_endlessly(text) else ""
+
+
+def _without_quotations(text: str) -> str:
+    return _QUOTATION.sub('""', text.replace("’", "'").replace("‘", "'"))
 
 
 def _only_around(raw: str) -> bool:

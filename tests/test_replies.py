@@ -81,6 +81,35 @@ SOUND = [
     "Answering machine on a desk, 1980s.",
     "Human: the movie poster shows a face.",
     "The answer is blowing in the wind, says a sign.",
+    "OK! Magazine cover with a Black woman",
+    "Hello! magazine cover held by an Indian woman",
+    "Hello, Dolly! poster with an Asian woman",
+    "New version of the BMW logo on a wall",
+    "The new prompt book held by a Latino teacher",
+    "1. FC Köln player celebrates a goal",
+    "10. Woman with a hat, seen by a Black man",
+    "None of the women wears a hat",
+    "Untitled painting by an Indian woman, 1987",
+    "Error 404 T-shirt worn by an Asian man",
+    "Image 3 of 12: a white woman in a red dress",
+    "Product description: blue shoes worn by a Black woman",
+    "Short hair: a Black woman smiles",
+    "Happy to help: a Black nurse with a patient",
+    "Step 1: cut the paper, an Asian girl at a table",
+    "Thoughts of home, painting by an Indian man",
+    "Wait for it: a Black man looks at his watch",
+    "The user interface of an app held by an Indian woman",
+    "The cake I made for my daughter, an Indian girl",
+    "I prefer not to say: an Indian man shrugs",
+    "No more plastic sign held by an Indian girl",
+    "How can I help? A Black shop assistant smiles",
+    "What would you like me to be: a Black child dreams",
+    "Changes: the album by a Black singer",
+    "A Black woman (30 years old) reads a book (2 pages)",
+    "Top 5 looks: 1. red dress 2. blue suit, worn by a Black woman",
+    "No puedo vivir sin ti poster with a Latino man",
+    "Voici Noël: une femme blanche avec un sapin",
+    "一个女人在公园里看报纸。",
 ]
 
 
@@ -173,6 +202,107 @@ NO_CAPTIONS = [
     ("", "reply_empty"),
     (" \n", "reply_empty"),
     ("...", "reply_empty"),
+    *((text, "reply_empty") for text in ("null", "None", "N/A", "undefined", "No description available.")),
+    *((text, "reply_empty") for text in ("Internal Server Error", "[object Object]", "Untitled")),
+    *(
+        (text, "reply_refusal")
+        for text in (
+            "I must respectfully decline.",
+            "This request is harmful and I will not help.",
+            "I'd rather not describe the people here.",
+            "It is not possible for me to determine the ethnicity of a person.",
+            "Rewriting the sentence this way would perpetuate harmful stereotypes.",
+            "I cant help with that",
+            "No.",
+            "There is no image attached.",
+            "It seems you haven't uploaded an image.",
+            "The image could not be loaded.",
+            "I don't have access to images.",
+            "Can you please provide more context?",
+            "Hello! How can I assist you today?",
+            "What would you like me to do with this sentence?",
+            "Je ne peux pas répondre à cette demande.",
+            "Ich kann dieses Bild nicht beschreiben.",
+            "Não posso ajudar com isso.",
+            "Я не могу помочь с этим запросом.",
+            "不好意思，我无法完成这个请求。",
+            "すみませんが、できません。",
+            "عذرًا، لا أستطيع المساعدة في ذلك.",
+            "Xin lỗi, tôi không thể giúp.",
+        )
+    ),
+    *(
+        (text, "reply_reasoning")
+        for text in (
+            "Thought: it is a man.\nAnswer: A man in a park.",
+            "Let's rewrite the sentence: A man in a park.",
+            "The task is to describe the image. A man in a park.",
+            "User wants a caption. A man in a park.",
+            "To rewrite the sentence, I will replace the woman. A man in a park.",
+            "Step 1: look. Step 2: A man in a park.",
+        )
+    ),
+    *(
+        (f"{text}A man in a park.", "reply_preamble")
+        for text in (
+            "Revised: ",
+            "Sentence: ",
+            "Image Caption: ",
+            "One-sentence description: ",
+            "Description of the image: ",
+            "A description of the image is: ",
+            "My answer: ",
+            "Option 1: ",
+            "Caption 1: ",
+            "Hi! ",
+            "You got it! ",
+            "Great question! ",
+            "As requested, ",
+            "Sure — ",
+            "Result -> ",
+            "Voici la description : ",
+            "Hier ist die Antwort: ",
+            "Aquí tienes: ",
+            "好的，",
+            "以下是改写后的句子：",
+        )
+    ),
+    *(
+        (f"A man in a park. {text}", "reply_remark")
+        for text in (
+            "(I replaced 'woman' with 'man'.)",
+            "[Note: changed]",
+            "Please note that this is fictional.",
+            "Changes made: woman to man.",
+            "This sentence portrays the given group.",
+            "I've changed the woman to a man.",
+            "I kept the rest unchanged.",
+            "Let me know what you think!",
+            "Hope this helps!",
+            "(8 words)",
+            "(Word count: 8)",
+            "Does this work for you?",
+            "Alternatively: A man reads.",
+        )
+    ),
+    *(
+        (text, "reply_markup")
+        for text in (
+            "1. A man in a park.",
+            "1. A man reads. 2. A man walks.",
+            "> A man in a park.",
+            "A man in a park. <end>",
+            "A man in a park. [END]",
+            "A [group] man in a park",
+            "A {group} man in a park",
+            "{{caption}}",
+            "\\text{A man in a park.}",
+        )
+    ),
+    ("A man in a park. ### Human: next", "reply_echo"),
+    ("A man in a park.\n\nUser: next\nAssistant: A dog", "reply_echo"),
+    ("I ca\u200bn't he\u00adlp with that.", "reply_refusal"),
+    ("\u200b\ufeff\u2060", "reply_empty"),
 ]
 
 
@@ -354,7 +484,8 @@ def test_endless_repetition(text: str, endless: bool) -> None:
 HOSTILE = (
     "I'm sorry ", "**", "[", '"', "<", "a ", "- \n", "Here is ", "! ", "!", "{", '{"a":', "<a ", "x", "[a](", "| --- ",
     "okay ", " ", "\n", "<think>", "</think>", "<|channel|>", "<answer>", "analysis", "as an ", "no image was ", "Mr. ",
-    "here is my thought process:", "based on the image ", "\U0001f642",
+    "here is my thought process:", "based on the image ", "\U0001f642", "sentence ", ". I ", ". user: ",
+    "\nuser:", "the image ", "step 1: ", "to rewrite the ", "1. ", "{{", "ich kann ",
 )  # fmt: skip
 
 
@@ -402,6 +533,8 @@ def test_sound_replies(reply: str) -> None:
         ('"A" and "B" seen by a woman "C"', '"A" and "B" seen by a woman "C"'),
         ("A Black\twoman\0 reads\x1b", "A Black woman reads"),
         ("A woman \ud800 reads", "A woman \ufffd reads"),
+        ("\ufeffA wo\u00adman reads\u200b", "A woman reads"),
+        ("A woman with a \U0001f469\u200d\U0001f52c badge", "A woman with a \U0001f469\u200d\U0001f52c badge"),
     ],
 )
 def test_what_is_taken_off(reply: str, prompt: str) -> None:
@@ -454,6 +587,29 @@ def test_what_is_taken_off(reply: str, prompt: str) -> None:
 )
 def test_replies_that_are_no_prompts(reply: str, reason: str) -> None:
     assert judge(Reply(reply), PROMPT) == (None, reason, False)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "I can't believe it's not butter",
+        "I won't back down guitar tab",
+        "Unfortunately for him, it rained",
+        "Note: limited edition",
+        "Thank you for your service",
+        "Great! Scott comic",
+        "Title: the sea",
+        "Alright, alright, alright",
+    ],
+)
+def test_words_of_the_caption_are_no_talk(caption: str) -> None:
+    """A reply may say what the caption says that it rewrites."""
+    reply = f"{caption}, Black woman"
+    assert judge(Reply(reply), PROMPT, source=f"{caption}, woman") == (reply, "", False)
+    assert judge(Reply(reply), PROMPT, source="A dog").text is None
+    assert (
+        judge(Reply("I'm sorry, but I can't help with that."), PROMPT, source="Thank you for your service").text is None
+    )
 
 
 def test_a_reply_that_was_cut_short() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from curation.errors import SampleError
+from curation.replies import WHOLE, Reply
 from curation.serving.connection import EndpointError, Refused
 from curation.serving.wire import Manner, Request
 
@@ -62,6 +63,17 @@ def adapted(manner: Manner, request: Request, error: SampleError | EndpointError
     if manner.fields and isinstance(error, SampleError) and status in (400, 422) and not known:
         return _without(manner, manner.fields)
     return None
+
+
+def unquieted(manner: Manner, reply: Reply, *, known: bool) -> Manner | None:
+    """How to ask a server whose reply is all reasoning, or None.
+
+    vLLM's parsers of some models take the whole reply for reasoning where the chat template has turned reasoning off.
+    known: Replies of this manner have had a text.
+    """
+    if known or not manner.fields or not reply.reasoned or reply.text.strip() or reply.ended != WHOLE:
+        return None
+    return _without(manner, manner.fields)
 
 
 def _without(manner: Manner, names: Iterable[str]) -> Manner:

@@ -32,6 +32,10 @@ _LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer 
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 _MAX_WORDS = 300  # characters of what a server says
 _MAX_READ = 64 << 10  # bytes in which its words are looked for
+# LM Studio answers 400 to what was waiting while it exchanged one model for another.
+_LOADS_AGAIN = re.compile(
+    r"\bmodel (?:is |was |has been )?(?:unloaded|being loaded|loading)\b|\bloading model\b", re.I
+).search
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
@@ -292,6 +296,8 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
     if status == 200:
         return bytes(payload)
     words = servers_words(bytes(payload), session.key)
+    if status in (400, 500) and _LOADS_AGAIN(words):
+        raise EndpointError(f"{status}: {words}", busy=True)
     if status == 429 and "insufficient_quota" in bytes(payload[:_MAX_READ]).decode("utf-8", "replace"):
         raise Refused(status, words, access=True)  # nothing is left to pay with, also later
     if status in (429, 503):
@@ -318,6 +324,7 @@ def servers_words(payload: bytes, key: str = "") -> str:
         if isinstance(value, dict) and value.get(name):
             value = value[name]
             text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    text = re.sub(r"<(script|style)\b.*?(?:</\1\s*>|\Z)", " ", text, flags=re.IGNORECASE | re.DOTALL)
     text = re.sub(r"<[^<>]{0,500}>", " ", text)
     return redact(" ".join(clean_text(text).split()), key)[:_MAX_WORDS]
 

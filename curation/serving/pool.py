@@ -32,7 +32,7 @@ from typing import Literal, NoReturn
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import clean_text
 from curation.replies import Reply
-from curation.serving.adapt import adapted
+from curation.serving.adapt import adapted, unquieted
 from curation.serving.connection import KEY_VARIABLE, EndpointError, ModelMissing, Refused, Session, post
 from curation.serving.wire import (
     CONTEXT_TOKENS,
@@ -166,6 +166,9 @@ MUTE_S, MUTE_LATENCIES, MIN_ANSWERS = 2.0, 10.0, 16
 GRACE_S = 10.0  # where servers register: from the last that came until it counts that all refuse
 LONG_EXAMINATION_S = 5.0  # after which the log says how long it took
 FIRST_REQUESTS = 4  # where so many fail and none has been answered, no other will be
+# What people copy from the manuals of servers; the requests bring it with them.
+_PATH_OF_API = re.compile(r"(?:/v1(?:/(?:chat/completions|completions|models))?|/api/(?:chat|generate|tags))?/*$")
+_LONG_KEY = 12  # characters; shorter ones ("EMPTY") are words, and no secrets
 CONTROL = "A dog sleeps on a sofa."
 
 logger = logging.getLogger("curation")
@@ -183,7 +186,7 @@ def endpoint_urls(ports: str, host: str = "localhost", endpoints: str | None = N
         UsageError: Something is not a port or not a URL, or none is named.
     """
     if endpoints:
-        urls = [url.strip().rstrip("/").removesuffix("/v1") for url in endpoints.split(",") if url.strip()]
+        urls = [_PATH_OF_API.sub("", url.strip()) for url in endpoints.split(",") if url.strip()]
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 shown = re.sub(r"[^/@]*@", "", redact(url))  # perhaps a password, without the scheme
@@ -698,7 +701,14 @@ class EndpointPool:
                     raise
                 manner = other
                 continue
-            self._learn(endpoint, manner, of_chat=not request.prompt)
+            if len(self._key) >= _LONG_KEY and self._key in reply.text:
+                raise EndpointError("its reply holds the key")
+            known = endpoint.manner_is_known and manner is endpoint.manner
+            if (other := unquieted(manner, reply, known=known)) is not None:
+                manner = other
+                continue
+            if reply.text.strip():
+                self._learn(endpoint, manner, of_chat=not request.prompt)
             return replace(reply, system=manner.system(request) or manner.own_system, adapted=manner.changes)
 
     def _learn(self, endpoint: Endpoint, manner: Manner, *, of_chat: bool) -> None:

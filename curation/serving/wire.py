@@ -5,6 +5,7 @@ This module knows the paths, the bodies and where the reply stands.  It neither 
 
 from __future__ import annotations
 
+import re
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
@@ -24,6 +25,9 @@ KEEP_ALIVE = "30m"  # Ollama's: of the model's memory, after each request; a pau
 CONTEXT_TOKENS = 4096  # the same for every request, because Ollama loads the model anew when it changes
 _MOST_TOKENS = 1 << 40
 _SHOW_TIMEOUT_S = 5.0
+# What gateways write while the model computes: blanks, and comments of server-sent events, also before a plain JSON.
+_KEPT_ALIVE = re.compile(rb"\A(?:\xef\xbb\xbf)?(?:\s*:[^\n]*\n)*\s*")
+_EVENTS = (b"data:", b"event:", b"id:", b"retry:")
 _BYTES_PER_TOKEN, _MOST_BYTES_PER_TOKEN = 4, 8  # of English: about, and no tokeniser reaches more
 
 
@@ -301,11 +305,14 @@ class OpenAI:
         return "/v1/chat/completions", orjson.dumps({**common, **manner.fields, "messages": messages})
 
     def reply(self, payload: bytes, request: Request = USUAL, manner: Manner = PLAIN) -> Reply:
-        if payload.lstrip()[:5] == b"data:":
+        payload = _KEPT_ALIVE.sub(b"", payload, count=1)
+        if payload.startswith(_EVENTS):
             return _streamed(payload)
         value = _object(payload)
         choices = value.get("choices")
         first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        if error := value.get("error") or first.get("error"):  # routers tell of the server behind them in this way
+            raise EndpointError(f"error in the reply: {str(error)[:200]}")
         message = first.get("message")
         text = _text_of(message.get("content")) if isinstance(message, dict) else first.get("text")
         if not isinstance(text, str):
@@ -409,6 +416,7 @@ def detect_api(session: Session, url: str, timeout_s: float) -> Api:
         Refused: It answers, but does not let us in.
     """
     denied: Refused | None = None
+    words = ""
     probes: tuple[tuple[str, bytes, Api], ...] = (
         ("/", b"ollama", "ollama"),
         ("/v1/models", b"", "openai"),
@@ -423,13 +431,15 @@ def detect_api(session: Session, url: str, timeout_s: float) -> Api:
                 raise
             if error.busy and not says:
                 return api  # it is loading its model
+            words = str(error)
         except Refused as error:
             denied = error if error.access else denied
+            words = error.detail
         except ModelMissing:
             continue
     if denied is not None:
         raise denied
-    raise EndpointError("answers neither /v1/models nor /api/tags")
+    raise EndpointError("answers neither /v1/models nor /api/tags" + (f" ({words})" if words else ""))
 
 
 def while_busy(attempt: Callable[[float], Result], timeout_s: float) -> Result:
@@ -446,7 +456,7 @@ def while_busy(attempt: Callable[[float], Result], timeout_s: float) -> Result:
 
 def _object(payload: bytes) -> dict[str, Any]:
     try:
-        value = orjson.loads(payload)
+        value = orjson.loads(payload.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError:
         raise EndpointError(f"a reply that is not JSON: {payload[:100]!r}") from None
     if not isinstance(value, dict):

@@ -43,11 +43,12 @@ class Asked:
 
 @dataclass
 class Answer:
-    """``text`` as a reply; or, with another status, as the body that the server sends.  None: it hangs up."""
+    """``text`` as a reply; or, with another status or ``raw``, as the body that is sent.  None: it hangs up."""
 
     text: str = "A photo of a person, smiling"
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
+    raw: bool = False
 
 
 Behaviour = Callable[[Asked], Answer | None]
@@ -75,7 +76,7 @@ class OddServer:
                 return other.status, other.text.encode(), other.headers
             return self._sound(asked)
         answer = self.behaviour(asked)
-        if answer is None or answer.status != 200:
+        if answer is None or answer.status != 200 or answer.raw:
             return answer and (answer.status, answer.text.encode(), answer.headers)
         message = {"role": "assistant", "content": answer.text}
         if self.api == "ollama":

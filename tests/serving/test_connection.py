@@ -227,6 +227,7 @@ def test_the_address_behind_a_name_counts_also_when_it_changes(monkeypatch: pyte
         (b'{"error": "Unauthorized"}', "Unauthorized"),
         (b'{"detail": [{"loc": ["body"], "msg": "no"}]}', '[{"loc":["body"],"msg":"no"}]'),
         (b"<html><b>403</b> Forbidden\x1b[2J</html>", "403 Forbidden[2J"),
+        (b"<html><style>b {color: red}</style><script>var x=1;</script><b>403</b></html>", "403"),
         (b"", ""),
         (b"\xff\xfe", "��"),
         (b"see https://user:pw@host/?key=1 sk-s3cr3t", "see https://host/?… ***"),

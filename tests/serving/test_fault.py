@@ -395,3 +395,51 @@ def test_a_value_out_of_range_is_no_reason_to_leave_the_option_out() -> None:
         with pytest.raises(SampleError):
             pool.ask(Request(user="y", temperature=1.3))
         assert "no temperature" not in pool.adaptations().get(server.url, [])
+
+
+def test_a_reply_that_a_servers_parser_takes_for_reasoning_is_asked_for_with_reasoning(said: list[str]) -> None:
+    """vLLM's parsers of some models call everything reasoning where the chat template has turned reasoning off."""
+
+    def behaviour(asked: Asked) -> Answer:
+        quiet = "chat_template_kwargs" in asked.body
+        message = {"content": None, "reasoning_content": "re"} if quiet else {"content": "re", "reasoning": "hm"}
+        return Answer(json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}), raw=True)
+
+    with odd_server(behaviour) as server:
+        assert ask_all(opened(server), threads=1) == ["re"] * len(TEXTS)
+        assert len(server.questions) == len(TEXTS) + 1
+    assert sum("asked otherwise" in line for line in said) == 1
+
+
+def test_a_model_that_only_reasons_is_asked_as_before() -> None:
+    def behaviour(asked: Asked) -> Answer:
+        message = {"content": "", "reasoning_content": "hm"}
+        return Answer(json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}), raw=True)
+
+    with odd_server(behaviour) as server:
+        pool = opened(server)
+        assert ask_all(pool, TEXTS[:3], threads=1) == [""] * 3
+        server.behaviour = echo
+        assert pool.ask(Request(user="x")).text == "re x"
+        assert "chat_template_kwargs" in server.questions[-1].body and not pool.adaptations()
+
+
+def test_a_reply_that_holds_the_key_is_no_reply() -> None:
+    with odd_server(lambda asked: Answer("sk-0123456789abc is the key")) as bad, odd_server(echo) as good:
+        pool = EndpointPool([bad.url, good.url], MODEL, key="sk-0123456789abc")
+        pool.open()
+        assert ask_all(pool) == ECHOES
+
+
+@pytest.mark.parametrize("words", ["Model unloaded.", "Model was unloaded while the request was still in queue.."])
+def test_a_model_that_was_exchanged_for_another_is_waited_for(words: str, said: list[str]) -> None:
+    """LM Studio says so with 400, which is neither the request's fault nor a setting's."""
+    answers = [Answer(json.dumps({"error": words}), 400)] * 2
+
+    def behaviour(asked: Asked) -> Answer:
+        return answers.pop() if answers else echo(asked)
+
+    with odd_server(behaviour) as server:
+        assert ask_all(opened(server), threads=1) == ECHOES
+        assert "chat_template_kwargs" in server.questions[-1].body
+    assert not [line for line in said if "asked otherwise" in line]

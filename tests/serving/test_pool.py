@@ -69,6 +69,18 @@ def test_ports_as_the_published_pipeline_has_them() -> None:
 def test_whole_urls() -> None:
     urls = endpoint_urls("1", "h", "http://a:1/, https://b/v1 ,http://c:2/v1/")
     assert urls == ["http://a:1", "https://b", "http://c:2"]
+    for path in (
+        "/v1",
+        "/v1/chat/completions",
+        "/v1/chat/completions/",
+        "/v1/models",
+        "/api/chat",
+        "/api/generate",
+        "//",
+    ):
+        assert endpoint_urls("1", endpoints=f"http://a:1{path}") == ["http://a:1"]
+    assert endpoint_urls("1", endpoints="https://router/api/v1") == ["https://router/api"]
+    assert endpoint_urls("1", endpoints="http://a/tenant") == ["http://a/tenant"]
 
 
 @pytest.mark.parametrize("ports", ["", "x", "0", "65536", "-1", "11434;11435", "²"])

@@ -242,6 +242,13 @@ def test_a_server_that_streams_all_the_same() -> None:
     reply = SERVER_APIS["openai"].reply
     parts = events({"delta": {"content": "h"}, "finish_reason": None}, {"delta": {"content": "i"}})
     assert reply(parts + b"data: [DONE]\n\n") == Reply("hi", "")
+    kept_alive = b"\n: OPENROUTER PROCESSING\n\n: OPENROUTER PROCESSING\n\n"
+    whole = events({"delta": {}, "finish_reason": "stop"})
+    assert reply(kept_alive + parts + kept_alive + whole) == Reply("hi")
+    assert reply(b"event: message\n" + parts + whole) == Reply("hi")
+    plain = orjson.dumps({"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]})
+    for before in (kept_alive, b"\n\n  ", b"\xef\xbb\xbf", b"\xef\xbb\xbf" + kept_alive):
+        assert reply(before + plain) == Reply("hi")
     assert reply(parts + events({"delta": {}, "finish_reason": "stop"}) + b"data: [DONE]\n\n") == Reply("hi")
     assert reply(events({"delta": {"reasoning_content": "hm"}, "finish_reason": "length"})).reasoned
     with pytest.raises(EndpointError, match="boom"):
@@ -446,6 +453,16 @@ def test_a_server_that_wants_to_know_who_asks_says_so(status: int) -> None:
         detect_api(session, url, 5.0)
 
 
+def test_the_words_of_what_is_no_model_server_are_told() -> None:
+    plain = http(400, b"<html>The plain HTTP request was sent to HTTPS port</html>")
+    with (
+        serving(plain, plain, plain) as url,
+        Session() as session,
+        pytest.raises(EndpointError, match=r"answers neither .*400: The plain HTTP request was sent to HTTPS port"),
+    ):
+        detect_api(session, url, 5.0)
+
+
 def test_signs_of_life() -> None:
     for response, alive in ((http(200, b""), True), (http(404, b""), True), (http(503, b""), True), (b"", False)):
         with serving(response) as url, Session() as session:
@@ -500,3 +517,15 @@ def test_a_server_that_stays_busy_is_not() -> None:
         pytest.raises(EndpointError, match="busy"),
     ):
         SERVER_APIS["ollama"].load(session, url, "m", 64, 0.5)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"error": {"message": "the model has crashed"}}',
+        b'{"choices": [{"error": {"code": 502, "message": "the model has crashed"}, "message": {"content": "A ma"}}]}',
+    ],
+)
+def test_an_error_in_a_200_is_the_servers(payload: bytes) -> None:
+    with pytest.raises(EndpointError, match=r"error in the reply: .*has crashed"):
+        SERVER_APIS["openai"].reply(payload)

@@ -132,6 +132,7 @@ class RewriteCaptions(Stage[Options]):
     """One shard: captions/<shard>.json → prompts/<shard>.json."""
 
     name = "02_captions_processor"
+    opens_quickly = True
     later: ClassVar[Mapping[str, Later]] = {"instruct": Later(before="openai", now="auto")}
     shards_in_flight = 3  # while the last replies for one arrive, the next one's requests are sent
 

@@ -166,7 +166,7 @@ class GenerateImages(Stage[Options]):
         except InfrastructureError as error:
             if not o.dry_run:
                 raise
-            logger.warning(f"{error}")
+            self.trouble = error
         preset = {name: getattr(s, name) for name in ("steps", "guidance", "height", "width", "text_tokens", "dtype")}
         names = ("size", "seed", "negative_prompt", "true_cfg_scale", "prompt_suffix", "quality", "edits_layout")
         speed = ("compile", "channels_last", "fuse_qkv", "text_batches")

@@ -163,6 +163,7 @@ class Reshard(Stage[Options]):
     """One shard: shards/<shard>.tar and its edits → <output>/<shard>.tar."""
 
     name = STAGE
+    opens_quickly = True
     later: ClassVar[Mapping[str, Later]] = LATER
 
     def __init__(self, options: Options) -> None:

@@ -206,6 +206,7 @@ class Recaption(Stage[Options]):
         self._limits = limits
         self._merge: JsonlMerge | None = None
         self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
+        self.opens_quickly = options.captioner[0].served
 
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
@@ -261,7 +262,7 @@ class Recaption(Stage[Options]):
         except InfrastructureError as error:
             if not o.dry_run:
                 raise
-            logger.warning(f"{error}")
+            self.trouble = error
         return {
             **model,
             **{name: getattr(o, name) for name in (*names, "max_watermark", "max_images")},

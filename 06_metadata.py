@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from curation.backends.extract import families
 from curation.cluster import Allocation
-from curation.errors import UsageError
+from curation.errors import InfrastructureError, UsageError
 from curation.extract import (
     INTEGER,
     KEYS,
@@ -143,7 +143,10 @@ class Metadata(Stage[Options]):
 
     @cached_property
     def _exact_weights(self) -> dict[str, list[str]]:
-        return self.catalogue.identify(logger.warning if self.options.dry_run else None)
+        return self.catalogue.identify(self._remember if self.options.dry_run else None)
+
+    def _remember(self, trouble: InfrastructureError) -> None:
+        self.trouble = trouble
 
     def open(self, allocation: Allocation) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

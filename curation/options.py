@@ -137,7 +137,7 @@ class RunOptions:
     quiet: bool = False
     """Only warnings and errors."""
     dry_run: bool = False
-    """Only count what would be done."""
+    """Only count what would be done, and check what the real run would: options, models, servers, folders."""
     lease_s: Annotated[float, at_least(1)] = 120.0
     """A worker whose heartbeat stops for so many seconds loses its shard to another worker."""
     stall_s: float = 1800.0

@@ -442,7 +442,10 @@ class _Run:
 
 
 def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:
-    """Print what would be done, and write nothing."""
+    """Print what would be done, and write nothing.
+
+    Raises InfrastructureError where the real run would: a model, a server or a folder is missing.
+    """
     ledger = stage.ledger(read_only=True)
     ids = [shard.id for shard in shards]
     ledger.enter("", options.rerun, ids if options.shards else None, ids, look=True)
@@ -456,4 +459,12 @@ def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], fo
         if state.what in ("failed", "blocked"):
             logger.warning(f"{shard.id} {state.what}: {state.why}")
     print(f"{stage.name} into {stage.output}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+    if counts["pending"]:
+        if stage.trouble is not None:
+            raise stage.trouble
+        if stage.opens_quickly:
+            try:
+                stage.open(Allocation.detect(options.workers))
+            finally:
+                stage.close()
     return EXIT_OK

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Generic, overload
 
 from curation.cluster import Allocation, StopSignal
-from curation.errors import LostClaim, ShardError, redact
+from curation.errors import InfrastructureError, LostClaim, ShardError, redact
 from curation.jsonio import clean_text, dump_json
 from curation.models.needs import WeightsNeed
 from curation.options import AnyOptions, logger, set_up_logging
@@ -60,6 +60,8 @@ class Stage(ABC, Generic[AnyOptions]):
         shards_in_flight: How many shards one process works on at the same time.
         kept_by_rerun: A sentence on what ``--rerun`` does not do again, if the stage keeps something.
         later: Options that ``fingerprint`` records and that older versions of the stage did not have.
+        opens_quickly: Whether ``open`` takes seconds at most, so that a dry run can try it.
+        trouble: What a dry run found when it looked for the models, with which the real run would end.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Stage(ABC, Generic[AnyOptions]):
     other_outputs: tuple[Path, ...] = ()
     shards_in_flight: int = 1
     kept_by_rerun: str = ""
+    opens_quickly: bool = False
+    trouble: InfrastructureError | None = None
     later: ClassVar[Mapping[str, Later]] = MappingProxyType({})
 
     def __init__(self, options: AnyOptions, output: str | Path | None = None) -> None:

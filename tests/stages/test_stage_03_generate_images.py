@@ -663,7 +663,7 @@ def test_prompts_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_no_hub_and_no_model_is_code_2_but_counting_works(
+def test_no_hub_and_no_model_is_code_2_also_of_a_dry_run(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from huggingface_hub import constants
@@ -672,8 +672,10 @@ def test_no_hub_and_no_model_is_code_2_but_counting_works(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert run(root, small=["--quiet"]) == 2
     assert "black-forest-labs/FLUX.1-schnell" in capsys.readouterr().err
-    assert run(root, small=["--quiet", "--dry_run"]) == 0
-    assert "1 pending" in capsys.readouterr().out
+    assert run(root, small=["--quiet", "--dry_run"]) == 2
+    told = capsys.readouterr()
+    assert "1 pending" in told.out
+    assert "black-forest-labs/FLUX.1-schnell" in told.err
 
 
 def test_a_gpu_that_torch_cannot_use_is_told(

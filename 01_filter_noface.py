@@ -29,7 +29,7 @@ from curation.options import URLS, at_least, between, exit_code, less_than, logg
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import Checkpoints
 from curation.run.inputs import check_made_by
-from curation.shards import discover
+from curation.shards import discover, local_folders
 from curation.tar.samples import Sample, caption_of, check_loose_name, image_of, metadata_of
 from curation.tar.scan import IMAGE_SUFFIXES
 from curation.threads import prefetch
@@ -350,7 +350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     check_made_by("--output", Path(options.output), FilterFaces.name)
     check_made_by("--edits", Path(options.edits), EDITS_STAGE, beside=(FilterFaces.name,))
-    return run_stage(FilterFaces(options), options, discover(options.input, allow_pipe=options.allow_pipe))
+    shards = discover(options.input, allow_pipe=options.allow_pipe)
+    if Path(options.edits).resolve() in local_folders(shards):
+        raise UsageError("--edits must not be the folder of the source shards: stage 03 would replace them")
+    return run_stage(FilterFaces(options), options, shards)
 
 
 if __name__ == "__main__":

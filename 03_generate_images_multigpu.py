@@ -32,7 +32,7 @@ from curation.edits import (
     recipe,
     txt_of,
 )
-from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.errors import InfrastructureError, SampleError, ShardError, UsageError
 from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of, shrunk_batches
 from curation.generate.encode import EncodedLog, make_missing
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
@@ -42,7 +42,9 @@ from curation.options import FINITE, at_least, between, exit_code, logger, parse
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import check_made_by, stage_version
 from curation.run.work import Later
+from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders
+from curation.tar.samples import metadata_of, read_samples
 
 DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
@@ -386,6 +388,33 @@ def one_process_per_gpu(options: Options) -> Options:
     return replace(options, workers=workers_for_gpus(options.workers, options.num_gpus, device=device))
 
 
+def refuse_other_shards(edits: Path, shards: Sequence[Shard]) -> None:
+    """Raise UsageError if a tar that would be replaced is no tar of edits, but perhaps a source shard.
+
+    Once the stage has begun in the folder, its own tars are there.
+    """
+    if (edits / "_receipts" / GenerateImages.name).exists():
+        return
+    for path in (edits / f"{shard.id}.tar" for shard in shards):
+        if path.is_file() and not _may_be_edits(path):
+            raise UsageError(
+                f"--edits: {path} holds samples that were not edited, and would be replaced: give another folder, and "
+                "not that of the source shards"
+            )
+
+
+def _may_be_edits(path: Path) -> bool:
+    """Whether a tar's first sample is an edit, or it has none that can be read."""
+    try:
+        sample = next(read_samples(path, ("json",)), None)
+    except ShardError:
+        return True
+    try:
+        return sample is None or isinstance(metadata_of(sample).get("curation"), dict)
+    except SampleError:
+        return False
+
+
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
@@ -395,6 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in local_folders(shards):
         check_made_by("--prompts", folder, PROMPTS_STAGE)
     check_made_by("--edits", Path(options.edits), GenerateImages.name, beside=(METADATA_STAGE,))
+    if options.edits_layout == "tar" and not is_worker():
+        refuse_other_shards(Path(options.edits), shards)
     options = GenerateImages.settled(options, options.edits)
     return run_stage(GenerateImages(options), one_process_per_gpu(options), shards, follows)
 

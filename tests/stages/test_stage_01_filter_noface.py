@@ -526,6 +526,15 @@ def test_output_and_edits_are_two_folders(run: Stage01) -> None:
     assert "two folders" in run.log
 
 
+def test_the_folder_of_the_sources_is_not_that_of_the_edits(run: Stage01) -> None:
+    """Stage 03 would write its tars over the source shards."""
+    source = run.add("00000000", *GOOD)
+    before = source.read_bytes()
+    assert run("--edits", str(source.parent)) == 2
+    assert "--edits must not be the folder of the source shards" in run.log
+    assert source.read_bytes() == before
+
+
 def test_a_missing_input_ends_with_exit_2(run: Stage01) -> None:
     assert run() == 2
     assert "shards" in run.log

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from curation.backends.generate.diffusers import Backend
 from curation.cluster import visible_gpus
 from curation.edits import GENERATED_XMP
 from curation.errors import UsageError
-from tests import ROOT
+from tests import EXAMPLES, ROOT
 from tests.backends.test_generate import copy_pipeline, limit_memory, spoil
 from tests.shards import contents
 from tests.stages.harness import Records
@@ -634,6 +635,17 @@ def test_a_link_in_the_edits_folder_leads_nowhere(root: Path, tmp_path: Path) ->
 
 
 # ---- wrong commands
+
+
+def test_source_shards_are_not_replaced(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--edits may name their folder by mistake, in which stage 01 has put its metadata."""
+    source = root / f"edits/{SHARD}.tar"
+    shutil.copy(EXAMPLES / "00000003.tar", source)
+    before = source.read_bytes()
+    for more in ((), ("--dry_run",), ("--rerun",)):
+        assert run(root, *more) == 2
+        assert f"{source} holds samples that were not edited" in capsys.readouterr().err
+        assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ _THINKING = (
     r"|cot|inner[_-]monologue)"
 )
 _TAG = re.compile(
-    rf"(?P<start><\s*{_THINKING}(?:\s[^<>]{{0,60}})?>|<\|think(?:ing)?\|>|\[THINK(?:ING)?\]|<details\s[^<>]{0, 200}\breasoning\b[^<>]{0, 100}>|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>(?:thought)?"
+    rf"(?P<start><\s*{_THINKING}(?:\s[^<>]{{0,60}})?>|<\|think(?:ing)?\|>|\[THINK(?:ING)?\]"
+    rf"|<details\s[^<>]{{0,200}}\breasoning\b[^<>]{{0,99}}>|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>(?:thought)?"
     rf"|<\|channel>\s*(?:thought|thinking|analysis)\b)"
     rf"|(?P<end><\s*/\s*{_THINKING}\s*>|<\|/think(?:ing)?\|>|\[/THINK(?:ING)?\]|</details>|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>"
     rf"|<channel\|>|<\|channel>\s*(?:final|response)\b\s*)",

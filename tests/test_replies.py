@@ -351,8 +351,9 @@ REASONED = [
     "<reasoning_process>x</reasoning_process>A man in a park.",
     "<chain_of_thought>x</chain_of_thought>A man in a park.",
     "[thinking]x[/thinking]A man in a park.",
-    '<details type="reasoning" done="true">\n<summary>Thought for 3 seconds</summary>\n> hm\n</details>\nA man in a park.',
+    '<details type="reasoning" done="true">\n<summary>Thought</summary>\n> hm\n</details>\nA man in a park.',
     "<think>x</think><final_answer>A man in a park.</final_answer>",
+    'A man<details type="reasoning">x</details> in a park.',
 ]
 
 

@@ -153,11 +153,15 @@ def asks_for_structure(asked: str) -> bool:
 
 # ---- reasoning
 
-_THINKING = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis|seed:think)"
+_THINKING = (
+    r"(?:think(?:ing)?|(?:chain[_-]of[_-])?thoughts?|reason(?:ing)?(?:[_-]process)?|reflection|scratchpad|analysis|seed:think"
+    r"|cot|inner[_-]monologue)"
+)
 _TAG = re.compile(
-    rf"(?P<start><\s*{_THINKING}(?:\s[^<>]{{0,60}})?>|<\|think(?:ing)?\|>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>(?:thought)?"
+    rf"(?P<start><\s*{_THINKING}(?:\s[^<>]{{0,60}})?>|<\|think(?:ing)?\|>|\[THINK(?:ING)?\]"
+    rf"|<details\s[^<>]{{0,200}}\breasoning\b[^<>]{{0,99}}>|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>(?:thought)?"
     rf"|<\|channel>\s*(?:thought|thinking|analysis)\b)"
-    rf"|(?P<end><\s*/\s*{_THINKING}\s*>|<\|/think(?:ing)?\|>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>"
+    rf"|(?P<end><\s*/\s*{_THINKING}\s*>|<\|/think(?:ing)?\|>|\[/THINK(?:ING)?\]|</details>|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>"
     rf"|<channel\|>|<\|channel>\s*(?:final|response)\b\s*)",
     re.IGNORECASE,
 )
@@ -165,7 +169,7 @@ _TAG = re.compile(
 _FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<\n]{0,40}(?:<\|constrain\|>[^<\n]{0,40})?(?:<\|message\|>)?")
 _CHANNEL_ENDS = re.compile(r"<\|(?:end|return|start|call)\|>")
 _ANSWER = re.compile(
-    r"\s*(?:<(?P<tag>answer|response|solution|final|output)>(?P<inner>.*)</(?P=tag)>"
+    r"\s*(?:<(?P<tag>(?:final_)?answer|response|solution|final|output)>(?P<inner>.*)</(?P=tag)>"
     r"|<\|begin_of_(?P<box>box|solution)\|>(?P<boxed>.*)<\|end_of_(?P=box)\|>"
     r"|<\|START_RESPONSE\|>(?P<response>.*)<\|END_RESPONSE\|>)\s*",
     re.IGNORECASE | re.DOTALL,
@@ -319,6 +323,7 @@ _TALK = (
             r"(?:the user(?:'s|\s(?:is|wants|asked|asks|gave|has|provided|needs|just))\b"
             r"|user (?:wants|asked|asks|gave|provided) (?:me|us|for|a|an|the|to)\b"
             r"|(?:reasoning|thoughts?|(?:my )?thought process|thinking|step-by-step|analysis)\W{0,3}:"
+            r"|thinking\s*(?:\.{3}|…)"
             r"|step 1\W{0,3}:.*\bstep 2\b"
             r"|let(?: me|'s) (?:think|analy|start by|look at (?:the|this)|break (?:this|it) down|reconsider"
             r"|(?:rewrit|describ|caption|summari[sz])\w* (?:the|this|it)\b)"
@@ -393,8 +398,8 @@ _ROLE = _found(
     r"|[.!?\n]\s*(?:human|user)\s*:[^<]{0,400}\bassistant\s*:"
 )
 _TOKENS = _found(
-    r"<\|[^<>|]{1,40}\|>|<｜[^<>]{1,40}｜>|</?(?:think|s|bos|eos|pad|unk|mask|start_of_turn|end_of_turn|end_of_utterance|turn"
-    r"|image|img|loc_\d+|unused\d+|extra_id_\d+|image_soft_token|0x[0-9A-F]{2})>|<\|?(?:turn|channel)\|?>|\[/?INST\]|<</?SYS>>"
+    r"<\|[^<>|]{1,40}\|>|<｜[^<>]{1,40}｜>|</?(?:think|s|bos|eos|pad|unk|mask|(?:start|end)_of_[a-z]{3,20}|turn"
+    r"|image|img|loc_\d+|unused\d+|extra_id_\d+|image_soft_token|0x[0-9A-F]{2})>|<\|?(?:turn|channel)\|?>|\[/?INST\]|\[TOOL_CALLS?\]|<</?SYS>>"
     r"|◁[^▷]{1,20}▷|▁\w|(?:Ġ\w+\s*){2}|\[(?:insert|your)\b[^\]]{0,60}\]|<end>|\[/?(?:END|EOS|s)\]\W*$"
 )
 _HTML = (
@@ -404,6 +409,9 @@ _HTML = (
 )
 _STRUCTURE = (
     _found(_HTML),
+    # Any tag around the whole, or a gesture before it: *smiles*
+    _found(r"\A\s*<[a-z][\w:-]*(?:[\s=][^<>]{0,200})?/?>|</[a-z][\w:-]*\s*>\s*\Z", re.IGNORECASE),
+    _found(r"\A\s*\*[a-z][^*\n]{1,80}\*\s+[A-Z]", re.NOFLAG),
     # A place that is to be filled in: [group], {sentence}, {{ caption }}, <group>
     _found(
         r"[\[{<]\s*(?:group|ethnicity|gender|sentence|caption|description|prompt|answer)(?:\s+(?:here|name))?\s*[\]}>]"

@@ -240,6 +240,7 @@ NO_CAPTIONS = [
             "User wants a caption. A man in a park.",
             "To rewrite the sentence, I will replace the woman. A man in a park.",
             "Step 1: look. Step 2: A man in a park.",
+            "Thinking... A man in a park.",
         )
     ),
     *(
@@ -297,6 +298,14 @@ NO_CAPTIONS = [
             "A {group} man in a park",
             "{{caption}}",
             "\\text{A man in a park.}",
+            "<internal>x</internal>A man in a park.",
+            "<think/>A man in a park.",
+            "<rewritten_sentence>A man in a park.</rewritten_sentence>",
+            "*thinks* A man in a park.",
+            '<tool_call>{"name": "x"}</tool_call>',
+            "<function=rewrite>x</function>",
+            '[TOOL_CALLS][{"name": "x"}]',
+            "<start_of_image>A man in a park.",
         )
     ),
     ("A man in a park. ### Human: next", "reply_echo"),
@@ -339,6 +348,12 @@ REASONED = [
     "<THINK>x</THINK> A man in a park.",
     "<|begin_of_box|>A man in a park.<|end_of_box|>",
     "<reasoning>x</reasoning>A man in a park.",
+    "<reasoning_process>x</reasoning_process>A man in a park.",
+    "<chain_of_thought>x</chain_of_thought>A man in a park.",
+    "[thinking]x[/thinking]A man in a park.",
+    '<details type="reasoning" done="true">\n<summary>Thought</summary>\n> hm\n</details>\nA man in a park.',
+    "<think>x</think><final_answer>A man in a park.</final_answer>",
+    'A man<details type="reasoning">x</details> in a park.',
 ]
 
 

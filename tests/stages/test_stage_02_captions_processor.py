@@ -260,6 +260,13 @@ def test_a_reply_that_is_no_prompt_is_asked_for_again_and_then_rejected(run: Sta
     assert [body["options"]["temperature"] for body in asked] == [0.7, 0.9, 1.1]
 
 
+def test_a_prompt_may_say_what_its_caption_says(run: Stage02) -> None:
+    caption = f"{ENGLISH}. Note: this is a limited edition"
+    run.add({"a.json": caption})
+    assert run("--groups", "none") == 0
+    assert run.prompts() == {"a.json": f"A photo, {caption}"}
+
+
 def test_the_length_of_a_reply_is_an_option(run: Stage02) -> None:
     run.add({**english(9), "bad.json": f"{ENGLISH} LENGTH"})
     assert run("--retries", "1", "--max_tokens", "40") == 0

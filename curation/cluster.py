@@ -326,7 +326,7 @@ def gpus_promised(environ: Mapping[str, str] = os.environ) -> str:
     for name in (*_NAMING_GPUS, *_COUNTING_GPUS):
         value = environ.get(name, "").strip()
         none = not re.search(r"(^|[:=])0*[1-9]\d*($|\D)", value) if name in _COUNTING_GPUS else False
-        if value.lower() not in _NO_GPU and not none:
+        if value.lower() not in _NO_GPU and not value.startswith("-") and not none:  # CUDA stops at a negative number
             return f"{name}={value[:80]} says that there are GPUs"
     if "CUDA_VISIBLE_DEVICES" not in environ:  # nobody has hidden them
         devices = sorted(name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+|dxg", name))

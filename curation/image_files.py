@@ -21,7 +21,9 @@ _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # in compressed data: no stuffed byte and no restart
 _FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
-_SCAN, _END = 0xDA, 0xD9
+_SCAN, _END, _COMMENT = 0xDA, 0xD9, 0xFE
+# What tells how to show the pixels: marker → (the shortest body that libjpeg takes, its begin)
+_READ_METADATA = {0xE0: (14, b"JFIF\0"), 0xE1: (14, b"Exif\0\0"), 0xEE: (12, b"Adobe")}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TRANSPARENCY = {0: 2, 2: 6}  # PNG's colour type → bytes of tRNS
@@ -73,7 +75,8 @@ def pixels_alone(data: bytes) -> bytes | None:
         alone = _png_alone(data)
         return alone if alone != data else None
     if data.startswith(_SOI):
-        return _completed_jpeg(data)
+        alone = _jpeg_alone(data)
+        return _completed_jpeg(alone) or (alone if alone != data else None)
     return None
 
 
@@ -118,6 +121,7 @@ def _png_alone(data: bytes) -> bytes:
 class _Segment:
     marker: int
     body: bytes
+    end: int = 0  # where the next one begins
 
 
 def _segments(data: bytes) -> Iterator[_Segment]:
@@ -133,8 +137,24 @@ def _segments(data: bytes) -> Iterator[_Segment]:
         length = int.from_bytes(data[at : at + 2], "big")
         if length < 2 or at + length > len(data):
             return
-        yield _Segment(marker, data[at + 2 : at + length])
+        yield _Segment(marker, data[at + 2 : at + length], at + length)
         at += length
+
+
+def _jpeg_alone(data: bytes) -> bytes:
+    """The JPEG without the segments before its first scan that libjpeg does not need, and Pillow may stumble over."""
+    kept, at = [_SOI], len(_SOI)
+    for segment in _segments(data):
+        if segment.end == 0:  # an end, or a second start: not the usual form of a file
+            return data
+        metadata = 0xE0 <= segment.marker <= 0xEF or segment.marker == _COMMENT
+        shortest, name = _READ_METADATA.get(segment.marker, (0, b""))
+        if not metadata or (name and len(segment.body) >= shortest and segment.body.startswith(name)):
+            kept.append(data[at : segment.end])
+        at = segment.end
+        if segment.marker == _SCAN:
+            return b"".join((*kept, data[at:]))
+    return data
 
 
 def _completed_jpeg(data: bytes) -> bytes | None:

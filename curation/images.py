@@ -44,7 +44,10 @@ _XMP_NAME = b"http://ns.adobe.com/xap/1.0/\x00"
 
 # libjpeg's warnings that mean lost pixels (jerror.h).  After its other warnings (extra bytes between segments, an odd
 # JFIF revision, a bad ICC profile) the image is complete, and every viewer shows it.
-_DAMAGE = re.compile(r"premature end|bad huffman|bad arithmetic|resync|progression|unsupported marker", re.IGNORECASE)
+_DAMAGE = re.compile(
+    "premature end|bad huffman|bad arithmetic|resync|progression|unsupported marker|marker 0xd9 instead of RST",
+    re.IGNORECASE,
+)
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # removed from error texts, because it differs from run to run
 
 
@@ -87,6 +90,8 @@ def _decode(data: bytes | memoryview, max_pixels: int, at_least: int | None, on_
         is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         pixels = _decode_jpeg(data, max_pixels, at_least) if is_plain_jpeg else None
         if pixels is None:
+            if image.format in ("JPEG", "MPO") and image.mode == "CMYK":
+                _check_cmyk(data)
             pixels = _decode_with_pillow(image, on_white)
     return _upright(pixels, orientation)
 
@@ -305,6 +310,15 @@ def _decode_jpeg(data: bytes | memoryview, max_pixels: int, at_least: int | None
             raise SampleError("undecodable", str(error)[:300]) from None
         return None
     return pixels
+
+
+def _check_cmyk(data: bytes | memoryview) -> None:
+    """Raise SampleError ``undecodable`` for lost pixels, in whose place Pillow shows grey without a word."""
+    try:
+        simplejpeg.decode_jpeg(data, "CMYK")
+    except ValueError as error:
+        if _DAMAGE.search(str(error)):
+            raise SampleError("undecodable", str(error)[:300]) from None
 
 
 def _decode_with_pillow(image: Image.Image, on_white: bool) -> Pixels:

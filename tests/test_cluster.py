@@ -240,6 +240,7 @@ PROMISES = [
     {"SLURM_GPUS_PER_TASK": "gpu:10"},
 ]
 NO_PROMISES = [
+    {"CUDA_VISIBLE_DEVICES": "-1,0"},
     {"CUDA_VISIBLE_DEVICES": ""},
     {"CUDA_VISIBLE_DEVICES": "-1"},
     {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},

@@ -85,6 +85,44 @@ def test_a_jpeg_without_its_end_marker_is_whole_and_one_that_was_cut_is_not(name
             decode_rgb(data[:cut])
 
 
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "beside",
+    [segment(0xEE, b"Adobe"), segment(0xE0, b"JFIF\0"), segment(0xEE, b"Adobe") + segment(0xFE, b"\xff\xda" * 500)],
+)
+def test_a_jpeg_with_broken_segments_beside_its_pixels_is_decoded_upright(mode: str, beside: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = encoded("JPEG", PICTURE.convert(mode), exif=exif)
+    odd = plain[:2] + beside + plain[2:]
+    with pytest.raises(Image.UnidentifiedImageError):
+        Image.open(io.BytesIO(odd))
+    assert image_size(odd) == image_size(plain) == (64, 96)
+    assert np.array_equal(decode_rgb(odd), decode_rgb(plain))
+    assert np.array_equal(decode_rgb(odd[:-2]), decode_rgb(plain))
+    with pytest.raises(SampleError, match="undecodable"):
+        decode_rgb(odd[:-200])
+
+
+@pytest.mark.parametrize(
+    "picture", [encoded("JPEG", PICTURE.convert("CMYK")), encoded("JPEG", restart_marker_blocks=2)], ids=["CMYK", "RST"]
+)
+def test_a_jpeg_that_was_cut_and_then_ended_is_not_whole(picture: bytes) -> None:
+    decode_rgb(picture)
+    begin = picture.index(b"\xff\xda") + 20
+    for at in range(begin, len(picture) - 10, 7):
+        with pytest.raises(SampleError, match="undecodable"):
+            decode_rgb(picture[:at] + b"\xff\xd9")
+    for restart in range(8):
+        if (at := picture.find(bytes((0xFF, 0xD0 + restart)), begin)) > 0:
+            with pytest.raises(SampleError, match="undecodable"):
+                decode_rgb(picture[:at] + b"\xff\xd9")
+
+
 def scans_of(count: int, side: int) -> bytes:
     """A progressive JPEG with its last scan repeated, which costs a few bytes and a pass over all pixels each."""
     data = encoded("JPEG", Image.new("RGB", (side, side)), progressive=True)

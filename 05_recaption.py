@@ -39,6 +39,7 @@ from curation.caption import (
     write_format,
     write_rows,
 )
+from curation.caption.rows import TAR_FOLDER
 from curation.cluster import Allocation, workers_for_gpus
 from curation.errors import InfrastructureError, UsageError
 from curation.generate.batches import seed_of
@@ -55,7 +56,7 @@ from curation.run.merge import JsonlMerge
 from curation.run.work import Later
 from curation.run.workers import is_worker
 from curation.serving import read_key
-from curation.shards import discover, select
+from curation.shards import discover, local_folders, select
 
 JSONL_NAME = "captions.jsonl"
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
@@ -393,6 +394,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = options.of_the_run()
     run = Recaption.settled(run, run.output_dir)
     shards = select(discover(run.source, allow_pipe=run.allow_pipe), run.shards)
+    if "tar" in run.formats and (Path(run.output_dir) / TAR_FOLDER).resolve() in local_folders(shards):
+        raise UsageError(
+            f"--output_dir {run.output_dir}: the source shards are in its folder {TAR_FOLDER}/, where --format tar "
+            "writes shards of the same names; use another folder"
+        )
     limits: dict[str, int] = {}
     if run.max_images is not None:
         limits = first_images(shards, run.max_images)

@@ -35,7 +35,7 @@ from curation.models.needs import WeightsNeed
 from curation.options import URLS, at_least, exit_code, logger, parse_options, set_up_logging
 from curation.run import Later, RunOptions, ShardContext, Stage, run_stage
 from curation.run.workers import is_worker
-from curation.shards import Shard
+from curation.shards import Shard, local_folders
 from curation.tar.samples import read_samples
 from curation.tar.scan import TarReport
 
@@ -211,6 +211,16 @@ def begins_anew(stage: Metadata, shards: Sequence[Shard]) -> bool:
     return not all(ledger.governing(shard.id).same_options(ledger.options, stage.version) for shard in shards)
 
 
+def refuse_tables_of_the_source(stage: Metadata, shards: Sequence[Shard]) -> None:
+    """Refuse to begin beside the source shards where their own tables, as img2dataset and DataComp have, are."""
+    if stage.output.resolve() not in local_folders(shards) or (stage.output / "_receipts" / stage.name).exists():
+        return
+    for shard in shards:
+        for table in (stage.output / f"{shard.id}.parquet", stage.output / f"{shard.id}.npz"):
+            if table.exists():
+                raise UsageError(f"{table} belongs to the source shards and would be replaced: use another folder")
+
+
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
@@ -230,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rerun = options.rerun or (config.reprocess and begins_anew(stage, shards))
         options = replace(options, workers=workers, rerun=rerun)
     stage.options = options
+    refuse_tables_of_the_source(stage, shards)
     return run_stage(stage, options, shards)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 
 from curation.commands.stages import find_script, load_script, stage_class
 from curation.run import Stage
-from tests import ROOT
+from tests import EXAMPLES, ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("[0-9][0-9]_*.py"))
 COUNTS = {"in": 70, "kept": 65, "dropped": 3, "failed": 2, "edited": 5, "reused": 4}
@@ -90,3 +92,27 @@ def test_the_files_of_another_stage_are_refused(
         assert f"error: {told}{tmp_path / flags[told[2:-2]]} holds the files of" in error
         assert "swapped" in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sources_are_not_replaced_by_outputs_of_the_same_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stage 05's tars beside their sources; stage 06's tables on those that img2dataset and DataComp put beside shards."""
+    source = tmp_path / "shards"
+    source.mkdir()
+    shutil.copy(EXAMPLES / "00000003.tar", source)
+    before = (source / "00000003.tar").read_bytes()
+    flags = ["--model", "endpoint:m", "--endpoints", "http://127.0.0.1:9"]
+    stage = importlib.import_module("05_recaption")
+    assert stage.main([str(source), "-o", str(tmp_path), "--format", "jsonl,tar", *flags]) == 2
+    assert "--output_dir" in capsys.readouterr().err
+    (source / "00000003.parquet").write_bytes(b"the source's own")
+    flags = ["--models", "statistics", "--input_tars", str(source), "--output_metadata_dir", str(source)]
+    stage = importlib.import_module("06_metadata")
+    assert stage.main([*flags, "--nworkers", "1"]) == 2
+    assert "00000003.parquet belongs to the source shards" in capsys.readouterr().err
+    assert (source / "00000003.tar").read_bytes() == before
+    assert (source / "00000003.parquet").read_bytes() == b"the source's own"
+    (source / "00000003.parquet").unlink()
+    assert stage.main([*flags, "--nworkers", "1"]) == 0
+    assert stage.main([*flags, "--nworkers", "1"]) == 0, "it goes on where it has begun"

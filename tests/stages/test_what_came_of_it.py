@@ -97,7 +97,7 @@ def test_the_files_of_another_stage_are_refused(
 def test_sources_are_not_replaced_by_outputs_of_the_same_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stage 05's tars beside their sources; stage 06's tables on those that img2dataset and DataComp put beside shards."""
+    """Stage 05's tars; stage 06's tables over those that img2dataset and DataComp put beside shards."""
     source = tmp_path / "shards"
     source.mkdir()
     shutil.copy(EXAMPLES / "00000003.tar", source)

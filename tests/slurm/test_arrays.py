@@ -26,7 +26,7 @@ def test_an_array_over_three_nodes_does_every_shard_once(jobs: Jobs, tmp_path: P
     for script, flags, variables in (
         ("01_filter_noface.sh", recorded, {}),
         ("02_captions_processor.sh", ["--api", "ollama"], asks),
-        ("04_reshard.sh", [], {}),
+        ("04_reshard.sh", ["--index"], {"EDITS_DIR": "none", "PROMPTS_DIR": "none"}),
     ):
         jobs.run(script, *flags, **array, variables={**variables, **together})
         jobs.alone(alone, script, *flags, variables=variables)

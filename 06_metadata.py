@@ -215,10 +215,9 @@ def refuse_tables_of_the_source(stage: Metadata, shards: Sequence[Shard]) -> Non
     """Refuse to begin beside the source shards where their own tables, as img2dataset and DataComp have, are."""
     if stage.output.resolve() not in local_folders(shards) or (stage.output / "_receipts" / stage.name).exists():
         return
-    for shard in shards:
-        for table in (stage.output / f"{shard.id}.parquet", stage.output / f"{shard.id}.npz"):
-            if table.exists():
-                raise UsageError(f"{table} belongs to the source shards and would be replaced: use another folder")
+    tables = (stage.output / f"{shard.id}{suffix}" for shard in shards for suffix in (".parquet", ".npz"))
+    if (table := next(filter(Path.exists, tables), None)) is not None:
+        raise UsageError(f"{table} belongs to the source shards and would be replaced: use another folder")
 
 
 @exit_code

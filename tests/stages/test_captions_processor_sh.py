@@ -28,7 +28,7 @@ exec {sys.executable} {STUB} --port "${{OLLAMA_HOST#*:}}" --latency_s "${{LATENC
 """
 # One task; signals reach every process of it, as SLURM sends them.
 SRUN = """#!/bin/bash
-shift
+while [[ $1 == -* ]]; do shift; done
 setsid "$@" &
 trap 'kill -USR1 -- -$!' USR1
 trap 'kill -TERM -- -$!' TERM

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import struct
 from typing import Final
 
 from curation.jsonio import clean_text
 from curation.tar.headers import BLOCK, BadHeader, parse_header
 
 HEAD_BYTES: Final = BLOCK
+
+LOOK_BYTES: Final = 4 << 20  # in which the header of a further member is looked for
+
+_MAGIC, _MAGIC_AT = b"ustar", 257
 
 GZIP: Final = b"\x1f\x8b"
 
@@ -57,6 +62,20 @@ def not_a_tar(head: bytes) -> str:
         if head.startswith(signature):
             return f"{what}, not a tar; {remedy}"
     return _text_of(head.removeprefix(b"\xef\xbb\xbf").lstrip())
+
+
+def holds_headers(data: bytes | bytearray) -> bool:
+    """Whether there is a tar header among these bytes: the file is then a tar that has lost its first header."""
+    at = data.find(_MAGIC)
+    while at >= 0:
+        try:
+            if at >= _MAGIC_AT:
+                parse_header(data, at - _MAGIC_AT)
+                return True
+        except (BadHeader, struct.error):
+            pass
+        at = data.find(_MAGIC, at + 1)
+    return False
 
 
 def _is_header(head: bytes) -> bool:

@@ -31,7 +31,7 @@ from curation.storage.remote_read import ResumingReader, server_of
 from curation.storage.urls import Source, Url, redact
 from curation.tar.blocks import Block, Blocks, FileBlocks
 from curation.tar.headers import RECORD, ZERO_BLOCK, make_header, padded, padding, split_name
-from curation.tar.recognise import GZIP, HEAD_BYTES, not_a_tar
+from curation.tar.recognise import GZIP, HEAD_BYTES, LOOK_BYTES, holds_headers, not_a_tar
 
 MAX_FILES: Final = 10_000_000
 
@@ -280,15 +280,25 @@ def _checked(blocks: Blocks, path: str, *, unpack: bool) -> Blocks:
         if head.startswith(GZIP) and not_a_tar(head) and unpack:
             blocks = StreamBlocks(GunzipStream(path, blocks))
             head = _head_of(blocks)
-            if problem := not_a_tar(head):
+            if problem := _problem_of(blocks, head):
                 raise ShardError(f"{path}: compressed with gzip, and inside it is {problem}", "not_a_tar")
-        elif problem := not_a_tar(head):
+        elif problem := _problem_of(blocks, head):
             raise ShardError(f"{path}: {problem}", "not_a_tar")
     except BaseException:
         blocks.cancel()
         blocks.close()
         raise
     return blocks
+
+
+def _problem_of(blocks: Blocks, head: bytes) -> str:
+    """What ``not_a_tar`` says, but for a tar whose first header is lost: it begins with what its first member holds."""
+    problem = not_a_tar(head)
+    if not problem or len(head) < HEAD_BYTES or head.startswith(GZIP):
+        return problem
+    data = bytearray(LOOK_BYTES)
+    del data[blocks.fill(memoryview(data), 0) :]
+    return "" if holds_headers(data) else problem
 
 
 def _head_of(blocks: Blocks) -> bytes:
@@ -326,16 +336,16 @@ class _Rereadable:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._head: bytes | None = None
+        self._head = b""
 
     @property
     def size(self) -> int | None:
         return self._stream.size
 
     def read_at(self, view: memoryview, start: int) -> int:
-        if self._head is None:
-            head = bytearray(HEAD_BYTES)
-            self._head = bytes(head[: self._stream.read_at(memoryview(head), 0)])
+        if start == 0 and len(self._head) < min(len(view), LOOK_BYTES):
+            more = bytearray(min(len(view), LOOK_BYTES) - len(self._head))
+            self._head += more[: self._stream.read_at(memoryview(more), len(self._head))]
         known = self._head[start : start + len(view)]
         view[: len(known)] = known
         rest = view[len(known) :]

@@ -97,6 +97,21 @@ def test_damage_in_the_first_header_is_searched_for_members(tmp_path: Path) -> N
     assert [key for key, _ in keys(tmp_path / "0.tar")] == ["001", "002", "003"]
 
 
+@pytest.mark.parametrize("lost", [b"", b"\xff\xd8\xff\xe0", b"<html>", b'{"a": 1}'])
+@pytest.mark.parametrize("shift", [0, 100])
+def test_a_tar_that_lost_its_first_header_is_damaged_and_gives_the_rest(
+    tmp_path: Path, lost: bytes, shift: int
+) -> None:
+    """It begins with the data of its first member, which looks like a file of another kind."""
+    first = tar_of([("a.jpg", lost + b"x" * 900)])
+    rest = tar_of([("b.jpg", b"y"), ("b.json", b"{}"), ("b.txt", b"z")])
+    (tmp_path / "0.tar").write_bytes(first[512 : 512 + 1024 - shift] + rest)
+    for source in (tmp_path / "0.tar", Url(f"pipe:cat {tmp_path}/0.tar")):
+        found = {sample.key: sample for sample in read_samples(source) if not sample.problem}
+        assert set(found) == {"b"}
+        assert set(found["b"].members) == {"jpg", "json", "txt"}
+
+
 @pytest.mark.parametrize("name", ["0.tar", "0.tar.gz", "0.tgz"])
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("small", [False, True], ids=["as it is", "small windows"])

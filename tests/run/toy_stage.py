@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import sys
 import threading
@@ -150,6 +151,18 @@ class Toy(Stage[Options]):
             raise InfrastructureError("no endpoint answers")
         if line == "disk full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.output / "x"))
+        if line == "too little memory":
+            limit_memory()
+            bytearray(4 << 30)
+        if line == "too few threads":
+            limit_memory()
+            threading.stack_size(1 << 30)
+            threading.Thread(target=time.sleep, args=(0,)).start()
+        if line == "too few files":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3,) * 2)
+            _held = [open(os.devnull) for _ in range(16)]  # noqa: SIM115 - none of them is closed
+        if line == "too little memory for the sample":
+            work.fail("a", "out_of_memory", "decoding it")
         if line == "half":
             with work.output(self.output / f"{work.shard.id}.half") as file:
                 file.write(b"half")
@@ -172,6 +185,12 @@ class Toy(Stage[Options]):
         if self.options.journal is not None:
             with open(self.options.journal, "a") as file:
                 file.write(f"{os.getpid()} {line}\n")
+
+
+def limit_memory() -> None:
+    """Let this process take no more than 256 MB beyond what it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (256 << 20),) * 2)
 
 
 @exit_code

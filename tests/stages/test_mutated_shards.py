@@ -386,6 +386,9 @@ def stage_04_subset(run: Run) -> None:
     run.stage("04_reshard", "--input", run.source, *flags)
     receipts = run.receipts("04s", "04_reshard")
     for shard in run.shards:
+        if receipts[shard]["status"] == "failed":  # nothing is left of it
+            run.compare("04 --subset", shard, {})
+            continue
         kept = receipts[shard]["counts"]["kept"] + receipts[shard]["notes"]["copies"]
         run.compare("04 --subset", shard, run.read("04 --subset", run.root / "04s" / f"{shard}.tar", kept))
 
@@ -427,8 +430,9 @@ def fsck(run: Run) -> None:
         if path.exists():
             kept = json.loads(path.with_name(f"{shard}.salvage.json").read_bytes())["counts"]["kept"]
             run.compare("fsck", shard, run.read("fsck", path, kept))
-        else:  # nothing is wrong with it
-            run.compare("fsck, sound", shard, dict(as_tarfile_reads(run.source / f"{shard}.tar", "r:")))
+        else:  # nothing is wrong with it, or nothing is left of it
+            source = run.source / f"{shard}.tar"
+            run.compare("fsck, sound", shard, dict(as_tarfile_reads(source, "r:")) if source.stat().st_size else {})
 
 
 STAGES = (stage_01, stage_04, stage_04_regrouped, stage_04_subset, stage_05, stage_06, fsck)

@@ -48,7 +48,7 @@ GLOBAL: Final = ord("g")  # a pax header for all members behind it
 _HARD_KEYWORDS: Final = ("GNU.sparse.", "hdrcharset")  # of pax headers; tarfile itself is asked about these
 WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: their size field is ignored
 
-_unpack = struct.Struct("100s24s12s12s8sB355s").unpack_from
+_unpack = struct.Struct("100s24s11sB12s8sB355s").unpack_from
 _OFTEN_CHANGED: Final = 157  # the bytes before the name of the link, which never sum up to Adler-32's modulus
 _NO_LINK: Final = bytes(100)
 _SIMILAR_HEADERS: Final = 256  # kinds of headers, and texts of pax headers, whose judgement is kept
@@ -76,6 +76,7 @@ _FIELDS: Final = tuple(
         ("group", (116, 124), _OCTAL_OR_NONE + rb"\x80\0\0\0.*"),
         ("size", (124, 136), rb" *[0-7]+ *(?:\0.*)?|\0+|\x80.*"),
         ("time", (136, 148), _OCTAL_OR_NONE + rb"\x80\0\0\0[\0-\x7f].*|\xff\xff\xff\xff[\x80-\xff].*"),
+        ("checksum", (148, 156), rb"[^\x80-\xff].*"),
         ("device", (329, 337), rb" *[0-7]* *(?:\0.*)?|[\x80\xff].*"),
         ("device", (337, 345), rb" *[0-7]* *(?:\0.*)?|[\x80\xff].*"),
     )
@@ -160,30 +161,31 @@ def parse_block(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, 
     This is the inner loop of every pass over a shard.  So the bytes are summed by Adler-32, which is computed in C: its
     low half is 1 + their sum.  The bytes that are the same in nearly all headers are judged and summed only once.
     """
-    name, owner, size_field, mtime, checksum, kind, tail = _unpack(buffer, at)
-    similar = _similar.get(kind, _NOTHING_SIMILAR)
-    if owner != similar[0] or tail != similar[1]:
-        similar = _similar[kind] = (owner, tail, *_judge(owner, tail, kind in REGULAR))
+    name, owner, digits, size_end, mtime, checksum, kind, tail = _unpack(buffer, at)
+    similar_owner, similar_tail, others, prefix = _similar.get(kind, _NOTHING_SIMILAR)
+    if owner != similar_owner or tail != similar_tail:
+        others, prefix = _judge(owner, tail, kind in REGULAR)
+        _similar[kind] = owner, tail, others, prefix
     plain = (
-        similar[2] >= 0
-        and (adler32(buffer[at : at + _OFTEN_CHANGED]) & 0xFFFF) + similar[2] == _expected(checksum)
+        others >= 0
+        and (adler32(buffer[at : at + _OFTEN_CHANGED]) & 0xFFFF) + others == _expected(checksum)
         and _is_plain_time(mtime)
     )
     if not plain and parse_number(checksum) not in _sums(buffer, at):
         raise BadHeader("its checksum does not fit")
-    digits = size_field[:11]
-    if digits.isdigit() and size_field[11] in b"\0 ":
+    if digits.isdigit() and size_end in b"\0 ":
         try:
             size = int(digits, 8)
         except ValueError:
             raise BadHeader("a field of it is no number") from None
     else:
+        size_field = bytes((*digits, size_end))
         size = _size_of(size_field)
         plain = plain and _SIZE_FORM.fullmatch(size_field) is not None
     if (end := name.find(0)) >= 0:
         name = name[:end]
     if plain and (kind or not name.endswith(b"/")):  # v7 marks folders in this way
-        return similar[3] + name, size, mtime, kind, ""
+        return prefix + name, size, mtime, kind, ""
     name = _prefix_of(tail) + name
     return name, size, mtime, kind, _oddity_of_block(bytes(buffer[at : at + BLOCK]), name, size)
 
@@ -264,7 +266,7 @@ def _difference(found: tarfile.TarInfo, name: bytes, size: int) -> str:
 def _expected(checksum: bytes) -> int:
     """1 + the sum of a header's bytes as it follows from its checksum field, which counts itself as eight spaces; -1 if
     the field has a form that tarfile does not read."""
-    return parse_number(checksum) + sum(checksum) - _SPACES_SUM + 1 if checksum[0] <= 0x80 else -1
+    return parse_number(checksum) + sum(checksum) - _SPACES_SUM + 1 if checksum[0] < 0x80 else -1
 
 
 def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes, int, bytes, int, int, str] | None:

@@ -17,7 +17,6 @@ _MAGIC, _MAGIC_AT = b"ustar", 257
 
 GZIP: Final = b"\x1f\x8b"
 
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _GET_ANEW = "download it again"
 _UNPACK = "unpack it first"
 
@@ -36,21 +35,13 @@ _SIGNATURES: Final = (
     (b"PAR1", "a parquet table", "stage 00 takes tables"),
     (b"ARROW1", "an Arrow table", "stage 00 takes tables"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "make a tar of its content"),
-    (_JPEG, "a JPEG", "put it into a tar"),
-    (_PNG, "a PNG", "put it into a tar"),
+    (b"\xff\xd8\xff", "a JPEG", "put it into a tar"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG", "put it into a tar"),
 )
-_TEXTS: Final = ("JSON, ", "text, ")
 _HTML = re.compile(rb"<(!doctype\s+html|html|head|body|title|meta|script)\b", re.IGNORECASE)
 _CODE = re.compile(rb"<Code>([A-Za-z]{1,60})</Code>")
 _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 _QUOTED_CHARACTERS = 60
-
-
-def may_be_content(head: bytes) -> bool:
-    """Whether a file that is ``not_a_tar`` begins as a sample's picture, text or json does: it may be a tar of which
-    the first header was lost."""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    return head.startswith((_JPEG, _PNG)) or _text_of(text).startswith(_TEXTS)
 
 
 def not_a_tar(head: bytes) -> str:

@@ -4,7 +4,7 @@ It reads v7, ustar, GNU (long names and links, base-256 numbers, old sparse file
 header in front if a name or a size does not fit.
 
 Programs do not agree on every header.  A header is **odd** if Python's tarfile, with which webdataset and Hugging Face
-``datasets`` read, takes another name, size or place from it than this module does, or stops at it.
+``datasets`` read, takes another name, size or place from it than this module does, or if it or GNU tar stops at it.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ GLOBAL: Final = ord("g")  # a pax header for all members behind it
 _HARD_KEYWORDS: Final = ("GNU.sparse.", "hdrcharset")  # of pax headers; tarfile itself is asked about these
 WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: their size field is ignored
 
-_unpack = struct.Struct("100s24s12s12s8sB100s88s167s").unpack_from
-_NO_LINK, _NO_PREFIX = bytes(100), bytes(167)
+_unpack = struct.Struct("100s24s11sB12s8sB355s").unpack_from
 _OFTEN_CHANGED: Final = 157  # the bytes before the name of the link, which never sum up to Adler-32's modulus
+_NO_LINK: Final = bytes(100)
+_SIMILAR_HEADERS: Final = 256  # kinds of headers, and texts of pax headers, whose judgement is kept
 _SPARSE_MAP_BYTES: Final = 8 << 10  # of a sparse file's data: its map must end within them
 
 
@@ -64,7 +65,33 @@ _OCTAL = frozenset(b"01234567 \0")
 
 
 _PREFIX_BYTES = 155
-_NUMBER: Final = re.compile(rb" *[0-7]* *(?:\0.*)?|[\x80\xff].*", re.DOTALL)  # tarfile reads these as this module does
+# The forms of numeric fields that GNU tar, Python's tarfile and this module all take for the same number.  Blanks
+# alone, a sign and a user of -1 are errors for GNU tar.  It does not look at the numbers of devices.
+_OCTAL_OR_NONE: Final = rb" *[0-7]+ *(?:\0.*)?|\0.*|"
+_FIELDS: Final = tuple(
+    (what, slice(*place), re.compile(form, re.DOTALL))
+    for what, place, form in (
+        ("mode", (100, 108), _OCTAL_OR_NONE + rb"[\x80\xff].*"),
+        ("user", (108, 116), _OCTAL_OR_NONE + rb"\x80\0\0\0.*"),
+        ("group", (116, 124), _OCTAL_OR_NONE + rb"\x80\0\0\0.*"),
+        ("size", (124, 136), rb" *[0-7]+ *(?:\0.*)?|\0+|\x80.*"),
+        ("time", (136, 148), _OCTAL_OR_NONE + rb"\x80\0\0\0[\0-\x7f].*|\xff\xff\xff\xff[\x80-\xff].*"),
+        ("checksum", (148, 156), rb"[^\x80-\xff].*"),
+        ("device", (329, 337), rb" *[0-7]* *(?:\0.*)?|[\x80\xff].*"),
+        ("device", (337, 345), rb" *[0-7]* *(?:\0.*)?|[\x80\xff].*"),
+    )
+)
+_SIZE_FORM, _TIME_FORM = _FIELDS[3][2], _FIELDS[4][2]
+# The same of pax headers.
+_PAX_TIME: Final = re.compile(rb"-?[0-9]{1,18}(?:\.[0-9]*)?")
+_PAX_NUMBERS: Final = {
+    "size": re.compile(rb"[0-9]{1,19}"),
+    "uid": re.compile(rb"[0-9]{1,9}|[1-3][0-9]{9}|4[01][0-9]{8}"),
+    "gid": re.compile(rb"[0-9]{1,9}|[1-3][0-9]{9}|4[01][0-9]{8}"),
+    "mtime": _PAX_TIME,
+    "atime": _PAX_TIME,
+    "ctime": _PAX_TIME,
+}
 
 
 _CHECKSUM = slice(148, 156)
@@ -132,45 +159,97 @@ def parse_block(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, 
     """Parse a header block, as ``parse_header``, into (name, size, mtime field, type flag, ``Member.odd``).
 
     This is the inner loop of every pass over a shard.  So the bytes are summed by Adler-32, which is computed in C: its
-    low half is 1 + their sum.  The bytes that are the same in nearly all headers are summed only once.
+    low half is 1 + their sum.  The bytes that are the same in nearly all headers are judged and summed only once.
     """
-    name, owner, size_field, mtime, checksum, kind, link, rest, tail = _unpack(buffer, at)
-    others = _sum_of_others(owner, mtime, rest) if link == _NO_LINK and tail == _NO_PREFIX else -1
-    plain = others >= 0 and (adler32(buffer[at : at + _OFTEN_CHANGED]) & 0xFFFF) + others == _expected(checksum)
+    name, owner, digits, size_end, mtime, checksum, kind, tail = _unpack(buffer, at)
+    similar_owner, similar_tail, others, prefix = _similar.get(kind, _NOTHING_SIMILAR)
+    if owner != similar_owner or tail != similar_tail:
+        others, prefix = _judge(owner, tail, kind in REGULAR)
+        _similar[kind] = owner, tail, others, prefix
+    plain = (
+        others >= 0
+        and (adler32(buffer[at : at + _OFTEN_CHANGED]) & 0xFFFF) + others == _expected(checksum)
+        and _is_plain_time(mtime)
+    )
     if not plain and parse_number(checksum) not in _sums(buffer, at):
         raise BadHeader("its checksum does not fit")
-    try:
-        size = int(size_field[:11], 8) if size_field[11] in b"\0 " else parse_number(size_field)
-    except ValueError:
-        size = parse_number(size_field)
-    if size < 0:
-        raise BadHeader(f"it has a size of {size}")
-    end = name.find(0)
-    if end >= 0:
+    if digits.isdigit() and size_end in b"\0 ":
+        try:
+            size = int(digits, 8)
+        except ValueError:
+            raise BadHeader("a field of it is no number") from None
+    else:
+        size_field = bytes((*digits, size_end))
+        size = _size_of(size_field)
+        plain = plain and _SIZE_FORM.fullmatch(size_field) is not None
+    if (end := name.find(0)) >= 0:
         name = name[:end]
-    if plain and size_field[0] < 0x81:
-        return name, size, mtime, kind, ""
-    if tail[0] and rest.startswith(b"ustar\0"):  # GNU's "ustar " has times in this field
-        name = tail[:_PREFIX_BYTES].partition(b"\0")[0] + b"/" + name
+    if plain and (kind or not name.endswith(b"/")):  # v7 marks folders in this way
+        return prefix + name, size, mtime, kind, ""
+    name = _prefix_of(tail) + name
     return name, size, mtime, kind, _oddity_of_block(bytes(buffer[at : at + BLOCK]), name, size)
 
 
-@lru_cache(4096)
-def _sum_of_others(owner: bytes, mtime: bytes, rest: bytes) -> int:
-    """The sum of the bytes of ``rest``; -1 if a field that this module does not need is no number: tarfile stops there.
+_Similar = tuple[bytes, bytes, int, bytes]
+_NOTHING_SIMILAR: Final[_Similar] = (b"", b"", -1, b"")
+_similar: dict[int, _Similar] = {}  # type flag → owner and tail of the last header, and what _judge says of them
 
-    owner: mode, user and group.  rest: from the magic to the device's numbers.
+
+@lru_cache(_SIMILAR_HEADERS)
+def _judge(owner: bytes, tail: bytes, regular: bool) -> tuple[int, bytes]:
+    """What follows from the bytes of a header that are the same in nearly all of them.
+
+    Args:
+        owner: Mode, user and group.
+        tail: From the name of the link to the block's end.
+        regular: Whether it is a plain file's header.
+
+    Returns:
+        The sum of ``tail``, and what stands before the name.  The sum is -1 if programs may read such a header in
+        different ways: ``_oddity_of_block`` says whether they do.
     """
-    fields = (owner[:8], owner[8:16], owner[16:], mtime, rest[72:80], rest[80:])
-    return sum(rest) if all(map(_NUMBER.fullmatch, fields)) else -1
+    block = bytes(100) + owner + bytes(33) + tail
+    if not all(form.fullmatch(block[place]) for _, place, form in _FIELDS) or not tail.startswith(_NO_LINK):
+        return -1, b""
+    prefix = _prefix_of(tail)
+    has_prefix = block[345] != 0
+    return (-1, b"") if has_prefix and not (prefix and regular) else (sum(tail), prefix)
+
+
+def _prefix_of(tail: bytes) -> bytes:
+    """What stands before the name, with a slash.  In this field GNU's "ustar " has times."""
+    if tail[188] and tail.startswith(b"ustar\0", 100):
+        return tail[188 : 188 + _PREFIX_BYTES].partition(b"\0")[0] + b"/"
+    return b""
+
+
+@lru_cache(4096)
+def _is_plain_time(field: bytes) -> bool:
+    return _TIME_FORM.fullmatch(field) is not None
+
+
+def _size_of(field: bytes) -> int:
+    """The size that a field in an unusual form gives.  tarfile takes a sign and an underscore too."""
+    try:
+        size = int(field[:11], 8) if field[11] in b"\0 " else parse_number(field)
+    except ValueError:
+        size = parse_number(field)
+    if size < 0:
+        raise BadHeader(f"it has a size of {size}")
+    return size
 
 
 def _oddity_of_block(block: bytes, name: bytes, size: int) -> str:
-    """``Member.odd`` of a single block, by what tarfile itself reads."""
+    """``Member.odd`` of a single block, by what tarfile itself reads and what GNU tar takes for numbers."""
     try:
         found = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         return f"Python's tarfile stops at its header ({error})"
+    if found.isdir() and size and block[156] == 0:
+        return "Python's tarfile reads it as a folder, which has no data"
+    for what, place, form in _FIELDS:
+        if not form.fullmatch(block[place]):
+            return f"GNU tar does not read the {what} in its header ({block[place]!r})"
     return _difference(found, name, size)
 
 
@@ -187,7 +266,7 @@ def _difference(found: tarfile.TarInfo, name: bytes, size: int) -> str:
 def _expected(checksum: bytes) -> int:
     """1 + the sum of a header's bytes as it follows from its checksum field, which counts itself as eight spaces; -1 if
     the field has a form that tarfile does not read."""
-    return parse_number(checksum) + sum(checksum) - _SPACES_SUM + 1 if checksum[0] <= 0x80 else -1
+    return parse_number(checksum) + sum(checksum) - _SPACES_SUM + 1 if checksum[0] < 0x80 else -1
 
 
 def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes, int, bytes, int, int, str] | None:
@@ -215,16 +294,19 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
         if kind == GLOBAL:
             return name, size, mtime, kind, at - start, oddity or _oddity_of_global(body)
         if kind == LONG_NAME:
+            if not body.strip(b"\0"):
+                raise BadHeader("its long name is empty")
             alike &= b"\0" in body and body[0] != 0
             records = {"path": body.partition(b"\0")[0]}
         elif kind != LONG_LINK:
-            records = parse_pax(body)
-            alike &= _are_plain(records)
+            records, plain, odd = _judge_pax(body)
+            alike &= plain
+            oddity = oddity or odd
         else:
             records = {}
         if "path" in pax and records.get("path", pax["path"]) != pax["path"]:
             raise BadHeader("its extended headers give it two names")  # the member of the first one is lost
-        pax = records | pax
+        pax = records | pax if pax else records
         at += padded(size)
     else:
         raise BadHeader(f"it has more than {MAX_EXTENSIONS} extended headers")
@@ -232,8 +314,7 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
         name = pax.get("GNU.sparse.name") or pax.get("path") or name
         if pax.get("size", b"").isdigit():
             size = int(pax["size"][:20])
-        if (seconds := pax.get("mtime", b"").partition(b".")[0]).isdigit():
-            mtime = b"%o" % int(seconds[:20])
+        mtime = _octal_time(pax.get("mtime", b"")) or mtime
         if kind in REGULAR and any(keyword.startswith("GNU.sparse.") for keyword in pax):
             kind = GNU_SPARSE
     elif kind == GNU_SPARSE:
@@ -258,11 +339,21 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
     return name, size, mtime, kind, at - start, oddity
 
 
-def _are_plain(records: dict[str, bytes]) -> bool:
-    """Whether tarfile takes from a pax header what this module takes from it, as nearly all of them are."""
-    size, path = records.get("size", b"0"), records.get("path", b"name")
-    plain = size.isdigit() and len(size) < 20 and path != b"" and b"\0" not in path and not path.endswith(b"/")
-    return plain and not any(keyword.startswith(_HARD_KEYWORDS) for keyword in records)
+@lru_cache(_SIMILAR_HEADERS)
+def _judge_pax(body: bytes) -> tuple[dict[str, bytes], bool, str]:
+    """The records of a pax header, whether tarfile takes from them what this module takes, as from nearly all of them,
+    and ``_odd_number``.  The members of a sample often have the same ones."""
+    records = parse_pax(body)
+    path = records.get("path", b"name")
+    plain = path != b"" and b"\0" not in path and not path.endswith(b"/") and len(records.get("size", b"")) < 20
+    return records, plain and not any(key.startswith(_HARD_KEYWORDS) for key in records), _odd_number(records)
+
+
+@lru_cache(_SIMILAR_HEADERS)
+def _octal_time(text: bytes) -> bytes | None:
+    """The mtime field for a pax header's time; None if that one is no number."""
+    seconds = text.partition(b".")[0]
+    return b"%o" % int(seconds[:20]) if seconds.isdigit() else None
 
 
 def _oddity_of_global(body: bytes) -> str:
@@ -274,6 +365,16 @@ def _oddity_of_global(body: bytes) -> str:
     for keyword in records:
         if keyword in ("path", "linkpath", "size") or keyword.startswith(_HARD_KEYWORDS):
             return f"it gives all members behind it one {keyword[:100]!r}"
+    return _odd_number(records)
+
+
+def _odd_number(records: dict[str, bytes]) -> str:
+    """``Member.odd`` of a pax header with a number that not every program reads: GNU tar ends with an error there, and
+    Python's tarfile often takes it for 0."""
+    for keyword, form in _PAX_NUMBERS.items():
+        if keyword in records and not form.fullmatch(records[keyword]):
+            value = records[keyword][:100].decode("utf-8", "replace")
+            return f"GNU tar does not read the {keyword} in its pax header ({value!r})"
     return ""
 
 
@@ -364,6 +465,8 @@ def parse_pax(data: bytes) -> dict[str, bytes]:
     """Parse the records ``"<length> <keyword>=<value>\\n"`` of a pax header.  Raises BadHeader if one is malformed."""
     records: dict[str, bytes] = {}
     at = 0
+    if data.startswith(b"\0"):
+        raise BadHeader("zeros stand in its pax header")
     while at < len(data) and data[at]:
         space = data.find(b" ", at, at + 10)
         if space < 0 or not data[at:space].isdigit():

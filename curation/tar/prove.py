@@ -20,9 +20,9 @@ from typing import Final, Self
 import xxhash
 
 from curation.errors import ShardError
-from curation.tar.headers import RECORD, Member, make_header, padding, split_name
+from curation.tar.headers import MAX_EXTENSION_BYTES, RECORD, Member, make_header, padding, split_name
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
-from curation.tar.splice import Action, Copies, DecidedWindow, Decision, Edit
+from curation.tar.splice import Action, Copies, DecidedWindow, Decision, Edit, ends_in_global
 
 READ_BYTES: Final = 1 << 20
 
@@ -82,7 +82,7 @@ def prove_splice(windows: Iterable[DecidedWindow], result: Path, *, digests: boo
         for window, decisions in windows:
             expected.window = window
             for span, decision in decisions:
-                if decision is Action.KEEP and span.verbatim:
+                if decision is Action.KEEP and span.verbatim and not ends_in_global(span):
                     expected.add(span.start, span.end)
                     for member in span.in_order:
                         due.add(member.name, member.size if member.regular else 0)
@@ -188,9 +188,10 @@ class _Listing:
 
     def add(self, name: bytes, size: int) -> None:
         """name: b"" for a global header, which is no member.  size: that of a plain file; 0 for other members."""
+        name = name.rstrip(b"/")  # as tarfile does
         if not name:
             return
-        self._digest.update(b"%d %s\0" % (size, name.rstrip(b"/")))
+        self._digest.update(b"%d %s\0" % (size, name))
         split = split_name(name)
         if split is not None and split[0] != self._key:
             self._key = split[0]
@@ -229,9 +230,11 @@ class _Comparison:
         self._stream, self._proof = stream, proof
         self._begin = self._end = 0
         self._size = 0  # expected size of the result
+        self._held = b""  # global headers, which are there if a member comes behind them
 
     def add(self, start: int, end: int) -> None:
         """Expect the source's bytes from ``start`` to ``end`` next."""
+        self._release()
         if start != self._end:
             self.compare()
             self._begin = start
@@ -239,12 +242,22 @@ class _Comparison:
 
     def add_members(self, key: str, members: Iterable[ExpectedMember]) -> None:
         for member in members:
+            if not member.name and len(self._held) < MAX_EXTENSION_BYTES:
+                self._held += self.window.read(member.start, member.end - member.start)
+                continue
             if member.new:
+                self._release()
                 self.compare()
                 if not self._same(member.new):
                     self._proof.key = self._proof.key or key
             if member.start != member.end:
                 self.add(member.start, member.end)
+
+    def _release(self) -> None:
+        if self._held:
+            self.compare()
+            held, self._held = self._held, b""
+            self._same(held)
 
     def compare(self) -> None:
         """Compare the expected bytes; call it before the window becomes invalid."""

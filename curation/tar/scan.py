@@ -11,8 +11,8 @@ counted:
   next header is also searched inside the member before any damage and before zero blocks.  If the member has lost
   exactly as many bytes as whole members behind it have, no header is missing; so the magic of headers is looked for at
   the blocks of all members.  A tar that is stored as a member is no damage: its headers lead to its own end.
-- A sample next to damage is torn if it lacks a kind of member that the last complete sample had (before the first
-  complete sample: an image, a txt and a json), because its first or last members may be lost.
+- A sample next to damage is torn if it lacks a kind of member that all complete samples around it have (where there is
+  none: an image, a txt and a json), because its first or last members may be lost.
 - Damage that no torn sample explains counts as a torn sample with the key ``@<offset>`` and without members.
 - Zero blocks that are followed by members are skipped and belong to no sample.
 - A member with an odd header (``headers``) is one that readers read otherwise or not at all.  It is a member of its
@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Final
 
 from curation.storage.urls import Source
@@ -58,6 +59,8 @@ IMAGE_SUFFIXES: Final = frozenset(
 )
 
 
+_NEIGHBOURS: Final = 64  # complete samples that tell which members a sample has: not all have the same
+_FEW_NEIGHBOURS: Final = 8
 _EXPECTED_KINDS = frozenset(("image", "txt", "json"))  # DataComp's, until the shard's own are known
 _USUAL_END_BYTES = 64 << 10  # tar pads to 10 kB by default
 
@@ -217,7 +220,7 @@ class TarScan:
         self._open: SampleSpan | None = None
         self._prefix = _NO_PREFIX  # the current sample's key and the dot
         self._keys: set[int] = set()  # hashes: a shard may hold a million keys
-        self._last_whole: SampleSpan | None = None
+        self._whole: deque[SampleSpan] = deque(maxlen=_NEIGHBOURS)  # the last complete samples
         self._lost: tuple[int, str] | None = None  # start and kind of the damage, while the next header is searched
         self._damage: Damage | None = None  # the last one, until the sample after it begins
         self._unresolved: list[Damage] = []
@@ -359,13 +362,13 @@ class TarScan:
     def _is_usual_at(self, at: int) -> bool:
         """Whether the member at ``at`` is the one that usually comes next.  A large member is not read in full to look
         for headers inside it, unless another one comes."""
-        if self._open is None or self._last_whole is None:
+        if self._open is None or not self._whole:
             return False
         try:
             following = parse_member(self._block.buffer, at, self._block.end, self._block.shift)
         except BadHeader:
             return True  # this is damage, after which the member is searched
-        suffixes = [member.suffix for member in self._last_whole.members]
+        suffixes = [member.suffix for member in self._whole[-1].members]
         here = len(self._open.members)
         if following is None or [member.suffix for member in self._open.members] != suffixes[:here]:
             return False
@@ -454,18 +457,20 @@ class TarScan:
                 if not span.repeated:
                     self._keys.discard(hash(span.key))  # a later complete sample does not count as repeated
         elif span.key and not span.refused:
-            self._last_whole = span
+            self._whole.append(span)
         self._done.append(span)
         if self._unresolved:
             self._resolve(self._damage)
 
     def _usual_kinds(self, behind: int) -> frozenset[str]:
-        """The kinds of members that a complete sample of the shard has; without one, those of DataComp's samples."""
-        whole = self._last_whole or self._sample_ahead(behind)
-        return whole.kinds if whole else _EXPECTED_KINDS
+        """The kinds of members that complete samples of the shard have; without one, those of DataComp's samples."""
+        whole = [*self._whole]
+        if len(whole) < _FEW_NEIGHBOURS:
+            whole += islice(self._samples_ahead(behind), _FEW_NEIGHBOURS)
+        return frozenset.intersection(*(span.kinds for span in whole)) if whole else _EXPECTED_KINDS
 
-    def _sample_ahead(self, at: int) -> SampleSpan | None:
-        """The first sample in memory from ``at`` on that has no member twice, and another one behind it."""
+    def _samples_ahead(self, at: int) -> Iterator[SampleSpan]:
+        """The samples in memory from ``at`` on that have no member twice, and another one behind them."""
         block, span = self._block, SampleSpan("", at, at)
         with contextlib.suppress(BadHeader):
             while block.begin <= at and (member := parse_member(block.buffer, at, block.end, block.shift)) is not None:
@@ -476,14 +481,13 @@ class TarScan:
                 if key != span.key:
                     suffixes = {member.suffix for member in span.members}
                     if span.key and len(suffixes) == len(span.members):
-                        return span
+                        yield span
                     span = SampleSpan(key, member.start, member.end)
                 span.members.append(member)
-        return None
 
     def _take_first_copy(self, span: SampleSpan) -> None:
         """Leave only the first of each member, if the further ones are copies that stand behind them."""
-        whole = self._last_whole or self._sample_ahead(span.end)
+        whole = self._whole[-1] if self._whole else next(self._samples_ahead(span.end), None)
         usual = [member.suffix for member in whole.members] if whole else []
         first = first_copy(span.members, usual)
         if first is not None:

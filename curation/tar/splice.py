@@ -1,6 +1,7 @@
 """Copies a shard with some of its samples replaced; everything else stays, byte for byte, in its order.
 
-Adjacent bytes that stay (header, data and padding) are written from the read buffer in one piece.
+Adjacent bytes that stay (header, data and padding) are written from the read buffer in one piece.  A global pax header
+is written when a member comes behind it, and not at the end of the tar, where Python's tarfile stops with an error.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
 
-from curation.tar.headers import RECORD, Member, make_header, padding
+from curation.tar.headers import MAX_EXTENSION_BYTES, RECORD, Member, make_header, padding
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
 
 END_OF_ARCHIVE: Final = 2 * 512
@@ -127,11 +128,14 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
     for window, decisions in windows:
         out.window = window
         for span, decision in decisions:
+            if span.key and decision is not Action.DROP:
+                out.release()
             begin = 0 if index is None else out.position
             if isinstance(decision, Edit):
                 out.add_edited(span, decision)
             elif isinstance(decision, Copies):
                 out.copy_members(span.foreign)
+                out.release()
                 for key in decision.keys:
                     begin = out.position
                     out.add_edited(span, decision.edit, key)
@@ -141,7 +145,8 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
             elif decision is Action.DROP:
                 out.copy_members(span.foreign)
                 continue
-            elif span.verbatim:
+            elif span.verbatim and not ends_in_global(span):
+                out.release()
                 out.copy(span.start, span.end)
             else:
                 out.copy_members(span.in_order)
@@ -149,6 +154,11 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
                 index.append((span.key, begin, out.position - begin))
         out.flush()
     out.end()
+
+
+def ends_in_global(span: SampleSpan) -> bool:
+    """Whether the last member of a span is a global pax header."""
+    return bool(span.foreign) and not span.foreign[-1].name and span.foreign[-1].end == span.end
 
 
 class _Out:
@@ -161,6 +171,7 @@ class _Out:
         self._pieces: list[bytes | memoryview] = []
         self._begun = self._done = 0  # a range of source bytes that is not in the pieces yet
         self._size = 0
+        self._held: list[bytes] = []  # global headers behind which no member was written yet
 
     @property
     def position(self) -> int:
@@ -177,6 +188,14 @@ class _Out:
     def copy_members(self, members: Iterable[Member]) -> None:
         for member in members:
             self._keep(member, None)
+
+    def release(self) -> None:
+        """Write the global headers that were held back, as a member comes behind them."""
+        if self._held:
+            self._end_run()
+            self._pieces.append(b"".join(self._held))
+            self._size += len(self._pieces[-1])
+            self._held.clear()
 
     def add_edited(self, span: SampleSpan, edit: Edit, key: str | None = None) -> None:
         """Write the members that stay and the new ones in place of others, under another key if one is given."""
@@ -215,7 +234,11 @@ class _Out:
         self._file.write_pieces([bytes(END_OF_ARCHIVE + -(self._size + END_OF_ARCHIVE) % RECORD)])
 
     def _keep(self, member: Member, name: bytes | None) -> None:
-        """Copy a member.  It gets a new header if it is odd, or if it gets another name."""
+        """Copy a member.  It gets a new header if it is odd, or if it gets another name.  A global header waits."""
+        if not member.name and sum(map(len, self._held)) < MAX_EXTENSION_BYTES:
+            self._held.append(self.window.read(member.start, member.end - member.start))
+            return
+        self.release()
         if member.odd or name is not None:
             self._add([make_header(name or member.name, member.size, member.mtime)])
             self.copy(member.data, member.end)
@@ -224,6 +247,7 @@ class _Out:
 
     def _add(self, new: list[bytes | memoryview]) -> None:
         if new:
+            self.release()
             self._end_run()
             self._pieces.append(b"".join(new))
             self._size += len(self._pieces[-1])

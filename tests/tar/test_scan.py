@@ -820,3 +820,116 @@ def test_a_proof_reads_as_readers_do(tmp_path: Path) -> None:
     window.spans = spans
     proof = prove_splice([(window, [(spans[0], Action.KEEP)])], path)
     assert proof.readers == "Python's tarfile reads 1 of its 2 samples"
+
+
+GLOBAL_HEADER = pax_record(b"comment=abcdefgh", b"g")
+SAMPLES = [a_sample(key) for key in ("000", "001", "002")]
+
+
+@pytest.mark.parametrize(
+    ("parts", "dropped", "begins"),
+    [
+        ([*SAMPLES, GLOBAL_HEADER], set(), SAMPLES[0]),
+        ([*SAMPLES, GLOBAL_HEADER, GLOBAL_HEADER], {"001"}, SAMPLES[0]),
+        ([SAMPLES[0], GLOBAL_HEADER, SAMPLES[1], SAMPLES[2]], {"001", "002"}, SAMPLES[0]),
+        ([SAMPLES[0], GLOBAL_HEADER, SAMPLES[1], SAMPLES[2]], {"001"}, SAMPLES[0] + GLOBAL_HEADER + SAMPLES[2]),
+        ([GLOBAL_HEADER, *SAMPLES, GLOBAL_HEADER], {"000"}, GLOBAL_HEADER + SAMPLES[1]),
+        ([GLOBAL_HEADER, *SAMPLES], {"000", "001", "002"}, b""),
+    ],
+)
+def test_no_global_header_ends_a_copy(parts: list[bytes], dropped: set[str], begins: bytes, tmp_path: Path) -> None:
+    """Python's tarfile, and so webdataset and ``datasets``, raise an error where no member follows a global header."""
+    path, target = tmp_path / "shard.tar", tmp_path / "copy.tar"
+    path.write_bytes(b"".join(parts) + END)
+
+    def decide(span: SampleSpan) -> Action:
+        return Action.DROP if span.key in dropped else Action.KEEP
+
+    with AtomicFile(target, "token") as file:
+        splice(decided(TarScan(path), decide), file)
+    file.move_into_place()
+    verify_splice(decided(TarScan(path), decide), target, "source")
+    expected = {f"00{n}.{suffix}" for n in range(3) if f"00{n}" not in dropped for suffix in TRIPLE}
+    for mode in ("r:", "r|"):
+        with target.open("rb") as file_again, tarfile.open(fileobj=file_again, mode=mode) as tar:
+            assert {member.name for member in tar} == expected
+    assert target.read_bytes().startswith(begins)
+
+
+NUMBERS = {"mode": (100, 8), "uid": (108, 8), "gid": (116, 8), "size": (124, 12), "mtime": (136, 12), "dev": (329, 8)}
+FORMS = [
+    *(
+        b" ",
+        b"",
+        b"+05\0",
+        b"-05\0",
+        b"0o5\0",
+        b"0_5\0",
+        b"5 x\0",
+        b"5\0xx",
+        b"5      ",
+        b"\0" + b"5",
+        b"\t5\0",
+        b"5\n\0",
+    ),
+    *(
+        b"\x80\0\0\0\0\0\0\5",
+        b"\x80\xff\xff\xff\xff\xff\xff\xff",
+        b"\xff" * 12,
+        b"\xfe" + b"\xff" * 11,
+        b"\x81\0\0\0\0\0\0\5",
+    ),
+    *(b"58\0", b"\xb2\0", b"A" * 12, b"7" * 12, " ٣".encode()),
+]
+PAX_KEYWORDS = ("size", "uid", "gid", "mtime", "atime", "ctime", "path", "linkpath", "comment")
+PAX_VALUES = (b"10", b"-5", b"1e3", b"", b" 5", b"5 ", b"1_0", b"10.5", b".5", b"9" * 23, b"nan", b"0x10", b"a\0b")
+
+
+def _numbers() -> dict[str, bytes]:
+    fields = {
+        f"{what} {form!r}": altered("001.json", 10, at, form[:length].ljust(length, b" " if form == b" " else b"\0"))
+        for what, (at, length) in NUMBERS.items()
+        for form in FORMS
+    }
+    pax = {
+        f"pax {keyword} {value!r}": pax_record(keyword.encode() + b"=" + value) + make_header("001.json", 10)
+        for keyword in PAX_KEYWORDS
+        for value in PAX_VALUES
+    }
+    return fields | pax
+
+
+def test_what_is_not_odd_is_read_alike_by_tarfile_and_gnu_tar(tmp_path: Path) -> None:
+    """A header that GNU tar stops at, or tarfile takes for another member, never goes into an output as it is."""
+    behind = plain_member("002.json", b"abcdefghij") + END
+    path = tmp_path / "one.tar"
+    plain = 0
+    for what, header in _numbers().items():
+        try:
+            member = parse_member(header + bytes(BLOCK), 0, len(header) + BLOCK)
+        except BadHeader:
+            continue
+        if member is None or member.odd or member.size > 10 * BLOCK:
+            continue
+        plain += 1
+        path.write_bytes(header + b"x" * member.size + bytes(-member.size % BLOCK) + behind)
+        listed = subprocess.run(["tar", "-tf", path], capture_output=True, check=False)
+        with tarfile.open(path) as tar:
+            found = [(m.name.encode(), m.size) for m in tar]
+        assert found == [(member.name, member.size), (b"002.json", 10)], what
+        assert (listed.returncode, listed.stdout.splitlines()) == (0, [name for name, _ in found]), what
+    assert plain > 40
+
+
+def test_samples_without_a_caption_are_not_taken_for_torn(tmp_path: Path) -> None:
+    """Beside damage a sample counts as torn if it lacks what all its whole neighbours have, not what one has."""
+    without_txt = b"".join(plain_member(f"001.{suffix}", f"001 {suffix} ".encode() * 90) for suffix in ("jpg", "json"))
+    path = tmp_path / "shard.tar"
+    others = b"".join(
+        plain_member(f"{key}.{suffix}", b"x" * 700) for key in ("003", "004", "005") for suffix in ("jpg", "json")
+    )
+    path.write_bytes(a_sample("000") + without_txt + b"\x55" * BLOCK + a_sample("002") + others + END)
+    report = TarReport()
+    torn = {span.key for window in TarScan(path, report).windows() for span in window.spans if span.torn}
+    assert "001" not in torn
+    assert report.damages

@@ -106,8 +106,9 @@ def _whole_samples(path: Path, source: RangeReader, left: _LeftOut, *, images: b
     by_key: dict[str, list[SampleSpan]] = {}
     for run in runs:
         by_key.setdefault(run.key, []).append(run)
-        if not run.torn:
-            kinds.add(run.key, run.kinds)
+    for key, parts in by_key.items():  # the members of a sample may stand apart
+        if sound := [part.kinds for part in parts if not part.torn]:
+            kinds.add(key, frozenset().union(*sound))
     usual = kinds.usual()
 
     def fault(span: SampleSpan) -> tuple[str, str] | None:

@@ -74,7 +74,9 @@ class Kinds:
 
     def usual(self) -> frozenset[str]:
         """What more than half of the samples have, each should have; an image, a txt and a json where a tenth has them:
-        of a badly damaged shard few may be whole."""
+        of a badly damaged shard few may be whole, or none."""
+        if not self._samples:
+            return _DATACOMP_KINDS
 
         def share(kind: str) -> float:
             return 0.1 if kind in _DATACOMP_KINDS else 0.5

@@ -928,7 +928,7 @@ def test_samples_without_a_caption_are_not_taken_for_torn(tmp_path: Path) -> Non
     others = b"".join(
         plain_member(f"{key}.{suffix}", b"x" * 700) for key in ("003", "004", "005") for suffix in ("jpg", "json")
     )
-    path.write_bytes(a_sample("000") + without_txt + b"\x55" * BLOCK + a_sample("002") + others + END)
+    path.write_bytes(others + a_sample("000") + without_txt + b"\x55" * BLOCK + a_sample("002") + END)
     report = TarReport()
     torn = {span.key for window in TarScan(path, report).windows() for span in window.spans if span.torn}
     assert "001" not in torn

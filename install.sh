@@ -49,10 +49,14 @@ make_environment() {
     touch "$folder/.installing"
 }
 
+# pip tells of every one of more than a hundred packages; of interest are those that take a while, and what went wrong.
 pip_install() {
     local folder=$1
     shift
-    "$folder/bin/python" -m pip install --disable-pip-version-check "$@" | sed -nu '/^ *Downloading\|^Installing\|^ERROR/p' >&2
+    "$folder/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" | sed -nu \
+        -e 's/^ *Downloading \([^ ]* ([0-9]\{2,\}\.[0-9]* MB)\).*/install: downloading \1/p' \
+        -e 's/^Installing collected packages:.*/install: installing what was downloaded/p' \
+        -e '/^ERROR/p' >&2
 }
 
 finish() {
@@ -74,6 +78,7 @@ all)
     .venv/bin/python -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null ||
         need_system_package libgomp1 "the embedded language model needs the library libgomp"
     finish .venv
+    say "done. To use it, enter the environment in each new shell: source .venv/bin/activate"
     ;;
 ollama)
     make_environment .venv-ollama

@@ -124,13 +124,13 @@ class Options(RunOptions):
     disallowed_header_directives: str = "noai,noimageai,noindex,noimageindex"
     """Directives of X-Robots-Tag that forbid the use of an image; an empty text for none."""
     ignore_ssl_certificate: bool = False
-    """Take images also from servers whose certificate is not sound."""
+    """Take images also from servers whose certificate is not valid."""
     allow_private: str = ""
     """Networks that may be asked although they are private, such as 10.1.0.0/16: a mirror inside a site."""
     retry_failed_urls: bool = False
     """Ask once more for the rows that failed; good samples are copied byte for byte."""
     verify: bool = False
-    """Decode every stored image; ask again for those that are not sound, and repair the tables."""
+    """Decode every stored image; ask again for those that are damaged, and repair the tables."""
     max_error_rate: float = 1.0
     """A shard of whose rows a greater share fails is failed, not done.  Default: none is, URLs rot."""
 
@@ -271,7 +271,7 @@ class Download(Stage[Options]):
         if earlier.lost:
             work.note("unsound", len(earlier.lost))
             key, why = next(iter(earlier.lost.items()))
-            work.warn(f"{len(earlier.lost)} stored samples are not sound and are asked for again: {key} ({why}) …")
+            work.warn(f"{len(earlier.lost)} stored samples are damaged and are asked for again: {key} ({why}) …")
         return earlier
 
     def _process(self, work: ShardContext, earlier: PreviousShard | None, again: list[str]) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stage 06: scores and features for every sample, as DataComp has them; dataset2metadata's YAML is read as it is."""
+"""Stage 06: scores and features for every sample, in DataComp's metadata format; reads dataset2metadata's YAML."""
 
 from __future__ import annotations
 

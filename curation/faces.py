@@ -179,7 +179,7 @@ class Agreement:
 
     @property
     def kappa(self) -> float:
-        """Cohen's kappa (1960), the agreement beyond chance; 1.0 if both agree on every sample."""
+        """Cohen's kappa (1960), how far two agree more often than by chance; 1.0 if both agree on every sample."""
         n, agreed = self.total, self.both + self.neither
         if n == agreed:
             return 1.0

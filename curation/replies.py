@@ -147,7 +147,7 @@ _FORBIDS = re.compile(r"\b(?:no|not|without|avoid|never|don't)\b[^.;\n]{0,60}", 
 
 
 def asks_for_structure(asked: str) -> bool:
-    """Whether a question asks for a list, JSON, markdown or the like, so that these are no faults of the reply."""
+    """Whether a question asks for a list, JSON, markdown or similar, so that these are no faults of the reply."""
     return bool(_WANTS(_FORBIDS.sub("", asked)))
 
 

@@ -121,7 +121,7 @@ class FetchLimits:
         user_agent_token: The name by which an X-Robots-Tag may speak to this downloader alone.
         disallowed: Directives of X-Robots-Tag that forbid the use.
         allowed_networks: May be asked although their addresses are not public.
-        check_certificates: Whether a server needs a sound certificate.
+        check_certificates: Whether a server needs a valid certificate.
     """
 
     timeout_s: float = 20.0

@@ -1,7 +1,7 @@
 """The head of an HTTP response, read as browsers read it and told to aiohttp in the strict form that it wants.
 
 aiohttp refuses a response for one long header line, a line without a colon or a second Content-Length, although the
-picture behind it is sound.  So each head is rewritten before aiohttp's parser sees it: only the fields that a
+picture behind it is good.  So each head is rewritten before aiohttp's parser sees it: only the fields that a
 downloader looks at are passed on, each in its plain form.  What makes a response ambiguous (two lengths that differ)
 is passed on as it came, and the parser refuses it.
 """

@@ -1,4 +1,4 @@
-"""The rows of stage 00: the table's own columns, and for each row what became of its URL.
+"""The rows of stage 00: the table's own columns, and for each row what happened to its URL.
 
 Every row of a table is one row of ``<shard>.parquet``, in the table's order, whether or not an image came of it.
 """
@@ -33,7 +33,7 @@ _LENGTH: Final = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class RowOutcome:
-    """What became of one row's URL.
+    """What happened to one row's URL.
 
     Attributes:
         status: SUCCESS, NOT_DOWNLOADED or NOT_RESIZED.

@@ -76,8 +76,8 @@ class PreviousShard:
     """What the last attempt published of a shard.
 
     Attributes:
-        outcomes: The outcome of every row, by key; with a suffix where ``check`` found its sample to be sound.
-        lost: Why the samples of other successful rows are not sound, by key.
+        outcomes: The outcome of every row, by key; with a suffix where ``check`` found its sample to be whole.
+        lost: Why the samples of other successful rows are damaged, by key.
     """
 
     def __init__(self, output: Path, shard_id: str, receipt: Mapping[str, Any], layout: OutputFormat) -> None:
@@ -100,7 +100,7 @@ class PreviousShard:
             ) from error
 
     def check(self, pool: Executor, threads: int, *, decode: bool, as_it_came: bool) -> None:
-        """Find which samples are sound.
+        """Find which samples are whole.
 
         Args:
             pool: Where images are decoded.
@@ -170,7 +170,7 @@ def _is_whole(path: Source, entry: Mapping[str, Any]) -> bool:
 
 
 def _flaw(sample: Sample, outcome: RowOutcome, as_it_came: bool) -> str | None:
-    """Why a stored sample is not what its row says; None for a sound one."""
+    """Why a stored sample is not what its row says; None for a whole one."""
     suffix = sample.image_suffix
     try:
         sample.check()
@@ -265,7 +265,7 @@ class RowDownloads:
         work.sample_in(table.num_rows)
 
     def take_over(self, earlier: PreviousShard, *, ask_failed: bool) -> None:
-        """Do not ask for rows whose sample is sound; nor, without ``ask_failed``, for rows that failed before."""
+        """Do not ask for rows whose sample is whole; nor, without ``ask_failed``, for rows that failed before."""
         self._earlier = earlier
         for key in self._keys:
             outcome = earlier.outcomes.get(key)

@@ -1,6 +1,6 @@
 """Whether an image file is whole, as far as its structure shows, at a small part of the cost of decoding it.
 
-A download that was cut leaves a file whose header is sound.  Each format says where it ends: by a marker, a last chunk
+A download that was cut leaves a file whose header is valid.  Each format says where it ends: by a marker, a last chunk
 or a length.  Damage in the middle of the pixels is not seen here; only decoding shows that.
 """
 

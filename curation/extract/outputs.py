@@ -68,7 +68,7 @@ class MetadataTable:
     """What the files of a shard look like.
 
     fields: the carried ones, name → type, None where the shard's values tell it.  columns: name → kind.
-    features: name → width.  doubles: floats and boxes in 64 bits, as DataComp has them.
+    features: name → width.  doubles: floats and boxes in 64 bits, as in DataComp.
     metadata: of the parquet's schema.
     """
 

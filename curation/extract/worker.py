@@ -52,7 +52,7 @@ class PreparationJob:
 
 @dataclass(slots=True)
 class PreparationOutcome:
-    """What became of one sample.  unreadable: why its image has no pixels.  broken: why it has nothing at all.
+    """What happened to one sample.  unreadable: why its image has no pixels.  broken: why it has nothing at all.
 
     values: the dicts, by the number of their preparation.
     """

@@ -49,7 +49,7 @@ class HubOptions:
     hf_username: str | None = None
     """Owner of --hf_repo.  Default: who is logged in."""
     push: bool = True
-    """Whether to upload at all; --no_push has the last word."""
+    """Whether to upload at all; --no_push forbids it."""
 
     def check_hub(self) -> None:
         """Raise UsageError where nothing could ever be uploaded.  Sends no request."""

@@ -104,7 +104,7 @@ class ShardWriter:
 
 
 def words_of_result(counts: Mapping[str, int], *, blurs: bool) -> str:
-    """What became of the samples, for ``Stage.result``: ``5 replaced, 65 copied``.
+    """What happened to the samples, for ``Stage.result``: ``5 replaced, 65 copied``.
 
     blurs: say how many were blurred, even if there were none.
     """

@@ -416,7 +416,7 @@ class _Run:
                     self._claims.release(claim)
 
     def conclude(self) -> int:
-        """Say what came of the run, and what to do about shards that are not done; returns the exit code."""
+        """Say what came of the run, and how to continue with shards that are not done; returns the exit code."""
         follower = self._follower
         if follower is not None:
             self._tally.shards("missing" if follower.gave_up else "left", follower.missing or follower.waiting)

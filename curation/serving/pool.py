@@ -383,7 +383,7 @@ class NoEndpoint(InfrastructureError):
 class EndpointPool:
     """Servers that all offer the same model.
 
-    Thread-safe: ``ask`` is called from as many threads as requests shall be in flight, while servers come (``add``) and
+    Thread-safe: ``ask`` is called from as many threads as there are to be simultaneous requests, while servers come (``add``) and
     go (``leave``).
 
     Args:

@@ -45,7 +45,7 @@ _QUOTED_CHARACTERS = 60
 
 
 def not_a_tar(head: bytes) -> str:
-    """What a file is instead of a tar, and what to do about it, for a message; "" if it may be a tar.
+    """What a file is instead of a tar, and what the user can do, for a message; "" if it may be a tar.
 
     A tar with damage in its first header may be a tar: the scan searches for its members.
 

@@ -102,7 +102,7 @@ class HeaderSearch:
     def before_zeros(self, member: Member, at: int) -> int | None:
         """The first header that a member swallowed, if zero blocks come behind it.
 
-        Zero blocks are where an archive ends, so that the member is probably sound.  A header inside it counts only if
+        Zero blocks are where an archive ends, so that the member is probably undamaged.  A header inside it counts only if
         another member, or the archive's end, is where that header says.
 
         at: The end of the member.
@@ -149,7 +149,7 @@ class HeaderSearch:
         """Whether bytes were inserted into a member whose padding is not of zeros, and behind which there is no header.
 
         Then its own last bytes and its padding stand before the next header.  If not, the damage began in the padding
-        of a sound member.
+        of an undamaged member.
         """
         zeros = member.end - member.data - member.size
         following = self.find(member.end, member.end + _SEARCH_BYTES)

@@ -160,7 +160,7 @@ def _parts(span: SampleSpan) -> Iterator[SampleSpan]:
 
 
 def _joined(runs: list[SampleSpan]) -> SampleSpan:
-    """One sample of the sound members of several with one key; of members with one suffix the first."""
+    """One sample of the undamaged members of several with one key; of members with one suffix the first."""
     members: dict[str, Member] = {}
     for run in runs:
         for member in run.members:

@@ -123,8 +123,8 @@ def _check_has_prompts(folder: Path, stage: str) -> None:
 def _check_prompted(sources: ReshardInputs, shards: Sequence[Shard]) -> None:
     """Raise UsageError if prompts name samples of these shards, and not one of them has an edit.
 
-    A shard for which stage 03 has a receipt is in order: it says what happened to the prompts.  One without is blocked if
-    stage 03 ran in this folder, and the run says so.
+    A shard for which stage 03 has a receipt is in order: it says what happened to the prompts.  One without is blocked
+    if stage 03 ran in this folder, and the run says so.
     """
     if sources.edits is None or sources.prompts is None:
         return

@@ -383,8 +383,8 @@ class NoEndpoint(InfrastructureError):
 class EndpointPool:
     """Servers that all offer the same model.
 
-    Thread-safe: ``ask`` is called from as many threads as there are to be simultaneous requests, while servers come (``add``) and
-    go (``leave``).
+    Thread-safe: ``ask`` is called from a thread for each simultaneous request, while servers come (``add``) and go
+    (``leave``).
 
     Args:
         urls: The servers that ``open`` opens; empty where all of them come by ``add``.

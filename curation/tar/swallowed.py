@@ -102,8 +102,8 @@ class HeaderSearch:
     def before_zeros(self, member: Member, at: int) -> int | None:
         """The first header that a member swallowed, if zero blocks come behind it.
 
-        Zero blocks are where an archive ends, so that the member is probably undamaged.  A header inside it counts only if
-        another member, or the archive's end, is where that header says.
+        Zero blocks are where an archive ends, so that the member is probably undamaged.  A header inside it counts only
+        if another member, or the archive's end, is where that header says.
 
         at: The end of the member.
         """

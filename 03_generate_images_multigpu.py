@@ -66,7 +66,8 @@ class Options(RunOptions):
     variant: str | None = None
     """Which weight files of the model to read, such as fp16."""
     embedded: bool = False
-    """A tiny pipeline with random weights, built here: its pictures are noise.  For trying out without a model."""
+    """A tiny pipeline with random weights, built here.  Its pictures are noise with the prompt written over it, for
+    trying out without a model."""
     steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps.  Default: the model's preset."""
     guidance: Annotated[float | None, at_least(0), FINITE] = None
@@ -188,7 +189,7 @@ class GenerateImages(Stage[Options]):
         self.threads = int(given) if given.isdigit() and int(given) else allocation.threads
         o = self.options
         if o.embedded:
-            logger.warning("--embedded: the pictures are noise from random weights")
+            logger.warning("--embedded: the pictures are noise from random weights with their prompts written over it")
             device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
         else:
             slow = f"{self.source.name} on the CPU takes seconds to many minutes a picture"

@@ -16,8 +16,10 @@ import pytest
 
 from curation import backends
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
+from curation.backends.generate.lettering import ELLIPSIS, wrapped, written_over
 from curation.backends.generate.loading import load_pipeline
 from curation.backends.generate.presets import Preset, preset_for, presets
+from curation.backends.generate.tiny import NAME as EMBEDDED
 from curation.backends.generate.tiny import build_atomically, build_embedded, embedded_source, save_tiny_sd
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.generate.batches import seed_of
@@ -578,3 +580,56 @@ def test_the_embedded_pipeline_where_nothing_can_be_written(monkeypatch: pytest.
     (tmp_path / f"curation-{os.getuid()}").chmod(0o777)
     with pytest.raises(InfrastructureError, match="is not this user's alone"):
         embedded_source()
+
+
+def test_the_embedded_pipeline_writes_each_prompt_over_its_picture() -> None:
+    """The same picture in any batch and at any place in it; and the picture under the type is the pipeline's own."""
+    source = embedded_source()
+    build_embedded(source)
+    preset = replace(presets()[EMBEDDED], height=SIDE, width=SIDE, batch_size=4)
+    backend = backends.load("generate", "tiny")(source, preset, threads=1)
+    bare = Backend(source, preset, threads=1)
+    wanted = [Request("A photo of a nurse", 1), Request("A photo of a farmer", 1), *requests(3)]
+    made = pixels(backend.generate(wanted, SIDE, SIDE))
+    assert len(made) == 5
+    assert np.array_equal(made[2:], pixels(backend.generate(wanted[2:], SIDE, SIDE))), "batches of 4 and 1, and of 3"
+    texts = backend.encode([request.prompt for request in wanted], at_once=4)
+    assert np.array_equal(made[:4], pixels(backend.generate(wanted[:4], SIDE, SIDE, texts.part(0, 4))))
+    for picture, under, request in zip(made, pixels(bare.generate(wanted, SIDE, SIDE)), wanted, strict=True):
+        assert np.array_equal(picture, written_over(under, "stand-in", request.prompt))
+        assert np.array_equal(picture[-16:], under[-16:]), "the noise stays below the type"
+        prompt = picture[12:22]  # below the title
+        assert np.median(prompt) < 60 < 180 < prompt.max(), "light type on a dark ground"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "مرحبا بالعالم שלום",
+        "日本語の写真" * 80,
+        "\U0001f469\U0001f3ff\u200d\U0001f680 cafe\u0301",
+        "\ud800\x00\x1b[31m a\nb\u202ec\u2028",
+        "\u0301" * 3000,
+        "\ufdfa" * 3000,  # one character that stands for eighteen
+        "\U0010ffff",
+    ],
+)
+def test_any_text_can_be_written_over_a_picture_of_any_size(text: str) -> None:
+    for width, height in ((64, 64), (8, 8), (8, 200), (200, 8), (256, 256)):
+        noise = np.full((height, width, 3), 77, np.uint8)
+        picture = written_over(noise, "stand-in", text)
+        assert picture.shape == noise.shape and picture.dtype == np.uint8
+        assert np.array_equal(picture, written_over(noise, "stand-in", text))
+        assert (noise == 77).all(), "the caller's picture is left alone"
+
+
+def test_a_text_is_wrapped_to_the_picture_and_ends_with_an_ellipsis_where_it_is_cut() -> None:
+    short = "A photo of a tall woman in a red coat – at the café"
+    assert " ".join(wrapped(short, 256, 256)) == "A photo of a tall woman in a red coat - at the cafe"
+    assert max(map(len, wrapped(short, 256, 256))) < 40
+    whole = wrapped("Rindfleischetikettierungsueberwachungsaufgaben", 128, 256)
+    assert "".join(whole) == "Rindfleischetikettierungsueberwachungsaufgaben" and len(whole) > 1
+    cut = wrapped("word " * 1000, 256, 256)
+    assert cut[-1].endswith(ELLIPSIS) and set(" ".join(cut).rstrip(ELLIPSIS).split()) <= {"word", "wor", "wo", "w"}
+    assert len(cut) == len(wrapped("word " * 300, 256, 256)) > 8, "as many lines as there is room for"

@@ -1,7 +1,8 @@
 """A small text-to-image pipeline in diffusers format, built offline, with random weights: its pictures are noise.
 
 It stands in for a real model where none is at hand (``--embedded``, the demo, tests), and it is loaded from its folder
-by the same code as a real one.  1.4 MB, about 30 ms a picture of 256×256 on one core.
+by the same code as a real one.  1.4 MB, about 30 ms a picture of 256×256 on one core.  The prompt is written over each
+picture, so that people see which prompt a picture belongs to, and that no model has drawn it.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import importlib.metadata
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from curation.backends.extract.tokens import byte_letters
 from curation.backends.generate import diffusers
+from curation.backends.generate.calls import Texts
+from curation.backends.generate.lettering import written_over
 from curation.backends.generate.loading import quiet_libraries
 from curation.backends.generate.presets import Preset
 from curation.errors import InfrastructureError
@@ -32,6 +36,22 @@ BUILDER_VERSION = 1  # raised when the same libraries give other bytes
 
 
 NAME = "tiny-sd"
+LABEL = "stand-in"  # written over each picture, before its prompt
+
+
+class LetteredImages(diffusers.Images):
+    """Pictures with their prompts written over them."""
+
+    def __init__(self, images: diffusers.Images, prompts: Sequence[str]) -> None:
+        self._images = images
+        self._prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, index: int) -> npt.NDArray[np.uint8]:
+        """Picture ``index``, height × width × 3.  Raises SampleError as the pictures under it do."""
+        return written_over(self._images.image(index), LABEL, self._prompts[index])
 
 
 class Backend(diffusers.Backend):
@@ -57,6 +77,18 @@ class Backend(diffusers.Backend):
 
         build_embedded(source)
         super().__init__(source, settings, device=device if torch.cuda.is_available() else "cpu", **others)
+
+    def generate(
+        self,
+        requests: Sequence[diffusers.Request],
+        width: int,
+        height: int,
+        texts: Texts | None = None,
+        check_stop: Callable[[], None] | None = None,
+    ) -> diffusers.Images:
+        """Noise for the requests, with their prompts written over it."""
+        images = super().generate(requests, width, height, texts, check_stop)
+        return LetteredImages(images, [request.prompt for request in requests])
 
     @classmethod
     def find(cls, model: str, revision: str | None, variant: str | None) -> ModelSource:

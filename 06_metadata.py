@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from curation import PROGRAM
 from curation.backends.extract import families
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, UsageError
@@ -231,9 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = config.input_shards(allow_pipe=options.allow_pipe)
     if not is_worker():
         if config.logging:
-            logger.warning(
-                "logging: nothing is sent to Weights & Biases; receipts and `python -m curation status` tell"
-            )
+            logger.warning(f"logging: nothing is sent to Weights & Biases; receipts and `{PROGRAM} status` tell")
         by_flag = options.device is not None
         workers = config.processes(options.workers, options.num_gpus, options.gpus, device_is_flag=by_flag)
         rerun = options.rerun or (config.reprocess and begins_anew(stage, shards))

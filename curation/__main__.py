@@ -1,13 +1,27 @@
-"""``python -m curation <command>``: what one does with the folders of a dataset beside running its stages."""
+"""``curation <command>``, which is also ``python -m curation <command>``: the stages, and what else one does with the
+folders of a dataset."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from curation import PROGRAM, __version__
 from curation.errors import EXIT_OK, EXIT_USAGE
+from curation.options import exit_code, say_error
 
+# The commands that run a stage: each is the numbered script of the same stage (``commands.stages``).
+STAGES = {
+    "download": "stage 00: download the images of URL tables into shards",
+    "faces": "stage 01: find the samples with faces, and write their captions and metadata",
+    "rewrite": "stage 02: rewrite the captions into prompts for an image generator",
+    "generate": "stage 03: generate an image for each prompt",
+    "reshard": "stage 04: write the shards anew with the generated images in place",
+    "caption": "stage 05: write a new caption for each image",
+    "extract": "stage 06: compute scores and features of each sample",
+}
 # When it is needed → the command → the module below ``curation`` whose ``main(argv)`` it is, imported only when the
 # command is called, and what the command does.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -40,9 +54,12 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "publish": ("commands.publish", "upload a stage's finished outputs to a dataset repository of the hub"),
     },
 }
-COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+COMMANDS = {name: module for group in GROUPS.values() for name, (module, _) in group.items()}
+COMMANDS |= dict.fromkeys(STAGES, "commands.stages")
+_ALSO = {"help": ("-h", "--help", "help"), "version": ("-V", "--version", "version")}
 
 
+@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that the first argument names.
 
@@ -52,26 +69,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if name in _ALSO["version"]:
+        print(f"curation {__version__}")
         return EXIT_OK
-    name = arguments[0]
+    if name in _ALSO["help"]:
+        if not rest or rest[0] not in COMMANDS:
+            print(usage())
+            return EXIT_OK
+        name, rest = rest[0], ["--help"]
     if name not in COMMANDS:
-        print(f"error: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
+        say_error(f"there is no command {name!r}.{_instead_of(name)} `{PROGRAM} --help` lists all commands")
         return EXIT_USAGE
-    module, _ = COMMANDS[name]
-    code: int = import_module(f"curation.{module}").main(arguments[1:])
+    module = import_module(f"curation.{COMMANDS[name]}")
+    code: int = module.run_as_command(name, rest) if name in STAGES else module.main(rest)
     return code
 
 
+def _instead_of(name: str) -> str:
+    """``" Did you mean …?"`` with the commands that the user may have meant; empty where none is near."""
+    scripts = import_module("curation.commands.stages").commands_of_scripts()
+    word = name.lower().removeprefix("--").removesuffix(".py").removesuffix(".sh").replace("-", "_")
+    meant = [command for script, command in scripts.items() if word in (script, script[:2], script[1:2])]
+    if not meant:
+        words = {part: command for script, command in scripts.items() for part in (script, *script.split("_")[1:])}
+        words |= {command: command for command in COMMANDS}
+        near = difflib.get_close_matches(word, words, 3, 0.6)
+        near += [command for command in COMMANDS if len(word) > 2 and command.startswith(word)]
+        meant = list(dict.fromkeys(words[one] for one in near))
+    return f" Did you mean {' or '.join(meant[:3])}?" if meant else ""
+
+
 def usage() -> str:
-    """Returns the text of ``python -m curation --help``."""
+    """Returns the text of ``curation --help``."""
     width = max(map(len, COMMANDS))
-    lines = ["usage: python -m curation COMMAND ..."]
-    for group, commands in GROUPS.items():
-        lines += ["", f"{group}:", *(f"  {name:{width}}  {what}" for name, (_, what) in commands.items())]
-    return "\n".join([*lines, "", "Each command has its own --help."])
+    groups = {"stages": STAGES}
+    groups |= {group: {name: what for name, (_, what) in commands.items()} for group, commands in GROUPS.items()}
+    lines = [f"usage: {PROGRAM} COMMAND ..."]
+    for group, commands in groups.items():
+        lines += ["", f"{group}:", *(f"  {name:{width}}  {what}" for name, what in commands.items())]
+    return "\n".join([*lines, "", f"Each command has its own --help: {PROGRAM} faces --help."])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
+from curation import PROGRAM
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError, lack_of, redact
 from curation.jsonio import clean_text
 
@@ -369,7 +370,7 @@ def on_terminal() -> bool:
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: str) -> Arguments:
-    """Parse the command line of ``python -m curation <command>``; check the bounds of its numbers, and its paths.
+    """Parse the command line of ``curation <command>``; check the bounds of its numbers, and its paths.
 
     An unknown flag or a value of the wrong type ends the process with exit code 2.
 
@@ -381,7 +382,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: 
     Raises:
         UsageError: A number is out of its bounds, or a URL stands where a path is wanted.
     """
-    options = _parse(kind, None if argv is None else list(argv), f"python -m curation {command}")
+    options = _parse(kind, None if argv is None else list(argv), f"{PROGRAM} {command}")
     check_bounds(options)
     refuse_urls(options)
     return options

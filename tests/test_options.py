@@ -124,7 +124,7 @@ TAKE_URLS = {
 
 def options_that_hold_text() -> list[tuple[str, str, type]]:
     """(module, option, the option's dataclass) of every stage and command, for values of type str or Path."""
-    modules = [*SCRIPTS, *(f"curation.{module}" for module, _ in COMMANDS.values())]
+    modules = [*SCRIPTS, *(f"curation.{module}" for module in sorted({*COMMANDS.values()}))]
     found = []
     for name in modules:
         kind = getattr(importlib.import_module(name), "Options", None)

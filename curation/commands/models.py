@@ -1,4 +1,4 @@
-"""``python -m curation models fetch``: every weight that a stage's options name, on a machine that has internet.
+"""``curation models fetch``: every weight that a stage's options name, on a machine that has internet.
 
 Compute nodes have none: what is fetched here lies in the caches that the stages read, and they then need no network.
 The stage itself says what it needs (``Stage.weights``).
@@ -9,12 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from curation import PROGRAM
 from curation.commands.stages import find_script, load_script, partial_options, stage_class
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError
 from curation.options import exit_code
 
-USAGE = """usage: python -m curation models fetch STAGE [--dry_run] [the stage's own flags]
-       python -m curation models fetch CONFIG.yml [--dry_run]
+USAGE = f"""usage: {PROGRAM} models fetch STAGE [--dry_run] [the stage's own flags]
+       {PROGRAM} models fetch CONFIG.yml [--dry_run]
 
 Fetches the weights that the stage's options name, for nodes without internet.  STAGE: 01 to 06, or the script's
 whole name.  Flags that name no model may be left out.  CONFIG.yml: stage 06's.  --dry_run: only say what would be
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage, flags = "06", ["--yml", stage, *flags]
     script = find_script(stage)
     module = load_script(script)
-    options = partial_options(module, flags, f"python -m curation models fetch {script.stem}")
+    options = partial_options(module, flags, f"{PROGRAM} models fetch {script.stem}")
     needs = stage_class(module).weights(options)
     if not needs:
         print("this stage needs no model: nothing to fetch")

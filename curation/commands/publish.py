@@ -1,4 +1,4 @@
-"""``python -m curation publish FOLDER --repo user/name`` uploads a stage's outputs to a dataset repository."""
+"""``curation publish FOLDER --repo user/name`` uploads a stage's outputs to a dataset repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m curation retry ROOT --stage S`` makes failed shards pending again.
+"""``curation retry ROOT --stage S`` makes failed shards pending again.
 
 A receipt is never deleted, because the commit is safe only while generations grow.  Instead a receipt of the next
 generation, with the status ``retry``, is committed in its place.

@@ -13,27 +13,61 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from curation import PROGRAM, PROJECT
 from curation.errors import InfrastructureError, UsageError
 from curation.options import RunOptions, parse_options
 from curation.run import Stage
 
-ROOT = Path(__file__).resolve().parents[2]
+# The commands that run a stage → the script that each of them is.
+COMMANDS = {
+    "download": "00_download",
+    "faces": "01_filter_noface",
+    "rewrite": "02_captions_processor",
+    "generate": "03_generate_images_multigpu",
+    "reshard": "04_reshard",
+    "caption": "05_recaption",
+    "extract": "06_metadata",
+}
+
+
+def commands_of_scripts() -> dict[str, str]:
+    """The stem of each numbered script → the command that runs it."""
+    return {script: command for command, script in COMMANDS.items()}
+
+
+def run_as_command(command: str, argv: Sequence[str]) -> int:
+    """Run a stage's script in this process, as ``curation faces`` does.
+
+    Args:
+        command: One of ``COMMANDS``.
+        argv: The words after the command.
+
+    Returns:
+        The script's exit code.
+    """
+    module = load_script(find_script(command))
+    sys.argv[:] = [f"{PROGRAM} {command}", *argv]  # the name that the script's usage shows
+    code: int = module.main(list(argv))
+    return code
 
 
 def find_script(stage: str) -> Path:
     """The script of a stage.
 
     Args:
-        stage: Its number (``03``), its name (``03_generate_images``) or its file's name.
+        stage: Its number (``03``), its name (``03_generate_images``), its command (``generate``) or its file's name.
 
     Raises:
         UsageError: There is no such stage; the message lists those that are there.
     """
-    scripts = sorted(ROOT.glob("[0-9][0-9]_*.py"))
+    scripts = sorted(PROJECT.glob("[0-9][0-9]_*.py"))
     name = stage.removesuffix(".py")
     for script in scripts:
-        if name in (script.stem, script.name[:2], script.stem.removesuffix("_multigpu")):
+        names = (script.stem, script.name[:2], script.name[1:2], script.stem.removesuffix("_multigpu"))
+        if name in names or COMMANDS.get(name) == script.stem:
             return script
+    if not scripts:
+        raise InfrastructureError(f"{PROJECT}: the numbered scripts are missing; install the package again")
     raise UsageError(f"there is no stage {stage!r}; there are {', '.join(script.stem for script in scripts)}")
 
 

@@ -1,4 +1,4 @@
-"""Uploading while a stage runs: ``python -m curation publish`` as a process of its own, now and then and at the end.
+"""Uploading while a stage runs: ``curation publish`` as a process of its own, now and then and at the end.
 
 In a process of its own, nothing that the hub, its client or a broken network does can stop, slow or kill the stage.
 While a run goes on, the process with rank 0 uploads; at the end each command that was started does, because it may be
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Annotated, ClassVar
 
 import curation
+from curation import PROGRAM
 from curation.cluster import WORKER_VARIABLE, Allocation
 from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
 from curation.hub.repository import check_access, check_name
@@ -125,7 +126,7 @@ class Pushing:
         if self._repo is None or WORKER_VARIABLE in os.environ:
             return
         if code == EXIT_WORK_LEFT:
-            logger.info(f"{self._repo}: the next start, or `python -m curation publish`, uploads the rest")
+            logger.info(f"{self._repo}: the next start, or `{PROGRAM} publish`, uploads the rest")
             return
         self._ended.clear()
         with self._stopped_by_signals():
@@ -194,7 +195,7 @@ class Pushing:
             self._ended.set()
             if self._process is not None and self._process.poll() is None:
                 self._process.kill()
-            logger.warning(f"{signal.Signals(number).name}: not all is uploaded; `python -m curation publish` goes on")
+            logger.warning(f"{signal.Signals(number).name}: not all is uploaded; `{PROGRAM} publish` goes on")
 
         before = {name: signal.signal(name, stop) for name in _SIGNALS}
         try:

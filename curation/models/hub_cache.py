@@ -17,6 +17,7 @@ from pathlib import Path
 
 import xxhash
 
+from curation import PROGRAM
 from curation.errors import InfrastructureError
 from curation.models.weights import hub_error_line, hub_errors, is_hub_id
 
@@ -42,7 +43,7 @@ HUB_TIMEOUT_S = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 16, 64 << 10, 1 << 20
 _CONTENT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # what decides a pipeline's output
-FETCH_FIRST = "`python -m curation models fetch`, where there is internet, gets it for this machine; or give a folder"
+FETCH_FIRST = f"`{PROGRAM} models fetch`, where there is internet, gets it for this machine; or give a folder"
 
 # The file that makes a folder a model of a kind, and what the kind is called.
 PIPELINE = ("model_index.json", "diffusers pipeline")

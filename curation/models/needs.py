@@ -1,6 +1,6 @@
 """What a stage needs on this machine before it can run without internet, declared so that it can be fetched ahead.
 
-A stage's ``weights`` returns a list of needs; ``python -m curation models fetch`` calls ``fetch`` on each of them.
+A stage's ``weights`` returns a list of needs; ``curation models fetch`` calls ``fetch`` on each of them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from datetime import datetime
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -49,9 +48,8 @@ def pipe_to_parent() -> int | None:
 
 def _script_of(stage: object, options: RunOptions) -> str:
     """The script that a worker runs: the file of the stage, or of its options if the stage is in the package."""
-    files = [inspect.getsourcefile(type(one)) for one in (stage, options)]
-    package = str(Path(__file__).resolve().parent.parent)
-    return next((file for file in files if file and not os.path.realpath(file).startswith(package)), sys.argv[0])
+    kinds = [kind for kind in (type(stage), type(options)) if not kind.__module__.startswith("curation.")]
+    return next(filter(None, map(inspect.getsourcefile, kinds)), sys.argv[0])
 
 
 def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: int) -> int:

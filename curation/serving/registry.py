@@ -4,7 +4,7 @@ A registration appears whole, is written again every few seconds with a counter 
 server ends.  A counter that stands still, by the reader's own clock, marks what a dead job left behind; what decides in
 the end is whether the server answers.
 
-``python -m curation register --dir D --url U --model M`` waits for the server at U, lets it load the model, registers
+``curation register --dir D --url U --model M`` waits for the server at U, lets it load the model, registers
 it, and keeps the registration until it gets a signal or the server stops answering.
 
 ``RegistryWatcher`` keeps a pool of servers in step with such a folder.  Servers that appear are opened while the run
@@ -32,6 +32,7 @@ from types import FrameType
 from typing import Any, Literal, NoReturn, Self, get_args
 from urllib.parse import urlsplit
 
+from curation import PROGRAM
 from curation.cluster import slurm_ids
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError, redact
 from curation.jsonio import clean_text, dump_json, parse_json_object
@@ -238,7 +239,7 @@ class OwnRegistration:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m curation register", description="Register one model server while it lives."
+        prog=f"{PROGRAM} register", description="Register one model server while it lives."
     )
     parser.add_argument("--dir", required=True, type=Path, help="the folder of registrations")
     parser.add_argument("--url", required=True, help="http://host:port, as the readers reach it")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from curation import PROGRAM
 from curation.errors import InfrastructureError, LostClaim, UsageError
 from curation.storage import remote_read
 from curation.storage.files import AtomicWriter, Published
@@ -347,7 +348,7 @@ def remote_folder(url: str) -> RemoteFolder:
     if mark and scheme == "hf":
         raise UsageError(
             f"--publish_to {shown}: the hub takes whole commits, not single shards; write to --output and push from "
-            "there with python -m curation publish"
+            f"there with {PROGRAM} publish"
         )
     if not mark or scheme not in WRITABLE:
         raise UsageError(f"--publish_to {shown}: shards are written to {' and '.join(f'{s}://' for s in WRITABLE)}")

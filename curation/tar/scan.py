@@ -31,6 +31,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Final
 
+from curation import PROGRAM
 from curation.storage.urls import Source
 from curation.tar.blocks import Block, Blocks
 from curation.tar.headers import (
@@ -53,7 +54,7 @@ from curation.tar.swallowed import HeaderSearch, has_magic, is_archive, marks
 from curation.threads import BackgroundCall
 
 # What to do if the members of one sample were found at two places.
-TOGETHER: Final = "if they are one whose members do not stand together: python -m curation fsck TARS --repair DIR"
+TOGETHER: Final = f"if they are one whose members do not stand together: {PROGRAM} fsck TARS --repair DIR"
 IMAGE_SUFFIXES: Final = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")
 )

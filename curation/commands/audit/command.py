@@ -1,4 +1,4 @@
-"""``python -m curation audit ROOT`` shows the attrition of each group, and which groups differ significantly.
+"""``curation audit ROOT`` shows the attrition of each group, and which groups differ significantly.
 
 It reads receipts, provenance and rejects, and, if ``--clip`` names a model, some of the generated images.
 """

@@ -1,4 +1,4 @@
-"""``python -m curation fsck TARS`` finds faults in tar shards, and copies every intact sample out of damaged ones."""
+"""``curation fsck TARS`` finds faults in tar shards, and copies every intact sample out of damaged ones."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from curation import PROGRAM
 from curation.commands.findings import Findings
 from curation.commands.fsck.salvage import salvage
 from curation.commands.fsck.samples import Kinds, Pictures, sample_problems
@@ -54,7 +55,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "wrong_size": "the picture is not the one that was generated: run stages 03 and 04 again for the shard (--rerun)",
     "no_provenance": "run stages 03 and 04 again for the shard (--rerun)",
     "wrong_digest": "it is not what the stage published: run the stage again for the shard (--rerun --shards <shard>)",
-    "not_done": "no stage vouches for it any more: see `python -m curation status`",
+    "not_done": f"no stage vouches for it any more: see `{PROGRAM} status`",
     "not_a_tar": "nothing can be saved from it: get the tar itself, as the finding says",
     "unreadable": "look at the file and the disk; copy it anew",
 }

@@ -1,4 +1,4 @@
-"""``python -m curation plan SOURCE ROOT`` estimates the cost of the whole dataset from finished shards.
+"""``curation plan SOURCE ROOT`` estimates the cost of the whole dataset from finished shards.
 
 Every figure comes from receipts.  With ``--sample``, stages 01 to 04 are first run on a few shards, whose outputs are
 kept.  Nothing else is started or written.

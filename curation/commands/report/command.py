@@ -1,4 +1,4 @@
-"""``python -m curation report ROOT``: one static page about the folders of a dataset.
+"""``curation report ROOT``: one static page about the folders of a dataset.
 
 It needs no server and no other file: it opens from a filesystem, and prints.  Nothing else is written.
 """

@@ -1,4 +1,4 @@
-"""``python -m curation status ROOT`` shows how far every stage below a folder is, from receipts, plans and claims.
+"""``curation status ROOT`` shows how far every stage below a folder is, from receipts, plans and claims.
 
 It writes nothing, needs no SLURM, and trusts no other node's clock: a heartbeat shows whether a worker is alive.  The
 result is shown as tables on a terminal and as plain lines in a log.

@@ -1,4 +1,4 @@
-"""``python -m curation neardup FOLDER --feature …`` finds groups of near duplicates by the cosine of features.
+"""``curation neardup FOLDER --feature …`` finds groups of near duplicates by the cosine of features.
 
 It can also write which samples are left when each group keeps one.
 """

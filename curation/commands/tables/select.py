@@ -1,4 +1,4 @@
-"""``python -m curation select FOLDER --where …`` writes the uids of the samples whose scores fulfil a condition."""
+"""``curation select FOLDER --where …`` writes the uids of the samples whose scores fulfil a condition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m curation verify SOURCE HYBRID`` proves that a hybrid dataset is its source with the edits applied.
+"""``curation verify SOURCE HYBRID`` proves that a hybrid dataset is its source with the edits applied.
 
 It only reads files: it needs no server and no SLURM, and takes no claim.  It writes nothing except the manifest.
 """

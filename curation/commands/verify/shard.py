@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from curation import PROGRAM
 from curation.commands.findings import Findings
 from curation.commands.verify.conservation import (
     Record,
@@ -47,7 +48,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "wrong_members": "run stage 04 again for the shard: --rerun --shards <shard>",
     "not_the_edit": "run stage 04 again for the shard: --rerun --shards <shard>",
     "readers_differ": "run stage 04 again for the shard: --rerun --shards <shard>",
-    "damaged_tar": "run stage 04 again for the shard; `python -m curation fsck` tells what is left of it",
+    "damaged_tar": f"run stage 04 again for the shard; `{PROGRAM} fsck` tells what is left of it",
     "stale": "run the stage that is named first again, without --rerun: it takes up what has changed",
     "stale_prompt": "run stages 03 and 04 again: they take up prompts that have changed",
     "edit_without_sample": "the edits are of another dataset, or the source was replaced: run stages 01 to 04 on it",
@@ -60,7 +61,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "no_provenance": "run stage 03 again for the shard, then stage 04; edits made elsewhere: --no_provenance",
     "original_lost": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
     "no_receipt": "run the stage that is named for the shard: what no receipt names is not to be trusted",
-    "not_done": "see `python -m curation status` for why, and `python -m curation retry`",
+    "not_done": f"see `{PROGRAM} status` for why, and `{PROGRAM} retry`",
     "bad_record": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "missing_output": "run the stage that is named again for the shard",
     "wrong_digest": "run the stage that is named again for the shard: --rerun --shards <shard>",

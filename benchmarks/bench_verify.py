@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`python -m curation verify` beside `sha256sum` of the same hybrid shards, in one run.
+"""`curation verify` beside `sha256sum` of the same hybrid shards, in one run.
 
 Both are measured in seconds of CPU, user and system, with everything in the page cache, and bandwidth is the hybrid
 shards' bytes over those: what a core does.  verify reads the source beside the hybrid, compares every byte, and hashes

@@ -3,12 +3,19 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from curation.backends.extract import families as extractor_families
+from curation.extract.config import read_config
+from tests import ROOT
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHARDS = sorted((EXAMPLES / "shards").glob("*.tar"))
@@ -101,3 +108,40 @@ def test_face_boxes_are_recorded_in_one_shard_null_in_one_and_absent_in_another(
             boxes = metadata.get("face_bboxes", "absent")
             kinds.add("recorded" if isinstance(boxes, list) else str(boxes))
     assert kinds == {"recorded", "None", "absent"}
+
+
+def test_basic_yml_scores_without_any_download(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    script = [sys.executable, "06_metadata.py", "--yml", "examples/basic.yml", "--input_tars", SHARDS[0]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*script, "--output_metadata_dir", tmp_path],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(tmp_path / f"{SHARDS[0].stem}.parquet").to_pylist()
+    assert len(rows) == len(members(SHARDS[0]))
+    truth_of = {row["key"]: row for row in truth()}
+    english = {row["key"] for row in rows if row["language"] == "en"}
+    assert english == {row["key"] for row in rows if truth_of[row["key"]]["lang"] == "en"}
+    assert all(row["image-width"] > 0 and len(row["phash"]) == 16 and row["uid"] for row in rows)
+
+
+def test_datacomp_yml_names_what_datacomp_has() -> None:
+    arguments = [sys.executable, "-m", "curation", "models", "fetch", "examples/datacomp.yml", "--dry_run"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    config = read_config(str(ROOT / "examples" / "datacomp.yml"), {})
+    assert len(done.stdout.splitlines()) == len(config.models)
+    families = {d.name: d for family in extractor_families() for d in family.directives}
+    made = {name for model in config.models for names in families[model].outputs(model) for name in names}
+    assert {*config.postprocess_columns, *config.postprocess_features} <= made
+    assert {config.public_name(name) for name in config.postprocess_columns} >= {
+        "clip_l14_similarity_score",
+        "face_bboxes",
+    }

@@ -171,7 +171,13 @@ def test_duplicates_are_kept_unless_unique(pool: Pool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "says"),
     [
-        ("clip_l14_score > 0.3", "no column 'clip_l14_score' in the tables; the nearest: .*oai-clip-vit-l14-score"),
+        ("clip_l14_score > 0.3", "no column 'clip_l14_score' .the nearest: .*oai-clip-vit-l14-score.* in the tables"),
+        (
+            "top(aesthetic_score, 0.3) and sha256 != 'x' and \"phash\" = '' and capton = ''",
+            "no columns 'aesthetic_score', 'sha256', 'phash', 'capton' .the nearest: caption. in the tables; stage 06 "
+            "makes them: python3 06_metadata.py --models oai-clip-vit-l14,aesthetic,hashes "
+            "--additional_fields sha256",
+        ),
         ("true; copy samples to 'x.csv'", "not one SQL condition"),
         ("true) or (true", "not one SQL condition"),
         ("true, false", "not one SQL condition"),

@@ -15,6 +15,9 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
+import orjson
+
+from curation.commands.tables.missing import how_to_make
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.config import DATACOMP_NAMES
 from curation.jsonio import clean_text
@@ -27,6 +30,7 @@ _SPACE = (
 
 
 _TOP = re.compile(r"\btop\(\s*(?P<column>\"(?:[^\"]|\"\")+\"|\w+)\s*,\s*(?P<share>[0-9.eE-]+)\s*\)", re.I)
+_NOT_FOUND = re.compile(r'column "?((?:[^"\s]|"")+)"? not found')
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
 
 _WORDS = f"length(regexp_extract_all(text, '[^{_SPACE}]+'))"
@@ -130,6 +134,7 @@ class SqlFilter:
         if len(text) > MAX_CONDITION_CHARS:
             raise UsageError(f"the condition is longer than {MAX_CONDITION_CHARS:,} characters")
         text = self._quote_dashed(text)
+        self._refuse_missing(text)
         thresholds: dict[str, float | None] = {}
 
         def expand(match: re.Match[str]) -> str:
@@ -145,6 +150,38 @@ class SqlFilter:
             raise UsageError(f"--where: not one SQL condition: {_first_line(error)}") from None
         self._ask(f"EXPLAIN {_rows_where(text)}")
         return Condition(text, thresholds)
+
+    def _refuse_missing(self, text: str) -> None:
+        """Raise UsageError that names every column of the condition that is not there, and how each is made."""
+        plain = _outside_quotes(text, lambda part: _TOP.sub(r"(\g<column>::double > 0)", part), keep_names=True)
+        try:
+            self._connection.execute(f"EXPLAIN {_rows_where(plain)}")
+        except self._duckdb.BinderException as error:
+            if (first := _NOT_FOUND.search(str(error))) is None:
+                return
+            there = {row[0].lower() for row in self._ask("DESCRIBE samples").fetchall()}
+            named = dict.fromkeys([first[1], *self._named_columns(plain)])
+            raise self._missing([name for name in named if name.lower() not in there]) from None
+        except self._duckdb.Error:  # whatever else is wrong is told where the condition itself is looked at
+            return
+
+    def _named_columns(self, text: str) -> list[str]:
+        """The columns that a condition names, in its order."""
+        [row] = self._ask("SELECT json_serialize_sql(?::varchar)", _rows_where(text)).fetchall()
+        found: list[str] = []
+
+        def look(part: Any) -> None:
+            if isinstance(part, dict):
+                if part.get("class") == "COLUMN_REF":
+                    found.append(part["column_names"][-1])
+                for value in part.values():
+                    look(value)
+            elif isinstance(part, list):
+                for value in part:
+                    look(value)
+
+        look(orjson.loads(row[0]))
+        return found
 
     def rows(self, condition: Condition, columns: str, *, order: str) -> Iterator[Any]:
         """Yields Arrow record batches of the rows that fulfil it; columns and order are the caller's own SQL."""
@@ -175,9 +212,9 @@ class SqlFilter:
         pattern = re.compile(rf"(?<![\w\"-])(?:{'|'.join(map(re.escape, dashed))})(?![\w\"-])")
         return _outside_quotes(text, lambda part: pattern.sub(lambda match: _name(match[0]), part))
 
-    def _ask(self, query: str) -> Any:
+    def _ask(self, query: str, *values: str) -> Any:
         with self._clear_errors():
-            return self._connection.execute(query)
+            return self._connection.execute(query, values)
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -193,15 +230,20 @@ class SqlFilter:
             raise UsageError(f"the tables cannot be asked: {_first_line(error)}") from None
 
     def _binder_error(self, error: Exception) -> UsageError:
-        missing = re.search(r'column "?((?:[^"\s]|"")+)"? not found', str(error))
-        if missing is None:
-            return UsageError(f"--where: {_first_line(error)}")
-        name = missing[1]
-        close = difflib.get_close_matches(name, self.columns, 3, 0.4) or self.columns
-        return UsageError(
-            f"there is no column {clean_text(name)!r} in the tables; the nearest: "
-            f"{', '.join(clean_text(column) for column in close)}"
-        )
+        missing = _NOT_FOUND.search(str(error))
+        return UsageError(f"--where: {_first_line(error)}") if missing is None else self._missing([missing[1]])
+
+    def _missing(self, names: Sequence[str]) -> UsageError:
+        told = []
+        for name in names:
+            made = bool(how_to_make([name]))
+            close = [] if made else difflib.get_close_matches(name, self.columns, 3, 0.4) or list(self.columns)
+            near = f" (the nearest: {', '.join(map(clean_text, close))})" if close else ""
+            told.append(f"{clean_text(name)!r}{near}")
+        what = "there is no column" if len(names) == 1 else "there are no columns"
+        command = how_to_make(names)
+        making = f"; stage 06 makes {'it' if len(names) == 1 else 'them'}: {command}" if command else ""
+        return UsageError(f"{what} {', '.join(told)} in the tables{making}")
 
 
 def import_duckdb() -> Any:

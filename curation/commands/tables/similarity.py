@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from curation.commands.tables.missing import how_to_make
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
 
@@ -41,7 +42,9 @@ def feature_blocks(path: Path, name: str, rows: int = BLOCK_ROWS) -> Iterator[Ro
             names = [entry.removesuffix(".npy") for entry in archive.namelist()]
             if name not in names:
                 known = ", ".join(clean_text(known) for known in names[:20])
-                raise UsageError(f"{path}: has no feature {name!r}; there are: {known or 'none'}")
+                command = how_to_make([name])
+                making = f"; stage 06 makes it: {command}" if command else ""
+                raise UsageError(f"{path}: has no feature {clean_text(name)!r}; there are: {known or 'none'}{making}")
             with archive.open(f"{name}.npy") as file:
                 yield from _blocks(file, f"{path}: {name}", rows)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:

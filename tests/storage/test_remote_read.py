@@ -466,7 +466,7 @@ def test_which_folders_are_shards(tmp_path: Path) -> None:
 
 
 def run(source: object, out: Path, *flags: object) -> int:
-    return stub.main([str(source), "--output_dir", str(out), *FLAGS, *map(str, flags)])
+    return stub.main([str(source), "--output", str(out), *FLAGS, *map(str, flags)])
 
 
 def receipt(out: Path, shard: str) -> dict[str, Any]:
@@ -546,7 +546,7 @@ def test_stage_06_reads_the_same_from_everywhere(
     flags = ["--models", "statistics,hashes", "--postprocess_features", "all", "--nworkers", "1", "--quiet"]
 
     def metadata(source: object, out: Path, *more: str) -> int:
-        where = ["--input_tars", str(source), "--output_metadata_dir", str(out)]
+        where = ["--input", str(source), "--output", str(out)]
         return int(importlib.import_module("06_metadata").main([*where, *flags, *more]))
 
     assert metadata(listed, tmp_path / "out") == 2

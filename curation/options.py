@@ -103,7 +103,7 @@ def also(*names: str) -> Any:
 
 def _names(kind: type) -> dict[str, str]:
     """Every spelling of a dataclass's flags, written with underscores → the option's name."""
-    names = {}
+    names: dict[str, str] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         notes = getattr(hint, "__metadata__", ())
         aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]

@@ -1,7 +1,10 @@
 """Options of a stage: the order of ``--help``, and the bounds of numbers."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -23,8 +26,9 @@ from curation.options import (
     parse_options,
     refuse_urls,
 )
+from tests import EXAMPLES, ROOT
 
-SCRIPTS = sorted(path.stem for path in Path(__file__).parent.parent.glob("[0-9][0-9]_*.py"))
+SCRIPTS = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,3 +264,17 @@ def test_stages_make_no_folder_named_like_a_url(
     assert importlib.import_module(words[0]).main(words[1:]) == 2
     assert "a URL, where a path on this machine's filesystem is wanted" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["c.yml"]
+
+
+def test_a_flag_behind_a_script_takes_the_place_of_the_scripts_own(tmp_path: Path) -> None:
+    """``.sh`` scripts give --workers and --edits themselves, unless the user does."""
+    script = ROOT / "01_filter_noface.sh"
+    flags = ["--workers=1", "--edits", str(tmp_path / "e"), "--dry_run"]
+    shards = {"SRC_DIR": str(EXAMPLES), "TARGET_DIR": str(tmp_path / "c"), "WORKERS": "2", "PYTHON": sys.executable}
+    for more, code in ((), 0), (("--output", str(tmp_path / "other")), 2):
+        command = ["bash", str(script), *flags, *more]
+        run = subprocess.run(
+            command, env={**os.environ, **shards}, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert run.returncode == code, run.stderr
+    assert "--output twice with two values" in run.stderr

@@ -23,7 +23,7 @@ from curation.backends.generate.diffusers import Backend
 from curation.cluster import visible_gpus
 from curation.edits import GENERATED_XMP
 from curation.errors import UsageError
-from tests import EXAMPLES, ROOT
+from tests import EXAMPLES, ROOT, replaced
 from tests.backends.test_generate import copy_pipeline, limit_memory, spoil
 from tests.shards import contents
 from tests.stages.harness import Records
@@ -78,7 +78,7 @@ def write(path: Path, value: object) -> None:
 
 
 def run(root: Path, *flags: str, small: list[str] = SMALL) -> int:
-    return int(stage.main(["--input", f"{root}/prompts", "--output", f"{root}/edits", *small, *flags]))
+    return int(stage.main(["--input", f"{root}/prompts", "--output", f"{root}/edits", *replaced(small, flags)]))
 
 
 def read_tar(root: Path, shard: str = SHARD) -> dict[str, bytes]:

@@ -24,7 +24,7 @@ from curation.cluster import visible_gpus
 from curation.extract.plugins import load_plugin
 from curation.images import image_size
 from curation.tar.samples import read_samples
-from tests import EXAMPLES, ROOT, processes
+from tests import EXAMPLES, ROOT, processes, replaced
 from tests.extract.test_config import BASIC, DATACOMP
 from tests.processes import ended_at_last, wait_until
 from tests.shards import noise, plain, write_shard
@@ -57,11 +57,11 @@ def stub_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def run(source: Path | str, out: Path, *flags: object) -> int:
     where = ["--input", str(source), "--output", str(out)]
-    return int(stage.main([*where, *FLAGS, *map(str, flags)]))
+    return int(stage.main([*where, *replaced(FLAGS, flags)]))
 
 
 def start(source: Path, out: Path, *flags: object, pause_s: float = 0.0) -> subprocess.Popen[str]:
-    command = [sys.executable, f"{NAME}.py", "--input", source, "--output", out, *FLAGS, *flags]
+    command = [sys.executable, f"{NAME}.py", "--input", source, "--output", out, *replaced(FLAGS, flags)]
     return processes.start(command, more={"CURATION_STUB_S": str(pause_s), "PYTHONPATH": str(ROOT)})
 
 

@@ -66,7 +66,7 @@ HASHES = ("sha256", "md5", "sha512", "sha1")
 class Options(RunOptions):
     """Download the images of URL tables into tar shards; any number of processes share the work."""
 
-    input: Annotated[str, also("--url_list"), URLS]
+    input: Annotated[str, also("-i", "--url_list"), URLS]
     """URL tables (parquet, csv, tsv, jsonl, txt, the text ones also .gz): one, a folder of them or a glob; local, or
     https://, hf:// or s3://."""
     output: Annotated[Path, also("-o", "--output_folder")]

@@ -20,7 +20,7 @@ from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.models.needs import NothingToFetch, WeightsNeed
-from curation.options import URLS, at_least, between, exit_code, logger, more_than, parse_options
+from curation.options import URLS, also, at_least, between, exit_code, logger, more_than, parse_options
 from curation.replies import PROMPT, judge
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
@@ -64,9 +64,9 @@ STAND_IN = (
 class Options(RunOptions):
     """Keep English captions and let model servers rewrite them into prompts that portray a group of people."""
 
-    input: Annotated[str, URLS]
+    input: Annotated[str, also("-i"), URLS]
     """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file."""
-    output: str
+    output: Annotated[str, also("-o")]
     """Folder for the prompts, one <shard>.json each."""
     model_name: str = DEFAULT_MODEL
     """The model, as the servers call it."""

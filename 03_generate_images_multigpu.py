@@ -38,7 +38,7 @@ from curation.generate.encode import EncodedLog, make_missing
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models.hub_cache import ModelSource
 from curation.models.needs import WeightsNeed
-from curation.options import FINITE, at_least, between, exit_code, logger, parse_options
+from curation.options import FINITE, also, at_least, between, exit_code, logger, parse_options
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import check_made_by, stage_version
 from curation.run.work import Later
@@ -55,9 +55,9 @@ METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
 class Options(RunOptions):
     """Generate one image per prompt with a diffusers pipeline; one process per GPU."""
 
-    prompts: str
+    input: Annotated[str, also("-i", "--prompts", "--input_files")]
     """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file."""
-    edits: str
+    output: Annotated[str, also("-o", "--edits", "--output_dir")]
     """Folder with the samples' metadata as stage 01 writes it; the generated samples are written there too."""
     model: str = DEFAULT_MODEL
     """A diffusers pipeline: a local folder or a hub id."""
@@ -137,7 +137,7 @@ class GenerateImages(Stage[Options]):
     later = MappingProxyType({"true_cfg_scale": Later(before=None, now=None)})
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options, options.edits)
+        super().__init__(options)
         self._encoders = ThreadPoolExecutor(ENCODERS, "jpeg")
 
     @cached_property
@@ -399,7 +399,7 @@ def refuse_other_shards(edits: Path, shards: Sequence[Shard]) -> None:
     for path in (edits / f"{shard.id}.tar" for shard in shards):
         if path.is_file() and not _may_be_edits(path):
             raise UsageError(
-                f"--edits: {path} holds samples that were not edited, and would be replaced: give another folder, and "
+                f"--output: {path} holds samples that were not edited, and would be replaced: give another folder, and "
                 "not that of the source shards"
             )
 
@@ -420,14 +420,14 @@ def _may_be_edits(path: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
-    follows = Follows(PROMPTS_STAGE, Path(options.prompts), ".json")
-    shards = follows.discover() if options.follow else discover(options.prompts, ".json")
+    follows = Follows(PROMPTS_STAGE, Path(options.input), ".json")
+    shards = follows.discover() if options.follow else discover(options.input, ".json")
     for folder in local_folders(shards):
-        check_made_by("--prompts", folder, PROMPTS_STAGE)
-    check_made_by("--edits", Path(options.edits), GenerateImages.name, beside=(METADATA_STAGE,))
+        check_made_by("--input", folder, PROMPTS_STAGE)
+    check_made_by("--output", Path(options.output), GenerateImages.name, beside=(METADATA_STAGE,))
     if options.edits_layout == "tar" and not is_worker():
-        refuse_other_shards(Path(options.edits), shards)
-    options = GenerateImages.settled(options, options.edits)
+        refuse_other_shards(Path(options.output), shards)
+    options = GenerateImages.settled(options)
     return run_stage(GenerateImages(options), one_process_per_gpu(options), shards, follows)
 
 

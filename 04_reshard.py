@@ -16,7 +16,7 @@ from curation.cluster import Allocation
 from curation.errors import EXIT_OK, UsageError
 from curation.faces import DetectorSettings, FaceDetector
 from curation.models.needs import WeightsNeed
-from curation.options import URLS, at_least, exit_code, logger, parse_options
+from curation.options import URLS, also, at_least, exit_code, logger, parse_options
 from curation.reshard.fitting import LATER, ImageSuffix
 from curation.reshard.folders import check_folders, of_one_tar
 from curation.reshard.layout import ShardLayout
@@ -46,9 +46,9 @@ BEHIND_ITS_OWN_KEY = Choice(0, failed=("duplicate_key", "it would lie right behi
 class Options(RunOptions):
     """Replace the edited samples of each shard and copy everything else byte for byte; or take a subset, or regroup."""
 
-    input: Annotated[str, URLS]
+    input: Annotated[str, also("-i", "--input_dir"), URLS]
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
-    output: str
+    output: Annotated[str, also("-o", "--output_dir")]
     """Folder for the hybrid shards, one <shard>.tar each.  With one tar as --input, also that file: out/<shard>.tar."""
     edits: str | None = None
     """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together.
@@ -60,7 +60,7 @@ class Options(RunOptions):
     """A sample with a prompt but without an edit: keep it as it was, or leave it out."""
     edits_layout: Literal["auto", "tar", "files"] = "auto"
     """Where the edits are.  auto: in the tar if there is one, else in loose files."""
-    subset: str | None = None
+    subset: Annotated[str | None, also("-s", "--subset_file")] = None
     """A sorted .npy array of uids (dtype u8,u8): only these samples, each as often as its uid occurs."""
     drop_rejected: bool = False
     """Leave out the samples that stages 02 and 03 rejected; without it they stay unchanged."""
@@ -73,7 +73,7 @@ class Options(RunOptions):
     """cpu: detect faces on the CPU, also where there are GPUs.  Default: a GPU where onnxruntime has CUDA."""
     shard_size: Annotated[int | None, at_least(1)] = None
     """Regroup into shards 00000000.tar, 00000001.tar … of so many samples each.  Default: shards stay as they are."""
-    shuffle_buffer: Annotated[int, at_least(0)] = 0
+    shuffle_buffer: Annotated[int, at_least(0), also("--shuffle_bufsize")] = 0
     """With --shard_size: shuffle so many samples together, one block after the other.  0: keep their order."""
     seed: int = 0
     """Of the shuffling."""

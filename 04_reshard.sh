@@ -48,6 +48,6 @@ EDITS_DIR=${EDITS_DIR:-$(dirname "$folder")/edits} PROMPTS_DIR=${PROMPTS_DIR:-$(
 
 # A task uses two CPUs: one reads ahead while the other writes.
 stage=("$PYTHON" "$PROJECT/04_reshard.py" --input "$SRC_DIR")
-[ "$EDITS_DIR" = none ] || stage+=(--edits "$EDITS_DIR")
-[ "$EDITS_DIR" = none ] || [ "$PROMPTS_DIR" = none ] || stage+=(--prompts "$PROMPTS_DIR")
+[ "$EDITS_DIR" = none ] || given --edits "$@" || stage+=(--edits "$EDITS_DIR")
+[ "$EDITS_DIR" = none ] || [ "$PROMPTS_DIR" = none ] || given --prompts "$@" || stage+=(--prompts "$PROMPTS_DIR")
 run_tasks "$folder" "${stage[@]}" --output "$TARGET_DIR" "${workers[@]}" "$@"

@@ -68,10 +68,10 @@ class Options(HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH"), URLS] = None
-    """Source shards, as --data_path."""
-    data_path: Annotated[str | None, also("--data_dir", "--input"), URLS] = None
+    """Source shards, as --input."""
+    input: Annotated[str | None, also("-i", "--data_path", "--data_dir"), URLS] = None
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
-    output_dir: Annotated[str, also("-o", "--output", "--checkpoint_dir")] = "recaptions"
+    output: Annotated[str, also("-o", "--output_dir", "--checkpoint_dir")] = "recaptions"
     """Folder for the captions."""
     model: Annotated[str, also("--model_name")] = "florence2-base"
     """A short name (--list_models), a hub id, a local folder, or endpoint:<the server's model>."""
@@ -162,9 +162,9 @@ class Options(HubOptions, RunOptions):
 
     @property
     def source(self) -> str:
-        given = self.data or self.data_path
-        if given is None or (self.data and self.data_path):
-            raise UsageError("give the source shards once: DATA_PATH or --data_path")
+        given = self.data or self.input
+        if given is None or (self.data and self.input):
+            raise UsageError("give the source shards once: DATA_PATH or --input")
         return given
 
     @property
@@ -182,12 +182,10 @@ class Options(HubOptions, RunOptions):
     def of_the_run(self) -> Options:
         """The same options as the workers get them: the source has one name, a trial is a run into a folder of its
         own, and there is a process for each GPU."""
-        run = replace(self, data=None, data_path=self.source, compare=None)
+        run = replace(self, data=None, input=self.source, compare=None)
         if self.smoke is not None:
-            folder = str(Path(self.output_dir) / f"_smoke-{self.smoke}")
-            run = replace(
-                run, output_dir=folder, max_images=self.smoke, rerun=True, push=False, workers=1, num_gpus=None
-            )
+            folder = str(Path(self.output) / f"_smoke-{self.smoke}")
+            run = replace(run, output=folder, max_images=self.smoke, rerun=True, push=False, workers=1, num_gpus=None)
         if is_worker() or self.smoke is not None:
             return run
         device = "cpu" if self.captioner[0].served else run.device
@@ -203,7 +201,7 @@ class Recaption(Stage[Options]):
 
     def __init__(self, options: Options, limits: dict[str, int]) -> None:
         """limits: by shard, how many of its images are read at most.  All images of the other shards are read."""
-        super().__init__(options, options.output_dir)
+        super().__init__(options)
         self._limits = limits
         self._merge: JsonlMerge | None = None
         self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
@@ -392,11 +390,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options.check()
     run = options.of_the_run()
-    run = Recaption.settled(run, run.output_dir)
+    run = Recaption.settled(run)
     shards = select(discover(run.source, allow_pipe=run.allow_pipe), run.shards)
-    if "tar" in run.formats and (Path(run.output_dir) / TAR_FOLDER).resolve() in local_folders(shards):
+    if "tar" in run.formats and (Path(run.output) / TAR_FOLDER).resolve() in local_folders(shards):
         raise UsageError(
-            f"--output_dir {run.output_dir}: the source shards are in its folder {TAR_FOLDER}/, where --format tar "
+            f"--output {run.output}: the source shards are in its folder {TAR_FOLDER}/, where --format tar "
             "writes shards of the same names; use another folder"
         )
     limits: dict[str, int] = {}

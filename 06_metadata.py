@@ -17,6 +17,7 @@ from curation.backends.extract import families
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, UsageError
 from curation.extract import (
+    FLAGS,
     INTEGER,
     KEYS,
     WANTED,
@@ -33,7 +34,7 @@ from curation.extract import (
     write_parquet,
 )
 from curation.models.needs import WeightsNeed
-from curation.options import URLS, at_least, exit_code, logger, parse_options, set_up_logging
+from curation.options import URLS, also, at_least, exit_code, logger, parse_options, set_up_logging
 from curation.run import Later, RunOptions, ShardContext, Stage, run_stage
 from curation.run.workers import is_worker
 from curation.shards import Shard, local_folders
@@ -45,9 +46,9 @@ from curation.tar.scan import TarReport
 class Options(RunOptions):
     """Compute scores and features of the samples of tar shards: a parquet and an npz for each; one process per GPU."""
 
-    input_tars: Annotated[str | None, URLS] = None
+    input: Annotated[str | None, also("-i", "--input_tars"), URLS] = None
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
-    output_metadata_dir: str | None = None
+    output: Annotated[str | None, also("-o", "--output_metadata_dir")] = None
     """Folder for the parquets and npzs."""
     models: str | None = None
     """Directives with commas between them, such as oai-clip-vit-b32,nsfw-detoxify."""
@@ -106,7 +107,7 @@ class Options(RunOptions):
     @property
     def given(self) -> dict[str, Any]:
         """The keys that were given as flags."""
-        given = {name: getattr(self, name) for name in KEYS}
+        given = {key: getattr(self, FLAGS.get(key, key)) for key in KEYS}
         if self.device is not None and self.device.isdecimal():
             given["device"] = int(self.device)
         return given

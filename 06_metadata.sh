@@ -7,7 +7,7 @@
 #
 # SRC_DIR, by default $ROOT/shards, is a folder, a glob in quotes, braces in quotes, or a list file; TARGET_DIR, by
 # default $ROOT/metadata, receives the parquets and npzs.  Both take precedence over the YAML; without
-# them its input_tars and output_metadata_dir count.
+# them, the YAML's input_tars and output_metadata_dir are used.
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
@@ -36,8 +36,8 @@ source "$PROJECT/slurm_tasks.sh" || exit 2
 
 SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/shards}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/metadata}}
 folders=() # what is not set here, the YAML tells
-[ -n "$SRC_DIR" ] && folders+=(--input_tars "$SRC_DIR")
-[ -n "$TARGET_DIR" ] && folders+=(--output_metadata_dir "$TARGET_DIR")
+[ -n "$SRC_DIR" ] && folders+=(--input "$SRC_DIR")
+[ -n "$TARGET_DIR" ] && folders+=(--output "$TARGET_DIR")
 
 stage=("$PYTHON" "$PROJECT/06_metadata.py" "${folders[@]}")
 run_tasks "${TARGET_DIR:-$PWD/logs}" "${stage[@]}" "${workers[@]}" "$@"

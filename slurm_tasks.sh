@@ -143,6 +143,18 @@ need() {
     [ -n "${!1:-}" ] || usage_error "$1 is not set: $2"
 }
 
+# given FLAG WORD…: whether the words, a user's flags, hold this flag.  Then the script leaves its own value out, because
+# a stage refuses two values for one option.
+given() {
+    local flag=$1 word
+    shift
+    for word in "$@"; do
+        word=${word%%=*}
+        [ "${word//-/_}" = "${flag//-/_}" ] && return 0
+    done
+    return 1
+}
+
 # The site's own file: module load …, source activate …, export HF_HOME=…
 if [ -n "${CURATION_SETUP:-}" ]; then
     [ -r "$CURATION_SETUP" ] || usage_error "CURATION_SETUP=$CURATION_SETUP cannot be read"
@@ -157,7 +169,7 @@ fi
 
 # Without srun, so many processes on this machine share the shards; stages 03, 05 and 06 start one for each GPU.
 workers=()
-[ -n "$in_step" ] || [ -z "${SLURM_JOB_ID:-}" ] && workers=(--workers "${WORKERS:-1}")
+[ -n "$in_step" ] || [ -z "${SLURM_JOB_ID:-}" ] && ! given --workers "$@" && workers=(--workers "${WORKERS:-1}")
 
 # Words before every command, such as: apptainer exec --nv image.sif
 read -r -a wrap <<<"${CURATION_WRAP:-}"

@@ -61,7 +61,7 @@ def time_bare_loop(pipeline: Any, samples: list[tuple[str, str]], side: int, ste
 
 def time_stage(root: Path, side: int, steps: int, batch_size: int) -> tuple[float, Mapping[str, float]]:
     """Seconds from the first shard's start to the last one's commit, by the receipts; and the seconds of each phase."""
-    flags: list[object] = ["--prompts", root / "prompts", "--edits", root / "edits", "--embedded"]
+    flags: list[object] = ["--input", root / "prompts", "--output", root / "edits", "--embedded"]
     flags += ["--height", side, "--width", side, "--steps", steps, "--batch_size", batch_size]
     run_stage("03_generate_images_multigpu", *flags)
     receipts = StageReceipts.read(root / "edits", "03_generate_images")

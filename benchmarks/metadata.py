@@ -183,7 +183,7 @@ class Bare:
 def time_stage(shards: Path, output: Path, model: Path, setting: Setting, resize: str) -> tuple[float, float]:
     """(images a second, share of the time that the model waits), from the first shard's start to the last one's end:
     loading the model and starting processes is left out."""
-    flags: list[object] = ["--input_tars", shards, "--output_metadata_dir", output, "--models", DIRECTIVE]
+    flags: list[object] = ["--input", shards, "--output", output, "--models", DIRECTIVE]
     flags += ["--weights", f"{DIRECTIVE}={model}", "--postprocess_features", "all", "--resize", resize]
     flags += ["--batch_size", setting.batch, "--nworkers", setting.processes]
     run_stage(STAGE, *flags, "--device", setting.device.removeprefix("cuda:"))

@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
@@ -101,6 +101,37 @@ def also(*names: str) -> Any:
     return tyro.conf.arg(aliases=names)
 
 
+def _names(kind: type) -> dict[str, str]:
+    """Every spelling of a dataclass's flags, written with underscores → the option's name."""
+    names: dict[str, str] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        notes = getattr(hint, "__metadata__", ())
+        aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]
+        names |= dict.fromkeys(aliases, name)
+        names[f"--{name}"] = name
+    return names
+
+
+def given_options(kind: type, words: Sequence[str]) -> set[str]:
+    """The options of a dataclass that a command line names, under whichever of their names.
+
+    Raises:
+        UsageError: An option is given two values.
+    """
+    names, given = _names(kind), dict[str, tuple[str, str]]()
+    for word, behind in zip(words, [*words[1:], ""], strict=False):
+        flag, equals, value = word.partition("=")
+        name = names.get(f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag)
+        if name is None:
+            continue
+        value = value if equals else behind
+        other, before = given.setdefault(name, (flag, value))
+        if value != before:
+            both = f"{other} and {flag}" if other != flag else f"{flag} twice"
+            raise UsageError(f"{both} with two values ({before} and {value}): give one of them")
+    return set(given)
+
+
 def check_bounds(options: object) -> None:
     """Check the numbers of a dataclass of options against the bounds in its annotations.
 
@@ -167,7 +198,9 @@ AnyOptions = TypeVar("AnyOptions", bound=RunOptions)
 Arguments = TypeVar("Arguments")
 
 
-def parse_options(kind: type[AnyOptions], argv: Sequence[str] | None = None, prog: str | None = None) -> AnyOptions:
+def parse_options(
+    kind: type[AnyOptions], argv: Sequence[str] | None = None, prog: str | None = None, *, partial: bool = False
+) -> AnyOptions:
     """Parse the command line of a stage.
 
     ``--num_threads`` and ``--num-threads`` are the same flag.  An unknown flag or a value of the wrong type ends the
@@ -177,14 +210,20 @@ def parse_options(kind: type[AnyOptions], argv: Sequence[str] | None = None, pro
         kind: The stage's dataclass of options.
         argv: The words after the program's name; None for those of this process.
         prog: The name of the program that ``--help`` shows; None for that of this process.
+        partial: What is required may be left out, such as the stage's folders.  Its value is then its own name.
 
     Returns:
         The options, whose values are not checked yet (``RunOptions.check``).
 
     Raises:
-        UsageError: A URL stands where a path is wanted.
+        UsageError: A URL stands where a path is wanted, or an option is given two values.
     """
-    options = _parse(kind, _spelled_out(kind, sys.argv[1:] if argv is None else argv), prog, _help_groups(kind))
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = given_options(kind, words)
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    left_out = [name for name in required if name not in given] if partial else []
+    words = [word for name in left_out for word in (f"--{name}", name)] + words
+    options = _parse(kind, _spelled_out(kind, words), prog, _help_groups(kind))
     refuse_urls(options)
     return options
 
@@ -211,7 +250,8 @@ def _help_groups(kind: type[AnyOptions]) -> ConstructorRegistry:
     tyro puts all fields of a dataclass into one list, those of the base classes first, and makes a group only of a
     nested structure.  So the rule below presents the fields of each base with a ``help_group`` as a nested structure.
     """
-    from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec
+    from tyro.constructors import MISSING as NO_DEFAULT
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
 
     bases: list[Any] = [base for base in kind.__mro__[1:] if "help_group" in vars(base)]
     groups = [type(base.help_group, (), {"__doc__": base.__doc__}) for base in bases]
@@ -233,7 +273,7 @@ def _help_groups(kind: type[AnyOptions]) -> ConstructorRegistry:
         own: list[StructFieldSpec] = []
         for field in whole.fields:
             (members[group_of[field.name]] if field.name in group_of else own).append(field)
-        nested = [StructFieldSpec(group.__name__, group, MISSING) for group in groups]
+        nested = [StructFieldSpec(group.__name__, group, NO_DEFAULT) for group in groups]
         return StructConstructorSpec(build, (*own, *nested))
 
     def build(**values: Any) -> AnyOptions:

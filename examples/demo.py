@@ -27,7 +27,7 @@ def stage_commands(source: str, output: str) -> list[list[str]]:
     return [
         ["01_filter_noface.py", "--input", source, "--output", captions, "--edits", edits],
         ["02_captions_processor.py", "--input", captions, "--output", prompts],
-        ["03_generate_images_multigpu.py", "--prompts", prompts, "--edits", edits],
+        ["03_generate_images_multigpu.py", "--input", prompts, "--output", edits],
         ["04_reshard.py", "--input", source, "--edits", edits, "--prompts", prompts, "--output", shards],
     ]
 

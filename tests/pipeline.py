@@ -47,7 +47,7 @@ def stage_runs(llm_port: int) -> list[StageRun]:
         StageRun(
             "03_generate_images",
             lambda root: [
-                *["03_generate_images_multigpu.py", "--prompts", f"{root}/prompts", "--edits", f"{root}/edits"],
+                *["03_generate_images_multigpu.py", "--input", f"{root}/prompts", "--output", f"{root}/edits"],
                 *["--embedded", "--height", "64", "--width", "64", "--batch_size", "4", *quick],
             ],
             ("edits",),

@@ -91,7 +91,7 @@ def metadata(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags += ["--postprocess_features", "all", "--additional_fields", "url,caption,sha256,original_width"]
     flags += ["--nworkers", 1, "--device", "cpu", "--batch_size", 8]
     main = importlib.import_module("06_metadata").main
-    in_a_thread(main, "--input_tars", source, "--output_metadata_dir", out, *flags)
+    in_a_thread(main, "--input", source, "--output", out, *flags)
     return out
 
 

@@ -1,7 +1,10 @@
 """Options of a stage: the order of ``--help``, and the bounds of numbers."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -23,8 +26,9 @@ from curation.options import (
     parse_options,
     refuse_urls,
 )
+from tests import EXAMPLES, ROOT
 
-SCRIPTS = sorted(path.stem for path in Path(__file__).parent.parent.glob("[0-9][0-9]_*.py"))
+SCRIPTS = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +74,66 @@ def test_help_of_a_stage_begins_with_its_input_and_output(script: str, capsys: p
     own = help_of(kind, capsys).partition("run options")[0]
     shared = {field.name for field in fields(RunOptions)}
     assert not flags_in(own, shared)
-    begins = {"03_generate_images_multigpu": ["prompts", "edits"], "06_metadata": ["input_tars", "output_metadata_dir"]}
-    first = begins.get(script, ["data_path" if script == "05_recaption" else "input", "output"])
+    first = ["input", "output"]
     assert flags_in(own, {*first, "model", "embedded"})[: len(first)] == first
+
+
+# ---- names
+
+NAMES = {  # of a stage's two folders: today's, earlier ones and those of the tools that the stage takes the place of
+    "00_download": (["input", "url_list"], ["output", "output_folder"]),
+    "01_filter_noface": (["input"], ["output"]),
+    "02_captions_processor": (["input"], ["output"]),
+    "03_generate_images_multigpu": (["input", "prompts", "input_files"], ["output", "edits", "output_dir"]),
+    "04_reshard": (["input", "input_dir"], ["output", "output_dir"]),
+    "05_recaption": (["input", "data_path", "data_dir"], ["output", "output_dir", "checkpoint_dir"]),
+    "06_metadata": (["input", "input_tars"], ["output", "output_metadata_dir"]),
+}
+NEEDED = {"01_filter_noface": ["--edits", "e"]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_stage_takes_input_and_output_under_all_their_names(script: str) -> None:
+    kind, more = importlib.import_module(script).Options, NEEDED.get(script, [])
+    usual = parse_options(kind, ["--input", "in", "--output", "out", *more])
+    inputs, outputs = ([f"--{name}" for name in names] for names in NAMES[script])
+    for name in [*inputs, "-i"]:
+        for spelled in {name, f"--{name[2:].replace('_', '-')}" if name.startswith("--") else name}:
+            assert parse_options(kind, [spelled, "in", "--output=out", *more]) == usual
+    for name in [*outputs, "-o"]:
+        for spelled in {name, f"--{name[2:].replace('_', '-')}" if name.startswith("--") else name}:
+            assert parse_options(kind, ["--input=in", spelled, "out", *more]) == usual
+
+
+def test_one_value_under_two_names_is_fine_and_two_values_are_not() -> None:
+    kind = importlib.import_module("03_generate_images_multigpu").Options
+    usual = parse_options(kind, ["--input", "in", "--output", "out", "--seed", "1"])
+    assert parse_options(kind, ["--prompts", "in", "--input=in", "-o", "out", "--seed", "1", "--seed=1"]) == usual
+    for words, names in [
+        (["--prompts", "in", "--input=other", "--output", "out"], "--prompts and --input"),
+        (["--input", "in", "--edits", "out", "--output-dir", "other"], "--edits and --output-dir"),
+        (["--input", "in", "--output", "out", "--seed", "1", "--seed", "2"], "--seed twice"),
+    ]:
+        with pytest.raises(UsageError, match=f"^{names} with two values"):
+            parse_options(kind, words)
+
+
+UPSTREAM = [  # command lines of the tools that a stage takes the place of; for stage 05 see its own test
+    ("02_captions_processor", "--input captions/ --output prompts --num_threads 20 --ports 11434,11435", "captions/"),
+    ("02_captions_processor", "--input c --output p --model_name tulu3:fairclip --timeout 10", "c"),
+    ("03_generate_images_multigpu", "--input_files prompts --output_dir edits", "prompts"),
+    ("04_reshard", "-i shards -o out -s keep.npy --shard-size 10000 --shuffle-bufsize 100 --dry-run", "shards"),
+    ("04_reshard", "--input-dir shards --output-dir out --subset-file keep.npy --overwrite", "shards"),
+    ("06_metadata", "--yml datacomp.yml", None),
+]
+
+
+@pytest.mark.parametrize(("script", "line", "source"), UPSTREAM)
+def test_a_command_line_of_upstream(script: str, line: str, source: str | None) -> None:
+    assert parse_options(importlib.import_module(script).Options, line.split()).input == source
+
+
+# ---- bounds
 
 
 @pytest.mark.parametrize(
@@ -115,8 +176,8 @@ TAKE_URLS = {
     ("01_filter_noface", "input"),
     *{("02_captions_processor", name) for name in ("input", "endpoints")},
     *{("04_reshard", name) for name in ("input", "publish_to")},
-    *{("05_recaption", name) for name in ("data", "data_path", "endpoints", "watermark_model", "prompt", "hf_repo")},
-    *{("06_metadata", name) for name in ("input_tars", "weights", "embeddings")},
+    *{("05_recaption", name) for name in ("data", "input", "endpoints", "watermark_model", "prompt", "hf_repo")},
+    *{("06_metadata", name) for name in ("input", "weights", "embeddings")},
     ("curation.commands.plan.command", "source"),
     ("curation.commands.publish", "repo"),
 }
@@ -189,10 +250,10 @@ def test_commands_make_no_folder_named_like_a_url(
     ["00_download", "--input", "t.parquet", "--output", "s3://bucket/x"],
     ["01_filter_noface", "--input", "x", "--output", "s3://bucket/x", "--edits", "e"],
     ["02_captions_processor", "--input", "x", "--output", "s3://bucket/x"],
-    ["03_generate_images_multigpu", "--prompts", "x", "--edits", "s3://bucket/x"],
+    ["03_generate_images_multigpu", "--input", "x", "--output", "s3://bucket/x"],
     ["04_reshard", "--input", "x", "--output", "s3://bucket/x", "--edits", "e"],
     ["05_recaption", "x", "-o", "s3://bucket/x"],
-    ["06_metadata", "--input_tars", "x", "--models", "statistics", "--output_metadata_dir", "s3://bucket/x"],
+    ["06_metadata", "--input", "x", "--models", "statistics", "--output", "s3://bucket/x"],
     ["06_metadata", "--yml", "c.yml"],
 ])  # fmt: skip
 def test_stages_make_no_folder_named_like_a_url(
@@ -203,3 +264,17 @@ def test_stages_make_no_folder_named_like_a_url(
     assert importlib.import_module(words[0]).main(words[1:]) == 2
     assert "a URL, where a path on this machine's filesystem is wanted" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["c.yml"]
+
+
+def test_a_flag_behind_a_script_takes_the_place_of_the_scripts_own(tmp_path: Path) -> None:
+    """``.sh`` scripts give --workers and --edits themselves, unless the user does."""
+    script = ROOT / "01_filter_noface.sh"
+    flags = ["--workers=1", "--edits", str(tmp_path / "e"), "--dry_run"]
+    shards = {"SRC_DIR": str(EXAMPLES), "TARGET_DIR": str(tmp_path / "c"), "WORKERS": "2", "PYTHON": sys.executable}
+    for more, code in ((), 0), (("--output", str(tmp_path / "other")), 2):
+        command = ["bash", str(script), *flags, *more]
+        run = subprocess.run(
+            command, env={**os.environ, **shards}, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert run.returncode == code, run.stderr
+    assert "--output twice with two values" in run.stderr

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,6 +98,4 @@ def partial_options(module: ModuleType, arguments: Sequence[str], prog: str) -> 
     What is left out has its own name as its value.
     """
     kind: type[RunOptions] = module.Options
-    required = [f for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    stand_ins = [argument for f in required for argument in (f"--{f.name}", f.name)]
-    return parse_options(kind, [*stand_ins, *arguments], prog=prog)
+    return parse_options(kind, arguments, prog=prog, partial=True)

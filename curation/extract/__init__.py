@@ -10,12 +10,13 @@ are computed.
 from curation.extract.api import Batch, Column, Extractor, Feature, Preparation, SampleFacts
 from curation.extract.catalogue import Catalogue
 from curation.extract.compute import Extraction, SpooledShard
-from curation.extract.config import KEYS, ExtractConfig, read_config
+from curation.extract.config import FLAGS, KEYS, ExtractConfig, read_config
 from curation.extract.feed import WANTED, ExtractLoader, ExtractSample, extract_sample
 from curation.extract.outputs import INTEGER, MetadataTable, import_arrow, write_npz, write_parquet
 from curation.extract.settings import ModelSettings
 
 __all__ = [
+    "FLAGS",
     "INTEGER",
     "KEYS",
     "WANTED",

@@ -133,6 +133,7 @@ class ExtractConfig:
 
 
 KEYS = tuple(item.name for item in fields(ExtractConfig))
+FLAGS = MappingProxyType({"input_tars": "input", "output_metadata_dir": "output"})  # all others are named as their keys
 
 
 _REQUIRED = ("models", "input_tars", "output_metadata_dir")
@@ -152,13 +153,14 @@ def read_config(yml: str | None, flags: Mapping[str, Any]) -> ExtractConfig:
             values[key] = _parse(f"{yml}: {key}", key, value)
     for key, value in flags.items():
         if value is not None:
-            values[key] = _parse(f"--{key}", key, value)
+            values[key] = _parse(f"--{FLAGS.get(key, key)}", key, value)
     values = {key: value for key, value in values.items() if value is not None}
     refuse_url("output_metadata_dir", values.get("output_metadata_dir"))
     for key in _REQUIRED:
         if not values.get(key):
+            flag = f"--{FLAGS.get(key, key)}"
             raise UsageError(
-                f"{yml} has no {key}: give it there or as --{key}" if yml else f"give --{key}, or a --yml that has it"
+                f"{yml} has no {key}: give it there or as {flag}" if yml else f"give {flag}, or a --yml that has it"
             )
     return ExtractConfig(**values)
 

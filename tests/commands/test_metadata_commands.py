@@ -69,11 +69,11 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tar(shards / "1.tar", copies)
     flags = ["--models", f"{CLIP},language", "--weights", f"{CLIP}={save_clip(base / 'clip')}", "--nworkers", "1"]
     flags += ["--additional_fields", "caption,original_width,original_height", "--use_datacomp_keys", "--quiet"]
-    flags += ["--postprocess_features", "all", "--device", "cpu", "--input_tars", str(shards)]
+    flags += ["--postprocess_features", "all", "--device", "cpu", "--input", str(shards)]
     handlers = {
         name: signal.getsignal(name) for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
     }
-    code = importlib.import_module("06_metadata").main([*flags, "--output_metadata_dir", str(out)])
+    code = importlib.import_module("06_metadata").main([*flags, "--output", str(out)])
     for name, handler in handlers.items():
         signal.signal(name, handler)
     assert code == 0

@@ -10,7 +10,7 @@ import pytest
 
 from curation.backends.extract import families
 from curation.errors import UsageError
-from curation.extract import KEYS, Catalogue, ExtractConfig, read_config
+from curation.extract import FLAGS, KEYS, Catalogue, ExtractConfig, read_config
 from curation.extract.config import ALL
 from curation.extract.settings import WeightSource
 
@@ -190,7 +190,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
             read(tmp_path, text)
     with pytest.raises(UsageError, match="cannot be read"):
         read_config(str(tmp_path / "none.yml"), {})
-    with pytest.raises(UsageError, match="give --input_tars, or a --yml that has it"):
+    with pytest.raises(UsageError, match="give --input, or a --yml that has it"):
         read_config(None, {"models": "statistics"})
 
 
@@ -236,4 +236,4 @@ def test_every_key_is_a_flag() -> None:
     import importlib
 
     stage = importlib.import_module("06_metadata")
-    assert {*KEYS} <= {item.name for item in dataclasses.fields(stage.Options)}
+    assert {FLAGS.get(key, key) for key in KEYS} <= {item.name for item in dataclasses.fields(stage.Options)}

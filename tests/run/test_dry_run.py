@@ -74,7 +74,7 @@ def test_stage_02_without_a_server(tmp_path: Path, capsys: Err, more: list[str])
 
 @pytest.mark.parametrize("more", [[], ["--dry_run"]])
 def test_stage_06_without_its_weights(tmp_path: Path, capsys: Err, more: list[str]) -> None:
-    folders = ["--input_tars", str(shard(tmp_path / "in")), "--output_metadata_dir", str(tmp_path / "out")]
+    folders = ["--input", str(shard(tmp_path / "in")), "--output", str(tmp_path / "out")]
     stage = importlib.import_module("06_metadata")
     weights = ["--models", "oai-clip-vit-b32", "--weights", f"oai-clip-vit-b32={tmp_path}/absent"]
     assert stage.main([*folders, *weights, *more]) == 2

@@ -329,7 +329,7 @@ def test_the_first_stage_has_none_to_follow(tmp_path: Path) -> None:
 
 
 def test_a_glob_cannot_be_followed(tmp_path: Path) -> None:
-    command = [sys.executable, "03_generate_images_multigpu.py", "--prompts", f"{tmp_path}/p/*.json", "--embedded"]
+    command = [sys.executable, "03_generate_images_multigpu.py", "--input", f"{tmp_path}/p/*.json", "--embedded"]
     command += ["--edits", f"{tmp_path}/e", "--follow"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert run.returncode == 2

@@ -99,7 +99,7 @@ def test_the_stages_words(jobs: Jobs) -> None:
         "--detector recorded",
         f"02_captions_processor.py --input {root}/captions --output {root}/prompts --model_name tulu3:fairclip "
         "--ports 11434 --lease_s 60 --api ollama",
-        f"03_generate_images_multigpu.py --prompts {root}/prompts --edits {root}/edits --lease_s 60 --embedded "
+        f"03_generate_images_multigpu.py --input {root}/prompts --output {root}/edits --lease_s 60 --embedded "
         "--height 64 --width 64 --steps 1 --batch_size 4",
         f"04_reshard.py --input {chain.shards} --edits {root}/edits --prompts {root}/prompts --output {root}/shards "
         "--lease_s 60",

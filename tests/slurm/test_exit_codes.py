@@ -36,7 +36,7 @@ esac
 """
 FOLDERS = {
     "01_filter_noface.sh": ("captions", "01_filter_noface.py --input {src} --output {target} --edits {root}/edits"),
-    "03_generate_images.sh": ("edits", "03_generate_images_multigpu.py --prompts {src} --edits {target}"),
+    "03_generate_images.sh": ("edits", "03_generate_images_multigpu.py --input {src} --output {target}"),
     "04_reshard.sh": (
         "shards",
         "04_reshard.py --input {src} --edits {root}/edits --prompts {root}/prompts --output {target}",

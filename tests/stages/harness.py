@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests import processes
+from tests import processes, replaced
 
 RECORDS = {"_receipts", "_claims", "_plan", "_tables", "_merged", "_batch_sizes"}  # they hold times and hosts
 
@@ -99,13 +99,13 @@ class Run:
         """Run it in this process; gives the exit code."""
         self.capsys.readouterr()
         with ThreadPoolExecutor(1) as thread:  # not pytest's main thread, whose signal handlers stay as they are
-            code: int = thread.submit(self.script.main, [*self.arguments(), *more]).result()
+            code: int = thread.submit(self.script.main, replaced(self.arguments(), more)).result()
         self.out, self.log = self.capsys.readouterr()
         return code
 
     def start(self, *more: str, **options: Any) -> subprocess.Popen[str]:
         """Start it as a process of its own, to be killed."""
-        command = [sys.executable, f"{self.script.__name__}.py", *self.arguments(), *more]
+        command = [sys.executable, f"{self.script.__name__}.py", *replaced(self.arguments(), more)]
         return processes.start(command, stderr=subprocess.PIPE, **options)
 
     def put(self, path: str, data: bytes | str) -> Path:

@@ -179,7 +179,7 @@ def stage_05(root: Path, port: int) -> set[str]:
 
 def stage_06(root: Path, port: int) -> set[str]:
     parquet = pytest.importorskip("pyarrow.parquet")
-    folders = ("--input_tars", root / "shards", "--output_metadata_dir", root / "out")
+    folders = ("--input", root / "shards", "--output", root / "out")
     flags = ("--custom_pypath", PLUGIN, "--models", "stub", "--batch_size", "4", "--nworkers", "1", "--device", "cpu")
     assert in_a_thread(script("06_metadata"), *folders, *flags, *ANY_ERROR_RATE) == 0
     rows = parquet.read_table(root / "out/0.parquet").to_pylist()

@@ -412,7 +412,7 @@ def stage_05(run: Run) -> None:
 def stage_06(run: Run) -> None:
     import pyarrow.parquet
 
-    folders = ("--input_tars", run.source, "--output_metadata_dir", run.root / "06")
+    folders = ("--input", run.source, "--output", run.root / "06")
     flags = ("--models", "statistics", "--batch_size", "64", "--nworkers", "1", "--device", "cpu", *FLAGS[:3])
     if code := in_a_thread(script("06_metadata"), *folders, *flags):
         run.wrong.append(f"06: exit code {code}")

@@ -33,7 +33,7 @@ from curation.download.rows import OWN_COLUMNS, renamed_columns
 from curation.images import decode_rgb, image_facts, image_size
 from curation.tar.samples import read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
-from tests import EXAMPLES, ROOT, processes
+from tests import EXAMPLES, ROOT, processes, replaced
 from tests.processes import ended_at_last, wait_until
 from tests.servers import photo_server
 from tests.shards import contents
@@ -86,7 +86,7 @@ pytestmark = pytest.mark.usefixtures("stage_in_process")
 
 
 def run(table: Path | str, out: Path, *flags: object) -> int:
-    return stage.main(["--input", str(table), "--output", str(out), *FLAGS, *map(str, flags)])
+    return stage.main(["--input", str(table), "--output", str(out), *replaced(FLAGS, flags)])
 
 
 def write_table(path: Path, urls: list[str | None], **columns: Any) -> Path:
@@ -370,7 +370,7 @@ def test_killed_and_started_again_nothing_is_lost_doubled_or_fetched_twice(tmp_p
         asked = web.seen()
         command = [sys.executable, f"{NAME}.py", "--input", str(table), "--output", str(tmp_path / "out")]
         for number, name in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
-            with ended_at_last(processes.start([*command, *FLAGS, *flags])) as victim:
+            with ended_at_last(processes.start([*command, *replaced(FLAGS, flags)])) as victim:
                 wait_until(lambda asked=asked + 100 * number: web.seen() >= asked, "requests", while_runs=victim)
                 os.killpg(victim.pid, name)
                 assert victim.wait() in (-signal.SIGKILL, 75)

@@ -23,7 +23,7 @@ from curation.backends.generate.diffusers import Backend
 from curation.cluster import visible_gpus
 from curation.edits import GENERATED_XMP
 from curation.errors import UsageError
-from tests import EXAMPLES, ROOT
+from tests import EXAMPLES, ROOT, replaced
 from tests.backends.test_generate import copy_pipeline, limit_memory, spoil
 from tests.shards import contents
 from tests.stages.harness import Records
@@ -78,7 +78,7 @@ def write(path: Path, value: object) -> None:
 
 
 def run(root: Path, *flags: str, small: list[str] = SMALL) -> int:
-    return int(stage.main(["--prompts", f"{root}/prompts", "--edits", f"{root}/edits", *small, *flags]))
+    return int(stage.main(["--input", f"{root}/prompts", "--output", f"{root}/edits", *replaced(small, flags)]))
 
 
 def read_tar(root: Path, shard: str = SHARD) -> dict[str, bytes]:
@@ -305,9 +305,9 @@ def test_two_processes_share_the_shards_and_give_the_same_bytes(tmp_path: Path) 
     command = [
         sys.executable,
         "03_generate_images_multigpu.py",
-        "--prompts",
+        "--input",
         f"{two}/prompts",
-        "--edits",
+        "--output",
         f"{two}/edits",
     ]
     assert subprocess.run([*command, *SMALL, "--num_gpus", "2"], cwd=ROOT, check=False, timeout=120).returncode == 0
@@ -638,7 +638,7 @@ def test_a_link_in_the_edits_folder_leads_nowhere(root: Path, tmp_path: Path) ->
 
 
 def test_source_shards_are_not_replaced(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--edits may name their folder by mistake, in which stage 01 has put its metadata."""
+    """--output may name their folder by mistake, in which stage 01 has put its metadata."""
     source = root / f"edits/{SHARD}.tar"
     shutil.copy(EXAMPLES / "00000003.tar", source)
     before = source.read_bytes()
@@ -741,7 +741,7 @@ def test_one_process_per_gpu(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    options = stage.parse_options(stage.Options, ["--prompts", "p", "--edits", "e", *flags])
+    options = stage.parse_options(stage.Options, ["--input", "p", "--output", "e", *flags])
     if not environment and visible_gpus():
         pytest.skip("this machine has a GPU")
     assert stage.one_process_per_gpu(options).workers == workers
@@ -749,6 +749,6 @@ def test_one_process_per_gpu(
 
 def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    options = stage.parse_options(stage.Options, ["--prompts", "p", "--edits", "e", "--num_gpus", "4"])
+    options = stage.parse_options(stage.Options, ["--input", "p", "--output", "e", "--num_gpus", "4"])
     with pytest.raises(UsageError, match="--num_gpus 4: only 2 are visible here"):
         stage.one_process_per_gpu(options)

@@ -27,23 +27,23 @@ LINES: list[tuple[str, dict[str, Any]]] = [
             "model": "florence-community/Florence-2-base",
             "detail": "detailed",
             "batch_size": 16,
-            "data_path": "wds",
-            "output_dir": "wds/captions",
+            "input": "wds",
+            "output": "wds/captions",
             "resume": True,
         },
     ),
     ("--list-models", {"list_models": True}),
     ("--quantize 4bit", {"quantize": "4bit"}),
     # simple-image-recaptioning: main.py
-    (f"--data_path={CC3M}0000.tar", {"data_path": f"{CC3M}0000.tar"}),
+    (f"--data_path={CC3M}0000.tar", {"input": f"{CC3M}0000.tar"}),
     (f"{CC3M}0000.tar", {"source": f"{CC3M}0000.tar"}),
     ("--model_name=llava", {"model": "llava"}),
     ("--model_name=qwen", {"model": "qwen"}),
     ("-b 48", {"batch_size": 48}),
     ("--batch_size=48", {"batch_size": 48}),
     ("--dataloader_num_workers=8", {"dataloader_num_workers": 8}),
-    ("-o sample_outputs", {"output_dir": "sample_outputs"}),
-    ("--output_dir=sample_outputs", {"output_dir": "sample_outputs"}),
+    ("-o sample_outputs", {"output": "sample_outputs"}),
+    ("--output_dir=sample_outputs", {"output": "sample_outputs"}),
     ("--max_tokens=120", {"max_tokens": 120}),
     ("--detect_watermarks", {"detect_watermarks": True}),
     ("--detect_watermarks=True -b 1", {"detect_watermarks": True, "batch_size": 1}),
@@ -68,7 +68,7 @@ LINES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("--max-tokens 256", {"max_tokens": 256}),
-    ("--checkpoint-dir ./checkpoints", {"output_dir": "./checkpoints"}),
+    ("--checkpoint-dir ./checkpoints", {"output": "./checkpoints"}),
 ]
 
 
@@ -90,7 +90,7 @@ def test_a_command_line_of_the_readmes(line: str, meant: dict[str, Any], spelled
     options = parse_options(stage.Options, spelled(line).split())
     assert {name: getattr(options, name) for name in meant} == meant
     untouched = parse_options(stage.Options, ["x"])
-    named = {*meant, "data", "data_path"}
+    named = {*meant, "data", "input"}
     for field in dataclasses.fields(options):
         if field.name not in named:
             assert getattr(options, field.name) == getattr(untouched, field.name), "no other option is changed"

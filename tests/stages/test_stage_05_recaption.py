@@ -23,7 +23,7 @@ from curation.caption.rows import MORE_COLUMNS, PARQUET_COLUMNS
 from curation.cluster import visible_gpus
 from curation.tar.samples import read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
-from tests import EXAMPLES, processes
+from tests import EXAMPLES, processes, replaced
 from tests.processes import end, ended_at_last, wait_until
 from tests.shards import contents, noise, plain, write_shard
 from tests.stages import recaption_stub as stub
@@ -44,11 +44,11 @@ pytestmark = pytest.mark.usefixtures("stage_in_process")
 
 
 def run(source: Path | str, out: Path, *flags: object) -> int:
-    return stub.main([str(source), "--output-dir", str(out), *FLAGS, *map(str, flags)])
+    return stub.main([str(source), "--output-dir", str(out), *replaced(FLAGS, flags)])
 
 
 def start(source: Path, out: Path, *flags: object, pause_s: float = 0.0) -> subprocess.Popen[str]:
-    command = [sys.executable, stub.__file__, source, "-o", out, *FLAGS, *flags]
+    command = [sys.executable, stub.__file__, source, "-o", out, *replaced(FLAGS, flags)]
     return processes.start(command, more={"CURATION_STUB_S": str(pause_s)})
 
 
@@ -482,7 +482,7 @@ def test_with_the_real_code_of_florence_2(tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:
         flags = ["--model", str(model), "--max_tokens", "8", "--format", "jsonl,tar", "--max_error_rate", "1"]
-        assert stage.main([str(EXAMPLES / "00000003.tar"), "-o", str(out), *FLAGS, *flags]) == 0
+        assert stage.main([str(EXAMPLES / "00000003.tar"), "-o", str(out), *replaced(FLAGS, flags)]) == 0
     assert hashes(outs[0]) == hashes(outs[1])
     rows = read_jsonl(outs[0] / "rows/00000003.jsonl")
     counts = records.receipt(outs[0], "00000003")["counts"]

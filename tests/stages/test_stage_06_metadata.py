@@ -24,7 +24,7 @@ from curation.cluster import visible_gpus
 from curation.extract.plugins import load_plugin
 from curation.images import image_size
 from curation.tar.samples import read_samples
-from tests import EXAMPLES, ROOT, processes
+from tests import EXAMPLES, ROOT, processes, replaced
 from tests.extract.test_config import BASIC, DATACOMP
 from tests.processes import ended_at_last, wait_until
 from tests.shards import noise, plain, write_shard
@@ -56,12 +56,12 @@ def stub_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def run(source: Path | str, out: Path, *flags: object) -> int:
-    where = ["--input_tars", str(source), "--output_metadata_dir", str(out)]
-    return int(stage.main([*where, *FLAGS, *map(str, flags)]))
+    where = ["--input", str(source), "--output", str(out)]
+    return int(stage.main([*where, *replaced(FLAGS, flags)]))
 
 
 def start(source: Path, out: Path, *flags: object, pause_s: float = 0.0) -> subprocess.Popen[str]:
-    command = [sys.executable, f"{NAME}.py", "--input_tars", source, "--output_metadata_dir", out, *FLAGS, *flags]
+    command = [sys.executable, f"{NAME}.py", "--input", source, "--output", out, *replaced(FLAGS, flags)]
     return processes.start(command, more={"CURATION_STUB_S": str(pause_s), "PYTHONPATH": str(ROOT)})
 
 
@@ -726,7 +726,7 @@ def test_a_job_with_gpus_does_not_score_on_the_cpu(
     if visible_gpus():
         pytest.skip("this machine has GPUs")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
-    flags = ["--input_tars", str(EXAMPLES), "--output_metadata_dir", str(tmp_path), "--models", "statistics", "--quiet"]
+    flags = ["--input", str(EXAMPLES), "--output", str(tmp_path), "--models", "statistics", "--quiet"]
     flags += ["--nworkers", "1"]
     assert stage.main(flags) == 2
     assert "with --device cpu it computes on the CPU" in capsys.readouterr().err
@@ -747,8 +747,8 @@ def test_a_hash_keeps_every_digit(tmp_path: Path) -> None:
     hash_shard(tmp_path / "in/0.tar", large, -large, None)
     hash_shard(tmp_path / "in/1.tar", large, 2**64 - 1, 2**70)
     hash_shard(tmp_path / "in/2.tar", None)
-    flags = ["--input_tars", str(tmp_path / "in"), "--models", "statistics", "--device", "cpu", "--nworkers", "1"]
-    flags += ["--additional_fields", "hash", "--quiet", "--max_error_rate", "1", "--output_metadata_dir"]
+    flags = ["--input", str(tmp_path / "in"), "--models", "statistics", "--device", "cpu", "--nworkers", "1"]
+    flags += ["--additional_fields", "hash", "--quiet", "--max_error_rate", "1", "--output"]
     assert stage.main([*flags, str(tmp_path / "out")]) == 0
     columns = [parquet.read_table(tmp_path / f"out/{number}.parquet")["hash"] for number in range(3)]
     assert columns[0].to_pylist() == [large, -large, None]
@@ -761,9 +761,9 @@ def test_a_hash_keeps_every_digit(tmp_path: Path) -> None:
 
 def test_a_folder_of_an_older_version_keeps_its_type_of_hash(tmp_path: Path) -> None:
     hash_shard(tmp_path / "in/0.tar", 1234567890123456789)
-    flags = ["--input_tars", str(tmp_path / "in"), "--models", "statistics", "--device", "cpu", "--nworkers", "1"]
+    flags = ["--input", str(tmp_path / "in"), "--models", "statistics", "--device", "cpu", "--nworkers", "1"]
     flags += ["--additional_fields", "hash", "--quiet", "--max_error_rate", "1"]
-    flags += ["--output_metadata_dir", str(tmp_path / "out")]
+    flags += ["--output", str(tmp_path / "out")]
     assert stage.main([*flags, "--hash_type", "float64"]) == 0
     (record,) = (tmp_path / "out/_receipts").rglob("_epoch.1.json")
     told = json.loads(record.read_bytes())

@@ -105,9 +105,9 @@ def test_sources_are_not_replaced_by_outputs_of_the_same_name(
     flags = ["--model", "endpoint:m", "--endpoints", "http://127.0.0.1:9"]
     stage = importlib.import_module("05_recaption")
     assert stage.main([str(source), "-o", str(tmp_path), "--format", "jsonl,tar", *flags]) == 2
-    assert "--output_dir" in capsys.readouterr().err
+    assert "--output" in capsys.readouterr().err
     (source / "00000003.parquet").write_bytes(b"the source's own")
-    flags = ["--models", "statistics", "--input_tars", str(source), "--output_metadata_dir", str(source)]
+    flags = ["--models", "statistics", "--input", str(source), "--output", str(source)]
     stage = importlib.import_module("06_metadata")
     assert stage.main([*flags, "--nworkers", "1"]) == 2
     assert "00000003.parquet belongs to the source shards" in capsys.readouterr().err

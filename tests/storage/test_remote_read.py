@@ -25,7 +25,7 @@ from curation.storage.urls import Source, Url
 from curation.tar import blocks, scan
 from curation.tar.samples import TarWriter, read_samples
 from curation.tar.scan import TarReport
-from tests import EXAMPLES, ROOT
+from tests import EXAMPLES, ROOT, replaced
 from tests.processes import started, wait_until
 from tests.servers.files import FileServer, file_server
 from tests.servers.hub import Model, serve
@@ -466,7 +466,7 @@ def test_which_folders_are_shards(tmp_path: Path) -> None:
 
 
 def run(source: object, out: Path, *flags: object) -> int:
-    return stub.main([str(source), "--output_dir", str(out), *FLAGS, *map(str, flags)])
+    return stub.main([str(source), "--output", str(out), *replaced(FLAGS, flags)])
 
 
 def receipt(out: Path, shard: str) -> dict[str, Any]:
@@ -546,7 +546,7 @@ def test_stage_06_reads_the_same_from_everywhere(
     flags = ["--models", "statistics,hashes", "--postprocess_features", "all", "--nworkers", "1", "--quiet"]
 
     def metadata(source: object, out: Path, *more: str) -> int:
-        where = ["--input_tars", str(source), "--output_metadata_dir", str(out)]
+        where = ["--input", str(source), "--output", str(out)]
         return int(importlib.import_module("06_metadata").main([*where, *flags, *more]))
 
     assert metadata(listed, tmp_path / "out") == 2

@@ -8,6 +8,15 @@ usage_error() {
     exit 2
 }
 
+# ---- the package, where it is not beside the scripts
+#
+# In an installed package the scripts lie inside it.  `curation scripts` writes installed.sh beside the copies that it
+# makes: it sets PACKAGE, SCRIPTS_VERSION and, if the user has not, PYTHON.
+PACKAGE='' SCRIPTS_VERSION=''
+[ -f "$PROJECT/../__init__.py" ] && [ "$(basename "$PROJECT")" = project ] && PACKAGE=$(dirname "$PROJECT")
+# shellcheck disable=SC1091  # written by a command
+[ -f "$PROJECT/installed.sh" ] && { source "$PROJECT/installed.sh" || exit 2; }
+
 # ---- what a job inherits from the shell that submits it
 #
 # sbatch copies the environment, and from inside an allocation that is also how SLURM describes the outer job or step and
@@ -120,7 +129,7 @@ code_version() {
     local line version='' commit=''
     while read -r line; do
         [[ $line =~ ^__version__\ =\ \"(.*)\" ]] && version=${BASH_REMATCH[1]}
-    done <"$PROJECT/curation/__init__.py"
+    done <"${PACKAGE:-$PROJECT/curation}/__init__.py"
     [ -e "$PROJECT/.git" ] && commit=$(git -C "$PROJECT" rev-parse --short=12 HEAD 2>/dev/null)
     echo "version ${version:-unknown}${commit:++$commit}"
 }
@@ -131,7 +140,12 @@ code_version() {
 
 PROJECT=$(cd "$PROJECT" && pwd) || exit 2
 tell_own_from_inherited # before the site's own settings, which stay
-echo "code: $PROJECT, $(code_version)" >&2
+[ -z "$PACKAGE" ] || [ -f "$PACKAGE/__init__.py" ] ||
+    usage_error "the package that these scripts belong to is no longer in $PACKAGE: run \`curation scripts $PROJECT\` again"
+version=$(code_version)
+[ -z "$SCRIPTS_VERSION" ] || [ "$version" = "version $SCRIPTS_VERSION" ] ||
+    usage_error "these scripts are of version $SCRIPTS_VERSION, the package is $version: run \`curation scripts $PROJECT\` again"
+echo "code: $PROJECT, $version" >&2
 
 PYTHON=${PYTHON:-$PROJECT/.venv/bin/python}
 MAX_RESTARTS=${MAX_RESTARTS:-50}
@@ -165,7 +179,7 @@ if [ -n "${CURATION_SETUP:-}" ]; then
 fi
 # With CURATION_WRAP, Python may be in a container, where this script cannot check it.
 [ -n "${CURATION_WRAP:-}" ] || command -v "$PYTHON" >/dev/null ||
-    usage_error "there is no $PYTHON: ./install.sh makes it, or name your own, as in PYTHON=/path/to/python3"
+    usage_error "there is no $PYTHON: ./install.sh makes it, or name your own, as in PYTHON=/path/to/python3; an installed package has \`curation scripts FOLDER\`"
 
 # Without srun, so many processes on this machine share the shards; stages 03, 05 and 06 start one for each GPU.
 workers=()

@@ -31,6 +31,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "forecast hours, bytes, files and tokens, and show the sbatch lines",
         ),
         "models": ("commands.models", "fetch the weights that a stage's options name, for nodes without internet"),
+        "scripts": (
+            "commands.scripts",
+            "copy the job scripts to a folder of yours, to submit them with sbatch",
+        ),
     },
     "during a run": {
         "register": ("serving.registry", "keep a model server in the folder of servers while it lives"),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-import curation
+from curation import PROJECT
 from curation.commands.places import StagePlace, stage_named
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
@@ -128,8 +128,7 @@ def _retry(place: StagePlace, receipt: dict[str, Any], *, named: bool, dry_run: 
 
 def _command(stage: str) -> str:
     """Returns how the stage is started, from the scripts beside the package."""
-    folder = Path(curation.__file__).resolve().parent.parent
-    scripts = [path.name for path in sorted(folder.glob("[0-9]*.sh")) if path.stem == stage]
-    programs = [path.name for path in sorted(folder.glob("[0-9]*.py")) if path.stem.startswith(stage)]
+    scripts = [path.name for path in sorted(PROJECT.glob("[0-9]*.sh")) if path.stem == stage]
+    programs = [path.name for path in sorted(PROJECT.glob("[0-9]*.py")) if path.stem.startswith(stage)]
     commands = [f"sbatch {name}" for name in scripts] + [f"python {name} ..." for name in programs]
     return " or ".join(commands) or clean_text(stage)

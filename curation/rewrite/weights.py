@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
+from curation import PROJECT
 from curation.models.needs import NothingToFetch, WeightsNeed
-
-_ROOT = Path(__file__).resolve().parents[2]
-
 
 _MODELFILES = {"tulu3:fairclip": Path("examples", "ollama", "Modelfile")}  # for models that are made from another one
 
@@ -20,9 +19,13 @@ def prompt_model(name: str) -> WeightsNeed:
     """
     commands = [f"ollama pull {name}"]
     if (modelfile := _MODELFILES.get(name)) is not None:
-        lines = (_ROOT / modelfile).read_text("utf-8").splitlines()
+        file = PROJECT / modelfile
+        lines = file.read_text("utf-8").splitlines()
         base = next(line.split()[1] for line in lines if line.startswith("FROM "))
-        commands = [f"ollama pull {base}", f"ollama create {name} -f {modelfile}"]
+        commands = [
+            f"ollama pull {base}",
+            f"ollama create {name} -f {modelfile if modelfile.exists() else shlex.quote(str(file))}",
+        ]
     return NothingToFetch(
         "\n".join(
             [

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import orjson
 import tyro
 
+from curation import PROJECT
 from curation.commands.places import find_stages
 from curation.commands.plan.cost import Estimate, ShardSizes, StageCost, evenly, sizes_of, stage_cost
 from curation.commands.plan.site import JobShape, Quota, array_commands, job_shape, max_array_size, quotas
@@ -28,7 +29,6 @@ from curation.shards import Shard, discover, select
 PLAN_FORMAT = 1
 FEW = 3  # with fewer measured shards, a forecast is not reliable
 DAY_H = 24.0
-_PROJECT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +84,10 @@ def parse_tasks(text: str | None) -> dict[str, int]:
 
 def run_sample(source: str, root: Path, ids: Sequence[str]) -> int:
     """Stages 01 to 04 on these shards, here.  Returns 0, or 1 where some of them failed."""
-    script = _PROJECT / "run_pipeline.sh"
+    script = PROJECT / "run_pipeline.sh"
     if not script.is_file():
         raise UsageError("--sample needs run_pipeline.sh: run it from a checkout of the project")
-    environment = {**os.environ, "SRC_DIR": source, "ROOT": str(root), "CURATION_HOME": str(_PROJECT)}
+    environment = {**os.environ, "SRC_DIR": source, "ROOT": str(root), "CURATION_HOME": str(PROJECT)}
     command = ["bash", str(script), "--here", "--", "--shards", ",".join(ids)]
     # what the stages print is not the forecast
     code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
@@ -126,7 +126,7 @@ def forecast(shards: Sequence[Shard], root: Path, options: Options, tasks: Mappi
 
 def _stage_result(cost: StageCost, options: Options, tasks: Mapping[str, int], limit: int) -> dict[str, Any]:
     workers = _workers(cost, tasks, options.within)
-    shape = job_shape(_PROJECT / f"{cost.stage}.sh")
+    shape = job_shape(PROJECT / f"{cost.stage}.sh")
     per_hour = 1 / 3600
     worker_h = cost.whole("worker_s").times(per_hour)
     return {
@@ -199,7 +199,7 @@ def _warnings(costs: Sequence[StageCost], sizes: ShardSizes) -> Iterator[str]:
         name = clean_text(cost.stage)
         if len(cost.shards) < FEW:
             yield f"{name}: {len(cost.shards)} measured shards tell little; measure {FEW} or more (--sample {FEW})"
-        shape = job_shape(_PROJECT / f"{cost.stage}.sh")
+        shape = job_shape(PROJECT / f"{cost.stage}.sh")
         if shape is not None and shape.cpus and round(cost.cpus) != shape.cpus:
             yield (
                 f"{name}: was measured with {cost.cpus:g} CPUs a worker, its .sh asks for {shape.cpus}: the time will "

@@ -14,7 +14,7 @@ import pytest
 
 from curation.__main__ import main
 from curation.commands.audit.cards import croissant
-from curation.commands.audit.command import as_markdown, cell, findings
+from curation.commands.audit.command import as_markdown, cell, findings, verdict
 from curation.commands.audit.groups import (
     EDITS,
     HYBRID,
@@ -127,6 +127,36 @@ def test_a_group_that_is_refused_more_often_is_named(tmp_path: Path, audit: Audi
     said = [line for line in findings(result) if "black male" in line]
     assert len(said) == 1
     assert "14.0% of its samples got no prompt, 8.0% of the others': 6.0 points more" in said[0].replace("  ", " ")
+
+
+def test_one_sample_gives_no_verdict(tmp_path: Path, audit: Audit) -> None:
+    """The interval of one lost sample beside a hundred that are kept excludes 0, and proves nothing."""
+    lone = {"assigned": 1, "reply_refusal": 1}
+    write_run(tmp_path / "few", {"white male": {"assigned": 1, "accepted": 1}, "black male": lone})
+    result = audit(tmp_path / "few")
+    assert list(findings(result)) == []
+    said = "\n".join(as_markdown(result))
+    assert "Too few samples to compare the groups (n=2): a group is compared where it and the others" in said
+    assert "No significant difference" not in said
+
+    enough = {"assigned": 150, "accepted": 150}
+    write_run(tmp_path / "some", {"white male": enough, "asian male": enough, "black male": lone})
+    result = audit(tmp_path / "some")
+    found = difference(1, 1, 0, 300, comparisons=3)
+    assert found is not None and found.low > 0 and not found.beyond_chance
+    assert verdict(result).startswith("No significant difference in loss between groups (n=301). 1 group has too few")
+    assert [group["losses"]["prompt"]["compared"] for group in result["groups"]] == [True, False, True]
+
+    write_run(tmp_path / "alone", {"white male": enough})
+    assert verdict(audit(tmp_path / "alone")).startswith("Too few samples"), "there are no others"
+
+
+@pytest.mark.parametrize(("count", "compared"), [(19, False), (20, True)])
+def test_twenty_samples_are_compared(count: int, compared: bool) -> None:
+    for sides in ((count, count, 0, 1000), (0, 1000, count, count)):
+        found = difference(*sides, comparisons=12)
+        assert found is not None
+        assert found.compared is found.beyond_chance is compared
 
 
 def test_chance_alone_is_not_named(tmp_path: Path, audit: Audit) -> None:

@@ -17,6 +17,7 @@ import tyro
 from curation.cluster import Allocation
 from curation.commands.audit.groups import (
     CONFIDENCE,
+    MIN_COMPARED,
     STEPS,
     Difference,
     GroupCounts,
@@ -192,6 +193,7 @@ def _as_json(lost: int, count: int, found: Difference | None) -> dict[str, Any]:
             "difference": None,
             "difference_low": None,
             "difference_high": None,
+            "compared": False,
             "beyond_chance": False,
         }
     return {
@@ -200,6 +202,7 @@ def _as_json(lost: int, count: int, found: Difference | None) -> dict[str, Any]:
         "difference": found.value,
         "difference_low": found.low,
         "difference_high": found.high,
+        "compared": found.compared,
         "beyond_chance": found.beyond_chance,
     }
 
@@ -238,8 +241,9 @@ def as_markdown(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {cell(group['group'])} | {counts} | {losses} |"
     yield "| all | " + " | ".join(f"{result['all'][step]:,}" for step in STEPS) + " | | |"
     yield ""
-    found = list(findings(result))
-    yield from found or ["No group lost samples at another rate than the others beyond chance."]
+    yield from findings(result)
+    if text := verdict(result):
+        yield text
     yield ""
     yield f"Shares with their {result['confidence']:.0%} intervals (Wilson).  Each group is compared with the others"
     yield "(Newcombe's interval of the difference, widened for the number of groups as Bonferroni has it)."
@@ -279,7 +283,26 @@ def findings(result: Mapping[str, Any]) -> Iterator[str]:
                 low, high = sorted((abs(loss["difference_low"]), abs(loss["difference_high"])))
                 share = f"{loss['share']:.1%} of its samples {LOSSES[name][2]}, {loss['others']:.1%} of the others'"
                 points = f"{abs(loss['difference']) * 100:.1f} points {more} ({low * 100:.1f} to {high * 100:.1f})"
-                yield f"- **{cell(group['group'])}**: {share}: {points}, beyond chance."
+                yield f"- **{cell(group['group'])}**: {share}: {points}, a significant difference."
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """Returns one sentence about the groups without a significant difference; empty where each group has one.
+
+    It says that there are too few samples where nothing can be compared: that is no proof that groups fared alike.
+    """
+    losses = [group["losses"].values() for group in result["groups"]]
+    found = sum(any(loss["beyond_chance"] for loss in of_group) for of_group in losses)
+    few = sum(not any(loss["compared"] for loss in of_group) for of_group in losses)
+    count = f"n={result['all']['assigned']:,}"
+    needed = f"a group is compared where it and the others together have at least {MIN_COMPARED} samples each"
+    if few == len(losses):
+        return f"Too few samples to compare the groups ({count}): {needed}."
+    parts = [] if found else [f"No significant difference in loss between groups ({count})."]
+    if few:
+        have = "1 group has" if few == 1 else f"{few:,} groups have"
+        parts.append(f"{have} too few samples to compare: {needed}.")
+    return " ".join(parts)
 
 
 def cell(text: str) -> str:

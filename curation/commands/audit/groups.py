@@ -241,6 +241,7 @@ def shards_tried(place: StagePlace) -> Iterator[str]:
 
 
 CONFIDENCE = 0.95
+MIN_COMPARED = 20  # samples on each side of a comparison; fewer give no verdict, whatever became of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,14 +253,17 @@ class Difference:
     low: float
     high: float
 
+    compared: bool = True
+    """Whether both sides have ``MIN_COMPARED`` samples.  The interval of a single sample can exclude 0 as well."""
+
     @property
     def value(self) -> float:
         return self.share - self.others
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes 0, of samples that are enough to be compared."""
+        return self.compared and (self.low > 0 or self.high < 0)
 
 
 def wilson(hits: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -296,4 +300,5 @@ def difference(hits: int, count: int, other_hits: int, other_count: int, compari
     other_low, other_high = wilson(other_hits, other_count, level)
     below = math.hypot(share - low, other_high - others)
     above = math.hypot(high - share, others - other_low)
-    return Difference(share, others, share - others - below, share - others + above)
+    enough = min(count, other_count) >= MIN_COMPARED
+    return Difference(share, others, share - others - below, share - others + above, enough)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from curation import __version__
 from curation.caption.preview import PAGE_NAME as COMPARISON
-from curation.commands.audit.command import LOSSES
+from curation.commands.audit.command import LOSSES, verdict
 from curation.commands.places import EDITS, RECAPTION, StagePlace
 from curation.commands.report.charts import Chart, histogram, over_time, short_time
 from curation.commands.report.facts import ReportFacts
@@ -75,7 +75,6 @@ def _fill(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "time": short_time, "bytes": _bytes, "percent": _percent, "date": _date}
     template = environment.from_string((folder / "page.html.j2").read_text("utf-8"))
-    groups = facts.told["audit"]["groups"] if facts.told["audit"] else []
     html = template.render(
         **facts.told,
         looked=facts.looked,
@@ -94,7 +93,7 @@ def _fill(
         picture=pictures.get,
         sourced=facts.source is not None,
         losses={name: words for name, (_, _, words) in LOSSES.items()},
-        told_apart=any(loss["beyond_chance"] for group in groups for loss in group["losses"].values()),
+        verdict=verdict(facts.told["audit"]) if facts.told["audit"] else "",
     )
     return html.encode("utf-8", "replace")
 

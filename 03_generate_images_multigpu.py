@@ -17,7 +17,7 @@ import xxhash
 
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
-from curation.backends.generate.presets import Preset, families, family_for, preset_for
+from curation.backends.generate.presets import Preset, families, family_for, known_models, model_named, preset_for
 from curation.backends.generate.reading import Reading
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.edits import (
@@ -36,11 +36,13 @@ from curation.errors import InfrastructureError, SampleError, ShardError, UsageE
 from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of, shrunk_batches
 from curation.generate.encode import EncodedLog, make_missing
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
-from curation.models.hub_cache import ModelSource
+from curation.models.hub_cache import PIPELINE, ModelSource, public_name
+from curation.models.listing import asks_for_models, list_models, on_this_machine
 from curation.models.needs import WeightsNeed
-from curation.options import FINITE, also, at_least, between, exit_code, logger, parse_options
+from curation.options import FINITE, also, at_least, between, exit_code, logger, parse_options, set_up_logging
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.inputs import check_made_by, stage_version
+from curation.run.ledger import recorded_options
 from curation.run.work import Later
 from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders
@@ -48,6 +50,7 @@ from curation.tar.samples import metadata_of, read_samples
 
 DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
+MORE_MODELS = "--model also takes the folder or the hub id of any other text-to-image pipeline of diffusers."
 METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
 
 
@@ -60,7 +63,10 @@ class Options(RunOptions):
     output: Annotated[str, also("-o", "--edits", "--output_dir")]
     """Folder with the samples' metadata as stage 01 writes it; the generated samples are written there too."""
     model: str = DEFAULT_MODEL
-    """A diffusers pipeline: a local folder or a hub id."""
+    """A diffusers pipeline: a short name (--list_models), a hub id, or a local folder.  The default, FLUX.1-schnell, is
+    gated: accept its licence on the hub and give a token, or take z-image-turbo."""
+    list_models: bool = False
+    """Print the models that have short names, with licence, memory and whether they are on this machine, and end."""
     revision: str | None = None
     """Branch, tag or commit of a hub model.  Default: main, as it is when the run starts."""
     variant: str | None = None
@@ -113,11 +119,17 @@ class Options(RunOptions):
         super().check()
         if self.embedded and (self.model != DEFAULT_MODEL or self.revision or self.variant):
             raise UsageError("--embedded brings its own model: leave --model, --revision and --variant out")
+        _ = self.named
+
+    @cached_property
+    def named(self) -> tuple[str, str]:
+        """The hub id or folder that --model means, and a line for the log where it could mean two things."""
+        return model_named(self.model)
 
     @property
     def family(self) -> type[Backend]:
         """The backend that runs the model."""
-        family: type[Backend] = families()["tiny"] if self.embedded else family_for(self.model)
+        family: type[Backend] = families()["tiny"] if self.embedded else family_for(self.named[0])
         return family
 
 
@@ -144,7 +156,7 @@ class GenerateImages(Stage[Options]):
     def source(self) -> ModelSource:
         """The exact model, found without loading it."""
         o = self.options
-        return o.family.find(o.model, o.revision, o.variant)
+        return o.family.find(o.named[0], o.revision, o.variant)
 
     @cached_property
     def settings(self) -> Preset:
@@ -153,13 +165,21 @@ class GenerateImages(Stage[Options]):
         if o.embedded:
             [preset] = o.family.presets.values()
         else:
-            preset = replace(preset_for(o.model)[1], model=o.model)
+            model = o.named[0]
+            preset = Preset(model=model) if self._began_without_preset(model) else preset_for(model)[1]
+            preset = replace(preset, model=model)
         flags = ("steps", "guidance", "height", "width", "text_tokens", "dtype", "batch_size")
         return replace(preset, **{flag: getattr(o, flag) for flag in flags if getattr(o, flag) is not None})
 
+    def _began_without_preset(self, model: str) -> bool:
+        """Whether a version that had no preset for the model has begun this folder, which goes on without one."""
+        o = self.options
+        recorded = None if o.rerun else recorded_options(self.output, self.name, o.shards)
+        return recorded is not None and recorded.get("model") == public_name(model) and recorded.get("steps") is None
+
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
-        return [options.family.weights(options.model, options.revision, options.variant)]
+        return [options.family.weights(options.named[0], options.revision, options.variant)]
 
     def fingerprint(self) -> dict[str, object]:
         o, s = self.options, self.settings
@@ -418,8 +438,14 @@ def _may_be_edits(path: Path) -> bool:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
+    if asks_for_models(argv):
+        print(list_models("03", known_models(), MORE_MODELS, on_this_machine(PIPELINE[0])))
+        return 0
     options = parse_options(Options, argv)
     options.check()
+    if options.named[1] and not is_worker():
+        set_up_logging(options.quiet)
+        logger.info(options.named[1])
     follows = Follows(PROMPTS_STAGE, Path(options.input), ".json")
     shards = follows.discover() if options.follow else discover(options.input, ".json")
     for folder in local_folders(shards):

@@ -11,15 +11,25 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
-from curation import PROGRAM
 from curation.errors import InfrastructureError
-from curation.models.weights import hub_error_line, hub_errors, is_hub_id
+from curation.models.hub_errors import (
+    FETCH_FIRST,
+    also_gated,
+    called,
+    gated_line,
+    hub_error_line,
+    hub_errors,
+    hub_trouble,
+    is_refusal,
+)
+from curation.models.known import Model
+from curation.models.weights import is_hub_id
 
 
 def public_name(model: str) -> str:
@@ -43,7 +53,6 @@ HUB_TIMEOUT_S = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 16, 64 << 10, 1 << 20
 _CONTENT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # what decides a pipeline's output
-FETCH_FIRST = f"`{PROGRAM} models fetch`, where there is internet, gets it for this machine; or give a folder"
 
 # The file that makes a folder a model of a kind, and what the kind is called.
 PIPELINE = ("model_index.json", "diffusers pipeline")
@@ -52,12 +61,16 @@ TRANSFORMER = ("config.json", "transformers model")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """One exact model.  ``name`` and ``revision`` go into the dataset, ``location`` (a folder or a hub id) does not."""
+    """One exact model.  ``name`` and ``revision`` go into the dataset, ``location`` (a folder or a hub id) does not.
+
+    known: Models with short names, which messages suggest where the hub does not give this one.
+    """
 
     name: str
     location: str
     revision: str
     variant: str | None = None
+    known: Sequence[Model] = field(default=(), repr=False, compare=False)
 
     @property
     def is_folder(self) -> bool:
@@ -71,6 +84,7 @@ def resolve(
     kind: tuple[str, str] = PIPELINE,
     *,
     asked_by: str = "--model",
+    known: Sequence[Model] = (),
 ) -> ModelSource:
     """Find out which exact model is meant, before any process loads it.
 
@@ -84,6 +98,7 @@ def resolve(
         variant: Of the weights' files, such as ``fp16``.
         kind: The file that makes a folder a model of the kind, and the kind's name.
         asked_by: What messages call the model: the flag or the directive that names it.
+        known: Models with short names, among which messages suggest another one.
 
     Raises:
         InfrastructureError: The model is not there, is gated, or is not of the kind.
@@ -94,8 +109,8 @@ def resolve(
         raise InfrastructureError(
             f"{asked_by} {model}: there is no such folder (nor is it a hub id, organisation/name)"
         )
-    commit = _hub_commit(model, revision or "main", kind[0], asked_by)
-    return ModelSource(name=model, location=model, revision=commit, variant=variant)
+    commit = _hub_commit(model, revision or "main", kind[0], asked_by, known)
+    return ModelSource(name=model, location=model, revision=commit, variant=variant, known=known)
 
 
 def _resolve_folder(folder: Path, revision: str | None, variant: str | None, kind: tuple[str, str]) -> ModelSource:
@@ -139,39 +154,39 @@ def folder_digest(folder: Path) -> str:
     return f"local-{digest.hexdigest()}"
 
 
-def _hub_commit(model: str, revision: str, marker: str, asked_by: str) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+def _hub_commit(model: str, revision: str, marker: str, asked_by: str, known: Sequence[Model]) -> str:
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     cached = _cached_commit(model, revision, marker)
     if cached == revision or (cached and _offline()):  # a commit never moves
         return cached
+    where = called(asked_by, model)
     if _offline():
         raise InfrastructureError(
-            f"{asked_by} {model}: revision {revision} is not in the hub's cache and HF_HUB_OFFLINE is set; "
-            f"{FETCH_FIRST}"
+            f"{where}: revision {revision} is not in the hub's cache and HF_HUB_OFFLINE is set; {FETCH_FIRST}"
+            f"{also_gated(model, known)}"
         )
     try:
-        commit = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).sha
-    except GatedRepoError as error:
-        raise InfrastructureError(
-            f"{asked_by} {model}: gated; accept its licence on the hub and set HF_TOKEN, or give a folder"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise InfrastructureError(f"{asked_by} {model}: the hub has no revision {revision!r} of it") from error
-    except RepositoryNotFoundError as error:
-        raise InfrastructureError(f"{asked_by} {model}: no such folder, and the hub shows no such model") from error
+        info = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
+    except (RevisionNotFoundError, RepositoryNotFoundError) as error:  # the latter also of a gated one
+        raise hub_trouble(error, model, revision, asked_by=asked_by, known=known) from error
     except hub_errors() as error:
         if cached:
             logging.getLogger(__name__).warning("the hub does not answer; using %s %s from its cache", model, cached)
             return cached
+        if is_refusal(error):
+            raise hub_trouble(error, model, revision, asked_by=asked_by, known=known) from error
         raise InfrastructureError(
-            f"{asked_by} {model}: no such folder, not in the hub's cache, and the hub does not answer "
-            f"({hub_error_line(error)}); {FETCH_FIRST}"
+            f"{where}: no such folder, not in the hub's cache, and the hub does not answer "
+            f"({hub_error_line(error)}); {FETCH_FIRST}{also_gated(model, known)}"
         ) from error
-    if not commit:
-        raise InfrastructureError(f"{asked_by} {model}: the hub names no commit for revision {revision!r}")
-    return commit
+    if not info.sha:
+        raise InfrastructureError(f"{where}: the hub names no commit for revision {revision!r}")
+    if info.gated and get_token() is None and not (snapshot(model, info.sha) / marker).is_file():
+        # The hub describes a gated model to everybody, and refuses its files: say so before anything is done.
+        raise InfrastructureError(f"{where}: {gated_line(model, known)}")
+    return str(info.sha)
 
 
 def _cached_commit(model: str, revision: str, marker: str) -> str | None:
@@ -184,9 +199,14 @@ def _cached_commit(model: str, revision: str, marker: str) -> str | None:
 
 def snapshot(model: str, commit: str) -> Path:
     """Where the hub's cache keeps a commit of a model."""
+    return hub_folder(model) / "snapshots" / commit
+
+
+def hub_folder(model: str) -> Path:
+    """Where the hub's cache keeps a model."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots" / commit
+    return Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
 
 
 def _offline() -> bool:

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 from curation.errors import InfrastructureError
 from curation.models.hub_cache import ModelSource, resolve
+from curation.models.hub_errors import gated_line, hub_trouble
+from curation.models.known import Model
 from curation.models.weights import (
     CACHE,
     cached,
     fetch_weights,
-    hub_error_line,
     is_hub_id,
     is_url,
     megabytes,
@@ -104,6 +105,7 @@ class HubModel:
         marker: The file that makes a repository a model of this kind.
         wanted: Chooses among the repository's files.
         download: Fetches a commit and returns its folder.
+        known: Models with short names, among which messages suggest another one.
     """
 
     model: str
@@ -111,6 +113,7 @@ class HubModel:
     marker: str
     wanted: Callable[[Sequence[HubFile]], list[HubFile]] = field(repr=False)
     download: Callable[[str], Path] = field(repr=False)
+    known: Sequence[Model] = field(default=(), repr=False)
 
     def fetch(self, *, dry_run: bool) -> None:
         from huggingface_hub import HfApi, constants, get_token, hf_hub_download
@@ -130,7 +133,7 @@ class HubModel:
             size = megabytes(sum(file.size for file in wanted))
             print(f"{self.model} {info.sha}: {size} in {len(wanted)} files, {gated}")
         if info.gated and get_token() is None:
-            raise self._gated()
+            raise InfrastructureError(f"--model {self.model}: {gated_line(self.model, self.known)}")
         if dry_run:
             return
         print(f"{self.model} {info.sha}: fetching into {constants.HF_HUB_CACHE}", flush=True)
@@ -144,29 +147,8 @@ class HubModel:
         fetched = _verify(folder, files, self.model)
         print(f"{folder}: {fetched} files, whole.  HF_HUB_OFFLINE=1 keeps the stage from asking the hub")
 
-    def _trouble(self, error: BaseException) -> Exception:
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        if type(error) is OSError and error.__cause__ is not None:
-            error = error.__cause__  # a backend's own download wraps what the hub's client raised
-        where = f"--model {self.model}"
-        if isinstance(error, GatedRepoError):
-            return self._gated()
-        if isinstance(error, RevisionNotFoundError):
-            return InfrastructureError(f"{where}: the hub has no revision {self.revision!r} of it")
-        if isinstance(error, RepositoryNotFoundError):
-            return InfrastructureError(
-                f"{where}: the hub shows no such model; a private one needs a token (`hf auth login` or HF_TOKEN)"
-            )
-        return InfrastructureError(f"{where}: cannot be fetched: {hub_error_line(error)}; start again to go on")
-
-    def _gated(self) -> InfrastructureError:
-        from huggingface_hub import constants
-
-        return InfrastructureError(
-            f"--model {self.model}: gated; accept its licence at {constants.ENDPOINT}/{self.model}, then give a token "
-            "of that account: `hf auth login`, or HF_TOKEN"
-        )
+    def _trouble(self, error: BaseException) -> InfrastructureError:
+        return hub_trouble(error, self.model, self.revision, asked_by="--model", known=self.known)
 
 
 def whole_model(
@@ -176,6 +158,7 @@ def whole_model(
     kind: tuple[str, str],
     wanted: Callable[[Sequence[HubFile]], list[HubFile]],
     download: Callable[[ModelSource], Path],
+    known: Sequence[Model] = (),
 ) -> WeightsNeed:
     """A model that a stage loads from a folder of the user's or from the hub's cache.
 
@@ -186,6 +169,7 @@ def whole_model(
         kind: ``hub_cache.PIPELINE`` or ``hub_cache.TRANSFORMER``.
         wanted: Chooses among a repository's files.
         download: Returns the model's folder, filled if need be.
+        known: Models with short names, among which messages suggest another one.
 
     Raises:
         InfrastructureError: It is neither a folder with such a model nor a hub id.
@@ -198,7 +182,8 @@ def whole_model(
         revision=revision or "main",
         marker=kind[0],
         wanted=wanted,
-        download=lambda commit: download(resolve(model, commit, variant, kind)),
+        download=lambda commit: download(resolve(model, commit, variant, kind, known=known)),
+        known=known,
     )
 
 

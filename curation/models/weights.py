@@ -20,6 +20,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from curation.errors import InfrastructureError, ShardError, UsageError
+from curation.models.hub_errors import hub_errors, hub_trouble
 from curation.storage.files import storage_errors
 from curation.storage.remote_read import ResumingReader, open_remote
 from curation.storage.retry import RetryPolicy
@@ -113,21 +114,7 @@ def _from_hub(model: str, revision: str | None, file: str | None, name: str) -> 
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*MODEL_FILES, *OLD_WEIGHTS]))
         return folder
     except hub_errors() as error:
-        raise InfrastructureError(f"{name} {model}: cannot be fetched from the hub: {hub_error_line(error)}") from error
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when the hub or the network fails.  Its HTTP library has changed twice."""
-    import huggingface_hub.errors as errors
-
-    transport = getattr(errors, "HTTPError", OSError)
-    return (OSError, errors.HfHubHTTPError, transport)
-
-
-def hub_error_line(error: BaseException) -> str:
-    """The first line of an error that says something, without secrets and short enough for a terminal."""
-    lines = [line.strip() for line in redact(str(error)).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+        raise hub_trouble(error, model, revision, asked_by=name) from error
 
 
 # ---- URLs

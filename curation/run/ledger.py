@@ -435,25 +435,34 @@ class Ledger:
         return True
 
 
-def lacks_option(root: Path, stage: str, name: str, shards: str | None = None) -> bool:
-    """Whether a stage has begun on ``root`` with options that an older version recorded, which had no option ``name``.
+def recorded_options(root: Path, stage: str, shards: str | None = None) -> Mapping[str, Any] | None:
+    """The options with which a stage has begun on ``root``; None where it has not.
 
     shards: the shards of ``--shards``; those of a rerun with options of its own have these.
     """
     ledger = Ledger(root, stage, 0, {}, read_only=True)
     if not ledger.receipts.is_dir():
-        return False
+        return None
     ledger.load_options_versions()
     versions = ledger.options_versions
     if not versions:
-        return False
+        return None
     for version in reversed(versions):
         if version.shards is None:
-            return name not in version.options
+            return version.options
         ids = [Shard(shard_id, root) for shard_id in sorted(version.shards)]
         if shards is not None and select(ids, shards, may_be_empty=True):
-            return name not in version.options
-    return name not in versions[0].options
+            return version.options
+    return versions[0].options
+
+
+def lacks_option(root: Path, stage: str, name: str, shards: str | None = None) -> bool:
+    """Whether a stage has begun on ``root`` with options that an older version recorded, which had no option ``name``.
+
+    shards: see ``recorded_options``.
+    """
+    recorded = recorded_options(root, stage, shards)
+    return recorded is not None and name not in recorded
 
 
 def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:

@@ -197,6 +197,6 @@ def test_hub_ids_give_a_folder_or_one_file_without_pickles(tmp_path: Path) -> No
         assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "code.py"}
         assert file.read_bytes() == b"code.py"
         done = subprocess.run([*command, "some/other"], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert "cannot be fetched from the hub" in done.stderr.splitlines()[-1]
+        assert "some/other: no such folder, and the hub shows no such model" in done.stderr.splitlines()[-1]
     done = subprocess.run([*command, *sources], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [str(folder), str(file), str(folder)], "once fetched, no hub is needed"

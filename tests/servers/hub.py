@@ -28,6 +28,7 @@ _LARGE = ".safetensors"  # kept by the hub as LFS files, of which it tells the S
 class Model:
     folder: Path
     gated: bool = False
+    refuses: tuple[int, str] | None = None  # status and X-Error-Code of every request for a file, whoever asks
     commit: str = "c" * 40
     breaks_off: dict[str, int] = field(default_factory=dict)  # path → bytes after which the connection ends, once
     damaged: set[str] = field(default_factory=set)  # paths whose content arrives with other bytes, once
@@ -119,6 +120,9 @@ class _Handler(DatasetRoutes):
     def _file(self, model: Model, path: str, *, body: bool) -> None:
         if model.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._refuse(401, "GatedRepo", "Access to model is restricted")
+        if model.refuses is not None:
+            status, code = model.refuses
+            return self._refuse(status, code, "Invalid credentials in Authorization header")
         file = model.files().get(path)
         if file is None:
             return self._refuse(404, "EntryNotFound", "Entry not found")

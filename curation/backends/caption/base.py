@@ -31,8 +31,9 @@ from curation.models.hub_cache import (
     resolve,
     snapshot,
 )
+from curation.models.hub_errors import hub_error_line, hub_errors, hub_trouble
 from curation.models.needs import HubFile, WeightsNeed, whole_model
-from curation.models.weights import MODEL_FILES, hub_error_line, hub_errors
+from curation.models.weights import MODEL_FILES
 from curation.replies import CUT, WHOLE, Reply
 
 # Modules that keep 16 bits under --quantize, as patterns of their whole names: they are small, and rounding hurts them.
@@ -446,7 +447,7 @@ def local_folder(source: ModelSource) -> Path:
     try:
         return Path(snapshot_download(source.location, **arguments))
     except hub_errors() as error:
-        raise InfrastructureError(f"--model {source.location}: download failed: {hub_error_line(error)}") from error
+        raise hub_trouble(error, source.location, source.revision, asked_by="--model", known=source.known) from error
 
 
 def _is_whole(folder: Path) -> bool:

@@ -19,9 +19,10 @@ import numpy as np
 from curation.errors import InfrastructureError
 from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, normalised
 from curation.images import Pixels
+from curation.models.hub_errors import hub_error_line
 from curation.models.needs import WeightsNeed
 from curation.models.onnx import open_session, read_weights
-from curation.models.weights import hub_error_line, megabytes, open_url, save, sha256_of
+from curation.models.weights import megabytes, open_url, save, sha256_of
 from curation.storage.files import storage_errors, whole_file
 
 DEFAULT_MODEL = Path("~/.insightface/models/buffalo_l/det_10g.onnx")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
 from curation.backends.generate.loading import load_pipeline, pipeline_weights
-from curation.backends.generate.presets import Preset
+from curation.backends.generate.presets import Preset, known_models
 from curation.backends.generate.reading import Reading, TextWindow, text_window
 from curation.edits import with_suffix
 from curation.errors import InfrastructureError, SampleError
@@ -164,7 +164,7 @@ class Backend:
     @classmethod
     def find(cls, model: str, revision: str | None, variant: str | None) -> ModelSource:
         """The exact model, found without loading it; see ``hub_cache.resolve``."""
-        return resolve(model, revision, variant)
+        return resolve(model, revision, variant, known=known_models())
 
     @classmethod
     def weights(cls, model: str, revision: str | None, variant: str | None) -> WeightsNeed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import ClassVar
 
 from curation.backends.generate import diffusers
@@ -21,6 +22,9 @@ class Backend(diffusers.Backend):
             text_tokens=256,
             batch_size=32,
             licence="Apache-2.0",
+            parameters=MappingProxyType({"transformer": 11.891, "T5-XXL": 4.762, "CLIP-L": 0.123, "VAE": 0.084}),
+            gated=True,  # since 2025, although the licence is free
+            other_names=("flux-schnell", "flux1-schnell"),
         )
     }
     text_results: ClassVar = {"FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None)}

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from curation.backends.generate.presets import known_models
 from curation.errors import InfrastructureError
 from curation.models.hub_cache import PIPELINE, ModelSource, import_bitsandbytes, quiet_transformers, snapshot
+from curation.models.hub_errors import hub_error_line, hub_errors, hub_trouble
 from curation.models.needs import HubFile, WeightsNeed, is_other_weight, whole_model
-from curation.models.weights import hub_error_line, hub_errors
 
 
 def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:
@@ -79,7 +80,7 @@ def download(source: ModelSource) -> str:
             DiffusionPipeline.download(source.location, revision=source.revision, use_safetensors=True, **arguments)
         )
     except hub_errors() as error:
-        raise OSError(f"download failed: {hub_error_line(error)}") from error
+        raise hub_trouble(error, source.location, source.revision, asked_by="--model", known=source.known) from error
 
 
 def pipeline_weights(model: str, revision: str | None, variant: str | None) -> WeightsNeed:
@@ -88,7 +89,8 @@ def pipeline_weights(model: str, revision: str | None, variant: str | None) -> W
     def folder(source: ModelSource) -> Path:
         return Path(download(source))
 
-    return whole_model(model, revision, variant, PIPELINE, partial(wanted_files, variant=variant), folder)
+    wanted = partial(wanted_files, variant=variant)
+    return whole_model(model, revision, variant, PIPELINE, wanted, folder, known_models())
 
 
 def wanted_files(files: Sequence[HubFile], variant: str | None) -> list[HubFile]:

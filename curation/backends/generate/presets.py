@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from curation import backends
-from curation.models.hub_cache import plain_name, public_name
+from curation.models.hub_cache import PIPELINE, plain_name, public_name
+from curation.models.known import Model, model_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,9 @@ class Preset:
         batch_size: Pictures generated at once.
         extra: Further arguments of the pipeline's call.
         licence: Of the weights.
+        parameters: Of each part of the pipeline, in thousand millions: counted from its published configuration.
+        gated: The hub gives the weights only to accounts that have accepted the licence.
+        other_names: Further short names, beside the preset's own.
     """
 
     model: str
@@ -44,6 +48,9 @@ class Preset:
     batch_size: int = 8
     extra: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     licence: str = "see the model's card"
+    parameters: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    gated: bool = False
+    other_names: tuple[str, ...] = ()
 
 
 @cache
@@ -56,6 +63,34 @@ def families() -> Mapping[str, Any]:
 def presets() -> Mapping[str, Preset]:
     """Every family's presets, by name."""
     return MappingProxyType({name: preset for kind in families().values() for name, preset in kind.presets.items()})
+
+
+_BITS = MappingProxyType({"bfloat16": 16, "float16": 16, "float32": 32})
+
+
+@cache
+def known_models() -> tuple[Model, ...]:
+    """The models that have presets, as ``--list_models`` shows them.  A preset's name is the model's short name."""
+    real = [kind for kind in families().values() if not kind.is_stand_in]
+    return tuple(
+        Model(
+            short=name,
+            source=preset.model,
+            parameters=sum(preset.parameters.values()),
+            licence=preset.licence,
+            other_names=preset.other_names,
+            gated=preset.gated,
+            bits=_BITS[preset.dtype],
+            steps=preset.steps,
+        )
+        for kind in real
+        for name, preset in kind.presets.items()
+    )
+
+
+def model_named(name: str) -> tuple[str, str]:
+    """The hub id or folder that a value of ``--model`` means, and a line for the log; see ``known.model_of``."""
+    return model_of(name, known_models(), PIPELINE[0])
 
 
 @cache

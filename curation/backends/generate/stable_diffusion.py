@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import ClassVar
 
 from curation.backends.generate import diffusers
@@ -20,6 +21,7 @@ class Backend(diffusers.Backend):
             width=512,
             batch_size=32,
             licence="Stability AI non-commercial research community licence",
+            parameters=MappingProxyType({"UNet": 0.866, "OpenCLIP-H": 0.340, "VAE": 0.084}),
         ),
         "sdxl-turbo": Preset(
             model="stabilityai/sdxl-turbo",
@@ -29,6 +31,7 @@ class Backend(diffusers.Backend):
             width=512,
             batch_size=16,
             licence="Stability AI non-commercial research community licence",
+            parameters=MappingProxyType({"UNet": 2.567, "CLIP-L": 0.123, "OpenCLIP-G": 0.695, "VAE": 0.084}),
         ),
     }
     text_results: ClassVar = {

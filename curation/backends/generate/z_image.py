@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import ClassVar
 
 from curation.backends.generate import diffusers
@@ -21,6 +22,7 @@ class Backend(diffusers.Backend):
             text_tokens=512,
             batch_size=8,
             licence="Apache-2.0",
+            parameters=MappingProxyType({"transformer": 6.155, "Qwen3 4B": 4.022, "VAE": 0.084}),
         )
     }
     text_results: ClassVar = {"ZImagePipeline": ("prompt_embeds", "negative_prompt_embeds")}

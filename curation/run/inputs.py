@@ -41,10 +41,18 @@ class Input:
 
     def origin(self, root: Path) -> dict[str, str]:
         """For the receipt of a stage whose output folder is ``root``: the stage that vouches for the input, and the
-        input's folder relative to ``root``.  Empty if no stage vouches for it."""
-        if self.stage is None or isinstance(self.path, Url):
+        input's folder relative to ``root``.
+
+        Where no stage vouches for it, the folder is given as an absolute path too, because it may be anywhere: a report
+        looks there for the original images.  Empty for a remote file, and for a folder whose name is not text.
+        """
+        if isinstance(self.path, Url):
             return {}
-        return {"stage": self.stage, "folder": os.path.relpath(_real(self.path.parent), _real(root))}
+        folder = _real(self.path.parent)
+        relative = os.path.relpath(folder, _real(root))
+        if self.stage is not None:
+            return {"stage": self.stage, "folder": relative}
+        return {"folder": relative, "absolute": folder} if (relative + folder).isprintable() else {}
 
 
 def source_inputs(shard: Shard) -> list[Input]:

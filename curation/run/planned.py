@@ -28,12 +28,13 @@ _MAX_PATH = 4096
 def record_plan(output: Path, stage: str, ids: Iterable[str], sources: Sequence[Mapping[str, str]] = ()) -> None:
     """Record that a run of ``stage`` plans to do these shards.  Runs that record the same list share one file.
 
-    sources: the origin of the shards in the form of receipts: ``{"stage": ..., "folder": relative to output}``.
+    sources: the origin of the shards in the form of receipts: ``{"stage": ..., "folder": relative to output}``.  Those
+        that no stage vouches for are left out.
     """
     shards = sorted(set(ids))
     if not shards:
         return
-    named = sorted((dict(source) for source in sources if source), key=lambda s: (s["stage"], s["folder"]))
+    named = sorted((dict(source) for source in sources if "stage" in source), key=lambda s: (s["stage"], s["folder"]))
     unique = [source for number, source in enumerate(named) if source not in named[:number]]
     data = orjson.dumps({"stage": stage, "sources": unique, "shards": shards})
     path = output / "_plan" / stage / f"{xxhash.xxh3_128_hexdigest(data)}.json"

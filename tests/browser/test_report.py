@@ -164,11 +164,13 @@ def test_the_keyboard_reaches_everything(browser: Any, path: Path) -> None:
         assert outline == "solid"
 
 
-@pytest.mark.parametrize("width", [390, 768, 1280])
+@pytest.mark.parametrize("width", [360, 390, 768, 1280])
 def test_nothing_sticks_out(browser: Any, path: Path, many_page: Path, width: int) -> None:
     for page in (path, many_page):
         with Opened(browser, page, viewport={"width": width, "height": 800}) as tab:
             assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+            bare = """[...document.querySelectorAll("table")].filter((e) => !e.closest(".scroll")).length"""
+            assert tab.page.evaluate(bare) == 0, "each table scrolls by itself"
 
 
 def test_it_prints(browser: Any, path: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from curation.commands.report.charts import histogram, over_time, short_time
 from curation.commands.report.command import MAX_PAGE_BYTES
 from curation.commands.report.facts import gather
 from curation.commands.report.page import render
+from curation.commands.report.samples import decoded
 from tests import ROOT
 from tests.commands.synthetic_root import HOSTILE, Synthetic, make_root
 from tests.pipeline import Undisturbed
@@ -78,8 +79,9 @@ class Page(HTMLParser):
     def all(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
         return [a for name, a in self.tags if name == tag and all(a.get(k) == v for k, v in wanted.items())]
 
-    def row(self, first: str) -> list[str]:
-        return next(row for row in self.rows if row and row[0].startswith(first))
+    def row(self, first: str, cells: int = 1) -> list[str]:
+        """The first row that begins so and has so many cells at least."""
+        return next(row for row in self.rows if len(row) >= cells and row[0].startswith(first))
 
 
 def report(root: Path, output: Path, *more: str) -> Page:
@@ -172,7 +174,7 @@ def test_the_gallery_shows_original_and_generated_side_by_side(undisturbed: Undi
     ]
     pictures = page.all("img")
     for line in lines:
-        assert line["caption"] in page.text
+        assert decoded(line["caption"]) in page.text
         assert line["prompt"] in page.text
         for alt in (f"original of {line['key']}", f"generated for {line['key']}"):
             picture = next(image for image in pictures if image["alt"] == alt)
@@ -201,6 +203,84 @@ def test_links_lead_to_receipts_that_are_there(undisturbed: Undisturbed, tmp_pat
     assert len(links) >= 20
     assert all((root / "pages" / unquote(link)).exists() for link in links), links
     assert sum(link.endswith(".json") for link in links) == 20
+
+
+# ---- how it was made
+
+
+def test_models_revisions_seeds_and_thresholds_are_named(undisturbed: Undisturbed, page: Page) -> None:
+    faces, prompts, images, hybrid = (
+        [cell.strip() for cell in next(row for row in page.rows if len(row) == 5 and stage in row[0])]
+        for stage in STAGES
+    )
+    assert "centerface" in faces[2] and faces[3].startswith("sha256:")
+    assert "threshold 0.4 (the detector's own)" in faces[4] and "min_faces 1" in faces[4]
+    epoch = json.loads((undisturbed.root / "prompts/_receipts/02_captions_processor/_epoch.1.json").read_bytes())
+    assert epoch["options"]["model"] in prompts[2]
+    assert "seed 0" in prompts[4] and "lang_threshold 0.0" in prompts[4] and "white female" in prompts[4]
+    assert "embedded/tiny-sd" in images[2] and images[3] == "1"
+    assert all(text in images[4] for text in ("steps 1", "guidance 0.0", "seed 0", "dtype float32", "width 64"))
+    assert "variant" not in images[4], "what is off has no entry"
+    assert hybrid[2] == "–" and "on_missing keep" in hybrid[4]
+    assert [row[1] for row in (faces, prompts, images, hybrid)] == ["5"] * 4
+
+
+def test_stand_ins_have_a_banner(undisturbed: Undisturbed, page: Page, tmp_path: Path) -> None:
+    assert "Stand-in models made the pictures." in page.text
+    assert "tests the installation; it is meaningless as data" in page.text
+    assert page.text.index("Stand-in models") < page.text.index("What became of the samples")
+    before = report(undisturbed.after["02_captions_processor"], tmp_path / "a.html")
+    assert "Stand-in" not in before.text, "stage 02 had a server"
+    root = tmp_path / "root"
+    shutil.copytree(undisturbed.root, root)
+    place = root / "edits" / "_receipts" / "03_generate_images"
+    first = json.loads((place / "_epoch.1.json").read_bytes())
+    options = first["options"] | {"model": f"org/{HOSTILE}", "seed": 7, "prompt_suffix": HOSTILE, HOSTILE: [HOSTILE]}
+    (place / "_epoch.2.json").write_text(json.dumps(first | {"epoch": 2, "options": options}))
+    done = sorted(place.glob("0*/*.json"))
+    for path in done[1:]:
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"epoch": 2}))
+    mixed = report(root, tmp_path / "b.html")
+    assert "(03_generate_images, 1 shard)" in mixed.text
+    rows = [row for row in mixed.rows if len(row) == 5 and "03_generate_images, options" in row[0]]
+    assert [row[1] for row in rows] == ["4", "1"], "the newest first"
+    assert HOSTILE in rows[0][2] and rows[0][4].count(HOSTILE) == 3 and "seed 7" in rows[0][4]
+    assert "window.hacked" not in mixed.inside["script"]
+    done[0].write_text(json.dumps(json.loads(done[0].read_bytes()) | {"epoch": 2}))
+    assert gather(root, None, 2000, 0, audit=False).told["stand_ins"] == [], "nothing is left of what it made"
+
+
+@pytest.mark.parametrize(
+    ("caption", "text"),
+    [
+        ("&amp;quot;We must act&quot; &#39;now&#x27;", "\"We must act\" 'now'"),
+        ("Fish &amp; chips, a&nbsp;b, caf&eacute;", "Fish & chips, a b, café"),
+        ("?a=1&copy=2&lt", "?a=1&copy=2&lt"),
+        ("&lt;img src=x onerror=hacked&gt;", "<img src=x onerror=hacked>"),
+        ("&amp;amp;amp;lt;", "&lt;"),
+        ("a&#8238;b&#0;&#55296;&#x110000;&#27;c&unknown;", "ab\ufffd\ufffd\ufffdc&unknown;"),
+    ],
+)
+def test_entities_are_shown_as_the_characters_they_stand_for(caption: str, text: str) -> None:
+    assert decoded(caption) == text
+
+
+def test_decoded_captions_are_text_on_the_page(undisturbed: Undisturbed, page: Page, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(undisturbed.root, root)
+    for path in (root / "prompts" / "_provenance" / "02_captions_processor").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        caption = HOSTILE.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&amp;quot;")
+        path.write_text("\n".join(json.dumps(line | {"caption": caption}) for line in lines))
+    changed = report(root, tmp_path / "a.html")
+    assert changed.text.count(HOSTILE) >= 5
+    assert len(changed.all("script")) == 1 and not [a for _, a in changed.tags if "onerror" in a]
+    assert "are shown as the characters that they stand for" in changed.text
+
+
+def test_funnel_gallery_and_groups_come_first_and_speed_last(page: Page) -> None:
+    found = [attributes["id"] for attributes in page.all("section") if "id" in attributes]
+    assert found == ["funnel", "gallery", "groups", "rejects", "stages", "made", "shards", "content", "speed"]
 
 
 # ---- one file, nothing from outside, nothing from the data but text
@@ -303,7 +383,7 @@ def test_a_stage_that_the_report_does_not_know(tmp_path: Path) -> None:
     place.shards(3)
     assert place.run() == 0
     page = report(place.root, tmp_path / "report.html")
-    assert page.row("toy")[1:8] == ["3", "0", "0", "0", "0", "9", "6"]
+    assert page.row("toy", 12)[1:8] == ["3", "0", "0", "0", "0", "9", "6"]
 
 
 def test_a_shard_that_is_being_worked_on(tmp_path: Path) -> None:
@@ -312,7 +392,7 @@ def test_a_shard_that_is_being_worked_on(tmp_path: Path) -> None:
     with ended_at_last(place.start("--hold", "00000000")) as process:
         place.wait_for("sample", process)
         page = report(place.root, tmp_path / "report.html")
-    assert page.row("toy")[1:4] == ["0", "1", "2"]
+    assert page.row("toy", 12)[1:4] == ["0", "1", "2"]
     titles = [cell["title"] or "" for cell in page.all("span") if "title" in cell]
     assert [title.partition(": ")[2] for title in titles] == ["running", "pending", "pending"]
 
@@ -410,18 +490,67 @@ def test_the_page_keeps_within_its_bytes(undisturbed: Undisturbed, tmp_path: Pat
 # ---- flags
 
 
-def test_gallery_and_source(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def originals(page: Page) -> int:
+    return sum((image["alt"] or "").startswith("original") for image in page.all("img"))
+
+
+def record_source(root: Path, **source: str) -> None:
+    """Has every receipt say that the source shards were in another folder, or nothing, as older versions did."""
+    for stage in ("01_filter_noface", "04_reshard"):
+        for path in (root / STAGES[stage] / "_receipts" / stage).glob("[!_]*/*.json"):
+            receipt = json.loads(path.read_bytes())
+            path.write_text(json.dumps(receipt | {"sources": [source, *receipt["sources"][1:]]}))
+
+
+def test_originals_are_found_where_the_receipts_say(undisturbed: Undisturbed, page: Page, tmp_path: Path) -> None:
+    for receipt in receipts(undisturbed.root, "01_filter_noface"):
+        sources = undisturbed.after["01_filter_noface"] / "shards"
+        assert receipt["sources"][0] == {"folder": "../shards", "absolute": str(sources)}
+    root, moved = tmp_path / "root", tmp_path / "elsewhere"
+    shutil.copytree(undisturbed.root, root)
+    (root / "shards").rename(moved)
+    count = originals(page)
+    assert count > 5
+    assert originals(report(root, tmp_path / "a.html")) == count, "the root is a copy; the sources are where they were"
+    record_source(root, folder="../../elsewhere", absolute="/nowhere")
+    assert originals(report(root, tmp_path / "a.html")) == count, "the root was moved with its sources"
+    record_source(root, folder="../shards", absolute="/nowhere\x1b[1m/shards")
+    gone = report(root, tmp_path / "b.html")
+    assert originals(gone) == 0
+    assert "original not found" in gone.text
+    assert "/nowhere[1m/shards: the original images are no longer in this folder; name their folder with" in gone.text
+    given = report(root, tmp_path / "b.html", "--source", str(moved))
+    assert originals(given) == count and "no longer in this folder" not in given.text
+    record_source(root)
+    assert originals(report(root, tmp_path / "c.html")) == 0, "an older root does not say it"
+    (root / "shards").symlink_to(moved)
+    assert originals(report(root, tmp_path / "c.html")) == count
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"folder": "../other"},  # shards of the same names and other sizes
+        {"folder": "x" * 9000},
+        {"folder": "\0", "absolute": ["/"]},
+        {"folder": "/dev", "absolute": "/proc/self"},
+    ],
+)
+def test_a_source_that_is_another_is_not_shown(source: Any, undisturbed: Undisturbed, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(undisturbed.root, root)
-    (root / "shards").rename(tmp_path / "elsewhere")
-    without = report(root, tmp_path / "a.html", "--gallery", "2")
-    assert sum((image["alt"] or "").startswith("generated") for image in without.all("img")) == 2
-    assert not any((image["alt"] or "").startswith("original") for image in without.all("img"))
-    assert "no source shards (--source)" in without.text
-    given = report(root, tmp_path / "b.html", "--source", str(tmp_path / "elsewhere"))
-    assert any((image["alt"] or "").startswith("original") for image in given.all("img"))
-    assert "Left out (--no_audit)." in report(root, tmp_path / "c.html", "--no_audit").text
-    none = report(root, tmp_path / "d.html", "--gallery", "0", "--sample_shards", "0")
+    (root / "shards").rename(root / "other")
+    for path in (root / "other").glob("*.tar"):
+        path.write_bytes(path.read_bytes() + bytes(512))
+    record_source(root, **source)
+    assert originals(report(root, tmp_path / "a.html")) == 0
+
+
+def test_gallery(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    few = report(undisturbed.root, tmp_path / "a.html", "--gallery", "2")
+    assert sum((image["alt"] or "").startswith("generated") for image in few.all("img")) == 2
+    assert "Left out (--no_audit)." in report(undisturbed.root, tmp_path / "c.html", "--no_audit").text
+    none = report(undisturbed.root, tmp_path / "d.html", "--gallery", "0", "--sample_shards", "0")
     assert none.all("img") == []
 
 

@@ -179,7 +179,11 @@ def stage_cost(place: StagePlace, shards: Sequence[Shard], sizes: ShardSizes) ->
     cost.cpus = mean(_number(receipt.get("cpus"), 1) for receipt in receipts.values())
     cost.gpus = mean(receipt.get("gpu") is not None for receipt in receipts.values())
     cost.open_s = mean(_number(receipt.get("open_s"), 0) for receipt in receipts.values())
-    cost.reads_source = any({} in _listed(receipt, "sources") for receipt in receipts.values())
+    cost.reads_source = any(
+        isinstance(source, dict) and "stage" not in source
+        for receipt in receipts.values()
+        for source in _listed(receipt, "sources")
+    )
     cost.steady = [place for place, shard_id in enumerate(cost.shards) if shard_id not in first]
     if len(cost.steady) < MIN_STEADY:
         cost.steady = list(range(len(cost.shards)))

@@ -31,7 +31,8 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page.  Its links to receipts are relative to it: a page beside the dataset can be moved together with it."""
     source: Path | None = None
-    """The source shards, for the original images.  Default: ROOT/shards, where that is not the hybrid dataset."""
+    """The source shards, for the original images.  Default: the folders that the receipts name; if the shards are not
+    there, ROOT/shards, where that is not the hybrid dataset."""
     shards_page: int = 2000
     """Show so many shards of a stage one by one, and more than that as cells of neighbours."""
     gallery: int = 48

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,9 @@ from typing import Any
 
 from curation.commands.audit.command import audit as audit_groups
 from curation.commands.places import EDITS, FACES, HYBRID, PROMPTS, RECAPTION, StagePlace, find_stages
+from curation.commands.report.originals import Originals
 from curation.commands.report.receipts import MAX_NAME, GridCell, ReceiptBounds, ReceiptStats, add_cell, cell_of, merged
+from curation.commands.report.recipe import recipes, stand_ins
 from curation.commands.report.samples import SampleStats, look
 from curation.commands.status.command import stage_result
 from curation.commands.status.live_claims import ClaimWatcher
@@ -39,15 +40,15 @@ TITLES = {
 class ReportFacts:
     """All that the page shows.
 
-    told: the numbers, as one JSON value.  places, stats: of the stages, in the same order.  source: the folder of the
-    shards with the original images.
+    told: the numbers, as one JSON value.  places, stats: of the stages, in the same order.  originals: where the
+    original images are.
     """
 
     told: dict[str, Any]
     places: list[StagePlace]
     stats: list[ReceiptStats]
     looked: SampleStats
-    source: Path | None
+    originals: Originals
 
 
 def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int, *, audit: bool) -> ReportFacts:
@@ -55,7 +56,8 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
 
     Args:
         root: The folder of the dataset.
-        source: The folder of the source shards; None: ``root/shards``, unless a stage writes there.
+        source: The folder of the source shards; None: those that receipts name, else ``root/shards``, unless a stage
+            writes there.
         shards_page: Shards of a stage that are shown one by one.
         sample_shards: Shards of each stage whose samples are read.
         audit: Whether the groups are counted too, which reads the provenance of all shards.
@@ -76,11 +78,14 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
         stages.append(_bounded(stage_result(stage, stage_stats, held, {})) | _more(stage, stage_stats, shards_page))
     chosen = [[shard for _, shard in sorted(stage_stats.chosen, reverse=True)] for stage_stats in stats]
     looked = look(places, chosen, 500, CLOSE)
+    for stage, stage_stats, shown in zip(scan.stages, stats, stages, strict=True):
+        shown["made"] = recipes(stage, stage_stats.epochs, looked.models)
     told: dict[str, Any] = {
         "format": REPORT_FORMAT,
         "root": clean_text(str(root.resolve())),
         "made": round(time.time(), 3),
         "stages": stages,
+        "stand_ins": stand_ins(stages, looked.models),
         "funnel": _funnel(stages),
         "looked_at": dict(looked.shards),
         "faces": dict(sorted(looked.faces.items())),
@@ -91,7 +96,7 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
     if audit:
         _add_audit(root, told)
     told["seconds"] = round(time.monotonic() - began, 3)
-    return ReportFacts(told, places, stats, looked, source or _source_of(root, places))
+    return ReportFacts(told, places, stats, looked, Originals(root, places, source))
 
 
 def _shards_a_cell(scan: ReceiptScan, shards_page: int) -> int:
@@ -140,6 +145,7 @@ def _more(stage: ScannedStage, stage_stats: ReceiptStats, shards_page: int) -> d
             {"shard": shard, "host": host, "seconds": round(seconds, 3), "samples": samples}
             for seconds, shard, host, samples in sorted(stage_stats.slowest, reverse=True)
         ],
+        "code": dict(stage_stats.codes.most_common(5)),
         "warned": stage_stats.warned,
         "warnings": stage_stats.warnings,
     }  # fmt: skip
@@ -198,10 +204,3 @@ def _add_audit(root: Path, told: dict[str, Any]) -> None:
     except UsageError as error:  # no groups, or no stage that assigns them
         told["audit_missing"] = clean_text(str(error))
         return
-
-
-def _source_of(root: Path, places: Sequence[StagePlace]) -> Path | None:
-    """Returns ``shards`` in the root, unless a stage writes into it."""
-    folder = root / "shards"
-    homes = {place.home for place in places}
-    return folder if folder.is_dir() and Path(os.path.realpath(folder)) not in homes else None

@@ -18,12 +18,12 @@ from markupsafe import Markup
 from curation import __version__
 from curation.caption.preview import PAGE_NAME as COMPARISON
 from curation.commands.audit.command import LOSSES, verdict
-from curation.commands.places import EDITS, RECAPTION, StagePlace
+from curation.commands.places import METADATA, RECAPTION, StagePlace
 from curation.commands.report.charts import Chart, histogram, over_time, short_time
 from curation.commands.report.facts import ReportFacts
 from curation.commands.report.pictures import Thumbnails
 from curation.commands.report.receipts import MAX_SECONDS, STATES, GridCell, ReceiptStats, merged
-from curation.commands.report.samples import MAX_REASONS, GallerySample, in_order, with_captions
+from curation.commands.report.samples import MAX_REASONS, GallerySample, decoded, in_order, with_captions
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
 from curation.shards import bucket_of
@@ -32,6 +32,7 @@ MAX_CELLS: Final = 16_000  # on the page, of all stages together: 130 bytes each
 FEW: Final = 150  # cells that are drawn larger
 _ROOM: Final = 60_000  # bytes of the page that are not given to pictures
 _PICTURE_SHARE: Final = 0.8
+_OWN_SHARDS: Final = (RECAPTION, METADATA)  # stages whose shards may be others than those of stages 01 to 04
 
 
 def render(facts: ReportFacts, page: Path, gallery: int, max_bytes: int) -> bytes:
@@ -91,7 +92,8 @@ def _fill(
         samples=samples,
         omitted=pictures.omitted,
         picture=pictures.get,
-        sourced=facts.source is not None,
+        own_shards=_OWN_SHARDS,
+        software=sorted({code for stage in facts.told["stages"] for code in stage["code"]} - {"(unknown)"})[:10],
         losses={name: words for name, (_, _, words) in LOSSES.items()},
         verdict=verdict(facts.told["audit"]) if facts.told["audit"] else "",
     )
@@ -194,25 +196,39 @@ def _samples(facts: ReportFacts, gallery: int, pictures: Thumbnails) -> dict[str
     refused = [one for ones in list(rejected.values())[:MAX_REASONS] for one in ones]
     if pictures.left:
         _take_pictures(facts, edited, refused + recaptioned, pictures)
-    captions = with_captions(refused, facts.places)
+    plain = with_captions(refused, facts.places)
+    captions = {place: decoded(caption) for place, caption in plain.items()}
     told = []
     for (stage, reason), ones in sorted(rejected.items()):
         of_stage = next(one for place, one in zip(facts.places, facts.stats, strict=True) if place.stage == stage)
         count = of_stage.dropped[reason] + of_stage.samples_failed[reason]
         told.append({"stage": stage, "reason": reason, "count": count, "samples": ones})
-    return {"edited": edited, "rejected": told, "recaptioned": recaptioned, "captions": captions}
+    return {
+        "edited": edited,
+        "rejected": told,
+        "recaptioned": recaptioned,
+        "captions": captions,
+        "decoded": plain != captions or any(one.decoded for one in (*edited, *recaptioned)),
+    }
 
 
 def _take_pictures(
     facts: ReportFacts, edited: Sequence[GallerySample], others: Sequence[GallerySample], pictures: Thumbnails
 ) -> None:
-    homes = {place.stage: place.home for place in facts.places}
-    for kind, folder, shown in (("new", homes.get(EDITS), edited), ("old", facts.source, [*edited, *others])):
-        wanted: dict[str, list[str]] = {}
-        for one in shown:
-            wanted.setdefault(one.shard, []).append(one.key)
-        for trouble in pictures.add(kind, folder, wanted):
+    find = facts.originals
+    own = [one for one in others if one.stage in _OWN_SHARDS]
+    of_main_job = [*edited, *(one for one in others if one.stage not in _OWN_SHARDS)]
+    for kind, path_of, shown in (
+        ("new", find.edited, edited),
+        ("old", find.source, of_main_job),
+        ("seen", find.source, own),
+    ):
+        for trouble in pictures.add(kind, path_of, [(one.stage, one.shard, one.key) for one in shown]):
             facts.looked.trouble(trouble)
+    for folder in sorted(find.away)[:5]:
+        facts.looked.trouble(
+            f"{folder}: the original images are no longer in this folder; name their folder with --source"
+        )
 
 
 # ---- links and words

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,6 @@ from PIL import Image
 
 from curation.errors import SampleError, ShardError
 from curation.images import decode_rgb, encode_jpeg
-from curation.shards import PACKED_TARS, TAR
 from curation.tar.samples import Sample, image_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
 
@@ -33,25 +32,30 @@ class Thumbnails:
     omitted: int = 0
     found: dict[tuple[str, str, str], str] = field(default_factory=dict)
 
-    def add(self, kind: str, folder: Path | None, wanted: Mapping[str, Sequence[str]]) -> list[str]:
+    def add(
+        self, kind: str, find: Callable[[str, str], Path | None], wanted: Iterable[tuple[str, str, str]]
+    ) -> list[str]:
         """Makes thumbnails of samples.
 
         Args:
             kind: The name under which ``get`` finds them.
-            folder: Of the tars.
-            wanted: Shard → keys.
+            find: Returns the tar or the folder of loose files with the samples of (stage, shard); None for none.
+            wanted: (stage, shard, key) of each sample.
 
         Returns:
             What could not be read.
         """
         troubles = []
-        for shard_id, keys in wanted.items():
-            names = (f"{shard_id}{suffix}" for suffix in (TAR, *PACKED_TARS))
-            path = next((path for name in names if folder and (path := folder / name).is_file()), None)
-            if path is None:
-                continue
+        keys: dict[tuple[Path, str], set[str]] = {}
+        found: dict[tuple[str, str], Path | None] = {}
+        for stage, shard_id, key in wanted:
+            if (stage, shard_id) not in found:
+                found[stage, shard_id] = find(stage, shard_id)
+            if (path := found[stage, shard_id]) is not None:
+                keys.setdefault((path, shard_id), set()).add(key)
+        for (path, shard_id), of_shard in keys.items():
             try:
-                self._add_from(kind, path, shard_id, set(keys))
+                self._add_from(kind, path, shard_id, of_shard)
             except ShardError as error:
                 troubles.append(str(error))
         return troubles

@@ -90,12 +90,15 @@ class ReceiptStats(StageCounts):
 
     phases: phase → seconds.  notes: whole numbers that the stage noted.  output_bytes: of the files that receipts name.
     slowest: a heap of (seconds, shard, host, samples).  chosen: a heap of (-choice, shard).
+    epochs: version of the options → shards done under it.  codes: version of this software → shards.
     """
 
     bounds: ReceiptBounds = ReceiptBounds(1, 200)
     phases: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
+    codes: Counter[str] = field(default_factory=Counter)
+    epochs: Counter[int] = field(default_factory=Counter)
     warned: int = 0
     warnings: list[str] = field(default_factory=list)
     output_bytes: int = 0
@@ -109,7 +112,8 @@ class ReceiptStats(StageCounts):
         self.output_bytes += other.output_bytes
         self.warned += other.warned
         self.warnings = (self.warnings + other.warnings)[:5]
-        for name in ("phases", "notes", "languages"):
+        self.epochs.update(other.epochs)
+        for name in ("phases", "notes", "languages", "codes"):
             for key, number in getattr(other, name).items():
                 _add_to(getattr(self, name), key, number)
         for name, host in other.hosts.items():
@@ -138,6 +142,8 @@ class ReceiptStats(StageCounts):
             _add_to(self.languages, language, whole(number))
         for output in receipt.get("outputs", ()):
             self.output_bytes += whole(output.get("size"))
+        self.epochs[whole(receipt.get("epoch"))] += 1
+        _add_to(self.codes, name_of(receipt.get("code")), 1)
         if warnings := receipt.get("warnings"):
             self.warned += 1
             if len(self.warnings) < 5:

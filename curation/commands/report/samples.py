@@ -6,7 +6,9 @@ Shards are chosen by a hash of their ids and samples by a hash of their keys, so
 from __future__ import annotations
 
 import gzip
+import html
 import math
+import re
 import zlib
 from array import array
 from collections import Counter
@@ -29,6 +31,7 @@ from curation.commands.places import (
     rejected,
 )
 from curation.commands.report.receipts import keep_greatest
+from curation.commands.report.recipe import UsedModel, text_of
 from curation.commands.report.scores import ScoreValues
 from curation.errors import SampleError, ShardError
 from curation.faces import RECORDED_FIELD, clipped, recorded_boxes
@@ -39,6 +42,9 @@ MAX_VALUES: Final = 1_000_000  # of one distribution
 MAX_TEXT: Final = 600  # characters that are shown of a caption or a prompt
 MAX_REASONS: Final = 200
 EXAMPLES = 4  # samples shown for each reason
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_ROUNDS = 3  # captions of the web were often escaped twice: &amp;quot;
+_MAX_MODELS = 100
 
 
 Box = tuple[float, float, float, float]
@@ -49,7 +55,8 @@ class GallerySample:
     """A sample that is shown.
 
     what: ``edited`` | ``rejected`` | ``recaptioned``.  before, after: the caption and the prompt, or the old and the
-    new caption.  boxes: of the faces, as shares of the width and the height.
+    new caption.  decoded: the caption has HTML entities, which are shown as the characters that they stand for.
+    boxes: of the faces, as shares of the width and the height.
     """
 
     what: str
@@ -62,6 +69,7 @@ class GallerySample:
     reason: str = ""
     detail: str = ""
     boxes: tuple[Box, ...] = ()
+    decoded: bool = False
 
 
 @dataclass(slots=True)
@@ -69,7 +77,8 @@ class SampleStats:
     """What was found in the samples of some shards.
 
     shards: stage → how many of its shards were read.  faces: number of faces → samples.  sides: of the faces, as a
-    share of the image's side.  troubles: files that could not be read.
+    share of the image's side.  models: what samples name as the model that made something of them → samples.
+    troubles: files that could not be read.
     """
 
     shards: Counter[str] = field(default_factory=Counter)
@@ -78,11 +87,18 @@ class SampleStats:
     captions: array[float] = field(default_factory=lambda: array("d"))
     prompts: array[float] = field(default_factory=lambda: array("d"))
     recaptions: array[float] = field(default_factory=lambda: array("d"))
+    models: Counter[UsedModel] = field(default_factory=Counter)
     scores: ScoreValues = field(default_factory=ScoreValues)
     edited: list[tuple[int, GallerySample]] = field(default_factory=list)
     rejected: dict[tuple[str, str], list[tuple[int, GallerySample]]] = field(default_factory=dict)
     recaptioned: list[tuple[int, GallerySample]] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
+
+    def use(self, stage: str, model: Any, revision: Any = None) -> None:
+        """Counts a model that a sample names."""
+        used = UsedModel(stage, text_of(model), text_of(revision))
+        if used.name and (used in self.models or len(self.models) < _MAX_MODELS):
+            self.models[used] += 1
 
     def trouble(self, text: object) -> None:
         if len(self.troubles) < 20:
@@ -118,8 +134,8 @@ def _look_at(
         _look_at_faces(place, shard_id, looked)
     elif place.stage == PROMPTS:
         _look_at_prompts(place, shard_id, looked)
-    elif place.stage == EDITS and gallery:
-        _choose_edited(place, shard_id, places, looked, gallery)
+    elif place.stage == EDITS:
+        _look_at_edited(place, shard_id, places, looked, gallery)
     elif place.stage == RECAPTION:
         _look_at_recaptions(place, shard_id, looked, gallery)
     elif place.stage == METADATA:
@@ -132,6 +148,8 @@ def _look_at_faces(place: StagePlace, shard_id: str, looked: SampleStats) -> Non
     for boxes in _faces(place, shard_id).values():
         looked.faces[len(boxes)] += 1
         _extend(looked.sides, [math.sqrt((x1 - x0) * (y1 - y0)) for x0, y0, x1, y1 in boxes])
+    for line in provenance(place, shard_id, MAX_FILE_BYTES):
+        looked.use(FACES, line.get("detector"), line.get("revision"))
 
 
 def _faces(place: StagePlace, shard_id: str) -> dict[str, list[Box]]:
@@ -156,26 +174,37 @@ def _look_at_prompts(place: StagePlace, shard_id: str, looked: SampleStats) -> N
     for line in provenance(place, shard_id, MAX_FILE_BYTES):
         _extend(looked.captions, [len(str(line.get("caption", "")))])
         _extend(looked.prompts, [len(str(line.get("prompt", "")))])
+        looked.use(PROMPTS, line.get("model"))
 
 
-def _choose_edited(
+def _look_at_edited(
     place: StagePlace, shard_id: str, places: Mapping[str, StagePlace], looked: SampleStats, gallery: int
 ) -> None:
-    captions = {}
-    if PROMPTS in places:
+    captions, faces = {}, {}
+    if gallery and PROMPTS in places:
         captions = {str(line.get("key")): line for line in provenance(places[PROMPTS], shard_id, MAX_FILE_BYTES)}
-    faces = _faces(places[FACES], shard_id) if FACES in places else {}
+    if gallery and FACES in places:
+        faces = _faces(places[FACES], shard_id)
     for line in provenance(place, shard_id, MAX_FILE_BYTES):
         key = str(line.get("key"))
+        models = line.get("models")
+        if isinstance(models, dict):
+            image = models.get("image")
+            looked.use(PROMPTS, models.get("prompt"))
+            looked.use(EDITS, *((image.get("name"), image.get("revision")) if isinstance(image, dict) else (image,)))
+        if not gallery:
+            continue
+        before = _text(captions.get(key, {}).get("caption"))
         shown = GallerySample(
             "edited",
             place.stage,
             shard_id,
             key,
-            before=_text(captions.get(key, {}).get("caption")),
+            before=decoded(before),
             after=_text(line.get("prompt")),
             group=_text(line.get("group"), 80),
             boxes=tuple(faces.get(key, ())[:20]),
+            decoded=decoded(before) != before,
         )
         _choose(looked.edited, shown, gallery)
 
@@ -211,8 +240,9 @@ def _look_at_recaptions(place: StagePlace, shard_id: str, looked: SampleStats, g
         _extend(looked.recaptions, [len(str(line.get("caption", "")))])
         if gallery:
             before, after = _text(line.get("original_caption")), _text(line.get("caption"))
+            key, plain = str(line.get("key")), decoded(before)
             shown = GallerySample(
-                "recaptioned", place.stage, shard_id, str(line.get("key")), before=before, after=after
+                "recaptioned", place.stage, shard_id, key, before=plain, after=after, decoded=plain != before
             )
             _choose(looked.recaptioned, shown, min(gallery, 12))
 
@@ -263,3 +293,15 @@ def _text(value: Any, at_most: int = MAX_TEXT) -> str:
     """Returns one printable line, cut where it is too long."""
     text = clean_text(value) if isinstance(value, str) else ""
     return text if len(text) <= at_most else text[: at_most - 1] + "…"
+
+
+def decoded(caption: str) -> str:
+    """Returns a caption with its HTML entities as the characters that they stand for, as people wrote it.
+
+    Captions of web pages often hold ``&quot;`` and ``&#39;``, or even ``&amp;quot;``.  The result is text, not HTML.
+    """
+    for _ in range(_ROUNDS):
+        before, caption = caption, _ENTITY.sub(lambda entity: html.unescape(entity.group()), caption)
+        if caption == before:
+            break
+    return clean_text(caption)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Stage 00: the images of URL tables → tar shards, each row of a table accounted for."""
 
-from __future__ import annotations
+import curation  # first: it refuses an old Python, and names packages that are missing
+
+# isort: split
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import curation
 from curation.cluster import Allocation, run_id
 from curation.download import (
     CaptionNames,
@@ -309,7 +310,8 @@ def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
     ledger.enter("", False, None, sorted(ids))
     counts = requeue_all(ledger, ids, options.again, run_id())
     logger.info(f"{counts['retry']:,} shards to look at again")
-    if left := counts["claimed"] + counts["lost"]:
+    left = counts["claimed"] + counts["lost"]
+    if left:
         logger.warning(f"{left:,} shards are in a worker's hands just now: start again when it is done")
 
 

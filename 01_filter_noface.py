@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Stage 01: keep the samples whose image shows a face, and write their captions and metadata."""
 
-from __future__ import annotations
+import curation  # noqa: F401 - first: it refuses an old Python, and names packages that are missing
+
+# isort: split
 
 import logging
 import sys

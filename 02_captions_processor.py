@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Stage 02: keep the English captions, and let a language model rewrite them into text-to-image prompts."""
 
-from __future__ import annotations
+import curation  # noqa: F401 - first: it refuses an old Python, and names packages that are missing
+
+# isort: split
 
 import sys
 import threading
@@ -261,9 +263,11 @@ class RewriteCaptions(Stage[Options]):
             read = sum(outcome.tokens_read for outcome in outcomes.values())
             written = sum(outcome.tokens_written for outcome in outcomes.values())
             work.note("tokens", {"read": read, "written": written})
-        if cut := sum(outcome.cut for outcome in outcomes.values()):
+        cut = sum(outcome.cut for outcome in outcomes.values())
+        if cut:
             work.note("cut_to_whole_sentences", cut)
-        if adapted := Counter(change for outcome in outcomes.values() for change in outcome.adapted):
+        adapted = Counter(change for outcome in outcomes.values() for change in outcome.adapted)
+        if adapted:
             work.note("servers_asked_otherwise", dict(sorted(adapted.items())))
         if self.groups:
             work.note("groups", counts_by_group(questions, outcomes))
@@ -419,7 +423,8 @@ def find_input(source: str, *, allow_pipe: bool = False) -> list[Shard]:
     with gzip only where the folder has no other JSON file.
     """
     tars = is_remote(source) or is_tar(source)
-    if (folder := Path(source)).is_dir():
+    folder = Path(source)
+    if folder.is_dir():
         names = [path.name for path in folder.iterdir()]
         dictionaries = any(name.endswith(".json") and not name.endswith("_stats.json") for name in names)
         tars = any(name.endswith(TAR) for name in names) or (any(map(is_tar, names)) and not dictionaries)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Stage 03: generate one image for each prompt, and write jpg, txt and json of every edited sample."""
 
-from __future__ import annotations
+import curation  # noqa: F401 - first: it refuses an old Python, and names packages that are missing
+
+# isort: split
 
 import os
 import sys
@@ -305,7 +307,8 @@ class GenerateImages(Stage[Options]):
             return
         work.note("prompts_cut", cut)
         end = "their ends were not read"
-        if shortened := sum(reading.shortened is not None for reading in readings):
+        shortened = sum(reading.shortened is not None for reading in readings)
+        if shortened:
             work.note("prompts_shortened", shortened)
             end = f"{shortened} were shortened so that --prompt_suffix is read whole"
         room = self.backend.window.room
@@ -326,7 +329,7 @@ class GenerateImages(Stage[Options]):
         if source.variant:
             image_model["variant"] = source.variant
         prompt_model = {"prompt": made["model"]} if "model" in made else {}
-        curation = {
+        record = {
             "prompt": prompt,
             "prompt_suffix": o.prompt_suffix,
             "negative_prompt": call.negative_prompt,
@@ -341,13 +344,13 @@ class GenerateImages(Stage[Options]):
             "stages": dict(stages),
         }
         if call.true_cfg_scale is not None:
-            curation["true_cfg_scale"] = call.true_cfg_scale
+            record["true_cfg_scale"] = call.true_cfg_scale
         if reading.is_cut or reading.given is None:
-            curation["tokens"] = {"given": reading.given, "read": reading.read}
+            record["tokens"] = {"given": reading.given, "read": reading.read}
         if reading.shortened is not None:
-            curation["prompt_shortened"] = reading.shortened
-        digest = xxhash.xxh3_64_hexdigest(dump_json([key, recipe(curation, self.name)]))
-        return Sample(Job(key, reading.text, width, height, digest), curation, original)
+            record["prompt_shortened"] = reading.shortened
+        digest = xxhash.xxh3_64_hexdigest(dump_json([key, recipe(record, self.name)]))
+        return Sample(Job(key, reading.text, width, height, digest), record, original)
 
     # ---- pictures
 

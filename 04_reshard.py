@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Stage 04: write the hybrid shards.  Edited samples are replaced in place; every other byte stays unchanged."""
 
-from __future__ import annotations
+import curation  # noqa: F401 - first: it refuses an old Python, and names packages that are missing
+
+# isort: split
 
 import contextlib
 import sys
@@ -108,7 +110,7 @@ class Options(RunOptions):
         if self.shard_size is not None and self.follow:
             raise UsageError("--shard_size needs all source shards before it can write one: leave --follow out")
 
-    def of_all_shards(self, shards: Sequence[Shard]) -> Options:
+    def of_all_shards(self, shards: Sequence[Shard]) -> "Options":
         """The same options with the folders of all shards, where the own files of one shard were given."""
         output, edits, prompts = of_one_tar(self.output, self.edits, self.prompts, shards)
         if output != self.output and self.shard_size is not None:

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Stage 05: a new caption for each image of the shards, by a vision-language model."""
 
-from __future__ import annotations
+import curation  # noqa: F401 - first: it refuses an old Python, and names packages that are missing
+
+# isort: split
 
 import hashlib
 import os
@@ -179,7 +181,7 @@ class Options(HubOptions, RunOptions):
         """The family of --model, and its hub id, folder, or name on the model servers."""
         return resolve(self.model, backends.families("caption"))
 
-    def of_the_run(self) -> Options:
+    def of_the_run(self) -> "Options":
         """The same options as the workers get them: the source has one name, a trial is a run into a folder of its
         own, and there is a process for each GPU."""
         run = replace(self, data=None, input=self.source, compare=None)
@@ -346,13 +348,15 @@ class Recaption(Stage[Options]):
         notes = {"recipe": recipe, "batch_size": size, "device": self.backend.device_kind, "threads": self._threads}
         for name, value in notes.items():
             work.note(name, value)
-        if self.options.captioner[0].served and (adapted := self.backend.adaptations()):
+        adapted = self.backend.adaptations() if self.options.captioner[0].served else None
+        if adapted:
             work.note("servers_asked_otherwise", adapted)
 
     def _write(self, work: ShardContext, samples: Sequence[CaptionSample]) -> None:
         """Write the shard's rows, and each format that was asked for, which depends on the rows and the shard alone."""
         model = {"model": self.backend.name, "revision": self.backend.revision}
-        rows = [row for sample in samples if (row := sample.row(work.shard.id, model)) is not None]
+        found = (sample.row(work.shard.id, model) for sample in samples)
+        rows = [row for row in found if row is not None]
         with work.output(self.output / rows_name(work.shard.id)) as file:
             write_rows(file, rows)
         for name in self.options.formats:

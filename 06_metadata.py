@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Stage 06: scores and features for every sample, in DataComp's metadata format; reads dataset2metadata's YAML."""
 
-from __future__ import annotations
+import curation  # first: it refuses an old Python, and names packages that are missing
+
+# isort: split
 
 import hashlib
 import os
@@ -12,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from curation import PROGRAM
 from curation.backends.extract import families
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, UsageError
@@ -202,8 +203,9 @@ class Metadata(Stage[Options]):
                 write_npz(file, spooled.spool, spooled.batches, spooled.rows, table)
         work.note("rows", spooled.rows)
         for name, counts in (("missing_fields", spooled.missing), ("mistyped_fields", mistyped)):
-            if counts := +counts:
-                work.note(name, dict(sorted(counts.items())))
+            found = +counts
+            if found:
+                work.note(name, dict(sorted(found.items())))
 
 
 def begins_anew(stage: Metadata, shards: Sequence[Shard]) -> bool:
@@ -218,7 +220,8 @@ def refuse_tables_of_the_source(stage: Metadata, shards: Sequence[Shard]) -> Non
     if stage.output.resolve() not in local_folders(shards) or (stage.output / "_receipts" / stage.name).exists():
         return
     tables = (stage.output / f"{shard.id}{suffix}" for shard in shards for suffix in (".parquet", ".npz"))
-    if (table := next(filter(Path.exists, tables), None)) is not None:
+    table = next(filter(Path.exists, tables), None)
+    if table is not None:
         raise UsageError(f"{table} belongs to the source shards and would be replaced: use another folder")
 
 
@@ -233,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = config.input_shards(allow_pipe=options.allow_pipe)
     if not is_worker():
         if config.logging:
-            logger.warning(f"logging: nothing is sent to Weights & Biases; receipts and `{PROGRAM} status` tell")
+            logger.warning(
+                f"logging: nothing is sent to Weights & Biases; receipts and `{curation.PROGRAM} status` tell"
+            )
         by_flag = options.device is not None
         workers = config.processes(options.workers, options.num_gpus, options.gpus, device_is_flag=by_flag)
         rerun = options.rerun or (config.reprocess and begins_anew(stage, shards))

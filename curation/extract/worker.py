@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.errors import InfrastructureError, SampleError
+from curation.errors import InfrastructureError, SampleError, lack_of
 from curation.extract.api import Preparation, SampleFacts
 from curation.extract.plugins import load_plugin
 from curation.images import Pixels, decode_rgb, image_size
@@ -159,7 +159,7 @@ def main(connection_descriptor: int, memory_descriptor: int) -> None:
                 load_plugin(plugin)  # its classes are among the preparations
             preparations, layout = connection.recv()
         except (ImportError, AttributeError, InfrastructureError) as error:
-            connection.send(f"{type(error).__name__}: {error}")
+            connection.send(str(lack_of(error) or f"{type(error).__name__}: {error}"))
             return
         connection.send(None)
         preparer = _Preparer(preparations, Slots(layout, memory_descriptor))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curation.errors import InfrastructureError, UsageError
+from curation.errors import InfrastructureError, UsageError, install
 from curation.jsonio import clean_text
 from curation.storage.retry import retry_after_s
 from curation.storage.urls import redact
@@ -111,7 +111,7 @@ def _token() -> str:
     try:
         from huggingface_hub import constants, get_token
     except ImportError as error:
-        raise UsageError(f"uploading needs huggingface_hub ({error}): pip install huggingface_hub") from None
+        raise UsageError(f"uploading needs huggingface_hub ({error}): {install('huggingface_hub')}") from None
     if constants.HF_HUB_OFFLINE:
         raise UsageError("HF_HUB_OFFLINE is set, so that nothing can be uploaded: unset it")
     token = get_token()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.cluster import CPU_ON_PURPOSE, do_without_gpus
-from curation.errors import InfrastructureError
+from curation.errors import InfrastructureError, install
 
 
 def read_weights(path: Path) -> tuple[bytes, str]:
@@ -48,7 +48,7 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
     try:
         import onnxruntime
     except ImportError as error:
-        raise InfrastructureError(f"onnxruntime cannot be imported ({error}): pip install onnxruntime") from None
+        raise InfrastructureError(f"onnxruntime cannot be imported ({error}): {install('onnxruntime')}") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.edits import json_of
-from curation.errors import InfrastructureError, SampleError
+from curation.errors import InfrastructureError, SampleError, install
 from curation.faces import RECORDED_FIELD, FaceDetector, clipped, has_area, recorded_boxes, without_area
 from curation.images import Pixels, decode_rgb
 from curation.jsonio import parse_json_object
@@ -43,9 +43,7 @@ class Blur:
         try:
             import cv2
         except ImportError as error:
-            raise InfrastructureError(
-                f"--blur_faces needs OpenCV ({error}): pip install opencv-python-headless"
-            ) from None
+            raise InfrastructureError(f"--blur_faces needs OpenCV ({error}): {install('cv2')}") from None
         cv2.setNumThreads(1)
         self._cv2 = cv2
         self._detector, self._fitting = detector, fitting

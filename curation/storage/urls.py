@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
-from curation.errors import InfrastructureError, UsageError
+from curation.errors import InfrastructureError, UsageError, install
 from curation.errors import redact as redact  # it is on the floor of the log, and known by this module's name
 
 PIPE: Final = "pipe:"
@@ -175,9 +175,8 @@ def filesystem(scheme: str) -> Any:
 
         return fsspec.filesystem(scheme, use_listings_cache=False, **web)
     except ImportError as error:
-        raise InfrastructureError(
-            f"{scheme}:// needs {PACKAGES[scheme]} ({error}): pip install {PACKAGES[scheme]}"
-        ) from None
+        module = "fsspec" if error.name == "fsspec" else PACKAGES.get(scheme, "aiohttp")
+        raise InfrastructureError(f"{scheme}:// needs {module} ({error}): {install(module)}") from None
 
 
 def object_info(info: Mapping[str, Any]) -> ObjectInfo:

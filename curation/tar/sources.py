@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from curation.errors import InfrastructureError, ShardError
+from curation.errors import InfrastructureError, ShardError, install
 from curation.shards import TAR, is_loose
 from curation.storage import remote_read
 from curation.storage.remote_read import ResumingReader, server_of
@@ -190,8 +190,8 @@ class _Rows:
         try:
             import pyarrow
             import pyarrow.parquet
-        except ImportError as error:
-            raise InfrastructureError(f"{self._path}: needs pyarrow ({error}): pip install pyarrow") from None
+        except ImportError:
+            raise InfrastructureError(f"{self._path}: needs pyarrow: {install('pyarrow')}") from None
         try:
             self._table = pyarrow.parquet.ParquetFile(self._path).read()
             keys = self._table["key"].to_pylist() if "key" in self._table.column_names else []

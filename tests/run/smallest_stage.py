@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Counts the words of captions: a stage as small as one can be."""
 
-from __future__ import annotations
+import curation  # noqa: F401 - first: it refuses an old Python, and names packages that are missing
+
+# isort: split
 
 import sys
 from collections.abc import Sequence

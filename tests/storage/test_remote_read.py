@@ -392,7 +392,7 @@ def test_the_hub_gives_what_the_file_has(tmp_path: Path) -> None:
 
 
 def test_a_package_that_is_missing_is_named() -> None:
-    with pytest.raises(InfrastructureError, match="pip install gcsfs"):
+    with pytest.raises(InfrastructureError, match=r"pip install gcsfs$"):
         discover("gs://bucket/0.tar")
 
 

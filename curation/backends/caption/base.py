@@ -21,7 +21,7 @@ import numpy as np
 
 from curation.backends.caption.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
 from curation.caption.captioner import FIRST, Attempt, CaptionSettings, Detail, Family, OutOfMemory, Quantize
-from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.errors import InfrastructureError, SampleError, UsageError, install
 from curation.models.batch_size import is_out_of_memory, use_device
 from curation.models.hub_cache import (
     TRANSFORMER,
@@ -176,9 +176,9 @@ class VisionLanguageModel:
         if s.compile != "none" and not self.compiles:
             raise UsageError(f"--compile {s.compile}: not for the family {self.family.name}: its inputs vary in length")
         if s.quantize and importlib.util.find_spec("bitsandbytes") is None:
-            raise UsageError(f"--quantize {s.quantize} needs the package bitsandbytes: pip install -e '.[quantize]'")
+            raise UsageError(f"--quantize {s.quantize} needs the package bitsandbytes: {install('bitsandbytes')}")
         if s.offload and device.startswith("cuda") and importlib.util.find_spec("accelerate") is None:
-            raise InfrastructureError("--offload needs accelerate: pip install accelerate")
+            raise InfrastructureError(f"--offload needs accelerate: {install('accelerate')}")
         self.source = resolve(source, s.revision, kind=TRANSFORMER)
         self.name, self.revision, self.device = self.source.name, self.source.revision, device
         self.max_tokens = s.max_tokens or self.family.max_tokens

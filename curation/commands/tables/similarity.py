@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.commands.tables.missing import how_to_make
-from curation.errors import InfrastructureError, UsageError
+from curation.errors import InfrastructureError, UsageError, install
 from curation.jsonio import clean_text
 
 BLOCK_ROWS = 2048
@@ -315,6 +315,6 @@ def _import_faiss() -> Any:
         import faiss
     except ImportError:
         raise InfrastructureError(
-            "--index cells needs the package faiss: pip install faiss-cpu, or --index exact"
+            f"--index cells needs the package faiss: {install('faiss')}, or --index exact"
         ) from None
     return faiss

@@ -107,9 +107,8 @@ def test_messages_call_the_program_as_the_user_did(installed: Path, tmp_path: Pa
     for command in ((installed,), (sys.executable, "-m", "curation")):
         name = "curation" if command == (installed,) else "python -m curation"
         assert said(*command).stdout.startswith(f"usage: {name} COMMAND")
-        for words, shown in (("faces", "faces"), ("models fetch 01", "models fetch 01_filter_noface"), ("status",) * 2):
+        for words, shown in (("faces",) * 2, ("models fetch 01", "models fetch 01_filter_noface")):
             assert said(*command, *words.split(), "--help").stdout.startswith(f"usage: {name} {shown} [")
-        assert said(*command, "register", "--help").stdout.startswith(f"usage: {name} register ")
         assert f"{name} faces --help" in said(*command, "faces").stderr
 
 

@@ -250,7 +250,7 @@ class Attempts:
             self.to_run_first.add(state.first)
         if state.what in ("blocked", "failed"):
             logger.warning(f"{shard.id} {state.what}: {state.why}")
-        self._progress.shard_passed()
+        self._progress.shard_passed(shard.id)
 
     def needs_to_be_alone(self, claim: Claim) -> bool:
         """Whether this process should work on the shard alone, because the shard may kill it."""
@@ -455,7 +455,7 @@ class Attempts:
     def _log_done(self, work: ShardContext, receipt: dict[str, Any]) -> None:
         done = receipt["status"] == "done"
         self._tally.shards("worked" if done else "failed")
-        self._progress.shard_passed()
+        self._progress.shard_passed(work.shard.id, work.kept + work.dropped.total() + work.failed.total())
         if not done:
             return
         gone = [f"{count} {reason}" for reason, count in (work.dropped + work.failed).most_common()]
@@ -466,4 +466,4 @@ class Attempts:
         )
         dropped, failed = work.dropped.total(), work.failed.total()
         counts = {"in": work.samples_in, "kept": work.kept, "dropped": dropped, "failed": failed}
-        self._tally.samples(counts, work.notes)
+        self._tally.samples(counts, work.notes, work.shard.id)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from curation.errors import UsageError
 from curation.run.claims import COUNTER_DIGITS
-from curation.run.inputs import receipts_of
+from curation.run.inputs import numbered, receipts_of
 from curation.run.ledger import Ledger
 from curation.run.planned import Plan
 from curation.shards import Shard, bucket_of, discover, select
@@ -87,6 +87,11 @@ class Follower:
     def planned(self) -> list[str]:
         """The shards of this run that upstream has planned, so that they will get a receipt."""
         return sorted(self.shards.keys() & self._upstream.planned)
+
+    @property
+    def whom(self) -> str:
+        """What messages call the stage that it follows: ``stage 01``."""
+        return numbered(self._follows.stage) or self._follows.stage
 
     @property
     def waiting(self) -> int:

@@ -65,7 +65,7 @@ def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], f
         shared = run_id().partition("-")[2] or secrets.token_hex(8)
         # Here, so that an error in the options is reported once and not by each worker.
         _Entry(stage, selected, options, f"run-{shared}").check()
-        return run_workers(stage, options, shared, len(selected))
+        return run_workers(stage, options, shared, selected)
     allocation = Allocation.detect(options.workers)
     set_up_logging(options.quiet, f"[{allocation.rank}]" if allocation.world > 1 else "")
     stop = StopSignal(parse_deadline(options.deadline))
@@ -201,9 +201,19 @@ class _Run:
         self._stop = stop
         self._ledger = ledger = entry.ledger
         self._claims = claims
-        self._progress = Progress(stage.name, len(self._shards), options.quiet)
         self._began = time.monotonic()
-        self._tally = Tally(pipe_to_parent())
+        parent = pipe_to_parent()
+        self._progress = Progress(
+            stage.name,
+            [shard.id for shard in self._shards],
+            options.quiet,
+            receipts=ledger.receipts,
+            again=options.rerun,
+            world=allocation.world,
+            doing=stage.doing,
+            lines=parent is None or follower is not None,
+        )
+        self._tally = Tally(parent)
         self._attempts = Attempts(stage, options, allocation, stop, ledger, claims, self._progress, self._tally)
         self._slots = threading.Semaphore(stage.shards_in_flight)
         self._opened = False
@@ -219,6 +229,7 @@ class _Run:
 
     def go(self) -> None:
         """Work on the shards until none is left that this process can claim."""
+        self._progress.now(f"looking which of {len(self._shards):,} shards are to be done")
         with self._progress, ThreadPoolExecutor(self._stage.shards_in_flight, "shard") as pool:
             try:
                 for shard, claim in self._claimed():
@@ -227,6 +238,7 @@ class _Run:
                         self._wait_for_all_slots()
                     with self._lock:
                         self._in_flight += 1
+                    self._progress.begin(shard.id)
                     pool.submit(self._attempt, shard, claim, alone)
             except BaseException:
                 self._stop.ask("error")  # stops the shards in flight
@@ -274,7 +286,7 @@ class _Run:
         if follower.has_grown:
             follower.has_grown = False
             self._shards = list(follower.shards.values())
-            self._progress.expect(len(self._shards))
+            self._progress.expect([shard.id for shard in self._shards])
             _record_plan(self._stage, self._shards, follower)
         return arrived
 
@@ -292,6 +304,7 @@ class _Run:
             return None
         if not self._opened:  # models are loaded only when there is something to do
             began = time.monotonic()
+            self._progress.now(self._stage.opening)
             self._stage.open(self._allocation)
             self._opened = True
             self._attempts.open_s = time.monotonic() - began
@@ -324,6 +337,7 @@ class _Run:
             with self._lock:
                 watched = random.sample(self._waiting, min(_WATCHED, len(self._waiting)))
                 busy = self._in_flight > 0
+                self._say_what_it_waits_for(expecting=expecting)
             if not watched:
                 if not busy and not expecting:
                     return
@@ -346,6 +360,18 @@ class _Run:
                 self._leave_to_others()
                 return
             self._stop.wait(pause_s * random.uniform(0.7, 1.3))
+
+    def _say_what_it_waits_for(self, *, expecting: bool) -> None:
+        if self._in_flight:
+            self._progress.now("")
+        elif expecting and self._follower is not None:
+            self._progress.now(f"waiting for {self._follower.whom}")
+        elif self._waiting:
+            count = len(self._waiting)
+            last = (
+                "another worker has the last shard" if count == 1 else f"other workers have the last {count:,} shards"
+            )
+            self._progress.now("waiting", f"waiting in case a worker dies: {last}")
 
     def _leave_to_others(self) -> None:
         with self._lock:
@@ -386,6 +412,7 @@ class _Run:
             self._stop.ask("error")
         finally:
             self._claims.release(claim)
+            self._progress.end(shard.id)
             with self._lock:
                 self._in_flight -= 1
             self._slots.release(self._stage.shards_in_flight if alone else 1)

@@ -60,6 +60,7 @@ class Stage(ABC, Generic[AnyOptions]):
         shards_in_flight: How many shards one process works on at the same time.
         kept_by_rerun: A sentence on what ``--rerun`` does not do again, if the stage keeps something.
         later: Options that ``fingerprint`` records and that older versions of the stage did not have.
+        opening: What ``open`` does, in words for the log.
         opens_quickly: Whether ``open`` takes seconds at most, so that a dry run can try it.
         trouble: What a dry run found when it looked for the models, with which the real run would end.
     """
@@ -70,6 +71,7 @@ class Stage(ABC, Generic[AnyOptions]):
     other_outputs: tuple[Path, ...] = ()
     shards_in_flight: int = 1
     kept_by_rerun: str = ""
+    opening: str = "getting ready"
     opens_quickly: bool = False
     trouble: InfrastructureError | None = None
     later: ClassVar[Mapping[str, Later]] = MappingProxyType({})
@@ -146,6 +148,16 @@ class Stage(ABC, Generic[AnyOptions]):
             InfrastructureError: Ends the run with exit code 2.
             Stopped: From ``work.check_stop``: a signal or the deadline asks to end.
         """
+
+    def doing(self) -> str:
+        """What the stage does now apart from working on samples, such as ``waiting for a model server: …``.
+
+        Another thread asks it about once a second, at any time, also while ``open`` runs.
+
+        Returns:
+            A few words for the log; empty for nothing.  It is said once for each text before the first colon.
+        """
+        return ""
 
     def close(self) -> None:
         """Free resources; called once per process, after the last shard, even if ``open`` was never called."""

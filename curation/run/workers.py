@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from types import FrameType
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, parse_deadline
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
 from curation.options import RunOptions, logger
-from curation.run.progress import TalliesOfWorkers
+from curation.run.progress import Progress, TalliesOfWorkers
 from curation.run.work import Stage
+from curation.shards import Shard
 
 MAX_RESTARTS = 3  # per worker: a machine that kills it again and again will go on doing so
 _PR_SET_PDEATHSIG = 1
@@ -52,10 +54,10 @@ def _script_of(stage: object, options: RunOptions) -> str:
     return next(filter(None, map(inspect.getsourcefile, kinds)), sys.argv[0])
 
 
-def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: int) -> int:
+def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: Sequence[Shard]) -> int:
     """Run the stage's script in ``options.workers`` processes that share the shards by claims; returns the exit code.
 
-    shared: a mark that all processes of this run have in common.  shards: the number of shards that are selected.
+    shared: a mark that all processes of this run have in common.  shards: those that are selected.
     A worker that a signal kills is started again, up to three times; meanwhile the others continue its shard.
     """
     end = parse_deadline(options.deadline)
@@ -80,16 +82,18 @@ def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: int
             slots.append(_Worker(command, index, options.workers, shared, threads, tallies.pipe))
             if stopping:  # a signal came meanwhile
                 slots[-1].send(stopping[-1])
-    while any(slot.running for slot in slots):
-        time.sleep(0.1)
-        tallies.read()
-        for slot in slots:
-            code = slot.poll()
-            if code == EXIT_USAGE and not stopping:  # the others would fail in the same way
-                pass_on(signal.SIGTERM, None)
-            elif code is not None and code < 0 and not stopping:
-                logger.error(f"worker {slot.index} died: {signal.Signals(-code).name}")
-                slot.restart()
+    with _progress_of_all(stage, options, shards) as progress:
+        while any(slot.running for slot in slots):
+            time.sleep(0.1)
+            tallies.read(progress)
+            for slot in slots:
+                code = slot.poll()
+                if code == EXIT_USAGE and not stopping:  # the others would fail in the same way
+                    pass_on(signal.SIGTERM, None)
+                elif code is not None and code < 0 and not stopping:
+                    logger.error(f"worker {slot.index} died: {signal.Signals(-code).name}")
+                    slot.restart()
+        tallies.read(progress)
     tallies.close()
     by_signal = EXIT_WORK_LEFT if stopping else EXIT_SHARDS_FAILED  # stopped before its handler was set, or killed
     codes = {slot.code if slot.code >= 0 else by_signal for slot in slots}
@@ -99,10 +103,24 @@ def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: int
     if code != EXIT_USAGE:
         total = tallies.tally
         if code == EXIT_OK and not options.follow:  # else it is unknown how many were done before
-            total.shards("done", max(0, shards - total["worked"]))
+            total.shards("done", max(0, len(shards) - total["worked"]))
         told = total.text(time.monotonic() - began, stage.result)
         logger.info(f"{stage.name}: {options.workers} workers together: {told}")
     return code
+
+
+def _progress_of_all(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard]) -> Progress:
+    """Shows what all workers of this process have done.  With ``--follow`` each worker tells how far all are, because
+    only the workers know which shards will come."""
+    return Progress(
+        stage.name,
+        [shard.id for shard in shards],
+        options.quiet or options.follow,
+        receipts=stage.ledger(read_only=True).receipts,
+        again=options.rerun,
+        world=Allocation.detect(options.workers).world,
+        workers=options.workers,
+    )
 
 
 class _Worker:

@@ -489,10 +489,10 @@ def test_the_text_form_and_several_processes(tmp_path: Path, capsys: pytest.Capt
     assert main(["fsck", str(folder), "--quiet", "--workers", "2", "--repair", str(tmp_path / "new")]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[-1].startswith("FAULTY: ")
-    assert "saved 2 samples of 2 shards" in out[-2]
+    assert "repaired: 2 samples of 2 shards in" in out[-2]
     assert any(line.startswith("what to do about torn_sample (2): --repair DIR") for line in out)
     assert main(["fsck", str(folder / "0.tar"), "--quiet"]) == 0
-    assert capsys.readouterr().out.startswith("SOUND: 1 shards, 2 samples, ")
+    assert capsys.readouterr().out.startswith("OK: 1 shards, 2 samples, ")
     (folder / "0.tar").chmod(0)
     if not os.access(folder / "0.tar", os.R_OK):
         assert kinds_of(folder / "0.tar", capsys) == {"unreadable": {""}}

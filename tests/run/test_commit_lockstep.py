@@ -150,7 +150,9 @@ class World:
         ledger.prepare(())
         ledger.enter("run", False, None, [SHARD])
         claims: Any = SimpleNamespace(holds=holds, heartbeat=SimpleNamespace(progress=lambda *_: None))
-        work = self.kind(stage, options, allocation, StopSignal(), ledger, claims, Progress("toy", 1, True), Tally())
+        work = self.kind(
+            stage, options, allocation, StopSignal(), ledger, claims, Progress("toy", ["00000000"], True), Tally()
+        )
         work.attempt(Shard(SHARD, self.source), claim)
 
     def arrive(self, attempt: Attempt) -> None:

@@ -45,6 +45,8 @@ class Options(RunOptions):
     """An option that older versions of the stage did not have: salty, which they wrote, or plain."""
     sample_s: float = 0.0
     """Seconds that each sample takes."""
+    open_s: float = 0.0
+    """Seconds that the opening takes."""
     hold: str = ""
     """Shards of which no sample but the first is done before ``Place.let_go``."""
     in_flight: int = 1
@@ -63,6 +65,7 @@ class Options(RunOptions):
 
 class Toy(Stage[Options]):
     name = "toy"
+    opening = "loading the toy model"
     later: ClassVar[Mapping[str, Later]] = {"flavour": Later(before="salty", now="plain")}
 
     def __init__(self, options: Options) -> None:
@@ -81,6 +84,7 @@ class Toy(Stage[Options]):
 
     def open(self, allocation: Allocation) -> None:
         self._write_journal("open")
+        time.sleep(self.options.open_s)
         if self.options.mark == "no model":
             raise InfrastructureError("models/absent: there is no such model")
 

@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--repair {options.repair}: is no folder")
     tasks = [Task(path, shard_id, options.images, options.repair) for shard_id, path in files.items()]
     verdicts: list[Verdict] = []
-    with Progress("fsck", len(tasks), options.quiet) as progress:
+    with Progress("fsck", [task.shard_id for task in tasks], options.quiet) as progress:
         for verdict in results_in_order(
             check_shard, tasks, min(options.workers or Allocation.detect().threads, len(tasks))
         ):
             progress.samples_done(verdict.samples)
-            progress.shard_passed()
+            progress.shard_passed(verdict.shard_id, verdict.samples)
             verdicts.append(verdict)
     faulty = [verdict for verdict in verdicts if verdict.findings]
     _show(options, verdicts, faulty, time.monotonic() - began)
@@ -101,9 +101,9 @@ def _show(options: Options, verdicts: Sequence[Verdict], faulty: Sequence[Verdic
         f"{total['shards']:,} shards, {total['samples']:,} samples, {total['bytes'] / 1e9:,.2f} GB in {seconds:,.1f} s"
     )
     if saved:
-        print(f"saved {total['salvaged_samples']:,} samples of {len(saved):,} shards in {options.repair}")
+        print(f"repaired: {total['salvaged_samples']:,} samples of {len(saved):,} shards in {options.repair}")
     if faulty:
         count = sum(verdict.findings.counts.total() for verdict in faulty)
         print(f"FAULTY: {count:,} findings in {len(faulty):,} shards; {about}", flush=True)
     else:
-        print(f"SOUND: {about}", flush=True)
+        print(f"OK: {about}", flush=True)

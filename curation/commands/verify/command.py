@@ -94,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for s in shards
     ]
     workers = min(options.workers or Allocation.detect().threads, len(tasks))
-    with Progress("verify", len(tasks), options.quiet) as progress:
+    with Progress("verify", [task.shard_id for task in tasks], options.quiet) as progress:
         for verdict in results_in_order(verify_shard, tasks, workers):
             progress.samples_done(verdict.samples)
-            progress.shard_passed()
+            progress.shard_passed(verdict.shard_id, verdict.samples)
             verdicts.append(verdict)
     faulty = [verdict for verdict in verdicts if verdict.findings]
     manifest = _manifest(options, verdicts) if not faulty else None

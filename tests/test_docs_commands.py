@@ -1,4 +1,4 @@
-"""Every command in the pages that start with a job is one that the programs take, and those for filtering run."""
+"""Every command of the pages is one that the programs take, and those of DataComp's baselines run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from curation import options as options_module
 from curation.commands.stages import find_script, load_script, partial_options
 from curation.tar.samples import read_samples
 from tests import EXAMPLES, ROOT
-from tests.test_docs import code_lines
+from tests.test_docs import PAGES, code_lines, saved_files
 
 DOCS = ROOT / "docs"
 JOBS = [*sorted((DOCS / "jobs").glob("*.md")), DOCS / "neardup.md", DOCS / "stage-00.md"]
 # What a page may also tell its reader to run: programs of the system, of Ollama, of SLURM and of the hub.
-OTHERS = {"source", "export", "ollama", "sleep", "kill", "scancel", "hf", "./install.sh"}
+OTHERS = {"source", "cd", "ollama", "sleep", "kill", "scancel", "hf", "./install.sh"}
+PROGRAMS = re.compile(r"(?:^|[\s/])(?:curation|0\d_\w+\.(?:py|sh)|run_pipeline\.sh)(?:\s|$)")
 ENTER = "source .venv/bin/activate"
 
 
@@ -61,6 +62,8 @@ def only_parsing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail unless each word of the line is one that its program takes."""
     words = shlex.split(line, comments=True)
+    end = next((place for place, word in enumerate(words) if word in ("&", "|", ">")), len(words))
+    words = words[:end]
     if words[0] == "export":
         words = words[1:]
     flags: dict[str, list[str]] = {}  # of FLAGS_03='…': the stage → its flags
@@ -86,19 +89,21 @@ def parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             script = next(ROOT.glob(f"{name[:2]}_*.py"))
             partial_options(load_script(script), arguments, line)
             return
+        if "--help" in arguments:
+            return
         main = command_line.main if name == "curation" else importlib.import_module(name.removesuffix(".py")).main
         with only_parsing(monkeypatch), pytest.raises(Parsed):
             main(arguments)
 
 
-@pytest.mark.parametrize("page", JOBS, ids=lambda page: page.stem)
-def test_every_command_of_a_job_parses(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_parses(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On pages that start with a job, each line is one; on the others those that run a stage or a command."""
     monkeypatch.setattr("sys.argv", ["curation"])
-    commands = list(code_lines(page))
-    assert commands
-    for line in commands:
+    saved = saved_files(page.read_text("utf-8"))
+    for line in code_lines(page):
+        if (page not in JOBS and not PROGRAMS.search(line)) or any(name in line for name in saved):
+            continue
         try:
             parses(line, monkeypatch)
         except SystemExit:
@@ -180,26 +185,36 @@ def _datacomp_row(metadata: bytes, number: int) -> dict[str, Any]:
     }
 
 
-def test_the_baselines_page_runs(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its commands in their order, but for downloads and for CLIP, whose table is there already."""
+def test_the_pages_of_baselines_and_subsets_run(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their commands in their order, but for downloads and for CLIP, whose table is there already."""
+    pq = pytest.importorskip("pyarrow.parquet")
     kept: dict[str, int] = {}
-    for line in code_lines(DOCS / "jobs" / "datacomp-baselines.md"):
+    pages = [DOCS / "jobs" / "datacomp-baselines.md", DOCS / "jobs" / "subset.md"]
+    for line in (line for page in pages for line in code_lines(page)):
         words = shlex.split(line.replace("$ROOT", str(tables)).replace("$SHARDS", f"{tables}/shards"))
         if words[0] != "curation" or words[1] == "models" or "oai-clip" in line:
             continue
+        if words[1] == "download":  # here is no internet; its table is made by the page's Python
+            (snippet,) = re.findall(r"^```python\n(.*?)^```", pages[0].read_text("utf-8"), flags=re.M | re.S)
+            monkeypatch.setenv("ROOT", str(tables))
+            exec(compile(snippet, pages[0].name, "exec"), {})
+            words.append("--dry_run")
         assert command_line.main(words[1:]) == 0, line
         if words[1] == "select":
             out = Path(words[words.index("--out") + 1])
             kept[f"{Path(words[2]).name} {out.stem}"] = len(np.load(out))
-    monkeypatch.undo()
+        elif "--dry_run" not in words:
+            output = Path(words[words.index("--output") + 1])
+            kept[f"{words[1]} {output.name}"] = sum(1 for _ in samples_of(output))
+    assert pq.read_metadata(tables / "chosen.parquet").num_rows == kept["datacomp clip_l14_30"]
     assert kept["datacomp no_filter"] == 23
     assert kept["datacomp clip_l14_30"] >= int(23 * 0.3) + 1
     assert kept["datacomp clip_b32_30"] == int(23 * 0.3) + 1
     assert 0 < kept["datacomp clip_b32_028"] < kept["datacomp clip_b32_025"] < 23
-    assert 0 < kept["metadata keep"] < 23
+    assert 0 < kept["reshard basic"] < 23
     assert kept["metadata laion2b"] == 0, "the example shards record no scores"
     assert 0 < kept["scores basic_l14_30"] < kept["scores basic"]
-    assert sum(1 for _ in samples_of(tables / "basic")) == kept["metadata keep"]
+    assert 0 < kept["metadata keep"] == kept["reshard subset"] < 23
 
 
 def samples_of(folder: Path) -> Iterator[Any]:

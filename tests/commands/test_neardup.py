@@ -294,7 +294,17 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         return error
 
     write_shard(tmp_path / "in", "0", [uid(1), uid(2)], np.ones((2, 4), np.float16))
-    assert f"has no feature 'clip'; there are: {FEATURE}" in says("--feature", "clip", "--threshold", "0.9")
+    assert f"no feature 'clip' (there are: {FEATURE}) in" in says("--feature", "clip", "--threshold", "0.9")
+    assert f"no feature 'grey_imag' (the nearest: {FEATURE}) in" in says("--feature", "grey_imag", "--threshold", "0.9")
+    command = "python3 06_metadata.py --models oai-clip-vit-l14 --postprocess_features oai-clip-vit-l14-image\n"
+    for feature in ("oai-clip-vit-l14-image", "oai_clip_vit_l14_image", "l14_img"):
+        assert says("--feature", feature, "--threshold", "0.9").endswith(
+            f"in the npz files; stage 06 makes it: {command}"
+        )
+    misspelt = says("--feature", "oai-clip-l14-image", "--threshold", "0.9")
+    assert misspelt.endswith(
+        f"(the nearest: oai-clip-vit-l14-image) in the npz files; stage 06 makes oai-clip-vit-l14-image: {command}"
+    )
     known = ("--feature", FEATURE, "--threshold")
     assert "between -1 and 1" in says(*known, "9")
     (tmp_path / "text.npy").write_bytes(b"no array")
@@ -312,7 +322,17 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "1.npz: cannot be read" in says(*known, "0.9")
     (tmp_path / "in/1.npz").unlink()
     (tmp_path / "in/0.npz").unlink()
-    assert "has no features" in says(*known, "0.9")
+    assert "shard 0 has no 0.npz: there is no feature 'grey-image'" in says(*known, "0.9")
+    assert says("--feature", "l14_img", "--threshold", "0.9").endswith(f"stage 06 makes it: {command}")
+
+
+def test_a_feature_is_found_under_both_of_its_names(tmp_path: Path) -> None:
+    write_shard(tmp_path / "in", "0", [uid(1), uid(2)], np.ones((2, 4), np.float16))
+    for there in ("l14_img", "oai-clip-vit-l14-image"):
+        np.savez_compressed(tmp_path / "in/0.npz", **{there: np.ones((2, 4), np.float16)})
+        for asked in ("l14_img", "oai-clip-vit-l14-image"):
+            flags = ["--feature", asked, "--threshold", "0.9", "--out", str(tmp_path / "g.parquet")]
+            assert main(["neardup", str(tmp_path / "in"), *flags]) == 0
 
 
 def test_the_page_tells_every_flag() -> None:

@@ -175,9 +175,15 @@ def test_duplicates_are_kept_unless_unique(pool: Pool, tmp_path: Path) -> None:
         (
             "top(aesthetic_score, 0.3) and sha256 != 'x' and \"phash\" = '' and capton = ''",
             "no columns 'aesthetic_score', 'sha256', 'phash', 'capton' .the nearest: caption. in the tables; stage 06 "
-            "makes them: python3 06_metadata.py --models oai-clip-vit-l14,aesthetic,hashes "
+            "makes aesthetic_score, sha256, phash: python3 06_metadata.py --models oai-clip-vit-l14,aesthetic,hashes "
             "--additional_fields sha256",
         ),
+        (
+            "aesthetic_scor > 5 and zzz",
+            "no columns 'aesthetic_scor' .the nearest: aesthetic-score., 'zzz' .there are: uid, key, .* in the tables; "
+            "stage 06 makes aesthetic-score: python3 06_metadata.py --models oai-clip-vit-l14,aesthetic$",
+        ),
+        ("phash = ''", "no column 'phash' in the tables; stage 06 makes it: python3 06_metadata.py --models hashes$"),
         ("true; copy samples to 'x.csv'", "not one SQL condition"),
         ("true) or (true", "not one SQL condition"),
         ("true, false", "not one SQL condition"),

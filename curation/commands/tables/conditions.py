@@ -6,7 +6,6 @@ none, and change no setting.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any, Self
 
 import orjson
 
-from curation.commands.tables.missing import how_to_make
+from curation.commands.tables.missing import what_is_missing
 from curation.errors import InfrastructureError, UsageError, install
 from curation.extract.config import DATACOMP_NAMES
 from curation.jsonio import clean_text
@@ -234,16 +233,7 @@ class SqlFilter:
         return UsageError(f"--where: {_first_line(error)}") if missing is None else self._missing([missing[1]])
 
     def _missing(self, names: Sequence[str]) -> UsageError:
-        told = []
-        for name in names:
-            made = bool(how_to_make([name]))
-            close = [] if made else difflib.get_close_matches(name, self.columns, 3, 0.4) or list(self.columns)
-            near = f" (the nearest: {', '.join(map(clean_text, close))})" if close else ""
-            told.append(f"{clean_text(name)!r}{near}")
-        what = "there is no column" if len(names) == 1 else "there are no columns"
-        command = how_to_make(names)
-        making = f"; stage 06 makes {'it' if len(names) == 1 else 'them'}: {command}" if command else ""
-        return UsageError(f"{what} {', '.join(told)} in the tables{making}")
+        return UsageError(what_is_missing("column", names, self.columns))
 
 
 def import_duckdb() -> Any:

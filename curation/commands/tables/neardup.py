@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(options: Options, tables: FolderTables, path: Path) -> _LoadedFeatures:
     """Writes the features of all tables, one after the other, to a scratch file."""
     vectors, starts, numbers = Vectors(path), [0], []
-    for table, features in with_features(tables.tables, options.folder):
+    for table, features in with_features(tables.tables, options.folder, options.feature):
         count = 0
         for block in feature_blocks(features, options.feature):
             normal, valid = normalise(block)
@@ -243,7 +243,7 @@ def _against(options: Options, tables: FolderTables, scratch: Path) -> dict[str,
     starts, left = [0], []
 
     def blocks() -> Iterator[Any]:
-        for table, features in with_features(tables.tables, options.folder):
+        for table, features in with_features(tables.tables, options.folder, options.feature):
             facts, begin = _read(table), 0
             for block in feature_blocks(features, options.feature):
                 normal, valid = normalise(block)

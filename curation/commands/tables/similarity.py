@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.commands.tables.missing import how_to_make
+from curation.commands.tables.missing import other_name, what_is_missing
 from curation.errors import InfrastructureError, UsageError, install
-from curation.jsonio import clean_text
 
 BLOCK_ROWS = 2048
 MAX_WIDTH = 1 << 16
@@ -33,19 +32,18 @@ Rows = NDArray[np.float32]
 
 
 def feature_blocks(path: Path, name: str, rows: int = BLOCK_ROWS) -> Iterator[Rows]:
-    """The feature ``name`` of an npz as float32, ``rows`` samples at a time, whatever the size of the file.
+    """The feature ``name`` of an npz as float32, ``rows`` samples at a time, whatever the size of the file.  It may
+    have stage 06's own name or DataComp's, in ``name`` and in the file.
 
     Raises UsageError where the file has no such feature, InfrastructureError where it is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = [entry.removesuffix(".npy") for entry in archive.namelist()]
-            if name not in names:
-                known = ", ".join(clean_text(known) for known in names[:20])
-                command = how_to_make([name])
-                making = f"; stage 06 makes it: {command}" if command else ""
-                raise UsageError(f"{path}: has no feature {clean_text(name)!r}; there are: {known or 'none'}{making}")
-            with archive.open(f"{name}.npy") as file:
+            found = next((one for one in (name, other_name(name)) if one in names), None)
+            if found is None:
+                raise UsageError(f"{path}: {what_is_missing('feature', [name], names)}")
+            with archive.open(f"{found}.npy") as file:
                 yield from _blocks(file, f"{path}: {name}", rows)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
         raise InfrastructureError(f"{path}: cannot be read: {error}; run the stage again for this shard") from None

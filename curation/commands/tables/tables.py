@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curation.commands.tables.missing import what_is_missing
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text, repeated
 from curation.run.ledger import done_receipts
@@ -148,13 +149,14 @@ def _column_names(table: ShardTable) -> list[str]:
         raise InfrastructureError(f"{table.parquet}: cannot be read: {error}") from None
 
 
-def with_features(tables: Sequence[ShardTable], folder: Path) -> Iterator[tuple[ShardTable, Path]]:
-    """Yields each table with its features.
+def with_features(tables: Sequence[ShardTable], folder: Path, feature: str) -> Iterator[tuple[ShardTable, Path]]:
+    """Yields each table with the file of its features, of which ``feature`` is wanted.
 
     Raises:
         InfrastructureError: A table has none.
     """
     for table in tables:
         if table.features is None:
-            raise InfrastructureError(f"{folder}: shard {table.shard_id} has no features ({table.parquet.stem}.npz)")
+            lack = what_is_missing("feature", [feature], [])
+            raise InfrastructureError(f"{folder}: shard {table.shard_id} has no {table.parquet.stem}.npz: {lack}")
         yield table, table.features

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from curation.__main__ import main
+from curation.commands.report.command import MAX_PAGE_BYTES
+from curation.commands.report.facts import gather
+from curation.commands.report.page import render
 from tests.commands.synthetic_root import HOSTILE, Synthetic
 from tests.pipeline import Undisturbed
 
@@ -171,6 +174,20 @@ def test_nothing_sticks_out(browser: Any, path: Path, many_page: Path, width: in
             assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
             bare = """[...document.querySelectorAll("table")].filter((e) => !e.closest(".scroll")).length"""
             assert tab.page.evaluate(bare) == 0, "each table scrolls by itself"
+
+
+def test_a_watched_page_loads_itself_again(browser: Any, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Until the last page, which is written at the end, is there."""
+    page = tmp_path / "report.html"
+    facts = gather(undisturbed.root, None, 2000, 8, audit=False)
+    page.write_bytes(render(facts, page, 2, MAX_PAGE_BYTES, again_s=1))
+    with Opened(browser, page) as tab:
+        assert tab.page.locator("#now").count() == 1
+        page.write_bytes(render(facts, page, 2, MAX_PAGE_BYTES))
+        tab.page.locator("#now").wait_for(state="detached", timeout=10_000)
+        tab.page.wait_for_timeout(1500)
+        assert sum(url.startswith("file:") for url in tab.asked) == 2, "the last page stays"
+        assert tab.said == []
 
 
 def test_it_prints(browser: Any, path: Path, tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from array import array
 from collections import Counter
@@ -25,7 +29,9 @@ from curation.commands.report.charts import histogram, over_time, short_time
 from curation.commands.report.command import MAX_PAGE_BYTES
 from curation.commands.report.facts import gather
 from curation.commands.report.page import render
+from curation.commands.report.pictures import Known
 from curation.commands.report.samples import decoded
+from curation.commands.report.watch import limit_of
 from tests import ROOT
 from tests.commands.synthetic_root import HOSTILE, Synthetic, make_root
 from tests.pipeline import Undisturbed
@@ -487,6 +493,73 @@ def test_the_page_keeps_within_its_bytes(undisturbed: Undisturbed, tmp_path: Pat
     assert little.count(b"data:image/jpeg") < whole.count(b"data:image/jpeg")
 
 
+# ---- watching
+
+
+def refreshes(page: Page) -> list[str | None]:
+    return [meta["content"] for meta in page.all("meta", **{"http-equiv": "refresh"})]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_page_is_written_again_while_it_is_watched(number: signal.Signals, tmp_path: Path) -> None:
+    """From before the first stage has begun until Ctrl-C; then once more, without the browser's loading it again."""
+    place, output = Place(tmp_path / "toy"), tmp_path / "report.html"
+    place.shards(3)
+    command = [sys.executable, "-m", "curation", "report", str(place.root), "-o", str(output), "--watch", "0.2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch:
+        assert watch.stdout is not None
+        assert "no stage has run here" in watch.stdout.readline()
+        assert place.run("--shards", "00000001") == 0
+        assert "written again every 0.2 s until Ctrl-C" in watch.stdout.readline()
+        with ended_at_last(place.start("--hold", "00000000")) as process:
+            place.wait_for("sample", process)
+            until = time.monotonic() + 30
+            while True:
+                page = Page(output.read_text("utf-8"))
+                now = page.row("toy", 9)
+                if now[2] == "1" or time.monotonic() > until:
+                    break
+                time.sleep(0.1)
+            assert refreshes(page) == ["1"]
+            assert page.text.index("Running now") < page.text.index("What became of the samples")
+            assert now[1:4] == ["1", "1", "1"] and "% of the time" in now[8]
+        watch.send_signal(number)
+        said, errors = watch.communicate(timeout=30)
+    assert (watch.returncode, errors) == (0, "")
+    assert re.search(r"report\.html: written \d+ times, and now no more", said)
+    assert refreshes(Page(output.read_text("utf-8"))) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "toy"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"running": [], "pending": 4, "phases": {}}, "no worker is running: start the stage again"),
+        ({"running": [], "pending": 0, "phases": {"read": 1.0}}, "nothing is left to do"),
+        ({"running": [1], "pending": 0, "phases": {}}, "not known before the first shard is done"),
+        ({"running": [1], "pending": 9, "phases": {"infer": 97.0, "read": 3.0}}, "the model: 97 % of the time"),
+        ({"running": [1], "pending": 9, "phases": {"<b>": 1.0}}, "<b>: 100 % of the time"),
+    ],
+)
+def test_what_limits_a_stage(stage: dict[str, Any], words: str) -> None:
+    assert limit_of(stage) == words
+
+
+def test_pictures_that_an_earlier_page_has_made_are_not_read_again(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(undisturbed.root, root)
+    known: Known = {}
+    facts = gather(root, None, 2000, 200, audit=False)
+    first = render(facts, tmp_path / "report.html", 48, MAX_PAGE_BYTES, known=known)
+    for path in (root / "edits").glob("*.tar"):
+        there = path.stat()
+        path.write_bytes(bytes(there.st_size))
+        os.utime(path, ns=(there.st_atime_ns, there.st_mtime_ns))
+    assert render(facts, tmp_path / "report.html", 48, MAX_PAGE_BYTES, known=known) == first
+    os.utime(path)
+    assert render(facts, tmp_path / "report.html", 48, MAX_PAGE_BYTES, known=known) != first
+
+
 # ---- flags
 
 
@@ -570,6 +643,9 @@ def test_it_says_one_line_or_none(undisturbed: Undisturbed, tmp_path: Path, caps
         (["--sample_shards", "-1"], "--sample_shards"),
         (["--source", "/nowhere"], "--source /nowhere: no such folder"),
         (["-o", "."], "it is a folder"),
+        (["--watch", "0"], "--watch takes a positive number of seconds"),
+        (["--watch=nan"], "--watch takes a positive number of seconds"),
+        (["--watch", "--json"], "--watch writes the page again and again, and --json writes none"),
         (["-o", "/nowhere/report.html"], "cannot be written"),
     ],
 )

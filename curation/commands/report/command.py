@@ -5,21 +5,29 @@ It needs no server and no other file: it opens from a filesystem, and prints.  N
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import orjson
 import tyro
 
+from curation.commands.status.command import with_seconds
 from curation.errors import EXIT_OK, InfrastructureError, UsageError, install
 from curation.options import exit_code, parse_arguments
 from curation.storage.files import write_whole
 
+if TYPE_CHECKING:  # they need numpy, and --help does without
+    from curation.commands.report.facts import ReportFacts
+    from curation.commands.report.pictures import Known
+    from curation.commands.status.live_claims import ClaimWatcher
+
 MAX_PAGE_BYTES = 5_000_000
+_WATCH_S = "30"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,9 @@ class Options:
     """Look at the samples of so many shards for faces, lengths and scores.  StageCounts come from all shards."""
     no_audit: bool = False
     """Leave out what became of each group: it reads the provenance of every shard."""
+    watch: float | None = None
+    """Write the page again every so many seconds (30 where no number is given), until Ctrl-C.  It shows what is running
+    at the top, and a browser loads it again by itself."""
     json: bool = False
     """Write no page: print the page's numbers as one JSON object on one line."""
     quiet: bool = False
@@ -58,33 +69,90 @@ class Options:
             raise UsageError(f"--source {self.source}: no such folder")
         if self.output.is_dir():
             raise UsageError(f"-o {self.output}: it is a folder; name the file")
+        if self.watch is not None and not (math.isfinite(self.watch) and self.watch > 0):
+            raise UsageError("--watch takes a positive number of seconds")
+        if self.watch is not None and self.json:
+            raise UsageError("--watch writes the page again and again, and --json writes none; leave one of them out")
 
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(Options, argv, "report")
+    arguments = sys.argv[2:] if argv is None else argv
+    options = parse_arguments(Options, with_seconds(arguments, _WATCH_S), "report")
     options.check()
-    began = time.monotonic()
-    from curation.commands.report.facts import gather
-
     try:
-        from curation.commands.report.page import render
+        import jinja2  # noqa: F401 - before the folders are read, which may take minutes
     except ImportError as error:
         raise InfrastructureError(f"report needs jinja2 ({error}): {install('jinja2')}") from None
-    facts = gather(options.root, options.source, options.shards_page, options.sample_shards, audit=not options.no_audit)
     if options.json:
-        print(orjson.dumps(facts.told, option=orjson.OPT_NON_STR_KEYS).decode(), flush=True)
-        return EXIT_OK
-    page = render(facts, options.output, options.gallery, MAX_PAGE_BYTES)
+        print(orjson.dumps(_facts(options).told, option=orjson.OPT_NON_STR_KEYS).decode(), flush=True)
+    elif options.watch is None:
+        facts, told = _make_page(options)
+        _warn(facts)
+        _say(options, told)
+    else:
+        _watch(options, options.watch)
+    return EXIT_OK
+
+
+def _facts(options: Options, claims: ClaimWatcher | None = None) -> ReportFacts:
+    from curation.commands.report.facts import gather
+
+    audit = not options.no_audit
+    return gather(options.root, options.source, options.shards_page, options.sample_shards, audit=audit, claims=claims)
+
+
+def _make_page(
+    options: Options, claims: ClaimWatcher | None = None, known: Known | None = None, again_s: float | None = None
+) -> tuple[ReportFacts, str]:
+    """Writes the page.  Returns what it shows, and a line about it."""
+    from curation.commands.report.page import render
+
+    began = time.monotonic()
+    facts = _facts(options, claims)
+    page = render(facts, options.output, options.gallery, MAX_PAGE_BYTES, again_s=again_s, known=known)
     _write(options.output, page)
     stages, shards = len(facts.told["stages"]), max((stage["shards"] for stage in facts.told["stages"]), default=0)
+    took_s = time.monotonic() - began
+    return facts, f"{options.output}: {len(page) / 1e6:.2f} MB, {stages} stages, {shards:,} shards ({took_s:.1f} s)"
+
+
+def _watch(options: Options, seconds: float) -> None:
+    """Writes the page until the user ends it.  The stages may begin later than this."""
+    from curation.commands.report.watch import write_again_and_again
+    from curation.commands.status.live_claims import ClaimWatcher
+
+    claims, said = ClaimWatcher([]), set[str]()
+    known: Known = {}
+
+    def say_once(kind: str, text: str) -> None:
+        if kind not in said:
+            said.add(kind)
+            _say(options, text)
+
+    def write(again: bool) -> bool:
+        try:
+            _, told = _make_page(options, claims, known, seconds if again else None)
+        except UsageError as error:
+            if not options.root.is_dir() or "page" in said:
+                raise
+            say_once("nothing", f"{error}; looking again every {seconds:g} s until Ctrl-C")
+            return False
+        say_once("page", f"{told}; written again every {seconds:g} s until Ctrl-C")
+        return True
+
+    times = write_again_and_again(write, seconds)
+    _say(options, f"{options.output}: written {times:,} times, and now no more")
+
+
+def _warn(facts: ReportFacts) -> None:
     for trouble in facts.looked.troubles:
         print(f"warning: {trouble}", file=sys.stderr)
-    if options.quiet:
-        return EXIT_OK
-    took_s = time.monotonic() - began
-    print(f"{options.output}: {len(page) / 1e6:.2f} MB, {stages} stages, {shards:,} shards ({took_s:.1f} s)")
-    return EXIT_OK
+
+
+def _say(options: Options, text: str) -> None:
+    if not options.quiet:
+        print(text, flush=True)
 
 
 def _write(path: Path, page: bytes) -> None:

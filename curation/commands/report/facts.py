@@ -51,7 +51,15 @@ class ReportFacts:
     originals: Originals
 
 
-def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int, *, audit: bool) -> ReportFacts:
+def gather(
+    root: Path,
+    source: Path | None,
+    shards_page: int,
+    sample_shards: int,
+    *,
+    audit: bool,
+    claims: ClaimWatcher | None = None,
+) -> ReportFacts:
     """Reads the dataset: receipts in several processes, and the samples of some shards.
 
     Args:
@@ -61,10 +69,12 @@ def gather(root: Path, source: Path | None, shards_page: int, sample_shards: int
         shards_page: Shards of a stage that are shown one by one.
         sample_shards: Shards of each stage whose samples are read.
         audit: Whether the groups are counted too, which reads the provenance of all shards.
+        claims: The watcher that earlier pages used, which knows which heartbeats have changed.
     """
     began = time.monotonic()
     places = find_stages(root)
-    claims = ClaimWatcher(places)
+    claims = claims or ClaimWatcher([])
+    claims.follow(places)
     held_first = claims.look()
     scan = ReceiptScan(places)
     bounds = ReceiptBounds(_shards_a_cell(scan, shards_page), sample_shards)

@@ -21,9 +21,10 @@ from curation.commands.audit.command import LOSSES, verdict
 from curation.commands.places import METADATA, RECAPTION, StagePlace
 from curation.commands.report.charts import Chart, histogram, over_time, short_time
 from curation.commands.report.facts import ReportFacts
-from curation.commands.report.pictures import Thumbnails
+from curation.commands.report.pictures import Known, Thumbnails
 from curation.commands.report.receipts import MAX_SECONDS, STATES, GridCell, ReceiptStats, merged
 from curation.commands.report.samples import MAX_REASONS, GallerySample, decoded, in_order, with_captions
+from curation.commands.report.watch import limit_of
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
 from curation.shards import bucket_of
@@ -35,7 +36,15 @@ _PICTURE_SHARE: Final = 0.8
 _OWN_SHARDS: Final = (RECAPTION, METADATA)  # stages whose shards may be others than those of stages 01 to 04
 
 
-def render(facts: ReportFacts, page: Path, gallery: int, max_bytes: int) -> bytes:
+def render(
+    facts: ReportFacts,
+    page: Path,
+    gallery: int,
+    max_bytes: int,
+    *,
+    again_s: float | None = None,
+    known: Known | None = None,
+) -> bytes:
     """Returns the page as HTML; samples, and then cells, are left out until it is small enough.
 
     Args:
@@ -43,6 +52,8 @@ def render(facts: ReportFacts, page: Path, gallery: int, max_bytes: int) -> byte
         page: The file that it will be, for its links.
         gallery: How many samples are shown at most.
         max_bytes: How large the page is at most.
+        again_s: After so many seconds a browser loads the page again; None: it does not.
+        known: The pictures that earlier pages have made; those of this page are added.
 
     Raises:
         InfrastructureError: It is larger even without samples.
@@ -55,8 +66,8 @@ def render(facts: ReportFacts, page: Path, gallery: int, max_bytes: int) -> byte
         bare = _fill(facts, page, charts, looks, grids, _samples(facts, shown, Thumbnails(0)), Thumbnails(0))
         left = max_bytes - len(bare) - _ROOM
         if left > 0:
-            pictures = Thumbnails(int(left * _PICTURE_SHARE))
-            return _fill(facts, page, charts, looks, grids, _samples(facts, shown, pictures), pictures)
+            pictures = Thumbnails(int(left * _PICTURE_SHARE), {} if known is None else known)
+            return _fill(facts, page, charts, looks, grids, _samples(facts, shown, pictures), pictures, again_s)
         if not shown and cells < len(facts.places):
             raise InfrastructureError(f"the page would have more than {max_bytes:,} bytes: name a folder in the root")
         shown, cells = shown // 2, cells if shown else cells // 2
@@ -70,6 +81,7 @@ def _fill(
     grids: Sequence[dict[str, Any]],
     samples: dict[str, Any],
     pictures: Thumbnails,
+    again_s: float | None = None,
 ) -> bytes:
     folder = files("curation.commands.report")
     style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -92,6 +104,8 @@ def _fill(
         samples=samples,
         omitted=pictures.omitted,
         picture=pictures.get,
+        again_s=again_s,
+        limits=[limit_of(stage) for stage in facts.told["stages"]],
         own_shards=_OWN_SHARDS,
         software=sorted({code for stage in facts.told["stages"] for code in stage["code"]} - {"(unknown)"})[:10],
         losses={name: words for name, (_, _, words) in LOSSES.items()},
@@ -267,5 +281,5 @@ def _bytes(value: float) -> str:
     return f"{value:,.3g} PB"
 
 
-def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+def _date(made: float, *, seconds: bool = False) -> str:
+    return datetime.fromtimestamp(made, UTC).strftime(f"%Y-%m-%d %H:%M{':%S' if seconds else ''} UTC")

@@ -21,14 +21,19 @@ QUALITY: Final = 74
 MAX_IMAGE_BYTES: Final = 64 << 20
 
 
+Known = dict[tuple[Path, int, int, str], str]
+"""(tar, its size, its time, key) → data URI; empty for a sample without a picture.  Pages after the first use it."""
+
+
 @dataclass(slots=True)
 class Thumbnails:
     """Data URIs of thumbnails.
 
-    left: bytes of the budget that are left.  omitted: pictures that did not fit.
+    left: bytes of the budget that are left.  known: what earlier pages have made.  omitted: pictures that did not fit.
     """
 
     left: int
+    known: Known = field(default_factory=dict)
     omitted: int = 0
     found: dict[tuple[str, str, str], str] = field(default_factory=dict)
 
@@ -65,18 +70,27 @@ class Thumbnails:
         return self.found.get((kind, shard_id, key), "")
 
     def _add_from(self, kind: str, path: Path, shard_id: str, keys: set[str]) -> None:
-        for sample in read_samples(path, IMAGE_SUFFIXES.__contains__, max_member_bytes=MAX_IMAGE_BYTES):
-            if sample.key not in keys:
-                continue
-            keys.discard(sample.key)
-            uri = thumbnail(sample) if sample.problem is None else ""
+        try:
+            there = path.stat()
+        except OSError:  # it was there a moment ago
+            return
+        made = {key: (path, there.st_size, there.st_mtime_ns, key) for key in sorted(keys)}
+        missing = {key for key, name in made.items() if name not in self.known}
+        samples = read_samples(path, IMAGE_SUFFIXES.__contains__, max_member_bytes=MAX_IMAGE_BYTES) if missing else ()
+        for sample in samples:
+            if sample.key in missing:
+                missing.discard(sample.key)
+                self.known[made[sample.key]] = thumbnail(sample) if sample.problem is None else ""
+            if not missing:
+                break
+        self.known |= {made[key]: "" for key in missing}
+        for key, name in made.items():
+            uri = self.known[name]
             if len(uri) > self.left:
                 self.omitted += 1
             elif uri:
                 self.left -= len(uri)
-                self.found[kind, shard_id, sample.key] = uri
-            if not keys:
-                return
+                self.found[kind, shard_id, key] = uri
 
 
 def thumbnail(sample: Sample) -> str:

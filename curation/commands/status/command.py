@@ -174,7 +174,7 @@ class Options:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(Options, _with_seconds(sys.argv[2:] if argv is None else argv), "status")
+    options = parse_arguments(Options, with_seconds(sys.argv[2:] if argv is None else argv, _WATCH_S), "status")
     if options.watch is not None and options.watch <= 0:
         raise UsageError("--watch takes a positive number of seconds")
     claims = ClaimWatcher([])
@@ -193,13 +193,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def _with_seconds(argv: Sequence[str]) -> list[str]:
-    """``--watch`` may stand without its seconds."""
+def with_seconds(argv: Sequence[str], default: str) -> list[str]:
+    """Returns the arguments with the default after a ``--watch`` that stands without its seconds."""
     words = list(argv)
     for place, word in enumerate(words):
         following = words[place + 1] if place + 1 < len(words) else ""
         if word == "--watch" and not following.replace(".", "", 1).isdigit():
-            return [*words[:place], "--watch", _WATCH_S, *words[place + 1 :]]
+            return [*words[:place], "--watch", default, *words[place + 1 :]]
     return words
 
 

@@ -1,0 +1,77 @@
+"""``report --watch``: the page is written again and again while stages run, until the user ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+SHARE_OF_READING = 3.0  # the pause is at least so many times as long as a page takes: others use the filesystem too
+_PHASES: Mapping[str, str] = {
+    "infer": "the model",
+    "wait": "waiting for the model's server",
+    "read": "reading the input",
+    "decode": "decoding pictures",
+    "encode": "encoding pictures",
+    "write": "writing the output",
+    "commit": "publishing the output",
+    "verify": "checking the output",
+    "language": "recognising languages",
+}
+
+
+def write_again_and_again(write: Callable[[bool], bool], seconds: float) -> int:
+    """Calls ``write(True)`` every so many seconds, until SIGINT or SIGTERM; then ``write(False)``, once.
+
+    Args:
+        write: Writes the page; its argument says whether it will be written again.  Returns whether it wrote one.
+        seconds: From the end of one call to the beginning of the next, at least.
+
+    Returns:
+        How many times the page was written.
+    """
+    times = 0
+    with _ended_by_signals() as end, contextlib.suppress(KeyboardInterrupt):
+        while not end.is_set():
+            began = time.monotonic()
+            times += write(True)
+            end.wait(max(seconds, SHARE_OF_READING * (time.monotonic() - began)))
+        times += write(False)
+    return times
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[threading.Event]:
+    """Yields an event that the first signal sets: the page in hand is finished.  The second signal interrupts it."""
+    end = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if end.is_set():
+            raise KeyboardInterrupt
+        end.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield end
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def limit_of(stage: Mapping[str, Any]) -> str:
+    """Returns in words what a stage spends most of its workers' time on, or what it waits for."""
+    running, pending = len(stage["running"]), stage["pending"]
+    if pending and not running:
+        return "no worker is running: start the stage again"
+    if not running:
+        return "nothing is left to do"
+    phases = stage["phases"]
+    total = sum(phases.values())
+    if not total:
+        return "not known before the first shard is done"
+    name, most = max(phases.items(), key=lambda item: item[1])
+    return f"{_PHASES.get(name, name)}: {100 * most / total:.0f} % of the time"

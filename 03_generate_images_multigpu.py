@@ -38,8 +38,9 @@ from curation.generate.encode import EncodedLog, make_missing
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models.hub_cache import ModelSource
 from curation.models.needs import WeightsNeed
-from curation.options import FINITE, also, at_least, between, exit_code, logger, parse_options
+from curation.options import FINITE, Files, FolderName, also, at_least, between, exit_code, logger, parse_options
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.run.follow import followed_folder
 from curation.run.inputs import check_made_by, stage_version
 from curation.run.work import Later
 from curation.run.workers import is_worker
@@ -49,15 +50,16 @@ from curation.tar.samples import metadata_of, read_samples
 DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
 METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
+PROMPTS_FOLDER = "prompts"  # in the folder of a whole dataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Generate one image per prompt with a diffusers pipeline; one process per GPU."""
 
-    input: Annotated[str, also("-i", "--prompts", "--input_files")]
-    """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file."""
-    output: Annotated[str, also("-o", "--edits", "--output_dir")]
+    input: Annotated[Files, also("-i", "--prompts", "--input_files")]
+    """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file; one or several."""
+    output: Annotated[FolderName, also("-o", "--edits", "--output_dir")]
     """Folder with the samples' metadata as stage 01 writes it; the generated samples are written there too."""
     model: str = DEFAULT_MODEL
     """A diffusers pipeline: a local folder or a hub id."""
@@ -420,8 +422,9 @@ def _may_be_edits(path: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
-    follows = Follows(PROMPTS_STAGE, Path(options.input), ".json")
-    shards = follows.discover() if options.follow else discover(options.input, ".json")
+    folder = followed_folder("--input", options.input, PROMPTS_FOLDER, waits=options.follow)
+    follows = Follows(PROMPTS_STAGE, folder, ".json")
+    shards = follows.discover() if options.follow else discover(options.input, ".json", inside=PROMPTS_FOLDER)
     for folder in local_folders(shards):
         check_made_by("--input", folder, PROMPTS_STAGE)
     check_made_by("--output", Path(options.output), GenerateImages.name, beside=(METADATA_STAGE,))

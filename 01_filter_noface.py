@@ -26,9 +26,9 @@ from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.models.onnx import read_weights
 from curation.options import (
-    also,
     FolderName,
     Sources,
+    also,
     at_least,
     between,
     exit_code,
@@ -72,7 +72,7 @@ class Options(RunOptions):
     """Keep the samples whose image shows at least one face; write their captions and their metadata."""
 
     input: Annotated[Sources, also("-i")]
-    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; one or
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
     several."""
     output: Annotated[FolderName, also("-o")]
     """Folder for the captions, one <shard>.json each."""

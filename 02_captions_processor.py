@@ -21,12 +21,12 @@ from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, 
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.options import (
-    also,
     LISTED,
     PATH,
     URLS,
     FolderName,
     Sources,
+    also,
     at_least,
     between,
     exit_code,
@@ -81,8 +81,8 @@ class Options(RunOptions):
     """Keep English captions and let model servers rewrite them into prompts that portray a group of people."""
 
     input: Annotated[Sources, also("-i")]
-    """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file; one
-    or several."""
+    """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file;
+    also several."""
     output: Annotated[FolderName, also("-o")]
     """Folder for the prompts, one <shard>.json each."""
     model_name: str = DEFAULT_MODEL

@@ -58,7 +58,7 @@ class Options(RunOptions):
     """Generate one image per prompt with a diffusers pipeline; one process per GPU."""
 
     input: Annotated[Files, also("-i", "--prompts", "--input_files")]
-    """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file; one or several."""
+    """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file; also several."""
     output: Annotated[FolderName, also("-o", "--edits", "--output_dir")]
     """Folder with the samples' metadata as stage 01 writes it; the generated samples are written there too."""
     model: str = DEFAULT_MODEL

@@ -47,7 +47,7 @@ class Options(RunOptions):
     """Replace the edited samples of each shard and copy everything else byte for byte; or take a subset, or regroup."""
 
     input: Annotated[Sources, also("-i", "--input_dir")]
-    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; one or
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
     several."""
     output: Annotated[FolderName, also("-o", "--output_dir")]
     """Folder for the hybrid shards, one <shard>.tar each.  With one tar as --input, also that file: out/<shard>.tar."""

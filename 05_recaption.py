@@ -83,7 +83,7 @@ class Options(HubOptions, RunOptions):
     data: Annotated[tyro.conf.Positional[Sources], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH")] = ()
     """Source shards, as --input."""
     input: Annotated[Sources, also("-i", "--data_path", "--data_dir")] = ()
-    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; one or
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
     several."""
     output: Annotated[FolderName, also("-o", "--output_dir", "--checkpoint_dir")] = "recaptions"
     """Folder for the captions."""

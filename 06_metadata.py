@@ -34,7 +34,18 @@ from curation.extract import (
     write_parquet,
 )
 from curation.models.needs import WeightsNeed
-from curation.options import LISTED, PATH, URLS, Sources, also, at_least, exit_code, logger, parse_options, set_up_logging
+from curation.options import (
+    LISTED,
+    PATH,
+    URLS,
+    Sources,
+    also,
+    at_least,
+    exit_code,
+    logger,
+    parse_options,
+    set_up_logging,
+)
 from curation.run import Later, RunOptions, ShardContext, Stage, run_stage
 from curation.run.workers import is_worker
 from curation.shards import Shard, local_folders
@@ -47,7 +58,7 @@ class Options(RunOptions):
     """Compute scores and features of the samples of tar shards: a parquet and an npz for each; one process per GPU."""
 
     input: Annotated[Sources, also("-i", "--input_tars")] = ()
-    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; one or
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
     several."""
     output: Annotated[str | None, also("-o", "--output_metadata_dir"), PATH] = None
     """Folder for the parquets and npzs."""

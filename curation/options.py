@@ -299,10 +299,10 @@ def _gathered(kind: type, words: Sequence[str]) -> list[str]:
     """Put all values of an option that takes several behind its name, also where the option is given repeatedly.
 
     Raises:
-        UsageError: Such an option has no value.
+        UsageError: Such an option has no value, or other values under another of its names.
     """
     spellings, listed = _several(kind)
-    rest, gathered, others = deque(words), dict[str, list[str]](), list[str]()
+    rest, gathered, others = deque(words), dict[str, dict[str, list[str]]](), list[str]()
     while rest:
         word = rest.popleft()
         flag, equals, value = word.partition("=")
@@ -310,22 +310,31 @@ def _gathered(kind: type, words: Sequence[str]) -> list[str]:
         if name is None:
             others.append(word)
             continue
-        if value.startswith("-") and name not in listed:
-            value = f"./{value}"  # a word of its own would be taken for a flag
         values = [value] if equals else []
         if name in listed:
             if not equals and rest and not rest[0].startswith("--"):
                 values.append(rest.popleft())
             while values and rest and _goes_on(values[-1], rest[0]):
                 values.append(rest.popleft())
-            others.append(f"{name}={','.join(values)}" if values else word)
+            others.append(f"{flag}={','.join(values)}" if values else word)
             continue
         while rest and not rest[0].startswith("-"):
             values.append(rest.popleft())
         if not any(one.strip() for one in values):
             raise UsageError(f"{flag} names nothing: perhaps a variable or a pattern of the shell was empty")
-        gathered[name] = gathered.get(name, []) + values
-    return [*others, *(word for name, values in gathered.items() for word in (name, *values))]
+        if value.startswith("-"):
+            values[0] = f"./{value}"  # a word of its own would be taken for a flag
+        gathered.setdefault(name, {}).setdefault(flag, []).extend(values)
+    for name, by_flag in gathered.items():
+        (first, values), *more = by_flag.items()
+        for flag, other in more:
+            if other != values:
+                raise UsageError(
+                    f"{first} and {flag} with two values ({' '.join(values[:3])} and {' '.join(other[:3])}): give one "
+                    "of them"
+                )
+        others += [name, *dict.fromkeys(values)]
+    return others
 
 
 def also(*names: str) -> Any:
@@ -452,12 +461,12 @@ def parse_options(
     Raises:
         UsageError: A URL stands where a path is wanted, or an option is given two values.
     """
-    words = _gathered(kind, _spelled_out(kind, sys.argv[1:] if argv is None else argv))
+    words = _gathered(kind, sys.argv[1:] if argv is None else argv)
     given = given_options(kind, words)
     required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     left_out = [name for name in required if name not in given] if partial else []
     words = [word for name in left_out for word in (f"--{name}", name)] + words
-    options = _with_plain_paths(_parse(kind, words, prog, _help_groups(kind)))
+    options = _with_plain_paths(_parse(kind, _spelled_out(kind, words), prog, _help_groups(kind)))
     refuse_urls(options)
     return options
 

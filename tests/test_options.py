@@ -136,7 +136,7 @@ UPSTREAM = [  # command lines of the tools that a stage takes the place of; for 
 
 @pytest.mark.parametrize(("script", "line", "source"), UPSTREAM)
 def test_a_command_line_of_upstream(script: str, line: str, source: str | None) -> None:
-    assert parse_options(importlib.import_module(script).Options, line.split()).input == source
+    assert parse_options(importlib.import_module(script).Options, line.split()).input == ((source,) if source else ())
 
 
 # ---- bounds
@@ -304,8 +304,9 @@ class Sourced(RunOptions):
 
 @pytest.mark.parametrize(("words", "source"), [
     (["--source", "a", "b", "c"], ("a", "b", "c")),
-    (["--source=a", "b", "--from", "c"], ("a", "b", "c")),
-    (["-f", "a", "--ports", "3", "--source", "b", "c", "--workers", "2"], ("a", "b", "c")),
+    (["--from=a", "b", "--from", "c"], ("a", "b", "c")),
+    (["--source", "a", "--ports", "3", "--source", "b", "a", "--workers", "2"], ("a", "b")),
+    (["-f", "a", "b", "--source", "a", "b"], ("a", "b")),
     (["--from=a"], ("a",)),
     (["--source", "--from=-b.tar"], None),
     (["--source=-b.tar", "x"], ("./-b.tar", "x")),
@@ -321,6 +322,11 @@ def test_an_option_with_several_values(words: list[str], source: tuple[str, ...]
     options = parse_options(Sourced, words)
     assert options.source == source
     assert parse_options(Sourced, to_argv(options)) == options, "what a worker is given"
+
+
+def test_sources_under_two_names_that_differ_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"^--source and -f with two values \(a b and a c\)"):
+        parse_options(Sourced, ["--source", "a", "b", "-f", "a", "c"])
 
 
 def test_thousands_of_values() -> None:
@@ -375,7 +381,7 @@ def test_each_stage_takes_several_sources_and_paths_as_people_type_them(
 
 @pytest.mark.parametrize("name", COMMANDS_WITH_SEVERAL)
 def test_each_command_takes_several_sources(name: str) -> None:
-    kind = importlib.import_module(f"curation.{COMMANDS[name][0]}").Options
+    kind = importlib.import_module(f"curation.{COMMANDS[name]}").Options
     last = [] if name == "fsck" else ["root"]
     for words in (["a", "b", *last, "--shards", "3"], ["--shards", "3", "a", "b", *last]):
         assert getattr(parse_arguments(kind, words, name), COMMANDS_WITH_SEVERAL[name]) == ("a", "b")

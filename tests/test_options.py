@@ -385,3 +385,26 @@ def test_each_command_takes_several_sources(name: str) -> None:
     last = [] if name == "fsck" else ["root"]
     for words in (["a", "b", *last, "--shards", "3"], ["--shards", "3", "a", "b", *last]):
         assert getattr(parse_arguments(kind, words, name), COMMANDS_WITH_SEVERAL[name]) == ("a", "b")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("0*.sh")))
+def test_variables_of_the_job_scripts_as_people_write_them(script: str, tmp_path: Path) -> None:
+    """~ between quotes becomes the home folder before a folder is made; the user's --input takes SRC_DIR's place."""
+    sources = dict.fromkeys(("SRC_DIR", "URLS"), "~/a.tar b.tar")
+    given = {**sources, "TARGET_DIR": "“~/out”", "EDITS_DIR": " ~/edits\n", "PROMPTS_DIR": "none", "PORTS": "1-2"}
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHON": "/bin/echo", **given}
+
+    def run(*flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", ROOT / script, *flags], env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True
+        )
+
+    printed = run().stdout
+    assert " --input ~/a.tar b.tar" in printed, "the stage takes it apart"
+    assert f" --output {tmp_path}/out" in printed
+    assert "edits" not in printed or f" --edits {tmp_path}/edits" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run("--input=other").stdout.count("--input") == 1
+    for value, says in (("$HOME/out", "did not put a value in place"), ("~nobody_here/x", "no user 'nobody_here'")):
+        refused = run(TARGET_DIR=value)
+        assert (refused.returncode, says in refused.stderr) == (2, True)

@@ -38,6 +38,7 @@ from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.options import (
     FINITE,
     URLS,
+    Sources,
     also,
     at_least,
     between,
@@ -67,7 +68,7 @@ HASHES = ("sha256", "md5", "sha512", "sha1")
 class Options(RunOptions):
     """Download the images of URL tables into tar shards; any number of processes share the work."""
 
-    input: Annotated[str, also("-i", "--url_list"), URLS]
+    input: Annotated[Sources, also("-i", "--url_list")]
     """URL tables (parquet, csv, tsv, jsonl, txt, the text ones also .gz): one, a folder of them or a glob; local, or
     https://, hf:// or s3://."""
     output: Annotated[Path, also("-o", "--output_folder")]

@@ -35,5 +35,6 @@ TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/shards}}
 need URLS "the tables of URLs"
 need TARGET_DIR "the folder for the shards (or ROOT)"
 
-stage=("$PYTHON" "$PROJECT/00_download.py" --input "$URLS" --output "$TARGET_DIR")
+input_from "$URLS" "$@"
+stage=("$PYTHON" "$PROJECT/00_download.py" "${input[@]}" --output "$TARGET_DIR")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

@@ -27,7 +27,18 @@ from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.models.onnx import read_weights
-from curation.options import URLS, also, at_least, between, exit_code, less_than, logger, more_than, parse_options
+from curation.options import (
+    FolderName,
+    Sources,
+    also,
+    at_least,
+    between,
+    exit_code,
+    less_than,
+    logger,
+    more_than,
+    parse_options,
+)
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.checkpoints import Checkpoints
 from curation.run.inputs import check_made_by
@@ -62,11 +73,12 @@ Boxes = list[list[float]]  # x0, y0, x1, y1 as shares of width and height; a det
 class Options(RunOptions):
     """Keep the samples whose image shows at least one face; write their captions and their metadata."""
 
-    input: Annotated[str, also("-i"), URLS]
-    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
-    output: Annotated[str, also("-o")]
+    input: Annotated[Sources, also("-i")]
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
+    several."""
+    output: Annotated[FolderName, also("-o")]
     """Folder for the captions, one <shard>.json each."""
-    edits: str
+    edits: FolderName
     """Folder for the kept samples' metadata, one <shard>.json each; later stages write their edits there too."""
     detector: Literal["auto", "recorded"] | DetectorName = "auto"
     """recorded: use face_bboxes in the metadata.  A detector's name: detect faces with it.  auto: recorded if the

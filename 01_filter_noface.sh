@@ -40,6 +40,7 @@ need TARGET_DIR "the folder for the captions (or ROOT, which holds captions/)"
 EDITS_DIR=${EDITS_DIR:-$(dirname "$TARGET_DIR")/edits}
 
 # One task uses --cpus-per-task threads for a detector; with recorded boxes, more tasks of fewer CPUs are faster.
-stage=("$PYTHON" "$PROJECT/01_filter_noface.py" --input "$SRC_DIR" --output "$TARGET_DIR")
+input_from "$SRC_DIR" "$@"
+stage=("$PYTHON" "$PROJECT/01_filter_noface.py" "${input[@]}" --output "$TARGET_DIR")
 given --edits "$@" || stage+=(--edits "$EDITS_DIR")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

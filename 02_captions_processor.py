@@ -22,7 +22,21 @@ from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
 from curation.models.needs import NothingToFetch, WeightsNeed
-from curation.options import URLS, also, at_least, between, exit_code, logger, more_than, parse_options
+from curation.options import (
+    LISTED,
+    PATH,
+    URLS,
+    FolderName,
+    Sources,
+    also,
+    at_least,
+    between,
+    exit_code,
+    items_in,
+    logger,
+    more_than,
+    parse_options,
+)
 from curation.replies import PROMPT, judge
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
@@ -40,16 +54,18 @@ from curation.rewrite.prompts import (
 )
 from curation.rewrite.weights import prompt_model
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.run.follow import followed_folder
 from curation.run.inputs import check_made_by
 from curation.run.work import Later
 from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, Request, endpoint_urls, read_key
 from curation.serving.wire import Api, Served
 from curation.shards import TAR, Shard, discover, is_tar, local_folders
+from curation.storage.search import separate
 from curation.storage.urls import is_remote
 from curation.tar.samples import caption_of, metadata_of
 from curation.threads import DaemonPool
 
-CAPTIONS_STAGE = "01_filter_noface"
+CAPTIONS_STAGE, CAPTIONS_FOLDER = "01_filter_noface", "captions"
 TAR_STAGES = ("00_download", "04_reshard", "05_recaption")  # their tars may be the input as well
 DEFAULT_MODEL = "tulu3:fairclip"
 TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3
@@ -66,9 +82,10 @@ STAND_IN = (
 class Options(RunOptions):
     """Keep English captions and let model servers rewrite them into prompts that portray a group of people."""
 
-    input: Annotated[str, also("-i"), URLS]
-    """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file."""
-    output: Annotated[str, also("-o")]
+    input: Annotated[Sources, also("-i")]
+    """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file;
+    also several."""
+    output: Annotated[FolderName, also("-o")]
     """Folder for the prompts, one <shard>.json each."""
     model_name: str = DEFAULT_MODEL
     """The model, as the servers call it."""
@@ -76,13 +93,13 @@ class Options(RunOptions):
     """Start a small stand-in model on this machine: for testing the installation, not for research."""
     num_threads: Annotated[int, at_least(1)] = 20
     """Simultaneous requests to all servers together; each server gets as many of them as it can handle."""
-    ports: str = "11434,11435,11436,11437"
-    """Ports of the model servers on --host, separated by commas."""
+    ports: Annotated[str, LISTED] = "11434,11435,11436,11437"
+    """Ports of the model servers on --host: 11434,11435 or a range, 11434-11437."""
     host: str = "localhost"
     """Host of the model servers."""
-    endpoints: Annotated[str | None, URLS] = None
+    endpoints: Annotated[str | None, URLS, LISTED] = None
     """Whole URLs of the model servers, separated by commas, in place of --host and --ports."""
-    endpoints_dir: str | None = None
+    endpoints_dir: Annotated[str | None, PATH] = None
     """A folder in which servers register (serve_endpoints.sh); they may come and go while the run lasts."""
     endpoint_wait: Annotated[float, more_than(0)] = 600.0
     """Seconds to wait for the first server of --endpoints_dir."""
@@ -127,6 +144,8 @@ class Options(RunOptions):
             raise UsageError("--endpoints_dir names the servers: leave --endpoints and --embedded out")
         if self.embedded and (self.endpoints or self.system_prompt):
             raise UsageError("--embedded brings its own server and prompt: leave --endpoints and --system_prompt out")
+        if len(items_in(self.lang)) != 1:
+            raise UsageError(f"--lang {self.lang}: captions of one language are kept; write one, as in --lang en")
         read_key(self.api_key_env, registered=bool(self.endpoints_dir))
 
 
@@ -151,7 +170,9 @@ class RewriteCaptions(Stage[Options]):
 
     @cached_property
     def languages(self) -> LanguageIdentifier:
-        return LanguageIdentifier(find_model(self.options.lid_model))
+        identifier = LanguageIdentifier(find_model(self.options.lid_model))
+        identifier.check("--lang", self.options.lang)
+        return identifier
 
     @property
     def model(self) -> str:
@@ -416,19 +437,23 @@ def counts_by_group(questions: Mapping[str, Question], outcomes: Mapping[str, Ou
     return {group: dict(counts[group]) for group in sorted(counts)}
 
 
-def find_input(source: str, *, allow_pipe: bool = False) -> list[Shard]:
-    """The caption dictionaries that ``source`` names, or the tars if a folder has tars.
+def find_input(sources: Sequence[str], *, allow_pipe: bool = False) -> list[Shard]:
+    """The caption dictionaries that the sources name, or the tars if a folder has tars.
 
     A folder of tars may also contain a downloader's ``<shard>_stats.json``, so tars take precedence; tars compressed
     with gzip only where the folder has no other JSON file.
     """
-    tars = is_remote(source) or is_tar(source)
+    tars = any(_names_tars(word) for source in sources for word in separate(source))
+    return discover(sources, TAR if tars else ".json", inside=CAPTIONS_FOLDER, allow_pipe=allow_pipe)
+
+
+def _names_tars(source: str) -> bool:
     folder = Path(source)
-    if folder.is_dir():
-        names = [path.name for path in folder.iterdir()]
-        dictionaries = any(name.endswith(".json") and not name.endswith("_stats.json") for name in names)
-        tars = any(name.endswith(TAR) for name in names) or (any(map(is_tar, names)) and not dictionaries)
-    return discover(source, TAR if tars else ".json", allow_pipe=allow_pipe)
+    if not folder.is_dir():
+        return is_remote(source) or is_tar(source)
+    names = [path.name for path in folder.iterdir()]
+    dictionaries = any(name.endswith(".json") and not name.endswith("_stats.json") for name in names)
+    return any(name.endswith(TAR) for name in names) or (any(map(is_tar, names)) and not dictionaries)
 
 
 @exit_code
@@ -436,7 +461,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     options.check()
     options = RewriteCaptions.settled(options)
-    follows = Follows(CAPTIONS_STAGE, Path(options.input), ".json")
+    folder = followed_folder("--input", options.input, CAPTIONS_FOLDER, waits=options.follow)
+    follows = Follows(CAPTIONS_STAGE, folder, ".json")
     shards = follows.discover() if options.follow else find_input(options.input, allow_pipe=options.allow_pipe)
     check_made_by("--output", Path(options.output), RewriteCaptions.name)
     for folder in local_folders(shards):

@@ -91,5 +91,6 @@ else
     start_servers
 fi
 
-stage=("$PYTHON" "$PROJECT/02_captions_processor.py" --input "$SRC_DIR" --output "$TARGET_DIR" "${name[@]}")
+input_from "$SRC_DIR" "$@"
+stage=("$PYTHON" "$PROJECT/02_captions_processor.py" "${input[@]}" --output "$TARGET_DIR" "${name[@]}")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${where[@]}" "${workers[@]}" "$@"

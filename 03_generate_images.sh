@@ -39,5 +39,6 @@ need TARGET_DIR "the folder of metadata that stage 01 wrote (or ROOT)"
 
 # torch.compile and the like are worth trying on your GPUs (docs/stage-03.md, Speed):
 #     sbatch 03_generate_images.sh --compile blocks --channels_last --fuse_qkv --text_batches 4
-stage=("$PYTHON" "$PROJECT/03_generate_images_multigpu.py" --input "$SRC_DIR" --output "$TARGET_DIR")
+input_from "$SRC_DIR" "$@"
+stage=("$PYTHON" "$PROJECT/03_generate_images_multigpu.py" "${input[@]}" --output "$TARGET_DIR")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

@@ -41,8 +41,20 @@ from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models.hub_cache import PIPELINE, ModelSource, public_name
 from curation.models.listing import asks_for_models, list_models, on_this_machine
 from curation.models.needs import WeightsNeed
-from curation.options import FINITE, also, at_least, between, exit_code, logger, parse_options, set_up_logging
+from curation.options import (
+    FINITE,
+    Files,
+    FolderName,
+    also,
+    at_least,
+    between,
+    exit_code,
+    logger,
+    parse_options,
+    set_up_logging,
+)
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.run.follow import followed_folder
 from curation.run.inputs import check_made_by, stage_version
 from curation.run.ledger import recorded_options
 from curation.run.work import Later
@@ -54,15 +66,16 @@ DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
 MORE_MODELS = "--model also takes the folder or the hub id of any other text-to-image pipeline of diffusers."
 METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
+PROMPTS_FOLDER = "prompts"  # in the folder of a whole dataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Generate one image per prompt with a diffusers pipeline; one process per GPU."""
 
-    input: Annotated[str, also("-i", "--prompts", "--input_files")]
-    """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file."""
-    output: Annotated[str, also("-o", "--edits", "--output_dir")]
+    input: Annotated[Files, also("-i", "--prompts", "--input_files")]
+    """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file; also several."""
+    output: Annotated[FolderName, also("-o", "--edits", "--output_dir")]
     """Folder with the samples' metadata as stage 01 writes it; the generated samples are written there too."""
     model: str = DEFAULT_MODEL
     """A diffusers pipeline: a short name (--list_models), a hub id, or a local folder.  The default, FLUX.1-schnell, is
@@ -449,8 +462,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.named[1] and not is_worker():
         set_up_logging(options.quiet)
         logger.info(options.named[1])
-    follows = Follows(PROMPTS_STAGE, Path(options.input), ".json")
-    shards = follows.discover() if options.follow else discover(options.input, ".json")
+    folder = followed_folder("--input", options.input, PROMPTS_FOLDER, waits=options.follow)
+    follows = Follows(PROMPTS_STAGE, folder, ".json")
+    shards = follows.discover() if options.follow else discover(options.input, ".json", inside=PROMPTS_FOLDER)
     for folder in local_folders(shards):
         check_made_by("--input", folder, PROMPTS_STAGE)
     check_made_by("--output", Path(options.output), GenerateImages.name, beside=(METADATA_STAGE,))

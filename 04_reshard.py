@@ -18,7 +18,7 @@ from curation.cluster import Allocation
 from curation.errors import EXIT_OK, UsageError
 from curation.faces import DetectorSettings, FaceDetector
 from curation.models.needs import WeightsNeed
-from curation.options import URLS, also, at_least, exit_code, logger, parse_options
+from curation.options import PATH, URLS, FolderName, Sources, also, at_least, exit_code, logger, parse_options
 from curation.reshard.fitting import LATER, ImageSuffix
 from curation.reshard.folders import check_folders, of_one_tar
 from curation.reshard.layout import ShardLayout
@@ -48,21 +48,22 @@ BEHIND_ITS_OWN_KEY = Choice(0, failed=("duplicate_key", "it would lie right behi
 class Options(RunOptions):
     """Replace the edited samples of each shard and copy everything else byte for byte; or take a subset, or regroup."""
 
-    input: Annotated[str, also("-i", "--input_dir"), URLS]
-    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
-    output: Annotated[str, also("-o", "--output_dir")]
+    input: Annotated[Sources, also("-i", "--input_dir")]
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
+    several."""
+    output: Annotated[FolderName, also("-o", "--output_dir")]
     """Folder for the hybrid shards, one <shard>.tar each.  With one tar as --input, also that file: out/<shard>.tar."""
-    edits: str | None = None
+    edits: Annotated[str | None, PATH] = None
     """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together.
     With one tar as --input, also the shard's own folder or tar: edits/<shard>."""
-    prompts: str | None = None
+    prompts: Annotated[str | None, PATH] = None
     """Folder with the prompts (<shard>.json): only samples with a prompt are edited, and missing edits are noticed.
     Default: every edit is applied."""
     on_missing: Literal["keep", "drop"] = "keep"
     """A sample with a prompt but without an edit: keep it as it was, or leave it out."""
     edits_layout: Literal["auto", "tar", "files"] = "auto"
     """Where the edits are.  auto: in the tar if there is one, else in loose files."""
-    subset: Annotated[str | None, also("-s", "--subset_file")] = None
+    subset: Annotated[str | None, also("-s", "--subset_file"), PATH] = None
     """A sorted .npy array of uids (dtype u8,u8): only these samples, each as often as its uid occurs."""
     drop_rejected: bool = False
     """Leave out the samples that stages 02 and 03 rejected; without it they stay unchanged."""

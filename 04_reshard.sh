@@ -47,7 +47,8 @@ esac
 EDITS_DIR=${EDITS_DIR:-$(dirname "$folder")/edits} PROMPTS_DIR=${PROMPTS_DIR:-$(dirname "$folder")/prompts}
 
 # A task uses two CPUs: one reads ahead while the other writes.
-stage=("$PYTHON" "$PROJECT/04_reshard.py" --input "$SRC_DIR")
+input_from "$SRC_DIR" "$@"
+stage=("$PYTHON" "$PROJECT/04_reshard.py" "${input[@]}")
 [ "$EDITS_DIR" = none ] || given --edits "$@" || stage+=(--edits "$EDITS_DIR")
 [ "$EDITS_DIR" = none ] || [ "$PROMPTS_DIR" = none ] || given --prompts "$@" || stage+=(--prompts "$PROMPTS_DIR")
 run_tasks "$folder" "${stage[@]}" --output "$TARGET_DIR" "${workers[@]}" "$@"

@@ -51,7 +51,20 @@ from curation.jsonio import dump_json
 from curation.models import hub_cache
 from curation.models.needs import WeightsBySource, WeightsNeed
 from curation.models.weights import CACHE, fetch_weights
-from curation.options import FINITE, URLS, also, at_least, exit_code, logger, more_than, parse_options
+from curation.options import (
+    FINITE,
+    LISTED,
+    PATH,
+    URLS,
+    FolderName,
+    Sources,
+    also,
+    at_least,
+    exit_code,
+    logger,
+    more_than,
+    parse_options,
+)
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
 from curation.run.merge import JsonlMerge
@@ -69,11 +82,12 @@ NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 class Options(HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH"), URLS] = None
+    data: Annotated[tyro.conf.Positional[Sources], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH")] = ()
     """Source shards, as --input."""
-    input: Annotated[str | None, also("-i", "--data_path", "--data_dir"), URLS] = None
-    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
-    output: Annotated[str, also("-o", "--output_dir", "--checkpoint_dir")] = "recaptions"
+    input: Annotated[Sources, also("-i", "--data_path", "--data_dir")] = ()
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
+    several."""
+    output: Annotated[FolderName, also("-o", "--output_dir", "--checkpoint_dir")] = "recaptions"
     """Folder for the captions."""
     model: Annotated[str, also("--model_name")] = "florence2-base"
     """A short name (--list_models), a hub id, a local folder, or endpoint:<the server's model>."""
@@ -81,13 +95,13 @@ class Options(HubOptions, RunOptions):
     """Branch, tag or commit of a hub model.  Default: main, as it is when the run starts."""
     list_models: bool = False
     """Print the models that have short names, with memory, licence and what they suit, and end."""
-    format: str = "jsonl"
+    format: Annotated[str, LISTED] = "jsonl"
     """jsonl, parquet, files, tar, several with commas between them, or all."""
     detail: Detail = "more_detailed"
     """How much the caption says: Florence-2's own tasks, a prompt of that kind for the other families."""
     prompt: Annotated[str | None, URLS] = None
     """What the model is asked, instead of --detail's words."""
-    prompt_file: str | None = None
+    prompt_file: Annotated[str | None, PATH] = None
     """A file with the prompt."""
     max_tokens: Annotated[int | None, at_least(1)] = None
     """Length of a caption in tokens.  Default: the model family's; a reply that is longer is asked for once more with
@@ -111,11 +125,11 @@ class Options(HubOptions, RunOptions):
     """Keep on the CPU what does not fit on the GPU: for small cards, slower."""
     compile: Compile = "none"
     """Florence-2 on a GPU: each step as one CUDA graph; or the images' encoder too.  The first batches take minutes."""
-    ports: str = "8000"
+    ports: Annotated[str, LISTED] = "8000"
     """Ports of the vision servers on this machine, with --model endpoint:<the server's model>."""
-    endpoints: Annotated[str | None, URLS] = None
+    endpoints: Annotated[str | None, URLS, LISTED] = None
     """Whole URLs of the vision servers, separated by commas, in place of --ports."""
-    endpoints_dir: str | None = None
+    endpoints_dir: Annotated[str | None, PATH] = None
     """A folder in which vision servers register (serve_endpoints.sh), in place of --ports; they may come and go."""
     timeout: float = 120.0
     """Seconds that a vision server has for one caption."""
@@ -126,7 +140,7 @@ class Options(HubOptions, RunOptions):
     a key only where this is given."""
     num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
-    gpus: str | None = None
+    gpus: Annotated[str | None, LISTED] = None
     """Only these GPUs of the machine, such as 0,2,3; one process each."""
     device: Literal["cpu"] | None = None
     """cpu: compute on the CPU, also where there are GPUs.  Default: the GPUs that can be seen."""
@@ -144,7 +158,7 @@ class Options(HubOptions, RunOptions):
     """sha256 that the classifier's file must have."""
     max_watermark: float | None = None
     """Leave out images whose watermark score is above this; they are listed as dropped.  Default: none is."""
-    compare: str | None = None
+    compare: Annotated[str | None, PATH] = None
     """Another run's captions.jsonl: write compare.html with the images and the captions of both, side by side."""
 
     def check(self) -> None:
@@ -163,9 +177,9 @@ class Options(HubOptions, RunOptions):
             import_arrow()
 
     @property
-    def source(self) -> str:
+    def source(self) -> Sequence[str]:
         given = self.data or self.input
-        if given is None or (self.data and self.input):
+        if not given or (self.data and self.input):
             raise UsageError("give the source shards once: DATA_PATH or --input")
         return given
 
@@ -184,7 +198,7 @@ class Options(HubOptions, RunOptions):
     def of_the_run(self) -> "Options":
         """The same options as the workers get them: the source has one name, a trial is a run into a folder of its
         own, and there is a process for each GPU."""
-        run = replace(self, data=None, input=self.source, compare=None)
+        run = replace(self, data=(), input=tuple(self.source), compare=None)
         if self.smoke is not None:
             folder = str(Path(self.output) / f"_smoke-{self.smoke}")
             run = replace(run, output=folder, max_images=self.smoke, rerun=True, push=False, workers=1, num_gpus=None)

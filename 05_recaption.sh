@@ -37,5 +37,6 @@ SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/shards}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT
 need SRC_DIR "the shards whose images get new captions (or ROOT)"
 need TARGET_DIR "the folder for the captions (or ROOT)"
 
-stage=("$PYTHON" "$PROJECT/05_recaption.py" --input "$SRC_DIR" --output "$TARGET_DIR")
+input_from "$SRC_DIR" "$@"
+stage=("$PYTHON" "$PROJECT/05_recaption.py" "${input[@]}" --output "$TARGET_DIR")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

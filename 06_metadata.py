@@ -35,7 +35,18 @@ from curation.extract import (
     write_parquet,
 )
 from curation.models.needs import WeightsNeed
-from curation.options import URLS, also, at_least, exit_code, logger, parse_options, set_up_logging
+from curation.options import (
+    LISTED,
+    PATH,
+    URLS,
+    Sources,
+    also,
+    at_least,
+    exit_code,
+    logger,
+    parse_options,
+    set_up_logging,
+)
 from curation.run import Later, RunOptions, ShardContext, Stage, run_stage
 from curation.run.workers import is_worker
 from curation.shards import Shard, local_folders
@@ -47,19 +58,20 @@ from curation.tar.scan import TarReport
 class Options(RunOptions):
     """Compute scores and features of the samples of tar shards: a parquet and an npz for each; one process per GPU."""
 
-    input: Annotated[str | None, also("-i", "--input_tars"), URLS] = None
-    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands."""
-    output: Annotated[str | None, also("-o", "--output_metadata_dir")] = None
+    input: Annotated[Sources, also("-i", "--input_tars")] = ()
+    """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
+    several."""
+    output: Annotated[str | None, also("-o", "--output_metadata_dir"), PATH] = None
     """Folder for the parquets and npzs."""
-    models: str | None = None
+    models: Annotated[str | None, LISTED] = None
     """Directives with commas between them, such as oai-clip-vit-b32,nsfw-detoxify."""
-    yml: str | None = None
+    yml: Annotated[str | None, PATH] = None
     """A file with these flags as its keys, as dataset2metadata has them; a flag goes before its key in the file."""
-    postprocess_columns: str | None = None
+    postprocess_columns: Annotated[str | None, LISTED] = None
     """Columns of the parquet, with commas.  Default: all that the models give."""
-    postprocess_features: str | None = None
+    postprocess_features: Annotated[str | None, LISTED] = None
     """Features for the npz, with commas, or all.  Default: none."""
-    additional_fields: str | None = None
+    additional_fields: Annotated[str | None, LISTED] = None
     """Fields of the samples' json to carry over, with commas; name:type where the values do not tell their type."""
     nworkers: int | None = None
     """Processes that prepare samples ahead of the models.  Default: the cores that this process was given."""
@@ -67,7 +79,7 @@ class Options(RunOptions):
     """Samples computed together; halved where memory runs out.  Default: 512."""
     device: str | None = None
     """cpu, or the number of the GPU of a lone process.  Default: a process for each GPU that can be seen."""
-    custom_pypath: str | None = None
+    custom_pypath: Annotated[str | None, PATH] = None
     """A Python file with extractors of your own.  It is run."""
     reprocess: bool | None = None
     """Do shards again that were done with other options, as --rerun; with the same options the work goes on."""
@@ -90,7 +102,7 @@ class Options(RunOptions):
     """exact: pictures as OpenAI's preprocessing has them, to the last bit.  fast: cheaper, and not quite equal."""
     num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU."""
-    gpus: str | None = None
+    gpus: Annotated[str | None, LISTED] = None
     """Only these GPUs of the machine, such as 0,2,3; one process each."""
     warn_and_continue: bool | None = None
     """Accepted and without effect: a bad sample is always a row with its reason."""
@@ -108,7 +120,7 @@ class Options(RunOptions):
     @property
     def given(self) -> dict[str, Any]:
         """The keys that were given as flags."""
-        given = {key: getattr(self, FLAGS.get(key, key)) for key in KEYS}
+        given = {key: getattr(self, FLAGS.get(key, key)) for key in KEYS} | {"input_tars": self.input or None}
         if self.device is not None and self.device.isdecimal():
             given["device"] = int(self.device)
         return given

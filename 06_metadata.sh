@@ -36,7 +36,7 @@ source "$PROJECT/slurm_tasks.sh" || exit 2
 
 SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/shards}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/metadata}}
 folders=() # what is not set here, the YAML tells
-[ -n "$SRC_DIR" ] && folders+=(--input "$SRC_DIR")
+[ -n "$SRC_DIR" ] && input_from "$SRC_DIR" "$@" && folders+=("${input[@]}")
 [ -n "$TARGET_DIR" ] && folders+=(--output "$TARGET_DIR")
 
 stage=("$PYTHON" "$PROJECT/06_metadata.py" "${folders[@]}")

@@ -63,17 +63,26 @@ while [ $# -gt 0 ]; do
 done
 all_flags=("$@")
 
-[[ $stages =~ ^0([1-4])(-0([1-4]))?$ ]] || usage_error "--stages $stages: write one of 01 to 04, or a range such as 02-04"
-first=${BASH_REMATCH[1]} last=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
+[[ $stages =~ ^0?([1-4])((-|\.\.|:)0?([1-4]))?$ ]] || usage_error "--stages $stages: write one of 01 to 04, or a range such as 02-04"
+first=${BASH_REMATCH[1]} last=${BASH_REMATCH[4]:-${BASH_REMATCH[1]}}
 [ "$first" -le "$last" ] || usage_error "--stages $stages: the range runs backwards"
 
+plain ROOT ENDPOINTS_DIR
 [ -n "${ROOT:-}" ] || usage_error "ROOT is not set: the folder that takes captions/, prompts/, edits/ and shards/"
 ROOT=$(realpath -m -- "$ROOT") || exit 2
 if [ "$first" = 1 ] || [ "$last" = 4 ]; then
     [ -n "${SRC_DIR:-}" ] || usage_error "SRC_DIR is not set: the source shards"
+    plain SRC_DIR
     case $SRC_DIR in
-    *[*?[{]*) ;; # a glob or braces
-    *) [ -e "$SRC_DIR" ] || usage_error "SRC_DIR=$SRC_DIR is not there" ;;
+    *[*?[{]* | *://* | pipe:*) ;; # a glob, braces, a URL or a command
+    *)
+        sources=("$SRC_DIR") # or several, with white space or commas between them
+        [ -e "$SRC_DIR" ] || IFS=$' \t\n,' read -r -d '' -a sources <<<"$SRC_DIR"
+        for source in "${sources[@]}"; do
+            plain source
+            [ -e "$source" ] || usage_error "SRC_DIR=$SRC_DIR is not there"
+        done
+        ;;
     esac
     [[ $SRC_DIR -ef $ROOT/shards ]] && usage_error "SRC_DIR is $ROOT/shards, which takes the hybrid shards: choose another ROOT"
 fi

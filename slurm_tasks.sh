@@ -8,6 +8,43 @@ usage_error() {
     exit 2
 }
 
+# input_from SOURCE WORD…: sets ``input`` to the stage's --input, which is empty if the words, a user's flags, hold it.
+input_from() {
+    input=(--input "$1")
+    shift
+    if given --input "$@" || given -i "$@"; then input=(); fi
+}
+
+# plain NAME…: the paths in these variables as a shell would have made them of what was typed: ~ becomes a home folder,
+# and white space and quotation marks around the whole are left out.  What exists under exactly its name stays.
+plain() {
+    local name value user home
+    for name in "$@"; do
+        value=${!name:-}
+        [ -n "$value" ] && [ ! -e "$value" ] || continue
+        value=${value#"${value%%[![:space:]]*}"} value=${value%"${value##*[![:space:]]}"}
+        case $value in
+        \"*\") value=${value#\"} value=${value%\"} ;;
+        \'*\') value=${value#\'} value=${value%\'} ;;
+        “*”) value=${value#“} value=${value%”} ;;
+        esac
+        case $value in
+        '~' | '~/'*) value=$HOME${value#\~} ;;
+        '~'*)
+            user=${value%%/*}
+            home=$(getent passwd "${user#\~}" | cut -d: -f6)
+            [ -n "$home" ] || usage_error "$name=$value: there is no user '${user#\~}' here"
+            value=$home${value#"$user"}
+            ;;
+        file:///*) value=${value#file://} ;;
+        '$'[A-Za-z_{]* | */'$'[A-Za-z_{]*)
+            usage_error "$name=$value: the shell did not put a value in place of the variable, because it stands between single quotes or in a file; write the whole path, or use double quotes"
+            ;;
+        esac
+        printf -v "$name" %s "$value"
+    done
+}
+
 # ---- the package, where it is not beside the scripts
 #
 # In an installed package the scripts lie inside it.  `curation scripts` writes installed.sh beside the copies that it
@@ -177,6 +214,8 @@ if [ -n "${CURATION_SETUP:-}" ]; then
     source "$CURATION_SETUP" || usage_error "CURATION_SETUP=$CURATION_SETUP ended with an error"
     set -u
 fi
+plain ROOT TARGET_DIR EDITS_DIR PROMPTS_DIR ENDPOINTS_DIR SERVER_LOGS # SRC_DIR and URLS may be several: the stage reads them
+
 # With CURATION_WRAP, Python may be in a container, where this script cannot check it.
 [ -n "${CURATION_WRAP:-}" ] || command -v "$PYTHON" >/dev/null ||
     usage_error "there is no $PYTHON: ./install.sh makes it, or name your own, as in PYTHON=/path/to/python3; an installed package has \`curation scripts FOLDER\`"

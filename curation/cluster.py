@@ -22,8 +22,9 @@ from types import FrameType
 from typing import Protocol
 
 from curation.errors import EXIT_WORK_LEFT, InfrastructureError, Stopped, UsageError
-from curation.options import logger
+from curation.options import logger, numbers_in
 
+MAX_GPU = 1023
 WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
 RUN_VARIABLE = "CURATION_RUN_ID"
 PROGRESS_VARIABLE = "CURATION_PROGRESS"  # a file to create when some work is finished, for the job's script
@@ -159,8 +160,13 @@ def process_is_gone(pid: int, start: str) -> bool:
     return False
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = r"(\d+(?:\.\d+)?)\s*(s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)(?![a-z])"
+
+
 def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[str, str] = os.environ) -> float | None:
-    """``--deadline`` as Unix time: ``none``, ``30m``, ``1.5h``, ``90s``, ``HH:MM:SS`` from now, or a date and time.
+    """``--deadline`` as Unix time: ``none``, ``30m``, ``1.5 h``, ``2h 30min``, ``HH:MM:SS`` or SLURM's ``1-12:00:00``
+    from now, or a date and time.
 
     None asks SLURM when this job ends; if SLURM does not answer, there is no deadline.
     Raises UsageError for anything else.
@@ -171,10 +177,10 @@ def parse_deadline(text: str | None, now: float | None = None, environ: Mapping[
     text = text.strip()
     if text.lower() == "none":
         return None
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.lower()):
-        return now + float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
-    if match := re.fullmatch(r"(\d+):(\d\d):(\d\d)", text):
-        return now + int(match[1]) * 3600 + int(match[2]) * 60 + int(match[3])
+    if re.fullmatch(rf"(?:{_DURATION}[\s,]*)+", text.lower()):
+        return now + sum(float(n) * _UNITS[unit[0]] for n, unit in re.findall(_DURATION, text.lower()))
+    if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
+        return now + int(match[1] or 0) * 86400 + int(match[2]) * 3600 + int(match[3]) * 60 + int(match[4])
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
@@ -354,16 +360,17 @@ def do_without_gpus(why: str, on_cpu: str, environ: Mapping[str, str] = os.envir
 def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None, *, device: str | None = None) -> int:
     """How many processes to start here, one per GPU: the requested number, otherwise the number of visible GPUs.
 
-    gpus: numbers such as ``0,2``: only these are visible from now on.  If srun starts several tasks, each of them is
-    one process.  device: ``cpu`` if none of them uses a GPU; the number of processes can be requested all the same.
+    gpus: numbers such as ``0,2`` or ``0-3``: only these are visible from now on.  If srun starts several
+    tasks, each of them is one process.  device: ``cpu`` if none of them uses a GPU; the number of processes can be
+    requested all the same.
 
     Raises UsageError if more GPUs are requested than there are.
     """
     if gpus is not None:
-        chosen = [part.strip() for part in gpus.split(",")]
-        if not all(part.isdecimal() for part in chosen) or len({*chosen}) < len(chosen):
-            raise UsageError(f"--gpus {gpus!r}: write different numbers such as 0,2,3")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        chosen = numbers_in("--gpus", gpus, low=0, high=MAX_GPU, what="the number of a GPU", example="0,2,3 or 0-3")
+        if not chosen:
+            raise UsageError(f"--gpus {gpus!r} names no GPU; write 0,2,3 or 0-3")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
         return len(chosen)
     if device == "cpu":
         return workers if num_gpus is None else num_gpus

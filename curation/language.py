@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.errors import InfrastructureError, install, install_alone
+from curation.errors import InfrastructureError, UsageError, install, install_alone
 
 NO_WORDS = "zxx"
 MAX_CHARACTERS = 1000  # the model sees at most so many of a caption; more does not change the answer
@@ -77,6 +77,16 @@ class LanguageIdentifier:
             self.identify(["a first line"])
         except (ValueError, RuntimeError, MemoryError, InfrastructureError) as error:
             raise InfrastructureError(f"{model}: not a fastText model ({error})") from error
+
+    def check(self, flag: str, language: str) -> None:
+        """Raise UsageError if the model knows no such language, so that all captions would be left out."""
+        known = {label.removeprefix("__label__") for label in self._model.get_labels()} | {NO_WORDS}
+        if language not in known:
+            close = next(
+                (name for name in (language.lower().strip(), language.lower().strip()[:2]) if name in known), ""
+            )
+            meant = f"; did you mean {close}?" if close else "; write its ISO 639-1 code, such as en, de or zh"
+            raise UsageError(f"{flag} {language}: the language model knows no such language{meant}")
 
     def identify(self, captions: Sequence[str]) -> list[Guess]:
         """Identify the language of each caption.  Newlines, NULs and lone surrogates are allowed."""

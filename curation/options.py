@@ -16,11 +16,13 @@ import select
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
+from urllib.parse import unquote
 
 from curation import PROGRAM
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError, lack_of, redact
@@ -76,6 +78,31 @@ class MayBeUrl:
 
 
 URLS = MayBeUrl()
+
+
+@dataclass(frozen=True, slots=True)
+class NamesPath:
+    """In the annotation of an option's field of type ``str``: its value is a path (``plain_path``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class IsList:
+    """In the annotation of an option's field of type ``str``: its value is a list (``items_in``).
+
+    So ``--ports 11434 11435`` and ``--models a, b``, which the shell makes several words of, are one value.
+    """
+
+
+PATH, LISTED = NamesPath(), IsList()
+FolderName = Annotated[str, PATH]
+Files = tuple[str, ...]
+"""Folders, files, globs, braces or lists: one or several, as the shell makes of ``shards/*.tar``."""
+Sources = Annotated[Files, URLS]
+"""The same, and URLs or commands as well."""
+
+_MAX_RANGE = 1000
+_QUOTES = frozenset(('""', "''", "``", "“”", "„“", "‘’", "‚‘", "«»"))
+_VARIABLE = re.compile(r"(?:^|/)\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 _URL = re.compile(r"\s*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _URL_AS_PATH = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # a Path of s3://bucket is s3:/bucket
 
@@ -91,7 +118,223 @@ def refuse_urls(options: object) -> None:
     """Raise UsageError if an option of a dataclass is a URL, unless its annotation has ``URLS``."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         if URLS not in getattr(hint, "__metadata__", ()):
-            refuse_url(f"--{name}", getattr(options, name, None))
+            value = getattr(options, name, None)
+            for one in value if isinstance(value, tuple) else (value,):
+                refuse_url(f"--{name}", one)
+
+
+_RANGE_SIGN = r"\s*(?:\.\.\.?|…|[-\u2013\u2014:])\s*"  # 3-7, 3..7, 3:7, 3–7
+_BRACKETS = frozenset(("[]", "()", "{}"))
+
+
+def unwrapped(text: str) -> str:
+    """A list without brackets or quotation marks around the whole."""
+    text = text.strip()
+    while len(text) > 1 and text[0] + text[-1] in _QUOTES | _BRACKETS:
+        text = text[1:-1].strip()
+    return text
+
+
+def items_in(text: str) -> list[str]:
+    """The items of a list in an option's value: commas, semicolons or white space between them, outside of braces.
+
+    Brackets and quotation marks around the whole are left out, and so are blanks around the sign of a range.
+    """
+    text = re.sub(rf"(\d){_RANGE_SIGN}(?=\d)", lambda found: "".join(found[0].split()), unwrapped(text))
+    return [item for item in re.split(r"[\s,;]+(?![^{}]*\})", text) if item]
+
+
+def range_in(item: str) -> tuple[str, str] | None:
+    """The two ends of a range of numbers, both of which belong to it: ``3-7``, ``3..7``, ``3:7``; None for no range."""
+    found = re.fullmatch(rf"(\d+){_RANGE_SIGN}(\d+)", item, re.ASCII)
+    return (found[1], found[2]) if found else None
+
+
+def numbers_in(flag: str, text: str, *, low: int, high: int, what: str, example: str) -> list[int]:
+    """The different numbers of a list of numbers and ranges, in its order.
+
+    Args:
+        flag: The option, for the message.
+        text: Its value.
+        low: The smallest number that is allowed.
+        high: The largest.
+        what: What such a number is, for the message.
+        example: What to write instead.
+
+    Raises:
+        UsageError: An item is no number or range, lies outside of the bounds, or a range runs backwards.
+    """
+    found: dict[int, None] = {}
+    for item in items_in(text):
+        ends = range_in(item) or (item, item)
+        if not all(end.isascii() and end.isdigit() and low <= int(end[:20]) <= high for end in ends):
+            raise UsageError(f"{flag}: {item!r} is not {what} ({low} to {high}); write {example}")
+        first, last = map(int, ends)
+        if first > last:
+            raise UsageError(f"{flag}: the range {item!r} runs backwards; write {last}-{first}")
+        if last - first >= _MAX_RANGE:
+            raise UsageError(f"{flag}: the range {item!r} is longer than {_MAX_RANGE:,} numbers")
+        found |= dict.fromkeys(range(first, last + 1))
+    return list(found)
+
+
+def plain_path(flag: str, text: str) -> str:
+    """The path that was meant by a text that no shell has read: from quotes, a list, a YAML file or an environment.
+
+    A file of exactly that name goes first.  Otherwise white space and quotation marks around the text are left out,
+    ``~`` and ``~user`` become a home folder, and ``file:///a%20b`` becomes ``/a b``.
+
+    Args:
+        flag: Where the text comes from, for the message.
+        text: A path, or a pattern of paths.
+
+    Raises:
+        UsageError: The shell did not expand a ``$VARIABLE``, there is no such user, or the file is on another machine.
+    """
+    if os.path.lexists(text):
+        return text
+    path = text.strip()
+    while len(path) > 1 and path[0] + path[-1] in _QUOTES:
+        path = path[1:-1].strip()
+    if path.lower().startswith("file:/"):
+        path = _of_file_url(flag, path)
+    path = os.path.expanduser(path)
+    if os.path.lexists(path):
+        return path
+    if len(path) > 1 and os.path.lexists(path.rstrip("/")):  # a file, and no folder
+        return path.rstrip("/")
+    if variable := _VARIABLE.search(path):
+        raise UsageError(
+            f"{flag} {path}: the shell did not put a value in place of {variable[0].lstrip('/')}, because it stands "
+            'between single quotes or in a file; write the whole path, or use double quotes ("…")'
+        )
+    if path.startswith("~"):
+        user = path[1:].partition("/")[0]
+        raise UsageError(f"{flag} {path}: there is no user {user!r} here; write ./{path} if the name itself begins so")
+    return path
+
+
+def _of_file_url(flag: str, url: str) -> str:
+    path, host = url[len("file:") :], ""
+    if path.startswith("//"):
+        host, _, path = path[2:].partition("/")
+        path = f"/{path}"
+    if host not in ("", "localhost"):
+        raise UsageError(f"{flag} {url}: a file URL begins with file:/// (three slashes), or give the path alone")
+    return path if os.path.lexists(path) else unquote(path)
+
+
+def _with_plain_paths(options: Arguments) -> Arguments:
+    """The options with the paths that were meant (``plain_path``).
+
+    Values of type ``str`` without ``PATH`` or ``URLS`` may be no paths: only a ``~`` in front of a path is expanded.
+    """
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value, marks, flag = getattr(options, name, None), getattr(hint, "__metadata__", ()), f"--{name}"
+        if isinstance(value, tuple):
+            found[name] = tuple(plain_source(flag, one) for one in value)
+        elif isinstance(value, Path):
+            found[name] = Path(plain_path(flag, str(value)))
+        elif isinstance(value, str) and PATH in marks:
+            found[name] = plain_path(flag, value)
+        elif isinstance(value, str) and URLS not in marks and value.startswith("~") and "/" in value:
+            found[name] = os.path.expanduser(value)
+    return replace(options, **{name: value for name, value in found.items() if value != getattr(options, name)})  # type: ignore[type-var]
+
+
+def plain_source(flag: str, text: str) -> str:
+    """``plain_path`` of a text that may also be a command (``pipe:``) or a URL of another machine, which stay."""
+    source = text.strip()
+    if source.startswith("pipe:") or (_URL.match(source) and not source.lower().startswith("file:")):
+        return source
+    return plain_path(flag, text)
+
+
+def _several(kind: type) -> tuple[dict[str, str], set[str]]:
+    """The spellings of the options of a dataclass that take several values → the option's first spelling; and the first
+    spellings of those whose value is a list."""
+    found, listed = dict[str, str](), set[str]()
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        several = (get_args(hint)[0] if marks else hint) == tuple[str, ...] and not _is_positional(marks)
+        if several or LISTED in marks:
+            aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]
+            found |= dict.fromkeys((f"--{name}", *aliases), f"--{name}")
+            listed |= set() if several else {f"--{name}"}
+    return found, listed
+
+
+_NUMBERS = re.compile(r"\d[\d.,:…\u2013-]*")
+
+
+def _goes_on(value: str, word: str) -> bool:
+    """Whether the next word belongs to a list: after a comma, or one more number that is no file's name."""
+    if word.startswith("-"):
+        return False
+    both = _NUMBERS.fullmatch(value) and _NUMBERS.fullmatch(word) and not os.path.lexists(word)
+    return bool(value.rstrip().endswith(",") or word.startswith(",") or both)
+
+
+def _is_positional(marks: Sequence[object]) -> bool:
+    import tyro
+
+    return any(mark in marks for mark in get_args(tyro.conf.Positional[str])[1:])
+
+
+def _positional_last(kind: type, words: Sequence[str]) -> list[str]:
+    """Move the words in front of the first flag to the end, where a command takes several of them and then others.
+
+    tyro gives all words in front of a flag to the first of the positional options: ``verify *.tar HYBRID --json``.
+    """
+    hints = get_type_hints(kind, include_extras=True).values()
+    positional = [hint for hint in hints if _is_positional(getattr(hint, "__metadata__", ()))]
+    if len(positional) < 2 or get_args(positional[0])[0] != tuple[str, ...]:
+        return list(words)
+    first = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
+    return [*words[first:], *words[:first]]
+
+
+def _gathered(kind: type, words: Sequence[str]) -> list[str]:
+    """Put all values of an option that takes several behind its name, also where the option is given repeatedly.
+
+    Raises:
+        UsageError: Such an option has no value, or other values under another of its names.
+    """
+    spellings, listed = _several(kind)
+    rest, gathered, others = deque(words), dict[str, dict[str, list[str]]](), list[str]()
+    while rest:
+        word = rest.popleft()
+        flag, equals, value = word.partition("=")
+        name = spellings.get(f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag)
+        if name is None:
+            others.append(word)
+            continue
+        values = [value] if equals else []
+        if name in listed:
+            if not equals and rest and not rest[0].startswith("--"):
+                values.append(rest.popleft())
+            while values and rest and _goes_on(values[-1], rest[0]):
+                values.append(rest.popleft())
+            others.append(f"{flag}={','.join(values)}" if values else word)
+            continue
+        while rest and not rest[0].startswith("-"):
+            values.append(rest.popleft())
+        if not any(one.strip() for one in values):
+            raise UsageError(f"{flag} names nothing: perhaps a variable or a pattern of the shell was empty")
+        if value.startswith("-"):
+            values[0] = f"./{value}"  # a word of its own would be taken for a flag
+        gathered.setdefault(name, {}).setdefault(flag, []).extend(values)
+    for name, by_flag in gathered.items():
+        (first, values), *more = by_flag.items()
+        for flag, other in more:
+            if other != values:
+                raise UsageError(
+                    f"{first} and {flag} with two values ({' '.join(values[:3])} and {' '.join(other[:3])}): give one "
+                    "of them"
+                )
+        others += [name, *dict.fromkeys(values)]
+    return others
 
 
 def also(*names: str) -> Any:
@@ -153,7 +396,7 @@ class RunOptions:
 
     help_group: ClassVar[str] = "run"  # the heading under which --help lists the options of this class
 
-    shards: str | None = None
+    shards: Annotated[str | None, LISTED] = None
     """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
     rerun: bool = False
     """Do the selected shards again, also with other options, and replace their outputs."""
@@ -218,12 +461,12 @@ def parse_options(
     Raises:
         UsageError: A URL stands where a path is wanted, or an option is given two values.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _gathered(kind, sys.argv[1:] if argv is None else argv)
     given = given_options(kind, words)
     required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     left_out = [name for name in required if name not in given] if partial else []
     words = [word for name in left_out for word in (f"--{name}", name)] + words
-    options = _parse(kind, _spelled_out(kind, words), prog, _help_groups(kind))
+    options = _with_plain_paths(_parse(kind, _spelled_out(kind, words), prog, _help_groups(kind)))
     refuse_urls(options)
     return options
 
@@ -423,7 +666,8 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: 
     Raises:
         UsageError: A number is out of its bounds, or a URL stands where a path is wanted.
     """
-    options = _parse(kind, None if argv is None else list(argv), f"{PROGRAM} {command}")
+    words = _gathered(kind, _positional_last(kind, sys.argv[1:] if argv is None else argv))
+    options = _with_plain_paths(_parse(kind, words, f"{PROGRAM} {command}"))
     check_bounds(options)
     refuse_urls(options)
     return options

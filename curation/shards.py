@@ -10,18 +10,21 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import xxhash
 
 from curation.errors import UsageError
-from curation.options import logger
-from curation.storage.files import glob_paths
-from curation.storage.urls import PIPE, Source, Url, find_remote, is_remote
+from curation.options import items_in, plain_path, range_in, unwrapped
+from curation.storage.search import PACKED_TARS as PACKED_TARS
+from curation.storage.search import TAR as TAR
+from curation.storage.search import Search, numbered_lines, tell
+from curation.storage.search import as_one_text as as_one_text
+from curation.storage.search import expand_braces as expand_braces
+from curation.storage.search import is_loose as is_loose
+from curation.storage.search import is_tar as is_tar
+from curation.storage.urls import Source
 
-TAR = ".tar"
-PACKED_TARS = (".tar.gz", ".tgz")  # read like tars; stage 04 alone takes none
 MAX_SHARDS = 10_000_000  # a brace pattern such as {0..99999999999} is a typing error
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")  # becomes a file name in every output folder
 
@@ -50,33 +53,44 @@ class Shard:
         raise UsageError(f"{self.path}: not on a filesystem of this machine, which is required here")
 
 
-def discover(source: str, suffix: str = ".tar", *, may_be_empty: bool = False, allow_pipe: bool = False) -> list[Shard]:
-    """The shards that ``source`` names, sorted by id.
+def discover(
+    sources: str | Sequence[str],
+    suffix: str = TAR,
+    *,
+    inside: str = "shards",
+    may_be_empty: bool = False,
+    allow_pipe: bool = False,
+) -> list[Shard]:
+    """The shards that one or several sources name, sorted by id.
 
-    source: a folder (every ``*<suffix>`` directly in it; if it has no tars, its tars compressed with gzip or its
-        folders of loose files), a glob, a brace pattern (``{00000..00042}.tar``, ``{a,b}``), a list file (one name per
-        line, paths relative to the list, ``#`` comments), one file that ends in ``suffix``, or, with or without braces,
-        a URL or ``pipe:`` and a command.  Where ``suffix`` is ``.tar``, names may also end in ``.tar.gz`` or ``.tgz``.
+    sources: each is a folder (every ``*<suffix>`` directly in it; if it has no tars, its tars compressed with gzip, its
+        folders of loose files, or the tars in its subfolders), a glob, a brace pattern (``{00000..00042}.tar``,
+        ``{a,b}``), a list file (one name per line, paths relative to the list, ``#`` comments), one file that ends in
+        ``suffix``, or, with or without braces, a URL or ``pipe:`` and a command.  Where ``suffix`` is ``.tar``, names
+        may also end in ``.tar.gz`` or ``.tgz``.  Several sources may also stand in one text, with white space or
+        commas between them.
+    inside: what the folder of such files is called inside the folder of a whole dataset, which may be given instead.
     may_be_empty: it is no error if no shard exists yet.  allow_pipe: commands may be run.
 
-    Raises UsageError if nothing is found, two files would be the same shard, or a name is unsafe.
+    Raises UsageError if a source names nothing, two files would be the same shard, or a name is not UTF-8.
     """
     shards: dict[str, Shard] = {}
-    for path in _paths(source, suffix, allow_pipe):
+    renamed: list[Shard] = []
+    search = Search(suffix, inside, allow_pipe=allow_pipe, limit=MAX_SHARDS)
+    for path in search.find((sources,) if isinstance(sources, str) else sources, may_be_empty=may_be_empty):
         shard = Shard(_shard_id(path, suffix), path)
         other = shards.setdefault(shard.id, shard)
-        if other.path != path:
-            raise UsageError(f"two files are shard {shard.id}: {other.path} and {path}; give each shard one id")
+        if other.path != path and not _is_same(other.path, path):
+            raise UsageError(
+                f"two files are shard {shard.id}: {other.path} and {path}; rename one of them, or give them to two "
+                "runs with an output folder each"
+            )
+        if other is shard and shard.id != _without_suffix(path.name, suffix):
+            renamed.append(shard)
         if len(shards) > MAX_SHARDS:
-            raise UsageError(f"{source} names more than {MAX_SHARDS:,} shards")
-    if not shards and not may_be_empty:
-        raise UsageError(f"no *{suffix} shards found in {source!r}")
+            raise UsageError(f"{sources} names more than {MAX_SHARDS:,} shards")
+    _tell_of_renamed(renamed)
     return sorted(shards.values(), key=lambda shard: shard.id)
-
-
-def is_tar(source: Source | str) -> bool:
-    """Whether a name is that of a tar, be it compressed with gzip or not."""
-    return str(getattr(source, "name", source)).endswith((TAR, *PACKED_TARS))
 
 
 def refuse_packed(shards: Iterable[Shard]) -> None:
@@ -91,12 +105,6 @@ def refuse_packed(shards: Iterable[Shard]) -> None:
                 f"{shard.path}: a tar compressed with gzip, which every other stage reads; here bytes of the tar are "
                 "copied: unpack it first (gzip -d) and give the tars"
             )
-
-
-def is_loose(path: Path) -> bool:
-    """Whether a folder is a shard of loose files (img2dataset): its name is a number, or its table is next to it."""
-    name = path.name
-    return path.is_dir() and ((name.isascii() and name.isdigit()) or path.with_name(f"{name}.parquet").is_file())
 
 
 def local_folders(shards: Iterable[Shard]) -> set[Path]:
@@ -128,8 +136,9 @@ def bucket_of(shard_id: str) -> str:
 def select(shards: list[Shard], spec: str | None, *, may_be_empty: bool = False) -> list[Shard]:
     """The subset of ``shards`` that ``spec`` names; all of them if it is None.
 
-    spec: comma-separated ids, inclusive ranges ``00000010..00000019``, or files of those (``@ids.txt``, or the path
-        of an existing file), one or more per line.  Ranges may contain gaps; a single id must exist.
+    spec: ids or names of files, inclusive ranges ``00000010..00000019`` or ``10-19``, or files of those (``@ids.txt``,
+        or the path of an existing file), one or more per line; commas or white space separate them.  Ranges may contain
+        gaps; a single id must exist.  A number without its zeros (``7``) will do if it is that of one shard.
     may_be_empty: shards may not exist yet, so that no missing shard is an error.
 
     Raises UsageError for an id that does not exist and for a spec that selects nothing.
@@ -137,12 +146,17 @@ def select(shards: list[Shard], spec: str | None, *, may_be_empty: bool = False)
     if spec is None:
         return shards
     known = {shard.id: shard for shard in shards}
+    names = {name: shard.id for shard in shards for name in _names_of(shard)} | {name: name for name in known}
     chosen: set[str] = set()
-    for item in _spec_items(spec, known):
-        if item in known:
-            chosen.add(item)
-        elif ".." in item:
-            chosen.update(_range_ids(item, known))
+    for item in _spec_items(spec, names):
+        if item in names:
+            chosen.add(names[item])
+        elif (ends := range_in(item)) or ".." in item:
+            chosen.update(_range_ids(item, ends, known))
+        elif item.isdecimal() and (found := _range_ids(item, (item, item), known)):
+            if len(found) > 1:
+                raise UsageError(f"--shards: {item} may be shard {found[0]} or {found[1]}; write its whole id")
+            chosen.update(found)
         elif not may_be_empty:
             if not shards:
                 raise UsageError(f"--shards: there is no shard {item!r}, nor any other")
@@ -153,153 +167,72 @@ def select(shards: list[Shard], spec: str | None, *, may_be_empty: bool = False)
     return [shard for shard in shards if shard.id in chosen]
 
 
-def expand_braces(pattern: str, *, leave_others: bool = False) -> Iterator[str]:
-    """Expand ``{a,b}`` and ``{000..042}`` (zero padding is kept) as Bash does, from left to right.
-
-    leave_others: keep other braces unchanged, as in a command; otherwise they raise UsageError.
-    It is lazy, so that a caller can stop at a pattern that names too many.
-    """
-    match = re.search(r"\{(\d+\.\.\d+|[^{}\s]*,[^{}\s]*)\}" if leave_others else r"\{([^{}]*)\}", pattern)
-    if not match:
-        yield pattern
-        return
-    before, body, after = pattern[: match.start()], match.group(1), pattern[match.end() :]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    choices: Iterable[str]
-    if span:
-        first, last = span.groups()
-        padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
-        width = max(len(first), len(last)) if padded else 0
-        step = 1 if int(first) <= int(last) else -1
-        choices = (str(n).zfill(width) for n in range(int(first), int(last) + step, step))
-    elif "," in body:
-        choices = body.split(",")
-    else:
-        raise UsageError(f"cannot read the braces {{{body}}} in {pattern!r}: use {{000..042}} or {{a,b}}")
-    for choice in choices:
-        for rest in expand_braces(after, leave_others=leave_others):
-            yield f"{before}{choice}{rest}"
-
-
-def _paths(source: str, suffix: str, allow_pipe: bool) -> Iterator[Source]:
-    if is_remote(source):
-        yield from _remote(source, suffix, allow_pipe)
-        return
-    path = Path(source)
-    if path.is_dir():
-        yield from _in_folder(path, suffix)
-    elif source.endswith(_endings(suffix)) and path.is_file():
-        yield path
-    elif path.is_file():
-        yield from _listed(path, suffix, allow_pipe)
-    elif "{" in source:
-        for name in islice(expand_braces(source), MAX_SHARDS + 1):
-            if os.path.exists(name):  # the range may contain gaps
-                yield Path(name)
-            elif any(c in name for c in "*?["):
-                yield from map(Path, glob_paths(name))
-    elif any(c in source for c in "*?["):
-        yield from map(Path, glob_paths(source))
-    else:
-        raise UsageError(f"{source!r} does not exist: give a folder, a glob, braces, a list file or one *{suffix}")
-
-
-def _in_folder(folder: Path, suffix: str) -> Iterator[Path]:
-    """The folder's files with the suffix; without tars, its folders of loose files, or itself if it is one."""
-    try:
-        with os.scandir(folder) as entries:  # one listing, no stat per shard
-            every = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be listed ({error.strerror})") from None
-    names = [entry.name for entry in every if entry.name.endswith(suffix)]
-    packed = [entry.name for entry in every if suffix == TAR and entry.name.endswith(PACKED_TARS)]
-    if names:
-        _tell_of_others(folder, names, packed)
-    elif packed:
-        names = packed
-    elif suffix == TAR:
-        names = [entry.name for entry in every if entry.is_dir() and is_loose(folder / entry.name)]
-        if not names and is_loose(folder):
-            yield folder
-    yield from (folder / name for name in sorted(names))
-
-
-def _tell_of_others(folder: Path, tars: Iterable[str], packed: Iterable[str]) -> None:
-    """Warn of packed tars in a folder of tars, which are not read, except of those that are a tar's own packed copy."""
-    ids = {_without_suffix(name, TAR) for name in tars}
-    if others := sorted(name for name in packed if _without_suffix(name, TAR) not in ids):
-        logger.warning(
-            f"{folder}: {len(others):,} files such as {others[0]} are not read, because there are tars beside them; to "
-            "read both, name them in a list file"
-        )
-
-
-def _endings(suffix: str) -> tuple[str, ...]:
-    return (suffix, *PACKED_TARS) if suffix == TAR else (suffix,)
-
-
 def _without_suffix(name: str, suffix: str) -> str:
     """The file's name without its suffix; without all of them where the file has another suffix."""
-    ending = next((ending for ending in _endings(suffix) if name.endswith(ending)), None)
+    endings = (suffix, *PACKED_TARS) if suffix == TAR else (suffix,)
+    ending = next((ending for ending in endings if name.endswith(ending)), None)
     return name.split(".", 1)[0] if ending is None else name[: -len(ending)]
 
 
-def _remote(text: str, suffix: str, allow_pipe: bool) -> Iterator[Url]:
-    if suffix != TAR:
-        raise UsageError(f"{Url(text)}: only tars are read from a URL or command; copy *{suffix} files to this machine")
-    for name in islice(expand_braces(text, leave_others=text.startswith(PIPE)), MAX_SHARDS + 1):
-        yield from find_remote(name, _endings(suffix), allow_pipe=allow_pipe)
-
-
-def _listed(list_file: Path, suffix: str, allow_pipe: bool) -> Iterator[Source]:
-    for number, name in _lines(list_file):
-        if is_remote(name):
-            yield from _remote(name, suffix, allow_pipe)
-            continue
-        path = list_file.parent / name
-        if not path.is_file() and not is_loose(path):
-            raise UsageError(f"{list_file}, line {number}: no file {name!r}")
-        yield path
-
-
-def _lines(list_file: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a list without comments, which begin with a ``#`` at the start or after white space."""
-    try:
-        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{list_file}: not a list in UTF-8 ({error})") from None
-    for number, line in enumerate(lines, 1):
-        text = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
-        if text:
-            yield number, text
-
-
 def _shard_id(path: Source, suffix: str) -> str:
-    shard_id = _without_suffix(path.name, suffix)
-    if not _SAFE_ID.fullmatch(shard_id):
-        raise UsageError(f"{path}: {shard_id!r} cannot name a shard: letters, digits and _.+=@- only")
-    return shard_id
+    """The file's name without its suffix, or, with characters that no id has, a safe one that is made of it.
+
+    A digest of the whole name is part of that, so that no two names become one id.  Each stage derives the same id from
+    the same name.
+    """
+    name = _without_suffix(path.name, suffix)
+    if is_safe_id(name):
+        return name
+    try:
+        digest = xxhash.xxh3_64_hexdigest(name.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"{path}: this name is not UTF-8, so it cannot name a shard; rename the file (mv)") from None
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '_', name[:100]) or '_'}-{digest}"
+
+
+def _is_same(one: Source, other: Source) -> bool:
+    """Whether two paths lead to one file: ``a/../b.tar`` and ``b.tar``."""
+    local = isinstance(one, Path) and isinstance(other, Path)
+    return local and os.path.realpath(str(one)) == os.path.realpath(str(other))
+
+
+def _tell_of_renamed(shards: Sequence[Shard]) -> None:
+    if shards:
+        others = f", and so are {len(shards) - 1:,} others" if len(shards) > 1 else ""
+        tell(
+            f"{shards[0].path.name[:80]!r} has characters that no shard's id has (only letters, digits and _.+=@-), so "
+            f"it is shard {shards[0].id} in all outputs{others}"
+        )
 
 
 def _spec_items(spec: str, known: Container[str], inside: Path | None = None) -> Iterator[str]:
-    for item in filter(None, (part.strip() for part in spec.split(","))):
-        file = Path(item.removeprefix("@"))
-        if item in known or not (item.startswith("@") or file.is_file()):  # an id wins over a file of that name
-            yield item
-        elif inside is not None:
-            raise UsageError(f"--shards: {file} is named inside {inside}, which is a list itself")
-        elif not file.is_file():
-            raise UsageError(f"--shards: no file {str(file)!r}")
-        else:
-            for _, line in _lines(file):
-                yield from _spec_items(line, known, file)
+    """The items of a list of shards; an id goes before a file of that name, and that before what blanks separate."""
+    for part in [spec] if spec.strip() in known else unwrapped(spec).split(","):
+        whole = part.strip()
+        one = whole in known or whole.startswith("@") or Path(plain_path("--shards", whole)).is_file()
+        for item in [whole] if one else items_in(whole):
+            file = Path(plain_path("--shards", item.removeprefix("@")))
+            if item in known or not (item.startswith("@") or file.is_file()):
+                yield item
+            elif inside is not None:
+                raise UsageError(f"--shards: {file} is named inside {inside}, which is a list itself")
+            elif not file.is_file():
+                raise UsageError(f"--shards: no file {str(file)!r}")
+            else:
+                for _, line in numbered_lines(file):
+                    yield from _spec_items(line, known, file)
 
 
-def _range_ids(item: str, known: dict[str, Shard]) -> list[str]:
-    first, _, last = item.partition("..")
-    if not (first.isdecimal() and last.isdecimal()):
+def _range_ids(item: str, ends: tuple[str, str] | None, known: Iterable[str]) -> list[str]:
+    if ends is None:
         raise UsageError(f"--shards: cannot read the range {item!r}; write 00000010..00000019")
-    low, high = int(first), int(last)
+    low, high = map(int, ends)
     if low > high:
-        raise UsageError(f"--shards: the range {item!r} runs backwards")
+        raise UsageError(f"--shards: the range {item!r} runs backwards; write {ends[1]}..{ends[0]}")
     return [name for name in known if name.isdecimal() and low <= int(name) <= high]
+
+
+def _names_of(shard: Shard) -> tuple[str, ...]:
+    """What else than its id somebody may call a shard."""
+    name = shard.path.name
+    return name, name.removesuffix(TAR) if name.endswith(TAR) else name.rpartition(".")[0]

@@ -121,6 +121,8 @@ NOW = datetime(2026, 1, 31, 12, 0, 0).timestamp()
     [
         ("90s", 90), ("30m", 1800), ("1.5h", 5400), ("01:30:00", 5400), ("100:00:01", 360_001), ("2H", 7200),
         ("2026-01-31T18:00:00", 6 * 3600), ("2026-01-31 18:00", 6 * 3600), (" 10m ", 600),
+        ("2 h", 7200), ("90min", 5400), ("90 minutes", 5400), ("2h30m", 9000), ("1 h 30 min", 5400), ("1d", 86400),
+        ("1 hour, 5 secs", 3605), ("1-12:00:00", 129_600),
     ],
 )  # fmt: skip
 def test_deadlines(text: str, seconds: float) -> None:
@@ -136,7 +138,9 @@ def test_no_deadline() -> None:
     assert parse_deadline(None, NOW, {}) is None
 
 
-@pytest.mark.parametrize("text", ["", "soon", "30", "1d", "1:2:3", "-5m", "31.01.2026", "25:61", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "soon", "30", "1w", "1:2:3", "2h30", "1 5h", "1:30", "2 horses", "-5m", "31.01.2026", "25:61", "nan"]
+)
 def test_deadlines_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="--deadline"):
         parse_deadline(text, NOW, {})

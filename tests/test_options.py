@@ -17,7 +17,12 @@ from curation.errors import UsageError
 from curation.hub.background import HubOptions
 from curation.options import (
     FINITE,
+    LISTED,
+    URLS,
+    FolderName,
     RunOptions,
+    Sources,
+    also,
     at_least,
     between,
     less_than,
@@ -26,6 +31,7 @@ from curation.options import (
     parse_options,
     refuse_urls,
 )
+from curation.run.workers import to_argv
 from tests import EXAMPLES, ROOT
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
@@ -130,7 +136,7 @@ UPSTREAM = [  # command lines of the tools that a stage takes the place of; for 
 
 @pytest.mark.parametrize(("script", "line", "source"), UPSTREAM)
 def test_a_command_line_of_upstream(script: str, line: str, source: str | None) -> None:
-    assert parse_options(importlib.import_module(script).Options, line.split()).input == source
+    assert parse_options(importlib.import_module(script).Options, line.split()).input == ((source,) if source else ())
 
 
 # ---- bounds
@@ -278,3 +284,127 @@ def test_a_flag_behind_a_script_takes_the_place_of_the_scripts_own(tmp_path: Pat
         )
         assert run.returncode == code, run.stderr
     assert "--output twice with two values" in run.stderr
+
+
+# ---- several values, lists, and paths that no shell has read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sourced(RunOptions):
+    """Options of a toy that reads several sources."""
+
+    source: Annotated[Sources, also("--from", "-f")]
+    """Where from."""
+    output: FolderName = "out"
+    ports: Annotated[str, LISTED] = "1"
+    note: str = ""
+    far: Annotated[str | None, URLS] = None
+    place: Path = Path("here")
+
+
+@pytest.mark.parametrize(("words", "source"), [
+    (["--source", "a", "b", "c"], ("a", "b", "c")),
+    (["--from=a", "b", "--from", "c"], ("a", "b", "c")),
+    (["--source", "a", "--ports", "3", "--source", "b", "a", "--workers", "2"], ("a", "b")),
+    (["-f", "a", "b", "--source", "a", "b"], ("a", "b")),
+    (["--from=a"], ("a",)),
+    (["--source", "--from=-b.tar"], None),
+    (["--source=-b.tar", "x"], ("./-b.tar", "x")),
+    (["--source"], None),
+    (["--source", ""], None),
+    (["--source", "--output", "x"], None),
+])  # fmt: skip
+def test_an_option_with_several_values(words: list[str], source: tuple[str, ...] | None) -> None:
+    if source is None:
+        with pytest.raises(UsageError, match="--source names nothing: perhaps a variable or a pattern of the shell"):
+            parse_options(Sourced, words)
+        return
+    options = parse_options(Sourced, words)
+    assert options.source == source
+    assert parse_options(Sourced, to_argv(options)) == options, "what a worker is given"
+
+
+def test_sources_under_two_names_that_differ_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"^--source and -f with two values \(a b and a c\)"):
+        parse_options(Sourced, ["--source", "a", "b", "-f", "a", "c"])
+
+
+def test_thousands_of_values() -> None:
+    names = [f"shards/{number:08d}.tar" for number in range(20_000)]
+    assert parse_options(Sourced, ["--source", *names, "--workers", "2"]).source == tuple(names)
+
+
+@pytest.mark.parametrize(("words", "ports", "source"), [
+    (["--ports", "11434", "11435", "-f", "a"], "11434,11435", ("a",)),
+    (["--ports", "a,", "b", ",c", "-f", "a"], "a,,b,,c", ("a",)),
+    (["--ports=1-3", "5", "-f", "a"], "1-3,5", ("a",)),
+    (["-f", "a", "--ports", "7"], "7", ("a",)),
+])  # fmt: skip
+def test_a_list_of_which_the_shell_makes_several_words(words: list[str], ports: str, source: tuple[str, ...]) -> None:
+    options = parse_options(Sourced, words)
+    assert (options.ports, options.source) == (ports, source)
+
+
+def test_paths_in_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ["--source", "~/a", "“b”", f"file://{tmp_path}/c%20d", "https://host/~/x", "pipe:cat ~/x"]
+    options = parse_options(Sourced, [*words, "--output=“~/out”", "--place", "~/x", "--note", "~/note", "--far=~/$X"])
+    home = str(tmp_path)
+    assert options.source == (f"{home}/a", "b", f"{home}/c d", "https://host/~/x", "pipe:cat ~/x")
+    assert (options.output, options.place) == (f"{home}/out", tmp_path / "x")
+    assert (options.note, options.far) == (f"{home}/note", "~/$X"), "what may be no path at all stays"
+    assert parse_options(Sourced, ["-f", "x", "--note", " 'it' "]).note == " 'it' "
+    (tmp_path / "~").mkdir()
+    assert parse_options(Sourced, ["-f", "x", "--output", "~"]).output == "~", "an older run's folder"
+    for words in (["--output", "$HOME/x"], ["--place", "/a/${B}"], ["--source", "$X"]):
+        with pytest.raises(UsageError, match=rf"{words[0]} .* the shell did not put a value in place of \$"):
+            parse_options(Sourced, ["-f", "x", *words] if words[0] != "--source" else words)
+
+
+COMMANDS_WITH_SEVERAL = {"plan": "source", "verify": "source", "fsck": "tars"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_stage_takes_several_sources_and_paths_as_people_type_them(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kind, name = importlib.import_module(script).Options, "input"
+    folders = [folder for folder in ("output", "edits") if folder in get_type_hints(kind)]
+    words = [word for folder in folders for word in (f"--{folder}", f"'~/{folder}'")]
+    options = parse_options(kind, [f"--{name}", "a.tar", "~/b", *words, f"--{name}=c", "--shards", "3", "4-5"])
+    assert getattr(options, name) == ("a.tar", f"{tmp_path}/b", "c")
+    assert [str(getattr(options, folder)) for folder in folders] == [f"{tmp_path}/{folder}" for folder in folders]
+    assert options.shards == "3,4-5"
+
+
+@pytest.mark.parametrize("name", COMMANDS_WITH_SEVERAL)
+def test_each_command_takes_several_sources(name: str) -> None:
+    kind = importlib.import_module(f"curation.{COMMANDS[name]}").Options
+    last = [] if name == "fsck" else ["root"]
+    for words in (["a", "b", *last, "--shards", "3"], ["--shards", "3", "a", "b", *last]):
+        assert getattr(parse_arguments(kind, words, name), COMMANDS_WITH_SEVERAL[name]) == ("a", "b")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("0*.sh")))
+def test_variables_of_the_job_scripts_as_people_write_them(script: str, tmp_path: Path) -> None:
+    """~ between quotes becomes the home folder before a folder is made; the user's --input takes SRC_DIR's place."""
+    sources = dict.fromkeys(("SRC_DIR", "URLS"), "~/a.tar b.tar")
+    given = {**sources, "TARGET_DIR": "“~/out”", "EDITS_DIR": " ~/edits\n", "PROMPTS_DIR": "none", "PORTS": "1-2"}
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHON": "/bin/echo", **given}
+
+    def run(*flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", ROOT / script, *flags], env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True
+        )
+
+    printed = run().stdout
+    assert " --input ~/a.tar b.tar" in printed, "the stage takes it apart"
+    assert f" --output {tmp_path}/out" in printed
+    assert "edits" not in printed or f" --edits {tmp_path}/edits" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run("--input=other").stdout.count("--input") == 1
+    for value, says in (("$HOME/out", "did not put a value in place"), ("~nobody_here/x", "no user 'nobody_here'")):
+        refused = run(TARGET_DIR=value)
+        assert (refused.returncode, says in refused.stderr) == (2, True)

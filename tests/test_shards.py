@@ -5,12 +5,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from curation import shards
 from curation.errors import UsageError
-from curation.shards import Shard, bucket_of, discover, expand_braces, select
+from curation.options import logger
+from curation.shards import Shard, bucket_of, discover, expand_braces, is_safe_id, select
 
 
 @pytest.fixture
@@ -111,16 +113,58 @@ def test_two_files_for_one_id(tmp_path: Path) -> None:
         discover(f"{tmp_path}/*/1.tar")
 
 
-@pytest.mark.parametrize("name", ["-x.tar", "a b.tar", "a\nb.tar", "é.tar", "a" * 201 + ".tar", "a;b.tar"])
-def test_names_that_cannot_name_a_shard(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(UsageError, match="cannot name a shard"):
-        discover(str(tmp_path))
+ODD_NAMES = [
+    "-x",
+    "a b",
+    "a\nb",
+    "é",
+    "a" * 201,
+    "a;b",
+    "a#b",
+    "a%b",
+    "a:b",
+    "a,b",
+    "{a,b}",
+    "[ab]",
+    "%",
+    "a_b",
+    "日本",
+]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".json"])
+def test_names_that_are_no_ids_get_one(tmp_path: Path, suffix: str) -> None:
+    """Every file becomes a shard, with one id that each stage derives from its name alone."""
+    for name in ODD_NAMES:
+        (tmp_path / f"{name}{suffix}").touch()
+    found = {shard.path: shard.id for shard in discover(str(tmp_path), suffix)}
+    assert len(found) == len(set(found.values())) == len(ODD_NAMES)
+    assert all(map(is_safe_id, found.values()))
+    assert found[tmp_path / f"a_b{suffix}"] == "a_b"
+    assert found[tmp_path / f"a b{suffix}"] == "a_b-" + xxhash.xxh3_64_hexdigest(b"a b")
+    for path, shard_id in found.items():
+        assert discover([str(path)], suffix) == [Shard(shard_id, path)], "named alone"
+
+
+def test_a_new_name_is_told_and_serves_to_select(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    for name in ("1.tar", "my shard.tar", "é.tar"):
+        (tmp_path / name).touch()
+    found = discover(str(tmp_path))
+    assert "'my shard.tar' has characters that no shard's id has" in caplog.text
+    assert "and so are 1 others" in caplog.text
+    mine = found[2].id
+    assert mine.startswith("my_shard-")
+    for spec in ("my shard", "my shard.tar", mine):
+        assert ids(select(found, spec)) == [mine]
+    assert ids(select(found, f"1.tar, {mine}")) == ["1", mine]
 
 
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     open(os.fsencode(tmp_path) + b"/\xff.tar", "wb").close()
-    with pytest.raises(UsageError, match="cannot name a shard"):
+    with pytest.raises(UsageError, match="not UTF-8, so it cannot name a shard; rename the file"):
         discover(str(tmp_path))
 
 
@@ -184,6 +228,30 @@ def test_select(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ids(select(found, "../ids.txt")) == ALL
 
 
+@pytest.mark.parametrize("spec", [
+    "0-2", "0..2", "00000000-00000002", "0 - 2", "0:2", "0–2", "0…2", "0,2", "0 2", "0, 2", "0; 2", "[0, 2]", "{0..2}",
+    "'0,2'", "00000000.tar 00000002.tar", "2,0-0", "0-1,1-2",
+])  # fmt: skip
+def test_forms_of_a_selection(folder: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    monkeypatch.chdir("/")
+    assert ids(select(discover(str(folder)), spec)) == ["00000000", "00000002"]
+
+
+def test_a_name_goes_before_a_range_and_a_list_with_blanks_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("3-7", "3", "5", "0007", "007"):
+        (tmp_path / f"{name}.tar").touch()
+    (tmp_path / "my ids.txt").write_text("3 5\n")
+    found = discover(str(tmp_path))
+    assert ids(select(found, "3-7")) == ["3-7"]
+    assert ids(select(found, str(tmp_path / "my ids.txt"))) == ["3", "5"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ids(select(found, "@~/my ids.txt")) == ["3", "5"]
+    with pytest.raises(UsageError, match="7 may be shard 0007 or 007; write its whole id"):
+        select(found, "7")
+
+
 def test_an_id_goes_before_a_file_of_its_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "00000002").write_bytes(b"\xff not a list")
@@ -202,7 +270,9 @@ def test_ids_with_dots(tmp_path: Path) -> None:
     [
         ("00000001", "no shard '00000001' .there are 3: 00000000 to 00000010"),
         ("3..9", "selects none"),
-        ("9..3", "backwards"),
+        ("9..3", r"backwards; write 3\.\.9"),
+        ("9-3", "backwards"),
+        ("1", "no shard '1'"),
         ("a..b", "cannot read the range"),
         ("@absent.txt", "no file 'absent.txt'"),
         (",", "selects none"),
@@ -249,7 +319,7 @@ def test_tars_compressed_with_gzip_are_shards(tmp_path: Path, caplog: pytest.Log
 def test_in_a_folder_of_tars_packed_ones_are_told_and_not_read(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards.logger, "propagate", True)
+    monkeypatch.setattr(logger, "propagate", True)
     (folder / "00000002.tar.gz").touch()  # the packed copy of a tar
     assert ids(discover(str(folder))) == ALL
     assert not caplog.records

@@ -16,6 +16,7 @@ import orjson
 
 from curation.errors import InfrastructureError, SampleError, ShardError, install
 from curation.jsonio import MAX_SAMPLE_JSON_BYTES, BinaryWriter, dump_json, parse_json_object
+from curation.options import items_in
 from curation.run import ShardContext
 from curation.run.ledger import Ledger
 from curation.run.merge import merge_parquet
@@ -194,7 +195,7 @@ def parse_formats(text: str) -> tuple[Format, ...]:
     Raises:
         ValueError: A word is no format.
     """
-    words = {word.strip() for word in text.split(",") if word.strip()}
+    words = {*items_in(text)}
     if words == {"all"}:
         return FORMATS
     if not words or words - {*FORMATS}:

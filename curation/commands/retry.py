@@ -18,7 +18,7 @@ from curation import PROJECT
 from curation.commands.places import StagePlace, stage_named
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
-from curation.options import exit_code, parse_arguments
+from curation.options import LISTED, exit_code, parse_arguments
 from curation.run.attempt import code_version
 from curation.run.claims import is_gone, read_claim
 from curation.run.commit import Commit, requeue
@@ -38,7 +38,7 @@ class Options:
     """The stage's name, as status shows it: 01_filter_noface."""
     reason: str | None = None
     """Only failures that have this reason, or this text in their message."""
-    shards: str | None = None
+    shards: Annotated[str | None, LISTED] = None
     """Only these shards: ids, ranges (00000010..00000019) or a file of them.  Shards that have failed three times are
     quarantined: they run again only if they are named here."""
     dry_run: bool = False

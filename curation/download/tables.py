@@ -32,8 +32,10 @@ from curation.download.columns import NamedColumns, caption_column_of, check_col
 from curation.download.text_tables import TextTable, TsvQuotes
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.jsonio import dump_json
+from curation.options import plain_source
 from curation.shards import MAX_SHARDS, Shard
 from curation.storage.files import existing_part, glob_paths, link_exclusively, make_folder, read_record, whole_file
+from curation.storage.search import separate
 from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_remote, object_info, redact
 
 SUFFIXES: Final = (
@@ -85,7 +87,7 @@ class UrlTables:
     """URL tables, cut into shards.
 
     Args:
-        source: A table, a folder of tables or a glob, on this machine or behind a URL.
+        sources: Each a table, a folder of tables or a glob, on this machine or behind a URL.
         output: The stage's output folder.
         rows_per_shard: Rows of a full shard.
         columns: The columns that the user named.
@@ -102,7 +104,7 @@ class UrlTables:
 
     def __init__(
         self,
-        source: str,
+        sources: str | Sequence[str],
         output: Path,
         rows_per_shard: int,
         columns: NamedColumns,
@@ -117,13 +119,13 @@ class UrlTables:
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._notes: Counter[str] = Counter()
         self._noted_first: dict[str, str] = {}
-        self._place = _Place(source)
+        self._place = _Places((sources,) if isinstance(sources, str) else sources)
         self._place.refuse_own_files(output)
         self.tables = self._dry_plan() if dry else self._plan()
         if not any(table.rows for table in self.tables):
-            raise UsageError(f"{redact(source)}: no rows in {_named(self.tables)}")
+            raise UsageError(f"no rows in {_named(self.tables)}")
         if sum(-(-table.rows // rows_per_shard) for table in self.tables) > MAX_SHARDS:
-            raise UsageError(f"{redact(source)}: more than {MAX_SHARDS:,} shards of {rows_per_shard:,} rows")
+            raise UsageError(f"{_named(self.tables)}: more than {MAX_SHARDS:,} shards of {rows_per_shard:,} rows")
 
     @property
     def notes(self) -> list[str]:
@@ -288,8 +290,40 @@ def _rows_of(file: Any, first: int, count: int) -> Any:
     return pyarrow.Table.from_batches(batches, file.schema_arrow)
 
 
+class _Places:
+    """Where tables lie: one place for each source.  A table that two sources name counts once."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        words = [word for source in sources for word in separate(source)]
+        self._places = [_Place(plain_source("--input", word)) for word in words]
+        self._of: dict[str, _Place] = {}
+        self.is_local = all(place.is_local for place in self._places)
+
+    def refuse_own_files(self, output: Path, tables: Sequence[str] = ()) -> None:
+        for place in self._places:
+            place.refuse_own_files(output, [table for table in tables if self._of[table] is place])
+
+    def find(self) -> list[tuple[str, str]]:
+        """The path and the mark of every table, ordered by name."""
+        marks: dict[str, str] = {}
+        files: set[str] = set()
+        for place in self._places:
+            for table, mark in place.find():
+                file = os.path.realpath(table) if place.is_local else table
+                if file not in files:
+                    files.add(file)
+                    self._of[table], marks[table] = place, mark
+        return sorted(marks.items())
+
+    def open(self, path: str) -> BinaryIO:
+        return self._of[path].open(path)
+
+    def open_text(self, path: str) -> BinaryIO:
+        return self._of[path].open_text(path)
+
+
 class _Place:
-    """Where tables lie and how they are opened.  Nothing else here knows of stores."""
+    """Where the tables of one source lie and how they are opened.  Nothing else here knows of stores."""
 
     def __init__(self, source: str) -> None:
         self.is_local = not is_remote(source)

@@ -13,7 +13,7 @@ from typing import Any
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.errors import UsageError
 from curation.extract.settings import ModelSettings, Precision, Resize, WeightSource
-from curation.options import refuse_url
+from curation.options import items_in, plain_path, plain_source, refuse_url
 from curation.shards import Shard, discover
 from curation.storage.yaml_files import read_yaml
 
@@ -89,13 +89,7 @@ class ExtractConfig:
         Raises:
             UsageError: Two different files are one shard.
         """
-        found: dict[str, Shard] = {}
-        for entry in self.input_tars:
-            for shard in discover(entry, allow_pipe=allow_pipe):
-                other = found.setdefault(shard.id, shard)
-                if other.path != shard.path:
-                    raise UsageError(f"input_tars: two files are shard {shard.id}: {other.path} and {shard.path}")
-        return sorted(found.values(), key=lambda shard: shard.id)
+        return discover(self.input_tars, allow_pipe=allow_pipe)
 
     def processes(self, workers: int, num_gpus: int | None, gpus: str | None, *, device_is_flag: bool) -> int:
         """How many processes to start on this machine: one for each GPU, unless ``device`` says which one.
@@ -227,11 +221,15 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _directives(value: Any) -> tuple[str, ...]:
+    return _names(items_in(value) if isinstance(value, str) else value)
+
+
 def _paths(value: Any) -> tuple[str, ...]:
     value = [value] if isinstance(value, str) else value  # commas belong to braces
     if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) and name for name in value):
         raise ValueError("wants a path or a list of paths")
-    return tuple(value)
+    return tuple(plain_source("input_tars", name) for name in value)
 
 
 def _fields(value: Any) -> dict[str, str | None]:
@@ -265,6 +263,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("wants a text")
     return value
+
+
+def _path(value: Any) -> str:
+    return plain_path("", _text(value))
 
 
 def _number(least: int) -> Callable[[Any], int]:
@@ -305,16 +307,16 @@ def _one_of(*words: str) -> Callable[[Any], str]:
 
 _PARSERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
-        "models": _names,
+        "models": _directives,
         "input_tars": _paths,
-        "output_metadata_dir": _text,
-        "postprocess_columns": _names,
-        "postprocess_features": _names,
+        "output_metadata_dir": _path,
+        "postprocess_columns": _directives,
+        "postprocess_features": _directives,
         "additional_fields": _fields,
         "nworkers": _number(0),
         "batch_size": _number(1),
         "device": _device,
-        "custom_pypath": _text,
+        "custom_pypath": _path,
         "reprocess": _truth,
         "use_datacomp_keys": _truth,
         "tars_per_wds": _number(0),

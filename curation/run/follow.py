@@ -52,6 +52,29 @@ class Follows:
         return discover(str(self.folder), self.suffix or "", may_be_empty=True) if self.folder.is_dir() else []
 
 
+def followed_folder(flag: str, sources: Sequence[str], inside: str, *, waits: bool) -> Path:
+    """The folder of the previous stage's files among the sources of a stage.
+
+    Args:
+        flag: The option that names the sources.
+        sources: Its values.
+        inside: What the folder is called inside that of a whole dataset, which may be given instead.
+        waits: Whether the stage follows; otherwise the folder is the first source, whatever that is.
+
+    Raises:
+        UsageError: A follower is to wait for several folders.
+    """
+    folder = Path(sources[0])
+    if not waits:
+        return folder
+    if len(sources) > 1:
+        raise UsageError(f"--follow waits for one folder, and {flag} names {len(sources):,}: start one run for each")
+    if not (folder / "_receipts").is_dir() and (folder / inside / "_receipts").is_dir():
+        logger.warning(f"{flag} {folder}: its folder {inside} is followed")
+        return folder / inside
+    return folder
+
+
 class Follower:
     """What the previous stage has still to publish, as one process of this stage sees it.  Not thread-safe.
 

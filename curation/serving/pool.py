@@ -31,6 +31,7 @@ from typing import Literal, NoReturn
 
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import clean_text
+from curation.options import items_in, numbers_in
 from curation.replies import Reply
 from curation.serving.adapt import adapted, unquieted
 from curation.serving.connection import KEY_VARIABLE, EndpointError, ModelMissing, Refused, Session, post
@@ -47,6 +48,7 @@ from curation.serving.wire import (
     while_busy,
 )
 from curation.storage.retry import RetryPolicy
+from curation.storage.search import expand_braces
 from curation.storage.urls import redact
 
 MIN_ANSWERS_TO_JUDGE = 8  # before a load is judged: replies differ in length
@@ -178,24 +180,22 @@ def endpoint_urls(ports: str, host: str = "localhost", endpoints: str | None = N
     """The servers' URLs.
 
     Args:
-        ports: Ports of ``host``, separated by commas; each has a server.
+        ports: Ports of ``host`` and ranges of them (``numbers_in``); each has a server.
         host: Of ``ports``.
-        endpoints: Whole URLs, separated by commas, in place of ``ports``.
+        endpoints: Whole URLs, with commas or white space between them, in place of ``ports``; a range in braces stands
+            for several, as in ``http://node{1..4}:8000``.
 
     Raises:
         UsageError: Something is not a port or not a URL, or none is named.
     """
     if endpoints:
-        urls = [_PATH_OF_API.sub("", url.strip()) for url in endpoints.split(",") if url.strip()]
+        urls = [_PATH_OF_API.sub("", url) for item in items_in(endpoints) for url in expand_braces(item)]
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 shown = re.sub(r"[^/@]*@", "", redact(url))  # perhaps a password, without the scheme
                 raise UsageError(f"--endpoints: {shown!r} is not a URL; write http://host:port")
     else:
-        numbers = [port.strip() for port in ports.split(",") if port.strip()]
-        for port in numbers:
-            if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-                raise UsageError(f"--ports: {port!r} is not a port; write 11434,11435")
+        numbers = numbers_in("--ports", ports, low=1, high=65535, what="a port", example="11434,11435 or 11434-11437")
         urls = [f"http://{host}:{port}" for port in numbers]
     if not urls:
         raise UsageError("no endpoint is named: give --ports or --endpoints")

@@ -64,6 +64,12 @@ REPLIES = [f"A photo of a asian male person, caption {number}" for number in ran
 def test_ports_as_the_published_pipeline_has_them() -> None:
     assert endpoint_urls("11434,11435") == ["http://localhost:11434", "http://localhost:11435"]
     assert endpoint_urls(" 11434 ,,11434 ", "gpu1") == ["http://gpu1:11434"]
+    four = [f"http://localhost:{port}" for port in range(11434, 11438)]
+    for ports in (
+        "11434-11437", "11434..11437", "11434:11437", "11434 - 11437", "11434–11437", "11434-11435,11435-11437",
+        "11434 11435\t11436,11437", "[11434-11437]", "11434; 11435-11437", "'11434-11437'",
+    ):  # fmt: skip
+        assert endpoint_urls(ports) == four, ports
 
 
 def test_whole_urls() -> None:
@@ -83,7 +89,18 @@ def test_whole_urls() -> None:
     assert endpoint_urls("1", endpoints="http://a/tenant") == ["http://a/tenant"]
 
 
-@pytest.mark.parametrize("ports", ["", "x", "0", "65536", "-1", "11434;11435", "²"])
+def test_endpoints_with_braces_and_blanks() -> None:
+    assert endpoint_urls("1", endpoints="http://n{1..2}:8000 http://m:1") == [
+        "http://n1:8000",
+        "http://n2:8000",
+        "http://m:1",
+    ]
+    assert endpoint_urls("1", endpoints="http://{a,b}:8") == ["http://a:8", "http://b:8"]
+
+
+@pytest.mark.parametrize(
+    "ports", ["", "x", "0", "65536", "-1", "11437-11434", "1-70000", "1-5000", "0-3", "a-b", "1-", "²", "[]"]
+)
 def test_bad_ports(ports: str) -> None:
     with pytest.raises(UsageError, match="port"):
         endpoint_urls(ports)

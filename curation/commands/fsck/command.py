@@ -16,7 +16,7 @@ from curation.cluster import Allocation
 from curation.commands.findings import as_lines, as_record, results_in_order
 from curation.commands.fsck.shard import REMEDIES, Task, Verdict, check_shard
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
-from curation.options import exit_code, parse_arguments, set_up_logging
+from curation.options import LISTED, Files, exit_code, parse_arguments, set_up_logging
 from curation.run.progress import Progress
 from curation.shards import discover, files_of, select
 
@@ -27,11 +27,11 @@ FSCK_FORMAT = 1
 class Options:
     """Find faults in tar shards, and save every intact sample of damaged ones."""
 
-    tars: Annotated[str, tyro.conf.Positional]
+    tars: Annotated[Files, tyro.conf.Positional]
     """Shards: a folder of tars, a glob, braces, a list file or one tar."""
     repair: Path | None = None
     """Folder for a new tar with the intact samples of each faulty shard; not the folder of the tars."""
-    shards: str | None = None
+    shards: Annotated[str | None, LISTED] = None
     """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
     workers: int | None = None
     """Number of processes.  Default: one per CPU."""

@@ -23,8 +23,8 @@ from curation.commands.plan.cost import Estimate, ShardSizes, StageCost, evenly,
 from curation.commands.plan.site import JobShape, Quota, array_commands, job_shape, max_array_size, quotas
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, InfrastructureError, UsageError
 from curation.jsonio import clean_text
-from curation.options import URLS, exit_code, parse_arguments
-from curation.shards import Shard, discover, select
+from curation.options import LISTED, Sources, exit_code, items_in, parse_arguments
+from curation.shards import Shard, as_one_text, discover, select
 
 PLAN_FORMAT = 1
 FEW = 3  # with fewer measured shards, a forecast is not reliable
@@ -35,11 +35,11 @@ DAY_H = 24.0
 class Options:
     """Estimate hours, bytes, files and tokens for all shards from finished shards, and print the sbatch commands."""
 
-    source: Annotated[str, tyro.conf.Positional, URLS]
+    source: Annotated[Sources, tyro.conf.Positional]
     """The source shards, all of them: a folder, a glob, braces or a list file."""
     root: Annotated[Path, tyro.conf.Positional]
     """The folder of the dataset, with the outputs of stages that have run on some of the shards."""
-    shards: str | None = None
+    shards: Annotated[str | None, LISTED] = None
     """Forecast for these only: ids, ranges, files of ids."""
     sample: int = 0
     """First run stages 01 to 04 on so many shards, spread over all.  FLAGS_01 … FLAGS_04, PORTS and so on are read from
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_tasks(text: str | None) -> dict[str, int]:
     """``64`` → {"": 64}; ``01=64,03=8`` → by the first digits of the stage's name.  Raises UsageError."""
     found: dict[str, int] = {}
-    for word in filter(None, (text or "").split(",")):
-        stage, equals, number = word.strip().rpartition("=")
+    for word in items_in(text or ""):
+        stage, equals, number = word.rpartition("=")
         if not number.isdecimal() or int(number) < 1 or bool(equals) != bool(stage) or stage in found:
             raise UsageError(f"--tasks {text}: write one number, or 01=64,03=8")
         found[stage] = int(number)
@@ -82,12 +82,12 @@ def parse_tasks(text: str | None) -> dict[str, int]:
     return found
 
 
-def run_sample(source: str, root: Path, ids: Sequence[str]) -> int:
+def run_sample(source: Sequence[str], root: Path, ids: Sequence[str]) -> int:
     """Stages 01 to 04 on these shards, here.  Returns 0, or 1 where some of them failed."""
     script = PROJECT / "run_pipeline.sh"
     if not script.is_file():
         raise UsageError("--sample needs run_pipeline.sh: run it from a checkout of the project")
-    environment = {**os.environ, "SRC_DIR": source, "ROOT": str(root), "CURATION_HOME": str(PROJECT)}
+    environment = {**os.environ, "SRC_DIR": as_one_text(source), "ROOT": str(root), "CURATION_HOME": str(PROJECT)}
     command = ["bash", str(script), "--here", "--", "--shards", ",".join(ids)]
     # what the stages print is not the forecast
     code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
@@ -112,7 +112,7 @@ def forecast(shards: Sequence[Shard], root: Path, options: Options, tasks: Mappi
     found = quotas(root)
     return {
         "format": PLAN_FORMAT,
-        "source": options.source,
+        "source": as_one_text(options.source),
         "root": str(root),
         "shards": len(shards),
         "source_bytes": round(sizes.total),
@@ -183,8 +183,9 @@ def _commands(cost: StageCost, shape: JobShape | None, workers: int, limit: int,
         return []
     variables = {"ROOT": str(options.root.absolute())}
     if cost.reads_source:
-        source = Path(options.source)
-        variables["SRC_DIR"] = str(source.absolute()) if source.exists() else options.source
+        variables["SRC_DIR"] = as_one_text(
+            [str(Path(source).absolute()) if Path(source).exists() else source for source in options.source]
+        )
     flags = os.environ.get(f"FLAGS_{cost.stage[:2]}", "").split()
     if options.shards is not None:
         flags += ["--shards", options.shards]

@@ -21,7 +21,7 @@ from curation.commands.findings import Findings, as_lines, as_record, results_in
 from curation.commands.verify.shard import CAPTIONS, EDITS, HYBRID, PROMPTS, REMEDIES, Task, Verdict, verify_shard
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
 from curation.jsonio import clean_text
-from curation.options import exit_code, logger, parse_arguments, set_up_logging
+from curation.options import LISTED, Files, exit_code, logger, parse_arguments, set_up_logging
 from curation.run.inputs import check_made_by, receipts_of
 from curation.run.ledger import Ledger
 from curation.run.progress import Progress
@@ -39,7 +39,7 @@ _NOT_PROVED = ("subset", "blur_faces", "shard_size")  # options of stage 04
 class Options:
     """Prove that a hybrid dataset is its source with the edits applied, and nothing else."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[Files, tyro.conf.Positional]
     """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
     hybrid: Annotated[Path, tyro.conf.Positional]
     """Folder with the hybrid shards: stage 04's --output."""
@@ -49,7 +49,7 @@ class Options:
     """Folder with the prompts: stage 02's --output."""
     captions: Path | None = None
     """Folder with the captions: stage 01's --output."""
-    shards: str | None = None
+    shards: Annotated[str | None, LISTED] = None
     """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
     workers: int | None = None
     """Number of processes.  Default: one per CPU."""

@@ -1,0 +1,404 @@
+"""Which files a text names that a user has typed: folders, globs, braces, lists, files, URLs and commands.
+
+What is meant is done where only one thing can be meant, with a line that says so.  Otherwise the message says what to
+type.  Nothing is left out without a line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from curation.cluster import WORKER_VARIABLE
+from curation.errors import UsageError
+from curation.options import plain_path, plain_source
+from curation.storage.files import glob_paths, is_pattern
+from curation.storage.urls import PIPE, Source, Url, find_remote, is_remote
+
+logger = logging.getLogger("curation")
+
+TAR: Final = ".tar"
+PACKED_TARS: Final = (".tar.gz", ".tgz")  # read like tars; stage 04 alone takes none
+_NO_LISTS: Final = (
+    TAR, *PACKED_TARS, ".tar.zst", ".tar.bz2", ".tar.xz", ".zip", ".json", ".jsonl", ".parquet", ".npz", ".npy",
+    ".jpg", ".jpeg", ".png", ".webp", ".idx", ".md", ".sh", ".yml", ".yaml", ".log",
+)  # fmt: skip
+_PACKED_OTHERWISE: Final = (".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
+_INCOMPLETE: Final = (".part", ".partial", ".tmp", ".crdownload", ".aria2", ".download", ".filepart")
+_SAMPLE_FILES: Final = frozenset(("jpg", "jpeg", "png", "webp", "txt"))
+_MAX_DEPTH: Final = 4
+_MAX_FOLDERS: Final = 10_000  # looked through for tars: the whole disk was not meant
+_EDITS: Final = ("edits", "03_generate_images")  # tars of edited samples alone: nobody's source
+
+
+def tell(text: str) -> None:
+    """Warn once: a run's workers find the same files again, and say nothing."""
+    if WORKER_VARIABLE not in os.environ:
+        logger.warning(text)
+
+
+def is_tar(source: Source | str) -> bool:
+    """Whether a name is that of a tar, be it compressed with gzip or not."""
+    return str(getattr(source, "name", source)).endswith((TAR, *PACKED_TARS))
+
+
+def is_loose(path: Path) -> bool:
+    """Whether a folder is a shard of loose files (img2dataset): its name is a number, or its table is next to it.
+
+    A folder that holds tars, or nothing but folders, is none: ``shards/000/00000.tar``.
+    """
+    name = path.name
+    named = (name.isascii() and name.isdigit()) or path.with_name(f"{name}.parquet").is_file()
+    return named and path.is_dir() and not _holds_shards(path)
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Whether a folder holds a tar, or folders alone.  The first file of a sample ends the search."""
+    folders = files = 0
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                is_folder = _is_folder(entry)
+                if is_tar(entry.name) and not is_folder:
+                    return True
+                if not is_folder and entry.name.rpartition(".")[2].lower() in _SAMPLE_FILES:
+                    return False
+                folders, files = folders + is_folder, files + (not is_folder)
+    except OSError:
+        return False
+    return folders > 0 and files == 0
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def expand_braces(pattern: str, *, leave_others: bool = False) -> Iterator[str]:
+    """Expand ``{a,b}`` and ``{000..042}`` (zero padding is kept) as Bash does, from left to right.
+
+    leave_others: keep other braces unchanged, as in a command; otherwise they raise UsageError.
+    It is lazy, so that a caller can stop at a pattern that names too many.
+    """
+    match = re.search(r"\{(\d+\.\.\d+|[^{}\s]*,[^{}\s]*)\}" if leave_others else r"\{([^{}]*)\}", pattern)
+    if not match:
+        yield pattern
+        return
+    before, body, after = pattern[: match.start()], match.group(1), pattern[match.end() :]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+    choices: Iterable[str]
+    if span:
+        first, last = span.groups()
+        padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        step = 1 if int(first) <= int(last) else -1
+        choices = (str(n).zfill(width) for n in range(int(first), int(last) + step, step))
+    elif "," in body:
+        choices = body.split(",")
+    else:
+        raise UsageError(f"cannot read the braces {{{body}}} in {pattern!r}: use {{000..042}} or {{a,b}}")
+    for choice in choices:
+        for rest in expand_braces(after, leave_others=leave_others):
+            yield f"{before}{choice}{rest}"
+
+
+def numbered_lines(list_file: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a list without comments, which begin with a ``#`` at the start or after white space."""
+    try:
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{list_file}: not a list in UTF-8 ({error})") from None
+    for number, line in enumerate(lines, 1):
+        text = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
+        if text:
+            yield number, text
+
+
+def separate(text: str) -> list[str]:
+    """The sources in one text: itself if it names something, else what white space or commas separate.
+
+    So an environment variable can hold several, as in ``SRC_DIR="a.tar b.tar"``; each of them must name something.
+    """
+    if text.lstrip().startswith(PIPE) or not re.search(r"[\s,]", text.strip()) or _names_something(text):
+        return [text]
+    for separator in (r"[\r\n]+", r"[\s,]+", r"\s+", r","):
+        parts = [part.strip() for part in re.split(separator, text) if part.strip()]
+        if len(parts) > 1 and all(map(_names_something, parts)):
+            return parts
+    return [text]
+
+
+def as_one_text(sources: Sequence[str]) -> str:
+    """One text that ``separate`` takes apart again, for an environment variable."""
+    return ("\n" if any(re.search(r"\s", source) for source in sources) else " ").join(sources)
+
+
+def _names_something(text: str) -> bool:
+    try:
+        if is_remote(text.strip()):
+            return len(text.split()) == 1 and not re.search(r",\s*\w+://", text)
+        path = plain_path("", text)
+        return os.path.lexists(path) or next(_matches(path), None) is not None
+    except UsageError:
+        return False
+
+
+def _matches(pattern: str, limit: int = 1000) -> Iterator[str]:
+    """What a glob names, or a pattern with braces: of that only what exists, because a range may have gaps.
+
+    limit: how many braces are expanded.
+    """
+    braces = "{" in pattern
+    for name in islice(expand_braces(pattern), limit + 1) if braces else (pattern,):
+        if braces and os.path.lexists(name):
+            yield name
+        elif any(c in name for c in "*?["):
+            yield from glob_paths(name)
+
+
+class Search:
+    """Finds the files that sources name.
+
+    Args:
+        suffix: How the files' names end; with ``.tar``, tars that are compressed with gzip count as well.
+        inside: What the folder of such files is called inside the folder of a whole dataset.
+        allow_pipe: Commands may be run.
+        limit: How many files a pattern with braces may name.
+    """
+
+    def __init__(self, suffix: str, inside: str, *, allow_pipe: bool, limit: int) -> None:
+        self._suffix, self._inside = suffix, inside
+        self._endings = (suffix, *PACKED_TARS) if suffix == TAR else (suffix,)
+        self._allow_pipe, self._limit = allow_pipe, limit
+        self._folders = 0
+        self._skipped: list[str] = []
+
+    def find(self, sources: Sequence[str], *, may_be_empty: bool) -> Iterator[Source]:
+        """The files that all sources name together, in the sources' order.
+
+        Raises:
+            UsageError: A source names nothing, and ``may_be_empty`` is not set.
+        """
+        words = [word for source in sources for word in separate(source)]
+        beside = len(words) > 1 and any(word.endswith(self._endings) for word in words)
+        for word in words:
+            if beside and self._skip(word):
+                continue
+            source, found = plain_source("", word), False
+            for path in self._named(source):
+                found = True
+                yield path
+            if not found and not may_be_empty:
+                raise UsageError(self._why_none(source))
+        if self._skipped:
+            first, count = self._skipped[0], len(self._skipped)
+            which = f"{first} is" if count == 1 else f"{count:,} files such as {first} are"
+            tell(f"{which} not read: only *{self._suffix} files are wanted here")
+
+    def _skip(self, name: str) -> bool:
+        """Whether a name is that of a file beside shards, as ``shards/*`` names them too, or of a folder of records."""
+        if name.endswith(self._endings) or not name.endswith((*_NO_LISTS, *_INCOMPLETE, "/")):
+            base = os.path.basename(name)
+            return base.startswith("_") and os.path.isdir(name)
+        if os.path.isdir(name) or is_remote(name) or not os.path.lexists(name):
+            return False
+        self._skipped.append(name)
+        return True
+
+    def _named(self, source: str) -> Iterator[Source]:
+        if is_remote(source):
+            yield from self._remote(source)
+            return
+        path = Path(source)
+        if path.is_dir():
+            yield from self._in_folder(path)
+        elif source.rstrip("/").endswith(self._endings) and os.path.lexists(path):
+            yield path
+        elif path.is_file():
+            self._check_list(path)
+            yield from self._listed(path)
+        elif "{" in source or any(c in source for c in "*?["):
+            yield from self._matching(source)
+        else:
+            raise UsageError(
+                f"{source!r} does not exist{_near(source)}: give a folder, a glob, braces, a list file or one "
+                f"*{self._suffix}"
+            )
+
+    def _matching(self, pattern: str) -> Iterator[Source]:
+        names = list(islice(_matches(pattern, self._limit), self._limit + 1))
+        beside = any(name.endswith(self._endings) for name in names)
+        for name in names:
+            path = Path(name)
+            if name.endswith(self._endings):
+                yield path  # without a look at each
+            elif beside and self._skip(name):
+                continue
+            elif is_loose(path) or not path.exists():
+                yield path
+            elif beside:
+                self._skipped.append(name)
+            elif path.is_dir():
+                yield from self._in_folder(path)
+            else:
+                self._check_list(path)
+                yield from self._listed(path)
+
+    def _remote(self, text: str) -> Iterator[Url]:
+        if self._suffix != TAR:
+            raise UsageError(
+                f"{Url(text)}: only tars are read from a URL or command; copy *{self._suffix} files to this machine"
+            )
+        for name in islice(expand_braces(text, leave_others=text.startswith(PIPE)), self._limit + 1):
+            yield from find_remote(name, self._endings, allow_pipe=self._allow_pipe)
+
+    # ---- lists
+
+    def _check_list(self, path: Path) -> None:
+        """Raise UsageError for a file that is no list of shards, by its name."""
+        if not path.name.lower().endswith(_NO_LISTS):
+            return
+        wanted = f"*{self._suffix} files are wanted here, or a text file that lists them, one path a line"
+        if path.name.lower().endswith(_PACKED_OTHERWISE):
+            raise UsageError(f"{path}: this kind of archive is not read; unpack it first; {wanted}")
+        raise UsageError(f"{path}: {wanted}{_made_by(path.parent)}")
+
+    def _listed(self, list_file: Path) -> Iterator[Source]:
+        for number, name in numbered_lines(list_file):
+            if is_remote(name):
+                yield from self._remote(name)
+                continue
+            path = list_file.parent / name
+            if not os.path.lexists(path):
+                path = list_file.parent / plain_source(f"{list_file}, line {number}:", name)
+            if path.is_file() or is_loose(path) or (path.is_symlink() and is_tar(path)):
+                yield path
+            elif path.is_dir():
+                yield from self._in_folder(path)
+            elif is_pattern(str(path)) and (names := list(_matches(str(path)))):
+                yield from map(Path, names)
+            else:
+                raise UsageError(f"{list_file}, line {number}: no file {name!r}")
+
+    # ---- folders
+
+    def _in_folder(self, folder: Path, depth: int = 0) -> Iterator[Path]:
+        """The folder's files with the suffix; without tars, its folders of loose files, or itself if it is one, or
+        the tars in its subfolders."""
+        self._folders += 1
+        if self._folders > _MAX_FOLDERS:
+            raise UsageError(f"more than {_MAX_FOLDERS:,} folders were searched for *{self._suffix} files: give a glob")
+        try:
+            with os.scandir(folder) as entries:  # one listing, no stat per shard
+                every = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be listed ({error.strerror})") from None
+        named = [entry for entry in every if entry.name.endswith(self._endings)]
+        unpacked = {entry.name for entry in named if _is_folder(entry)}
+        names = [entry.name for entry in named if entry.name not in unpacked and entry.name.endswith(self._suffix)]
+        packed = [entry.name for entry in named if entry.name not in unpacked and not entry.name.endswith(self._suffix)]
+        if names or packed:
+            self._tell_of_others(folder, names, packed, unpacked, [entry.name for entry in every])
+            yield from (folder / name for name in sorted(names or packed))
+            return
+        if self._suffix == TAR:
+            names = [entry.name for entry in every if _is_folder(entry) and is_loose(folder / entry.name)]
+            yield from (folder / name for name in sorted(names))
+        if self._suffix == TAR and not names and is_loose(folder):
+            yield folder
+        elif not names:
+            yield from self._below(folder, sorted(entry.name for entry in every if _is_folder(entry)), depth)
+
+    def _below(self, folder: Path, subfolders: Sequence[str], depth: int) -> Iterator[Path]:
+        """The files in a dataset's folder of them, or the tars in all subfolders but those of records and edits."""
+        if self._inside in subfolders and (found := list(self._in_folder(folder / self._inside, _MAX_DEPTH))):
+            tell(f"{folder} has no *{self._suffix} files itself: those in {folder / self._inside} are read")
+            yield from found
+        elif self._suffix == TAR and depth < _MAX_DEPTH:
+            places = [folder / name for name in subfolders if not name.startswith("_")]
+            edits = [place for place in places if _holds_edits(place)]
+            found = [path for place in places if place not in edits for path in self._in_folder(place, depth + 1)]
+            if found and depth == 0:
+                left_out = f"; {edits[0]} is not, because it holds edits" if edits else ""
+                tell(
+                    f"{folder} has no tars itself: the {len(found):,} in its subfolders, such as {found[0]}, are "
+                    f"read{left_out}"
+                )
+            yield from found
+
+    def _tell_of_others(
+        self, folder: Path, tars: Iterable[str], packed: Iterable[str], unpacked: Iterable[str], every: Iterable[str]
+    ) -> None:
+        """Warn of what is not read in a folder of shards, except of packed copies of tars that are there."""
+        ids = {name[: -len(self._suffix)] for name in tars}
+        if ids and (
+            others := sorted(name for name in packed if name.removesuffix(".tgz").removesuffix(".tar.gz") not in ids)
+        ):
+            tell(
+                f"{folder}: {len(others):,} files such as {others[0]} are not read, because there are tars beside "
+                "them; to read both, name them in a list file"
+            )
+        if folders := sorted(unpacked):
+            tell(f"{folder}: {len(folders):,} folders such as {folders[0]} are named like shards and are not read")
+        endings = tuple(f"{ending}{end}" for ending in self._endings for end in _INCOMPLETE)
+        if parts := sorted(name for name in every if name.endswith(endings)):
+            tell(f"{folder}: {len(parts):,} incomplete files such as {parts[0]} are not read")
+
+    def _why_none(self, source: str) -> str:
+        """What to say of a source that names no file."""
+        text = f"no *{self._suffix} shards found in {source!r}"
+        folder = Path(source)
+        if is_remote(source) or not folder.is_dir():
+            return text
+        names = [name for name in _names_in(folder) if name[0] not in "._"]
+        kinds = Counter(f"*{Path(name).suffix}" for name in names if Path(name).suffix)
+        if kinds:
+            text += f"; it holds {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common(3))}"
+        text += _made_by(folder)
+        meant = [name for name in sorted(names) if any(n.endswith(self._suffix) for n in _names_in(folder / name))]
+        if meant:
+            text += f"; did you mean {' or '.join(str(folder / name) for name in meant[:3])}?"
+        elif kinds.keys() & {"*.parquet", "*.csv", "*.tsv"} and self._suffix == TAR:
+            text += "; if these are tables of URLs, let stage 00 (00_download.py) download the images first"
+        return text
+
+
+def _names_in(folder: Path) -> list[str]:
+    """For a message: what lies in a folder, as far as that can be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _holds_edits(folder: Path) -> bool:
+    name, stage = _EDITS
+    return folder.name == name or os.path.isdir(folder / "_receipts" / stage)
+
+
+def _made_by(folder: Path) -> str:
+    """For a message: which stages wrote a folder's files, as their receipts say."""
+    stages = [name for name in sorted(_names_in(folder / "_receipts")) if re.fullmatch(r"\d\d_\w+", name)]
+    return (
+        f"; {folder} was written by {' and '.join(stages)}: give the folder that this one is to read" if stages else ""
+    )
+
+
+def _near(source: str) -> str:
+    """For a message: quotation marks of a web page, or a name beside it that is nearly the same."""
+    if any(mark in source for mark in "“”„‘’«»"):
+        return ' (it has typographic quotation marks, perhaps copied from a web page: type "…" instead)'
+    path = Path(source)
+    close = difflib.get_close_matches(path.name, _names_in(path.parent)[:10_000], 1, 0.7)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""

@@ -51,8 +51,8 @@ def table(models: Sequence[Model], here: Here | None = None) -> list[str]:
 def header(models: Sequence[Model], with_here: bool = False) -> list[str]:
     """The names of the columns: those that some model has something for."""
     more = (["steps"] if any(m.steps for m in models) else []) + (["here"] if with_here else [])
-    suits = ["suits"] if any(m.suits for m in models) else []
-    return ["name", "hub id", "weights", *more, "gated", "licence", *suits]
+    use = ["use"] if any(m.suits for m in models) else []
+    return ["name", "hub id", "weights", *more, "gated", "licence", *use]
 
 
 def row(model: Model, models: Sequence[Model], here: str | None = None) -> list[str]:
@@ -60,15 +60,19 @@ def row(model: Model, models: Sequence[Model], here: str | None = None) -> list[
     names = header(models, here is not None)
     cells = {
         "name": model.short,
-        "hub id": model.source,
-        "weights": f"{model.weights_gb:.1f} GB",
+        "hub id": model.source or "-",
+        "weights": _size(model.weights_gb),
         "steps": str(model.steps or "-"),
         "here": here or "",
         "gated": "yes" if model.gated else "no",
-        "licence": model.licence,
-        "suits": model.suits,
+        "licence": model.licence or "-",
+        "use": model.suits,
     }
     return [cells[name] for name in names]
+
+
+def _size(gb: float) -> str:
+    return f"{gb:.1f} GB" if gb >= 0.1 else f"{gb * 1000:.0f} MB" if gb else "-"
 
 
 # ---- what is on this machine

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from curation.models.hub_cache import hub_folder
 from curation.models.known import Model
+from curation.models.weights import is_hub_id
 
 Here = Callable[[Model], str]  # "yes", "in part" or "no"
 _PART_FILES = ("scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
@@ -52,13 +53,15 @@ def header(models: Sequence[Model], with_here: bool = False) -> list[str]:
     """The names of the columns: those that some model has something for."""
     more = (["steps"] if any(m.steps for m in models) else []) + (["here"] if with_here else [])
     use = ["use"] if any(m.suits for m in models) else []
-    return ["name", "hub id", "weights", *more, "gated", "licence", *use]
+    source = "hub id" if all(is_hub_id(m.source) for m in models) else "weights from"
+    return ["name", source, "weights", *more, "gated", "licence", *use]
 
 
 def row(model: Model, models: Sequence[Model], here: str | None = None) -> list[str]:
     """One model's cells, in the columns of ``header(models)``."""
     names = header(models, here is not None)
     cells = {
+        "weights from": model.source or "-",
         "name": model.short,
         "hub id": model.source or "-",
         "weights": _size(model.weights_gb),
@@ -72,7 +75,9 @@ def row(model: Model, models: Sequence[Model], here: str | None = None) -> list[
 
 
 def _size(gb: float) -> str:
-    return f"{gb:.1f} GB" if gb >= 0.1 else f"{gb * 1000:.0f} MB" if gb else "-"
+    if not gb:
+        return "-"
+    return f"{gb:.1f} GB" if gb >= 0.1 else f"{gb * 1000:.0f} MB" if gb >= 0.001 else "< 1 MB"
 
 
 # ---- what is on this machine

@@ -72,7 +72,7 @@ class Options(RunOptions):
     """Folder for the prompts, one <shard>.json each."""
     model_name: str = DEFAULT_MODEL
     """The model, as the servers call it.  Ollama gets the default by `ollama create tulu3:fairclip -f
-    curation/serving/Modelfile`; `curation models fetch 02` prints the whole command for this machine."""
+    examples/ollama/Modelfile`; `models fetch 02` prints the whole command for this machine."""
     list_models: bool = False
     """Print the models that write the prompts, with licence, memory and whether they are on this machine, and end."""
     embedded: bool = False

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from curation import PROGRAM
 from curation.models.hub_cache import hub_folder
 from curation.models.known import Model
 from curation.models.weights import is_hub_id
@@ -32,7 +33,7 @@ def list_models(stage: str, models: Sequence[Model], more: str, here: Here, fetc
         here: Whether the weights are on this machine.
         fetch: The flag of ``models fetch`` that names the model.
     """
-    lines = [*table(models, here), "", f"To fetch one: curation models fetch {stage} {fetch}", more]
+    lines = [*table(models, here), "", f"To fetch one: {PROGRAM} models fetch {stage} {fetch}", more]
     return "\n".join([*lines, WEIGHTS_NOTE, "Licences may change: check each model card."])
 
 

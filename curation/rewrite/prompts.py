@@ -20,7 +20,7 @@ MAX_SYSTEM_BYTES = 64 << 10
 WARMER = 0.2  # each retry after a refused reply raises the temperature by this, up to:
 HOTTEST = 1.5
 
-# The system prompt.  Ollama models contain it through their Modelfile (curation/serving/Modelfile has the same text).
+# The system prompt.  Ollama models contain it through their Modelfile (examples/ollama/Modelfile has the same text).
 SYSTEM = """\
 You edit image captions. Each message holds a sentence that describes a picture, and may name a group of people, like \
 this: sentence: "a man reading in a park" group:"asian female"
@@ -136,7 +136,7 @@ def is_instructed(served: Served, *, default_name: bool) -> bool:
     """Whether a model has the instruction for this task of its own, so that the project's is not sent to it.
 
     It has where its system prompt, its template or its example messages speak of the sentence and the group, as
-    curation/serving/Modelfile does.  A model of the default name was made for the task, whatever the words: there any
+    examples/ollama/Modelfile does.  A model of the default name was made for the task, whatever the words: there any
     system prompt counts that says more than who the model is, and a server that tells nothing is believed.
     """
     spoken = f"{served.system}\n{served.texts}".lower()

@@ -1,6 +1,6 @@
 """How Ollama gets a model: the commands to run where it serves, and whether it has the model on this machine.
 
-``tulu3:fairclip`` is made from another model by the ``Modelfile`` beside this file, which a wheel carries too.
+``tulu3:fairclip`` is made from another model by a Modelfile, which a wheel carries too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
-MODELFILES = {"tulu3:fairclip": Path(__file__).with_name("Modelfile")}
+from curation import PROJECT
+
+MODELFILES = {"tulu3:fairclip": PROJECT / "examples" / "ollama" / "Modelfile"}
 _DEFAULT_PORT = 11434
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _FOLDERS = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")  # the latter of the systemd service

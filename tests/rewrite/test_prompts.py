@@ -104,14 +104,14 @@ def test_a_system_prompt_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_modelfile_carries_the_same_instruction() -> None:
-    text = (ROOT / "curation" / "serving" / "Modelfile").read_text("utf-8")
+    text = (ROOT / "examples" / "ollama" / "Modelfile").read_text("utf-8")
     assert f'SYSTEM """{SYSTEM}"""' in text
     assert f"PARAMETER num_ctx {CONTEXT_TOKENS}\n" in text
     assert text.count('"""') == 2
 
 
 def test_the_modelfiles_examples_are_replies_that_count() -> None:
-    text = (ROOT / "curation" / "serving" / "Modelfile").read_text("utf-8")
+    text = (ROOT / "examples" / "ollama" / "Modelfile").read_text("utf-8")
     questions = re.findall(r"^MESSAGE user (.*)$", text, re.MULTILINE)
     replies = re.findall(r"^MESSAGE assistant (.*)$", text, re.MULTILINE)
     assert len(questions) == len(replies) > 0

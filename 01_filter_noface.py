@@ -19,12 +19,15 @@ from typing import Annotated, Any, Literal
 import tyro
 import xxhash
 
-from curation.backends.faces import DetectorName, defaults_of_all, detector_class
+from curation import backends
+from curation.backends.faces import defaults_of_all, detector_class, detector_named, here, known_models
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.faces import RECORDED_FIELD, Agreement, DetectorSettings, FaceDetector, recorded_boxes, without_area
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
+from curation.models.known import find
+from curation.models.listing import asks_for_models, list_models
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.models.onnx import read_weights
 from curation.options import (
@@ -48,6 +51,9 @@ from curation.tar.scan import IMAGE_SUFFIXES
 from curation.threads import prefetch
 
 EDITS_STAGE = "03_generate_images"  # it writes into --edits too
+NO_DETECTORS = ("auto", "recorded")
+DETECTORS = (*NO_DETECTORS, *backends.names("faces"))
+MORE_MODELS = "--detector recorded uses the boxes in the metadata, and no model; --model names another ONNX file."
 DEFAULT_DETECTOR, EMBEDDED_DETECTOR = "scrfd", "centerface"  # if ``auto`` must detect faces
 CHECKPOINT = 64  # detected samples that go into the partial log together
 MAX_BYTES_AHEAD = 256 << 20  # limit for images that are read ahead of the detector
@@ -80,9 +86,11 @@ class Options(RunOptions):
     """Folder for the captions, one <shard>.json each."""
     edits: FolderName
     """Folder for the kept samples' metadata, one <shard>.json each; later stages write their edits there too."""
-    detector: Literal["auto", "recorded"] | DetectorName = "auto"
+    detector: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(DETECTORS)}}}")] = "auto"
     """recorded: use face_bboxes in the metadata.  A detector's name: detect faces with it.  auto: recorded if the
     field exists and is not null, otherwise scrfd (with --embedded: centerface)."""
+    list_models: bool = False
+    """Print the detectors with licence, memory and whether their weights are on this machine, and end."""
     embedded: bool = False
     """If auto must detect faces, use the small detector that comes with this project (CenterFace)."""
     model: str | None = None
@@ -102,8 +110,13 @@ class Options(RunOptions):
     edits_layout: Literal["tar", "files"] = "tar"
     """files: each kept sample's metadata also as a loose <shard>/<key>.json in --edits, as older tools expect."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detector", detector_named(self.detector, NO_DETECTORS))  # in its own spelling
+
     def check(self) -> None:
         super().check()
+        if self.model is not None and find(self.model, known_models()) and not Path(self.model).expanduser().exists():
+            raise UsageError(f"--model {self.model}: is for an ONNX file; a detector is named with --detector")
         if Path(self.output).absolute() == Path(self.edits).absolute():
             raise UsageError("--output and --edits must be two folders: both hold <shard>.json")
         if self.det_size is not None and self.det_size % 32:
@@ -360,6 +373,9 @@ def mark(detector: FaceDetector) -> str:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
+    if asks_for_models(argv):
+        print(list_models("01", known_models(), MORE_MODELS, here, "--detector NAME"))
+        return 0
     options = parse_options(Options, argv)
     options.check()
     check_made_by("--output", Path(options.output), FilterFaces.name)

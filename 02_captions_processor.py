@@ -21,6 +21,7 @@ from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
+from curation.models.listing import asks_for_models, list_models
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.options import (
     LISTED,
@@ -52,7 +53,7 @@ from curation.rewrite.prompts import (
     opening,
     read_system_prompt,
 )
-from curation.rewrite.weights import prompt_model
+from curation.rewrite.weights import MODELS, here, prompt_model
 from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.follow import followed_folder
 from curation.run.inputs import check_made_by
@@ -72,6 +73,7 @@ TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3
 EMBEDDED_MODEL = "embedded/gemma-3-270m"
 EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
 
+MORE_MODELS = "--model_name takes any model that the servers have (`ollama list`); --embedded brings its own."
 STAND_IN = (
     "--embedded: prompts by Gemma 3 270M, a stand-in for trying out.  It is given the beginning of each prompt, so "
     "that the group is in it, and often loses the rest of the caption: not for research"
@@ -88,7 +90,10 @@ class Options(RunOptions):
     output: Annotated[FolderName, also("-o")]
     """Folder for the prompts, one <shard>.json each."""
     model_name: str = DEFAULT_MODEL
-    """The model, as the servers call it."""
+    """The model, as the servers call it.  Ollama gets the default by `ollama create tulu3:fairclip -f
+    examples/ollama/Modelfile`; `models fetch 02` prints the whole command for this machine."""
+    list_models: bool = False
+    """Print the models that write the prompts, with licence, memory and whether they are on this machine, and end."""
     embedded: bool = False
     """Start a small stand-in model on this machine: for testing the installation, not for research."""
     num_threads: Annotated[int, at_least(1)] = 20
@@ -458,6 +463,9 @@ def _names_tars(source: str) -> bool:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
+    if asks_for_models(argv):
+        print(list_models("02", MODELS, MORE_MODELS, here, "--model_name NAME"))
+        return 0
     options = parse_options(Options, argv)
     options.check()
     options = RewriteCaptions.settled(options)

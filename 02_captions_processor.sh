@@ -13,7 +13,7 @@
 #     PORTS=11434,11435                 servers that run on this node
 #
 # The model must exist in the folder of the servers (OLLAMA_MODELS, by default ~/.ollama/models):
-#     ollama create tulu3:fairclip -f examples/ollama/Modelfile
+#     ollama pull tulu3 && ollama create tulu3:fairclip -f examples/ollama/Modelfile
 #
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/stage-02.md has the variables of the servers,
 # docs/slurm.md all others; those of the site's accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.

@@ -31,7 +31,8 @@ from curation.caption import (
     first_images,
     import_arrow,
     jsonl_lines,
-    list_models,
+    known_models,
+    named,
     parse_formats,
     resolve,
     reusable_captions,
@@ -49,6 +50,7 @@ from curation.hub.background import HubOptions, Pushing
 from curation.images import Pixels
 from curation.jsonio import dump_json
 from curation.models import hub_cache
+from curation.models.listing import asks_for_models, list_models, on_this_machine
 from curation.models.needs import WeightsBySource, WeightsNeed
 from curation.models.weights import CACHE, fetch_weights
 from curation.options import (
@@ -64,6 +66,7 @@ from curation.options import (
     logger,
     more_than,
     parse_options,
+    set_up_logging,
 )
 from curation.run import RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import Ledger
@@ -73,6 +76,9 @@ from curation.run.workers import is_worker
 from curation.serving import read_key
 from curation.shards import discover, local_folders, select
 
+MORE_MODELS = (
+    "--model also takes a folder, another hub id of these families, or endpoint:<model> for a model of vision servers."
+)
 JSONL_NAME = "captions.jsonl"
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
 NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
@@ -90,11 +96,13 @@ class Options(HubOptions, RunOptions):
     output: Annotated[FolderName, also("-o", "--output_dir", "--checkpoint_dir")] = "recaptions"
     """Folder for the captions."""
     model: Annotated[str, also("--model_name")] = "florence2-base"
-    """A short name (--list_models), a hub id, a local folder, or endpoint:<the server's model>."""
+    """A short name (--list_models), a hub id, a local folder, or endpoint:<the server's model>.  Gemma's are gated:
+    accept their licence on the hub and give a token."""
     revision: str | None = None
     """Branch, tag or commit of a hub model.  Default: main, as it is when the run starts."""
     list_models: bool = False
-    """Print the models that have short names, with memory, licence and what they suit, and end."""
+    """Print the models that have short names, with licence, memory, what they suit and whether they are on this
+    machine, and end."""
     format: Annotated[str, LISTED] = "jsonl"
     """jsonl, parquet, files, tar, several with commas between them, or all."""
     detail: Detail = "more_detailed"
@@ -162,6 +170,7 @@ class Options(HubOptions, RunOptions):
     """Another run's captions.jsonl: write compare.html with the images and the captions of both, side by side."""
 
     def check(self) -> None:
+        _ = self.captioner
         super().check()
         if self.prompt is not None and self.prompt_file is not None:
             raise UsageError("--prompt and --prompt_file are one too many")
@@ -254,7 +263,8 @@ class Recaption(Stage[Options]):
         family, source = self.options.captioner
         if family.served:
             return {"model": source, "revision": self.options.revision or "served"}
-        found = hub_cache.resolve(source, self.options.revision, kind=hub_cache.TRANSFORMER)
+        known = known_models(backends.families("caption"))
+        found = hub_cache.resolve(source, self.options.revision, kind=hub_cache.TRANSFORMER, known=known)
         return {"model": found.name, "revision": found.revision}
 
     def fingerprint(self) -> dict[str, object]:
@@ -402,11 +412,16 @@ class Recaption(Stage[Options]):
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(Options, argv)
-    if options.list_models:
-        print(list_models(backends.families("caption")))
+    families = backends.families("caption")
+    if asks_for_models(argv):
+        print(list_models("05", known_models(families), MORE_MODELS, on_this_machine(hub_cache.TRANSFORMER[0])))
         return 0
+    options = parse_options(Options, argv)
     options.check()
+    _, could_mean_two = named(options.model, families)
+    if could_mean_two and not is_worker():
+        set_up_logging(options.quiet)
+        logger.info(could_mean_two)
     run = options.of_the_run()
     run = Recaption.settled(run)
     shards = select(discover(run.source, allow_pipe=run.allow_pipe), run.shards)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -34,6 +34,8 @@ from curation.extract import (
     write_npz,
     write_parquet,
 )
+from curation.extract.catalogue import here, known_models
+from curation.models.listing import asks_for_models, list_models
 from curation.models.needs import WeightsNeed
 from curation.options import (
     LISTED,
@@ -53,6 +55,8 @@ from curation.shards import Shard, local_folders
 from curation.tar.samples import read_samples
 from curation.tar.scan import TarReport
 
+MORE_MODELS = "--models also takes clip:<hub id or folder> and siglip:<hub id or folder>."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
@@ -64,7 +68,9 @@ class Options(RunOptions):
     output: Annotated[str | None, also("-o", "--output_metadata_dir"), PATH] = None
     """Folder for the parquets and npzs."""
     models: Annotated[str | None, LISTED] = None
-    """Directives with commas between them, such as oai-clip-vit-b32,nsfw-detoxify."""
+    """Directives (--list_models) with commas between them, such as oai-clip-vit-b32,nsfw-detoxify."""
+    list_models: bool = False
+    """Print the directives with licence, memory, what they compute and whether their weights are here, and end."""
     yml: Annotated[str | None, PATH] = None
     """A file with these flags as its keys, as dataset2metadata has them; a flag goes before its key in the file."""
     postprocess_columns: Annotated[str | None, LISTED] = None
@@ -135,8 +141,8 @@ class Metadata(Stage[Options]):
 
     def __init__(self, options: Options, config: ExtractConfig) -> None:
         super().__init__(options, config.output_metadata_dir)
-        self.config = config
         self.catalogue = Catalogue(families(), config)
+        self.config = self.catalogue.config
         self.catalogue.check_outputs_early()
         self._extraction: Extraction | None = None
 
@@ -239,6 +245,10 @@ def refuse_tables_of_the_source(stage: Metadata, shards: Sequence[Shard]) -> Non
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
+    if asks_for_models(argv):
+        known = known_models(families())
+        print(list_models("06", known, MORE_MODELS, partial(here, families()), "--models NAME"))
+        return 0
     options = parse_options(Options, argv)
     options.check()
     set_up_logging(options.quiet)

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import xxhash
 
 from curation.errors import InfrastructureError, SampleError
+from curation.models.hub_cache import TRANSFORMER
+from curation.models.known import Model, find, model_of
 from curation.models.needs import WeightsNeed
 from curation.replies import Reply
 
@@ -25,28 +27,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 class OutOfMemory(Exception):
     """A batch did not fit on the device.  A smaller one may fit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One line of ``--list_models``.
-
-    Attributes:
-        short: Its name for ``--model``.
-        source: Its id on the hub.
-        memory_gb: Memory that it needs on the device with weights in 16 bits and a small batch.  It is calculated from
-            the number of parameters, not measured.
-        licence: Of the weights.
-        suits: What it is good for, in a few words.
-        other_names: Further names for ``--model``, in lower case, such as the id of a copy in another layout.
-    """
-
-    short: str
-    source: str
-    memory_gb: float
-    licence: str
-    suits: str
-    other_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,24 +215,35 @@ def resolve(model: str, families: Mapping[str, Family]) -> tuple[Family, str]:
     prefix, colon, rest = model.partition(":")
     if colon and prefix in families and families[prefix].served:
         return families[prefix], rest
-    if os.path.isdir(model):
-        return _family_of_folder(model, families), model
-    lower = model.lower()
+    name, _ = named(model, families)
+    if os.path.isdir(name):
+        return _family_of_folder(name, families), name
     for family in families.values():
-        for known in family.models:
-            if lower in (known.short, known.source.lower(), *known.other_names):
-                return family, known.source
-    if _HUB_ID.fullmatch(model):
-        name = lower.partition("/")[2].replace("_", "-")
-        for family in families.values():
-            if family.hub_names is not None and re.search(family.hub_names, name):
-                return family, model
-        raise InfrastructureError(
-            f"--model {model}: its name fits no family ({', '.join(families)}); the config.json of a local folder says "
-            "which it is"
-        )
-    shorts = ", ".join(known.short for family in families.values() for known in family.models)
-    raise InfrastructureError(f"--model {model}: neither a folder, nor a hub id, nor a short name ({shorts})")
+        if (known := find(name, family.models)) is not None:
+            return family, known.source
+    if not _HUB_ID.fullmatch(name):
+        raise InfrastructureError(f"--model {name}: there is no such folder (nor is it a hub id, organisation/name)")
+    hub_name = name.lower().partition("/")[2].replace("_", "-")
+    for family in families.values():
+        if family.hub_names is not None and re.search(family.hub_names, hub_name):
+            return family, name
+    raise InfrastructureError(
+        f"--model {name}: its name fits no family ({', '.join(families)}); the config.json of a local folder says "
+        "which it is"
+    )
+
+
+def known_models(families: Mapping[str, Family]) -> tuple[Model, ...]:
+    """The models of all families that have short names."""
+    return tuple(model for family in families.values() for model in family.models)
+
+
+def named(model: str, families: Mapping[str, Family]) -> tuple[str, str]:
+    """The hub id or folder that a value of ``--model`` means, and a line for the log; see ``known.model_of``."""
+    prefix, colon, _ = model.partition(":")
+    if colon and prefix in families and families[prefix].served:
+        return model, ""
+    return model_of(model, known_models(families), TRANSFORMER[0])
 
 
 def _family_of_folder(folder: str, families: Mapping[str, Family]) -> Family:
@@ -268,14 +259,3 @@ def _family_of_folder(folder: str, families: Mapping[str, Family]) -> Family:
             return family
     types = ", ".join(kind for family in families.values() for kind in family.model_types)
     raise InfrastructureError(f"--model {folder}: its model_type is {model_type!r}; the families here load {types}")
-
-
-def list_models(families: Mapping[str, Family]) -> str:
-    """The table that ``--list_models`` prints: one line for each model that has a short name."""
-    rows = [("name", "hub id", "GPU memory, about", "licence", "suits")]
-    for family in families.values():
-        rows += [(m.short, m.source, f"{m.memory_gb:g} GB", m.licence, m.suits) for m in family.models]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.append("Also: a folder, another hub id of these families, or endpoint:<model> for a model of vision servers.")
-    return "\n".join(lines)

@@ -154,11 +154,19 @@ class Directive:
         columns: Names of its columns.  ``{}`` stands for the model's name: the directive itself, or the last part of
             the hub id or folder.
         features: Names of its features, likewise.
+        source: The hub id of its weights, or where they come from in a few words; "" where it has none.
+        licence: Of the weights.
+        parameters: How many the weights have, in thousand millions; 0 where they are no network.
+        bits: Of one parameter on a GPU.
     """
 
     name: str
     columns: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
+    source: str = ""
+    licence: str = ""
+    parameters: float = 0.0
+    bits: float = 32
 
     @property
     def is_prefix(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from curation.extract.config import ALL, ExtractConfig, check_outputs, model_set
 from curation.extract.plugins import extractors_of, load_plugin, make_extractor
 from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.models.hub_cache import TRANSFORMER, folder_digest, resolve
+from curation.models.known import Model, find
+from curation.models.listing import on_this_machine
 from curation.models.needs import NothingToFetch, WeightsBySource, WeightsNeed
-from curation.models.weights import is_hub_id, is_url
+from curation.models.weights import cached, is_hub_id, is_url
 
 _HUB_ID = "<hub id or folder>"  # what stands behind a prefix, in messages
 
@@ -33,12 +35,34 @@ class Catalogue:
             UsageError: A directive is unknown or there twice, or weights are given for one that is not used.
             InfrastructureError: The plugin cannot be loaded.
         """
-        self._config = config
         self._known = {directive.name: (family, directive) for family in families for directive in family.directives}
         self._plugin: Mapping[str, Callable[[str, ModelSettings], Any]] = {}
         if config.custom_pypath is not None:
             self._plugin = extractors_of(load_plugin(config.custom_pypath), config.custom_pypath)
+        self._models = known_models(families)
+        self._config = self._by_known_names(config)
         self._check_directives()
+
+    @property
+    def config(self) -> ExtractConfig:
+        """What the user asks for, with the directives' own spelling."""
+        return self._config
+
+    def _by_known_names(self, config: ExtractConfig) -> ExtractConfig:
+        models = tuple(map(self._known_name, config.models))
+        weights = {self._known_name(name): source for name, source in config.weights.items()}
+        return replace(config, models=models, weights=weights)
+
+    def _known_name(self, directive: str) -> str:
+        """The directive that a name in another spelling, or the hub id of its weights, stands for."""
+        if directive in self._plugin or directive in self._known:
+            return directive
+        prefix, colon, rest = directive.partition(":")
+        if colon:
+            lower = f"{prefix.strip().lower()}:"
+            return f"{lower}{rest}" if lower in self._known else directive
+        found = find(directive, self._models)
+        return directive if found is None else found.short
 
     def make(self, directive: str, device: str, threads: int) -> Extractor:
         """Load the directive's model.
@@ -128,12 +152,51 @@ class Catalogue:
         names += self._plugin
         for directive in config.models:
             if directive not in self._plugin and self._find(directive) is None:
-                raise UsageError(f"models: unknown directive {directive!r}: {nearest(directive, names)}")
+                hint = f"{nearest(directive, names)} --list_models shows all of them"
+                if is_hub_id(directive):
+                    prefixes = " or ".join(f"{name}{directive}" for name in self._known if name.endswith(":"))
+                    hint = f"for a model of the hub write {prefixes}"
+                raise UsageError(f"models: unknown directive {directive!r}: {hint}")
             if config.models.count(directive) > 1:
                 raise UsageError(f"models: {directive!r} is there twice")
         for directive in config.weights:
             if directive not in config.models:
                 raise UsageError(f"weights: {directive!r} is none of the models: {nearest(directive, config.models)}")
+
+
+def known_models(families: Iterable[ExtractorFamily]) -> list[Model]:
+    """The directives as ``--list_models`` shows them, but for those that name a hub id behind a prefix."""
+    return [
+        Model(d.name, d.source, d.parameters, d.licence, _outputs(d), bits=d.bits)
+        for family in families
+        for d in family.directives
+        if not d.is_prefix
+    ]
+
+
+def _outputs(directive: Directive) -> str:
+    columns, features = directive.outputs(directive.name)
+    return ", ".join(columns) + (" and features" if features else "")
+
+
+def here(families: Iterable[ExtractorFamily], model: Model) -> str:
+    """Whether all weights that a directive loads by default are on this machine; see ``listing.Here``."""
+    [family] = [family for family in families if any(d.name == model.short for d in family.directives)]
+    settings = ModelSettings()
+    try:
+        sources = family.sources(model.short, settings)
+    except InfrastructureError:
+        return "no"
+    found = [_is_here(source, settings.cache, model) for source in sources]
+    return "yes" if set(found) <= {"yes"} else "in part" if {"yes", "in part"} & set(found) else "no"
+
+
+def _is_here(source: WeightSource, cache: Path, model: Model) -> str:
+    if is_url(source.source):
+        return "yes" if cached(source.source, source.sha256 or "", cache).is_file() else "no"
+    if Path(source.source).expanduser().exists():
+        return "yes"
+    return on_this_machine(TRANSFORMER[0])(model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from curation import PROGRAM
 from curation.models.hub_cache import hub_folder
 from curation.models.known import Model
+from curation.models.weights import is_hub_id
 
 Here = Callable[[Model], str]  # "yes", "in part" or "no"
 _PART_FILES = ("scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
@@ -31,7 +33,7 @@ def list_models(stage: str, models: Sequence[Model], more: str, here: Here, fetc
         here: Whether the weights are on this machine.
         fetch: The flag of ``models fetch`` that names the model.
     """
-    lines = [*table(models, here), "", f"To fetch one: curation models fetch {stage} {fetch}", more]
+    lines = [*table(models, here), "", f"To fetch one: {PROGRAM} models fetch {stage} {fetch}", more]
     return "\n".join([*lines, WEIGHTS_NOTE, "Licences may change: check each model card."])
 
 
@@ -51,24 +53,32 @@ def table(models: Sequence[Model], here: Here | None = None) -> list[str]:
 def header(models: Sequence[Model], with_here: bool = False) -> list[str]:
     """The names of the columns: those that some model has something for."""
     more = (["steps"] if any(m.steps for m in models) else []) + (["here"] if with_here else [])
-    suits = ["suits"] if any(m.suits for m in models) else []
-    return ["name", "hub id", "weights", *more, "gated", "licence", *suits]
+    use = ["use"] if any(m.suits for m in models) else []
+    source = "hub id" if all(is_hub_id(m.source) for m in models) else "weights from"
+    return ["name", source, "weights", *more, "gated", "licence", *use]
 
 
 def row(model: Model, models: Sequence[Model], here: str | None = None) -> list[str]:
     """One model's cells, in the columns of ``header(models)``."""
     names = header(models, here is not None)
     cells = {
+        "weights from": model.source or "-",
         "name": model.short,
-        "hub id": model.source,
-        "weights": f"{model.weights_gb:.1f} GB",
+        "hub id": model.source or "-",
+        "weights": _size(model.weights_gb),
         "steps": str(model.steps or "-"),
         "here": here or "",
         "gated": "yes" if model.gated else "no",
-        "licence": model.licence,
-        "suits": model.suits,
+        "licence": model.licence or "-",
+        "use": model.suits,
     }
     return [cells[name] for name in names]
+
+
+def _size(gb: float) -> str:
+    if not gb:
+        return "-"
+    return f"{gb:.1f} GB" if gb >= 0.1 else f"{gb * 1000:.0f} MB" if gb >= 0.001 else "< 1 MB"
 
 
 # ---- what is on this machine

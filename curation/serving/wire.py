@@ -17,6 +17,7 @@ import orjson
 from curation.errors import InfrastructureError, SampleError
 from curation.replies import CUT, WHOLE, Reply, ended_by
 from curation.serving.connection import EndpointError, ModelMissing, Refused, Session, get, post
+from curation.serving.ollama import commands
 from curation.storage.urls import redact
 
 Api = Literal["ollama", "openai"]
@@ -215,9 +216,9 @@ class Ollama:
         try:
             while_busy(lambda left_s: post(session, f"{url}/api/generate", orjson.dumps(load), left_s), timeout_s)
         except ModelMissing as error:
+            others, get_it = _other_models(session, url), " && ".join(commands(model, url))
             raise InfrastructureError(
-                f"{redact(url)} has no model {model!r} ({error}); make it with `ollama create {model} -f "
-                "examples/ollama/Modelfile`, or name another with --model_name"
+                f"{redact(url)} has no model {model!r} ({error}){others}.  To get it there: {get_it}"
             ) from None
         except Refused as error:  # a server behind this API that needs a prompt: it answers, and that is enough
             if error.access:
@@ -229,6 +230,16 @@ class Ollama:
         if not served.thinks:
             return {}
         return {"think": "low" if served.levels else False}
+
+
+def _other_models(session: Session, url: str) -> str:
+    """The models that an Ollama has, for a message; "" where it does not tell."""
+    try:
+        listed = _object(get(session, f"{url}/api/tags", _SHOW_TIMEOUT_S)).get("models")
+    except (EndpointError, ModelMissing, SampleError):
+        return ""
+    names = [str(entry.get("name")) for entry in listed or [] if isinstance(entry, dict)]
+    return f", but {', '.join(names[:5])}" if names else ""
 
 
 def _shown(session: Session, url: str, model: str, timeout_s: float) -> Served:
@@ -338,7 +349,7 @@ class OpenAI:
         found = {str(entry.get("id")): entry for entry in entries or [] if isinstance(entry, dict)}
         if found and model not in found:
             served = ", ".join([*found][:5])
-            raise InfrastructureError(f"{redact(url)} serves {served}, not {model!r}: name it with --model_name")
+            raise InfrastructureError(f"{redact(url)} serves {served}, not {model!r}: name one that it has")
         return Served(context_tokens=_count(found.get(model, {}).get("max_model_len")))
 
     def quiet_fields(self, served: Served) -> Mapping[str, Any]:

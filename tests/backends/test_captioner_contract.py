@@ -18,9 +18,11 @@ import pytest
 
 from curation import backends
 from curation.caption.batching import caption_batch
-from curation.caption.captioner import Family, OutOfMemory, list_models, resolve
+from curation.caption.captioner import Family, OutOfMemory, known_models, resolve
 from curation.errors import InfrastructureError, SampleError
 from curation.models.batch_size import FittingBatchSize
+from curation.models.known import spelling
+from curation.models.listing import table as lines_of
 from tests import ROOT
 from tests.backends.conftest import accepted, open_captioner
 from tests.servers.hub import Model as HubModel
@@ -47,7 +49,7 @@ def check_declaration(name: str, family: Family) -> None:
     assert family.batch_size >= 1 and family.max_tokens >= 1
     assert family.served or family.model_types, "nothing could be loaded from a folder"
     for model in family.models:
-        assert model.short and model.licence and model.suits and model.memory_gb > 0
+        assert model.short and model.licence and model.suits and model.parameters > 0
         assert all(other == other.lower() for other in (model.short, *model.other_names))
         if family.hub_names is not None:
             assert re.search(family.hub_names, model.source.lower().partition("/")[2]), f"{model.source} is not of it"
@@ -68,16 +70,16 @@ def test_no_two_families_claim_the_same_model() -> None:
             hub_name = model.source.lower().partition("/")[2]
             claim = [f.name for f in FAMILIES.values() if f.hub_names is not None and re.search(f.hub_names, hub_name)]
             assert claim == [family.name]
-    assert len(set(names)) == len(names)
+    assert len(set(map(spelling, names))) == len(names)
     assert len(set(TYPES)) == len(TYPES)
 
 
 def test_every_model_is_listed_and_found_by_each_of_its_names() -> None:
-    table = list_models(FAMILIES)
+    table = "\n".join(lines_of(known_models(FAMILIES)))
     for family in FAMILIES.values():
         for model in family.models:
             assert model.short in table and model.licence in table
-            for name in (model.short, model.source, *model.other_names):
+            for name in (*model.names, model.short.upper(), model.short.replace("-", "_")):
                 assert resolve(name, FAMILIES) == (family, model.source)
 
 
@@ -232,7 +234,8 @@ DROPPED = '''
 """Idefics3 of Hugging Face."""
 
 from curation.backends.caption.base import ChatCaptioner
-from curation.caption.captioner import Family, Model
+from curation.caption.captioner import Family
+from curation.models.known import Model
 
 
 class Backend(ChatCaptioner):
@@ -242,7 +245,7 @@ class Backend(ChatCaptioner):
         max_tokens=100,
         model_types=("idefics3",),
         hub_names=r"idefics-?3",
-        models=(Model("idefics3-8b", "HuggingFaceM4/Idefics3-8B-Llama3", 20, "Apache-2.0", "documents"),),
+        models=(Model("idefics3-8b", "HuggingFaceM4/Idefics3-8B-Llama3", 8.462, "Apache-2.0", "documents"),),
     )
 '''
 
@@ -268,7 +271,7 @@ def test_a_file_that_is_dropped_in_is_found_listed_and_captions(
     families = backends.families("caption")
     assert families.keys() - FAMILIES.keys() == {"idefics3"}
     check_declaration("idefics3", families["idefics3"])
-    assert "idefics3-8b" in list_models(families)
+    assert "idefics3-8b" in "\n".join(lines_of(known_models(families)))
     assert resolve("somebody/My-Idefics3", families) == (families["idefics3"], "somebody/My-Idefics3")
     backend = open_captioner(folder("idefics3"), max_tokens=6)
     batch = of_one_shape([backend.prepare(photo) for photo in photos])

@@ -133,7 +133,7 @@ def test_a_model_that_is_not_there_is_not_tried_again(servers: Servers) -> None:
     process = servers.start(MODEL="another", CUDA_VISIBLE_DEVICES="0")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "ollama create another" in errors
+    assert "ollama pull another" in errors
     assert len((servers.root / "ollama").read_text().splitlines()) == 1
 
 

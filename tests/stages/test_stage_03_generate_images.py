@@ -20,6 +20,8 @@ import pytest
 from PIL import Image
 
 from curation.backends.generate.diffusers import Backend
+from curation.backends.generate.presets import Preset, preset_for
+from curation.backends.generate.tiny import save_tiny_sd
 from curation.cluster import visible_gpus
 from curation.edits import GENERATED_XMP
 from curation.errors import UsageError
@@ -688,6 +690,62 @@ def test_no_hub_and_no_model_is_code_2_also_of_a_dry_run(
     told = capsys.readouterr()
     assert "1 pending" in told.out
     assert "black-forest-labs/FLUX.1-schnell" in told.err
+
+
+@pytest.mark.parametrize("name", ["sdxl-turbo", "SDXL_Turbo", "stabilityai/sdxl-turbo"])
+def test_a_short_name_and_its_hub_id_record_the_same(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    def recorded(model: str) -> dict[str, object]:
+        options = stage.Options(input=f"{root}/prompts", output=f"{root}/edits", model=model, dry_run=True)
+        options.check()
+        return dict(stage.GenerateImages(options).fingerprint())
+
+    cache, commit = tmp_path / "models--stabilityai--sdxl-turbo", "c" * 40
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "snapshots" / commit / "model_index.json").write_text("{}")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = recorded(name)
+    assert (found["model"], found["revision"], found["steps"]) == ("stabilityai/sdxl-turbo", commit, 1)
+    assert found == recorded("stabilityai/sdxl-turbo")
+
+
+def test_a_name_that_is_no_model_is_told_before_anything_else(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--input", str(tmp_path / "none"), "--output", str(tmp_path / "edits")]
+    assert stage.main([*flags, "--model", "z-image-trubo"]) == 2
+    told = capsys.readouterr().err
+    assert "--model z-image-trubo: no model has this short name" in told
+    assert "Did you mean z-image-turbo (Tongyi-MAI/Z-Image-Turbo)" in told and "--list_models" in told
+    assert not (tmp_path / "edits").exists()
+
+
+def test_a_folder_that_was_begun_without_a_preset_goes_on_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, model = (
+        make_input(tmp_path / "data", count=1),
+        tmp_path / "FLUX.2-klein-4B",
+    )  # by its name; a smaller pipeline is quicker
+    save_tiny_sd(model)
+    flags = ["--model", str(model), "--height", "64", "--width", "64", "--dtype", "float32", "--quiet"]
+    with monkeypatch.context() as older:
+        older.setattr(stage, "preset_for", lambda name: (None, Preset(model=name)))
+        assert run(root, "--steps", "1", "--guidance", "0", small=flags) == 0
+    path = root / "edits" / "_receipts" / stage.GenerateImages.name / "_epoch.1.json"
+    change(path, lambda record: record["options"].update(steps=None, guidance=None))
+    assert run(root, small=flags) == 0
+    assert run(root, "--dry_run", small=flags) == 0
+    assert len(list(path.parent.glob("_epoch.*.json"))) == 1, "it goes on under the options that it was begun with"
+    assert preset_for(str(model))[1].steps == 4
+    assert run(root, "--rerun", "--dry_run", small=flags) == 0
+    assert "1 pending" in capsys.readouterr().out, "--rerun has the preset"
 
 
 def test_a_gpu_that_torch_cannot_use_is_told(

@@ -19,8 +19,18 @@ from typing import Any
 
 import numpy as np
 
+from curation import backends
 from curation.backends.caption.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
-from curation.caption.captioner import FIRST, Attempt, CaptionSettings, Detail, Family, OutOfMemory, Quantize
+from curation.caption.captioner import (
+    FIRST,
+    Attempt,
+    CaptionSettings,
+    Detail,
+    Family,
+    OutOfMemory,
+    Quantize,
+    known_models,
+)
 from curation.errors import InfrastructureError, SampleError, UsageError, install
 from curation.models.batch_size import is_out_of_memory, use_device
 from curation.models.hub_cache import (
@@ -32,6 +42,7 @@ from curation.models.hub_cache import (
     snapshot,
 )
 from curation.models.hub_errors import hub_error_line, hub_errors, hub_trouble
+from curation.models.known import Model
 from curation.models.needs import HubFile, WeightsNeed, whole_model
 from curation.models.weights import MODEL_FILES
 from curation.replies import CUT, WHOLE, Reply
@@ -179,7 +190,7 @@ class VisionLanguageModel:
             raise UsageError(f"--quantize {s.quantize} needs the package bitsandbytes: {install('bitsandbytes')}")
         if s.offload and device.startswith("cuda") and importlib.util.find_spec("accelerate") is None:
             raise InfrastructureError(f"--offload needs accelerate: {install('accelerate')}")
-        self.source = resolve(source, s.revision, kind=TRANSFORMER)
+        self.source = resolve(source, s.revision, kind=TRANSFORMER, known=_known())
         self.name, self.revision, self.device = self.source.name, self.source.revision, device
         self.max_tokens = s.max_tokens or self.family.max_tokens
         quiet_transformers()
@@ -217,7 +228,7 @@ class VisionLanguageModel:
             loaded = (file for file in files if any(fnmatch(file.path, pattern) for pattern in MODEL_FILES))
             return sorted(loaded, key=lambda file: file.path)
 
-        return whole_model(source, revision, None, TRANSFORMER, wanted, local_folder)
+        return whole_model(source, revision, None, TRANSFORMER, wanted, local_folder, _known())
 
     # ---- what a family may override
 
@@ -426,6 +437,10 @@ class VisionLanguageModel:
         if settings.pad_token_id is None:
             settings.pad_token_id = self.processor.tokenizer.pad_token_id
         return settings
+
+
+def _known() -> tuple[Model, ...]:
+    return known_models(backends.families("caption"))
 
 
 def local_folder(source: ModelSource) -> Path:

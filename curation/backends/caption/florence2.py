@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from curation.backends.caption.base import Inputs, VisionLanguageModel
-from curation.caption.captioner import Family, Model
+from curation.caption.captioner import Family
 from curation.errors import UsageError
+from curation.models.known import Model
 
 TASKS = {"brief": "<CAPTION>", "detailed": "<DETAILED_CAPTION>", "more_detailed": "<MORE_DETAILED_CAPTION>"}
 
 
-def _model(name: str, memory_gb: float, suits: str, *other_names: str) -> Model:
+def _model(name: str, parameters: float, suits: str, *other_names: str) -> Model:
     """The hub's copy without code.  Microsoft's own repositories want theirs to be run."""
     source = f"florence-community/Florence-2-{name}"
-    return Model(f"florence2-{name}", source, memory_gb, "MIT", suits, (f"microsoft/florence-2-{name}", *other_names))
+    return Model(f"florence2-{name}", source, parameters, "MIT", suits, (f"microsoft/florence-2-{name}", *other_names))
 
 
 class Backend(VisionLanguageModel):
@@ -28,10 +29,10 @@ class Backend(VisionLanguageModel):
         model_types=("florence2",),
         hub_names=r"florence-?2",
         models=(
-            _model("base", 2, "millions of images: the fastest", "base"),
-            _model("large", 4, "the same, more exact, slower", "large"),
-            _model("base-ft", 2, "tuned on public captions"),
-            _model("large-ft", 4, "tuned on public captions"),
+            _model("base", 0.231, "millions of images: the fastest", "base"),
+            _model("large", 0.776, "the same, more exact, slower", "large"),
+            _model("base-ft", 0.231, "tuned on public captions"),
+            _model("large-ft", 0.776, "tuned on public captions"),
         ),
     )
     squeezes = True

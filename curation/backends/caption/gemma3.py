@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from curation.backends.caption.base import ChatCaptioner, Inputs
-from curation.caption.captioner import Family, Model
+from curation.caption.captioner import Family
+from curation.models.known import Model
 
-LICENCE = "Gemma terms, to be accepted"
+
+def _model(size: str, parameters: float, suits: str) -> Model:
+    return Model(f"gemma3-{size}", f"google/gemma-3-{size}-it", parameters, "Gemma terms", suits, gated=True)
 
 
 class Backend(ChatCaptioner):
@@ -20,9 +23,9 @@ class Backend(ChatCaptioner):
         model_types=("gemma3",),
         hub_names=r"gemma-?3(?!n)",
         models=(
-            Model("gemma3-4b", "google/gemma-3-4b-it", 10, LICENCE, "style, medium, palette, mood"),
-            Model("gemma3-12b", "google/gemma-3-12b-it", 26, LICENCE, "the same, better"),
-            Model("gemma3-27b", "google/gemma-3-27b-it", 58, LICENCE, "the same, best; 4bit: 20 GB"),
+            _model("4b", 4.300, "style, medium, palette, mood"),
+            _model("12b", 12.187, "the same, better"),
+            _model("27b", 27.432, "the same, best; smaller with --quantize"),
         ),
     )
     half_overflows = True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from curation.backends.caption.base import ChatCaptioner
-from curation.caption.captioner import Family, Model
+from curation.caption.captioner import Family
+from curation.models.known import Model
 
 
-def _model(short: str, name: str, memory_gb: float, suits: str, *other_names: str) -> Model:
-    return Model(short, f"llava-hf/{name}", memory_gb, "Apache-2.0", suits, other_names)
+def _model(short: str, name: str, parameters: float, suits: str, *other_names: str) -> Model:
+    return Model(short, f"llava-hf/{name}", parameters, "Apache-2.0", suits, other_names)
 
 
 class Backend(ChatCaptioner):
@@ -20,8 +21,8 @@ class Backend(ChatCaptioner):
         model_types=("llava", "llava_next", "llava_onevision"),
         hub_names=r"llava",
         models=(
-            _model("llava-1.6", "llava-v1.6-mistral-7b-hf", 18, "plain descriptions", "llava"),
-            _model("llava-onevision-0.5b", "llava-onevision-qwen2-0.5b-ov-hf", 4, "small cards"),
-            _model("llava-onevision-7b", "llava-onevision-qwen2-7b-ov-hf", 20, "charts and text in images too"),
+            _model("llava-1.6", "llava-v1.6-mistral-7b-hf", 7.567, "plain descriptions", "llava"),
+            _model("llava-onevision-0.5b", "llava-onevision-qwen2-0.5b-ov-hf", 0.894, "small cards"),
+            _model("llava-onevision-7b", "llava-onevision-qwen2-7b-ov-hf", 8.031, "charts and text in images too"),
         ),
     )

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from curation.backends.caption.base import ChatCaptioner
-from curation.caption.captioner import Family, Model
+from curation.caption.captioner import Family
+from curation.models.known import Model
 
 MOST_PIXELS = 1 << 20  # the models would take 16 times as many, and as many tokens
 
 
 def _model(
-    version: str, size: str, memory_gb: float, suits: str, *other_names: str, licence: str = "Apache-2.0"
+    version: str, size: str, parameters: float, suits: str, *other_names: str, licence: str = "Apache-2.0"
 ) -> Model:
     source = f"Qwen/Qwen{version}-VL-{size}-Instruct"
-    return Model(f"qwen{version}-vl-{size.lower()}", source, memory_gb, licence, suits, other_names)
+    return Model(f"qwen{version}-vl-{size.lower()}", source, parameters, licence, suits, other_names)
 
 
 class Backend(ChatCaptioner):
@@ -29,13 +30,13 @@ class Backend(ChatCaptioner):
         model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
         hub_names=r"qwen-?(2|2\.5|3)-?vl",
         models=(
-            _model("2", "2B", 7, "small cards; text in images"),
-            _model("2", "7B", 20, "text in images, many languages", "qwen"),
-            _model("2.5", "3B", 10, "small cards; text in images", licence="Qwen Research, non-commercial"),
-            _model("2.5", "7B", 20, "documents and text in images"),
-            _model("3", "2B", 7, "small cards"),
-            _model("3", "4B", 12, "good captions for their cost"),
-            _model("3", "8B", 22, "long, exact captions"),
+            _model("2", "2B", 2.209, "small cards; text in images"),
+            _model("2", "7B", 8.291, "text in images, many languages", "qwen"),
+            _model("2.5", "3B", 3.755, "small cards; text in images", licence="Qwen Research, non-commercial"),
+            _model("2.5", "7B", 8.292, "documents and text in images"),
+            _model("3", "2B", 2.128, "small cards"),
+            _model("3", "4B", 4.438, "good captions for their cost"),
+            _model("3", "8B", 8.767, "long, exact captions"),
         ),
     )
 

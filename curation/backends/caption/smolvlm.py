@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from curation.backends.caption.base import UNQUANTIZED, ChatCaptioner
-from curation.caption.captioner import Family, Model
+from curation.caption.captioner import Family
+from curation.models.known import Model
 
 
-def _model(short: str, name: str, memory_gb: float, suits: str) -> Model:
-    return Model(short, f"HuggingFaceTB/{name}", memory_gb, "Apache-2.0", suits)
+def _model(short: str, name: str, parameters: float, suits: str) -> Model:
+    return Model(short, f"HuggingFaceTB/{name}", parameters, "Apache-2.0", suits)
 
 
 class Backend(ChatCaptioner):
@@ -22,9 +23,9 @@ class Backend(ChatCaptioner):
         model_types=("smolvlm",),
         hub_names=r"smolvlm-?2",
         models=(
-            _model("smolvlm2-2.2b", "SmolVLM2-2.2B-Instruct", 7, "small cards; text in images"),
-            _model("smolvlm2-500m", "SmolVLM2-500M-Video-Instruct", 3, "very small cards"),
-            _model("smolvlm2-256m", "SmolVLM2-256M-Video-Instruct", 2, "very small cards; short, simple captions"),
+            _model("smolvlm2-2.2b", "SmolVLM2-2.2B-Instruct", 2.247, "small cards; text in images"),
+            _model("smolvlm2-500m", "SmolVLM2-500M-Video-Instruct", 0.507, "very small cards"),
+            _model("smolvlm2-256m", "SmolVLM2-256M-Video-Instruct", 0.256, "very small cards; short, simple captions"),
         ),
     )
     # It writes the same text around an image.  SmolVLM's own also wants the packages that its videos need.

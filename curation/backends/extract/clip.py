@@ -28,10 +28,16 @@ from curation.extract.settings import ModelSettings, WeightSource
 from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
 
-SOURCES = {
-    "oai-clip-vit-b32": WeightSource("openai/clip-vit-base-patch32"),
-    "oai-clip-vit-l14": WeightSource("openai/clip-vit-large-patch14"),
+# By directive: the hub id, and how many parameters it has in thousand millions.
+OPENAI = {
+    "oai-clip-vit-b32": ("openai/clip-vit-base-patch32", 0.151),
+    "oai-clip-vit-l14": ("openai/clip-vit-large-patch14", 0.428),
 }
+
+
+def _clip(name: str, source: str = "", parameters: float = 0.0) -> Directive:
+    columns, features = ("{}-score",), ("{}-image", "{}-text")
+    return Directive(name, columns, features, source, "MIT", parameters, bits=16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,8 @@ class Backend(Extractor):
     """One model on one device."""
 
     directives = (
-        *(Directive(name, ("{}-score",), ("{}-image", "{}-text")) for name in (*SOURCES, "clip:")),
+        *(_clip(name, *model) for name, model in OPENAI.items()),
+        _clip("clip:"),
         Directive("siglip:", ("{}-score", "{}-probability"), ("{}-image", "{}-text")),
     )
 
@@ -71,7 +78,7 @@ class Backend(Extractor):
             line = str(error).strip().partition("\n")[0][:300]
             raise InfrastructureError(f"{directive}: {folder} cannot be loaded: {line}") from error
         self._model: Any = model.to(settings.device).eval()
-        pictures = _openai_pictures(settings) if directive in SOURCES else _own_pictures(folder, settings)
+        pictures = _openai_pictures(settings) if directive in OPENAI else _own_pictures(folder, settings)
         _check_size(directive, pictures.crop, config)
         self._crop, self._tokens = pictures.crop, _tokens(folder, config)
         self._normalise = Normalise(pictures.mean, pictures.deviation, settings.device, dtype)
@@ -89,11 +96,11 @@ class Backend(Extractor):
 
     @staticmethod
     def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-        prefix, _, place = directive.partition(":")
-        default = WeightSource(place) if prefix in ("clip", "siglip") and place else SOURCES.get(directive)
+        place = OPENAI[directive][0] if directive in OPENAI else directive.partition(":")[2]
+        default = WeightSource(place) if place else None
         found = settings.source(default)
         if found is None:
-            raise UsageError(f"{directive}: no such CLIP model; there are {', '.join(SOURCES)}, clip:… and siglip:…")
+            raise UsageError(f"{directive}: no such CLIP model; there are {', '.join(OPENAI)}, clip:… and siglip:…")
         return [found]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:

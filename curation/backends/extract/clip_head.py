@@ -23,16 +23,22 @@ _AESTHETIC = "https://raw.githubusercontent.com/christophschuhmann/improved-aest
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """A directive's column and weights."""
+    """A directive's column and weights, and where those come from, in words."""
 
     column: str
     source: WeightSource
+    origin: str
+    licence: str
+    parameters: float
 
 
 HEADS = {
     "nsfw-image-oai-clip-vit-l-14": _Head(
         "nsfw-image-score",
         WeightSource(f"{_RELEASE}nsfw_torch.pt", "3c97d5478477c181bfa29a33e6933f710c8ec587e3c3551ff855e293acdaf390"),
+        "dataset2metadata's release",
+        "MIT",
+        0.00022,
     ),
     "aesthetic": _Head(
         "aesthetic-score",
@@ -40,6 +46,9 @@ HEADS = {
             f"{_AESTHETIC}sac%2Blogos%2Bava1-l14-linearMSE.pth",
             "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
         ),
+        "improved-aesthetic-predictor",
+        "Apache-2.0",
+        0.00093,
     ),
 }
 
@@ -47,7 +56,9 @@ HEADS = {
 class Backend(Extractor):
     """One head; it takes the features as they are stored, of length one, as upstream does."""
 
-    directives = tuple(Directive(name, (head.column,)) for name, head in HEADS.items())
+    directives = tuple(
+        Directive(name, (head.column,), (), head.origin, head.licence, head.parameters) for name, head in HEADS.items()
+    )
     needs: tuple[str, ...] = ("oai-clip-vit-l14-image",)
     preparations: tuple[Preparation, ...] = ()
 

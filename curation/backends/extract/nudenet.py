@@ -76,7 +76,7 @@ def _taken(pixels: Pixels, rows: NDArray[np.intp], columns: NDArray[np.intp]) ->
 class Backend(Extractor):
     """One session, a picture at a time."""
 
-    directives = (Directive("nudenet", ("{}-score", "{}-label")),)
+    directives = (Directive("nudenet", ("{}-score", "{}-label"), (), "package nudenet", "AGPL-3.0", 0.0030),)
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         [source] = self.sources(directive, settings)

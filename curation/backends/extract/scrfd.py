@@ -200,13 +200,15 @@ SOURCE = WeightSource(
     "963570df5e0ebf6bb313239d0f9f3f0c096c1ff6937e8e28e45abad4d8b1d5c7",
 )
 
+_LICENCE = "non-commercial research"
+
 Answer = tuple[list[NDArray[Any]], list[NDArray[Any]]]  # scores and distances of one picture, by stride
 
 
 class Backend(Extractor):
     """The detector, whichever kind its weights are."""
 
-    directives = (Directive("faces-scrfd10g", ("face-boxes",)),)
+    directives = (Directive("faces-scrfd10g", ("face-boxes",), (), "dataset2metadata's release", _LICENCE, 0.0039),)
     columns = (Column("face-boxes", "boxes"),)
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:

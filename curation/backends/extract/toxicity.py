@@ -32,7 +32,7 @@ _OTHER_NAMES = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe
 class Backend(Extractor):
     """The classifier of one folder."""
 
-    directives = (Directive("nsfw-detoxify", ("{}-score",)),)
+    directives = (Directive("nsfw-detoxify", ("{}-score",), (), SOURCE.source, "Apache-2.0", 0.278),)
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch

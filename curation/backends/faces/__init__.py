@@ -6,10 +6,13 @@ its default size and threshold, and where its weights come from.  ``fitting`` ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from curation import backends
+from curation.errors import UsageError
 from curation.faces import AS_PUBLISHED, DetectorSettings, FaceDetector
+from curation.models.known import Model, nearest, spelling
 from curation.models.needs import WeightsNeed
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ class DetectorClass(Protocol):
 
     name: str
     licence: str  # of the weights
+    parameters: float  # in thousand millions
+    source: str  # where the weights come from
     default_det_size: int  # pixels
     default_threshold: float
 
@@ -32,6 +37,9 @@ class DetectorClass(Protocol):
         Raises:
             InfrastructureError: The weights are not there, or are of another network.
         """
+
+    def is_here(self) -> bool:
+        """Whether the weights are on this machine."""
 
     def weights(self) -> WeightsNeed:
         """Where the detector's own weights come from.
@@ -49,6 +57,33 @@ def detector_class(name: str) -> DetectorClass:
     """
     found: DetectorClass = backends.load("faces", name)
     return found
+
+
+def known_models() -> list[Model]:
+    """The detectors, as ``--list_models`` shows them."""
+    found = [(name, detector_class(name)) for name in backends.names("faces")]
+    return [Model(name, kind.source, kind.parameters, kind.licence, bits=32) for name, kind in found]
+
+
+def here(model: Model) -> str:
+    """Whether a detector's weights are on this machine; see ``listing.Here``."""
+    return "yes" if detector_class(model.short).is_here() else "no"
+
+
+def detector_named(name: str, others: Sequence[str] = ()) -> str:
+    """The detector, or one of the other words that a flag takes, that a name in whatever spelling stands for.
+
+    Raises:
+        UsageError: There is none; the message names the nearest.
+    """
+    words = [*others, *backends.names("faces")]
+    by_spelling = {spelling(word): word for word in words}
+    if (found := by_spelling.get(spelling(name))) is not None:
+        return found
+    meant = nearest(name, words) or words
+    raise UsageError(
+        f"--detector {name}: there is no such detector.  Did you mean {' or '.join(meant)}?  --list_models shows them"
+    )
 
 
 def defaults_of_all(attribute: str) -> str:

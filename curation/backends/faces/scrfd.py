@@ -51,6 +51,7 @@ class Backend:
 
     name = "scrfd"
     licence = "non-commercial research only"
+    parameters, source = 0.0042, "insightface's pack buffalo_l"  # det_10g.onnx: 17 MB of float32
     default_det_size = 640
     default_threshold = 0.5  # insightface's
 
@@ -73,6 +74,10 @@ class Backend:
         self._size: tuple[int, int] = fixed or (wanted, wanted)
         self.det_size = self.wants_pixels = max(self._size)
         self._scrfd.prepare(0, input_size=self._size, det_thresh=self.threshold)
+
+    @staticmethod
+    def is_here() -> bool:
+        return DEFAULT_MODEL.expanduser().is_file()
 
     @staticmethod
     def weights() -> WeightsNeed:

@@ -1,5 +1,5 @@
 # From a fresh clone: `make demo` shows the whole pipeline, `make test` runs everything that must hold.
-.PHONY: demo test format lint soak bench install clean
+.PHONY: demo test newcomer format lint soak bench install clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -17,6 +17,11 @@ test: $(READY) $(OLLAMA) lint
 # Long repetitions: kills at many moments, large shards.
 soak: $(READY) $(OLLAMA)
 	$(PY) -m pytest -q -m soak --timeout 3600
+
+# What somebody meets who installs the wheel and has no clone, with this Python and with those that are named here.
+NEWCOMER_PYTHONS := 3.12 3.13
+newcomer: $(READY)
+	$(PY) tests/newcomer/run.py $(NEWCOMER_PYTHONS)
 
 bench: $(READY)
 	$(PY) benchmarks/run_all.py

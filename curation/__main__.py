@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"curation {__version__}")
         return EXIT_OK
     if name in _ALSO["help"]:
-        if not rest or rest[0] not in COMMANDS:
+        if not rest:
             print(usage())
             return EXIT_OK
         name, rest = rest[0], ["--help"]

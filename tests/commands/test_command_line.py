@@ -103,6 +103,15 @@ def test_a_wrong_word_names_the_nearest_command(
     )
 
 
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "status"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m curation status ")
+    assert main(["help", "statsu"]) == 2
+    assert "Did you mean status?" in capsys.readouterr().err
+
+
 def test_messages_call_the_program_as_the_user_did(installed: Path) -> None:
     assert said(installed).stdout.startswith("usage: curation COMMAND")
     assert said(installed, "faces", "--help").stdout.startswith("usage: curation faces [")

@@ -167,6 +167,7 @@ class FilterFaces(Stage[Options]):
     """One shard: shards/<shard>.tar → captions/<shard>.json and edits/<shard>.json."""
 
     name = "01_filter_noface"
+    opening = "loading the face detector"
     opens_quickly = True
 
     def __init__(self, options: Options) -> None:

@@ -160,6 +160,7 @@ class RewriteCaptions(Stage[Options]):
     name = "02_captions_processor"
     opens_quickly = True
     later: ClassVar[Mapping[str, Later]] = {"instruct": Later(before="openai", now="auto")}
+    opening = "preparing the model server"
     shards_in_flight = 3  # while the last replies for one arrive, the next one's requests are sent
 
     def __init__(self, options: Options) -> None:
@@ -261,13 +262,16 @@ class RewriteCaptions(Stage[Options]):
                 logger.info(line)
         return instructed
 
+    def doing(self) -> str:
+        return self._pool.waiting() if self._pool is not None else ""
+
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
         if self._threads is not None and self._pool is not None:
             self._threads.shutdown()
-            for url, facts in self._pool.facts().items():
-                logger.info(f"{url}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
+            for line in self._pool.summary():
+                logger.info(line)
         if self._server is not None:
             self._server.close()
 

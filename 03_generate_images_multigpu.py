@@ -161,11 +161,13 @@ class GenerateImages(Stage[Options]):
     """One shard: prompts/<shard>.json and the samples' metadata → edits/<shard>.tar."""
 
     name = "03_generate_images"
+    opening = "loading the image model"
     later = MappingProxyType({"true_cfg_scale": Later(before=None, now=None)})
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._encoders = ThreadPoolExecutor(ENCODERS, "jpeg")
+        self._compiled = self._compiling = False  # the first pictures compile the model
 
     @cached_property
     def source(self) -> ModelSource:
@@ -247,6 +249,9 @@ class GenerateImages(Stage[Options]):
             logger.warning(f"--text_batches has no effect: {call.name} encodes prompts within its call")
         self.fixed_size = (call.width, call.height)
         self.sizes = bucket_sizes(*self.fixed_size, call.bucket_multiple) if o.size == "original" else [self.fixed_size]
+
+    def doing(self) -> str:
+        return "compiling the model, while it makes the first pictures" if self._compiling else ""
 
     def close(self) -> None:
         if hasattr(self, "backend"):
@@ -379,8 +384,11 @@ class GenerateImages(Stage[Options]):
         def check_stop() -> None:
             work.check_stop(urgent_only=True)
 
+        self._compiling = self.options.compile != "none" and not self._compiled
         with work.phase("infer"):
-            return self.backend.generate(requests, batch.width, batch.height, texts, check_stop)
+            images = self.backend.generate(requests, batch.width, batch.height, texts, check_stop)
+        self._compiled, self._compiling = True, False
+        return images
 
     def _note_shrunk_batches(self, work: ShardContext, batches: Sequence[Batch]) -> None:
         """A shard whose batches did not fit is exempt from the promise of identical bytes, and its receipt says so."""

@@ -221,6 +221,7 @@ class Recaption(Stage[Options]):
     """One shard: shards/<shard>.tar → rows/<shard>.jsonl and the formats that were asked for."""
 
     name = "05_recaption"
+    opening = "loading the captioning model"
     later: ClassVar[Mapping[str, Later]] = {"max_words": Later(before=0, now="auto")}
     kept_by_rerun = "Captions of the same model, prompt and settings are taken over, not made again."
 
@@ -345,6 +346,9 @@ class Recaption(Stage[Options]):
         if self.options.batch_size != "auto":
             return self.options.batch_size
         return family.batch_size if device == "cpu" else None
+
+    def doing(self) -> str:
+        return str(self.backend.doing()) if self.options.captioner[0].served and hasattr(self, "backend") else ""
 
     def close(self) -> None:
         self.pushing.end()

@@ -136,6 +136,7 @@ class Metadata(Stage[Options]):
     """One shard: shards/<shard>.tar → <shard>.parquet, and <shard>.npz where features are asked for."""
 
     name = "06_metadata"
+    opening = "loading the models"
     later: ClassVar[Mapping[str, Later]] = {"hash_type": Later(before="float64", now="int64")}
     shards_in_flight = 2  # the next one is read and prepared ahead while this one is computed and written
 

@@ -35,6 +35,7 @@ from curation.options import items_in, numbers_in
 from curation.replies import Reply
 from curation.serving.adapt import adapted, unquieted
 from curation.serving.connection import KEY_VARIABLE, EndpointError, ModelMissing, Refused, Session, post
+from curation.serving.service import Service
 from curation.serving.wire import (
     CONTEXT_TOKENS,
     PLAIN,
@@ -246,6 +247,7 @@ class Endpoint:
         self.calls: set[Call] = set()
         self.latency_s = 0.0  # smoothed
         self.counts: Counter[str] = Counter()
+        self.service = Service()
         self.answered_at = 0.0
         self.problem = ""
         self.broken = False
@@ -277,6 +279,7 @@ class Endpoint:
     def begin(self, now: float) -> Call:
         call = Call(self, now, len(self.calls) + 1)
         self.calls.add(call)
+        self.service.began(len(self.calls), now)
         if call.in_flight >= self.concurrency.limit:
             for out in self.calls:
                 out.full = True
@@ -285,6 +288,7 @@ class Endpoint:
     def succeeded(self, call: Call, now: float) -> None:
         latency_s = now - call.began
         self.counts["answered"] += 1
+        self.service.answered(latency_s)
         self.latency_s += (0.2 if self.latency_s else 1.0) * (latency_s - self.latency_s)
         self.concurrency.answered(call.in_flight, latency_s, now, full=call.full)
         self.works(now)
@@ -304,6 +308,10 @@ class Endpoint:
         """Count a failure and lower the limit.  It is broken where it failed before, or said nothing to anybody."""
         self.problem = str(error)
         self.counts["busy" if error.busy else "timeouts" if error.timed_out else "errors"] += 1
+        if error.busy:
+            self.service.busy += 1
+        else:
+            self.service.failed(self.problem, timed_out=error.timed_out)
         others = len(self.calls) - 1
         if error.busy:
             self.concurrency.refused(others, now)
@@ -336,6 +344,7 @@ class Endpoint:
     def refuse(self, words: str, now: float) -> None:
         """It refuses everything."""
         self.counts["refused"] += 1
+        self.service.failed(words)
         self.refuses = self.problem = words
         if not self.answered_at:
             self._trials = 1000  # the longest wait: it never took a request
@@ -429,7 +438,8 @@ class EndpointPool:
         self.absence = "no endpoint is named"  # why there is no server, for the error that ends the run
         self.denied = False  # every server that is registered has refused to let us in
         self._endpoints: list[Endpoint] = []  # replaced, never changed in place
-        self._gone: dict[str, Counter[str]] = {}
+        self._gone: dict[str, tuple[Counter[str], Service]] = {}
+        self._opening = False
         self._had_servers = False  # whether there has ever been a server
         self._changed = threading.Condition()
         self._sessions = threading.local()
@@ -445,8 +455,12 @@ class EndpointPool:
 
         Raises InfrastructureError where none answers, or where one of them does not have the model.
         """
-        with ThreadPoolExecutor(len(self._urls)) as threads:
-            found = list(threads.map(self.try_to_open, self._urls))
+        self._opening = True
+        try:
+            with ThreadPoolExecutor(len(self._urls)) as threads:
+                found = list(threads.map(self.try_to_open, self._urls))
+        finally:
+            self._opening = False
         silent = {redact(url): why for url, why in zip(self._urls, found, strict=True) if isinstance(why, str)}
         reasons = listed([f"{name}: {why}" for name, why in silent.items()])
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
@@ -512,12 +526,29 @@ class EndpointPool:
     def facts(self) -> dict[str, dict[str, object]]:
         """What each server did, for the log: answers, failures by kind, its limit, and its latency in seconds."""
         with self._changed:
-            gone: dict[str, dict[str, object]] = {redact(url): {**counts} for url, counts in self._gone.items()}
+            gone: dict[str, dict[str, object]] = {redact(url): {**counts} for url, (counts, _) in self._gone.items()}
             here: dict[str, dict[str, object]] = {
                 e.name: {**e.counts, "limit": e.concurrency.limit, "latency_s": round(e.latency_s, 3)}
                 for e in self._endpoints
             }
             return {**gone, **here}
+
+    def summary(self) -> list[str]:
+        """What each server did, in words, a line for each server that was asked anything."""
+        with self._changed:
+            gone = [(redact(url), service) for url, (_, service) in self._gone.items()]
+            here = [(endpoint.name, endpoint.service) for endpoint in self._endpoints]
+            return [f"server {name}: {service.in_words()}" for name, service in [*gone, *here] if service.requests]
+
+    def waiting(self) -> str:
+        """What requests wait for, in words; empty where a server takes them."""
+        with self._changed:
+            if self._opening:
+                return f"waiting until the model servers have loaded {clean_text(self.model)}"
+            if not self._askers or any(endpoint.takes_requests for endpoint in self._endpoints):
+                return ""
+            problems = listed([f"{e.name}: {e.problem}" for e in self._endpoints], 2) or self.absence
+            return f"waiting for a model server: {clean_text(problems)}"
 
     # ---- coming and going
 
@@ -559,7 +590,8 @@ class EndpointPool:
     def add(self, endpoint: Endpoint) -> None:
         """Send requests to this server from now on."""
         with self._changed:
-            endpoint.counts = self._gone.pop(endpoint.url, endpoint.counts)
+            if known := self._gone.pop(endpoint.url, None):
+                endpoint.counts, endpoint.service = known
             self._endpoints = [*(e for e in self._endpoints if e.url != endpoint.url), endpoint]
             self._had_servers = True
             self._last_success = self._last_came = time.monotonic()
@@ -579,7 +611,7 @@ class EndpointPool:
         """Remove a leaving server that has no request in flight.  The caller holds the lock."""
         if endpoint.leaving and not endpoint.calls and endpoint in self._endpoints:
             self._endpoints = [e for e in self._endpoints if e is not endpoint]
-            self._gone[endpoint.url] = endpoint.counts
+            self._gone[endpoint.url] = (endpoint.counts, endpoint.service)
 
     # ---- routing, under the lock
 
@@ -681,6 +713,7 @@ class EndpointPool:
         finally:
             with self._changed:
                 endpoint.calls.discard(call)
+                endpoint.service.ended(len(endpoint.calls), time.monotonic())
                 self._remove_if_idle(endpoint)
                 self._changed.notify()
 
@@ -749,6 +782,7 @@ class EndpointPool:
                     self._last_success = now = time.monotonic()
                     endpoint.works(now)
                 endpoint.counts["refused"] += 1
+                endpoint.service.failed(error.detail)
             tries.refused_by.add(endpoint)
             tries.refusal = error
 

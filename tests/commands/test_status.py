@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 
 from curation.__main__ import main
-from curation.commands.status import live_claims
-from curation.commands.status.scan import speed
+from curation.commands.places import find_stages
+from curation.commands.status import live_claims, scan
+from curation.commands.status.scan import ReceiptScan, StageCounts, speed
+from curation.commands.status.watch import limit_of
 from curation.shards import bucket_of
 from tests import ROOT
 from tests.processes import ended_at_last, started, wait_until
@@ -319,6 +321,7 @@ def test_tables_on_a_terminal(ran: Place) -> None:
 
 
 def test_watch_draws_again_until_it_is_interrupted(ran: Place) -> None:
+    plan(ran, "toy", "00000009")  # pending, so that there is something to wait for
     with started(command(ran, "--watch", "0.2", "--json"), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         first = json.loads(process.stdout.readline())
@@ -333,11 +336,120 @@ def test_watch_draws_again_until_it_is_interrupted(ran: Place) -> None:
 
 @pytest.mark.parametrize("arguments", [["--watch", "--json"], ["--watch"]])
 def test_watch_needs_no_number(arguments: list[str], ran: Place) -> None:
+    plan(ran, "toy", "00000009")
     with started(command(ran, *arguments), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert "toy" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=120) == 0
+
+
+def test_watch_ends_when_nothing_is_left_and_says_so(ran: Place) -> None:
+    def watched() -> str:
+        told = subprocess.run(
+            command(ran, "--watch", "0.1"), capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
+        )
+        return told.stdout.splitlines()[-1]
+
+    assert watched() == "all shards of all stages that have begun are done"
+    ran.shard("00000002", "bug")
+    assert ran.run() == 1
+    assert watched() == "nothing is left to do, but 1 shards failed: `curation retry` makes them pending again"
+
+
+def test_watch_draws_one_table_in_its_place_on_a_terminal(ran: Place) -> None:
+    plan(ran, "toy", "00000009")
+    mine, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150", "LINES": "40"}
+    process = subprocess.Popen(command(ran, "--watch", "0.3"), stdout=theirs, stderr=theirs, cwd=ROOT, env=environment)
+    os.close(theirs)
+    told = b""
+    while told.count(b"what limits it") < 3:
+        told += os.read(mine, 65536)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    os.close(mine)
+    assert "toy" in told.decode()
+    assert "1/2" in told.decode()
+    assert "\x1b[1A" in told.decode(), "the cursor goes up, so that the next table replaces the last"
+
+
+def test_watch_reads_each_receipt_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.shards(3, "keep", "drop")
+    place.shard("00000003", "shard error")
+    assert place.run() == 1
+    assert follow(place, "next", place.out, "toy") == 0
+    read: list[str] = []
+    really = scan._read_receipt
+
+    def reading(folder: int, name: str) -> dict[str, Any] | None:
+        read.append(name[:-5])
+        return really(folder, name)
+
+    monkeypatch.setattr(scan, "_read_receipt", reading)
+    memory = scan.Memory()
+
+    def look() -> list[StageCounts]:
+        places = find_stages(place.root)
+        whole = ReceiptScan(places).read(StageCounts)
+        read.clear()
+        found = ReceiptScan(places, memory).read(StageCounts)
+        assert found == whole, "what is remembered is what is there"
+        return found
+
+    first = look()
+    assert len(read) == 7, "four of the first stage, three of the next"
+    assert look() == first
+    assert read == []
+    assert place.run("--rerun", "--shards", "00000001", "--mark", "y") == 0
+    stale = [counts.stale for counts in look()]
+    assert len(read) == 7, "other options: everything may be stale now"
+    assert follow(place, "next", place.out, "toy") == 0
+    now = [counts.stale for counts in look()]
+    assert read == ["00000001", "00000001"], "that of the next stage is new, and says what it was made from"
+    assert ([*stale], [*now]) == ([{"inputs": 1}, {}], [{}, {}])
+
+
+def test_two_outputs_of_one_stage_are_told_apart(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.shards(1)
+    for folder in ("first", "second"):
+        arguments = ["--input", place.source, "--output", place.root / folder, "--journal", place.journal]
+        assert toy_stage.main([str(word) for word in arguments]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(place.root.parent)
+    for root in (place.root, Path(place.root.name)):
+        assert main(["status", str(root)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition("  ")[0] for line in lines] == ["toy in first", "toy in second"]
+        assert main(["status", str(root), "--json"]) == 0
+        stages = json.loads(capsys.readouterr().out)["stages"]
+        assert [(stage["stage"], stage["name"], stage["folder"]) for stage in stages] == [
+            ("toy", "toy in first", str(place.root / "first")),
+            ("toy", "toy in second", str(place.root / "second")),
+        ]
+    assert main(["status", str(place.root / "first"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][0]["name"] == "toy"
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "limit"),
+    [
+        ({}, [], "the model (80% of the time)"),
+        ({"phase_seconds": {}}, [], ""),
+        ({"running": []}, [], "no worker is seen"),
+        ({"running": [{"life": "gone"}]}, [], "no worker is seen"),
+        ({"running": [], "pending": 0}, [], ""),
+        ({"running": [], "pending": 0}, [("01_filter_noface", 3)], "waits for stage 01"),
+        ({"running": [], "pending": 0}, [("01_filter_noface", 0)], ""),
+        ({"phase_seconds": {"polish": 2.0}}, [("01_filter_noface", 3)], "polish (100% of the time)"),
+    ],
+)
+def test_what_limits_a_stage(changes: dict[str, Any], before: list[tuple[str, int]], limit: str) -> None:
+    stage = {"running": [{"life": "alive"}], "pending": 5, "phase_seconds": {"infer": 8.0, "read": 1.0, "write": 1.0}}
+    others = [{"stage": name, "name": name, "pending": count, "running": []} for name, count in before]
+    assert limit_of({**stage, **changes}, others) == limit
 
 
 # ---- SLURM's word, by a program of sacct's name that answers as sacct does

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -15,8 +16,10 @@ import pytest
 
 from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.serving.pool import CONTROL, EndpointPool, endpoint_urls
+from curation.serving.service import Service
 from curation.serving.wire import Request
 from curation.storage.retry import RetryPolicy
+from tests.processes import wait_until
 from tests.servers import ollama_stub
 
 MODEL = "tulu3:fairclip"
@@ -238,6 +241,55 @@ def test_a_short_queue_that_refuses() -> None:
         assert ask(TEXTS) == REPLIES
         assert all(fact["limit"] in (4, 5) for fact in facts(ask))
         assert sum(int(str(fact.get("busy", 0))) for fact in facts(ask)) < 60
+
+
+def test_what_a_server_did_is_told_in_words() -> None:
+    with ollama_stub(latency_s=0.02) as port:
+        pool = EndpointPool([f"http://127.0.0.1:{port}"], MODEL)
+        pool.open()
+        assert pool.summary() == [], "it was asked nothing"
+        for text in TEXTS[:3]:
+            pool.ask(Request(user=text))
+        [line] = pool.summary()
+    assert re.fullmatch(
+        rf"server http://127\.0\.0\.1:{port}: 3 requests, \d+\.\d requests/s, up to 1 at once, "
+        r"typically 0\.\d+ s each \(slowest 1 in 20: 0\.\d+ s or more\)",
+        line,
+    ), line
+
+
+def test_failures_are_told_by_their_kind() -> None:
+    service = Service()
+    for number in range(1234):
+        service.began(1, 0.05 * number)
+        service.ended(0, 0.05 * number + 0.04)
+    for text, timed_out in (("500: boom", False), ("no answer within 10 s", True), ("no answer within 9 s", True)):
+        service.failed(text, timed_out=timed_out)
+    service.failed("connection broken (ConnectionResetError)")
+    service.failed("no reply in b''")
+    assert service.in_words() == (
+        "1,234 requests, 5 failed (2 timeouts, 1 HTTP 500, 1 broken connection, 1 unusable reply)"
+    )
+    for number in range(1000):
+        service.answered(0.8 if number < 940 else 2.1)
+    service.busy = 2
+    assert service.in_words().endswith(
+        ", 2 sent again because it was busy, 20.3 requests/s, up to 1 at once, typically 0.8 s each "
+        "(slowest 1 in 20: 2.1 s or more)"
+    )
+
+
+def test_the_pool_says_what_requests_wait_for() -> None:
+    with ollama_stub(latency_s=0.01, die_after=3) as port, ThreadPoolExecutor(1) as threads:
+        pool = EndpointPool([f"http://127.0.0.1:{port}"], MODEL, patience_s=2.0)
+        pool.open()
+        assert pool.waiting() == ""
+        asked = threads.submit(lambda: [pool.ask(Request(user=text)) for text in TEXTS])
+        wait_until(lambda: pool.waiting() or asked.done())
+        assert re.match(rf"waiting for a model server: http://127\.0\.0\.1:{port}: .", pool.waiting())
+        with pytest.raises(InfrastructureError, match="no endpoint has answered"):
+            asked.result()
+        assert pool.waiting() == "", "nobody asks any more"
 
 
 def test_retry_after_is_honoured() -> None:

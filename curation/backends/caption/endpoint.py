@@ -15,6 +15,7 @@ from curation.caption.captioner import FIRST, Attempt, CaptionSettings, Family
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
 from curation.models.needs import NothingToFetch, WeightsNeed
+from curation.options import logger
 from curation.replies import Reply
 from curation.serving import EndpointPool, Registry, RegistryWatcher, Request, endpoint_urls, read_key
 from curation.serving.wire import estimated_tokens
@@ -123,8 +124,14 @@ class Backend:
         """How servers are asked that refused the usual request, by name, for receipts."""
         return self._pool.adaptations()
 
+    def doing(self) -> str:
+        """What requests wait for; empty for nothing (``Stage.doing``)."""
+        return self._pool.waiting()
+
     def close(self) -> None:
         """See CaptionBackend.  Answers that are still to come are thrown away."""
         if self._watch is not None:
             self._watch.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for line in self._pool.summary():
+            logger.info(line)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +21,12 @@ import tyro
 
 from curation.commands.places import find_stages
 from curation.commands.status.live_claims import ClaimWatcher, LiveClaim, slurm_states
-from curation.commands.status.scan import ReceiptScan, ScannedStage, StageCounts, job_of, speed
+from curation.commands.status.scan import Memory, ReceiptScan, ScannedStage, StageCounts, job_of, speed
+from curation.commands.status.watch import WatchView, is_over, limit_of, names_of
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
 from curation.options import exit_code, parse_arguments
+from curation.run.progress import duration
 
 _MAX_ROWS = 40  # of running shards; the others are only counted
 _LIVES = {"alive": "alive", "gone": "dead: its shard is free to take", "unknown": "not known to be alive"}
@@ -34,22 +36,20 @@ def as_lines(result: dict[str, Any]) -> Iterator[str]:
     """Yields the lines for a log: a line for each stage, and its details indented below it."""
     for stage in result["stages"]:
         facts = "  ".join(f"{name} {value}" for name, value in zip(_HEADINGS, _row(stage)[1:], strict=True))
-        yield f"{stage['stage']}  {facts}  ({stage['folder']})"
+        yield f"{stage['name']}  {facts}  ({stage['folder']})"
         yield from (f"  {line}" for line in _details(stage))
         yield from (f"  running: {'  '.join(filter(None, row))}" for row in _running(stage))
     for warning in result["warnings"]:
         yield f"warning: {warning}"
 
 
-def print_tables(result: dict[str, Any], *, clear: bool) -> None:
+def print_tables(result: dict[str, Any]) -> None:
     """Prints the tables for a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    if clear:
-        console.clear()
     console.print(Text(str(result["root"])))
     for title, columns in (("shards", range(7)), ("samples", range(7, len(_HEADINGS)))):
         table = Table(title=title, title_justify="left")
@@ -64,33 +64,33 @@ def print_tables(result: dict[str, Any], *, clear: bool) -> None:
         details = list(_details(stage))
         rows = list(_running(stage))
         if rows:
-            running = Table(title=Text(f"{stage['stage']}: running"), title_justify="left")
+            running = Table(title=Text(f"{stage['name']}: running"), title_justify="left")
             for heading in ("shard", "worker", "since", "samples", "life"):
                 running.add_column(heading)
             for row in rows:
                 running.add_row(*(Text(cell) for cell in row))
             console.print(running)
         for line in details:
-            console.print(Text(f"{stage['stage']}: {line}"))
+            console.print(Text(f"{stage['name']}: {line}"))
     for warning in result["warnings"]:
         console.print(Text(f"warning: {warning}"), style="yellow")
 
 
 _HEADINGS = (
     "done", "running", "pending", "stale", "failed", "quarantined", "ETA",
-    "in", "kept", "dropped", "bad", "per second", "lately", "GPU-seconds",
+    "samples in", "kept", "dropped", "failed samples", "samples/s", "recent rate", "GPU-seconds",
 )  # fmt: skip
 
 
 def _row(stage: dict[str, Any]) -> list[str]:
     samples = stage["samples"]
     return [
-        stage["stage"],
+        stage["name"],
         f"{stage['done']:,}",
         f"{len(stage['running']):,}",
         f"{stage['pending']:,}" + ("" if stage["planned"] is not None else "+?"),
         *(f"{sum(stage[name].values()):,}" for name in ("stale", "failed", "quarantined")),
-        "-" if stage["eta_s"] is None else str(timedelta(seconds=round(stage["eta_s"]))),
+        "-" if stage["eta_s"] is None else duration(stage["eta_s"]),
         f"{samples['in']:,}",
         f"{samples['kept']:,}",
         *(f"{sum(samples[name].values()):,}" for name in ("dropped", "failed")),
@@ -165,7 +165,7 @@ class Options:
     root: Annotated[Path, tyro.conf.Positional]
     """The folder of the dataset: stages whose receipts are in it, or in a folder in it, are found."""
     watch: float | None = None
-    """Show it again every so many seconds (10 where no number is given), until interrupted."""
+    """Show it again every so many seconds (10 where no number is given), until all is done or Ctrl-C."""
     json: bool = False
     """One JSON object on one line instead of tables."""
     look_s: float = _MOMENT_S
@@ -178,19 +178,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.watch is not None and options.watch <= 0:
         raise UsageError("--watch takes a positive number of seconds")
     claims = ClaimWatcher([])
-    first = True
     with contextlib.suppress(KeyboardInterrupt):
+        if options.watch is None:
+            places = find_stages(options.root)
+            claims.follow(places)
+            _show(_look(options.root, ReceiptScan(places), claims, options.look_s), options)
+        else:
+            _watch(options, claims, options.watch)
+    return EXIT_OK
+
+
+def _watch(options: Options, claims: ClaimWatcher, every_s: float) -> None:
+    """Show it again and again, until nothing is left to do or the user ends it."""
+    memory = Memory()
+    look_s = options.look_s
+    with contextlib.ExitStack() as stack:
+        view = None
+        if sys.stdout.isatty() and not options.json:
+            view = stack.enter_context(WatchView())
         while True:
             began = time.monotonic()
             places = find_stages(options.root)
             claims.follow(places)
-            result = _look(options.root, ReceiptScan(places), claims, options.look_s if first else 0.0)
-            _show(result, options)
-            if options.watch is None:
+            result = _look(options.root, ReceiptScan(places, memory), claims, look_s)
+            ended = is_over(result)
+            if view is not None:
+                view.show(result, every_s)
+            else:
+                _show(result, options)
+            if ended:
                 break
-            first = False
-            time.sleep(max(options.watch, _SHARE_OF_READING * (time.monotonic() - began)))
-    return EXIT_OK
+            look_s = 0.0
+            time.sleep(max(every_s, _SHARE_OF_READING * (time.monotonic() - began)))
+    if not options.json:
+        print(ended, flush=True)
 
 
 def with_seconds(argv: Sequence[str], default: str) -> list[str]:
@@ -207,7 +228,7 @@ def _show(result: dict[str, Any], options: Options) -> None:
     if options.json:
         print(orjson.dumps(result).decode(), flush=True)
     elif sys.stdout.isatty():
-        print_tables(result, clear=options.watch is not None)
+        print_tables(result)
     else:
         print("\n".join(as_lines(result)), flush=True)
 
@@ -229,6 +250,11 @@ def _look(root: Path, scan: ReceiptScan, claims: ClaimWatcher, look_s: float) ->
         stage_result(stage, counts, held, states)
         for stage, counts, held in zip(scan.stages, totals, held_now, strict=True)
     ]
+    names = names_of(root, [stage.place for stage in scan.stages])
+    for told, name in zip(stages, names, strict=True):
+        told["name"] = clean_text(name)
+    for number, told in enumerate(stages):
+        told["limit"] = limit_of(told, [stages[before] for before in scan.waits_for(number)])
     return {
         "format": STATUS_FORMAT,
         "root": str(root),
@@ -281,6 +307,8 @@ def stage_result(
         "samples_per_s": _rounded(fast.samples_per_s),
         "samples_per_s_recent": _rounded(fast.recent),
         "recent_window_s": _rounded(fast.window_s),
+        "shards_per_s_recent": None if fast.shards_per_s is None else round(fast.shards_per_s, 6),
+        "phase_seconds": {clean_text(name)[:100]: round(spent, 3) for name, spent in counts.spent.most_common()},
         "gpu_seconds": round(counts.gpu_seconds, 1),
         "eta_s": _rounded(eta_s),
     }

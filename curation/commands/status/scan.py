@@ -23,6 +23,7 @@ import orjson
 
 from curation.commands.places import StagePlace
 from curation.errors import InfrastructureError
+from curation.jsonio import clean_text
 from curation.run.inputs import receipts_of, vouched_for
 from curation.run.ledger import MAX_ATTEMPTS, OptionsVersion, done_receipts
 from curation.run.planned import Plan
@@ -32,6 +33,8 @@ from curation.storage.files import MAX_RECEIPT_BYTES, read_record
 EXAMPLES = 5  # failed shards that are shown for each reason
 WINDOW_S = 600.0  # over which the recent speed is measured, at least
 _MAX_MESSAGE = 300
+_MAX_PHASES = 20
+_MAX_SECONDS = 1e9
 
 
 def job_of(slurm: Any) -> str:
@@ -52,6 +55,7 @@ class StageCounts:
     done: shards that are done and up to date.  stale: why (epoch, inputs, upstream) → shards that are done but not up
     to date.  failed, quarantined: reason → shards.  again: shards to be tried again.  untouched: planned shards without
     a receipt.  The last two leave out shards that a worker has claimed.  jobs: (reason, SLURM job) → failures.
+    spent: phase → seconds, summed over threads.
     spans: when each finished attempt started and finished and how many samples it read, one after the other, in Unix
     time by the clocks of the nodes.
     """
@@ -69,6 +73,7 @@ class StageCounts:
     samples_failed: Counter[str] = field(default_factory=Counter)
     gpu_seconds: float = 0.0
     jobs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    spent: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     spans: array[float] = field(default_factory=lambda: array("d"))
 
@@ -79,7 +84,7 @@ class StageCounts:
         self.samples_in += other.samples_in
         self.kept += other.kept
         self.gpu_seconds += other.gpu_seconds
-        for name in ("stale", "failed", "quarantined", "dropped", "samples_failed", "jobs"):
+        for name in ("stale", "failed", "quarantined", "dropped", "samples_failed", "jobs", "spent"):
             getattr(self, name).update(getattr(other, name))
         self.unreadable = (self.unreadable + other.unreadable)[:EXAMPLES]
         self.spans.extend(other.spans)
@@ -101,13 +106,14 @@ class StageCounts:
                 if reasons and isinstance(reasons, dict):
                     for reason, number in reasons.items():
                         tally[reason] += whole(number)
+            self._add_phases(receipt.get("seconds"))
             if self._add_time(receipt):
                 self.spans.extend((receipt["started"], receipt["finished"], count))
 
     def add_failed(self, shard_id: str, receipt: dict[str, Any], max_attempts: int) -> None:
         error = receipt.get("error")
         error = error if isinstance(error, dict) else {}
-        reason = str(error.get("reason", "unknown"))[:100]
+        reason = clean_text(str(error.get("reason", "unknown"))[:100])
         held = whole(receipt.get("attempts")) >= max_attempts
         (self.quarantined if held else self.failed)[reason] += 1
         self._add_time(receipt)
@@ -120,6 +126,12 @@ class StageCounts:
                 {"shard": shard_id, "reason": reason, "message": message, "host": str(receipt.get("host", "")),
                  "jobs": jobs, "quarantined": held}
             )  # fmt: skip
+
+    def _add_phases(self, seconds: Any) -> None:
+        for phase, spent in islice(seconds.items(), _MAX_PHASES) if isinstance(seconds, dict) else ():
+            known = phase in self.spent or len(self.spent) < _MAX_PHASES
+            if known and type(spent) in (int, float) and 0 <= spent < _MAX_SECONDS:
+                self.spent[phase] += spent
 
     def _add_time(self, receipt: dict[str, Any]) -> bool:
         """Adds the seconds of a GPU; returns whether the receipt says how long the attempt took."""
@@ -220,11 +232,43 @@ class _ScannedReceipt:
 
 AnyStageCounts = TypeVar("AnyStageCounts", bound=StageCounts)
 
+# What is known of a shard: of each stage with a receipt its number, why it is stale, the receipt (None: unreadable).
+_Looked = list[tuple[int, str, dict[str, Any] | None]]
+_COUNTED = ("status", "counts", "started", "finished", "gpu", "seconds", "attempts", "slurm", "host")
+
+
+@dataclass(slots=True)
+class Memory:
+    """What ``status --watch`` keeps of the receipts that it has read, so that it reads each of them once.
+
+    shards: bucket → shard → (the inodes of its receipts, what is known of it, as JSON).  A commit renames a new file
+    into place, so that a new receipt has another inode.  basis: the stages and options versions under which that holds.
+    """
+
+    shards: dict[str, dict[str, tuple[tuple[int, ...], bytes]]] = field(default_factory=dict)
+    basis: object = None
+
+
+def _packed(looked: _Looked) -> bytes:
+    """The little of each receipt that is counted."""
+    kept = []
+    for number, why, receipt in looked:
+        if receipt is not None:
+            error = receipt.get("error")
+            receipt = {name: receipt[name] for name in _COUNTED if name in receipt}
+            if isinstance(error, dict):
+                short = {**error, "message": str(error.get("message", ""))[:_MAX_MESSAGE], "traceback": ""}
+                receipt["error"] = short
+        kept.append((number, why, receipt))
+    return orjson.dumps(kept)
+
 
 class ReceiptScan:
     """The stages below a folder, and what their receipts add up to."""
 
-    def __init__(self, places: Sequence[StagePlace]) -> None:
+    def __init__(self, places: Sequence[StagePlace], memory: Memory | None = None) -> None:
+        """memory: what an earlier scan has read; it is brought up to date by ``read``."""
+        self._memory = memory
         self.warnings: list[str] = []
         self.stages = [ScannedStage(place, self._epochs(place), *self._planned(place)) for place in places]
         self._index = {str(place.receipts): number for number, place in enumerate(places)}
@@ -244,7 +288,7 @@ class ReceiptScan:
         names |= {name for stage in self.stages for name in stage.planned or ()}
         buckets = sorted(names)
         wanted = min(MAX_PROCESSES, max(2, os.cpu_count() or 1), len(buckets) // _BUCKETS_A_PROCESS)
-        if wanted < 2:
+        if self._remembers() or wanted < 2:
             return self._read(buckets, new_counts)
         context = multiprocessing.get_context("fork")  # the processes inherit what was read so far
         readers = []
@@ -264,13 +308,30 @@ class ReceiptScan:
             process.join()
             if isinstance(part, str):
                 raise InfrastructureError(part)
-            for sum_, counts in zip(total, part, strict=True):
+            sums, remembered = part
+            if self._memory is not None:
+                self._memory.shards.update(remembered)
+            for sum_, counts in zip(total, sums, strict=True):
                 sum_.add(counts)
         return total
 
+    def _remembers(self) -> bool:
+        """Whether most receipts were read before.  What was read under other options says nothing any more."""
+        if self._memory is None:
+            return False
+        basis = [(stage.place, [(e.number, e.shards) for e in stage.epochs]) for stage in self.stages]
+        if self._memory.basis != basis:
+            self._memory.basis, self._memory.shards = basis, {}
+        return bool(self._memory.shards)
+
+    def waits_for(self, number: int) -> list[int]:
+        """Returns the stages that make what a stage reads, as far as they are below the folder."""
+        return self._upstream[number]
+
     def _tell(self, buckets: list[str], new_counts: Callable[[], AnyStageCounts], pipe: Connection) -> None:
         try:
-            pipe.send(self._read(buckets, new_counts))
+            counts = self._read(buckets, new_counts)
+            pipe.send((counts, {} if self._memory is None else self._memory.shards))
         except InfrastructureError as error:
             pipe.send(str(error))
 
@@ -283,46 +344,73 @@ class ReceiptScan:
     def _read_bucket(self, bucket: str, total: Sequence[StageCounts]) -> None:
         with contextlib.ExitStack() as stack:
             folders: list[int | None] = []
-            names: list[set[str]] = []
+            inodes: list[dict[str, int]] = []
             for stage in self.stages:
                 folder = _open_folder(stage.place.receipts / bucket)
                 if folder is not None:
                     stack.callback(os.close, folder)
                 folders.append(folder)
-                names.append(set() if folder is None else _receipt_names(folder))
+                inodes.append({} if folder is None else _receipt_inodes(folder))
             done: list[set[str]] = [set() for _ in self.stages]
-            for shard_id in set().union(*names):
-                seen: dict[int, _ScannedReceipt] = {}
-                for number, folder in enumerate(folders):
-                    if folder is not None and shard_id in names[number]:
-                        receipt = _read_receipt(folder, f"{shard_id}.json")
-                        if receipt is None:
-                            total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
-                        else:
-                            seen[number] = _ScannedReceipt(receipt)
-                            if receipt.get("status") == "done":
-                                done[number].add(shard_id)
-                for number, this in seen.items():
-                    try:
-                        self._count(number, shard_id, this, seen, total[number])
-                    except (TypeError, ValueError, KeyError, AttributeError):  # not a receipt that a stage has written
-                        total[number].unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
+            before = {} if self._memory is None else self._memory.shards.get(bucket, {})
+            after: dict[str, tuple[tuple[int, ...], bytes]] = {}
+            for shard_id in set[str]().union(*inodes):
+                signature = tuple(known.get(shard_id, 0) for known in inodes)
+                kept = before.get(shard_id)
+                if kept is not None and kept[0] == signature:
+                    looked: _Looked = orjson.loads(kept[1])
+                else:
+                    looked = self._look_at(shard_id, folders, signature)
+                    kept = None
+                if self._memory is not None:
+                    after[shard_id] = kept or (signature, _packed(looked))
+                self._count(bucket, shard_id, looked, total, done)
+            if self._memory is not None:
+                self._memory.shards[bucket] = after
             for number, stage in enumerate(self.stages):
                 expected = (stage.planned or {}).get(bucket, set())
                 if upstream := self._upstream[number]:  # also those that a run with --shards left out
-                    expected = expected | set.intersection(*(done[before] for before in upstream))
-                total[number].untouched += len(expected - names[number] - stage.claimed)
+                    expected = expected | set.intersection(*(done[before_it] for before_it in upstream))
+                total[number].untouched += len(expected - inodes[number].keys() - stage.claimed)
+
+    def _look_at(self, shard_id: str, folders: Sequence[int | None], inodes: Sequence[int]) -> _Looked:
+        """Reads the receipts that the stages have of one shard."""
+        seen: dict[int, _ScannedReceipt] = {}
+        looked: _Looked = []
+        for number, folder in enumerate(folders):
+            if folder is not None and inodes[number]:
+                receipt = _read_receipt(folder, f"{shard_id}.json")
+                if receipt is None:
+                    looked.append((number, "", None))
+                else:
+                    seen[number] = _ScannedReceipt(receipt)
+        for number, this in seen.items():
+            try:
+                why = self._why_stale(number, shard_id, seen) if this.receipt.get("status") == "done" else ""
+            except (TypeError, ValueError, KeyError, AttributeError):  # not a receipt that a stage has written
+                looked.append((number, "", None))
+            else:
+                looked.append((number, why, this.receipt))
+        return looked
 
     def _count(
-        self, number: int, shard_id: str, this: _ScannedReceipt, seen: dict[int, _ScannedReceipt], counts: StageCounts
+        self, bucket: str, shard_id: str, looked: _Looked, total: Sequence[StageCounts], done: Sequence[set[str]]
     ) -> None:
-        status = this.receipt.get("status")
-        if status == "done":
-            counts.add_done(shard_id, this.receipt, self._why_stale(number, shard_id, seen))
-        elif status == "failed":
-            counts.add_failed(shard_id, this.receipt, MAX_ATTEMPTS)
-        elif shard_id not in self.stages[number].claimed:
-            counts.again += 1
+        for number, why, receipt in looked:
+            counts = total[number]
+            try:
+                if receipt is None:
+                    raise ValueError("not a receipt")
+                status = receipt.get("status")
+                if status == "done":
+                    done[number].add(shard_id)
+                    counts.add_done(shard_id, receipt, why)
+                elif status == "failed":
+                    counts.add_failed(shard_id, receipt, MAX_ATTEMPTS)
+                elif shard_id not in self.stages[number].claimed:
+                    counts.again += 1
+            except (TypeError, ValueError, KeyError, AttributeError):  # not a receipt that a stage has written
+                counts.unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
 
     def _why_stale(self, number: int, shard_id: str, seen: dict[int, _ScannedReceipt]) -> str:
         """Returns why a shard that is done is stale: ``epoch`` | ``inputs`` | ``upstream``; empty where it is not."""
@@ -430,8 +518,10 @@ def _open_folder(folder: Path) -> int | None:
         return None
 
 
-def _receipt_names(folder: int) -> set[str]:
-    return {name[:-5] for name in os.listdir(folder) if name.endswith(".json") and name[0] != "."}
+def _receipt_inodes(folder: int) -> dict[str, int]:
+    """Returns shard → the inode of its receipt."""
+    with os.scandir(folder) as entries:
+        return {e.name[:-5]: e.inode() for e in entries if e.name.endswith(".json") and e.name[0] != "."}
 
 
 def _read_receipt(folder: int, name: str) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ def flags_of(script: Path) -> set[str]:
     """The flags that --help lists, without the ``--no_`` twins and ``--help`` itself."""
     command = [sys.executable, str(script), "--help"]
     help_text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    names = set(re.findall(r"--([a-z]\w*)", " ".join(re.findall(r"^[│\s]*(--?\w.*)$", help_text, flags=re.M))))
+    names = set(re.findall(r"--([a-z]\w*)", " ".join(re.findall(r"^[│\s,]*(--?\w.*)$", help_text, flags=re.M))))
     return {name for name in names if not (name.startswith("no_") and name[3:] in names)} - {"help"}
 
 

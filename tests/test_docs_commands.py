@@ -89,9 +89,12 @@ def parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             script = next(ROOT.glob(f"{name[:2]}_*.py"))
             partial_options(load_script(script), arguments, line)
             return
-        if "--help" in arguments:
-            return
         main = command_line.main if name == "curation" else importlib.import_module(name.removesuffix(".py")).main
+        if "--list_models" in arguments:
+            assert main(arguments) == 0, line
+            return
+        if arguments == ["--help"]:
+            return
         with only_parsing(monkeypatch), pytest.raises(Parsed):
             main(arguments)
 

@@ -235,6 +235,8 @@ def test_stand_ins_have_a_banner(undisturbed: Undisturbed, page: Page, tmp_path:
     assert "Stand-in models made the pictures." in page.text
     assert "tests the installation; it is meaningless as data" in page.text
     assert page.text.index("Stand-in models") < page.text.index("What became of the samples")
+    alone = report(undisturbed.root / "hybrid", tmp_path / "a.html").text
+    assert "Stand-in models made the pictures." in alone and "(03_generate_images)" in alone
     before = report(undisturbed.after["02_captions_processor"], tmp_path / "a.html")
     assert "Stand-in" not in before.text, "stage 02 had a server"
     root = tmp_path / "root"

@@ -14,7 +14,7 @@ from curation.commands.audit.command import audit as audit_groups
 from curation.commands.places import EDITS, FACES, HYBRID, PROMPTS, RECAPTION, StagePlace, find_stages
 from curation.commands.report.originals import Originals
 from curation.commands.report.receipts import MAX_NAME, GridCell, ReceiptBounds, ReceiptStats, add_cell, cell_of, merged
-from curation.commands.report.recipe import recipes, stand_ins
+from curation.commands.report.recipe import models_before, recipes, stand_ins
 from curation.commands.report.samples import SampleStats, look
 from curation.commands.status.command import stage_result
 from curation.commands.status.live_claims import ClaimWatcher
@@ -95,7 +95,7 @@ def gather(
         "root": clean_text(str(root.resolve())),
         "made": round(time.time(), 3),
         "stages": stages,
-        "stand_ins": stand_ins(stages, looked.models),
+        "stand_ins": stand_ins(stages, looked.models.keys() | models_before(scan.stages)),
         "funnel": _funnel(stages),
         "looked_at": dict(looked.shards),
         "faces": dict(sorted(looked.faces.items())),

@@ -5,8 +5,9 @@ They come from the records of options that a stage leaves beside its receipts, a
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,14 @@ from curation.commands.places import EDITS, FACES, METADATA, PROMPTS, RECAPTION
 from curation.commands.status.scan import ScannedStage
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
+from curation.run.inputs import receipts_of
+from curation.run.planned import Plan
+from curation.storage.files import read_record
 
 STAND_IN = "embedded/"  # the names of the models of --embedded begin with it
 MAX_RECIPES = 5  # of one stage: each --rerun with other options makes one
 _MAX_TEXT = 400
+_MAX_STAGES = 100  # that are looked at before those of the report
 _MODELS: Mapping[str, str] = {
     FACES: "face detector",
     PROMPTS: "language model",
@@ -61,7 +66,7 @@ def recipes(stage: ScannedStage, shards: Mapping[int, int], used: Mapping[UsedMo
     ]
 
 
-def stand_ins(stages: Sequence[Mapping[str, Any]], used: Mapping[UsedModel, int]) -> list[dict[str, Any]]:
+def stand_ins(stages: Sequence[Mapping[str, Any]], used: Iterable[UsedModel]) -> list[dict[str, Any]]:
     """Returns the stand-in models that made something of the dataset, each with what it made."""
     found: Counter[tuple[str, str]] = Counter()
     for stage in stages:
@@ -76,6 +81,34 @@ def stand_ins(stages: Sequence[Mapping[str, Any]], used: Mapping[UsedModel, int]
         {"stage": stage, "made": _MADE.get(stage, "data"), "model": model, "shards": shards}
         for (stage, model), shards in sorted(found.items())
     ]
+
+
+def models_before(stages: Sequence[ScannedStage]) -> set[UsedModel]:
+    """Returns the models of the stages from whose files these were made, and which are not among them.
+
+    A report about the folder of the hybrid shards alone finds so that stand-ins made their pictures.
+    """
+    seen = {str(stage.place.receipts) for stage in stages}
+    left = [(stage.place.home / folder, name) for stage in stages for name, folder in stage.sources]
+    found = set()
+    while left and len(seen) < _MAX_STAGES:
+        folder, name = left.pop()
+        receipts = receipts_of(folder, name)
+        if receipts is None or os.path.realpath(receipts) in seen:
+            continue
+        seen.add(os.path.realpath(receipts))
+        options = None
+        for number in range(1, _MAX_STAGES):
+            if (record := read_record(receipts / f"_epoch.{number}.json")) is None:
+                break
+            options = record.get("options")
+        if isinstance(options, dict) and isinstance(options.get("model"), str):
+            found.add(UsedModel(name, text_of(options["model"]), text_of(options.get("revision"))))
+        home = receipts.parent.parent
+        plan = Plan(home, name, lambda warning: None)
+        plan.look()
+        left += [(home / further, stage) for stage, further in plan.sources]
+    return found
 
 
 def _models(stage: str, options: Mapping[str, Any], used: Mapping[UsedModel, int]) -> list[dict[str, str]]:

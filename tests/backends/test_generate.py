@@ -386,6 +386,8 @@ def test_the_last_batch_is_padded_to_a_fixed_size_when_compiled(tiny: Callable[[
         ("Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers", "sana-sprint"),
         ("Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers", "sana-sprint"),
         ("Tongyi-MAI/Z-Image-Turbo", "z-image-turbo"),
+        ("black-forest-labs/FLUX.2-klein-4B", "flux.2-klein-4b"),
+        ("black-forest-labs/FLUX.2-klein-base-4B", None),
         ("/models/SDXL_Turbo_fp16/", "sdxl-turbo"),
         ("/models/sd-turbo/stable-diffusion-xl", None),
         ("/cache/models--stabilityai--sd-turbo/snapshots/0123456789012345678901234567890123456789", "sd-turbo"),

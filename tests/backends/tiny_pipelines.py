@@ -108,6 +108,36 @@ def save_tiny_flux(folder: Path) -> None:
     )  # fmt: skip
 
 
+def save_tiny_flux2_klein(folder: Path) -> None:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = qwen_tokenizer()
+    text_config = Qwen3Config(  # the pipeline takes the hidden states of layers 9, 18 and 27
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=28,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
+    )  # fmt: skip
+    parts: dict[str, Any] = {
+        "text_encoder": Qwen3ForCausalLM(text_config),
+        "transformer": Flux2Transformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        "vae": AutoencoderKLFlux2(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=32,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        ),
+    }  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    _save(Flux2KleinPipeline, parts, folder, scheduler=scheduler, tokenizer=tokenizer, is_distilled=True)
+
+
 def save_tiny_z_image(folder: Path) -> None:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
@@ -163,6 +193,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tiny-sd": save_tiny_sd,
     "tiny-sdxl-turbo": save_tiny_sdxl,
     "tiny-FLUX.1-schnell": save_tiny_flux,
+    "tiny-FLUX.2-klein-4B": save_tiny_flux2_klein,
     "tiny-Z-Image-Turbo": save_tiny_z_image,
     "tiny-Sana_Sprint": save_tiny_sana_sprint,
 }

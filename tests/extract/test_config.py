@@ -200,6 +200,9 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         ({"models": "oai-clip-vit-b23"}, "did you mean 'oai-clip-vit-b32'"),
         ({"models": "faces"}, "unknown directive 'faces'"),
         ({"models": "clip:"}, "unknown directive"),
+        ({"models": "somebody/clip"}, "for a model of the hub write clip:somebody/clip or siglip:somebody/clip"),
+        ({"models": "qqq"}, "--list_models shows all of them"),
+        ({"models": "Statistics,statistics"}, "is there twice"),
         ({"models": "statistics,statistics"}, "is there twice"),
         ({"weights": "oai-clip-vit-b33=x"}, "weights: 'oai-clip-vit-b33' is none of the models"),
     ],
@@ -207,6 +210,21 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 def test_unknown_directives_fail_with_the_nearest_name(tmp_path: Path, flags: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         Catalogue(families(), read(tmp_path, BASIC, **flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "directive"),
+    [
+        ("OAI_CLIP_ViT_B32", "oai-clip-vit-b32"),
+        ("openai/clip-vit-base-patch32", "oai-clip-vit-b32"),
+        ("unitary/multilingual-toxic-xlm-roberta", "nsfw-detoxify"),
+        ("CLIP:somebody/model", "clip:somebody/model"),
+        ("clip:openai/clip-vit-base-patch32", "clip:openai/clip-vit-base-patch32"),
+    ],
+)
+def test_a_directive_is_found_in_any_spelling_and_by_its_hub_id(tmp_path: Path, name: str, directive: str) -> None:
+    found = Catalogue(families(), read(tmp_path, BASIC, models=name, weights=f"{name}=somebody/tuned")).config
+    assert found.models == (directive,) and [*found.weights] == [directive]
 
 
 @pytest.mark.parametrize(

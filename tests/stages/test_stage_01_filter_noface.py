@@ -591,3 +591,28 @@ def test_a_signal_saves_what_is_done_and_ends_with_75(run: Stage01, sent: signal
     taken_up = run.files()
     assert run(*options, "--rerun") == 0
     assert run.files() == taken_up
+
+
+# ---- names of detectors
+
+
+@pytest.mark.parametrize(
+    ("name", "detector"), [("YuNet", "yunet"), ("Center_Face", "centerface"), ("RECORDED", "recorded")]
+)
+def test_a_detector_is_found_in_any_spelling_and_recorded_in_its_own(name: str, detector: str, tmp_path: Path) -> None:
+    options = stage_01.Options(input="x", output=str(tmp_path / "a"), edits=str(tmp_path / "b"), detector=name)
+    options.check()
+    assert stage_01.FilterFaces(options).fingerprint()["detector"] == detector
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--detector", "yunt"], "--detector yunt: there is no such detector. Did you mean yunet?"),
+        (["--detector", "qqq"], "Did you mean auto or recorded or centerface or scrfd or yunet?"),
+        (["--model", "scrfd"], "--model scrfd: is for an ONNX file; a detector is named with --detector"),
+    ],
+)
+def test_a_name_that_is_no_detector(flags: list[str], told: str, run: Stage01) -> None:
+    assert run(*flags) == 2
+    assert told in run.log

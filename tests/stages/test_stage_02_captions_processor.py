@@ -374,6 +374,7 @@ def test_a_missing_model_ends_the_run_with_one_line(run: Stage02) -> None:
     assert run("--model_name", "nope") == 2
     assert f"error: http://127.0.0.1:{run.port} has no model 'nope'" in run.log
     assert f"To get it there: OLLAMA_HOST=http://127.0.0.1:{run.port} ollama pull nope" in run.log
+    assert "but tulu3:fairclip" in run.log, "what it has"
 
 
 @pytest.mark.parametrize(

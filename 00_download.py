@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, ClassVar
 
 from curation.cluster import Allocation, run_id
@@ -67,6 +68,23 @@ HASHES = ("sha256", "md5", "sha512", "sha1")
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Download the images of URL tables into tar shards; any number of processes share the work."""
+
+    help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "publish_to": "output",
+            "url_col": "table",
+            "threads": "network",
+            "max_image_bytes": "image",
+            "user_agent": "permission",
+            "retry_failed_urls": "repair",
+        }
+    )
+    example: ClassVar[str] = "--input urls.parquet --output shards"
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "processes_count": "--workers",
+        }
+    )
 
     input: Annotated[Sources, also("-i", "--url_list")]
     """URL tables (parquet, csv, tsv, jsonl, txt, the text ones also .gz): one, a folder of them or a glob; local, or

@@ -14,9 +14,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
 
-import tyro
 import xxhash
 
 from curation import backends
@@ -31,6 +31,7 @@ from curation.models.listing import asks_for_models, list_models
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.models.onnx import read_weights
 from curation.options import (
+    Explained,
     FolderName,
     Sources,
     also,
@@ -79,6 +80,16 @@ Boxes = list[list[float]]  # x0, y0, x1, y1 as shares of width and height; a det
 class Options(RunOptions):
     """Keep the samples whose image shows at least one face; write their captions and their metadata."""
 
+    help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "detector": "detector",
+            "min_faces": "selection",
+            "threads": "speed",
+            "edits_layout": "output",
+        }
+    )
+    example: ClassVar[str] = "--input shards --output captions --edits edits"
+
     input: Annotated[Sources, also("-i")]
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
     several."""
@@ -86,7 +97,7 @@ class Options(RunOptions):
     """Folder for the captions, one <shard>.json each."""
     edits: FolderName
     """Folder for the kept samples' metadata, one <shard>.json each; later stages write their edits there too."""
-    detector: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(DETECTORS)}}}")] = "auto"
+    detector: Annotated[str, Explained(metavar=f"{{{','.join(DETECTORS)}}}")] = "auto"
     """recorded: use face_bboxes in the metadata.  A detector's name: detect faces with it.  auto: recorded if the
     field exists and is not null, otherwise scrfd (with --embedded: centerface)."""
     list_models: bool = False
@@ -95,9 +106,9 @@ class Options(RunOptions):
     """If auto must detect faces, use the small detector that comes with this project (CenterFace)."""
     model: str | None = None
     """Another ONNX file for the detector.  Default: the detector's own."""
-    det_size: Annotated[int | None, between(32, 4096), tyro.conf.arg(help=DET_SIZE_HELP)] = None
+    det_size: Annotated[int | None, between(32, 4096), Explained(DET_SIZE_HELP)] = None
     """Pixels that an image's longest side is brought to; --help lists each detector's own."""
-    threshold: Annotated[float | None, more_than(0), less_than(1), tyro.conf.arg(help=THRESHOLD_HELP)] = None
+    threshold: Annotated[float | None, more_than(0), less_than(1), Explained(THRESHOLD_HELP)] = None
     """Score from which a detection counts as a face; --help lists each detector's own."""
     min_faces: Annotated[int, at_least(1)] = 1
     """Number of faces that a sample needs."""

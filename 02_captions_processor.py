@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 import xxhash
@@ -83,6 +84,16 @@ STAND_IN = (
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Keep English captions and let model servers rewrite them into prompts that portray a group of people."""
+
+    help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "model_name": "model",
+            "num_threads": "server",
+            "lang": "language",
+            "groups": "prompt",
+        }
+    )
+    example: ClassVar[str] = "--input captions --output prompts"
 
     input: Annotated[Sources, also("-i")]
     """Captions: folder of <shard>.json (stage 01's --output), or of tars; or a glob, braces, a list file, one file;

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import xxhash
 
@@ -72,6 +72,20 @@ PROMPTS_FOLDER = "prompts"  # in the folder of a whole dataset
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Generate one image per prompt with a diffusers pipeline; one process per GPU."""
+
+    help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "model": "model",
+            "steps": "picture",
+            "batch_size": "speed",
+            "seed": "picture",
+            "quality": "output",
+            "num_gpus": "speed",
+            "edits_layout": "output",
+            "compile": "speed",
+        }
+    )
+    example: ClassVar[str] = "--input prompts --output edits"
 
     input: Annotated[Files, also("-i", "--prompts", "--input_files")]
     """Prompts: folder of <shard>.json as stage 02 writes it, a glob, braces, a list file or one file; also several."""

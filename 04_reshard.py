@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
 from curation.backends.faces import DetectorName, detector_class
@@ -47,6 +48,24 @@ BEHIND_ITS_OWN_KEY = Choice(0, failed=("duplicate_key", "it would lie right behi
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Replace the edited samples of each shard and copy everything else byte for byte; or take a subset, or regroup."""
+
+    help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "edits": "edit",
+            "subset": "selection",
+            "blur_faces": "image",
+            "shard_size": "regrouping",
+            "index": "output",
+        }
+    )
+    example: ClassVar[str] = "--input shards --edits edits --output hybrid"
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "apply_blur": "--blur_faces recorded",
+            "num_workers": "--workers",
+            "j": "--workers",
+        }
+    )
 
     input: Annotated[Sources, also("-i", "--input_dir")]
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also

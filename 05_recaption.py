@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
-
-import tyro
 
 from curation import backends
 from curation.caption import (
@@ -59,6 +58,7 @@ from curation.options import (
     PATH,
     URLS,
     FolderName,
+    Positional,
     Sources,
     also,
     at_least,
@@ -88,9 +88,23 @@ NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 class Options(HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
-    data: Annotated[tyro.conf.Positional[Sources], tyro.conf.arg(name="DATA_PATH", metavar="DATA_PATH")] = ()
-    """Source shards, as --input."""
-    input: Annotated[Sources, also("-i", "--data_path", "--data_dir")] = ()
+    help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "output": "output",
+            "model": "model",
+            "format": "output",
+            "detail": "caption",
+            "batch_size": "speed",
+            "ports": "server",
+            "num_gpus": "speed",
+            "resume": "output",
+            "detect_watermarks": "watermark",
+            "compare": "output",
+        }
+    )
+    example: ClassVar[str] = "--input shards --output recaptions"
+
+    input: Annotated[Sources, Positional("DATA_PATH"), also("-i", "--data_path", "--data_dir")]
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
     several."""
     output: Annotated[FolderName, also("-o", "--output_dir", "--checkpoint_dir")] = "recaptions"
@@ -186,13 +200,6 @@ class Options(HubOptions, RunOptions):
             import_arrow()
 
     @property
-    def source(self) -> Sequence[str]:
-        given = self.data or self.input
-        if not given or (self.data and self.input):
-            raise UsageError("give the source shards once: DATA_PATH or --input")
-        return given
-
-    @property
     def formats(self) -> tuple[Format, ...]:
         try:
             return parse_formats(self.format)
@@ -205,9 +212,9 @@ class Options(HubOptions, RunOptions):
         return resolve(self.model, backends.families("caption"))
 
     def of_the_run(self) -> "Options":
-        """The same options as the workers get them: the source has one name, a trial is a run into a folder of its
-        own, and there is a process for each GPU."""
-        run = replace(self, data=(), input=tuple(self.source), compare=None)
+        """The same options as the workers get them: a trial is a run into a folder of its own, and there is a process
+        for each GPU."""
+        run = replace(self, compare=None)
         if self.smoke is not None:
             folder = str(Path(self.output) / f"_smoke-{self.smoke}")
             run = replace(run, output=folder, max_images=self.smoke, rerun=True, push=False, workers=1, num_gpus=None)
@@ -428,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info(could_mean_two)
     run = options.of_the_run()
     run = Recaption.settled(run)
-    shards = select(discover(run.source, allow_pipe=run.allow_pipe), run.shards)
+    shards = select(discover(run.input, allow_pipe=run.allow_pipe), run.shards)
     if "tar" in run.formats and (Path(run.output) / TAR_FOLDER).resolve() in local_folders(shards):
         raise UsageError(
             f"--output {run.output}: the source shards are in its folder {TAR_FOLDER}/, where --format tar "

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from curation.backends.extract import families
@@ -62,9 +63,25 @@ MORE_MODELS = "--models also takes clip:<hub id or folder> and siglip:<hub id or
 class Options(RunOptions):
     """Compute scores and features of the samples of tar shards: a parquet and an npz for each; one process per GPU."""
 
+    help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "input": "required",
+            "yml": "configuration",
+            "postprocess_columns": "column and feature",
+            "nworkers": "speed",
+            "custom_pypath": "configuration",
+            "use_datacomp_keys": "column and feature",
+            "weights": "model",
+            "feature_dtype": "column and feature",
+            "dtype": "speed",
+            "warn_and_continue": "ignored",
+        }
+    )
+    example: ClassVar[str] = "--input shards --output metadata --models oai-clip-vit-b32"
+
     input: Annotated[Sources, also("-i", "--input_tars")] = ()
     """Source shards: a folder, a glob, braces, a list file, one tar, https:// or s3:// URLs, or pipe: commands; also
-    several."""
+    several.  This and the next two may be in --yml instead."""
     output: Annotated[str | None, also("-o", "--output_metadata_dir"), PATH] = None
     """Folder for the parquets and npzs."""
     models: Annotated[str | None, LISTED] = None

@@ -30,7 +30,6 @@ CORE = {
     "requests": "requests",
     "rich": "rich",
     "simplejpeg": "simplejpeg",
-    "tyro": "tyro",
     "xxhash": "xxhash",
 }
 

@@ -49,11 +49,13 @@ def anchors(page: Path) -> set[str]:
 
 
 def flags_of(script: Path) -> set[str]:
-    """The flags that --help lists, without the ``--no_`` twins and ``--help`` itself."""
+    """The flags that --help lists under all their names, but for ``--help`` itself and names of one letter."""
     command = [sys.executable, str(script), "--help"]
     help_text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    names = set(re.findall(r"--([a-z]\w*)", " ".join(re.findall(r"^[│\s,]*(--?\w.*)$", help_text, flags=re.M))))
-    return {name for name in names if not (name.startswith("no_") and name[3:] in names)} - {"help"}
+    heads = re.findall(r"^  (--\w+)", help_text, flags=re.M)
+    also = re.findall(r"\bAlso: ([^.]*)\.", " ".join(help_text.split()))
+    names = {name.lstrip("-") for name in [*heads, *", ".join(also).split(", ")]} - {"", "help"}
+    return {name.removeprefix("no_") for name in names}
 
 
 def page_of(script: Path) -> Path:
@@ -167,7 +169,7 @@ def test_every_decision_has_its_three_parts_and_is_listed() -> None:
 
 
 def test_options_have_docstrings() -> None:
-    """tyro shows them as help, so that --help and the code cannot differ."""
+    """--help shows them, so that it and the code cannot differ."""
     for script in SCRIPTS:
         module = importlib.import_module(script.stem)
         described: set[str] = set()
@@ -176,7 +178,7 @@ def test_options_have_docstrings() -> None:
             assert isinstance(definition, ast.ClassDef)
             for field, text in itertools.pairwise([*definition.body, definition]):
                 has_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-                if isinstance(field, ast.AnnAssign) and (has_text or "help=" in ast.unparse(field.annotation)):
+                if isinstance(field, ast.AnnAssign) and (has_text or "Explained(" in ast.unparse(field.annotation)):
                     described.add(ast.unparse(field.target))
         fields = {field.name for field in dataclasses.fields(module.Options)}
         assert not fields - SHARED - described, f"{script.name} {sorted(fields - SHARED - described)}"

@@ -48,14 +48,14 @@ class Parsed(BaseException):
 @contextmanager
 def only_parsing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Programs end once they have parsed their command line."""
-    parse = options_module._parse
+    parse = options_module.parse_program
 
     def parse_and_end(*arguments: Any, **named: Any) -> Any:
         parse(*arguments, **named)
         raise Parsed
 
     with monkeypatch.context() as patch:
-        patch.setattr(options_module, "_parse", parse_and_end)
+        patch.setattr(options_module, "parse_program", parse_and_end)
         yield
 
 

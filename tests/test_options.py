@@ -1,11 +1,11 @@
-"""Options of a stage: the order of ``--help``, and the bounds of numbers."""
+"""Options of stages and commands: their names, the bounds of numbers, and which may be URLs."""
 
 import importlib
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -49,39 +49,6 @@ class Options(HubOptions, RunOptions):
     score: Annotated[float | str, less_than(2)] = "auto"
     max_error_rate: Annotated[float, between(0, 1)] = 1.0
     """Another default than that of other stages."""
-
-
-def help_of(kind: type[RunOptions], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit):
-        parse_options(kind, ["--help"], prog="toy.py")
-    return capsys.readouterr().out
-
-
-def flags_in(text: str, names: set[str]) -> list[str]:
-    """The fields among ``names``, in the order in which the help lists their flags."""
-    found = [word for line in re.findall(r"^\W (-.*)$", text, flags=re.M) for word in re.findall(r"--(\w+)", line)]
-    return [name for name in dict.fromkeys(found) if name in names]
-
-
-def test_help_lists_the_options_of_the_stage_first_and_run_control_last(capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_of(Options, capsys)
-    assert "Options of a toy." in text
-    own, hub, run = re.split(r"^\W+(?:hub|run) options\W+$", text, flags=re.M)
-    assert flags_in(own, {field.name for field in fields(Options)}) == ["source", "count", "share", "seconds", "score"]
-    assert flags_in(hub, {"push_every", "shards"}) == ["push_every"]
-    shared = [field.name for field in fields(RunOptions)]
-    assert flags_in(run, set(shared)) == shared
-    assert "Another default than that of other stages." in " ".join(re.findall(r"[\w.]+", run))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_of_a_stage_begins_with_its_input_and_output(script: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kind = importlib.import_module(script).Options
-    own = help_of(kind, capsys).partition("run options")[0]
-    shared = {field.name for field in fields(RunOptions)}
-    assert not flags_in(own, shared)
-    first = ["input", "output"]
-    assert flags_in(own, {*first, "model", "embedded"})[: len(first)] == first
 
 
 # ---- names
@@ -182,10 +149,11 @@ TAKE_URLS = {
     ("01_filter_noface", "input"),
     *{("02_captions_processor", name) for name in ("input", "endpoints")},
     *{("04_reshard", name) for name in ("input", "publish_to")},
-    *{("05_recaption", name) for name in ("data", "input", "endpoints", "watermark_model", "prompt", "hf_repo")},
+    *{("05_recaption", name) for name in ("input", "endpoints", "watermark_model", "prompt", "hf_repo")},
     *{("06_metadata", name) for name in ("input", "weights", "embeddings")},
     ("curation.commands.plan.command", "source"),
     ("curation.commands.publish", "repo"),
+    ("curation.serving.registry", "url"),
 }
 
 

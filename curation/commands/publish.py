@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from curation.commands.places import StagePlace, find_stages, stage_named
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT, UsageError
 from curation.hub.push import GaveUp, Pushed, PushOptions, push
 from curation.hub.repository import check_access, check_name
 from curation.jsonio import clean_text, dump_json
-from curation.options import URLS, exit_code, parse_arguments, say_error, set_up_logging
+from curation.options import POSITIONAL, URLS, exit_code, parse_arguments, say_error, set_up_logging
 
 _SHOWN = 20  # of a list, without --json
 
@@ -23,7 +21,7 @@ _SHOWN = 20  # of a list, without --json
 class Options:
     """Upload a stage's finished outputs to a dataset repository of the hub.  Start it again to go on."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, POSITIONAL]
     """The stage's output folder, or the dataset's with --stage."""
     repo: Annotated[str, URLS]
     """The dataset repository: user/name, or a name of your own.  Created, private, where it is not there."""

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 from curation import PROJECT
 from curation.commands.places import StagePlace, stage_named
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
-from curation.options import LISTED, exit_code, parse_arguments
+from curation.options import LISTED, POSITIONAL, exit_code, parse_arguments
 from curation.run.attempt import code_version
 from curation.run.claims import is_gone, read_claim
 from curation.run.commit import Commit, requeue
@@ -32,7 +30,7 @@ _KEPT = ("shard", "stage", "version", "epoch", "inputs", "sources", "error")  # 
 class Options:
     """Make failed shards of a stage pending again; the next run of the stage does them."""
 
-    root: Annotated[Path, tyro.conf.Positional]
+    root: Annotated[Path, POSITIONAL]
     """The folder of the dataset, or the stage's output folder."""
     stage: str
     """The stage's name, as status shows it: 01_filter_noface."""

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 import curation
 from curation import PROJECT, __version__
 from curation.errors import EXIT_OK, UsageError
-from curation.options import exit_code, parse_arguments
+from curation.options import POSITIONAL, exit_code, parse_arguments
 from curation.storage.files import storage_errors, write_whole
 
 _PATTERNS = (
@@ -41,7 +39,7 @@ _HEAD = "# Written by `curation scripts`: the package that these scripts belong 
 class Options:
     """Copy the numbered scripts and the job scripts to a folder; they run with the Python that has the package."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, POSITIONAL]
     """Where the copies go; it is made if it does not exist."""
     overwrite: bool = False
     """Replace files of the folder that differ, such as those of another version, or those that you have edited."""

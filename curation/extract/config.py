@@ -130,7 +130,7 @@ KEYS = tuple(item.name for item in fields(ExtractConfig))
 FLAGS = MappingProxyType({"input_tars": "input", "output_metadata_dir": "output"})  # all others are named as their keys
 
 
-_REQUIRED = ("models", "input_tars", "output_metadata_dir")
+_REQUIRED = ("input_tars", "output_metadata_dir", "models")
 
 
 def read_config(yml: str | None, flags: Mapping[str, Any]) -> ExtractConfig:
@@ -150,13 +150,17 @@ def read_config(yml: str | None, flags: Mapping[str, Any]) -> ExtractConfig:
             values[key] = _parse(f"--{FLAGS.get(key, key)}", key, value)
     values = {key: value for key, value in values.items() if value is not None}
     refuse_url("output_metadata_dir", values.get("output_metadata_dir"))
-    for key in _REQUIRED:
-        if not values.get(key):
-            flag = f"--{FLAGS.get(key, key)}"
-            raise UsageError(
-                f"{yml} has no {key}: give it there or as {flag}" if yml else f"give {flag}, or a --yml that has it"
-            )
+    if missing := [key for key in _REQUIRED if not values.get(key)]:
+        names = _listed([f"--{FLAGS.get(key, key)}" for key in missing])
+        it = "it" if len(missing) == 1 else "them"
+        if yml:
+            raise UsageError(f"{yml} has no {_listed(missing)}: give {it} there or as {names}")
+        raise UsageError(f"give {names}, or a --yml that has {it}")
     return ExtractConfig(**values)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

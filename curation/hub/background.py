@@ -50,7 +50,7 @@ class HubOptions:
     hf_username: str | None = None
     """Owner of --hf_repo.  Default: who is logged in."""
     push: bool = True
-    """Whether to upload at all; --no_push forbids it."""
+    """--no_push: upload nothing, whatever --hf_repo says."""
 
     def check_hub(self) -> None:
         """Raise UsageError where nothing could ever be uploaded.  Sends no request."""

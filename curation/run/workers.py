@@ -175,7 +175,7 @@ def to_argv(options: RunOptions) -> list[str]:
         if isinstance(value, bool):
             argv.append(f"--{item.name}" if value else f"--no_{item.name}")
         elif isinstance(value, list | tuple):
-            argv += [f"--{item.name}", *map(str, value)]
+            argv += [f"--{item.name}={one}" for one in value]
         else:
             argv.append(f"--{item.name}={value}")  # as one argument, because the value may begin with a dash
     return argv

@@ -13,7 +13,6 @@ goes on.  A server leaves the pool when its registration is gone, or when that s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import heapq
 import logging
@@ -29,14 +28,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, Self, get_args
+from typing import Annotated, Any, Literal, NoReturn, Self, get_args
 from urllib.parse import urlsplit
 
-from curation import PROGRAM
 from curation.cluster import slurm_ids
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, SampleError, redact
 from curation.jsonio import clean_text, dump_json, parse_json_object
-from curation.options import refuse_url
+from curation.options import URLS, parse_arguments
 from curation.serving.connection import (
     EndpointError,
     ModelMissing,
@@ -237,19 +235,26 @@ class OwnRegistration:
 # ---- the process beside each server
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} register", description="Register one model server while it lives."
-    )
-    parser.add_argument("--dir", required=True, type=Path, help="the folder of registrations")
-    parser.add_argument("--url", required=True, help="http://host:port, as the readers reach it")
-    parser.add_argument("--model", required=True, help="the model that it is to load")
-    parser.add_argument("--api", choices=get_args(AnyApi), default="auto", help="what it speaks")
-    parser.add_argument("--pid", type=int, default=0, help="the server's process, noted for people")
-    parser.add_argument("--api_key_env", help="environment variable with its key (default CURATION_API_KEY)")
-    parser.add_argument("--start_timeout", type=float, default=600.0, help="seconds for its first sign of life")
-    parser.add_argument("--load_timeout", type=float, default=600.0, help="seconds to load the model")
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Register one model server while it lives."""
+
+    dir: Path
+    """The folder of registrations."""
+    url: Annotated[str, URLS]
+    """http://host:port, as the readers reach it."""
+    model: str
+    """The model that it is to load."""
+    api: AnyApi = "auto"
+    """The API that it speaks; auto asks it."""
+    pid: int = 0
+    """The server's process, noted for people."""
+    api_key_env: str | None = None
+    """The environment variable with its key.  Default: CURATION_API_KEY."""
+    start_timeout: float = 600.0
+    """Seconds for its first sign of life."""
+    load_timeout: float = 600.0
+    """Seconds to load the model."""
 
 
 def _wait_for_server(session: Session, url: str, api: AnyApi, timeout_s: float) -> Api:
@@ -265,12 +270,11 @@ def _wait_for_server(session: Session, url: str, api: AnyApi, timeout_s: float) 
         time.sleep(0.3)
 
 
-def register(arguments: argparse.Namespace) -> int:
+def register(arguments: Options) -> int:
     """Register a server until a signal or until it stops answering, and return the exit code.
 
     It is 0 after a signal, 3 where the server does not answer (any more), 2 where it cannot serve the model.
     """
-    refuse_url("--dir", arguments.dir)
     url = server_url(arguments.url)
     with Session(read_key(arguments.api_key_env, registered=False)) as session, Session(registered=True) as others:
         api = _wait_for_server(session, url, arguments.api, arguments.start_timeout)
@@ -326,7 +330,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _arguments(argv)
+    arguments = parse_arguments(Options, argv, "register")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stderr)
     _on_signals(_end)
     why: Exception

@@ -190,7 +190,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
             read(tmp_path, text)
     with pytest.raises(UsageError, match="cannot be read"):
         read_config(str(tmp_path / "none.yml"), {})
-    with pytest.raises(UsageError, match="give --input, or a --yml that has it"):
+    with pytest.raises(UsageError, match="give --input and --output, or a --yml that has them"):
         read_config(None, {"models": "statistics"})
 
 

@@ -27,7 +27,7 @@ LINES: list[tuple[str, dict[str, Any]]] = [
             "model": "florence-community/Florence-2-base",
             "detail": "detailed",
             "batch_size": 16,
-            "input": "wds",
+            "input": ("wds",),
             "output": "wds/captions",
             "resume": True,
         },
@@ -35,8 +35,8 @@ LINES: list[tuple[str, dict[str, Any]]] = [
     ("--list-models", {"list_models": True}),
     ("--quantize 4bit", {"quantize": "4bit"}),
     # simple-image-recaptioning: main.py
-    (f"--data_path={CC3M}0000.tar", {"input": f"{CC3M}0000.tar"}),
-    (f"{CC3M}0000.tar", {"source": f"{CC3M}0000.tar"}),
+    (f"--data_path={CC3M}0000.tar", {"input": (f"{CC3M}0000.tar",)}),
+    (f"{CC3M}0000.tar", {"input": (f"{CC3M}0000.tar",)}),
     ("--model_name=llava", {"model": "llava"}),
     ("--model_name=qwen", {"model": "qwen"}),
     ("-b 48", {"batch_size": 48}),
@@ -87,10 +87,11 @@ def other_spelling(line: str) -> str:
 @pytest.mark.parametrize("spelled", [str, other_spelling], ids=["as written", "the other way"])
 @pytest.mark.parametrize(("line", "meant"), LINES, ids=[line for line, _ in LINES])
 def test_a_command_line_of_the_readmes(line: str, meant: dict[str, Any], spelled: Any) -> None:
-    options = parse_options(stage.Options, spelled(line).split())
+    words = spelled(line).split()
+    options = parse_options(stage.Options, words if "input" in meant else ["x", *words])
     assert {name: getattr(options, name) for name in meant} == meant
     untouched = parse_options(stage.Options, ["x"])
-    named = {*meant, "data", "input"}
+    named = {*meant, "input"}
     for field in dataclasses.fields(options):
         if field.name not in named:
             assert getattr(options, field.name) == getattr(untouched, field.name), "no other option is changed"
@@ -104,7 +105,7 @@ def test_a_switch_wants_a_truth(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_pipe_of_a_readme() -> None:
     """Its command is one argument, spaces and braces and all."""
     pipe = f"pipe:curl -s -f -L {CC3M}{{0000..0575}}.tar"
-    assert parse_options(stage.Options, [f"--data_path={pipe}"]).source == pipe
+    assert parse_options(stage.Options, [f"--data_path={pipe}"]).input == (pipe,)
 
 
 def test_the_models_of_the_readmes_are_known() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
-import tyro
 
 from curation.cluster import Allocation
 from curation.commands.audit.groups import (
@@ -31,7 +30,7 @@ from curation.commands.audit.groups import (
 from curation.commands.places import EDITS, HYBRID, StagePlace
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
-from curation.options import exit_code, logger, parse_arguments, set_up_logging
+from curation.options import POSITIONAL, exit_code, logger, parse_arguments, set_up_logging
 
 AUDIT_FORMAT = 1
 
@@ -48,7 +47,7 @@ LOSSES: Mapping[str, tuple[str, str, str]] = {
 class Options:
     """Show for each group how many samples were assigned, rewritten, accepted, generated and resharded."""
 
-    root: Annotated[Path, tyro.conf.Positional]
+    root: Annotated[Path, POSITIONAL]
     """The folder of the dataset: stages 02 to 04 are found in it or in a folder in it."""
     workers: int | None = None
     """Number of reading processes.  Default: one for each CPU, at most 8."""

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
-import tyro
 
 from curation.cluster import Allocation
 from curation.commands.findings import as_lines, as_record, results_in_order
 from curation.commands.fsck.shard import REMEDIES, Task, Verdict, check_shard
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
-from curation.options import LISTED, Files, exit_code, parse_arguments, set_up_logging
+from curation.options import LISTED, POSITIONAL, Files, exit_code, parse_arguments, set_up_logging
 from curation.run.progress import Progress
 from curation.shards import discover, files_of, select
 
@@ -27,7 +26,7 @@ FSCK_FORMAT = 1
 class Options:
     """Find faults in tar shards, and save every intact sample of damaged ones."""
 
-    tars: Annotated[Files, tyro.conf.Positional]
+    tars: Annotated[Files, POSITIONAL]
     """Shards: a folder of tars, a glob, braces, a list file or one tar."""
     repair: Path | None = None
     """Folder for a new tar with the intact samples of each faulty shard; not the folder of the tars."""
@@ -36,7 +35,7 @@ class Options:
     workers: int | None = None
     """Number of processes.  Default: one per CPU."""
     images: bool = True
-    """Decode every image, which takes nearly all of the time."""
+    """--no_images: do not decode the images, which takes nearly all of the time."""
     json: bool = False
     """One JSON object on one line instead of text."""
     quiet: bool = False

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
-import tyro
 
 from curation import PROJECT
 from curation.commands.places import find_stages
@@ -23,7 +22,7 @@ from curation.commands.plan.cost import Estimate, ShardSizes, StageCost, evenly,
 from curation.commands.plan.site import JobShape, Quota, array_commands, job_shape, max_array_size, quotas
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, InfrastructureError, UsageError
 from curation.jsonio import clean_text
-from curation.options import LISTED, Sources, exit_code, items_in, parse_arguments
+from curation.options import LISTED, POSITIONAL, Sources, exit_code, items_in, parse_arguments
 from curation.shards import Shard, as_one_text, discover, select
 
 PLAN_FORMAT = 1
@@ -35,9 +34,9 @@ DAY_H = 24.0
 class Options:
     """Estimate hours, bytes, files and tokens for all shards from finished shards, and print the sbatch commands."""
 
-    source: Annotated[Sources, tyro.conf.Positional]
+    source: Annotated[Sources, POSITIONAL]
     """The source shards, all of them: a folder, a glob, braces or a list file."""
-    root: Annotated[Path, tyro.conf.Positional]
+    root: Annotated[Path, POSITIONAL]
     """The folder of the dataset, with the outputs of stages that have run on some of the shards."""
     shards: Annotated[str | None, LISTED] = None
     """Forecast for these only: ids, ranges, files of ids."""

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import orjson
-import tyro
 
 from curation.commands.status.command import with_seconds
 from curation.errors import EXIT_OK, InfrastructureError, UsageError, install
-from curation.options import exit_code, parse_arguments
+from curation.options import POSITIONAL, also, exit_code, parse_arguments
 from curation.storage.files import write_whole
 
 if TYPE_CHECKING:  # they need numpy, and --help does without
@@ -34,9 +33,9 @@ _WATCH_S = "30"
 class Options:
     """Write one page about the folders of a dataset: what became of samples and shards, how fast, how they look."""
 
-    root: Annotated[Path, tyro.conf.Positional]
+    root: Annotated[Path, POSITIONAL]
     """The folder of the dataset: stages whose receipts lie in it or in a folder in it are found."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    output: Annotated[Path, also("-o")] = Path("report.html")
     """The page.  Its links to receipts are relative to it: a page beside the dataset can be moved together with it."""
     source: Path | None = None
     """The source shards, for the original images.  Default: the folders that the receipts name; if the shards are not

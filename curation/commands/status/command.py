@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
-import tyro
 
 from curation.commands.places import find_stages
 from curation.commands.status.live_claims import ClaimWatcher, LiveClaim, slurm_states
@@ -25,7 +24,7 @@ from curation.commands.status.scan import Memory, ReceiptScan, ScannedStage, Sta
 from curation.commands.status.watch import WatchView, is_over, limit_of, names_of
 from curation.errors import EXIT_OK, UsageError
 from curation.jsonio import clean_text
-from curation.options import exit_code, parse_arguments
+from curation.options import POSITIONAL, exit_code, parse_arguments
 from curation.run.progress import duration
 
 _MAX_ROWS = 40  # of running shards; the others are only counted
@@ -162,7 +161,7 @@ _SHARE_OF_READING = 3.0  # --watch waits at least so many times as long as it re
 class Options:
     """Show how far the stages below a folder are."""
 
-    root: Annotated[Path, tyro.conf.Positional]
+    root: Annotated[Path, POSITIONAL]
     """The folder of the dataset: stages whose receipts are in it, or in a folder in it, are found."""
     watch: float | None = None
     """Show it again every so many seconds (10 where no number is given), until all is done or Ctrl-C."""

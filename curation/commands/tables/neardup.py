@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
-import tyro
 from numpy.typing import NDArray
 
 from curation.commands.tables.similarity import (
@@ -34,7 +33,7 @@ from curation.commands.tables.similarity import (
 )
 from curation.commands.tables.tables import FolderTables, ShardTable, check_columns, find_tables, with_features
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
-from curation.options import exit_code, parse_arguments
+from curation.options import POSITIONAL, exit_code, parse_arguments
 from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, sort_uids, write_subset
 from curation.storage.files import make_folder, storage_errors, whole_file
 
@@ -46,7 +45,7 @@ _SIZES = (("original_width", "original_height"), ("width", "height"))
 class Options:
     """Find near duplicates among the samples of a folder, or of an evaluation set among them."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, POSITIONAL]
     """Stage 06's output: tables and features."""
     feature: str
     """The feature of the npz files that is compared, such as dedup-isc-ft-v107-image."""

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
-import tyro
 
 from curation.commands.tables.conditions import BASELINES, Condition, SqlFilter
 from curation.commands.tables.tables import FolderTables, check_columns, find_tables
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
-from curation.options import exit_code, parse_arguments
+from curation.options import POSITIONAL, exit_code, parse_arguments
 from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, write_subset
 
 
@@ -24,7 +23,7 @@ from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, write_subset
 class Options:
     """Write the uids of the samples that fulfil a condition on the columns of a folder's tables."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, POSITIONAL]
     """The folder of the tables: stage 06's output, or DataComp's own metadata."""
     out: Path
     """The subset file to write: a sorted NumPy array of pairs of uint64, as DataComp's resharder takes it."""

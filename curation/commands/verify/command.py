@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
-import tyro
 
 from curation.cluster import Allocation
 from curation.commands.findings import Findings, as_lines, as_record, results_in_order
 from curation.commands.verify.shard import CAPTIONS, EDITS, HYBRID, PROMPTS, REMEDIES, Task, Verdict, verify_shard
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, UsageError
 from curation.jsonio import clean_text
-from curation.options import LISTED, Files, exit_code, logger, parse_arguments, set_up_logging
+from curation.options import LISTED, POSITIONAL, Files, exit_code, logger, parse_arguments, set_up_logging
 from curation.run.inputs import check_made_by, receipts_of
 from curation.run.ledger import Ledger
 from curation.run.progress import Progress
@@ -39,9 +38,9 @@ _NOT_PROVED = ("subset", "blur_faces", "shard_size")  # options of stage 04
 class Options:
     """Prove that a hybrid dataset is its source with the edits applied, and nothing else."""
 
-    source: Annotated[Files, tyro.conf.Positional]
+    source: Annotated[Files, POSITIONAL]
     """Source shards: a folder of tars, a glob, braces, a list file or one tar."""
-    hybrid: Annotated[Path, tyro.conf.Positional]
+    hybrid: Annotated[Path, POSITIONAL]
     """Folder with the hybrid shards: stage 04's --output."""
     edits: Path | None = None
     """Folder with the edits.  Default, as for the next two: the folder that stage 04's receipts name."""
@@ -57,7 +56,7 @@ class Options:
     """File for the digests of the hybrid shards, for `sha256sum -c`; written only if no fault was found.
     Default: manifest.tsv in the hybrid folder, when all shards are verified."""
     provenance: bool = True
-    """Require provenance in edited samples.  Use --no_provenance for edits made elsewhere."""
+    """--no_provenance: do not require provenance in edited samples, for edits made elsewhere."""
     json: bool = False
     """One JSON object on one line instead of text."""
     quiet: bool = False

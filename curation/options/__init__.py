@@ -1,0 +1,145 @@
+"""Options of stages and commands, and what their ``main`` does alike.
+
+The options of a stage or a command are one frozen dataclass.  A field is an **option**; its **flag** is ``--`` with the
+field's name; the text below the field is the flag's help.  The annotation holds the rest: bounds of a number, as in
+``num_threads: Annotated[int, at_least(1)] = 20``, further names (``also``), whether the value may be a URL (``URLS``),
+and whether it stands without a flag (``POSITIONAL``).  A **switch** is an option that is on or off and has no value.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from curation import PROGRAM
+from curation.options.advice import Advice
+from curation.options.declare import (
+    FINITE,
+    LISTED,
+    PATH,
+    POSITIONAL,
+    URLS,
+    Explained,
+    Files,
+    FolderName,
+    Positional,
+    RunOptions,
+    Sources,
+    also,
+    at_least,
+    between,
+    check_bounds,
+    less_than,
+    more_than,
+    refuse_url,
+    refuse_urls,
+)
+from curation.options.help import help_text
+from curation.options.program import Main, exit_code, logger, on_terminal, say_error, set_up_logging
+from curation.options.read import read_options
+from curation.options.values import (
+    items_in,
+    numbers_in,
+    plain_path,
+    plain_source,
+    range_in,
+    unwrapped,
+    with_plain_paths,
+)
+
+__all__ = [
+    "FINITE",
+    "LISTED",
+    "PATH",
+    "POSITIONAL",
+    "URLS",
+    "AnyOptions",
+    "Explained",
+    "Files",
+    "FolderName",
+    "Main",
+    "Positional",
+    "RunOptions",
+    "Sources",
+    "also",
+    "at_least",
+    "between",
+    "check_bounds",
+    "exit_code",
+    "help_text",
+    "items_in",
+    "less_than",
+    "logger",
+    "more_than",
+    "numbers_in",
+    "on_terminal",
+    "parse_arguments",
+    "parse_options",
+    "parse_program",
+    "plain_path",
+    "plain_source",
+    "range_in",
+    "refuse_url",
+    "refuse_urls",
+    "say_error",
+    "set_up_logging",
+    "unwrapped",
+]
+
+AnyOptions = TypeVar("AnyOptions", bound=RunOptions)
+Arguments = TypeVar("Arguments")
+
+
+def parse_options(
+    kind: type[AnyOptions], argv: Sequence[str] | None = None, prog: str | None = None, *, partial: bool = False
+) -> AnyOptions:
+    """Parse the command line of a stage.
+
+    ``--num_threads`` and ``--num-threads`` are the same flag.  ``--help`` prints its text and ends the process.
+
+    Args:
+        kind: The stage's dataclass of options.
+        argv: The words after the program's name; None for those of this process.
+        prog: The name of the program that ``--help`` shows; None for that of this process.
+        partial: What is required may be left out, such as the stage's folders.  Its value is then its own name.
+
+    Returns:
+        The options, whose values are not checked yet (``RunOptions.check``).
+
+    Raises:
+        UsageError: The command line makes no sense: the message says what to type.  Or a URL stands where a path is
+            wanted, or an option is given two values.
+    """
+    return parse_program(kind, argv, prog, partial=partial)
+
+
+def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: str) -> Arguments:
+    """Parse the command line of ``curation <command>``, as ``parse_options`` does; check the bounds of its numbers.
+
+    Args:
+        kind: The command's dataclass of options.
+        argv: The words after the command's name; None for all words of this process.
+        command: The command's name.
+
+    Raises:
+        UsageError: As for ``parse_options``, or a number is out of its bounds.
+    """
+    options = parse_program(kind, argv, f"{PROGRAM} {command}")
+    check_bounds(options)
+    return options
+
+
+def parse_program(
+    kind: type[Arguments], argv: Sequence[str] | None, prog: str | None = None, *, partial: bool = False
+) -> Arguments:
+    """What ``parse_options`` does, for any dataclass of options."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = prog or Path(sys.argv[0]).name
+    if "--help" in words or "-h" in words:
+        print(help_text(kind, name), end="", flush=True)
+        sys.exit()
+    options = with_plain_paths(kind(**read_options(kind, words, Advice(kind, name), partial=partial)))
+    refuse_urls(options)
+    return options

@@ -1,0 +1,207 @@
+"""How an option is declared: bounds, further names and other notes in the annotation of its field; and what all stages
+share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, ClassVar, get_type_hints
+
+from curation.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A bound of a number that an option takes, in the annotation of the option's field.
+
+    Attributes:
+        must_be: What the number must be, for the error message.
+        holds: Whether it is.
+    """
+
+    must_be: str
+    holds: Callable[[float], bool]
+
+
+def at_least(low: float) -> Bound:
+    """The number is ``low`` or more."""
+    return Bound(f"at least {low:g}", lambda value: value >= low)
+
+
+def more_than(low: float) -> Bound:
+    """The number is larger than ``low``."""
+    return Bound(f"more than {low:g}", lambda value: value > low)
+
+
+def less_than(high: float) -> Bound:
+    """The number is smaller than ``high``."""
+    return Bound(f"less than {high:g}", lambda value: value < high)
+
+
+def between(low: float, high: float) -> Bound:
+    """The number lies from ``low`` to ``high``; both are allowed."""
+    return Bound(f"between {low:g} and {high:g}", lambda value: low <= value <= high)
+
+
+FINITE = Bound("a finite number", math.isfinite)
+
+
+@dataclass(frozen=True, slots=True)
+class MayBeUrl:
+    """In the annotation of an option's field: its value may be a URL.  All other options take paths of this machine."""
+
+
+URLS = MayBeUrl()
+
+
+@dataclass(frozen=True, slots=True)
+class NamesPath:
+    """In the annotation of an option's field of type ``str``: its value is a path (``plain_path``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class IsList:
+    """In the annotation of an option's field of type ``str``: its value is a list (``items_in``).
+
+    So ``--ports 11434 11435`` and ``--models a, b``, which the shell makes several words of, are one value.
+    """
+
+
+PATH, LISTED = NamesPath(), IsList()
+FolderName = Annotated[str, PATH]
+Files = tuple[str, ...]
+"""Folders, files, globs, braces or lists: one or several, as the shell makes of ``shards/*.tar``."""
+Sources = Annotated[Files, URLS]
+"""The same, and URLs or commands as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Also:
+    """In the annotation of an option's field: further names of the flag, each with its dashes."""
+
+    names: tuple[str, ...]
+
+
+def also(*names: str) -> Also:
+    """Further names of a flag, such as those of a tool that the stage takes the place of."""
+    return Also(names)
+
+
+@dataclass(frozen=True, slots=True)
+class Positional:
+    """In the annotation of an option's field: the value may stand without a flag, where its turn is.
+
+    ``--help`` does not tell of the flag unless the field also has further names.
+
+    Attributes:
+        shown: What ``--help`` calls it; empty for the field's name in capitals.
+    """
+
+    shown: str = ""
+
+
+POSITIONAL = Positional()
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """In the annotation of an option's field: what ``--help`` shows, where it is only known at run time.
+
+    Attributes:
+        text: What the option does; empty where the docstring says it.
+        metavar: What stands in the place of a value; empty for what the type says.
+    """
+
+    text: str = ""
+    metavar: str = ""
+
+
+URL = re.compile(r"\s*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_URL_AS_PATH = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # a Path of s3://bucket is s3:/bucket
+
+
+def refuse_url(flag: str, value: object) -> None:
+    """Raise UsageError if the value is a URL: written as a path, it would make a folder ``./s3:/…`` on this machine."""
+    match = (_URL_AS_PATH if isinstance(value, Path) else URL).match(str(value))
+    if isinstance(value, str | Path) and match:
+        raise UsageError(f"{flag} {match[1]}://…: a URL, where a path on this machine's filesystem is wanted")
+
+
+def refuse_urls(options: object) -> None:
+    """Raise UsageError if an option of a dataclass is a URL, unless its annotation has ``URLS``."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        if URLS not in getattr(hint, "__metadata__", ()):
+            value = getattr(options, name, None)
+            for one in value if isinstance(value, tuple) else (value,):
+                refuse_url(f"--{name}", one)
+
+
+def check_bounds(options: object) -> None:
+    """Check the numbers of a dataclass of options against the bounds in its annotations.
+
+    A value that is no number (None, "auto") has no bounds.
+
+    Raises:
+        UsageError: Names the flag and says what its value must be.
+    """
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        for bound in getattr(hint, "__metadata__", ()):
+            value = getattr(options, name) if isinstance(bound, Bound) else None
+            if isinstance(value, int | float) and not bound.holds(value):
+                raise UsageError(f"--{name} must be {bound.must_be}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Which shards are worked on, by how many workers, and until when."""
+
+    help_group: ClassVar[str] = "run"  # the heading under which --help lists the options of this class
+    # Headings of a stage's own options in --help: an option → the heading for it and the options that follow.
+    help_groups: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    # Flags of other tools that are spelled otherwise here: name → what to type.
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    example: ClassVar[str] = ""  # the words of a short command line
+
+    shards: Annotated[str | None, LISTED] = None
+    """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
+    rerun: bool = False
+    """Do the selected shards again, also with other options, and replace their outputs."""
+    retry_failed: bool = False
+    """Try shards again that failed before (up to three times; a shard named by --shards always)."""
+    workers: Annotated[int, at_least(1)] = 1
+    """Worker processes on this machine; they share the shards by claims."""
+    deadline: str | None = None
+    """Finish and save before this time: 30m, 1.5h, 01:30:00 from now, a date and time, or none.  Default: the end of
+    the SLURM job."""
+    max_error_rate: Annotated[float, between(0, 1)] = 0.2
+    """A shard of whose samples a greater share fails is failed, not done."""
+    quiet: bool = False
+    """Only warnings and errors."""
+    dry_run: bool = False
+    """Only count what would be done, and check what the real run would: options, models, servers, folders."""
+    lease_s: Annotated[float, at_least(1)] = 120.0
+    """A worker whose heartbeat stops for so many seconds loses its shard to another worker."""
+    stall_s: float = 1800.0
+    """A worker that finishes no sample for so many seconds counts as hung."""
+    allow_pipe: bool = False
+    """Run the commands of pipe: sources.  Without it they are refused."""
+    follow: bool = False
+    """Process shards as soon as the previous stage has published them, and end when that stage is complete."""
+    follow_idle_s: Annotated[float, at_least(1)] = 900.0
+    """With --follow: end with exit code 1 when the previous stage has been inactive for so many seconds."""
+
+    def check(self) -> None:
+        """Check the values of the options and that they fit together; a stage adds its own checks.
+
+        Raises:
+            UsageError: A number is out of its bounds, or two options exclude each other.
+        """
+        check_bounds(self)
+        if self.follow and self.follow_idle_s < self.lease_s:  # heartbeats come every quarter of a lease
+            raise UsageError("--follow_idle_s must not be shorter than --lease_s: a live stage would seem dead")
+        if self.follow and self.rerun and self.shards is not None:
+            raise UsageError("--rerun --shards begins with a list of shards that is fixed: leave --follow out")

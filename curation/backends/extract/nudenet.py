@@ -96,10 +96,8 @@ class Backend(Extractor):
         own = packaged_file("nudenet", "320n.onnx")
         found = settings.source(None if own is None else WeightSource(str(own)))
         if found is None:
-            raise InfrastructureError(
-                f"{directive}: NudeNet's model is not here: {install_alone('nudenet')} (AGPL), or name its "
-                "320n.onnx in `weights`"
-            )
+            how = f"{install_alone('nudenet', beside='onnxruntime')} (AGPL), or name its 320n.onnx in `weights`"
+            raise InfrastructureError(f"{directive}: NudeNet's model is not here: {how}")
         return [found]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:

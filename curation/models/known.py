@@ -53,7 +53,8 @@ class Model:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.short, self.source, *self.other_names)
+        """Every name that stands for it: also the hub id without the organisation."""
+        return tuple(dict.fromkeys((self.short, self.source, self.source.rpartition("/")[2], *self.other_names)))
 
 
 def weights_gb(parameters: float, bits: float) -> float:

@@ -21,8 +21,8 @@ BEGINNING = """# Models
 
 The models that have a short name, by stage. `--list_models` of stages 01, 02, 03, 05 and 06 prints the same tables,
 and which of the models are on this machine. A short name (`--model sdxl-turbo`) and the hub id that it stands for are
-the same: receipts and the recorded options hold the hub id. Capitals and the separators `-`, `_` and `.` do not
-matter.
+the same: receipts and the recorded options hold the hub id. The hub id without the organisation (`--model
+Z-Image-Turbo`) is one too. Capitals and the separators `-`, `_` and `.` do not matter.
 
 **Licences**: the weights are not under this project's licence, and licences change. Check each model card.
 

@@ -35,6 +35,7 @@ def test_the_spelling_of_a_short_name_is_forgiven(name: str) -> None:
 
 def test_other_names_paths_and_hub_ids(here: Path) -> None:
     assert model_of("Flux_Schnell", MODELS, MARKER)[0] == "bfl/FLUX.1-schnell"
+    assert model_of("FLUX.1-schnell", MODELS, MARKER)[0] == "bfl/FLUX.1-schnell"
     for name in ("somebody/SDXL-Turbo", "./sdxl-turbo", "/models/none", "models/sdxl-turbo/"):
         assert model_of(name, MODELS, MARKER) == (name, ""), "it stays as it is"
     assert model_of("~/models/x", MODELS, MARKER) == (str(Path.home() / "models" / "x"), "")

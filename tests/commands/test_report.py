@@ -588,7 +588,15 @@ def test_originals_are_found_where_the_receipts_say(undisturbed: Undisturbed, pa
     assert count > 5
     assert originals(report(root, tmp_path / "a.html")) == count, "the root is a copy; the sources are where they were"
     record_source(root, folder="../../elsewhere", absolute="/nowhere")
+    odd = moved / "a name that is no id.tar"
+    (moved / "00000004.tar").rename(odd)
+    for stage in ("01_filter_noface", "04_reshard"):
+        path = root / STAGES[stage] / "_receipts" / stage / "00000" / "00000004.json"
+        receipt = json.loads(path.read_bytes())
+        receipt["inputs"][0]["path"] = odd.name
+        path.write_text(json.dumps(receipt))
     assert originals(report(root, tmp_path / "a.html")) == count, "the root was moved with its sources"
+    odd.rename(moved / "00000004.tar")
     record_source(root, folder="../shards", absolute="/nowhere\x1b[1m/shards")
     gone = report(root, tmp_path / "b.html")
     assert originals(gone) == 0

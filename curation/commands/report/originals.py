@@ -65,7 +65,7 @@ def _recorded(place: StagePlace, shard_id: str, named: list[str]) -> Path | None
     receipt = place.done_receipt(shard_id) or {}
     record, source = _first(receipt.get("inputs")), _first(receipt.get("sources"))
     name = record.get("path")
-    if not isinstance(name, str) or not name.startswith(shard_id) or os.path.basename(name) != name or "\0" in name:
+    if not isinstance(name, str) or not name or os.path.basename(name) != name or "\0" in name:
         return None
     for folder in _folders(place, source):
         named.insert(0, clean_text(str(folder)))

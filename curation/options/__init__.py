@@ -139,7 +139,7 @@ def parse_program(
     name = prog or Path(sys.argv[0]).name
     if "--help" in words or "-h" in words:
         print(help_text(kind, name), end="", flush=True)
-        sys.exit()
+        sys.exit(0)
     options = with_plain_paths(_parse(kind, words, name, partial=partial))
     refuse_urls(options)
     return options

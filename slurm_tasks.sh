@@ -189,9 +189,19 @@ MAX_RESTARTS=${MAX_RESTARTS:-50}
 WARNING_S=${WARNING_S:-180}       # so long before its end a job saves its work and queues itself again
 TIME_CHECK_S=${TIME_CHECK_S:-300} # how often SLURM is asked when the job ends: that may be moved
 
-# need NAME WHAT: a variable that must be set.
+# need NAME WHAT: a variable that must be set.  A variable whose name is nearly so, such as SRCDIR, src_dir or SRC for
+# SRC_DIR, was probably meant, and the message names it.
 need() {
-    [ -n "${!1:-}" ] || usage_error "$1 is not set: $2"
+    [ -n "${!1:-}" ] && return
+    local name short near=''
+    while read -r name; do
+        short=${name//_/}
+        short=${short^^}
+        [ "$name" != "$1" ] && [ "${#short}" -ge 3 ] || continue
+        case $short in "${1//_/}"*) near=$name ;; esac
+        case ${1//_/} in "$short"*) near=$name ;; esac
+    done < <(compgen -e)
+    usage_error "$1 is not set: $2${near:+.  $near is set: was $1 meant?}"
 }
 
 # given FLAG WORD…: whether the words, a user's flags, hold this flag.  Then the script leaves its own value out, because

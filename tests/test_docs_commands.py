@@ -17,6 +17,7 @@ import pytest
 from curation import __main__ as command_line
 from curation import options as options_module
 from curation.commands.stages import find_script, load_script, partial_options
+from curation.errors import UsageError
 from curation.tar.samples import read_samples
 from tests import EXAMPLES, ROOT
 from tests.test_docs import PAGES, code_lines, saved_files
@@ -48,14 +49,14 @@ class Parsed(BaseException):
 @contextmanager
 def only_parsing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Programs end once they have parsed their command line."""
-    parse = options_module.parse_program
+    parse = options_module._parse
 
     def parse_and_end(*arguments: Any, **named: Any) -> Any:
         parse(*arguments, **named)
         raise Parsed
 
     with monkeypatch.context() as patch:
-        patch.setattr(options_module, "parse_program", parse_and_end)
+        patch.setattr(options_module, "_parse", parse_and_end)
         yield
 
 
@@ -109,7 +110,9 @@ def test_every_command_parses(page: Path, monkeypatch: pytest.MonkeyPatch, capsy
             continue
         try:
             parses(line, monkeypatch)
-        except SystemExit:
+        except UsageError as error:
+            pytest.fail(f"{page.name}: {line}\n{error}")
+        except pytest.fail.Exception:
             pytest.fail(f"{page.name}: {line}\n{capsys.readouterr().err}")
 
 
@@ -123,7 +126,7 @@ def test_a_wrong_flag_in_a_job_would_be_found(monkeypatch: pytest.MonkeyPatch) -
         "export FLAGS_03='--modle x'",
         "./run_pipeline.sh -- --shrads 3",
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises((UsageError, pytest.fail.Exception)):
             parses(line, monkeypatch)
     with pytest.raises(AssertionError):
         parses("rm -r shards", monkeypatch)

@@ -376,3 +376,12 @@ def test_variables_of_the_job_scripts_as_people_write_them(script: str, tmp_path
     for value, says in (("$HOME/out", "did not put a value in place"), ("~nobody_here/x", "no user 'nobody_here'")):
         refused = run(TARGET_DIR=value)
         assert (refused.returncode, says in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("near", ["SRCDIR", "src_dir", "SRC", "SRC_DIRS"])
+def test_a_misspelt_variable_of_a_script_is_named(near: str, tmp_path: Path) -> None:
+    environment = {**os.environ, near: str(EXAMPLES), "TARGET_DIR": str(tmp_path / "c"), "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "01_filter_noface.sh")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2
+    assert f"SRC_DIR is not set: the source shards.  {near} is set: was SRC_DIR meant?" in run.stderr

@@ -139,7 +139,11 @@ def parse_program(
     name = prog or Path(sys.argv[0]).name
     if "--help" in words or "-h" in words:
         print(help_text(kind, name), end="", flush=True)
-        sys.exit()
-    options = with_plain_paths(kind(**read_options(kind, words, Advice(kind, name), partial=partial)))
+        sys.exit(0)
+    options = with_plain_paths(_parse(kind, words, name, partial=partial))
     refuse_urls(options)
     return options
+
+
+def _parse(kind: type[Arguments], words: Sequence[str], prog: str, *, partial: bool) -> Arguments:
+    return kind(**read_options(kind, words, Advice(kind, prog), partial=partial))

@@ -114,9 +114,9 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_messages_call_the_program_as_the_user_did(installed: Path) -> None:
     assert said(installed).stdout.startswith("usage: curation COMMAND")
-    assert said(installed, "faces", "--help").stdout.startswith("usage: curation faces [")
+    assert said(installed, "faces", "--help").stdout.startswith("usage: curation faces --input ")
     module = (sys.executable, "-m", "curation")
-    assert said(*module, "faces", "--help").stdout.startswith("usage: python -m curation faces [")
+    assert said(*module, "faces", "--help").stdout.startswith("usage: python -m curation faces --input ")
     usage = said(*module, "models", "fetch", "01", "--help").stdout
     assert usage.startswith("usage: python -m curation models fetch 01_filter_noface [")
 
@@ -151,7 +151,5 @@ def test_a_stage_as_a_command_ends_with_its_scripts_code(
     monkeypatch.chdir(tmp_path)
     assert main(["reshard", "--input", "nowhere", "--edits", "e", "--output", "o"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-    with pytest.raises(SystemExit) as ended:
-        main(["rewrite", "--nonsense"])
-    assert ended.value.code == 2
+    assert main(["rewrite", "--nonsense"]) == 2
     assert "curation rewrite --help" in capsys.readouterr().err

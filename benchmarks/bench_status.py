@@ -2,8 +2,8 @@
 
     python benchmarks/bench_status.py [--json] [--folder DIR] [--receipts 100000] [--tiny]
 
-Aims: status in under 5 s and 300 MB (the whole of its processes), a redraw and discovery in under 2 s.  Receipts are of two
-stages, the second made from the first, so that each of its shards is checked for being stale; they are of the size
+Aims: status in under 5 s and 300 MB (the whole of its processes), a redraw and discovery in under 2 s.  Receipts are of
+two stages, the second made from the first, so that each of its shards is checked for being stale; they are of the size
 that a stage with a detector leaves, in buckets as the ledger makes them.  A hundred are stale and a hundred have
 failed, and status must say so.
 """

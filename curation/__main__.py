@@ -43,7 +43,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "look at the result": {
         "report": ("commands.report.command", "write one page about it all: funnel, shards, speed, gallery, groups"),
-        "audit": ("commands.audit.command", "what became of each group's samples, and which group fared differently"),
+        "audit": ("commands.audit.command", "what each group lost, and which group lost more than the others"),
     },
     "check the result": {
         "verify": ("commands.verify.command", "prove that hybrid shards are their source with the edits in place"),

@@ -234,7 +234,7 @@ def test_models_revisions_seeds_and_thresholds_are_named(undisturbed: Undisturbe
 def test_stand_ins_have_a_banner(undisturbed: Undisturbed, page: Page, tmp_path: Path) -> None:
     assert "Stand-in models made the pictures." in page.text
     assert "tests the installation; it is meaningless as data" in page.text
-    assert page.text.index("Stand-in models") < page.text.index("What became of the samples")
+    assert page.text.index("Stand-in models") < page.text.index("What happened to the samples")
     alone = report(undisturbed.root / "hybrid", tmp_path / "a.html").text
     assert "Stand-in models made the pictures." in alone and "(03_generate_images)" in alone
     before = report(undisturbed.after["02_captions_processor"], tmp_path / "a.html")
@@ -523,7 +523,7 @@ def test_the_page_is_written_again_while_it_is_watched(number: signal.Signals, t
                     break
                 time.sleep(0.1)
             assert refreshes(page) == ["1"]
-            assert page.text.index("Running now") < page.text.index("What became of the samples")
+            assert page.text.index("Running now") < page.text.index("What happened to the samples")
             assert now[1:4] == ["1", "1", "1"] and "% of the time" in now[8]
         watch.send_signal(number)
         said, errors = watch.communicate(timeout=30)

@@ -288,7 +288,7 @@ def findings(result: Mapping[str, Any]) -> Iterator[str]:
 def verdict(result: Mapping[str, Any]) -> str:
     """Returns one sentence about the groups without a significant difference; empty where each group has one.
 
-    It says that there are too few samples where nothing can be compared: that is no proof that groups fared alike.
+    It says that there are too few samples where nothing can be compared: that is no proof of equal losses.
     """
     losses = [group["losses"].values() for group in result["groups"]]
     found = sum(any(loss["beyond_chance"] for loss in of_group) for of_group in losses)

@@ -241,7 +241,7 @@ def shards_tried(place: StagePlace) -> Iterator[str]:
 
 
 CONFIDENCE = 0.95
-MIN_COMPARED = 20  # samples on each side of a comparison; fewer give no verdict, whatever became of them
+MIN_COMPARED = 20  # samples on each side of a comparison; fewer give no verdict
 
 
 @dataclass(frozen=True, slots=True)

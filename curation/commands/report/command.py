@@ -31,7 +31,7 @@ _WATCH_S = "30"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write one page about the folders of a dataset: what became of samples and shards, how fast, how they look."""
+    """Write one page about the folders of a dataset: what happened to samples and shards, how fast, how they look."""
 
     root: Annotated[Path, POSITIONAL]
     """The folder of the dataset: stages whose receipts lie in it or in a folder in it are found."""
@@ -47,7 +47,7 @@ class Options:
     sample_shards: int = 200
     """Look at the samples of so many shards for faces, lengths and scores.  StageCounts come from all shards."""
     no_audit: bool = False
-    """Leave out what became of each group: it reads the provenance of every shard."""
+    """Leave out the losses of each group: counting them reads the provenance of every shard."""
     watch: float | None = None
     """Write the page again every so many seconds (30 where no number is given), until Ctrl-C.  It shows what is running
     at the top, and a browser loads it again by itself."""

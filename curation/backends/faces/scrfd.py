@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from curation.errors import InfrastructureError, install_alone
+from curation.errors import InfrastructureError, install, install_alone
 from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, normalised
 from curation.images import Pixels
 from curation.models.hub_errors import hub_error_line

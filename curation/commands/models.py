@@ -9,17 +9,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from curation import PROGRAM
+from curation.commands.pipeline.check import commands
+from curation.commands.pipeline.command import Options as PipelineOptions
+from curation.commands.pipeline.command import gathered
+from curation.commands.pipeline.file import choose, is_pipeline, read_pipeline
 from curation.commands.stages import find_script, load_script, partial_options, stage_class
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.models.needs import WeightsNeed
-from curation.options import RunOptions, exit_code, say_error
+from curation.options import RunOptions, exit_code, parse_arguments, say_error
 from curation.run import Stage
 
 USAGE = f"""usage: {PROGRAM} models fetch [--dry_run]
        {PROGRAM} models fetch STAGE [--dry_run] [the stage's own flags]
+       {PROGRAM} models fetch PIPELINE.yaml [--dry_run] [--stages 01-03] [03.model=NAME]
        {PROGRAM} models fetch CONFIG.yml [--dry_run]
 
 Fetches the weights that stages need, for nodes without internet.
@@ -27,6 +33,7 @@ Fetches the weights that stages need, for nodes without internet.
 without STAGE  what stages 01 to 04 need with their default options
 STAGE          01 to 06, the script's whole name, or the stage's command (faces, rewrite, generate, reshard, caption,
                extract).  Flags that name no model, such as those for folders, may be left out.
+PIPELINE.yaml  a file for `{PROGRAM} run`: what its stages need.  Variables for folders need no value
 CONFIG.yml     a configuration of stage 06
 --dry_run      only say what would be fetched, with sizes where they are known, and what is there already"""
 
@@ -79,9 +86,18 @@ def _requests(words: Sequence[str]) -> tuple[list[Request], bool]:
         return [_request(stage, []) for stage in MAIN_STAGES], bool(words)
     stage, *flags = words
     if stage.endswith((".yml", ".yaml")):
+        if is_pipeline(Path(stage)):
+            return _of_pipeline(words)
         stage, flags = "06", ["--yml", stage, *flags]
     request = _request(stage, flags)
     return [request], request.options.dry_run
+
+
+def _of_pipeline(words: Sequence[str]) -> tuple[list[Request], bool]:
+    options = parse_arguments(PipelineOptions, gathered(words), "models fetch")
+    pipeline = read_pipeline(options.file, options.set, strict=False)
+    found = commands(pipeline, choose(pipeline, options.stages), options.shared(), only_weights=True)
+    return [Request(command.title, command.kind, command.options) for command in found], options.dry_run
 
 
 def _request(stage: str, flags: Sequence[str]) -> Request:

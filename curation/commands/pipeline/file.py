@@ -11,8 +11,8 @@ from typing import Any
 
 from curation.commands.stages import find_script
 from curation.errors import UsageError
-from curation.jsonio import clean_text
 from curation.extract.config import nearest
+from curation.jsonio import clean_text
 from curation.storage.yaml_files import read_yaml
 
 MAX_BYTES = 1 << 20
@@ -214,13 +214,13 @@ def _value(where: str, value: Any) -> Value:
 # ---- settings of the command line
 
 
-def _apply(
-    setting: str, path: Path, variables: _Variables, shared: dict[str, Value], entries: Sequence[Entry]
-) -> None:
+def _apply(setting: str, path: Path, variables: _Variables, shared: dict[str, Value], entries: Sequence[Entry]) -> None:
     name, equals, text = setting.partition("=")
     title, dot, option = name.strip().rpartition(".")
     if not equals or not option:
-        raise UsageError(f"--set {setting}: write ROOT=value for a variable, or 03.model=value for an option of a stage")
+        raise UsageError(
+            f"--set {setting}: write ROOT=value for a variable, or 03.model=value for an option of a stage"
+        )
     if not dot:
         variables.set(option, text)
         return
@@ -293,18 +293,18 @@ class _Variables:
                 raise UsageError(f"--set {name}: {self._path} does not use ${{{name}}}: {hint}")
         if self._missing:
             names = list(dict.fromkeys(self._missing))
-            values = " ".join(f"{name}=…" for name in names)
+            shown, values = ", ".join(f"${{{name}}}" for name in names), " ".join(f"{name}=…" for name in names)
             raise UsageError(
-                f"{self._path}: no value for {', '.join(f'${{{name}}}' for name in names)}: give --set {values}, a line "
-                "under the key `vars`, or an environment variable"
+                f"{self._path}: no value for {shown}: give --set {values}, a line under the key `vars`, or an "
+                "environment variable"
             )
 
     @property
     def notes(self) -> list[str]:
         """Variables that the environment has with another value than the file, which goes first."""
         return [
-            f"{name}: {self._path} says {clean_text(self._own[name])}, and the environment variable {name} is not used; "
-            f"--set {name}=… takes the place of what the file says"
+            f"{name}: {self._path} says {clean_text(self._own[name])}, and the environment variable {name} is not "
+            f"used; --set {name}=… takes the place of what the file says"
             for name in sorted(self._used & self._own.keys() - self._given.keys())
             if self._environ.get(name, self._own[name]) != self._own[name]
         ]

@@ -1,7 +1,6 @@
 """``curation run``: a pipeline's file is checked whole, its stages run one after the other, and the exit code is theirs."""
 
-# ruff: noqa: UP031 - the texts are full of braces
-
+# ruff: noqa: UP031
 from __future__ import annotations
 
 import itertools
@@ -198,12 +197,12 @@ def test_lists_mappings_and_other_spellings(tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "p.yaml"
     file.write_text(
         "stages:\n- extract:\n    input_tars: examples/shards\n    output: out\n    batch-size: 4\n"
-        "    models: [language, lengths]\n    weights: {language: own.ftz}\n    use_datacomp_keys: on\n"
+        "    models: [language, simhash]\n    weights: {language: own.ftz}\n    use_datacomp_keys: on\n"
     )
     [words] = dry(capsys, file)
     assert words[1:] == [
         *["06_metadata.py", "--input_tars", "examples/shards", "--output", "out", "--batch_size", "4"],
-        *["--models", "language,lengths", "--weights", "language=own.ftz", "--use_datacomp_keys"],
+        *["--models", "language,simhash", "--weights", "language=own.ftz", "--use_datacomp_keys"],
     ]  # fmt: skip
 
 
@@ -283,7 +282,7 @@ BAD = {
     "stages: {%s}, '01': {}}" % STAGE_01: "the key '01' is there twice",
     "stages: {01_filter: {}}": "there is no stage '01_filter'",
     "stages: {07: {}}": "there is no stage '07'",
-    "stages: {[1]: {}}": "a stage is named by its number or name",
+    "stages: {[1]: {}}": "not YAML",
     "stages: [[1]]": "a stage is named by its number or name",
     "stages: all of them": "write a line `01:` for each stage",
     "stages: {01: text}": "write lines such as `name: value`",

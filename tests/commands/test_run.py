@@ -1,4 +1,4 @@
-"""``curation run``: a pipeline's file is checked whole, its stages run one after the other, and the exit code is theirs."""
+"""``curation run``: a pipeline's file is checked whole, its stages run one after another, the exit code is theirs."""
 
 # ruff: noqa: UP031
 from __future__ import annotations
@@ -197,12 +197,12 @@ def test_lists_mappings_and_other_spellings(tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "p.yaml"
     file.write_text(
         "stages:\n- extract:\n    input_tars: examples/shards\n    output: out\n    batch-size: 4\n"
-        "    models: [language, simhash]\n    weights: {language: own.ftz}\n    use_datacomp_keys: on\n"
+        "    models: [language, hashes]\n    weights: {language: own.ftz}\n    use_datacomp_keys: on\n"
     )
     [words] = dry(capsys, file)
     assert words[1:] == [
         *["06_metadata.py", "--input_tars", "examples/shards", "--output", "out", "--batch_size", "4"],
-        *["--models", "language,simhash", "--weights", "language=own.ftz", "--use_datacomp_keys"],
+        *["--models", "language,hashes", "--weights", "language=own.ftz", "--use_datacomp_keys"],
     ]  # fmt: skip
 
 
@@ -297,7 +297,7 @@ BAD = {
     "all: {wokers: 2}\nstages: {%s}}" % STAGE_01: "did you mean 'workers'?",
     "all: {follow: true}\nstages: {%s}}" % STAGE_01: "run_pipeline.sh --follow",
     "stages: {05: {input: examples/shards, format: pdf}}": "format",
-    "stages: {05: {output: x}}": "stage 05: input is missing",
+    "stages: {05: {output: x}}": "stage 05: --input is missing",
     "stages: {06: {input: examples/shards, output: x}}": "stage 06: give --models",
     "stages: {06: {input: examples/shards, models: language}}": "stage 06: output is missing",
     "stages: {06: {input: examples/shards, output: x, models: langauge}}": "did you mean 'language'?",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import shlex
@@ -12,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from curation import PROGRAM, PROJECT
 from curation.commands.pipeline.file import ALL, Entry, Pipeline, Value
@@ -21,6 +19,7 @@ from curation.errors import InfrastructureError, UsageError
 from curation.extract.config import nearest
 from curation.jsonio import clean_text
 from curation.options import RunOptions, parse_options
+from curation.options.flags import Flag, flags_of
 from curation.run import Stage
 
 # Options that every stage has but a pipeline gives in another way.
@@ -112,8 +111,9 @@ def _command(
     where: str, entry: Entry, of_all: Mapping[str, Value], shared: Mapping[str, Value], *, partial: bool
 ) -> StageCommand:
     module = load_script(entry.script)
-    kind: type[RunOptions] = module.Options
-    names, hints = _names(kind), get_type_hints(kind)
+    kind: Any = module.Options
+    flags = flags_of(kind)
+    names = {name.lstrip("-"): flag.name for flag in flags.values() for name in flag.names if name.startswith("--")}
     values: dict[str, tuple[str, Value]] = {}
     for source in (entry.options, of_all, shared, entry.settings):
         mine: dict[str, str] = {}
@@ -125,8 +125,12 @@ def _command(
                 values[name] = (written.lstrip("-").replace("-", "_"), value)
     words: list[str] = []
     for name, (written, value) in values.items():
-        words += _words(f"{where}: {written}", written, value, hints[name])
-    options = _parsed(where, kind, words, partial=partial)
+        words += _words(f"{where}: {written}", written, value, flags[name])
+    program = f"{PROGRAM} {commands_of_scripts()[entry.script.stem]}"
+    try:
+        options = parse_options(kind, words, prog=program, partial=partial)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     return StageCommand(entry.title, entry.script, words, stage_class(module), options)
 
 
@@ -140,58 +144,19 @@ def _option(where: str, written: str, names: Mapping[str, str]) -> str:
     return names[key]
 
 
-def _names(kind: type) -> dict[str, str]:
-    """Every spelling of a dataclass's options, without dashes → the option."""
-    names: dict[str, str] = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        notes = getattr(hint, "__metadata__", ())
-        also = [
-            alias for note in notes for alias in getattr(note, "aliases", None) or getattr(note, "names", None) or ()
-        ]
-        names |= {alias.removeprefix("--"): name for alias in also if alias.startswith("--")}
-        names[name] = name
-    names.pop("help_group", None)
-    return names
-
-
-def _words(where: str, written: str, value: Value, hint: Any) -> list[str]:
+def _words(where: str, written: str, value: Value, flag: Flag) -> list[str]:
     """An option as words of a command line."""
     if value is None:
         return []
-    kinds = {hint, *get_args(hint)}
-    if bool in kinds:
+    if flag.is_switch:
         truth = _TRUTHS.get(value.lower()) if isinstance(value, str) else None
         if truth is None:
             raise UsageError(f"{where}: write true or false, not {clean_text(str(value))[:80]!r}")
         return [f"--{written}" if truth else f"--no_{written}"]
-    takes_several = any(get_origin(kind) in (tuple, list) for kind in kinds)
-    if isinstance(value, list) and takes_several:
+    if isinstance(value, list) and flag.many:
         return [f"--{written}", *value]
     text = ",".join(value) if isinstance(value, list) else value
     return [f"--{written}={text}"] if text.startswith("-") or not text else [f"--{written}", text]
-
-
-def _parsed(where: str, kind: type[RunOptions], words: Sequence[str], *, partial: bool) -> RunOptions:
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return parse_options(kind, words, prog=where, partial=partial)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
-    except SystemExit:
-        raise UsageError(f"{where}: {_message(said.getvalue())}") from None
-
-
-def _message(text: str) -> str:
-    """The message of the parser, without its frame and its advice."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        inner = line.strip("│╭╮╰╯ ")
-        if lines and inner.startswith("───"):
-            break
-        if inner and not inner.startswith("─"):
-            lines.append(inner)
-    return " ".join(lines) or "its options make no sense"
 
 
 def _check(where: str, command: StageCommand, earlier: Sequence[StageCommand]) -> None:

@@ -18,14 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-import tyro
-
 from curation import PROGRAM
 from curation.cluster import parse_deadline
 from curation.commands.pipeline.check import NOT_SHARED, StageCommand, commands
 from curation.commands.pipeline.file import Value, choose, read_pipeline
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
-from curation.options import RunOptions, at_least, between, exit_code, parse_arguments, say_error
+from curation.options import POSITIONAL, RunOptions, at_least, between, exit_code, parse_arguments, say_error
 
 _SETTING = re.compile(r"[A-Za-z0-9_/ -]*[A-Za-z0-9_]+(\.[A-Za-z_][\w-]*)?=", re.ASCII)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -40,7 +38,7 @@ _MEANS = {
 class Options:
     """Run the stages of a pipeline's file, one after the other.  Run it again to go on where it stopped."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, POSITIONAL]
     """The pipeline, such as examples/pipeline.yaml.  ROOT=/path and 03.model=name behind it mean the same as --set."""
     set: tuple[str, ...] = ()
     """Values in place of the file's: ROOT=/path for a variable, 03.model=name for a stage's option."""

@@ -112,9 +112,6 @@ class Options(RunOptions):
 
     def check(self) -> None:
         super().check()
-        for flag, folder in (("edits", self.edits), ("prompts", self.prompts)):
-            if folder is not None and not self.follow and not Path(folder).is_dir():
-                raise UsageError(f"--{flag}: there is no folder {folder}")
         if self.edits is not None and Path(self.output).resolve() == Path(self.edits).resolve():
             raise UsageError("--output and --edits must be two folders: both hold <shard>.tar")
         if self.publish_to is not None and self.verify:
@@ -129,6 +126,12 @@ class Options(RunOptions):
             raise UsageError("--shuffle_buffer and --step need --shard_size: else each shard keeps its samples")
         if self.shard_size is not None and self.follow:
             raise UsageError("--shard_size needs all source shards before it can write one: leave --follow out")
+
+    def check_folders_are_there(self) -> None:
+        """Raise UsageError for a folder to read from that does not exist; with --follow it may come later."""
+        for flag, folder in (("edits", self.edits), ("prompts", self.prompts)):
+            if folder is not None and not self.follow and not Path(folder).is_dir():
+                raise UsageError(f"--{flag}: there is no folder {folder}")
 
     def of_all_shards(self, shards: Sequence[Shard]) -> "Options":
         """The same options with the folders of all shards, where the own files of one shard were given."""
@@ -309,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = discover(options.input, allow_pipe=options.allow_pipe)
     options = Reshard.settled(options.of_all_shards(shards))
     options.check()
+    options.check_folders_are_there()
     every = options.shard_size is not None or options.follow  # regrouping reads all; a follower selects later
     chosen = shards if every else select(shards, options.shards)
     refuse_packed(chosen)

@@ -166,7 +166,7 @@ class Metadata(Stage[Options]):
 
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
-        return Catalogue(families(), read_config(options.yml, options.given)).weights()
+        return Catalogue(families(), read_config(options.yml, options.given, folders=False)).weights()
 
     def fingerprint(self) -> dict[str, object]:
         c = self.config

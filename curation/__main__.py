@@ -37,6 +37,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "during a run": {
+        "run": ("commands.pipeline.command", "run the stages of a pipeline's file, one after the other"),
         "register": ("serving.registry", "keep a model server in the folder of servers while it lives"),
         "status": ("commands.status.command", "how far each stage is: done, failed, running, pending, stale"),
         "retry": ("commands.retry", "make failed shards of a stage pending again"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated
 
 from curation.commands.places import StagePlace, find_stages, stage_named
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT, UsageError
-from curation.hub.push import GaveUp, Pushed, PushOptions, push
+from curation.hub.push import GaveUp, Pushed, PushOptions, list_all, push
 from curation.hub.repository import check_access, check_name
 from curation.jsonio import clean_text, dump_json
 from curation.options import POSITIONAL, URLS, exit_code, parse_arguments, say_error, set_up_logging
@@ -36,7 +37,7 @@ class Options:
     prune: bool = False
     """Remove parts from the repository whose shards the folder does not have (any more)."""
     dry_run: bool = False
-    """List what would be uploaded, and do nothing."""
+    """List what would be uploaded, and upload nothing.  Without a token or the hub, all that could be is listed."""
     tries: int = 6
     """How often a step that does not work is tried before the command gives up."""
     quiet: bool = False
@@ -53,22 +54,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.tries < 1:
         raise UsageError("--tries must be at least 1")
     place = _place(options)
-    check_access()
+    unseen = _unseen(options)
     asked = PushOptions(
         only=options.only,
         public=options.public,
         licence=options.license,
         prune=options.prune,
         dry_run=options.dry_run,
-        tries=options.tries,
+        tries=1 if options.dry_run else options.tries,
     )
     try:
-        pushed = push(place.home, place.stage, options.repo, asked)
+        if not unseen:
+            pushed = push(place.home, place.stage, options.repo, asked)
     except GaveUp as error:
-        say_error(f"{error}.  What is uploaded stays: run the same command again to go on")
+        unseen = str(error)
+    if unseen and options.dry_run:
+        print(f"the repository is not asked what it has already: {clean_text(unseen)}", file=sys.stderr)
+        pushed = list_all(place.home, place.stage, options.repo, options.only)
+    elif unseen:
+        say_error(f"{unseen}.  What is uploaded stays: run the same command again to go on")
         return EXIT_WORK_LEFT
     print(dump_json(asdict(pushed)).decode() if options.json else _summary(pushed, dry_run=options.dry_run))
     return EXIT_SHARDS_FAILED if pushed.changed else EXIT_OK
+
+
+def _unseen(options: Options) -> str:
+    """Why a dry run cannot ask the hub; empty where it can.  Raises UsageError where the real run could not upload."""
+    try:
+        check_access()
+    except UsageError as error:
+        if not options.dry_run:
+            raise
+        return str(error)
+    return ""
 
 
 def _place(options: Options) -> StagePlace:

@@ -133,11 +133,18 @@ FLAGS = MappingProxyType({"input_tars": "input", "output_metadata_dir": "output"
 _REQUIRED = ("input_tars", "output_metadata_dir", "models")
 
 
-def read_config(yml: str | None, flags: Mapping[str, Any]) -> ExtractConfig:
+def read_config(yml: str | None, flags: Mapping[str, Any], *, folders: bool = True) -> ExtractConfig:
     """The YAML's keys with those of ``flags`` that are not None in their place.
 
-    Raises UsageError that names the file and the key: an unknown one (with the nearest known), one whose value makes
-    no sense, one that is missing.
+    Args:
+        yml: The file, if there is one.
+        flags: Key → value.
+        folders: Whether the source shards and the output folder must be named.  Who only asks for the models' weights
+            needs neither.
+
+    Raises:
+        UsageError: Names the file and the key: an unknown one (with the nearest known), one whose value makes no sense,
+            one that is missing.
     """
     values: dict[str, Any] = {}
     if yml is not None:
@@ -150,7 +157,9 @@ def read_config(yml: str | None, flags: Mapping[str, Any]) -> ExtractConfig:
             values[key] = _parse(f"--{FLAGS.get(key, key)}", key, value)
     values = {key: value for key, value in values.items() if value is not None}
     refuse_url("output_metadata_dir", values.get("output_metadata_dir"))
-    if missing := [key for key in _REQUIRED if not values.get(key)]:
+    if not folders:
+        values = {"input_tars": (), "output_metadata_dir": "", **values}
+    if missing := [key for key in (_REQUIRED if folders else _REQUIRED[-1:]) if not values.get(key)]:
         names = _listed([f"--{FLAGS.get(key, key)}" for key in missing])
         it = "it" if len(missing) == 1 else "them"
         if yml:

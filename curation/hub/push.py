@@ -114,6 +114,38 @@ def push(
         return _Push(home.absolute(), stage, repository, options or PushOptions(), sleep).go()
 
 
+def list_all(home: Path, stage: str, repo: str, only: Sequence[str] = ()) -> Pushed:
+    """What a push to an empty repository would upload, found without a token and without a network.
+
+    Args:
+        home: The stage's output folder.
+        stage: The stage's name.
+        repo: The dataset repository, which is not asked.
+        only: Patterns of paths in the folder; without any, all outputs.
+
+    Raises:
+        UsageError: There is no finished shard.
+        InfrastructureError: Files cannot be read.
+    """
+    home = home.absolute()
+    found = collect(home, stage)
+    wanted = found.matching(only)
+    if not wanted:
+        raise UsageError(f"{home}: {stage} has no finished shard to upload (of --only, if given)")
+    log = ContentLog(home / "_hub" / f"{stage}.contents.jsonl")
+    additions = {path: log.addition(found.parts[path]) for path in wanted}
+    log.save()
+    parts = [part for part in additions.values() if part is not None]
+    return Pushed(
+        repo,
+        repo,
+        uploaded=tuple(part.path for part in parts),
+        bytes=sum(part.size for part in parts),
+        changed=tuple(path for path, part in additions.items() if part is None),
+        card=True,
+    )
+
+
 class _Push:
     def __init__(
         self, home: Path, stage: str, repository: Repository, options: PushOptions, sleep: Callable[[float], None]

@@ -158,7 +158,7 @@ def _hub_commit(model: str, revision: str, marker: str, asked_by: str, known: Se
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    cached = _cached_commit(model, revision, marker)
+    cached = cached_commit(model, revision, marker)
     if cached == revision or (cached and _offline()):  # a commit never moves
         return cached
     where = called(asked_by, model)
@@ -189,7 +189,7 @@ def _hub_commit(model: str, revision: str, marker: str, asked_by: str, known: Se
     return str(info.sha)
 
 
-def _cached_commit(model: str, revision: str, marker: str) -> str | None:
+def cached_commit(model: str, revision: str, marker: str) -> str | None:
     """The commit that a branch, tag or commit means in the hub's cache, None where the cache does not have it."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -5,6 +5,7 @@ A stage's ``weights`` returns a list of needs; ``curation models fetch`` calls `
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from curation.errors import InfrastructureError
-from curation.models.hub_cache import ModelSource, resolve
+from curation.models.hub_cache import TRANSFORMER, ModelSource, cached_commit, resolve, snapshot
 from curation.models.hub_errors import gated_line, hub_trouble
 from curation.models.known import Model
 from curation.models.weights import (
     CACHE,
+    MODEL_FILES,
+    OLD_WEIGHTS,
     cached,
     fetch_weights,
+    hub_parts,
     is_hub_id,
     is_url,
     megabytes,
@@ -80,7 +84,23 @@ class WeightsBySource:
             return f"{redact(self.source)}, {'is there' if there else 'would be fetched'}"
         if Path(self.source).expanduser().exists():
             return f"{self.source}: one's own, nothing to fetch"
-        return f"{self.source}: would be fetched from the hub, or is in its cache"
+        model, revision, file = hub_parts(self.name, self.source)
+        try:
+            listing = list_model(model, revision or "main")
+        except Exception as error:
+            if cached_commit(model, revision or "main", file or TRANSFORMER[0]):
+                return f"{self.source}: is in the hub's cache; the hub itself was not asked"
+            if isinstance(error, InfrastructureError):
+                raise
+            raise hub_trouble(error, model, revision or "main", asked_by=self.name) from error
+        if listing.gated and get_hub_token() is None:
+            raise InfrastructureError(f"{self.name} {model}: {gated_line(model, ())}")
+        wanted = _weights_of(listing.files) if file is None else [one for one in listing.files if one.path == file]
+        if not wanted:
+            raise InfrastructureError(f"{self.name} {self.source}: the hub has no such file in this model")
+        size = megabytes(sum(one.size for one in wanted))
+        there = len(_in_cache(model, listing.commit, wanted)) == len(wanted)
+        return f"{self.source}: {size} of the hub, {'is there' if there else 'would be fetched'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,39 +136,96 @@ class HubModel:
     known: Sequence[Model] = field(default=(), repr=False)
 
     def fetch(self, *, dry_run: bool) -> None:
-        from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
 
-        if constants.HF_HUB_OFFLINE:
-            raise InfrastructureError("HF_HUB_OFFLINE is set: unset it to fetch")
+        cached = cached_commit(self.model, self.revision, self.marker)
         try:
-            info = HfApi().model_info(self.model, revision=self.revision, files_metadata=True, timeout=_TIMEOUT_S)
+            listing = list_model(self.model, self.revision)
         except Exception as error:
+            if dry_run and cached:
+                print(f"{self.model} {cached}: is in the hub's cache; the hub itself was not asked")
+                return
+            if isinstance(error, InfrastructureError):
+                raise
             raise self._trouble(error) from error
-        files = [_hub_file(sibling) for sibling in info.siblings or []]
+        wanted = self.wanted(listing.files)
+        there = _in_cache(self.model, listing.commit, wanted)
+        whole = len(there) == len(wanted) and cached == listing.commit
         if dry_run:
-            wanted = self.wanted(files)
-            for file in wanted:
-                print(f"  {megabytes(file.size):>12}  {file.path}")
-            gated = f"gated ({info.gated}): needs a token" if info.gated else "not gated: needs no token"
-            size = megabytes(sum(file.size for file in wanted))
-            print(f"{self.model} {info.sha}: {size} in {len(wanted)} files, {gated}")
-        if info.gated and get_token() is None:
+            self._print(listing, wanted, there)
+        if listing.gated and not whole and get_hub_token() is None:
             raise InfrastructureError(f"--model {self.model}: {gated_line(self.model, self.known)}")
         if dry_run:
             return
-        print(f"{self.model} {info.sha}: fetching into {constants.HF_HUB_CACHE}", flush=True)
+        if not whole:
+            print(f"{self.model} {listing.commit}: fetching into {constants.HF_HUB_CACHE}", flush=True)
         try:
-            marker = hf_hub_download(self.model, self.marker, revision=self.revision)  # records what the revision is
-            folder = self.download(Path(marker).parent.name)
+            if not whole:  # the marker records what the revision is
+                cached = Path(hf_hub_download(self.model, self.marker, revision=self.revision)).parent.name
+            folder = snapshot(self.model, listing.commit) if whole else self.download(cached or listing.commit)
         except InfrastructureError:
             raise
         except Exception as error:
             raise self._trouble(error) from error
-        fetched = _verify(folder, files, self.model)
+        fetched = _verify(folder, listing.files, self.model)
         print(f"{folder}: {fetched} files, whole.  HF_HUB_OFFLINE=1 keeps the stage from asking the hub")
+
+    def _print(self, listing: HubListing, wanted: Sequence[HubFile], there: Sequence[HubFile]) -> None:
+        for file in wanted:
+            print(f"  {megabytes(file.size):>12}  {'is there: ' if file in there else ''}{file.path}")
+        gated = f"gated ({listing.gated}): needs a token" if listing.gated else "not gated: needs no token"
+        size = megabytes(sum(file.size for file in wanted))
+        here = f"; {megabytes(sum(file.size for file in there))} of it are there already" if there else ""
+        here = "; all of it is there already" if len(there) == len(wanted) else here
+        print(f"{self.model} {listing.commit}: {size} in {len(wanted)} files, {gated}{here}")
 
     def _trouble(self, error: BaseException) -> InfrastructureError:
         return hub_trouble(error, self.model, self.revision, asked_by="--model", known=self.known)
+
+
+@dataclass(frozen=True, slots=True)
+class HubListing:
+    """What the hub says of a model at one revision.  gated: its word for how, else False."""
+
+    commit: str
+    files: list[HubFile]
+    gated: str | bool
+
+
+def list_model(model: str, revision: str) -> HubListing:
+    """Ask the hub for a model's files, with their sizes.
+
+    Raises:
+        InfrastructureError: HF_HUB_OFFLINE is set.
+        Exception: What the hub's client raises (``hub_trouble`` makes a message of it).
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise InfrastructureError("HF_HUB_OFFLINE is set: unset it to fetch")
+    info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+    return HubListing(str(info.sha), [_hub_file(sibling) for sibling in info.siblings or []], info.gated or False)
+
+
+def get_hub_token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _in_cache(model: str, commit: str, files: Sequence[HubFile]) -> list[HubFile]:
+    folder = snapshot(model, commit)
+    return [file for file in files if (folder / file.path).is_file()]
+
+
+def _weights_of(files: Sequence[HubFile]) -> list[HubFile]:
+    """The files that ``fetch_weights`` takes of a whole model."""
+
+    def of(patterns: Sequence[str]) -> list[HubFile]:
+        return [file for file in files if any(fnmatch.fnmatch(file.path, pattern) for pattern in patterns)]
+
+    found = of(MODEL_FILES)
+    return found if any(file.path.endswith(".safetensors") for file in found) else of((*MODEL_FILES, *OLD_WEIGHTS))
 
 
 def whole_model(

@@ -72,10 +72,7 @@ def fetch_weights(
         return _from_url(source, sha256.lower(), cache.expanduser(), max_bytes)
     path = Path(source).expanduser()
     if not path.exists():
-        found = _HUB_FILE.fullmatch(source)
-        if found is None or not is_hub_id(found["model"]):
-            raise InfrastructureError(f"{name} {source}: no such file (nor is it a URL or a hub id, organisation/name)")
-        path = _from_hub(found["model"], found["revision"], found["file"], name)
+        path = _from_hub(*hub_parts(name, source), name)
     if sha256 is not None:
         if path.is_dir():
             raise UsageError(f"{name} {source}: a sha256 is of one file, this is a folder")
@@ -92,6 +89,22 @@ def cached(source: str, sha256: str, cache: Path) -> Path:
 
 def is_url(source: str) -> bool:
     return source.startswith(("https://", "http://"))
+
+
+def hub_parts(name: str, source: str) -> tuple[str, str | None, str | None]:
+    """``organisation/model@revision:file`` in its parts; the last two may be missing.
+
+    Args:
+        name: What messages call the weights.
+        source: What is neither a path that exists nor a URL.
+
+    Raises:
+        InfrastructureError: It is no hub id either.
+    """
+    found = _HUB_FILE.fullmatch(source)
+    if found is None or not is_hub_id(found["model"]):
+        raise InfrastructureError(f"{name} {source}: no such file (nor is it a URL or a hub id, organisation/name)")
+    return found["model"], found["revision"], found["file"]
 
 
 def is_hub_id(model: str) -> bool:

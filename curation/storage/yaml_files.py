@@ -12,13 +12,15 @@ from curation.errors import UsageError
 MAX_VALUES = 10_000_000  # with those that an alias stands for
 
 
-def read_yaml(option: str, path: Path, max_bytes: int) -> Any:
+def read_yaml(option: str, path: Path, max_bytes: int, *, texts: bool = False) -> Any:
     """Read a YAML file with limits for its size, its depth and what its aliases stand for.
 
     Args:
-        option: The option that names the file, for the message.
+        option: The option that names the file, for the message; "" if it is not named by an option.
         path: The file.
         max_bytes: The largest size of the file.
+        texts: Leave each value as the text that stands in the file, except for null.  Otherwise YAML reads ``no`` as
+            False and ``00000010`` as 8.
 
     Returns:
         Its value: dictionaries, lists, texts, numbers, dates.  A key that is there twice is an error.
@@ -26,23 +28,24 @@ def read_yaml(option: str, path: Path, max_bytes: int) -> Any:
     Raises:
         UsageError: The file cannot be read, is too large, or is not YAML.
     """
+    where = f"{option} {path}".strip()
     try:
         with open(path, "rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be read ({error.strerror})") from None
+        raise UsageError(f"{where}: cannot be read ({error.strerror})") from None
     if len(data) > max_bytes:
-        raise UsageError(f"{option} {path}: more than {max_bytes:,} bytes")
-    loader = None
+        raise UsageError(f"{where}: more than {max_bytes:,} bytes")
+    loader: _Loader | None = None
     try:
-        loader = _Loader(data)
+        loader = (_TextLoader if texts else _Loader)(data)
         node = loader.get_single_node()
         _count(node, {})
         return None if node is None else loader.construct_document(node)
     except RecursionError:
-        raise UsageError(f"{option} {path}: not YAML that can be read: it is nested too deep") from None
+        raise UsageError(f"{where}: not YAML that can be read: it is nested too deep") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date such as 2026-99-99
-        raise UsageError(f"{option} {path}: not YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -78,3 +81,12 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+class _TextLoader(_Loader):
+    """Knows null and merge keys (``<<``).  Every other plain value is a text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class declares it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }

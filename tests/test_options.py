@@ -362,12 +362,12 @@ def test_forms_of_a_number(words: list[str], expected: dict[str, object]) -> Non
     "words", [["--width", "640x480"], ["--width", "1e-3"], ["--workers", "auto"], ["--size", "x9"]]
 )
 def test_what_is_no_number(words: list[str]) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match=f"{words[0]} {words[1]}: it takes "):
         parse_options(Sized, words)
 
 
 def test_a_size_and_a_width_that_differ_are_refused() -> None:
-    with pytest.raises(UsageError, match="--width twice with two values"):
+    with pytest.raises(UsageError, match="--size and --width with two values"):
         parse_options(Sized, ["--size", "512x512", "--width", "256"])
 
 

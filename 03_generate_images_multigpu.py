@@ -45,6 +45,7 @@ from curation.options import (
     FINITE,
     Files,
     FolderName,
+    Sides,
     also,
     at_least,
     between,
@@ -111,8 +112,9 @@ class Options(RunOptions):
     """Height in pixels.  Default: the model's preset."""
     width: Annotated[int | None, at_least(1)] = None
     """Width in pixels.  Default: the model's preset."""
-    size: Literal["fixed", "original"] = "fixed"
-    """fixed: every picture has --width and --height.  original: the aspect ratio of the original, the same area."""
+    size: Annotated[Literal["fixed", "original"], Sides("width", "height")] = "fixed"
+    """fixed: every picture has --width and --height; 1024x768 sets both.  original: the aspect ratio of the original,
+    the same area."""
     text_tokens: Annotated[int | None, at_least(1)] = None
     """Length that prompts are padded or cut to, where the model has a choice.  Default: the model's preset."""
     batch_size: Annotated[int | None, at_least(1)] = None

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
 
@@ -21,6 +21,7 @@ from curation.options import (
     URLS,
     FolderName,
     RunOptions,
+    Sides,
     Sources,
     also,
     at_least,
@@ -331,6 +332,49 @@ def test_paths_in_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 COMMANDS_WITH_SEVERAL = {"plan": "source", "verify": "source", "fsck": "tars"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized(RunOptions):
+    """Options of a toy with numbers."""
+
+    width: int | None = None
+    height: Annotated[int | None, at_least(1)] = None
+    size: Annotated[Literal["fixed", "free"], Sides("width", "height")] = "fixed"
+    batch: Annotated[int | Literal["auto"], also("-b")] = 1
+    text: str = ""
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--size", "1024x768"], {"width": 1024, "height": 768}),
+    (["--size=1024 × 768"], {"width": 1024, "height": 768}),
+    (["--size", "512"], {"width": 512, "height": 512}),
+    (["--size", "free", "--width", "1e3"], {"size": "free", "width": 1000}),
+    (["--width=640x640", "--height", "auto", "--workers", "1.2e1"], {"width": 640, "workers": 12}),
+    (["--lease_s", "1e3", "-b", "auto", "--text", "1e3"], {"lease_s": 1000.0, "batch": "auto", "text": "1e3"}),
+    (["--batch", " 8 ", "--width", "1_000"], {"batch": 8, "width": 1000}),
+])  # fmt: skip
+def test_forms_of_a_number(words: list[str], expected: dict[str, object]) -> None:
+    assert parse_options(Sized, words) == Sized(**expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words", [["--width", "640x480"], ["--width", "1e-3"], ["--workers", "auto"], ["--size", "x9"]]
+)
+def test_what_is_no_number(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=f"{words[0]} {words[1]}: it takes "):
+        parse_options(Sized, words)
+
+
+def test_a_size_and_a_width_that_differ_are_refused() -> None:
+    with pytest.raises(UsageError, match="--size and --width with two values"):
+        parse_options(Sized, ["--size", "512x512", "--width", "256"])
+
+
+def test_a_stage_takes_them() -> None:
+    kind = importlib.import_module("03_generate_images_multigpu").Options
+    words = ["--input", "p", "--output", "e", "--size", "1024x768", "--batch_size", "auto"]
+    assert parse_options(kind, words) == kind(input=("p",), output="e", width=1024, height=768)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

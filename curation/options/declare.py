@@ -71,6 +71,14 @@ class IsList:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """In the annotation of an option's field: 1024x768 as its value stands for the values of two other options."""
+
+    width: str
+    height: str
+
+
 PATH, LISTED = NamesPath(), IsList()
 FolderName = Annotated[str, PATH]
 Files = tuple[str, ...]

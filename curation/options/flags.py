@@ -15,7 +15,8 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from curation.errors import UsageError
-from curation.options.declare import LISTED, Also, Explained, Positional
+from curation.options.declare import LISTED, Also, Explained, Positional, Sides
+from curation.options.values import whole_number
 
 _SHOWN = {str: "STR", Path: "PATH", int: "INT", float: "FLOAT"}
 _WANTED = {int: "a whole number", float: "a number", NoneType: ""}
@@ -35,6 +36,7 @@ class Flag:
         many: Whether it takes several values.
         is_list: Whether its value is a list, of which the shell may have made several words.
         explained: What it does, where the field's docstring does not say it.
+        sides: The two options that a size as its value stands for.
         told: What ``--help`` shows in the place of a value, where the type does not say it.
     """
 
@@ -46,6 +48,7 @@ class Flag:
     place: str
     many: bool = False
     is_list: bool = False
+    sides: Sides | None = None
     explained: str = ""
     told: str = ""
 
@@ -94,12 +97,13 @@ class Flag:
         for choice in self.choices:
             if word == str(choice):
                 return choice
-        if NoneType in self.kinds and word == "None":
+        left_out = self.default is None and str not in self.kinds and word.lower() in ("auto", "default")
+        if NoneType in self.kinds and (word == "None" or left_out):
             return None
         for kind in (int, float, Path, str):
             if kind in self.kinds:
                 try:
-                    return kind(word)
+                    return whole_number(word) if kind is int else kind(word)
                 except ValueError:
                     continue
         wanted = [_WANTED[kind] for kind in self.kinds if _WANTED.get(kind)]
@@ -134,6 +138,7 @@ def _flag(name: str, hint: Any, default: Any) -> Flag:
         place=places[0] if places else "",
         many=many,
         is_list=LISTED in notes,
+        sides=next((note for note in notes if isinstance(note, Sides)), None),
         told="".join(note.metavar for note in notes if isinstance(note, Explained)),
         explained="".join(note.text for note in notes if isinstance(note, Explained)),
     )

@@ -9,7 +9,7 @@ from typing import Any
 from curation.errors import UsageError
 from curation.options.advice import Advice
 from curation.options.flags import Flag, Names, flags_of, spelled
-from curation.options.values import goes_on
+from curation.options.values import goes_on, size_in
 
 _TRUTHS = {"true": True, "false": False}
 
@@ -84,6 +84,9 @@ class Words:
         self._last = (flag, head, words[-1])
         if flag.many:
             self._add(flag, spelled(head), words)
+        elif flag.sides and (size := size_in(words[0])):
+            for name, side in zip((flag.sides.width, flag.sides.height), size, strict=True):
+                self._set(self._flags[name], head, side, str(side))
         else:
             word = ",".join(words)
             self._set(flag, head, flag.value_of(head, word), word)

@@ -72,6 +72,26 @@ def numbers_in(flag: str, text: str, *, low: int, high: int, what: str, example:
     return list(found)
 
 
+def size_in(text: str) -> tuple[int, int] | None:
+    """Width and height: ``1024x768``, also with a ``×`` or ``*``; ``1024`` is a square; None for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,9})\s*(?:[xX×*]\s*(\d{1,9})\s*)?", text, re.ASCII)
+    return (int(found[1]), int(found[2] or found[1])) if found else None
+
+
+def whole_number(text: str) -> int:
+    """A whole number; also ``1e3``, and ``640x640`` for 640.
+
+    Raises:
+        ValueError: It is none.
+    """
+    size = size_in(text)
+    if size and size[0] == size[1]:
+        return size[0]
+    if re.fullmatch(r"\d+(?:\.\d+)?[eE]\+?\d{1,2}", text.strip()) and float(text).is_integer():
+        return int(float(text))
+    return int(text)
+
+
 def plain_path(flag: str, text: str) -> str:
     """The path that was meant by a text that no shell has read: from quotes, a list, a YAML file or an environment.
 

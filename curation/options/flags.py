@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from curation.errors import UsageError
-from curation.options.declare import LISTED, Also, Explained, Positional, Sides
+from curation.options.declare import LISTED, PATH, Also, Explained, Positional, Sides
 from curation.options.values import whole_number
 
 _SHOWN = {str: "STR", Path: "PATH", int: "INT", float: "FLOAT"}
@@ -34,6 +34,7 @@ class Flag:
         default: The field's default; MISSING if the option is required.
         place: What ``--help`` calls a value that stands without a flag; empty for all other options.
         many: Whether it takes several values.
+        is_path: Whether its value is a path of this machine, so that an empty one would be the folder of the process.
         is_list: Whether its value is a list, of which the shell may have made several words.
         explained: What it does, where the field's docstring does not say it.
         sides: The two options that a size as its value stands for.
@@ -47,6 +48,7 @@ class Flag:
     default: Any
     place: str
     many: bool = False
+    is_path: bool = False
     is_list: bool = False
     sides: Sides | None = None
     explained: str = ""
@@ -94,6 +96,8 @@ class Flag:
         Raises:
             UsageError: It is no such value; the message says what is wanted.
         """
+        if not word.strip() and (self.is_path or self.is_required):
+            raise UsageError(f"{spelled} names nothing: perhaps a variable or a pattern of the shell was empty")
         for choice in self.choices:
             if word == str(choice):
                 return choice
@@ -111,7 +115,7 @@ class Flag:
         wanted += [f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else choices[0]] if choices else []
         near = difflib.get_close_matches(word.lower(), choices, 1, 0.5)
         meant = f".  Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{spelled} {word}: it takes {' or '.join(wanted)}{meant}")
+        raise UsageError(f"{spelled} {word or repr(word)}: it takes {' or '.join(wanted)}{meant}")
 
 
 @functools.cache
@@ -137,6 +141,7 @@ def _flag(name: str, hint: Any, default: Any) -> Flag:
         default=default,
         place=places[0] if places else "",
         many=many,
+        is_path=PATH in notes or Path in kinds,
         is_list=LISTED in notes,
         sides=next((note for note in notes if isinstance(note, Sides)), None),
         told="".join(note.metavar for note in notes if isinstance(note, Explained)),

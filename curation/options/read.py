@@ -80,7 +80,7 @@ class Words:
             while words and self._rest and goes_on(words[-1], self._rest[0]):
                 words.append(self._rest.popleft())
         if not words or (flag.many and not any(word.strip() for word in words)):
-            raise UsageError(self._advice.no_value(flag, head, self._rest[0] if self._rest and not words else None))
+            raise UsageError(self._advice.no_value(flag, head, self._rest[0] if self._rest else None))
         self._last = (flag, head, words[-1])
         if flag.many:
             self._add(flag, spelled(head), words)

@@ -641,9 +641,7 @@ def test_usage_errors(dataset: Dataset, tmp_path: Path) -> None:
     assert main(["verify", shards, hybrid, "--edits", str(tmp_path / "none")]) == 2
     assert main(["verify", shards, hybrid, "--workers", "0"]) == 2
     assert main(["verify", shards, hybrid, "--manifest", str(tmp_path / "none" / "m")]) == 2
-    with pytest.raises(SystemExit) as ended:
-        main(["verify", shards, hybrid, "--nonsense"])
-    assert ended.value.code == 2
+    assert main(["verify", shards, hybrid, "--nonsense"]) == 2
 
 
 def test_output_is_bounded_and_names_are_cleaned(dataset: Dataset) -> None:

@@ -162,6 +162,9 @@ def test_help_ends_the_process_with_0(words: list[str], capsys: pytest.CaptureFi
         ("--input -output x", "--input has no value before -output: type --input STR, or --input=-output if that is "
          "the value"),
         ("--output x --input", "--input has no value: type --input STR"),
+        ("--output= --input x", "--output names nothing: perhaps a variable or a pattern of the shell was empty"),
+        ("--input= --output x", "--input names nothing: perhaps a variable or a pattern of the shell was empty"),
+        ("--batch_size=", "--batch_size '': it takes a whole number or auto"),
         ("--only", "--only names nothing: perhaps a variable or a pattern of the shell was empty"),
         ("--only --input a", "--only names nothing: perhaps a variable or a pattern of the shell was empty"),
         ("--find scrdf", "--find scrdf: it takes auto, scrfd or centerface. Did you mean scrfd?"),

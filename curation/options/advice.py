@@ -6,6 +6,7 @@ import ast
 import difflib
 import functools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import fields
 from pathlib import Path
@@ -178,11 +179,13 @@ def _programs() -> list[tuple[str, str | None, frozenset[str]]]:
     found = []
     package = Path(__file__).resolve().parent.parent
     for path in (*sorted(PROJECT.glob("[0-9][0-9]_*.py")), *sorted((package / "commands").rglob("*.py"))):
-        name = path.parent.name if path.stem == "command" else path.stem
         try:
-            tree = ast.parse(path.read_text("utf-8"))
+            text = path.read_text("utf-8")
+            tree = ast.parse(text)
         except (OSError, SyntaxError, ValueError):
             continue
+        command = re.search(r'parse_arguments\(Options, .*?"(\w+)"\)', text)
+        name = command[1] if command else path.stem
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name == "Options":
                 found.append((name, ast.get_docstring(node, clean=False), frozenset(_names_in(node))))

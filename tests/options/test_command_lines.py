@@ -194,7 +194,7 @@ def test_a_command_line_that_makes_no_sense_says_what_to_type(words: str, told: 
         (["status", "x", "y"], "y is a word too many behind ROOT; see .* status --help"),
         (["status", "x", "--jsno"], "there is no option --jsno. Did you mean --json?"),
         (["status", "x", "--threshold", "1"], "there is no option --threshold here; 01_filter_noface, neardup take it"),
-        (["status", "x", "--rerun"], "there is no option --rerun here; every stage takes it"),
+        (["status", "x", "--rerun"], "there is no option --rerun here; every stage"),
         (["fsck", "x", "--no_imges"], "there is no option --no_imges. Did you mean --no_images?"),
         (["select", "x"], "--out is missing"),
         (["register", "--dri", "x"], "there is no option --dri. Did you mean --dir?"),

@@ -21,7 +21,7 @@ from curation.serving.pool import EndpointPool
 from curation.serving.registry import OwnRegistration, Registration, Registry, RegistryWatcher, parse_registration
 from curation.serving.wire import Request
 from curation.storage.retry import RetryPolicy
-from tests import processes
+from tests import processes, replaced
 from tests.processes import started, wait_until
 from tests.servers import ollama_stub
 from tests.servers.odd_server import Answer, odd_server
@@ -326,8 +326,9 @@ def test_a_folder_that_cannot_be_read_for_a_while(tmp_path: Path) -> None:
 @contextmanager
 def registering(folder: Path, port: int, *more: str) -> Iterator[subprocess.Popen[str]]:
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "curation", "register", f"--dir={folder}", f"--url={url}"]
-    with started([*command, f"--model={MODEL}", *more], stderr=subprocess.PIPE) as process:
+    command = [sys.executable, "-m", "curation", "register"]
+    usual = [f"--dir={folder}", f"--url={url}", f"--model={MODEL}"]
+    with started([*command, *replaced(usual, more)], stderr=subprocess.PIPE) as process:
         yield process
 
 

@@ -7,7 +7,20 @@ from pathlib import Path
 from typing import Any
 
 # Times, hosts and random tokens, and the commit of a checkout, which an installed package does not have.
-DIFFERS = {"token", "run", "seconds", "host", "rank", "cpus", "open_s", "code", "started", "finished", "temporary"}
+DIFFERS = {
+    "token",
+    "run",
+    "seconds",
+    "host",
+    "rank",
+    "cpus",
+    "open_s",
+    "code",
+    "started",
+    "finished",
+    "temporary",
+    "mtime_ns",
+}
 
 
 def records_of(root: Path) -> dict[str, Any]:

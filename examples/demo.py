@@ -2,8 +2,8 @@
 """The whole pipeline on the example shards, on a CPU, with models that packages ship: ``make demo``.
 
 Runs stages 01 → 02 → 03 → 04 into ``demo-output/`` and then tells, from the receipts, what happened to the samples.
-Last it writes ``demo-output/report.html``, the page to look at.  Of each stage it shows its last line; on a terminal also
-the newest line of its log while it runs.  Where a stage fails, its whole log is shown.
+Last it writes ``demo-output/report.html``, the page to look at.  It shows the last line of each stage; on a
+terminal also the newest line of its log while it runs.  Where a stage fails, its whole log is shown.
 Started again it finds everything done and only tells; ``make clean`` or another folder as its argument starts afresh.
 """
 

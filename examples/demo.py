@@ -2,11 +2,14 @@
 """The whole pipeline on the example shards, on a CPU, with models that packages ship: ``make demo``.
 
 Runs stages 01 → 02 → 03 → 04 into ``demo-output/`` and then tells, from the receipts, what happened to the samples.
-Last it writes ``demo-output/report.html``, the page to look at.
+Last it writes ``demo-output/report.html``, the page to look at.  It shows the last line of each stage; on a
+terminal also the newest line of its log while it runs.  Where a stage fails, its whole log is shown.
 Started again it finds everything done and only tells; ``make clean`` or another folder as its argument starts afresh.
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -32,16 +35,53 @@ def stage_commands(source: str, output: str) -> list[list[str]]:
     ]
 
 
+# What the stages need beside a language model server on one port; FLUX.1-schnell, the default of 03, wants a login.
+FULL_SIZE = {"02": ("--ports", "11434"), "03": ("--model", "z-image-turbo")}
+HEADINGS = (
+    "Stage 01 finds the samples with a face",
+    "Stage 02 rewrites their captions into prompts",
+    "Stage 03 generates a picture for each prompt",
+    "Stage 04 writes the hybrid shards: the generated samples in place of the originals, every other byte as it was",
+)
+
+
 def run_stages(output: str) -> None:
     """Run each stage with its stand-in model; a stage that does not end well ends the demo with its exit code."""
     threads = str(len(os.sched_getaffinity(0)))
-    for command in stage_commands(SOURCE, output):
+    for heading, command in zip(HEADINGS, stage_commands(SOURCE, output), strict=True):
         extra = ["--verify"] if command[0].startswith("04") else ["--embedded"]
-        print(f"\n$ python {' '.join(command + extra)}", flush=True)
+        print(f"\n{heading}\n$ python {' '.join(command + extra)}", flush=True)
         environment = {"OMP_NUM_THREADS": threads, **os.environ, "HF_HUB_OFFLINE": "1"}
-        code = subprocess.run([sys.executable, *command, *extra], cwd=ROOT, env=environment, check=False).returncode
-        if code:
-            sys.exit(code)
+        run_quietly([sys.executable, *command, *extra], environment)
+
+
+def run_quietly(command: list[str], environment: dict[str, str]) -> None:
+    """Run a command and print the last line of its log, or the whole log where it fails.
+
+    On a terminal, its newest line stands below meanwhile, and is replaced by the next one.
+    """
+    log: list[str] = []
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.append(re.sub(r"^\d\d:\d\d:\d\d ", "", line.rstrip()))
+            if terminal:
+                width = shutil.get_terminal_size().columns - 1
+                print(f"\r\x1b[2K{log[-1][:width]}", end="", flush=True)
+    if terminal:
+        print("\r\x1b[2K", end="")
+    print("\n".join(log if process.returncode else log[-1:]), flush=True)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def stage_counts(folder: Path, stage: str) -> tuple[Counter[str], Counter[str]]:
@@ -79,10 +119,8 @@ def print_funnel(output: Path) -> None:
 def write_report(output: str) -> None:
     """One page about it all, for a browser."""
     command = ["-m", "curation", "report", output, "--source", SOURCE, "-o", f"{output}/report.html"]
-    print(f"\n$ python {' '.join(command)}", flush=True)
-    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
-    if code:
-        sys.exit(code)
+    print(f"\nThe report puts it all on one page\n$ python {' '.join(command)}", flush=True)
+    run_quietly([sys.executable, *command], {**os.environ})
 
 
 def _told(reasons: Counter[str]) -> str:
@@ -98,13 +136,15 @@ def main() -> None:
     run_stages(output)
     print_funnel(ROOT / output)
     write_report(output)
-    print(f"\nThe page to look at is {output}/report.html.")
-    print(f"The hybrid shards are in {output}/shards/ ({time.monotonic() - began:.0f} s). Mind that")
-    print("  - the prompts come from a small stand-in model (Gemma 3 270M): fit for a demo, not for research;")
-    print("  - the pictures are noise: the image model's weights are random.")
-    print("\nThe same run with full-size models (language model servers on ports 11434 to 11437, and a GPU):")
+    print(f"\nThe demo is done in {time.monotonic() - began:.0f} s. It has tested the installation.")
+    print(f"  Open {output}/report.html in a browser. The hybrid shards are in {output}/shards/.")
+    print("  The prompts come from a small stand-in model (Gemma 3 270M), and are not fit for research.")
+    print("  The pictures are noise with the prompt written over it: the image model has random weights.")
+    print("\nThe same run with full-size models needs Ollama and a GPU:")
+    print("  source .venv/bin/activate")
+    print("  ollama pull tulu3 && ollama create tulu3:fairclip -f examples/ollama/Modelfile")
     for command in stage_commands(SOURCE, "hybrid"):
-        print(f"  python {' '.join(command)}")
+        print(f"  python {' '.join([*command, *FULL_SIZE.get(command[0][:2], ())])}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ RATE_WINDOW_S = 600.0  # over which the recent rate is measured
 TICK_S, _DRAW_S = 1.0, 0.1  # of the thread: for a log, and for a bar
 _POINT_EVERY_S = 5.0
 _LOOKING_WORKERS = 16  # in a larger job each worker lists receipts less often, so that the filesystem has the same load
+_FEW_SHARDS, _LONG_ENOUGH_S = 2, 60.0  # one small shard that took no time says nothing of the others
 _MIN_BETWEEN_LOOKS_S = 30.0  # between the first and the last of the listings from which a rate is taken
 
 
@@ -284,7 +285,8 @@ class Pace:
         base = self._base(now, shards)
         seconds = max(now - base.time_s, 1e-3)
         samples_per_s = (self._samples - base.samples) / seconds if self._samples > base.samples else None
-        rate = ((shards - base.shards) / seconds if self._worked else 0.0) + (others or 0.0)
+        enough = self._worked >= _FEW_SHARDS or (self._worked and seconds >= _LONG_ENOUGH_S)
+        rate = ((shards - base.shards) / seconds if enough else 0.0) + (others or 0.0)
         rest = max(0.0, self.total - done - (shards - self._worked))
         left_s = rest / rate if rate > 0 else None
         return Estimate(done, self._samples, samples_per_s, left_s, several, several and others is None)
@@ -304,12 +306,12 @@ class Pace:
         return oldest
 
     def _shards_of_this_process(self) -> float:
-        """Finished ones, and of those in progress the part that is done if they are as large as the finished ones."""
+        """Finished ones, and of those in progress half at most, because nobody knows how large they are."""
         if not self._samples_of_worked:
             return float(self._worked)
         mean = self._samples_of_worked / self._worked
         begun = max(0.0, (self._samples - self._samples_of_worked) / mean)
-        return self._worked + min(begun, 0.99 * len(self._in_flight))
+        return self._worked + min(begun, 0.5 * len(self._in_flight))
 
     def _rate_of_others(self) -> float | None:
         """Shards a second; None before it is known."""

@@ -170,13 +170,14 @@ def test_what_others_do_is_seen_in_the_receipts(tmp_path: Path) -> None:
     for number in range(10):
         receipt(receipts, number)
     pace = pace_of(receipts)
-    work(pace, 20, 0.0, 10.0)
-    receipt(receipts, 20)
+    for number in (20, 22):
+        work(pace, number, 0.0, 10.0)
+        receipt(receipts, number)
     look(pace, 10.0)
     told = pace.estimate(10.0)
-    assert told.shards == 11, "those with a receipt count as done"
+    assert told.shards == 12, "those with a receipt count as done"
     assert told.others
-    assert in_words(told, 100, "this worker").endswith("about 15 min left with this worker alone")
+    assert in_words(told, 100, "this worker").endswith("about 7 min left with this worker alone")
     for number in range(30, 38):  # by the others
         receipt(receipts, number)
     work(pace, 21, 10.0, 20.0)
@@ -184,9 +185,9 @@ def test_what_others_do_is_seen_in_the_receipts(tmp_path: Path) -> None:
     receipt(receipts, 20)  # written once more: it is still this worker's
     look(pace, 50.0)
     told = pace.estimate(50.0)
-    assert told.shards == 20
+    assert told.shards == 21
     assert not told.alone
-    assert told.left_s == pytest.approx(80 / (2 / 50 + 8 / 40))
+    assert told.left_s == pytest.approx(79 / (3 / 50 + 8 / 40))
 
 
 def test_shards_that_are_done_again_do_not_count_as_done(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def quick_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def log_of(capsys: pytest.CaptureFixture[str], quiet: bool, act: Callable[[Progress], None]) -> list[str]:
     set_up_logging(quiet)
-    with Progress("toy", ["00000000", "00000001"], quiet) as shown:
+    with Progress("toy", ["00000000", "00000001", "00000002"], quiet) as shown:
         act(shown)
     return [line[9:] for line in capsys.readouterr().err.splitlines()]
 
@@ -253,15 +254,17 @@ def test_a_wait_is_said_once_with_its_reason_and_rarely_again(capsys: pytest.Cap
 def test_a_log_tells_from_time_to_time_how_far_the_run_is(capsys: pytest.CaptureFixture[str]) -> None:
     def works(shown: Progress) -> None:
         shown.begin("00000000")
-        shown.samples_done(3)
+        shown.begin("00000001")
         time.sleep(0.35)
-        shown.shard_passed("00000000", 3)
-        shown.end("00000000")
+        for shard in ("00000000", "00000001"):
+            shown.samples_done(3)
+            shown.shard_passed(shard, 3)
+            shown.end(shard)
         time.sleep(0.5)
 
     lines = log_of(capsys, False, works)
-    assert re.fullmatch(r"toy: 0 of 2 shards, 3 samples, \d+\.\d samples/s", lines[0])
-    assert re.fullmatch(r"toy: 1 of 2 shards, 3 samples, \d+\.\d samples/s, about 1 s left", lines[1])
+    assert re.fullmatch(r"toy: 0 of 3 shards, 0 samples", lines[0])
+    assert re.fullmatch(r"toy: 2 of 3 shards, 6 samples, \d+\.\d samples/s, about 1 s left", lines[1])
     assert len(lines) <= 5, "what has not changed is said less often"
 
 

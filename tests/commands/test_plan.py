@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from typing import Any
 import pytest
 
 from curation.__main__ import main
-from curation.commands.plan.command import parse_tasks
+from curation.commands.plan.command import parse_tasks, run_sample
 from curation.commands.plan.cost import MAX_SIZES, Estimate, evenly, ratio_estimate, sizes_of, t_quantile
 from curation.commands.plan.site import Quota, array_commands, job_shape, quotas, read_lustre, read_quota
 from curation.errors import UsageError
 from curation.shards import discover
-from tests import ROOT
+from tests import EXAMPLES, ROOT
 from tests.pipeline import Undisturbed
 from tests.run.toy_runs import Place
 from tests.slurm.jobs import small_shards
@@ -302,3 +303,48 @@ def test_a_sample_is_run_and_kept(tmp_path: Path, llm_port: int) -> None:
         "00000004.tar",
     ]
     assert all("--quiet" in stage["sbatch"][0] for stage in stages), "the flags that were measured"
+
+
+# ---- the sample's interpreter, and the file of a pipeline
+
+
+def test_the_sample_runs_with_the_interpreter_that_runs_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run_pipeline.sh").write_text('echo "$PYTHON" > "$ROOT/python"\n')
+    monkeypatch.setattr("curation.commands.plan.command.PROJECT", tmp_path)
+    monkeypatch.delenv("PYTHON", raising=False)
+    assert run_sample(["shards"], tmp_path, ["00000000"]) == 0
+    assert (tmp_path / "python").read_text().strip() == sys.executable
+    monkeypatch.setenv("PYTHON", "/another/python3")
+    run_sample(["shards"], tmp_path, ["00000000"])
+    assert (tmp_path / "python").read_text().strip() == "/another/python3"
+
+
+def test_it_writes_the_file_of_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no stage has run.  The file passes the checks of ``curation run``."""
+    monkeypatch.setenv("FLAGS_01", "--detector recorded --min-faces=2")
+    monkeypatch.setenv("FLAGS_04", "--verify --no_index")
+    monkeypatch.setenv("PORTS", "11434")
+    file, root = tmp_path / "pipeline.yaml", tmp_path / "a ${ROOT}"
+    asked = ["plan", str(EXAMPLES), str(root), "--write", str(file), "--shards", "00000003"]
+    assert main(asked) == 0
+    assert "no forecast" in capsys.readouterr().err
+    assert main(asked) == 0, "the same content is no mistake"
+    assert main(["run", str(file), "--dry_run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".py " in line]
+    first, second, third, fourth = (shlex.split(line)[2:] for line in lines)
+    assert first == [
+        *["--input", str(EXAMPLES), "--output", f"{root}/captions", "--edits", f"{root}/edits"],
+        *["--detector", "recorded", "--min_faces", "2", "--shards", "00000003"],
+    ]  # fmt: skip
+    assert second[4:6] == ["--ports", "11434"]
+    assert third[:4] == ["--input", f"{root}/prompts", "--output", f"{root}/edits"]
+    assert {"--verify", "--no_index"} <= set(fourth)
+    assert main([*asked[:-1], "00000000"]) == 2
+    assert "is there already with other content" in capsys.readouterr().err
+    monkeypatch.setenv("FLAGS_01", "--detektor recorded")
+    assert main([*asked[:4], str(tmp_path / "other.yaml")]) == 2
+    assert "FLAGS_01: stage 01_filter_noface has no flag --detektor" in capsys.readouterr().err

@@ -273,7 +273,22 @@ def test_offline_and_without_a_token(
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     assert curation(command) == EXIT_USAGE
     assert "hf auth login" in capsys.readouterr().err
+    assert curation([*command, "--dry_run", "--quiet"]) == EXIT_OK  # a dry run lists what the folder has
+    told = capsys.readouterr()
+    assert all(path in told.out for path in PARQUET)
+    assert "15 files" in told.out
+    assert "the repository is not asked" in told.err
+    assert curation([*command, "--dry_run", "--only", "nothing/*"]) == EXIT_USAGE
     assert not server.datasets.asked
+
+
+def test_a_dry_run_where_the_hub_does_not_answer(
+    folder: Path, server: Hub, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.datasets.faults = [Fault("GET ", status=503) for _ in range(9)]
+    assert curation(["publish", str(folder), "--repo", REPO, "--dry_run", "--quiet"]) == EXIT_OK
+    assert "15 files" in capsys.readouterr().out
+    assert not waits
 
 
 def test_a_folder_without_a_stage_or_with_several(

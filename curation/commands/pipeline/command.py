@@ -23,7 +23,7 @@ from curation.cluster import parse_deadline
 from curation.commands.pipeline.check import NOT_SHARED, StageCommand, commands
 from curation.commands.pipeline.file import Value, choose, read_pipeline
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
-from curation.options import POSITIONAL, RunOptions, at_least, between, exit_code, parse_arguments, say_error
+from curation.options import LISTED, POSITIONAL, RunOptions, at_least, between, exit_code, parse_arguments, say_error
 
 _SETTING = re.compile(r"[A-Za-z0-9_/ -]*[A-Za-z0-9_]+(\.[A-Za-z_][\w-]*)?=", re.ASCII)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -46,7 +46,7 @@ class Options:
     """Run only these stages of the file, such as 01-03 or 01,03."""
     dry_run: bool = False
     """Check the whole file and print the commands; start nothing."""
-    shards: str | None = None
+    shards: Annotated[str | None, LISTED] = None
     """For every stage: only these shards."""
     workers: Annotated[int | None, at_least(1)] = None
     """For every stage: worker processes on this machine."""

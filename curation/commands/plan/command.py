@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import orjson
 
-from curation import PROJECT
+from curation import PROGRAM, PROJECT
 from curation.commands.places import find_stages
 from curation.commands.plan.cost import Estimate, ShardSizes, StageCost, evenly, sizes_of, stage_cost
 from curation.commands.plan.site import JobShape, Quota, array_commands, job_shape, max_array_size, quotas
+from curation.commands.plan.write import write_pipeline
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, InfrastructureError, UsageError
 from curation.jsonio import clean_text
 from curation.options import LISTED, POSITIONAL, Sources, exit_code, items_in, parse_arguments
@@ -50,6 +51,8 @@ class Options:
     """Hours in which each stage should end, if --tasks does not name it."""
     max_array_size: int | None = None
     """The site's MaxArraySize.  Default: scontrol's, else SLURM's own 1001."""
+    write: Path | None = None
+    """Also write this file, with which `curation run` runs stages 01 to 04 as planned."""
     json: bool = False
     """One JSON object on one line instead of text."""
 
@@ -62,6 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = parse_tasks(options.tasks)
     shards = select(discover(options.source), options.shards)
     code = EXIT_OK
+    if options.write is not None:
+        write_pipeline(options.write, options.source, options.root, options.shards)
+        print(f"wrote {options.write}: `{PROGRAM} run {options.write}` runs stages 01 to 04", file=sys.stderr)
+        if not options.sample and not any(options.root.glob("**/_receipts")):
+            print(
+                f"no forecast: no stage has run in {options.root}; --sample 3 runs them on three shards",
+                file=sys.stderr,
+            )
+            return code
     if options.sample:
         code = run_sample(options.source, options.root, [shard.id for shard in evenly(shards, options.sample)])
     result = forecast(shards, options.root, options, tasks)

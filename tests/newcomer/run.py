@@ -177,10 +177,13 @@ def run_stages(newcomer: Newcomer, server: str, urls: str, whole: bool, *, as_sc
         words = [python, SCRIPTS[f"{number:02}"]] if as_scripts else [program, command]
         done = newcomer.run([*words, *flags], folder)
         name = SCRIPTS[f"{number:02}"].name if as_scripts else f"curation {command}"
-        check(done.returncode == 0, f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
-        left.append(records_of(folder))
-        how = " (only --dry_run: no torch)" if "--dry_run" in flags else ""
-        say(f"  {name}: {len(left[-1])} files{how} ({time.monotonic() - began:.0f} s)")
+        dry = "--dry_run" in flags  # without torch it may say what to install
+        last = done.stderr.rstrip("\n").rpartition("\n")[2]
+        lacks = dry and done.returncode == 2 and "pip install 'curation[" in last
+        check(done.returncode == 0 or lacks, f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
+        left.append({**records_of(folder), "exit code": done.returncode, "error": last if lacks else ""})
+        how = f" (no torch: --dry_run ended with {done.returncode})" if dry else ""
+        say(f"  {name}: {len(left[-1]) - 2} files{how} ({time.monotonic() - began:.0f} s)")
     return left
 
 

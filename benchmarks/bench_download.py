@@ -31,7 +31,7 @@ HOSTS = 50
 ROWS_PER_SHARD = 1000
 # What is done to an image: the stage's flags, img2dataset's flags.
 MODES = {
-    "kept, not looked into": (["--image_check", "header"], ["--disable_all_reencoding", "True"]),
+    "kept, not decoded": (["--image_check", "header"], ["--disable_all_reencoding", "True"]),
     "decoded, kept": ([], ["--resize_mode", "no", "--skip_reencode", "True"]),
     "decoded, resized, encoded": (
         ["--encode", "jpg", "--image_size", "256", "--resize_mode", "keep_ratio"],
@@ -132,7 +132,7 @@ def main() -> int:
         rate = options.count / statistics.median(seconds[who, mode])
         cpu_ms = 1000 * statistics.median(cpu[who, mode]) / options.count
         rows.append((mode, who, f"{rate:.0f}", ratio, f"{cpu_ms:.2f}"))
-    print_table(["", "", "URLs/s", "so many times as fast", "CPU, ms a URL, with start-up"], rows)
+    print_table(["", "", "URLs/s", "speed-up", "CPU, ms per URL, with start-up"], rows)
     return exit_code(met, options)
 
 

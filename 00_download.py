@@ -87,72 +87,76 @@ class Options(RunOptions):
     )
 
     input: Annotated[Sources, also("-i", "--url_list")]
-    """URL tables (parquet, csv, tsv, jsonl, txt, the text ones also .gz): one, a folder of them or a glob; local, or
+    """URL tables (parquet, csv, tsv, jsonl, txt; text formats also .gz): one, a folder of them or a glob; local, or
     https://, hf:// or s3://."""
     output: Annotated[Path, also("-o", "--output_folder")]
     """Folder for the shards."""
     publish_to: Annotated[str | None, URLS] = None
-    """Write the tars to this place in a bucket (s3://bucket/folder, gs://…); all else goes to --output."""
+    """Write the tars to this place in a bucket (s3://bucket/folder, gs://…); all other files go to --output."""
     output_format: OutputFormat = "webdataset"
     """webdataset: <shard>.tar.  files: img2dataset's layout, <shard>/<key>.jpg and so on."""
     rows_per_shard: Annotated[int, at_least(1), also("--number_sample_per_shard")] = 10_000
     """Rows of a table in one shard."""
     url_col: str | None = None
-    """Column of the URLs.  Default: url, or what is usually called so."""
+    """Column of the URLs.  Default: url, or a similar name."""
     caption_col: str | None = None
-    """Column of the captions.  Default: caption, text, alt_text, title or what else is usually called so."""
+    """Column of the captions.  Default: caption, text, alt_text, title or a similar name."""
     caption_names: CaptionNames | None = None
-    """few: only caption and text are found without --caption_col.  Default: many; few in a folder of 0.2.0."""
+    """few: without --caption_col, only caption and text are recognised.  Default: many; few in an output folder from
+    0.2.0."""
     tsv_quotes: TsvQuotes | None = None
-    """Quotation marks in a tsv.  Default: auto, around a whole field they are taken off; csv in a folder of 0.2.0."""
+    """Quotation marks in a tsv.  Default: auto, which removes them around a whole field; csv in an output folder from
+    0.2.0."""
     verify_hash: str | None = None
-    """Column of a hash that the bytes must have, such as sha256 or md5=original_md5."""
+    """Column with the expected hash of the bytes, such as sha256 or md5=original_md5."""
     threads: Annotated[int, at_least(1), also("--thread_count")] = 256
-    """URLs that one process asks for at once."""
+    """Number of simultaneous requests of one process."""
     per_host: Annotated[int, at_least(1)] = 16
-    """Of them, at most so many from one host."""
+    """Largest number of simultaneous requests to one host."""
     timeout: Annotated[float, more_than(0), FINITE] = 20.0
-    """Seconds that one try may take, from the look-up of the name to the last byte."""
+    """Time limit of one try in seconds, from the DNS query to the last byte."""
     retries: Annotated[int, at_least(0)] = 2
-    """Further tries of a URL whose server is busy or breaks off."""
+    """Further tries of a URL if its server is busy or closes the connection."""
     max_wait: Annotated[float, at_least(0)] = 60.0
-    """Longest Retry-After, in seconds, that is waited for."""
+    """Longest Retry-After that the stage waits for, in seconds."""
     max_image_bytes: Annotated[int, between(1, MAX_MEMBER_BYTES // 2)] = 64 << 20
-    """Bytes of an image at most."""
+    """Largest size of an image in bytes."""
     encode: Encode = "keep"
-    """keep: each image byte for byte as it came.  jpg: decoded, upright, resized as asked, as JPEG."""
+    """keep: store each image byte for byte.  jpg: decode it, rotate it upright, resize it, and store it as JPEG."""
     image_check: Check = "decode"
-    """decode: an image that cannot be decoded to its end has failed.  header: only one that is cut or has no header."""
+    """decode: an image fails if it cannot be decoded completely.  header: only if it is cut off or has no header."""
     image_size: Annotated[int, at_least(0)] = 0
-    """With --encode jpg: pixels of the side that --resize_mode means."""
+    """With --encode jpg: size in pixels of the side that --resize_mode selects."""
     resize_mode: ResizeMode = "no"
     """no, keep_ratio (the shorter side), keep_ratio_largest, center_crop, border (padded with white)."""
     resize_filter: ResizeFilter | None = None
-    """How an image is made smaller.  Default: hamming, nearest to the mean of the area; box in a folder of 0.2.0."""
+    """Filter for reducing images.  Default: hamming, nearest to the mean of the area; box in an output folder from
+    0.2.0."""
     resize_only_if_bigger: bool = False
-    """Leave images alone that are smaller."""
+    """Do not resize smaller images."""
     encode_quality: Annotated[int, between(1, 100)] = 95
     """JPEG quality."""
     min_image_size: Annotated[int, at_least(0)] = 0
     """Refuse images whose shorter side has fewer pixels."""
     max_aspect_ratio: Annotated[float, at_least(1)] = float("inf")
-    """Refuse images whose longer side is more than so many times the shorter."""
+    """Refuse images if the ratio of the longer to the shorter side is larger than this."""
     user_agent: str = f"Mozilla/5.0 (compatible; curation/{curation.__version__})"
-    """The User-Agent that the servers are sent."""
+    """The User-Agent that is sent to the servers."""
     user_agent_token: str = "curation"  # noqa: S105 - a name
-    """The name by which an X-Robots-Tag may speak to this downloader alone."""
+    """The name that an X-Robots-Tag may use for rules that apply only to this downloader."""
     disallowed_header_directives: str = "noai,noimageai,noindex,noimageindex"
     """Directives of X-Robots-Tag that forbid the use of an image; an empty text for none."""
     ignore_ssl_certificate: bool = False
-    """Take images also from servers whose certificate is not valid."""
+    """Also accept images from servers with an invalid certificate."""
     allow_private: str = ""
-    """Networks that may be asked although they are private, such as 10.1.0.0/16: a mirror inside a site."""
+    """Private networks to which requests may be sent, such as 10.1.0.0/16 for a mirror inside a site."""
     retry_failed_urls: bool = False
-    """Ask once more for the rows that failed; good samples are copied byte for byte."""
+    """Download only the failed rows once more; good samples are copied byte for byte."""
     verify: bool = False
-    """Decode every stored image; ask again for those that are damaged, and repair the tables."""
+    """Decode every stored image, download damaged ones again, and repair the tables."""
     max_error_rate: float = 1.0
-    """A shard of whose rows a greater share fails is failed, not done.  Default: none is, URLs rot."""
+    """A shard fails if a greater share of its rows fails.  Default: no shard fails for this, because many URLs no
+    longer work."""
 
     def check(self) -> None:
         super().check()
@@ -169,7 +173,7 @@ class Options(RunOptions):
         if self.publish_to is not None and self.output_format == "files":
             raise UsageError("--publish_to takes tars: --output_format files would make an object of every file")
         if self.rerun and (self.retry_failed_urls or self.verify):
-            raise UsageError("--rerun downloads everything anew: leave out --retry_failed_urls and --verify")
+            raise UsageError("--rerun downloads everything again: leave out --retry_failed_urls and --verify")
         if self.hash_to_verify is not None and self.hash_to_verify[0] not in HASHES:
             raise UsageError(f"--verify_hash {self.verify_hash}: hashes are {', '.join(HASHES)}")
 
@@ -291,7 +295,7 @@ class Download(Stage[Options]):
         if earlier.lost:
             work.note("unsound", len(earlier.lost))
             key, why = next(iter(earlier.lost.items()))
-            work.warn(f"{len(earlier.lost)} stored samples are damaged and are asked for again: {key} ({why}) …")
+            work.warn(f"{len(earlier.lost)} stored samples are damaged and are downloaded again: {key} ({why}) …")
         return earlier
 
     def _process(self, work: ShardContext, earlier: PreviousShard | None, again: list[str]) -> None:
@@ -328,10 +332,10 @@ def prepare_again(stage: Download, options: Options, ids: set[str]) -> None:
     ledger = stage.ledger()
     ledger.enter("", False, None, sorted(ids))
     counts = requeue_all(ledger, ids, options.again, run_id())
-    logger.info(f"{counts['retry']:,} shards to look at again")
+    logger.info(f"{counts['retry']:,} shards to check again")
     left = counts["claimed"] + counts["lost"]
     if left:
-        logger.warning(f"{left:,} shards are in a worker's hands just now: start again when it is done")
+        logger.warning(f"{left:,} shards are being processed by a worker: start again when it has finished")
 
 
 def find_tables(options: Options) -> UrlTables:

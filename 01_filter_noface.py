@@ -107,9 +107,9 @@ class Options(RunOptions):
     model: str | None = None
     """Another ONNX file for the detector.  Default: the detector's own."""
     det_size: Annotated[int | None, between(32, 4096), Explained(DET_SIZE_HELP)] = None
-    """Pixels that an image's longest side is brought to; --help lists each detector's own."""
+    """Size in pixels of the longest side of the detector's input; --help lists each detector's default."""
     threshold: Annotated[float | None, more_than(0), less_than(1), Explained(THRESHOLD_HELP)] = None
-    """Score from which a detection counts as a face; --help lists each detector's own."""
+    """Lowest score at which a detection counts as a face; --help lists each detector's default."""
     min_faces: Annotated[int, at_least(1)] = 1
     """Number of faces that a sample needs."""
     select: Literal["face", "noface"] = "face"
@@ -117,7 +117,7 @@ class Options(RunOptions):
     threads: Annotated[int | None, at_least(1)] = None
     """Number of images that are processed in parallel, one core each.  Default: the cores of this process."""
     device: Literal["cpu"] | None = None
-    """cpu: compute on the CPU, also where there are GPUs.  Default: a GPU where onnxruntime has CUDA."""
+    """cpu: compute on the CPU, even if there are GPUs.  Default: a GPU if onnxruntime has CUDA."""
     edits_layout: Literal["tar", "files"] = "tar"
     """files: each kept sample's metadata also as a loose <shard>/<key>.json in --edits, as older tools expect."""
 
@@ -137,7 +137,7 @@ class Options(RunOptions):
                 "--embedded is for --detector auto or centerface: SCRFD's weights do not come with the project"
             )
         if self.detector == "recorded" and (self.model or self.det_size or self.threshold):
-            raise UsageError("--detector recorded looks at no pixels: leave --model, --det_size and --threshold out")
+            raise UsageError("--detector recorded reads no pixels: leave --model, --det_size and --threshold out")
 
     @property
     def pixel_detector(self) -> str | None:
@@ -207,12 +207,12 @@ class FilterFaces(Stage[Options]):
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
         if options.pixel_detector is None:
-            return [NothingToFetch("--detector recorded looks at no pixels: nothing to fetch")]
+            return [NothingToFetch("--detector recorded reads no pixels: nothing to fetch")]
         if options.model is None:
             return [detector_class(options.pixel_detector).weights()]
         if not Path(options.model).expanduser().is_file():
-            raise InfrastructureError(f"--model {options.model}: no such file; a file of one's own is not fetched")
-        return [NothingToFetch(f"{options.model}: one's own file, nothing to fetch")]
+            raise InfrastructureError(f"--model {options.model}: no such file; your own file is not downloaded")
+        return [NothingToFetch(f"{options.model}: your own file, nothing to fetch")]
 
     def open(self, allocation: Allocation) -> None:
         self._threads = self.options.threads or allocation.threads

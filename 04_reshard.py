@@ -73,30 +73,31 @@ class Options(RunOptions):
     output: Annotated[FolderName, also("-o", "--output_dir")]
     """Folder for the hybrid shards, one <shard>.tar each.  With one tar as --input, also that file: out/<shard>.tar."""
     edits: Annotated[str | None, PATH] = None
-    """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit is all three together.
+    """Folder with the edits: <shard>.tar, or <shard>/<key>.jpg, .txt and .json.  An edit consists of all three files.
     With one tar as --input, also the shard's own folder or tar: edits/<shard>."""
     prompts: Annotated[str | None, PATH] = None
-    """Folder with the prompts (<shard>.json): only samples with a prompt are edited, and missing edits are noticed.
+    """Folder with the prompts (<shard>.json): only samples with a prompt are edited, and missing edits are counted.
     Default: every edit is applied."""
     on_missing: Literal["keep", "drop"] = "keep"
     """A sample with a prompt but without an edit: keep it as it was, or leave it out."""
     edits_layout: Literal["auto", "tar", "files"] = "auto"
-    """Where the edits are.  auto: in the tar if there is one, else in loose files."""
+    """Place of the edits.  auto: the tar if there is one, otherwise loose files."""
     subset: Annotated[str | None, also("-s", "--subset_file"), PATH] = None
     """A sorted .npy array of uids (dtype u8,u8): only these samples, each as often as its uid occurs."""
     drop_rejected: bool = False
     """Leave out the samples that stages 02 and 03 rejected; without it they stay unchanged."""
     blur_faces: Literal["recorded"] | DetectorName | None = None
-    """Blur faces of samples that are not edited: in the boxes that the metadata records, or in a detector's."""
+    """Blur faces of samples that are not edited: in the boxes of the metadata, or in the boxes of a detector."""
     image_suffix: ImageSuffix | None = None
-    """What new images are called, and so their format: source (as the image whose place they take), jpg, png, webp, or
-    keep (the edit's own bytes).  Default: source."""
+    """Suffix of new images, and therefore their format: source (same as the image that they replace), jpg, png, webp,
+    or keep (the edit's own bytes).  Default: source."""
     device: Literal["cpu"] | None = None
-    """cpu: detect faces on the CPU, also where there are GPUs.  Default: a GPU where onnxruntime has CUDA."""
+    """cpu: detect faces on the CPU, even if there are GPUs.  Default: a GPU if onnxruntime has CUDA."""
     shard_size: Annotated[int | None, at_least(1)] = None
-    """Regroup into shards 00000000.tar, 00000001.tar … of so many samples each.  Default: shards stay as they are."""
+    """Regroup into shards 00000000.tar, 00000001.tar … of this number of samples each.  Default: the shards are not
+    changed."""
     shuffle_buffer: Annotated[int, at_least(0), also("--shuffle_bufsize")] = 0
-    """With --shard_size: shuffle so many samples together, one block after the other.  0: keep their order."""
+    """With --shard_size: shuffle the samples in blocks of this size.  0: keep their order."""
     seed: int = 0
     """Of the shuffling."""
     step: Literal["all", "index", "write"] = "all"
@@ -106,18 +107,18 @@ class Options(RunOptions):
     publish_to: Annotated[str | None, URLS] = None
     """Write the hybrid shards to this folder in a bucket (s3://bucket/folder, gs://…), other files to --output."""
     overwrite: bool = False
-    """Replace shards in the output folder that this stage has not made, and remove those of another layout."""
+    """Replace shards in the output folder that this stage did not write, and remove those of another layout."""
     verify: bool = False
     """Read each output back before it is published and compare it with the source and the edits."""
 
     def check(self) -> None:
         super().check()
         if self.edits is not None and Path(self.output).resolve() == Path(self.edits).resolve():
-            raise UsageError("--output and --edits must be two folders: both hold <shard>.tar")
+            raise UsageError("--output and --edits must be two folders: both contain <shard>.tar")
         if self.publish_to is not None and self.verify:
             raise UsageError("--verify reads a tar back before it is published, which no upload allows: leave one out")
         if self.edits is None and self.follow:
-            raise UsageError("--follow waits for the edits: it needs --edits")
+            raise UsageError("--follow needs --edits, because it waits for them")
         if self.is_plain and not (self.edits or self.blur_faces or self.index):
             raise UsageError("--edits is missing: without it, and without a flag that changes the shards, they stay")
         if self.on_missing == "drop" and (self.prompts is None or self.edits is None):
@@ -137,7 +138,7 @@ class Options(RunOptions):
         """The same options with the folders of all shards, where the own files of one shard were given."""
         output, edits, prompts = of_one_tar(self.output, self.edits, self.prompts, shards)
         if output != self.output and self.shard_size is not None:
-            raise UsageError(f"--shard_size makes shards of its own names: --output {self.output} must be a folder")
+            raise UsageError(f"--shard_size writes shards with new names: --output {self.output} must be a folder")
         if edits != self.edits and self.edits_layout == "auto" and edits is not None:
             own = Path(edits) / shards[0].id
             if own.is_dir() and own.with_name(f"{own.name}.tar").is_file():

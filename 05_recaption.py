@@ -115,71 +115,74 @@ class Options(HubOptions, RunOptions):
     revision: str | None = None
     """Branch, tag or commit of a hub model.  Default: main, as it is when the run starts."""
     list_models: bool = False
-    """Print the models that have short names, with licence, memory, what they suit and whether they are on this
-    machine, and end."""
+    """Print the models that have short names, with licence, memory, suitable use and whether they are on this machine,
+    and end."""
     format: Annotated[str, LISTED] = "jsonl"
-    """jsonl, parquet, files, tar, several with commas between them, or all."""
+    """jsonl, parquet, files, tar, several separated by commas, or all."""
     detail: Detail = "more_detailed"
-    """How much the caption says: Florence-2's own tasks, a prompt of that kind for the other families."""
+    """Length of the caption: Florence-2's own tasks, or a similar prompt for the other families."""
     prompt: Annotated[str | None, URLS] = None
-    """What the model is asked, instead of --detail's words."""
+    """The question to the model, instead of --detail's words."""
     prompt_file: Annotated[str | None, PATH] = None
     """A file with the prompt."""
     max_tokens: Annotated[int | None, at_least(1)] = None
-    """Length of a caption in tokens.  Default: the model family's; a reply that is longer is asked for once more with
-    twice as many."""
+    """Length of a caption in tokens.  Default: the model family's; a longer reply is requested once more with twice as
+    many tokens."""
     max_words: Annotated[int | Literal["auto"] | None, at_least(0)] = None
-    """How many words --detail's prompt asks for at most.  auto, the default: what fits in --max_tokens; 0: it does not
-    say, as in folders that a version before 0.3.0 has begun."""
+    """Largest number of words that --detail's prompt asks for.  auto, the default: the number that fits in
+    --max_tokens; 0: the prompt gives no limit, as in output folders from versions before 0.3.0."""
     temperature: Annotated[float, at_least(0), FINITE] = 0.0
-    """0: the likeliest words; above: sampled, with a seed for each key."""
+    """0: the most probable words; above 0: sampling, with a seed for each key."""
     seed: int = 0
-    """Seed of the sampling; each image's is a hash of it and its key."""
+    """Seed of the sampling; each image's seed is a hash of this seed and the key."""
     batch_size: Annotated[int | Literal["auto"], also("-b"), at_least(1)] = "auto"
-    """Images captioned at once; halved where memory runs out.  auto: found by trying on a GPU, else the family's."""
+    """Images that are captioned at once; halved if memory runs out.  auto: determined by trials on a GPU, otherwise the
+    family's default."""
     dataloader_num_workers: Annotated[int | None, at_least(1)] = None
     """Threads that decode and prepare images ahead of the model.  Default: the cores that this process was given."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the weights.  auto: bfloat16 on a GPU, float32 on the CPU."""
     quantize: Quantize | None = None
-    """Quantise the weights, where the family allows it."""
+    """Quantise the weights, if the family allows it."""
     offload: bool = False
-    """Keep on the CPU what does not fit on the GPU: for small cards, slower."""
+    """Keep on the CPU the part of the model that does not fit on the GPU.  For small GPUs; slower."""
     compile: Compile = "none"
-    """Florence-2 on a GPU: each step as one CUDA graph; or the images' encoder too.  The first batches take minutes."""
+    """Florence-2 on a GPU: each step as one CUDA graph; or also the image encoder.  The first batches take minutes."""
     ports: Annotated[str, LISTED] = "8000"
     """Ports of the vision servers on this machine, with --model endpoint:<the server's model>."""
     endpoints: Annotated[str | None, URLS, LISTED] = None
-    """Whole URLs of the vision servers, separated by commas, in place of --ports."""
+    """Complete URLs of the vision servers, separated by commas, instead of --ports."""
     endpoints_dir: Annotated[str | None, PATH] = None
-    """A folder in which vision servers register (serve_endpoints.sh), in place of --ports; they may come and go."""
+    """A folder in which vision servers register (serve_endpoints.sh), instead of --ports; servers may start and stop
+    during the run."""
     timeout: float = 120.0
-    """Seconds that a vision server has for one caption."""
+    """Seconds to wait for one caption from a vision server."""
     load_timeout: Annotated[float, more_than(0)] = 300.0
     """Seconds for a vision server to load the model, at the start and whenever it has to load it again."""
     api_key_env: str | None = None
     """The environment variable with the vision servers' key.  Default: CURATION_API_KEY; servers of --endpoints_dir get
-    a key only where this is given."""
+    a key only if you give this flag."""
     num_gpus: Annotated[int | None, at_least(1)] = None
-    """Processes on this machine, one per GPU.  Default: every visible GPU; one where srun starts a task per GPU."""
+    """Processes on this machine, one per GPU.  Default: every visible GPU; one if srun starts a task per GPU."""
     gpus: Annotated[str | None, LISTED] = None
     """Only these GPUs of the machine, such as 0,2,3; one process each."""
     device: Literal["cpu"] | None = None
-    """cpu: compute on the CPU, also where there are GPUs.  Default: the GPUs that can be seen."""
+    """cpu: compute on the CPU, even if there are GPUs.  Default: the visible GPUs."""
     resume: bool = False
-    """Accepted and without effect: every run goes on where the last one ended."""
+    """Accepted and without effect: every run continues where the last one ended."""
     max_images: Annotated[int | None, at_least(1)] = None
-    """Only so many images, the first ones of the shards in order."""
+    """Only this number of images, from the start, in the shards' order."""
     smoke: Annotated[int | None, at_least(1)] = None
-    """A quick trial on so many images, from start to end, into a folder of its own; prints the captions."""
+    """A quick, complete trial with this number of images, written to a separate folder; prints the captions."""
     detect_watermarks: bool = False
-    """Score each image by --watermark_model and record the score."""
+    """Score each image with --watermark_model and record the score."""
     watermark_model: Annotated[str | None, URLS] = None
     """ONNX classifier (256×256, two classes): a path, or a URL with --watermark_sha256."""
     watermark_sha256: str | None = None
     """sha256 that the classifier's file must have."""
     max_watermark: float | None = None
-    """Leave out images whose watermark score is above this; they are listed as dropped.  Default: none is."""
+    """Leave out images whose watermark score is above this; they are listed as dropped.  Default: no image is left
+    out."""
     compare: Annotated[str | None, PATH] = None
     """Another run's captions.jsonl: write compare.html with the images and the captions of both, side by side."""
 
@@ -187,7 +190,7 @@ class Options(HubOptions, RunOptions):
         _ = self.captioner
         super().check()
         if self.prompt is not None and self.prompt_file is not None:
-            raise UsageError("--prompt and --prompt_file are one too many")
+            raise UsageError("give only one of --prompt and --prompt_file")
         if self.detect_watermarks != (self.watermark_model is not None):
             raise UsageError("--detect_watermarks and --watermark_model need each other")
         if self.max_watermark is not None and not self.detect_watermarks:

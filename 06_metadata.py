@@ -85,44 +85,44 @@ class Options(RunOptions):
     output: Annotated[str | None, also("-o", "--output_metadata_dir"), PATH] = None
     """Folder for the parquets and npzs."""
     models: Annotated[str | None, LISTED] = None
-    """Directives (--list_models) with commas between them, such as oai-clip-vit-b32,nsfw-detoxify."""
+    """Directives (--list_models), separated by commas, such as oai-clip-vit-b32,nsfw-detoxify."""
     list_models: bool = False
-    """Print the directives with licence, memory, what they compute and whether their weights are here, and end."""
+    """Print the directives with licence, memory, outputs and whether their weights are on this machine, and end."""
     yml: Annotated[str | None, PATH] = None
-    """A file with these flags as its keys, as dataset2metadata has them; a flag goes before its key in the file."""
+    """A file with these flags as its keys, in dataset2metadata's format; a flag overrides its key in the file."""
     postprocess_columns: Annotated[str | None, LISTED] = None
-    """Columns of the parquet, with commas.  Default: all that the models give."""
+    """Columns of the parquet, separated by commas.  Default: all columns of the models."""
     postprocess_features: Annotated[str | None, LISTED] = None
-    """Features for the npz, with commas, or all.  Default: none."""
+    """Features for the npz, separated by commas, or all.  Default: none."""
     additional_fields: Annotated[str | None, LISTED] = None
-    """Fields of the samples' json to carry over, with commas; name:type where the values do not tell their type."""
+    """Fields of the samples' json to copy, separated by commas; name:type if the values do not show their type."""
     nworkers: int | None = None
     """Processes that prepare samples ahead of the models.  Default: the cores that this process was given."""
     batch_size: int | None = None
-    """Samples computed together; halved where memory runs out.  Default: 512."""
+    """Samples that are computed together; halved if memory runs out.  Default: 512."""
     device: str | None = None
-    """cpu, or the number of the GPU of a lone process.  Default: a process for each GPU that can be seen."""
+    """cpu, or the number of the GPU for a single process.  Default: one process for each visible GPU."""
     custom_pypath: Annotated[str | None, PATH] = None
-    """A Python file with extractors of your own.  It is run."""
+    """A Python file with extractors of your own.  Its code is executed."""
     reprocess: bool | None = None
-    """Do shards again that were done with other options, as --rerun; with the same options the work goes on."""
+    """Repeat shards that were done with other options, like --rerun; with the same options the run continues."""
     use_datacomp_keys: bool | None = None
     """DataComp's names and types: clip_l14_similarity_score, face_bboxes, l14_img and so on."""
     hash_type: Literal["int64", "float64"] | None = None
-    """Type of the field hash among --additional_fields.  Default: int64; float64 in a folder that an older version
-    has begun, which loses the last digits of LAION's numbers."""
+    """Type of the field hash among --additional_fields.  Default: int64; float64 in an output folder from an older
+    version, which loses the last digits of LAION's numbers."""
     weights: Annotated[str | None, URLS] = None
-    """In place of a directive's own weights: directive=path, with commas; or a hub id, or a URL with #sha256=."""
+    """Other weights for a directive: directive=path, separated by commas; or a hub id, or a URL with #sha256=."""
     embeddings: Annotated[str | None, URLS] = None
-    """Embeddings of the images that dedup-isc-ft-v107 looks for: a path, or a URL with #sha256=."""
+    """Reference embeddings for dedup-isc-ft-v107: a path, or a URL with #sha256=."""
     feature_dtype: Literal["float16", "float32"] | None = None
-    """Of the npz.  Default: float16."""
+    """Type of the features in the npz.  Default: float16."""
     compress: bool | None = None
-    """Deflate the npz; it shrinks little, and cannot be mapped into memory then."""
+    """Compress the npz (deflate); it becomes only a little smaller, and cannot be memory-mapped."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
-    """Precision that the models compute in.  auto: float16 on a GPU, float32 on the CPU."""
+    """Precision of the models' computation.  auto: float16 on a GPU, float32 on the CPU."""
     resize: Literal["exact", "fast"] | None = None
-    """exact: pictures as OpenAI's preprocessing has them, to the last bit.  fast: cheaper, and not quite equal."""
+    """exact: the same as OpenAI's preprocessing, to the last bit.  fast: faster, with slightly different results."""
     num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU."""
     gpus: Annotated[str | None, LISTED] = None
@@ -130,7 +130,7 @@ class Options(RunOptions):
     warn_and_continue: bool | None = None
     """Accepted and without effect: a bad sample is always a row with its reason."""
     tars_per_wds: int | None = None
-    """Accepted and without effect: each shard is taken by itself."""
+    """Accepted and without effect: each shard is processed separately."""
     logging: bool | None = None
     """Accepted with a warning: nothing is sent anywhere."""
 
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not is_worker():
         if config.logging:
             logger.warning(
-                f"logging: nothing is sent to Weights & Biases; receipts and `{curation.PROGRAM} status` tell"
+                f"logging: nothing is sent to Weights & Biases; see the receipts and `{curation.PROGRAM} status`"
             )
         by_flag = options.device is not None
         workers = config.processes(options.workers, options.num_gpus, options.gpus, device_is_flag=by_flag)

@@ -177,30 +177,30 @@ class RunOptions:
     shards: Annotated[str | None, LISTED] = None
     """Only these shards: ids and inclusive ranges (00000003,00000010..00000019), or a file of them."""
     rerun: bool = False
-    """Do the selected shards again, also with other options, and replace their outputs."""
+    """Repeat the selected shards, also with other options, and replace their outputs."""
     retry_failed: bool = False
-    """Try shards again that failed before (up to three times; a shard named by --shards always)."""
+    """Retry shards that failed before, up to three times.  A shard that --shards names is always tried."""
     workers: Annotated[int, at_least(1)] = 1
     """Worker processes on this machine; they share the shards by claims."""
     deadline: str | None = None
     """Finish and save before this time: 30m, 1.5h, 01:30:00 from now, a date and time, or none.  Default: the end of
     the SLURM job."""
     max_error_rate: Annotated[float, between(0, 1)] = 0.2
-    """A shard of whose samples a greater share fails is failed, not done."""
+    """A shard fails if a greater share of its samples fails."""
     quiet: bool = False
     """Only warnings and errors."""
     dry_run: bool = False
-    """Only count what would be done, and check what the real run would: options, models, servers, folders."""
+    """Only count the pending work, and check the options, models, servers and folders as the real run would."""
     lease_s: Annotated[float, at_least(1)] = 120.0
-    """A worker whose heartbeat stops for so many seconds loses its shard to another worker."""
+    """If a worker's heartbeat stops for this number of seconds, another worker takes its shard."""
     stall_s: float = 1800.0
-    """A worker that finishes no sample for so many seconds counts as hung."""
+    """A worker that finishes no sample for this number of seconds counts as hung."""
     allow_pipe: bool = False
     """Run the commands of pipe: sources.  Without it they are refused."""
     follow: bool = False
     """Process shards as soon as the previous stage has published them, and end when that stage is complete."""
     follow_idle_s: Annotated[float, at_least(1)] = 900.0
-    """With --follow: end with exit code 1 when the previous stage has been inactive for so many seconds."""
+    """With --follow: end with exit code 1 when the previous stage has been inactive for this number of seconds."""
 
     def check(self) -> None:
         """Check the values of the options and that they fit together; a stage adds its own checks.

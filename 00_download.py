@@ -269,7 +269,7 @@ class Download(Stage[Options]):
     # ---- one shard
 
     def result(self, counts: Mapping[str, int]) -> str:
-        return f"{counts['kept']:,} pictures stored, {counts['failed']:,} not to be had"
+        return f"{counts['kept']:,} pictures stored, {counts['failed']:,} not available"
 
     def process(self, work: ShardContext) -> None:
         again = self._again(work)

@@ -76,7 +76,7 @@ EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
 
 MORE_MODELS = "--model_name takes any model that the servers have (`ollama list`); --embedded brings its own."
 STAND_IN = (
-    "--embedded: prompts by Gemma 3 270M, a stand-in for trying out.  It is given the beginning of each prompt, so "
+    "--embedded: prompts by Gemma 3 270M, a stand-in for tests.  It gets the beginning of each prompt, so "
     "that the group is in it, and often loses the rest of the caption: not for research"
 )
 
@@ -256,18 +256,18 @@ class RewriteCaptions(Stage[Options]):
         self._threads = DaemonPool(o.num_threads, "ask")
 
     def _is_instructed(self, api: Api, served: Served) -> bool:
-        """Whether a server's model needs no system prompt of the project; the log says once which is in force."""
+        """Whether a server's model needs no system prompt of the project; the log says once which is used."""
         o = self.options
         model_says = is_instructed(served, default_name=o.model_name == DEFAULT_MODEL)
         instructed = api == "ollama" and (model_says if o.instruct != "openai" else True)
         if o.embedded:
             line = "the stand-in model is shown examples, and has no system prompt"
         elif self.system == OWN_SYSTEM:
-            line = f"{o.model_name}: no system prompt is sent, the model's own is in force"
+            line = f"{o.model_name}: no system prompt is sent, the model's own is used"
         elif self.system:
             line = f"{o.model_name}: the system prompt of {o.system_prompt} is sent"
         elif instructed:
-            line = f"{o.model_name}: the model's own system prompt is in force"
+            line = f"{o.model_name}: the model's own system prompt is used"
         else:
             line = f"{o.model_name}: the project's system prompt is sent, the model has no instruction for this task"
         with self._telling:

@@ -42,7 +42,7 @@ PROMPTS_STAGE = "02_captions_processor"
 EDITS_STAGE = "03_generate_images"
 STAGE = "04_reshard"
 
-BEHIND_ITS_OWN_KEY = Choice(0, failed=("duplicate_key", "it would lie right behind another of this key"))
+BEHIND_ITS_OWN_KEY = Choice(0, failed=("duplicate_key", "it would lie directly after another of this key"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ plain() {
             ;;
         file:///*) value=${value#file://} ;;
         '$'[A-Za-z_{]* | */'$'[A-Za-z_{]*)
-            usage_error "$name=$value: the shell did not put a value in place of the variable, because it stands between single quotes or in a file; write the whole path, or use double quotes"
+            usage_error "$name=$value: the shell did not put a value in place of the variable, because it is between single quotes or in a file; write the whole path, or use double quotes"
             ;;
         esac
         printf -v "$name" %s "$value"

@@ -18,7 +18,7 @@ STAGES = {
     "faces": "stage 01: find the samples with faces, and write their captions and metadata",
     "rewrite": "stage 02: rewrite the captions into prompts for an image generator",
     "generate": "stage 03: generate an image for each prompt",
-    "reshard": "stage 04: write the shards anew with the generated images in place",
+    "reshard": "stage 04: write new shards with the generated images",
     "caption": "stage 05: write a new caption for each image",
     "extract": "stage 06: compute scores and features of each sample",
 }
@@ -38,23 +38,23 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "during a run": {
         "run": ("commands.pipeline.command", "run the stages of a pipeline's file, one after the other"),
-        "register": ("serving.registry", "keep a model server in the folder of servers while it lives"),
-        "status": ("commands.status.command", "how far each stage is: done, failed, running, pending, stale"),
+        "register": ("serving.registry", "register a model server in a folder of servers as long as it runs"),
+        "status": ("commands.status.command", "progress of each stage: done, failed, running, pending, stale"),
         "retry": ("commands.retry", "make failed shards of a stage pending again"),
     },
     "look at the result": {
-        "report": ("commands.report.command", "write one page about it all: funnel, shards, speed, gallery, groups"),
-        "audit": ("commands.audit.command", "what each group lost, and which group lost more than the others"),
+        "report": ("commands.report.command", "write an HTML report: funnel, shards, speed, gallery, groups"),
+        "audit": ("commands.audit.command", "losses of each group, and which group lost more than the others"),
     },
     "check the result": {
-        "verify": ("commands.verify.command", "prove that hybrid shards are their source with the edits in place"),
+        "verify": ("commands.verify.command", "verify that hybrid shards are their source with the edits applied"),
         "fsck": (
             "commands.fsck.command",
-            "find what is wrong with tars, and save the whole samples of damaged ones",
+            "find faults in tars, and save the undamaged samples",
         ),
     },
     "use the result": {
-        "select": ("commands.tables.select", "list the uids of the samples whose scores fulfil a condition"),
+        "select": ("commands.tables.select", "list the uids of the samples whose scores satisfy a condition"),
         "neardup": ("commands.tables.neardup", "find groups of near duplicates by features, and keep one of each"),
         "publish": ("commands.publish", "upload a stage's finished outputs to a dataset repository of the hub"),
     },

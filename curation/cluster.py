@@ -362,7 +362,7 @@ def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None
 
     gpus: numbers such as ``0,2`` or ``0-3``: only these are visible from now on.  If srun starts several
     tasks, each of them is one process.  device: ``cpu`` if none of them uses a GPU; the number of processes can be
-    requested all the same.
+    requested anyway.
 
     Raises UsageError if more GPUs are requested than there are.
     """

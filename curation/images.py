@@ -127,7 +127,7 @@ def written_format(data: bytes | memoryview) -> str:
 
 
 def encode_as(kind: str, image: bytes | memoryview | Pixels, quality: int) -> bytes:
-    """Encode an image anew with fixed settings; the same software gives the same bytes.
+    """Encode an image again with fixed settings; the same software gives the same bytes.
 
     Args:
         kind: ``jpg`` (4:2:0 chroma), ``png`` or ``webp``.

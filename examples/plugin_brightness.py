@@ -1,4 +1,4 @@
-"""A plugin of stage 06 (``custom_pypath``): how bright pictures are, and how much a model of one's own likes them.
+"""A plugin of stage 06 (``custom_pypath``): how bright pictures are, and how much a model of your own likes them.
 
     python3 06_metadata.py --custom_pypath examples/plugin_brightness.py --models brightness …
 

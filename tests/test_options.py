@@ -186,7 +186,7 @@ def test_a_url_is_no_local_path(module: str, option: str, kind: Any) -> None:
             if (module, option) in TAKE_URLS:
                 refuse_urls(options)
             else:
-                with pytest.raises(UsageError, match=rf"--{option} \w+://…: a URL, where a path"):
+                with pytest.raises(UsageError, match=rf"--{option} \w+://…: a URL, but this option needs a path"):
                     refuse_urls(options)
 
 
@@ -217,7 +217,7 @@ def test_commands_make_no_folder_named_like_a_url(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert command(words) == 2
-    assert "a URL, where a path on this machine's filesystem is wanted" in capsys.readouterr().err
+    assert "a URL, but this option needs a path on this machine's filesystem" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -237,7 +237,7 @@ def test_stages_make_no_folder_named_like_a_url(
     monkeypatch.chdir(tmp_path)
     Path("c.yml").write_text("models: [statistics]\ninput_tars: x\noutput_metadata_dir: s3://bucket/x\n")
     assert importlib.import_module(words[0]).main(words[1:]) == 2
-    assert "a URL, where a path on this machine's filesystem is wanted" in capsys.readouterr().err
+    assert "a URL, but this option needs a path on this machine's filesystem" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["c.yml"]
 
 

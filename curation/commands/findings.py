@@ -52,11 +52,11 @@ class Findings:
 
 
 def as_lines(shards: Iterable[tuple[str, Findings]], remedies: Mapping[str, str]) -> list[str]:
-    """Returns a line for each finding, in the order of the shards, and then what to do about each kind.
+    """Returns a line for each finding, in the order of the shards, and then the fix for each kind.
 
     Args:
         shards: Pairs of a shard's id and its findings.
-        remedies: Kind → what to do about it.
+        remedies: Kind → its fix.
     """
     lines: list[str] = []
     seen: Counter[str] = Counter()
@@ -79,7 +79,7 @@ def as_lines(shards: Iterable[tuple[str, Findings]], remedies: Mapping[str, str]
                 left_out += count
     if left_out:
         lines.append(f"... and {left_out:,} more findings; --json shows more of them")
-    lines += [f"what to do about {kind} ({seen[kind]:,}): {text}" for kind, text in remedies.items() if seen[kind]]
+    lines += [f"fix for {kind} ({seen[kind]:,}): {text}" for kind, text in remedies.items() if seen[kind]]
     return lines
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if troubles:
         return EXIT_USAGE
     if len(requests) > 1:
-        print("\nNothing was fetched: --dry_run." if dry_run else "\nWhat is to be fetched is on this machine.")
+        print("\nNothing was fetched: --dry_run." if dry_run else "\nAll the files are already on this machine.")
     return EXIT_OK
 
 
@@ -108,7 +108,7 @@ def _request(stage: str, flags: Sequence[str]) -> Request:
 
 
 def _fetch(request: Request, dry_run: bool, *, alone: bool) -> list[str]:
-    """Fetch what a stage needs; returns what kept it from being fetched.  The rest is fetched all the same."""
+    """Fetch what a stage needs; returns what kept it from being fetched.  The rest is fetched anyway."""
     if not alone:
         print(f"\n{request.title}", flush=True)
     needs: Sequence[WeightsNeed] = ()

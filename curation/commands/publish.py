@@ -25,21 +25,24 @@ class Options:
     folder: Annotated[Path, POSITIONAL]
     """The stage's output folder, or the dataset's with --stage."""
     repo: Annotated[str, URLS]
-    """The dataset repository: user/name, or a name of your own.  Created, private, where it is not there."""
+    """The dataset repository: user/name, or a name of your own.  Created as a private repository if it does not
+    exist."""
     stage: str | None = None
-    """The stage's name, as status shows it, where the folder has several."""
+    """The stage's name, as status shows it, if the folder has several stages."""
     only: tuple[str, ...] = ()
     """Only outputs whose paths in the folder match one of these patterns: 'parquet/*' 'shards/*'."""
     public: bool = False
-    """Create the repository public.  One that is there stays as it is."""
+    """Create the repository public.  An existing repository is not changed."""
     license: str | None = None
-    """The licence for the card's metadata, by the hub's id: cc-by-4.0.  Default: what it was, at first unknown."""
+    """The licence for the card's metadata, by the hub's id: cc-by-4.0.  Default: the card's present licence, at first
+    unknown."""
     prune: bool = False
-    """Remove parts from the repository whose shards the folder does not have (any more)."""
+    """Remove files from the repository whose shards are not (or no longer) in the folder."""
     dry_run: bool = False
-    """List what would be uploaded, and upload nothing.  Without a token or the hub, all that could be is listed."""
+    """List the files that would be uploaded, and upload nothing.  Without a token or the hub, all possible files are
+    listed."""
     tries: int = 6
-    """How often a step that does not work is tried before the command gives up."""
+    """How often a failing step is tried before the command gives up."""
     quiet: bool = False
     """Only warnings and errors."""
     json: bool = False
@@ -69,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GaveUp as error:
         unseen = str(error)
     if unseen and options.dry_run:
-        print(f"the repository is not asked what it has already: {clean_text(unseen)}", file=sys.stderr)
+        print(f"the repository's present files are not checked: {clean_text(unseen)}", file=sys.stderr)
         pushed = list_all(place.home, place.stage, options.repo, options.only)
     elif unseen:
-        say_error(f"{unseen}.  What is uploaded stays: run the same command again to go on")
+        say_error(f"{unseen}.  Uploaded files stay: run the same command again to continue")
         return EXIT_WORK_LEFT
     print(dump_json(asdict(pushed)).decode() if options.json else _summary(pushed, dry_run=options.dry_run))
     return EXIT_SHARDS_FAILED if pushed.changed else EXIT_OK

@@ -35,12 +35,12 @@ class Options:
     stage: str
     """The stage's name, as status shows it: 01_filter_noface."""
     reason: str | None = None
-    """Only failures that have this reason, or this text in their message."""
+    """Only failures with this reason, or with this text in their message."""
     shards: Annotated[str | None, LISTED] = None
     """Only these shards: ids, ranges (00000010..00000019) or a file of them.  Shards that have failed three times are
     quarantined: they run again only if they are named here."""
     dry_run: bool = False
-    """Say what would be done, and do nothing."""
+    """Only print the changes; change nothing."""
 
 
 @exit_code
@@ -56,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if counts[what]:
             print(f"  {counts[what]:,} {text}")
     if counts["retry"] and not options.dry_run:
-        print(f"start the stage next, as before: {_command(place.stage)}")
+        print(f"now start the stage again, as before: {_command(place.stage)}")
     return EXIT_OK
 
 
 _LEFT = {
-    "quarantined": f"left: they have failed {MAX_ATTEMPTS} times and run again only when --shards names them",
-    "claimed": "left: a worker has a claim on them",
-    "lost": "left: a worker was just committing them",
-    "other": "left: they failed for other reasons",
-    "sound": "of those named have not failed",
+    "quarantined": f"not changed: they have failed {MAX_ATTEMPTS} times and run again only when --shards names them",
+    "claimed": "not changed: a worker has a claim on them",
+    "lost": "not changed: a worker was just committing them",
+    "other": "not changed: they failed for other reasons",
+    "sound": "of the shards that you named have not failed",
 }
 
 

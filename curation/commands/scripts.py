@@ -40,7 +40,7 @@ class Options:
     """Copy the numbered scripts and the job scripts to a folder; they run with the Python that has the package."""
 
     folder: Annotated[Path, POSITIONAL]
-    """Where the copies go; it is made if it does not exist."""
+    """Folder for the copies; it is created if it does not exist."""
     overwrite: bool = False
     """Replace files of the folder that differ, such as those of another version, or those that you have edited."""
 
@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(Options, argv, "scripts")
     folder = options.folder.expanduser().absolute()
     if folder.resolve() == PROJECT:
-        raise UsageError(f"{folder}: the scripts are in it already; name another folder for the copies")
+        raise UsageError(
+            f"{folder}: this folder already contains the original scripts; give another folder for the copies"
+        )
     sources = {file.relative_to(PROJECT): file for pattern in _PATTERNS for file in sorted(PROJECT.glob(pattern))}
     differing = [str(name) for name, file in sources.items() if _differs(folder / name, file.read_bytes())]
     if differing and not options.overwrite:

@@ -58,15 +58,17 @@ def check_columns(source: str, schema: Any, wanted: NamedColumns) -> list[str]:
     notes = []
     others = [name for name in names if name != url and _plain(name) in _MORE_URLS]
     if wanted.url is None and others:
-        notes.append(f"URLs are taken from the column {url!r}; --url_col takes another one: {_listed(others)}")
+        notes.append(f"URLs are taken from the column {url!r}; choose another one with --url_col: {_listed(others)}")
     if caption is None:
-        notes.append(f"no column of captions among {_listed(names)}: no .txt is written; name one with --caption_col")
+        notes.append(
+            f"no column of captions among {_listed(names)}, so no .txt is written; give one with --caption_col"
+        )
         return notes
     if not (_is_text(schema.field(caption).type) or _is_number(schema.field(caption).type)):
         _refuse_kind(source, schema, caption, "--caption_col")
     others = [name for name in names if name != caption and _plain(name) in _MORE_CAPTIONS]
     if wanted.caption is None and (others or _plain(caption) not in _CAPTIONS):
-        more = f"; --caption_col takes another one: {_listed(others)}" if others else ""
+        more = f"; choose another one with --caption_col: {_listed(others)}" if others else ""
         notes.append(f"captions are taken from the column {caption!r}{more}")
     return notes
 

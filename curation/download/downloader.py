@@ -50,7 +50,7 @@ class HostScheduler(Generic[JobT]):
     """Jobs by host, at most ``per_host`` of a host at once, hosts taking turns.  Times are monotonic seconds.
 
     A host that says it is too busy is left alone for as long as it asks, and then gets half as many requests at once
-    until it has answered for a while.  A host that fails time after time is given up for a while, so that a table with
+    until it has answered for a while.  A host that fails repeatedly is given up for a while, so that a table with
     thousands of URLs of a dead host does not wait for each of them.
     """
 
@@ -331,7 +331,7 @@ class Downloader:
                 continue
             if self._scheduler.is_given_up(host, now):
                 self._scheduler.done(host, now, failed=True)
-                error = FetchError("host_down", f"{host} failed time after time")
+                error = FetchError("host_down", f"{host} failed repeatedly")
                 self._deliver(job[1], job[0], self._refuse(job[0], error))
                 continue
             task = self._loop.create_task(self._one(fetcher, host, *job))

@@ -184,7 +184,7 @@ def _flaw(sample: Sample, outcome: RowOutcome, as_it_came: bool) -> str | None:
     if (facts.width, facts.height) != (outcome.width, outcome.height):
         return f"{facts.width} × {facts.height} pixels, its row says {outcome.width} × {outcome.height}"
     if as_it_came and hashlib.sha256(data).hexdigest() != outcome.sha256:
-        return "its sha256 is another"
+        return "its sha256 differs"
     return None
 
 
@@ -316,7 +316,7 @@ class RowDownloads:
                 if not reached and len(silent) >= _HOSTS_TO_DOUBT_THE_NETWORK:
                     raise InfrastructureError(
                         f"shard {self._work.shard.id}: none of the first {len(silent)} hosts can be reached; does this "
-                        "machine have a way to the internet? (A proxy is not used.)"
+                        "machine have internet access? (A proxy is not used.)"
                     )
                 self._work.check_stop()
         finally:
@@ -363,7 +363,9 @@ class RowDownloads:
                 if key in self._copied:
                     found, members = next(there)
                     if found != key:
-                        raise InfrastructureError(f"{found} found where {key} was a moment ago: who writes there?")
+                        raise InfrastructureError(
+                            f"{found} found where {key} was a moment ago: does another program write there?"
+                        )
                     yield key, members
                     continue
                 mark = self._mark_of[key]

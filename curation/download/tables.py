@@ -352,8 +352,8 @@ class _Place:
         found = map(os.path.realpath, tables)
         if clash or any(os.path.dirname(path) == home and _is_own_file(path) for path in found):
             raise UsageError(
-                f"--output {output} is where --input {source} looks for tables: the next start would take files that "
-                "this one writes for tables. Use an output folder outside the input folder"
+                f"--output {output} is where --input {source} searches for tables: the next run would read "
+                "this run's files as tables. Use an output folder outside the input folder"
             )
 
     def find(self) -> list[tuple[str, str]]:
@@ -375,7 +375,7 @@ class _Place:
         if not tables and names:
             raise UsageError(f"{shown}: no tables; they end in {', '.join(SUFFIXES)}")
         if not tables:
-            raise UsageError(f"{shown!r} is not there: give a table, a folder of tables or a glob")
+            raise UsageError(f"{shown!r} does not exist: give a table, a folder of tables or a glob")
         return list(zip(tables, marks, strict=True))
 
     def open(self, path: str) -> BinaryIO:

@@ -230,7 +230,7 @@ def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
-        raise ValueError("wants a list of names")
+        raise ValueError("needs a list of names")
     return tuple(value)
 
 
@@ -241,7 +241,7 @@ def _directives(value: Any) -> tuple[str, ...]:
 def _paths(value: Any) -> tuple[str, ...]:
     value = [value] if isinstance(value, str) else value  # commas belong to braces
     if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) and name for name in value):
-        raise ValueError("wants a path or a list of paths")
+        raise ValueError("needs a path or a list of paths")
     return tuple(plain_source("input_tars", name) for name in value)
 
 
@@ -260,21 +260,21 @@ def _weights(value: Any) -> dict[str, WeightSource]:
         pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
         value = {name: source for name, _, source in pairs}
     if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value):
-        raise ValueError("wants directive: path, or directive=path with commas between several")
+        raise ValueError("needs directive: path, or directive=path separated by commas")
     return {name: _one_weights(source) for name, source in value.items()}
 
 
 def _one_weights(value: Any) -> WeightSource:
     """``source``, or ``source#sha256=<64 hex digits>``."""
     if not isinstance(value, str) or not value:
-        raise ValueError("wants a path, a hub id, or a URL with #sha256=… behind it")
+        raise ValueError("needs a path, a hub id, or a URL followed by #sha256=…")
     source, mark, sha256 = value.rpartition("#sha256=")
     return WeightSource(source, sha256) if mark else WeightSource(value)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError("wants a text")
+        raise ValueError("needs a text")
     return value
 
 
@@ -285,7 +285,7 @@ def _path(value: Any) -> str:
 def _number(least: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"wants a whole number, at least {least}")
+            raise ValueError(f"needs a whole number, at least {least}")
         return value
 
     return parse
@@ -293,7 +293,7 @@ def _number(least: int) -> Callable[[Any], int]:
 
 def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError("wants True or False")
+        raise ValueError("needs True or False")
     return value
 
 
@@ -306,13 +306,13 @@ def _device(value: Any) -> str | int:
             return int(word)
         if word in ("cpu", "cuda"):
             return "cpu" if word == "cpu" else 0
-    raise ValueError("wants cpu or the number of a GPU")
+    raise ValueError("needs cpu or the number of a GPU")
 
 
 def _one_of(*words: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in words:
-            raise ValueError(f"wants one of {', '.join(words)}")
+            raise ValueError(f"needs one of {', '.join(words)}")
         return str(value)
 
     return parse

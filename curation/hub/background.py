@@ -110,7 +110,7 @@ class Pushing:
                 self._wake.set()
 
     def end(self) -> None:
-        """Stop the upload that is running; the last push, or the next start, goes on with it."""
+        """Stop the upload that is running; the last push, or the next start, continues it."""
         self._ended.set()
         self._wake.set()
         self._stop_process()

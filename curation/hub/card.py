@@ -2,7 +2,7 @@
 
 One block is in the metadata, one in the text.  Everything outside of them stays as it is, byte for byte, and the same
 parts give the same card.  That is why ``huggingface_hub.DatasetCard`` is not used to write it: it formats the whole
-metadata anew, without the owner's comments and without the marks of the block.
+metadata again, without the owner's comments and without the marks of the block.
 """
 
 from __future__ import annotations

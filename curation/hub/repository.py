@@ -92,7 +92,7 @@ class Addition:
 
 
 def check_name(repo: str) -> None:
-    """Raise UsageError unless ``repo`` can be the name of a repository, ``user/name`` or one's own ``name``."""
+    """Raise UsageError unless ``repo`` can be the name of a repository, ``user/name`` or ``name``."""
     owner, slash, name = repo.rpartition("/")
     words = [owner, name] if slash else [name]
     bad = not all(_NAME.fullmatch(word) for word in words) or "--" in repo or ".." in repo

@@ -165,7 +165,7 @@ def find_batch_size(fits: Callable[[int], bool], largest: int = LARGEST_BATCH) -
 
 
 def agreed_batch_size(folder: Path, what: str, find: Callable[[], int]) -> int:
-    """The batch size that all workers use, now and in every run that goes on with the work.
+    """The batch size that all workers use, now and in every run that continues the work.
 
     It decides which samples are computed together, and so the last bits of their results: the first worker that
     records one decides for all.

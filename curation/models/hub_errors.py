@@ -10,7 +10,7 @@ from curation.models.known import Model, find, free_alternative, nearest
 from curation.storage.urls import redact
 
 LOG_IN = "`hf auth login`, or HF_TOKEN"  # of huggingface_hub since 0.34
-FETCH_FIRST = f"`{PROGRAM} models fetch`, where there is internet, gets it for this machine; or give a folder"
+FETCH_FIRST = f"`{PROGRAM} models fetch`, where there is internet, downloads it to this machine; or give a folder"
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -58,7 +58,7 @@ def hub_trouble(
                 f"{LOG_IN}"
             )
     gated = also_gated(model, known)
-    return InfrastructureError(f"{where}: cannot be fetched: {hub_error_line(error)}; start again to go on{gated}")
+    return InfrastructureError(f"{where}: cannot be fetched: {hub_error_line(error)}; start again to continue{gated}")
 
 
 _WRONG_KIND = "it is a model of another kind, or its weights are in a format that is not loaded here"

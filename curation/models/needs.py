@@ -83,7 +83,7 @@ class WeightsBySource:
             there = cached(self.source, self.sha256 or "", self.cache).is_file()
             return f"{redact(self.source)}, {'is there' if there else 'would be fetched'}"
         if Path(self.source).expanduser().exists():
-            return f"{self.source}: one's own, nothing to fetch"
+            return f"{self.source}: your own, nothing to fetch"
         model, revision, file = hub_parts(self.name, self.source)
         try:
             listing = list_model(model, revision or "main")

@@ -2,7 +2,7 @@
 
 A URL is downloaded once into a cache folder, however many processes ask for it.  A lock lets one of them download at a
 time, a download that broke off goes on where it was, and only content with the right sha256 gets its final name.
-(pooch would fetch and check as well, but it begins a broken download anew, and weights have gigabytes.)
+(pooch would fetch and check as well, but it begins a broken download again, and weights have gigabytes.)
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def open_url(url: str, what: str = "the weights", *, start: int = 0) -> Iterator
         with open_remote(Url(url), RETRIES, start=start) as reader:
             yield reader
     except ShardError as error:
-        raise InfrastructureError(f"{what} cannot be fetched: {error}; start again to go on") from error
+        raise InfrastructureError(f"{what} cannot be fetched: {error}; start again to continue") from error
 
 
 def save(reader: ResumingReader, file: IO[bytes], url: str, max_bytes: int, what: str = "the weights") -> None:

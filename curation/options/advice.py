@@ -56,7 +56,7 @@ class Advice:
         head, equals, value = bare.partition("=")
         if not bare:  # "- -input": only dashes, with a blank behind them
             name = self._named((following or "").lstrip(_DASHES).partition("=")[0])
-            return f"there is a blank too many in '{dashes} {following}': type {name}" if name else None
+            return f"there is a space too many in '{dashes} {following}': type {name}" if name else None
         name = self._named(head)
         if not dashes:
             is_flag = name and len(head) > 1 and not os.path.exists(word) and (equals or not self._places)
@@ -64,7 +64,7 @@ class Advice:
         if not name:
             return self._unknown(dashes + head)
         if set(word) & set(_DASHES[1:]):
-            return f"{dashes}{head} has a dash of a web page or word processor for a hyphen: type {name}"
+            return f"{dashes}{head} has a dash from a web page or word processor instead of a hyphen: type {name}"
         if dashes == "-":
             return f"-{head} has one dash in front: type {name}"
         return f"there is no option {dashes}{head}.  Did you mean {name}?"

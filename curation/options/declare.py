@@ -136,7 +136,7 @@ def refuse_url(flag: str, value: object) -> None:
     """Raise UsageError if the value is a URL: written as a path, it would make a folder ``./s3:/…`` on this machine."""
     match = (_URL_AS_PATH if isinstance(value, Path) else URL).match(str(value))
     if isinstance(value, str | Path) and match:
-        raise UsageError(f"{flag} {match[1]}://…: a URL, where a path on this machine's filesystem is wanted")
+        raise UsageError(f"{flag} {match[1]}://…: a URL, but this option needs a path on this machine's filesystem")
 
 
 def refuse_urls(options: object) -> None:
@@ -212,4 +212,4 @@ class RunOptions:
         if self.follow and self.follow_idle_s < self.lease_s:  # heartbeats come every quarter of a lease
             raise UsageError("--follow_idle_s must not be shorter than --lease_s: a live stage would seem dead")
         if self.follow and self.rerun and self.shards is not None:
-            raise UsageError("--rerun --shards begins with a list of shards that is fixed: leave --follow out")
+            raise UsageError("--rerun --shards starts with a fixed list of shards: leave --follow out")

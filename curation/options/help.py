@@ -75,7 +75,7 @@ def _text(flag: Flag, text: str) -> str:
     if not (default is MISSING or default is None or isinstance(default, bool) or default in ("", (), float("inf"))):
         shown = f"{default:g}" if isinstance(default, float) else _joined(default)
         parts += [] if re.search(r"\bdefault\b", text, re.IGNORECASE) else [f"Default: {shown}."]
-    parts += ["The value may stand without the flag."] if flag.place and flag.has_flag else []
+    parts += ["You may give the value without the flag."] if flag.place and flag.has_flag else []
     also = [name for name in flag.names[1:] if name.startswith("--")]
     parts += [f"Also: {', '.join(also)}."] if also else []
     return " ".join(filter(None, parts))

@@ -64,7 +64,7 @@ class Words:
         if value is None and not is_off and self._rest and self._rest[0].lower() in _TRUTHS:
             value = self._rest.popleft()
         if value is not None and value.lower() not in _TRUTHS:
-            raise UsageError(f"{head}: wants True or False, not {value!r}")
+            raise UsageError(f"{head}: needs True or False, not {value!r}")
         on = _TRUTHS["true" if value is None else value.lower()] is not is_off
         self._last = (flag, head, "")
         self._set(flag, head, on, str(on))

@@ -119,7 +119,7 @@ def plain_path(flag: str, text: str) -> str:
         return path.rstrip("/")
     if variable := _VARIABLE.search(path):
         raise UsageError(
-            f"{flag} {path}: the shell did not put a value in place of {variable[0].lstrip('/')}, because it stands "
+            f"{flag} {path}: the shell did not put a value in place of {variable[0].lstrip('/')}, because it is "
             'between single quotes or in a file; write the whole path, or use double quotes ("…")'
         )
     if path.startswith("~"):

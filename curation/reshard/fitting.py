@@ -34,7 +34,7 @@ class Fitting:
         wanted: ``source``: as the source's image; jpg, png or webp; ``keep``: as the edit's own, byte for byte.
 
     Attributes:
-        encoded: Format → how many images were encoded anew in it.
+        encoded: Format → how many images were encoded again in it.
         unwritten: Suffix of a source image → how many stay .jpg because that format is not written here.
         sources: Suffix → how many images of the source have it.
     """
@@ -55,7 +55,7 @@ class Fitting:
         """The edit as it goes into the shard in place of the sample.
 
         Raises:
-            SampleError: Its image has to be encoded anew and cannot be decoded.
+            SampleError: Its image has to be encoded again and cannot be decoded.
         """
         if self._wanted == "keep" or edit.image is None:
             return edit

@@ -45,7 +45,7 @@ class Outcome:
         tokens_read: The tokens of all questions, as the servers count them.
         tokens_written: The tokens of all replies.
         cut: The prompt ends with the last whole sentence of a reply that was cut.
-        system: The digest of the system prompt in force; "" where it is not known, or there is none.
+        system: The digest of the system prompt that is used; "" where it is not known, or there is none.
         adapted: How the last request differed from the usual one, because its server had refused that.
     """
 

@@ -1,4 +1,4 @@
-"""Builds the requests to the language model, and decides whose system prompt is in force."""
+"""Builds the requests to the language model, and decides whose system prompt is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_CAPTION_CHARACTERS = 2000  # about 500 tokens of English
 MAX_TOKENS = 256
 SMALL_MODEL_TOKENS = 64
 QUESTION_TOKENS = 100  # of a usual caption
-OWN_SYSTEM = "model"  # --system_prompt model: the model's own stays in force
+OWN_SYSTEM = "model"  # --system_prompt model: the model's own is used
 MAX_SYSTEM_BYTES = 64 << 10
 WARMER = 0.2  # each retry after a refused reply raises the temperature by this, up to:
 HOTTEST = 1.5

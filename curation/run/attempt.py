@@ -414,7 +414,7 @@ class Attempts:
         commit = self._ledger.commit(work.shard.id)
         self._ledger.check_options_version(work.shard.id)
         if not self._claims.holds(claim):
-            raise LostClaim("its claim was taken over, or its heartbeat stood still")
+            raise LostClaim("another worker took its claim, or its heartbeat stopped")
         try:
             commit.write(receipt)
         finally:

@@ -74,7 +74,7 @@ class PartialLog:
         except OSError as error:
             raise LostClaim(f"{file.name}: {error.strerror}") from error
         if len(payload) < length:
-            raise LostClaim(f"{file.name}: was cut short while it was in use")
+            raise LostClaim(f"{file.name}: was shortened while it was in use")
         return payload
 
     def append(self, records: Iterable[tuple[str, str, bytes]]) -> None:

@@ -274,7 +274,7 @@ class Heartbeat:
         self._path = folder / self.name
         self._counter = 0
         self._last_beat = -float("inf")
-        self.lapses = 0  # times that the heartbeat stood still for a lease, so that others may have taken the claims
+        self.lapses = 0  # times that the heartbeat stopped for a lease, so that others may have taken the claims
         self._last_progress = time.monotonic()
         self._lock = threading.Lock()
         self._working: dict[str, int] = {}  # shards claimed → samples so far
@@ -513,7 +513,7 @@ class Claims:
             self._warned.add(path)
             logger.warning(
                 f"{path}: not a claim that this version can read ({observed.trouble}); the shard is taken over once "
-                f"its holder's heartbeat has stood still for {self._lease_s:g} s"
+                f"its holder's heartbeat has not changed for {self._lease_s:g} s"
             )
         return now - seen[1] >= self._lease_s
 

@@ -225,8 +225,8 @@ class Follower:
             what = "it has written no list of planned shards"
         self._waiting.clear()
         logger.warning(
-            f"nothing has moved in {self._follows.stage} on {self._follows.folder} for {self._idle_s:g} s, and {what}: "
-            f"run {self._follows.stage} again with the same command, and then this stage"
+            f"no progress in {self._follows.stage} on {self._follows.folder} for {self._idle_s:g} s, and {what}"
+            f": run {self._follows.stage} again with the same command, and then this stage"
         )
 
 

@@ -24,13 +24,13 @@ VERIFY_BYTES = 64 << 20  # inputs up to this size are hashed before use; larger 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One input of a shard: a file, a folder, or a remote file, which no stage vouches for.
+    """One input of a shard: a file, a folder, or a remote file, which no stage's receipt records.
 
-    stage: the upstream stage whose receipt vouches for the input.  If it is None, or that stage left no receipts in
+    stage: the upstream stage whose receipt records the input.  If it is None, or that stage left no receipts in
     the file's folder, the file was made elsewhere and is identified by its size and modification time.
     optional: the input may be absent; its absence is recorded.
     loose: a folder of files, each named in the receipt; the reader compares them (``published_below``).
-    shard: the shard whose receipt vouches for it, if that is not the shard being processed.
+    shard: the shard whose receipt records it, if that is not the shard being processed.
     """
 
     path: Source
@@ -40,10 +40,10 @@ class Input:
     shard: str | None = None
 
     def origin(self, root: Path) -> dict[str, str]:
-        """For the receipt of a stage whose output folder is ``root``: the stage that vouches for the input, and the
+        """For the receipt of a stage whose output folder is ``root``: the stage that records the input, and the
         input's folder relative to ``root``.
 
-        Where no stage vouches for it, the folder is given as an absolute path too, because it may be anywhere: a report
+        Where no receipt records it, the folder is given as an absolute path too, because it may be anywhere: a report
         looks there for the original images.  Empty for a remote file, and for a folder whose name is not text.
         """
         if isinstance(self.path, Url):
@@ -91,7 +91,7 @@ class Upstream:
         if receipt is None:
             return None, f"{first}{wanted.stage} has no receipt for it yet in {receipts}"
         if receipt.get("status") == "retry":
-            return None, f"{first}{wanted.stage} has not done it yet: it will try it again"
+            return None, f"{first}{wanted.stage} has not finished it yet and will try it again"
         if receipt.get("status") != "done":
             return None, (
                 f"{first}{wanted.stage} failed on it (its receipt in {receipts} says why); "
@@ -176,8 +176,8 @@ def verify_inputs(inputs: Sequence[Input], records: Sequence[dict[str, Any]]) ->
             raise ShardError(f"{wanted.path}: cannot be read ({error.strerror})") from error
         if not whole:
             raise ShardError(
-                f"{wanted.path}: this is not what {wanted.stage} published (its receipt says {record['size']:,} bytes, "
-                f"{record['digest']}); run {wanted.stage} again for this shard"
+                f"{wanted.path}: this differs from the file that {wanted.stage} published"
+                f" (its receipt says {record['size']:,} bytes, {record['digest']}); run {wanted.stage} again for it"
             )
 
 

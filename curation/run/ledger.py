@@ -158,7 +158,7 @@ class Ledger:
         if there.get("output") != home:
             raise UsageError(
                 f"{folder}: {self.stage} has put its files there with --output {clean_text(str(there.get('output')))} "
-                f"(relative to it); use that --output, or another folder, or remove {pointer} and the files it is for"
+                f"(relative to it); use that --output, or another folder, or remove {pointer} and its files"
             )
 
     def place(self, kind: str, shard_id: str, suffix: str) -> Path:
@@ -288,7 +288,9 @@ class Ledger:
                     return found
                 value = parse_record(data) or read_record(path)  # it may be only a moment old
                 if value is None:
-                    raise InfrastructureError(f"{path}: not a record of options; move it away to start afresh")
+                    raise InfrastructureError(
+                        f"{path}: not a record of options; move it away to start from the beginning"
+                    )
                 try:
                     self._options_versions.append(OptionsVersion.from_record(number, value, self._before))
                 except (TypeError, ValueError):
@@ -351,7 +353,7 @@ class Ledger:
                 changes.append(f"{name}: {_short(before)} → {_short(now)}")
         return UsageError(
             f"{self.stage} ran on {self.root} with other options ({'; '.join(changes)}). "
-            "Use the same ones, another output folder, or --rerun to do it again with these."
+            "Use the same ones, another output folder, or --rerun to repeat it with the present ones."
             f"{' ' if self._kept_by_rerun else ''}{self._kept_by_rerun}"
         )
 
@@ -495,7 +497,7 @@ def receipts_of_all(root: Path, stage: str, ids: Sequence[str]) -> tuple[list[di
 def _other_rerun(version: OptionsVersion) -> str:
     return (
         f"it belongs to a rerun with other options (epoch {version.number}): run it with --shards and those, or use "
-        "--rerun --shards to do it again with these"
+        "--rerun --shards to repeat it with the present options"
     )
 
 

@@ -78,7 +78,7 @@ class _Log:
                 sound = False
             if not sound or any(size < 0 for _, _, size in shards):
                 raise InfrastructureError(
-                    f"{path}: not an entry of the merged file; remove {self.folder.parent}, and it is merged anew"
+                    f"{path}: not an entry of the merged file; remove {self.folder.parent}, and it is merged again"
                 )
             self.shards += shards
             self.last, self.count, self.end = entry, self.count + 1, int(entry["end"])

@@ -29,7 +29,7 @@ def record_plan(output: Path, stage: str, ids: Iterable[str], sources: Sequence[
     """Record that a run of ``stage`` plans to do these shards.  Runs that record the same list share one file.
 
     sources: the origin of the shards in the form of receipts: ``{"stage": ..., "folder": relative to output}``.  Those
-        that no stage vouches for are left out.
+        that no stage's receipts record are left out.
     """
     shards = sorted(set(ids))
     if not shards:

@@ -32,7 +32,7 @@ def read_receipt(path: Path) -> dict[str, Any] | None:
     Raises:
         InfrastructureError: The file holds JSON that is no receipt, or it cannot be read.
     """
-    return _read(path, "a receipt; move it away, and its shard is done again")
+    return _read(path, "a receipt; move it away, and its shard is processed again")
 
 
 def read_commit(path: Path, root: Path) -> dict[str, Any] | None:
@@ -45,12 +45,12 @@ def read_commit(path: Path, root: Path) -> dict[str, Any] | None:
     Raises:
         InfrastructureError: The file holds JSON that is no such record, or it cannot be read.
     """
-    value = _read(path, "a commit record; move it away, and its shard is done again")
+    value = _read(path, "a commit record; move it away, and its shard is processed again")
     if value is None:
         return None
     if not _TOKEN.fullmatch(value.get("token", "")) or value.get("generation", 0) < 1:
         raise _refused(
-            path, "a commit record; move it away, and its shard is done again", "its token or its generation"
+            path, "a commit record; move it away, and its shard is processed again", "its token or its generation"
         )
     for output in value.get("outputs", []):
         if "upload" not in output:

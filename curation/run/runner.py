@@ -229,7 +229,7 @@ class _Run:
 
     def go(self) -> None:
         """Work on the shards until none is left that this process can claim."""
-        self._progress.now(f"looking which of {len(self._shards):,} shards are to be done")
+        self._progress.now(f"checking which of {len(self._shards):,} shards are to be done")
         with self._progress, ThreadPoolExecutor(self._stage.shards_in_flight, "shard") as pool:
             try:
                 for shard, claim in self._claimed():
@@ -464,7 +464,7 @@ class _Run:
             logger.warning(f"receipts of failed shards are in {self._ledger.receipts}; --retry_failed tries them again")
         if blocked := self._tally["blocked"]:
             first = ", ".join(sorted(self._attempts.to_run_first))
-            what = f"run {first} first" if first else "do what the lines above say"
+            what = f"run {first} first" if first else "follow the instructions above"
             logger.warning(f"{blocked} shards are blocked: {what}, and then the same command again")
 
 

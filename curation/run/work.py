@@ -103,7 +103,7 @@ class Stage(ABC, Generic[AnyOptions]):
                 if old and option.before != option.now:
                     set_up_logging(options.quiet)
                     logger.info(
-                        f"--{name} {option.before}: an older version has begun {root}; new folders and --rerun have "
+                        f"--{name} {option.before}: an older version has begun {root}; new folders and --rerun use "
                         f"{option.now}"
                     )
         return replace(options, **values)

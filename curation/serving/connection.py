@@ -28,7 +28,7 @@ MAX_REPLY_BYTES = 4 << 20
 CHUNK_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 5.0
 KEY_VARIABLE = "CURATION_API_KEY"
-_LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer is tried all the same
+_LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer is tried anyway
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 _MAX_WORDS = 300  # characters of what a server says
 _MAX_READ = 64 << 10  # bytes in which its words are looked for
@@ -118,7 +118,7 @@ def is_no_server(host: str, *, registered: bool) -> str:
     if str(ip) in _METADATA:
         return f"{host} is the metadata service of a cloud"
     if ip.is_multicast or (ip.is_reserved and not ip.is_loopback):
-        return f"{host} is the address of no single machine"
+        return f"{host} is not the address of a single machine"
     if registered and (ip.is_link_local or ip.is_unspecified):
         return f"{host} is a link-local or unspecified address, and means another machine on each node"
     return ""
@@ -146,7 +146,7 @@ class _Checked(HTTPConnection):
 
     def _check(self, address: str) -> None:
         if why := is_no_server(address, registered=self.registered):
-            raise EndpointError(f"{why}, no model server: it is not asked", refused=True)
+            raise EndpointError(f"{why}, not a model server: no request is sent to it", refused=True)
 
 
 class _CheckedTls(_Checked, HTTPSConnection):
@@ -286,7 +286,7 @@ def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s
                 payload += chunk
                 if len(payload) > MAX_REPLY_BYTES:
                     raise EndpointError(f"a reply of more than {MAX_REPLY_BYTES:,} bytes")
-                if time.monotonic() > ends:  # requests' own time-out starts anew with every packet
+                if time.monotonic() > ends:  # requests' own time-out starts again with every packet
                     raise EndpointError(f"no whole answer within {timeout_s:.3g} s", timed_out=True)
     except requests.exceptions.InvalidURL as error:
         raise InfrastructureError(f"{redact(url)}: {error_line(error)}") from None

@@ -55,7 +55,7 @@ from curation.storage.urls import redact
 MIN_ANSWERS_TO_JUDGE = 8  # before a load is judged: replies differ in length
 WORTH = 0.25  # the share of what more requests could bring that they must bring
 KNEE = 0.8  # of the best throughput: the fewest requests that reach it are enough
-FORGET_S = 30.0  # servers change: measure anew after this time, but not before so many round trips
+FORGET_S = 30.0  # servers change: measure again after this time, but not before so many round trips
 FORGET_ROUND_TRIPS = 50
 LONGEST_HOLD_S = 60.0
 
@@ -339,7 +339,7 @@ class Endpoint:
         if not self._told:
             self._told = True
             why = "refuses every request" if self.refuses else "does not answer"
-            logger.warning(f"{self.name} {why}: {self.problem}; leaving it alone for {pause_s:.1f} s")
+            logger.warning(f"{self.name} {why}: {self.problem}; no requests to it for {pause_s:.1f} s")
 
     def refuse(self, words: str, now: float) -> None:
         """It refuses everything."""
@@ -470,7 +470,7 @@ class EndpointPool:
                 "--ports or --endpoints"
             )
         if reasons:
-            logger.warning(f"going on without {reasons}")
+            logger.warning(f"continuing without {reasons}")
         self._had_servers = True
         self._last_success = time.monotonic()
 
@@ -667,15 +667,15 @@ class EndpointPool:
         refused = all(e.refuses and not e.answered_at for e in here) if here else self.denied and not self._had_servers
         if refused and not others_may_come:
             raise InfrastructureError(
-                f"the model servers refuse every request ({problems}). {self._key_hint(problems)}No sample is blamed "
-                "for it: start again when the setting is right"
+                f"the model servers refuse every request ({problems}). {self._key_hint(problems)}No sample is "
+                "marked as failed: start again when the setting is right"
             )
         if any(endpoint.examined for endpoint in here):
             return
         if now - self._last_success <= (self._patience_s if self._had_servers else self._wait_s):
             return
         if not self._had_servers:
-            raise InfrastructureError(f"no model server came within {self._wait_s:g} s ({self.absence})")
+            raise InfrastructureError(f"no model server registered within {self._wait_s:g} s ({self.absence})")
         raise InfrastructureError(
             f"no endpoint has answered for {self._patience_s:g} s ({problems}). {self._key_hint(problems)}Replies so "
             "far are kept: start again when the servers are back"
@@ -752,7 +752,7 @@ class EndpointPool:
             if new:
                 endpoint.manner = manner
         if new:
-            logger.info(f"{endpoint.name} refuses the usual request and is asked otherwise: {', '.join(new)}")
+            logger.info(f"{endpoint.name} refuses the usual request and gets a changed one: {', '.join(new)}")
 
     # ---- who is at fault
 
@@ -834,7 +834,7 @@ class EndpointPool:
             self._last_success = now = time.monotonic()
             endpoint.works(now)
         if now - began > LONG_EXAMINATION_S:
-            logger.info(f"{endpoint.name} was silent, and answers again after {now - began:.0f} s (--load_timeout)")
+            logger.info(f"{endpoint.name} did not answer, and answers again after {now - began:.0f} s (--load_timeout)")
 
     def _key_hint(self, problems: str) -> str:
         """What to do where servers want to know who asks; "" where they do not."""

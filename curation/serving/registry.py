@@ -53,7 +53,7 @@ SUFFIX = ".json"
 MAX_BYTES, MAX_DEPTH, MAX_TEXT = 16 << 10, 4, 512
 MAX_SERVERS = 4096
 BEAT_S = 3.0
-SILENCE_S = 30.0  # a counter that has stood still for so long belongs to a dead job
+SILENCE_S = 30.0  # a counter that has not changed for so long belongs to a dead job
 FORGET_S = 600.0  # then, if its server does not answer, the process of another server removes its file
 PROBE_S = 5.0  # for a sign of life
 MUTE_S = 60.0  # without a sign of life, until a server is given up
@@ -244,17 +244,17 @@ class Options:
     url: Annotated[str, URLS]
     """http://host:port, as the readers reach it."""
     model: str
-    """The model that it is to load."""
+    """The model that the server loads."""
     api: AnyApi = "auto"
-    """The API that it speaks; auto asks it."""
+    """The server's API; auto asks the server."""
     pid: int = 0
-    """The server's process, noted for people."""
+    """The server's process, recorded as information."""
     api_key_env: str | None = None
     """The environment variable with its key.  Default: CURATION_API_KEY."""
     start_timeout: float = 600.0
-    """Seconds for its first sign of life."""
+    """Seconds to wait for its first answer."""
     load_timeout: float = 600.0
-    """Seconds to load the model."""
+    """Seconds to wait until the model is loaded."""
 
 
 def _wait_for_server(session: Session, url: str, api: AnyApi, timeout_s: float) -> Api:

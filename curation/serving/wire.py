@@ -23,7 +23,7 @@ from curation.storage.urls import redact
 Api = Literal["ollama", "openai"]
 Result = TypeVar("Result")
 KEEP_ALIVE = "30m"  # Ollama's: of the model's memory, after each request; a pause of the stage before takes time
-CONTEXT_TOKENS = 4096  # the same for every request, because Ollama loads the model anew when it changes
+CONTEXT_TOKENS = 4096  # the same for every request, because Ollama loads the model again when it changes
 _MOST_TOKENS = 1 << 40
 _SHOW_TIMEOUT_S = 5.0
 # What gateways write while the model computes: blanks, and comments of server-sent events, also before a plain JSON.
@@ -43,7 +43,7 @@ class Request:
         prompt: For a raw completion, in place of a chat.
         temperature, seed: Of sampling.
         max_tokens: Bound on the reply.
-        context_tokens: The same for every request of a run, because Ollama loads the model anew when it changes.
+        context_tokens: The same for every request of a run, because Ollama loads the model again when it changes.
         stop: Texts at which the reply ends.
         jpeg: A picture that ``user`` asks about.
         extra: Further sampling options, for servers that know them.
@@ -113,7 +113,7 @@ class Manner:
     changes: tuple[str, ...] = ()
 
     def system(self, request: Request) -> str:
-        """The system prompt that is sent; "" where the model's own is in force."""
+        """The system prompt that is sent; "" where the model's own is used."""
         return request.system or ("" if self.instructed else request.default_system)
 
     def texts(self, request: Request) -> tuple[str, str]:
@@ -210,7 +210,7 @@ class Ollama:
         return Reply("".join(parts), ended, reasoned=reasoned, tokens_read=read, tokens_written=written)
 
     def load(self, session: Session, url: str, model: str, context_tokens: int, timeout_s: float) -> Served:
-        # With the context of the requests, or the first of them would load it anew.  Kept until that comes, however
+        # With the context of the requests, or the first of them would load it again.  Kept until that comes, however
         # long the other servers take to load; after it by the server's own rule.
         load = {"model": model, "keep_alive": -1, "stream": False, "options": {"num_ctx": context_tokens}}
         try:
@@ -393,7 +393,7 @@ def _refuses(message: Mapping[str, Any], text: str) -> bool:
 
 
 def _streamed(payload: bytes) -> Reply:
-    """The reply of a server that streams all the same, as server-sent events; it is whole where an event says so."""
+    """The reply of a server that streams anyway, as server-sent events; it is whole where an event says so."""
     parts: list[str] = []
     ended = ""
     reasoned = refused = False

@@ -34,7 +34,7 @@ _TRANSIENT: Final = frozenset(
      "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
 )  # fmt: skip
 _LOST: Final = ("InvalidPart", "InvalidPartOrder", "EntityTooSmall")  # parts of an upload that somebody tampered with
-_ADVICE: Final = "mend it and start again, nothing published is lost"
+_ADVICE: Final = "fix this and start again, nothing published is lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +347,7 @@ def remote_folder(url: str) -> RemoteFolder:
     shown = redact(url)
     if mark and scheme == "hf":
         raise UsageError(
-            f"--publish_to {shown}: the hub takes whole commits, not single shards; write to --output and push from "
+            f"--publish_to {shown}: the hub accepts commits, not single shards; write to --output and upload from "
             f"there with {PROGRAM} publish"
         )
     if not mark or scheme not in WRITABLE:

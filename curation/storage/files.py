@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, folders made durable, and what to say when neither can be written.
 
 There are three ways to write a file.  ``AtomicFile`` is one output of a shard: its bytes are hashed and lie under a
-temporary name until the shard's commit renames it.  ``whole_file`` (or ``write_whole``, for bytes at hand) is any other
+temporary name until the shard's commit renames it.  ``whole_file`` (or ``write_whole``, for bytes) is any other
 file: it gets its name when its block ends.  ``link_exclusively`` creates a file that one process of several creates.
 """
 
@@ -39,7 +39,7 @@ _MAX_NAME_BYTES = 255  # of one path component, on every filesystem that cluster
 _MAX_OPEN_FOLDERS = 32  # the receipt buckets and output folders that a process publishes into by turns
 _TRIES = 20
 _NO_FSYNC = (errno.EINVAL, errno.EBADF)  # a filesystem that has no fsync of folders
-_GONE = (errno.ENOENT, errno.ESTALE)  # of one's own file: another worker cleared it away
+_GONE = (errno.ENOENT, errno.ESTALE)  # of the process's own file: another worker cleared it away
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -209,7 +209,9 @@ def storage_error(path: Path, error: OSError) -> InfrastructureError:
     what = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
     if error.errno == errno.ENOSPC and _inodes_are_used_up(path):
         what = "no inodes are left (too many files and folders)"
-    return InfrastructureError(f"{path}: cannot be written: {what}; mend it and start again, nothing published is lost")
+    return InfrastructureError(
+        f"{path}: cannot be written: {what}; fix this and start again, nothing published is lost"
+    )
 
 
 @contextlib.contextmanager

@@ -110,12 +110,12 @@ class HttpServer:
         if response.status_code in (200, 206):
             if compressions_in(response.headers.get("Content-Encoding", "")):
                 response.close()
-                raise Unavailable(self._file, "the server sends it compressed though it was asked not to")
+                raise Unavailable(self._file, "the server sends it compressed, although the request forbids this")
             return response
         response.close()
         status = f"{response.status_code} {response.reason or ''}".strip()
         if response.status_code == 416:
-            raise ShardError(f"{self._file}: it is shorter than its server said ({status})", "changed")
+            raise ShardError(f"{self._file}: it is shorter than its server announced ({status})", "changed")
         if response.status_code in _GONE:
             raise Unavailable(self._file, status)
         raise TransientError(status, retry_after_s(response.headers.get("Retry-After")) or 0.0)
@@ -130,7 +130,7 @@ class _HttpConnection:
             match = _content_range(response)
             if match is None:
                 response.close()
-                raise Unavailable(file, "the server's answer does not say which bytes it is")
+                raise Unavailable(file, "the server's answer does not say which bytes it contains")
             self.begins = int(match[1])
 
     def read(self) -> bytes:
@@ -298,10 +298,10 @@ class ResumingReader:
                 raise ShardError(f"{self._file}: it changed while it was read; start again", "changed")
             if connection.info.size is not None and self._at > connection.info.size:
                 raise ShardError(
-                    f"{self._file}: it is shorter than what was read of it ({self._at:,} bytes)", "changed"
+                    f"{self._file}: it is shorter than the part that was read ({self._at:,} bytes)", "changed"
                 )
             skip = self._at - connection.begins
-            while skip > 0:  # a server without ranges begins anew
+            while skip > 0:  # a server without ranges begins again
                 data = connection.read()
                 if not data:
                     raise TransientError("the answer ended early")

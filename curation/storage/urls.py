@@ -140,9 +140,9 @@ def find_remote(text: str, suffixes: tuple[str, ...], *, allow_pipe: bool) -> It
     file = Url(text)
     if file.command is not None:
         if not allow_pipe:
-            raise UsageError(f"{file}: commands are run only with --allow_pipe, for they may do anything")
+            raise UsageError(f"{file}: commands are run only with --allow_pipe, because they can do anything")
         if not file.name:
-            raise UsageError(f"{file}: the command names no *.tar that its shard could be named for")
+            raise UsageError(f"{file}: the command contains no *.tar, which would give the shard its name")
         yield file
     elif file.scheme in HTTP:
         if not file.name.endswith(suffixes):

@@ -16,8 +16,8 @@ counted:
 - Damage that no torn sample explains counts as a torn sample with the key ``@<offset>`` and without members.
 - Zero blocks that are followed by members are skipped and belong to no sample.
 - A member with an odd header (``headers``) is one that readers read otherwise or not at all.  It is a member of its
-  sample if its header can be written anew, and otherwise it is suspect; without a key it is left out.
-- If the members of a sample come again right behind it, they are not among its members: the first of each counts.
+  sample if its header can be written again, and otherwise it is suspect; without a key it is left out.
+- If the members of a sample come again directly after it, they are not among its members: the first of each counts.
 """
 
 from __future__ import annotations
@@ -171,15 +171,15 @@ class TarReport:
             lines.append(f"{self.path}: {self.repeated_keys:,} samples have the key of an earlier one; {TOGETHER}")
         if self.odd_texts:
             lines.append(
-                f"{self.path}: {self.odd_texts:,} .txt members hold bytes that are no UTF-8 (another encoding without "
-                "a byte order mark?); U+FFFD stands for those bytes"
+                f"{self.path}: {self.odd_texts:,} .txt members contain bytes that are not UTF-8 (another encoding "
+                "without a byte order mark?); U+FFFD stands for those bytes"
             )
         if self.doubled:
             lines.append(f"{self.path}: {self.doubled:,} samples come several times in a row; the first one counts")
         if self.odd_headers:
             lines.append(
-                f"{self.path}: {self.odd_headers:,} headers that not every program reads in the same way: stage 04 "
-                f"writes them anew; the first one: {self.first_odd}"
+                f"{self.path}: {self.odd_headers:,} headers that programs read in different ways: stage 04 "
+                f"writes them again; the first one: {self.first_odd}"
             )
         return lines
 
@@ -388,7 +388,7 @@ class TarScan:
         return True
 
     def _leave_out(self, span: SampleSpan, member: Member, suffix: str | None) -> int:
-        """Handle a member whose odd header cannot be written anew.  Returns where to continue."""
+        """Handle a member whose odd header cannot be written again.  Returns where to continue."""
         what = _quoted(member.name) if member.name else "a global header"
         why = f"{what} is not read in the same way by every program: {member.odd}"
         if suffix is not None:

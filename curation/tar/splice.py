@@ -90,7 +90,7 @@ class Target(Protocol):
 
 
 class Neighbours:
-    """Finds samples that would stand right behind another one of their key, as those between them are left out: readers
+    """Finds samples that would follow another one of their key, as those between them are left out: readers
     would merge the two into one."""
 
     def __init__(self) -> None:

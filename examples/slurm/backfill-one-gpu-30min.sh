@@ -14,7 +14,7 @@ export SBATCH_PARTITION=${SBATCH_PARTITION:-gpu}
 # Compute nodes have no internet: fetch the weights on a login node (docs/running.md), and let no process ask for them.
 export HF_HUB_OFFLINE=1
 
-# Two minutes to save what is in hand.  Each restart loads the model again: of half an hour, a model that takes three
+# Two minutes to save the current batch.  Each restart loads the model again: of half an hour, a model that takes three
 # minutes to load costs a tenth.
 export WARNING_S=${WARNING_S:-120} MAX_RESTARTS=${MAX_RESTARTS:-500}
 short="--time=00:30:00 --signal=B:USR1@$WARNING_S"

@@ -91,7 +91,7 @@ def test_an_older_receipt_without_groups_is_said(undisturbed: Undisturbed, tmp_p
         path.write_text(json.dumps(receipt))
     result = audit(tmp_path / "root")
     assert result["all"]["accepted"] == result["all"]["assigned"] > 0
-    assert any("do not say how many were refused" in warning for warning in result["warnings"])
+    assert any("do not contain the number of refused samples" in warning for warning in result["warnings"])
 
 
 # ---- made-up runs

@@ -490,7 +490,7 @@ def test_the_text_form_and_several_processes(tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out.splitlines()
     assert out[-1].startswith("FAULTY: ")
     assert "repaired: 2 samples of 2 shards in" in out[-2]
-    assert any(line.startswith("what to do about torn_sample (2): --repair DIR") for line in out)
+    assert any(line.startswith("fix for torn_sample (2): --repair DIR") for line in out)
     assert main(["fsck", str(folder / "0.tar"), "--quiet"]) == 0
     assert capsys.readouterr().out.startswith("OK: 1 shards, 2 samples, ")
     (folder / "0.tar").chmod(0)
@@ -522,7 +522,7 @@ def test_pictures_that_readers_do_not_see_are_told(
     for images in ([], ["--no_images"]):
         assert main(["fsck", str(tmp_path), "--quiet", *images]) == 1
         out = capsys.readouterr().out
-        assert f"what to do about cut_key ({kinds['cut_key']}): rename its members" in out
+        assert f"fix for cut_key ({kinds['cut_key']}): rename its members" in out
         assert "SOUND" not in out
     assert check_shard(Task(tmp_path / "0.tar", "0", True, None)).findings.counts == kinds
 

@@ -129,7 +129,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(pipeline: Path, tmp_pat
         done = fetch(hub, tmp_path, "03", "--model", OPEN)
         if done.returncode:  # where the client does not go on by itself, the next start does
             assert done.returncode == 2
-            assert "start again to go on" in done.stderr.splitlines()[-1]
+            assert "start again to continue" in done.stderr.splitlines()[-1]
             done = fetch(hub, tmp_path, "03", "--model", OPEN)
         assert done.returncode == 0, done.stderr
         ranges = [headers for method, path, headers in hub.requests if method == "GET" and path.endswith(large)]
@@ -263,7 +263,7 @@ def test_without_a_stage_everything_that_the_defaults_of_the_pipeline_need(
         assert detector.is_file(), "the others are fetched all the same"
         done = fetch(hub, tmp_path, SCRFD_PACK_URL=url, HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("\nWhat is to be fetched is on this machine.\n")
+        assert done.stdout.endswith("\nAll the files are already on this machine.\n")
         again = fetch(hub, tmp_path, "--dry_run")  # what is there needs no token
         assert again.returncode == 0, again.stderr
         assert "det_10g.onnx: is there" in again.stdout

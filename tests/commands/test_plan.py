@@ -168,7 +168,7 @@ def test_the_text_shows_bars_and_says_what_is_missing(tmp_path: Path, capsys: py
     text = capsys.readouterr().out
     assert "toy: 1 done, 4 to do, 1 measured" in text
     assert "± ?" in text, "one shard gives no error bar"
-    assert "1 measured shards tell little" in text
+    assert "1 measured shards are too few" in text
 
 
 # ---- jobs

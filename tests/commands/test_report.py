@@ -528,7 +528,7 @@ def test_the_page_is_written_again_while_it_is_watched(number: signal.Signals, t
         watch.send_signal(number)
         said, errors = watch.communicate(timeout=30)
     assert (watch.returncode, errors) == (0, "")
-    assert re.search(r"report\.html: written \d+ times, and now no more", said)
+    assert re.search(r"report\.html: written \d+ times; it is no longer updated", said)
     assert refreshes(Page(output.read_text("utf-8"))) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "toy"]
 
@@ -655,7 +655,7 @@ def test_it_says_one_line_or_none(undisturbed: Undisturbed, tmp_path: Path, caps
         (["-o", "."], "it is a folder"),
         (["--watch", "0"], "--watch takes a positive number of seconds"),
         (["--watch=nan"], "--watch takes a positive number of seconds"),
-        (["--watch", "--json"], "--watch writes the page again and again, and --json writes none"),
+        (["--watch", "--json"], "--watch writes the page repeatedly, but --json writes no page"),
         (["-o", "/nowhere/report.html"], "cannot be written"),
     ],
 )

@@ -100,7 +100,7 @@ def test_three_failures_are_quarantined_until_they_are_named(
     names = tmp_path / "names.txt"
     names.write_text("00000001\n00000000\n")
     assert retry(place, "--shards", f"00000002..00000002,@{names}") == 0
-    assert "1 of those named have not failed" in capsys.readouterr().out
+    assert "1 of the shards that you named have not failed" in capsys.readouterr().out
     assert statuses(place) == "drrf"
     assert place.run() == 1
     assert place.receipt("00000001")["attempts"] == 1, "its quarantine is lifted"
@@ -115,7 +115,7 @@ def test_a_shard_in_work_is_left(place: Place, capsys: pytest.CaptureFixture[str
     assert claim is not None
     try:
         assert retry(place) == 0
-        assert "1 left: a worker has a claim" in capsys.readouterr().out
+        assert "1 not changed: a worker has a claim" in capsys.readouterr().out
         assert statuses(place) == "dfrr"
     finally:
         claims.release(claim)
@@ -133,7 +133,7 @@ def test_downstream_waits_for_it(place: Place, tmp_path: Path, capfd: pytest.Cap
     down = ["--input", str(place.out), "--output", str(tmp_path / "down"), "--upstream", "toy", "--as_stage", "down"]
     assert retry(place, "--shards", "00000001") == 0
     assert toy_stage.main([*down, "--lease_s", "1"]) == 1
-    assert "00000001 blocked: toy has not done it yet" in capfd.readouterr().err
+    assert "00000001 blocked: toy has not finished it yet" in capfd.readouterr().err
 
 
 def test_what_is_not_there(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

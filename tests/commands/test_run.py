@@ -112,11 +112,11 @@ def test_a_stage_that_does_not_end_well_is_the_last_one(short: Path, tmp_path: P
     assert last.startswith(f"error: {short}: stage faces ended with exit code 1: some shards failed or are blocked; ")
     assert f"status {tmp_path}/root/captions` names the shards" in last
     assert "not started: 04/copies" in last
-    assert "--stages 04/copies goes on without them" in last
+    assert "--stages 04/copies continues without them" in last
     assert not (tmp_path / "root" / "copies").exists()
     late = run(short, "--deadline", "0s", "--set", f"ROOT={tmp_path}/late")
     assert late.returncode == 75
-    assert "run the same command again to go on" in late.stderr.splitlines()[-1]
+    assert "run the same command again to continue" in late.stderr.splitlines()[-1]
     rest = run(short, "--stages", "4", "--shards", "00000001")
     assert (rest.returncode, rest.stdout.count("$ ")) == (0, 1), rest.stderr
 
@@ -289,7 +289,7 @@ BAD = {
     "stages:": "the key `stages` is missing or empty",
     "stages: {}": "the key `stages` is missing or empty",
     "stage: {%s}}" % STAGE_01: "unknown key 'stage': did you mean 'stages'?",
-    "%s}" % STAGE_01: "stage 01 must stand below the key `stages`",
+    "%s}" % STAGE_01: "stage 01 must be below the key `stages`",
     "models: [language]": "a configuration of stage 06",
     "": "not a pipeline",
     "- 1": "not a pipeline",

@@ -197,7 +197,7 @@ def test_the_text_form_ends_in_one_line(dataset: Dataset) -> None:
     *lines, last = dataset.capsys.readouterr().out.splitlines()
     assert last.startswith("FAULTY: 2 findings in 1 shards; ")
     assert any(line.startswith(f"{SHARD}: bytes_differ: {keys_of(dataset.hybrid)[0]}: ") for line in lines)
-    assert any(line.startswith("what to do about bytes_differ (1): run stage 04 again") for line in lines)
+    assert any(line.startswith("fix for bytes_differ (1): run stage 04 again") for line in lines)
 
 
 def test_a_set_in_which_nothing_was_edited_is_told(dataset: Dataset) -> None:

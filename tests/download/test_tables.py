@@ -231,7 +231,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         (["url", "title"], "title", ["captions are taken from the column 'title'"]),
         (["url", " caption "], " caption ", []),
         (["url", "Alt Text"], "Alt Text", ["captions are taken from the column 'Alt Text'"]),
-        (["url", "text", "title"], "text", ["--caption_col takes another one: title"]),
+        (["url", "text", "title"], "text", ["choose another one with --caption_col: title"]),
         (
             ["url", "caption", "image_url"],
             "caption",

@@ -141,11 +141,14 @@ def test_help_ends_the_process_with_0(words: list[str], capsys: pytest.CaptureFi
         ("--apply-blur", "there is no option --apply-blur: type --blur recorded"),
         ("-input x", "-input has one dash in front: type --input"),
         ("-x 4", "there is no option -x: toy.py --help lists all"),
-        ("–input x", "–input has a dash of a web page or word processor for a hyphen: type --input"),
-        ("—data‑path x", "—data‑path has a dash of a web page or word processor for a hyphen: type --data_path"),
+        ("–input x", "–input has a dash from a web page or word processor instead of a hyphen: type --input"),
+        (
+            "—data‑path x",
+            "—data‑path has a dash from a web page or word processor instead of a hyphen: type --data_path",
+        ),
         ("–inptu x", "there is no option –inptu. Did you mean --input?"),
-        ("- -input x", "there is a blank too many in '- -input': type --input"),
-        ("-- input x", "there is a blank too many in '-- input': type --input"),
+        ("- -input x", "there is a space too many in '- -input': type --input"),
+        ("-- input x", "there is a space too many in '-- input': type --input"),
         ("input=x", "input=x has no dashes in front: type --input=x"),
         ("batch-size=4", "batch-size=4 has no dashes in front: type --batch_size=4"),
         ("input x", "input has no dashes in front: type --input"),
@@ -154,7 +157,7 @@ def test_help_ends_the_process_with_0(words: list[str], capsys: pytest.CaptureFi
          "b is a word too many behind --input a: write its flag in front of it, or put quotes around a value with "
          "blanks or *"),
         ("--embedded yes --input a", "yes is a word too many behind --embedded, which takes no value: leave it out"),
-        ("--embedded=yes", "--embedded: wants True or False, not 'yes'"),
+        ("--embedded=yes", "--embedded: needs True or False, not 'yes'"),
         ("--input --output x", "--input has no value before --output: type --input STR, or --input=--output if that is "
          "the value"),
         ("--input –output x", "--input has no value before –output: type --input STR, or --input=–output if that is "

@@ -356,7 +356,9 @@ def test_an_input_that_is_not_what_upstream_published_blocks_its_shard(place: Pl
     assert second.run("--input", place.out, "--upstream", "up", "--suffix", ".txt") == 1
     assert second.receipt("00000000")["status"] == "done"
     assert sorted(second.receipts()) == ["00000000"]
-    assert re.search(r"00000001 blocked: .*00000001\.txt: this is not what up published", capsys.readouterr().err)
+    assert re.search(
+        r"00000001 blocked: .*00000001\.txt: this differs from the file that up published", capsys.readouterr().err
+    )
     assert second.litter() == []
 
 

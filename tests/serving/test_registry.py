@@ -274,7 +274,7 @@ def test_servers_of_another_model_are_not_asked(tmp_path: Path, said: list[str])
     with ollama_stub(model="another") as port, pool_on(tmp_path, wait_s=0.5) as pool:
         registrar(tmp_path, port, "another")
         with pytest.raises(
-            InfrastructureError, match=rf"no model server came within 0\.5 s .*{MODEL}.*of another only"
+            InfrastructureError, match=rf"no model server registered within 0\.5 s .*{MODEL}.*of another only"
         ):
             pool.ask(Request(user=TEXTS[0]))
     assert sum("other models get no requests: another" in line for line in said) == 1
@@ -436,7 +436,7 @@ def test_a_stage_that_starts_first_waits_for_the_first_server(tmp_path: Path) ->
     stage = start_stage(tmp_path, "prompts", *flags, "--endpoint_wait=1")
     _, errors = stage.communicate(timeout=120)
     assert stage.returncode == 2
-    assert errors.splitlines()[-1].startswith("error: no model server came within 1 s")
+    assert errors.splitlines()[-1].startswith("error: no model server registered within 1 s")
     stage = start_stage(tmp_path, "prompts", *flags)
     time.sleep(2.0)
     assert stage.poll() is None

@@ -136,7 +136,7 @@ def test_a_model_with_the_instruction_keeps_its_own(run: Stage02) -> None:
     run.add(english(12))
     assert run() == 0
     assert not systems(run)
-    assert run.log.count("the model's own system prompt is in force") == 1
+    assert run.log.count("the model's own system prompt is used") == 1
     assert {line["system_prompt"] for line in run.provenance().values()} == {
         digest("You rewrite the sentence for the group.")
     }

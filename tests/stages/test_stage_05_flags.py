@@ -99,7 +99,7 @@ def test_a_command_line_of_the_readmes(line: str, meant: dict[str, Any], spelled
 
 def test_a_switch_wants_a_truth(capsys: pytest.CaptureFixture[str]) -> None:
     assert stage.main(["x", "--detect_watermarks=yes"]) == 2
-    assert "--detect_watermarks: wants True or False, not 'yes'" in capsys.readouterr().err
+    assert "--detect_watermarks: needs True or False, not 'yes'" in capsys.readouterr().err
 
 
 def test_the_pipe_of_a_readme() -> None:

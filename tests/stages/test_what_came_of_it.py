@@ -25,7 +25,7 @@ COUNTS = {"in": 70, "kept": 65, "dropped": 3, "failed": 2, "edited": 5, "reused"
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ("00", "65 pictures stored, 2 not to be had"),
+        ("00", "65 pictures stored, 2 not available"),
         ("01", "65 samples with a face found"),
         ("02", "65 captions rewritten"),
         ("03", "61 images generated, 4 kept from before"),

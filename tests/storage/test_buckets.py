@@ -474,7 +474,7 @@ def test_a_store_without_uploads_gets_a_hidden_file_that_is_moved(tmp_path: Path
 
 
 def test_a_bucket_that_is_not_there(place: Place, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    advice = "there is no such bucket; mend it and start again, nothing published is lost"
+    advice = "there is no such bucket; fix this and start again, nothing published is lost"
     assert stage_04.main(place.arguments("--publish_to", "s3://nobody/hybrid")) == 2
     assert capsys.readouterr().err.strip() == f"error: s3://nobody/hybrid: {advice}"
     with pytest.raises(InfrastructureError, match=f"^s3://nobody/0.tar: {advice}$"):

@@ -109,7 +109,7 @@ def test_samples_too_large_to_be_kept_are_fetched_again(web: FileServer, ranges:
         ({"refusals": [500] * 9}, "cannot be read, 3 times: 500"),
         ({"cut_at": 5_000}, "broke off at byte 1"),
         ({"cut_at": 400_000, "ranges": False}, "broke off at byte 400,000 of 1,331,200, 3 times"),
-        ({"longer_by": 1000}, "shorter than its server said"),
+        ({"longer_by": 1000}, "shorter than its server announced"),
         ({"cut_at": 400_000, "cuts": 1, "etags": ['"1"', '"2"']}, "changed while it was read"),
     ],
     ids=str,

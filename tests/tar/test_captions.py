@@ -41,7 +41,7 @@ def test_what_is_no_text_is_counted(data: bytes, tmp_path: Path) -> None:
     path = write_shard(tmp_path / "0.tar", {"a": {"txt": data}, "b": {"txt": "é".encode()}})
     assert "\ufffd" in caption_of({}, next(read_samples(path)).members["txt"])
     list(read_samples(path, ("txt",), report))
-    assert [line for line in report.warnings() if "1 .txt members hold bytes that are no UTF-8" in line]
+    assert [line for line in report.warnings() if "1 .txt members contain bytes that are not UTF-8" in line]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class StaticCaches:
 
 def padded_rows(rows: int) -> int:
     """The next power of two, or one and a half of it.  The last batches of shards have any size, and the step is
-    compiled anew for each size."""
+    compiled again for each size."""
     size = 1
     while size < rows:
         if size >= 2 and size * 3 // 2 >= rows:

@@ -1,6 +1,6 @@
 """A small text-to-image pipeline in diffusers format, built offline, with random weights: its pictures are noise.
 
-It stands in for a real model where none is at hand (``--embedded``, the demo, tests), and it is loaded from its folder
+It stands in for a real model if none is there (``--embedded``, the demo, tests), and it is loaded from its folder
 by the same code as a real one.  1.4 MB, about 30 ms a picture of 256×256 on one core.  The prompt is written over each
 picture, so that people see which prompt a picture belongs to, and that no model has drawn it.
 """

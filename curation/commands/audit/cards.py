@@ -30,7 +30,7 @@ _SETS = (
 _CONTENTS = {
     _IMAGES: ("sc:ImageObject", "The picture, original or generated."),
     _TEXTS: ("sc:Text", "What the picture shows, or was generated from."),
-    _METADATA: ("sc:Text", "JSON; `curation` in it says how an edit came about."),
+    _METADATA: ("sc:Text", "JSON; its `curation` describes the origin of an edit."),
 }
 
 

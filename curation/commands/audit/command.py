@@ -52,7 +52,7 @@ class Options:
     workers: int | None = None
     """Number of reading processes.  Default: one for each CPU, at most 8."""
     clip: str | None = None
-    """Let this model classify generated images: oai-clip-vit-b32, oai-clip-vit-l14, clip:<hub id or folder>,
+    """Classify generated images with this model: oai-clip-vit-b32, oai-clip-vit-l14, clip:<hub id or folder>,
     siglip:<hub id or folder>."""
     clip_weights: str | None = None
     """Use these weights for that model: a folder or a hub id."""
@@ -74,7 +74,7 @@ class Options:
         if self.images < 1:
             raise UsageError("--images must be at least 1")
         if self.clip is None and self.clip_weights is not None:
-            raise UsageError("--clip_weights needs --clip: which model they are of")
+            raise UsageError("--clip_weights needs --clip, which names the model")
 
 
 @exit_code
@@ -115,7 +115,7 @@ def _look_at_images(places: Mapping[str, StagePlace], result: Mapping[str, Any],
 
     assert options.clip is not None
     if EDITS not in places:
-        raise UsageError(f"{options.root}: --clip looks at generated images, and {EDITS} has made none")
+        raise UsageError(f"{options.root}: --clip classifies generated images, but {EDITS} has made none")
     settings = ModelSettings(weights=options.clip_weights, device=options.device, threads=Allocation.detect().threads)
     groups = [group["group"] for group in result["groups"]]
     seen = look_at_images(places, groups, options.clip, settings, options.images)
@@ -133,7 +133,7 @@ def _write_cards(places: Mapping[str, StagePlace], result: Mapping[str, Any], op
 
     assert options.card is not None
     if HYBRID not in places:
-        raise UsageError(f"{options.root}: --card describes hybrid shards, and {HYBRID} has made none")
+        raise UsageError(f"{options.root}: --card describes hybrid shards, but {HYBRID} has made none")
     manifest = places[HYBRID].home / "manifest.tsv"
     for path in write_cards(options.card, places[HYBRID], manifest, as_markdown(result), options.license):
         logger.info(f"written: {path}")
@@ -245,7 +245,7 @@ def as_markdown(result: Mapping[str, Any]) -> Iterator[str]:
         yield text
     yield ""
     yield f"Shares with their {result['confidence']:.0%} intervals (Wilson).  Each group is compared with the others"
-    yield "(Newcombe's interval of the difference, widened for the number of groups as Bonferroni has it)."
+    yield "(Newcombe's interval of the difference, widened for the number of groups after Bonferroni)."
     yield ""
     yield "| attribute | value | prompts | state it | name another |"
     yield "|---|---|---:|---:|---:|"
@@ -261,7 +261,7 @@ def as_markdown(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _images_as_markdown(images: Mapping[str, Any]) -> Iterator[str]:
     yield ""
-    yield f"What {cell(images['model'])} sees in {images['images']:,} generated images, asked to choose one value:"
+    yield f"What {cell(images['model'])} sees in {images['images']:,} generated images, if it must choose one value:"
     yield ""
     yield "| attribute | value | images | it chooses that value |"
     yield "|---|---|---:|---:|"

@@ -166,7 +166,9 @@ def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies
     total.shards[PROMPTS] += 1
     noted = prompts.get("notes", {}).get("groups")
     if not isinstance(noted, dict):
-        total.warnings[f"{PROMPTS}: shards whose receipts do not say how many were refused in each group"] += 1
+        total.warnings[
+            f"{PROMPTS}: shards whose receipts do not contain the number of refused samples in each group"
+        ] += 1
     else:
         _add_noted(noted, total)
     groups: dict[str, str] = {}
@@ -201,7 +203,9 @@ def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies
         total.of(groups[key]).steps["hybrid"] += 1
     edited = hybrid.get("notes", {}).get("edited")
     if edited != len(generated - lost):
-        total.warnings[f"{HYBRID}: shards that hold another number of edits than were generated"] += 1
+        total.warnings[
+            f"{HYBRID}: shards in which the number of edits differs from the number of generated images"
+        ] += 1
 
 
 def _add_noted(noted: Mapping[str, Any], total: Tallies) -> None:

@@ -35,7 +35,7 @@ class Options:
     workers: int | None = None
     """Number of processes.  Default: one per CPU."""
     images: bool = True
-    """--no_images: do not decode the images, which takes nearly all of the time."""
+    """--no_images: do not decode the images, which takes most of the time."""
     json: bool = False
     """One JSON object on one line instead of text."""
     quiet: bool = False
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.repair.resolve() in {path.parent.resolve() for path in files.values()}:
             raise UsageError("--repair must not be the folder of the tars: it would replace them")
         if options.repair.exists() and not options.repair.is_dir():
-            raise UsageError(f"--repair {options.repair}: is no folder")
+            raise UsageError(f"--repair {options.repair}: this is not a folder")
     tasks = [Task(path, shard_id, options.images, options.repair) for shard_id, path in files.items()]
     verdicts: list[Verdict] = []
     with Progress("fsck", [task.shard_id for task in tasks], options.quiet) as progress:

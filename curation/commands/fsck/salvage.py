@@ -48,7 +48,7 @@ class _LeftOut:
 def salvage(path: Path, shard_id: str, folder: Path, found: Mapping[str, int], *, images: bool) -> int:
     """Write ``<folder>/<shard>.tar`` with every intact sample of a tar, and then ``<folder>/<shard>.salvage.json``.
 
-    Headers and data stay byte for byte, but odd headers are written anew.  The JSON file records what was saved and
+    Headers and data stay byte for byte, but odd headers are written again.  The JSON file records what was saved and
     what was left out.
 
     Args:

@@ -35,29 +35,29 @@ REMEDIES: Final[Mapping[str, str]] = {
     "early_end": "tar stops reading at the first end of archive: --repair DIR writes a tar without it",
     "behind_end": _SALVAGE,
     "padding": _SALVAGE,
-    "odd_header": "readers lose what comes behind it: --repair DIR writes such headers anew; stage 04 does the same",
-    "duplicate_key": "rename it at its source, or let --repair DIR leave it out: stages 01 to 04 take the first alone",
+    "odd_header": "readers lose the members after it: --repair DIR writes such headers again; stage 04 does the same",
+    "duplicate_key": "rename it at its source, or leave it out with --repair DIR: stages 01 to 04 use only the first",
     "duplicate_member": "--repair DIR keeps the first of each, or leaves the sample out; WebDataset refuses it",
     "split_sample": "--repair DIR puts its members together",
-    "incomplete_sample": "--repair DIR leaves it out; what it lacks may be in another copy of the shard",
+    "incomplete_sample": "--repair DIR leaves it out; the missing members may be in another copy of the shard",
     "cut_key": "rename its members: a key ends at the first dot, as 22.05.jpg to 22_05.jpg",
-    "no_picture": "rename the members to <key>.jpg, <key>.txt and <key>.json, or give the tars that hold the pictures",
-    "overlong_key": "rename it at its source, or let --repair DIR leave it out: no file can have such a name",
+    "no_picture": "rename the members to <key>.jpg, <key>.txt and <key>.json, or give the tars with the pictures",
+    "overlong_key": "rename it at its source, or leave it out with --repair DIR: no file can have such a name",
     "unsafe_name": "never unpack the tar; --repair DIR leaves the sample out",
     "not_a_file": "--repair DIR leaves it out",
     "member_too_large": "--repair DIR leaves it out: no stage loads such a member",
-    "undecodable": "--repair DIR leaves it out; stage 01 rejects it anyhow",
-    "image_too_large": "--repair DIR leaves it out; stage 01 rejects it anyhow",
-    "empty_image": "--repair DIR leaves it out; stage 01 rejects it anyhow",
-    "bad_json": "--repair DIR leaves it out; stage 01 rejects it anyhow",
+    "undecodable": "--repair DIR leaves it out; stage 01 rejects it too",
+    "image_too_large": "--repair DIR leaves it out; stage 01 rejects it too",
+    "empty_image": "--repair DIR leaves it out; stage 01 rejects it too",
+    "bad_json": "--repair DIR leaves it out; stage 01 rejects it too",
     "caption_differs": "json and txt are of different captions: make or download the sample again",
     "wrong_sha256": "the picture is not the one that was generated: run stages 03 and 04 again for the shard (--rerun)",
     "wrong_size": "the picture is not the one that was generated: run stages 03 and 04 again for the shard (--rerun)",
     "no_provenance": "run stages 03 and 04 again for the shard (--rerun)",
-    "wrong_digest": "it is not what the stage published: run the stage again for the shard (--rerun --shards <shard>)",
-    "not_done": f"no stage vouches for it any more: see `{PROGRAM} status`",
-    "not_a_tar": "nothing can be saved from it: get the tar itself, as the finding says",
-    "unreadable": "look at the file and the disk; copy it anew",
+    "wrong_digest": "it differs from the published file: run the stage again for the shard (--rerun --shards <shard>)",
+    "not_done": f"it is no longer in the receipts of a stage: see `{PROGRAM} status`",
+    "not_a_tar": "nothing can be saved from it: download the tar itself, as the finding says",
+    "unreadable": "check the file and the disk; copy it again",
 }
 
 
@@ -124,11 +124,11 @@ def _check_archive(task: Task, verdict: Verdict) -> None:
     for damage in report.damages:
         findings.add(_kind_of(damage), "", f"at byte {damage.offset:,}, {damage.length:,} bytes: {damage.detail}")
     for gap in report.gaps:
-        findings.add("early_end", "", f"zeros at byte {gap:,}, and members behind them")
+        findings.add("early_end", "", f"zeros at byte {gap:,}, followed by members")
     if report.missing_end:
-        findings.add("missing_end", "", "the end-of-archive blocks are missing: it was cut, or never finished")
+        findings.add("missing_end", "", "the end-of-archive blocks are missing: the tar was cut off, or never finished")
     elif report.end_bytes < 2 * BLOCK:
-        findings.add("missing_end", "", "one end-of-archive block of two: it was cut")
+        findings.add("missing_end", "", "one of two end-of-archive blocks is missing: the tar was cut off")
 
 
 def _kind_of(damage: Damage) -> str:
@@ -152,7 +152,7 @@ def _check_foreign(span: SampleSpan, findings: Findings) -> None:
 def _tell_of_copies(span: SampleSpan, findings: Findings) -> None:
     copies, rest = divmod(span.surplus, len(span.members))
     if rest:
-        findings.add("duplicate_member", span.key, f"{span.surplus} of its members come again behind or before it")
+        findings.add("duplicate_member", span.key, f"{span.surplus} of its members are repeated after or before it")
     else:
         findings.add("duplicate_key", span.key, f"it comes {copies + 1} times in a row: readers merge them and stop")
 
@@ -175,7 +175,7 @@ def _check_span(
     if span.repeated:
         split = mark in parts and not parts[mark] & suffixes
         if split:
-            findings.add("split_sample", key, "its members do not stand together: readers take it for two samples")
+            findings.add("split_sample", key, "its members are not consecutive: readers treat it as two samples")
         else:
             findings.add("duplicate_key", key, "an earlier sample of the shard has the same key")
     else:
@@ -220,7 +220,7 @@ def _check_receipts(task: Task, findings: Findings) -> None:
         try:
             said = vouched_for(place, home, receipt.get("outputs", []), loose=False)
         except (TypeError, KeyError, AttributeError):  # made by hand, or damaged
-            findings.add("wrong_digest", "", f"the receipt of {stage} makes no sense")
+            findings.add("wrong_digest", "", f"the receipt of {stage} is not valid")
             continue
         if said is None:
             continue

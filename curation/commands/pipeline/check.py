@@ -24,7 +24,7 @@ from curation.run import Stage
 
 # Options that every stage has but a pipeline gives in another way.
 NOT_SHARED = {
-    "dry_run": "`curation run … --dry_run` says what would be run",
+    "dry_run": "`curation run … --dry_run` prints the commands",
     "follow": "the stages of a pipeline run one after the other; run_pipeline.sh --follow runs them at the same time",
     "follow_idle_s": "the stages of a pipeline run one after the other",
 }

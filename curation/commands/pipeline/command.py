@@ -39,9 +39,9 @@ class Options:
     """Run the stages of a pipeline's file, one after the other.  Run it again to go on where it stopped."""
 
     file: Annotated[Path, POSITIONAL]
-    """The pipeline, such as examples/pipeline.yaml.  ROOT=/path and 03.model=name behind it mean the same as --set."""
+    """The pipeline, such as examples/pipeline.yaml.  ROOT=/path and 03.model=name after it mean the same as --set."""
     set: tuple[str, ...] = ()
-    """Values in place of the file's: ROOT=/path for a variable, 03.model=name for a stage's option."""
+    """Values that replace those of the file: ROOT=/path for a variable, 03.model=name for a stage's option."""
     stages: str | None = None
     """Run only these stages of the file, such as 01-03 or 01,03."""
     dry_run: bool = False
@@ -53,15 +53,15 @@ class Options:
     deadline: str | None = None
     """For all stages together: finish and save before this time, such as 30m from now."""
     rerun: bool = False
-    """For every stage: do the selected shards again, also with other options."""
+    """For every stage: repeat the selected shards, also with other options."""
     retry_failed: bool = False
-    """For every stage: try shards again that failed before."""
+    """For every stage: retry shards that failed before."""
     max_error_rate: Annotated[float | None, between(0, 1)] = None
-    """For every stage: a shard of whose samples a greater share fails is failed, not done."""
+    """For every stage: a shard fails if a greater share of its samples fails."""
     lease_s: Annotated[float | None, at_least(1)] = None
-    """For every stage: a worker whose heartbeat stops for so many seconds loses its shard."""
+    """For every stage: if a worker's heartbeat stops for this number of seconds, another worker takes its shard."""
     stall_s: float | None = None
-    """For every stage: a worker that finishes no sample for so many seconds counts as hung."""
+    """For every stage: a worker that finishes no sample for this number of seconds counts as hung."""
     allow_pipe: bool = False
     """For every stage: run the commands of pipe: sources."""
     quiet: bool = False
@@ -171,9 +171,9 @@ class _Run:
     def _stopped(self, code: int, last: StageCommand, why: str, done: int) -> int:
         """Say why the run ends here.  last: the stage that ran last.  done: how many were started."""
         left = ",".join(stage.title for stage in self._stages[done:])
-        advice = "run the same command again to go on: what is done is not done again"
+        advice = "run the same command again to continue: finished work is not repeated"
         if code == EXIT_SHARDS_FAILED:
             advice = f"`{PROGRAM} status {getattr(last.options, 'output', '')}` names the shards; --retry_failed tries "
-            advice += f"them again, and --stages {left} goes on without them" if left else "them again"
+            advice += f"them again, and --stages {left} continues without them" if left else "them again"
         say_error(f"{self._file}: {why}{f'; not started: {left}' if left else ''}; {advice}")
         return code

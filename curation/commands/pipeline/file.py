@@ -122,7 +122,7 @@ def choose(pipeline: Pipeline, stages: str | None) -> list[Entry]:
             continue
         low, high = (find_script(one.strip()).name[:2] for one in (first, last))
         if low > high:
-            raise UsageError(f"--stages {stages}: {word} runs backwards")
+            raise UsageError(f"--stages {stages}: {word} is in descending order")
         inside = {entry.title for entry in pipeline.entries if low <= entry.script.name[:2] <= high}
         if not inside:
             raise UsageError(f"--stages {stages}: {pipeline.path} has no stage from {low} to {high}")
@@ -149,7 +149,7 @@ def _check_keys(path: Path, value: Any) -> None:
                     f"{path}: not a pipeline but a configuration of stage 06: `curation extract --yml {path}` takes it"
                 ) from None
             raise UsageError(f"{path}: unknown key {clean_text(str(key))!r}: {nearest(str(key), KEYS)}") from None
-        raise UsageError(f"{path}: stage {key} must stand below the key `stages`")
+        raise UsageError(f"{path}: stage {key} must be below the key `stages`")
     if not value.get("stages"):
         raise UsageError(f"{path}: the key `stages` is missing or empty")
 
@@ -304,7 +304,7 @@ class _Variables:
         """Variables that the environment has with another value than the file, which goes first."""
         return [
             f"{name}: {self._path} says {clean_text(self._own[name])}, and the environment variable {name} is not "
-            f"used; --set {name}=… takes the place of what the file says"
+            f"used; --set {name}=… overrides the file"
             for name in sorted(self._used & self._own.keys() - self._given.keys())
             if self._environ.get(name, self._own[name]) != self._own[name]
         ]

@@ -41,12 +41,13 @@ class Options:
     root: Annotated[Path, POSITIONAL]
     """The folder of the dataset, with the outputs of stages that have run on some of the shards."""
     shards: Annotated[str | None, LISTED] = None
-    """Forecast for these only: ids, ranges, files of ids."""
+    """Forecast only for these shards: ids, ranges, files of ids."""
     sample: int = 0
-    """First run stages 01 to 04 on so many shards, spread over all.  FLAGS_01 … FLAGS_04, PORTS and so on are read from
-    the environment, as in run_pipeline.sh.  Run it on a machine with the devices that the stages will have."""
+    """First run stages 01 to 04 on this number of shards, distributed over all.  FLAGS_01 … FLAGS_04, PORTS and so on
+    are read from the environment, as in run_pipeline.sh.  Run it on a machine with the devices of the real run."""
     tasks: str | None = None
-    """Workers at once: one number, or one for each stage, as in 01=64,03=32.  Default: as many as --within needs."""
+    """Number of simultaneous workers: one number, or one for each stage, as in 01=64,03=32.  Default: as many as
+    --within needs."""
     within: float = DAY_H
     """Hours in which each stage should end, if --tasks does not name it."""
     max_array_size: int | None = None
@@ -105,7 +106,9 @@ def run_sample(source: Sequence[str], root: Path, ids: Sequence[str]) -> int:
     # what the stages print is not the forecast
     code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
     if code not in (EXIT_OK, EXIT_SHARDS_FAILED):
-        raise InfrastructureError(f"the sample did not run through (exit code {code}): see above; then start again")
+        raise InfrastructureError(
+            f"the sample did not complete (exit code {code}): see the errors above, then start again"
+        )
     return code
 
 
@@ -114,11 +117,11 @@ def forecast(shards: Sequence[Shard], root: Path, options: Options, tasks: Mappi
     try:
         places = find_stages(root)
     except UsageError as error:
-        raise UsageError(f"{error}; let --sample 3 run the stages on a few shards") from None
+        raise UsageError(f"{error}; run the stages on a few shards with --sample 3") from None
     sizes = sizes_of(shards)
     costs = [cost for place in places if (cost := stage_cost(place, shards, sizes)) is not None]
     if not costs:
-        raise UsageError(f"{root}: no stage has done any of these shards; let --sample 3 run them on a few")
+        raise UsageError(f"{root}: no stage has finished any of these shards; run the stages on a few with --sample 3")
     limit = options.max_array_size or max_array_size()
     stages = [_stage_result(cost, options, tasks, limit) for cost in costs]
     to_come = [sum((cost.to_come[name] for cost in costs), Estimate(0.0)) for name in ("bytes", "files")]
@@ -208,19 +211,19 @@ def _commands(cost: StageCost, shape: JobShape | None, workers: int, limit: int,
 
 def _warnings(costs: Sequence[StageCost], sizes: ShardSizes) -> Iterator[str]:
     if len(sizes.known) < sizes.count:
-        yield f"{sizes.count - len(sizes.known):,} source shards are taken to have the average size of the others"
+        yield f"{sizes.count - len(sizes.known):,} source shards are assumed to have the average size of the others"
     for cost in costs:
         name = clean_text(cost.stage)
         if len(cost.shards) < FEW:
-            yield f"{name}: {len(cost.shards)} measured shards tell little; measure {FEW} or more (--sample {FEW})"
+            yield f"{name}: {len(cost.shards)} measured shards are too few; measure {FEW} or more (--sample {FEW})"
         shape = job_shape(PROJECT / f"{cost.stage}.sh")
         if shape is not None and shape.cpus and round(cost.cpus) != shape.cpus:
             yield (
-                f"{name}: was measured with {cost.cpus:g} CPUs a worker, its .sh asks for {shape.cpus}: the time will "
-                "differ"
+                f"{name}: was measured with {cost.cpus:g} CPUs per worker, but its .sh requests {shape.cpus}: the "
+                "time will differ"
             )
         if shape is not None and shape.gpus and not cost.gpus:
-            yield f"{name}: was measured without a GPU, and its .sh asks for GPUs: measure it where they are"
+            yield f"{name}: was measured without a GPU, but its .sh requests GPUs: measure it on a machine with GPUs"
 
 
 def _room_warnings(found: Sequence[Quota], bytes_: Estimate, files: Estimate) -> Iterator[str]:

@@ -117,7 +117,7 @@ def sizes_of(shards: Sequence[Shard]) -> ShardSizes:
         try:
             known[shard_id] = os.stat(path).st_size
         except OSError as error:
-            raise UsageError(f"{path}: cannot be looked at ({error.strerror})") from None
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     return ShardSizes(known, len(shards), mean(known.values()) if known else 0.0)
 
 

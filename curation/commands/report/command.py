@@ -34,27 +34,28 @@ class Options:
     """Write one page about the folders of a dataset: what happened to samples and shards, how fast, how they look."""
 
     root: Annotated[Path, POSITIONAL]
-    """The folder of the dataset: stages whose receipts lie in it or in a folder in it are found."""
+    """The folder of the dataset: stages whose receipts are in it or in one of its subfolders are found."""
     output: Annotated[Path, also("-o")] = Path("report.html")
     """The page.  Its links to receipts are relative to it: a page beside the dataset can be moved together with it."""
     source: Path | None = None
-    """The source shards, for the original images.  Default: the folders that the receipts name; if the shards are not
-    there, ROOT/shards, where that is not the hybrid dataset."""
+    """The source shards, for the original images.  Default: the folders in the receipts; if the shards are not there,
+    ROOT/shards, unless that is the hybrid dataset."""
     shards_page: int = 2000
-    """Show so many shards of a stage one by one, and more than that as cells of neighbours."""
+    """Largest number of shards of a stage that are shown one by one; if there are more, neighbouring shards share a
+    cell."""
     gallery: int = 48
-    """Samples shown with their images, at most."""
+    """Largest number of samples that are shown with their images."""
     sample_shards: int = 200
-    """Look at the samples of so many shards for faces, lengths and scores.  StageCounts come from all shards."""
+    """Number of shards whose samples are read for faces, lengths and scores.  Counts come from all shards."""
     no_audit: bool = False
     """Leave out the losses of each group: counting them reads the provenance of every shard."""
     watch: float | None = None
-    """Write the page again every so many seconds (30 where no number is given), until Ctrl-C.  It shows what is running
-    at the top, and a browser loads it again by itself."""
+    """Write the page again after this number of seconds (30 if you give no number), until Ctrl-C.  Its top shows the
+    running stages, and a browser reloads it automatically."""
     json: bool = False
     """Write no page: print the page's numbers as one JSON object on one line."""
     quiet: bool = False
-    """Say nothing but what went wrong."""
+    """Print only warnings and errors."""
 
     def check(self) -> None:
         """Raise UsageError for values that make no sense."""
@@ -71,7 +72,7 @@ class Options:
         if self.watch is not None and not (math.isfinite(self.watch) and self.watch > 0):
             raise UsageError("--watch takes a positive number of seconds")
         if self.watch is not None and self.json:
-            raise UsageError("--watch writes the page again and again, and --json writes none; leave one of them out")
+            raise UsageError("--watch writes the page repeatedly, but --json writes no page; leave one of them out")
 
 
 @exit_code
@@ -135,13 +136,13 @@ def _watch(options: Options, seconds: float) -> None:
         except UsageError as error:
             if not options.root.is_dir() or "page" in said:
                 raise
-            say_once("nothing", f"{error}; looking again every {seconds:g} s until Ctrl-C")
+            say_once("nothing", f"{error}; trying again every {seconds:g} s until Ctrl-C")
             return False
         say_once("page", f"{told}; written again every {seconds:g} s until Ctrl-C")
         return True
 
     times = write_again_and_again(write, seconds)
-    _say(options, f"{options.output}: written {times:,} times, and now no more")
+    _say(options, f"{options.output}: written {times:,} times; it is no longer updated")
 
 
 def _warn(facts: ReportFacts) -> None:

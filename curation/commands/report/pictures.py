@@ -94,7 +94,7 @@ class Thumbnails:
 
 
 def thumbnail(sample: Sample) -> str:
-    """Returns the sample's image as a small JPEG, encoded anew, in a data URI; empty where it cannot be decoded."""
+    """Returns the sample's image as a small JPEG, encoded again, in a data URI; empty where it cannot be decoded."""
     try:
         image = Image.fromarray(decode_rgb(image_of(sample), at_least=SIDE))
     except SampleError:

@@ -46,7 +46,7 @@ def write_again_and_again(write: Callable[[bool], bool], seconds: float) -> int:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[threading.Event]:
-    """Yields an event that the first signal sets: the page in hand is finished.  The second signal interrupts it."""
+    """Yields an event that the first signal sets: the present page is finished.  The second signal interrupts it."""
     end = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:

@@ -106,7 +106,7 @@ def _details(stage: dict[str, Any]) -> Iterator[str]:
         "upstream": "an input is stale itself",
     }
     for why, count in stage["stale"].items():
-        yield f"stale: {count:,} ({whys.get(why, why)}); the stage's next run does them again"
+        yield f"stale: {count:,} ({whys.get(why, why)}); the stage's next run repeats them"
     for what in ("failed", "quarantined"):
         for reason, count in stage[what].items():
             causes = stage["slurm_causes"].get(reason, {})
@@ -116,7 +116,7 @@ def _details(stage: dict[str, Any]) -> Iterator[str]:
         states = f" [{', '.join(failure['slurm_states'])}]" if failure["slurm_states"] else ""
         yield f"{failure['shard']} {failure['reason']}{states}: {failure['message']}"
     for path in stage["unreadable"]:
-        yield f"no receipt, though it is named like one: {path}"
+        yield f"not a receipt, although it has the name of one: {path}"
 
 
 def _running(stage: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -127,7 +127,7 @@ def _running(stage: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         worker = " ".join(filter(None, (claim["host"] or "an unknown host", pid, job)))
         life = _LIVES[claim["life"]]
         if claim["life"] != "alive":
-            life += f" (seen silent for {claim['silent_s']:,.0f} s)" if claim["silent_s"] >= 1 else ""
+            life += f" (no heartbeat seen for {claim['silent_s']:,.0f} s)" if claim["silent_s"] >= 1 else ""
             life += f" [{claim['slurm_state']}]" if claim["slurm_state"] else ""
         if claim["deaths_before"]:
             life += f", {claim['deaths_before']} died on it before"
@@ -162,13 +162,14 @@ class Options:
     """Show how far the stages below a folder are."""
 
     root: Annotated[Path, POSITIONAL]
-    """The folder of the dataset: stages whose receipts are in it, or in a folder in it, are found."""
+    """The folder of the dataset: stages whose receipts are in it, or in one of its subfolders, are found."""
     watch: float | None = None
-    """Show it again every so many seconds (10 where no number is given), until all is done or Ctrl-C."""
+    """Show it again after this number of seconds (10 if you give no number), until everything is done or Ctrl-C."""
     json: bool = False
     """One JSON object on one line instead of tables."""
     look_s: float = _MOMENT_S
-    """Watch heartbeats for so many seconds before saying who is alive: a worker beats four times a lease."""
+    """Observe heartbeats for this number of seconds to find the workers that are alive: a worker writes four heartbeats
+    per lease."""
 
 
 @exit_code

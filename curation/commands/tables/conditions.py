@@ -226,7 +226,7 @@ class SqlFilter:
         except self._duckdb.OutOfMemoryException as error:
             raise InfrastructureError(f"{_first_line(error)}; give more with --memory_mb") from None
         except (self._duckdb.Error, ArrowException) as error:
-            raise UsageError(f"the tables cannot be asked: {_first_line(error)}") from None
+            raise UsageError(f"the tables cannot be queried: {_first_line(error)}") from None
 
     def _binder_error(self, error: Exception) -> UsageError:
         missing = _NOT_FOUND.search(str(error))

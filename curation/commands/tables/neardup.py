@@ -52,15 +52,17 @@ class Options:
     threshold: float
     """Samples with at least this cosine are near duplicates."""
     out: Path
-    """The parquet to write: a row for each sample that is in a group; with --against, for every sample."""
+    """The parquet to write: one row for each sample in a group; with --against, for every sample."""
     keep: Path | None = None
-    """The subset file (uids, as `select` writes them) of what is left: one sample of each group, and all in none."""
+    """The subset file (uids, as `select` writes them) to write: one sample of each group, and all samples in no
+    group."""
     against: Path | None = None
-    """A .npy of embeddings, one a row: compare the samples with these instead of with one another."""
+    """A .npy of embeddings, one per row: compare the samples with these instead of with one another."""
     index: Literal["auto", "exact", "cells"] = "auto"
-    """exact: every pair.  cells: only pairs that share a cell of an index, most of all.  auto: exact up to 200,000."""
+    """exact: every pair.  cells: only pairs that share a cell of an index, which finds most pairs.  auto: exact up to
+    200,000."""
     scratch: Path | None = None
-    """The folder for vectors while they are compared (4 bytes a number, 8 with cells); otherwise beside --out."""
+    """Folder for the vectors during the comparison (4 bytes per number, 8 with cells).  Default: beside --out."""
     json: bool = False
     """One JSON object on one line instead of text."""
 
@@ -234,7 +236,7 @@ def _against(options: Options, tables: FolderTables, scratch: Path) -> dict[str,
     for block in array_blocks(options.against):
         normal, valid = normalise(block)
         if not valid.all():
-            raise UsageError(f"{options.against}: has a row of zeros or of no numbers; leave it out")
+            raise UsageError(f"{options.against}: has a row that is all zeros or not finite; leave it out")
         others.append(normal)
     if not len(others):
         raise UsageError(f"{options.against}: has no rows")
@@ -248,7 +250,7 @@ def _against(options: Options, tables: FolderTables, scratch: Path) -> dict[str,
                 normal, valid = normalise(block)
                 if normal.shape[1] != others.width:
                     raise UsageError(
-                        f"{options.against}: has {others.width} numbers a row, the feature {block.shape[1]}"
+                        f"{options.against}: has {others.width} numbers per row, the feature {block.shape[1]}"
                     )
                 best, places = nearest_of(normal, others)
                 near = valid & (best >= options.threshold - TOLERANCE)

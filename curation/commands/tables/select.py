@@ -30,13 +30,13 @@ class Options:
     where: str | None = None
     """The condition, in DuckDB's SQL, such as "clip_l14_similarity_score > 0.28 and language = 'en'"."""
     baseline: str | None = None
-    """A ready condition: one of DataComp's baselines.  With --where: both must hold."""
+    """One of DataComp's baselines as the condition.  With --where, a row must satisfy both."""
     unique: bool = False
-    """Take each uid once.  Otherwise a uid that is in several rows is written as often, as DataComp's tools do."""
+    """Take each uid once.  Otherwise a uid in several rows is written as many times, as in DataComp's tools."""
     skip_bad_uids: bool = False
     """Leave out rows whose uid is missing or is not 32 hexadecimal digits; otherwise such a row is an error."""
     memory_mb: int = 2000
-    """What the query may hold in memory; the rest goes to a folder beside --out while it runs."""
+    """Memory of the query; the rest is written to a temporary folder beside --out."""
     threads: int = 4
     """Threads of the query."""
     json: bool = False
@@ -75,7 +75,7 @@ def _condition_text(options: Options) -> str:
     if options.threads < 1 or options.memory_mb < 100:
         raise UsageError("--threads is at least 1, and --memory_mb at least 100")
     if options.baseline is not None and options.baseline not in BASELINES:
-        raise UsageError(f"--baseline {options.baseline}: there are {', '.join(BASELINES)}")
+        raise UsageError(f"--baseline {options.baseline}: unknown; choose one of {', '.join(BASELINES)}")
     given = [options.where, BASELINES.get(options.baseline or "")]
     return "\nand ".join(f"(\n{text}\n)" for text in given if text) if all(given) else next(filter(None, given), "")
 

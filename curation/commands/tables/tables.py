@@ -86,7 +86,7 @@ def _of_stage(folder: Path, stage: str) -> FolderTables:
                 )
                 tables.append(table)
                 named.add(table.parquet)
-    warnings = [f"{not_done:,} shards are not done: they failed or are to be tried again"] if not_done else []
+    warnings = [f"{not_done:,} shards are not done: they failed or will be retried"] if not_done else []
     strays = sorted(path for parent in {path.parent for path in named} for path in _parquets(parent) - named)
     if strays:
         first = clean_text(str(strays[0]))

@@ -56,7 +56,7 @@ class Options:
     """File for the digests of the hybrid shards, for `sha256sum -c`; written only if no fault was found.
     Default: manifest.tsv in the hybrid folder, when all shards are verified."""
     provenance: bool = True
-    """--no_provenance: do not require provenance in edited samples, for edits made elsewhere."""
+    """--no_provenance: do not require provenance in edited samples, for edits from other programs."""
     json: bool = False
     """One JSON object on one line instead of text."""
     quiet: bool = False
@@ -128,8 +128,8 @@ def _check_made_from_edits_alone(hybrid: Path, shards: Sequence[Shard]) -> None:
         made_with = ledger.governing(shard.id).options
         if told := [f"--{name}" for name in _NOT_PROVED if made_with.get(name)]:
             raise UsageError(
-                f"stage 04 made {hybrid} with {', '.join(told)}: this command proves what comes from edits alone. "
-                "Stage 04's own --verify reads each shard back, and fsck checks the shards"
+                f"stage 04 made {hybrid} with {', '.join(told)}: this command can only check changes by "
+                "edits. Use --verify of stage 04, which reads each shard back, or check the shards with fsck"
             )
 
 
@@ -179,7 +179,7 @@ def _strays(options: Options, everything: Sequence[Shard], edits: Path) -> list[
     receipts = receipts_of(options.hybrid, HYBRID)
     for path in sorted(receipts.glob("*/[!.]*.json")) if receipts is not None else ():
         if path.stem not in known and is_safe_id(path.stem) and path.stem not in found:
-            tell(path.stem, "extra_shard", f"{path} is the receipt of a shard that the source has not")
+            tell(path.stem, "extra_shard", f"{path} is the receipt of a shard that the source does not have")
     return list(found.values())
 
 
@@ -194,7 +194,7 @@ def _manifest(options: Options, verdicts: Sequence[Verdict]) -> Path | None:
     except OSError as error:
         if options.manifest is not None:
             raise UsageError(f"--manifest {path}: cannot be written ({error.strerror})") from None
-        logger.warning(f"{path}: cannot be written ({error.strerror}); give another place: --manifest FILE")
+        logger.warning(f"{path}: cannot be written ({error.strerror}); give another path: --manifest FILE")
         return None
     return path
 

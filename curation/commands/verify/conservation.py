@@ -67,7 +67,7 @@ def read_stage(folder: Path, stage: str, shard_id: str, findings: Findings) -> R
         _check_counts(record, shard_id, findings)
         _check_inputs(record, shard_id, findings)
     except (TypeError, ValueError, KeyError, AttributeError) as error:  # made by hand, or damaged
-        findings.add("bad_record", "", f"the receipt of {stage} makes no sense: {type(error).__name__}: {error}")
+        findings.add("bad_record", "", f"the receipt of {stage} is not valid: {type(error).__name__}: {error}")
     return record
 
 

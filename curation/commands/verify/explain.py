@@ -78,7 +78,7 @@ def _found(hybrid: Path, findings: Findings) -> tuple[list[_Due], list[bytes]]:
             if span.torn:
                 findings.add("damaged_tar", span.key, span.torn)
             if span.surplus:
-                findings.add("wrong_members", span.key, f"{span.surplus:,} members come a second time")
+                findings.add("wrong_members", span.key, f"{span.surplus:,} members are repeated")
             for member in span.in_order:
                 if member.odd:
                     findings.add("damaged_tar", span.key, f"{member.text_name}: {member.odd}")
@@ -92,7 +92,7 @@ def _found(hybrid: Path, findings: Findings) -> tuple[list[_Due], list[bytes]]:
     if tar.report.missing_end:
         findings.add("damaged_tar", "", "no end-of-archive blocks")
     for gap in tar.report.gaps:
-        findings.add("damaged_tar", "", f"an end of archive at byte {gap:,} with members behind it")
+        findings.add("damaged_tar", "", f"an end of archive at byte {gap:,}, followed by members")
     return found, strays
 
 
@@ -109,7 +109,9 @@ def _compare_keys(due: list[_Due], found: list[_Due], gone: set[str], findings: 
     too_few, too_many = Counter(wanted), Counter(here)
     too_few, too_many = too_few - too_many, too_many - too_few
     for key, count in too_few.items():
-        findings.add("lost_sample", key, f"in the source, not here, and no reject or drop tells why{_times(count)}")
+        findings.add(
+            "lost_sample", key, f"in the source, but not here, and no reject or drop gives a reason{_times(count)}"
+        )
     known = set(wanted)
     for key, count in too_many.items():
         if key in known:
@@ -123,7 +125,7 @@ def _compare_keys(due: list[_Due], found: list[_Due], gone: set[str], findings: 
     second = [key for key in here if key not in odd]
     for one, other in zip(first, second, strict=True):
         if one != other:
-            findings.add("wrong_order", other, f"it stands where the source has {one}")
+            findings.add("wrong_order", other, f"it is at the place of {one} in the source")
 
 
 def _times(count: int) -> str:

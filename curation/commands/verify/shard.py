@@ -44,23 +44,23 @@ REMEDIES: Final[Mapping[str, str]] = {
     "unknown_sample": "run stage 04 again for the shard: --rerun --shards <shard>",
     "wrong_order": "run stage 04 again for the shard: --rerun --shards <shard>",
     "other_encoder": "run verify with the software that stage 04 used, or stage 04 again with the software here",
-    "bytes_differ": "run stage 04 again for the shard (--rerun --shards <shard>), and look at the disk that held it",
+    "bytes_differ": "run stage 04 again for the shard (--rerun --shards <shard>), and check the disk that contained it",
     "wrong_members": "run stage 04 again for the shard: --rerun --shards <shard>",
     "not_the_edit": "run stage 04 again for the shard: --rerun --shards <shard>",
     "readers_differ": "run stage 04 again for the shard: --rerun --shards <shard>",
-    "damaged_tar": f"run stage 04 again for the shard; `{PROGRAM} fsck` tells what is left of it",
-    "stale": "run the stage that is named first again, without --rerun: it takes up what has changed",
-    "stale_prompt": "run stages 03 and 04 again: they take up prompts that have changed",
-    "edit_without_sample": "the edits are of another dataset, or the source was replaced: run stages 01 to 04 on it",
+    "damaged_tar": f"run stage 04 again for the shard; `{PROGRAM} fsck` lists its undamaged samples",
+    "stale": "run the first stage in the message again, without --rerun: it processes the changed inputs",
+    "stale_prompt": "run stages 03 and 04 again: they process the changed prompts",
+    "edit_without_sample": "the edits belong to another dataset, or the source was replaced: run stages 01 to 04 on it",
     "bad_edits": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
     "wrong_sha256": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
     "wrong_size": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
     "caption_differs": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
     "bad_json": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
     "undecodable": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
-    "no_provenance": "run stage 03 again for the shard, then stage 04; edits made elsewhere: --no_provenance",
+    "no_provenance": "run stage 03 again for the shard, then stage 04; for edits from other programs: --no_provenance",
     "original_lost": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
-    "no_receipt": "run the stage that is named for the shard: what no receipt names is not to be trusted",
+    "no_receipt": "run the stage in the message for the shard: files without a receipt cannot be trusted",
     "not_done": f"see `{PROGRAM} status` for why, and `{PROGRAM} retry`",
     "bad_record": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "missing_output": "run the stage that is named again for the shard",
@@ -69,7 +69,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "lost_between_stages": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "from_nowhere": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "source_changed": "stage 04 read other bytes of the source: run stages 01 to 04 again for the shard",
-    "unreadable": "look at the file and the disk; copy it anew",
+    "unreadable": "check the file and the disk; copy it again",
     "stray_edits": "move them away: the source has no such shard",
 }
 
@@ -173,7 +173,7 @@ def _verify(task: Task, verdict: Verdict) -> None:
     findings, shard_id = verdict.findings, task.shard_id
     last = read_stage(task.hybrid.parent, HYBRID, shard_id, findings)
     if last is None and not findings:
-        findings.add("no_receipt", "", f"{HYBRID} has left no receipts in {task.hybrid.parent}")
+        findings.add("no_receipt", "", f"there are no receipts of {HYBRID} in {task.hybrid.parent}")
     if not task.hybrid.is_file():
         findings.add("missing_shard", "", f"there is no {task.hybrid}")
         return
@@ -334,9 +334,11 @@ def _check_last(last: Record, samples: Samples, findings: Findings) -> None:
     check_count(f"{HYBRID} replaced, edits of this shard", last.note("edited"), len(samples.edited), findings)
     if samples.left_out or last.gone:
         for key in Counter(samples.left_out) - last.gone:
-            findings.add("lost_sample", key, f"left out, and no reject or drop of {HYBRID} tells why")
+            findings.add("lost_sample", key, f"left out, but no reject or drop of {HYBRID} gives a reason")
         for key in last.gone - Counter(samples.left_out):
-            findings.add("from_nowhere", key, f"{HYBRID} says it left this sample out, and had no reason to")
+            findings.add(
+                "from_nowhere", key, f"{HYBRID} recorded that it left this sample out, but there was no reason for it"
+            )
 
 
 def _check_source(last: Record, task: Task, findings: Findings) -> None:

@@ -218,6 +218,8 @@ def test_variables(short: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert main([str(short), "--dry_run"]) == 0
     assert "note: NAME: " in capsys.readouterr().err
     assert "does not use ${NMAE}: did you mean 'NAME'?" in refused(capsys, short, "NMAE=x")
+    monkeypatch.setenv("DATASET", "")
+    assert "no value for ${DATASET}: give --set DATASET=…" in refused(capsys, short), "an empty one is as good as none"
     monkeypatch.delenv("DATASET")
     assert "no value for ${DATASET}: give --set DATASET=…" in refused(capsys, short)
 
@@ -230,6 +232,8 @@ def test_stages_of_the_file(short: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert numbers("1") == numbers("faces") == numbers("00-03") == ["01"]
     assert numbers("reshard, 01") == ["01", "04"]
     assert numbers("04/copies") == ["04"]
+    [words] = dry(capsys, short, "--stages=01", "--workers=2")
+    assert words[-2:] == ["--workers", "2"], "--flag=value is no setting"
     for stages, words in {
         "02": "the file has no stage 02; it has faces, 04/copies",
         "4-1": "runs backwards",
@@ -350,10 +354,18 @@ def test_many_empty_variables_are_no_bomb(tmp_path: Path, capsys: pytest.Capture
         ("01.modle=x", "there is no option 'modle': did you mean 'model'?"),
         ("all.modle=x", "no option that all stages have"),
         ("01.dry_run=true", "dry_run"),
+        ("01.list_models=true", "list_models: it only prints a list"),
+        ("ROOT=", "--set ROOT= is empty: perhaps a variable of the shell was empty"),
     ],
 )
 def test_settings_that_make_no_sense(setting: str, words: str, short: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert words in refused(capsys, short, "--set", setting)
+
+
+def test_a_setting_with_two_values(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--set gives ROOT two values (ROOT=a and ROOT=b)" in refused(capsys, short, "ROOT=a", "--set", "ROOT=b")
+    assert "--set gives 01.min_faces two values" in refused(capsys, short, "01.min_faces=2", "01.min_faces=3")
+    assert dry(capsys, short, "01.min_faces=2", "--set", "01.min_faces=2")
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

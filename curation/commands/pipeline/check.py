@@ -28,6 +28,11 @@ NOT_SHARED = {
     "follow": "the stages of a pipeline run one after the other; run_pipeline.sh --follow runs them at the same time",
     "follow_idle_s": "the stages of a pipeline run one after the other",
 }
+# Options with which a stage does not run, so that the pipeline would seem to be done.
+_NO_RUN = {
+    "dry_run": NOT_SHARED["dry_run"],
+    "list_models": "it only prints a list; give it to the stage's own command",
+}
 _SHARED = {field.name for field in fields(RunOptions)}
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _READ = ("input", "data", "prompts", "edits")  # options that name what a stage reads …
@@ -137,8 +142,8 @@ def _command(
 def _option(where: str, written: str, names: Mapping[str, str]) -> str:
     """The option that is written so."""
     key = written.lstrip("-").replace("-", "_")
-    if key == "dry_run":
-        raise UsageError(f"{where}: dry_run: {NOT_SHARED['dry_run']}")
+    if key in _NO_RUN:
+        raise UsageError(f"{where}: {key}: {_NO_RUN[key]}")
     if key not in names:
         raise UsageError(f"{where}: there is no option {clean_text(written)!r}: {nearest(key, names)}")
     return names[key]

@@ -25,7 +25,7 @@ from curation.commands.pipeline.file import Value, choose, read_pipeline
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
 from curation.options import LISTED, POSITIONAL, RunOptions, at_least, between, exit_code, parse_arguments, say_error
 
-_SETTING = re.compile(r"[A-Za-z0-9_/ -]*[A-Za-z0-9_]+(\.[A-Za-z_][\w-]*)?=", re.ASCII)
+_SETTING = re.compile(r"(?!-)[A-Za-z0-9_/ -]*[A-Za-z0-9_]+(\.[A-Za-z_][\w-]*)?=", re.ASCII)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _MEANS = {
     EXIT_SHARDS_FAILED: "some shards failed or are blocked",

@@ -91,6 +91,7 @@ def read_pipeline(
     shared = _options(f"{path}: {ALL}", value.get(ALL))
     _refuse_twice(path, entries)
     for setting in settings:
+        _refuse_other(setting, settings)
         _apply(setting, path, variables, shared, entries)
     shared = variables.expand_all(shared, f"{path}: {ALL}")
     expanded = [
@@ -235,6 +236,14 @@ def _apply(setting: str, path: Path, variables: _Variables, shared: dict[str, Va
     named[0].settings[option] = value
 
 
+def _refuse_other(setting: str, settings: Sequence[str]) -> None:
+    """Raise UsageError if the same variable or option is given another value."""
+    name = setting.partition("=")[0].strip()
+    other = next(one for one in settings if one.partition("=")[0].strip() == name)
+    if other != setting:
+        raise UsageError(f"--set gives {name} two values ({other} and {setting}): give one of them")
+
+
 def _named(entries: Sequence[Entry], name: str, where: str) -> list[Entry]:
     """The entries of a stage: the one of that title, else all of that stage.  Raises UsageError if there are none."""
     if exact := [entry for entry in entries if entry.title == name]:
@@ -286,7 +295,9 @@ class _Variables:
 
     def check(self) -> None:
         """Raise UsageError for a variable without a value, and for one of the command line that nothing uses."""
-        for name in self._given:
+        for name, value in self._given.items():
+            if not value.strip():  # ${ROOT}/shards would be /shards
+                raise UsageError(f"--set {name}= is empty: perhaps a variable of the shell was empty")
             if name not in self._used | self._names:
                 known = sorted(self._used | self._names)
                 hint = nearest(name, known) if known else "it has no variables"
@@ -344,7 +355,7 @@ class _Variables:
                 value = self._expand(self._own[name], f"{self._path}: vars: {name}", (*trail, name))
                 self._whole_values[name] = value
             return self._whole_values[name]
-        if name in self._environ:
+        if self._environ.get(name, "").strip():
             return self._environ[name]
         if self._strict:
             self._missing.append(name)

@@ -140,7 +140,7 @@ def parse_program(
     words = list(sys.argv[1:] if argv is None else argv)
     name = prog or Path(sys.argv[0]).name
     if "--help" in words or "-h" in words:
-        print(help_text(kind, name), end="", flush=True)
+        print(help_text(kind, name, partial=partial), end="", flush=True)
         sys.exit(0)
     options = with_plain_paths(_parse(kind, words, name, partial=partial))
     refuse_urls(options)

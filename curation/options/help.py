@@ -6,7 +6,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from curation.options.advice import example
@@ -17,10 +17,15 @@ _WIDEST = 100
 _REQUIRED, _OWN = "required", "other"
 
 
-def help_text(kind: type, prog: str) -> str:
-    """What ``--help`` shows: what the program does, and its options in groups, the required ones first."""
+def help_text(kind: type, prog: str, *, partial: bool = False) -> str:
+    """What ``--help`` shows: what the program does, and its options in groups, the required ones first.
+
+    partial: What is required may be left out, so that nothing is.
+    """
     width = max(60, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns))
     flags = flags_of(kind)
+    if partial:
+        flags = {name: replace(flag, default=None) if flag.is_required else flag for name, flag in flags.items()}
     texts = texts_of(kind)
     required = [flag.usage for flag in flags.values() if flag.is_required]
     lines = textwrap.wrap(f"usage: {' '.join([prog, *required, '[options]'])}", width, subsequent_indent=" " * 7)
@@ -29,7 +34,7 @@ def help_text(kind: type, prog: str) -> str:
         lines += ["", f"{title} options:"]
         for flag in members:
             lines += _entry(_head(flag), _text(flag, texts.get(flag.name, "")), width)
-    lines += ["", f"example: {example(kind, prog)}"]
+    lines += [] if partial else ["", f"example: {example(kind, prog)}"]
     return "\n".join(lines) + "\n"
 
 

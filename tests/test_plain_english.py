@@ -19,7 +19,7 @@ from tests import ROOT
 ODD = {
     r"machinery": "the library, or the part's name",
     r"lately": "in the last N seconds, recent",
-    r"sound(?! (?:track|card))": "whole, valid, undamaged, or OK",
+    r"sound(?! (?:track|card|like)|s?\|)": "whole, valid, undamaged, or OK",
     r"mute": "does not answer",
     r"fared?\b": "lost samples at a higher rate",
     r"beyond chance": "significant difference",

@@ -70,7 +70,7 @@ def called(asked_by: str, model: str) -> str:
 
 
 def gated_line(model: str, known: Sequence[Model]) -> str:
-    """What to do about a gated model, without the model's name in front."""
+    """The advice for a gated model, without the model's name in front."""
     from huggingface_hub import constants
 
     text = f"gated; accept its licence at {constants.ENDPOINT}/{model}, then give a token of that account: {LOG_IN}"

@@ -95,7 +95,7 @@ def test_three_failures_are_quarantined_until_they_are_named(
     assert retry(place) == 0
     out = capsys.readouterr().out
     assert "0 failed shards" in out
-    assert "3 left: they have failed 3 times" in out
+    assert "3 not changed: they have failed 3 times" in out
     assert statuses(place) == "dfff"
     names = tmp_path / "names.txt"
     names.write_text("00000001\n00000000\n")

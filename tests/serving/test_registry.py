@@ -125,7 +125,7 @@ def test_a_name_that_leads_to_the_metadata_service_gets_no_request(tmp_path: Pat
     while not any("metadata" in line for line in said) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert pool.members() == {}
-    assert any("169.254.169.254 is the metadata service of a cloud, no model server" in line for line in said)
+    assert any("169.254.169.254 is the metadata service of a cloud, not a model server" in line for line in said)
 
 
 def test_servers_that_let_nobody_in_end_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,7 @@ def test_braces_lists_and_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("pipe:curl https://host/no-name", "names no \\*.tar"),
+        ("pipe:curl https://host/no-name", "contains no \\*.tar"),
         ("https://host/folder/", "list no folders"),
         ("ftp://host/0.tar", "no such source"),
         ("https://host/a%2Fb.tar", "cannot name a shard"),

@@ -100,7 +100,7 @@ class Options(RunOptions):
     also several."""
     output: Annotated[FolderName, also("-o")]
     """Folder for the prompts, one <shard>.json each."""
-    model_name: str = DEFAULT_MODEL
+    model_name: Annotated[str, also("--model")] = DEFAULT_MODEL
     """The model, as the servers call it.  Ollama gets the default by `ollama create tulu3:fairclip -f
     examples/ollama/Modelfile`; `models fetch 02` prints the complete command for this machine."""
     list_models: bool = False

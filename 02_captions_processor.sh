@@ -49,8 +49,8 @@ need TARGET_DIR "the folder for the prompts (or ROOT)"
 MODEL=${MODEL:-tulu3:fairclip}
 previous='' embedded=''
 for word in "$@"; do
-    case $previous in --model_name | --model-name) MODEL=$word ;; esac
-    case $word in --model_name=* | --model-name=*) MODEL=${word#*=} ;; --embedded) embedded=yes ;; esac
+    case $previous in --model_name | --model-name | --model) MODEL=$word ;; esac
+    case $word in --model_name=* | --model-name=* | --model=*) MODEL=${word#*=} ;; --embedded) embedded=yes ;; esac
     previous=$word
 done
 

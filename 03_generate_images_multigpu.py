@@ -86,6 +86,12 @@ class Options(RunOptions):
             "compile": "speed",
         }
     )
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "num_inference_steps": "--steps",
+            "guidance_scale": "--guidance",
+        }
+    )
     example: ClassVar[str] = "--input prompts --output edits"
 
     input: Annotated[Files, also("-i", "--prompts", "--input_files")]
@@ -495,6 +501,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in local_folders(shards):
         check_made_by("--input", folder, PROMPTS_STAGE)
     check_made_by("--output", Path(options.output), GenerateImages.name, beside=(METADATA_STAGE,))
+    if not (options.follow or Path(options.output).exists()):
+        raise UsageError(f"--output: there is no {options.output}: give the folder that stage 01 wrote as --edits")
     if options.edits_layout == "tar" and not is_worker():
         refuse_other_shards(Path(options.output), shards)
     options = GenerateImages.settled(options)

@@ -64,6 +64,9 @@ class Options(RunOptions):
             "apply_blur": "--blur_faces recorded",
             "num_workers": "--workers",
             "j": "--workers",
+            "num_shards": "--shards 0-99 for the first hundred",
+            "n": "--shards 0-99 for the first hundred",
+            "first_shard": "--shards, such as --shards 100-199",
         }
     )
 
@@ -120,7 +123,9 @@ class Options(RunOptions):
         if self.edits is None and self.follow:
             raise UsageError("--follow needs --edits, because it waits for them")
         if self.is_plain and not (self.edits or self.blur_faces or self.index):
-            raise UsageError("--edits is missing: without it, and without a flag that changes the shards, they stay")
+            raise UsageError(
+                "--edits is missing.  Give it, or an option that changes shards: --subset, --shard_size, --blur_faces"
+            )
         if self.on_missing == "drop" and (self.prompts is None or self.edits is None):
             raise UsageError("--on_missing drop needs --prompts and --edits: without them no edit is missing")
         if self.shard_size is None and (self.shuffle_buffer or self.step != "all"):

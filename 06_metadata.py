@@ -84,7 +84,7 @@ class Options(RunOptions):
     several.  This and the next two may be in --yml instead."""
     output: Annotated[str | None, also("-o", "--output_metadata_dir"), PATH] = None
     """Folder for the parquets and npzs."""
-    models: Annotated[str | None, LISTED] = None
+    models: Annotated[str | None, LISTED, also("--model")] = None
     """Directives (--list_models), separated by commas, such as oai-clip-vit-b32,nsfw-detoxify."""
     list_models: bool = False
     """Print the directives with licence, memory, outputs and whether their weights are on this machine, and end."""

@@ -4,6 +4,7 @@ folders of a dataset."""
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,9 +19,9 @@ STAGES = {
     "faces": "stage 01: find the samples with faces, and write their captions and metadata",
     "rewrite": "stage 02: rewrite the captions into prompts for an image generator",
     "generate": "stage 03: generate an image for each prompt",
-    "reshard": "stage 04: write new shards with the generated images",
+    "reshard": "stage 04: write new shards: hybrid ones with the generated images, or a subset of the samples",
     "caption": "stage 05: write a new caption for each image",
-    "extract": "stage 06: compute scores and features of each sample",
+    "extract": "stage 06: compute scores, such as CLIP's, and features of each sample",
 }
 # When it is needed → the command → the module below ``curation`` whose ``main(argv)`` it is, imported only when the
 # command is called, and what the command does.
@@ -99,10 +100,17 @@ def _instead_of(name: str) -> str:
     if not meant:
         words = {part: command for script, command in scripts.items() for part in (script, *script.split("_")[1:])}
         words |= {command: command for command in COMMANDS}
-        near = difflib.get_close_matches(word, words, 3, 0.6)
+        near = [] if word in words else _that_do(word)
+        near += difflib.get_close_matches(word, words, 3, 0.6) if not near else []
         near += [command for command in COMMANDS if len(word) > 2 and command.startswith(word)]
         meant = list(dict.fromkeys(words[one] for one in near))
     return f" Did you mean {' or '.join(meant[:3])}?" if meant else ""
+
+
+def _that_do(word: str) -> list[str]:
+    """The commands in whose descriptions the word is: ``scores`` stands in that of ``extract``."""
+    every = STAGES | {name: what for group in GROUPS.values() for name, (_, what) in group.items()}
+    return [name for name, what in every.items() if len(word) > 3 and word in re.findall(r"\w+", what.lower())]
 
 
 def usage() -> str:

@@ -175,7 +175,10 @@ class OriginalMetadata:
         if self._dictionary.exists():
             self._known = read_dictionary(self._dictionary)
         elif not self._folder.is_dir():
-            raise ShardError(f"no metadata of the samples: neither {self._dictionary} nor {self._folder}/ exists")
+            raise ShardError(
+                f"no metadata of the samples: neither {self._dictionary} nor {self._folder}/ exists; give the folder "
+                "that stage 01 wrote as --edits"
+            )
 
     def find(self, key: str) -> Mapping[str, Any]:
         """The metadata of a key that ``unsafe_key`` accepts.  Raises SampleError if there is none."""

@@ -152,7 +152,7 @@ class Catalogue:
         names += self._plugin
         for directive in config.models:
             if directive not in self._plugin and self._find(directive) is None:
-                hint = f"{nearest(directive, names)} --list_models shows all of them"
+                hint = f"{nearest(directive, names)}; --list_models shows all of them"
                 if is_hub_id(directive):
                     prefixes = " or ".join(f"{name}{directive}" for name in self._known if name.endswith(":"))
                     hint = f"for a model of the hub write {prefixes}"

@@ -176,7 +176,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that was probably meant, or all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"did you mean {close[0]!r}?" if close else f"there {'are' if known else 'is'} {', '.join(known) or 'none'}"
 
 
 def model_settings(config: ExtractConfig, directive: str, device: str = "cpu", threads: int = 1) -> ModelSettings:

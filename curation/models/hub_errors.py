@@ -10,7 +10,10 @@ from curation.models.known import Model, find, free_alternative, nearest
 from curation.storage.urls import redact
 
 LOG_IN = "`hf auth login`, or HF_TOKEN"  # of huggingface_hub since 0.34
-FETCH_FIRST = f"`{PROGRAM} models fetch`, where there is internet, downloads it to this machine; or give a folder"
+FETCH_FIRST = (
+    f"`{PROGRAM} models fetch STAGE` with the same options, where there is internet, downloads it to this machine; "
+    "or give a folder"
+)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -86,6 +86,8 @@ class Advice:
         places = [flag.place for flag in self._places]
         if places:
             return f"{word} is a word too many behind {' '.join(places)}; see {self._prog} --help"
+        if "yml" in self._flags and word.endswith((".yml", ".yaml")):
+            return f"{word} belongs to no option: type --yml {word}"
         free = [flag for flag in self._flags.values() if flag.is_required and flag.name not in set(given)]
         name = free[0].names[0] if free else "--input" if "input" in self._flags else ""
         return f"{word} belongs to no option: " + (f"type {name} {word}" if name else f"see {self._prog} --help")

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from curation import PROGRAM
 from curation.errors import SampleError, UsageError
 from curation.storage.files import make_folder, storage_errors, whole_file
 
@@ -51,8 +52,10 @@ class Subset:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise UsageError(f"--subset: {path}: cannot be read ({error.strerror or error})") from None
-        except (ValueError, EOFError) as error:
-            raise UsageError(f"--subset: {path}: not an array that numpy.save wrote ({error})") from None
+        except (ValueError, EOFError):  # numpy would advise allow_pickle
+            raise UsageError(
+                f"--subset: {path}: not an array that numpy.save wrote, or damaged; `{PROGRAM} select` writes one"
+            ) from None
         if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype != UID:
             found = f"{getattr(array, 'dtype', type(array).__name__)}, {getattr(array, 'ndim', 0)}-dimensional"
             raise UsageError(

@@ -54,7 +54,11 @@ def is_loose(path: Path) -> bool:
 
     A folder that holds tars, or nothing but folders, is none: ``shards/000/00000.tar``.
     """
+    if path.name in ("", ".."):  # "." and "/" have no name, and ".." has another one
+        path = Path(os.path.abspath(path))
     name = path.name
+    if not name:
+        return False
     named = (name.isascii() and name.isdigit()) or path.with_name(f"{name}.parquet").is_file()
     return named and path.is_dir() and not _holds_shards(path)
 

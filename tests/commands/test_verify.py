@@ -228,6 +228,7 @@ def test_swapped_arguments_are_told(dataset: Dataset) -> None:
     for arguments, told in (
         ([places["hybrid"], places["shards"], "--edits", places["edits"]], "were the two swapped?"),
         ([places["shards"], places["edits"]], "HYBRID: "),
+        ([places["shards"], str(dataset.root)], f"did you mean {places['hybrid']}?"),
         ([places["shards"], places["hybrid"], "--edits", places["prompts"]], "--edits: "),
         ([places["shards"], places["hybrid"], "--prompts", places["captions"]], "--prompts: "),
         ([places["shards"], places["hybrid"], "--captions", places["edits"]], "--captions: "),

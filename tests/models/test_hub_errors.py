@@ -97,4 +97,4 @@ def test_without_a_hub_a_gated_model_is_known_as_one(tmp_path: Path) -> None:
         gated, free = done.stderr.splitlines()
         assert why in gated and why in free
         assert "The model is gated; accept its licence at" in gated and FREE in gated
-        assert "gated" not in free and "curation models fetch" in free
+        assert "gated" not in free and "curation models fetch STAGE` with the same options" in free

@@ -228,6 +228,29 @@ def test_an_option_of_another_stage_names_the_stage(script: str, flag: str, take
     assert message(kind, flag, "x").startswith(f"there is no option {flag} here; {takers}")
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "told"),
+    [
+        ("03_generate_images_multigpu", "--num_inference_steps 4", "type --steps"),  # of diffusers
+        ("03_generate_images_multigpu", "--guidance-scale 1", "type --guidance"),
+        ("04_reshard", "-n 100", "type --shards 0-99"),  # of DataComp's resharder
+        ("06_metadata", "examples/basic.yml", "type --yml examples/basic.yml"),  # of dataset2metadata
+    ],
+)
+def test_a_word_of_another_tool_is_told_in_the_words_of_this_one(script: str, words: str, told: str) -> None:
+    assert told in message(importlib.import_module(script).Options, *words.split())
+
+
+def test_a_model_may_be_named_in_every_stage_that_takes_one() -> None:
+    for script, field in {
+        "02_captions_processor": "model_name",
+        "05_recaption": "model",
+        "06_metadata": "models",
+    }.items():
+        kind = importlib.import_module(script).Options
+        assert getattr(parse_options(kind, [*REQUIRED, "--model", "x"], prog="toy.py"), field) == "x"
+
+
 @pytest.mark.parametrize("kind", programs())
 def test_a_slip_in_any_flag_finds_the_flag(kind: Any) -> None:
     """Two letters swapped in every flag of every stage and command, and one left out."""

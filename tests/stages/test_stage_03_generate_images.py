@@ -537,6 +537,16 @@ def test_no_metadata_at_all_is_one_clear_line(root: Path) -> None:
     (root / f"edits/{SHARD}.json").unlink()
     assert run(root) == 1
     assert "no metadata of the samples: neither" in receipt(root)["error"]["message"]
+    assert "that stage 01 wrote as --edits" in receipt(root)["error"]["message"]
+
+
+def test_a_new_folder_for_the_pictures_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each shard would fail, after the model has been loaded."""
+    for flags in ([], ["--dry_run"]):
+        assert int(stage.main(["--input", f"{root}/prompts", "--output", f"{root}/images", "--embedded", *flags])) == 2
+        told = capsys.readouterr().err
+        assert f"--output: there is no {root}/images: give the folder that stage 01 wrote as --edits" in told
+    assert not (root / "images").exists()
 
 
 def test_an_empty_shard_is_done(root: Path) -> None:

@@ -169,7 +169,8 @@ def test_what_is_no_sorted_array_of_uids_is_refused(run: Regroup) -> None:
     for data in (b"", b"\x93NUMPY", bytes(160)):
         path.write_bytes(data)
         assert run("--subset", str(path)) == 2
-        assert "not an array that numpy.save wrote" in run.log
+        assert "not an array that numpy.save wrote" in run.log and "select` writes one" in run.log
+        assert "pickle" not in run.log, "numpy advises what no file from outside may get"
     assert run("--subset", f"{run.root}/nowhere.npy") == 2
     assert "cannot be read" in run.log
     assert not (run.root / "hybrid").exists()
@@ -448,7 +449,7 @@ def test_flags_that_make_no_sense_together(run: Regroup) -> None:
         "need --shard_size": ["--edits", f"{run.root}/edits", "--shuffle_buffer", "5"],
         "must be at least 1": ["--shard_size", "0"],
         "leave --follow out": ["--shard_size", "5", "--follow", "--edits", f"{run.root}/edits"],
-        "--edits is missing": [],
+        "--edits is missing. Give it, or an option that changes shards: --subset": [],
         "it needs --edits": ["--follow", "--index"],
         "needs --prompts and --edits": ["--on_missing", "drop", "--index"],
         "nothing is known of rejected samples": ["--drop_rejected"],

@@ -185,6 +185,19 @@ def test_loose_files_are_no_subfolders_of_tars(tmp_path: Path) -> None:
     assert not is_loose(touch(tmp_path / "7" / "8" / "9.tar").parent.parent)
 
 
+def test_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``.``, ``..`` and ``/`` have no name, by which a shard of loose files is known."""
+    touch(tmp_path / "00000" / "1.jpg")
+    touch(tmp_path / "tars" / "7.tar")
+    monkeypatch.chdir(tmp_path / "00000")
+    assert is_loose(Path()) and not is_loose(Path("..")) and not is_loose(Path("/"))
+    monkeypatch.chdir(tmp_path)
+    assert not is_loose(Path())
+    assert ids(discover(".")) == ["00000"]
+    monkeypatch.chdir(tmp_path / "tars")
+    assert ids(discover(".")) == ["7"]
+
+
 def test_the_folder_of_a_dataset_in_place_of_its_dictionaries(tmp_path: Path, told: Callable[[], str]) -> None:
     for name in ("captions/0.json", "edits/0.json"):
         touch(tmp_path / name)

@@ -137,6 +137,9 @@ def _folders(options: Options, shards: Sequence[Shard]) -> tuple[Path, Path | No
     """The folders of edits, prompts and captions: as given, otherwise as the stages' receipts name them."""
     edits = options.edits or _named_by(options.hybrid, HYBRID, EDITS, shards)
     if edits is None:
+        for folder in ("hybrid", "shards"):  # the root of the dataset was meant
+            if receipts_of(options.hybrid / folder, HYBRID) is not None:
+                raise UsageError(f"HYBRID {options.hybrid}: did you mean {options.hybrid / folder}?")
         raise UsageError(f"no receipt of {HYBRID} in {options.hybrid} names the edits; give them: --edits FOLDER")
     prompts = options.prompts or _named_by(options.hybrid, HYBRID, PROMPTS, shards)
     prompts = prompts or _named_by(edits, EDITS, PROMPTS, shards)

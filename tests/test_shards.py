@@ -100,6 +100,12 @@ def test_nothing_there(folder: Path, source: str) -> None:
         discover(f"{folder}/{source}")
 
 
+def test_an_empty_source_is_not_the_folder_of_the_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="a source is empty"):
+        discover((str(folder), ""))
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no \*\.tar shards"):
         discover(str(tmp_path))

@@ -161,6 +161,8 @@ class Options(RunOptions):
             raise UsageError("--endpoints_dir names the servers: leave --endpoints and --embedded out")
         if self.embedded and (self.endpoints or self.system_prompt):
             raise UsageError("--embedded brings its own server and prompt: leave --endpoints and --system_prompt out")
+        if self.embedded and self.model_name != type(self).model_name:
+            raise UsageError("--embedded brings its own model: leave --model_name out")
         if len(items_in(self.lang)) != 1:
             raise UsageError(
                 f"--lang {self.lang}: only captions of one language are kept; write one language, as in --lang en"

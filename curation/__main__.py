@@ -84,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(usage())
             return EXIT_OK
         name, rest = rest[0], ["--help"]
+    if name.startswith("-") and rest and rest[0] in COMMANDS:
+        say_error(f"{name!r} stands in front of the command; type {PROGRAM} {' '.join([rest[0], name, *rest[1:]])}")
+        return EXIT_USAGE
     if name not in COMMANDS:
         say_error(f"there is no command {name!r}.{_instead_of(name)} `{PROGRAM} --help` lists all commands")
         return EXIT_USAGE

@@ -90,6 +90,8 @@ def discover(
         if len(shards) > MAX_SHARDS:
             raise UsageError(f"{sources} names more than {MAX_SHARDS:,} shards")
     _tell_of_renamed(renamed)
+    if not isinstance(sources, str) and len(sources) > 1:
+        _tell_of_twins(shards.values())
     return sorted(shards.values(), key=lambda shard: shard.id)
 
 
@@ -194,6 +196,17 @@ def _is_same(one: Source, other: Source) -> bool:
     """Whether two paths lead to one file: ``a/../b.tar`` and ``b.tar``."""
     local = isinstance(one, Path) and isinstance(other, Path)
     return local and os.path.realpath(str(one)) == os.path.realpath(str(other))
+
+
+def _tell_of_twins(shards: Iterable[Shard]) -> None:
+    """Warn if two shards are one file, which would then be processed twice."""
+    seen: dict[str, Shard] = {}
+    for shard in shards:
+        if isinstance(shard.path, Path):
+            other = seen.setdefault(os.path.realpath(shard.path), shard)
+            if other is not shard:
+                tell(f"{other.path} and {shard.path} are one file under two names: its samples are processed twice")
+                return
 
 
 def _tell_of_renamed(shards: Sequence[Shard]) -> None:

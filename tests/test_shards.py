@@ -100,6 +100,18 @@ def test_nothing_there(folder: Path, source: str) -> None:
         discover(f"{folder}/{source}")
 
 
+def test_an_empty_source_is_not_the_folder_of_the_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="a source is empty"):
+        discover((str(folder), ""))
+
+
+def test_a_file_under_two_names_is_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "link.tar").symlink_to(folder / "00000000.tar")
+    assert len(discover((str(folder / "00000000.tar"), str(tmp_path / "link.tar")))) == 2
+    assert "its samples are processed twice" in caplog.text
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no \*\.tar shards"):
         discover(str(tmp_path))

@@ -5,13 +5,15 @@ Lines are read leniently: a damaged line is left out, and the others are read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from curation.errors import SampleError, UsageError
+from curation.commands.stages import find_script
+from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import clean_text, parse_json
 from curation.shards import bucket_of
 from curation.storage.files import read_record
@@ -78,11 +80,18 @@ def find_stages(root: Path) -> list[StagePlace]:
 def stage_named(root: Path, stage: str) -> StagePlace:
     """Returns the one stage of that name below ``root``.
 
+    Args:
+        root: The folder of a dataset, or of one stage's outputs.
+        stage: The name that its receipts have, or what else a numbered script is called: ``03``, ``generate``.
+
     Raises:
         UsageError: There is none of that name, or more than one.
     """
     places = find_stages(root)
     matching = [place for place in places if place.stage == stage]
+    with contextlib.suppress(InfrastructureError):
+        number = find_script(stage).name[:3]
+        matching = matching or [place for place in places if place.stage.startswith(number)]
     if not matching:
         names = ", ".join(sorted({clean_text(place.stage) for place in places}))
         raise UsageError(f"{root}: there is no stage {stage!r}; there are: {names}")

@@ -18,6 +18,7 @@ from curation.options.flags import Flag, Names, flags_of, texts_of
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # what looks like a hyphen, the hyphen first
 _NEAR = 0.65  # of difflib's ratio, from 0 to 1
 _MOST = 3  # proposals
+_SOURCES = ("input", "input_dir", "input_tars", "data", "data_path", "data_dir")  # what stages read
 
 
 class Advice:
@@ -77,6 +78,7 @@ class Advice:
             last: What is just before it: a flag, as the user wrote it, and its value.
             given: The fields that have a value.
         """
+        word = word or repr(word)
         if last is not None:
             flag, head, value = last
             if flag.is_switch:
@@ -134,6 +136,10 @@ class Advice:
         instead: Mapping[str, str] = getattr(self._kind, "instead", {})
         if word in instead:
             return f"there is no option {head}: type {instead[word]}"
+        if (given := self._names.find(f"--{word.removeprefix('no_')}")) and word.startswith("no_"):
+            return f"there is no option {head}: {given[0].names[0]} takes a value, and is left out to turn it off"
+        if word in _SOURCES and self._places:
+            return f"there is no option {head} here: type the value alone, as in `{example(self._kind, self._prog)}`"
         takers = [name for name, options in _other_programs(self._kind) if word.removeprefix("no_") in options]
         near = self._near(word, 0.85 if takers else _NEAR)
         meant = f".  Did you mean {' or '.join(near)}?" if near else ""

@@ -180,7 +180,7 @@ class RunOptions:
     """Repeat the selected shards, also with other options, and replace their outputs."""
     retry_failed: bool = False
     """Retry shards that failed before, up to three times.  A shard that --shards names is always tried."""
-    workers: Annotated[int, at_least(1)] = 1
+    workers: Annotated[int, at_least(1), less_than(1000)] = 1
     """Worker processes on this machine; they share the shards by claims."""
     deadline: str | None = None
     """Finish and save before this time: 30m, 1.5h, 01:30:00 from now, a date and time, or none.  Default: the end of
@@ -191,9 +191,9 @@ class RunOptions:
     """Only warnings and errors."""
     dry_run: bool = False
     """Only count the pending work, and check the options, models, servers and folders as the real run would."""
-    lease_s: Annotated[float, at_least(1)] = 120.0
+    lease_s: Annotated[float, at_least(1), less_than(1e6)] = 120.0
     """If a worker's heartbeat stops for this number of seconds, another worker takes its shard."""
-    stall_s: float = 1800.0
+    stall_s: Annotated[float, more_than(0)] = 1800.0
     """A worker that finishes no sample for this number of seconds counts as hung."""
     allow_pipe: bool = False
     """Run the commands of pipe: sources.  Without it they are refused."""

@@ -96,7 +96,7 @@ class Flag:
         Raises:
             UsageError: It is no such value; the message says what is wanted.
         """
-        if not word.strip() and (self.is_path or self.is_required):
+        if not word.strip() and (self.is_path or self.is_required or self.many):
             raise UsageError(f"{spelled} names nothing: perhaps a variable or a pattern of the shell was empty")
         for choice in self.choices:
             if word == str(choice):

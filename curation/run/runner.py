@@ -59,6 +59,8 @@ def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], f
     selected = list(shards) if follows else select(list(shards), options.shards)
     if options.dry_run:
         set_up_logging(options.quiet)
+        if options.deadline is not None:
+            parse_deadline(options.deadline)
         return _dry_run(stage, options, selected, _follower(follows, selected, options))
     if options.workers > 1 and not is_worker():
         set_up_logging(options.quiet)

@@ -199,6 +199,8 @@ class Search:
         for word in words:
             if beside and self._skip(word):
                 continue
+            if not word.strip():  # as a path it would be the folder of this process
+                raise UsageError("a source is empty: perhaps a variable or a pattern of the shell was empty")
             source, found = plain_source("", word), False
             for path in self._named(source):
                 found = True

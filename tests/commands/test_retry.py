@@ -77,6 +77,16 @@ def test_a_reason_is_the_whole_word(place: Place) -> None:
     assert statuses(place) == "dfff"
 
 
+@pytest.mark.parametrize("name", ["03_generate_images", "03", "3", "generate", "03_generate_images_multigpu"])
+def test_a_stage_under_each_of_its_names(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("03_generate_images", "04_reshard"):
+        (tmp_path / "out" / "_receipts" / stage).mkdir(parents=True)
+    assert main(["retry", str(tmp_path), "--stage", name]) == 0
+    assert capsys.readouterr().out.startswith("03_generate_images in ")
+    assert main(["retry", str(tmp_path), "--stage", "05"]) == 2
+    assert "there is no stage '05'; there are: 03_generate_images, 04_reshard" in capsys.readouterr().err
+
+
 def test_dry_run_changes_nothing(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     before = place.receipts()
     assert retry(place, "--dry_run") == 0

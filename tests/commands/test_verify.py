@@ -223,6 +223,16 @@ def test_what_does_not_come_from_edits_alone_is_refused(dataset: Dataset, flag: 
     assert f"stage 04 made {dataset.root}/hybrid with --{flag}: " in dataset.capsys.readouterr().err
 
 
+def test_the_folder_of_the_whole_dataset_is_taken_for_its_shards(dataset: Dataset) -> None:
+    root = dataset.root / "whole"
+    root.mkdir()
+    (dataset.root / "hybrid").rename(root / "shards")
+    edits = str(dataset.root / "edits")
+    assert main(["verify", str(dataset.root / "shards"), str(root), "--edits", edits, "--quiet"]) == 0
+    assert (root / "shards/manifest.tsv").is_file()
+    assert f"the hybrid shards in {root}/shards are verified" in dataset.capsys.readouterr().err
+
+
 def test_swapped_arguments_are_told(dataset: Dataset) -> None:
     places = {name: str(dataset.root / name) for name in ("shards", "hybrid", "edits", "prompts", "captions")}
     for arguments, told in (

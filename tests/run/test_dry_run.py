@@ -47,6 +47,11 @@ def test_what_the_options_lacked_ends_it(place: Place, monkeypatch: pytest.Monke
     assert "2 pending" in capsys.readouterr().out
 
 
+def test_a_deadline_that_makes_no_sense(place: Place, capsys: Err) -> None:
+    assert place.run("--dry_run", "--deadline=-5m") == 2
+    assert "--deadline '-5m': write none, 30m" in capsys.readouterr().err
+
+
 def shard(folder: Path) -> Path:
     folder.mkdir()
     told = b'{"uid": "0", "caption": "a woman", "face_bboxes": [[0.1, 0.1, 0.5, 0.5]]}'

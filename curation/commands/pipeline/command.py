@@ -23,7 +23,18 @@ from curation.cluster import parse_deadline
 from curation.commands.pipeline.check import NOT_SHARED, StageCommand, commands
 from curation.commands.pipeline.file import Value, choose, read_pipeline
 from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
-from curation.options import LISTED, POSITIONAL, RunOptions, at_least, between, exit_code, parse_arguments, say_error
+from curation.options import (
+    LISTED,
+    POSITIONAL,
+    RunOptions,
+    at_least,
+    between,
+    exit_code,
+    less_than,
+    more_than,
+    parse_arguments,
+    say_error,
+)
 
 _SETTING = re.compile(r"(?!-)[A-Za-z0-9_/ -]*[A-Za-z0-9_]+(\.[A-Za-z_][\w-]*)?=", re.ASCII)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -48,7 +59,7 @@ class Options:
     """Check the whole file and print the commands; start nothing."""
     shards: Annotated[str | None, LISTED] = None
     """For every stage: only these shards."""
-    workers: Annotated[int | None, at_least(1)] = None
+    workers: Annotated[int | None, at_least(1), less_than(1000)] = None
     """For every stage: worker processes on this machine."""
     deadline: str | None = None
     """For all stages together: finish and save before this time, such as 30m from now."""
@@ -58,9 +69,9 @@ class Options:
     """For every stage: retry shards that failed before."""
     max_error_rate: Annotated[float | None, between(0, 1)] = None
     """For every stage: a shard fails if a greater share of its samples fails."""
-    lease_s: Annotated[float | None, at_least(1)] = None
+    lease_s: Annotated[float | None, at_least(1), less_than(1e6)] = None
     """For every stage: if a worker's heartbeat stops for this number of seconds, another worker takes its shard."""
-    stall_s: float | None = None
+    stall_s: Annotated[float | None, more_than(0)] = None
     """For every stage: a worker that finishes no sample for this number of seconds counts as hung."""
     allow_pipe: bool = False
     """For every stage: run the commands of pipe: sources."""

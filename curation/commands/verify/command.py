@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(Options, sys.argv[2:] if argv is None else argv, "verify")
     options.check()
     set_up_logging(options.quiet)
+    options = _with_folder_of_shards(options)
     began = time.monotonic()
     everything = discover(options.source)
     files = files_of(everything)
@@ -102,6 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     manifest = _manifest(options, verdicts) if not faulty else None
     _show(options, verdicts, faulty, manifest, time.monotonic() - began)
     return EXIT_SHARDS_FAILED if faulty else EXIT_OK
+
+
+def _with_folder_of_shards(options: Options) -> Options:
+    """The options with the folder of the hybrid shards where the folder of the whole dataset is given."""
+    inside = options.hybrid / "shards"
+    if receipts_of(options.hybrid, HYBRID) is not None or receipts_of(inside, HYBRID) is None:
+        return options
+    logger.warning(f"{options.hybrid} is no output of stage 04: the hybrid shards in {inside} are verified")
+    return replace(options, hybrid=inside)
 
 
 def _check_places(options: Options, sources: set[Path]) -> None:
@@ -140,7 +150,12 @@ def _folders(options: Options, shards: Sequence[Shard]) -> tuple[Path, Path | No
         for folder in ("hybrid", "shards"):  # the root of the dataset was meant
             if receipts_of(options.hybrid / folder, HYBRID) is not None:
                 raise UsageError(f"HYBRID {options.hybrid}: did you mean {options.hybrid / folder}?")
-        raise UsageError(f"no receipt of {HYBRID} in {options.hybrid} names the edits; give them: --edits FOLDER")
+        without = (
+            "" if receipts_of(options.hybrid, HYBRID) is None else ", or an empty folder if stage 04 had no --edits"
+        )
+        raise UsageError(
+            f"no receipt of {HYBRID} in {options.hybrid} names the edits; give them: --edits FOLDER{without}"
+        )
     prompts = options.prompts or _named_by(options.hybrid, HYBRID, PROMPTS, shards)
     prompts = prompts or _named_by(edits, EDITS, PROMPTS, shards)
     captions = options.captions or (_named_by(prompts, PROMPTS, CAPTIONS, shards) if prompts else None)

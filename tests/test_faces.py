@@ -246,6 +246,16 @@ def test_thread_counts_are_explicit(centerface: FaceDetector) -> None:
     assert centerface.device == "cpu"
 
 
+def test_without_the_weights_of_scrfd_the_message_has_the_command_that_fetches_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from curation.backends.faces import scrfd
+
+    monkeypatch.setattr(scrfd, "DEFAULT_MODEL", tmp_path / "det_10g.onnx")
+    with pytest.raises(InfrastructureError, match=r"models fetch 01 --detector scrfd`.*--detector centerface"):
+        scrfd._buffalo_l()
+
+
 def test_insightface_runs_centerface_as_an_scrfd(centerface: FaceDetector, scrfd_file: Path) -> None:
     scrfd = load("faces", "scrfd")(DetectorSettings(scrfd_file, threshold=centerface.threshold))
     assert scrfd.wants_pixels == 640

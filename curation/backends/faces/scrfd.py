@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from curation import PROGRAM
 from curation.errors import InfrastructureError, install, install_alone
 from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, normalised
 from curation.images import Pixels
@@ -95,9 +96,9 @@ def _buffalo_l() -> Path:
     if path.is_file():
         return path
     raise InfrastructureError(
-        f"SCRFD's model is not there ({path}).  Get {PACK_URL} and unzip it into that folder (the pretrained packs are "
-        "for non-commercial research only), or name an SCRFD file with --model; or use the small detector that comes "
-        "with this project: --detector centerface, or --embedded"
+        f"SCRFD's model is not there ({path}).  `{PROGRAM} models fetch 01 --detector scrfd`, where there is internet, "
+        "downloads it (for non-commercial research only), and --model names another SCRFD file; or use the small "
+        "detector that comes with this project: --detector centerface, or --embedded"
     )
 
 

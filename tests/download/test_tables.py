@@ -235,7 +235,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         (
             ["url", "caption", "image_url"],
             "caption",
-            ["URLs are taken from the column 'url'", "another one: image_url"],
+            ["URLs are taken from the column 'url'", "choose another one with --url_col: image_url"],
         ),
         (["url", "width"], None, ["no column of captions among url, width", "--caption_col"]),
         ([" image_url"], None, ["no column of captions"]),

@@ -605,7 +605,7 @@ def test_bad_input_is_told_in_one_line(
 
 def test_a_table_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "none.parquet", tmp_path / "out") == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_shards_is_left_alone(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

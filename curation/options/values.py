@@ -147,7 +147,7 @@ def with_plain_paths(options: Arguments) -> Arguments:
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         value, marks, flag = getattr(options, name, None), getattr(hint, "__metadata__", ()), f"--{name}"
         if isinstance(value, tuple):
-            found[name] = tuple(plain_source(flag, one) for one in value)
+            found[name] = tuple(plain_source(flag, one) if isinstance(one, str) else one for one in value)
         elif isinstance(value, Path):
             found[name] = Path(plain_path(flag, str(value)))
         elif isinstance(value, str) and PATH in marks:

@@ -286,3 +286,15 @@ def test_words_that_look_like_secrets_are_not_repeated(capsys: pytest.CaptureFix
     words = ["--host", "https://user:secret@host/a", "--host", "https://user:secret@host/b"]
     assert importlib.import_module("02_captions_processor").main([*words, "--input", "x", "--output", "x"]) == 2
     assert "secret" not in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes."""
+
+    sizes: tuple[int, ...] = (64, 128)
+    """Several numbers."""
+
+
+def test_a_default_of_several_numbers_is_no_path() -> None:
+    assert parse_arguments(Sizes, [], "sizes") == Sizes()

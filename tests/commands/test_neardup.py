@@ -312,7 +312,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert "no table of numbers" in says(*known, "0.9", "--against", str(tmp_path / "objects.npy"))
     np.save(tmp_path / "wide.npy", np.ones((2, 5), np.float32))
-    assert "has 5 numbers a row" in says(*known, "0.9", "--against", str(tmp_path / "wide.npy"))
+    assert "has 5 numbers per row" in says(*known, "0.9", "--against", str(tmp_path / "wide.npy"))
     np.savez_compressed(tmp_path / "in/0.npz", **{FEATURE: np.ones((3, 4), np.float16)})
     assert "3 rows, 0.parquet has 2" in says(*known, "0.9")
     np.savez_compressed(tmp_path / "in/0.npz", **{FEATURE: np.ones((2, 5), np.float16)})

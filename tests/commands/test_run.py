@@ -232,7 +232,7 @@ def test_stages_of_the_file(short: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert numbers("04/copies") == ["04"]
     for stages, words in {
         "02": "the file has no stage 02; it has faces, 04/copies",
-        "4-1": "runs backwards",
+        "4-1": "is in descending order",
         "05-06": "has no stage from 05 to 06",
         "09": "there is no stage '09'",
         ",": "names no stage",

@@ -74,7 +74,7 @@ def test_copies_of_another_version_say_so(copies: Path, tmp_path: Path) -> None:
 
 def test_folders_that_cannot_take_the_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    for folder, said in ((PROJECT, "name another folder"), (tmp_path / "file", "Not a directory")):
+    for folder, said in ((PROJECT, "give another folder"), (tmp_path / "file", "Not a directory")):
         assert main(["scripts", str(folder)]) == 2
         assert said in capsys.readouterr().err
 

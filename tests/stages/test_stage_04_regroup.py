@@ -449,7 +449,7 @@ def test_flags_that_make_no_sense_together(run: Regroup) -> None:
         "must be at least 1": ["--shard_size", "0"],
         "leave --follow out": ["--shard_size", "5", "--follow", "--edits", f"{run.root}/edits"],
         "--edits is missing": [],
-        "it needs --edits": ["--follow", "--index"],
+        "--follow needs --edits": ["--follow", "--index"],
         "needs --prompts and --edits": ["--on_missing", "drop", "--index"],
         "nothing is known of rejected samples": ["--drop_rejected"],
     }.items():

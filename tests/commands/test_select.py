@@ -193,7 +193,7 @@ def test_duplicates_are_kept_unless_unique(pool: Pool, tmp_path: Path) -> None:
         ("uid in (select uid from read_parquet('{other}'))", "Cannot access file"),
         ("uid in (select file from glob('/etc/*'))", "Cannot access file"),
         ("original_width + caption > 3", "--where: "),
-        ("caption::int > 3", "cannot be asked: .*Could not convert"),
+        ("caption::int > 3", "cannot be queried: .*Could not convert"),
         ("nosuch(uid)", "nosuch"),
     ],
 )
@@ -273,7 +273,7 @@ def test_folders_without_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "a.parquet" in capsys.readouterr().err
     assert main(["select", str(tmp_path), "--out", str(tmp_path / "k.npy")]) == 2
     assert main(["select", str(tmp_path), "--out", str(tmp_path / "k.npy"), "--baseline", "basix"]) == 2
-    assert "there are no_filter, basic" in capsys.readouterr().err
+    assert "choose one of no_filter, basic" in capsys.readouterr().err
 
 
 # ---- the file

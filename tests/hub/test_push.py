@@ -277,7 +277,7 @@ def test_offline_and_without_a_token(
     told = capsys.readouterr()
     assert all(path in told.out for path in PARQUET)
     assert "15 files" in told.out
-    assert "the repository is not asked" in told.err
+    assert "the repository's present files are not checked" in told.err
     assert curation([*command, "--dry_run", "--only", "nothing/*"]) == EXIT_USAGE
     assert not server.datasets.asked
 

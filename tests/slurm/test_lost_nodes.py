@@ -76,5 +76,5 @@ def test_endpoints_come_and_go(rewriting: Rewriting, cluster: Cluster) -> None:
     assert cluster.wait(number) == [0], jobs.logs()
     cluster.call("scancel", first, second, check=False)
     cluster.wait(first, second)
-    assert "answers again" in jobs.logs() or "leaving it alone" in jobs.logs() or "gone" in jobs.logs()
+    assert "answers again" in jobs.logs() or "no requests to it for" in jobs.logs() or "gone" in jobs.logs()
     rewriting.insist_on_all(workers=1)

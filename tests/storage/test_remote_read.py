@@ -247,7 +247,6 @@ def test_braces_lists_and_commands(tmp_path: Path) -> None:
         ("pipe:curl https://host/no-name", "contains no \\*.tar"),
         ("https://host/folder/", "list no folders"),
         ("ftp://host/0.tar", "no such source"),
-        ("https://host/a%2Fb.tar", "cannot name a shard"),
     ],
 )
 def test_sources_that_name_no_shard(source: str, said: str) -> None:

@@ -71,9 +71,9 @@ def folder(root: Path, name: str, stage: str, home: str = "") -> Path:
         ("02", {"input": "prompts", "output": "new"}, "--input: "),
         ("02", {"input": "captions", "output": "edits"}, "--output: "),
         ("02", {"input": "captions", "output": "captions"}, "--output: "),
-        ("03", {"prompts": "edits", "edits": "prompts"}, "--input: "),
-        ("03", {"prompts": "captions", "edits": "edits"}, "--input: "),
-        ("03", {"prompts": "prompts", "edits": "captions"}, "--output: "),
+        ("03", {"input": "edits", "output": "prompts"}, "--input: "),
+        ("03", {"input": "captions", "output": "edits"}, "--input: "),
+        ("03", {"input": "prompts", "output": "captions"}, "--output: "),
     ],
 )
 def test_the_files_of_another_stage_are_refused(

@@ -240,8 +240,9 @@ def test_an_output_that_is_a_file(place: Place, capsys: Err) -> None:
 UNPRIVILEGED = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
+from tests import replaced
 from tests.run import toy_stage
-toy_stage.main([*sys.argv[3:], "--output", sys.argv[2], "--quiet"])  # imports what the user may not read
+toy_stage.main(replaced(sys.argv[3:], ["--output", sys.argv[2], "--quiet"]))  # imports what the user may not read
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 sys.exit(toy_stage.main(sys.argv[3:]))
 """

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests import processes
+from tests import processes, replaced
 from tests.processes import SIGNALS
 from tests.run import toy_stage
 
@@ -39,7 +39,7 @@ class Place:
 
     def arguments(self, *more: object) -> list[str]:
         fixed = ["--input", self.source, "--output", self.out, "--journal", self.journal, "--lease_s", "1"]
-        return [str(argument) for argument in (*fixed, *more)]
+        return replaced(fixed, more)
 
     def run(self, *more: object) -> int:
         """In this process, whose signal handlers it gives back."""

@@ -16,7 +16,7 @@ import pytest
 from curation.run.follow import Follower, Follows
 from curation.run.planned import planned, record_plan
 from curation.shards import Shard, bucket_of
-from tests import EXAMPLES, ROOT, processes
+from tests import EXAMPLES, ROOT, processes, replaced
 from tests.pipeline import Undisturbed, copy_tree, start
 from tests.processes import end, ended_at_last, wait_until
 from tests.run import toy_stage
@@ -39,10 +39,11 @@ class Chain:
         upstream = UPSTREAM.get(stage)
         words: list[object] = ["--output", self.root / stage, "--as_stage", stage, "--suffix", SUFFIXES[stage]]
         words += ["--input", self.root / upstream if upstream else self.place.source]
-        words += ["--journal", self.root / "journal", "--lease_s", "1", *more]
+        words += ["--journal", self.root / "journal", "--lease_s", "1"]
         if upstream:
             words += ["--upstream", upstream, "--follow"]
-        process = processes.start([sys.executable, toy_stage.__file__, *words], stderr=subprocess.PIPE)
+        command = [sys.executable, toy_stage.__file__, *replaced(words, more)]
+        process = processes.start(command, stderr=subprocess.PIPE)
         self.processes.append(process)
         return process
 

@@ -752,7 +752,7 @@ def kill_at_random(place: Place, moments: int, seed: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         place.forget_journal()
         process = place.start(*arguments, "--sample_s", "0.005")
-        place.wait_for("open", process)
+        place.wait_for("begin", process)  # before it, only its heartbeat would be left
         time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.communicate()

@@ -599,7 +599,7 @@ def test_the_script_names_the_python_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_command_without_flags_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert stage.main([]) == 2
-    assert "give --models, or a --yml that has it" in capsys.readouterr().err
+    assert "give --input, --output and --models, or a --yml that has them" in capsys.readouterr().err
 
 
 def test_receipts_tell_where_the_time_went(undisturbed: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_link_local_server_is_asked_where_the_user_names_it() -> None:
 )
 @pytest.mark.parametrize("registered", [False, True])
 def test_no_connection_leads_to_a_metadata_service(url: str, registered: bool) -> None:
-    with Session(registered=registered) as session, pytest.raises(EndpointError, match="no model server") as caught:
+    with Session(registered=registered) as session, pytest.raises(EndpointError, match="not a model server") as caught:
         post(session, f"{url}/api/chat", b"{}", 5.0)
     assert caught.value.refused
 
@@ -212,7 +212,7 @@ def test_the_address_behind_a_name_counts_also_when_it_changes(monkeypatch: pyte
     monkeypatch.setattr("curation.serving.connection._METADATA", frozenset({"127.0.0.1"}))
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
     with odd_server() as server, Session() as session:
-        with pytest.raises(EndpointError, match="no model server"):
+        with pytest.raises(EndpointError, match="not a model server"):
             get(session, server.url.replace("127.0.0.1", "name.test") + "/v1/models", 5.0)
         assert server.asked == []
 

@@ -197,7 +197,7 @@ def test_a_field_that_a_server_refuses_is_left_out_from_then_on(
     assert [field in body for body in bodies] == [True] + [False] * 30
     others = {"chat_template_kwargs", "reasoning_effort"} - {field} if field != "think" else set()
     assert all(others <= body.keys() for body in bodies), "what it knows is still sent"
-    assert sum(f"asked otherwise: no {field}" in record.message for record in caplog.records) == 1
+    assert sum(f"gets a changed one: no {field}" in record.message for record in caplog.records) == 1
 
 
 def test_a_request_at_fault_does_not_change_how_a_server_is_asked(tmp_path: Path) -> None:

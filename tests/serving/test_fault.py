@@ -408,7 +408,7 @@ def test_a_reply_that_a_servers_parser_takes_for_reasoning_is_asked_for_with_rea
     with odd_server(behaviour) as server:
         assert ask_all(opened(server), threads=1) == ["re"] * len(TEXTS)
         assert len(server.questions) == len(TEXTS) + 1
-    assert sum("asked otherwise" in line for line in said) == 1
+    assert sum("gets a changed one" in line for line in said) == 1
 
 
 def test_a_model_that_only_reasons_is_asked_as_before() -> None:
@@ -442,4 +442,4 @@ def test_a_model_that_was_exchanged_for_another_is_waited_for(words: str, said: 
     with odd_server(behaviour) as server:
         assert ask_all(opened(server), threads=1) == ECHOES
         assert "chat_template_kwargs" in server.questions[-1].body
-    assert not [line for line in said if "asked otherwise" in line]
+    assert not [line for line in said if "gets a changed one" in line]

@@ -22,7 +22,7 @@ from curation.backends import load
 from curation.commands.audit.groups import wilson
 from curation.faces import DetectorSettings, FaceDetector
 from curation.images import Pixels, decode_rgb
-from curation.options import parse_program
+from curation.options import parse_options
 from curation.tar.samples import (
     image_of,
     read_samples,
@@ -165,7 +165,7 @@ def print_extras(options: Options, detector: FaceDetector) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Choose on one part, report on the other."""
-    options = parse_program(Options, argv)
+    options = parse_options(Options, argv)
     if options.tiny:
         options = replace(options, sizes=(320,), choose=("00000000",), report=("00000003",))
     with open(options.data / "truth.tsv", encoding="utf-8", newline="") as file:

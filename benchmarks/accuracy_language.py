@@ -23,7 +23,7 @@ from accuracy_faces import share
 from measuring import ROOT, print_table
 
 from curation.language import NO_WORDS, LanguageIdentifier, find_model, words_of
-from curation.options import parse_program
+from curation.options import parse_options
 
 SHORT = ROOT / "benchmarks" / "short_captions.tsv"
 SPEED_CAPTIONS = 20_000
@@ -204,7 +204,7 @@ def print_report(rules: dict[str, Rule], captions: Sequence[Caption], options: O
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Choose on one part, report on the other."""
-    options = parse_program(Options, argv)
+    options = parse_options(Options, argv)
     captions = read_captions(options.data / "truth.tsv")
     short = read_captions(SHORT, "short")
     chosen_on = [caption for caption in captions if caption.shard in options.choose]

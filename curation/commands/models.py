@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if troubles:
         return EXIT_USAGE
     if len(requests) > 1:
-        print("\nNothing was fetched: --dry_run." if dry_run else "\nAll the files are already on this machine.")
+        print("\nNothing was fetched: --dry_run." if dry_run else "\nAll the files are now on this machine.")
     return EXIT_OK
 
 

@@ -79,7 +79,6 @@ __all__ = [
     "on_terminal",
     "parse_arguments",
     "parse_options",
-    "parse_program",
     "plain_path",
     "plain_source",
     "range_in",
@@ -95,14 +94,14 @@ Arguments = TypeVar("Arguments")
 
 
 def parse_options(
-    kind: type[AnyOptions], argv: Sequence[str] | None = None, prog: str | None = None, *, partial: bool = False
-) -> AnyOptions:
-    """Parse the command line of a stage.
+    kind: type[Arguments], argv: Sequence[str] | None = None, prog: str | None = None, *, partial: bool = False
+) -> Arguments:
+    """Parse the command line of a stage, or of any program with a dataclass of options.
 
     ``--num_threads`` and ``--num-threads`` are the same flag.  ``--help`` prints its text and ends the process.
 
     Args:
-        kind: The stage's dataclass of options.
+        kind: The dataclass of options.
         argv: The words after the program's name; None for those of this process.
         prog: The name of the program that ``--help`` shows; None for that of this process.
         partial: What is required may be left out, such as the stage's folders.  Its value is then its own name.
@@ -114,7 +113,14 @@ def parse_options(
         UsageError: The command line makes no sense: the message says what to type.  Or a URL stands where a path is
             wanted, or an option is given two values.
     """
-    return parse_program(kind, argv, prog, partial=partial)
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = prog or Path(sys.argv[0]).name
+    if "--help" in words or "-h" in words:
+        print(help_text(kind, name, partial=partial), end="", flush=True)
+        sys.exit(0)
+    options = with_plain_paths(kind(**read_options(kind, words, Advice(kind, name), partial=partial)))
+    refuse_urls(options)
+    return options
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: str) -> Arguments:
@@ -128,24 +134,6 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None, command: 
     Raises:
         UsageError: As for ``parse_options``, or a number is out of its bounds.
     """
-    options = parse_program(kind, argv, f"{PROGRAM} {command}")
+    options = parse_options(kind, argv, f"{PROGRAM} {command}")
     check_bounds(options)
     return options
-
-
-def parse_program(
-    kind: type[Arguments], argv: Sequence[str] | None, prog: str | None = None, *, partial: bool = False
-) -> Arguments:
-    """What ``parse_options`` does, for any dataclass of options."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    name = prog or Path(sys.argv[0]).name
-    if "--help" in words or "-h" in words:
-        print(help_text(kind, name, partial=partial), end="", flush=True)
-        sys.exit(0)
-    options = with_plain_paths(_parse(kind, words, name, partial=partial))
-    refuse_urls(options)
-    return options
-
-
-def _parse(kind: type[Arguments], words: Sequence[str], prog: str, *, partial: bool) -> Arguments:
-    return kind(**read_options(kind, words, Advice(kind, prog), partial=partial))

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, ClassVar, get_type_hints
@@ -50,25 +51,22 @@ def between(low: float, high: float) -> Bound:
 FINITE = Bound("a finite number", math.isfinite)
 
 
-@dataclass(frozen=True, slots=True)
-class MayBeUrl:
-    """In the annotation of an option's field: its value may be a URL.  All other options take paths of this machine."""
+class Mark(Enum):
+    """In the annotation of an option's field: what its value is.
 
-
-URLS = MayBeUrl()
-
-
-@dataclass(frozen=True, slots=True)
-class NamesPath:
-    """In the annotation of an option's field of type ``str``: its value is a path (``plain_path``)."""
-
-
-@dataclass(frozen=True, slots=True)
-class IsList:
-    """In the annotation of an option's field of type ``str``: its value is a list (``items_in``).
-
-    So ``--ports 11434 11435`` and ``--models a, b``, which the shell makes several words of, are one value.
+    Attributes:
+        URLS: It may be a URL.  The values of all other options are no URLs.
+        PATH: Of a ``str``: a path (``plain_path``).
+        LISTED: Of a ``str``: a list (``items_in``).  So ``--ports 11434 11435`` and ``--models a, b``, which the shell
+            makes several words of, are one value.
     """
+
+    URLS = auto()
+    PATH = auto()
+    LISTED = auto()
+
+
+URLS, PATH, LISTED = Mark.URLS, Mark.PATH, Mark.LISTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,6 @@ class Sides:
     height: str
 
 
-PATH, LISTED = NamesPath(), IsList()
 FolderName = Annotated[str, PATH]
 Files = tuple[str, ...]
 """Folders, files, globs, braces or lists: one or several, as the shell makes of ``shards/*.tar``."""

@@ -263,7 +263,7 @@ def test_without_a_stage_everything_that_the_defaults_of_the_pipeline_need(
         assert detector.is_file(), "the others are fetched all the same"
         done = fetch(hub, tmp_path, SCRFD_PACK_URL=url, HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("\nAll the files are already on this machine.\n")
+        assert done.stdout.endswith("\nAll the files are now on this machine.\n")
         again = fetch(hub, tmp_path, "--dry_run")  # what is there needs no token
         assert again.returncode == 0, again.stderr
         assert "det_10g.onnx: is there" in again.stdout

@@ -7,7 +7,6 @@ type.  Nothing is left out without a line.
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 from collections import Counter
@@ -18,11 +17,9 @@ from typing import Final
 
 from curation.cluster import WORKER_VARIABLE
 from curation.errors import UsageError
-from curation.options import plain_path, plain_source
+from curation.options import logger, plain_path, plain_source
 from curation.storage.files import glob_paths, is_pattern
 from curation.storage.urls import PIPE, Source, Url, find_remote, is_remote
-
-logger = logging.getLogger("curation")
 
 TAR: Final = ".tar"
 PACKED_TARS: Final = (".tar.gz", ".tgz")  # read like tars; stage 04 alone takes none

@@ -31,7 +31,6 @@ from curation.commands.report.facts import gather
 from curation.commands.report.page import render
 from curation.commands.report.pictures import Known
 from curation.commands.report.samples import decoded
-from curation.commands.report.watch import limit_of
 from tests import ROOT
 from tests.commands.synthetic_root import HOSTILE, Synthetic, make_root
 from tests.pipeline import Undisturbed
@@ -531,20 +530,6 @@ def test_the_page_is_written_again_while_it_is_watched(number: signal.Signals, t
     assert re.search(r"report\.html: written \d+ times; it is no longer updated", said)
     assert refreshes(Page(output.read_text("utf-8"))) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "toy"]
-
-
-@pytest.mark.parametrize(
-    ("stage", "words"),
-    [
-        ({"running": [], "pending": 4, "phases": {}}, "no worker is running: start the stage again"),
-        ({"running": [], "pending": 0, "phases": {"read": 1.0}}, "nothing is left to do"),
-        ({"running": [1], "pending": 0, "phases": {}}, "not known before the first shard is done"),
-        ({"running": [1], "pending": 9, "phases": {"infer": 97.0, "read": 3.0}}, "the model: 97 % of the time"),
-        ({"running": [1], "pending": 9, "phases": {"<b>": 1.0}}, "<b>: 100 % of the time"),
-    ],
-)
-def test_what_limits_a_stage(stage: dict[str, Any], words: str) -> None:
-    assert limit_of(stage) == words
 
 
 def test_pictures_that_an_earlier_page_has_made_are_not_read_again(undisturbed: Undisturbed, tmp_path: Path) -> None:

@@ -444,6 +444,7 @@ def test_two_outputs_of_one_stage_are_told_apart(
         ({"running": [], "pending": 0}, [("01_filter_noface", 3)], "waits for stage 01"),
         ({"running": [], "pending": 0}, [("01_filter_noface", 0)], ""),
         ({"phase_seconds": {"polish": 2.0}}, [("01_filter_noface", 3)], "polish (100% of the time)"),
+        ({"phase_seconds": {"<b>": 1.0}}, [], "<b> (100% of the time)"),
     ],
 )
 def test_what_limits_a_stage(changes: dict[str, Any], before: list[tuple[str, int]], limit: str) -> None:

@@ -16,7 +16,7 @@ from curation.commands.report.originals import Originals
 from curation.commands.report.receipts import MAX_NAME, GridCell, ReceiptBounds, ReceiptStats, add_cell, cell_of, merged
 from curation.commands.report.recipe import models_before, recipes, stand_ins
 from curation.commands.report.samples import SampleStats, look
-from curation.commands.status.command import stage_result
+from curation.commands.status.command import add_names_and_limits, stage_result
 from curation.commands.status.live_claims import ClaimWatcher
 from curation.commands.status.scan import ReceiptScan, ScannedStage
 from curation.errors import UsageError
@@ -86,6 +86,7 @@ def gather(
     for stage, stage_stats, held in zip(scan.stages, stats, held_now, strict=True):
         _see_the_others(stage, stage_stats, {claim.shard_id for claim in held})
         stages.append(_bounded(stage_result(stage, stage_stats, held, {})) | _more(stage, stage_stats, shards_page))
+    add_names_and_limits(root, scan, stages)
     chosen = [[shard for _, shard in sorted(stage_stats.chosen, reverse=True)] for stage_stats in stats]
     looked = look(places, chosen, 500, CLOSE)
     for stage, stage_stats, shown in zip(scan.stages, stats, stages, strict=True):

@@ -24,7 +24,6 @@ from curation.commands.report.facts import ReportFacts
 from curation.commands.report.pictures import Known, Thumbnails
 from curation.commands.report.receipts import MAX_SECONDS, STATES, GridCell, ReceiptStats, merged
 from curation.commands.report.samples import MAX_REASONS, GallerySample, decoded, in_order, with_captions
-from curation.commands.report.watch import limit_of
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
 from curation.shards import bucket_of
@@ -105,7 +104,6 @@ def _fill(
         omitted=pictures.omitted,
         picture=pictures.get,
         again_s=again_s,
-        limits=[limit_of(stage) for stage in facts.told["stages"]],
         own_shards=_OWN_SHARDS,
         software=sorted({code for stage in facts.told["stages"] for code in stage["code"]} - {"(unknown)"})[:10],
         losses={name: words for name, (_, _, words) in LOSSES.items()},

@@ -6,22 +6,10 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
-SHARE_OF_READING = 3.0  # the pause is at least so many times as long as a page takes: others use the filesystem too
-_PHASES: Mapping[str, str] = {
-    "infer": "the model",
-    "wait": "waiting for the model's server",
-    "read": "reading the input",
-    "decode": "decoding pictures",
-    "encode": "encoding pictures",
-    "write": "writing the output",
-    "commit": "publishing the output",
-    "verify": "checking the output",
-    "language": "recognising languages",
-}
+from curation.commands.status.command import SHARE_OF_READING
 
 
 def write_again_and_again(write: Callable[[bool], bool], seconds: float) -> int:
@@ -60,18 +48,3 @@ def _ended_by_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def limit_of(stage: Mapping[str, Any]) -> str:
-    """Returns in words what a stage spends most of its workers' time on, or what it waits for."""
-    running, pending = len(stage["running"]), stage["pending"]
-    if pending and not running:
-        return "no worker is running: start the stage again"
-    if not running:
-        return "nothing is left to do"
-    phases = stage["phases"]
-    total = sum(phases.values())
-    if not total:
-        return "not known before the first shard is done"
-    name, most = max(phases.items(), key=lambda item: item[1])
-    return f"{_PHASES.get(name, name)}: {100 * most / total:.0f} % of the time"

@@ -154,7 +154,7 @@ def _rate(value: float | None) -> str:
 STATUS_FORMAT = 1
 _MOMENT_S = 1.0  # between the two times that a heartbeat is read, at least
 _WATCH_S = "10"
-_SHARE_OF_READING = 3.0  # --watch waits at least so many times as long as it reads
+SHARE_OF_READING = 3.0  # --watch waits at least so many times as long as it reads: others use the filesystem too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ def _watch(options: Options, claims: ClaimWatcher, every_s: float) -> None:
             if ended:
                 break
             look_s = 0.0
-            time.sleep(max(every_s, _SHARE_OF_READING * (time.monotonic() - began)))
+            time.sleep(max(every_s, SHARE_OF_READING * (time.monotonic() - began)))
     if not options.json:
         print(ended, flush=True)
 
@@ -250,11 +250,7 @@ def _look(root: Path, scan: ReceiptScan, claims: ClaimWatcher, look_s: float) ->
         stage_result(stage, counts, held, states)
         for stage, counts, held in zip(scan.stages, totals, held_now, strict=True)
     ]
-    names = names_of(root, [stage.place for stage in scan.stages])
-    for told, name in zip(stages, names, strict=True):
-        told["name"] = clean_text(name)
-    for number, told in enumerate(stages):
-        told["limit"] = limit_of(told, [stages[before] for before in scan.waits_for(number)])
+    add_names_and_limits(root, scan, stages)
     return {
         "format": STATUS_FORMAT,
         "root": str(root),
@@ -263,6 +259,15 @@ def _look(root: Path, scan: ReceiptScan, claims: ClaimWatcher, look_s: float) ->
         "stages": stages,
         "warnings": [clean_text(warning) for warning in scan.warnings],
     }
+
+
+def add_names_and_limits(root: Path, scan: ReceiptScan, stages: Sequence[dict[str, Any]]) -> None:
+    """Add to each ``stage_result`` its ``name``, and in ``limit`` what limits it, which needs those of all stages."""
+    names = names_of(root, [stage.place for stage in scan.stages])
+    for told, name in zip(stages, names, strict=True):  # before the limits, which may name another stage
+        told["name"] = clean_text(name)
+    for number, told in enumerate(stages):
+        told["limit"] = limit_of(told, [stages[before] for before in scan.waits_for(number)])
 
 
 def stage_result(

@@ -49,14 +49,14 @@ class Parsed(BaseException):
 @contextmanager
 def only_parsing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Programs end once they have parsed their command line."""
-    parse = options_module._parse
+    read = options_module.read_options
 
-    def parse_and_end(*arguments: Any, **named: Any) -> Any:
-        parse(*arguments, **named)
-        raise Parsed
+    def read_and_end(*arguments: Any, **named: Any) -> Any:
+        read(*arguments, **named)
+        raise Parsed  # before values are looked at: $ROOT has none here
 
     with monkeypatch.context() as patch:
-        patch.setattr(options_module, "_parse", parse_and_end)
+        patch.setattr(options_module, "read_options", read_and_end)
         yield
 
 

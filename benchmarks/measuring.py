@@ -20,10 +20,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -184,94 +183,6 @@ def cpu_seconds(*who: int) -> float:
 def median_ratio(of: Sequence[float], to: Sequence[float]) -> float:
     """The median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceRow:
-    """One way to do the work on a device.  rate: images a second.  memory_gb: the device's peak."""
-
-    what: str
-    batch: int
-    rate: float
-    memory_gb: float
-
-
-@dataclass
-class DeviceRows:
-    """Ways to do the same work on one device, each measured after the other."""
-
-    device: str
-    rounds: int
-    rows: list[DeviceRow] = field(default_factory=list)
-
-    @property
-    def on_cuda(self) -> bool:
-        return self.device.startswith("cuda")
-
-    def wait(self) -> None:
-        """Waits until the device has done all that it was given."""
-        import torch
-
-        if self.on_cuda:
-            torch.cuda.synchronize()
-
-    def measure(self, what: str, batch: int, run: Callable[[], int], warm_up: Callable[[], object]) -> float:
-        """Adds a row: the median rate of the rounds.
-
-        Args:
-            what: The row's name.
-            batch: Images in a batch.
-            run: Does the work on some images and returns how many.
-            warm_up: Runs before the clock starts; what is compiled is compiled here.
-
-        Returns:
-            Images a second; 0 where it failed: then there is a line instead of a row, and the others are measured.
-        """
-        import torch
-
-        try:
-            warm_up()
-            if self.on_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            rates = []
-            for _ in range(self.rounds):
-                self.wait()
-                began = time.perf_counter()
-                images = run()
-                self.wait()
-                rates.append(images / (time.perf_counter() - began))
-        except Exception as error:  # noqa: BLE001 - an experiment that fails must not end the others
-            print(f"{what}, batch {batch}: {type(error).__name__} {str(error).splitlines()[:1]}", flush=True)
-            if self.on_cuda:
-                torch.cuda.empty_cache()
-            return 0.0
-        memory = torch.cuda.max_memory_allocated() / 1e9 if self.on_cuda else 0.0
-        self.rows.append(DeviceRow(what, batch, statistics.median(rates), memory))
-        print(f"{what}, batch {batch}: {self.rows[-1].rate:.2f} images/s", flush=True)
-        return self.rows[-1].rate
-
-    @property
-    def best(self) -> DeviceRow:
-        return max(self.rows, key=lambda row: row.rate)
-
-    def print(self, title: str, first: str) -> None:
-        """Prints the table.  first: what the first row is, to which the others are compared."""
-        print(f"\n{title}\n")
-        print_table(
-            ["", "batch", "images/s", f"of {first}", "GPU memory"],
-            [
-                (r.what, r.batch, f"{r.rate:.2f}", f"{r.rate / self.rows[0].rate:.2f}", f"{r.memory_gb:.1f} GB")
-                for r in self.rows
-            ],
-        )
-
-
-def device_name(device: str) -> str:
-    """Returns the device in words, with torch's version."""
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "the CPU"
-    return f"{name}, torch {torch.__version__}"
 
 
 # ---- what is printed

@@ -4,12 +4,10 @@
 The architecture is the real one with random weights, built here (speed does not depend on the weights); the photos are
 those of examples/shards, repeated.  All rows are measured in one run, the stage and the bare model in turn.  Aims: the
 stage at least 0.95 of the bare model on preloaded tensors (or, where the cores' decoding is slower than the model, at
-least 0.9 of that), and less than 5 % of the stage's time spent waiting for data.  With --device cuda:0 also: 10,000
-images a second from cached crops.
+least 0.9 of that), and less than 5 % of the stage's time spent waiting for data.  On a GPU: ``gpu.py``.
 
-    python benchmarks/metadata.py                        # CPU: one core computes, the others decode
-    python benchmarks/metadata.py --device cuda:0 --gpu  # a GPU, many more photos
-    python benchmarks/metadata.py --tiny --device cpu    # small sizes: tells whether the code runs, not a speed
+    python benchmarks/metadata.py                        # one core computes, the others decode
+    python benchmarks/metadata.py --tiny                 # small sizes: tells whether the code runs, not a speed
     python benchmarks/metadata.py --distances SHARD.tar  # only what an inexact resize gives, and how far features move
 """
 
@@ -330,7 +328,6 @@ def measure(setting: Setting, options: argparse.Namespace, folder: Path) -> int:
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
-    parser.add_argument("--gpu", action="store_true", help="sizes for a GPU: 50,000 photos in batches of 512")
     parser.add_argument("--images", type=int, help="photos in the shards")
     parser.add_argument("--processes", type=int, help="that decode; default: the cores, less one on a CPU")
     parser.add_argument(
@@ -341,12 +338,12 @@ def main() -> int:
     options = parse(parser, images=16, processes=1)
     cores = len(os.sched_getaffinity(0))
     on_cpu = options.device == "cpu"
-    images = options.images or (50_000 if options.gpu else 512)
+    images = options.images or 512
     setting = Setting(
-        device="cuda:0" if options.gpu and on_cpu and not options.tiny else options.device,
+        device=options.device,
         images=images,
         shards=1 if images < 5_000 else 4,
-        batch=8 if options.tiny else 512 if options.gpu else 32,
+        batch=8 if options.tiny else 32,
         processes=options.processes or max(1, cores - 1 if on_cpu else cores),
         repeats=1 if options.tiny else 3,
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Every benchmark one after the other, each beside its peers and its limit in one run: ``make bench``.
 
-Each file bench_*.py, recaption.py and metadata.py prints its own table and ends with 0 where its aim was met and 1
-where it was not; this one shows them as they come, and a summary at the end.  ``--write`` keeps the whole in
+Each file bench_*.py, recaption.py, metadata.py and gpu.py prints its own table and ends with 0 where its aim was met
+and 1 where it was not; this one shows them as they come, and a summary at the end.  ``--write`` keeps the whole in
 docs/benchmarks.md.
 """
 
@@ -58,11 +58,10 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="keep the result in docs/benchmarks.md")
     options = parser.parse_args()
     found = {path.stem.removeprefix("bench_"): path for path in sorted(FOLDER.glob("bench_*.py"))}
-    found |= {name: FOLDER / f"{name}.py" for name in ("recaption", "metadata")}
-    without_gpu = {name: path for name, path in found.items() if not name.endswith("_gpu")}
+    found |= {name: FOLDER / f"{name}.py" for name in ("recaption", "metadata", "gpu")}
     if unknown := set(options.only or []) - set(found):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(found)}")
-    chosen = {name: found[name] for name in options.only} if options.only else without_gpu
+    chosen = {name: found[name] for name in options.only} if options.only else found
     sections, summary, codes = [], ["| benchmark | aim | seconds |", "|---|---|---|"], set()
     for name, script in chosen.items():
         print(f"\n== {name}: {first_sentence(script)}", flush=True)

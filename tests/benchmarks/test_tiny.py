@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from curation.backends.generate.presets import presets
+
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {"measuring", "florence2", "run_all"}  # what benchmarks import, and the one that runs them all
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_models  # noqa: E402 - benchmarks are no package
+
+SHARED = {"measuring", "florence2", "gpu_models", "run_all"}  # what benchmarks import, and the one that runs them all
 NUMBER = r"[\d,]+(\.\d+)?"
 # The command → what each of its rows begins with, and a pattern of the figures behind that.
 FIGURES = {
@@ -20,7 +25,6 @@ FIGURES = {
     "bench_download": {rf"{mode} \| stage 00": NUMBER for mode in ("kept, not decoded", "decoded, kept")},
     "bench_faces": {r"detector \| images/s": NUMBER, r"recorded \| MB/s": NUMBER},
     "bench_generate": {"bare pipeline in a loop": NUMBER, "stage 03": NUMBER},
-    "bench_generate_gpu": {r"upstream's loop \| 2": NUMBER, r"all of it \| 3": NUMBER},
     "bench_llm": {"language, captions/s": NUMBER, **{f"{scene}, requests/s": NUMBER for scene in ("even", "single")}},
     "bench_plan": {r"01_filter_noface \| 2 \| 1": NUMBER, r"02_captions_processor \| 2 \| 1": NUMBER},
     "bench_reshard": dict.fromkeys((r"cp \+ fsync", "tarfile", "webdataset", "stage 04"), NUMBER),
@@ -29,7 +33,17 @@ FIGURES = {
     "bench_verify": {"sha256sum": NUMBER, "verify, 1 process": NUMBER, "verify, 2 processes": NUMBER},
     "metadata": {"bare model, preloaded tensors": NUMBER, "stage 06, exact": NUMBER, "plain loop, one process": NUMBER},
     "recaption": {"bare model, tensors prepared before": NUMBER, "stage 05": NUMBER, "plain loop": NUMBER},
-    "recaption --gpu --device cpu": {"64² published loop": "", "stage 05, tar to JSONL": ""},
+    "gpu --only sd-turbo qwen clip-b32": {
+        rf"{model} \| {flags}": NUMBER
+        for model, flags in (
+            (r"03 \| sd-turbo", "published loop"),
+            (r"03 \| sd-turbo", "as it is"),
+            (r"05 \| qwen2.5-vl-7b", "published loop"),
+            (r"05 \| qwen2.5-vl-7b", "--batch_size 48"),
+            (r"06 \| clip-b32", "published loop"),
+            (r"06 \| clip-b32", "as it is"),
+        )
+    },
 }
 
 
@@ -53,3 +67,15 @@ def test_the_tiny_size_runs_and_prints_its_figures(command: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     for row, figures in FIGURES[command].items():
         assert re.search(rf"^\| {row}.*\| {figures}", result.stdout, flags=re.M), f"{row}\n{result.stdout}"
+
+
+@pytest.mark.parametrize("name", sorted(gpu_models.PIPELINES))
+def test_the_pipelines_of_the_gpu_table_have_their_real_size(name: str) -> None:
+    """As many parameters as the models' published configurations give, by part: counted without memory."""
+    import torch
+
+    with gpu_models.made_on("meta", torch.bfloat16):
+        pipeline = gpu_models.PIPELINES[name][0]()
+    modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
+    counted = sorted(round(sum(p.numel() for p in module.parameters()) / 1e9, 3) for module in modules)
+    assert counted == pytest.approx(sorted(presets()[name].parameters.values()), abs=0.002)

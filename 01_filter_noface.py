@@ -180,6 +180,7 @@ class FilterFaces(Stage[Options]):
     name = "01_filter_noface"
     opening = "loading the face detector"
     opens_quickly = True
+    uses_device = True
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)

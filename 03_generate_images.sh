@@ -11,7 +11,7 @@
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
 # Ends with the stage's exit code: 0 all done, 1 some shards failed, 2 usage or machine, 75 work left.  At the time limit
-# it requeues itself (in an array, only this element), as long as it makes progress.
+# and when a GPU fails it requeues itself (in an array, only this element), as long as it makes progress.
 #SBATCH --job-name=03_generate_images
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4

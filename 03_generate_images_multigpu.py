@@ -187,6 +187,7 @@ class GenerateImages(Stage[Options]):
 
     name = "03_generate_images"
     opening = "loading the image model"
+    uses_device = True
     later = MappingProxyType({"true_cfg_scale": Later(before=None, now=None)})
 
     def __init__(self, options: Options) -> None:

@@ -242,6 +242,7 @@ class Recaption(Stage[Options]):
         self._merge: JsonlMerge | None = None
         self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
         self.opens_quickly = options.captioner[0].served
+        self.uses_device = not self.opens_quickly
 
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:

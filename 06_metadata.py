@@ -154,6 +154,7 @@ class Metadata(Stage[Options]):
 
     name = "06_metadata"
     opening = "loading the models"
+    uses_device = True
     later: ClassVar[Mapping[str, Later]] = {"hash_type": Later(before="float64", now="int64")}
     shards_in_flight = 2  # the next one is read and prepared ahead while this one is computed and written
 

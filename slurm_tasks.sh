@@ -131,7 +131,7 @@ kind_of_step() {
 # script, and what SLURM's record of this job does not confirm.  Without a sign, the variables are left as they are.
 tell_own_from_inherited() {
     local name inherited='' kind
-    unset CURATION_PROGRESS CURATION_TIME_LEFT NOTES # an outer job's
+    unset CURATION_PROGRESS CURATION_BROKEN CURATION_TIME_LEFT NOTES # an outer job's
     in_step=''
     [ -n "${SLURM_JOB_ID:-}" ] || return 0
     if [[ ${SLURM_STEP_ID:-${SLURM_STEPID:-}} =~ ^[0-9]+$ ]]; then
@@ -245,10 +245,10 @@ fi
 
 # run_tasks OUTPUT COMMAND…: the command once per task of the allocation; without SLURM, once.  In a step too, once: its
 # own srun would wait for the resources that the step holds.  Ends the script with the
-# stage's exit code, after requeueing the job (in an array, only this element) if it reached its time limit with work
-# left.  OUTPUT must be a folder that all nodes share.
+# stage's exit code, after requeueing the job (in an array, only this element) if work is left because it reached its time
+# limit or because a device has failed.  OUTPUT must be a folder that all nodes share.
 run_tasks() {
-    local output=$1 codes killed
+    local output=$1 codes killed broken states left=''
     shift
     mkdir -p "$output" || usage_error "the folder $output cannot be made"
     cause='' step=''
@@ -260,6 +260,7 @@ run_tasks() {
         "${wrap[@]}" "$@" &
         step=$!
         wait_for_step
+        [ "$code" = 69 ] && code=75 # its device has failed
         exit "$code"
     fi
     # SLURM sends TERM to the tasks too, but for scancel --batch.  srun, on TERM, would kill them; USR1 it hands on.
@@ -270,6 +271,7 @@ run_tasks() {
     notes=$(mktemp -d "$output/.job-$SLURM_JOB_ID.XXXXXX") || usage_error "the folder $output cannot be written"
     trap 'rm -rf "$notes"; clear_up' EXIT
     export NOTES=$notes CURATION_PROGRESS=$notes/progress # the stage makes that file when it finished something
+    export CURATION_BROKEN=$notes/broken                  # … and broken.<node> when a device of that node has failed
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}} # srun does not take it from the job
     CURATION_TIME_LEFT=$(time_left)
     export CURATION_TIME_LEFT
@@ -299,24 +301,41 @@ run_tasks() {
     fi
     [ "$killed" -gt 0 ] && echo "$killed of the tasks were killed: out of memory?"
     echo "tasks ended with: ${codes:-nothing}${cause:+, asked to stop by $cause}"
+    broken=$(for node in "$notes"/broken.*; do [ -e "$node" ] && echo "${node##*/broken.}"; done)
+    [ -z "$broken" ] || echo "a device has failed on: ${broken//$'\n'/ }"
     case " $codes" in
     *" 2 "*) exit 2 ;;
-    *" 75 "*) ;;
-    " 0 ") [ "$killed" -eq 0 ] && exit 0 || exit 1 ;;
-    *) exit 1 ;;
+    *" 75 "*) left=yes ;;
+    *" 69 "*) # its device has failed: perhaps after the other tasks had ended, so that nobody took its shards over
+        states=$("${wrap[@]}" "$@" --dry_run 2>/dev/null | tail -n 1) || true
+        case " ${states##*: }," in
+        ' ,' | *' pending,'* | *' waiting,'*) left=yes ;;
+        *' failed,'* | *' blocked,'*) exit 1 ;;
+        *) codes=${codes/69 /} ;;
+        esac
+        ;;
     esac
+    if [ -z "$left" ]; then
+        case " $codes" in ' ' | ' 0 ') [ "$killed" -eq 0 ] && exit 0 ;; esac
+        exit 1
+    fi
 
-    # Work is left.  Again only at the time limit (never after scancel's TERM), and only if something was finished.
+    # Work is left.  Again only at the time limit or where a device has failed (never after scancel's TERM), and only if
+    # something was finished.
     if [ "$cause" = TERM ] || [ "$cause" = INT ]; then
         exit 75
-    elif [ -z "$cause" ] && [ "$(seconds_of "$(time_left)")" -gt "$WARNING_S" ]; then
+    elif [ -z "$cause" ] && [ -n "$broken" ] && [ ! -e "$notes/progress" ]; then
+        echo "not queued again: no device of this job has worked"
+        exit 2
+    elif [ -z "$cause$broken" ] && [ "$(seconds_of "$(time_left)")" -gt "$WARNING_S" ]; then
         echo "not queued again: the time limit is far"
     elif [ ! -e "$notes/progress" ] && [[ " $* " != *" --follow "* ]]; then # a follower may only have waited
         echo "not queued again: nothing was finished in the time there was"
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
         echo "not queued again: restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS)"
     else
-        queue_again
+        # shellcheck disable=SC2086  # a list of words
+        queue_again $broken
     fi
     exit 75
 }
@@ -340,17 +359,34 @@ count() {
     [ -e "$1" ] && echo $# || echo 0
 }
 
+# queue_again NODE…: without these nodes, if SLURM allows.
 queue_again() {
-    local job=$SLURM_JOB_ID
+    local job=$SLURM_JOB_ID without=''
     [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
     if ! command -v scontrol >/dev/null; then
         echo "not queued again: no scontrol on this node; submit the same command again"
         return
     fi
-    echo "requeueing $job (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
+    [ "$#" -eq 0 ] || without=$(nodes_to_exclude "$@")
+    echo "requeueing $job (restart $((${SLURM_RESTART_COUNT:-0} + 1)))${without:+ without $without}"
     rm -rf "$notes" # a requeued job is ended on the spot
     clear_up
+    [ -z "$without" ] || trap '' TERM # SLURM ends the job with it, and changes only the list of a job that waits
     scontrol requeue "$job" || echo "not queued again: SLURM refused; submit the same command again"
+    [ -z "$without" ] || scontrol update JobId="$job" ExcNodeList="$without" ||
+        echo "SLURM did not exclude $without: the job may get the same device again"
+}
+
+# nodes_to_exclude NODE…: prints them with those that the job excludes already; nothing if too few nodes would be left.
+nodes_to_exclude() {
+    local others all
+    all=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | awk 'match($0, / ExcNodeList=[^ ]+/) {
+        list = substr($0, RSTART + 13, RLENGTH - 13); if (list != "(null)") print list; exit }')
+    [ -z "$all" ] || all=$(scontrol show hostnames "$all" 2>/dev/null)
+    all=$(printf '%s\n' "$@" $all | sort -u) # $all is a list of words
+    others=$(sinfo --noheader --Node --partition "${SLURM_JOB_PARTITION:-}" --format %N 2>/dev/null | sort -u |
+        grep -cvxF "$all")
+    [ "${others:-0}" -ge "${SLURM_JOB_NUM_NODES:-1}" ] && echo "${all//$'\n'/,}"
 }
 
 # Prints the time left for the job, [days-]hours:minutes:seconds; nothing if SLURM does not answer.

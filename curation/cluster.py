@@ -28,6 +28,7 @@ MAX_GPU = 1023
 WORKER_VARIABLE = "CURATION_WORKER"  # "2/4": set by a parent process for its children
 RUN_VARIABLE = "CURATION_RUN_ID"
 PROGRESS_VARIABLE = "CURATION_PROGRESS"  # a file to create when some work is finished, for the job's script
+BROKEN_VARIABLE = "CURATION_BROKEN"  # with a node's name behind it, a file to create when a device there has failed
 TIME_LEFT_VARIABLE = "CURATION_TIME_LEFT"  # the time left when the tasks were started, as squeue prints it
 ONE_SIGNAL_S = 1.0  # a worker may get SIGTERM twice in this time: from SLURM and from its parent
 MARGIN_S = 60.0  # so long before the deadline, no new work is begun
@@ -225,6 +226,20 @@ def note_progress() -> None:
     if path:
         with contextlib.suppress(OSError):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
+
+
+def note_broken_device() -> str:
+    """Record that a device of this node has failed, so that the job's script may queue the job again without the node.
+
+    Returns:
+        The node's name: SLURM's, or this machine's.
+    """
+    node = os.environ.get("SLURMD_NODENAME") or host_identity()[0]
+    path = os.environ.get(BROKEN_VARIABLE)
+    if path and re.fullmatch(r"[\w.-]+", node):
+        with contextlib.suppress(OSError):
+            os.close(os.open(f"{path}.{node}", os.O_WRONLY | os.O_CREAT, 0o666))
+    return node
 
 
 class CheckStop(Protocol):

@@ -1,7 +1,9 @@
 """The three levels of errors: a sample's, a shard's, and the infrastructure's.
 
 A sample's error is recorded with its reason and the shard goes on; a shard's error makes a failed receipt and the
-run goes on; an infrastructure error stops the run with one clear line and exit code 2.
+run goes on; an infrastructure error stops the run with one clear line and exit code 2.  A failure of a device (a GPU
+that is broken or lost) is its process's alone: this one gives its shards back and leaves, and the others go on.
+``device_failure`` and ``memory_shortage`` are the one place that knows with which words the libraries say that.
 
 ``redact`` is the one place that takes secrets out of what is said of an error.  The log, the terminal, receipts and
 rejects put every text through it, whichever library it comes from.
@@ -21,13 +23,14 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
-from typing import Final
+from typing import Final, Literal
 
 from curation import CORE, PROJECT
 
 EXIT_OK = 0
 EXIT_SHARDS_FAILED = 1
 EXIT_USAGE = 2  # usage or infrastructure
+EXIT_DEVICE_FAILED = 69  # EX_UNAVAILABLE: the device of this process has failed, with work left
 EXIT_WORK_LEFT = 75  # EX_TEMPFAIL: stopped by a signal or the deadline with work left
 
 # A "…" is what stands here for a query already.
@@ -85,6 +88,76 @@ class InfrastructureError(Exception):
 
 class UsageError(InfrastructureError):
     """An option's value makes no sense: exit code 2, before any work is done."""
+
+
+class DeviceError(InfrastructureError):
+    """The device of this process has failed.  Its worker leaves with exit code 69, and the other workers go on."""
+
+
+# What torch, cuBLAS, cuDNN, their counterparts of AMD and Intel, and onnxruntime say when memory runs out …
+_MEMORY_RAN_OUT: Final = re.compile(
+    r"out[ _]?of[ _]?(?:device[ _]|host[ _])?(?:memory|resources)|not enough memory|can't allocate memory"
+    r"|failed to allocate memory|bad[ _]alloc|_STATUS_ALLOC_FAILED|miopenStatusAllocFailed|rocblas_status_memory_error",
+    re.IGNORECASE,
+)
+# … what they say when a library found too little memory for itself, but also where the device is broken …
+_MEMORY_MAY_HAVE_RUN_OUT: Final = re.compile(
+    r"(?:CUBLAS|CUBLASLT|CUDNN|CUSOLVER|CUSPARSE|CUFFT|HIPBLAS|HIPBLASLT|HIPSOLVER)_STATUS_"
+    r"(?:NOT_INITIALIZED|EXECUTION_FAILED\w*|INTERNAL_ERROR\w*)|CUFFT_INTERNAL_ERROR|CUFFT_EXEC_FAILED"
+    r"|miopenStatus(?:InternalError|UnknownError|NotInitialized)|rocblas_status_internal_error"
+    r"|unable to find an engine|unable to find a valid cuDNN algorithm|cudnnFinalize failed",
+    re.IGNORECASE,
+)
+# … and when it is broken, has lost its driver, or when an earlier fault has spoilt what this process has on it.
+_DEVICE_FAILED: Final = re.compile(
+    r"\bCUDA error\b|\bCUDA_ERROR_\w+|\bcudaError[A-Z]\w+|\bCUDA failure \d"
+    r"|\bCUDA driver (?:error|initialization failed)"
+    r"|\bCUDA (?:unknown error|call failed lazily|initialization error)|No CUDA GPUs are available"
+    r"|\bHIP error\b|\bhipError[A-Z]\w+|\bHIP failure \d|\bROCM failure \d|No HIP GPUs are available"
+    r"|\bXPU error\b|No XPU devices are available|\b(?:UR|ZE)_RESULT_ERROR_\w+|\bPI_ERROR_\w+|Level[- ]Zero error"
+    r"|\bNVML_ERROR_\w+|\bNVML: |\bXid\b\W*\d|uncorrectable ECC|\bECC error|device not ready|device[ _]lost"
+    r"|fallen off the bus|GPU is lost|lost (?:the )?driver|driver shutting down|Found no NVIDIA driver"
+    r"|illegal memory access|illegal instruction was encountered|misaligned address|unspecified launch failure"
+    r"|Memory access fault by GPU|hardware (?:exception|stack error)|GPU hang",
+    re.IGNORECASE,
+)
+
+
+def memory_shortage(text: str) -> Literal["certain", "doubtful", ""]:
+    """Whether a library's message says that the memory of a device, or of this machine, ran out.
+
+    Returns:
+        certain: It says so.  doubtful: It says something that is mostly said where memory ran out, but also where the
+        device is broken; a smaller batch shows which of them it is.  Empty: it says something else.
+    """
+    if _MEMORY_RAN_OUT.search(text):
+        return "certain"
+    return "doubtful" if _MEMORY_MAY_HAVE_RUN_OUT.search(text) else ""
+
+
+def device_failure(error: BaseException) -> DeviceError | None:
+    """Whether ``error`` was raised because the device of this process has failed.
+
+    Only for work that uses a device: what a model server says of its own device is none of this process's.
+
+    Returns:
+        The error to raise instead: one line, without the node's name.  None if the cause is another, such as too little
+        memory or a wrong path.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DeviceError):
+            return cause
+        origin = type(cause).__module__.partition(".")[0]
+        of_a_library = isinstance(cause, RuntimeError) or origin in ("torch", "onnxruntime")
+        if of_a_library or (isinstance(cause, InfrastructureError) and not isinstance(cause, UsageError)):
+            text, kind = str(cause), type(cause).__name__
+            known = _DEVICE_FAILED.search(text) or kind in ("AcceleratorError", "DeviceReset")
+            shortage = memory_shortage(text)
+            if (known and shortage != "certain") or shortage == "doubtful":
+                return DeviceError((text.strip().splitlines() or [kind])[0][:300])
+        cause = cause.__cause__
+    return None
 
 
 # Modules whose package has another name.

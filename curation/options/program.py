@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, lack_of, redact
+from curation.errors import EXIT_DEVICE_FAILED, EXIT_OK, EXIT_USAGE, InfrastructureError, lack_of, redact
 from curation.jsonio import clean_text
 
 logger = logging.getLogger("curation")
@@ -71,9 +71,21 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
                 raise
             say_error(lack)
             return EXIT_USAGE
+        if code == EXIT_DEVICE_FAILED:
+            _leave_device()
         return code
 
     return guarded
+
+
+def _leave_device() -> None:
+    """End this process at once where it has begun to use a device, which has failed: what the libraries do at their end
+    would fail too, and end it with a signal in place of the exit code."""
+    torch = sys.modules.get("torch")
+    if torch is not None and any(getattr(torch, kind).is_initialized() for kind in ("cuda", "xpu")):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_DEVICE_FAILED)
 
 
 def _hide_secrets_of_tracebacks() -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from curation import __version__
 from curation.cluster import Allocation, StopSignal, gpu_name, host_identity, slurm_ids
-from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped, lack_of, redact
+from curation.errors import InfrastructureError, LostClaim, ShardError, Stopped, device_failure, lack_of, redact
 from curation.options import RunOptions, logger
 from curation.run.checkpoints import Partials, tokens_with_checkpoints
 from curation.run.claims import Claim, Claims, LostAttempt
@@ -230,6 +230,7 @@ class Attempts:
         self._leftovers = StaleTempFiles()
         self._partials = Partials(ledger.root / "_partial" / stage.name)
         self.open_s = 0.0  # seconds that this process needed to start
+        self.saved = False  # whether an attempt has left checkpoints
         self.to_run_first: set[str] = set()  # the stages that blocked shards wait for
 
     def wanted(self, state: State) -> bool:
@@ -296,6 +297,7 @@ class Attempts:
                 work.finish(alone=False)  # the winner did not know this attempt's checkpoints
             return "lost"
         finally:
+            self.saved |= work.checkpointed
             work.discard()
             work.close()
         return "settled"
@@ -349,6 +351,8 @@ class Attempts:
         except (Stopped, LostClaim, InfrastructureError):
             raise
         except Exception as error:  # the boundary of a shard: it fails, and the run goes on
+            if self._stage.uses_device and (broken := device_failure(error)):
+                raise broken from error
             if isinstance(error, OSError) and is_storage_trouble(error):  # in a file that the stage itself opened
                 raise storage_error(Path(error.filename or self._ledger.root), error) from error
             if lack := lack_of(error):

@@ -37,6 +37,9 @@ _FEW_SHARDS, _LONG_ENOUGH_S = 2, 60.0  # one small shard that took no time says 
 _MIN_BETWEEN_LOOKS_S = 30.0  # between the first and the last of the listings from which a rate is taken
 
 
+COMPUTED = "computed"  # what a worker tells its parent beside counts
+
+
 _WORDING = {  # result of a shard → its words in the last line, in this order
     "worked": "done",
     "done": "were done before",
@@ -95,6 +98,15 @@ class Tally:
             with contextlib.suppress(OSError):  # the parent is gone, or reads nothing any more
                 os.write(self._pipe, orjson.dumps([counts, whole, shard_id]) + b"\n")
 
+    def tell_of_failed_device(self, *, computed: bool) -> None:
+        """Tell the parent that this process ends because its device has failed.
+
+        computed: whether the device had worked before: something was published or checkpointed.
+        """
+        if self._pipe is not None and computed:
+            with contextlib.suppress(OSError):
+                os.write(self._pipe, orjson.dumps(COMPUTED) + b"\n")
+
     def text(self, seconds: float, result: Callable[[Mapping[str, int]], str]) -> str:
         """``3 done, 2 failed; samples: 30 in, 20 kept, 8 dropped, 2 failed (5.0/s); 20 captioned``
 
@@ -116,6 +128,7 @@ class TalliesOfWorkers:
 
     def __init__(self) -> None:
         self.tally = Tally()
+        self.computed = False  # whether the device of a worker that ended has worked before it failed
         self._read_end, self.pipe = os.pipe()  # ``pipe`` is for the workers' ``Tally``
         os.set_blocking(self._read_end, False)
         os.set_blocking(self.pipe, False)  # a worker never waits for its parent
@@ -127,7 +140,10 @@ class TalliesOfWorkers:
             while data := os.read(self._read_end, 1 << 16):
                 *lines, self._rest = (self._rest + data).split(b"\n")
                 for line in lines:
-                    counts, notes, shard_id = orjson.loads(line)
+                    if (told := orjson.loads(line)) == COMPUTED:
+                        self.computed = True
+                        continue
+                    counts, notes, shard_id = told
                     self.tally.shards("worked")
                     self.tally.samples(counts, notes, shard_id)
                     progress.samples_done(counts["in"])

@@ -5,6 +5,7 @@ Any number of processes on any number of nodes run this loop over the same folde
 
 from __future__ import annotations
 
+import contextlib
 import random
 import secrets
 import threading
@@ -17,9 +18,17 @@ from typing import Any
 
 import xxhash
 
-from curation.cluster import Allocation, StopSignal, parse_deadline, run_id
-from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_WORK_LEFT, UsageError
-from curation.options import RunOptions, logger, set_up_logging
+from curation.cluster import Allocation, StopSignal, gpu_name, note_broken_device, parse_deadline, run_id
+from curation.errors import (
+    EXIT_DEVICE_FAILED,
+    EXIT_OK,
+    EXIT_SHARDS_FAILED,
+    EXIT_WORK_LEFT,
+    DeviceError,
+    UsageError,
+    device_failure,
+)
+from curation.options import RunOptions, logger, say_error, set_up_logging
 from curation.run.attempt import Attempts
 from curation.run.claims import Claim, Claims
 from curation.run.follow import Follower, Follows
@@ -67,7 +76,11 @@ def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], f
         shared = run_id().partition("-")[2] or secrets.token_hex(8)
         # Here, so that an error in the options is reported once and not by each worker.
         _Entry(stage, selected, options, f"run-{shared}").check()
-        return run_workers(stage, options, shared, selected)
+
+        def states() -> Counter[str]:
+            return _states(stage, options, selected, _follower(follows, selected, options), f"run-{shared}")
+
+        return run_workers(stage, options, shared, selected, states)
     allocation = Allocation.detect(options.workers)
     set_up_logging(options.quiet, f"[{allocation.rank}]" if allocation.world > 1 else "")
     stop = StopSignal(parse_deadline(options.deadline))
@@ -84,7 +97,15 @@ def run_shards(
     stop: StopSignal,
     follows: Follows | None = None,
 ) -> int:
-    """Process pending shards until none is left that this process can claim; returns the exit code."""
+    """Process pending shards until none is left that this process can claim; returns the exit code.
+
+    Where the device of this process fails, it gives its shards back, and the code is EXIT_DEVICE_FAILED: whoever
+    started it with others knows whether they did its work.  A process that is alone and whose device never worked ends
+    like any other that lacks something.
+
+    Raises:
+        InfrastructureError: The run cannot go on.
+    """
     allocation = replace(allocation, run_id=allocation.run_id or f"run-{secrets.token_hex(8)}")
     follower = _follower(follows, shards, options)
     entry = _Entry(stage, shards, options, allocation.run_id, follower)
@@ -93,15 +114,23 @@ def run_shards(
     claims.heartbeat.start()
     if allocation.rank == 0:
         _clear_leftovers(stage, claims)
+    run = _Run(stage, shards, options, allocation, stop, entry, claims, follower)
+    broken: DeviceError | None = None
     try:
-        run = _Run(stage, shards, options, allocation, stop, entry, claims, follower)
         run.go()
+    except Exception as error:
+        broken = device_failure(error) if stage.uses_device else None
+        if broken is None:
+            raise
     finally:
         try:
-            stage.close()
+            # What frees memory on a broken device fails too, and says less.
+            with contextlib.suppress(Exception) if broken else contextlib.nullcontext():
+                stage.close()
         finally:
             claims.heartbeat.stop()
-    return run.conclude()  # last, so that the run's last line says what came of it
+    # Last, so that the run's last line says what came of it.
+    return run.conclude() if broken is None else run.leave(broken)
 
 
 def _clear_leftovers(stage: Stage[Any], claims: Claims) -> None:
@@ -461,6 +490,26 @@ class _Run:
         logger.info(f"{self._stage.name}: of {len(self._shards)} shards {told}")
         return code
 
+    def leave(self, broken: DeviceError) -> int:
+        """Say which device of which node has failed; returns the exit code.
+
+        Raises:
+            DeviceError: This process is the whole run, and its device has never worked.
+        """
+        computed = self._attempts.saved or self._tally["worked"] + self._tally["failed"] > 0
+        self._tally.tell_of_failed_device(computed=computed)
+        gpu = gpu_name(self._allocation.gpu)
+        where = f"node {note_broken_device()}{f', GPU {gpu}' if gpu is not None else ''}"
+        if self._allocation.world == 1 and not computed:
+            raise DeviceError(f"{where}: {broken}")
+        say_error(
+            f"{where}: {broken}; this process gives its shards back and ends.  The device may be broken: "
+            "run the same command again on another one"
+        )
+        told = self._tally.text(time.monotonic() - self._began, self._stage.result)
+        logger.info(f"{self._stage.name}: the device failed; of {len(self._shards)} shards {told}")
+        return EXIT_DEVICE_FAILED
+
     def _say_what_to_do(self) -> None:
         if self._tally["failed"]:
             logger.warning(f"receipts of failed shards are in {self._ledger.receipts}; --retry_failed tries them again")
@@ -475,18 +524,7 @@ def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], fo
 
     Raises InfrastructureError where the real run would: a model, a server or a folder is missing.
     """
-    ledger = stage.ledger(read_only=True)
-    ids = [shard.id for shard in shards]
-    ledger.enter("", options.rerun, ids if options.shards else None, ids, look=True)
-    counts: Counter[str] = Counter()
-    for shard in shards if follower is None else follower.shards.values():
-        if follower is not None and not follower.settled(shard):
-            counts["waiting"] += 1
-            continue
-        state = ledger.state(shard.id, stage.inputs(shard))
-        counts[state.what] += 1
-        if state.what in ("failed", "blocked"):
-            logger.warning(f"{shard.id} {state.what}: {state.why}")
+    counts = _states(stage, options, shards, follower, run_id())
     print(f"{stage.name} into {stage.output}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
     if counts["pending"]:
         if stage.trouble is not None:
@@ -497,3 +535,25 @@ def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], fo
             finally:
                 stage.close()
     return EXIT_OK
+
+
+def _states(
+    stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follower: Follower | None, run: str
+) -> Counter[str]:
+    """How many shards are done, pending, failed, blocked and waiting for the stage before.
+
+    run: the id of the run, whose ``--rerun`` counts as begun where it has begun.  Nothing is written.
+    """
+    ledger = stage.ledger(read_only=True)
+    ids = [shard.id for shard in shards]
+    ledger.enter(run, options.rerun, ids if options.shards else None, ids, look=True)
+    counts: Counter[str] = Counter()
+    for shard in shards if follower is None else follower.shards.values():
+        if follower is not None and not follower.settled(shard):
+            counts["waiting"] += 1
+            continue
+        state = ledger.state(shard.id, stage.inputs(shard))
+        counts[state.what] += 1
+        if state.what in ("failed", "blocked"):
+            logger.warning(f"{shard.id} {state.what}: {state.why}")
+    return counts

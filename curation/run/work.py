@@ -62,6 +62,8 @@ class Stage(ABC, Generic[AnyOptions]):
         later: Options that ``fingerprint`` records and that older versions of the stage did not have.
         opening: What ``open`` does, in words for the log.
         opens_quickly: Whether ``open`` takes seconds at most, so that a dry run can try it.
+        uses_device: Whether this process computes on a device, which may fail.  A stage whose models are served by
+            other processes does not.
         trouble: What a dry run found when it looked for the models, with which the real run would end.
     """
 
@@ -73,6 +75,7 @@ class Stage(ABC, Generic[AnyOptions]):
     kept_by_rerun: str = ""
     opening: str = "getting ready"
     opens_quickly: bool = False
+    uses_device: bool = False
     trouble: InfrastructureError | None = None
     later: ClassVar[Mapping[str, Later]] = MappingProxyType({})
 
@@ -137,6 +140,8 @@ class Stage(ABC, Generic[AnyOptions]):
 
         Raises:
             InfrastructureError: Ends the run with exit code 2.
+            DeviceError: The device has failed, and this process ends.  With ``uses_device``, what torch or onnxruntime
+                raises counts as well where it says so.
         """
 
     @abstractmethod
@@ -146,6 +151,7 @@ class Stage(ABC, Generic[AnyOptions]):
         Raises:
             ShardError: Fails the shard; the run goes on.
             InfrastructureError: Ends the run with exit code 2.
+            DeviceError: As for ``open``.  The shard is another worker's then.
             Stopped: From ``work.check_stop``: a signal or the deadline asks to end.
         """
 

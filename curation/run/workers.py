@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from types import FrameType
 from typing import Any
 
 from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, parse_deadline
-from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
+from curation.errors import EXIT_DEVICE_FAILED, EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
 from curation.options import RunOptions, logger
 from curation.run.progress import Progress, TalliesOfWorkers
 from curation.run.work import Stage
@@ -54,11 +55,23 @@ def _script_of(stage: object, options: RunOptions) -> str:
     return next(filter(None, map(inspect.getsourcefile, kinds)), sys.argv[0])
 
 
-def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: Sequence[Shard]) -> int:
-    """Run the stage's script in ``options.workers`` processes that share the shards by claims; returns the exit code.
+def run_workers(
+    stage: Stage[Any], options: RunOptions, shared: str, shards: Sequence[Shard], states: Callable[[], Counter[str]]
+) -> int:
+    """Run the stage's script in ``options.workers`` processes that share the shards by claims.
 
-    shared: a mark that all processes of this run have in common.  shards: those that are selected.
-    A worker that a signal kills is started again, up to three times; meanwhile the others continue its shard.
+    A worker that a signal kills is started again, up to three times; meanwhile the others continue its shard.  A worker
+    whose device has failed is not: the others do its work.
+
+    Args:
+        stage: The stage.
+        options: Its options.
+        shared: A mark that all processes of this run have in common.
+        shards: Those that are selected.
+        states: Counts how many of them are done, pending, failed and so on; asked where a device has failed.
+
+    Returns:
+        The exit code.
     """
     end = parse_deadline(options.deadline)
     if end is not None or options.deadline is not None:  # it counts from now, also for a restarted worker
@@ -93,13 +106,15 @@ def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: Seq
                 elif code is not None and code < 0 and not stopping:
                     logger.error(f"worker {slot.index} died: {signal.Signals(-code).name}")
                     slot.restart()
+                elif code == EXIT_DEVICE_FAILED and any(slot.running for slot in slots):
+                    logger.warning(f"worker {slot.index} has ended because its device failed; the others go on")
         tallies.read(progress)
     tallies.close()
     by_signal = EXIT_WORK_LEFT if stopping else EXIT_SHARDS_FAILED  # stopped before its handler was set, or killed
     codes = {slot.code if slot.code >= 0 else by_signal for slot in slots}
     if len(slots) < options.workers:
         codes.add(EXIT_WORK_LEFT)
-    code = next((code for code in (EXIT_USAGE, EXIT_WORK_LEFT, EXIT_SHARDS_FAILED) if code in codes), EXIT_OK)
+    code = _code_of_all(codes, tallies, states)
     if code != EXIT_USAGE:
         total = tallies.tally
         if code == EXIT_OK and not options.follow:  # else it is unknown how many were done before
@@ -107,6 +122,29 @@ def run_workers(stage: Stage[Any], options: RunOptions, shared: str, shards: Seq
         told = total.text(time.monotonic() - began, stage.result)
         logger.info(f"{stage.name}: {options.workers} workers together: {told}")
     return code
+
+
+def _code_of_all(codes: set[int], tallies: TalliesOfWorkers, states: Callable[[], Counter[str]]) -> int:
+    """The exit code of a run whose workers ended with these codes; see ``run_workers``."""
+    if EXIT_DEVICE_FAILED in codes and EXIT_USAGE not in codes:
+        return _code_without_devices(codes - {EXIT_DEVICE_FAILED}, tallies, states())
+    return next((code for code in (EXIT_USAGE, EXIT_WORK_LEFT, EXIT_SHARDS_FAILED) if code in codes), EXIT_OK)
+
+
+def _code_without_devices(codes: set[int], tallies: TalliesOfWorkers, counts: Counter[str]) -> int:
+    """The same where devices have failed: whether they have left work that the other workers did not do.
+
+    codes: those of the other workers.  counts: the shards by state.
+    """
+    if counts["pending"] or counts["waiting"] or EXIT_WORK_LEFT in codes:
+        left = f"{counts['pending'] + counts['waiting']:,} shards are left"
+        if tallies.computed or tallies.tally["worked"] or EXIT_WORK_LEFT in codes:
+            logger.warning(f"devices failed, and {left}: run the same command again, on devices that work")
+            return EXIT_WORK_LEFT
+        logger.error(f"no device has worked, and {left}: the lines above say why")
+        # Other tasks of the job may have devices that work.
+        return EXIT_USAGE if Allocation.detect().world == 1 else EXIT_DEVICE_FAILED
+    return EXIT_SHARDS_FAILED if codes - {EXIT_OK} or counts["failed"] or counts["blocked"] else EXIT_OK
 
 
 def _progress_of_all(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard]) -> Progress:

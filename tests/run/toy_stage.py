@@ -19,7 +19,7 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from curation.cluster import Allocation
+from curation.cluster import WORKER_VARIABLE, Allocation
 from curation.errors import InfrastructureError, ShardError
 from curation.options import RunOptions, exit_code, parse_options
 from curation.run.follow import Follows
@@ -66,6 +66,7 @@ class Options(RunOptions):
 class Toy(Stage[Options]):
     name = "toy"
     opening = "loading the toy model"
+    uses_device = True
     later: ClassVar[Mapping[str, Later]] = {"flavour": Later(before="salty", now="plain")}
 
     def __init__(self, options: Options) -> None:
@@ -74,6 +75,7 @@ class Toy(Stage[Options]):
         self.other_outputs = () if options.more is None else (options.more,)
         self.shards_in_flight = options.in_flight
         self._running = 0
+        self._device_failed = False
         self._lock = threading.Lock()
 
     def fingerprint(self) -> dict[str, object]:
@@ -90,6 +92,8 @@ class Toy(Stage[Options]):
 
     def close(self) -> None:
         self._write_journal("close")
+        if self._device_failed:
+            raise RuntimeError("CUDA error: what frees memory fails too")
 
     def process(self, work: ShardContext) -> None:
         with self._lock:
@@ -145,6 +149,13 @@ class Toy(Stage[Options]):
             work.check_stop()
 
     def _go_wrong(self, line: str, work: ShardContext) -> None:
+        if line.startswith("device"):  # that of every worker, or only of this one
+            _, only, said = line.split(":", 2)
+            if only and not os.environ.get(WORKER_VARIABLE, "").startswith(f"{only}/"):
+                work.keep()
+                return
+            self._device_failed = True
+            raise RuntimeError(said.strip())
         if line == "lose":
             return  # counted as in, and never again
         if line == "shard error":

@@ -1,4 +1,4 @@
-"""What can be wrong with a site: a full disk, no inodes left, a clock that is off, claims of another version."""
+"""What can be wrong with a site: a broken GPU, a full disk, no inodes, a clock that is off, other claims."""
 
 from __future__ import annotations
 
@@ -74,6 +74,52 @@ def test_a_clock_that_is_ten_minutes_off_on_one_node(rewriting: Rewriting, tmp_p
     finished = {host: [r["finished"] for r in receipts if r["host"] == host] for host in ("node1", "node2", "node3")}
     assert min(finished["node2"]) > max(finished["node1"] + finished["node3"]) + 500, "its clock was off"
     rewriting.insist_on_all(workers=0)
+
+
+BREAKS = """
+import os, numpy as np
+from pathlib import Path
+from curation.extract import Column
+class Breaks:
+    name, revision, needs, features, preparations, columns = "x", "1", (), (), (), (Column("x", "float32"),)
+    def __init__(self, directive, settings): self.batches = 0
+    def compute(self, batch):
+        self.batches += 1
+        first = Path({first!r})
+        if not first.exists():
+            first.write_text(os.environ["SLURMD_NODENAME"])
+        if self.batches > 2 and os.environ["SLURMD_NODENAME"] == first.read_text():
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        return {{"x": np.zeros(len(batch), np.float32)}}
+    def close(self): pass
+EXTRACTORS = {{"x": Breaks}}
+"""
+
+
+def test_a_job_goes_on_without_the_node_whose_gpu_is_broken(jobs: Jobs, tmp_path: Path) -> None:
+    plugin, first = tmp_path / "breaks.py", tmp_path / "first"
+    plugin.write_text(BREAKS.format(first=str(first)))
+    flags = ("--models", "x", "--custom_pypath", str(plugin), "--device", "cpu", "--nworkers", "1")
+    flags = (*flags, "--max_error_rate", "1", "--shards", "0-5")  # some of these samples have no picture
+    number = jobs.submit(
+        "06_metadata.sh", *flags, sbatch=("--array=5", "--exclude=node3", "--gpus-per-task=0"),
+        variables={"SRC_DIR": str(jobs.shards), "TARGET_DIR": str(jobs.root / "metadata")},
+    )  # fmt: skip
+    assert jobs.cluster.wait(number) == [0], jobs.logs()
+    broken = first.read_text()
+    (facts,) = jobs.cluster.facts(number)
+    assert facts["Restarts"] == "1"
+    assert set(jobs.cluster.call("scontrol", "show", "hostnames", facts["ExcNodeList"]).stdout.split()) == {
+        broken, "node3",
+    }  # fmt: skip
+    log = jobs.logs()
+    assert f"error: node {broken}: CUDA error: uncorrectable ECC" in log
+    assert f"a device has failed on: {broken}" in log
+    receipts = jobs.receipts("metadata", "06_metadata").values()
+    assert len(receipts) == 6
+    assert {receipt["status"] for receipt in receipts} == {"done"}
+    assert len({receipt["host"] for receipt in receipts}) == 2
+    assert not jobs.litter()
 
 
 def test_claims_of_another_version(jobs: Jobs) -> None:

@@ -18,8 +18,10 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Jobs
 
 # Stands in for Python and the stage.  $CODES: what each task ends with; "wait": 75 when it is asked to stop, with
-# something finished before if $FINISHES is set; "kill": bash and all are killed, as when memory runs out.
+# something finished before if $FINISHES is set; "kill": bash and all are killed, as when memory runs out; "broken": its
+# device fails.  $STATES: what a dry run says of the shards.
 STAGE = """#!/bin/bash
+case " $* " in *' --dry_run '*) echo "a stage into an: output: $STATES" && exit ;; esac
 echo "$@" >>"$LOG/stage"
 set -- $CODES
 shift "${SLURM_PROCID:-0}"
@@ -31,6 +33,10 @@ wait)
     [ -n "$FINISHES" ] && touch "$CURATION_PROGRESS"
     exit 75 ;;
 kill) kill -9 "$PPID"; exit 0 ;;
+broken)
+    [ -n "$FINISHES" ] && touch "$CURATION_PROGRESS"
+    touch "$CURATION_BROKEN.$SLURMD_NODENAME"
+    exit 69 ;;
 *) exit "$1" ;;
 esac
 """
@@ -80,6 +86,35 @@ def test_the_jobs_exit_code(codes: str, expected: int, job: Job) -> None:
     assert job.jobs.cluster.wait(number) == [expected], job.jobs.logs()
     assert "requeueing" not in job.jobs.logs(), "the time limit is far"
     assert not job.left(), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("codes", "states", "finishes", "restarts", "expected", "says"),
+    [
+        ("0 broken", "12 done", "", "50", 0, "a device has failed on: node"),
+        ("0 broken", "2 done, 1 failed", "yes", "50", 1, "tasks ended with: 0 69"),
+        ("1 broken", "12 done", "yes", "50", 1, ""),
+        ("0 broken", "11 done, 1 pending", "yes", "0", 75, "MAX_RESTARTS"),  # it came after the other's end
+        ("broken broken", "12 pending", "", "50", 2, "no device of this job has worked"),
+        ("broken 75", "", "yes", "0", 75, "MAX_RESTARTS"),
+        ("broken 2", "12 pending", "yes", "50", 2, ""),
+        ("broken kill", "12 done", "yes", "50", 1, ""),
+    ],
+)
+def test_a_device_that_fails_is_its_tasks_alone(
+    codes: str, states: str, finishes: str, restarts: str, expected: int, says: str, job: Job
+) -> None:
+    number = job.submit(codes, STATES=states, FINISHES=finishes, MAX_RESTARTS=restarts)
+    assert job.jobs.cluster.wait(number) == [expected], job.jobs.logs()
+    assert says in job.jobs.logs()
+    assert "requeueing" not in job.jobs.logs()
+    assert not job.left()
+
+
+def test_under_plain_bash_a_device_that_fails_is_work_left(jobs: Jobs, tmp_path: Path) -> None:
+    job = Job(jobs, tmp_path)
+    environment = {**os.environ, **job.variables, "CODES": "69"}
+    assert subprocess.run(["bash", ROOT / job.script], env=environment, check=False, timeout=30).returncode == 75
 
 
 @pytest.mark.parametrize("script", sorted(FOLDERS))

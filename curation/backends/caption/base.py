@@ -31,7 +31,7 @@ from curation.caption.captioner import (
     Quantize,
     known_models,
 )
-from curation.errors import InfrastructureError, SampleError, UsageError, install
+from curation.errors import DeviceError, InfrastructureError, SampleError, UsageError, device_failure, install
 from curation.models.batch_size import is_out_of_memory, use_device
 from curation.models.hub_cache import (
     TRANSFORMER,
@@ -344,9 +344,9 @@ class VisionLanguageModel:
             self._torch.cuda.empty_cache()
 
     def _explain(self, error: BaseException) -> BaseException:
-        """A failing GPU ends the run with one line.  Anything else is a bug and keeps its traceback."""
-        if isinstance(error, getattr(self._torch, "AcceleratorError", ())) or "CUDA error" in str(error):
-            return InfrastructureError(f"{self.device} ({self.device_kind}) failed: {hub_error_line(error)}")
+        """A failing GPU ends this process with one line.  Anything else is a bug and keeps its traceback."""
+        if broken := device_failure(error):
+            return DeviceError(f"{self.device} ({self.device_kind}) failed: {broken}")
         return error
 
     # ---- loading

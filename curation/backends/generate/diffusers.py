@@ -18,7 +18,7 @@ from curation.backends.generate.loading import load_pipeline, pipeline_weights
 from curation.backends.generate.presets import Preset, known_models
 from curation.backends.generate.reading import Reading, TextWindow, text_window
 from curation.edits import with_suffix
-from curation.errors import InfrastructureError, SampleError
+from curation.errors import DeviceError, InfrastructureError, SampleError, device_failure
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
 from curation.models.hub_cache import ModelSource, resolve
 from curation.models.needs import WeightsNeed
@@ -353,8 +353,8 @@ class Backend:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         if origin.startswith(("torch._dynamo", "torch._inductor")):
             return InfrastructureError(f"{self.source.name} cannot be compiled here ({line}); use --compile none")
-        if isinstance(error, getattr(self._torch, "AcceleratorError", ())) or "CUDA error" in str(error):
-            return InfrastructureError(f"{self.device} ({self.device_kind}) failed: {line}")
+        if broken := device_failure(error):
+            return DeviceError(f"{self.device} ({self.device_kind}) failed: {broken}")
         return error
 
     def _apply(self, speed_ups: SpeedUps) -> None:

@@ -22,7 +22,7 @@ from curation import PROGRAM
 from curation.cluster import parse_deadline
 from curation.commands.pipeline.check import NOT_SHARED, StageCommand, commands
 from curation.commands.pipeline.file import Value, choose, read_pipeline
-from curation.errors import EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
+from curation.errors import EXIT_DEVICE_FAILED, EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
 from curation.options import (
     LISTED,
     POSITIONAL,
@@ -41,6 +41,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 _MEANS = {
     EXIT_SHARDS_FAILED: "some shards failed or are blocked",
     EXIT_USAGE: "the error above says why",
+    EXIT_DEVICE_FAILED: "its device has failed, and work is left",
     EXIT_WORK_LEFT: "it was asked to stop, and work is left",
 }
 

@@ -167,7 +167,7 @@ def _extras() -> dict[str, list[str]]:
         pairs = [(extra, line) for extra, lines in wanted for line in lines]
     else:
         lines = metadata.requires("curation") or []
-        pairs = [(found[1], line) for line in lines if (found := re.search(r"extra == ['\"](\w+)", line))]
+        pairs = [(found[1], line) for line in lines if (found := re.search(r"extra == ['\"]([\w-]+)", line))]
     extras: dict[str, list[str]] = {}
     for extra, line in pairs:
         package = re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-")

@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tomllib
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -144,6 +145,18 @@ def install_alone(*packages: str, beside: str) -> str:
     """
     extra = f"{install(beside)} && " if find_spec(beside) is None else ""
     return f"{extra}{_pip()} install --no-deps {' '.join(packages)}"
+
+
+def install_in_place(package: str, *, of: Sequence[str], index: str = "") -> str:
+    """The command that installs a package after others that share its files are gone.
+
+    Args:
+        package: What to install; what it requires is there, for it is what the others require.
+        of: The packages to remove first.
+        index: The address of the index that has it; empty for the usual one.
+    """
+    where = f"--index-url {index} " if index else ""
+    return f"{_pip()} uninstall -y {' '.join(of)} && {_pip()} install --no-deps {where}{package}"
 
 
 def _pip() -> str:

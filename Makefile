@@ -1,5 +1,5 @@
 # From a fresh clone: `make demo` shows the whole pipeline, `make test` runs everything that must hold.
-.PHONY: demo test newcomer format lint soak bench install clean
+.PHONY: demo test newcomer format lint soak bench install gpu clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -36,6 +36,10 @@ lint: $(READY)
 	$(PY) -m mypy
 
 install: $(READY)
+
+# For NVIDIA's GPUs: torch with CUDA and onnxruntime-gpu.
+gpu:
+	./install.sh gpu
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(READY): pyproject.toml constraints.txt model-packages.txt install.sh

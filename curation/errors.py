@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import tomllib
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -219,6 +220,18 @@ def install_alone(*packages: str, beside: str) -> str:
     return f"{extra}{_pip()} install --no-deps {' '.join(packages)}"
 
 
+def install_in_place(package: str, *, of: Sequence[str], index: str = "") -> str:
+    """The command that installs a package after others that share its files are gone.
+
+    Args:
+        package: What to install; what it requires is there, for it is what the others require.
+        of: The packages to remove first.
+        index: The address of the index that has it; empty for the usual one.
+    """
+    where = f"--index-url {index} " if index else ""
+    return f"{_pip()} uninstall -y {' '.join(of)} && {_pip()} install --no-deps {where}{package}"
+
+
 def _pip() -> str:
     """The pip of the Python that runs."""
     found = shutil.which("pip")
@@ -240,7 +253,7 @@ def _extras() -> dict[str, list[str]]:
         pairs = [(extra, line) for extra, lines in wanted for line in lines]
     else:
         lines = metadata.requires("curation") or []
-        pairs = [(found[1], line) for line in lines if (found := re.search(r"extra == ['\"](\w+)", line))]
+        pairs = [(found[1], line) for line in lines if (found := re.search(r"extra == ['\"]([\w-]+)", line))]
     extras: dict[str, list[str]] = {}
     for extra, line in pairs:
         package = re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-")

@@ -16,6 +16,7 @@ import xxhash
 
 from curation.cluster import CPU_ON_PURPOSE
 from curation.errors import InfrastructureError
+from curation.models.builds import why_torch_sees_no_gpu
 from curation.storage.files import link_exclusively, write_whole
 
 LARGEST_BATCH = 1024
@@ -59,10 +60,7 @@ def use_device(device: str) -> str:
     import torch
 
     if not torch.cuda.is_available():
-        raise InfrastructureError(
-            f"{device} was given but this torch cannot use it: install a CUDA build of torch, "
-            f"or a driver that is new enough; {CPU_ON_PURPOSE}"
-        )
+        raise InfrastructureError(f"{device} was given and cannot be used: {why_torch_sees_no_gpu()}; {CPU_ON_PURPOSE}")
     try:
         torch.cuda.set_device(device)
         properties = torch.cuda.get_device_properties(device)

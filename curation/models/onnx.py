@@ -11,6 +11,7 @@ from typing import Any
 
 from curation.cluster import CPU_ON_PURPOSE, do_without_gpus
 from curation.errors import InfrastructureError, install
+from curation.models.builds import onnxruntime_with_cuda
 
 
 def read_weights(path: Path) -> tuple[bytes, str]:
@@ -45,10 +46,11 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
         InfrastructureError: It is not a model; or CUDA is there and does not start, or GPUs were given to this job and
             this onnxruntime has no CUDA, because a job on a GPU node must not run on the CPU unnoticed.
     """
+    wanted = "onnxruntime" if gpu is None else "onnxruntime-gpu"
     try:
         import onnxruntime
     except ImportError as error:
-        raise InfrastructureError(f"onnxruntime cannot be imported ({error}): {install('onnxruntime')}") from None
+        raise InfrastructureError(f"onnxruntime cannot be imported ({error}): {install(wanted)}") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -57,7 +59,7 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
     wants_cuda = gpu is not None and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if gpu is not None and not wants_cuda:
         do_without_gpus(
-            f"this onnxruntime has no CUDA for GPU {gpu} (pip install onnxruntime-gpu in place of onnxruntime)",
+            f"this onnxruntime has no CUDA for GPU {gpu} ({onnxruntime_with_cuda()})",
             f"{path.name} runs on the CPU",
         )
     if wants_cuda:
@@ -71,7 +73,8 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
         raise InfrastructureError(f"the model {path} cannot be loaded: {str(error)[:300]}") from None
     if wants_cuda and "CUDAExecutionProvider" not in session.get_providers():
         raise InfrastructureError(
-            f"onnxruntime could not start CUDA on GPU {gpu} for {path} (does its version fit this node's CUDA and "
-            f"cuDNN?); {CPU_ON_PURPOSE}"
+            f"onnxruntime could not start CUDA on GPU {gpu} for {path} (does its version fit the CUDA and the cuDNN "
+            f"that torch brought, and this node's driver?  `python -m curation.models.builds` says what is there); "
+            f"{CPU_ON_PURPOSE}"
         )
     return session, f"cuda:{gpu}" if wants_cuda else "cpu"

@@ -501,6 +501,30 @@ def test_pickled_weights_are_never_read(tiny: Callable[[str], Path], tmp_path: P
     weights.rename(weights.with_name("pytorch_model.bin"))
     with pytest.raises(InfrastructureError, match=r"text_encoder/pytorch_model.bin is a pickle"):
         load_pipeline(resolve(str(folder)), "float32", "cpu")
+    # These are no weights of the part: the pickle is still what would be read.
+    for name in ("adapter_model.safetensors", "model.fp16.safetensors.aria2"):
+        (folder / "text_encoder" / name).write_bytes(b"")
+    with pytest.raises(InfrastructureError, match=r"text_encoder/pytorch_model.bin is a pickle"):
+        load_pipeline(resolve(str(folder)), "float32", "cpu")
+    weights.with_name("pytorch_model.bin").rename(weights.with_name("pytorch_model-00001-of-00002.bin"))
+    with pytest.raises(InfrastructureError, match=r"pytorch_model-00001-of-00002.bin is a pickle"):
+        load_pipeline(resolve(str(folder)), "float32", "cpu")
+
+
+def test_a_whole_copy_of_a_repository_loads(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """A clone of SDXL's repository has OpenVINO's and ONNX files, and a training run leaves its state: nobody opens
+    these, in the folders of the parts and in others."""
+    folder = copy_pipeline(tiny("tiny-sd"), tmp_path / "tiny-sd")
+    for place in ("vae_decoder", "vae_encoder", "openvino", "checkpoint-500", "unet", "text_encoder", "vae", "."):
+        (folder / place).mkdir(exist_ok=True)
+        for name in ("openvino_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "model.onnx",
+                     "flax_model.msgpack", "random_states_0.pkl"):  # fmt: skip
+            (folder / place / name).write_bytes(b"\0" * 64)
+    for place in ("unet", "vae"):
+        (folder / place / "diffusion_pytorch_model.bin").write_bytes(b"\0" * 64)  # safetensors lie beside it
+    (folder / "vae_decoder" / "pytorch_model.bin").write_bytes(b"\0" * 64)  # no part of the pipeline
+    (folder / "scheduler" / "openvino_model.bin").write_bytes(b"\0" * 64)  # a part without weights
+    assert type(load_pipeline(resolve(str(folder)), "float32", "cpu")).__name__ == "StableDiffusionPipeline"
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,22 @@ Only safetensors are ever read, and no code that a model brings along is run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from curation.backends.generate.presets import known_models
-from curation.errors import InfrastructureError
+from curation.errors import InfrastructureError, SampleError
+from curation.jsonio import parse_json_object
 from curation.models.hub_cache import PIPELINE, ModelSource, import_bitsandbytes, quiet_transformers, snapshot
 from curation.models.hub_errors import hub_error_line, hub_errors, hub_trouble
 from curation.models.needs import HubFile, WeightsNeed, is_other_weight, whole_model
+
+# The names under which diffusers and transformers look for the weights of a part: whole, of a variant, or in shards.
+_SAFETENSORS = re.compile(r"(diffusion_pytorch_model|model)([.-].+)?\.safetensors")
+_PICKLE = re.compile(r"(diffusion_)?pytorch_model([.-].+)?\.bin")
 
 
 def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:
@@ -115,14 +121,29 @@ def wanted_files(files: Sequence[HubFile], variant: str | None) -> list[HubFile]
 
 
 def _refuse_pickles(folder: Path, source: ModelSource) -> None:
-    """transformers would fall back to a pickled file for its part of a pipeline; say so before that."""
-    for part in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        names = [entry.name for entry in part.iterdir()]
-        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
-        if pickled and not any(name.endswith(".safetensors") for name in names):
+    """transformers would fall back to a pickled file for its part of a pipeline; say so before that.
+
+    Looked at is what would be loaded: the weights of the parts that ``model_index.json`` names.  Copies of the hub's
+    repositories hold more, such as OpenVINO's ``openvino_model.bin``, which is no pickle, and a trainer's
+    ``optimizer.pt``; nothing opens these.
+    """
+    for part in sorted(_parts(folder)):
+        names = sorted(entry.name for entry in (folder / part).iterdir())
+        pickled = [name for name in names if _PICKLE.fullmatch(name)]
+        if pickled and not any(map(_SAFETENSORS.fullmatch, names)):
             raise InfrastructureError(
-                f"--model {source.location}: {part.name}/{pickled[0]} is a pickle; only safetensors are loaded"
+                f"--model {source.location}: {part}/{pickled[0]} is a pickle; only safetensors are loaded"
             )
+
+
+def _parts(folder: Path) -> list[str]:
+    """The folders of the parts that a pipeline's index names; none where it is no index, which diffusers will say."""
+    try:
+        index = parse_json_object((folder / "model_index.json").read_bytes())
+    except (OSError, SampleError):
+        return []
+    named = [name for name, what in index.items() if isinstance(what, list) and what and what[0]]
+    return [name for name in named if name == Path(name).name and (folder / name).is_dir()]
 
 
 def quiet_libraries() -> None:

@@ -38,6 +38,7 @@ from curation.errors import InfrastructureError, SampleError, ShardError, UsageE
 from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of, shrunk_batches
 from curation.generate.encode import EncodedLog, make_missing
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
+from curation.models import compiling
 from curation.models.hub_cache import PIPELINE, ModelSource, public_name
 from curation.models.listing import asks_for_models, list_models, on_this_machine
 from curation.models.needs import WeightsNeed
@@ -263,7 +264,9 @@ class GenerateImages(Stage[Options]):
             negative_prompt=o.negative_prompt,
             true_cfg_scale=o.true_cfg_scale,
             prompt_suffix=o.prompt_suffix,
-            speed_ups=SpeedUps(compile=o.compile, channels_last=o.channels_last, fuse_qkv=o.fuse_qkv),
+            speed_ups=SpeedUps(
+                compile=o.compile, channels_last=o.channels_last, fuse_qkv=o.fuse_qkv, code_beside=self.output
+            ),
             device=device,
             threads=self.threads,
             remember_in=self.output / "_batch_sizes" / self.name,
@@ -306,6 +309,8 @@ class GenerateImages(Stage[Options]):
         work.note("generated", len(jobs))
         work.note("device", self.backend.device_kind)
         work.note("threads", self.threads)
+        if self.options.compile != "none":
+            work.note("compiled", compiling.note_of(self.options.compile, self.backend.deterministic))
         self._note_shrunk_batches(work, batches)
         with work.phase("write"):
             self._write(work, samples, earlier, reused, pictures)
@@ -389,6 +394,8 @@ class GenerateImages(Stage[Options]):
         }
         if call.true_cfg_scale is not None:
             record["true_cfg_scale"] = call.true_cfg_scale
+        if o.compile != "none":
+            record["compile"] = o.compile
         if reading.is_cut or reading.given is None:
             record["tokens"] = {"given": reading.given, "read": reading.read}
         if reading.shortened is not None:

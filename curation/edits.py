@@ -35,7 +35,7 @@ RECIPE_FIELDS = (
     "prompt", "prompt_suffix", "negative_prompt", "seed", "steps", "guidance", "text_tokens", "size", "quality",
 )  # fmt: skip
 # Later ones.  A sample without them has the recipe that it always had.
-LATER_RECIPE_FIELDS = ("true_cfg_scale", "prompt_shortened")
+LATER_RECIPE_FIELDS = ("true_cfg_scale", "prompt_shortened", "compile")
 
 # IPTC's term for images made by a trained model, in the field where readers expect it: Digital Source Type of the photo
 # metadata standard (Iptc4xmpExt), https://iptc.org/std/photometadata/specification.

@@ -126,7 +126,9 @@ def test_pip_resolves_the_target(extra: str, machine: str, tmp_path: Path) -> No
 def test_install_sh_gpu_shows_its_plan() -> None:
     before = os.stat(ROOT / ".venv").st_mtime_ns
     command = ["bash", str(ROOT / "install.sh"), "gpu", "--dry_run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHON": sys.executable})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHON": sys.executable}
+    )
     assert done.returncode == 0, done.stderr
     said = done.stderr
     pins = dict(line.split("==") for line in lines_of("constraints.txt"))

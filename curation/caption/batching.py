@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ class ShardCaptioner:
         sizes: Path,
         what: str,
         may_be_longer: bool = True,
+        first_tried: int = 1,
     ) -> None:
         """
         Args:
@@ -159,10 +161,11 @@ class ShardCaptioner:
             sizes: The folder in which batch sizes are recorded.
             what: What a fitting batch size depends on: the kind of device, the model, the dtype and so on.
             may_be_longer: A reply that is cut is asked for once more, with twice the tokens.
+            first_tried: The smallest batch size that is tried, if it fits.
         """
         self._backend, self._loader, self._seed_of = backend, loader, seed_of
         self._batch_size, self._sizes, self._what = batch_size, sizes, what
-        self._may_be_longer = may_be_longer
+        self._may_be_longer, self._first_tried = may_be_longer, first_tried
 
     def batch_size(self, source: Source) -> int:
         """The batch size for a shard: the one that was given, or the one that all workers agreed on."""
@@ -180,7 +183,8 @@ class ShardCaptioner:
                     return False
                 return True
 
-            self._batch_size = agreed_batch_size(self._sizes, self._what, lambda: find_batch_size(fits, largest))
+            find = partial(find_batch_size, fits, largest, self._first_tried)
+            self._batch_size = agreed_batch_size(self._sizes, self._what, find)
         return self._batch_size
 
     def caption(

@@ -17,10 +17,16 @@ import xxhash
 from curation.cluster import CPU_ON_PURPOSE
 from curation.errors import InfrastructureError
 from curation.models.builds import why_torch_sees_no_gpu
+from curation.options import logger
 from curation.storage.files import link_exclusively, write_whole
 
 LARGEST_BATCH = 1024
-WORTH_DOUBLING = 1.05  # samples a second, compared with half the batch
+WORTH_DOUBLING = 1.05  # samples a second, compared with the best smaller batch
+CALLS = 3  # of each size, after one that is not measured
+ENOUGH_S = 10.0  # after which the last of them is left out
+GAINLESS_SIZES = 2  # so many in a row end the search
+# A batch size that another kind of search found is not taken over: before 2, one slow first call decided for ever.
+SEARCH = 2
 
 T = TypeVar("T")
 
@@ -142,24 +148,55 @@ class FittingBatchSize:
         return self._folder / f"{xxhash.xxh3_64_hexdigest(mark.encode())}.json"
 
 
-def find_batch_size(fits: Callable[[int], bool], largest: int = LARGEST_BATCH) -> int:
+def find_batch_size(fits: Callable[[int], bool], largest: int = LARGEST_BATCH, first: int = 1) -> int:
     """The batch size that is doubled as long as it fits and makes the work clearly faster.
 
+    The first call of a size is not measured: it also pays for memory, for the choice of kernels and, with
+    ``--compile``, for the compilation.  The fastest of the next calls counts.  A size that brings nothing is measured
+    again, and the search ends at the second one in a row, so that no single slow call decides.  The log says what was
+    found.
+
     Args:
-        fits: Computes a batch of so many samples; whether it fits into memory.  Each size is tried once.
+        fits: Computes a batch of so many samples; whether it fits into memory.
         largest: Nothing larger is tried.
+        first: Nothing smaller is tried, as long as this fits.
     """
-    best, best_rate, size = 1, 0.0, 1
-    fits(1)  # the first call also pays for loading and choosing kernels
-    while size <= largest:
+    rates: dict[int, float] = {}
+    size = max(1, min(first, largest))
+    while size > 1 and not fits(size):
+        size //= 2
+    best, without_gain, fitted = size, 0, True
+    while size <= largest and without_gain < GAINLESS_SIZES:
+        fitted = fits(size)
+        rate = _rate(fits, size) if fitted else 0.0
+        wanted = rates.get(best, 0.0) * WORTH_DOUBLING
+        if 0.0 < rate < wanted:
+            rate = max(rate, _rate(fits, size))
+        fitted = rate > 0.0
+        if not fitted:
+            break
+        rates[size] = rate
+        best, without_gain = (size, 0) if rate >= wanted else (best, without_gain + 1)
+        size *= 2
+    tried = ", ".join(f"{size}: {rate:.3g}" for size, rate in rates.items())
+    more = "" if fitted else f"; {size} does not fit into memory"
+    logger.info(f"--batch_size auto: {best}, of these sizes and their images a second: {tried or 'none'}{more}")
+    return best
+
+
+def _rate(fits: Callable[[int], bool], size: int) -> float:
+    """Samples a second by the fastest of several calls; 0 where memory ran out after all."""
+    fastest = spent = 0.0
+    for call in range(CALLS):
+        if call > 1 and spent > ENOUGH_S:
+            break
         began = time.perf_counter()
         if not fits(size):
-            break
-        rate = size / max(1e-9, time.perf_counter() - began)
-        if rate < best_rate * WORTH_DOUBLING:
-            break
-        best, best_rate, size = size, rate, size * 2
-    return best
+            return 0.0
+        seconds = max(1e-9, time.perf_counter() - began)
+        spent += seconds
+        fastest = min(fastest or seconds, seconds)
+    return size / fastest
 
 
 def agreed_batch_size(folder: Path, what: str, find: Callable[[], int]) -> int:
@@ -171,17 +208,20 @@ def agreed_batch_size(folder: Path, what: str, find: Callable[[], int]) -> int:
     Args:
         folder: Where it is recorded.
         what: What it depends on: the kind of device, the model, the dtype and so on.
-        find: Called where nothing is recorded yet.
+        find: Called where nothing is recorded yet, or only what an earlier kind of search found.
 
     Raises:
         InfrastructureError: It cannot be recorded.
     """
-    file = folder / f"auto-{xxhash.xxh3_64_hexdigest(what.encode())}.json"
+    file = folder / f"auto-{SEARCH}-{xxhash.xxh3_64_hexdigest(what.encode())}.json"
     size = _recorded(file)
     if size is None:
         size = find()
-        link_exclusively(file, json.dumps({"batch_size": size}).encode() + b"\n")
-        size = _recorded(file) or size
+        link_exclusively(file, json.dumps({"batch_size": size, "search": SEARCH}).encode() + b"\n")
+        agreed = _recorded(file) or size
+        if agreed != size:
+            logger.info(f"--batch_size auto: {agreed} instead, which another worker found first")
+        size = agreed
     return size
 
 

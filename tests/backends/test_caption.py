@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from curation.caption.captioner import FIRST, Attempt, CaptionSettings, OutOfMem
 from curation.caption.feed import ShapeGroups
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import FittingBatchSize, agreed_batch_size, find_batch_size
+from curation.options import logger
 from curation.replies import CUT, Reply, Verdict
 from tests import ROOT
 from tests.backends.conftest import accepted, open_captioner
@@ -469,17 +471,23 @@ def test_no_more_wait_than_they_may() -> None:
 class Timed:
     """A device on which time passes only during its own calls."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int) -> None:
-        self.now, self.seconds, self.room = 0.0, seconds, room
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int, *slow_calls: int
+    ) -> None:
+        """slow_calls: numbers of a size's calls that take a minute more, each of them at every size."""
+        self.now, self.seconds, self.room, self.slow_calls = 0.0, seconds, room, slow_calls
+        self.calls: Counter[int] = Counter()
         monkeypatch.setattr("curation.models.batch_size.time.perf_counter", lambda: self.now)
 
     def fits(self, size: int) -> bool:
         if size > self.room:
             return False
-        self.now += self.seconds(size)
+        self.calls[size] += 1
+        self.now += self.seconds(size) + 60 * (self.calls[size] in self.slow_calls)
         return True
 
 
+@pytest.mark.parametrize("slow_calls", [(), (1,), (1, 2), (3,)], ids=str)
 @pytest.mark.parametrize(
     ("seconds", "room", "best"),
     [
@@ -490,9 +498,37 @@ class Timed:
     ],
 )
 def test_the_batch_size_is_found_by_trying(
-    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], room: int, best: int
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: Callable[[int], float],
+    room: int,
+    best: int,
+    slow_calls: tuple[int, ...],
 ) -> None:
-    assert find_batch_size(Timed(monkeypatch, seconds, room).fits) == best
+    """Calls that also compile, allocate or meet a busy machine decide nothing."""
+    assert find_batch_size(Timed(monkeypatch, seconds, room, *slow_calls).fits) == best
+
+
+def test_one_size_without_gain_does_not_end_the_search(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    device = Timed(monkeypatch, lambda n: 2.5 if n == 2 else 1.0, 10_000)
+    with caplog.at_level("INFO"):
+        assert find_batch_size(device.fits, 8) == 8
+    assert device.calls == {1: 4, 2: 7, 4: 4, 8: 4}, "what brings nothing is measured twice"
+    [line] = caplog.messages
+    assert line.endswith("8, of these sizes and their images a second: 1: 1, 2: 0.8, 4: 4, 8: 8")
+
+
+def test_the_search_begins_where_it_may(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    device = Timed(monkeypatch, lambda n: 1.0, 40)
+    assert find_batch_size(device.fits, first=16) == 32 and set(device.calls) == {16, 32}
+    device = Timed(monkeypatch, lambda n: 1.0, 5)
+    with caplog.at_level("INFO"):
+        assert find_batch_size(device.fits, first=16) == 4 and set(device.calls) == {4}
+    assert caplog.messages[-1].endswith("4: 4; 8 does not fit into memory")
+    assert find_batch_size(Timed(monkeypatch, lambda n: 1.0, 0).fits) == 1
 
 
 def test_workers_agree_on_the_batch_size(tmp_path: Path) -> None:
@@ -515,9 +551,18 @@ def test_workers_agree_on_the_batch_size(tmp_path: Path) -> None:
         thread.join()
     assert len(sizes) == 16 and len(set(sizes)) == 1
     (file,) = folder.iterdir()
-    assert file.name == "auto-72347b00c5cd9f16.json"
-    assert json.loads(file.read_text()) == {"batch_size": sizes[0]}
+    assert file.name == "auto-2-72347b00c5cd9f16.json"
+    assert json.loads(file.read_text()) == {"batch_size": sizes[0], "search": 2}
     assert agreed_batch_size(folder, "model", lambda: 999) == sizes[0]
+
+
+def test_what_the_first_search_found_is_found_anew(tmp_path: Path) -> None:
+    """A single slow call decided there.  The record stays: a worker of that version may still read it."""
+    old = tmp_path / "auto-72347b00c5cd9f16.json"
+    old.write_text('{"batch_size": 1}\n')
+    assert agreed_batch_size(tmp_path, "model", lambda: 64) == 64
+    assert agreed_batch_size(tmp_path, "model", lambda: 999) == 64
+    assert old.read_text() == '{"batch_size": 1}\n'
 
 
 # ---- vision servers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,16 +16,15 @@ from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
 from curation.backends.generate.loading import load_pipeline, pipeline_weights
 from curation.backends.generate.presets import Preset, known_models
 from curation.backends.generate.reading import Reading, TextWindow, text_window
+from curation.backends.generate.text_lengths import pad_texts
 from curation.edits import with_suffix
 from curation.errors import DeviceError, InfrastructureError, SampleError, device_failure
+from curation.models import compiling
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
 from curation.models.hub_cache import ModelSource, resolve
 from curation.models.needs import WeightsNeed
 
 Compile = Literal["none", "blocks", "full", "max"]
-
-
-RECOMPILE_LIMIT = 64  # graphs per function: a few sizes times a few batch sizes; torch's own limit is 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +36,13 @@ class SpeedUps:
     one size, so that one graph serves.
     channels_last: convolutions (UNet, VAE) in the layout that tensor cores read.
     fuse_qkv: one projection for query, key and value.
+    code_beside: the output folder beside whose files compiled code is kept for all workers; None: torch's own place.
     """
 
     compile: Compile = "none"
     channels_last: bool = False
     fuse_qkv: bool = False
+    code_beside: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +110,11 @@ class Backend:
             again.
         is_stand_in: Whether it only runs a model of its own, for trying out.
         call: The pipeline's call, with every setting resolved.
+        deterministic: With ``compile``, whether the kernels are chosen without trials on the device.
         window: How much of a prompt the pipeline reads; None where it does not show that.
     """
 
+    deterministic = True
     presets: ClassVar[Mapping[str, Preset]] = {}
     text_results: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
     is_stand_in: ClassVar[bool] = False
@@ -189,6 +191,8 @@ class Backend:
         source, device = self.source, self.device
         torch.set_num_threads(threads)
         self.device_kind = use_device(device)
+        if self.speed_ups.compile != "none":
+            self._set_up_compiler()
         self.pipeline = load_pipeline(source, settings.dtype, device) if pipeline is None else pipeline
         self.call = PipelineCall(self.pipeline, settings, *texts)
         self.window: TextWindow | None = text_window(self.pipeline, self.call.encode_prompt, self.call.text_tokens)
@@ -197,6 +201,14 @@ class Backend:
             settings.batch_size, f"{self.device_kind}\0{source.name}\0{source.revision}\0{settings.dtype}", remember_in
         )
         self._apply(self.speed_ups)
+
+    def _set_up_compiler(self) -> None:
+        by_timing = self.speed_ups.compile == "max"
+        self.deterministic = compiling.set_up(self.speed_ups.code_beside, self.device_kind, by_timing=by_timing)
+        try:
+            compiling.try_out(self.device, self.source.name)
+        except RuntimeError as error:
+            raise self._explain(error) from error
 
     def _check_texts(self) -> None:
         call, window = self.call, self.window
@@ -314,7 +326,7 @@ class Backend:
         try:
             output = self.pipeline(width=width, height=height, generator=generators, output_type="pt", **arguments)
             return self._to_host(output, count, width, height)
-        except (RuntimeError, MemoryError, UnboundLocalError) as error:
+        except (RuntimeError, MemoryError, UnboundLocalError, AssertionError) as error:
             if not is_out_of_memory(error):
                 raise self._explain(error) from error
         return None
@@ -349,12 +361,11 @@ class Backend:
 
     def _explain(self, error: BaseException) -> BaseException:
         """A failing GPU or compiler ends the run in one line; anything else is a bug and keeps its traceback."""
-        origin = type(error).__module__
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        if origin.startswith(("torch._dynamo", "torch._inductor")):
-            return InfrastructureError(f"{self.source.name} cannot be compiled here ({line}); use --compile none")
         if broken := device_failure(error):
             return DeviceError(f"{self.device} ({self.device_kind}) failed: {broken}")
+        compiled = self.speed_ups.compile != "none"
+        if compiled and (refusal := compiling.compiler_error(error, self.source.name)) is not None:
+            return refusal
         return error
 
     def _apply(self, speed_ups: SpeedUps) -> None:
@@ -371,14 +382,12 @@ class Backend:
                     module.to(memory_format=torch.channels_last)
         if speed_ups.compile == "none":
             return
-        from torch import _dynamo
-
-        warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor)")  # advice to torch's own developers
-        _dynamo.config.recompile_limit = RECOMPILE_LIMIT
         mode = "max-autotune-no-cudagraphs" if speed_ups.compile == "max" else None
         is_transformer = getattr(self.pipeline, "transformer", None) is not None
-        if speed_ups.compile == "blocks" and is_transformer and getattr(denoiser, "_repeated_blocks", None):
-            denoiser.compile_repeated_blocks(dynamic=False)
+        # A whole denoiser would still be compiled for each length, because it is what pads the texts for its blocks.
+        by_blocks = (is_transformer and pad_texts(denoiser)) or speed_ups.compile == "blocks"
+        if by_blocks and is_transformer and getattr(denoiser, "_repeated_blocks", None):
+            denoiser.compile_repeated_blocks(dynamic=False, mode=mode)
         else:
             denoiser.compile(dynamic=False, mode=mode)
         if decoder := getattr(vae, "decoder", None):

@@ -28,6 +28,7 @@ from curation.extract import (
     Extraction,
     ExtractSample,
     MetadataTable,
+    Precision,
     SpooledShard,
     extract_sample,
     import_arrow,
@@ -51,6 +52,7 @@ from curation.options import (
     set_up_logging,
 )
 from curation.run import Later, RunOptions, ShardContext, Stage, run_stage
+from curation.run.ledger import recorded_options
 from curation.run.workers import is_worker
 from curation.shards import Shard, local_folders
 from curation.tar.samples import read_samples
@@ -119,8 +121,9 @@ class Options(RunOptions):
     """Type of the features in the npz.  Default: float16."""
     compress: bool | None = None
     """Compress the npz (deflate); it becomes only a little smaller, and cannot be memory-mapped."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
-    """Precision of the models' computation.  auto: float16 on a GPU, float32 on the CPU."""
+    dtype: Precision | None = None
+    """Precision of the models' computation.  auto: as upstream, float16 for CLIP on a GPU and float32 for all else; half:
+    float16 on a GPU, float32 on the CPU.  A directive's own dtype in --yml goes before it."""
     resize: Literal["exact", "fast"] | None = None
     """exact: the same as OpenAI's preprocessing, to the last bit.  fast: faster, with slightly different results."""
     num_gpus: Annotated[int | None, at_least(1)] = None
@@ -172,9 +175,11 @@ class Metadata(Stage[Options]):
     def fingerprint(self) -> dict[str, object]:
         c = self.config
         names = ("models", "postprocess_columns", "postprocess_features", "batch_size", "use_datacomp_keys")
+        more = ("feature_dtype", "compress", "resize")
         plugin = c.custom_pypath and hashlib.sha256(Path(c.custom_pypath).expanduser().read_bytes()).hexdigest()
         return {
-            **{name: getattr(c, name) for name in (*names, "feature_dtype", "compress", "dtype", "resize")},
+            **{name: getattr(c, name) for name in (*names, *more)},
+            "dtype": c.precision,
             "additional_fields": [[name, kind] for name, kind in c.additional_fields.items()],
             "hash_type": self.options.hash_type,
             "weights": self._exact_weights,
@@ -262,6 +267,24 @@ def refuse_tables_of_the_source(stage: Metadata, shards: Sequence[Shard]) -> Non
         raise UsageError(f"{table} belongs to the source shards and would be replaced: use another folder")
 
 
+def as_begun(config: ExtractConfig, options: Options) -> ExtractConfig:
+    """The configuration without the directives' ``dtype: half``, where the folder was begun without any.
+
+    ``half`` is the recommended way, and a file such as examples/datacomp.yml gets it with a new version: a folder goes
+    on as it was begun, and new folders have it.  A precision that is named otherwise counts as a changed option.
+    """
+    if options.rerun or config.reprocess or not config.dtypes or set(config.dtypes.values()) != {"half"}:
+        return config
+    recorded = recorded_options(Path(config.output_metadata_dir), Metadata.name, options.shards)
+    if recorded is None or not isinstance(recorded.get("dtype"), str):
+        return config
+    logger.info(
+        f"dtype: half of {', '.join(config.dtypes)}: {config.output_metadata_dir} was begun without it and goes on so; "
+        "new folders and --rerun use it"
+    )
+    return replace(config, dtypes={})
+
+
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     if asks_for_models(argv):
@@ -272,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     set_up_logging(options.quiet)
     config = read_config(options.yml, options.given)
+    config = as_begun(config, options)
     options = Metadata.settled(options, config.output_metadata_dir)
     stage = Metadata(options, config)
     shards = config.input_shards(allow_pipe=options.allow_pipe)

@@ -9,6 +9,7 @@ least 0.9 of that), and less than 5 % of the stage's time spent waiting for data
     python benchmarks/metadata.py                        # one core computes, the others decode
     python benchmarks/metadata.py --tiny                 # small sizes: tells whether the code runs, not a speed
     python benchmarks/metadata.py --distances SHARD.tar  # only what an inexact resize gives, and how far features move
+    python benchmarks/metadata.py --toxicity SHARD.tar --tokenizer FOLDER  # only detoxify, padded as before and in buckets
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the model on the CPU: before
 import numpy as np
 from PIL import Image
 
+from curation.backends.extract import toxicity
 from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
 from curation.backends.generate.tiny import fill_with_noise
 from curation.images import decode_rgb, image_size
@@ -276,6 +278,45 @@ def print_distances(samples: list[tuple[bytes, bytes]], bare: Bare) -> None:
     print_table(["", "ms a picture", "difference in levels (rms)", "cosine with exact, mean", "least"], rows)
 
 
+def print_toxicity(samples: list[tuple[bytes, bytes]], tokenizer: Path, options: argparse.Namespace) -> None:
+    """Captions a second of detoxify's architecture with random weights: one batch padded to its longest caption, and
+    in buckets of similar lengths, in turn."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    small = TINY if options.tiny else {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    layers = {"num_hidden_layers": 2 if options.tiny else 12}
+    config = XLMRobertaConfig(**small | layers, vocab_size=1000, max_position_embeddings=514, num_labels=16)
+    dtype = getattr(torch, options.dtype)
+    model = XLMRobertaForSequenceClassification(config).to(options.device, dtype).eval()
+    core = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    core.enable_truncation(toxicity.MAX_TOKENS - 2)
+    lengths = np.array([len(core.encode(text.decode("utf-8", "replace")).ids) + 2 for _, text in samples])
+    tokens = torch.randint(5, 1000, (len(lengths), lengths.max())).to(options.device)
+    ways: dict[str, list[tuple[Any, int]]] = {
+        "padded to the longest": [(np.arange(len(lengths)), int(lengths.max()))],
+        "in buckets of similar lengths": toxicity.length_buckets(lengths),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for name, buckets in itertools.chain(*([ways.items()] * (DISTANCE_ROUNDS + 1))):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for rows, longest in buckets:
+                mask = torch.from_numpy(np.arange(longest) < lengths[rows][:, None]).long().to(options.device)
+                found = model(input_ids=tokens[rows, :longest], attention_mask=mask).logits
+            found.float().cpu()
+        speeds[name].append(len(lengths) / (time.perf_counter() - began))
+    before = statistics.median(speeds["padded to the longest"][1:])
+    rows_of_table = []
+    for name, buckets in ways.items():
+        speed = statistics.median(speeds[name][1:])  # the first call also warms up
+        computed = sum(len(rows) * longest for rows, longest in buckets)
+        rows_of_table.append((name, len(buckets), f"{computed:,}", f"{speed:,.1f}", f"{speed / before:.1f}"))
+    print(f"{len(lengths)} captions, median {np.median(lengths):g} tokens, longest {lengths.max()}, {options.dtype}")
+    print_table(["", "calls", "tokens computed", "captions/s", "of padded"], rows_of_table)
+
+
 # ---- the table
 
 
@@ -335,6 +376,9 @@ def main() -> int:
     )
     parser.add_argument("--clip", type=Path, help="with --distances: a folder with a trained CLIP ViT-B/32")
     parser.add_argument("--least_side", type=int, default=0, help="with --distances: only photos of so many pixels")
+    parser.add_argument("--toxicity", nargs="+", type=Path, metavar="SHARD", help="only detoxify, on these captions")
+    parser.add_argument("--tokenizer", type=Path, help="with --toxicity: a folder with a tokenizer.json")
+    parser.add_argument("--dtype", default="float32", help="with --toxicity: what it computes in")
     options = parse(parser, images=16, processes=1)
     cores = len(os.sched_getaffinity(0))
     on_cpu = options.device == "cpu"
@@ -347,6 +391,12 @@ def main() -> int:
         processes=options.processes or max(1, cores - 1 if on_cpu else cores),
         repeats=1 if options.tiny else 3,
     )
+    if options.toxicity:
+        if options.tokenizer is None:
+            parser.error("--toxicity needs --tokenizer: a folder with the tokenizer.json of detoxify or another model")
+        captions = itertools.islice(itertools.cycle(photos(options.toxicity)), options.images or setting.batch)
+        print_toxicity(list(captions), options.tokenizer, options)
+        return 0
     with tempfile.TemporaryDirectory(prefix="bench-metadata-", dir=options.folder) as folder:
         if options.distances:
             bare = Bare(options.clip or save_model(Path(folder), options.tiny), options.device)

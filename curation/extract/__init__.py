@@ -13,7 +13,7 @@ from curation.extract.compute import Extraction, SpooledShard
 from curation.extract.config import FLAGS, KEYS, ExtractConfig, read_config
 from curation.extract.feed import WANTED, ExtractLoader, ExtractSample, extract_sample
 from curation.extract.outputs import INTEGER, MetadataTable, import_arrow, write_npz, write_parquet
-from curation.extract.settings import ModelSettings
+from curation.extract.settings import ModelSettings, Precision
 
 __all__ = [
     "FLAGS",
@@ -31,6 +31,7 @@ __all__ = [
     "Feature",
     "MetadataTable",
     "ModelSettings",
+    "Precision",
     "Preparation",
     "SampleFacts",
     "SpooledShard",

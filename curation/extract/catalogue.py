@@ -51,7 +51,8 @@ class Catalogue:
     def _by_known_names(self, config: ExtractConfig) -> ExtractConfig:
         models = tuple(map(self._known_name, config.models))
         weights = {self._known_name(name): source for name, source in config.weights.items()}
-        return replace(config, models=models, weights=weights)
+        dtypes = {self._known_name(name): dtype for name, dtype in config.dtypes.items()}
+        return replace(config, models=models, weights=weights, dtypes=dtypes)
 
     def _known_name(self, directive: str) -> str:
         """The directive that a name in another spelling, or the hub id of its weights, stands for."""

@@ -106,7 +106,7 @@ class Extraction:
             self.close()
             raise
         at_once = c.batch_size if device != "cpu" else min(c.batch_size, MOST_AT_ONCE_ON_CPU)
-        kind_of_device = "\0".join([use_device(device), c.dtype, dump_json(models).decode()])
+        kind_of_device = "\0".join([use_device(device), _text(c.precision), dump_json(models).decode()])
         self._memory = FittingBatchSize(at_once, kind_of_device, remember_in)
         self._models_mark = xxhash.xxh3_64_hexdigest(dump_json(models))
 
@@ -333,6 +333,10 @@ class _View:
             host = torch.from_numpy(self.prepared(preparation))
             self._tensors[preparation] = host.to(self._device, non_blocking=True)
         return self._tensors[preparation]
+
+
+def _text(precision: str | dict[str, str]) -> str:
+    return precision if isinstance(precision, str) else dump_json(precision).decode()
 
 
 def _asked(names: Sequence[str], key: str, computed: Sequence[str]) -> list[str]:

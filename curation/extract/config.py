@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.errors import UsageError
@@ -40,6 +40,7 @@ DATACOMP_NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 ALL = ("all",)  # of the columns or features that the models give
 
 
@@ -48,6 +49,7 @@ class ExtractConfig:
     """The keys of the YAML, dataset2metadata's first.
 
     device: ``cpu`` or a GPU's number among the visible ones; None: the one that this process was given.
+    dtypes: directive → the precision that its entry of ``models`` gives it, in place of ``dtype``.
     postprocess_columns, postprocess_features: ``all`` stands for what the models give, in their order.
     additional_fields: name → type, None where the values tell it.  weights: in place of a directive's own.
     embeddings: of the images that ``dedup-isc-ft-v107`` looks for.
@@ -74,6 +76,12 @@ class ExtractConfig:
     compress: bool = False
     dtype: Precision = "auto"
     resize: Resize = "exact"
+    dtypes: Mapping[str, Precision] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str | dict[str, str]:
+        """What the models compute in, as the folder's options record it: one word, or also those of directives."""
+        return {"": self.dtype, **self.dtypes} if self.dtypes else self.dtype
 
     @property
     def carried_fields(self) -> dict[str, str | None]:
@@ -126,7 +134,7 @@ class ExtractConfig:
         return DATACOMP_NAMES.get(name, name) if self.use_datacomp_keys else name
 
 
-KEYS = tuple(item.name for item in fields(ExtractConfig))
+KEYS = tuple(item.name for item in fields(ExtractConfig) if item.name != "dtypes")  # that one is part of ``models``
 FLAGS = MappingProxyType({"input_tars": "input", "output_metadata_dir": "output"})  # all others are named as their keys
 
 
@@ -165,7 +173,9 @@ def read_config(yml: str | None, flags: Mapping[str, Any], *, folders: bool = Tr
         if yml:
             raise UsageError(f"{yml} has no {_listed(missing)}: give {it} there or as {names}")
         raise UsageError(f"give {names}, or a --yml that has {it}")
-    return ExtractConfig(**values)
+    models = values.pop("models")
+    dtypes = {name: dtype for name, dtype in models if dtype is not None}
+    return ExtractConfig(models=tuple(name for name, _ in models), dtypes=dtypes, **values)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -189,7 +199,7 @@ def model_settings(config: ExtractConfig, directive: str, device: str = "cpu", t
         embeddings_sha256=known.sha256 if known else None,
         device=device,
         threads=threads,
-        dtype=config.dtype,
+        dtype=config.dtypes.get(directive, config.dtype),
         resize=config.resize,
     )
 
@@ -236,6 +246,26 @@ def _names(value: Any) -> tuple[str, ...]:
 
 def _directives(value: Any) -> tuple[str, ...]:
     return _names(items_in(value) if isinstance(value, str) else value)
+
+
+def _models(value: Any) -> tuple[tuple[str, Precision | None], ...]:
+    """Directives, each with its own dtype if it has one: an entry of a list is a name, or ``name: {dtype: …}``."""
+    entries = value if isinstance(value, list | tuple) else _directives(value)
+    return tuple(map(_model, entries))
+
+
+def _model(entry: Any) -> tuple[str, Precision | None]:
+    name, keys = entry, {}
+    if isinstance(entry, dict) and len(entry) == 1:
+        [(name, keys)] = entry.items()
+    if not isinstance(name, str) or not name:
+        raise ValueError("needs a list of names, or `name: {dtype: …}`")
+    if not isinstance(keys, dict) or set(keys) - {"dtype"}:
+        raise ValueError(f"{name}: behind a directive may be {{dtype: …}} and no other key")
+    dtype = keys.get("dtype")
+    if dtype is not None and dtype not in PRECISIONS:
+        raise ValueError(f"{name}: dtype needs one of {', '.join(PRECISIONS)}")
+    return name, dtype
 
 
 def _paths(value: Any) -> tuple[str, ...]:
@@ -320,7 +350,7 @@ def _one_of(*words: str) -> Callable[[Any], str]:
 
 _PARSERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
-        "models": _directives,
+        "models": _models,
         "input_tars": _paths,
         "output_metadata_dir": _path,
         "postprocess_columns": _directives,
@@ -340,6 +370,6 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "feature_dtype": _one_of("float16", "float32"),
         "compress": _truth,
         "resize": _one_of("exact", "fast"),
-        "dtype": _one_of("auto", "float32", "float16", "bfloat16"),
+        "dtype": _one_of(*PRECISIONS),
     }
 )

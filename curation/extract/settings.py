@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from curation.errors import InfrastructureError
 
-Precision = Literal["auto", "float32", "float16", "bfloat16"]
+Precision = Literal["auto", "half", "float32", "float16", "bfloat16"]
 
 
 Resize = Literal["exact", "fast"]
@@ -31,7 +31,8 @@ class ModelSettings:
     revision: of a hub id.
     embeddings, embeddings_sha256: of the images that near duplicates are looked for in, likewise.
     device: torch's name for it.  threads: of one session on the CPU.
-    dtype: auto is what upstream computes in: float16 for CLIP on a GPU, float32 elsewhere.
+    dtype: auto is what upstream computes in: float16 for CLIP on a GPU, float32 elsewhere.  half: float16 on a GPU,
+    float32 on the CPU, whatever upstream does.
     resize: ``fast`` lets pictures be shrunk by cheaper means than upstream's.
     cache: the folder that downloads stay in.
     """
@@ -61,8 +62,9 @@ class ModelSettings:
         """The dtype that the model computes in.  half_on_gpu: whether upstream runs this one in float16 there."""
         import torch
 
-        if self.dtype == "auto":
-            return torch.float16 if half_on_gpu and self.device.startswith("cuda") else torch.float32
+        if self.dtype in ("auto", "half"):
+            half = self.device != "cpu" and (half_on_gpu or self.dtype == "half")
+            return torch.float16 if half else torch.float32
         return getattr(torch, self.dtype)
 
 

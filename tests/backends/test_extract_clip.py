@@ -273,6 +273,36 @@ def test_toxicity_is_the_largest_of_detoxifys_seven(models: Path) -> None:
     assert np.allclose(found, REFERENCES["toxicity"], atol=1e-6)
 
 
+def test_toxicity_in_length_buckets_is_what_one_padded_batch_gives(models: Path) -> None:
+    backend = toxicity.Backend("nsfw-detoxify", settings(models / "toxicity"))
+    words = ["a cat", "long " * 100, "", "a photo of <pad> the <pad>", "caf\u00e9 " * 12, "x" * 31, "x" * 30, "a dog"]
+    texts = [f"{n} {words[n % len(words)]}" for n in range(40)]
+    seen: list[tuple[int, int]] = []
+    handle = backend._model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    found = backend.compute(SampleBatch([None] * len(texts), texts))["nsfw-detoxify-score"]
+    handle.remove()
+    tokens = torch.from_numpy(np.stack([backend.preparations[0](text) for text in texts])).long()
+    with torch.inference_mode():
+        logits = backend._model(input_ids=tokens, attention_mask=(tokens != backend._tokens.padding).long()).logits
+    expected = torch.sigmoid(logits[:, backend._outputs]).amax(1).numpy()
+    assert np.abs(found - expected).max() < 1e-6  # each score is in its sample's place
+    assert len(set(np.round(expected, 4))) > 20
+    assert sum(rows for rows, _ in seen) == len(texts)
+    assert sum(rows * longest for rows, longest in seen) < 0.5 * len(texts) * max(longest for _, longest in seen)
+
+
+def test_a_bucket_is_padded_by_little_more_than_a_quarter() -> None:
+    lengths = np.array([512, 1, 19, 20, 18, 400, 19, 30, 5])
+    buckets = toxicity.length_buckets(lengths)
+    assert sorted(row for rows, _ in buckets for row in rows) == list(range(len(lengths)))
+    for rows, longest in buckets:
+        assert lengths[rows].max() == longest <= lengths[rows].min() * 1.25 + toxicity.BUCKET_STEP
+    assert toxicity.length_buckets(np.full(9, 7))[0][1] == 7
+    assert toxicity.length_buckets(np.array([], int)) == []
+
+
 def test_tokens_of_a_folder_need_no_torch_in_a_worker_process(models: Path) -> None:
     tokens = toxicity.Backend("nsfw-detoxify", settings(models / "toxicity")).preparations[0]
     program = (

@@ -132,6 +132,24 @@ def test_the_descriptor_network_is_timms_with_the_published_head() -> None:
     assert np.abs(found[:, :32].numpy() - REFERENCES["isc"]["descriptors"]).max() < 1e-5
 
 
+def test_16_bits_put_the_channels_last_and_stay_near_the_reference(models: Path) -> None:
+    """On the CPU in bfloat16, which it can compute; docs/stage-06.md has the command that measures real weights."""
+    given = {"embeddings": "none"}
+    exact, rough = (
+        isc.Backend(ISC, settings(models / "isc.pth.tar", dtype=d, **given)) for d in ("float32", "bfloat16")
+    )
+    for backend, is_last in ((exact, False), (rough, True)):
+        weight = backend._network._layers["backbone.conv_stem.weight"]
+        assert weight.is_contiguous(memory_format=torch.channels_last) is is_last
+        seen = backend._normalise(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+        assert seen.is_contiguous(memory_format=torch.channels_last) is is_last
+        assert seen.is_contiguous() is not is_last
+    found = [backend.compute(pictures())[f"{ISC}-image"] for backend in (exact, rough)]
+    assert (found[0] * found[1]).sum(1).min() > 0.99
+    faces = scrfd.Backend("faces-scrfd10g", settings(models / "scrfd.pt", dtype="bfloat16"))
+    assert [len(boxes) > 10 for boxes in faces.compute(pictures())["face-boxes"]] == [True] * len(PICTURES)
+
+
 def test_the_score_is_the_largest_cosine_with_any_of_the_embeddings(models: Path, tmp_path: Path) -> None:
     alone = isc.Backend(ISC, settings(models / "isc.pth.tar", embeddings="none"))
     assert alone.columns == ()

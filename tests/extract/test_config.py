@@ -11,8 +11,8 @@ import pytest
 from curation.backends.extract import families
 from curation.errors import UsageError
 from curation.extract import FLAGS, KEYS, Catalogue, ExtractConfig, read_config
-from curation.extract.config import ALL
-from curation.extract.settings import WeightSource
+from curation.extract.config import ALL, model_settings
+from curation.extract.settings import ModelSettings, WeightSource
 
 # The two examples of dataset2metadata's README: what they ask for, in its words and its order.
 BASIC = """
@@ -135,6 +135,27 @@ def test_weights_in_all_spellings(tmp_path: Path) -> None:
     }
 
 
+def test_a_directives_own_dtype_goes_before_the_flag(tmp_path: Path) -> None:
+    text = BASIC.replace("- oai-clip-vit-b32\npost", "- OAI_clip_vit_b32: {dtype: bfloat16}\n  - statistics\npost")
+    config = Catalogue(families(), read(tmp_path, text, dtype="float32")).config
+    assert config.models == ("oai-clip-vit-b32", "statistics")
+    assert [model_settings(config, name).dtype for name in config.models] == ["bfloat16", "float32"]
+    assert config.precision == {"": "float32", "oai-clip-vit-b32": "bfloat16"}
+    assert read(tmp_path, BASIC, dtype="float32").precision == "float32"  # as older versions recorded it
+    other = read(tmp_path, text, models="oai-clip-vit-b32")
+    assert other.dtypes == {}, "the flag goes before the whole list"
+
+
+def test_half_is_16_bits_on_a_device_only() -> None:
+    import torch
+
+    for dtype, on_gpu in (("half", torch.float16), ("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert ModelSettings(dtype=dtype, device="cuda:0").torch_dtype() is on_gpu  # type: ignore[arg-type]
+    assert ModelSettings(dtype="half", device="cpu").torch_dtype() is torch.float32
+    assert ModelSettings(dtype="auto", device="cuda:0").torch_dtype(half_on_gpu=True) is torch.float16
+    assert ModelSettings(dtype="auto", device="cpu").torch_dtype(half_on_gpu=True) is torch.float32
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -148,6 +169,13 @@ def test_weights_in_all_spellings(tmp_path: Path) -> None:
         ("device: gpu", "device: needs cpu or the number of a GPU"),
         ("models: 5", "models: needs a list of names"),
         ("models: [[a]]", "models: needs a list of names"),
+        ("models: [{a: {dtype: half}, b: {}}]", "models: needs a list of names"),
+        ("models: [{a: {dtype: float64}}]", "a: dtype needs one of auto, half, float32, float16, bfloat16"),
+        ("models: [{a: {dtype: [half]}}]", "a: dtype needs one of"),
+        ("models: [{a: {batch_size: 7}}]", "a: behind a directive may be {dtype: …} and no other key"),
+        ("models: [{a: half}]", "a: behind a directive may be {dtype: …}"),
+        ("models: [{1: {dtype: half}}]", "models: needs a list of names"),
+        ("dtype: float64", "dtype: needs one of auto, half, float32, float16, bfloat16"),
         ("models: []", "has no models"),
         ("reprocess: maybe", "reprocess: needs True or False"),
         ("input_tars: []", "a path or a list of paths"),

@@ -734,6 +734,33 @@ def test_a_job_with_gpus_does_not_score_on_the_cpu(
     assert stage.main([*flags, "--device", "cpu"]) == 0
 
 
+def test_a_folder_goes_on_in_the_precision_that_it_was_begun_with(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The recommended ``half`` is for new folders; a precision that is named is another option."""
+
+    def models(dtype: str) -> list[str]:
+        text = f"models: [statistics: {{dtype: {dtype}}}]\n" if dtype else "models: [statistics]\n"
+        path = tmp_path / "c.yml"
+        path.write_text(f"{text}input_tars: {EXAMPLES}/00000003.tar\noutput_metadata_dir: {tmp_path / 'out'}\n")
+        return ["--yml", str(path), *FLAGS]
+
+    def recorded(number: int) -> object:
+        (record,) = (tmp_path / "out/_receipts").rglob(f"_epoch.{number}.json")
+        return json.loads(record.read_bytes())["options"]["dtype"]
+
+    assert stage.main(models("")) == 0 and recorded(1) == "auto"
+    capfd.readouterr()
+    assert stage.main([flag for flag in models("half") if flag != "--quiet"]) == 0
+    assert "dtype: half of statistics:" in (told := capfd.readouterr().err) and "was begun without it" in told
+    assert [*(tmp_path / "out/_receipts").rglob("_epoch.2.json")] == []
+    assert stage.main(models("float16")) == 2
+    assert "dtype" in capfd.readouterr().err
+    assert stage.main([*models("half"), "--rerun"]) == 0
+    assert recorded(2) == {"": "auto", "statistics": "half"}
+    assert stage.main(models("half")) == 0, "and goes on so"
+
+
 def hash_shard(path: Path, *values: object) -> Path:
     samples = {
         f"{n:03d}": {"json": json.dumps({"uid": f"{n:032x}", "hash": value}).encode(), "txt": b"a dog"}

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from curation.backends.extract.layers import NamedTensors
+from curation.backends.extract.layers import NamedTensors, has_16_bits
 from curation.backends.extract.pictures import Normalise, Squeeze
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.api import Batch, Column, Directive, Extractor, Feature, Preparation
@@ -145,7 +145,8 @@ class Backend(Extractor):
         network.move(settings.device, dtype)
         self._network: Any = network
         self._crop = Squeeze(SIDE)
-        self._normalise = Normalise((0.5,) * 3, (0.5,) * 3, settings.device, dtype)
+        half = (0.5,) * 3
+        self._normalise = Normalise(half, half, settings.device, dtype, channels_last=has_16_bits(dtype))
         self.preparations: tuple[Preparation, ...] = (self._crop,)
         self.features = (Feature(f"{directive}-image", network.width),)
         self.columns: tuple[Column, ...] = ()

@@ -12,6 +12,18 @@ from typing import Any
 _COUNTERS = ".num_batches_tracked"  # of training, in every batch normalisation
 
 
+def has_16_bits(dtype: Any) -> bool:
+    """Whether a dtype of torch is a floating-point one of 16 bits."""
+    return bool(dtype.itemsize == 2)
+
+
+def channels_last(tensor: Any) -> Any:
+    """The same samples × channels × height × width, with the channels of a place side by side in memory."""
+    import torch
+
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
 class NamedTensors:
     """The tensors of a file, and each kind of layer as a function of the name of one and its input.
 
@@ -43,8 +55,13 @@ class NamedTensors:
         return sorted(self._tensors.keys() - self._used)
 
     def move(self, device: str, dtype: Any) -> None:
-        """To where and in what they are computed."""
+        """To where and in what they are computed: in 16 bits with the channels last in memory, which tensor cores want;
+        float32 is the reference and stays as it is."""
         self._tensors = {name: tensor.to(device, dtype) for name, tensor in self._tensors.items()}
+        if has_16_bits(dtype):
+            for name, tensor in self._tensors.items():
+                if tensor.ndim == 4:
+                    self._tensors[name] = channels_last(tensor)
 
     def convolution(self, name: str, x: Any, stride: int = 1, *, same: bool = False, is_depthwise: bool = False) -> Any:
         """Padded by half the kernel; same: as TensorFlow does it, with stride 2 one more below and right."""

@@ -103,8 +103,19 @@ class Normalise:
     It computes in float32 with true divisions, so that the numbers are torchvision's to the last bit on every device.
     """
 
-    def __init__(self, mean: tuple[float, ...], deviation: tuple[float, ...], device: str, dtype: Any) -> None:
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        deviation: tuple[float, ...],
+        device: str,
+        dtype: Any,
+        *,
+        channels_last: bool = False,
+    ) -> None:
+        """channels_last: keep the channels of a pixel side by side, for a convolutional network that wants them so."""
         import torch
+
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
 
         # Tensors on the device: a division by a Python number becomes a multiplication on a GPU.
         self._range = torch.tensor(255.0, device=device)
@@ -114,7 +125,7 @@ class Normalise:
 
     def __call__(self, crops: Any) -> Any:
         numbers = (crops.float() / self._range - self._mean) / self._deviation
-        return numbers.permute(0, 3, 1, 2).to(self._dtype).contiguous()
+        return numbers.permute(0, 3, 1, 2).to(self._dtype).contiguous(memory_format=self._format)
 
 
 def _middle_of_a_strip(image: Image.Image, side: int, resample: int) -> Pixels:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from curation.backends.extract.layers import NamedTensors
+from curation.backends.extract.layers import NamedTensors, has_16_bits
 from curation.backends.extract.pictures import Normalise
 from curation.errors import InfrastructureError
 from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
@@ -259,7 +259,8 @@ class _Torch:
         dtype = settings.torch_dtype()
         network.move(settings.device, dtype)
         self._network: Any = network
-        self._normalise = Normalise((0.5,) * 3, (0.5,) * 3, settings.device, dtype)
+        half = (0.5,) * 3
+        self._normalise = Normalise(half, half, settings.device, dtype, channels_last=has_16_bits(dtype))
 
     def answers(self, batch: Batch, square: WhiteSquare) -> Iterator[Answer]:
         with self._torch.inference_mode():

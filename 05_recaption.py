@@ -8,6 +8,7 @@ import curation  # noqa: F401 - first: it refuses an old Python, and names packa
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -81,6 +82,7 @@ MORE_MODELS = (
 )
 JSONL_NAME = "captions.jsonl"
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
+SHARDS_AT_SERVERS = 3  # while the last answers for one arrive, the next one's images are asked
 NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
 
 
@@ -240,9 +242,12 @@ class Recaption(Stage[Options]):
         super().__init__(options)
         self._limits = limits
         self._merge: JsonlMerge | None = None
+        self._merging = threading.Lock()
         self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
         self.opens_quickly = options.captioner[0].served
         self.uses_device = not self.opens_quickly
+        if options.captioner[0].served:
+            self.shards_in_flight = SHARDS_AT_SERVERS
 
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
@@ -349,6 +354,7 @@ class Recaption(Stage[Options]):
             sizes=self.output / "_batch_sizes" / self.name,
             what="\0".join(map(str, what)),
             may_be_longer=o.max_tokens is None,
+            patience_s=o.timeout,
         )
         self.pushing.begin(allocation)
 
@@ -363,6 +369,8 @@ class Recaption(Stage[Options]):
 
     def close(self) -> None:
         self.pushing.end()
+        if hasattr(self, "captioner"):
+            self.captioner.close()
         if hasattr(self, "loader"):
             self.loader.close()
         if hasattr(self, "backend"):
@@ -375,8 +383,11 @@ class Recaption(Stage[Options]):
         return f"{counts['kept']:,} captioned"
 
     def process(self, work: ShardContext) -> None:
-        if "jsonl" in self.options.formats:
-            self._merger().grow()
+        if "jsonl" in self.options.formats and self._merging.acquire(blocking=False):  # else another shard does it now
+            try:
+                self._merger().grow()
+            finally:
+                self._merging.release()
         recipe = self._recipe()
         earlier = reusable_captions(self.output, work.previous, recipe)
         size = self.captioner.batch_size(work.shard.path)

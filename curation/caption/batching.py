@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 from PIL import Image
 
+from curation.caption.asking import Asking, Places
 from curation.caption.captioner import FIRST, Attempt, CaptionBackend, OutOfMemory, Prepared
 from curation.caption.feed import MOST_WAITING_BYTES, CaptionBatch, CaptionLoader, CaptionSample, gathered_ahead
 from curation.caption.rows import Row, sha256_of
@@ -151,21 +153,30 @@ class ShardCaptioner:
         what: str,
         may_be_longer: bool = True,
         first_tried: int = 1,
+        patience_s: float = 120.0,
     ) -> None:
         """
         Args:
             backend: The captioner.
             loader: Prepares images for it.
-            batch_size: Images captioned at once; None: found by trying, once for all workers.
+            batch_size: Images captioned at once, of all shards if servers do it; None: found by trying, once for all
+                workers.
             seed_of: The seed of an image, from its key.
             sizes: The folder in which batch sizes are recorded.
             what: What a fitting batch size depends on: the kind of device, the model, the dtype and so on.
             may_be_longer: A reply that is cut is asked for once more, with twice the tokens.
             first_tried: The smallest batch size that is tried, if it fits.
+            patience_s: How many seconds to wait for the answers of servers after a stop was requested.
         """
         self._backend, self._loader, self._seed_of = backend, loader, seed_of
         self._batch_size, self._sizes, self._what = batch_size, sizes, what
-        self._may_be_longer, self._first_tried = may_be_longer, first_tried
+        self._may_be_longer, self._first_tried, self._patience_s = may_be_longer, first_tried, patience_s
+        self._places = Places(batch_size) if backend.family.served and batch_size else None
+
+    def close(self) -> None:
+        """Ask servers nothing more."""
+        if self._places is not None:
+            self._places.close()
 
     def batch_size(self, source: Source) -> int:
         """The batch size for a shard: the one that was given, or the one that all workers agreed on."""
@@ -208,14 +219,18 @@ class ShardCaptioner:
         report = TarReport()
         log = work.partial()
         restore = _restorer(log, earlier)
-        read = self._loader.samples(work.shard.path, work, report, limit, restore, batch_size)
-        with gathered_ahead(self._loader.batches(read, batch_size, samples)) as take:
-            while True:
-                with work.phase("wait"):
-                    batch = take()
-                if batch is None:
-                    break
-                self._caption(work, batch, log, memory)
+        if self._places is not None:
+            read = self._loader.samples(work.shard.path, work, report, limit, restore, 0)
+            self._ask_each(work, read, log, memory, self._places, samples)
+        else:
+            read = self._loader.samples(work.shard.path, work, report, limit, restore, batch_size)
+            with gathered_ahead(self._loader.batches(read, batch_size, samples)) as take:
+                while True:
+                    with work.phase("wait"):
+                        batch = take()
+                    if batch is None:
+                        break
+                    self._caption(work, batch, log, memory)
         for line in report.warnings():
             work.warn(line)
         reused = sum(sample.caption is not None for sample in samples)
@@ -238,13 +253,53 @@ class ShardCaptioner:
             pairs = zip(batch.samples, captions, strict=True)
             log.append((s.key, s.digest, s.outcome(caption, batch.mark)) for s, caption in pairs)
         for sample in batch.samples:
-            sample.release()
-            if (failed := sample.record.get("failed")) is not None:
-                work.fail(sample.key, *failed)
-            else:
-                work.keep()
+            _count(work, sample)
         if not batch.done:
             work.check_stop()
+
+    def _ask_each(
+        self,
+        work: ShardContext,
+        read: Iterator[CaptionSample],
+        log: PartialLog,
+        memory: FittingBatchSize,
+        places: Places,
+        seen: list[CaptionSample],
+    ) -> None:
+        """Ask servers for the caption of each image that has none yet; log the answers as they come, and count them.
+
+        What an earlier attempt logged is an answer for good, because a server's answer depends on the image alone.
+        """
+        began, waited_s = time.perf_counter(), 0.0
+
+        def unanswered() -> Iterator[tuple[CaptionSample, int]]:
+            nonlocal waited_s
+            while True:
+                since = time.perf_counter()
+                sample = next(read, None)
+                waited_s += time.perf_counter() - since
+                if sample is None:
+                    return
+                seen.append(sample)
+                if sample.caption is not None:  # an earlier run's
+                    sample.release()
+                elif sample.record:
+                    _count(work, sample)
+                else:
+                    yield sample, sample.nbytes
+
+        def ask(sample: CaptionSample) -> Verdict | SampleError:
+            image, seed = [sample.prepared], [self._seed_of(sample.key)]
+            return caption_batch(self._backend, memory, image, seed, may_be_longer=self._may_be_longer)[0]
+
+        try:
+            for came in Asking(places, ask).answers(unanswered(), work, self._patience_s):
+                log.append((s.key, s.digest, s.outcome(caption, s.digest)) for s, caption in came)
+                for sample, _ in came:
+                    _count(work, sample)
+        finally:
+            work.add_seconds("wait", waited_s)
+            work.add_seconds("infer", time.perf_counter() - began - waited_s)
 
     def _first_prepared(self, source: Source) -> Any | None:
         for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
@@ -252,6 +307,15 @@ class ShardCaptioner:
                 sample.check()
                 return self._backend.prepare(Image.fromarray(decode_rgb(image_of(sample))))
         return None
+
+
+def _count(work: ShardContext, sample: CaptionSample) -> None:
+    """Count a sample whose caption is asked for no more."""
+    sample.release()
+    if (failed := sample.record.get("failed")) is not None:
+        work.fail(sample.key, *failed)
+    else:
+        work.keep()
 
 
 def _restorer(log: PartialLog, earlier: Mapping[tuple[str, str], Row]) -> Callable[[CaptionSample], None]:

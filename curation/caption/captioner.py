@@ -183,6 +183,8 @@ class CaptionBackend(Protocol):
     ) -> Sequence[Reply | str | SampleError]:
         """Caption a batch by one call of the device.  It is called from one thread.
 
+        If servers caption, it is called for one image at a time, in many threads at once.
+
         Args:
             batch: Images from ``prepare`` that have one shape.
             seeds: One for each image, for models that sample.

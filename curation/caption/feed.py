@@ -214,7 +214,7 @@ class CaptionLoader:
             report: Collects what is wrong with the tar.
             limit: Images to read at most.
             restore: Fills in the ``record`` or the ``caption`` of a sample that was captioned before.
-            batch_size: More than so many images are prepared ahead.
+            batch_size: More than so many images are prepared ahead; 0 for servers, which take one image at a time.
 
         Yields:
             Each sample, prepared unless it was captioned before.

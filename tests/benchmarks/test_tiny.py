@@ -23,6 +23,7 @@ FIGURES = {
     "accuracy_language": {r"cleaned, most probable \(chosen\)": NUMBER, "00000001": NUMBER},
     "bench_claims": {"20 shards, 4 workers: done, worked on twice": "20, 0", "claims": NUMBER, "modulo": NUMBER},
     "bench_download": {rf"{mode} \| stage 00": NUMBER for mode in ("kept, not decoded", "decoded, kept")},
+    "bench_endpoint": dict.fromkeys(("stage 05, --batch_size auto", "plain loop, batch by batch"), NUMBER),
     "bench_faces": {r"detector \| images/s": NUMBER, r"recorded \| MB/s": NUMBER},
     "bench_generate": {"bare pipeline in a loop": NUMBER, "stage 03": NUMBER},
     "bench_llm": {"language, captions/s": NUMBER, **{f"{scene}, requests/s": NUMBER for scene in ("even", "single")}},

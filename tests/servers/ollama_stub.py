@@ -15,8 +15,11 @@ import hashlib
 import heapq
 import json
 import os
+import random
 import re
 import time
+from collections.abc import Callable
+from functools import partial
 
 BUSY = b'{"error":"server busy, please try again.  maximum pending requests exceeded"}'
 WORDS = (
@@ -35,13 +38,23 @@ class Model:
         self.served = 0
         self.loaded_at = 0.0 if flags.load_s == 0 else float("inf")
         self.seen: set[str] = set()
+        self.asked = 0
+        self.held: Callable[[], None] | None = None
+        self.lengths = random.Random(0)
         self.log = open(flags.log, "a", buffering=1) if flags.log else None  # noqa: SIM115 - lives as long as we do
 
-    def finish_at(self, now: float) -> float:
-        """A slot turns to the next request the moment it is done with one, however late the loop notices."""
-        start = max(now, heapq.heappop(self.free_at), self.load(now))
-        heapq.heappush(self.free_at, start + self.flags.latency_s)
-        return float(start + self.flags.latency_s)
+    def finish_at(self, now: float) -> tuple[float, float]:
+        """A slot turns to the next request the moment it is done with one, however late the loop notices.
+
+        Gives the time of the answer, and how long the slot had nothing to do before.
+        """
+        free_at = heapq.heappop(self.free_at)
+        start = max(now, free_at, self.load(now))
+        latency_s = self.flags.latency_s
+        if self.flags.uneven:  # 0.6 to 1.4 of it, and three times as long for one in a hundred
+            latency_s *= self.lengths.uniform(0.6, 1.4) if self.lengths.random() > 0.01 else 3
+        heapq.heappush(self.free_at, start + latency_s)
+        return float(start + latency_s), max(0.0, now - free_at) if free_at else 0.0
 
     def load(self, now: float) -> float:
         """When the model is there; a cold one is loaded for the first request, as Ollama does it."""
@@ -119,13 +132,19 @@ class Connection(asyncio.Protocol):
             return self.later(self.model.load(now), self.send, 200, loaded)
         if self.model.pending >= flags.slots + flags.queue:
             return self.send(503, BUSY)
+        refused = flags.refuses and flags.refuses in request
+        at, idle_s = (now, 0.0) if refused else self.model.finish_at(now)
         if self.model.log:
-            self.model.log.write(json.dumps({"at": time.time(), "body": body.decode()}) + "\n")
-        if flags.refuses and flags.refuses in request:
+            self.model.log.write(json.dumps({"at": time.time(), "idle_s": idle_s, "body": body.decode()}) + "\n")
+        if refused:
             return self.send(400, json.dumps({"error": f"Unknown argument: {flags.refuses}"}).encode())
         text = question(request["messages"][-1]) if "messages" in request else request["prompt"]
         self.model.pending += 1
-        return self.later(self.model.finish_at(now), self.finish, text)
+        self.model.asked += 1
+        if self.model.asked == flags.holds:
+            self.model.held = partial(self.finish, text)
+            return None
+        return self.later(at, self.finish, text)
 
     def later(self, at: float, call: object, *arguments: object) -> None:
         self.loop.call_at(at, call, *arguments)  # type: ignore[arg-type]
@@ -134,6 +153,9 @@ class Connection(asyncio.Protocol):
         model = self.model
         model.pending -= 1
         model.served += 1
+        if model.held is not None and model.served >= model.flags.holds_until:
+            held, model.held = model.held, None
+            held()
         if model.flags.die_after and model.served >= model.flags.die_after:
             os._exit(1)
         word = model.word(text)
@@ -205,6 +227,9 @@ async def main() -> None:
     parser.add_argument("--thinks", action="store_true", help="say that the model can reason")
     parser.add_argument("--refuses", default="", help="a field of a request that is refused with a 400")
     parser.add_argument("--system", default="You rewrite the sentence for the group.", help="the model's own")
+    parser.add_argument("--uneven", action="store_true", help="answers differ in length; one in 100 takes 3 × as long")
+    parser.add_argument("--holds", type=int, default=0, help="the answer to this request waits for others …")
+    parser.add_argument("--holds_until", type=int, default=0, help="… until so many are answered")
     parser.add_argument("--log", default="", help="append every generating request's body to this file")
     flags = parser.parse_args()
     model = Model(flags)

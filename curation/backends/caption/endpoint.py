@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,9 +38,7 @@ class SentImage:
 class Backend:
     """Servers that have the model ``source``.  They load it, and choose its precision and device, themselves."""
 
-    family = Family(
-        name="endpoint", batch_size=256, max_tokens=120, served=True
-    )  # a batch ends with its slowest answer
+    family = Family(name="endpoint", batch_size=256, max_tokens=120, served=True)
 
     def __init__(self, source: str, settings: CaptionSettings) -> None:
         """Find the servers.
@@ -81,7 +77,6 @@ class Backend:
             self._watch = RegistryWatcher(self._pool, Registry(s.endpoints_dir)).start()
         else:
             self._pool.open()
-        self._threads = ThreadPoolExecutor(self.family.batch_size, "caption")
 
     @classmethod
     def weights(cls, source: str, revision: str | None) -> WeightsNeed:
@@ -105,9 +100,9 @@ class Backend:
         self, batch: Sequence[SentImage], seeds: Sequence[int], attempt: Attempt = FIRST
     ) -> list[Reply | SampleError]:
         """See CaptionBackend.  An image for which the servers have no answer fails alone."""
-        return list(self._threads.map(partial(self._ask, attempt), batch, seeds))
+        return [self._ask(image, seed, attempt) for image, seed in zip(batch, seeds, strict=True)]
 
-    def _ask(self, attempt: Attempt, image: SentImage, seed: int) -> Reply | SampleError:
+    def _ask(self, image: SentImage, seed: int, attempt: Attempt) -> Reply | SampleError:
         request = Request(
             user=self.asked,
             jpeg=image.jpeg,
@@ -132,6 +127,5 @@ class Backend:
         """See CaptionBackend.  Answers that are still to come are thrown away."""
         if self._watch is not None:
             self._watch.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
         for line in self._pool.summary():
             logger.info(line)

@@ -19,7 +19,17 @@ import xxhash
 
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
-from curation.backends.generate.presets import Preset, families, family_for, known_models, model_named, preset_for
+from curation.backends.generate.loading import pipeline_files
+from curation.backends.generate.presets import (
+    Preset,
+    families,
+    family_for,
+    known_models,
+    model_named,
+    preset_for,
+    presets,
+    says_few_steps,
+)
 from curation.backends.generate.reading import Reading
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.edits import (
@@ -69,6 +79,7 @@ ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
 MORE_MODELS = "--model also takes the folder or the hub id of any other text-to-image pipeline of diffusers."
 METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
 PROMPTS_FOLDER = "prompts"  # in the folder of a whole dataset
+PRESET_FLAGS = ("steps", "guidance", "height", "width", "text_tokens", "dtype", "batch_size", "true_cfg_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +143,9 @@ class Options(RunOptions):
     """Seed; each sample's noise comes from a hash of it and the sample's key."""
     negative_prompt: str = ""
     """Content that the pictures should not show, if the model and its guidance use a negative prompt."""
-    true_cfg_scale: Annotated[float | None, at_least(0), FINITE] = None
-    """Scale of the guidance by the negative prompt, for models such as Flux and Qwen-Image.  Default: the
-    pipeline's."""
+    true_cfg_scale: Annotated[float | None, at_least(0), FINITE, also("--true_cfg")] = None
+    """Scale of the guidance by the negative prompt, for models such as Flux and Qwen-Image.  Default: the preset's or
+    the pipeline's."""
     prompt_suffix: str = ""
     """Text that is appended to every prompt, only for the model, such as ', high quality photo'.  Long prompts are
     shortened so that it fits."""
@@ -203,23 +214,33 @@ class GenerateImages(Stage[Options]):
         return o.family.find(o.named[0], o.revision, o.variant)
 
     @cached_property
+    def preset(self) -> tuple[str | None, Preset]:
+        """The name of the model's preset, and the preset; None for a model without one, or a folder begun without."""
+        o, model = self.options, self.options.named[0]
+        if o.embedded:
+            [item] = o.family.presets.items()
+            return item
+        bare = Preset(model=model)
+        try:
+            name, preset = preset_for(model, pipeline_files(self.source))
+        except InfrastructureError:  # the model is not there, as the fingerprint says
+            name, preset = preset_for(model)
+        preset = replace(preset, model=model)
+        recorded = None if o.rerun else recorded_options(self.output, self.name, o.shards)
+        if name is None or recorded is None or recorded.get("model") != public_name(model):
+            return name, preset
+        has_none = {flag: getattr(self._with_flags(bare), flag) for flag in PRESET_FLAGS}
+        began_without = all(recorded.get(flag) == value for flag, value in has_none.items())
+        return (None, bare) if began_without else (name, preset)
+
+    @cached_property
     def settings(self) -> Preset:
         """The model's preset, overridden by the flags."""
-        o = self.options
-        if o.embedded:
-            [preset] = o.family.presets.values()
-        else:
-            model = o.named[0]
-            preset = Preset(model=model) if self._began_without_preset(model) else preset_for(model)[1]
-            preset = replace(preset, model=model)
-        flags = ("steps", "guidance", "height", "width", "text_tokens", "dtype", "batch_size")
-        return replace(preset, **{flag: getattr(o, flag) for flag in flags if getattr(o, flag) is not None})
+        return self._with_flags(self.preset[1])
 
-    def _began_without_preset(self, model: str) -> bool:
-        """Whether a version that had no preset for the model has begun this folder, which goes on without one."""
-        o = self.options
-        recorded = None if o.rerun else recorded_options(self.output, self.name, o.shards)
-        return recorded is not None and recorded.get("model") == public_name(model) and recorded.get("steps") is None
+    def _with_flags(self, preset: Preset) -> Preset:
+        given = {flag: getattr(self.options, flag) for flag in PRESET_FLAGS}
+        return replace(preset, **{flag: value for flag, value in given.items() if value is not None})
 
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
@@ -234,11 +255,11 @@ class GenerateImages(Stage[Options]):
             if not o.dry_run:
                 raise
             self.trouble = error
-        preset = {name: getattr(s, name) for name in ("steps", "guidance", "height", "width", "text_tokens", "dtype")}
-        names = ("size", "seed", "negative_prompt", "true_cfg_scale", "prompt_suffix", "quality", "edits_layout")
+        preset = {name: getattr(s, name) for name in PRESET_FLAGS}
+        names = ("size", "seed", "negative_prompt", "prompt_suffix", "quality", "edits_layout")
         speed = ("compile", "channels_last", "fuse_qkv", "text_batches")
         mine = {name: getattr(o, name) for name in (*names, *speed)}
-        return {**model, **preset, "batch_size": s.batch_size, **mine}
+        return {**model, **preset, **mine}
 
     def inputs(self, shard: Shard) -> list[Input]:
         return [
@@ -262,7 +283,6 @@ class GenerateImages(Stage[Options]):
             self.source,
             self.settings,
             negative_prompt=o.negative_prompt,
-            true_cfg_scale=o.true_cfg_scale,
             prompt_suffix=o.prompt_suffix,
             speed_ups=SpeedUps(
                 compile=o.compile, channels_last=o.channels_last, fuse_qkv=o.fuse_qkv, code_beside=self.output
@@ -270,14 +290,29 @@ class GenerateImages(Stage[Options]):
             device=device,
             threads=self.threads,
             remember_in=self.output / "_batch_sizes" / self.name,
+            counts_operations=self.preset[0] not in presets() and allocation.rank == 0,
         )
         call = self.backend.call
+        if self.preset[0] not in presets() and allocation.rank == 0:
+            logger.info(self._cost())
         for warning in call.warnings:
             logger.warning(warning)
         if o.text_batches and not call.can_encode_ahead:
             logger.warning(f"--text_batches has no effect: {call.name} encodes prompts within its call")
         self.fixed_size = (call.width, call.height)
         self.sizes = bucket_sizes(*self.fixed_size, call.bucket_multiple) if o.size == "original" else [self.fixed_size]
+
+    def _cost(self) -> str:
+        """What a picture of a model without a preset is made with, so that nobody pays for fifty steps unknowingly."""
+        o, call, name = self.options, self.backend.call, self.preset[0]
+        known = f"it is called {name}" if name else "no preset is known for it"
+        guidance = "" if call.guidance is None else f", guidance {call.guidance:g}"
+        cost = "" if self.backend.tflop is None else f": about {self.backend.tflop:.3g} TFLOP a picture"
+        few = "" if name or o.steps or not says_few_steps(o.model) else "; by its name it needs few steps"
+        made = f"{call.steps} steps{guidance}, {call.width}×{call.height}, batches of {self.settings.batch_size}{cost}"
+        return (
+            f"--model {public_name(o.model)}: {known}: {made}{few}; its card says which --steps and --guidance it needs"
+        )
 
     def doing(self) -> str:
         return "compiling the model, while it makes the first pictures" if self._compiling else ""

@@ -33,20 +33,49 @@ def count(make: Callable[[], Any]) -> float:
 def test_the_parts_of_pipelines() -> None:
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
 
+    def flux2(layers: int, single: int, heads: int, text: int) -> Callable[[], Any]:
+        return lambda: diffusers.Flux2Transformer2DModel(
+            num_layers=layers, num_single_layers=single, num_attention_heads=heads, joint_attention_dim=text,
+            guidance_embeds=False,
+        )  # fmt: skip
+
+    def sana(layers: int, heads: int, cross_heads: int, *, sprint: bool) -> Callable[[], Any]:
+        return lambda: diffusers.SanaTransformer2DModel(
+            in_channels=32, out_channels=32, num_attention_heads=heads, attention_head_dim=32, num_layers=layers,
+            num_cross_attention_heads=cross_heads, cross_attention_head_dim=32 * heads // cross_heads,
+            cross_attention_dim=32 * heads, caption_channels=2304, mlp_ratio=2.5, sample_size=32, patch_size=1,
+            guidance_embeds=sprint, qk_norm="rms_norm_across_heads",
+        )  # fmt: skip
+
+    def sd3() -> Any:
+        return diffusers.SD3Transformer2DModel(
+            sample_size=128, num_layers=38, num_attention_heads=38, attention_head_dim=64, joint_attention_dim=4096,
+            caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192, qk_norm="rms_norm",
+        )  # fmt: skip
+
+    def qwen3_8b() -> Any:
+        return transformers.Qwen3Config(
+            vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+        )  # fmt: skip
+
     def qwen3_4b() -> Any:
         return transformers.Qwen3Config(
             vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
             num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
         )  # fmt: skip
 
-    def flux2() -> Any:
-        return diffusers.Flux2Transformer2DModel(
-            num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
-        )
-
     counted = {
         ("flux.1-schnell", "transformer"): lambda: diffusers.FluxTransformer2DModel(guidance_embeds=False),
-        ("flux.2-klein-4b", "transformer"): flux2,
+        ("flux.2-klein-4b", "transformer"): flux2(5, 20, 24, 7680),
+        ("flux.2-klein-9b", "transformer"): flux2(8, 24, 32, 12288),
+        ("flux.2-klein-9b", "Qwen3 8B"): lambda: transformers.Qwen3ForCausalLM(qwen3_8b()),
+        ("qwen-image", "transformer"): diffusers.QwenImageTransformer2DModel,
+        ("qwen-image", "VAE"): diffusers.AutoencoderKLQwenImage,
+        ("sana-sprint", "transformer"): sana(20, 70, 20, sprint=True),
+        ("sana-sprint-0.6b", "transformer"): sana(28, 36, 16, sprint=True),
+        ("sana-1.5", "transformer"): sana(20, 70, 20, sprint=False),
+        ("sd3.5-large-turbo", "transformer"): sd3,
         ("z-image-turbo", "transformer"): diffusers.ZImageTransformer2DModel,
         ("z-image-turbo", "Qwen3 4B"): lambda: transformers.Qwen3Model(qwen3_4b()),
     }

@@ -158,9 +158,84 @@ def save_tiny_z_image(folder: Path) -> None:
     _save(ZImagePipeline, parts, folder, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=tokenizer)
 
 
+def save_tiny_qwen_image(folder: Path) -> None:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = qwen_tokenizer()
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text_config = {
+        "vocab_size": max(len(tokenizer), 300), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope,
+    }  # fmt: skip
+    vision_config = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config)
+    parts: dict[str, Any] = {
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+        "transformer": QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+        ),
+        "vae": AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+    }  # fmt: skip
+    _save(QwenImagePipeline, parts, folder, scheduler=FlowMatchEulerDiscreteScheduler(), tokenizer=tokenizer)
+
+
+def save_tiny_sd3(folder: Path) -> None:
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    config = clip_text_config(CLIPTextConfig, tokenizer)
+    t5_config = T5Config(
+        vocab_size=len(t5), d_model=64, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    parts: dict[str, Any] = {
+        "text_encoder": CLIPTextModelWithProjection(config),
+        "text_encoder_2": CLIPTextModelWithProjection(config),
+        "text_encoder_3": T5EncoderModel(t5_config),
+        "transformer": SD3Transformer2DModel(
+            sample_size=32, patch_size=2, in_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=4,
+            caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64, out_channels=16,
+            pos_embed_max_size=32,
+        ),
+        "vae": _small_vae(AutoencoderKL, latent_channels=16),
+    }  # fmt: skip
+    _save(
+        StableDiffusion3Pipeline, parts, folder,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=t5,
+    )  # fmt: skip
+
+
+def save_tiny_sana(folder: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+    _save_sana(SanaPipeline, FlowMatchEulerDiscreteScheduler(), folder, guidance_embeds=False)
+
+
 def save_tiny_sana_sprint(folder: Path) -> None:
     """The pipeline that AutoPipelineForText2Image does not know."""
-    from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+    from diffusers import SanaSprintPipeline, SCMScheduler
+
+    _save_sana(SanaSprintPipeline, SCMScheduler(), folder, guidance_embeds=True)
+
+
+def _save_sana(kind: Any, scheduler: Any, folder: Path, *, guidance_embeds: bool) -> None:
+    from diffusers import AutoencoderDC, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
     tokenizer = qwen_tokenizer()
@@ -173,7 +248,7 @@ def save_tiny_sana_sprint(folder: Path) -> None:
         "transformer": SanaTransformer2DModel(
             patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8,
             num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
-            sample_size=32, qk_norm="rms_norm_across_heads", guidance_embeds=True,
+            sample_size=32, qk_norm="rms_norm_across_heads", guidance_embeds=guidance_embeds,
         ),
         "vae": AutoencoderDC(
             latent_channels=4, attention_head_dim=2,
@@ -186,7 +261,7 @@ def save_tiny_sana_sprint(folder: Path) -> None:
             decoder_act_fns="silu", scaling_factor=0.41407,
         ),
     }  # fmt: skip
-    _save(SanaSprintPipeline, parts, folder, scheduler=SCMScheduler(), tokenizer=tokenizer)
+    _save(kind, parts, folder, scheduler=scheduler, tokenizer=tokenizer)
 
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
@@ -196,6 +271,9 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tiny-FLUX.2-klein-4B": save_tiny_flux2_klein,
     "tiny-Z-Image-Turbo": save_tiny_z_image,
     "tiny-Sana_Sprint": save_tiny_sana_sprint,
+    "tiny-SANA1.5": save_tiny_sana,
+    "tiny-sd3.5-large-turbo": save_tiny_sd3,
+    "tiny-Qwen-Image": save_tiny_qwen_image,
 }
 
 

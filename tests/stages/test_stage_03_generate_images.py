@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -746,16 +747,34 @@ def test_a_folder_that_was_begun_without_a_preset_goes_on_without_it(
     save_tiny_sd(model)
     flags = ["--model", str(model), "--height", "64", "--width", "64", "--dtype", "float32", "--quiet"]
     with monkeypatch.context() as older:
-        older.setattr(stage, "preset_for", lambda name: (None, Preset(model=name)))
+        older.setattr(stage, "preset_for", lambda name, folder=None: (None, Preset(model=name)))
         assert run(root, "--steps", "1", "--guidance", "0", small=flags) == 0
     path = root / "edits" / "_receipts" / stage.GenerateImages.name / "_epoch.1.json"
     change(path, lambda record: record["options"].update(steps=None, guidance=None))
     assert run(root, small=flags) == 0
     assert run(root, "--dry_run", small=flags) == 0
     assert len(list(path.parent.glob("_epoch.*.json"))) == 1, "it goes on under the options that it was begun with"
+    change(path, lambda record: record["options"].update(steps=1))  # as if --steps had been given
+    assert run(root, "--steps", "1", "--dry_run", small=flags) == 0
     assert preset_for(str(model))[1].steps == 4
     assert run(root, "--rerun", "--dry_run", small=flags) == 0
     assert "1 pending" in capsys.readouterr().out, "--rerun has the preset"
+
+
+def test_a_model_without_a_preset_is_told_with_its_cost(root: Path, tmp_path: Path) -> None:
+    """Nobody pays for fifty steps unknowingly."""
+    save_tiny_sd(tmp_path / "my-own-turbo")
+    flags = ["--model", str(tmp_path / "my-own-turbo"), "--dtype", "float32", "--guidance", "1", "--batch_size", "4"]
+    command = [sys.executable, "03_generate_images_multigpu.py", "--input", f"{root}/prompts", "--output"]
+    done = subprocess.run(
+        [*command, f"{root}/edits", *flags, "--steps", "2", "--height", "64", "--width", "64"],
+        cwd=ROOT, check=False, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "no preset is known for it" in line]
+    told = re.search(r"2 steps, guidance 1, 64×64, batches of 4: about (\S+) TFLOP a picture", line)
+    assert told and 1e-5 < float(told[1]) < 1e-2
+    assert str(tmp_path) not in line.split("--model")[1]
 
 
 def test_a_gpu_that_torch_cannot_use_is_told(

@@ -58,9 +58,7 @@ class PipelineCall:
     InfrastructureError for a pipeline that is none from text to images.
     """
 
-    def __init__(
-        self, pipeline: Any, settings: Preset, negative_prompt: str = "", true_cfg_scale: float | None = None
-    ) -> None:
+    def __init__(self, pipeline: Any, settings: Preset, negative_prompt: str = "") -> None:
         self.pipeline = pipeline
         self.name = type(pipeline).__name__
         self.warnings: list[str] = []
@@ -79,7 +77,8 @@ class PipelineCall:
         self.width = settings.width or self._default_side("width")
         self.check_size(self.width, self.height)
         self.text_tokens: int | None = settings.text_tokens or self._default("max_sequence_length", None)
-        self._fixed = self._fixed_arguments(settings, true_cfg_scale)
+        true_cfg_scale = settings.true_cfg_scale
+        self._fixed = self._fixed_arguments(settings)
         self._true_cfg_asked = true_cfg_scale is not None and true_cfg_scale > 1
         scale = self._default("true_cfg_scale", None) if true_cfg_scale is None else true_cfg_scale
         self.negative_prompt = self._effective_negative(negative_prompt, scale)
@@ -105,7 +104,9 @@ class PipelineCall:
         arguments = dict(self._fixed)
         if prompts is not None:
             arguments["prompt"] = list(prompts)
-        if self._has_negative and (prompts is not None or "negative_prompt_embeds" not in text_results()[self.name]):
+        if prompts is None and "negative_prompt_embeds" in text_results()[self.name]:
+            arguments["negative_prompt"] = None  # Sana's default is a text, which may not come beside its embeddings
+        elif self._has_negative:
             arguments["negative_prompt"] = [self.negative_prompt] * count
         return arguments
 
@@ -145,20 +146,22 @@ class PipelineCall:
         }
         if self.negative_prompt:
             known["negative_prompt"] = [self.negative_prompt] * len(prompts)
-        arguments = {}
-        for name in inspect.signature(pipeline.encode_prompt).parameters:
+        arguments: dict[str, Any] = {}
+        for name, parameter in inspect.signature(pipeline.encode_prompt).parameters.items():
             if name in known:
                 arguments[name] = known[name]
+            elif name in ("prompt_2", "prompt_3") and parameter.default is parameter.empty:
+                arguments[name] = None  # StableDiffusion3Pipeline's; None is the first prompt again
             elif (own := self._default(name, None)) is not None:  # Sana's instruction to its text encoder
                 arguments[name] = own
         with torch.no_grad():
             return pipeline.encode_prompt(**arguments)
 
-    def _fixed_arguments(self, settings: Preset, true_cfg_scale: float | None) -> dict[str, Any]:
+    def _fixed_arguments(self, settings: Preset) -> dict[str, Any]:
         wanted: dict[str, Any] = {
             "num_inference_steps": self.steps or None,
             "guidance_scale": self.guidance,
-            "true_cfg_scale": true_cfg_scale,
+            "true_cfg_scale": settings.true_cfg_scale,
             "max_sequence_length": settings.text_tokens,
             **settings.extra,
         }

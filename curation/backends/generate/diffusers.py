@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
+from curation.backends.generate.cost import tflop_a_picture
 from curation.backends.generate.loading import load_pipeline, pipeline_weights
 from curation.backends.generate.presets import Preset, known_models
 from curation.backends.generate.reading import Reading, TextWindow, text_window
@@ -112,6 +113,7 @@ class Backend:
         call: The pipeline's call, with every setting resolved.
         deterministic: With ``compile``, whether the kernels are chosen without trials on the device.
         window: How much of a prompt the pipeline reads; None where it does not show that.
+        tflop: 1e12 floating-point operations of one picture; None where they were not counted.
     """
 
     deterministic = True
@@ -125,13 +127,13 @@ class Backend:
         settings: Preset,
         *,
         negative_prompt: str = "",
-        true_cfg_scale: float | None = None,
         prompt_suffix: str = "",
         speed_ups: SpeedUps | None = None,
         device: str = "cpu",
         threads: int = 1,
         remember_in: Path | None = None,
         pipeline: Any = None,
+        counts_operations: bool = False,
     ) -> None:
         """Load the pipeline.
 
@@ -139,13 +141,13 @@ class Backend:
             source: The exact model.
             settings: The model's preset with the user's flags in it.
             negative_prompt: What the pictures should not show.
-            true_cfg_scale: How strongly, where the pipeline takes it; None leaves it to the pipeline.
             prompt_suffix: What ``read`` puts behind every prompt.
             speed_ups: Default: none.
             device: ``cpu`` or ``cuda:<n>``.
             threads: CPU threads for torch.
             remember_in: A folder for batch sizes that were found to fit.
             pipeline: One that is on the device already; None loads it from ``source``.
+            counts_operations: Make one picture to count ``tflop``.
 
         Raises:
             InfrastructureError: The model cannot be loaded.
@@ -155,10 +157,11 @@ class Backend:
         self.device = device
         self.speed_ups = speed_ups or SpeedUps()
         self.prompt_suffix = prompt_suffix
+        self.tflop: float | None = None
         self._thread = ThreadPoolExecutor(1, "device")
-        texts = (negative_prompt, true_cfg_scale)
         try:
-            self._thread.submit(self._open, settings, texts, threads, remember_in, pipeline).result()
+            opening = (settings, negative_prompt, threads, remember_in, pipeline, counts_operations)
+            self._thread.submit(self._open, *opening).result()
         except BaseException:
             self.close()
             raise
@@ -180,10 +183,11 @@ class Backend:
     def _open(
         self,
         settings: Preset,
-        texts: tuple[str, float | None],
+        negative_prompt: str,
         threads: int,
         remember_in: Path | None,
         pipeline: Any,
+        counts_operations: bool,
     ) -> None:
         import torch
 
@@ -194,12 +198,14 @@ class Backend:
         if self.speed_ups.compile != "none":
             self._set_up_compiler()
         self.pipeline = load_pipeline(source, settings.dtype, device) if pipeline is None else pipeline
-        self.call = PipelineCall(self.pipeline, settings, *texts)
+        self.call = PipelineCall(self.pipeline, settings, negative_prompt)
         self.window: TextWindow | None = text_window(self.pipeline, self.call.encode_prompt, self.call.text_tokens)
         self._check_texts()
         self.batch = FittingBatchSize(
             settings.batch_size, f"{self.device_kind}\0{source.name}\0{source.revision}\0{settings.dtype}", remember_in
         )
+        if counts_operations:
+            self.tflop = tflop_a_picture(self.call, on_cpu=not device.startswith("cuda"))
         self._apply(self.speed_ups)
 
     def _set_up_compiler(self) -> None:
@@ -378,7 +384,8 @@ class Backend:
                     fuse()
         if speed_ups.channels_last:
             for module in (getattr(self.pipeline, "unet", None), vae):
-                if module is not None:
+                # the layout is for images; convolutions over time, as in Qwen-Image's VAE, have one more dimension
+                if module is not None and not any(parameter.ndim == 5 for parameter in module.parameters()):
                     module.to(memory_format=torch.channels_last)
         if speed_ups.compile == "none":
             return

@@ -25,6 +25,7 @@ class Backend(diffusers.Backend):
             parameters=MappingProxyType({"transformer": 11.891, "T5-XXL": 4.762, "CLIP-L": 0.123, "VAE": 0.084}),
             gated=True,  # since 2025, although the licence is free
             other_names=("flux-schnell",),
+            facts=MappingProxyType({"_class_name": "FluxPipeline", "transformer.guidance_embeds": False}),
         )
     }
     text_results: ClassVar = {"FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None)}

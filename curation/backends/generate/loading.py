@@ -89,6 +89,27 @@ def download(source: ModelSource) -> str:
         raise hub_trouble(error, source.location, source.revision, asked_by="--model", known=source.known) from error
 
 
+def pipeline_files(source: ModelSource) -> Path | None:
+    """The folder with the pipeline's own files, as far as they are on this machine.
+
+    Of a hub model ``model_index.json`` is fetched if need be: it says which preset the model has.
+
+    Returns:
+        The folder; None where there is none, and the hub does not give that file.
+    """
+    if source.is_folder:
+        return Path(source.location)
+    from huggingface_hub import hf_hub_download
+
+    folder = snapshot(source.location, source.revision)
+    if (folder / PIPELINE[0]).is_file():
+        return folder
+    try:
+        return Path(hf_hub_download(source.location, PIPELINE[0], revision=source.revision)).parent
+    except hub_errors():
+        return None
+
+
 def pipeline_weights(model: str, revision: str | None, variant: str | None) -> WeightsNeed:
     """A diffusers pipeline, in the hub's cache or in a folder."""
 

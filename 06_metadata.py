@@ -122,8 +122,8 @@ class Options(RunOptions):
     compress: bool | None = None
     """Compress the npz (deflate); it becomes only a little smaller, and cannot be memory-mapped."""
     dtype: Precision | None = None
-    """Precision of the models' computation.  auto: as upstream, float16 for CLIP on a GPU and float32 for all else; half:
-    float16 on a GPU, float32 on the CPU.  A directive's own dtype in --yml goes before it."""
+    """Precision of the models' computation.  auto: as upstream, float16 for CLIP on a GPU and float32 for all else.
+    half: float16 on a GPU, float32 on the CPU.  A directive's own dtype in --yml goes before it."""
     resize: Literal["exact", "fast"] | None = None
     """exact: the same as OpenAI's preprocessing, to the last bit.  fast: faster, with slightly different results."""
     num_gpus: Annotated[int | None, at_least(1)] = None

@@ -255,7 +255,8 @@ def _models(value: Any) -> tuple[tuple[str, Precision | None], ...]:
 
 
 def _model(entry: Any) -> tuple[str, Precision | None]:
-    name, keys = entry, {}
+    name: Any = entry
+    keys: Any = {}
     if isinstance(entry, dict) and len(entry) == 1:
         [(name, keys)] = entry.items()
     if not isinstance(name, str) or not name:

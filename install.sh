@@ -137,7 +137,7 @@ exec 9<install.sh
 flock --nonblock 9 || { say "another installation is running: waiting for it" && flock 9; }
 
 python=$(find_python)
-target=${1:-$(cat .venv/.target 2>/dev/null || echo all)}  # `make` goes on with what was installed
+target=${1:-$(cat .venv/.target 2>/dev/null || echo all)}  # `make` continues with what was installed
 dry_run=
 [ "${2:-}" != --dry_run ] || dry_run=yes
 case $target in

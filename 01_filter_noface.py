@@ -21,7 +21,7 @@ import xxhash
 
 from curation import backends
 from curation.backends.faces import defaults_of_all, detector_class, detector_named, here, known_models
-from curation.cluster import Allocation
+from curation.cluster import Allocation, do_without_gpus
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.faces import RECORDED_FIELD, Agreement, DetectorSettings, FaceDetector, recorded_boxes, without_area
 from curation.images import decode_rgb, image_size
@@ -116,8 +116,8 @@ class Options(RunOptions):
     """Keep samples with faces, or those without."""
     threads: Annotated[int | None, at_least(1)] = None
     """Number of images that are processed in parallel, one core each.  Default: the cores of this process."""
-    device: Literal["cpu"] | None = None
-    """cpu: compute on the CPU, even if there are GPUs.  Default: a GPU if onnxruntime has CUDA."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU if onnxruntime has CUDA.  cpu: compute on the CPU, even if there are GPUs."""
     edits_layout: Literal["tar", "files"] = "tar"
     """files: each kept sample's metadata also as a loose <shard>/<key>.json in --edits, as older tools expect."""
 
@@ -225,6 +225,8 @@ class FilterFaces(Stage[Options]):
     def detector(self) -> FaceDetector:
         """The detector, loaded for the first image that needs it: with recorded boxes, ``auto`` needs none."""
         o = self.options
+        if self._gpu is None and o.device != "cpu" and not o.embedded:
+            do_without_gpus("no GPU can be seen here", "")  # detectors are fast enough on a CPU partition
         model = Path(o.model) if o.model else None
         # Several runs of the model with one thread each are twice as fast as one run with several threads.
         loaded = detector_class(o.pixel_detector or "")(DetectorSettings(model, o.det_size, o.threshold, gpu=self._gpu))

@@ -153,8 +153,8 @@ class Options(RunOptions):
     """JPEG quality, 1 to 100."""
     num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU.  Default: every visible GPU; one if srun starts a task per GPU."""
-    device: Literal["cpu"] | None = None
-    """cpu: compute on the CPU, even if there are GPUs.  Default: the visible GPUs."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: the visible GPUs, of NVIDIA, AMD or Intel.  cpu: compute on the CPU, even if there are GPUs."""
     edits_layout: Literal["tar", "files"] = "tar"
     """tar: one <shard>.tar.  files: <shard>/<key>.{jpg,txt,json}, three files a sample."""
     compile: Literal["none", "blocks", "full", "max"] = "none"

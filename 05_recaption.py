@@ -168,8 +168,8 @@ class Options(HubOptions, RunOptions):
     """Processes on this machine, one per GPU.  Default: every visible GPU; one if srun starts a task per GPU."""
     gpus: Annotated[str | None, LISTED] = None
     """Only these GPUs of the machine, such as 0,2,3; one process each."""
-    device: Literal["cpu"] | None = None
-    """cpu: compute on the CPU, even if there are GPUs.  Default: the visible GPUs."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: the visible GPUs, of NVIDIA, AMD or Intel.  cpu: compute on the CPU, even if there are GPUs."""
     resume: bool = False
     """Accepted and without effect: every run continues where the last one ended."""
     max_images: Annotated[int | None, at_least(1)] = None

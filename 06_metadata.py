@@ -103,7 +103,7 @@ class Options(RunOptions):
     batch_size: int | None = None
     """Samples that are computed together; halved if memory runs out.  Default: 512."""
     device: str | None = None
-    """cpu, or the number of the GPU for a single process.  Default: one process for each visible GPU."""
+    """auto: one process for each visible GPU.  cpu, or the number of the GPU for a single process.  Default: auto."""
     custom_pypath: Annotated[str | None, PATH] = None
     """A Python file with extractors of your own.  Its code is executed."""
     reprocess: bool | None = None

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -33,20 +33,20 @@ TIME_LEFT_VARIABLE = "CURATION_TIME_LEFT"  # the time left when the tasks were s
 ONE_SIGNAL_S = 1.0  # a worker may get SIGTERM twice in this time: from SLURM and from its parent
 MARGIN_S = 60.0  # so long before the deadline, no new work is begun
 CPU_ON_PURPOSE = "with --device cpu it computes on the CPU"
-_NAMING_GPUS = (
-    "CUDA_VISIBLE_DEVICES",
-    "HIP_VISIBLE_DEVICES",
-    "ROCR_VISIBLE_DEVICES",
-    "SLURM_JOB_GPUS",
-    "SLURM_STEP_GPUS",
-)
+# Lists of the devices that a process sees, of NVIDIA, AMD and Intel.  SLURM may set all of them.  AMD's runtime counts
+# the entries of the first two within the list of ROCR_VISIBLE_DEVICES.
+_LISTS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+_NAMING_GPUS = (*_LISTS, "SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
 _COUNTING_GPUS = (
     "SLURM_GPUS",
     "SLURM_GPUS_ON_NODE",
     *(f"SLURM_GPUS_PER_{part}" for part in ("NODE", "TASK", "SOCKET")),
 )
 _NO_GPU = {"", "-1", "none", "void", "nodevfiles"}  # SLURM writes NoDevFiles for no device
-_DEVICE = re.compile(r"\d+$|GPU-|MIG-")  # an index, or a GPU's or a slice's UUID
+_DEVICE = re.compile(r"\d+(\.\d+)?$|GPU-|MIG-")  # an index, a card and its tile, or a GPU's or a slice's UUID
+# Where torch's allocator finds its settings: the first in every version, the second in newer ones, the third for AMD.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+_TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?(?:,|$)")  # SLURM's "4(x2),1" for three nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class Allocation:
     """The resources of one process.
 
     rank, world: its number among all tasks that were started together, and their count.
-    local_rank: its number on this node.  gpu: the index of its CUDA device among the visible ones; None without one.
+    local_rank: its number on this node.  gpu: the index of its device among the visible ones; None where neither a
+    variable nor the driver of NVIDIA tells of one, so that torch must be asked (``device``).
     threads: how many CPU threads it may use.  deadline: the Unix time at which it will be ended; None without one.
     run_id: the same for every process of one submission.
     """
@@ -88,10 +89,10 @@ class Allocation:
         )
 
     def device(self, wanted: str | None = None, on_cpu: str = "computing on the CPU, which is far slower") -> str:
-        """torch's name of the device that this process computes on.
+        """torch's name of the device that this process computes on, such as ``cuda:1`` or ``xpu:0``.  It imports torch.
 
         Args:
-            wanted: What ``--device`` says: ``cpu``, or None for the GPU that this process was given.
+            wanted: What ``--device`` says: ``cpu``, or anything else for the GPU that this process was given.
             on_cpu: What to say where there is no GPU and none was promised.
 
         Raises:
@@ -99,8 +100,12 @@ class Allocation:
         """
         if wanted == "cpu":
             return "cpu"
+        kind, count = ("", 0) if _cpu_is_asked_for(os.environ) else torch_devices()
         if self.gpu is not None:
-            return f"cuda:{self.gpu}"
+            only_intel = next(filter(os.environ.__contains__, _LISTS), "") == "ZE_AFFINITY_MASK"
+            return f"{kind or ('xpu' if only_intel else 'cuda')}:{self.gpu}"
+        if count:
+            return f"{kind}:{self.local_rank % count}"
         do_without_gpus("no GPU can be seen here", "" if self.local_rank else on_cpu)
         return "cpu"
 
@@ -342,12 +347,20 @@ def _cpus(environ: Mapping[str, str]) -> int:
     return min(affinity, _int(environ, "SLURM_CPUS_PER_TASK", affinity)) or 1
 
 
+def _cpu_is_asked_for(environ: Mapping[str, str]) -> bool:
+    """Whether somebody has hidden all GPUs from this process, which is the same as ``--device cpu``."""
+    values = [environ[name].strip() for name in _LISTS if name in environ]
+    return any(value == "" or value.startswith("-") for value in values)  # CUDA stops at a negative number
+
+
 def gpus_promised(environ: Mapping[str, str] = os.environ) -> str:
-    """Who says that this process has GPUs, for a message; "" if nobody does."""
+    """Who says that this process has GPUs, for a message; "" if nobody does, or if the GPUs are hidden on purpose."""
+    if _cpu_is_asked_for(environ):
+        return ""
     for name in (*_NAMING_GPUS, *_COUNTING_GPUS):
         value = environ.get(name, "").strip()
         none = not re.search(r"(^|[:=])0*[1-9]\d*($|\D)", value) if name in _COUNTING_GPUS else False
-        if value.lower() not in _NO_GPU and not value.startswith("-") and not none:  # CUDA stops at a negative number
+        if value.lower() not in _NO_GPU and not none:
             return f"{name}={value[:80]} says that there are GPUs"
     if "CUDA_VISIBLE_DEVICES" not in environ:  # nobody has hidden them
         devices = sorted(name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+|dxg", name))
@@ -375,51 +388,134 @@ def do_without_gpus(why: str, on_cpu: str, environ: Mapping[str, str] = os.envir
 def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None, *, device: str | None = None) -> int:
     """How many processes to start here, one per GPU: the requested number, otherwise the number of visible GPUs.
 
-    gpus: numbers such as ``0,2`` or ``0-3``: only these are visible from now on.  If srun starts several
-    tasks, each of them is one process.  device: ``cpu`` if none of them uses a GPU; the number of processes can be
-    requested anyway.
+    gpus: numbers such as ``0,2`` or ``0-3`` of GPUs among those that this process sees: only these are visible from now
+    on.  If srun starts several tasks, each of them is one process; where GPUs are requested and the tasks of this node
+    see the same ones, each starts its share.  device: ``cpu`` if none of them uses a GPU; the number of processes can
+    be requested anyway.
 
     Raises UsageError if more GPUs are requested than there are.
     """
-    if gpus is not None:
-        chosen = numbers_in("--gpus", gpus, low=0, high=MAX_GPU, what="the number of a GPU", example="0,2,3 or 0-3")
-        if not chosen:
-            raise UsageError(f"--gpus {gpus!r} names no GPU; write 0,2,3 or 0-3")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
-        return len(chosen)
+    chosen = [] if gpus is None else _chosen(gpus)
     if device == "cpu":
-        return workers if num_gpus is None else num_gpus
-    if num_gpus is None:
+        return len(chosen) or num_gpus or workers
+    if gpus is None and num_gpus is None:
         tasks = os.environ.get("SLURM_NTASKS", "1")
         alone = workers == 1 and not (tasks.isdigit() and int(tasks) > 1)
         return max(1, visible_gpus()) if alone else workers
-    if visible_gpus() < num_gpus:
-        seen = f"only {visible_gpus()} are visible here" if visible_gpus() else "no GPU can be seen here"
-        raise UsageError(f"--num_gpus {num_gpus}: {seen}; {CPU_ON_PURPOSE}")
-    return num_gpus
+    flag = f"--num_gpus {num_gpus}" if gpus is None else f"--gpus {gpus}"
+    wanted, count = num_gpus or len(chosen), visible_gpus() or torch_devices()[1]
+    if count < max([wanted, *(number + 1 for number in chosen)]):
+        seen = f"only {count} are visible here" if count else "no GPU can be seen here"
+        raise UsageError(f"{flag}: {seen}; {CPU_ON_PURPOSE}")
+    share = _share_of_task(wanted, count)
+    if chosen:
+        _show_only(chosen)
+    return share
+
+
+def _chosen(gpus: str) -> list[int]:
+    chosen = numbers_in("--gpus", gpus, low=0, high=MAX_GPU, what="the number of a GPU", example="0,2,3 or 0-3")
+    if not chosen:
+        raise UsageError(f"--gpus {gpus!r} names no GPU; write 0,2,3 or 0-3")
+    return list(chosen)
+
+
+def _show_only(chosen: Sequence[int]) -> None:
+    """Make only these of the visible GPUs visible to this process and its children: never others than before."""
+    lists = [name for name in _LISTS if name in os.environ]
+    if "CUDA_VISIBLE_DEVICES" in lists or "HIP_VISIBLE_DEVICES" in lists:  # they count within this one
+        lists = [name for name in lists if name != "ROCR_VISIBLE_DEVICES"]
+    for name in lists:
+        entries = _entries(os.environ[name])
+        if max(chosen) < len(entries):
+            os.environ[name] = ",".join(entries[number] for number in chosen)
+    if not lists:
+        name = "ZE_AFFINITY_MASK" if torch_devices()[0] == "xpu" else "CUDA_VISIBLE_DEVICES"
+        os.environ[name] = ",".join(map(str, chosen))
+
+
+def _share_of_task(wanted: int, visible: int) -> int:
+    """How many of the processes this task starts, where srun has started several tasks on this node.
+
+    wanted: processes on the machine.  visible: GPUs that this task sees: its own, or those of all tasks.
+    """
+    tasks = _tasks_on_node(os.environ)
+    on_node = _int(os.environ, "SLURM_GPUS_ON_NODE", 0)
+    own = _int(os.environ, "SLURM_GPUS_PER_TASK", 0) == visible or visible * tasks <= on_node
+    return wanted if own else max(1, wanted // tasks)
+
+
+def _tasks_on_node(environ: Mapping[str, str]) -> int:
+    """How many tasks of this step are on this node."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        counts = [int(n) for n, times in _TASKS.findall(environ.get(name, "")) for _ in range(int(times or 1))]
+        if counts:
+            return max(1, counts[min(_int(environ, "SLURM_NODEID", 0), len(counts) - 1)])
+    nodes = max(1, _int(environ, "SLURM_JOB_NUM_NODES", 1))
+    return max(1, -(-_int(environ, "SLURM_NTASKS", 1) // nodes))
+
+
+def torch_devices() -> tuple[str, int]:
+    """Ask torch which devices there are.
+
+    Returns:
+        ``cuda`` (NVIDIA's, and AMD's with ROCm) or ``xpu`` (Intel's), and how many of them are visible; ("", 0) where
+        there are none, or no torch.
+    """
+    let_segments_grow()
+    try:
+        import torch
+    except ImportError:
+        return "", 0
+    for kind in ("cuda", "xpu"):
+        with contextlib.suppress(RuntimeError, AssertionError):  # a driver that does not answer
+            if count := getattr(torch, kind).device_count():
+                return kind, int(count)
+    return "", 0
+
+
+def let_segments_grow() -> None:
+    """Let torch's allocator extend its blocks in place of adding others, so that halved batches fit into the memory of
+    whole ones.  It counts only before torch has begun to use a device, and not where the user has chosen settings."""
+    if not any(name in os.environ for name in _ALLOCATOR):
+        for name in _ALLOCATOR[:2]:
+            os.environ[name] = "expandable_segments:True"
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
-    """How many CUDA devices this process may use.  Needs no torch."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    """How many devices this process may use.  torch is asked only where the environment and NVIDIA's driver tell
+    nothing of them, but something else says that there are some."""
+    named = _named_gpus(environ)
+    may_ask = environ is os.environ and (gpus_promised() or os.path.exists("/dev/kfd") or os.path.exists("/dev/dri"))
+    return torch_devices()[1] if named is None and may_ask else named or 0
+
+
+def _named_gpus(environ: Mapping[str, str]) -> int | None:
+    """How many devices a variable or NVIDIA's driver tells of; None if they tell nothing."""
+    visible = next((environ[name] for name in _LISTS if name in environ), None)
     if visible is not None:
-        # CUDA ignores everything after the first entry that it does not know; SLURM writes NoDevFiles for no device.
-        return len(list(takewhile(_DEVICE.match, (device.strip() for device in visible.split(",")))))
+        return len(_entries(visible))
     try:
-        return len(os.listdir("/proc/driver/nvidia/gpus"))
+        return len(os.listdir("/proc/driver/nvidia/gpus")) or None
     except OSError:
-        return 0
+        return None
+
+
+def _entries(visible: str) -> list[str]:
+    """The devices of a list.  CUDA ignores everything after the first entry that it does not know; SLURM writes
+    NoDevFiles for no device."""
+    return list(takewhile(_DEVICE.match, (device.strip() for device in visible.split(","))))
 
 
 def gpu_name(index: int | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The name that CUDA_VISIBLE_DEVICES gives to the visible device with this index: a number or a UUID."""
+    """The name that the list of visible devices gives to the one with this index: a number or a UUID."""
     if index is None:
         return None
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return visible[index].strip() if index < len(visible) and visible[index].strip() else str(index)
+    visible = _entries(next((environ[name] for name in _LISTS if name in environ), ""))
+    return visible[index] if index < len(visible) else str(index)
 
 
 def _own_gpu(environ: Mapping[str, str], local_rank: int) -> int | None:
     """The index of this task's GPU: SLURM may show a task only its own GPU, or all GPUs of the node."""
-    count = visible_gpus(environ)
+    count = _named_gpus(environ)
     return local_rank % count if count else None

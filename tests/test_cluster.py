@@ -26,6 +26,7 @@ from curation.cluster import (
     workers_for_gpus,
 )
 from curation.errors import InfrastructureError, Stopped, UsageError
+from curation.models.batch_size import use_device
 from curation.models.onnx import open_session
 from curation.options import logger
 from tests import processes
@@ -236,7 +237,8 @@ PROMISES = [
     {"CUDA_VISIBLE_DEVICES": "GPU-8e,GPU-9f"},
     {"HIP_VISIBLE_DEVICES": "0"},
     {"ROCR_VISIBLE_DEVICES": "0,1"},
-    {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0"},
+    {"ZE_AFFINITY_MASK": "0.0,0.1"},
+    {"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_JOB_GPUS": "0"},
     {"SLURM_STEP_GPUS": "3"},
     {"SLURM_GPUS": "2"},
     {"SLURM_GPUS": "a100:2"},
@@ -247,6 +249,8 @@ NO_PROMISES = [
     {"CUDA_VISIBLE_DEVICES": "-1,0"},
     {"CUDA_VISIBLE_DEVICES": ""},
     {"CUDA_VISIBLE_DEVICES": "-1"},
+    {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0"},  # whoever hides the GPUs has asked for the CPU
+    {"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "2"},
     {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
     {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_PER_NODE": "0", "SLURM_JOB_ID": "1"},
     {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_PER_TASK": "a100:0"},
@@ -264,7 +268,7 @@ def test_who_was_promised_gpus_and_sees_none_does_not_compute_on_the_cpu(
     with pytest.raises(InfrastructureError, match=r"says that there are GPUs.*--device cpu"):
         Allocation(gpu=None).device()
     assert Allocation(gpu=None).device("cpu") == "cpu"
-    assert Allocation(gpu=1).device() == "cuda:1"
+    assert Allocation(gpu=1).device() == ("xpu:1" if "ZE_AFFINITY_MASK" in environ else "cuda:1")
     assert Allocation(gpu=1).device("cpu") == "cpu"
 
 
@@ -292,6 +296,134 @@ def test_processes_for_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     assert workers_for_gpus(1, None, device="cpu") == 1
     assert workers_for_gpus(1, None) == 4
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus"),
+    [
+        ({"ROCR_VISIBLE_DEVICES": "0,1,2,3"}, [0, 1, 2, 3, 0]),  # LUMI
+        ({"ROCR_VISIBLE_DEVICES": "3"}, [0] * 5),  # Frontier
+        ({"HIP_VISIBLE_DEVICES": "4,5"}, [0, 1, 0, 1, 0]),
+        ({"ROCR_VISIBLE_DEVICES": "0,1,2,3", "HIP_VISIBLE_DEVICES": "1"}, [0] * 5),
+        ({"ZE_AFFINITY_MASK": "0.0,0.1"}, [0, 1, 0, 1, 0]),  # Aurora
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "ROCR_VISIBLE_DEVICES": "0,1", "ZE_AFFINITY_MASK": "0,1"}, [0, 1, 0, 1, 0]),
+    ],
+    ids=str,
+)
+def test_each_process_has_a_device_of_amd_or_intel(environ: dict[str, str], gpus: list[int]) -> None:
+    assert visible_gpus(environ) == len(set(gpus))
+    assert [detect(SLURM_LOCALID=str(rank), **environ).gpu for rank in range(5)] == gpus
+    names = next(iter(environ.values())).split(",") if len(environ) == 1 else None
+    assert names is None or cluster.gpu_name(0, environ) == names[0]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_torch_is_asked_where_nothing_else_tells_of_devices(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    if visible_gpus():
+        pytest.skip("this machine has GPUs")
+    monkeypatch.setattr(getattr(torch, kind), "device_count", lambda: 2)
+    assert visible_gpus() == 0, "nothing says that there are devices, so that torch is not loaded"
+    assert [Allocation(local_rank=rank).device() for rank in range(3)] == [f"{kind}:0", f"{kind}:1", f"{kind}:0"]
+    assert Allocation(gpu=1).device() == f"{kind}:1"
+    assert Allocation().device("cpu") == "cpu"
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    assert workers_for_gpus(1, None) == visible_gpus() == 2
+    assert workers_for_gpus(1, None, "1") == 1
+    name = "CUDA_VISIBLE_DEVICES" if kind == "cuda" else "ZE_AFFINITY_MASK"
+    assert os.environ.pop(name) == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert Allocation().device() == "cpu"
+
+
+def test_without_torch_intels_list_says_what_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZE_AFFINITY_MASK", "0")
+    assert Allocation.detect().device() == "xpu:0"
+    with pytest.raises(InfrastructureError, match=r"xpu:0 was given but cannot be used: .*--device cpu"):
+        use_device("xpu:0")
+
+
+@pytest.mark.parametrize(
+    ("lists", "gpus", "expected"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, "0,2", {"CUDA_VISIBLE_DEVICES": "4,6"}),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8e,GPU-9f"}, "1", {"CUDA_VISIBLE_DEVICES": "GPU-9f"}),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-aa, MIG-bb,MIG-cc"}, "1-2", {"CUDA_VISIBLE_DEVICES": "MIG-bb,MIG-cc"}),
+        ({"ROCR_VISIBLE_DEVICES": "4,5,6,7"}, "3", {"ROCR_VISIBLE_DEVICES": "7"}),
+        (
+            {"ROCR_VISIBLE_DEVICES": "4,5", "HIP_VISIBLE_DEVICES": "0,1"},
+            "1",
+            {"ROCR_VISIBLE_DEVICES": "4,5", "HIP_VISIBLE_DEVICES": "1"},
+        ),
+        ({"ZE_AFFINITY_MASK": "2.0,2.1"}, "1", {"ZE_AFFINITY_MASK": "2.1"}),
+        (
+            {"CUDA_VISIBLE_DEVICES": "6,7", "ZE_AFFINITY_MASK": "6,7"},
+            "1",
+            {"CUDA_VISIBLE_DEVICES": "7", "ZE_AFFINITY_MASK": "7"},
+        ),
+    ],
+    ids=str,
+)
+def test_gpus_counts_within_what_was_given(
+    lists: dict[str, str], gpus: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in lists.items():
+        monkeypatch.setenv(name, value)
+    count = min(len(value.split(",")) for value in expected.values())
+    assert workers_for_gpus(1, None, gpus, device="cpu") == count
+    assert {name: os.environ[name] for name in lists} == lists, "the CPU needs no GPU"
+    with pytest.raises(UsageError, match=r"--gpus 9: only \d are visible here"):
+        workers_for_gpus(1, None, "9")
+    assert workers_for_gpus(1, None, gpus) == count
+    assert {name: os.environ[name] for name in expected} == expected
+
+
+def test_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UsageError, match="--gpus 0,2: no GPU can be seen here; with --device cpu"):
+        workers_for_gpus(1, None, "0,2")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "requested", "processes"),
+    [
+        ({"SLURM_NTASKS": "4"}, 4, 1),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4"}, 4, 1),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}, 4, 2),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1"}, 4, 2),
+        ({"SLURM_NTASKS": "3", "SLURM_TASKS_PER_NODE": "2,1", "SLURM_NODEID": "1"}, 4, 4),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2"}, 4, 4),
+        ({"SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "8"}, 4, 4),  # each task has four of its own
+        ({"SLURM_NTASKS": "2", "SLURM_GPUS_PER_TASK": "4"}, 4, 4),
+        ({"SLURM_NTASKS": "8"}, 4, 1),
+        ({}, 4, 4),
+    ],
+    ids=str,
+)
+def test_tasks_that_see_the_same_gpus_share_the_processes(
+    variables: dict[str, str], requested: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"CUDA_VISIBLE_DEVICES": "0,1,2,3", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert workers_for_gpus(1, requested) == processes
+    assert workers_for_gpus(1, None, "0-3") == processes
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_torchs_segments_grow_unless_the_user_has_chosen(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "so that it is as before after the test")
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(own, "backend:native")
+    Allocation().device()
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    grows = "expandable_segments:True"
+    expected = {"PYTORCH_CUDA_ALLOC_CONF": grows, "PYTORCH_ALLOC_CONF": grows}
+    assert found == ({own: "backend:native"} if own else expected)
 
 
 def test_an_onnxruntime_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ class CaptionSettings:
         temperature: 0 takes the likeliest token; above it, each image's seed decides.
         quantize: Keep the language model's weights in 4 or 8 bits.
         offload: What does not fit on the GPU stays in the machine's memory and is moved when it is needed.
-        device: ``cpu`` or ``cuda:<n>``.
+        device: ``cpu``, ``cuda:<n>`` or ``xpu:<n>``.
         threads: Threads that compute on the CPU.
         dtype: The name of a torch dtype, or ``auto``.
         compile: ``decode``: keys and values stay in place, and on a GPU each step is one captured graph; ``all``: the

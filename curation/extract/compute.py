@@ -240,8 +240,8 @@ class Computer:
                 if not _is_out_of_memory(error):
                     raise
                 problem = str(error).partition("\n")[0]
-            if "torch" in sys.modules and self._device.startswith("cuda"):  # outside the handler, which holds tensors
-                sys.modules["torch"].cuda.empty_cache()
+            if "torch" in sys.modules and self._device != "cpu":  # outside the handler, which holds tensors
+                sys.modules["torch"].get_device_module(self._device).empty_cache()
             return None
 
         for start, end, outputs in memory.split(count, (0,), run):
@@ -268,8 +268,8 @@ class Computer:
             view.features.update({feature.name: found[feature.name] for feature in extractor.features})
         cells = {column.name: _cells(outputs[column.name]) for column in self._columns}
         features = {feature.name: _array(outputs[feature.name], feature) for feature in self._features}
-        if self._device.startswith("cuda"):  # nothing reads the shared memory any more, asked for or not
-            sys.modules["torch"].cuda.synchronize(self._device)
+        if self._device != "cpu":  # nothing reads the shared memory any more, asked for or not
+            sys.modules["torch"].get_device_module(self._device).synchronize(self._device)
         return cells | features
 
     def _judge(

@@ -127,7 +127,7 @@ class ExtractConfig:
         """
         given = allocation.device("cpu" if self.device == "cpu" else None)
         lone = allocation.world == 1 and isinstance(self.device, int)
-        return f"cuda:{self.device}" if lone and given != "cpu" else given
+        return f"{given.partition(':')[0]}:{self.device}" if lone and given != "cpu" else given
 
     def public_name(self, name: str) -> str:
         """What a column or feature is called in the files."""
@@ -328,16 +328,18 @@ def _truth(value: Any) -> bool:
     return value
 
 
-def _device(value: Any) -> str | int:
+def _device(value: Any) -> str | int | None:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, str):
-        word = value.strip().lower().removeprefix("cuda:")
+        word = value.strip().lower().removeprefix("cuda:").removeprefix("xpu:")
         if word.isdecimal():
             return int(word)
-        if word in ("cpu", "cuda"):
+        if word == "auto":
+            return None
+        if word in ("cpu", "cuda", "xpu"):
             return "cpu" if word == "cpu" else 0
-    raise ValueError("needs cpu or the number of a GPU")
+    raise ValueError("needs cpu or the number of a GPU, or auto")
 
 
 def _one_of(*words: str) -> Callable[[Any], str]:

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import xxhash
 
-from curation.cluster import CPU_ON_PURPOSE
-from curation.errors import InfrastructureError
+from curation.cluster import CPU_ON_PURPOSE, let_segments_grow
+from curation.errors import DeviceError, InfrastructureError
 from curation.models.builds import why_torch_sees_no_gpu
 from curation.options import logger
 from curation.storage.files import link_exclusively, write_whole
@@ -53,25 +53,32 @@ def use_device(device: str) -> str:
     """Make a device the one that this thread computes on.
 
     Args:
-        device: ``cpu`` or ``cuda:<n>``.
+        device: ``cpu``, ``cuda:<n>`` (NVIDIA's, and AMD's with ROCm) or ``xpu:<n>`` (Intel's).
 
     Returns:
         The kind of the device, on which memory and rounding depend: ``cpu``, or the GPU's name and its memory in GiB.
 
     Raises:
-        InfrastructureError: torch cannot use it.
+        InfrastructureError: This torch is built for no such device.
+        DeviceError: The device, or its driver on this node, does not work.
     """
-    if not device.startswith("cuda"):
+    if device == "cpu":
         return "cpu"
+    let_segments_grow()
     import torch
 
-    if not torch.cuda.is_available():
-        raise InfrastructureError(f"{device} was given and cannot be used: {why_torch_sees_no_gpu()}; {CPU_ON_PURPOSE}")
+    module = torch.get_device_module(device)
+    if not module.is_available():
+        # A torch for the CPU can use a device on no node, any other torch perhaps on the next.
+        versions = ("xpu",) if device.startswith("xpu") else ("cuda", "hip")
+        built = any(getattr(torch.version, name, None) for name in versions)
+        why = f"{device} was given but cannot be used: {why_torch_sees_no_gpu()}; {CPU_ON_PURPOSE}"
+        raise DeviceError(why) if built else InfrastructureError(why)
     try:
-        torch.cuda.set_device(device)
-        properties = torch.cuda.get_device_properties(device)
+        module.set_device(device)
+        properties = module.get_device_properties(device)
     except (RuntimeError, AssertionError) as error:
-        raise InfrastructureError(f"{device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise DeviceError(f"{device} cannot be used: {str(error).splitlines()[0]}") from error
     return f"{properties.name} {properties.total_memory >> 30} GiB"
 
 

@@ -56,8 +56,9 @@ def why_torch_sees_no_gpu() -> str:
 
     version = str(torch.__version__)
     if torch.version.cuda is None:
-        if getattr(torch.version, "hip", None) or (getattr(torch, "xpu", None) and torch.xpu.is_available()):
-            return f"torch {version} is no CUDA build"
+        for kind, of in (("hip", "AMD's ROCm"), ("xpu", "Intel's XPU")):
+            if getattr(torch.version, kind, None):
+                return f"torch {version} is a build for {of}, and no such device can be seen on this machine"
         return f"torch {version} is a build for the CPU: ./install.sh gpu, in a clone, installs one for CUDA"
     cuda, driver = str(torch.version.cuda), driver_version()
     oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0]), 0)

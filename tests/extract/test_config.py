@@ -116,6 +116,8 @@ def test_a_flag_goes_before_the_yaml(tmp_path: Path) -> None:
     assert config.input_tars == ("{a,b}.tar",), "its comma belongs to braces"
     assert config.postprocess_columns == ("phash",)
     assert config.use_datacomp_keys, "a flag that was not given changes nothing"
+    assert read(tmp_path, BASIC).device == 0
+    assert read(tmp_path, BASIC, device="auto").device is None
 
 
 def test_without_a_yaml_and_what_nobody_said(tmp_path: Path) -> None:

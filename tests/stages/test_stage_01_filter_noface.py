@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curation.cluster import visible_gpus
 from tests import EXAMPLES, ROOT
 from tests.processes import ended_at_last, wait_until
 from tests.shards import member, plain, samples_of, tar_of
@@ -616,3 +617,18 @@ def test_a_detector_is_found_in_any_spelling_and_recorded_in_its_own(name: str, 
 def test_a_name_that_is_no_detector(flags: list[str], told: str, run: Stage01) -> None:
     assert run(*flags) == 2
     assert told in run.log
+
+
+def test_a_job_with_gpus_does_not_look_for_faces_on_the_cpu(run: Stage01, monkeypatch: pytest.MonkeyPatch) -> None:
+    if visible_gpus():
+        pytest.skip("this machine has GPUs")
+    run.add("00000000", sample("a"))
+    small = ("--detector", "centerface", "--det_size", "64", "--quiet")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    assert run(*small) == 2
+    assert "with --device cpu it computes on the CPU" in run.log
+    assert run(*small, "--device", "cpu") == 0
+    assert run("--detector", "recorded", "--rerun", "--max_error_rate", "1") == 0, "it reads no pixels"
+    assert run("--embedded", "--det_size", "64", "--rerun") == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run(*small, "--rerun") == 0, "whoever hides the GPUs has asked for the CPU"

@@ -188,7 +188,7 @@ class VisionLanguageModel:
             raise UsageError(f"--compile {s.compile}: not for the family {self.family.name}: its inputs vary in length")
         if s.quantize and importlib.util.find_spec("bitsandbytes") is None:
             raise UsageError(f"--quantize {s.quantize} needs the package bitsandbytes: {install('bitsandbytes')}")
-        if s.offload and device.startswith("cuda") and importlib.util.find_spec("accelerate") is None:
+        if s.offload and device != "cpu" and importlib.util.find_spec("accelerate") is None:
             raise InfrastructureError(f"--offload needs accelerate: {install('accelerate')}")
         self.source = resolve(source, s.revision, kind=TRANSFORMER, known=_known())
         self.name, self.revision, self.device = self.source.name, self.source.revision, device
@@ -332,7 +332,7 @@ class VisionLanguageModel:
         return processors
 
     def _to_device(self, tensor: Any) -> Any:
-        if not self.device.startswith("cuda"):
+        if self.device == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
@@ -340,8 +340,8 @@ class VisionLanguageModel:
         if self._caches:
             self._caches.clear()
         gc.collect()
-        if self.device.startswith("cuda"):
-            self._torch.cuda.empty_cache()
+        if self.device != "cpu":
+            self._torch.get_device_module(self.device).empty_cache()
 
     def _explain(self, error: BaseException) -> BaseException:
         """A failing GPU ends this process with one line.  Anything else is a bug and keeps its traceback."""
@@ -355,9 +355,9 @@ class VisionLanguageModel:
         torch = self._torch
         if dtype != "auto":
             return getattr(torch, dtype)
-        if not self.device.startswith("cuda"):
+        if self.device == "cpu":
             return torch.float32
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if torch.get_device_module(self.device).is_bf16_supported(including_emulation=False):
             return torch.bfloat16
         return torch.float32 if self.half_overflows else torch.float16
 
@@ -404,10 +404,10 @@ class VisionLanguageModel:
 
     def _placement(self) -> dict[str, Any]:
         """Put on the GPU what fits, from the first layer on.  Without a GPU everything is in the machine's memory."""
-        if not self.device.startswith("cuda"):
+        if self.device == "cpu":
             return {}
         index = self._torch.device(self.device).index or 0
-        free = int(self._torch.cuda.mem_get_info(index)[0] * _GPU_SHARE)
+        free = int(self._torch.get_device_module(self.device).mem_get_info(index)[0] * _GPU_SHARE)
         return {"device_map": "auto", "max_memory": {index: free, "cpu": 1 << 50}}
 
     def _quantization(self, quantize: Quantize) -> Any:

@@ -75,7 +75,7 @@ class Images:
 
 @dataclass(slots=True)
 class _Chunk:
-    """One call's pictures.  ``ready`` is a CUDA event, None where the pixels are there at once."""
+    """One call's pictures.  ``ready`` is an event of the device, None where the pixels are there at once."""
 
     pixels: Any  # uint8 tensor, count × height × width × 3, on the host
     broken: Any  # int8 tensor, count: 1 not a number, 2 one colour
@@ -143,7 +143,7 @@ class Backend:
             negative_prompt: What the pictures should not show.
             prompt_suffix: What ``read`` puts behind every prompt.
             speed_ups: Default: none.
-            device: ``cpu`` or ``cuda:<n>``.
+            device: ``cpu``, ``cuda:<n>`` or ``xpu:<n>``.
             threads: CPU threads for torch.
             remember_in: A folder for batch sizes that were found to fit.
             pipeline: One that is on the device already; None loads it from ``source``.
@@ -352,18 +352,19 @@ class Backend:
         broken = torch.where(finite, one_colour.to(torch.int8) * 2, 1)
         pixels = pixels.permute(0, 2, 3, 1).contiguous()
         flagged = [bool(flag) for flag in getattr(output, "nsfw_content_detected", None) or []]
-        if not self.device.startswith("cuda"):
+        if self.device == "cpu":
             return _Chunk(pixels, broken, flagged, count)
         host_pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
         host_broken = torch.empty(broken.shape, dtype=broken.dtype, pin_memory=True).copy_(broken, non_blocking=True)
-        ready = torch.cuda.Event(blocking=True)
-        ready.record(torch.cuda.current_stream(self.device))
+        module = torch.get_device_module(self.device)
+        ready = module.Event(blocking=True) if self.device.startswith("cuda") else module.Event()
+        ready.record(module.current_stream(self.device))
         return _Chunk(host_pixels, host_broken, flagged, count, ready)
 
     def _release(self) -> None:
         gc.collect()
-        if self.device.startswith("cuda"):
-            self._torch.cuda.empty_cache()
+        if self.device != "cpu":
+            self._torch.get_device_module(self.device).empty_cache()
 
     def _explain(self, error: BaseException) -> BaseException:
         """A failing GPU or compiler ends the run in one line; anything else is a bug and keeps its traceback."""

@@ -333,6 +333,7 @@ class Recaption(Stage[Options]):
             threads=self._threads,
             dtype=o.dtype,
             compile=o.compile,
+            code_beside=self.output,
             ports=o.ports,
             endpoints=o.endpoints,
             endpoints_dir=Path(o.endpoints_dir) if o.endpoints_dir else None,
@@ -355,6 +356,7 @@ class Recaption(Stage[Options]):
             what="\0".join(map(str, what)),
             may_be_longer=o.max_tokens is None,
             patience_s=o.timeout,
+            first_tried=1 if o.compile == "none" else family.batch_size,  # each size takes a minute to compile
         )
         self.pushing.begin(allocation)
 
@@ -398,6 +400,8 @@ class Recaption(Stage[Options]):
         notes = {"recipe": recipe, "batch_size": size, "device": self.backend.device_kind, "threads": self._threads}
         for name, value in notes.items():
             work.note(name, value)
+        if getattr(self.backend, "compiled", None):
+            work.note("compiled", self.backend.compiled)
         adapted = self.backend.adaptations() if self.options.captioner[0].served else None
         if adapted:
             work.note("servers_asked_otherwise", adapted)

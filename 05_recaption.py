@@ -43,7 +43,7 @@ from curation.caption import (
     write_rows,
 )
 from curation.caption.rows import TAR_FOLDER
-from curation.cluster import Allocation, workers_for_gpus
+from curation.cluster import Allocation, cores, workers_for_gpus
 from curation.errors import InfrastructureError, UsageError
 from curation.generate.batches import seed_of
 from curation.hub.background import HubOptions, Pushing
@@ -345,7 +345,9 @@ class Recaption(Stage[Options]):
         score: Callable[[Pixels], float] | None = None
         if self._watermark_file is not None:
             score = backends.load("watermark", "onnx")(self._watermark_file).score
-        self.loader = CaptionLoader(backend, o.dataloader_num_workers or allocation.threads, score, o.max_watermark)
+        self.loader = CaptionLoader(
+            backend, o.dataloader_num_workers or cores(allocation.threads), score, o.max_watermark
+        )
         what = (backend.device_kind, backend.name, backend.revision, o.dtype, o.quantize, o.compile, o.max_tokens)
         self.captioner = ShardCaptioner(
             backend,

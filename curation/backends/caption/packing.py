@@ -6,8 +6,10 @@ such memory for the next batches, and gives out a piece again only when the copi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 
@@ -28,18 +30,18 @@ class Inputs:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Packed:
     """The tensors of a batch, joined.
 
     Attributes:
         tensors: On the host; or on the device, on their way there.
-        count: Images.
+        starts: For each tensor the first row of each image, and the end of the last.
         ready: A CUDA event after the copies, None where there are none.
     """
 
     tensors: Mapping[str, Any]
-    count: int
+    starts: Mapping[str, Sequence[int]]
     ready: Any = None
 
     def take(self, places: Sequence[int]) -> dict[str, Any]:
@@ -47,24 +49,19 @@ class Packed:
         import torch
 
         if self.ready is not None:
-            stream = torch.cuda.current_stream(self.ready_on)
+            stream = torch.cuda.current_stream(next(iter(self.tensors.values())).device)
             stream.wait_event(self.ready)
             for tensor in self.tensors.values():
                 tensor.record_stream(stream)
-        first, consecutive = places[0], list(places) == [*range(places[0], places[0] + len(places))]
+        consecutive = list(places) == [*range(places[0], places[0] + len(places))]
         taken = {}
         for name, tensor in self.tensors.items():
-            rows = tensor.shape[0] // self.count  # of each image
+            starts = self.starts[name]
             if consecutive:
-                taken[name] = tensor[first * rows : (first + len(places)) * rows]
+                taken[name] = tensor[starts[places[0]] : starts[places[-1] + 1]]
             else:
-                chosen = torch.tensor(places, device=tensor.device)
-                taken[name] = tensor.view(self.count, rows, *tensor.shape[1:])[chosen].flatten(0, 1)
+                taken[name] = torch.cat([tensor[starts[place] : starts[place + 1]] for place in places])
         return taken
-
-    @property
-    def ready_on(self) -> Any:
-        return next(iter(self.tensors.values())).device
 
 
 class Packer:
@@ -85,21 +82,19 @@ class Packer:
         """
         import torch
 
-        joined = {name: self._join([inputs.tensors[name] for inputs in batch]) for name in batch[0].tensors}
-        packed = Packed(joined, len(batch))
+        host = {name: self._join([inputs.tensors[name] for inputs in batch]) for name in batch[0].tensors}
+        starts = {name: [0, *accumulate(len(inputs.tensors[name]) for inputs in batch)] for name in host}
+        packed = Packed(host, starts)
         if self._copies is not None:
-            try:
-                packed = self._copied(joined, len(batch))
-            except torch.OutOfMemoryError:
-                pass  # they are copied when the batch before has left the device
-        return [Inputs(self._views(joined, n, len(batch)), one.shape, (packed, n)) for n, one in enumerate(batch)]
+            with contextlib.suppress(torch.OutOfMemoryError):  # copied later, when the batch before has left the device
+                packed = self._copied(packed)
+        return [Inputs(Packed(host, starts).take([n]), one.shape, (packed, n)) for n, one in enumerate(batch)]
 
     def _join(self, parts: Sequence[Any]) -> Any:
         """numpy copies, because torch would start a team of threads for the thread that packs."""
         import torch
 
-        rows = sum(part.shape[0] for part in parts)
-        shape = (rows, *parts[0].shape[1:])
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
         joined = torch.empty(shape, dtype=parts[0].dtype, pin_memory=self._copies is not None)
         target, start = _bytes_of(joined), 0
         for part in parts:
@@ -108,19 +103,14 @@ class Packer:
             start += len(source)
         return joined
 
-    def _copied(self, joined: Mapping[str, Any], count: int) -> Packed:
+    def _copied(self, packed: Packed) -> Packed:
         import torch
 
         with torch.cuda.device(self._device), torch.cuda.stream(self._copies):
-            there = {name: tensor.to(self._device, non_blocking=True) for name, tensor in joined.items()}
+            there = {name: tensor.to(self._device, non_blocking=True) for name, tensor in packed.tensors.items()}
             ready = torch.cuda.Event()
             ready.record()
-        return Packed(there, count, ready)
-
-    @staticmethod
-    def _views(joined: Mapping[str, Any], place: int, count: int) -> dict[str, Any]:
-        rows = {name: tensor.shape[0] // count for name, tensor in joined.items()}
-        return {name: tensor[place * rows[name] : (place + 1) * rows[name]] for name, tensor in joined.items()}
+        return Packed(there, packed.starts, ready)
 
 
 def together(rows: Sequence[Inputs]) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ from curation.caption import (
     write_rows,
 )
 from curation.caption.rows import TAR_FOLDER
-from curation.cluster import Allocation, workers_for_gpus
+from curation.cluster import Allocation, cores, workers_for_gpus
 from curation.errors import InfrastructureError, UsageError
 from curation.generate.batches import seed_of
 from curation.hub.background import HubOptions, Pushing
@@ -333,6 +333,7 @@ class Recaption(Stage[Options]):
             threads=self._threads,
             dtype=o.dtype,
             compile=o.compile,
+            code_beside=self.output,
             ports=o.ports,
             endpoints=o.endpoints,
             endpoints_dir=Path(o.endpoints_dir) if o.endpoints_dir else None,
@@ -344,7 +345,9 @@ class Recaption(Stage[Options]):
         score: Callable[[Pixels], float] | None = None
         if self._watermark_file is not None:
             score = backends.load("watermark", "onnx")(self._watermark_file).score
-        self.loader = CaptionLoader(backend, o.dataloader_num_workers or allocation.threads, score, o.max_watermark)
+        self.loader = CaptionLoader(
+            backend, o.dataloader_num_workers or cores(allocation.threads), score, o.max_watermark
+        )
         what = (backend.device_kind, backend.name, backend.revision, o.dtype, o.quantize, o.compile, o.max_tokens)
         self.captioner = ShardCaptioner(
             backend,
@@ -355,6 +358,7 @@ class Recaption(Stage[Options]):
             what="\0".join(map(str, what)),
             may_be_longer=o.max_tokens is None,
             patience_s=o.timeout,
+            first_tried=1 if o.compile == "none" else family.batch_size,  # each size takes a minute to compile
         )
         self.pushing.begin(allocation)
 
@@ -398,6 +402,8 @@ class Recaption(Stage[Options]):
         notes = {"recipe": recipe, "batch_size": size, "device": self.backend.device_kind, "threads": self._threads}
         for name, value in notes.items():
             work.note(name, value)
+        if getattr(self.backend, "compiled", None):
+            work.note("compiled", self.backend.compiled)
         adapted = self.backend.adaptations() if self.options.captioner[0].served else None
         if adapted:
             work.note("servers_asked_otherwise", adapted)

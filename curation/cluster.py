@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -351,6 +352,52 @@ def _cpu_is_asked_for(environ: Mapping[str, str]) -> bool:
     """Whether somebody has hidden all GPUs from this process, which is the same as ``--device cpu``."""
     values = [environ[name].strip() for name in _LISTS if name in environ]
     return any(value == "" or value.startswith("-") for value in values)  # CUDA stops at a negative number
+
+
+def cores(threads: int, environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
+    """How many threads of this process can work at once, beside the device: at most ``threads``.
+
+    ``Allocation.threads`` counts the processors that the process may use, and results depend on it.  A container may
+    have a smaller share of their time, and a job without ``--cpus-per-task`` may own fewer than it sees.
+
+    Args:
+        threads: ``Allocation.threads``.
+        environ: Variables of SLURM and of a parent process.
+        root: The folder in which ``proc`` and ``sys`` are.
+    """
+    _, _, count = environ.get(WORKER_VARIABLE, "").partition("/")
+    workers = int(count) if count.isdecimal() and int(count) else 1
+    limits = [quota] if (quota := _quota(root)) is not None else []
+    if "SLURM_CPUS_PER_TASK" not in environ and (of_job := _int(environ, "SLURM_CPUS_ON_NODE", 0)):
+        tasks = re.match(r"\d+", environ.get("SLURM_TASKS_PER_NODE", "")) if "SLURM_PROCID" in environ else None
+        limits.append(of_job / max(1, int(tasks[0]) if tasks else 1))
+    return max(1, min([threads, *(int(limit / workers) for limit in limits)]))
+
+
+def _quota(root: Path) -> float | None:
+    """The processors' worth of time that control groups leave to this process; None without a limit."""
+    limits = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            own = top / path.lstrip("/")
+            for folder in (own, *own.parents):  # in a container the path may be the host's, and only the top is there
+                if top in (folder, *folder.parents):
+                    limits += _limit_of(folder)
+    return min(limits, default=None)
+
+
+def _limit_of(folder: Path) -> list[float]:
+    """What the files of version 2 and 1 of control groups say in a folder."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((folder / name).read_text("ascii") for name in names).split()
+            if quota.isdecimal() and int(quota) and int(period):
+                return [int(quota) / int(period)]
+    return []
 
 
 def gpus_promised(environ: Mapping[str, str] = os.environ) -> str:

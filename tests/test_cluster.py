@@ -529,3 +529,47 @@ def test_signals(signals: list[str], says: str | None, code: int) -> None:
     else:
         assert first.split()[0] == says.split()[0]
         assert rest == f"ended by itself {says}\n"
+
+
+# ---- threads that decode
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, 16),
+        ({"SLURM_CPUS_ON_NODE": "8"}, 8),
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_PROCID": "1", "SLURM_TASKS_PER_NODE": "4(x2)"}, 2),
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_TASKS_PER_NODE": "4"}, 8),  # the job's script, outside its tasks
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "16"}, 16),  # its threads count these already
+        ({"SLURM_CPUS_ON_NODE": "8", "CURATION_WORKER": "2/4"}, 2),
+        ({"SLURM_CPUS_ON_NODE": "odd", "CURATION_WORKER": "0/0", "SLURM_TASKS_PER_NODE": "x"}, 16),
+    ],
+)
+def test_threads_beside_the_device_are_those_of_the_job(environ: dict[str, str], expected: int, tmp_path: Path) -> None:
+    assert cluster.cores(16, environ, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/job/step", {"job/step/cpu.max": "max 100000", "job/cpu.max": "400000 100000"}, 4),
+        ("0::/job/step", {"job/step/cpu.max": "250000 100000", "job/cpu.max": "400000 100000"}, 2),
+        ("0::/of/the/host", {"cpu.max": "50000 100000"}, 1),
+        ("0::/../../../elsewhere", {"cpu.max": "300000 100000"}, 3),
+        ("4:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "600000", "cpu/job/cpu.cfs_period_us": "100000"}, 6),
+        ("4:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, 16),
+        ("3:memory:/job", {"job/cpu.max": "100000 100000"}, 16),
+        ("0::/", {"cpu.max": "what 0"}, 16),
+    ],
+)
+def test_threads_beside_the_device_are_those_of_the_control_group(
+    own: str, files: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    for name, text in {
+        "proc/self/cgroup": own,
+        **{f"sys/fs/cgroup/{name}": text for name, text in files.items()},
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert cluster.cores(16, {}, tmp_path) == expected

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +187,14 @@ class ShardCaptioner:
             # More than so many could not be gathered.
             largest = min(LARGEST_BATCH, MOST_WAITING_BYTES // max(1, typical.nbytes))
 
+            @lru_cache(1)
+            def batches(size: int) -> list[Sequence[Any]]:
+                """One, and another that waits meanwhile as it does later."""
+                return [self._loader.gathered([typical] * size) for _ in range(2)]
+
             def fits(size: int) -> bool:
                 try:
-                    self._backend.caption([typical] * size, list(range(size)))
+                    self._backend.caption(batches(size)[0], list(range(size)))
                 except OutOfMemory:
                     return False
                 return True

@@ -103,6 +103,7 @@ class CaptionSettings:
         dtype: The name of a torch dtype, or ``auto``.
         compile: ``decode``: keys and values stay in place, and on a GPU each step is one captured graph; ``all``: the
             encoder of the images is compiled too.
+        code_beside: The output folder beside whose files compiled code is kept for all workers; None: in torch's own.
         ports, endpoints, endpoints_dir: Where the model servers are; see ``endpoint_urls`` and ``Registry``.
         timeout_s: Seconds that a server has for one caption.
         load_timeout_s: Seconds that it has to load its model.
@@ -121,6 +122,7 @@ class CaptionSettings:
     threads: int = 1
     dtype: str = "auto"
     compile: Compile = "none"
+    code_beside: Path | None = None
     ports: str = ""
     endpoints: str | None = None
     endpoints_dir: Path | None = None
@@ -167,6 +169,9 @@ class CaptionBackend(Protocol):
 
     def prepare(self, image: Any) -> Any:
         """Turn an image into what the model takes.  It is called in many threads at once.
+
+        A backend may also have ``gather(batch)``, which is called in another thread than ``caption``, and returns the
+        same images for the coming call as the device takes them fastest.
 
         Args:
             image: A Pillow image.

@@ -269,6 +269,11 @@ class CaptionLoader:
         for rest in groups.rest():
             yield self._batch(rest)
 
+    def gathered(self, batch: Sequence[Any]) -> Sequence[Any]:
+        """A batch of prepared images as the device takes it fastest: made while the device computes the one before."""
+        gather: Callable[[Sequence[Any]], Sequence[Any]] | None = getattr(self._backend, "gather", None)
+        return batch if gather is None else gather(batch)
+
     def _batch(self, samples: Sequence[CaptionSample]) -> CaptionBatch:
         """Where an earlier attempt did a part of a batch, all of the batch is prepared and captioned again, because the
         bytes of a caption depend on the images that were with it."""
@@ -278,6 +283,8 @@ class CaptionLoader:
             waiting = [self._pool.submit(self._prepare, sample) for sample in samples if sample.prepared is None]
             for future in waiting:
                 future.result()  # it raises nothing: the image could be prepared before
+            for sample, prepared in zip(samples, self.gathered([s.prepared for s in samples]), strict=True):
+                sample.prepared = prepared
         return CaptionBatch(samples, mark, done)
 
     def _read(

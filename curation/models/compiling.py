@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from curation.errors import InfrastructureError
+from curation.errors import InfrastructureError, device_failure, memory_shortage
 from curation.options import logger
 from curation.storage.files import make_folder, storage_errors
 
@@ -123,7 +123,7 @@ def compiler_error(error: BaseException, name: str, *, always: bool = False) -> 
     cause: BaseException = error
     while (inner := getattr(cause, "inner_exception", None) or cause.__cause__) is not None and inner is not cause:
         cause = inner
-    if "CUDA error" in str(cause) or "out of memory" in str(cause):
+    if device_failure(error) or memory_shortage(str(cause)):
         return None
     if not (always or type(error).__module__.startswith(_COMPILERS) or _in_compiler(cause)):
         return None

@@ -16,7 +16,7 @@ import pytest
 from curation.backends.caption.decoding import NoRepeatedNgrams, padded_rows
 from curation.caption.batching import ShardCaptioner, caption_batch
 from curation.caption.feed import CaptionLoader
-from curation.errors import UsageError
+from curation.errors import InfrastructureError, UsageError
 from curation.models.batch_size import FittingBatchSize
 from tests import EXAMPLES
 
@@ -73,6 +73,52 @@ def test_keys_that_stay_in_place_give_the_same_captions(
     for rows in (8, 5, 8, 1, 7):
         assert static.caption(batch[-rows:], seeds[-rows:]) == usual.caption(batch[-rows:], seeds[-rows:])
     assert len(static._caches._caches) <= 2
+
+
+def test_an_assertion_of_captured_graphs_is_told(
+    folder: Callable[[str], Path], photos: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = compile("assert is_key_in_tls()", "/lib/torch/_inductor/cudagraph_trees.py", "exec")
+    both = {how: load(folder("florence2"), max_tokens=4, compile=how) for how in ("decode", "none")}
+    for backend in both.values():
+        monkeypatch.setattr(backend.model, "generate", lambda **_: exec(code, {"is_key_in_tls": lambda: False}))
+    batch = [both["decode"].prepare(photos[0])]
+    told = r"cannot be compiled here \(AssertionError\); use --compile none$"
+    with pytest.raises(InfrastructureError, match=told):
+        both["decode"].caption(batch, [0])
+    with pytest.raises(AssertionError):
+        both["none"].caption(batch, [0])
+
+
+@pytest.mark.soak
+def test_a_step_is_one_graph_for_each_size_and_a_compiler_that_fails_is_told(
+    folder: Callable[[str], Path], photos: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as on a GPU, by the switch that transformers has for its own tests."""
+    from torch import _dynamo
+    from transformers import CompileConfig
+
+    usual, compiled = (load(folder("florence2"), max_tokens=4, compile=how) for how in ("none", "decode"))
+    batch, seeds = [usual.prepare(photo) for photo in photos[:4]], [0] * 4
+    _dynamo.reset()
+    counters = _dynamo.utils.counters
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    config = compiled.generation.compile_config = CompileConfig(dynamic=False, backend="eager", mode=None)
+    config._compile_all_devices = True
+    for rows in (4, 2, 4, 2):
+        assert compiled.caption(batch[:rows], seeds[:rows]) == usual.caption(batch[:rows], seeds[:rows])
+    assert counters["stats"]["unique_graphs"] - graphs == 2
+    assert sum(counters["graph_break"].values()) == breaks
+
+    def without_a_compiler(*_: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", "g++")
+
+    config = compiled.generation.compile_config = CompileConfig(dynamic=False, backend=without_a_compiler, mode=None)
+    config._compile_all_devices = True
+    _dynamo.reset()
+    told = r"cannot be compiled here \(FileNotFoundError: .*'g\+\+'\); use --compile none$"
+    with pytest.raises(InfrastructureError, match=told):
+        compiled.caption(batch, seeds)
 
 
 def test_the_sizes_that_are_compiled_are_few() -> None:

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import numpy as np
 
 from curation import backends
 from curation.backends.caption.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
+from curation.backends.caption.packing import Inputs as Inputs
+from curation.backends.caption.packing import Packer, together
 from curation.caption.captioner import (
     FIRST,
     Attempt,
@@ -32,6 +34,7 @@ from curation.caption.captioner import (
     known_models,
 )
 from curation.errors import DeviceError, InfrastructureError, SampleError, UsageError, device_failure, install
+from curation.models import compiling
 from curation.models.batch_size import is_out_of_memory, use_device
 from curation.models.hub_cache import (
     TRANSFORMER,
@@ -138,20 +141,11 @@ class SquareImages:
         return numbers
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """One image as the model takes it: tensors on the host, which a batch joins along their first dimension."""
-
-    tensors: dict[str, Any]
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
 class VisionLanguageModel:
     """A captioner in transformers on one device.  A family says how its inputs are made and its output is read.
+
+    One thread of its own does all that the device does, because a captured CUDA graph belongs to the thread that
+    captured it, and because OpenMP keeps a team of threads for each thread that computes.
 
     Attributes:
         family: What the file declares.
@@ -161,10 +155,12 @@ class VisionLanguageModel:
         compiles: It is an encoder-decoder, whose step can be captured.
         unquantized: See UNQUANTIZED.
         asked: What the model is asked in words.
+        compiled: What a receipt says of compiled code; None where there is none.
     """
 
     family: Family
     asked = ""
+    compiled: Mapping[str, object] | None = None
     processor_class: str | None = None
     half_overflows = False
     squeezes = False
@@ -193,15 +189,27 @@ class VisionLanguageModel:
         self.source = resolve(source, s.revision, kind=TRANSFORMER, known=_known())
         self.name, self.revision, self.device = self.source.name, self.source.revision, device
         self.max_tokens = s.max_tokens or self.family.max_tokens
+        self._thread = ThreadPoolExecutor(1, "device")
+        try:
+            self._thread.submit(self._open, source).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+
+    def _open(self, source: str) -> None:
+        """In the thread of the device: load the model.  source: as it was given, for messages."""
         quiet_transformers()
         import torch
         from safetensors import SafetensorError
 
+        s, device = self.settings, self.device
         self._torch = torch
         self._squares: SquareImages | None = None
         torch.set_num_threads(s.threads)
         self.device_kind = use_device(device)
+        self._packer = Packer(device)
         self.dtype = self._choose_dtype(s.dtype)
+        self._set_up_compiler()
         folder = local_folder(self.source)
         try:
             self.processor = self._load_processor(folder)
@@ -210,8 +218,7 @@ class VisionLanguageModel:
             self._configure(s.prompt)
             static = s.compile != "none"
             self._caches = StaticCaches(self.model.config.text_config) if static else None
-            if s.compile == "all" and device.startswith("cuda"):
-                self._images_encoder().compile(dynamic=False)
+            self._compile()
         except torch.OutOfMemoryError as error:
             text = f"--model {source}: does not fit on {device}; try --quantize or --offload"
             raise InfrastructureError(text) from error
@@ -247,6 +254,12 @@ class VisionLanguageModel:
         texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
+    def _joined(self, rows: Sequence[Inputs]) -> dict[str, Any]:
+        """The tensors of a batch; those that ``gather`` has packed may be on the device."""
+        if (packed := together(rows)) is not None:
+            return packed
+        return {name: self._torch.cat([inputs.tensors[name] for inputs in rows]) for name in rows[0].tensors}
+
     def _pixels(self, image: Any) -> Any:
         """The image for a model that resizes every image to one rectangle: 1 × 3 × height × width."""
         if self._squares:
@@ -269,29 +282,40 @@ class VisionLanguageModel:
             detail = f"{image.width}×{image.height}: {hub_error_line(error)}"
             raise SampleError("processor_refused", detail) from error
 
+    def gather(self, batch: Sequence[Inputs]) -> list[Inputs]:
+        """See CaptionBackend."""
+        return self._packer.pack(batch)
+
     def caption(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt = FIRST) -> list[Reply]:
         """See CaptionBackend."""
+        return self._thread.submit(self._caption_or_explain, batch, seeds, attempt).result()
+
+    def close(self) -> None:
+        """See CaptionBackend."""
+        self._thread.submit(self._unload).result()
+        self._thread.shutdown()
+
+    # ---- the device, in its thread
+
+    def _caption_or_explain(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt) -> list[Reply]:
         try:
             return self._caption(batch, seeds, attempt)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, AssertionError) as error:
             if not is_out_of_memory(error):
                 raise self._explain(error) from error
             message = hub_error_line(error)
         self._release()  # outside the handler, whose traceback keeps the tensors alive
         raise OutOfMemory(message)
 
-    def close(self) -> None:
-        """See CaptionBackend."""
+    def _unload(self) -> None:
         del self.model
         self._release()
-
-    # ---- the device
 
     def _caption(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt) -> list[Reply]:
         torch = self._torch
         tokens = attempt.tokens(self.max_tokens)
         rows = [*batch, *[batch[-1]] * (padded_rows(len(batch)) - len(batch) if self._caches else 0)]
-        joined = {name: torch.cat([inputs.tensors[name] for inputs in rows]) for name in rows[0].tensors}
+        joined = self._joined(rows)
         moved = {name: self._to_device(tensor) for name, tensor in joined.items()}
         if self._squares:
             moved["pixel_values"] = self._squares.numbers_of(moved["pixel_values"], self.dtype)
@@ -332,7 +356,7 @@ class VisionLanguageModel:
         return processors
 
     def _to_device(self, tensor: Any) -> Any:
-        if self.device == "cpu":
+        if self.device == "cpu" or tensor.device.type != "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
@@ -347,9 +371,34 @@ class VisionLanguageModel:
         """A failing GPU ends this process with one line.  Anything else is a bug and keeps its traceback."""
         if broken := device_failure(error):
             return DeviceError(f"{self.device} ({self.device_kind}) failed: {broken}")
+        if self.settings.compile != "none":
+            return compiling.compiler_error(error, self.name) or error
         return error
 
     # ---- loading
+
+    def _set_up_compiler(self) -> None:
+        """A short try shows whether this machine can compile, before minutes are spent on the model."""
+        s = self.settings
+        if s.compile == "none" or self.device == "cpu":  # where keys only keep their places
+            return
+        deterministic = compiling.set_up(s.code_beside, self.device_kind)
+        try:
+            compiling.try_out(self.device, self.name)
+        except RuntimeError as error:
+            raise self._explain(error) from error
+        self.compiled = compiling.note_of(s.compile, deterministic)
+
+    def _compile(self) -> None:
+        """``generate`` compiles the step itself, once for each size: with sizes that vary in one graph, the kernels
+        would depend on which size came first."""
+        from transformers import CompileConfig
+
+        if self.compiled is None:
+            return
+        self.generation.compile_config = CompileConfig(dynamic=False)
+        if self.settings.compile == "all":
+            self._images_encoder().compile(dynamic=False)
 
     def _choose_dtype(self, dtype: str) -> Any:
         torch = self._torch

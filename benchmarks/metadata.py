@@ -9,7 +9,11 @@ least 0.9 of that), and less than 5 % of the stage's time spent waiting for data
     python benchmarks/metadata.py                        # one core computes, the others decode
     python benchmarks/metadata.py --tiny                 # small sizes: tells whether the code runs, not a speed
     python benchmarks/metadata.py --distances SHARD.tar  # only what an inexact resize gives, and how far features move
+<<<<<<< HEAD
     python benchmarks/metadata.py --toxicity SHARD.tar --tokenizer FOLDER  # detoxify, padded as before and in buckets
+=======
+    python benchmarks/metadata.py --toxicity SHARD.tar --tokenizer FOLDER  # only detoxify, padded and in buckets
+>>>>>>> d7c0036 (Stage 06: lint)
 """
 
 from __future__ import annotations

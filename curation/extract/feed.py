@@ -60,9 +60,9 @@ _POLL_S = 0.1
 
 @dataclass(slots=True)
 class ExtractSample:
-    """A sample of the shard.  image: its bytes, until they are prepared or, on a device, decoded.  caption: as it lies in the shard, None where
-    there is none.  clean_caption: as the other stages work on it.  outcome: what happened to it in the worker process,
-    or why it was not sent there."""
+    """A sample of the shard.  image: its bytes, until they are prepared or, on a device, decoded.  caption: as it lies
+    in the shard, None where there is none.  clean_caption: as the other stages work on it.  outcome: what happened to
+    it in the worker process, or why it was not sent there."""
 
     key: str
     metadata: dict[str, Any]

@@ -4,6 +4,8 @@ out; what is computed of a shard is kept in its spool.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import sys
 from collections import Counter
@@ -28,6 +30,8 @@ from curation.extract.staging import Stager, without_device
 from curation.jsonio import dump_json
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
 from curation.run import ShardContext
+
+logger = logging.getLogger("curation")
 
 MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught
 
@@ -288,7 +292,7 @@ class Computer:
         self._device = device
         self._need_image, self._need_text = dependents(extractors, "image"), dependents(extractors, "text")
         if device.startswith("cuda"):
-            _pin(feed.shared_memory)
+            _pin(feed.shared_memory, device)
 
     def begin(self, batch: ExtractBatch, memory: FittingBatchSize) -> Begun:
         """All of a batch but what processes do beside.  What does not fit on the device alone is ``out_of_memory``."""
@@ -514,10 +518,15 @@ def _array(values: Any, feature: Feature) -> NDArray[Any]:
     return array
 
 
-def _pin(arrays: Sequence[NDArray[Any]]) -> None:
-    """Memory that the device reads by itself; where that is refused, transfers are slower."""
+def _pin(memory: NDArray[np.uint8], device: str) -> None:
+    """Have the device read the memory by itself; where that is refused, transfers are slower."""
     import torch
 
-    register: Callable[..., Any] = torch.cuda.cudart().cudaHostRegister
-    for array in arrays:
-        register(array.ctypes.data, array.nbytes, 0)
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    if code:
+        logger.warning(
+            f"{device}: CUDA does not lock {memory.nbytes:,} bytes of memory (error {code}); copies are slower"
+        )
+        with contextlib.suppress(RuntimeError):  # CUDA keeps the error for the next call that looks: this one
+            torch.zeros(1, device=device).add_(1)
+            torch.cuda.synchronize(device)

@@ -49,7 +49,7 @@ class _NvImageCodec:
         backends = [codec.Backend(kind) for kind in (kinds.HW_GPU_ONLY, kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU)]
         number = int(device.partition(":")[2] or 0)
         self._decoder = codec.Decoder(device_id=number, backends=backends, options=":fancy_upsampling=1")
-        self._settings = codec.DecodeParams(apply_exif_orientation=False, color_spec=codec.ColorSpec.SRGB)
+        self._settings = codec.DecodeParams(apply_exif_orientation=False)
 
     def __call__(self, images: Sequence[bytes]) -> list[Any | None]:
         streams = [self._codec.CodeStream(image) for image in images]

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import SampleError
@@ -226,11 +227,9 @@ class ExtractLoader:
         return None if array is None else array[: len(batch.samples)]
 
     @property
-    def shared_memory(self) -> list[NDArray[Any]]:
-        """Every array that batches may lie in."""
-        layout = self._slots.layout
-        arrays = [self._slots.array(slot, n) for slot in range(layout.slots) for n in range(len(layout.places))]
-        return [array for array in arrays if array is not None]
+    def shared_memory(self) -> NDArray[np.uint8]:
+        """All memory that batches may lie in."""
+        return self._slots.memory
 
     def release(self, batch: ExtractBatch) -> None:
         """Its arrays may be used for another batch."""

@@ -143,6 +143,8 @@ class Stager:
             where = self._torch.tensor(decoded, device=self._device)
             for number, preparation in self._pictures:
                 staged.tensors[number][where] = preparation.on_device(pictures)
+            if self._stream is not None:
+                self._stream.synchronize()  # before the pictures go, whoever owns their memory
         staged.decoded += decoded
         return refused
 

@@ -138,6 +138,11 @@ class Slots:
         """rows × shape of the preparation of that number; None for one that gives dicts."""
         return self._arrays[slot][number]
 
+    @property
+    def memory(self) -> NDArray[np.uint8]:
+        """All of it, in one piece."""
+        return np.frombuffer(self._map, np.uint8)
+
     def clear(self, slot: int, row: int) -> None:
         """Zeros: nothing of an earlier batch is seen."""
         for array in self._arrays[slot]:

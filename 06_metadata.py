@@ -126,6 +126,9 @@ class Options(RunOptions):
     half: float16 on a GPU, float32 on the CPU.  A directive's own dtype in --yml goes before it."""
     resize: Literal["exact", "fast"] | None = None
     """exact: the same as OpenAI's preprocessing, to the last bit.  fast: faster, with slightly different results."""
+    decode: Literal["cpu", "gpu"] | None = None
+    """Where JPEGs are decoded and resized.  gpu: on the device, which takes this work from the cores; the decoder's
+    pixels differ a little, and what it cannot read goes to the CPU, counted in the receipts.  Default: cpu."""
     num_gpus: Annotated[int | None, at_least(1)] = None
     """Processes on this machine, one per GPU."""
     gpus: Annotated[str | None, LISTED] = None
@@ -158,7 +161,10 @@ class Metadata(Stage[Options]):
     name = "06_metadata"
     opening = "loading the models"
     uses_device = True
-    later: ClassVar[Mapping[str, Later]] = {"hash_type": Later(before="float64", now="int64")}
+    later: ClassVar[Mapping[str, Later]] = {
+        "hash_type": Later(before="float64", now="int64"),
+        "decode": Later(before="cpu", now="cpu"),
+    }
     shards_in_flight = 2  # the next one is read and prepared ahead while this one is computed and written
 
     def __init__(self, options: Options, config: ExtractConfig) -> None:
@@ -175,7 +181,7 @@ class Metadata(Stage[Options]):
     def fingerprint(self) -> dict[str, object]:
         c = self.config
         names = ("models", "postprocess_columns", "postprocess_features", "batch_size", "use_datacomp_keys")
-        more = ("feature_dtype", "compress", "resize")
+        more = ("feature_dtype", "compress", "resize", "decode")
         plugin = c.custom_pypath and hashlib.sha256(Path(c.custom_pypath).expanduser().read_bytes()).hexdigest()
         return {
             **{name: getattr(c, name) for name in (*names, *more)},
@@ -216,7 +222,12 @@ class Metadata(Stage[Options]):
             self._extraction.close()
 
     def result(self, counts: Mapping[str, int]) -> str:
-        return f"{counts['kept']:,} scored"
+        scored = f"{counts['kept']:,} scored"
+        if self.config.decode == "cpu":
+            return scored
+        return f"{scored}, images decoded by the device {counts['decoded_by_device']:,}, by the CPU " + (
+            f"{counts['decoded_by_cpu']:,}"
+        )
 
     def process(self, work: ShardContext) -> None:
         assert self._extraction is not None

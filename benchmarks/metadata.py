@@ -9,7 +9,8 @@ least 0.9 of that), and less than 5 % of the stage's time spent waiting for data
     python benchmarks/metadata.py                        # one core computes, the others decode
     python benchmarks/metadata.py --tiny                 # small sizes: tells whether the code runs, not a speed
     python benchmarks/metadata.py --distances SHARD.tar  # only what an inexact resize gives, and how far features move
-    python benchmarks/metadata.py --toxicity SHARD.tar --tokenizer FOLDER  # detoxify, padded as before and in buckets
+    python benchmarks/metadata.py --compare FOLDER FOLDER  # how far two outputs of the stage are apart
+    python benchmarks/metadata.py --toxicity SHARD.tar --tokenizer FOLDER  # only detoxify, padded and in buckets
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -278,6 +280,45 @@ def print_distances(samples: list[tuple[bytes, bytes]], bare: Bare) -> None:
     print_table(["", "ms a picture", "difference in levels (rms)", "cosine with exact, mean", "least"], rows)
 
 
+def print_comparison(first: Path, second: Path) -> None:
+    """How far the columns and features of two outputs of the stage are apart, over the shards that both have."""
+    from pyarrow import parquet, types
+
+    shards = [path.stem for path in sorted(first.glob("*.parquet")) if (second / path.name).is_file()]
+    apart: dict[str, list[Any]] = {}
+    nulls: Counter[str] = Counter()
+    for shard in shards:
+        tables = [parquet.read_table(folder / f"{shard}.parquet") for folder in (first, second)]
+        if tables[0]["key"].to_pylist() != tables[1]["key"].to_pylist():
+            raise SystemExit(f"{shard}: the two folders have other samples")
+        for name in (n for n in tables[0].column_names if n in tables[1].column_names):
+            pairs = list(zip(tables[0][name].to_pylist(), tables[1][name].to_pylist(), strict=True))
+            if types.is_floating(tables[0].schema.field(name).type):
+                nulls[name] += sum((a is None) != (b is None) for a, b in pairs)
+                apart.setdefault(name, []).extend(abs(a - b) for a, b in pairs if a is not None and b is not None)
+            else:
+                nulls[name] += sum(a != b for a, b in pairs)
+    rows: list[tuple[object, ...]] = [
+        (name, len(found), f"{max(found, default=0):.2g}", f"{statistics.mean(found or [0]):.2g}", nulls.pop(name, 0))
+        for name, found in sorted(apart.items())
+    ]
+    rows += [(name, "", "", "", differing) for name, differing in sorted(nulls.items()) if differing]
+    print_table(["column", "values", "largest difference", "mean", "other values or nulls"], rows)
+    cosines: dict[str, list[Any]] = {}
+    for shard in shards:
+        paths = [folder / f"{shard}.npz" for folder in (first, second)]
+        if not all(path.is_file() for path in paths):
+            continue
+        with np.load(paths[0], allow_pickle=False) as one, np.load(paths[1], allow_pickle=False) as other:
+            for name in (n for n in one.files if n in other.files):
+                a, b = one[name].astype(np.float64), other[name].astype(np.float64)
+                cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+                cosines.setdefault(name, []).extend(cosine[np.isfinite(cosine)])
+    shown = [(n, len(c), f"{np.mean(c):.6f}", f"{min(c):.6f}") for n, c in sorted(cosines.items()) if c]
+    if shown:
+        print_table(["feature", "rows", "mean cosine", "least"], shown)
+
+
 def print_toxicity(samples: list[tuple[bytes, bytes]], tokenizer: Path, options: argparse.Namespace) -> None:
     """Captions a second of detoxify's architecture with random weights: one batch padded to its longest caption, and
     in buckets of similar lengths, in turn."""
@@ -376,6 +417,7 @@ def main() -> int:
     )
     parser.add_argument("--clip", type=Path, help="with --distances: a folder with a trained CLIP ViT-B/32")
     parser.add_argument("--least_side", type=int, default=0, help="with --distances: only photos of so many pixels")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="FOLDER", help="only how far two outputs are apart")
     parser.add_argument("--toxicity", nargs="+", type=Path, metavar="SHARD", help="only detoxify, on these captions")
     parser.add_argument("--tokenizer", type=Path, help="with --toxicity: a folder with a tokenizer.json")
     parser.add_argument("--dtype", default="float32", help="with --toxicity: what it computes in")
@@ -391,6 +433,9 @@ def main() -> int:
         processes=options.processes or max(1, cores - 1 if on_cpu else cores),
         repeats=1 if options.tiny else 3,
     )
+    if options.compare:
+        print_comparison(*options.compare)
+        return 0
     if options.toxicity:
         if options.tokenizer is None:
             parser.error("--toxicity needs --tokenizer: a folder with the tokenizer.json of detoxify or another model")

@@ -21,7 +21,8 @@ _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # in compressed data: no stuffed byte and no restart
 _FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
-_SCAN, _END, _COMMENT = 0xDA, 0xD9, 0xFE
+_SCAN, _END, _COMMENT, _ADOBE = 0xDA, 0xD9, 0xFE, 0xEE
+_SAMPLING = (0x11, 0x21, 0x12, 0x22, 0x41)  # of brightness, over colours of 0x11: 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1
 # What tells how to show the pixels: marker → (the shortest body that libjpeg takes, its begin)
 _READ_METADATA = {0xE0: (14, b"JFIF\0"), 0xE1: (14, b"Exif\0\0"), 0xEE: (12, b"Adobe")}
 
@@ -50,6 +51,51 @@ def check_scans(data: bytes | memoryview, pixels: int) -> None:
         scans += segment.marker == _SCAN
         if scans > allowed:
             raise SampleError("undecodable", f"a JPEG of more than {allowed} scans of {pixels:,} pixels")
+
+
+def unlike_baseline(data: bytes) -> str | None:
+    """What keeps a JPEG from being an everyday one, which every decoder of a GPU reads and shows alike.
+
+    Such a one is whole, baseline, of 8 bits, grey or YCbCr with ordinary sampling, in one scan.
+
+    Returns:
+        None; or ``progressive``, ``cmyk``, ``12_bit``, ``rgb``, ``cut`` (no end marker) or ``unusual``.
+    """
+    frames, scans, colours, ended = [], 0, 1, False
+    for segment in _segments(data):
+        if segment.marker in _FRAMES:
+            frames.append(segment)
+        elif segment.marker == _ADOBE and segment.body.startswith(b"Adobe") and len(segment.body) >= 12:
+            colours = segment.body[11]
+        scans += segment.marker == _SCAN
+        ended = segment.marker == _END
+    if not ended:
+        return "cut"
+    if len(frames) != 1 or len(body := frames[0].body) < 9 or len(body) != 6 + 3 * body[5]:
+        return "unusual"
+    if frames[0].marker in _PROGRESSIVE:
+        return "progressive"
+    if body[5] == 4:
+        return "cmyk"
+    if body[0] != 8:
+        return "12_bit"
+    names, sampling = tuple(body[6::3]), tuple(body[7::3])
+    if body[5] == 3 and (colours != 1 or names == tuple(b"RGB")):
+        return "rgb"
+    usual = sampling[0] in _SAMPLING and set(sampling[1:]) <= {0x11} and names in ((1,), (1, 2, 3), (0, 1, 2))
+    return None if usual and frames[0].marker in (0xC0, 0xC1) and scans == 1 else "unusual"
+
+
+def bare_jpeg(data: bytes) -> bytes:
+    """The JPEG without what is no part of its pixels, such as EXIF, so that all decoders show it alike."""
+    kept, at = [_SOI], len(_SOI)
+    for segment in _segments(data):
+        if not (0xE1 <= segment.marker <= 0xEF and segment.marker != _ADOBE) and segment.marker != _COMMENT:
+            kept.append(data[at : segment.end])
+        at = segment.end
+        if segment.marker == _SCAN:
+            return b"".join((*kept, data[at:]))
+    return data
 
 
 def check_chunks(data: bytes | memoryview) -> None:

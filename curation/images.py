@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from curation.errors import SampleError
-from curation.image_files import check_chunks, check_scans, pixels_alone
+from curation.image_files import check_chunks, check_scans, pixels_alone, unlike_baseline
 from curation.jsonio import clean_text
 
 Pixels = NDArray[np.uint8]  # height × width × 3, RGB
@@ -60,6 +60,31 @@ def _size(data: bytes | memoryview, max_pixels: int) -> tuple[int, int]:
     with _opened(data, max_pixels) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def refused_by_devices(data: bytes, max_pixels: int) -> tuple[tuple[int, int], str | None]:
+    """Whether a decoder on a GPU may have an image; only its segments are looked at.
+
+    Args:
+        data: The file.
+        max_pixels: Most pixels that a device is given.
+
+    Returns:
+        (width, height) in pixels, upright; and None, or why the CPU decodes it: ``not_jpeg``, ``turned`` (by EXIF),
+        ``large``, or a word of ``unlike_baseline``.
+
+    Raises:
+        SampleError: As ``image_size``.
+    """
+    with _opened(data, MAX_PIXELS) as image:
+        width, height = image.size
+        if image.format != "JPEG":
+            refusal: str | None = "not_jpeg"
+        elif _orientation(image) != 1:
+            refusal = "turned"
+        else:
+            refusal = "large" if width * height > max_pixels else unlike_baseline(data)
+        return ((height, width) if _orientation(image) >= 5 else (width, height)), refusal
 
 
 def decode_rgb(

@@ -6,9 +6,9 @@ one sample at a time; its ``compute`` takes a batch of what they made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,20 @@ class Preparation(Protocol):
     def __call__(self, given: Any, /) -> NDArray[Any] | dict[str, Any]: ...
 
 
+@runtime_checkable
+class DevicePreparation(Preparation, Protocol):
+    """A picture's preparation that a device can compute too, for ``--decode gpu``."""
+
+    def fits_device(self, width: int, height: int) -> bool:
+        """Whether a device is given a picture of this size; else the worker process prepares it."""
+
+    def on_device(self, pictures: Sequence[Any], /) -> Any:
+        """A row for each picture, as a call of the preparation gives it: with the same numbers, or some by one level.
+
+        pictures: torch tensors of height × width × 3, uint8, on one device.
+        """
+
+
 class Batch(Protocol):
     """Samples of one shard that are computed together.
 
@@ -101,6 +115,13 @@ class Batch(Protocol):
 
     def device_tensor(self, preparation: Preparation) -> Any:
         """The same array as a torch tensor on the device, transferred once for all extractors of the batch."""
+
+    def beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Have a worker process call a function while the device computes the next batch.
+
+        function: at a module's top level, without torch.  arguments: arrays and plain values, which are copied.
+        Returns what ``compute`` may give in the place of a column's values: they are what the function returns.
+        """
 
 
 class Extractor(Protocol):

@@ -4,10 +4,13 @@ out; what is computed of a shard is kept in its spool.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +19,19 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from curation.errors import ShardError
+from curation.errors import ShardError, Stopped, UsageError
 from curation.extract.api import Column, Extractor, Feature, Preparation, dependents, order
 from curation.extract.catalogue import Catalogue
 from curation.extract.config import ALL, ExtractConfig, check_outputs
+from curation.extract.device_jpeg import DeviceDecoder, open_decoder
 from curation.extract.feed import ExtractBatch, ExtractLoader, ExtractSample
 from curation.extract.outputs import MetadataRow, MetadataTable, Spool
+from curation.extract.staging import Stager, without_device
 from curation.jsonio import dump_json
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
 from curation.run import ShardContext
+
+logger = logging.getLogger("curation")
 
 MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught
 
@@ -98,10 +105,20 @@ class Extraction:
             )
             plugin = c.custom_pypath and str(Path(c.custom_pypath).expanduser().absolute())
             processes = max(1, threads if c.nworkers is None else c.nworkers)
-            self._loader = ExtractLoader(distinct(ordered), c.batch_size, processes, plugin)
+            is_staged = device != "cpu" or c.decode == "gpu"
+            self.decoder = _decoder(c, extractors, device)
+            self._loader = ExtractLoader(
+                distinct(ordered),
+                c.batch_size,
+                processes,
+                plugin,
+                least_slots=3 if is_staged else 2,  # one is computed, one staged, and one filled
+                for_device=self.decoder is not None,
+            )
             self._closing.insert(0, self._loader)
+            self._stager = Stager(self._loader, device, self.decoder) if is_staged else None
             chosen = [columns[name] for name in asked_columns], [features[name] for name in asked_features]
-            self._computer = Computer(ordered, self._loader, *chosen, c.feature_dtype, device)
+            self._computer = Computer(ordered, self._loader, *chosen, c.feature_dtype, device, self._stager)
         except BaseException:
             self.close()
             raise
@@ -134,37 +151,72 @@ class Extraction:
         spool = Spool(work.partial(mark), list(self.table.features))
         batches = rows = recovered = 0
         missing: Counter[str] = Counter()
-        with self._loader.batches(samples, spool.has) as take:
+        decoding: Counter[str] = Counter()
+        begun: Begun | None = None  # the batch before, for which processes may still work
+        stage = None if self._stager is None else self._stager.stage
+        with self._loader.batches(samples, spool.has, stage) as take:
             while True:
                 with work.phase("wait"):
                     taken = take()
+                before, begun = begun, None
+                if taken is not None:
+                    batch, seconds = taken
+                    work.add_seconds("read", batch.seconds_read)
+                    work.add_seconds("decode", seconds)
+                    batches, rows = batches + 1, rows + len(batch.samples)
+                    if batch.done:
+                        recovered += len(batch.samples)
+                        missing += _count(work, batch, spool)
+                    else:
+                        begun = self._begin(work, batch)
+                        decoding += _decoding(batch)
+                        self._loader.release(batch)
+                if before is not None:
+                    missing += self._finish(work, before, spool)
+                if begun is not None and not begun.is_awaited:
+                    missing += self._finish(work, begun, spool)
+                    begun = None
                 if taken is None:
                     break
-                batch, seconds = taken
-                work.add_seconds("read", batch.seconds_read)
-                work.add_seconds("decode", seconds)
                 if not batch.done:
-                    self._compute(work, batch, spool)
-                missing += _count(work, batch, spool)
-                batches, rows = batches + 1, rows + len(batch.samples)
-                if batch.done:
-                    recovered += len(batch.samples)
-                else:
-                    work.check_stop()
+                    try:
+                        work.check_stop()
+                    except Stopped:
+                        if begun is not None:
+                            self._finish(work, begun, spool)
+                        raise
         if recovered:
             work.note("recovered", recovered)
+        if self.decoder is not None:
+            self._note_decoding(work, decoding)
         return SpooledShard(spool, batches, rows, missing)
 
-    def _compute(self, work: ShardContext, batch: ExtractBatch, spool: Spool) -> None:
+    def _begin(self, work: ShardContext, batch: ExtractBatch) -> Begun:
         with work.phase("infer"):
-            computed = self._computer.compute(batch, self._memory)
-        self._loader.release(batch)
+            begun = self._computer.begin(batch, self._memory)
         if (limit := self._memory.limit(0)) < self._memory.planned:
             work.note("batch_shrunk_to", limit)
+        return begun
+
+    def _note_decoding(self, work: ShardContext, decoding: Counter[str]) -> None:
+        assert self.decoder is not None
+        by_device = decoding.pop("", 0)
+        work.note("decoder", self.decoder.name)
+        work.note("decoded_by_device", by_device)
+        work.note("decoded_by_cpu", decoding.total())
+        if decoding:
+            work.note("decoded_by_cpu_for", dict(sorted(decoding.items())))
+
+    def _finish(self, work: ShardContext, begun: Begun, spool: Spool) -> Counter[str]:
+        """Keep the values of a batch, and count its samples; how many lack a carried field."""
+        batch = begun.batch
+        with work.phase("infer"):
+            computed = self._computer.finish(begun)
         rows, missing = self._rows(batch, computed)
         named = {self._config.public_name(name): array for name, array in computed.features.items()}
         with work.phase("write"):
             spool.put(batch.number, rows, missing, named)
+        return _count(work, batch, spool)
 
     def _rows(self, batch: ExtractBatch, computed: Computed) -> tuple[list[MetadataRow], Counter[str]]:
         """The rows of a batch, and how many of its samples lack each carried field."""
@@ -200,10 +252,26 @@ class Computed:
     failed: Sequence[tuple[str, str] | None]
 
 
+@dataclass(slots=True)
+class Begun:
+    """A batch that the device has computed.  columns: parts of each column, one behind the other; a part is a list, or
+    a Future of one that a worker process computes.  lost: what did not fit on the device alone, by row."""
+
+    batch: ExtractBatch
+    columns: dict[str, list[Any]]
+    features: dict[str, NDArray[Any]]
+    lost: dict[int, tuple[str, str]]
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a process may still work for it."""
+        return any(isinstance(part, Future) for parts in self.columns.values() for part in parts)
+
+
 class Computer:
     """The extractors of a process, in their order, with the feed that prepares for them.
 
-    columns, features: those that are asked for.  device: torch's name.
+    columns, features: those that are asked for.  device: torch's name.  stager: makes batches ready there ahead.
     """
 
     def __init__(
@@ -214,18 +282,20 @@ class Computer:
         features: Sequence[Feature],
         feature_dtype: str,
         device: str,
+        stager: Stager | None = None,
     ) -> None:
         self._extractors = extractors
+        self._stager = stager
         self._feed = feed
         self._columns, self._features = columns, features
         self._feature_dtype = np.dtype(feature_dtype)
         self._device = device
         self._need_image, self._need_text = dependents(extractors, "image"), dependents(extractors, "text")
         if device.startswith("cuda"):
-            _pin(feed.shared_memory)
+            _pin(feed.shared_memory, device)
 
-    def compute(self, batch: ExtractBatch, memory: FittingBatchSize) -> Computed:
-        """All of a batch.  What does not fit on the device alone is ``out_of_memory``."""
+    def begin(self, batch: ExtractBatch, memory: FittingBatchSize) -> Begun:
+        """All of a batch but what processes do beside.  What does not fit on the device alone is ``out_of_memory``."""
         count = len(batch.samples)
         columns: dict[str, list[Any]] = {column.name: [] for column in self._columns}
         features = {f.name: np.empty((count, f.width), self._feature_dtype) for f in self._features}
@@ -248,25 +318,41 @@ class Computer:
             if outputs is None:
                 lost[start] = "out_of_memory", problem
                 outputs = {name: [None] for name in columns} | dict.fromkeys(features, math.nan)
-            for name, cells in columns.items():
-                cells += outputs[name]
+            for name, parts in columns.items():
+                parts.append(outputs[name])
             for name, array in features.items():
                 array[start:end] = outputs[name]
-        return self._judge(batch, columns, features, lost)
+        return Begun(batch, columns, features, lost)
+
+    def finish(self, begun: Begun) -> Computed:
+        """All values of the batch, once the processes have done their part.
+
+        Raises:
+            ShardError: A model does not give what it promises.
+        """
+        columns: dict[str, list[Any]] = {}
+        for name, parts in begun.columns.items():
+            columns[name] = [cell for part in parts for cell in _resolved(part)]
+            if len(columns[name]) != len(begun.batch.samples):
+                raise ShardError(f"{name}: {len(columns[name])} values for {len(begun.batch.samples)} samples")
+        return self._judge(begun.batch, columns, begun.features, begun.lost)
 
     def _run(self, batch: ExtractBatch, start: int, end: int) -> dict[str, Any]:
         """The columns as lists and the features as arrays in memory, of a part of a batch."""
-        view = _View(self._feed, batch, start, end, self._device)
+        view = _View(self._feed, batch, start, end, self._device, self._stager)
         outputs: dict[str, Any] = {}
         for extractor in self._extractors:
             found = extractor.compute(view)
             named: list[Column | Feature] = [*extractor.columns, *extractor.features]
             for output in named:
-                if output.name not in found or len(found[output.name]) != end - start:
+                value = found.get(output.name)
+                is_due = isinstance(value, Future) and isinstance(output, Column)
+                if value is None or not (is_due or len(value) == end - start):
                     raise ShardError(f"{extractor.name}: it gives no {output.name!r} for each of {end - start} samples")
-                outputs[output.name] = found[output.name]
+                outputs[output.name] = value
             view.features.update({feature.name: found[feature.name] for feature in extractor.features})
-        cells = {column.name: _cells(outputs[column.name]) for column in self._columns}
+        given = {column.name: outputs[column.name] for column in self._columns}
+        cells = {name: value if isinstance(value, Future) else _cells(value) for name, value in given.items()}
         features = {feature.name: _array(outputs[feature.name], feature) for feature in self._features}
         if self._device != "cpu":  # nothing reads the shared memory any more, asked for or not
             sys.modules["torch"].get_device_module(self._device).synchronize(self._device)
@@ -307,8 +393,10 @@ class Computer:
 class _View:
     """A part of a batch, as extractors see it."""
 
-    def __init__(self, feed: ExtractLoader, batch: ExtractBatch, start: int, end: int, device: str) -> None:
-        self._feed, self._batch, self._device = feed, batch, device
+    def __init__(
+        self, feed: ExtractLoader, batch: ExtractBatch, start: int, end: int, device: str, stager: Stager | None
+    ) -> None:
+        self._feed, self._batch, self._device, self._stager = feed, batch, device, stager
         self._start, self._end = start, end
         self._tensors: dict[Preparation, Any] = {}
         self.features: dict[str, Any] = {}
@@ -320,6 +408,8 @@ class _View:
 
     def prepared(self, preparation: Preparation) -> Any:
         number = self._feed.preparations.index(preparation)
+        if self._stager is not None:
+            self._stager.bring_back(self._batch, number)
         array = self._feed.array(self._batch, number)
         if array is not None:
             return array[self._start : self._end]
@@ -330,9 +420,18 @@ class _View:
         if preparation not in self._tensors:
             import torch
 
-            host = torch.from_numpy(self.prepared(preparation))
-            self._tensors[preparation] = host.to(self._device, non_blocking=True)
+            staged = None
+            if self._stager is not None:
+                staged = self._stager.tensor(self._batch, self._feed.preparations.index(preparation))
+            if staged is not None:
+                self._tensors[preparation] = staged[self._start : self._end]
+            else:
+                host = torch.from_numpy(self.prepared(preparation))
+                self._tensors[preparation] = host.to(self._device, non_blocking=True)
         return self._tensors[preparation]
+
+    def beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self._feed.beside(function, *arguments)
 
 
 def _text(precision: str | dict[str, str]) -> str:
@@ -362,6 +461,36 @@ def distinct(extractors: Sequence[Extractor]) -> tuple[Preparation, ...]:
     return tuple(dict.fromkeys(preparation for extractor in extractors for preparation in extractor.preparations))
 
 
+def _decoder(config: ExtractConfig, extractors: Sequence[Extractor], device: str) -> DeviceDecoder | None:
+    """What decodes JPEGs on the device, where that is asked for and a model wants pictures.
+
+    Raises:
+        UsageError: A model prepares its pictures in a way that only the CPU knows.
+    """
+    pictures = [e for e in extractors if any(p.takes == "image" for p in e.preparations)]
+    if config.decode != "gpu" or not pictures:
+        return None
+    models = zip(config.models, extractors, strict=True)
+    only_cpu = [directive for directive, extractor in models if without_device(extractor.preparations)]
+    if only_cpu:
+        hint = " (--resize fast is the CPU's)" if config.resize == "fast" else ""
+        raise UsageError(
+            f"--decode gpu: {', '.join(only_cpu)} can prepare pictures on the CPU only{hint}; leave it out, compute it "
+            "in another run, or use --decode cpu"
+        )
+    return open_decoder(device)
+
+
+def _decoding(batch: ExtractBatch) -> Counter[str]:
+    """How many images the device decoded (""), and the CPU for each reason."""
+    outcomes = [sample.outcome for sample in batch.samples if sample.outcome.size is not None]
+    return Counter("" if o.on_device else o.off_device or "bytes" for o in outcomes)
+
+
+def _resolved(part: Any) -> list[Any]:
+    return _cells(part.result()) if isinstance(part, Future) else part
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or ("torch" in sys.modules and is_out_of_memory(error))
 
@@ -389,10 +518,15 @@ def _array(values: Any, feature: Feature) -> NDArray[Any]:
     return array
 
 
-def _pin(arrays: Sequence[NDArray[Any]]) -> None:
-    """Memory that the device reads by itself; where that is refused, transfers are slower."""
+def _pin(memory: NDArray[np.uint8], device: str) -> None:
+    """Have the device read the memory by itself; where that is refused, transfers are slower."""
     import torch
 
-    register: Callable[..., Any] = torch.cuda.cudart().cudaHostRegister
-    for array in arrays:
-        register(array.ctypes.data, array.nbytes, 0)
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    if code:
+        logger.warning(
+            f"{device}: CUDA does not lock {memory.nbytes:,} bytes of memory (error {code}); copies are slower"
+        )
+        with contextlib.suppress(RuntimeError):  # CUDA keeps the error for the next call that looks: this one
+            torch.zeros(1, device=device).add_(1)
+            torch.cuda.synchronize(device)

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.errors import UsageError
-from curation.extract.settings import ModelSettings, Precision, Resize, WeightSource
+from curation.extract.settings import Decode, ModelSettings, Precision, Resize, WeightSource
 from curation.options import items_in, plain_path, plain_source, refuse_url
 from curation.shards import Shard, discover
 from curation.storage.yaml_files import read_yaml
@@ -77,6 +77,7 @@ class ExtractConfig:
     dtype: Precision = "auto"
     resize: Resize = "exact"
     dtypes: Mapping[str, Precision] = field(default_factory=dict)
+    decode: Decode = "cpu"
 
     @property
     def precision(self) -> str | dict[str, str]:
@@ -373,6 +374,7 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "feature_dtype": _one_of("float16", "float32"),
         "compress": _truth,
         "resize": _one_of("exact", "fast"),
+        "decode": _one_of("cpu", "gpu"),
         "dtype": _one_of(*PRECISIONS),
     }
 )

@@ -14,14 +14,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from curation.errors import SampleError
 from curation.extract.api import Preparation
-from curation.extract.worker import Lost, PreparationJob, PreparationOutcome, SlotLayout, Slots, WorkerProcess
+from curation.extract.worker import (
+    Errand,
+    Lost,
+    PreparationJob,
+    PreparationOutcome,
+    SlotLayout,
+    Slots,
+    WorkerProcess,
+)
 from curation.jsonio import decode_text
 from curation.tar.samples import MAX_CAPTION_CHARACTERS, Sample, caption_of, image_of, lenient_metadata
 from curation.tar.scan import IMAGE_SUFFIXES
@@ -43,14 +52,18 @@ SHARED_BYTES = 1 << 30  # of prepared batches, unless two need more
 MAX_SLOTS = 4
 
 
+# Images that are kept for a decoder on the device: none that is larger, and of a batch not more than these.
+MAX_DEVICE_BYTES, MAX_DEVICE_BATCH_BYTES = 4 << 20, 256 << 20
+
+
 _POLL_S = 0.1
 
 
 @dataclass(slots=True)
 class ExtractSample:
-    """A sample of the shard.  image: its bytes, until they are prepared.  caption: as it lies in the shard, None where
-    there is none.  clean_caption: as the other stages work on it.  outcome: what happened to it in the worker process,
-    or why it was not sent there."""
+    """A sample of the shard.  image: its bytes, until they are prepared or, on a device, decoded.  caption: as it lies
+    in the shard, None where there is none.  clean_caption: as the other stages work on it.  outcome: what happened to
+    it in the worker process, or why it was not sent there."""
 
     key: str
     metadata: dict[str, Any]
@@ -64,7 +77,7 @@ class ExtractSample:
 class ExtractBatch:
     """The samples of the shard from number × batch size on.  done: an earlier attempt finished it, and nothing is
     prepared.  seconds_read: from the shard, by one thread.  waiting: each gives the seconds of a process; with the
-    bytes of images that it holds."""
+    bytes of images that it holds.  kept_bytes: of images for the device.  staged: what lies on the device already."""
 
     number: int
     done: bool
@@ -72,6 +85,8 @@ class ExtractBatch:
     samples: list[ExtractSample] = field(default_factory=list)
     seconds_read: float = 0.0
     waiting: list[tuple[Future[float], int]] = field(default_factory=list)
+    kept_bytes: int = 0
+    staged: Any = None
 
 
 def extract_sample(sample: Sample) -> ExtractSample:
@@ -123,6 +138,39 @@ class _ShardStream:
                 return True
         return False
 
+    def take(self) -> ExtractBatch | None:
+        """The next batch; None at the end, or where somebody stopped."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.ready.get(timeout=_POLL_S)
+            if self.stop.is_set():
+                return None
+
+
+class _Ahead:
+    """Takes the next batch and stages it, in a thread, when one is handed out."""
+
+    def __init__(
+        self, take: Callable[[], tuple[ExtractBatch, float] | None], stage: Callable[[ExtractBatch], None]
+    ) -> None:
+        self._take, self._stage = take, stage
+        self._thread = ThreadPoolExecutor(1, "stage")
+        self._next: Future[tuple[ExtractBatch, float] | None] | None = None
+
+    def __call__(self) -> tuple[ExtractBatch, float] | None:
+        found = (self._next or self._thread.submit(self._staged)).result()
+        self._next = None if found is None else self._thread.submit(self._staged)
+        return found
+
+    def _staged(self) -> tuple[ExtractBatch, float] | None:
+        found = self._take()
+        if found is not None and not found[0].done:
+            self._stage(found[0])
+        return found
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
 
 class ExtractLoader:
     """Prepares the samples of one shard after the other; one for all shards of a process.
@@ -131,15 +179,25 @@ class ExtractLoader:
     before is read to its end, and computed once that one is computed, so that no shard's beginning leaves a model idle.
 
     preparations: different ones, in the order of their numbers.  plugin: the file that some of them come from.
+    least_slots: batches that lie in memory at least.  for_device: images that a device's decoder can read are left to
+    it and kept.
     """
 
     def __init__(
-        self, preparations: Sequence[Preparation], batch_size: int, processes: int, plugin: str | None = None
+        self,
+        preparations: Sequence[Preparation],
+        batch_size: int,
+        processes: int,
+        plugin: str | None = None,
+        *,
+        least_slots: int = 2,
+        for_device: bool = False,
     ) -> None:
         self.preparations = tuple(preparations)
+        self.for_device = for_device
         self._batch_size = batch_size
         layout = SlotLayout.of(self.preparations, batch_size)
-        count = min(MAX_SLOTS, max(2, SHARED_BYTES // max(1, layout.slot_bytes)))
+        count = min(MAX_SLOTS, max(least_slots, SHARED_BYTES // max(1, layout.slot_bytes)))
         layout = SlotLayout(batch_size, count, layout.slot_bytes, layout.places)
         self._slots = Slots(layout)
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -169,43 +227,65 @@ class ExtractLoader:
         return None if array is None else array[: len(batch.samples)]
 
     @property
-    def shared_memory(self) -> list[NDArray[Any]]:
-        """Every array that batches may lie in."""
-        layout = self._slots.layout
-        arrays = [self._slots.array(slot, n) for slot in range(layout.slots) for n in range(len(layout.places))]
-        return [array for array in arrays if array is not None]
+    def shared_memory(self) -> NDArray[np.uint8]:
+        """All memory that batches may lie in."""
+        return self._slots.memory
 
     def release(self, batch: ExtractBatch) -> None:
         """Its arrays may be used for another batch."""
+        batch.staged = None
+        for sample in batch.samples:
+            sample.image = None
         if batch.slot is not None:
             slot, batch.slot = batch.slot, None
             self._free.put(slot)
 
+    def beside(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """What a function returns that a worker process calls; this process does where the other dies."""
+        return self._couriers.submit(self._run, Errand(function, arguments))
+
+    def prepare_here(self, batch: ExtractBatch, rows: Sequence[int]) -> None:
+        """Have the processes prepare images that were left to the device."""
+        samples = [(row, batch.samples[row]) for row in rows]
+        for row, sample in samples:
+            job = self._job(batch, row, sample)
+            self._bytes.wait(len(sample.image or b""), threading.Event())
+            self._submit(batch, [replace(job, for_device=False)])
+        for future, _ in batch.waiting[-len(rows) :]:
+            future.result()
+
     @contextlib.contextmanager
     def batches(
-        self, samples: Iterable[ExtractSample], is_done: Callable[[int], bool]
+        self,
+        samples: Iterable[ExtractSample],
+        is_done: Callable[[int], bool],
+        stage: Callable[[ExtractBatch], None] | None = None,
     ) -> Iterator[Callable[[], tuple[ExtractBatch, float] | None]]:
         """A function that gives one batch after the other with the seconds that its preparation took in all
         processes; None at the end.  The next ones are read and prepared meanwhile.
 
         is_done: whether an earlier attempt finished the batch of that number, so that its images are not needed.
+        stage: called with each batch that is not done, in a thread of its own, while the one before is computed.
         """
         stream = _ShardStream(iter(samples), is_done, next(self._tickets))
         reader = ThreadPoolExecutor(1, "read")
         reading = reader.submit(self._read, stream)
 
         def take() -> tuple[ExtractBatch, float] | None:
-            batch = stream.ready.get()
+            batch = stream.take()
             if batch is None:
                 reading.result()  # raises what went wrong there
                 return None
             return batch, sum(future.result() for future, _ in batch.waiting)
 
+        ahead = None if stage is None else _Ahead(take, stage)
         try:
             self._taking.wait(stream.ticket, stream.stop)
-            yield take
+            yield take if ahead is None else ahead
         finally:
             stream.stop.set()
+            if ahead is not None:
+                ahead.close()
             reader.shutdown(wait=True)
             for batch in stream.begun:
                 self._abandon(batch)
@@ -256,9 +336,8 @@ class ExtractLoader:
         sample: ExtractSample | None = first
         try:
             while sample is not None and not stream.stop.is_set():
-                if batch.slot is not None:
-                    self._hand_on(batch, sample, jobs, stream.stop)
-                sample.image = None
+                if batch.slot is None or not self._hand_on(batch, sample, jobs, stream.stop):
+                    sample.image = None
                 batch.samples.append(sample)
                 if len(jobs) == self._chunk:
                     self._submit(batch, jobs)
@@ -272,20 +351,28 @@ class ExtractLoader:
 
     def _hand_on(
         self, batch: ExtractBatch, sample: ExtractSample, jobs: list[PreparationJob], stop: threading.Event
-    ) -> None:
+    ) -> bool:
+        """Whether its image is kept, because the device may decode it."""
         assert batch.slot is not None
         row = len(batch.samples)
         if sample.outcome.broken is not None:
             self._slots.clear(batch.slot, row)
-            return
+            return False
         size = len(sample.image or b"")
         if not self._bytes.take(size):
             self._submit(batch, jobs)
             self._bytes.wait(size, stop)
+        job = self._job(batch, row, sample)
+        if self.for_device and 0 < size <= MAX_DEVICE_BYTES and batch.kept_bytes + size <= MAX_DEVICE_BATCH_BYTES:
+            batch.kept_bytes += size
+            job = replace(job, for_device=True)
+        jobs.append(job)
+        return job.for_device
+
+    def _job(self, batch: ExtractBatch, row: int, sample: ExtractSample) -> PreparationJob:
+        assert batch.slot is not None
         metadata = sample.metadata if self._needs_facts else {}
-        jobs.append(
-            PreparationJob(batch.slot, row, sample.key, sample.image, sample.caption, metadata, sample.clean_caption)
-        )
+        return PreparationJob(batch.slot, row, sample.key, sample.image, sample.caption, metadata, sample.clean_caption)
 
     def _submit(self, batch: ExtractBatch, jobs: list[PreparationJob]) -> None:
         if jobs:
@@ -306,8 +393,20 @@ class ExtractLoader:
         for job, outcome in zip(jobs, outcomes, strict=True):
             sample = batch.samples[job.row]
             outcome.unreadable = sample.outcome.unreadable or outcome.unreadable
+            outcome.off_device = sample.outcome.off_device or outcome.off_device
             sample.outcome = outcome
+            if self.for_device and not outcome.on_device:
+                sample.image = None
         return seconds
+
+    def _run(self, errand: Errand) -> Any:
+        process = self._idle.get()
+        try:
+            return process.run(errand)
+        except Lost:
+            return errand.function(*errand.arguments)
+        finally:
+            self._idle.put(process)
 
     def _ask(self, process: WorkerProcess, jobs: tuple[PreparationJob, ...]) -> tuple[list[PreparationOutcome], float]:
         try:

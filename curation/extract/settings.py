@@ -15,6 +15,9 @@ Precision = Literal["auto", "half", "float32", "float16", "bfloat16"]
 Resize = Literal["exact", "fast"]
 
 
+Decode = Literal["cpu", "gpu"]  # where JPEGs are decoded and resized
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSource:
     """Where weights come from when the user names no others; sha256: of one file behind a URL."""

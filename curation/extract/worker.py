@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from curation.errors import InfrastructureError, SampleError, lack_of
 from curation.extract.api import Preparation, SampleFacts
 from curation.extract.plugins import load_plugin
-from curation.images import Pixels, decode_rgb, image_size
+from curation.images import Pixels, decode_rgb, image_size, refused_by_devices
 
 LARGE_PIXELS = 16_000_000  # such images are decoded by one process at a time: up to 700 MB each
 
@@ -39,7 +39,8 @@ _ALIGNMENT = 4096
 
 @dataclass(frozen=True, slots=True)
 class PreparationJob:
-    """One sample to prepare, and the row of the slot that it goes to.  image: None where it has none."""
+    """One sample to prepare, and the row of the slot that it goes to.  image: None where it has none.  for_device:
+    whether its pixels may be left to the device."""
 
     slot: int
     row: int
@@ -48,19 +49,31 @@ class PreparationJob:
     caption: str | None
     metadata: Mapping[str, Any]
     clean_caption: str | None = None
+    for_device: bool = False
 
 
 @dataclass(slots=True)
 class PreparationOutcome:
     """What happened to one sample.  unreadable: why its image has no pixels.  broken: why it has nothing at all.
 
-    values: the dicts, by the number of their preparation.
+    values: the dicts, by the number of their preparation.  on_device: whether its pixels are left to the device;
+    off_device: why not, where the job asked for it.
     """
 
     size: tuple[int, int] | None = None
     unreadable: tuple[str, str] | None = None
     broken: tuple[str, str] | None = None
     values: dict[int, dict[str, Any]] = field(default_factory=dict)
+    on_device: bool = False
+    off_device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """A call that a worker process does beside the preparing."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,11 @@ class Slots:
         """rows × shape of the preparation of that number; None for one that gives dicts."""
         return self._arrays[slot][number]
 
+    @property
+    def memory(self) -> NDArray[np.uint8]:
+        """All of it, in one piece."""
+        return np.frombuffer(self._map, np.uint8)
+
     def clear(self, slot: int, row: int) -> None:
         """Zeros: nothing of an earlier batch is seen."""
         for array in self._arrays[slot]:
@@ -148,7 +166,8 @@ def _anonymous_file() -> int:
 
 
 def main(connection_descriptor: int, memory_descriptor: int) -> None:
-    """Answer lists of jobs with lists of outcomes and the seconds that they took, until the other side is gone."""
+    """Answer lists of jobs with lists of outcomes, and errands with their results, and the seconds that they took,
+    until the other side is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # meant for the parent, which finishes its batch first
     connection = Connection(connection_descriptor)
@@ -164,26 +183,29 @@ def main(connection_descriptor: int, memory_descriptor: int) -> None:
         connection.send(None)
         preparer = _Preparer(preparations, Slots(layout, memory_descriptor))
         while True:
-            jobs = connection.recv()
+            asked = connection.recv()
             began = time.perf_counter()
-            outcomes = [preparer.prepare(job) for job in jobs]
-            connection.send((outcomes, time.perf_counter() - began))
+            if isinstance(asked, Errand):
+                found = asked.function(*asked.arguments)
+            else:
+                found = [preparer.prepare(job) for job in asked]
+            connection.send((found, time.perf_counter() - began))
 
 
 class _Preparer:
     def __init__(self, preparations: Sequence[Preparation], slots: Slots) -> None:
         self._preparations = preparations
         self._slots = slots
-        pictures = [preparation for preparation in preparations if preparation.takes == "image"]
-        self._wants_pixels = bool(pictures)
+        self._pictures: list[Any] = [preparation for preparation in preparations if preparation.takes == "image"]
+        self._wants_pixels = bool(self._pictures)
         # Where none of them minds a picture that is decoded at a reduced scale.
-        sides = [int(getattr(preparation, "min_short_side", 0)) for preparation in pictures]
+        sides = [int(getattr(preparation, "min_short_side", 0)) for preparation in self._pictures]
         self._min_short_side = max(sides, default=0) if all(sides) else 0
 
     def prepare(self, job: PreparationJob) -> PreparationOutcome:
         outcome = PreparationOutcome()
         self._slots.clear(job.slot, job.row)
-        pixels = self._decode(job, outcome)
+        pixels = None if self._left_to_device(job, outcome) else self._decode(job, outcome)
         facts = SampleFacts(job.key, job.metadata, job.clean_caption, job.image or b"", outcome.size)
         for number, preparation in enumerate(self._preparations):
             given: Any = {"image": pixels, "text": job.caption or "", "sample": facts}[preparation.takes]
@@ -204,6 +226,20 @@ class _Preparer:
             else:
                 outcome.broken = outcome.broken or problem
         return outcome
+
+    def _left_to_device(self, job: PreparationJob, outcome: PreparationOutcome) -> bool:
+        if not job.for_device or job.image is None or not self._wants_pixels:
+            return False
+        try:
+            size, outcome.off_device = refused_by_devices(job.image, LARGE_PIXELS)
+        except (SampleError, MemoryError):
+            outcome.off_device = "unreadable"  # the CPU says why, and looks closer
+            return False
+        if outcome.off_device is None and not all(p.fits_device(*size) for p in self._pictures):
+            outcome.off_device = "large"
+        outcome.on_device = outcome.off_device is None
+        outcome.size = size if outcome.on_device else None
+        return outcome.on_device
 
     def _decode(self, job: PreparationJob, outcome: PreparationOutcome) -> Pixels | None:
         if job.image is None:
@@ -273,12 +309,19 @@ class WorkerProcess:
 
     def ask(self, jobs: tuple[PreparationJob, ...]) -> tuple[list[PreparationOutcome], float]:
         """The outcomes of the jobs, and the seconds that they took.  Raises Lost, after which it may be asked again."""
+        found: tuple[list[PreparationOutcome], float] = self._answer(jobs)
+        return found
+
+    def run(self, errand: Errand) -> Any:
+        """What the errand's function returns.  Raises Lost."""
+        return self._answer(errand)[0]
+
+    def _answer(self, asked: tuple[PreparationJob, ...] | Errand) -> Any:
         connection = self._connection or self._start()
         try:
-            connection.send(jobs)
+            connection.send(asked)
             if connection.poll(REPLY_S):
-                outcomes, seconds = connection.recv()
-                return outcomes, seconds
+                return connection.recv()
             self._kill()
             raise Lost("decode_timeout", f"the process that prepared it did not end within {REPLY_S:g} s")
         except (EOFError, OSError):

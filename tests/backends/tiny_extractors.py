@@ -183,6 +183,9 @@ class SampleBatch:
 
         return torch.from_numpy(self.prepared(preparation)).to(self._device)
 
+    def beside(self, function: Any, *arguments: Any) -> Any:
+        return function(*arguments)
+
 
 def save_isc(path: Path, seed: int = 6) -> Path:
     """A descriptor network of seven stages and few channels, saved as the published one is: under the names of a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from curation.cluster import visible_gpus
 from curation.extract.plugins import load_plugin
@@ -718,6 +720,83 @@ def test_the_readmes_second_example_runs(tmp_path: Path, tiny: dict[str, Path]) 
         assert all(len(box) == 4 and all(0 <= side <= 1 for side in box) for box in row["face_bboxes"])
     told = json.loads(schema.metadata[b"curation"])
     assert set(told["models"]) == set(tiny)
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """By the reason why a decoder on a device is not given them; "" and a number for those that it decodes."""
+    rng = np.random.default_rng(15)
+    found: dict[str, bytes] = {}
+
+    def saved(mode: str = "RGB", size: tuple[int, int] = (90, 60), kind: str = "JPEG", **more: Any) -> bytes:
+        small = rng.integers(0, 256, (6, 9, len(Image.new(mode, (1, 1)).getbands())), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(small.squeeze(), mode).resize(size, Image.Resampling.BICUBIC).save(buffer, kind, **more)
+        return buffer.getvalue()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = saved()
+    for number, sampling in enumerate(("4:4:4", "4:2:2", "4:2:0")):
+        found[f"{number}"] = saved(subsampling=sampling, size=(90 + 170 * number, 260))
+    found["3"] = saved("L")
+    found["4"] = whole[:2] + b"\xff\xfe\x00\x08hidden" + whole[2:]  # a comment
+    found["not_jpeg"] = saved(kind="PNG")
+    found["not_jpeg-webp"] = saved(kind="WEBP")
+    found["progressive"] = saved(progressive=True)
+    found["cmyk"] = saved("CMYK")
+    found["turned"] = saved(exif=exif)
+    found["rgb"] = saved(keep_rgb=True)
+    found["large"] = saved(size=(6, 4700))
+    found["cut"] = whole[:-2]
+    found["cut-undecodable"] = whole[: len(whole) // 2]
+    found["unreadable-undecodable"] = b"\xff\xd8 no picture"
+    return found
+
+
+@pytest.fixture(scope="module")
+def odd_shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everyday JPEGs and others, one of which is refused only by the decoder."""
+    path = tmp_path_factory.mktemp("odd") / "0.tar"
+    return write_shard(path, {key: {"jpg": data, "txt": key.encode()} for key, data in odd_pictures().items()})
+
+
+@pytest.mark.slow
+def test_decoding_on_a_device_gives_what_the_cpu_gives(
+    tmp_path: Path, tiny: dict[str, Path], odd_shard: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """With the CPU's decoder in the device's place: all else is the way that pictures go on a GPU."""
+    monkeypatch.setattr("curation.extract.staging.MOST_DECODED_PIXELS", 60_000)
+    models = ("oai-clip-vit-b32", "faces-scrfd10g")
+    flags = ["--models", f"{','.join(models)},statistics", "--postprocess_features", "all", "--max_error_rate", "1"]
+    flags += ["--weights", ",".join(f"{model}={tiny[model]}" for model in models)]
+    flags += ["--feature_dtype", "float32", "--batch_size", "6"]
+    assert run(odd_shard, tmp_path / "cpu", *flags) == 0
+    assert run(odd_shard, tmp_path / "gpu", "--decode", "gpu", "--models", "hashes") == 2
+    assert "--decode gpu: hashes can prepare pictures on the CPU only" in capfd.readouterr().err
+    loud = [flag for flag in replaced(FLAGS, flags) if flag != "--quiet"]
+    assert stage.main(["--input", str(odd_shard), "--output", str(tmp_path / "gpu"), "--decode", "gpu", *loud]) == 0
+    told = capfd.readouterr().err
+    assert "JPEGs are decoded on cpu by the CPU's decoder, for a trial without a GPU" in told
+    assert "images decoded by the device 5, by the CPU 8" in told
+    for folder in ("cpu", "gpu"):
+        assert {row["key"]: row["status"] for row in rows(tmp_path / folder, "0")} == {
+            key: "undecodable" if "undecodable" in key else "ok" for key in odd_pictures()
+        }
+    assert rows(tmp_path / "cpu", "0") == rows(tmp_path / "gpu", "0")
+    with np.load(tmp_path / "cpu/0.npz") as expected, np.load(tmp_path / "gpu/0.npz") as found:
+        for name in expected.files:
+            assert np.array_equal(expected[name], found[name], equal_nan=True), name
+    notes = records.receipt(tmp_path / "gpu", "0")["notes"]
+    assert "decoder" in notes and notes["decoded_by_device"] == 5
+    because: dict[str, int] = {}
+    for key in odd_pictures():
+        reason = key.partition("-")[0]
+        if not reason.isdecimal() and key != "unreadable-undecodable" and key != "cut-undecodable":
+            because[reason] = because.get(reason, 0) + 1
+    assert notes["decoded_by_cpu_for"] == because
+    assert notes["decoded_by_cpu"] == sum(because.values())
+    (record,) = (tmp_path / "gpu/_receipts").rglob("_epoch.1.json")
+    assert json.loads(record.read_bytes())["options"]["decode"] == "gpu"
 
 
 def test_a_job_with_gpus_does_not_score_on_the_cpu(

@@ -7,12 +7,14 @@ normalises.  The first three steps give bytes and run in worker processes; the r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
 
+from curation.extract.resample import Window, resized
 from curation.images import Pixels
 
 OPENAI_SIDE = 224
@@ -57,6 +59,16 @@ class CentreCrop:
         left, top = (first, 0) if wide else (0, first)
         return np.asarray(image.crop((left, top, left + self.side, top + self.side)).convert("RGB"))
 
+    def fits_device(self, width: int, height: int) -> bool:
+        return self.side * _resized_side((width, height), self.side)[0] <= MAX_RESIZED_PIXELS
+
+    def on_device(self, pictures: Sequence[Any]) -> Any:
+        return resized(pictures, [self._window(*picture.shape[:2]) for picture in pictures], self.side, self.resample)
+
+    def _window(self, height: int, width: int) -> Window:
+        long, first = _resized_side((width, height), self.side)
+        return Window(long, self.side, left=first) if width >= height else Window(self.side, long, top=first)
+
 
 @dataclass(frozen=True, slots=True)
 class FastCentreCrop:
@@ -95,6 +107,12 @@ class Squeeze:
 
     def __call__(self, pixels: Pixels) -> Pixels:
         return np.asarray(Image.fromarray(pixels).resize((self.side, self.side), self.resample))
+
+    def fits_device(self, width: int, height: int) -> bool:
+        return True
+
+    def on_device(self, pictures: Sequence[Any]) -> Any:
+        return resized(pictures, [Window(self.side, self.side)] * len(pictures), self.side, self.resample)
 
 
 class Normalise:

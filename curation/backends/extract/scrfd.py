@@ -13,7 +13,7 @@ A residual network, a path-aggregation neck (Liu et al. 2018, arXiv:1803.01534) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,6 +26,7 @@ from curation.backends.extract.layers import NamedTensors, has_16_bits
 from curation.backends.extract.pictures import Normalise
 from curation.errors import InfrastructureError
 from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
+from curation.extract.resample import BICUBIC, Window, resized
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
@@ -33,6 +34,9 @@ from curation.models.onnx import open_session, read_weights
 from curation.models.weights import fetch_weights
 
 ANCHORS = 2  # a cell
+
+
+STRIDES = (8, 16, 32)
 
 
 LEAST_SCORE = 0.3
@@ -63,6 +67,13 @@ class WhiteSquare:
         square.paste(image, _offset(*image.size))
         return np.asarray(square.resize((self.side, self.side), Image.Resampling.BICUBIC))
 
+    def fits_device(self, width: int, height: int) -> bool:
+        return max(width, height) <= MAX_SQUARE_SIDE
+
+    def on_device(self, pictures: Sequence[Any]) -> Any:
+        squares = [_white_square(picture) for picture in pictures]
+        return resized(squares, [Window(self.side, self.side)] * len(squares), self.side, BICUBIC)
+
 
 @dataclass(frozen=True, slots=True)
 class PictureSize:
@@ -73,6 +84,25 @@ class PictureSize:
     def __call__(self, pixels: Pixels) -> NDArray[np.int32]:
         return np.array([pixels.shape[1], pixels.shape[0]], np.int32)
 
+    def fits_device(self, width: int, height: int) -> bool:
+        return True
+
+    def on_device(self, pictures: Sequence[Any]) -> Any:
+        import torch
+
+        sizes = [(picture.shape[1], picture.shape[0]) for picture in pictures]
+        return torch.tensor(sizes, dtype=torch.int32, device=pictures[0].device)
+
+
+def _white_square(picture: Any) -> Any:
+    """A tensor of height × width × 3 in the middle of a white square."""
+    height, width = picture.shape[:2]
+    longest = max(height, width)
+    left, top = _offset(width, height)
+    square = picture.new_full((longest, longest, 3), 255)
+    square[top : top + height, left : left + width] = picture
+    return square
+
 
 def _offset(width: int, height: int) -> tuple[int, int]:
     """Of the picture's corner in its square; half a pixel goes to the other side."""
@@ -80,25 +110,47 @@ def _offset(width: int, height: int) -> tuple[int, int]:
     return (longest - width) // 2, (longest - height) // 2
 
 
-def boxes_in_square(
-    scores: Sequence[NDArray[Any]], distances: Sequence[NDArray[Any]], side: int
-) -> NDArray[np.float32]:
-    """n × 5, best first: corners in pixels of the square and score, of one picture.
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The anchors of one stride whose score is high enough, of a batch.
 
-    scores, distances: for each stride side/8, side/16, side/32 the anchors' scores and their four distances in steps of
-    the stride, row by row, the two anchors of a cell side by side.
+    pictures, anchors: which; the anchors of a picture count row by row, the two of a cell side by side.  scores: one
+    each.  reach: candidates × 4, the distances of the box's sides in steps of the stride.
     """
-    found = []
-    for stride, score, reach in zip((8, 16, 32), scores, distances, strict=True):
-        cells = -(-side // stride)
-        y, x = np.divmod(np.arange(cells * cells * ANCHORS) // ANCHORS, cells)
-        centre = np.stack([x, y, x, y], 1) * stride
-        good = score.reshape(-1) > LEAST_SCORE
-        steps = reach.reshape(-1, 4)[good] * np.array([-stride, -stride, stride, stride])
-        corners = (centre[good] + steps).clip(0, side)
-        found.append(np.concatenate([corners, score.reshape(-1, 1)[good]], 1))
-    boxes = np.concatenate(found).astype(np.float32)
-    return boxes[non_maximum_suppression(boxes, LARGEST_OVERLAP)]
+
+    stride: int
+    pictures: NDArray[np.int64]
+    anchors: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    reach: NDArray[np.float32]
+
+    def corners(self, side: int) -> NDArray[np.float32]:
+        """candidates × 5: corners in pixels of the square, and score."""
+        y, x = np.divmod(self.anchors // ANCHORS, -(-side // self.stride))
+        centre = np.stack([x, y, x, y], 1) * self.stride
+        steps = self.reach * np.array([-self.stride, -self.stride, self.stride, self.stride])
+        corners = (centre + steps).clip(0, side)
+        found: NDArray[np.float32] = np.concatenate([corners, self.scores[:, None]], 1).astype(np.float32)
+        return found
+
+
+def boxes_of_batch(candidates: Sequence[Candidates], sizes: NDArray[np.int32], side: int) -> list[list[list[float]]]:
+    """The boxes of each picture, best first, as shares of its width and height.
+
+    It needs no device: a worker process does it while the device computes the next batch.
+
+    candidates: of the strides side/8, side/16 and side/32.  sizes: pictures × (width, height).
+    """
+    corners = np.concatenate([found.corners(side) for found in candidates])
+    pictures = np.concatenate([found.pictures for found in candidates])
+    order = np.argsort(pictures, kind="stable")
+    ends = np.searchsorted(pictures[order], np.arange(len(sizes)), side="right")
+    all_boxes = []
+    for (width, height), own in zip(sizes.tolist(), np.split(order, ends[:-1]), strict=True):
+        boxes = corners[own]
+        boxes = boxes[non_maximum_suppression(boxes, LARGEST_OVERLAP)]
+        all_boxes.append(boxes_in_picture(boxes, side, max(1, width), max(1, height)))
+    return all_boxes
 
 
 def boxes_in_picture(boxes: NDArray[np.float32], side: int, width: int, height: int) -> list[list[float]]:
@@ -202,8 +254,6 @@ SOURCE = WeightSource(
 
 _LICENCE = "non-commercial research"
 
-Answer = tuple[list[NDArray[Any]], list[NDArray[Any]]]  # scores and distances of one picture, by stride
-
 
 class Backend(Extractor):
     """The detector, whichever kind its weights are."""
@@ -229,12 +279,9 @@ class Backend(Extractor):
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         """A list of boxes for each sample, empty where there is no face."""
         assert self._detector is not None
-        found: list[list[list[float]]] = []
-        answers = self._detector.answers(batch, self._square)
-        for (width, height), (scores, distances) in zip(batch.prepared(self._size), answers, strict=True):
-            boxes = boxes_in_square(scores, distances, self._side)
-            found.append(boxes_in_picture(boxes, self._side, max(1, int(width)), max(1, int(height))))
-        return {"face-boxes": found}
+        candidates = self._detector.candidates(batch, self._square)
+        sizes = np.array(batch.prepared(self._size))
+        return {"face-boxes": batch.beside(boxes_of_batch, candidates, sizes, self._side)}
 
     def close(self) -> None:
         self._detector = None
@@ -262,12 +309,17 @@ class _Torch:
         half = (0.5,) * 3
         self._normalise = Normalise(half, half, settings.device, dtype, channels_last=has_16_bits(dtype))
 
-    def answers(self, batch: Batch, square: WhiteSquare) -> Iterator[Answer]:
+    def candidates(self, batch: Batch, square: WhiteSquare) -> list[Candidates]:
+        """Few numbers of many leave the device."""
+        found = []
         with self._torch.inference_mode():
             scores, distances = self._network(self._normalise(batch.device_tensor(square)))
-            on_host = [[part.float().cpu().numpy() for part in parts] for parts in (scores, distances)]
-        for i in range(len(batch)):
-            yield [part[i] for part in on_host[0]], [part[i] for part in on_host[1]]
+            for stride, score, reach in zip(STRIDES, scores, distances, strict=True):
+                pictures, anchors = (score.float() > LEAST_SCORE).nonzero(as_tuple=True)
+                kept = score[pictures, anchors].float(), reach[pictures, anchors].float()
+                on_host = [part.cpu().numpy() for part in (pictures, anchors, *kept)]
+                found.append(Candidates(stride, *on_host))
+        return found
 
 
 class _Onnx:
@@ -289,8 +341,20 @@ class _Onnx:
             raise InfrastructureError(f"{path}: takes pictures of {fixed}, not square ones")
         self.side = fixed[0] if fixed else SIDE
 
-    def answers(self, batch: Batch, square: WhiteSquare) -> Iterator[Answer]:
-        for crop in batch.prepared(square):
+    def candidates(self, batch: Batch, square: WhiteSquare) -> list[Candidates]:
+        found: list[list[Candidates]] = [[] for _ in STRIDES]
+        for number, crop in enumerate(batch.prepared(square)):
             pixels = (crop.astype(np.float32).transpose(2, 0, 1)[None] - 127.5) / 128  # as insightface's exports want
-            found = self._session.run(None, {self._input: pixels})
-            yield found[:3], found[3:6]
+            answer = self._session.run(None, {self._input: pixels})
+            for own, stride, scores, reach in zip(found, STRIDES, answer[:3], answer[3:6], strict=True):
+                score = scores.reshape(-1)
+                anchors = (score > LEAST_SCORE).nonzero()[0]
+                here = np.full(len(anchors), number)
+                own.append(Candidates(stride, here, anchors, score[anchors], reach.reshape(-1, 4)[anchors]))
+        return list(map(_together, found))
+
+
+def _together(parts: Sequence[Candidates]) -> Candidates:
+    """Of one stride."""
+    arrays = ("pictures", "anchors", "scores", "reach")
+    return Candidates(parts[0].stride, *(np.concatenate([getattr(part, name) for part in parts]) for name in arrays))

@@ -71,7 +71,8 @@ class Preparation(Protocol):
     SampleFacts.  Returns an array whose shape and dtype are the same for every sample (a uint8 crop of height × width
     × 3, int32 tokens), or a dict of plain values.  A picture's is not called for an image that cannot be read: the
     array's row is zeros, the dict is empty.  Loads what it needs at the first call (``functools.cache`` at the module's
-    top level); imports no torch.
+    top level); imports no torch.  One that takes a second or more for a sample has a number ``at_once``: of samples
+    that a process is given together, 16 otherwise.
     """
 
     @property

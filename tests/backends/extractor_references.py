@@ -47,6 +47,7 @@ def main() -> None:
         "crops": crops(),
         "tokens": tokens(),
         "clip": clip(),
+        "openclip": openclip(),
         "isc": isc(),
         "scrfd": scrfd(Path(dataset2metadata)),
         "toxicity": toxicity(Path(detoxify)),
@@ -115,6 +116,29 @@ def clip() -> dict[str, Any]:
     with torch.inference_mode():
         image, words = model.encode_image(pictures, normalize=True), model.encode_text(captions, normalize=True)
     return {"image": _rounded(image), "text": _rounded(words), "score": _rounded((image * words).sum(1))}
+
+
+MARKS = ("<|endoftext|> a <end_of_text>", "<start_of_text>x<|startoftext|> the cat")
+
+
+def openclip() -> dict[str, Any]:
+    """What open_clip makes of the folders of tiny.save_openclip: tokens, and features of length one."""
+    import open_clip
+
+    made: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer = _tokenizer(Path(name))
+        for kind in tiny.OPENCLIP:
+            folder = tiny.save_openclip(Path(name) / kind, kind)
+            model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+            pictures = torch.stack([transform(Image.fromarray(tiny.picture(*p))) for p in PICTURES])
+            captions = tokenizer(list(tiny.CAPTIONS[: len(PICTURES)]), model.context_length)
+            with torch.inference_mode():
+                image = model.eval().encode_image(pictures, normalize=True)
+                words = model.encode_text(captions, normalize=True)
+            made[kind] = {"image": _rounded(image), "text": _rounded(words), "score": _rounded((image * words).sum(1))}
+        made["marks"] = [row[: int(row.argmax()) + 1].tolist() for row in tokenizer(list(MARKS))]
+    return made
 
 
 def _as_open_clip(own: dict[str, Any]) -> dict[str, Any]:

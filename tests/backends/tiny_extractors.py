@@ -52,6 +52,88 @@ def save_clip(folder: Path, *, width: int = 64, side: int = 224, patch: int = 32
     return folder
 
 
+# Two checkpoints of OpenCLIP with what its published configurations vary: heads of another width, another ratio of the
+# inner layer, the activation, where the text tower stands, and how pictures are resized.
+OPENCLIP = {
+    "plain": {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {
+                "image_size": 64, "layers": 2, "width": 32, "head_width": 16, "mlp_ratio": 2.5, "patch_size": 16,
+            },
+            "text_cfg": {"context_length": 77, "vocab_size": 0, "width": 24, "heads": 3, "layers": 2},
+        },
+        "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
+    },
+    "dfn": {
+        "model_cfg": {
+            "embed_dim": 16, "quick_gelu": True, "custom_text": True, "init_logit_bias": None,
+            "vision_cfg": {
+                "image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14,
+                "timm_model_name": None, "pool_type": "tok",
+            },
+            "text_cfg": {
+                "context_length": 32, "vocab_size": 0, "width": 24, "heads": 3, "layers": 2, "hf_tokenizer_name": None,
+            },
+        },
+        "preprocess_cfg": {
+            "size": [56, 56], "mode": "RGB", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5],
+            "interpolation": "bilinear", "resize_mode": "squash", "fill_color": 0,
+        },
+    },
+}  # fmt: skip
+
+
+def save_openclip(folder: Path, kind: str = "plain", seed: int = 11, *, old: bool = False) -> Path:
+    """A checkpoint as OpenCLIP pushes it to the hub.  old: as a file of torch."""
+    import copy
+
+    import torch
+    from safetensors.torch import save_file
+
+    config: Any = copy.deepcopy(OPENCLIP[kind])
+    vocabulary = clip_vocabulary()
+    model = config["model_cfg"]
+    model["text_cfg"]["vocab_size"] = len(vocabulary)
+    tensors = filled(openclip_shapes(model), seed)
+    tensors["logit_scale"] = torch.tensor(3.0)
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, MERGES)) + "\n", "utf-8")
+    if old:
+        torch.save(tensors, folder / "open_clip_pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def openclip_shapes(model: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a vision transformer and a text tower, under OpenCLIP's names."""
+    vision, text, width = model["vision_cfg"], model["text_cfg"], model["embed_dim"]
+    where = "text." if model.get("custom_text") else ""
+    patch, wide, words = vision["patch_size"], vision["width"], text["width"]
+    places = (vision["image_size"] // patch) ** 2 + 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "logit_scale": (), "visual.class_embedding": (wide,), "visual.positional_embedding": (places, wide),
+        "visual.proj": (wide, width), "visual.conv1.weight": (wide, 3, patch, patch),
+        f"{where}positional_embedding": (text["context_length"], words), f"{where}text_projection": (words, width),
+        f"{where}token_embedding.weight": (text["vocab_size"], words),
+    }  # fmt: skip
+    norms = {"visual.ln_pre": wide, "visual.ln_post": wide, f"{where}ln_final": words}
+    for tower, part, size in (("visual.", vision, wide), (where, text, words)):
+        inner = int(size * part.get("mlp_ratio", 4))
+        for layer in range(part["layers"]):
+            name = f"{tower}transformer.resblocks.{layer}"
+            norms |= {f"{name}.ln_1": size, f"{name}.ln_2": size}
+            for line, out, inputs in (
+                ("attn.in_proj_", 3 * size, size), ("attn.out_proj.", size, size),
+                ("mlp.c_fc.", inner, size), ("mlp.c_proj.", size, inner),
+            ):  # fmt: skip
+                shapes |= {f"{name}.{line}weight": (out, inputs), f"{name}.{line}bias": (out,)}
+    return shapes | {f"{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+
+
 def save_siglip(folder: Path, seed: int = 2) -> Path:
     """A SigLIP of 64 pixels and 16 tokens."""
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel

@@ -94,14 +94,16 @@ class _Output(NamedTuple):
 @cache
 def _outputs() -> Mapping[str, _Output]:
     """Everything that stage 06 computes, by its plain name."""
-    found = {}
+    found: dict[str, _Output] = {}
     for family in families():
         for directive in (directive for directive in family.directives if not directive.is_prefix):
             columns, features = directive.outputs(directive.name)
             kinds: dict[str, Literal["column", "feature"]] = dict.fromkeys(columns, "column")
             kinds |= dict.fromkeys(features, "feature")
             for name, kind in kinds.items():
-                found[_plain(name)] = _Output(name, kind, directive.name, getattr(family, "needs", ()))
+                # Of directives that give the same column the first is meant: the one that computes least.
+                output = _Output(name, kind, directive.name, getattr(family, "needs", ()))
+                found.setdefault(_plain(name), output)
     return MappingProxyType(found)
 
 

@@ -49,6 +49,7 @@ def main() -> None:
         "clip": clip(),
         "openclip": openclip(),
         "isc": isc(),
+        "sscd": sscd(),
         "scrfd": scrfd(Path(dataset2metadata)),
         "toxicity": toxicity(Path(detoxify)),
         "hashes": hashes(),
@@ -200,6 +201,30 @@ def isc_input() -> Any:
     """Two pictures of 97 × 97, an odd size, from −1 to 1."""
     pictures = np.stack([tiny.picture(seed, 97, 97) for seed in (1, 2)]).transpose(0, 3, 1, 2)
     return torch.from_numpy(pictures.astype(np.float32) / 127.5 - 1)
+
+
+def sscd() -> dict[str, Any]:
+    """Names and shapes of torchvision's ResNet50, and descriptors of a smaller one with SSCD's pooling and pictures."""
+    from torchvision.models.resnet import Bottleneck, ResNet, resnet50
+    from torchvision.transforms import Compose, Normalize, Resize, ToTensor
+
+    class Pooling(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x.flatten(2).clamp(min=1e-6).pow(3.0).mean(dim=2).pow(1.0 / 3.0)[:, :, None, None]
+
+    real = resnet50(num_classes=512).state_dict()
+    listed = [f"backbone.{name} {tuple(tensor.shape)}" for name, tensor in sorted(real.items())]
+    model = ResNet(Bottleneck, [1, 2, 1, 1], num_classes=32).eval()
+    model.avgpool = Pooling()
+    tensors = tiny.filled(tiny.sscd_shapes(), 9)
+    model.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in tensors.items()})
+    normalize = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    transform = Compose([Resize([320, 320]), ToTensor(), normalize])
+    pictures = torch.stack([transform(Image.fromarray(tiny.picture(*p))) for p in PICTURES])
+    with torch.inference_mode():
+        found = torch.nn.functional.normalize(model(pictures))
+    names = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+    return {"names": names, "descriptors": _rounded(found)}
 
 
 def scrfd(checkout: Path) -> list[list[list[float]]]:

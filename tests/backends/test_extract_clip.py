@@ -26,8 +26,10 @@ from curation.backends.extract import clip, clip_head, pictures, toxicity
 from curation.backends.extract import families as extractor_families
 from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
 from curation.backends.extract.tokens import OPENCLIP_MARKS, ClipTokens
+from curation.commands.tables.missing import how_to_make
 from curation.errors import InfrastructureError, UsageError
 from curation.extract import Catalogue, ExtractConfig
+from curation.extract.api import order
 from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb, encode_jpeg
 from tests.backends import tiny_extractors as tiny
@@ -214,7 +216,7 @@ def test_siglip_scores_as_its_own_model_does(models: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(tiny.OPENCLIP))
 def test_an_openclip_checkpoint_has_open_clips_features(kind: str, tmp_path: Path) -> None:
-    """Widths of heads and layers, activation, place of the text tower, resizing: as its configuration says, from both files."""
+    """Widths, activation, place of the text tower and resizing are as its configuration says; from both files."""
     scores = []
     for old in (False, True):
         folder = tiny.save_openclip(tmp_path / str(old) / kind, kind, old=old)
@@ -346,6 +348,58 @@ def test_the_aesthetic_score_is_the_published_layers_in_a_row(models: Path) -> N
         expected = expected @ w[f"layers.{number}.weight"].T + w[f"layers.{number}.bias"]
     scores = backend.compute(batch(4, features={f"{L14}-image": given.half()}))["aesthetic-score"]
     assert np.allclose(scores, expected[:, 0], atol=1e-3)  # the features came in half precision
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "needed"),
+    [
+        ("aesthetic-v1-l14", 768, f"{L14}-image"),
+        ("aesthetic-v1-b32", 512, f"{B32}-image"),
+        ("aesthetic-v1-b16", 512, "clip-vit-base-patch16-image"),
+        ("aesthetic-v2-5", 1152, "siglip-so400m-patch14-384-image"),
+    ],
+)
+def test_aesthetic_predictors_are_their_published_layers(name: str, width: int, needed: str, tmp_path: Path) -> None:
+    save = tiny.save_siglip_head if name == "aesthetic-v2-5" else tiny.save_linear_head
+    backend = clip_head.Backend(name, settings(save(tmp_path / "head.pth", width)))
+    assert backend.needs == (needed,)
+    assert dict(backend.widths) == {needed: width}
+    given = torch.nn.functional.normalize(torch.from_numpy(np.random.default_rng(1).normal(size=(3, width))), dim=1)
+    w = torch.load(tmp_path / "head.pth", weights_only=True)
+    expected = given.float()
+    for part in [key.removesuffix("weight") for key in w if key.endswith("weight")]:
+        expected = torch.nn.functional.linear(expected, w[f"{part}weight"], w[f"{part}bias"])
+    found = backend.compute(batch(3, features={needed: given.float()}))
+    assert np.allclose(found[f"{name}-score"], expected[:, 0], atol=1e-6)
+    [directive] = [d for d in clip_head.Backend.directives if d.name == name]
+    assert how_to_make([f"{name}-score"]) == f"python3 06_metadata.py --models {directive.needs[0]},{name}"
+    with pytest.raises(InfrastructureError, match=f"--weights {name}=/path/"):
+        clip_head.Backend.sources(name, ModelSettings())
+
+
+def test_a_head_for_another_width_is_a_line(models: Path, tmp_path: Path) -> None:
+    """Its own tensors may not fit one another, or the features that the other model gives."""
+    heads = [clip_head.Backend("aesthetic-v1-b32", settings(tiny.save_linear_head(tmp_path / "a.pth", 512)))]
+    heads.append(clip_head.Backend("aesthetic", settings(models / "aesthetic.pth")))
+    heads.append(clip_head.Backend("nsfw-image-oai-clip-vit-l-14", settings(models / "nsfw.pt")))
+    small = {B32: clip.Backend(B32, settings(models / "clip")), L14: clip.Backend(L14, settings(models / "clip"))}
+    for head, width in zip(heads, (512, 768, 768), strict=True):
+        giver = small[head.needs[0].removesuffix("-image")]
+        with pytest.raises(UsageError, match=f"takes {width} numbers of .* gives 64: one of the two has weights"):
+            order([giver, head])
+    assert order([heads[1], clip.Backend(L14, settings(models / "large"))])[1] is heads[1]
+    broken = torch.load(models / "aesthetic.pth", weights_only=True)
+    for change, expected in (
+        ({"layers.2.weight": torch.zeros(128, 512)}, "layers.2.weight has"),
+        ({"layers.7.weight": torch.zeros(2, 16), "layers.7.bias": torch.zeros(2)}, "ends with 2 numbers"),
+        ({"layers.0.weight": torch.tensor(1.0)}, "other weights than its network"),
+        ({"layers.0.weight": "text"}, "other weights than its network"),
+        ({"layers.9.weight": torch.zeros(1)}, r"no place for: layers\.9"),
+    ):
+        torch.save(broken | change, tmp_path / "broken.pth")
+        with pytest.raises(InfrastructureError, match=expected) as raised:
+            clip_head.Backend("aesthetic", settings(tmp_path / "broken.pth"))
+        assert "\n" not in str(raised.value)
 
 
 def test_a_head_takes_the_features_of_the_large_model(models: Path) -> None:

@@ -218,16 +218,33 @@ def save_aesthetic_head(path: Path, seed: int = 5) -> Path:
     return path
 
 
-def _tensors(seed: int, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+def save_linear_head(path: Path, width: int, seed: int = 6) -> Path:
+    """LAION's first aesthetic predictor, as its weights are published."""
+    import torch
+
+    torch.save(_tensors(seed, {"": (1, width)}, ""), path)
+    return path
+
+
+def save_siglip_head(path: Path, width: int = 1152, seed: int = 7) -> Path:
+    """The aesthetic predictor on SigLIP's features, as its weights are published."""
+    import torch
+
+    sizes = ((1024, width), (128, 1024), (64, 128), (16, 64), (1, 16))
+    torch.save(_tensors(seed, {f"scoring_head.{2 * i}": size for i, size in enumerate(sizes)}), path)
+    return path
+
+
+def _tensors(seed: int, sizes: dict[str, tuple[int, int]], dot: str = ".") -> dict[str, Any]:
     import torch
 
     rng = np.random.default_rng(seed)
     made = {}
     for name, (rows, columns) in sizes.items():
-        made[f"{name}.weight"] = torch.from_numpy(
+        made[f"{name}{dot}weight"] = torch.from_numpy(
             (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
         )
-        made[f"{name}.bias"] = torch.zeros(rows)
+        made[f"{name}{dot}bias"] = torch.zeros(rows)
     return made
 
 
@@ -281,6 +298,38 @@ def save_isc(path: Path, seed: int = 6) -> Path:
     arguments = argparse.Namespace(input_size=512)
     torch.save({"arch": "tf_efficientnetv2_m_in21ft1k", "args": arguments, "state_dict": state}, path)
     return path
+
+
+def save_sscd(path: Path, seed: int = 9) -> Path:
+    """SSCD's weights as torchvision's file has them, of a ResNet with few blocks."""
+    import torch
+
+    torch.save(filled(sscd_shapes(), seed), path)
+    return path
+
+
+def sscd_shapes(depths: tuple[int, ...] = (1, 2, 1, 1), width: int = 32) -> dict[str, tuple[int, ...]]:
+    """The tensors of a ResNet with blocks of three convolutions, by torchvision's names; (3, 4, 6, 3) is ResNet50."""
+    shapes: dict[str, tuple[int, ...]] = {"backbone.conv1.weight": (64, 3, 7, 7)}
+    norms = {"backbone.bn1": 64}
+    inputs = 64
+    for stage, depth in enumerate(depths, 1):
+        narrow = 64 << (stage - 1)
+        for block in range(depth):
+            name = f"backbone.layer{stage}.{block}"
+            for number, (out, taken, kernel) in enumerate(
+                ((narrow, inputs, 1), (narrow, narrow, 3), (4 * narrow, narrow, 1)), 1
+            ):
+                shapes[f"{name}.conv{number}.weight"] = (out, taken, kernel, kernel)
+                norms[f"{name}.bn{number}"] = out
+            if block == 0:
+                shapes[f"{name}.downsample.0.weight"] = (4 * narrow, inputs, 1, 1)
+                norms[f"{name}.downsample.1"] = 4 * narrow
+            inputs = 4 * narrow
+    for name, size in norms.items():
+        shapes |= {f"{name}.{part}": (size,) for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes[f"{name}.num_batches_tracked"] = ()
+    return shapes | {"backbone.fc.weight": (width, inputs), "backbone.fc.bias": (width,)}
 
 
 MODES = ("RGB", "RGBA", "LA", "P", "L", "CMYK")

@@ -71,7 +71,7 @@ def how_to_make(names: Iterable[str]) -> str:
     for name in names:
         own = _OWN_NAMES.get(name.lower(), name)
         if (made := _outputs().get(_plain(own))) is not None:
-            models |= dict.fromkeys(_outputs()[_plain(needed)].directive for needed in made.needs)
+            models |= dict.fromkeys(made.needs)
             models[made.directive] = None
             if made.kind == "feature":
                 features[made.name] = None
@@ -83,7 +83,7 @@ def how_to_make(names: Iterable[str]) -> str:
 
 
 class _Output(NamedTuple):
-    """A column or feature that stage 06 computes.  needs: the features of other directives that it is made of."""
+    """A column or feature that stage 06 computes.  needs: the directives whose features it is made of."""
 
     name: str
     kind: Literal["column", "feature"]
@@ -102,7 +102,7 @@ def _outputs() -> Mapping[str, _Output]:
             kinds |= dict.fromkeys(features, "feature")
             for name, kind in kinds.items():
                 # Of directives that give the same column the first is meant: the one that computes least.
-                output = _Output(name, kind, directive.name, getattr(family, "needs", ()))
+                output = _Output(name, kind, directive.name, directive.needs)
                 found.setdefault(_plain(name), output)
     return MappingProxyType(found)
 

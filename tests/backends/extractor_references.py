@@ -5,7 +5,7 @@ run by hand, in an environment of its own, and only its numbers are committed:
 
     python -m venv /tmp/references
     /tmp/references/bin/pip install torch torchvision open_clip_torch timm transformers ftfy imagehash \\
-        simplejpeg xxhash orjson onnxruntime opencv-python-headless nudenet
+        simplejpeg xxhash orjson onnxruntime opencv-python-headless nudenet rapidocr
     git clone https://github.com/mlfoundations/dataset2metadata /tmp/dataset2metadata
     git clone https://github.com/unitaryai/detoxify /tmp/detoxify
     PYTHONPATH=. /tmp/references/bin/python tests/backends/extractor_references.py /tmp/dataset2metadata /tmp/detoxify
@@ -42,7 +42,16 @@ def main() -> None:
     found = {
         "made_with": {
             name: importlib.metadata.version(name)
-            for name in ("pillow", "torch", "torchvision", "open_clip_torch", "timm", "imagehash", "nudenet")
+            for name in (
+                "pillow",
+                "torch",
+                "torchvision",
+                "open_clip_torch",
+                "timm",
+                "imagehash",
+                "nudenet",
+                "rapidocr",
+            )
         },
         "crops": crops(),
         "tokens": tokens(),
@@ -54,6 +63,7 @@ def main() -> None:
         "toxicity": toxicity(Path(detoxify)),
         "hashes": hashes(),
         "nudenet": nudenet(),
+        "pp_ocr": pp_ocr(),
     }
     TARGET.write_text(json.dumps(found, separators=(",", ":")) + "\n", "utf-8")
 
@@ -279,6 +289,31 @@ def toxicity(checkout: Path) -> list[float]:
         detector.class_names, detector.device = tiny.TOXICITY_LABELS[:7], "cpu"
     predicted = detector.predict(list(TOXICITY_TEXTS))
     return _rounded(torch.tensor(list(predicted.values())).T.max(1).values)
+
+
+def pp_ocr() -> dict[str, Any]:
+    """What rapidocr finds in tiny.text_picture(): boxes of all lines, and boxes and texts of those that it could read.
+    And what Clipper, which grows its boxes, makes of a few quadrilaterals."""
+    import pyclipper
+    from rapidocr import RapidOCR
+
+    shown = tiny.text_picture()
+    height, width = shown.shape[:2]
+    engine = RapidOCR()
+    bgr = np.ascontiguousarray(shown[:, :, ::-1])
+    lines = engine(bgr, use_cls=False, use_rec=False)
+    read = engine(bgr, use_cls=True, use_rec=True)
+
+    def boxes(quads: Any) -> list[list[float]]:
+        shares = np.asarray(quads, np.float64) / [width, height]
+        return _rounded(torch.from_numpy(np.concatenate([shares.min(1), shares.max(1)], 1)))
+
+    grown = []
+    for quad, distance in tiny.QUADS:
+        offset = pyclipper.PyclipperOffset()
+        offset.AddPath(quad, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
+        grown.append(sorted(map(list, offset.Execute(distance)[0])))
+    return {"boxes": boxes(lines.boxes), "read": boxes(read.boxes), "texts": list(read.txts), "grown": grown}
 
 
 def hashes() -> list[list[str]]:

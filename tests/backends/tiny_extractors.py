@@ -354,6 +354,35 @@ def exact_pictures() -> Any:
         yield mode, width, height, image
 
 
+# Rectangles as a detector of text has them, and how far each is to grow: straight, turned, thin, and wound backwards.
+QUADS = (
+    ([[10.0, 20.0], [110.9, 20.0], [110.9, 44.6], [10.0, 44.6]], 15.8),
+    ([[30.2, 40.7], [128.4, 12.3], [136.9, 41.1], [38.6, 69.6]], 17.3),
+    ([[5.0, 5.0], [90.3, 6.1], [90.2, 9.4], [5.1, 8.3]], 2.6),
+    ([[60.0, 10.0], [40.0, 30.0], [70.0, 60.0], [90.0, 40.0]], 14.1),
+)
+
+
+def text_picture() -> Any:
+    """240 × 320 × 3: lines of text in Pillow's own font, two of them in one row, one turned, one on its head."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    def line(text: str, size: int) -> Any:
+        font = ImageFont.load_default(size)
+        box = font.getbbox(text)
+        image = Image.new("RGB", (int(box[2]) + 8, int(box[3]) + 8), (235, 228, 210))
+        ImageDraw.Draw(image).text((4, 2), text, font=font, fill=(30, 40, 90))
+        return image
+
+    page = Image.new("RGB", (320, 240), (235, 228, 210))
+    page.paste(line("Summer sale", 40), (10, 6))
+    page.paste(line("left words", 20), (10, 72))
+    page.paste(line("on the right", 20), (180, 76))
+    page.paste(line("turned by 12\u00b0", 24).rotate(12, expand=True, fillcolor=(235, 228, 210)), (20, 100))
+    page.paste(line("upside down line", 22).rotate(180), (120, 190))
+    return np.asarray(page)
+
+
 CAPTIONS = (
     "a photo of the cat", "", "  ", "Caf\u00e9 &amp;amp; cr&egrave;me", "e&#769;t\u00e9",
     "\u039f\u0394\u039f\u03a3 \u0130stanbul \u1e9e",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -71,7 +72,8 @@ class Preparation(Protocol):
     SampleFacts.  Returns an array whose shape and dtype are the same for every sample (a uint8 crop of height × width
     × 3, int32 tokens), or a dict of plain values.  A picture's is not called for an image that cannot be read: the
     array's row is zeros, the dict is empty.  Loads what it needs at the first call (``functools.cache`` at the module's
-    top level); imports no torch.
+    top level); imports no torch.  One that takes a second or more for a sample has a number ``at_once``: of samples
+    that a process is given together, 16 otherwise.
     """
 
     @property
@@ -127,7 +129,8 @@ class Batch(Protocol):
 class Extractor(Protocol):
     """One directive of ``models``, on one device.  torch and the like are imported inside the constructor.
 
-    name, revision: exactly which model it is.  needs: features of other extractors that it computes on.
+    name, revision: exactly which model it is.  needs: features of other extractors that it computes on.  widths: how
+    many numbers each of these has to have, where that is fixed.
     compute: called from one thread; raises RuntimeError "out of memory", as torch does, where a batch is too large.
     """
 
@@ -136,6 +139,7 @@ class Extractor(Protocol):
     columns: tuple[Column, ...] = ()
     features: tuple[Feature, ...] = ()
     needs: tuple[str, ...] = ()
+    widths: Mapping[str, int] = MappingProxyType({})
     preparations: tuple[Preparation, ...] = ()
 
     @staticmethod
@@ -179,6 +183,7 @@ class Directive:
         licence: Of the weights.
         parameters: How many the weights have, in thousand millions; 0 where they are no network.
         bits: Of one parameter on a GPU.
+        needs: The directives whose features it computes on.
     """
 
     name: str
@@ -188,6 +193,7 @@ class Directive:
     licence: str = ""
     parameters: float = 0.0
     bits: float = 32
+    needs: tuple[str, ...] = ()
 
     @property
     def is_prefix(self) -> bool:
@@ -231,7 +237,8 @@ def short_name(directive: str) -> str:
 def order(extractors: Sequence[Extractor]) -> list[Extractor]:
     """The extractors with each behind those whose features it needs, else as they were given.
 
-    Raises UsageError that names a cycle, a feature that nobody gives, or a name that two give.
+    Raises UsageError that names a cycle, a feature that nobody gives or that has another width than the one who needs
+    it takes, or a name that two give.
     """
     giver: dict[str, Extractor] = {}
     for extractor in extractors:
@@ -239,11 +246,17 @@ def order(extractors: Sequence[Extractor]) -> list[Extractor]:
             other = giver.setdefault(name, extractor)
             if other is not extractor:
                 raise UsageError(f"{other.name} and {extractor.name} both give {name!r}: leave one of them out")
-    features = {feature.name for extractor in extractors for feature in extractor.features}
+    features = {feature.name: feature.width for extractor in extractors for feature in extractor.features}
     for extractor in extractors:
         for name in extractor.needs:
             if name not in features:
                 raise UsageError(f"{extractor.name} needs the feature {name!r}, which no model of `models` gives")
+            wanted = getattr(extractor, "widths", {}).get(name, features[name])  # a plugin's may have none
+            if features[name] != wanted:
+                raise UsageError(
+                    f"{extractor.name} takes {wanted} numbers of {name!r}, and {giver[name].name} gives "
+                    f"{features[name]}: one of the two has weights for another model"
+                )
     placed: list[Extractor] = []
 
     def place(extractor: Extractor, trail: tuple[Extractor, ...]) -> None:

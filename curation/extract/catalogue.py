@@ -227,7 +227,8 @@ def _identify(directive: str, source: WeightSource) -> str:
         return file_revision(path)
     model, _, revision = source.source.partition("@")
     if is_hub_id(model):
-        return f"{model}@{resolve(model, revision or None, kind=TRANSFORMER, asked_by=directive).revision}"
+        kind = (source.marker, TRANSFORMER[1])
+        return f"{model}@{resolve(model, revision or None, kind=kind, asked_by=directive).revision}"
     if path.is_absolute() or source.source.startswith((".", "~")):
         raise InfrastructureError(
             f"{directive} {source.source}: no such file (nor is it a URL or a hub id, organisation/name)"

@@ -206,7 +206,7 @@ class ExtractLoader:
         self._tickets = itertools.count()
         self._reading, self._taking = TicketOrder(), TicketOrder()
         self._bytes = _Budget(MAX_BYTES_AHEAD)
-        self._chunk = max(1, min(CHUNK, -(-batch_size // (2 * processes))))
+        self._chunk = max(1, min(_most_at_once(self.preparations), -(-batch_size // (2 * processes))))
         self._needs_facts = any(preparation.takes == "sample" for preparation in self.preparations)
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         self._processes = [WorkerProcess(self.preparations, self._slots, plugin) for _ in range(processes)]
@@ -424,6 +424,11 @@ class ExtractLoader:
                 logger.warning(f"{job.key}: {error.problem[1]}; its row says so")
             outcomes.append(outcome)
         return outcomes, seconds
+
+
+def _most_at_once(preparations: Sequence[Preparation]) -> int:
+    """Samples that a process is given at once: fewer where one of them takes seconds, because of ``REPLY_S``."""
+    return min((int(getattr(preparation, "at_once", CHUNK)) for preparation in preparations), default=CHUNK)
 
 
 class _Budget:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from curation.errors import InfrastructureError
+from curation.models.hub_cache import TRANSFORMER
 
 Precision = Literal["auto", "half", "float32", "float16", "bfloat16"]
 
@@ -20,10 +21,14 @@ Decode = Literal["cpu", "gpu"]  # where JPEGs are decoded and resized
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """Where weights come from when the user names no others; sha256: of one file behind a URL."""
+    """Where weights come from when the user names no others.
+
+    sha256: of one file behind a URL.  marker: a file that every model of this kind on the hub has.
+    """
 
     source: str
     sha256: str | None = None
+    marker: str = TRANSFORMER[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +61,15 @@ class ModelSettings:
         if self.weights is None:
             found = default
         else:
-            found = WeightSource(self.weights, self.sha256)
+            found = WeightSource(self.weights, self.sha256, TRANSFORMER[0] if default is None else default.marker)
         if found is not None and self.revision and "@" not in found.source and not Path(found.source).exists():
-            return WeightSource(f"{found.source}@{self.revision}", found.sha256)
+            return replace(found, source=f"{found.source}@{self.revision}")
         return found
+
+    @property
+    def gpu(self) -> int | None:
+        """The index of the device, None for the CPU, as ``models.onnx.open_session`` takes it."""
+        return None if self.device == "cpu" else int(self.device.partition(":")[2] or 0)
 
     def torch_dtype(self, *, half_on_gpu: bool = False) -> Any:
         """The dtype that the model computes in.  half_on_gpu: whether upstream runs this one in float16 there."""

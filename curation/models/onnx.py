@@ -30,7 +30,9 @@ def packaged_file(package: str, name: str) -> Path | None:
     return next((path for folder in folders if (path := Path(folder) / name).is_file()), None)
 
 
-def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tuple[Any, str]:
+def open_session(
+    model: bytes, path: Path, threads: int, gpu: int | None, *, keep_memory: bool = True
+) -> tuple[Any, str]:
     """Open an ONNX model.
 
     Args:
@@ -38,6 +40,7 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
         path: For messages.
         threads: CPU threads of one run.
         gpu: Index of a visible CUDA device, which is used if this onnxruntime has CUDA; None for the CPU.
+        keep_memory: Whether what one run on the CPU has taken is kept for the next; better not where sizes differ much.
 
     Returns:
         An ``onnxruntime.InferenceSession``, which several threads may run at once, and its device, such as ``cuda:0``.
@@ -54,6 +57,7 @@ def open_session(model: bytes, path: Path, threads: int, gpu: int | None) -> tup
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = keep_memory
     options.log_severity_level = 3  # errors: the warnings are about the exporter's habits
     providers: list[Any] = ["CPUExecutionProvider"]
     wants_cuda = gpu is not None and "CUDAExecutionProvider" in onnxruntime.get_available_providers()

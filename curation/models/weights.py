@@ -32,8 +32,9 @@ RETRIES = RetryPolicy(tries=4, read_s=30.0)
 
 # What a model folder is loaded from: no pickles, no code.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
-# Of a model that was never saved as safetensors (openai/clip-vit-base-patch32): a pickle that is read as tensors only.
-OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+# Of a model that was never saved as safetensors (openai/clip-vit-base-patch32, apple/DFN2B-CLIP-ViT-B-16): a pickle
+# that is read as tensors only.
+OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _HUB_FILE = re.compile(r"(?P<model>[^:@]+)(?:@(?P<revision>[^:@]+))?(?::(?P<file>[^:]+))?")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # filesystems mounted without flock

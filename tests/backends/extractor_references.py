@@ -5,7 +5,7 @@ run by hand, in an environment of its own, and only its numbers are committed:
 
     python -m venv /tmp/references
     /tmp/references/bin/pip install torch torchvision open_clip_torch timm transformers ftfy imagehash \\
-        simplejpeg xxhash orjson onnxruntime opencv-python-headless nudenet
+        simplejpeg xxhash orjson onnxruntime opencv-python-headless nudenet rapidocr
     git clone https://github.com/mlfoundations/dataset2metadata /tmp/dataset2metadata
     git clone https://github.com/unitaryai/detoxify /tmp/detoxify
     PYTHONPATH=. /tmp/references/bin/python tests/backends/extractor_references.py /tmp/dataset2metadata /tmp/detoxify
@@ -42,16 +42,28 @@ def main() -> None:
     found = {
         "made_with": {
             name: importlib.metadata.version(name)
-            for name in ("pillow", "torch", "torchvision", "open_clip_torch", "timm", "imagehash", "nudenet")
+            for name in (
+                "pillow",
+                "torch",
+                "torchvision",
+                "open_clip_torch",
+                "timm",
+                "imagehash",
+                "nudenet",
+                "rapidocr",
+            )
         },
         "crops": crops(),
         "tokens": tokens(),
         "clip": clip(),
+        "openclip": openclip(),
         "isc": isc(),
+        "sscd": sscd(),
         "scrfd": scrfd(Path(dataset2metadata)),
         "toxicity": toxicity(Path(detoxify)),
         "hashes": hashes(),
         "nudenet": nudenet(),
+        "pp_ocr": pp_ocr(),
     }
     TARGET.write_text(json.dumps(found, separators=(",", ":")) + "\n", "utf-8")
 
@@ -117,6 +129,29 @@ def clip() -> dict[str, Any]:
     return {"image": _rounded(image), "text": _rounded(words), "score": _rounded((image * words).sum(1))}
 
 
+MARKS = ("<|endoftext|> a <end_of_text>", "<start_of_text>x<|startoftext|> the cat")
+
+
+def openclip() -> dict[str, Any]:
+    """What open_clip makes of the folders of tiny.save_openclip: tokens, and features of length one."""
+    import open_clip
+
+    made: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer = _tokenizer(Path(name))
+        for kind in tiny.OPENCLIP:
+            folder = tiny.save_openclip(Path(name) / kind, kind)
+            model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+            pictures = torch.stack([transform(Image.fromarray(tiny.picture(*p))) for p in PICTURES])
+            captions = tokenizer(list(tiny.CAPTIONS[: len(PICTURES)]), model.context_length)
+            with torch.inference_mode():
+                image = model.eval().encode_image(pictures, normalize=True)
+                words = model.encode_text(captions, normalize=True)
+            made[kind] = {"image": _rounded(image), "text": _rounded(words), "score": _rounded((image * words).sum(1))}
+        made["marks"] = [row[: int(row.argmax()) + 1].tolist() for row in tokenizer(list(MARKS))]
+    return made
+
+
 def _as_open_clip(own: dict[str, Any]) -> dict[str, Any]:
     """The same tensors under open_clip's names."""
     made = {
@@ -178,6 +213,30 @@ def isc_input() -> Any:
     return torch.from_numpy(pictures.astype(np.float32) / 127.5 - 1)
 
 
+def sscd() -> dict[str, Any]:
+    """Names and shapes of torchvision's ResNet50, and descriptors of a smaller one with SSCD's pooling and pictures."""
+    from torchvision.models.resnet import Bottleneck, ResNet, resnet50
+    from torchvision.transforms import Compose, Normalize, Resize, ToTensor
+
+    class Pooling(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x.flatten(2).clamp(min=1e-6).pow(3.0).mean(dim=2).pow(1.0 / 3.0)[:, :, None, None]
+
+    real = resnet50(num_classes=512).state_dict()
+    listed = [f"backbone.{name} {tuple(tensor.shape)}" for name, tensor in sorted(real.items())]
+    model = ResNet(Bottleneck, [1, 2, 1, 1], num_classes=32).eval()
+    model.avgpool = Pooling()
+    tensors = tiny.filled(tiny.sscd_shapes(), 9)
+    model.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in tensors.items()})
+    normalize = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    transform = Compose([Resize([320, 320]), ToTensor(), normalize])
+    pictures = torch.stack([transform(Image.fromarray(tiny.picture(*p))) for p in PICTURES])
+    with torch.inference_mode():
+        found = torch.nn.functional.normalize(model(pictures))
+    names = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+    return {"names": names, "descriptors": _rounded(found)}
+
+
 def scrfd(checkout: Path) -> list[list[list[float]]]:
     """dataset2metadata's own boxes, for the weights of tiny.scrfd_tensors."""
     import torchvision
@@ -230,6 +289,31 @@ def toxicity(checkout: Path) -> list[float]:
         detector.class_names, detector.device = tiny.TOXICITY_LABELS[:7], "cpu"
     predicted = detector.predict(list(TOXICITY_TEXTS))
     return _rounded(torch.tensor(list(predicted.values())).T.max(1).values)
+
+
+def pp_ocr() -> dict[str, Any]:
+    """What rapidocr finds in tiny.text_picture(): boxes of all lines, and boxes and texts of those that it could read.
+    And what Clipper, which grows its boxes, makes of a few quadrilaterals."""
+    import pyclipper
+    from rapidocr import RapidOCR
+
+    shown = tiny.text_picture()
+    height, width = shown.shape[:2]
+    engine = RapidOCR()
+    bgr = np.ascontiguousarray(shown[:, :, ::-1])
+    lines = engine(bgr, use_cls=False, use_rec=False)
+    read = engine(bgr, use_cls=True, use_rec=True)
+
+    def boxes(quads: Any) -> list[list[float]]:
+        shares = np.asarray(quads, np.float64) / [width, height]
+        return _rounded(torch.from_numpy(np.concatenate([shares.min(1), shares.max(1)], 1)))
+
+    grown = []
+    for quad, distance in tiny.QUADS:
+        offset = pyclipper.PyclipperOffset()
+        offset.AddPath(quad, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
+        grown.append(sorted(map(list, offset.Execute(distance)[0])))
+    return {"boxes": boxes(lines.boxes), "read": boxes(read.boxes), "texts": list(read.txts), "grown": grown}
 
 
 def hashes() -> list[list[str]]:

@@ -120,6 +120,11 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "nsfw-detoxify": tiny.save_toxicity(folder / "toxicity"),
         "nsfw-image-oai-clip-vit-l-14": tiny.save_nsfw_head(folder / "nsfw.pt"),
         "aesthetic": tiny.save_aesthetic_head(folder / "aesthetic.pth"),
+        "aesthetic-v1-l14": tiny.save_linear_head(folder / "l14.pth", 768),
+        "aesthetic-v1-b32": tiny.save_linear_head(folder / "b32.pth", 512),
+        "aesthetic-v1-b16": tiny.save_linear_head(folder / "b16.pth", 512),
+        "aesthetic-v2-5": tiny.save_siglip_head(folder / "v2_5.pth"),
+        "sscd": tiny.save_sscd(folder / "sscd.torchvision.pt"),
         "faces-scrfd10g": tiny.save_scrfd(folder / "scrfd.pt"),
         "dedup-isc-ft-v107": tiny.save_isc(folder / "isc.pth.tar"),
     }
@@ -154,7 +159,9 @@ def test_an_extractor_computes_what_its_directive_says(
     assert [feature.name for feature in extractor.features] == features
     assert extractor.name
     assert extractor.revision
-    given = {name: np.ones((3, 768), np.float32) / 768**0.5 for name in extractor.needs}
+    widths = {name: extractor.widths.get(name, 768) for name in extractor.needs}
+    given = {name: np.ones((3, width), np.float32) / width**0.5 for name, width in widths.items()}
+    assert len(directive.needs) == len(extractor.needs)
     batch = SampleBatch([picture(n, 60 + n, 50) for n in range(3)], list(CAPTIONS[:3]), given)
     found = extractor.compute(batch)
     assert {*columns, *features} <= {*found}

@@ -23,15 +23,20 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from curation.backends.extract import clip, clip_head, pictures, toxicity
+from curation.backends.extract import families as extractor_families
 from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
-from curation.backends.extract.tokens import ClipTokens
+from curation.backends.extract.tokens import OPENCLIP_MARKS, ClipTokens
+from curation.commands.tables.missing import how_to_make
 from curation.errors import InfrastructureError, UsageError
+from curation.extract import Catalogue, ExtractConfig
+from curation.extract.api import order
 from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb, encode_jpeg
 from tests.backends import tiny_extractors as tiny
 from tests.backends.tiny_extractors import SampleBatch
 
 REFERENCES = json.loads((Path(__file__).resolve().parents[1] / "data" / "extractor_references.json").read_bytes())
+OPENCLIP_CAPTIONS = ("<|endoftext|> a <end_of_text>", "<start_of_text>x<|startoftext|> the cat")
 PICTURES = ((1, 300, 200), (2, 101, 333), (3, 640, 480), (4, 50, 700), (5, 224, 224))
 TOXICITY_TEXTS = ("a photo of the cat", "", "you are 17 of \u00e9 things", "long " * 100)
 B32, L14 = "oai-clip-vit-b32", "oai-clip-vit-l14"
@@ -206,6 +211,102 @@ def test_siglip_scores_as_its_own_model_does(models: Path) -> None:
     assert np.allclose(found["siglip-score"], (own.image_embeds * own.text_embeds).sum(1), atol=1e-5)
 
 
+# ---- OpenCLIP's checkpoints
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.OPENCLIP))
+def test_an_openclip_checkpoint_has_open_clips_features(kind: str, tmp_path: Path) -> None:
+    """Widths, activation, place of the text tower and resizing are as its configuration says; from both files."""
+    scores = []
+    for old in (False, True):
+        folder = tiny.save_openclip(tmp_path / str(old) / kind, kind, old=old)
+        backend = clip.Backend(f"openclip:{folder}", ModelSettings())
+        found = backend.compute(batch())
+        for name, expected in REFERENCES["openclip"][kind].items():
+            assert np.abs(np.asarray(found[f"{kind}-{name}"]) - expected).max() < 1e-5, name
+        alone = backend.compute(batch(1))
+        assert np.abs(np.asarray(alone[f"{kind}-image"][0]) - np.asarray(found[f"{kind}-image"][0])).max() < 1e-6
+        assert [feature.width for feature in backend.features] == [16, 16]
+        scores.append(found[f"{kind}-score"].tolist())
+        for dtype in ("float16", "bfloat16"):
+            half = clip.Backend(f"openclip:{folder}", ModelSettings(dtype=dtype)).compute(batch())
+            assert np.abs(half[f"{kind}-score"] - found[f"{kind}-score"]).max() < 0.03
+    assert scores[0] == scores[1]
+
+
+def test_the_marks_in_a_caption_are_those_of_openclips_tokenizer(models: Path) -> None:
+    tokens = ClipTokens(str(models / "clip"), marks=OPENCLIP_MARKS)
+    for caption, expected in zip(OPENCLIP_CAPTIONS, REFERENCES["openclip"]["marks"], strict=True):
+        assert tokens(caption).tolist()[: len(expected)] == expected
+    assert tokens(tiny.CAPTIONS[0]).tolist() == REFERENCES["tokens"][0]
+
+
+def test_a_checkpoint_that_is_no_plain_clip_is_told_in_a_line(tmp_path: Path) -> None:
+    folder = tiny.save_openclip(tmp_path / "m", "plain")
+    whole = json.loads((folder / "open_clip_config.json").read_bytes())
+    cases: list[tuple[tuple[str, ...], Any, str]] = [
+        (("model_cfg", "vision_cfg", "timm_model_name"), "fastvit_mci0", "timm_model_name = 'fastvit_mci0'"),
+        (("model_cfg", "vision_cfg", "timm_model_name"), "vit_base_patch16_siglip_224", "load as siglip:"),
+        (("model_cfg", "vision_cfg", "layers"), [3, 4, 6, 3], "a ResNet's"),
+        (("model_cfg", "vision_cfg", "width"), 48, "of another size: vision_model"),
+        (("model_cfg", "vision_cfg", "image_size"), [64, 32], "not square"),
+        (("model_cfg", "text_cfg", "layers"), 3, "lack text_model.encoder.layers.2"),
+        (("model_cfg", "text_cfg", "layers"), 1, "no place for: text_model.encoder.layers.1"),
+        (("model_cfg", "text_cfg", "hf_tokenizer_name"), "bert-base-uncased", "hf_tokenizer_name"),
+        (("model_cfg", "text_cfg", "no_causal_mask"), True, "no_causal_mask"),
+        (("model_cfg", "multimodal_cfg"), {"layers": 1}, "multimodal_cfg"),
+        (("model_cfg",), None, "model_cfg is no object"),
+        (("preprocess_cfg", "resize_mode"), "longest", "resized by 'longest'"),
+        (("preprocess_cfg", "std"), [0, 0, 0], "not of three colours"),
+    ]
+    for (*path, last), value, expected in cases:
+        changed = json.loads(json.dumps(whole))
+        place = changed
+        for step in path:
+            place = place[step]
+        place[last] = value
+        (folder / "open_clip_config.json").write_text(json.dumps(changed))
+        with pytest.raises(InfrastructureError, match=expected) as raised:
+            clip.Backend(f"openclip:{folder}", ModelSettings())
+        assert "\n" not in str(raised.value)
+    (folder / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": {}}))
+    with pytest.raises(InfrastructureError, match="it lacks 'model_cfg'"):
+        clip.Backend(f"openclip:{folder}", ModelSettings())
+    bare = tiny.save_openclip(tmp_path / "bare", "plain")
+    (bare / "vocab.json").unlink()
+    with pytest.raises(InfrastructureError, match="its tokenizer is not here"):
+        clip.Backend(f"openclip:{bare}", ModelSettings())
+    with pytest.raises(InfrastructureError, match="it is a checkpoint of OpenCLIP: use openclip:"):
+        clip.Backend(f"clip:{folder}", ModelSettings())
+
+
+def test_an_openclip_model_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no config.json, by which other models are found there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place, commit = tmp_path / "models--apple--DFN-tiny", "0123456789" * 4
+    tiny.save_openclip(place / "snapshots" / commit, "dfn", old=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    directive = "openclip:apple/DFN-tiny"
+    config = ExtractConfig((directive,), (), "")
+    assert Catalogue(extractor_families(), config).identify() == {directive: [f"apple/DFN-tiny@{commit}"]}
+    backend = clip.Backend(directive, ModelSettings(revision=commit))
+    assert backend.compute(batch(1))["DFN-tiny-image"].shape == (1, 16)
+
+
+def test_an_openclip_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_openclip(tmp_path / "m", "plain", old=True)
+    (folder / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(print, protocol=2))
+    with pytest.raises(InfrastructureError, match="safely"):
+        clip.Backend(f"openclip:{folder}", ModelSettings())
+    (folder / "open_clip_model.safetensors").write_bytes(b"none")
+    with pytest.raises(InfrastructureError, match="cannot be read"):
+        clip.Backend(f"openclip:{folder}", ModelSettings())
+
+
 def test_a_model_of_the_wrong_kind_is_told_and_how_to_name_it(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="use siglip:"):
         clip.Backend(f"clip:{models / 'siglip'}", ModelSettings())
@@ -247,6 +348,58 @@ def test_the_aesthetic_score_is_the_published_layers_in_a_row(models: Path) -> N
         expected = expected @ w[f"layers.{number}.weight"].T + w[f"layers.{number}.bias"]
     scores = backend.compute(batch(4, features={f"{L14}-image": given.half()}))["aesthetic-score"]
     assert np.allclose(scores, expected[:, 0], atol=1e-3)  # the features came in half precision
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "needed"),
+    [
+        ("aesthetic-v1-l14", 768, f"{L14}-image"),
+        ("aesthetic-v1-b32", 512, f"{B32}-image"),
+        ("aesthetic-v1-b16", 512, "clip-vit-base-patch16-image"),
+        ("aesthetic-v2-5", 1152, "siglip-so400m-patch14-384-image"),
+    ],
+)
+def test_aesthetic_predictors_are_their_published_layers(name: str, width: int, needed: str, tmp_path: Path) -> None:
+    save = tiny.save_siglip_head if name == "aesthetic-v2-5" else tiny.save_linear_head
+    backend = clip_head.Backend(name, settings(save(tmp_path / "head.pth", width)))
+    assert backend.needs == (needed,)
+    assert dict(backend.widths) == {needed: width}
+    given = torch.nn.functional.normalize(torch.from_numpy(np.random.default_rng(1).normal(size=(3, width))), dim=1)
+    w = torch.load(tmp_path / "head.pth", weights_only=True)
+    expected = given.float()
+    for part in [key.removesuffix("weight") for key in w if key.endswith("weight")]:
+        expected = torch.nn.functional.linear(expected, w[f"{part}weight"], w[f"{part}bias"])
+    found = backend.compute(batch(3, features={needed: given.float()}))
+    assert np.allclose(found[f"{name}-score"], expected[:, 0], atol=1e-6)
+    [directive] = [d for d in clip_head.Backend.directives if d.name == name]
+    assert how_to_make([f"{name}-score"]) == f"python3 06_metadata.py --models {directive.needs[0]},{name}"
+    with pytest.raises(InfrastructureError, match=f"--weights {name}=/path/"):
+        clip_head.Backend.sources(name, ModelSettings())
+
+
+def test_a_head_for_another_width_is_a_line(models: Path, tmp_path: Path) -> None:
+    """Its own tensors may not fit one another, or the features that the other model gives."""
+    heads = [clip_head.Backend("aesthetic-v1-b32", settings(tiny.save_linear_head(tmp_path / "a.pth", 512)))]
+    heads.append(clip_head.Backend("aesthetic", settings(models / "aesthetic.pth")))
+    heads.append(clip_head.Backend("nsfw-image-oai-clip-vit-l-14", settings(models / "nsfw.pt")))
+    small = {B32: clip.Backend(B32, settings(models / "clip")), L14: clip.Backend(L14, settings(models / "clip"))}
+    for head, width in zip(heads, (512, 768, 768), strict=True):
+        giver = small[head.needs[0].removesuffix("-image")]
+        with pytest.raises(UsageError, match=f"takes {width} numbers of .* gives 64: one of the two has weights"):
+            order([giver, head])
+    assert order([heads[1], clip.Backend(L14, settings(models / "large"))])[1] is heads[1]
+    broken = torch.load(models / "aesthetic.pth", weights_only=True)
+    for change, expected in (
+        ({"layers.2.weight": torch.zeros(128, 512)}, "layers.2.weight has"),
+        ({"layers.7.weight": torch.zeros(2, 16), "layers.7.bias": torch.zeros(2)}, "ends with 2 numbers"),
+        ({"layers.0.weight": torch.tensor(1.0)}, "other weights than its network"),
+        ({"layers.0.weight": "text"}, "other weights than its network"),
+        ({"layers.9.weight": torch.zeros(1)}, r"no place for: layers\.9"),
+    ):
+        torch.save(broken | change, tmp_path / "broken.pth")
+        with pytest.raises(InfrastructureError, match=expected) as raised:
+            clip_head.Backend("aesthetic", settings(tmp_path / "broken.pth"))
+        assert "\n" not in str(raised.value)
 
 
 def test_a_head_takes_the_features_of_the_large_model(models: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from curation.backends.extract import hashes, isc, language, nudenet, scrfd, statistics
+from curation.backends.extract import hashes, isc, language, nudenet, scrfd, sscd, statistics
 from curation.backends.extract.isc import IscNetwork
 from curation.backends.extract.scrfd import MAX_SQUARE_SIDE, WhiteSquare
 from curation.backends.faces import centerface
@@ -186,6 +186,29 @@ def test_weights_that_are_not_here_are_named(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(isc, "UPSTREAM_CACHE", tmp_path / "none")
     with pytest.raises(InfrastructureError, match="name the file in"):
         isc.Backend.sources(ISC, ModelSettings())
+
+
+def test_sscds_descriptors_are_torchvisions_resnet_with_its_pooling(tmp_path: Path) -> None:
+    listed = [f"{n} {s}" for n, s in sorted(tiny.sscd_shapes((3, 4, 6, 3), 512).items())]
+    assert hashlib.sha256("\n".join(listed).encode()).hexdigest() == REFERENCES["sscd"]["names"]
+    file = tiny.save_sscd(tmp_path / "sscd.torchvision.pt")
+    found = sscd.Backend("sscd", settings(file)).compute(pictures())["sscd-image"]
+    assert np.abs(found.numpy() - REFERENCES["sscd"]["descriptors"]).max() < 1e-5
+    one = SampleBatch([tiny.picture(*PICTURES[0])], [""])
+    for dtype, cosine in (("float16", 0.9999), ("bfloat16", 0.999)):
+        half = sscd.Backend("sscd", settings(file, dtype=dtype)).compute(one)["sscd-image"]
+        assert half.dtype == torch.float32
+        assert (half * found[:1]).sum() > cosine
+
+
+def test_files_that_are_no_sscd_are_told_in_a_line(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InfrastructureError, match=r"ends with \.torchvision\.pt"):
+        sscd.Backend("sscd", settings(tiny.save_sscd(tmp_path / "a.torchscript.pt")))
+    with pytest.raises(InfrastructureError, match="holds another network's weights") as raised:
+        sscd.Backend("sscd", settings(models / "scrfd.pt"))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(InfrastructureError, match="--weights sscd=/path/sscd_disc_mixup"):
+        sscd.Backend.sources("sscd", ModelSettings())
 
 
 # ---- without a model

@@ -52,6 +52,88 @@ def save_clip(folder: Path, *, width: int = 64, side: int = 224, patch: int = 32
     return folder
 
 
+# Two checkpoints of OpenCLIP with what its published configurations vary: heads of another width, another ratio of the
+# inner layer, the activation, where the text tower stands, and how pictures are resized.
+OPENCLIP = {
+    "plain": {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {
+                "image_size": 64, "layers": 2, "width": 32, "head_width": 16, "mlp_ratio": 2.5, "patch_size": 16,
+            },
+            "text_cfg": {"context_length": 77, "vocab_size": 0, "width": 24, "heads": 3, "layers": 2},
+        },
+        "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
+    },
+    "dfn": {
+        "model_cfg": {
+            "embed_dim": 16, "quick_gelu": True, "custom_text": True, "init_logit_bias": None,
+            "vision_cfg": {
+                "image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14,
+                "timm_model_name": None, "pool_type": "tok",
+            },
+            "text_cfg": {
+                "context_length": 32, "vocab_size": 0, "width": 24, "heads": 3, "layers": 2, "hf_tokenizer_name": None,
+            },
+        },
+        "preprocess_cfg": {
+            "size": [56, 56], "mode": "RGB", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5],
+            "interpolation": "bilinear", "resize_mode": "squash", "fill_color": 0,
+        },
+    },
+}  # fmt: skip
+
+
+def save_openclip(folder: Path, kind: str = "plain", seed: int = 11, *, old: bool = False) -> Path:
+    """A checkpoint as OpenCLIP pushes it to the hub.  old: as a file of torch."""
+    import copy
+
+    import torch
+    from safetensors.torch import save_file
+
+    config: Any = copy.deepcopy(OPENCLIP[kind])
+    vocabulary = clip_vocabulary()
+    model = config["model_cfg"]
+    model["text_cfg"]["vocab_size"] = len(vocabulary)
+    tensors = filled(openclip_shapes(model), seed)
+    tensors["logit_scale"] = torch.tensor(3.0)
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, MERGES)) + "\n", "utf-8")
+    if old:
+        torch.save(tensors, folder / "open_clip_pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def openclip_shapes(model: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a vision transformer and a text tower, under OpenCLIP's names."""
+    vision, text, width = model["vision_cfg"], model["text_cfg"], model["embed_dim"]
+    where = "text." if model.get("custom_text") else ""
+    patch, wide, words = vision["patch_size"], vision["width"], text["width"]
+    places = (vision["image_size"] // patch) ** 2 + 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "logit_scale": (), "visual.class_embedding": (wide,), "visual.positional_embedding": (places, wide),
+        "visual.proj": (wide, width), "visual.conv1.weight": (wide, 3, patch, patch),
+        f"{where}positional_embedding": (text["context_length"], words), f"{where}text_projection": (words, width),
+        f"{where}token_embedding.weight": (text["vocab_size"], words),
+    }  # fmt: skip
+    norms = {"visual.ln_pre": wide, "visual.ln_post": wide, f"{where}ln_final": words}
+    for tower, part, size in (("visual.", vision, wide), (where, text, words)):
+        inner = int(size * part.get("mlp_ratio", 4))
+        for layer in range(part["layers"]):
+            name = f"{tower}transformer.resblocks.{layer}"
+            norms |= {f"{name}.ln_1": size, f"{name}.ln_2": size}
+            for line, out, inputs in (
+                ("attn.in_proj_", 3 * size, size), ("attn.out_proj.", size, size),
+                ("mlp.c_fc.", inner, size), ("mlp.c_proj.", size, inner),
+            ):  # fmt: skip
+                shapes |= {f"{name}.{line}weight": (out, inputs), f"{name}.{line}bias": (out,)}
+    return shapes | {f"{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+
+
 def save_siglip(folder: Path, seed: int = 2) -> Path:
     """A SigLIP of 64 pixels and 16 tokens."""
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
@@ -136,16 +218,33 @@ def save_aesthetic_head(path: Path, seed: int = 5) -> Path:
     return path
 
 
-def _tensors(seed: int, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+def save_linear_head(path: Path, width: int, seed: int = 6) -> Path:
+    """LAION's first aesthetic predictor, as its weights are published."""
+    import torch
+
+    torch.save(_tensors(seed, {"": (1, width)}, ""), path)
+    return path
+
+
+def save_siglip_head(path: Path, width: int = 1152, seed: int = 7) -> Path:
+    """The aesthetic predictor on SigLIP's features, as its weights are published."""
+    import torch
+
+    sizes = ((1024, width), (128, 1024), (64, 128), (16, 64), (1, 16))
+    torch.save(_tensors(seed, {f"scoring_head.{2 * i}": size for i, size in enumerate(sizes)}), path)
+    return path
+
+
+def _tensors(seed: int, sizes: dict[str, tuple[int, int]], dot: str = ".") -> dict[str, Any]:
     import torch
 
     rng = np.random.default_rng(seed)
     made = {}
     for name, (rows, columns) in sizes.items():
-        made[f"{name}.weight"] = torch.from_numpy(
+        made[f"{name}{dot}weight"] = torch.from_numpy(
             (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
         )
-        made[f"{name}.bias"] = torch.zeros(rows)
+        made[f"{name}{dot}bias"] = torch.zeros(rows)
     return made
 
 
@@ -204,6 +303,38 @@ def save_isc(path: Path, seed: int = 6) -> Path:
     return path
 
 
+def save_sscd(path: Path, seed: int = 9) -> Path:
+    """SSCD's weights as torchvision's file has them, of a ResNet with few blocks."""
+    import torch
+
+    torch.save(filled(sscd_shapes(), seed), path)
+    return path
+
+
+def sscd_shapes(depths: tuple[int, ...] = (1, 2, 1, 1), width: int = 32) -> dict[str, tuple[int, ...]]:
+    """The tensors of a ResNet with blocks of three convolutions, by torchvision's names; (3, 4, 6, 3) is ResNet50."""
+    shapes: dict[str, tuple[int, ...]] = {"backbone.conv1.weight": (64, 3, 7, 7)}
+    norms = {"backbone.bn1": 64}
+    inputs = 64
+    for stage, depth in enumerate(depths, 1):
+        narrow = 64 << (stage - 1)
+        for block in range(depth):
+            name = f"backbone.layer{stage}.{block}"
+            for number, (out, taken, kernel) in enumerate(
+                ((narrow, inputs, 1), (narrow, narrow, 3), (4 * narrow, narrow, 1)), 1
+            ):
+                shapes[f"{name}.conv{number}.weight"] = (out, taken, kernel, kernel)
+                norms[f"{name}.bn{number}"] = out
+            if block == 0:
+                shapes[f"{name}.downsample.0.weight"] = (4 * narrow, inputs, 1, 1)
+                norms[f"{name}.downsample.1"] = 4 * narrow
+            inputs = 4 * narrow
+    for name, size in norms.items():
+        shapes |= {f"{name}.{part}": (size,) for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes[f"{name}.num_batches_tracked"] = ()
+    return shapes | {"backbone.fc.weight": (width, inputs), "backbone.fc.bias": (width,)}
+
+
 MODES = ("RGB", "RGBA", "LA", "P", "L", "CMYK")
 
 
@@ -224,6 +355,35 @@ def exact_pictures() -> Any:
         if mode == "P":
             image.putpalette(rng.integers(0, 256, 768, np.uint8).tobytes())
         yield mode, width, height, image
+
+
+# Rectangles as a detector of text has them, and how far each is to grow: straight, turned, thin, and wound backwards.
+QUADS = (
+    ([[10.0, 20.0], [110.9, 20.0], [110.9, 44.6], [10.0, 44.6]], 15.8),
+    ([[30.2, 40.7], [128.4, 12.3], [136.9, 41.1], [38.6, 69.6]], 17.3),
+    ([[5.0, 5.0], [90.3, 6.1], [90.2, 9.4], [5.1, 8.3]], 2.6),
+    ([[60.0, 10.0], [40.0, 30.0], [70.0, 60.0], [90.0, 40.0]], 14.1),
+)
+
+
+def text_picture() -> Any:
+    """240 × 320 × 3: lines of text in Pillow's own font, two of them in one row, one turned, one on its head."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    def line(text: str, size: int) -> Any:
+        font = ImageFont.load_default(size)
+        box = font.getbbox(text)
+        image = Image.new("RGB", (int(box[2]) + 8, int(box[3]) + 8), (235, 228, 210))
+        ImageDraw.Draw(image).text((4, 2), text, font=font, fill=(30, 40, 90))
+        return image
+
+    page = Image.new("RGB", (320, 240), (235, 228, 210))
+    page.paste(line("Summer sale", 40), (10, 6))
+    page.paste(line("left words", 20), (10, 72))
+    page.paste(line("on the right", 20), (180, 76))
+    page.paste(line("turned by 12\u00b0", 24).rotate(12, expand=True, fillcolor=(235, 228, 210)), (20, 100))
+    page.paste(line("upside down line", 22).rotate(180), (120, 190))
+    return np.asarray(page)
 
 
 CAPTIONS = (

@@ -1,7 +1,8 @@
 """CLIP and SigLIP: features of picture and caption of length one, and the score that is their dot product.
 
 ``oai-clip-vit-b32`` and ``oai-clip-vit-l14`` are DataComp's: OpenAI's weights, preprocessing and tokens.
-``clip:…`` and ``siglip:…`` take any model of the two families by hub id or folder, with its own preprocessing.
+``clip:…`` and ``siglip:…`` take any model of the two families by hub id or folder, with its own preprocessing;
+``openclip:…`` a checkpoint as OpenCLIP saves it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curation.backends.extract import openclip
 from curation.backends.extract.pictures import (
     OPENAI_MEAN,
     OPENAI_SIDE,
@@ -25,7 +27,7 @@ from curation.backends.extract.tokens import ClipTokens, FolderTokens, is_clip_v
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.api import Batch, Column, Directive, Extractor, Feature, Preparation, short_name
 from curation.extract.settings import ModelSettings, WeightSource
-from curation.models.hub_cache import folder_digest, quiet_transformers
+from curation.models.hub_cache import TRANSFORMER, folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
 
 # By directive: the hub id, and how many parameters it has in thousand millions.
@@ -33,6 +35,9 @@ OPENAI = {
     "oai-clip-vit-b32": ("openai/clip-vit-base-patch32", 0.151),
     "oai-clip-vit-l14": ("openai/clip-vit-large-patch14", 0.428),
 }
+
+
+OPENCLIP = "openclip:"
 
 
 def _clip(name: str, source: str = "", parameters: float = 0.0) -> Directive:
@@ -55,12 +60,12 @@ class Backend(Extractor):
     directives = (
         *(_clip(name, *model) for name, model in OPENAI.items()),
         _clip("clip:"),
+        _clip(OPENCLIP),
         Directive("siglip:", ("{}-score", "{}-probability"), ("{}-image", "{}-text")),
     )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch
-        from transformers import AutoConfig, AutoModel
 
         quiet_transformers()
         self._torch = torch
@@ -70,17 +75,18 @@ class Backend(Extractor):
         self.revision = folder_digest(folder)
         dtype = settings.torch_dtype(half_on_gpu=True)
         wants_sigmoid = directive.startswith("siglip:")
-        try:
-            config = AutoConfig.from_pretrained(str(folder))
-            _check_family(directive, config.model_type, wants_sigmoid)
-            model = AutoModel.from_pretrained(str(folder), dtype=dtype, config=config)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            line = str(error).strip().partition("\n")[0][:300]
-            raise InfrastructureError(f"{directive}: {folder} cannot be loaded: {line}") from error
-        self._model: Any = model.to(settings.device).eval()
-        pictures = _openai_pictures(settings) if directive in OPENAI else _own_pictures(folder, settings)
+        if directive.startswith(OPENCLIP):
+            own = openclip.load(directive, folder, settings, dtype)
+            model, config, pictures = own.model, own.model.config, _Pictures(own.crop, own.mean, own.deviation)
+            self._tokens: ClipTokens | FolderTokens = own.tokens
+        else:
+            model = _load(directive, folder, dtype, wants_sigmoid=wants_sigmoid)
+            config = model.config
+            pictures = _openai_pictures(settings) if directive in OPENAI else _own_pictures(folder, settings)
+            self._tokens = _tokens(folder, config)
         _check_size(directive, pictures.crop, config)
-        self._crop, self._tokens = pictures.crop, _tokens(folder, config)
+        self._model: Any = model.to(settings.device).eval()
+        self._crop = pictures.crop
         self._normalise = Normalise(pictures.mean, pictures.deviation, settings.device, dtype)
         self.preparations: tuple[Preparation, ...] = (self._crop, self._tokens)
         width = int(getattr(config, "projection_dim", 0) or config.vision_config.hidden_size)
@@ -97,10 +103,13 @@ class Backend(Extractor):
     @staticmethod
     def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
         place = OPENAI[directive][0] if directive in OPENAI else directive.partition(":")[2]
-        default = WeightSource(place) if place else None
+        marker = openclip.CONFIG if directive.startswith(OPENCLIP) else TRANSFORMER[0]
+        default = WeightSource(place, marker=marker) if place else None
         found = settings.source(default)
         if found is None:
-            raise UsageError(f"{directive}: no such CLIP model; there are {', '.join(OPENAI)}, clip:… and siglip:…")
+            raise UsageError(
+                f"{directive}: no such CLIP model; there are {', '.join(OPENAI)}, clip:…, openclip:… and siglip:…"
+            )
         return [found]
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
@@ -132,6 +141,20 @@ def _unit(features: Any) -> Any:
     """Rows of length one, in float32."""
     features = features.float()
     return features / features.norm(dim=1, keepdim=True)
+
+
+def _load(directive: str, folder: Path, dtype: Any, *, wants_sigmoid: bool) -> Any:
+    """The folder's model, which has to be CLIP or SigLIP."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        _check_family(directive, config.model_type, wants_sigmoid)
+        return AutoModel.from_pretrained(str(folder), dtype=dtype, config=config)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        line = str(error).strip().partition("\n")[0][:300]
+        hint = f"; it is a checkpoint of OpenCLIP: use {OPENCLIP}" if (folder / openclip.CONFIG).is_file() else ""
+        raise InfrastructureError(f"{directive}: {folder} cannot be loaded: {line}{hint}") from error
 
 
 def _check_family(directive: str, model_type: str, wants_sigmoid: bool) -> None:

@@ -82,8 +82,7 @@ class Backend(Extractor):
         [source] = self.sources(directive, settings)
         path = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
         weights, self.revision = read_weights(path)
-        gpu = None if settings.device == "cpu" else int(settings.device.partition(":")[2] or 0)
-        self._session: Any = open_session(weights, path, settings.threads, gpu)[0]
+        self._session: Any = open_session(weights, path, settings.threads, settings.gpu)[0]
         self._input = self._session.get_inputs()[0].name
         self.name = directive
         self._square = CornerSquare()

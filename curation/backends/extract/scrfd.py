@@ -327,8 +327,7 @@ class _Onnx:
 
     def __init__(self, path: Path, settings: ModelSettings) -> None:
         weights, self.revision = read_weights(path)
-        gpu = None if settings.device == "cpu" else int(settings.device.partition(":")[2] or 0)
-        self._session, _ = open_session(weights, path, settings.threads, gpu)
+        self._session, _ = open_session(weights, path, settings.threads, settings.gpu)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) not in (6, 9):
             raise InfrastructureError(

@@ -40,20 +40,28 @@ MAX_CHARACTERS = 10_000
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# What stands for the two marks in a caption itself: to OpenCLIP's tokenizer, which has the same vocabulary, it is this.
+OPENCLIP_MARKS = "<start_of_text>", "<end_of_text>"
+
+
+_PIECES = r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @dataclass(frozen=True, slots=True)
 class ClipTokens:
-    """A caption → ``length`` int32, zeros behind its end.  folder: has vocab.json and merges.txt, or tokenizer.json."""
+    """A caption → ``length`` int32, zeros behind its end.
+
+    folder: has vocab.json and merges.txt, or tokenizer.json.  marks: what in a caption counts as start and end.
+    """
 
     takes: ClassVar[Literal["text"]] = "text"
     folder: str
     length: int = CONTEXT_LENGTH
+    marks: tuple[str, str] = (START, END)
 
     def __call__(self, caption: str) -> NDArray[np.int32]:
         tokens = np.zeros(self.length, np.int32)
-        found = encoder(self.folder).encode(caption, self.length)
+        found = encoder(self.folder, self.marks).encode(caption, self.length)
         tokens[: len(found)] = found
         return tokens
 
@@ -61,14 +69,16 @@ class ClipTokens:
 class Encoder:
     """The byte-pair encoding of one vocabulary."""
 
-    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    def __init__(
+        self, vocabulary: dict[str, int], merges: list[tuple[str, str]], marks: tuple[str, str] = (START, END)
+    ) -> None:
         import regex  # type: ignore[import-untyped]
         from tokenizers.models import BPE
 
         self._start, self._end = vocabulary[START], vocabulary[END]
-        self._special = {START: (self._start,), END: (self._end,)}
+        self._special = dict(zip(marks, ((self._start,), (self._end,)), strict=True))
         self._bpe: Any = BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END)
-        self._find: Any = regex.compile(_PIECES, regex.IGNORECASE).findall
+        self._find: Any = regex.compile("|".join(map(regex.escape, marks)) + _PIECES, regex.IGNORECASE).findall
         self._letters = _letter_of_byte()
 
     def encode(self, caption: str, length: int) -> list[int]:
@@ -86,7 +96,7 @@ class Encoder:
 
 
 @functools.lru_cache(maxsize=4)
-def encoder(folder: str) -> Encoder:
+def encoder(folder: str, marks: tuple[str, str] = (START, END)) -> Encoder:
     """The encoder of a model's folder, read once in a process; InfrastructureError where it is not CLIP's."""
     path = Path(folder)
     try:
@@ -99,7 +109,7 @@ def encoder(folder: str) -> Encoder:
             added = {token["content"]: token["id"] for token in model["added_tokens"]}
             vocabulary = model["model"]["vocab"] | added
             pairs = [m.split() if isinstance(m, str) else m for m in model["model"]["merges"]]
-        return Encoder(vocabulary, [(left, right) for left, right in pairs])
+        return Encoder(vocabulary, [(left, right) for left, right in pairs], marks)
     except MemoryError:
         raise
     except Exception as error:  # a broken file, and tokenizers raises nothing narrower

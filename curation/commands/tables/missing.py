@@ -71,7 +71,7 @@ def how_to_make(names: Iterable[str]) -> str:
     for name in names:
         own = _OWN_NAMES.get(name.lower(), name)
         if (made := _outputs().get(_plain(own))) is not None:
-            models |= dict.fromkeys(_outputs()[_plain(needed)].directive for needed in made.needs)
+            models |= dict.fromkeys(made.needs)
             models[made.directive] = None
             if made.kind == "feature":
                 features[made.name] = None
@@ -83,7 +83,7 @@ def how_to_make(names: Iterable[str]) -> str:
 
 
 class _Output(NamedTuple):
-    """A column or feature that stage 06 computes.  needs: the features of other directives that it is made of."""
+    """A column or feature that stage 06 computes.  needs: the directives whose features it is made of."""
 
     name: str
     kind: Literal["column", "feature"]
@@ -94,14 +94,16 @@ class _Output(NamedTuple):
 @cache
 def _outputs() -> Mapping[str, _Output]:
     """Everything that stage 06 computes, by its plain name."""
-    found = {}
+    found: dict[str, _Output] = {}
     for family in families():
         for directive in (directive for directive in family.directives if not directive.is_prefix):
             columns, features = directive.outputs(directive.name)
             kinds: dict[str, Literal["column", "feature"]] = dict.fromkeys(columns, "column")
             kinds |= dict.fromkeys(features, "feature")
             for name, kind in kinds.items():
-                found[_plain(name)] = _Output(name, kind, directive.name, getattr(family, "needs", ()))
+                # Of directives that give the same column the first is meant: the one that computes least.
+                output = _Output(name, kind, directive.name, directive.needs)
+                found.setdefault(_plain(name), output)
     return MappingProxyType(found)
 
 

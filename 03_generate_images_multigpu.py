@@ -20,6 +20,7 @@ import xxhash
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.generate.loading import pipeline_files
+from curation.backends.generate.parts import Parts, Quantize, find_parts, lora_parts, parts_weights
 from curation.backends.generate.presets import (
     Preset,
     families,
@@ -111,14 +112,23 @@ class Options(RunOptions):
     output: Annotated[FolderName, also("-o", "--edits", "--output_dir")]
     """Folder with the samples' metadata as stage 01 writes it; the generated samples are written there too."""
     model: str = DEFAULT_MODEL
-    """A diffusers pipeline: a short name (--list_models), a hub id, or a local folder.  The default, FLUX.1-schnell, is
-    gated: accept its licence on the hub and give a token, or use z-image-turbo."""
+    """A diffusers pipeline: a short name (--list_models), a hub id, a local folder, or one file of safetensors.  The
+    default, FLUX.1-schnell, is gated: accept its licence on the hub and give a token, or use z-image-turbo."""
+    config: str | None = None
+    """Folder or hub id with the configuration of a --model that is one file.  Default: that of the model that diffusers
+    finds in the file, from the hub."""
     list_models: bool = False
     """Print the models that have short names, with licence, memory and whether they are on this machine, and end."""
     revision: str | None = None
     """Branch, tag or commit of a hub model.  Default: main, at its state when the run starts."""
     variant: str | None = None
     """Which weight files of the model to read, such as fp16."""
+    lora: tuple[str, ...] = ()
+    """LoRAs that are added to the model: files, folders or hub ids, each with :scale behind it if it is not 1."""
+    vae: str | None = None
+    """Another autoencoder: taesd, taesdxl, taesd3 or taef1, which are small and fast, a folder or a hub id."""
+    quantize: Quantize | None = None
+    """fp8: compute the denoiser in 8 bits, on GPUs that can; use it with --compile.  It needs torchao."""
     embedded: bool = False
     """A tiny pipeline with random weights, built on this machine, for tests without a model.  Its pictures are noise
     with the prompt as text."""
@@ -169,8 +179,10 @@ class Options(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if self.embedded and (self.model != DEFAULT_MODEL or self.revision or self.variant):
-            raise UsageError("--embedded brings its own model: leave --model, --revision and --variant out")
+        if self.embedded and (self.model != DEFAULT_MODEL or self.revision or self.variant or self.config):
+            raise UsageError("--embedded brings its own model: leave --model, --config, --revision and --variant out")
+        for value in self.lora:
+            lora_parts(value)
         _ = self.named
 
     @cached_property
@@ -200,7 +212,9 @@ class GenerateImages(Stage[Options]):
     name = "03_generate_images"
     opening = "loading the image model"
     uses_device = True
-    later = MappingProxyType({"true_cfg_scale": Later(before=None, now=None)})
+    later = MappingProxyType(
+        dict.fromkeys(("true_cfg_scale", "config", "lora", "vae", "quantize"), Later(before=None, now=None))
+    )
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
@@ -211,7 +225,13 @@ class GenerateImages(Stage[Options]):
     def source(self) -> ModelSource:
         """The exact model, found without loading it."""
         o = self.options
-        return o.family.find(o.named[0], o.revision, o.variant)
+        return o.family.find(o.named[0], o.revision, o.variant, o.config)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What is put into the model, found without loading it."""
+        o = self.options
+        return find_parts(o.lora, o.vae, o.quantize)
 
     @cached_property
     def preset(self) -> tuple[str | None, Preset]:
@@ -244,13 +264,19 @@ class GenerateImages(Stage[Options]):
 
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
-        return [options.family.weights(options.named[0], options.revision, options.variant)]
+        o = options
+        return [o.family.weights(o.named[0], o.revision, o.variant, o.config), *parts_weights(o.lora, o.vae)]
 
     def fingerprint(self) -> dict[str, object]:
         o, s = self.options, self.settings
         model: dict[str, object] = {"model": s.model}
         try:
             model = {"model": self.source.name, "revision": self.source.revision, "variant": self.source.variant}
+            model |= {
+                "config": self._config_record(),
+                **dict.fromkeys(("lora", "vae", "quantize")),
+                **self.parts.record(),
+            }
         except InfrastructureError as error:
             if not o.dry_run:
                 raise
@@ -260,6 +286,10 @@ class GenerateImages(Stage[Options]):
         speed = ("compile", "channels_last", "fuse_qkv", "text_batches")
         mine = {name: getattr(o, name) for name in (*names, *speed)}
         return {**model, **preset, **mine}
+
+    def _config_record(self) -> dict[str, str] | None:
+        config = self.source.config
+        return {"name": config.name, "revision": config.revision} if config else None
 
     def inputs(self, shard: Shard) -> list[Input]:
         return [
@@ -284,6 +314,7 @@ class GenerateImages(Stage[Options]):
             self.settings,
             negative_prompt=o.negative_prompt,
             prompt_suffix=o.prompt_suffix,
+            parts=self.parts,
             speed_ups=SpeedUps(
                 compile=o.compile, channels_last=o.channels_last, fuse_qkv=o.fuse_qkv, code_beside=self.output
             ),
@@ -409,9 +440,12 @@ class GenerateImages(Stage[Options]):
     ) -> Sample:
         width, height = nearest_size(self.sizes, original, self.fixed_size)
         o, call, source = self.options, self.backend.call, self.source
-        image_model = {"name": source.name, "revision": source.revision, "dtype": self.settings.dtype}
+        image_model: dict[str, Any] = {"name": source.name, "revision": source.revision, "dtype": self.settings.dtype}
         if source.variant:
             image_model["variant"] = source.variant
+        if config := self._config_record():
+            image_model["config"] = config
+        image_model |= self.parts.record()
         prompt_model = {"prompt": made["model"]} if "model" in made else {}
         record = {
             "prompt": prompt,

@@ -63,6 +63,7 @@ TRANSFORMER = ("config.json", "transformers model")
 class ModelSource:
     """One exact model.  ``name`` and ``revision`` go into the dataset, ``location`` (a folder or a hub id) does not.
 
+    config: Of a single file: the model whose configuration it has.
     known: Models with short names, which messages suggest where the hub does not give this one.
     """
 
@@ -70,6 +71,7 @@ class ModelSource:
     location: str
     revision: str
     variant: str | None = None
+    config: ModelSource | None = None
     known: Sequence[Model] = field(default=(), repr=False, compare=False)
 
     @property
@@ -104,7 +106,7 @@ def resolve(
         InfrastructureError: The model is not there, is gated, or is not of the kind.
     """
     if os.path.isdir(model):
-        return _resolve_folder(Path(model), revision, variant, kind)
+        return _resolve_folder(Path(model), revision, variant, kind, asked_by)
     if not is_hub_id(model):
         raise InfrastructureError(
             f"{asked_by} {model}: there is no such folder (nor is it a hub id, organisation/name)"
@@ -113,10 +115,12 @@ def resolve(
     return ModelSource(name=model, location=model, revision=commit, variant=variant, known=known)
 
 
-def _resolve_folder(folder: Path, revision: str | None, variant: str | None, kind: tuple[str, str]) -> ModelSource:
+def _resolve_folder(
+    folder: Path, revision: str | None, variant: str | None, kind: tuple[str, str], asked_by: str
+) -> ModelSource:
     marker, called = kind
     if not (folder / marker).is_file():
-        raise InfrastructureError(f"--model {folder}: not a {called} (it has no {marker})")
+        raise InfrastructureError(f"{asked_by} {folder}: not a {called} (it has no {marker})")
     path = str(folder.absolute())
     commit = folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
     found = commit or folder_digest(folder)
@@ -140,18 +144,31 @@ def folder_digest(folder: Path) -> str:
             relative = path.relative_to(folder)
             if any(part.startswith(".") for part in relative.parts) or path.suffix not in suffixes:
                 continue
-            if not path.is_file():
-                continue
-            size = path.stat().st_size
-            digest.update(f"{relative.as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
-            with open(path, "rb") as file:
-                digest.update(file.read(_HEAD_BYTES))
-                for index in range(_SAMPLES if size > _HEAD_BYTES else 0):
-                    file.seek(_HEAD_BYTES + (size - _HEAD_BYTES) * index // _SAMPLES)
-                    digest.update(file.read(_SAMPLE_BYTES))
+            if path.is_file():
+                _add_samples(digest, relative.as_posix(), path)
     except OSError as error:
         raise InfrastructureError(f"--model {folder}: cannot be read ({error.strerror})") from error
     return f"local-{digest.hexdigest()}"
+
+
+def file_digest(path: Path, asked_by: str = "--model") -> str:
+    """The same of one file, whatever it is called."""
+    digest = xxhash.xxh3_64()
+    try:
+        _add_samples(digest, "", path)
+    except OSError as error:
+        raise InfrastructureError(f"{asked_by} {path}: cannot be read ({error.strerror})") from error
+    return f"local-{digest.hexdigest()}"
+
+
+def _add_samples(digest: xxhash.xxh3_64, name: str, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+    with open(path, "rb") as file:
+        digest.update(file.read(_HEAD_BYTES))
+        for index in range(_SAMPLES if size > _HEAD_BYTES else 0):
+            file.seek(_HEAD_BYTES + (size - _HEAD_BYTES) * index // _SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))
 
 
 def _hub_commit(model: str, revision: str, marker: str, asked_by: str, known: Sequence[Model]) -> str:

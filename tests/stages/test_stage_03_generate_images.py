@@ -777,6 +777,54 @@ def test_a_model_without_a_preset_is_told_with_its_cost(root: Path, tmp_path: Pa
     assert str(tmp_path) not in line.split("--model")[1]
 
 
+def test_another_vae_is_recorded_and_makes_other_pictures(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import AutoencoderTiny
+
+    small = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny(**small).save_pretrained(tmp_path / "my-vae")
+    flags = ["--vae", str(tmp_path / "my-vae")]
+    assert run(root, *flags) == 0
+    image = {json.dumps(value["curation"]["models"]["image"]) for value in metadata_of(root).values()}
+    [vae] = [json.loads(model)["vae"] for model in image]
+    assert vae["name"] == "my-vae" and vae["digest"].startswith("local-")
+    path = root / "edits" / "_receipts" / NAME / "_epoch.1.json"
+    recorded = json.loads(path.read_bytes())["options"]
+    assert (recorded["vae"], recorded["lora"], recorded["quantize"]) == (vae, None, None)
+    assert run(root) == 2 and "vae" in capsys.readouterr().err
+    with on_batch(monkeypatch) as sizes:
+        assert run(root, *flags, "--rerun") == 0
+        assert sizes == [], "the same recipe"
+        assert run(root, "--rerun") == 0
+    assert sum(sizes) == 10
+    assert all("vae" not in value["curation"]["models"]["image"] for value in metadata_of(root).values())
+
+
+def test_what_changes_pictures_and_cannot_be_is_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, message in (
+        (["--quantize", "fp8"], "--quantize fp8: needs --dtype bfloat16, not float32"),
+        (["--lora", "x:99"], "--lora x:99: the scale behind the colon must be between -10 and 10, and not 0"),
+        (["--vae", str(root)], "is no autoencoder of diffusers"),
+        (["--config", "a/b"], "--embedded brings its own model: leave --model, --config"),
+    ):
+        assert run(root, *flags) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_model_in_one_file_is_recorded_with_its_configuration(root: Path, tmp_path: Path) -> None:
+    from tests.backends.test_generate_parts import save_single_file
+
+    save_tiny_sd(tmp_path / "tiny-sd")
+    file = save_single_file(tmp_path / "tiny-sd", tmp_path / "my-sd.safetensors")
+    small = ["--model", str(file), "--config", str(tmp_path / "tiny-sd"), "--steps", "1", "--guidance", "0", "--quiet"]
+    assert run(root, small=[*small, "--dtype", "float32", "--height", "64", "--width", "64"]) == 0
+    [image] = {json.dumps(value["curation"]["models"]["image"]) for value in metadata_of(root).values()}
+    model = json.loads(image)
+    assert (model["name"], model["config"]["name"]) == ("my-sd.safetensors", "tiny-sd")
+    assert str(tmp_path) not in image
+
+
 def test_a_gpu_that_torch_cannot_use_is_told(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,11 +15,13 @@ import numpy.typing as npt
 from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
 from curation.backends.generate.cost import tflop_a_picture
 from curation.backends.generate.loading import load_pipeline, pipeline_weights
+from curation.backends.generate.parts import Parts, check_fp8, put_in, quantize_fp8
 from curation.backends.generate.presets import Preset, known_models
 from curation.backends.generate.reading import Reading, TextWindow, text_window
+from curation.backends.generate.single_file import config_weights, find_single_file, is_single_file
 from curation.backends.generate.text_lengths import pad_texts
 from curation.edits import with_suffix
-from curation.errors import DeviceError, InfrastructureError, SampleError, device_failure
+from curation.errors import DeviceError, InfrastructureError, SampleError, UsageError, device_failure
 from curation.models import compiling
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
 from curation.models.hub_cache import ModelSource, resolve
@@ -129,6 +131,7 @@ class Backend:
         negative_prompt: str = "",
         prompt_suffix: str = "",
         speed_ups: SpeedUps | None = None,
+        parts: Parts | None = None,
         device: str = "cpu",
         threads: int = 1,
         remember_in: Path | None = None,
@@ -143,6 +146,7 @@ class Backend:
             negative_prompt: What the pictures should not show.
             prompt_suffix: What ``read`` puts behind every prompt.
             speed_ups: Default: none.
+            parts: What is put into the pipeline.  Default: nothing.
             device: ``cpu``, ``cuda:<n>`` or ``xpu:<n>``.
             threads: CPU threads for torch.
             remember_in: A folder for batch sizes that were found to fit.
@@ -156,6 +160,7 @@ class Backend:
         self.source = source
         self.device = device
         self.speed_ups = speed_ups or SpeedUps()
+        self.parts = parts or Parts()
         self.prompt_suffix = prompt_suffix
         self.tflop: float | None = None
         self._thread = ThreadPoolExecutor(1, "device")
@@ -167,13 +172,19 @@ class Backend:
             raise
 
     @classmethod
-    def find(cls, model: str, revision: str | None, variant: str | None) -> ModelSource:
-        """The exact model, found without loading it; see ``hub_cache.resolve``."""
+    def find(cls, model: str, revision: str | None, variant: str | None, config: str | None = None) -> ModelSource:
+        """The exact model, found without loading it; see ``hub_cache.resolve`` and ``find_single_file``."""
+        if is_single_file(model):
+            return find_single_file(model, config, revision, variant)
+        if config:
+            raise UsageError(f"--config {config}: is for a --model that is one file; leave it out")
         return resolve(model, revision, variant, known=known_models())
 
     @classmethod
-    def weights(cls, model: str, revision: str | None, variant: str | None) -> WeightsNeed:
+    def weights(cls, model: str, revision: str | None, variant: str | None, config: str | None = None) -> WeightsNeed:
         """What has to be on this machine before the model can be loaded."""
+        if is_single_file(model):
+            return config_weights(model, config)
         return pipeline_weights(model, revision, variant)
 
     def close(self) -> None:
@@ -195,9 +206,12 @@ class Backend:
         source, device = self.source, self.device
         torch.set_num_threads(threads)
         self.device_kind = use_device(device)
+        if self.parts.quantize:
+            check_fp8(settings.dtype, device)
         if self.speed_ups.compile != "none":
             self._set_up_compiler()
         self.pipeline = load_pipeline(source, settings.dtype, device) if pipeline is None else pipeline
+        put_in(self.pipeline, self.parts, device)
         self.call = PipelineCall(self.pipeline, settings, negative_prompt)
         self.window: TextWindow | None = text_window(self.pipeline, self.call.encode_prompt, self.call.text_tokens)
         self._check_texts()
@@ -388,6 +402,8 @@ class Backend:
                 # the layout is for images; convolutions over time, as in Qwen-Image's VAE, have one more dimension
                 if module is not None and not any(parameter.ndim == 5 for parameter in module.parameters()):
                     module.to(memory_format=torch.channels_last)
+        if self.parts.quantize:
+            quantize_fp8(self.pipeline)
         if speed_ups.compile == "none":
             return
         mode = "max-autotune-no-cudagraphs" if speed_ups.compile == "max" else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.backends.generate.presets import known_models
+from curation.backends.generate.single_file import load_single_file
 from curation.errors import InfrastructureError, SampleError
 from curation.jsonio import parse_json_object
 from curation.models.hub_cache import PIPELINE, ModelSource, import_bitsandbytes, quiet_transformers, snapshot
@@ -35,7 +36,10 @@ def load_pipeline(source: ModelSource, dtype: str, device: str) -> Any:
     from safetensors import SafetensorError
 
     try:
-        pipeline = _from_cache(source, dtype) or _from_folder(Path(download(source)), source, dtype)
+        if source.config is not None:
+            pipeline = load_single_file(source, source.config, dtype)
+        else:
+            pipeline = _from_cache(source, dtype) or _from_folder(Path(download(source)), source, dtype)
         pipeline.to(device)
     except torch.OutOfMemoryError as error:
         raise InfrastructureError(f"--model {source.location}: does not fit on {device} in {dtype}") from error
@@ -97,6 +101,7 @@ def pipeline_files(source: ModelSource) -> Path | None:
     Returns:
         The folder; None where there is none, and the hub does not give that file.
     """
+    source = source.config or source
     if source.is_folder:
         return Path(source.location)
     from huggingface_hub import hf_hub_download

@@ -91,11 +91,11 @@ class Backend(diffusers.Backend):
         return LetteredImages(images, [request.prompt for request in requests])
 
     @classmethod
-    def find(cls, model: str, revision: str | None, variant: str | None) -> ModelSource:
+    def find(cls, model: str, revision: str | None, variant: str | None, config: str | None = None) -> ModelSource:
         return embedded_source()
 
     @classmethod
-    def weights(cls, model: str, revision: str | None, variant: str | None) -> WeightsNeed:
+    def weights(cls, model: str, revision: str | None, variant: str | None, config: str | None = None) -> WeightsNeed:
         return _Embedded(embedded_source())
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, ClassVar, Literal
 
 from curation import backends
 from curation.caption import (
+    Attention,
     CaptionLoader,
     CaptionSample,
     CaptionSettings,
@@ -150,6 +151,10 @@ class Options(HubOptions, RunOptions):
     """Keep on the CPU the part of the model that does not fit on the GPU.  For small GPUs; slower."""
     compile: Compile = "none"
     """Florence-2 on a GPU: each step as one CUDA graph; or also the image encoder.  The first batches take minutes."""
+    attention: Attention | None = None
+    """How attention is computed.  auto, the default: by torch, and for Qwen in one call for all windows of one length;
+    sdpa: as transformers calls torch, as in output folders from versions before 0.5.0; flash: by the package
+    flash-attn, on a GPU."""
     ports: Annotated[str, LISTED] = "8000"
     """Ports of the vision servers on this machine, with --model endpoint:<the server's model>."""
     endpoints: Annotated[str | None, URLS, LISTED] = None
@@ -214,7 +219,7 @@ class Options(HubOptions, RunOptions):
     @property
     def captioner(self) -> tuple[Family, str]:
         """The family of --model, and its hub id, folder, or name on the model servers."""
-        return resolve(self.model, backends.families("caption"))
+        return resolve(self.model, backends.families("caption"), self.revision)
 
     def of_the_run(self) -> "Options":
         """The same options as the workers get them: a trial is a run into a folder of its own, and there is a process
@@ -234,7 +239,10 @@ class Recaption(Stage[Options]):
 
     name = "05_recaption"
     opening = "loading the captioning model"
-    later: ClassVar[Mapping[str, Later]] = {"max_words": Later(before=0, now="auto")}
+    later: ClassVar[Mapping[str, Later]] = {
+        "max_words": Later(before=0, now="auto"),
+        "attention": Later(before="sdpa", now="auto"),
+    }
     kept_by_rerun = "Captions of the same model, prompt and settings are taken over, not made again."
 
     def __init__(self, options: Options, limits: dict[str, int]) -> None:
@@ -296,6 +304,7 @@ class Recaption(Stage[Options]):
             "dtype",
             "quantize",
             "compile",
+            "attention",
         )
         watermarks = hashlib.sha256(self._watermark_file.read_bytes()).hexdigest() if self._watermark_file else None
         model: dict[str, str] = {}
@@ -334,6 +343,7 @@ class Recaption(Stage[Options]):
             dtype=o.dtype,
             compile=o.compile,
             code_beside=self.output,
+            attention=o.attention or "auto",
             ports=o.ports,
             endpoints=o.endpoints,
             endpoints_dir=Path(o.endpoints_dir) if o.endpoints_dir else None,

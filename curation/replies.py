@@ -167,6 +167,7 @@ _TAG = re.compile(
 )
 # gpt-oss: <|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…<|return|>
 _FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<\n]{0,40}(?:<\|constrain\|>[^<\n]{0,40})?(?:<\|message\|>)?")
+_CHANNEL_MARKS = frozenset(("<|channel|>", "<|message|>", "<|constrain|>"))
 _CHANNEL_ENDS = re.compile(r"<\|(?:end|return|start|call)\|>")
 _ANSWER = re.compile(
     r"\s*(?:<(?P<tag>(?:final_)?answer|response|solution|final|output)>(?P<inner>.*)</(?P=tag)>"
@@ -214,6 +215,19 @@ def without_reasoning(text: str) -> tuple[str, bool]:
     if answer := _ANSWER.fullmatch(rest):
         rest = answer["inner"] or answer["boxed"] or answer["response"] or ""
     return rest, True
+
+
+def open_reasoning(text: str) -> str:
+    """The mark that begins a model's reasoning and has no end in ``text``; "" where there is none."""
+    opened = ""
+    for tag in _TAG.finditer(text):
+        opened = tag["start"] or ""
+    return opened
+
+
+def is_reasoning_mark(token: str) -> bool:
+    """Whether a token begins or ends a model's reasoning, alone or with the word behind it."""
+    return any(_TAG.fullmatch(token.strip() + word) for word in ("", "thought")) or token in _CHANNEL_MARKS
 
 
 # ---- what is no result

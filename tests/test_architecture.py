@@ -39,6 +39,7 @@ DYNAMIC_IMPORTS = {
     "curation/__main__.py": "the command that was asked for",
     "curation/backends/__init__.py": "the model that was asked for",
     "curation/backends/llm/embedded.py": "the package that carries the language model",
+    "curation/backends/caption/torchless.py": "classes of transformers that need torchvision",
     "curation/commands/stages.py": "a stage's script by its path",
     "curation/extract/plugins.py": "a user's file of extractors",
     "curation/models/hub_cache.py": "bitsandbytes, which fails in its own ways",

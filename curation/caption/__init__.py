@@ -7,6 +7,7 @@ caption with its key and everything that is known of its image; each output form
 
 from curation.caption.batching import ShardCaptioner
 from curation.caption.captioner import (
+    Attention,
     CaptionSettings,
     Compile,
     Detail,
@@ -32,6 +33,7 @@ from curation.caption.rows import (
 )
 
 __all__ = [
+    "Attention",
     "CaptionLoader",
     "CaptionSample",
     "CaptionSettings",

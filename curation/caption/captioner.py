@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import xxhash
 
 from curation.errors import InfrastructureError, SampleError
-from curation.models.hub_cache import TRANSFORMER
+from curation.models.hub_cache import TRANSFORMER, hub_config
 from curation.models.known import Model, find, model_of
 from curation.models.needs import WeightsNeed
 from curation.replies import Reply
@@ -21,6 +21,7 @@ from curation.replies import Reply
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
 Compile = Literal["none", "decode", "all"]
+Attention = Literal["auto", "sdpa", "flash"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -43,6 +44,7 @@ class Family:
         models: The models that have short names.
         served: Model servers load the model, and it is named ``<family>:<the server's name for it>``.
         chats: Its models answer as in a chat, so that they may refuse, reason or introduce their answer.
+        general: It opens models of many types in the same way.  A type that another family has too belongs to that one.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Family:
     models: tuple[Model, ...] = ()
     served: bool = False
     chats: bool = True
+    general: bool = False
 
 
 WARMER, HOTTEST = 0.4, 1.5
@@ -104,6 +107,8 @@ class CaptionSettings:
         compile: ``decode``: keys and values stay in place, and on a GPU each step is one captured graph; ``all``: the
             encoder of the images is compiled too.
         code_beside: The output folder beside whose files compiled code is kept for all workers; None: in torch's own.
+        attention: ``sdpa``: torch's, as transformers calls it; ``auto``: the same in fewer calls, where the family has
+            that; ``flash``: by the package flash-attn.
         ports, endpoints, endpoints_dir: Where the model servers are; see ``endpoint_urls`` and ``Registry``.
         timeout_s: Seconds that a server has for one caption.
         load_timeout_s: Seconds that it has to load its model.
@@ -123,6 +128,7 @@ class CaptionSettings:
     dtype: str = "auto"
     compile: Compile = "none"
     code_beside: Path | None = None
+    attention: Attention = "auto"
     ports: str = ""
     endpoints: str | None = None
     endpoints_dir: Path | None = None
@@ -206,12 +212,16 @@ class CaptionBackend(Protocol):
         """Release the device."""
 
 
-def resolve(model: str, families: Mapping[str, Family]) -> tuple[Family, str]:
+def resolve(model: str, families: Mapping[str, Family], revision: str | None = None) -> tuple[Family, str]:
     """Find the family and the source that a value of ``--model`` means.
+
+    The ``model_type`` in the ``config.json`` decides, of a folder and of a model on the hub.  Where the hub's is
+    neither in the cache nor to be had, the model's name does.
 
     Args:
         model: A short name, a hub id, a folder, or ``endpoint:`` and the name that a server has for its model.
         families: By name, as ``curation.backends.families`` finds them.
+        revision: Branch, tag or commit of a model on the hub.
 
     Returns:
         The family, and the hub id, the folder or the server's name for the model.
@@ -224,19 +234,21 @@ def resolve(model: str, families: Mapping[str, Family]) -> tuple[Family, str]:
         return families[prefix], rest
     name, _ = named(model, families)
     if os.path.isdir(name):
-        return _family_of_folder(name, families), name
+        return _family_of_type(name, _folder_type(name), families), name
     for family in families.values():
         if (known := find(name, family.models)) is not None:
             return family, known.source
     if not _HUB_ID.fullmatch(name):
         raise InfrastructureError(f"--model {name}: there is no such folder (nor is it a hub id, organisation/name)")
+    if (config := hub_config(name, revision or "main")) is not None:
+        return _family_of_type(name, config.get("model_type"), families), name
     hub_name = name.lower().partition("/")[2].replace("_", "-")
-    for family in families.values():
+    for family in _special_first(families):
         if family.hub_names is not None and re.search(family.hub_names, hub_name):
             return family, name
     raise InfrastructureError(
-        f"--model {name}: its name fits no family ({', '.join(families)}); the config.json of a local folder says "
-        "which it is"
+        f"--model {name}: the hub does not give its config.json, and its name fits no family ({', '.join(families)}); "
+        "give a folder with the model, or try again where there is internet"
     )
 
 
@@ -253,16 +265,26 @@ def named(model: str, families: Mapping[str, Family]) -> tuple[str, str]:
     return model_of(model, known_models(families), TRANSFORMER[0])
 
 
-def _family_of_folder(folder: str, families: Mapping[str, Family]) -> Family:
+def _special_first(families: Mapping[str, Family]) -> list[Family]:
+    return sorted(families.values(), key=lambda family: family.general)
+
+
+def _folder_type(folder: str) -> object:
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            model_type = json.load(file)["model_type"]
+            return json.load(file)["model_type"]
     except OSError:
         raise InfrastructureError(f"--model {folder}: not the folder of a model (it has no config.json)") from None
     except (ValueError, KeyError, TypeError):
         raise InfrastructureError(f"--model {folder}: its config.json has no model_type") from None
-    for family in families.values():
+
+
+def _family_of_type(model: str, model_type: object, families: Mapping[str, Family]) -> Family:
+    for family in _special_first(families):
         if model_type in family.model_types:
             return family
-    types = ", ".join(kind for family in families.values() for kind in family.model_types)
-    raise InfrastructureError(f"--model {folder}: its model_type is {model_type!r}; the families here load {types}")
+    types = ", ".join(sorted({kind for family in families.values() for kind in family.model_types}))
+    raise InfrastructureError(
+        f"--model {model}: its model_type is {str(model_type)[:80]!r}; the families here load {types}.  A model server "
+        "may have it: --model endpoint:<its name there>"
+    )

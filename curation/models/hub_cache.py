@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -212,6 +215,37 @@ def cached_commit(model: str, revision: str, marker: str) -> str | None:
 
     found = try_to_load_from_cache(model, marker, revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
+
+
+@cache
+def hub_config(model: str, revision: str) -> dict[str, Any] | None:
+    """The ``config.json`` of a model on the hub: from the hub's cache, else from the hub, which is asked once.
+
+    Args:
+        model: The hub id.
+        revision: A commit, branch or tag.
+
+    Returns:
+        Its content; None where it cannot be had, for whatever reason.  What loads the model finds the reason.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import hf_hub_download
+
+    unreadable: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
+    cached = cached_commit(model, revision, TRANSFORMER[0])
+    try:
+        path = hf_hub_download(
+            model,
+            TRANSFORMER[0],
+            revision=cached or revision,
+            etag_timeout=HUB_TIMEOUT_S,
+            local_files_only=bool(cached),
+        )
+        config = json.loads(Path(path).read_bytes())
+    except unreadable:
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def snapshot(model: str, commit: str) -> Path:

@@ -99,6 +99,33 @@ def save_gemma3(folder: Path) -> None:
     _save(Gemma3ForConditionalGeneration(config), processor, folder, eos="<end_of_turn>")
 
 
+def save_paligemma(folder: Path) -> None:
+    """PaliGemma 2: the language model is Gemma 2, and there is no chat template."""
+    from transformers import (
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipImageProcessorPil,
+    )
+
+    tokenizer = _byte_tokenizer(
+        "<pad>", "<eos>", "<bos>", pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", image_token="<image>"
+    )
+    images = SiglipImageProcessorPil(size={"height": 56, "width": 56}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images.image_seq_length = 16
+    processor = PaliGemmaProcessor(images, tokenizer)
+    config = PaliGemmaConfig(
+        text_config={
+            **TEXT, "model_type": "gemma2", "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 4096,
+            "query_pre_attn_scalar": 8, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        },
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 32},
+        projection_dim=32,
+        image_token_index=tokenizer.image_token_id,
+    )  # fmt: skip
+    _save(PaliGemmaForConditionalGeneration(config), processor, folder)
+
+
 def save_llava_next(folder: Path) -> None:
     from transformers import (
         LlavaNextConfig,
@@ -155,10 +182,12 @@ def _qwen(folder: Path, generation: str) -> None:
     import transformers
     from transformers import Qwen2VLImageProcessorPil
 
-    prefix = {"2": "Qwen2VL", "2.5": "Qwen2_5_VL", "3": "Qwen3VL"}[generation]
+    prefixes = {"2": "Qwen2VL", "2.5": "Qwen2_5_VL", "3": "Qwen3VL", "3-moe": "Qwen3VLMoe", "3.5": "Qwen3_5"}
+    prefix = {**prefixes, "3.5-moe": "Qwen3_5Moe"}[generation]
+    is_third = generation.startswith("3")
     tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     tokenizer = _chat_tokenizer(*tokens, image_token="<|image_pad|>", video_token="<|video_pad|>")
-    patch = 16 if generation == "3" else 14
+    patch = 16 if is_third else 14
     vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": patch}
     if generation == "2":
         vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
@@ -166,13 +195,21 @@ def _qwen(folder: Path, generation: str) -> None:
         vision |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
     if generation == "2.5":
         vision |= {"fullatt_block_indexes": [1], "window_size": 56}
-    if generation == "3":
+    if is_third:
         vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {**TEXT, "vocab_size": len(tokenizer), "rope_parameters": rope, "tie_word_embeddings": False}
-    if generation == "3":
+    if is_third:
         text |= {"head_dim": 8}
-        rope["mrope_interleaved"] = True
+        rope |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+    if generation.startswith("3.5"):  # three quarters of its layers have no attention, but a state
+        text |= {
+            "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        }  # fmt: skip
+    if generation.endswith("moe"):
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        text |= {"shared_expert_intermediate_size": 32} if generation.startswith("3.5") else {}
     ids = {
         name: tokenizer.convert_tokens_to_ids(token)
         for name, token in zip(
@@ -183,7 +220,7 @@ def _qwen(folder: Path, generation: str) -> None:
     images = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}, patch_size=patch, merge_size=2
     )
-    kind = f"{prefix}Processor" if generation != "2.5" else "Qwen2_5_VLProcessor"
+    kind = "Qwen3VLProcessor" if is_third else "Qwen2_5_VLProcessor" if generation == "2.5" else f"{prefix}Processor"
     processor = _images_only(getattr(transformers, kind))(
         images, tokenizer, chat_template=CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     )
@@ -204,14 +241,30 @@ def save_qwen3_vl(folder: Path) -> None:
     _qwen(folder, "3")
 
 
+def save_qwen3_vl_moe(folder: Path) -> None:
+    _qwen(folder, "3-moe")
+
+
+def save_qwen3_5(folder: Path) -> None:
+    _qwen(folder, "3.5")
+
+
+def save_qwen3_5_moe(folder: Path) -> None:
+    _qwen(folder, "3.5-moe")
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "florence2": save_florence2,
     "gemma3": save_gemma3,
+    "paligemma": save_paligemma,
     "llava_next": save_llava_next,
     "llava_onevision": save_llava_onevision,
     "qwen2_vl": save_qwen2_vl,
     "qwen2_5_vl": save_qwen2_5_vl,
     "qwen3_vl": save_qwen3_vl,
+    "qwen3_vl_moe": save_qwen3_vl_moe,
+    "qwen3_5": save_qwen3_5,
+    "qwen3_5_moe": save_qwen3_5_moe,
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from curation import backends
+from curation.backends.caption import quantized, reasoning
 from curation.backends.caption.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
 from curation.backends.caption.packing import Inputs as Inputs
 from curation.backends.caption.packing import Packer, together
@@ -48,6 +49,7 @@ from curation.models.hub_errors import hub_error_line, hub_errors, hub_trouble
 from curation.models.known import Model
 from curation.models.needs import HubFile, WeightsNeed, whole_model
 from curation.models.weights import MODEL_FILES
+from curation.options import logger
 from curation.replies import CUT, WHOLE, Reply
 
 # Modules that keep 16 bits under --quantize, as patterns of their whole names: they are small, and rounding hurts them.
@@ -156,11 +158,13 @@ class VisionLanguageModel:
         unquantized: See UNQUANTIZED.
         asked: What the model is asked in words.
         compiled: What a receipt says of compiled code; None where there is none.
+        thought_tokens: For the reasoning before a caption, beside the caption's own.
     """
 
     family: Family
     asked = ""
     compiled: Mapping[str, object] | None = None
+    thought_tokens = 0
     processor_class: str | None = None
     half_overflows = False
     squeezes = False
@@ -186,6 +190,8 @@ class VisionLanguageModel:
             raise UsageError(f"--quantize {s.quantize} needs the package bitsandbytes: {install('bitsandbytes')}")
         if s.offload and device != "cpu" and importlib.util.find_spec("accelerate") is None:
             raise InfrastructureError(f"--offload needs accelerate: {install('accelerate')}")
+        if s.attention == "flash":
+            _check_flash(device, s.dtype)
         self.source = resolve(source, s.revision, kind=TRANSFORMER, known=_known())
         self.name, self.revision, self.device = self.source.name, self.source.revision, device
         self.max_tokens = s.max_tokens or self.family.max_tokens
@@ -251,6 +257,9 @@ class VisionLanguageModel:
         """Read the captions from the tokens that ``generate`` returned."""
         # After its end a row is padded, by some models with a word.
         rows = [row[: self._end(row)] for row in sequences[:, prompt_length:].tolist()]
+        return self._decoded(rows)
+
+    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
         texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
@@ -313,7 +322,7 @@ class VisionLanguageModel:
 
     def _caption(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt) -> list[Reply]:
         torch = self._torch
-        tokens = attempt.tokens(self.max_tokens)
+        tokens = attempt.tokens(self.max_tokens + self.thought_tokens)
         rows = [*batch, *[batch[-1]] * (padded_rows(len(batch)) - len(batch) if self._caches else 0)]
         joined = self._joined(rows)
         moved = {name: self._to_device(tensor) for name, tensor in joined.items()}
@@ -352,7 +361,8 @@ class VisionLanguageModel:
         processors: list[Any] = [NoRepeatedNgrams(self._ngram)] if self._ngram else []
         if (temperature := attempt.temperature(self.settings.temperature)) > 0:
             padded = [*seeds, *[0] * (rows - len(seeds))]
-            processors.append(SeededSampling(temperature, padded, attempt.tokens(self.max_tokens)))
+            most = attempt.tokens(self.max_tokens + self.thought_tokens)
+            processors.append(SeededSampling(temperature, padded, most))
         return processors
 
     def _to_device(self, tensor: Any) -> Any:
@@ -429,6 +439,10 @@ class VisionLanguageModel:
         from transformers import AutoModelForImageTextToText
 
         arguments: dict[str, Any] = {}
+        if self.settings.attention == "flash":
+            arguments["attn_implementation"] = "flash_attention_2"
+        if method := self._checked_method(folder):
+            arguments["device_map"] = {"": self.device}
         if quantize := self.settings.quantize:
             arguments |= {"quantization_config": self._quantization(quantize), "device_map": {"": self.device}}
         if self.settings.offload:
@@ -447,9 +461,21 @@ class VisionLanguageModel:
             raise ValueError(f"its weights are not those of {kind} ({missing[0]} is missing or misshapen)")
         if "device_map" not in arguments:
             model.to(self.device)
+        if method:
+            self.dtype = model.dtype  # some kinds compute in another precision than was asked for
         model.eval()
         self.generation = self._generation(model.generation_config)
         return model
+
+    def _checked_method(self, folder: Path) -> str | None:
+        """The kind in which the checkpoint is quantised, None for none.  Raises where it cannot be loaded here."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        method = quantized.method_of(config)
+        if method is not None:
+            quantized.check(self.source.name, method, self.device, self.settings.quantize)
+        return method
 
     def _placement(self) -> dict[str, Any]:
         """Put on the GPU what fits, from the first layer on.  Without a GPU everything is in the machine's memory."""
@@ -486,6 +512,15 @@ class VisionLanguageModel:
         if settings.pad_token_id is None:
             settings.pad_token_id = self.processor.tokenizer.pad_token_id
         return settings
+
+
+def _check_flash(device: str, dtype: str) -> None:
+    if not device.startswith("cuda"):
+        raise UsageError("--attention flash: it needs a GPU, and this process computes on the CPU; leave it out")
+    if dtype == "float32":
+        raise UsageError("--attention flash: it needs 16 bits; leave out --dtype float32")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise InfrastructureError(f"--attention flash needs the package flash-attn: {install('flash_attn')}")
 
 
 def _known() -> tuple[Model, ...]:
@@ -540,16 +575,44 @@ class ChatCaptioner(VisionLanguageModel):
 
     def _configure(self, prompt: str | None) -> None:
         self.asked = prompt or question(self.settings, self.max_tokens, self.prompts)
-        content = [{"type": "image"}, {"type": "text", "text": self.asked}]
-        if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
+        template = self.processor.chat_template or self.processor.tokenizer.chat_template
+        if not template:
             raise ValueError("it has no chat template")
-        self._text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        self._text, self._begun = self._prompt_without_thought(str(template))
+        self._marks = reasoning.special_marks(self.processor.tokenizer)
         first = self.processor.tokenizer.bos_token
         self._adds_first = not (
             first and self._text.startswith(first)
         )  # some templates write it, others leave it to the tokenizer
+
+    def _prompt_without_thought(self, template: str) -> tuple[str, str]:
+        """The text for the model, and the mark with which it begins the model's reasoning, "" where it does not.
+
+        The reasoning is turned off where the template can do that.  Else there is room for it, and it is cut from the
+        captions.
+        """
+        off = reasoning.switched_off(template)
+        text = self._prompt(**off)
+        begun = reasoning.begun_by(text, self.asked)
+        if begun or (reasoning.is_thinking_checkpoint(self.name) and not off):
+            self.thought_tokens = reasoning.THOUGHT_TOKENS
+            logger.info(
+                f"{self.name} reasons before it answers, and its chat template cannot turn that off: the reasoning, of "
+                f"up to {self.thought_tokens:,} tokens an image, is cut from the captions.  A checkpoint without it is "
+                "several times as fast"
+            )
+        return text, begun
+
+    def _prompt(self, **variables: bool) -> str:
+        """The chat template filled in.  variables: for the template, beside the messages."""
+        content = [{"type": "image"}, {"type": "text", "text": self.asked}]
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **variables
+        )
+        return text
+
+    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return [self._begun + text for text in reasoning.decoded(self.processor.tokenizer, rows, self._marks)]
 
     def _inputs(self, image: Any) -> Inputs:
         made = self._process(image)

@@ -21,7 +21,7 @@ class Backend(ChatCaptioner):
         batch_size=1,
         max_tokens=256,
         model_types=("gemma3",),
-        hub_names=r"gemma-?3(?!n)",
+        hub_names=r"(?<![a-z])gemma-?3(?!n)",
         models=(
             _model("4b", 4.300, "style, medium, palette, mood"),
             _model("12b", 12.187, "the same, better"),

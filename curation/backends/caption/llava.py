@@ -19,7 +19,7 @@ class Backend(ChatCaptioner):
         batch_size=48,
         max_tokens=120,
         model_types=("llava", "llava_next", "llava_onevision"),
-        hub_names=r"llava",
+        hub_names=r"llava(?!.*(video|onevision-1\.5))",
         models=(
             _model("llava-1.6", "llava-v1.6-mistral-7b-hf", 7.567, "plain descriptions", "llava"),
             _model("llava-onevision-0.5b", "llava-onevision-qwen2-0.5b-ov-hf", 0.894, "small cards"),

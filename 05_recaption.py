@@ -25,6 +25,7 @@ from curation.caption import (
     Detail,
     Family,
     Format,
+    Gather,
     Quantize,
     ShardCaptioner,
     finish_parquet,
@@ -83,7 +84,7 @@ MORE_MODELS = (
 JSONL_NAME = "captions.jsonl"
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
 SHARDS_AT_SERVERS = 3  # while the last answers for one arrive, the next one's images are asked
-NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
+NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark", "gather")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,10 @@ class Options(HubOptions, RunOptions):
     batch_size: Annotated[int | Literal["auto"], also("-b"), at_least(1)] = "auto"
     """Images that are captioned at once; halved if memory runs out.  auto: determined by trials on a GPU, otherwise the
     family's default."""
+    gather: Gather | None = None
+    """What waits until a batch of one shape is complete.  images, the default: the images as they are in the shard, so
+    that batches of models with many shapes are full; tensors: at most 1 GiB with what the model takes, as in output
+    folders from versions before 0.5.0."""
     dataloader_num_workers: Annotated[int | None, at_least(1)] = None
     """Threads that decode and prepare images ahead of the model.  Default: the cores that this process was given."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -234,7 +239,10 @@ class Recaption(Stage[Options]):
 
     name = "05_recaption"
     opening = "loading the captioning model"
-    later: ClassVar[Mapping[str, Later]] = {"max_words": Later(before=0, now="auto")}
+    later: ClassVar[Mapping[str, Later]] = {
+        "max_words": Later(before=0, now="auto"),
+        "gather": Later(before="tensors", now="images"),
+    }
     kept_by_rerun = "Captions of the same model, prompt and settings are taken over, not made again."
 
     def __init__(self, options: Options, limits: dict[str, int]) -> None:
@@ -292,6 +300,7 @@ class Recaption(Stage[Options]):
             "temperature",
             "seed",
             "batch_size",
+            "gather",
             "dtype",
             "quantize",
             "compile",
@@ -332,6 +341,7 @@ class Recaption(Stage[Options]):
             threads=self._threads,
             dtype=o.dtype,
             compile=o.compile,
+            gather=o.gather or "images",
             ports=o.ports,
             endpoints=o.endpoints,
             endpoints_dir=Path(o.endpoints_dir) if o.endpoints_dir else None,
@@ -343,7 +353,8 @@ class Recaption(Stage[Options]):
         score: Callable[[Pixels], float] | None = None
         if self._watermark_file is not None:
             score = backends.load("watermark", "onnx")(self._watermark_file).score
-        self.loader = CaptionLoader(backend, o.dataloader_num_workers or allocation.threads, score, o.max_watermark)
+        threads = o.dataloader_num_workers or allocation.threads
+        self.loader = CaptionLoader(backend, threads, score, o.max_watermark, settings.gather)
         what = (backend.device_kind, backend.name, backend.revision, o.dtype, o.quantize, o.compile, o.max_tokens)
         self.captioner = ShardCaptioner(
             backend,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -325,6 +326,40 @@ def _int(environ: Mapping[str, str], name: str, default: int) -> int:
 def _cpus(environ: Mapping[str, str]) -> int:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(affinity, _int(environ, "SLURM_CPUS_PER_TASK", affinity)) or 1
+
+
+def memory_share(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
+    """The bytes of memory that each process of this job may use on this node, if all use the same.
+
+    The bound is the smallest of the machine's memory, that of the control groups, and SLURM's.
+
+    root: the folder below which ``proc`` and ``sys`` are.
+    """
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_bounds(root)]
+    per_cpu = _int(environ, "SLURM_MEM_PER_CPU", 0) * _int(environ, "SLURM_CPUS_ON_NODE", 1)
+    bounds += [size << 20 for size in (_int(environ, "SLURM_MEM_PER_NODE", 0), per_cpu) if size]
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")  # 4(x2),3
+    counts = [int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)]
+    workers = environ.get(WORKER_VARIABLE, "").partition("/")[2]
+    processes = max(1, *counts) * (int(workers) if workers.isdecimal() else 1)
+    return min(bounds) // max(1, processes)
+
+
+def _cgroup_bounds(root: Path) -> list[int]:
+    """The bounds on memory of the control groups that this process is in; version 2 and version 1."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            base = root / "sys/fs/cgroup" / controllers
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            group = base / path.lstrip("/")
+            for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(base))):
+                with contextlib.suppress(OSError, ValueError):  # "max": none
+                    found.append(int((folder / name).read_text("ascii")))
+    return found
 
 
 def gpus_promised(environ: Mapping[str, str] = os.environ) -> str:

@@ -21,6 +21,7 @@ from curation.replies import Reply
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
 Compile = Literal["none", "decode", "all"]
+Gather = Literal["images", "tensors"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -103,6 +104,7 @@ class CaptionSettings:
         dtype: The name of a torch dtype, or ``auto``.
         compile: ``decode``: keys and values stay in place, and on a GPU each step is one captured graph; ``all``: the
             encoder of the images is compiled too.
+        gather: What waits until a batch is complete; with ``tensors`` lengths are padded as before version 0.5.0.
         ports, endpoints, endpoints_dir: Where the model servers are; see ``endpoint_urls`` and ``Registry``.
         timeout_s: Seconds that a server has for one caption.
         load_timeout_s: Seconds that it has to load its model.
@@ -121,6 +123,7 @@ class CaptionSettings:
     threads: int = 1
     dtype: str = "auto"
     compile: Compile = "none"
+    gather: Gather = "images"
     ports: str = ""
     endpoints: str | None = None
     endpoints_dir: Path | None = None

@@ -17,6 +17,7 @@ from curation.models.hub_cache import TRANSFORMER
 from curation.models.known import Model, find, model_of
 from curation.models.needs import WeightsNeed
 from curation.replies import Reply
+from curation.serving import OwnServers
 
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
@@ -106,6 +107,7 @@ class CaptionSettings:
             encoder of the images is compiled too.
         gather: What waits until a batch is complete; with ``tensors`` lengths are padded as before version 0.5.0.
         ports, endpoints, endpoints_dir: Where the model servers are; see ``endpoint_urls`` and ``Registry``.
+        own: The servers that the stage starts itself, in place of those.
         timeout_s: Seconds that a server has for one caption.
         load_timeout_s: Seconds that it has to load its model.
         api_key_env: The environment variable with its key, where one is named; see ``read_key``.
@@ -127,6 +129,7 @@ class CaptionSettings:
     ports: str = ""
     endpoints: str | None = None
     endpoints_dir: Path | None = None
+    own: OwnServers | None = None
     timeout_s: float = 120.0
     load_timeout_s: float = 300.0
     api_key_env: str | None = None

@@ -22,6 +22,7 @@ from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
 from curation.language import Guess, LanguageIdentifier, find_model
+from curation.models.hub_cache import public_name
 from curation.models.listing import asks_for_models, list_models
 from curation.models.needs import NothingToFetch, WeightsNeed
 from curation.options import (
@@ -59,7 +60,17 @@ from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_st
 from curation.run.follow import followed_folder
 from curation.run.inputs import check_made_by
 from curation.run.work import Later
-from curation.serving import EndpointPool, NoEndpoint, Registry, RegistryWatcher, Request, endpoint_urls, read_key
+from curation.serving import (
+    EndpointPool,
+    NoEndpoint,
+    OwnServers,
+    Registry,
+    RegistryWatcher,
+    Request,
+    ServedOptions,
+    endpoint_urls,
+    read_key,
+)
 from curation.serving.wire import Api, Served
 from curation.shards import TAR, Shard, discover, is_tar, local_folders
 from curation.storage.search import separate
@@ -70,6 +81,7 @@ from curation.threads import DaemonPool
 CAPTIONS_STAGE, CAPTIONS_FOLDER = "01_filter_noface", "captions"
 TAR_STAGES = ("00_download", "04_reshard", "05_recaption")  # their tars may be the input as well
 DEFAULT_MODEL = "tulu3:fairclip"
+THREADS = 20
 TEMPERATURE, EMBEDDED_TEMPERATURE = 0.7, 0.3
 EMBEDDED_MODEL = "embedded/gemma-3-270m"
 EMBEDDED_TIMEOUT_S = 120.0  # a busy laptop, not a server
@@ -82,7 +94,7 @@ STAND_IN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class Options(ServedOptions, RunOptions):
     """Keep English captions and let model servers rewrite them into prompts that portray a group of people."""
 
     help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -107,8 +119,9 @@ class Options(RunOptions):
     """Print the models that write the prompts, with licence, memory and whether they are on this machine, and end."""
     embedded: bool = False
     """Start a small stand-in model on this machine: for testing the installation, not for research."""
-    num_threads: Annotated[int, at_least(1)] = 20
-    """Simultaneous requests to all servers together; each server gets as many of them as it can handle."""
+    num_threads: Annotated[int | None, at_least(1)] = None
+    """Simultaneous requests to all servers together; each server gets as many of them as it can handle.  Default: 20;
+    with --served as many as its servers compute at once."""
     ports: Annotated[str, LISTED] = "11434,11435,11436,11437"
     """Ports of the model servers on --host: 11434,11435 or a range, 11434-11437."""
     host: str = "localhost"
@@ -163,6 +176,11 @@ class Options(RunOptions):
             raise UsageError("--embedded brings its own server and prompt: leave --endpoints and --system_prompt out")
         if self.embedded and self.model_name != type(self).model_name:
             raise UsageError("--embedded brings its own model: leave --model_name out")
+        self.check_served(named=bool(self.endpoints or self.endpoints_dir))
+        if self.served and self.embedded:
+            raise UsageError("--served and --embedded each start a server: leave one of them out")
+        if self.served and self.model_name == type(self).model_name:
+            raise UsageError(f"--served {self.served}: name its model with --model_name, a hub id or a path")
         if len(items_in(self.lang)) != 1:
             raise UsageError(
                 f"--lang {self.lang}: only captions of one language are kept; write one language, as in --lang en"
@@ -174,18 +192,19 @@ class RewriteCaptions(Stage[Options]):
     """One shard: captions/<shard>.json → prompts/<shard>.json."""
 
     name = "02_captions_processor"
-    opens_quickly = True
     later: ClassVar[Mapping[str, Later]] = {"instruct": Later(before="openai", now="auto")}
     opening = "preparing the model server"
     shards_in_flight = 3  # while the last replies for one arrive, the next one's requests are sent
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)
+        self.opens_quickly = options.served is None
         self.groups = read_groups(options.groups)
         self.system = read_system_prompt(options.system_prompt)
         self._telling, self._told = threading.Lock(), set[str]()  # lines on system prompts that are in the log already
         self._one_at_a_time = threading.Lock()
         self._server: Any = None
+        self._own: OwnServers | None = None
         self._threads: DaemonPool | None = None
         self._pool: EndpointPool | None = None
         self._watch: RegistryWatcher | None = None
@@ -198,6 +217,8 @@ class RewriteCaptions(Stage[Options]):
 
     @property
     def model(self) -> str:
+        if self.options.served is not None:
+            return public_name(self.options.model_name)
         return EMBEDDED_MODEL if self.options.embedded else self.options.model_name
 
     @property
@@ -211,6 +232,8 @@ class RewriteCaptions(Stage[Options]):
         language = NothingToFetch(f"{found}: the language model is here, nothing to fetch")
         if options.embedded:
             return [language, NothingToFetch("--embedded: the stand-in model came with its package, nothing to fetch")]
+        if options.served is not None:
+            return [language, NothingToFetch(f"{options.model_name}: its server fetches it when it starts")]
         return [language, prompt_model(options.model_name)]
 
     def fingerprint(self) -> dict[str, object]:
@@ -232,6 +255,17 @@ class RewriteCaptions(Stage[Options]):
             self._server = backends.load("llm", "embedded")(allocation.threads)
             urls, model, timeout_s = [self._server.url], self._server.model, max(o.timeout, EMBEDDED_TIMEOUT_S)
             key = ""
+        elif o.served is not None:
+            self._own = OwnServers(
+                o,
+                model=o.model_name,
+                name=self.model,
+                sees=False,
+                folder=self.output / "_servers" / self.name,
+                allocation=allocation,
+                slots=o.num_threads,
+            )
+            urls, model, timeout_s, key = [], self.model, o.timeout, self._own.key
         else:
             urls = [] if o.endpoints_dir else endpoint_urls(o.ports, o.host, o.endpoints)
             model, timeout_s = o.model_name, o.timeout
@@ -239,7 +273,7 @@ class RewriteCaptions(Stage[Options]):
         self._pool = EndpointPool(
             urls,
             model,
-            api=o.api,
+            api="openai" if o.served is not None else o.api,
             timeout_s=timeout_s,
             load_timeout_s=o.load_timeout,
             patience_s=o.give_up,
@@ -248,14 +282,17 @@ class RewriteCaptions(Stage[Options]):
             instructed=self._is_instructed,
             needs_tokens=0 if o.embedded else needed_tokens(self.system, self._max_tokens),
         )
-        if o.endpoints_dir:
+        if self._own is not None:
+            self._own.start(self._pool)
+        elif o.endpoints_dir:
             self._watch = RegistryWatcher(self._pool, Registry(Path(o.endpoints_dir))).start()
         else:
             try:
                 self._pool.open()
             except NoEndpoint as error:
                 raise InfrastructureError(f"{error}, or use --embedded for the small stand-in model") from None
-        self._threads = DaemonPool(o.num_threads, "ask")
+        own = self._own.slots * len(self._own) if self._own is not None else THREADS
+        self._threads = DaemonPool(o.num_threads or own, "ask")
 
     def _is_instructed(self, api: Api, served: Served) -> bool:
         """Whether a server's model needs no system prompt of the project; the log says once which is used."""
@@ -290,6 +327,8 @@ class RewriteCaptions(Stage[Options]):
                 logger.info(line)
         if self._server is not None:
             self._server.close()
+        if self._own is not None:
+            self._own.close()
 
     def result(self, counts: Mapping[str, int]) -> str:
         return f"{counts['kept']:,} captions rewritten"

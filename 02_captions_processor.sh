@@ -11,6 +11,7 @@
 #     ENDPOINTS_DIR=/path/to/endpoints  where servers of other jobs register (serve_endpoints.sh)
 #     ENDPOINTS=http://gpu1:8000,…      servers that run elsewhere
 #     PORTS=11434,11435                 servers that run on this node
+# With --served vllm (or llama) behind the script's name the stage starts its servers itself.
 #
 # The model must exist in the folder of the servers (OLLAMA_MODELS, by default ~/.ollama/models):
 #     ollama pull tulu3 && ollama create tulu3:fairclip -f examples/ollama/Modelfile
@@ -47,10 +48,10 @@ need TARGET_DIR "the folder for the prompts (or ROOT)"
 
 # The servers load the model that the stage will ask for.
 MODEL=${MODEL:-tulu3:fairclip}
-previous='' embedded=''
+previous='' embedded='' served=''
 for word in "$@"; do
     case $previous in --model_name | --model-name | --model) MODEL=$word ;; esac
-    case $word in --model_name=* | --model-name=* | --model=*) MODEL=${word#*=} ;; --embedded) embedded=yes ;; esac
+    case $word in --model_name=* | --model-name=* | --model=*) MODEL=${word#*=} ;; --embedded) embedded=yes ;; --served | --served=*) served=yes ;; esac
     previous=$word
 done
 
@@ -81,6 +82,8 @@ clear_up() {
 name=(--model_name "$MODEL") where=()
 if [ -n "$embedded" ]; then
     name=() # the stage brings its own model
+elif [ -n "$served" ]; then
+    where=() # the stage starts its servers
 elif [ -n "${ENDPOINTS_DIR:-}" ]; then
     where=(--endpoints_dir "$ENDPOINTS_DIR")
 elif [ -n "${ENDPOINTS:-}" ]; then

@@ -26,6 +26,7 @@ from curation.caption import (
     Detail,
     Family,
     Format,
+    Gather,
     Quantize,
     ShardCaptioner,
     finish_parquet,
@@ -75,20 +76,21 @@ from curation.run.ledger import Ledger
 from curation.run.merge import JsonlMerge
 from curation.run.work import Later
 from curation.run.workers import is_worker
-from curation.serving import read_key
+from curation.serving import OwnServers, ServedOptions, read_key
 from curation.shards import discover, local_folders, select
 
 MORE_MODELS = (
     "--model also takes a folder, another hub id of these families, or endpoint:<model> for a model of vision servers."
 )
+SERVED = "endpoint"  # the family of models that servers load
 JSONL_NAME = "captions.jsonl"
 PUSHED = {"jsonl": "rows/*", "parquet": "parquet/*", "files": "files/*", "tar": "shards/*"}
 SHARDS_AT_SERVERS = 3  # while the last answers for one arrive, the next one's images are asked
-NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark")
+NO_PART_OF_A_CAPTION = ("format", "max_images", "max_watermark", "gather")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(HubOptions, RunOptions):
+class Options(ServedOptions, HubOptions, RunOptions):
     """Write a new caption for each image of tar shards with a vision-language model; one process per GPU."""
 
     help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -141,6 +143,10 @@ class Options(HubOptions, RunOptions):
     batch_size: Annotated[int | Literal["auto"], also("-b"), at_least(1)] = "auto"
     """Images that are captioned at once; halved if memory runs out.  auto: determined by trials on a GPU, otherwise the
     family's default."""
+    gather: Gather | None = None
+    """What waits until a batch of one shape is complete.  images, the default: the images as they are in the shard, so
+    that batches of models with many shapes are full; tensors: at most 1 GiB with what the model takes, as in output
+    folders from versions before 0.5.0."""
     dataloader_num_workers: Annotated[int | None, at_least(1)] = None
     """Threads that decode and prepare images ahead of the model.  Default: the cores that this process was given."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -205,6 +211,7 @@ class Options(HubOptions, RunOptions):
         if self.follow:
             raise UsageError("--follow: there is no stage before 05_recaption that it could follow")
         read_key(self.api_key_env, registered=self.endpoints_dir is not None)
+        self.check_served(named=self.endpoints is not None or self.endpoints_dir is not None)
         self.check_hub()
         if "parquet" in self.formats:
             import_arrow()
@@ -219,7 +226,17 @@ class Options(HubOptions, RunOptions):
     @property
     def captioner(self) -> tuple[Family, str]:
         """The family of --model, and its hub id, folder, or name on the model servers."""
-        return resolve(self.model, backends.families("caption"), self.revision)
+        families = backends.families("caption")
+        if self.served is None:
+            return resolve(self.model, families, self.revision)
+        source, _ = named(self.model, families)
+        if source.startswith(f"{SERVED}:"):
+            raise UsageError(f"--served starts the model's servers: name the model itself, without {SERVED}:")
+        if self.served == "vllm" and "florence-2" in source.lower():
+            raise UsageError(
+                "--served vllm: vLLM does not know Florence-2; leave --served out, or name another --model"
+            )
+        return families[SERVED], source
 
     def of_the_run(self) -> "Options":
         """The same options as the workers get them: a trial is a run into a folder of its own, and there is a process
@@ -242,6 +259,7 @@ class Recaption(Stage[Options]):
     later: ClassVar[Mapping[str, Later]] = {
         "max_words": Later(before=0, now="auto"),
         "attention": Later(before="sdpa", now="auto"),
+        "gather": Later(before="tensors", now="images"),
     }
     kept_by_rerun = "Captions of the same model, prompt and settings are taken over, not made again."
 
@@ -252,9 +270,10 @@ class Recaption(Stage[Options]):
         self._merge: JsonlMerge | None = None
         self._merging = threading.Lock()
         self.pushing = Pushing(options, self.output, self.name, [PUSHED[name] for name in options.formats])
-        self.opens_quickly = options.captioner[0].served
-        self.uses_device = not self.opens_quickly
-        if options.captioner[0].served:
+        served = options.captioner[0].served
+        self.opens_quickly, self.uses_device = served and options.served is None, not served
+        self._own: OwnServers | None = None
+        if served:
             self.shards_in_flight = SHARDS_AT_SERVERS
 
     @classmethod
@@ -263,6 +282,10 @@ class Recaption(Stage[Options]):
         if options.watermark_model is not None:
             needs.append(WeightsBySource("--watermark_model", options.watermark_model, options.watermark_sha256))
         family, source = options.captioner
+        if options.served == "vllm":  # the files that transformers loads
+            from curation.backends.caption.base import VisionLanguageModel
+
+            return [*needs, VisionLanguageModel.weights(source, options.revision)]
         return [*needs, backends.load("caption", family.name).weights(source, options.revision)]
 
     @cached_property
@@ -283,14 +306,22 @@ class Recaption(Stage[Options]):
         return fetch_weights(o.watermark_model, o.watermark_sha256, CACHE, name="--watermark_model")
 
     @cached_property
-    def _model(self) -> dict[str, str]:
+    def _found(self) -> hub_cache.ModelSource:
         """Which model exactly it is, found without loading it."""
-        family, source = self.options.captioner
-        if family.served:
-            return {"model": source, "revision": self.options.revision or "served"}
+        o = self.options
+        family, source = o.captioner
+        if o.served == "llama":
+            if not os.path.isfile(source):
+                raise InfrastructureError(f"--model {source}: --served llama takes a GGUF file, and there is none")
+            return hub_cache.ModelSource(name=Path(source).name, location=source, revision=o.revision or "served")
+        if family.served and o.served is None:
+            return hub_cache.ModelSource(name=source, location=source, revision=o.revision or "served")
         known = known_models(backends.families("caption"))
-        found = hub_cache.resolve(source, self.options.revision, kind=hub_cache.TRANSFORMER, known=known)
-        return {"model": found.name, "revision": found.revision}
+        return hub_cache.resolve(source, o.revision, kind=hub_cache.TRANSFORMER, known=known)
+
+    @property
+    def _model(self) -> dict[str, str]:
+        return {"model": self._found.name, "revision": self._found.revision}
 
     def fingerprint(self) -> dict[str, object]:
         o = self.options
@@ -301,6 +332,7 @@ class Recaption(Stage[Options]):
             "temperature",
             "seed",
             "batch_size",
+            "gather",
             "dtype",
             "quantize",
             "compile",
@@ -344,6 +376,7 @@ class Recaption(Stage[Options]):
             compile=o.compile,
             code_beside=self.output,
             attention=o.attention or "auto",
+            gather=o.gather or "images",
             ports=o.ports,
             endpoints=o.endpoints,
             endpoints_dir=Path(o.endpoints_dir) if o.endpoints_dir else None,
@@ -351,13 +384,16 @@ class Recaption(Stage[Options]):
             load_timeout_s=o.load_timeout,
             api_key_env=o.api_key_env,
         )
+        if o.served is not None:
+            self._own = self._own_servers(allocation)
+            settings = replace(settings, own=self._own, revision=self._found.revision)
+            source = self._found.name
         backend = self.backend = backends.load("caption", family.name)(source, settings)
         score: Callable[[Pixels], float] | None = None
         if self._watermark_file is not None:
             score = backends.load("watermark", "onnx")(self._watermark_file).score
-        self.loader = CaptionLoader(
-            backend, o.dataloader_num_workers or cores(allocation.threads), score, o.max_watermark
-        )
+        threads = o.dataloader_num_workers or cores(allocation.threads)
+        self.loader = CaptionLoader(backend, threads, score, o.max_watermark, settings.gather)
         what = (backend.device_kind, backend.name, backend.revision, o.dtype, o.quantize, o.compile, o.max_tokens)
         self.captioner = ShardCaptioner(
             backend,
@@ -372,10 +408,27 @@ class Recaption(Stage[Options]):
         )
         self.pushing.begin(allocation)
 
+    def _own_servers(self, allocation: Allocation) -> OwnServers:
+        from curation.backends.caption.base import local_folder
+
+        o, found = self.options, self._found
+        return OwnServers(
+            o,
+            model=str(local_folder(found)) if o.served == "vllm" else found.location,
+            name=found.name,
+            sees=True,
+            folder=self.output / "_servers" / self.name,
+            allocation=allocation,
+            slots=o.batch_size if isinstance(o.batch_size, int) else None,
+            device=o.device,
+        )
+
     def _batch_size(self, device: str, family: Family) -> int | None:
         """The batch size; None where it is to be found by trying."""
         if self.options.batch_size != "auto":
             return self.options.batch_size
+        if self._own is not None:
+            return self._own.slots * len(self._own)
         return family.batch_size if device == "cpu" else None
 
     def doing(self) -> str:
@@ -389,6 +442,8 @@ class Recaption(Stage[Options]):
             self.loader.close()
         if hasattr(self, "backend"):
             self.backend.close()
+        if self._own is not None:
+            self._own.close()
         self._finish_formats()
 
     # ---- one shard

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -365,39 +365,67 @@ def cores(threads: int, environ: Mapping[str, str] = os.environ, root: Path = Pa
         environ: Variables of SLURM and of a parent process.
         root: The folder in which ``proc`` and ``sys`` are.
     """
-    _, _, count = environ.get(WORKER_VARIABLE, "").partition("/")
-    workers = int(count) if count.isdecimal() and int(count) else 1
-    limits = [quota] if (quota := _quota(root)) is not None else []
+    limits = [quota / _workers(environ) for folder in _control_groups("cpu", root) if (quota := _quota(folder))]
     if "SLURM_CPUS_PER_TASK" not in environ and (of_job := _int(environ, "SLURM_CPUS_ON_NODE", 0)):
-        tasks = re.match(r"\d+", environ.get("SLURM_TASKS_PER_NODE", "")) if "SLURM_PROCID" in environ else None
-        limits.append(of_job / max(1, int(tasks[0]) if tasks else 1))
-    return max(1, min([threads, *(int(limit / workers) for limit in limits)]))
+        limits.append(of_job / (_tasks_of_node(environ) if "SLURM_PROCID" in environ else 1) / _workers(environ))
+    return max(1, min([threads, *map(int, limits)]))
 
 
-def _quota(root: Path) -> float | None:
-    """The processors' worth of time that control groups leave to this process; None without a limit."""
-    limits = []
+def memory_share(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
+    """The bytes of memory that each process of this job may use on this node, if all use the same.
+
+    The bound is the smallest of the machine's memory, that of the control groups, and SLURM's.
+
+    root: the folder below which ``proc`` and ``sys`` are.
+    """
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    bounds += [bound for folder in _control_groups("memory", root) if (bound := _memory_bound(folder))]
+    per_cpu = _int(environ, "SLURM_MEM_PER_CPU", 0) * _int(environ, "SLURM_CPUS_ON_NODE", 1)
+    bounds += [size << 20 for size in (_int(environ, "SLURM_MEM_PER_NODE", 0), per_cpu) if size]
+    return min(bounds) // (_tasks_of_node(environ) * _workers(environ))
+
+
+def _workers(environ: Mapping[str, str]) -> int:
+    """The processes that a parent has started for one task."""
+    count = environ.get(WORKER_VARIABLE, "").partition("/")[2]
+    return max(1, int(count)) if count.isdecimal() else 1
+
+
+def _tasks_of_node(environ: Mapping[str, str]) -> int:
+    """The tasks of this job on the node that has most of them: of ``4(x2),3`` four."""
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
+    return max(1, *(int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)))
+
+
+def _control_groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of the control groups that this process is in, versions 2 and 1, each with those above it."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
             own = top / path.lstrip("/")
-            for folder in (own, *own.parents):  # in a container the path may be the host's, and only the top is there
-                if top in (folder, *folder.parents):
-                    limits += _limit_of(folder)
-    return min(limits, default=None)
+            # In a container the path may be the host's, and only the top is there.
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(top))
 
 
-def _limit_of(folder: Path) -> list[float]:
-    """What the files of version 2 and 1 of control groups say in a folder."""
+def _quota(group: Path) -> float | None:
+    """The processors' worth of time that a control group may use; None without a limit."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         with contextlib.suppress(OSError, ValueError):
-            quota, period = " ".join((folder / name).read_text("ascii") for name in names).split()
+            quota, period = " ".join((group / name).read_text("ascii") for name in names).split()
             if quota.isdecimal() and int(quota) and int(period):
-                return [int(quota) / int(period)]
-    return []
+                return int(quota) / int(period)
+    return None
+
+
+def _memory_bound(group: Path) -> int | None:
+    """The bytes that a control group may use; None without a limit."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": none
+            return int((group / name).read_text("ascii"))
+    return None
 
 
 def gpus_promised(environ: Mapping[str, str] = os.environ) -> str:

@@ -16,6 +16,7 @@ from curation.cluster import (
     StopSignal,
     gpus_promised,
     host_identity,
+    memory_share,
     parse_deadline,
     process_is_gone,
     process_start,
@@ -435,6 +436,24 @@ def test_an_onnxruntime_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InfrastructureError, match=r"onnxruntime-gpu.*--device cpu"):
         open_session(model.read_bytes(), model, 1, gpu=0)
     assert open_session(model.read_bytes(), model, 1, gpu=None)[1] == "cpu"
+
+
+def test_the_memory_of_a_process_is_its_share_of_the_jobs(tmp_path: Path) -> None:
+    def cgroup(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory_share({}, tmp_path) == machine
+    cgroup("proc/self/cgroup", "4:memory:/v1/step\n0::/job/step")
+    cgroup("sys/fs/cgroup/job/step/memory.max", "max")
+    assert memory_share({}, tmp_path) == machine
+    cgroup("sys/fs/cgroup/job/memory.max", str(800 << 20))
+    assert memory_share({}, tmp_path) == 800 << 20, "that of the job bounds its steps"
+    cgroup("sys/fs/cgroup/memory/v1/step/memory.limit_in_bytes", str(600 << 20))
+    assert memory_share({"SLURM_TASKS_PER_NODE": "2(x3),1"}, tmp_path) == 300 << 20
+    assert memory_share({"SLURM_MEM_PER_NODE": "400", "CURATION_WORKER": "1/4"}, tmp_path) == 100 << 20
+    assert memory_share({"SLURM_MEM_PER_CPU": "50", "SLURM_CPUS_ON_NODE": "4"}, tmp_path) == 200 << 20
 
 
 def test_identity_tells_hosts_boots_and_containers_apart() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from curation.caption.asking import Asking, Places
 from curation.caption.captioner import FIRST, Attempt, CaptionBackend, OutOfMemory, Prepared
-from curation.caption.feed import MOST_WAITING_BYTES, CaptionBatch, CaptionLoader, CaptionSample, gathered_ahead
+from curation.caption.feed import CaptionBatch, CaptionLoader, CaptionSample, gathered_ahead
 from curation.caption.rows import Row, sha256_of
 from curation.errors import SampleError
 from curation.images import decode_rgb
@@ -185,7 +185,7 @@ class ShardCaptioner:
             if typical is None:
                 return 1
             # More than so many could not be gathered.
-            largest = min(LARGEST_BATCH, MOST_WAITING_BYTES // max(1, typical.nbytes))
+            largest = min(LARGEST_BATCH, self._loader.most_bytes_together // max(1, typical.nbytes))
 
             @lru_cache(1)
             def batches(size: int) -> list[Sequence[Any]]:
@@ -273,7 +273,7 @@ class ShardCaptioner:
     ) -> None:
         """Ask servers for the caption of each image that has none yet; log the answers as they come, and count them.
 
-        What an earlier attempt logged is an answer for good, because a server's answer depends on the image alone.
+        What an earlier attempt logged is kept, because a server's answer depends on the image alone.
         """
         began, waited_s = time.perf_counter(), 0.0
 

@@ -17,11 +17,13 @@ from curation.models.hub_cache import TRANSFORMER, hub_config
 from curation.models.known import Model, find, model_of
 from curation.models.needs import WeightsNeed
 from curation.replies import Reply
+from curation.serving import OwnServers
 
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
 Compile = Literal["none", "decode", "all"]
 Attention = Literal["auto", "sdpa", "flash"]
+Gather = Literal["images", "tensors"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -109,7 +111,9 @@ class CaptionSettings:
         code_beside: The output folder beside whose files compiled code is kept for all workers; None: in torch's own.
         attention: ``sdpa``: torch's, as transformers calls it; ``auto``: the same in fewer calls, where the family has
             that; ``flash``: by the package flash-attn.
+        gather: What waits until a batch is complete; with ``tensors`` lengths are padded as before version 0.5.0.
         ports, endpoints, endpoints_dir: Where the model servers are; see ``endpoint_urls`` and ``Registry``.
+        own: The servers that the stage starts itself, in place of those.
         timeout_s: Seconds that a server has for one caption.
         load_timeout_s: Seconds that it has to load its model.
         api_key_env: The environment variable with its key, where one is named; see ``read_key``.
@@ -129,9 +133,11 @@ class CaptionSettings:
     compile: Compile = "none"
     code_beside: Path | None = None
     attention: Attention = "auto"
+    gather: Gather = "images"
     ports: str = ""
     endpoints: str | None = None
     endpoints_dir: Path | None = None
+    own: OwnServers | None = None
     timeout_s: float = 120.0
     load_timeout_s: float = 300.0
     api_key_env: str | None = None

@@ -16,8 +16,9 @@ from typing import Any, Generic, TypeVar
 import xxhash
 from PIL import Image
 
-from curation.caption.captioner import CaptionBackend
+from curation.caption.captioner import CaptionBackend, Gather
 from curation.caption.rows import Row, make_row, sha256_of
+from curation.cluster import memory_share
 from curation.errors import SampleError
 from curation.images import Pixels, decode_rgb, image_size
 from curation.jsonio import clean_text, dump_json
@@ -28,8 +29,11 @@ from curation.tar.samples import Sample, image_of, lenient_metadata, read_sample
 from curation.tar.scan import IMAGE_SUFFIXES, TarReport
 from curation.threads import BackgroundCall, prefetch
 
-MOST_WAITING = 512  # images that wait for others of their shape, over all shapes
-MOST_WAITING_BYTES = 1 << 30  # of them, as they are in the shard and as the model takes them
+MOST_WAITING = 512  # images that wait for others of their shape, over all shapes; or so many batches of them:
+MOST_WAITING_BATCHES = 8
+MOST_WAITING_BYTES = 1 << 30  # of them, as they are in the shard; with --gather tensors also as the model takes them
+MOST_BATCH_BYTES = 2 << 30  # of the images of one batch, as the model takes them
+SHARE_FOR_WAITING = 4  # one part in so many of a process's memory is for tensors of images that wait
 MAX_BYTES_AHEAD = 256 << 20  # of images that are being prepared, as they are in the shard and as the model takes them
 LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
 
@@ -42,27 +46,49 @@ class ShapeGroups(Generic[Item]):
     """Gathers items of one shape, ``size`` at a time.  The batches depend on the order of the items and nothing else.
 
     Items of one shape wait in a row.  Where more than ``most_bytes`` wait over all shapes, the row with the most bytes
-    becomes a batch before it is full; where more than ``most_waiting`` items wait, the longest row does.
+    becomes a batch before it is full; where more than ``most_waiting`` items wait, the longest row does.  So does a row
+    whose items take ``most_together`` bytes as a batch.
     """
 
-    def __init__(self, size: int, most_waiting: int = MOST_WAITING, most_bytes: int = MOST_WAITING_BYTES) -> None:
+    def __init__(
+        self,
+        size: int,
+        most_waiting: int = MOST_WAITING,
+        most_bytes: int | None = None,
+        most_together: int | None = None,
+    ) -> None:
         self._size = size
-        self._most, self._most_bytes = max(size, most_waiting), most_bytes
+        self._most, self._most_bytes, self._most_together = max(size, most_waiting), most_bytes, most_together
         self._rows: dict[tuple[int, ...], list[Item]] = {}
         self._bytes: dict[tuple[int, ...], int] = {}
+        self._together: dict[tuple[int, ...], int] = {}
         self._waiting = 0
         self.bytes_waiting = 0
 
-    def add(self, shape: tuple[int, ...], item: Item, nbytes: int = 0) -> list[Item]:
-        """Add an item; returns the batch that is complete or has to make room, or an empty list."""
+    def add(self, shape: tuple[int, ...], item: Item, nbytes: int = 0, together: int = 0) -> list[Item]:
+        """Add an item.
+
+        Args:
+            shape: Of it.
+            item: It.
+            nbytes: That it takes while it waits.
+            together: That it takes in a batch.
+
+        Returns:
+            The batch that is complete or has to make room, or an empty list.
+        """
         row = self._rows.setdefault(shape, [])
         row.append(item)
         self._bytes[shape] = self._bytes.get(shape, 0) + nbytes
+        self._together[shape] = self._together.get(shape, 0) + together
         self._waiting += 1
         self.bytes_waiting += nbytes
         if len(row) == self._size:
             return self._take(shape)
-        if self.bytes_waiting > self._most_bytes:  # one row is enough: the heaviest has the new bytes at least
+        if self._most_together is not None and self._together[shape] + together > self._most_together:
+            return self._take(shape)  # one more like it would be too much
+        if self._most_bytes is not None and self.bytes_waiting > self._most_bytes:
+            # One row is enough: the heaviest has the new bytes at least.
             return self._take(max(self._bytes, key=self._bytes.__getitem__))
         if self._waiting > self._most:
             return self._take(max(self._rows, key=lambda key: len(self._rows[key])))
@@ -77,6 +103,7 @@ class ShapeGroups(Generic[Item]):
         row = self._rows.pop(shape)
         self._waiting -= len(row)
         self.bytes_waiting -= self._bytes.pop(shape)
+        del self._together[shape]
         return row
 
 
@@ -177,7 +204,9 @@ class CaptionLoader:
         threads: int,
         score: Callable[[Pixels], float] | None = None,
         max_watermark: float | None = None,
+        gather: Gather = "images",
         most_bytes: int = MOST_WAITING_BYTES,
+        most_held: int | None = None,
     ) -> None:
         """
         Args:
@@ -185,11 +214,18 @@ class CaptionLoader:
             threads: Threads that decode and prepare.
             score: How much an image looks watermarked, from its pixels; None: no image is scored.
             max_watermark: Images with a higher score are dropped; None: no image is.
-            most_bytes: Of images that wait for others of their shape.
+            gather: What waits for others of its shape: images as they are in the shard, of which as many keep what the
+                model takes as the memory of this process allows; or, as until version 0.5.0, what the model takes.
+            most_bytes: Of what waits.
+            most_held: Bytes of what the model takes that are kept while images wait; None: by the memory.  It affects
+                the speed and no batch, because the rest is prepared again for its batch.
         """
         self._backend, self._threads = backend, threads
         self._score, self._max_watermark = score, max_watermark
-        self._most_bytes = most_bytes
+        self._gather, self._most_bytes = gather, most_bytes
+        self._most_held = memory_share() // SHARE_FOR_WAITING if most_held is None else most_held
+        self._held = 0
+        self.most_bytes_together = most_bytes if gather == "tensors" else MOST_BATCH_BYTES
         self._pool = ThreadPoolExecutor(threads, "prepare")
         self._one_large_image = threading.Lock()
         self._heaviest = 0  # bytes of what an image has become, so far
@@ -259,12 +295,16 @@ class CaptionLoader:
             batch_size: Samples of a batch at most.
             seen: Is filled with all samples, in the order of the shard.
         """
-        groups: ShapeGroups[CaptionSample] = ShapeGroups(batch_size, most_bytes=self._most_bytes)
+        groups, self._held = self.groups(batch_size), 0
         for sample in samples:
             seen.append(sample)
             if sample.caption is not None:  # an earlier run's
                 sample.release()
-            elif full := groups.add(sample.shape, sample, sample.nbytes):
+                continue
+            prepared = sample.nbytes - len(sample.image)
+            waits = len(sample.image) if self._gather == "images" else sample.nbytes
+            self._hold(sample)
+            if full := groups.add(sample.shape, sample, waits, prepared):
                 yield self._batch(full)
         for rest in groups.rest():
             yield self._batch(rest)
@@ -274,9 +314,26 @@ class CaptionLoader:
         gather: Callable[[Sequence[Any]], Sequence[Any]] | None = getattr(self._backend, "gather", None)
         return batch if gather is None else gather(batch)
 
+    def groups(self, batch_size: int) -> ShapeGroups[CaptionSample]:
+        """What decides which images share a batch."""
+        if self._gather == "tensors":
+            return ShapeGroups(batch_size, most_bytes=self._most_bytes)
+        most_waiting = max(MOST_WAITING, MOST_WAITING_BATCHES * batch_size)
+        return ShapeGroups(batch_size, most_waiting, self._most_bytes, self.most_bytes_together)
+
+    def _hold(self, sample: CaptionSample) -> None:
+        """Keep what the model takes while an image waits, or let it go and prepare it again for its batch."""
+        if sample.prepared is not None and self._gather == "images":
+            if self._held + sample.prepared.nbytes > self._most_held:
+                sample.prepared = None
+            else:
+                self._held += sample.prepared.nbytes
+
     def _batch(self, samples: Sequence[CaptionSample]) -> CaptionBatch:
         """Where an earlier attempt did a part of a batch, all of the batch is prepared and captioned again, because the
         bytes of a caption depend on the images that were with it."""
+        if self._gather == "images":
+            self._held -= sum(sample.prepared.nbytes for sample in samples if sample.prepared is not None)
         mark = xxhash.xxh3_64_hexdigest("\0".join(sample.digest for sample in samples).encode())
         done = all(sample.record.get("mark") == mark for sample in samples)
         if not done:

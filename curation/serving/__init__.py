@@ -2,10 +2,11 @@
 
 A **server API** is the form of a server's requests and replies (Ollama's or OpenAI's); a **pool** shares requests among
 servers and gives each as many at once as it sustains; a **registry** is a folder in which servers on other nodes
-register while they live.
+register while they live.  **Own servers** are those that a stage starts and ends itself.
 """
 
 from curation.serving.connection import read_key
+from curation.serving.own import OwnServers, ServedOptions
 from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
 from curation.serving.registry import Registry, RegistryWatcher
 from curation.serving.wire import Request
@@ -13,10 +14,12 @@ from curation.serving.wire import Request
 __all__ = [
     "EndpointPool",
     "NoEndpoint",
+    "OwnServers",
     "Registry",
     "RegistryWatcher",
     "Reply",
     "Request",
+    "ServedOptions",
     "endpoint_urls",
     "read_key",
 ]

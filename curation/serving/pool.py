@@ -92,11 +92,14 @@ class Concurrency:
     does not grow for a while.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self.limit = 1
+    def __init__(self, timeout_s: float, slots: int = 0) -> None:
+        """slots: Requests that the server computes at once, where that is known: nothing is measured then, until it
+        refuses one."""
+        self.limit = slots + max(1, slots // 16) if slots else 1
         self.timeout_s = timeout_s
+        self._known = slots > 0
         self._loads: dict[int, _Load] = {}
-        self._settled = False
+        self._settled = self._known
         self._settled_at = self._measured_since = 0.0
         self._held_until = 0.0  # after a refusal or a time-out
         self._hold_s = 1.0
@@ -112,6 +115,8 @@ class Concurrency:
         """
         if now - latency_s < self._measured_since:
             return  # it was sent under a higher limit and waited behind more requests
+        if self._known:
+            return
         degree = in_flight.bit_length()
         self._loads.setdefault(degree, _Load()).add(in_flight, latency_s)
         if self._settled:
@@ -138,7 +143,7 @@ class Concurrency:
             self._hold_s = min(LONGEST_HOLD_S, self._hold_s * 2) if again else 1.0
             self._held_until = now + self._hold_s
         self.limit = limit
-        self._settled = False
+        self._settled = self._known = False
         self._loads.clear()
 
     def _pays(self, degree: int) -> bool:
@@ -237,13 +242,13 @@ class Endpoint:
         leaving: It gets no more requests, and goes when those in flight have ended.
     """
 
-    def __init__(self, url: str, wire: ServerApi, timeout_s: float, manner: Manner = PLAIN) -> None:
+    def __init__(self, url: str, wire: ServerApi, timeout_s: float, manner: Manner = PLAIN, slots: int = 0) -> None:
         self.url = url
         self.name = redact(url)  # for messages
         self.wire = wire
         self.manner = manner
         self.manner_is_known = False
-        self.concurrency = Concurrency(timeout_s)
+        self.concurrency = Concurrency(timeout_s, slots)
         self.calls: set[Call] = set()
         self.latency_s = 0.0  # smoothed
         self.counts: Counter[str] = Counter()
@@ -435,6 +440,8 @@ class EndpointPool:
         self._key = key
         self._instructed = instructed
         self._needs_tokens = needs_tokens
+        self.expects: Callable[[], bool] = lambda: False  # whether a server is being started, however long that takes
+        self._doom = ""  # why no server will ever answer
         self.absence = "no endpoint is named"  # why there is no server, for the error that ends the run
         self.denied = False  # every server that is registered has refused to let us in
         self._endpoints: list[Endpoint] = []  # replaced, never changed in place
@@ -543,7 +550,7 @@ class EndpointPool:
     def waiting(self) -> str:
         """What requests wait for, in words; empty where a server takes them."""
         with self._changed:
-            if self._opening:
+            if self._opening or (self.expects() and not self._endpoints):
                 return f"waiting until the model servers have loaded {clean_text(self.model)}"
             if not self._askers or any(endpoint.takes_requests for endpoint in self._endpoints):
                 return ""
@@ -552,8 +559,18 @@ class EndpointPool:
 
     # ---- coming and going
 
-    def try_to_open(self, url: str, known: Literal["ollama", "openai", "auto"] = "auto") -> Endpoint | str:
+    def doom(self, why: str) -> None:
+        """No server will answer any more: whoever asks gets InfrastructureError."""
+        with self._changed:
+            self._doom = why
+            self._changed.notify_all()
+
+    def try_to_open(
+        self, url: str, known: Literal["ollama", "openai", "auto"] = "auto", slots: int = 0
+    ) -> Endpoint | str:
         """The server with its model loaded, which ``add`` takes; or why it does not answer.
+
+        slots: Requests that it computes at once, where that is known.
 
         Raises InfrastructureError where it does not have the model.
         """
@@ -566,7 +583,7 @@ class EndpointPool:
                 return Denied(error.detail)
             except (EndpointError, ModelMissing) as error:
                 return clean_text(str(error))
-        return Endpoint(url, SERVER_APIS[api], self._timeout_s, self._manner(url, api, served))
+        return Endpoint(url, SERVER_APIS[api], self._timeout_s, self._manner(url, api, served), slots)
 
     def _manner(self, url: str, api: Api, served: Served) -> Manner:
         """How to ask a server.  Raises InfrastructureError where the context of its model is too short."""
@@ -660,7 +677,9 @@ class EndpointPool:
     def _require_a_possible_success(self, now: float) -> None:
         """Raise InfrastructureError once every server has been broken or gone for too long, or refuses everything."""
         here = [endpoint for endpoint in self._endpoints if not endpoint.leaving]
-        if not all(endpoint.broken for endpoint in here):
+        if self._doom and not here:
+            raise InfrastructureError(f"{self._doom}. Replies so far are kept: run the same command again")
+        if not all(endpoint.broken for endpoint in here) or self.expects():
             return
         problems = listed([f"{e.name}: {e.problem}" for e in self._endpoints]) or self.absence
         others_may_come = not self._urls and now - self._last_came < GRACE_S

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from curation.backends.caption.base import padded_length
 from curation.caption.captioner import Family
 from curation.caption.feed import CaptionLoader, CaptionSample, ShapeGroups
 from curation.replies import Verdict
@@ -113,7 +115,7 @@ Plan = list[list[str]]
 
 
 def gather(
-    shard: Path, backend: Arrays, threads: int, restore: Callable[[CaptionSample], None] = lambda _: None, **bounds: int
+    shard: Path, backend: Arrays, threads: int, restore: Callable[[CaptionSample], None] = lambda _: None, **bounds: Any
 ) -> tuple[Plan, dict[str, dict[str, Any]]]:
     """Keys of each batch, and the record of each sample.  A batch is released before the next is asked for."""
     loader = CaptionLoader(backend, threads, **bounds)
@@ -128,22 +130,29 @@ def gather(
     return plan, records
 
 
+@pytest.mark.parametrize("gathers", ["tensors", "images"])
 def test_many_shapes_stay_within_bounds_and_the_plan_is_the_shards(
-    shard: Path, monkeypatch: pytest.MonkeyPatch
+    gathers: str, shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever works on it, with as many threads as there are, and whatever an earlier attempt has done of it."""
     everything = Arrays()
-    gather(shard, everything, 2)
+    whole_plan = gather(shard, everything, 2, gather="images", most_held=1 << 30)[0]
     assert everything.peak > 5 * BOUND, "unbounded, nearly all of it waits"
     monkeypatch.setattr("curation.caption.feed.MAX_BYTES_AHEAD", BOUND // 2)
+    bounds = {"gather": gathers, "most_bytes" if gathers == "tensors" else "most_held": BOUND}
+    most = 2 * BOUND if gathers == "tensors" else 3 * BOUND  # a whole batch is prepared beside what waits
     backend = Arrays()
-    plan, records = gather(shard, backend, 2, most_bytes=BOUND)
-    assert backend.peak < 2 * BOUND, "what waits, and what is prepared meanwhile"
+    plan, records = gather(shard, backend, 2, **bounds)
+    assert backend.peak < most, "what waits, and what is prepared meanwhile"
     assert backend.alive == 0
     assert sorted(key for batch in plan for key in batch) == [f"{number:04d}" for number in range(IMAGES)]
-    assert any(1 < len(batch) < 16 for batch in plan)
+    if gathers == "tensors":
+        assert any(1 < len(batch) < 16 for batch in plan)
+    else:
+        assert plan == whole_plan, "memory decides no batch"
+        assert gather(shard, Arrays(), 2, gather="images", most_held=0)[0] == plan
     for threads in (1, 5):
-        assert gather(shard, Arrays(), threads, most_bytes=BOUND)[0] == plan
+        assert gather(shard, Arrays(), threads, **bounds)[0] == plan
     done = {key for batch in plan[: len(plan) // 2] for key in batch}
 
     def restore(sample: CaptionSample) -> None:
@@ -151,5 +160,48 @@ def test_many_shapes_stay_within_bounds_and_the_plan_is_the_shards(
             sample.record = records[sample.key]
 
     again = Arrays()
-    assert gather(shard, again, 2, restore, most_bytes=BOUND)[0] == plan
-    assert again.peak < 2 * BOUND
+    assert gather(shard, again, 2, restore, **bounds)[0] == plan
+    assert again.peak < most
+
+
+def test_no_batch_takes_more_bytes_than_it_may() -> None:
+    groups: ShapeGroups[int] = ShapeGroups(8, most_together=1000)
+    batches = [batch for number in range(30) if (batch := groups.add((1,), number, 0, 300))]
+    assert batches == [[first, first + 1, first + 2] for first in range(0, 30, 3)]
+
+
+def sizes_of_the_web(count: int) -> Iterator[tuple[int, int]]:
+    """Widths and heights around 1.2 megapixels."""
+    rng = random.Random(1)
+    for _ in range(count):
+        ratio, area = math.exp(rng.gauss(0.15, 0.35)), math.exp(rng.gauss(math.log(1.2e6), 0.8))
+        width = math.sqrt(min(max(area, 3e4), 2e7) * ratio)
+        yield max(30, int(width)), max(30, int(width / ratio))
+
+
+def test_batches_of_a_model_with_many_shapes_are_full() -> None:
+    """Qwen-VL takes up to a megapixel in the image's own proportions, 14 pixels a patch and 4 patches a token."""
+
+    def mean_batch(gathers: Any, batch: int) -> float:
+        loader = CaptionLoader(Arrays(), 1, gather=gathers)  # type: ignore[arg-type]
+        groups, batches = loader.groups(batch), []
+        for number, (width, height) in enumerate(sizes_of_the_web(10_000)):
+            scale = min(1.0, math.sqrt((1 << 20) / (width * height)))
+            patches = round(width * scale / 28) * round(height * scale / 28) * 4
+            jpeg, tensors = int(width * height * 0.12), patches * 1176 * 2
+            shape = (padded_length(patches // 4 + 75, gathers),)
+            waits = jpeg if gathers == "images" else jpeg + tensors
+            batches.append(groups.add(shape, number, waits, tensors))  # type: ignore[arg-type]
+        loader.close()
+        found = [len(batch) for batch in (*batches, *groups.rest()) if batch]
+        assert sum(found) == 10_000
+        return sum(found) / len(found)
+
+    assert mean_batch("tensors", 48) < 15
+    assert mean_batch("images", 48) > 44
+    assert mean_batch("images", 256) > 100, "two GiB of tensors a batch"
+
+
+def test_a_step_of_length_grows_with_the_length() -> None:
+    for gathers, expected in (("tensors", [64, 64, 128, 1088, 4032]), ("images", [64, 64, 128, 1152, 4096])):
+        assert [padded_length(n, gathers) for n in (1, 64, 65, 1025, 3970)] == expected  # type: ignore[arg-type]

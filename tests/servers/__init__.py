@@ -53,3 +53,12 @@ def photo_server(folder: Path, latency_s: float = 0.0) -> Iterator[int]:
     command = [sys.executable, PHOTO_SERVER, folder, "--latency_s", latency_s]
     with started(command, stdout=subprocess.PIPE) as process:
         yield int(str(process.stdout and process.stdout.readline()))
+
+
+def llama_environment(folder: Path) -> Path:
+    """An environment with the program ``llama-server`` of ``llama_server.py``."""
+    program = folder / "bin" / "llama-server"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("llama_server.py")} "$@"\n')
+    program.chmod(0o755)
+    return folder

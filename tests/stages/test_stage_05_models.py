@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,11 +172,14 @@ def test_a_folder_of_an_older_version_goes_on_with_its_prompt(
     (record,) = out.glob(f"_receipts/{NAME}/_epoch.1.json")
     epoch = json.loads(record.read_bytes())
     assert epoch["options"].pop("max_words") == 0  # as an older version has recorded it
+    assert epoch["options"].pop("gather") == "images"
     record.write_text(json.dumps(epoch))
     assert asked("all is done") == set()
     (receipt,) = out.glob(f"_receipts/{NAME}/*/*.json")
     receipt.unlink()
     assert asked("again") == {""}
+    assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", 1, "--gather", "images") == 2
+    assert re.search("gather: .?tensors", capsys.readouterr().err)
     assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", 1, "--max_words", "auto") == 2
     assert "max_words: 0" in capsys.readouterr().err
     assert asked("anew", "--rerun") == {" Use at most 70 words."}

@@ -30,6 +30,7 @@ from curation.caption.captioner import (
     CaptionSettings,
     Detail,
     Family,
+    Gather,
     OutOfMemory,
     Quantize,
     known_models,
@@ -55,6 +56,7 @@ from curation.replies import CUT, WHOLE, Reply
 # Modules that keep 16 bits under --quantize, as patterns of their whole names: they are small, and rounding hurts them.
 UNQUANTIZED = ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")
 LENGTH_STEP = 64  # tokens: prompts are padded to a multiple, so that images of similar size share a batch
+LENGTH_STEPS = 8  # a length has so many steps before it is doubled, which are of 64 tokens at least
 PROMPTS: Mapping[Detail, str] = {
     "brief": "Describe this image in one sentence. Write the description only.",
     "detailed": "Describe this image in two or three sentences: its subjects, what they do, and the setting. "
@@ -86,6 +88,16 @@ def question(settings: CaptionSettings, max_tokens: int, prompts: Mapping[Detail
     )
     bound = f" Use at most {words} words." if words else ""
     return prompts[settings.detail] + bound
+
+
+def padded_length(length: int, gather: Gather) -> int:
+    """The tokens to which a prompt of ``length`` tokens is padded.
+
+    The step grows with the length, so that large images too share their batch with many others.  Until version 0.5.0 it
+    was the same for all lengths.
+    """
+    growing = (1 << length.bit_length() - 1) // LENGTH_STEPS if gather == "images" else 0
+    return length + -length % max(LENGTH_STEP, growing)
 
 
 class SquareImages:
@@ -617,7 +629,7 @@ class ChatCaptioner(VisionLanguageModel):
     def _inputs(self, image: Any) -> Inputs:
         made = self._process(image)
         length = made["input_ids"].shape[1]
-        padded = -length % LENGTH_STEP
+        padded = padded_length(length, self.settings.gather) - length
         tensors = {}
         for name, tensor in made.items():
             if tensor.ndim == 2 and tensor.shape[1] == length and tensor.shape[0] == 1:

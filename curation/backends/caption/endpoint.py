@@ -64,16 +64,20 @@ class Backend:
         self.asked = question(s, self._max_tokens)
         needs_tokens = estimated_tokens(self.asked) + self._max_tokens
         self._watch: RegistryWatcher | None = None
-        urls = [] if s.endpoints_dir is not None else endpoint_urls(s.ports, endpoints=s.endpoints)
+        found = s.endpoints_dir is not None or s.own is not None
+        urls = [] if found else endpoint_urls(s.ports, endpoints=s.endpoints)
+        key = s.own.key if s.own else read_key(s.api_key_env, registered=s.endpoints_dir is not None)
         self._pool = EndpointPool(
             urls,
             source,
             timeout_s=s.timeout_s,
             load_timeout_s=s.load_timeout_s,
-            key=read_key(s.api_key_env, registered=s.endpoints_dir is not None),
+            key=key,
             needs_tokens=needs_tokens,
         )
-        if s.endpoints_dir is not None:
+        if s.own is not None:
+            s.own.start(self._pool)
+        elif s.endpoints_dir is not None:
             self._watch = RegistryWatcher(self._pool, Registry(s.endpoints_dir)).start()
         else:
             self._pool.open()

@@ -8,10 +8,9 @@ which is then decoded one by one.  TorchCodec takes the place of torchvision's d
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.metadata
 import logging
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,8 +40,8 @@ class _NvImageCodec:
 
     def __init__(self, device: str) -> None:
         import torch
+        from nvidia import nvimgcodec as codec
 
-        codec = importlib.import_module("nvidia.nvimgcodec")
         self.name = f"nvImageCodec {codec.__version__}"
         self._torch, self._codec, self._device = torch, codec, device
         kinds = codec.BackendKind
@@ -60,9 +59,10 @@ class _NvImageCodec:
 
 class _TorchCodec:
     def __init__(self, device: str) -> None:
-        decoders = importlib.import_module("torchcodec.decoders")
-        self.name = f"TorchCodec {importlib.metadata.version('torchcodec')}"
-        self._decode: Callable[..., Any] = decoders.decode_jpeg  # from 0.16 on
+        from torchcodec.decoders import decode_jpeg  # from 0.16 on
+
+        self.name = f"TorchCodec {metadata.version('torchcodec')}"
+        self._decode: Callable[..., Any] = decode_jpeg
         self._device = device
 
     def __call__(self, images: Sequence[bytes]) -> list[Any | None]:
@@ -72,10 +72,10 @@ class _TorchCodec:
 class _TorchVision:
     def __init__(self, device: str) -> None:
         import torch
+        from torchvision import io
 
-        self._torch = torch
-        self._io: Any = importlib.import_module("torchvision.io")
-        self.name = f"torchvision {importlib.metadata.version('torchvision')}"
+        self._torch, self._io = torch, io
+        self.name = f"torchvision {metadata.version('torchvision')}"
         self._device = device
 
     def __call__(self, images: Sequence[bytes]) -> list[Any | None]:
@@ -134,7 +134,7 @@ def _first_that_works(device: str) -> DeviceDecoder:
         try:
             found = kind(device)
             problem = _tried(found)
-        except (ImportError, AttributeError, importlib.metadata.PackageNotFoundError, *_REFUSALS) as error:
+        except (ImportError, AttributeError, metadata.PackageNotFoundError, *_REFUSALS) as error:
             problem = (str(error).strip() or type(error).__name__).partition("\n")[0][:160]
         if not problem:
             return found

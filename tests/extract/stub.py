@@ -73,6 +73,11 @@ class Facts:
         return {"stub-url": facts.metadata.get("url"), "stub-size": None if facts.size is None else facts.size[0]}
 
 
+def boxes_of(numbers: Any, readable: Any) -> list[Any]:
+    """In a worker process, while the next batch is computed."""
+    return [[[0.0, 0.25, 0.5, float(x)]] if r else [] for x, r in zip(numbers, readable, strict=True)]
+
+
 class Stub:
     name, revision = "stub", "1"
     needs: tuple[str, ...] = ()
@@ -105,9 +110,7 @@ class Stub:
         return {
             "stub-score": (image[:, :8] * text).sum(1),
             "stub-words": words[:, 0],
-            "stub-boxes": [
-                [[0.0, 0.25, 0.5, float(x[0])]] if r else [] for x, r in zip(image, batch.readable, strict=True)
-            ],
+            "stub-boxes": batch.beside(boxes_of, image[:, 0].copy(), batch.readable),
             "stub-url": [row.get("stub-url") for row in facts],
             "stub-size": [row.get("stub-size") for row in facts],
             "stub-image": image,

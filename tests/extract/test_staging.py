@@ -152,6 +152,21 @@ def test_an_errand_is_done_by_a_process_and_here_where_that_one_dies(loader: Ext
     assert loader.beside(os.getpid).result() != os.getpid(), "another process takes its place"
 
 
+def test_without_a_decoder_only_what_is_asked_for_is_copied_ahead(photos: list[Any]) -> None:
+    loader = ExtractLoader(PREPARATIONS, 8, 1, least_slots=3)
+    stager = Stager(loader, "cpu", None)
+    found = []
+    with loader.batches(samples_of(SHARD), lambda _: False, stager.stage) as take:
+        while (taken := take()) is not None:
+            is_first = stager.tensor(taken[0], 1) is None
+            assert is_first == (not found or 1 not in taken[0].staged.tensors)
+            found.append((sorted(taken[0].staged.tensors), np.array(loader.array(taken[0], 1))))
+            loader.release(taken[0])
+    assert [numbers for numbers, _ in found[2:]] == [[1]], "the first two were staged before anybody asked"
+    assert np.array_equal(np.concatenate([array for _, array in found]), [Squeeze(40)(pixels) for pixels in photos])
+    loader.close()
+
+
 # ---- decoders
 
 

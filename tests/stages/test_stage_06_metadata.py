@@ -873,10 +873,11 @@ def test_a_folder_of_an_older_version_keeps_its_type_of_hash(tmp_path: Path) -> 
     assert stage.main([*flags, "--hash_type", "float64"]) == 0
     (record,) = (tmp_path / "out/_receipts").rglob("_epoch.1.json")
     told = json.loads(record.read_bytes())
-    del told["options"]["hash_type"]  # as the older version wrote it
+    del told["options"]["hash_type"], told["options"]["decode"]  # as the older version wrote it
     record.write_bytes(json.dumps(told).encode())
     hash_shard(tmp_path / "in/1.tar", 1234567890123456789)
     assert stage.main(flags) == 0
     assert str(parquet.read_table(tmp_path / "out/1.parquet")["hash"].type) == "double"
+    assert stage.main([*flags, "--decode", "gpu"]) == 2, "the older version decoded on the CPU"
     assert stage.main([*flags, "--rerun"]) == 0
     assert str(parquet.read_table(tmp_path / "out/1.parquet")["hash"].type) == "int64"

@@ -20,7 +20,7 @@ from curation.caption.rows import Row, sha256_of
 from curation.errors import SampleError
 from curation.images import decode_rgb
 from curation.jsonio import clean_text
-from curation.models.batch_size import LARGEST_BATCH, FittingBatchSize, agreed_batch_size, find_batch_size
+from curation.models.batch_size import LARGEST_BATCH, FittingBatchSize, Shortage, agreed_batch_size, find_batch_size
 from curation.replies import CAPTION, WHOLE, Form, Reply, Verdict, asks_for_structure, judge
 from curation.run import ShardContext
 from curation.run.checkpoints import PartialLog
@@ -117,23 +117,20 @@ def _call(
 ) -> list[Reply | str | SampleError]:
     """What the model writes for each image of a batch, in as many calls as its memory needs."""
     shape = batch[0].shape
-    message = ""
 
-    def call(start: int, end: int) -> Sequence[Reply | str | SampleError] | None:
-        nonlocal message
+    def call(start: int, end: int) -> Sequence[Reply | str | SampleError] | Shortage:
         try:
             if attempt == FIRST:
                 return backend.caption(batch[start:end], seeds[start:end])
             return backend.caption(batch[start:end], seeds[start:end], attempt)
         except OutOfMemory as error:
-            message = str(error)
-            return None
+            return Shortage(str(error), error.certain)
 
     replies: list[Reply | str | SampleError] = []
     size = (*shape, 2) if attempt.longer else shape  # what fits with twice the tokens says nothing about the others
     for _, _, found in memory.split(len(batch), size, call):
-        if found is None:
-            replies.append(SampleError("out_of_memory", f"{'×'.join(map(str, shape))}: {message}"))
+        if isinstance(found, Shortage):
+            replies.append(SampleError("out_of_memory", f"{'×'.join(map(str, shape))}: {found.text}"))
         else:
             replies += found
     return replies

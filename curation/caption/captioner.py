@@ -29,7 +29,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class OutOfMemory(Exception):
-    """A batch did not fit on the device.  A smaller one may fit."""
+    """A batch did not fit on the device.  A smaller one may fit.
+
+    Attributes:
+        certain: See ``models.batch_size.Shortage``.
+    """
+
+    def __init__(self, message: str = "", *, certain: bool = True) -> None:
+        super().__init__(message)
+        self.certain = certain
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from curation.extract.feed import ExtractBatch, ExtractLoader, ExtractSample
 from curation.extract.outputs import MetadataRow, MetadataTable, Spool
 from curation.extract.staging import Stager, without_device
 from curation.jsonio import dump_json
-from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
+from curation.models.batch_size import FittingBatchSize, Shortage, free_memory, shortage_of, use_device
 from curation.run import ShardContext
 
 logger = logging.getLogger("curation")
@@ -300,23 +300,19 @@ class Computer:
         columns: dict[str, list[Any]] = {column.name: [] for column in self._columns}
         features = {f.name: np.empty((count, f.width), self._feature_dtype) for f in self._features}
         lost: dict[int, tuple[str, str]] = {}
-        problem = ""
 
-        def run(start: int, end: int) -> dict[str, Any] | None:
-            nonlocal problem
+        def run(start: int, end: int) -> dict[str, Any] | Shortage:
             try:
                 return self._run(batch, start, end)
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+            except Exception as error:  # onnxruntime's are no RuntimeError
+                if (shortage := shortage_of(error)) is None:
                     raise
-                problem = str(error).partition("\n")[0]
-            if "torch" in sys.modules and self._device != "cpu":  # outside the handler, which holds tensors
-                sys.modules["torch"].get_device_module(self._device).empty_cache()
-            return None
+            free_memory(self._device)
+            return shortage
 
         for start, end, outputs in memory.split(count, (0,), run):
-            if outputs is None:
-                lost[start] = "out_of_memory", problem
+            if isinstance(outputs, Shortage):
+                lost[start] = "out_of_memory", outputs.text
                 outputs = {name: [None] for name in columns} | dict.fromkeys(features, math.nan)
             for name, parts in columns.items():
                 parts.append(outputs[name])
@@ -489,10 +485,6 @@ def _decoding(batch: ExtractBatch) -> Counter[str]:
 
 def _resolved(part: Any) -> list[Any]:
     return _cells(part.result()) if isinstance(part, Future) else part
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or ("torch" in sys.modules and is_out_of_memory(error))
 
 
 def _cells(values: Any) -> list[Any]:

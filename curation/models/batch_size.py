@@ -6,16 +6,19 @@ Both results are files below the output folder, so that a run over many GPUs fin
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import xxhash
 
 from curation.cluster import CPU_ON_PURPOSE, let_segments_grow
-from curation.errors import DeviceError, InfrastructureError
+from curation.errors import DeviceError, InfrastructureError, memory_shortage
 from curation.models.builds import why_torch_sees_no_gpu
 from curation.options import logger
 from curation.storage.files import link_exclusively, write_whole
@@ -30,23 +33,45 @@ SEARCH = 2
 
 T = TypeVar("T")
 
-_ALLOCATION_FAILURES = (  # what libraries below torch say instead of raising torch.OutOfMemoryError
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "can't allocate memory",  # torch's CPU allocator
-)
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """A call for which memory did not suffice, in place of its result.
+
+    Attributes:
+        text: What the library said, in one line.
+        certain: It said that memory ran out.  Otherwise it said what is mostly said then, but by a broken device too.
+    """
+
+    text: str
+    certain: bool = True
+
+
+def shortage_of(error: BaseException) -> Shortage | None:
+    """What a failed call says of memory; None if a smaller batch would fail in the same way."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, UnboundLocalError):  # SanaSprintPipeline swallows the error of its VAE and then misses `image`
+        return Shortage(text) if "image" in text else None
+    origin, kind = type(error).__module__.partition(".")[0], type(error).__name__
+    if isinstance(error, MemoryError) or (origin == "torch" and kind == "OutOfMemoryError"):
+        return Shortage(text)
+    if isinstance(error, RuntimeError) or origin == "onnxruntime":
+        found = memory_shortage(str(error))
+        return Shortage(text, found == "certain") if found else None
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a failed call would succeed with a smaller batch."""
-    import torch
+    """Whether a failed call may succeed with a smaller batch."""
+    return shortage_of(error) is not None
 
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, UnboundLocalError):  # SanaSprintPipeline swallows the error of its VAE and then misses `image`
-        return "image" in str(error)
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILURES)
+
+def free_memory(device: str) -> None:
+    """Give back what a failed call has left on a device.  Call it outside the handler, whose traceback has tensors."""
+    gc.collect()
+    if device != "cpu" and "torch" in sys.modules:
+        with contextlib.suppress(RuntimeError):  # where the device is broken, the next call says so
+            sys.modules["torch"].get_device_module(device).empty_cache()
 
 
 def use_device(device: str) -> str:
@@ -123,28 +148,44 @@ class FittingBatchSize:
         return limit
 
     def split(
-        self, count: int, size: tuple[int, ...], call: Callable[[int, int], T | None], *, padded: bool = False
-    ) -> Iterator[tuple[int, int, T | None]]:
+        self, count: int, size: tuple[int, ...], call: Callable[[int, int], T | Shortage], *, padded: bool = False
+    ) -> Iterator[tuple[int, int, T | Shortage]]:
         """Compute ``count`` samples of one size in parts that fit.
+
+        A part that fails in a way that may mean too little memory is tried once more, with half as many samples.
 
         Args:
             count: Number of samples.
             size: Of each of them.
-            call: Computes the samples from a start to an end; returns None where memory ran out.
+            call: Computes the samples from a start to an end; returns a Shortage where memory did not suffice.
             padded: ``call`` fills up each part to the limit.
 
         Yields:
-            Start and end of each part, and what ``call`` returned: None for one sample that does not fit alone.
+            Start and end of each part, and what ``call`` returned: a Shortage for one sample that does not fit alone.
+
+        Raises:
+            DeviceError: A part failed twice in such a way.
         """
-        start = 0
+        start = doubted = 0
         while start < count:
             limit = self.limit(*size)
             end = min(start + limit, count)
             tried = limit if padded else end - start
             result = call(start, end)
-            if result is None and tried > 1:
+            if isinstance(result, Shortage) and not result.certain:
+                if doubted:
+                    raise DeviceError(f"{result.text}; it was tried twice, the second time with {tried}")
+                doubted = tried
+                if tried > 1:  # not recorded for others before it is seen to help
+                    self._limits[size] = tried // 2
+                continue
+            if isinstance(result, Shortage) and tried > 1:
+                doubted = 0
                 self.shrink(*size, tried=tried)
                 continue
+            if doubted > 1:
+                self.shrink(*size, tried=doubted)
+            doubted = 0
             yield start, end, result
             start = end
 

@@ -6,12 +6,15 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
 from curation.cluster import CPU_ON_PURPOSE, do_without_gpus
-from curation.errors import InfrastructureError, install
+from curation.errors import DeviceError, InfrastructureError, install
 from curation.models.builds import onnxruntime_with_cuda
+
+ARENA_BESIDE_TORCH = 4 << 30  # bytes for one session: its models are small, and compute a picture or few at a time
 
 
 def read_weights(path: Path) -> tuple[bytes, str]:
@@ -48,6 +51,7 @@ def open_session(
     Raises:
         InfrastructureError: It is not a model; or CUDA is there and does not start, or GPUs were given to this job and
             this onnxruntime has no CUDA, because a job on a GPU node must not run on the CPU unnoticed.
+        DeviceError: This onnxruntime has CUDA, and cannot start it on this device.
     """
     wanted = "onnxruntime" if gpu is None else "onnxruntime-gpu"
     try:
@@ -69,16 +73,28 @@ def open_session(
     if wants_cuda:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
             onnxruntime.preload_dlls()
-        # The default measures which kernel is fastest, and so may choose another one, and other last digits, each time.
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": str(gpu), "cudnn_conv_algo_search": "HEURISTIC"}))
+        providers.insert(0, ("CUDAExecutionProvider", _cuda_options(gpu or 0)))
     try:
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # noqa: BLE001 - onnxruntime raises kinds of its own, which it does not document
         raise InfrastructureError(f"the model {path} cannot be loaded: {str(error)[:300]}") from None
     if wants_cuda and "CUDAExecutionProvider" not in session.get_providers():
-        raise InfrastructureError(
+        raise DeviceError(
             f"onnxruntime could not start CUDA on GPU {gpu} for {path} (does its version fit the CUDA and the cuDNN "
             f"that torch brought, and this node's driver?  `python -m curation.models.builds` says what is there); "
             f"{CPU_ON_PURPOSE}"
         )
     return session, f"cuda:{gpu}" if wants_cuda else "cpu"
+
+
+def _cuda_options(gpu: int) -> dict[str, str]:
+    """How onnxruntime uses a GPU.
+
+    Its arena doubles whenever it grows, and never gives anything back.  Beside torch, which takes what it needs of the
+    same memory, it grows by what is asked for and has a limit.
+    """
+    # The default measures which kernel is fastest, and so may choose another one, and other last digits, each time.
+    options = {"device_id": str(gpu), "cudnn_conv_algo_search": "HEURISTIC"}
+    if "torch" in sys.modules:
+        options |= {"gpu_mem_limit": str(ARENA_BESIDE_TORCH), "arena_extend_strategy": "kSameAsRequested"}
+    return options

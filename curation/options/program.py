@@ -82,7 +82,8 @@ def _leave_device() -> None:
     """End this process at once where it has begun to use a device, which has failed: what the libraries do at their end
     would fail too, and end it with a signal in place of the exit code."""
     torch = sys.modules.get("torch")
-    if torch is not None and any(getattr(torch, kind).is_initialized() for kind in ("cuda", "xpu")):
+    modules = filter(None, (getattr(torch, kind, None) for kind in ("cuda", "xpu")))
+    if any(module.is_initialized() for module in modules):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_DEVICE_FAILED)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from curation.backends.generate.loading import load_pipeline
 from curation.backends.generate.presets import Preset, preset_for, presets, says_few_steps
 from curation.backends.generate.tiny import NAME as EMBEDDED
 from curation.backends.generate.tiny import build_atomically, build_embedded, embedded_source, save_tiny_sd
-from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
+from curation.errors import DeviceError, InfrastructureError, SampleError, Stopped, UsageError
 from curation.generate.batches import seed_of
 from curation.models.batch_size import FittingBatchSize, is_out_of_memory
 from curation.models.hub_cache import ModelSource, public_name, resolve
@@ -131,14 +132,20 @@ def test_seeds_are_a_hash_of_seed_and_key() -> None:
 # ---- memory
 
 
-def limit_memory(backend: Backend, most: int, error: Callable[[], Exception]) -> list[int]:
-    """Have the real pipeline run out of memory above ``most`` pictures; returns the batch sizes that were tried."""
+def limit_memory(
+    backend: Backend, most: int, error: Callable[[], Exception], unless: Iterator[bool] | None = None
+) -> list[int]:
+    """Have the real pipeline run out of memory above ``most`` pictures; returns the batch sizes that were tried.
+
+    unless: whether each such call fails, in order; all do by default.
+    """
+    fails = itertools.repeat(True) if unless is None else unless
     real, tried = type(backend.pipeline).__call__, []
 
     def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
         count = len(kwargs["generator"])
         tried.append(count)
-        if count > most:
+        if count > most and next(fails):
             raise error()
         return real(self, *args, **kwargs)
 
@@ -158,6 +165,19 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny: Callable[[str], 
     assert len(backend.generate(requests(3), SIDE, SIDE)) == 3
     assert tried == [2, 1], "the working size is remembered"
     assert backend.batch.limit(128, 128) == 8, "for this size of picture only"
+
+
+def test_a_shortage_in_disguise_halves_the_batch_once(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    backend = open_backend(tiny("tiny-sd"), batch_size=8, remember_in=tmp_path)
+    disguised = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+    tried = limit_memory(backend, 4, lambda: RuntimeError(disguised))
+    assert len(backend.generate(requests(8), SIDE, SIDE)) == 8
+    assert tried == [8, 4, 4]
+    other = open_backend(tiny("tiny-sd"), batch_size=8)
+    tried = limit_memory(other, 3, lambda: RuntimeError(disguised))
+    with pytest.raises(DeviceError, match="CUBLAS_STATUS_NOT_INITIALIZED"):
+        other.generate(requests(8), SIDE, SIDE)
+    assert tried == [8, 4]
 
 
 def test_the_working_size_is_remembered_by_the_next_process(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -220,7 +240,7 @@ def test_a_failing_gpu_ends_the_run_in_one_line_and_a_bug_keeps_its_traceback(ti
     limit_memory(
         backend, 0, lambda: RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with …")
     )
-    with pytest.raises(InfrastructureError, match=r"failed: CUDA error: an illegal memory access was encountered$"):
+    with pytest.raises(DeviceError, match=r"failed: CUDA error: an illegal memory access was encountered$"):
         backend.generate(requests(1), SIDE, SIDE)
     broken = open_backend(tiny("tiny-sd"))
     limit_memory(broken, 0, lambda: RuntimeError("shapes do not match"))

@@ -9,6 +9,7 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,6 +95,8 @@ class Stub:
     )
     preparations = (Crop(), Words(), Facts())
     fits = 1 << 30
+    failure: ClassVar[Callable[[str], Exception]] = MemoryError
+    works = 1 << 30  # calls before the device fails
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         self.settings = settings
@@ -103,7 +106,10 @@ class Stub:
         crops, words, facts = (batch.prepared(preparation) for preparation in self.preparations)
         if len(batch) > self.fits or (crops[:, 0, 0] == OVERFLOWS).all(1).any():
             log(f"overflow {len(batch)}")
-            raise MemoryError("the stub's memory is full")
+            raise type(self).failure("the stub's memory is full: Failed to allocate memory for requested buffer")
+        if (calls := type(self).works - 1) < 0:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        type(self).works = calls
         log(f"batch {len(batch)}")
         image = crops.reshape(len(batch), -1).astype(np.float32) / 255
         text = words.astype(np.float32) / 2**31

@@ -632,3 +632,20 @@ def test_a_job_with_gpus_does_not_look_for_faces_on_the_cpu(run: Stage01, monkey
     assert run("--embedded", "--det_size", "64", "--rerun") == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert run(*small, "--rerun") == 0, "whoever hides the GPUs has asked for the CPU"
+
+
+def test_a_device_that_fails_blames_no_shard(run: Stage01, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = stage_01.detector_class("centerface")
+    failed = type("Fail", (Exception,), {"__module__": "onnxruntime.capi.onnxruntime_pybind11_state"})
+
+    def fails(self: Any, rgb: Any) -> Any:
+        raise failed("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 719: unspecified launch failure ; GPU=0")
+
+    run.add("00000000", sample("a", "absent"))
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "detect", fails)
+        assert run("--embedded", "--det_size", "64") == 2
+        assert "error: node " in run.log and "CUDA failure 719: unspecified launch failure" in run.log
+        patch.setenv("SLURM_NTASKS", "2")
+        assert run("--embedded", "--det_size", "64") == 69, "the other task's device may work"
+    assert run("--embedded", "--det_size", "64") == 0, "the shard was not blamed"

@@ -590,6 +590,27 @@ def test_out_of_memory_loses_nothing_and_is_told(root: Path, monkeypatch: pytest
     assert json.loads(remembered.read_bytes())["batch_size"] == 2
 
 
+def test_a_device_that_fails_blames_no_shard(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, works = stage.GenerateImages.open, 0
+
+    def open_on_a_bad_device(self: Any, allocation: Any) -> None:
+        real(self, allocation)
+        good = iter([False] * works + [True] * 99)
+        limit_memory(self.backend, -1, lambda: RuntimeError("CUDA error: device not ready"), unless=good)
+
+    monkeypatch.setattr(stage.GenerateImages, "open", open_on_a_bad_device)
+    assert run(root) == 2, "it never worked"
+    works = 2
+    assert run(root) == 69
+    assert "failed: CUDA error: device not ready; this process gives its shards back" in capsys.readouterr().err
+    assert not list((root / "edits/_receipts").rglob(f"{SHARD}.json"))
+    monkeypatch.setattr(stage.GenerateImages, "open", real)
+    assert run(root) == 0
+    assert receipt(root)["notes"]["generated"] == 10
+
+
 # ---- loose files
 
 

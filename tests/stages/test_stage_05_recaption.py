@@ -490,6 +490,20 @@ def test_with_the_real_code_of_florence_2(tmp_path: Path) -> None:
     assert all(row["revision"].startswith("local-") and row["caption"] for row in rows)
 
 
+def test_a_device_that_fails_blames_no_shard(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stub.Backend, "works", 0)
+    assert run(EXAMPLES, tmp_path / "out", "--format", "all") == 2, "it never worked"
+    monkeypatch.setattr(stub.Backend, "works", 6)
+    assert run(EXAMPLES, tmp_path / "out", "--format", "all") == 69
+    assert "HIP error: an illegal memory access was encountered; this process gives" in capsys.readouterr().err
+    assert {receipt["status"] for receipt in records.receipts(tmp_path / "out").values()} <= {"done"}
+    monkeypatch.setattr(stub.Backend, "works", 1 << 30)
+    assert run(EXAMPLES, tmp_path / "out", "--format", "all") == 0
+    assert hashes(tmp_path / "out") == hashes(undisturbed)
+
+
 def test_a_job_with_gpus_does_not_caption_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

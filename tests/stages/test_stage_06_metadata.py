@@ -307,6 +307,26 @@ def test_memory_that_runs_out_halves_the_batch_and_costs_one_sample_at_most(
     write_shard(tmp_path / "in/0.tar", pictures)
     assert run(tmp_path / "in", tmp_path / "two", *STUB) == 0
     assert [row["status"] for row in rows(tmp_path / "two", "0")] == ["ok"] * 5 + ["out_of_memory"] + ["ok"] * 2
+    onnxruntimes = type("RuntimeException", (Exception,), {"__module__": "onnxruntime.capi.onnxruntime_pybind11_state"})
+    monkeypatch.setattr(stub.Stub, "failure", onnxruntimes)
+    assert run(tmp_path / "in", tmp_path / "three", *STUB) == 0
+    assert hashes(tmp_path / "three") == hashes(tmp_path / "two")
+
+
+def test_a_device_that_fails_blames_no_shard(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = load_plugin(str(PLUGIN))
+    monkeypatch.setattr(stub.Stub, "works", 0)
+    assert run(EXAMPLES, tmp_path / "out", *STUB) == 2, "it never worked"
+    assert "error: node " in capsys.readouterr().err
+    monkeypatch.setattr(stub.Stub, "works", 3)
+    assert run(EXAMPLES, tmp_path / "out", *STUB) == 69
+    assert "CUDA error: uncorrectable ECC error encountered; this process gives its shards" in capsys.readouterr().err
+    assert {receipt["status"] for receipt in records.receipts(tmp_path / "out").values()} <= {"done"}
+    monkeypatch.setattr(stub.Stub, "works", 1 << 30)
+    assert run(EXAMPLES, tmp_path / "out", *STUB) == 0
+    assert hashes(tmp_path / "out") == hashes(undisturbed)
 
 
 # ---- configuration

@@ -7,7 +7,6 @@ other), and overrides what is special about it.
 from __future__ import annotations
 
 import copy
-import gc
 import importlib.util
 import json
 import logging
@@ -37,7 +36,7 @@ from curation.caption.captioner import (
 )
 from curation.errors import DeviceError, InfrastructureError, SampleError, UsageError, device_failure, install
 from curation.models import compiling
-from curation.models.batch_size import is_out_of_memory, use_device
+from curation.models.batch_size import free_memory, shortage_of, use_device
 from curation.models.hub_cache import (
     TRANSFORMER,
     ModelSource,
@@ -322,11 +321,10 @@ class VisionLanguageModel:
         try:
             return self._caption(batch, seeds, attempt)
         except (RuntimeError, MemoryError, AssertionError) as error:
-            if not is_out_of_memory(error):
+            if (shortage := shortage_of(error)) is None:
                 raise self._explain(error) from error
-            message = hub_error_line(error)
         self._release()  # outside the handler, whose traceback keeps the tensors alive
-        raise OutOfMemory(message)
+        raise OutOfMemory(shortage.text, certain=shortage.certain)
 
     def _unload(self) -> None:
         del self.model
@@ -385,9 +383,7 @@ class VisionLanguageModel:
     def _release(self) -> None:
         if self._caches:
             self._caches.clear()
-        gc.collect()
-        if self.device != "cpu":
-            self._torch.get_device_module(self.device).empty_cache()
+        free_memory(self.device)
 
     def _explain(self, error: BaseException) -> BaseException:
         """A failing GPU ends this process with one line.  Anything else is a bug and keeps its traceback."""

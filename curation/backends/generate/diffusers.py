@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from curation.backends.generate.text_lengths import pad_texts
 from curation.edits import with_suffix
 from curation.errors import DeviceError, InfrastructureError, SampleError, UsageError, device_failure
 from curation.models import compiling
-from curation.models.batch_size import FittingBatchSize, is_out_of_memory, use_device
+from curation.models.batch_size import FittingBatchSize, Shortage, free_memory, shortage_of, use_device
 from curation.models.hub_cache import ModelSource, resolve
 from curation.models.needs import WeightsNeed
 
@@ -282,18 +281,18 @@ class Backend:
     ) -> Images:
         padded = self.speed_ups.compile != "none"  # one graph: the last batch is as long as the others
 
-        def run(start: int, end: int) -> _Chunk | None:
+        def run(start: int, end: int) -> _Chunk | Shortage:
             rows = list(range(start, end))
             if padded:
                 rows += rows[-1:] * (self.batch.limit(width, height) - len(rows))
             chunk = self._run(requests, rows, end - start, width, height, texts, check_stop)
-            if chunk is None:
-                self._release()
+            if isinstance(chunk, Shortage):
+                free_memory(self.device)
             return chunk
 
         chunks: list[_Chunk] = []
         for _, _, chunk in self.batch.split(len(requests), (width, height), run, padded=padded):
-            if chunk is None:
+            if isinstance(chunk, Shortage):
                 raise InfrastructureError(
                     f"{self.source.name}: one picture of {width}×{height} does not fit into memory ({self.device_kind})"
                 )
@@ -301,27 +300,21 @@ class Backend:
         return Images(chunks)
 
     def _encode_all(self, prompts: Sequence[str], at_once: int) -> Texts:
-        parts: list[Texts] = []
-        start = 0
-        while start < len(prompts):
-            part = self._encode(prompts[start : start + at_once])
-            if part is None:
-                if at_once == 1:
-                    raise InfrastructureError(f"{self.source.name}: one prompt's text does not fit on {self.device}")
-                at_once = max(1, at_once // 2)
-                self._release()
-                continue
-            parts.append(part)
-            start += part.count
-        return Texts.join(parts)
+        def encode(start: int, end: int) -> Texts | Shortage:
+            try:
+                return self.call.encode(prompts[start:end])
+            except (RuntimeError, MemoryError) as error:
+                if (shortage := shortage_of(error)) is None:
+                    raise self._explain(error) from error
+            free_memory(self.device)
+            return shortage
 
-    def _encode(self, prompts: Sequence[str]) -> Texts | None:
-        try:
-            return self.call.encode(prompts)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise self._explain(error) from error
-        return None
+        parts: list[Texts] = []
+        for _, _, part in FittingBatchSize(at_once, "texts").split(len(prompts), (), encode):
+            if isinstance(part, Shortage):
+                raise InfrastructureError(f"{self.source.name}: one prompt's text does not fit on {self.device}")
+            parts.append(part)
+        return Texts.join(parts)
 
     def _run(
         self,
@@ -332,9 +325,9 @@ class Backend:
         height: int,
         texts: Texts | None,
         check_stop: Callable[[], None] | None,
-    ) -> _Chunk | None:
-        """One call of the pipeline; None when memory ran out (the caller goes on outside the handler, whose traceback
-        would keep the tensors alive)."""
+    ) -> _Chunk | Shortage:
+        """One call of the pipeline; a Shortage when memory ran out (the caller goes on outside the handler, whose
+        traceback would keep the tensors alive)."""
         batch = [requests[row] for row in rows]
         arguments = self.call.arguments(None if texts else [request.prompt for request in batch], len(batch))
         if texts:
@@ -347,9 +340,9 @@ class Backend:
             output = self.pipeline(width=width, height=height, generator=generators, output_type="pt", **arguments)
             return self._to_host(output, count, width, height)
         except (RuntimeError, MemoryError, UnboundLocalError, AssertionError) as error:
-            if not is_out_of_memory(error):
+            if (shortage := shortage_of(error)) is None:
                 raise self._explain(error) from error
-        return None
+        return shortage
 
     def _to_host(self, output: Any, count: int, width: int, height: int) -> _Chunk:
         """The first ``count`` pictures as bytes: rounded on the device exactly as diffusers rounds them on the host."""
@@ -374,11 +367,6 @@ class Backend:
         ready = module.Event(blocking=True) if self.device.startswith("cuda") else module.Event()
         ready.record(module.current_stream(self.device))
         return _Chunk(host_pixels, host_broken, flagged, count, ready)
-
-    def _release(self) -> None:
-        gc.collect()
-        if self.device != "cpu":
-            self._torch.get_device_module(self.device).empty_cache()
 
     def _explain(self, error: BaseException) -> BaseException:
         """A failing GPU or compiler ends the run in one line; anything else is a bug and keeps its traceback."""

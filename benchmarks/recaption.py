@@ -43,7 +43,7 @@ from measuring import (
 
 from curation.caption.captioner import CaptionSettings
 
-MOST_WAITING, LEAST_OF_BARE = 0.05, 0.95
+MOST_WAITING, LEAST_OF_BARE = 0.05, 0.97
 TASK = "<MORE_DETAILED_CAPTION>"
 
 

@@ -406,7 +406,7 @@ class VisionLanguageModel:
             return
         deterministic = compiling.set_up(s.code_beside, self.device_kind)
         try:
-            compiling.try_out(self.device, self.name)
+            compiling.try_out(self.device, self.name, graphs=True)
         except RuntimeError as error:
             raise self._explain(error) from error
         self.compiled = compiling.note_of(s.compile, deterministic)

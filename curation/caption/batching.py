@@ -192,7 +192,7 @@ class ShardCaptioner:
             @lru_cache(1)
             def batches(size: int) -> list[Sequence[Any]]:
                 """One, and another that waits meanwhile as it does later."""
-                return [self._loader.gathered([typical] * size) for _ in range(2)]
+                return [self._loader.packed([typical] * size) for _ in range(2)]
 
             def fits(size: int) -> bool:
                 try:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from curation.tar.samples import image_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES, TarReport
 
 RETRIES = 2  # of an image whose reply is no caption
+LOOKED_AT = 16  # images of a shard, for a typical one
 
 
 def caption_batch(
@@ -178,7 +180,7 @@ class ShardCaptioner:
     def batch_size(self, source: Source) -> int:
         """The batch size for a shard: the one that was given, or the one that all workers agreed on."""
         if self._batch_size is None:
-            typical = self._first_prepared(source)
+            typical = self._heaviest(source)
             if typical is None:
                 return 1
             # More than so many could not be gathered.
@@ -187,7 +189,7 @@ class ShardCaptioner:
             @lru_cache(1)
             def batches(size: int) -> list[Sequence[Any]]:
                 """One, and another that waits meanwhile as it does later."""
-                return [self._loader.gathered([typical] * size) for _ in range(2)]
+                return [self._loader.packed([typical] * size) for _ in range(2)]
 
             def fits(size: int) -> bool:
                 try:
@@ -303,12 +305,18 @@ class ShardCaptioner:
             work.add_seconds("wait", waited_s)
             work.add_seconds("infer", time.perf_counter() - began - waited_s)
 
-    def _first_prepared(self, source: Source) -> Any | None:
-        for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
+    def _heaviest(self, source: Source) -> Any | None:
+        """Of the first images of a shard the one that takes most memory when it is prepared; None where there is none.
+
+        The very first may be much smaller than most others.
+        """
+        found: Any | None = None
+        for sample in islice(read_samples(source, IMAGE_SUFFIXES.__contains__), LOOKED_AT):
             with contextlib.suppress(SampleError):
                 sample.check()
-                return self._backend.prepare(Image.fromarray(decode_rgb(image_of(sample))))
-        return None
+                prepared = self._backend.prepare(Image.fromarray(decode_rgb(image_of(sample))))
+                found = prepared if found is None or prepared.nbytes > found.nbytes else found
+        return found
 
 
 def _count(work: ShardContext, sample: CaptionSample) -> None:

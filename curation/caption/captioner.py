@@ -190,7 +190,7 @@ class CaptionBackend(Protocol):
     def prepare(self, image: Any) -> Any:
         """Turn an image into what the model takes.  It is called in many threads at once.
 
-        A backend may also have ``gather(batch)``, which is called in another thread than ``caption``, and returns the
+        A backend may also have ``pack(batch)``, which is called in another thread than ``caption``, and returns the
         same images for the coming call as the device takes them fastest.
 
         Args:

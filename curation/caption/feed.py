@@ -309,10 +309,10 @@ class CaptionLoader:
         for rest in groups.rest():
             yield self._batch(rest)
 
-    def gathered(self, batch: Sequence[Any]) -> Sequence[Any]:
+    def packed(self, batch: Sequence[Any]) -> Sequence[Any]:
         """A batch of prepared images as the device takes it fastest: made while the device computes the one before."""
-        gather: Callable[[Sequence[Any]], Sequence[Any]] | None = getattr(self._backend, "gather", None)
-        return batch if gather is None else gather(batch)
+        pack: Callable[[Sequence[Any]], Sequence[Any]] | None = getattr(self._backend, "pack", None)
+        return batch if pack is None else pack(batch)
 
     def groups(self, batch_size: int) -> ShapeGroups[CaptionSample]:
         """What decides which images share a batch."""
@@ -340,7 +340,7 @@ class CaptionLoader:
             waiting = [self._pool.submit(self._prepare, sample) for sample in samples if sample.prepared is None]
             for future in waiting:
                 future.result()  # it raises nothing: the image could be prepared before
-            for sample, prepared in zip(samples, self.gathered([s.prepared for s in samples]), strict=True):
+            for sample, prepared in zip(samples, self.packed([s.prepared for s in samples]), strict=True):
                 sample.prepared = prepared
         return CaptionBatch(samples, mark, done)
 

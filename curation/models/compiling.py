@@ -78,12 +78,13 @@ def note_of(how: str, deterministic: bool) -> dict[str, object]:
     return {"how": how, "kernels": "chosen without trials" if deterministic else "chosen by trials on the device"}
 
 
-def try_out(device: str, name: str) -> None:
+def try_out(device: str, name: str, *, graphs: bool = False) -> None:
     """Compile a few operations and compare what they give.  It takes seconds, and the model's own compilation minutes.
 
     Args:
         device: On which to compute: ``cpu`` or ``cuda:<n>``.  It must be called in the thread that will compile.
         name: The model's, for the message.
+        graphs: On a GPU, capture CUDA graphs too.
 
     Raises:
         InfrastructureError: It does not work.  The message says why, and that ``--compile none`` does without it.
@@ -94,7 +95,7 @@ def try_out(device: str, name: str) -> None:
         return torch.nn.functional.gelu(rows @ rows.T).softmax(-1).sum(0)
 
     rows = torch.arange(64, dtype=torch.float32, device=device).view(8, 8) / 64
-    mode = "reduce-overhead" if device.startswith("cuda") else None  # as captured graphs too
+    mode = "reduce-overhead" if graphs and device.startswith("cuda") else None
     try:
         with torch.no_grad():
             expected = operations(rows)

@@ -59,7 +59,7 @@ def test_captions_of_packed_batches_are_the_same(
     batch = [backend.prepare(photo) for photo in photos[:5]]
     seeds = list(range(len(batch)))
     expected = backend.caption(batch, seeds)
-    packed = backend.gather(batch)
+    packed = backend.pack(batch)
     assert backend.caption(packed, seeds) == expected
     assert backend.caption(packed, seeds) == expected, "it may be asked again"
     assert backend.caption(packed[2:], seeds[2:]) == backend.caption(batch[2:], seeds[2:])

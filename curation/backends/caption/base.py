@@ -275,7 +275,7 @@ class VisionLanguageModel:
         return texts
 
     def _joined(self, rows: Sequence[Inputs]) -> dict[str, Any]:
-        """The tensors of a batch; those that ``gather`` has packed may be on the device."""
+        """The tensors of a batch; those that ``pack`` has joined may be on the device."""
         if (packed := together(rows)) is not None:
             return packed
         return {name: self._torch.cat([inputs.tensors[name] for inputs in rows]) for name in rows[0].tensors}
@@ -302,7 +302,7 @@ class VisionLanguageModel:
             detail = f"{image.width}×{image.height}: {hub_error_line(error)}"
             raise SampleError("processor_refused", detail) from error
 
-    def gather(self, batch: Sequence[Inputs]) -> list[Inputs]:
+    def pack(self, batch: Sequence[Inputs]) -> list[Inputs]:
         """See CaptionBackend."""
         return self._packer.pack(batch)
 
@@ -402,7 +402,7 @@ class VisionLanguageModel:
             return
         deterministic = compiling.set_up(s.code_beside, self.device_kind)
         try:
-            compiling.try_out(self.device, self.name)
+            compiling.try_out(self.device, self.name, graphs=True)
         except RuntimeError as error:
             raise self._explain(error) from error
         self.compiled = compiling.note_of(s.compile, deterministic)

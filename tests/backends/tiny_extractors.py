@@ -492,7 +492,7 @@ def save_scrfd_onnx(path: Path, seed: int = 7) -> Path:
 
     from curation.backends.extract.scrfd import ScrfdNetwork
 
-    class Exported(torch.nn.Module):
+    class Exported(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.network = ScrfdNetwork(scrfd_tensors(seed))

@@ -159,7 +159,36 @@ def _last_uses(nodes: Sequence[Any], ends: Sequence[str]) -> list[list[str]]:
 
 def _operations(torch: Any) -> dict[str, Callable[..., Any]]:
     """What each operation is in torch (onnx.ai/onnx/operators)."""
-    functional = torch.nn.functional
+    return {**_of_numbers(torch), **_of_layers(torch.nn.functional), **_of_shapes(torch)}
+
+
+def _of_numbers(torch: Any) -> dict[str, Callable[..., Any]]:
+    def clip(a: Mapping[str, Any], x: Any, low: Any = None, high: Any = None) -> Any:
+        return x.clamp(low if low is not None else a.get("min"), high if high is not None else a.get("max"))
+
+    return {
+        "Add": lambda _, x, y: x + y,
+        "Cast": lambda a, x: x.to(_DTYPES[a["to"]](torch)),
+        "Clip": clip,
+        "Constant": lambda a: a["value"],
+        "Div": lambda _, x, y: x / y if x.is_floating_point() else x // y,
+        "Floor": lambda _, x: x.floor(),
+        "Identity": lambda _, x: x,
+        "Mul": lambda _, x, y: x * y,
+        "PRelu": lambda _, x, slope: torch.where(x < 0, x * slope, x),
+        "Relu": lambda _, x: x.relu(),
+        "Sigmoid": lambda _, x: x.sigmoid(),
+        "Sub": lambda _, x, y: x - y,
+    }
+
+
+def _of_layers(functional: Any) -> dict[str, Callable[..., Any]]:
+    def pool(a: Mapping[str, Any], x: Any, kind: Callable[..., Any], **more: Any) -> Any:
+        strides = a.get("strides", [1] * len(a["kernel_shape"]))
+        return kind(x, a["kernel_shape"], strides, _pads(a), ceil_mode=bool(a.get("ceil_mode", 0)), **more)
+
+    def average(a: Mapping[str, Any], x: Any) -> Any:
+        return pool(a, x, functional.avg_pool2d, count_include_pad=bool(a.get("count_include_pad", 0)))
 
     def resize(a: Mapping[str, Any], x: Any, _roi: Any = None, scales: Any = None, sizes: Any = None) -> Any:
         if a.get("mode", b"nearest") != b"nearest":
@@ -168,16 +197,25 @@ def _operations(torch: Any) -> dict[str, Callable[..., Any]]:
             return functional.interpolate(x, size=[int(n) for n in sizes[2:]], mode="nearest")
         return functional.interpolate(x, scale_factor=[float(n) for n in scales[2:]], mode="nearest")
 
-    def reshape(a: Mapping[str, Any], x: Any, shape: Any) -> Any:
-        wanted = [x.shape[i] if n == 0 else int(n) for i, n in enumerate(shape)]
-        return x.reshape(wanted)
+    return {
+        "AveragePool": average,
+        "BatchNormalization": lambda a, x, scale, bias, mean, variance: functional.batch_norm(
+            x, mean, variance, scale, bias, eps=a.get("epsilon", 1e-5)
+        ),
+        "Conv": lambda a, x, weight, bias=None: functional.conv2d(
+            x, weight, bias, a.get("strides", 1), _pads(a), a.get("dilations", 1), a.get("group", 1)
+        ),
+        "InstanceNormalization": lambda a, x, scale, bias: functional.instance_norm(
+            x, weight=scale, bias=bias, eps=a.get("epsilon", 1e-5)
+        ),
+        "LeakyRelu": lambda a, x: functional.leaky_relu(x, a.get("alpha", 0.01)),
+        "MaxPool": lambda a, x: pool(a, x, functional.max_pool2d),
+        "Resize": resize,
+        "Upsample": lambda a, x, scales=None: resize(a, x, None, scales),
+    }
 
-    def instance_norm(a: Mapping[str, Any], x: Any, scale: Any, bias: Any) -> Any:
-        return functional.instance_norm(x, weight=scale, bias=bias, eps=a.get("epsilon", 1e-5))
 
-    def clip(a: Mapping[str, Any], x: Any, low: Any = None, high: Any = None) -> Any:
-        return x.clamp(low if low is not None else a.get("min"), high if high is not None else a.get("max"))
-
+def _of_shapes(torch: Any) -> dict[str, Callable[..., Any]]:
     def cut(_a: Mapping[str, Any], x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
         index = [slice(None)] * x.ndim
         chosen = range(len(starts)) if axes is None else map(int, axes)
@@ -191,47 +229,16 @@ def _operations(torch: Any) -> dict[str, Callable[..., Any]]:
             x = step(x, axis)
         return x
 
-    def pool(a: Mapping[str, Any], x: Any, kind: Callable[..., Any], **more: Any) -> Any:
-        pads, strides = _pads(a), a.get("strides", [1] * len(a["kernel_shape"]))
-        return kind(x, a["kernel_shape"], strides, pads, ceil_mode=bool(a.get("ceil_mode", 0)), **more)
-
-    def average(a: Mapping[str, Any], x: Any) -> Any:
-        return pool(a, x, functional.avg_pool2d, count_include_pad=bool(a.get("count_include_pad", 0)))
-
     return {
-        "Add": lambda _, x, y: x + y,
-        "AveragePool": average,
-        "BatchNormalization": lambda a, x, scale, bias, mean, variance: functional.batch_norm(
-            x, mean, variance, scale, bias, eps=a.get("epsilon", 1e-5)
-        ),
-        "Cast": lambda a, x: x.to(_DTYPES[a["to"]](torch)),
-        "Clip": clip,
         "Concat": lambda a, *parts: torch.cat(parts, a["axis"]),
-        "Constant": lambda a: a["value"],
-        "Conv": lambda a, x, weight, bias=None: functional.conv2d(
-            x, weight, bias, a.get("strides", 1), _pads(a), a.get("dilations", 1), a.get("group", 1)
-        ),
-        "Div": lambda _, x, y: x / y if x.is_floating_point() else x // y,
         "Flatten": lambda a, x: x.flatten(a.get("axis", 1)),
-        "Floor": lambda _, x: x.floor(),
         "Gather": lambda a, x, index: torch.select(x, a.get("axis", 0), int(index)) if not index.ndim else x[index],
-        "Identity": lambda _, x: x,
-        "InstanceNormalization": instance_norm,
-        "LeakyRelu": lambda a, x: functional.leaky_relu(x, a.get("alpha", 0.01)),
-        "MaxPool": lambda a, x: pool(a, x, functional.max_pool2d),
-        "Mul": lambda _, x, y: x * y,
-        "PRelu": lambda _, x, slope: torch.where(x < 0, x * slope, x),
-        "Relu": lambda _, x: x.relu(),
-        "Reshape": reshape,
-        "Resize": resize,
+        "Reshape": lambda _, x, shape: x.reshape([x.shape[i] if n == 0 else int(n) for i, n in enumerate(shape)]),
         "Shape": lambda _, x: torch.tensor(x.shape),
-        "Sigmoid": lambda _, x: x.sigmoid(),
         "Slice": cut,
         "Squeeze": lambda a, x, axes=None: moved(a, x, axes, lambda value, axis: value.squeeze(axis)),
-        "Sub": lambda _, x, y: x - y,
         "Transpose": lambda a, x: x.permute(*a["perm"]),
         "Unsqueeze": lambda a, x, axes=None: moved(a, x, axes, lambda value, axis: value.unsqueeze(axis)),
-        "Upsample": lambda a, x, scales=None: resize(a, x, None, scales),
     }
 
 

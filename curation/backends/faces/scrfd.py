@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from curation import PROGRAM
 from curation.backends.faces.fitting import import_cv2
+from curation.cluster import torch_devices
 from curation.errors import InfrastructureError, SampleError, install, install_alone
 from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, FittedImage, normalised
 from curation.images import Pixels
@@ -116,12 +117,12 @@ class Backend:
             return None
         try:
             import onnx
-            import torch
+            import torch  # noqa: F401 - whether it is there
         except ImportError as error:
             if settings.batch_size is None:
                 return None
             raise InfrastructureError(f"--batch_size needs a package ({error}): {install('torch')}") from None
-        if settings.gpu is not None and not torch.cuda.is_available():
+        if settings.gpu is not None and not torch_devices()[1]:
             return None
         scrfd, strides = self._scrfd, len(_strides(self._scrfd))
         height, width = (
@@ -171,7 +172,7 @@ class InTorch:
 
         self._torch, self._cv2, self._graph, self._scrfd = torch, import_cv2(), graph, scrfd
         self._width, self._height = size
-        self.device = "cpu" if settings.gpu is None else f"cuda:{settings.gpu}"
+        self.device = "cpu" if settings.gpu is None else f"{torch_devices()[0]}:{settings.gpu}"
         if self.device == "cpu":
             torch.set_num_threads(settings.threads)
         kind = use_device(self.device)

@@ -8,22 +8,32 @@ import curation  # noqa: F401 - first: it refuses an old Python, and names packa
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from curation import backends
 from curation.backends.faces import defaults_of_all, detector_class, detector_named, here, known_models
 from curation.cluster import Allocation, do_without_gpus
 from curation.errors import InfrastructureError, SampleError, UsageError
-from curation.faces import RECORDED_FIELD, Agreement, DetectorSettings, FaceDetector, recorded_boxes, without_area
+from curation.faces import (
+    RECORDED_FIELD,
+    Agreement,
+    DetectorSettings,
+    FaceDetector,
+    FittedImage,
+    recorded_boxes,
+    without_area,
+)
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
 from curation.models.known import find
@@ -57,6 +67,7 @@ DETECTORS = (*NO_DETECTORS, *backends.names("faces"))
 MORE_MODELS = "--detector recorded uses the boxes in the metadata, and no model; --model names another ONNX file."
 DEFAULT_DETECTOR, EMBEDDED_DETECTOR = "scrfd", "centerface"  # if ``auto`` must detect faces
 CHECKPOINT = 64  # detected samples that go into the partial log together
+MOST_IN_GROUP = 4096  # samples that wait for a batch of the detector
 MAX_BYTES_AHEAD = 256 << 20  # limit for images that are read ahead of the detector
 DET_SIZE_HELP = (
     "Size in pixels of the longest side of the detector's input.  Default: the detector's own, "
@@ -74,6 +85,7 @@ BLURRED = (
 )
 
 Boxes = list[list[float]]  # x0, y0, x1, y1 as shares of width and height; a detector's have their score behind
+Begun: TypeAlias = "tuple[Candidate, Future[Boxes | FittedImage] | None]"  # with a future if its pixels are needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +96,7 @@ class Options(RunOptions):
         {
             "detector": "detector",
             "min_faces": "selection",
-            "threads": "speed",
+            "batch_size": "speed",
             "edits_layout": "output",
         }
     )
@@ -114,6 +126,9 @@ class Options(RunOptions):
     """Number of faces that a sample needs."""
     select: Literal["face", "noface"] = "face"
     """Keep samples with faces, or those without."""
+    batch_size: Annotated[int | Literal["auto"] | None, also("-b"), at_least(1)] = None
+    """Images that SCRFD looks at at once, in torch; auto: found by trials.  Default: auto on a GPU; on the CPU
+    onnxruntime looks at one at a time, which is faster there."""
     threads: Annotated[int | None, at_least(1)] = None
     """Number of images that are processed in parallel, one core each.  Default: the cores of this process."""
     device: Literal["auto", "cpu"] = "auto"
@@ -130,6 +145,10 @@ class Options(RunOptions):
             raise UsageError(f"--model {self.model}: is for an ONNX file; a detector is named with --detector")
         if Path(self.output).absolute() == Path(self.edits).absolute():
             raise UsageError("--output and --edits must be two folders: both hold <shard>.json")
+        if self.batch_size is not None and self.pixel_detector != DEFAULT_DETECTOR:
+            raise UsageError(
+                f"--batch_size is for --detector {DEFAULT_DETECTOR}: the others look at one image at a time"
+            )
         if self.det_size is not None and self.det_size % 32:
             raise UsageError("--det_size must be a multiple of 32")
         if self.embedded and self.detector == DEFAULT_DETECTOR:
@@ -229,8 +248,18 @@ class FilterFaces(Stage[Options]):
             do_without_gpus("no GPU can be seen here", "")  # detectors are fast enough on a CPU partition
         model = Path(o.model) if o.model else None
         # Several runs of the model with one thread each are twice as fast as one run with several threads.
-        loaded = detector_class(o.pixel_detector or "")(DetectorSettings(model, o.det_size, o.threshold, gpu=self._gpu))
-        logger.info(f"faces: {loaded.name} ({loaded.revision}) on {loaded.device}, {self._threads} threads")
+        settings = DetectorSettings(
+            model,
+            o.det_size,
+            o.threshold,
+            threads=1 if o.batch_size is None else self._threads,
+            gpu=self._gpu,
+            batch_size=o.batch_size,
+            sizes=self.output / "_batch_sizes" / self.name,
+        )
+        loaded = detector_class(o.pixel_detector or "")(settings)
+        at_once = "" if loaded.batched is None else f", {loaded.batched.batch_size} images at once"
+        logger.info(f"faces: {loaded.name} ({loaded.revision}) on {loaded.device}{at_once}, {self._threads} threads")
         self._pool = ThreadPoolExecutor(self._threads, "faces")
         return loaded
 
@@ -310,39 +339,67 @@ class FilterFaces(Stage[Options]):
         """The candidates in their order, each with its boxes or its error; detected ones are in the partial log."""
         checkpoints = Checkpoints(lambda: work.partial(mark(self.detector)), work.check_stop, CHECKPOINT)
 
-        def begin(candidate: Candidate) -> Future[Boxes] | None:
+        def begin(candidate: Candidate) -> Future[Boxes | FittedImage] | None:
             if candidate.image is None:
                 return None
             found = checkpoints.find(candidate.key, candidate.digest)
             candidate.detected = None if found is None else parse_json(found)
             if candidate.detected is not None or self._pool is None:  # without a detector there is no pool
                 return None
-            return self._pool.submit(self._detect, candidate.image, work)
+            return self._pool.submit(self._look, candidate.image, work)
 
         def size_of(candidate: Candidate) -> int:
             return len(candidate.image or b"")
 
-        for candidate, pending in prefetch(candidates, begin, size_of, 4 * self._threads, MAX_BYTES_AHEAD):
-            if pending is not None:
-                try:
-                    candidate.detected = pending.result()
+        ahead = 4 * self._threads + 2 * self._at_once()
+        for group in _groups(prefetch(candidates, begin, size_of, ahead, MAX_BYTES_AHEAD), self._at_once):
+            self._finish(group, work)
+            for candidate, pending in group:
+                if pending is not None and candidate.error is None:
                     checkpoints.add(candidate.key, candidate.digest, dump_json(candidate.detected))
-                except SampleError as error:
-                    candidate.error = error
-            candidate.image = None
-            checkpoints.check_urgent()
-            yield candidate
+                candidate.image = None
+                checkpoints.check_urgent()
+                yield candidate
         checkpoints.save()
 
-    def _detect(self, image: bytes, work: ShardContext) -> Boxes:
-        """In a thread of the pool: x0, y0, x1, y1 as shares of width and height, and the score, of each face."""
+    def _at_once(self) -> int:
+        """How many images the detector looks at at once; 1 as long as there is none."""
+        batched = self.detector.batched if self._pool is not None else None
+        return 1 if batched is None else batched.batch_size
+
+    def _finish(self, group: Sequence[Begun], work: ShardContext) -> None:
+        """Give each candidate whose image was begun its boxes or its error."""
+        fitted: list[tuple[Candidate, FittedImage]] = []
+        for candidate, pending in group:
+            if pending is None:
+                continue
+            try:
+                found = pending.result()
+                if isinstance(found, FittedImage):
+                    fitted.append((candidate, found))
+                else:
+                    candidate.detected = found
+            except SampleError as error:
+                candidate.error = error
+        if fitted and self.detector.batched is not None:
+            with work.phase("infer"):
+                boxes = self.detector.batched.detect_all([image for _, image in fitted])
+            for (candidate, _), answer in zip(fitted, boxes, strict=True):
+                if isinstance(answer, SampleError):
+                    candidate.error = answer
+                else:
+                    candidate.detected = _rounded(answer)
+
+    def _look(self, image: bytes, work: ShardContext) -> Boxes | FittedImage:
+        """In a thread of the pool: the faces of an image, or the image as a detector of many images takes it."""
         width, height = image_size(image)
         with self._one_large_image if width * height > LARGE_PIXELS else nullcontext():
             with work.phase("decode"):
                 rgb = decode_rgb(image, at_least=self.detector.wants_pixels)
+                if self.detector.batched is not None:
+                    return self.detector.batched.fit(rgb)
             with work.phase("infer"):
-                boxes = self.detector.detect(rgb)
-        return [[round(float(value), 4) for value in box] for box in boxes]
+                return _rounded(self.detector.detect(rgb))
 
     # ---- what becomes of a sample
 
@@ -379,6 +436,25 @@ class FilterFaces(Stage[Options]):
             work.warn(f"{agreement.describe()}.  {BLURRED}")
         with self._lock:
             self._agreement += agreement
+
+
+def _rounded(boxes: NDArray[np.float32]) -> Boxes:
+    """x0, y0, x1, y1 as shares of width and height, and the score, of each face."""
+    return [[round(float(value), 4) for value in box] for box in boxes]
+
+
+def _groups(begun: Iterable[Begun], at_once: Callable[[], int]) -> Iterator[list[Begun]]:
+    """The candidates in their order, so many that were begun together; no more than a few of the others with them."""
+    group: list[Begun] = []
+    count = 0
+    for one in begun:
+        group.append(one)
+        count += one[1] is not None
+        if count in (0, at_once()) or len(group) == MOST_IN_GROUP:
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
 
 
 def mark(detector: FaceDetector) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,10 @@ class DetectorSettings:
         threshold: The score, between 0 and 1, from which a detection is a face.  Default: the detector's own.
         threads: CPU threads of one ``detect``.  Several calls side by side with one thread each are faster than one
             call with several.
-        gpu: Number of the GPU to use, if this onnxruntime can; None for the CPU.
+        gpu: Number of the GPU to use, if this torch or this onnxruntime can; None for the CPU.
+        batch_size: Images that a detector which can look at many at once is shown at once; ``auto``: found by trials.
+            Default: ``auto`` on a GPU; on the CPU one at a time.
+        sizes: The folder in which processes that work together record what batch size was found.
     """
 
     model: Path | None = None
@@ -37,15 +40,48 @@ class DetectorSettings:
     threshold: float | None = None
     threads: int = 1
     gpu: int | None = None
+    batch_size: int | Literal["auto"] | None = None
+    sizes: Path | None = None
 
 
 AS_PUBLISHED = DetectorSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class FittedImage:
+    """An image as a detector's network takes it.
+
+    Attributes:
+        pixels: Rows × columns × 3 bytes, of the same size for all images.
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        scale: How many pixels of ``pixels`` one of the image has become.
+    """
+
+    pixels: Pixels
+    width: int
+    height: int
+    scale: float
+
+
+class BatchDetector(Protocol):
+    """A detector that looks at many images at once."""
+
+    batch_size: int
+
+    def fit(self, rgb: Pixels) -> FittedImage:
+        """Bring an image, height × width × 3, to the network's size.  Several threads may call it at once."""
+
+    def detect_all(self, images: Sequence[FittedImage]) -> list[Boxes | SampleError]:
+        """Find the faces of several images; see ``FaceDetector.detect``.  What is found in one does not depend on the
+        others.  An image for which memory does not suffice gets its error."""
 
 
 class FaceDetector(Protocol):
     """A face detector with its weights loaded (``curation/backends/faces``)."""
 
     name: str
+    batched: BatchDetector | None  # where many images at once are faster
     revision: str  # of the weights
     device: str
     det_size: int

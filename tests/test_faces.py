@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,101 @@ def test_an_scrfd_of_one_size_only(scrfd_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match=r"320 × 320 only, not --det_size 640"):
         backend(DetectorSettings(fixed, 640))
     assert backend(DetectorSettings(scrfd_file, 320)).wants_pixels == 320
+
+
+# ---- SCRFD in torch, many images at once
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real network as insightface exports it, with random weights."""
+    from tests.backends.tiny_extractors import save_scrfd_onnx
+
+    return save_scrfd_onnx(tmp_path_factory.mktemp("scrfd") / "exported.onnx")
+
+
+AT_ONCE = DetectorSettings(det_size=224, threshold=0.5, batch_size=4)
+
+
+def apart(boxes: np.ndarray, others: np.ndarray) -> float:
+    """How far the boxes of two lists are from the nearest of the other: scores that are nearly equal change places."""
+    distances = np.abs(boxes[:, None] - others[None]).max(2, initial=0)
+    return float(max(distances.min(side, initial=9).max(initial=0) for side in (0, 1))) if len(boxes) else 0.0
+
+
+def test_scrfd_in_torch_finds_onnxruntimes_boxes(exported: Path) -> None:
+    """The same boxes to a ten-thousandth of the side, which is as far as they are recorded."""
+    one = load("faces", "scrfd")(replace(AT_ONCE, model=exported, batch_size=None))
+    many = load("faces", "scrfd")(replace(AT_ONCE, model=exported))
+    assert one.batched is None and many.batched is not None and many.batched.batch_size == 4
+    assert (many.device, many.det_size, many.revision) == ("cpu", 224, one.revision)
+    images = [pixels for pixels, _ in photos("00000001", 4).values()]
+    images += [np.full((3, 900, 3), 90, np.uint8), np.full((200, 1, 3), 90, np.uint8)]  # as narrow as can be
+    found = many.batched.detect_all([many.batched.fit(image) for image in images])
+    assert sum(map(len, found)) > 20
+    for image, boxes in zip(images, found, strict=True):
+        expected = one.detect(image)
+        assert len(expected) == len(boxes) and apart(expected, boxes) < 1e-4
+    # What is found in an image does not depend on its place in a batch, and on the other images there.
+    again = many.batched.detect_all([many.batched.fit(image) for image in (images[3], images[1])])
+    assert [boxes.tobytes() for boxes in again] == [found[3].tobytes(), found[1].tobytes()]
+
+
+def test_scrfd_in_torch_halves_a_batch_that_does_not_fit(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batched = load("faces", "scrfd")(replace(AT_ONCE, model=exported, det_size=64)).batched
+    images = [batched.fit(np.full((64, 64, 3), shade, np.uint8)) for shade in range(0, 250, 50)]
+    expected = [boxes.tobytes() for boxes in batched.detect_all(images)]
+    graph, sizes = batched._graph, []
+
+    def small_card(pictures: object) -> object:
+        sizes.append(len(pictures))  # type: ignore[arg-type]
+        if sizes[-1] > room:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return graph(pictures)
+
+    room = 2
+    monkeypatch.setattr(batched, "_graph", small_card)
+    assert [boxes.tobytes() for boxes in batched.detect_all(images)] == expected
+    assert sizes == [4, 2, 2, 2]
+    room = 0
+    assert {type(answer) for answer in batched.detect_all(images)} == {SampleError}
+
+
+def test_scrfd_in_torch_finds_its_batch_size_once(exported: Path, tmp_path: Path) -> None:
+    from curation.backends.faces import scrfd
+
+    settings_of = replace(AT_ONCE, model=exported, det_size=32, batch_size="auto", sizes=tmp_path / "sizes")
+    found = load("faces", "scrfd")(settings_of).batched.batch_size
+    assert 1 <= found <= scrfd._MOST_AT_ONCE
+    (record,) = (tmp_path / "sizes").iterdir()
+    record.write_text(record.read_text().replace(f": {found}", ": 3"))
+    assert load("faces", "scrfd")(settings_of).batched.batch_size == 3, "of another worker"
+
+
+def test_a_graph_that_torch_does_not_know_or_takes_for_another_stays_with_onnxruntime(
+    scrfd_file: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from curation.models import onnx_torch
+
+    unknown = load("faces", "scrfd")(replace(AT_ONCE, model=scrfd_file))
+    assert unknown.batched is None and unknown.detect(np.zeros((40, 40, 3), np.uint8)).shape == (0, 5)
+    assert "onnxruntime computes scrfd.onnx, one picture at a time: torch cannot (the operation " in caplog.text
+    usual = onnx_torch._operations
+    monkeypatch.setattr(onnx_torch, "_operations", lambda torch: {**usual(torch), "Relu": lambda _, x: x.relu() + 1e-2})
+    assert load("faces", "scrfd")(replace(AT_ONCE, model=exported)).batched is None
+    assert "answers that differ from onnxruntime's by" in caplog.text
+
+
+def test_a_gpu_that_neither_torch_nor_onnxruntime_can_use_is_told(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this torch sees a GPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for detector, model in (("scrfd", exported), ("centerface", None)):
+        with pytest.raises(InfrastructureError, match=r"no CUDA for GPU 0 \(.*onnxruntime-gpu\).*--device cpu"):
+            load("faces", detector)(DetectorSettings(model, gpu=0))
 
 
 # ---- models that are not there, or are something else

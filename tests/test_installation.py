@@ -95,6 +95,7 @@ ARM_TAGS = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("extra", "machine"), [("cpu", "x86_64"), ("gpu", "x86_64"), ("gpu-aarch64", "aarch64")])
 def test_pip_resolves_the_target(extra: str, machine: str, tmp_path: Path) -> None:
     """From the package index, with the pinned versions.  Nothing but metadata is fetched.

@@ -4,7 +4,7 @@ Published detectors are exported for one picture: at their end they write the an
 and so would mix up the pictures of a batch.  Here the graph is computed up to there, and each picture's answers are
 taken apart.  onnxruntime needs a build for each kind of device, which torch brings.
 
-Only what detectors of convolutions are made of is known here.  ``agrees_with`` compares the answers with onnxruntime's,
+Only what detectors of convolutions are made of is known here.  ``check`` compares the answers with onnxruntime's,
 so that another graph, or an operation that means something else than is thought here, is never used.
 """
 
@@ -27,13 +27,11 @@ class UnknownGraph(Exception):
 class TorchGraph:
     """pictures × channels × height × width → for each output, pictures × places × width."""
 
-    def __init__(self, model: Any, widths: Sequence[int], device: str = "cpu", dtype: Any = None) -> None:
+    def __init__(self, graph: Any, widths: Sequence[int]) -> None:
         """
         Args:
-            model: An ``onnx.ModelProto`` with one input.
+            graph: Of an ONNX file (``onnx.GraphProto``).
             widths: Of each output that is wanted, from the first on: how many numbers there are for a place.
-            device: torch's name of the device.
-            dtype: torch's dtype in which it is computed.  Default: float32.
 
         Raises:
             UnknownGraph: It holds an operation that is not known here.
@@ -41,8 +39,7 @@ class TorchGraph:
         import torch
 
         self._torch = torch
-        self.device, self.dtype = device, dtype or torch.float32
-        graph = model.graph
+        self.device, self.dtype = "cpu", torch.float32
         constants = {tensor.name for tensor in graph.initializer}
         inputs = [value.name for value in graph.input if value.name not in constants]
         if len(inputs) != 1 or len(graph.output) < len(widths):
@@ -64,10 +61,7 @@ class TorchGraph:
     def _constant(self, tensor: Any) -> Any:
         import onnx
 
-        made = self._torch.from_numpy(np.array(onnx.numpy_helper.to_array(tensor)))  # a copy: the file's is read-only
-        if made.is_floating_point() and made.ndim:
-            return made.to(self.device, self.dtype)
-        return made  # shapes are computed on the CPU, and a number goes with tensors on any device
+        return self._torch.from_numpy(np.array(onnx.numpy_helper.to_array(tensor)))  # a copy: the file's is read-only
 
     def _attributes(self, node: Any) -> dict[str, Any]:
         import onnx
@@ -78,6 +72,17 @@ class TorchGraph:
                 found[name] = self._constant(value)
         return found
 
+    def move(self, device: str, dtype: Any) -> None:
+        """To where and in what it is computed; at first that is the CPU and float32.
+
+        Shapes stay on the CPU, where they are computed, and so do single numbers, which go with tensors on any device.
+        """
+        self.device, self.dtype = device, dtype
+        for values in (self._values, *(attributes for _, attributes in self._nodes)):
+            for name, value in values.items():
+                if self._torch.is_tensor(value) and value.is_floating_point() and value.ndim:
+                    values[name] = value.to(device, dtype)
+
     def __call__(self, pictures: Any) -> list[Any]:
         """Compute pictures that are on the device in the dtype.  Raises what torch raises, such as out of memory."""
         values = {**self._values, self._input: pictures}
@@ -85,7 +90,7 @@ class TorchGraph:
             given = [values[name] if name else None for name in node.input]
             values[node.output[0]] = self._operations[node.op_type](attributes, *given)
             for name in self._last[number]:
-                values.pop(name, None)  # so that a large batch needs no more memory than it must
+                values.pop(name)  # so that a large batch needs no more memory than it must
         found = []
         for name, sigmoids, width in zip(self._ends, self._sigmoids, self._widths, strict=True):
             value = values[name]
@@ -96,33 +101,30 @@ class TorchGraph:
             found.append(value.permute(0, 2, 3, 1).reshape(len(pictures), -1, width))
         return found
 
-    def agrees_with(self, answers: Callable[[NDArray[np.float32]], Sequence[NDArray[Any]]], height: int, width: int) -> str:
-        """Compare two pictures of noise with what onnxruntime makes of each.
+    def check(self, answers: Callable[[NDArray[np.float32]], Sequence[NDArray[Any]]], height: int, width: int) -> None:
+        """Compare two pictures of noise with what onnxruntime makes of each.  Call it before ``move``.
 
         Args:
             answers: Of one picture, 1 × 3 × height × width: the outputs, as onnxruntime gives them.
             height: Of the pictures, in pixels.
             width: Of the pictures, in pixels.
 
-        Returns:
-            How they differ; empty where they are the same up to rounding.
+        Raises:
+            UnknownGraph: They differ by more than rounding.
         """
-        torch = self._torch
         noise = np.random.default_rng(0).uniform(-1, 1, (2, 3, height, width)).astype(np.float32)
         try:
-            with torch.inference_mode():
-                found = [part.float().cpu().numpy() for part in self(torch.from_numpy(noise).to(self.device, self.dtype))]
-        except (UnknownGraph, TypeError, ValueError, IndexError, KeyError) as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            with self._torch.inference_mode():
+                found = [part.numpy() for part in self(self._torch.from_numpy(noise))]
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UnknownGraph(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
         for number in range(len(noise)):
             for mine, theirs in zip(found, answers(noise[number : number + 1]), strict=False):
-                theirs = theirs.reshape(-1, mine.shape[2]) if theirs.size == mine[number].size else theirs
-                if theirs.shape != mine[number].shape:
-                    return f"outputs of {mine[number].shape} where onnxruntime gives {theirs.shape}"
-                largest = float(np.abs(mine[number] - theirs).max(initial=0) / max(1.0, float(np.abs(theirs).max(initial=0))))
-                if not largest <= AGREEMENT:
-                    return f"answers differ from onnxruntime's by {largest:.2g}"
-        return ""
+                if theirs.size != mine[number].size:
+                    raise UnknownGraph(f"{mine[number].size} numbers where onnxruntime gives {theirs.size}")
+                apart = np.abs(mine[number].reshape(-1) - theirs.reshape(-1)).max(initial=0)
+                if not apart <= AGREEMENT * max(1.0, float(np.abs(theirs).max(initial=0))):
+                    raise UnknownGraph(f"answers that differ from onnxruntime's by {apart:.2g}")
 
 
 def _before_layout(name: str, makers: Mapping[str, Any]) -> tuple[str, int]:
@@ -157,7 +159,36 @@ def _last_uses(nodes: Sequence[Any], ends: Sequence[str]) -> list[list[str]]:
 
 def _operations(torch: Any) -> dict[str, Callable[..., Any]]:
     """What each operation is in torch (onnx.ai/onnx/operators)."""
-    functional = torch.nn.functional
+    return {**_of_numbers(torch), **_of_layers(torch.nn.functional), **_of_shapes(torch)}
+
+
+def _of_numbers(torch: Any) -> dict[str, Callable[..., Any]]:
+    def clip(a: Mapping[str, Any], x: Any, low: Any = None, high: Any = None) -> Any:
+        return x.clamp(low if low is not None else a.get("min"), high if high is not None else a.get("max"))
+
+    return {
+        "Add": lambda _, x, y: x + y,
+        "Cast": lambda a, x: x.to(_DTYPES[a["to"]](torch)),
+        "Clip": clip,
+        "Constant": lambda a: a["value"],
+        "Div": lambda _, x, y: x / y if x.is_floating_point() else x // y,
+        "Floor": lambda _, x: x.floor(),
+        "Identity": lambda _, x: x,
+        "Mul": lambda _, x, y: x * y,
+        "PRelu": lambda _, x, slope: torch.where(x < 0, x * slope, x),
+        "Relu": lambda _, x: x.relu(),
+        "Sigmoid": lambda _, x: x.sigmoid(),
+        "Sub": lambda _, x, y: x - y,
+    }
+
+
+def _of_layers(functional: Any) -> dict[str, Callable[..., Any]]:
+    def pool(a: Mapping[str, Any], x: Any, kind: Callable[..., Any], **more: Any) -> Any:
+        strides = a.get("strides", [1] * len(a["kernel_shape"]))
+        return kind(x, a["kernel_shape"], strides, _pads(a), ceil_mode=bool(a.get("ceil_mode", 0)), **more)
+
+    def average(a: Mapping[str, Any], x: Any) -> Any:
+        return pool(a, x, functional.avg_pool2d, count_include_pad=bool(a.get("count_include_pad", 0)))
 
     def resize(a: Mapping[str, Any], x: Any, _roi: Any = None, scales: Any = None, sizes: Any = None) -> Any:
         if a.get("mode", b"nearest") != b"nearest":
@@ -166,16 +197,25 @@ def _operations(torch: Any) -> dict[str, Callable[..., Any]]:
             return functional.interpolate(x, size=[int(n) for n in sizes[2:]], mode="nearest")
         return functional.interpolate(x, scale_factor=[float(n) for n in scales[2:]], mode="nearest")
 
-    def reshape(a: Mapping[str, Any], x: Any, shape: Any) -> Any:
-        wanted = [x.shape[i] if n == 0 else int(n) for i, n in enumerate(shape)]
-        return x.reshape(wanted)
+    return {
+        "AveragePool": average,
+        "BatchNormalization": lambda a, x, scale, bias, mean, variance: functional.batch_norm(
+            x, mean, variance, scale, bias, eps=a.get("epsilon", 1e-5)
+        ),
+        "Conv": lambda a, x, weight, bias=None: functional.conv2d(
+            x, weight, bias, a.get("strides", 1), _pads(a), a.get("dilations", 1), a.get("group", 1)
+        ),
+        "InstanceNormalization": lambda a, x, scale, bias: functional.instance_norm(
+            x, weight=scale, bias=bias, eps=a.get("epsilon", 1e-5)
+        ),
+        "LeakyRelu": lambda a, x: functional.leaky_relu(x, a.get("alpha", 0.01)),
+        "MaxPool": lambda a, x: pool(a, x, functional.max_pool2d),
+        "Resize": resize,
+        "Upsample": lambda a, x, scales=None: resize(a, x, None, scales),
+    }
 
-    def group(_a: Mapping[str, Any], x: Any, scale: Any, bias: Any) -> Any:
-        return functional.instance_norm(x, weight=scale, bias=bias, eps=_a.get("epsilon", 1e-5))
 
-    def clip(a: Mapping[str, Any], x: Any, low: Any = None, high: Any = None) -> Any:
-        return x.clamp(low if low is not None else a.get("min"), high if high is not None else a.get("max"))
-
+def _of_shapes(torch: Any) -> dict[str, Callable[..., Any]]:
     def cut(_a: Mapping[str, Any], x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
         index = [slice(None)] * x.ndim
         chosen = range(len(starts)) if axes is None else map(int, axes)
@@ -189,47 +229,16 @@ def _operations(torch: Any) -> dict[str, Callable[..., Any]]:
             x = step(x, axis)
         return x
 
-    def pool(a: Mapping[str, Any], x: Any, kind: Callable[..., Any], **more: Any) -> Any:
-        pads, strides = _pads(a), a.get("strides", [1] * len(a["kernel_shape"]))
-        return kind(x, a["kernel_shape"], strides, pads, ceil_mode=bool(a.get("ceil_mode", 0)), **more)
-
-    def average(a: Mapping[str, Any], x: Any) -> Any:
-        return pool(a, x, functional.avg_pool2d, count_include_pad=bool(a.get("count_include_pad", 0)))
-
     return {
-        "Add": lambda _, x, y: x + y,
-        "AveragePool": average,
-        "BatchNormalization": lambda a, x, scale, bias, mean, variance: functional.batch_norm(
-            x, mean, variance, scale, bias, eps=a.get("epsilon", 1e-5)
-        ),
-        "Cast": lambda a, x: x.to(_DTYPES[a["to"]](torch)),
-        "Clip": clip,
         "Concat": lambda a, *parts: torch.cat(parts, a["axis"]),
-        "Constant": lambda a: a["value"],
-        "Conv": lambda a, x, weight, bias=None: functional.conv2d(
-            x, weight, bias, a.get("strides", 1), _pads(a), a.get("dilations", 1), a.get("group", 1)
-        ),
-        "Div": lambda _, x, y: x / y if x.is_floating_point() else x // y,
         "Flatten": lambda a, x: x.flatten(a.get("axis", 1)),
-        "Floor": lambda _, x: x.floor(),
         "Gather": lambda a, x, index: torch.select(x, a.get("axis", 0), int(index)) if not index.ndim else x[index],
-        "Identity": lambda _, x: x,
-        "InstanceNormalization": group,
-        "LeakyRelu": lambda a, x: functional.leaky_relu(x, a.get("alpha", 0.01)),
-        "MaxPool": lambda a, x: pool(a, x, functional.max_pool2d),
-        "Mul": lambda _, x, y: x * y,
-        "PRelu": lambda _, x, slope: torch.where(x < 0, x * slope, x),
-        "Relu": lambda _, x: x.relu(),
-        "Reshape": reshape,
-        "Resize": resize,
+        "Reshape": lambda _, x, shape: x.reshape([x.shape[i] if n == 0 else int(n) for i, n in enumerate(shape)]),
         "Shape": lambda _, x: torch.tensor(x.shape),
-        "Sigmoid": lambda _, x: x.sigmoid(),
         "Slice": cut,
         "Squeeze": lambda a, x, axes=None: moved(a, x, axes, lambda value, axis: value.squeeze(axis)),
-        "Sub": lambda _, x, y: x - y,
         "Transpose": lambda a, x: x.permute(*a["perm"]),
         "Unsqueeze": lambda a, x, axes=None: moved(a, x, axes, lambda value, axis: value.unsqueeze(axis)),
-        "Upsample": lambda a, x, scales=None: resize(a, x, None, scales),
     }
 
 

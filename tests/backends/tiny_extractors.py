@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +479,45 @@ def save_scrfd(path: Path, seed: int = 7) -> Path:
     import torch
 
     torch.save({"state_dict": scrfd_tensors(seed)}, path)
+    return path
+
+
+def save_scrfd_onnx(path: Path, seed: int = 7) -> Path:
+    """SCRFD-10GF as insightface exports it, for one picture, with the weights of ``scrfd_tensors``.
+
+    No package has the published weights.  The older exporter of torch, which insightface used, writes the same
+    operations: the group normalisation in parts, sizes that are computed, and outputs that mix the pictures of a batch.
+    """
+    import torch
+
+    from curation.backends.extract.scrfd import ScrfdNetwork
+
+    class Exported(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = ScrfdNetwork(scrfd_tensors(seed))
+
+        def forward(self, pictures: Any) -> tuple[Any, ...]:
+            network, scores, reaches = self.network, [], []
+            for number, features in enumerate(network._neck(network._backbone(pictures))):
+                score, reach = network._head(features, number)
+                scores.append(score.permute(2, 3, 0, 1).reshape(-1, 1))
+                reaches.append(reach.permute(2, 3, 0, 1).reshape(-1, 4))
+            return (*scores, *reaches)
+
+    names = [f"{part}_{stride}" for part in ("score", "bbox") for stride in (8, 16, 32)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the older exporter is deprecated
+        torch.onnx.export(
+            Exported(),
+            (torch.zeros(1, 3, 64, 64),),
+            str(path),
+            dynamo=False,
+            opset_version=12,
+            input_names=["input.1"],
+            output_names=names,
+            dynamic_axes={"input.1": {2: "height", 3: "width"}},
+        )
     return path
 
 

@@ -225,6 +225,22 @@ def test_scrfd_through_insightface_and_its_agreement_with_recorded_boxes(run: St
     assert agreement["kappa"] == 1
 
 
+def test_scrfd_in_batches_finds_what_it_finds_one_by_one(run: Stage01) -> None:
+    """The real network with random weights; samples that need no detector, and a broken one, lie between."""
+    from tests.backends.tiny_extractors import save_scrfd_onnx
+
+    photos = [members["jpg"] for members in samples_of(EXAMPLES / "00000001.tar").values() if "jpg" in members][:5]
+    seen = [sample(f"{number}", boxes=None, jpg=photo) for number, photo in enumerate(photos)]
+    run.add("00000000", seen[0], sample("recorded"), *seen[1:4], sample("x", boxes=None, jpg=b"no image"), seen[4])
+    flags = ["--model", str(save_scrfd_onnx(run.root / "exported.onnx")), "--det_size", "224", "--threshold", "0.8"]
+    assert run(*flags, "--max_error_rate", "1") == 0
+    one_by_one, rejects = run.files(), run.rejects()
+    assert 1 < len(run.captions()) < 6 and rejects == {"x": "undecodable"}
+    assert run(*flags, "--max_error_rate", "1", "--rerun", "--batch_size", "2") == 0
+    assert "on cpu, 2 images at once" in run.log
+    assert run.files() == one_by_one and run.rejects() == rejects
+
+
 def test_low_agreement_with_recorded_boxes_is_a_warning(run: Stage01) -> None:
     """Blurred faces: boxes are recorded, and a detector sees nothing."""
     blurred = [sample(f"{i:03}", jpg=plain_jpeg(i)) for i in range(12)]
@@ -506,6 +522,7 @@ def test_another_picture_under_the_same_key_is_looked_at_again(run: Stage01, mon
         (["--threshold", "1.5"], "--threshold"),
         (["--det_size", "100"], "--det_size"),
         (["--threads", "0"], "--threads"),
+        (["--detector", "centerface", "--batch_size", "4"], "--batch_size is for --detector scrfd"),
         (["--embedded", "--detector", "scrfd"], "--embedded"),
         (["--detector", "recorded", "--threshold", "0.3"], "--detector recorded"),
         (["--model", "/nowhere/model.onnx"], "/nowhere/model.onnx"),

@@ -14,7 +14,7 @@ A residual network, a path-aggregation neck (Liu et al. 2018, arXiv:1803.01534) 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +31,9 @@ from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
 from curation.models.onnx import open_session, read_weights
+from curation.models.onnx_torch import TorchGraph, UnknownGraph
 from curation.models.weights import fetch_weights
+from curation.options import logger
 
 ANCHORS = 2  # a cell
 
@@ -266,7 +268,7 @@ class Backend(Extractor):
         path = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
         self.name = directive
         self._detector: _Onnx | _Torch | None
-        self._detector = _Onnx(path, settings) if path.suffix == ".onnx" else _Torch(path, settings)
+        self._detector = _exported(path, settings) if path.suffix == ".onnx" else _Torch(path, settings)
         self.revision = self._detector.revision
         self._side = self._detector.side
         self._square, self._size = WhiteSquare(self._side), PictureSize()
@@ -320,6 +322,41 @@ class _Torch:
                 on_host = [part.cpu().numpy() for part in (pictures, anchors, *kept)]
                 found.append(Candidates(stride, *on_host))
         return found
+
+
+def _exported(path: Path, settings: ModelSettings) -> _Onnx | _Torch:
+    """An exported SCRFD: on a GPU in torch, a batch at a time, wherever that answers as onnxruntime does."""
+    if settings.device == "cpu":
+        return _Onnx(path, settings)  # a picture at a time is faster there
+    try:
+        return _OnnxInTorch(path, settings)
+    except (UnknownGraph, ImportError) as error:
+        logger.warning(f"{path.name}: onnxruntime computes it, one picture at a time: torch cannot ({error})")
+        return _Onnx(path, settings)
+
+
+class _OnnxInTorch(_Torch):
+    """An exported SCRFD in torch.  Raises UnknownGraph where it does not answer as onnxruntime does."""
+
+    def __init__(self, path: Path, settings: ModelSettings) -> None:
+        import onnx
+        import torch
+
+        self._torch = torch
+        on_cpu = _Onnx(path, replace(settings, device="cpu"))
+        self.revision, self.side = on_cpu.revision, on_cpu.side
+        graph = TorchGraph(onnx.load_model(str(path)).graph, [1] * 3 + [4] * 3)
+        graph.check(lambda pixels: on_cpu._session.run(None, {on_cpu._input: pixels}), self.side, self.side)
+        dtype = settings.torch_dtype()
+        graph.move(settings.device, dtype)
+
+        def network(pictures: Any) -> tuple[list[Any], list[Any]]:
+            *scores, near, middle, far = graph(pictures)
+            return [score.flatten(1) for score in scores], [near, middle, far]
+
+        self._network = network
+        mean, deviation = (0.5,) * 3, (128 / 255,) * 3  # as insightface's exports want
+        self._normalise = Normalise(mean, deviation, settings.device, dtype, channels_last=has_16_bits(dtype))
 
 
 class _Onnx:

@@ -27,6 +27,7 @@ class PackagedDetector(ABC):
     packaged: ClassVar[tuple[str, str]]
     default_det_size: int
     default_threshold: float
+    batched: ClassVar[None] = None
 
     def __init__(self, settings: DetectorSettings = AS_PUBLISHED) -> None:
         self._cv2 = import_cv2()

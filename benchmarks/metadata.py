@@ -11,6 +11,7 @@ least 0.9 of that), and less than 5 % of the stage's time spent waiting for data
     python benchmarks/metadata.py --distances SHARD.tar  # only what an inexact resize gives, and how far features move
     python benchmarks/metadata.py --compare FOLDER FOLDER  # how far two outputs of the stage are apart
     python benchmarks/metadata.py --toxicity SHARD.tar --tokenizer FOLDER  # only detoxify, padded and in buckets
+    python benchmarks/metadata.py --ocr SHARD.tar        # only what finding and reading text costs
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import io
 import itertools
 import json
 import os
+import resource
 import statistics
 import sys
 import tarfile
@@ -50,9 +52,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the model on the CPU: before
 import numpy as np
 from PIL import Image
 
-from curation.backends.extract import toxicity
+from curation.backends.extract import pp_ocr, toxicity
 from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
 from curation.backends.generate.tiny import fill_with_noise
+from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb, image_size
 from tests.backends.tiny_extractors import MERGES, clip_vocabulary
 
@@ -358,6 +361,22 @@ def print_toxicity(samples: list[tuple[bytes, bytes]], tokenizer: Path, options:
     print_table(["", "calls", "tokens computed", "captions/s", "of padded"], rows_of_table)
 
 
+def print_text(samples: list[tuple[bytes, bytes]]) -> None:
+    """What finding and reading text costs: seconds of a core a picture, and the process's memory.  The last row is a
+    blank picture of the largest size."""
+    pictures = [decode_rgb(image, on_white=False) for image, _ in samples]
+    rows = []
+    for directive in ("pp-ocr-boxes", "pp-ocr"):
+        [find] = pp_ocr.Backend(directive, ModelSettings()).preparations
+        for what, shown in (("these", pictures), ("2,000 × 2,000", [np.zeros((2000, 2000, 3), np.uint8)])):
+            began = time.process_time()
+            lines = sum(len(find(picture)["text-boxes"]) for picture in shown)
+            each = (time.process_time() - began) / len(shown)
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+            rows.append((directive, what, f"{len(shown)}", f"{lines}", f"{each:.2f}", f"{memory:.1f}"))
+    print_table(["", "pictures", "", "lines", "s of a core", "GB at most"], rows)
+
+
 # ---- the table
 
 
@@ -415,6 +434,7 @@ def main() -> int:
     parser.add_argument(
         "--distances", nargs="+", type=Path, metavar="SHARD", help="only what inexact resizes cost, on these"
     )
+    parser.add_argument("--ocr", nargs="+", type=Path, metavar="SHARD", help="only what finding text costs, on these")
     parser.add_argument("--clip", type=Path, help="with --distances: a folder with a trained CLIP ViT-B/32")
     parser.add_argument("--least_side", type=int, default=0, help="with --distances: only photos of so many pixels")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="FOLDER", help="only how far two outputs are apart")
@@ -441,6 +461,9 @@ def main() -> int:
             parser.error("--toxicity needs --tokenizer: a folder with the tokenizer.json of detoxify or another model")
         captions = itertools.islice(itertools.cycle(photos(options.toxicity)), options.images or setting.batch)
         print_toxicity(list(captions), options.tokenizer, options)
+        return 0
+    if options.ocr:
+        print_text(photos(options.ocr)[: options.images])
         return 0
     with tempfile.TemporaryDirectory(prefix="bench-metadata-", dir=options.folder) as folder:
         if options.distances:

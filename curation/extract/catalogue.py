@@ -177,7 +177,7 @@ def known_models(families: Iterable[ExtractorFamily]) -> list[Model]:
 
 def _outputs(directive: Directive) -> str:
     columns, features = directive.outputs(directive.name)
-    return ", ".join(columns) + (" and features" if features else "")
+    return " and ".join([", ".join(columns)] * bool(columns) + ["features"] * bool(features))
 
 
 def here(families: Iterable[ExtractorFamily], model: Model) -> str:

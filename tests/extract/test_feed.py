@@ -17,7 +17,7 @@ import pytest
 from curation.errors import InfrastructureError, ShardError
 from curation.extract import feed as feed_module
 from curation.extract import worker
-from curation.extract.feed import MAX_SLOTS, WANTED, ExtractLoader, ExtractSample, extract_sample
+from curation.extract.feed import CHUNK, MAX_SLOTS, WANTED, ExtractLoader, ExtractSample, _most_at_once, extract_sample
 from curation.extract.plugins import load_plugin
 from curation.extract.worker import SlotLayout
 from curation.images import decode_rgb
@@ -252,3 +252,11 @@ def test_the_memory_of_a_batch_is_as_large_as_its_arrays() -> None:
     layout = SlotLayout.of(PREPARATIONS, 512)
     assert layout.places[2] is None
     assert layout.slot_bytes == 512 * 192 + 512 * 32
+
+
+def test_a_process_is_given_few_samples_at_once_where_one_takes_seconds() -> None:
+    class Slow(stub.Crop):
+        at_once = 2
+
+    assert _most_at_once([]) == _most_at_once(PREPARATIONS) == CHUNK
+    assert _most_at_once([*PREPARATIONS, Slow()]) == 2

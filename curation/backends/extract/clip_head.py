@@ -47,7 +47,7 @@ class _Head:
 
 def _linear(model: str, name: str) -> _Head:
     """LAION's first predictor: one linear layer."""
-    return _Head("{}-score", model, None, _LINEAR.format(name), "LAION-AI's file, named by you", "MIT", 0.0, ("",))
+    return _Head("{}-score", model, None, _LINEAR.format(name), "LAION-AI's file, named by you", "MIT", 1e-6, ("",))
 
 
 HEADS = {

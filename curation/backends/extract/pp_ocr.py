@@ -94,6 +94,9 @@ class Backend(Extractor):
         found = batch.prepared(self._found)
         return {column.name: [row.get(column.name) for row in found] for column in self.columns}
 
+    def close(self) -> None:
+        _networks.cache_clear()
+
 
 def _file_of(folder: Path, part: str, directive: str) -> Path:
     """The folder's ONNX file of that part by its name, such as ``PP-OCRv6_det_small.onnx``."""

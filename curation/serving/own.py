@@ -411,7 +411,7 @@ class OwnServers:
         if alone:
             pool.doom(trouble)
         else:
-            logger.error(f"{trouble}; the run goes on with the other servers")
+            logger.error(f"{trouble}; the run continues with the other servers")
 
 
 def _free_port() -> int:

@@ -421,6 +421,7 @@ class Recaption(Stage[Options]):
             allocation=allocation,
             slots=o.batch_size if isinstance(o.batch_size, int) else None,
             device=o.device,
+            stopping=self.stopping,
         )
 
     def _batch_size(self, device: str, family: Family) -> int | None:

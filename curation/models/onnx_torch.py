@@ -96,7 +96,9 @@ class TorchGraph:
             found.append(value.permute(0, 2, 3, 1).reshape(len(pictures), -1, width))
         return found
 
-    def agrees_with(self, answers: Callable[[NDArray[np.float32]], Sequence[NDArray[Any]]], height: int, width: int) -> str:
+    def agrees_with(
+        self, answers: Callable[[NDArray[np.float32]], Sequence[NDArray[Any]]], height: int, width: int
+    ) -> str:
         """Compare two pictures of noise with what onnxruntime makes of each.
 
         Args:
@@ -111,7 +113,9 @@ class TorchGraph:
         noise = np.random.default_rng(0).uniform(-1, 1, (2, 3, height, width)).astype(np.float32)
         try:
             with torch.inference_mode():
-                found = [part.float().cpu().numpy() for part in self(torch.from_numpy(noise).to(self.device, self.dtype))]
+                found = [
+                    part.float().cpu().numpy() for part in self(torch.from_numpy(noise).to(self.device, self.dtype))
+                ]
         except (UnknownGraph, TypeError, ValueError, IndexError, KeyError) as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for number in range(len(noise)):
@@ -119,7 +123,9 @@ class TorchGraph:
                 theirs = theirs.reshape(-1, mine.shape[2]) if theirs.size == mine[number].size else theirs
                 if theirs.shape != mine[number].shape:
                     return f"outputs of {mine[number].shape} where onnxruntime gives {theirs.shape}"
-                largest = float(np.abs(mine[number] - theirs).max(initial=0) / max(1.0, float(np.abs(theirs).max(initial=0))))
+                largest = float(
+                    np.abs(mine[number] - theirs).max(initial=0) / max(1.0, float(np.abs(theirs).max(initial=0)))
+                )
                 if not largest <= AGREEMENT:
                     return f"answers differ from onnxruntime's by {largest:.2g}"
         return ""

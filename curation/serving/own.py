@@ -311,7 +311,10 @@ class OwnServers:
     def _keep_up(self, pool: EndpointPool, number: int) -> None:
         failures, serves = 0, False
         while True:
-            process, url, log, since = self._launch(number)
+            try:
+                process, url, log, since = self._launch(number)
+            except OSError as error:
+                return self._give_up(pool, f"--served {self._options.served}: the server cannot be started: {error}")
             try:
                 why = self._until_it_answers(process, pool, url)
                 served_since = time.monotonic()

@@ -264,6 +264,7 @@ class RewriteCaptions(Stage[Options]):
                 folder=self.output / "_servers" / self.name,
                 allocation=allocation,
                 slots=o.num_threads,
+                stopping=self.stopping,
             )
             urls, model, timeout_s, key = [], self.model, o.timeout, self._own.key
         else:

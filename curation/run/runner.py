@@ -230,6 +230,7 @@ class _Run:
         self._options = options
         self._allocation = allocation
         self._stop = stop
+        stage.stopping = lambda: stop.draining
         self._ledger = ledger = entry.ledger
         self._claims = claims
         self._began = time.monotonic()

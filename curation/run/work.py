@@ -64,6 +64,8 @@ class Stage(ABC, Generic[AnyOptions]):
         opens_quickly: Whether ``open`` takes seconds at most, so that a dry run can try it.
         uses_device: Whether this process computes on a device, which may fail.  A stage whose models are served by
             other processes does not.
+        stopping: Whether a stop was requested, for an ``open`` that takes long: it may return at once then, because
+            no shard follows.
         trouble: What a dry run found when it looked for the models, with which the real run would end.
     """
 
@@ -83,6 +85,7 @@ class Stage(ABC, Generic[AnyOptions]):
         """output: defaults to the option ``output``."""
         self.options = options
         self.output = Path(vars(options)["output"] if output is None else output)
+        self.stopping: Callable[[], bool] = lambda: False
 
     @abstractmethod
     def fingerprint(self) -> dict[str, object]:

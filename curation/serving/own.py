@@ -25,7 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from curation.cluster import WORKER_VARIABLE, Allocation, do_without_gpus, host_identity, visible_gpus
+from curation.cluster import (
+    WORKER_VARIABLE,
+    Allocation,
+    do_without_gpus,
+    gpu_name,
+    host_identity,
+    own_gpus,
+    showing,
+    visible_gpus,
+)
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
 from curation.options import PATH, at_least, more_than
@@ -39,11 +48,16 @@ FORGIVEN_AFTER_S = 600.0  # a server that has served for so long is sound
 LOG_BYTES = 4 << 20
 LOOK_S = 0.3
 PROBE_S = 5.0
-_LIST_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 _END_BYTES = 16 << 10  # of a log, in which its last words are looked for
-_WORDS = 600  # characters of them
+_WORDS = 300  # characters of each line of them
 _TELLS = re.compile(r"error|exception|out of memory|cannot|failed|not found|unrecogni[sz]ed", re.I)
-_ONLY_POINTS = re.compile(r"see (?:the )?(?:root cause|stack ?trace|log)|^Traceback|^\s*(?:File \"|\^)", re.I)
+_RAISED = re.compile(r"^[\w.]+(?:Error|Exception): ")
+_ONLY_POINTS = re.compile(
+    r"see (?:the )?(?:root cause|stack ?trace|log)|check the logs|further information|^Traceback|^File \"|^\^|WARNING",
+    re.I,
+)
+# Of vLLM, in front of each line: (EngineCore pid=12) ERROR 11-29 03:07:53 [registry.py:1120]
+_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*|^(?:ERROR|INFO)\s+[\d-]+ [\d:]+ \[[^\]]*\]\s*")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _TAKEN = re.compile(r"address already in use|couldn't bind|could not bind", re.I)
 
@@ -188,37 +202,25 @@ def program_of(kind: Kind, place: str | None) -> str:
     return str(python) if os.access(python, os.X_OK) else sys.executable
 
 
-def gpu_groups(tensor_parallel: int, local_rank: int, environ: Mapping[str, str] = os.environ) -> list[list[str]]:
-    """The GPUs of each server that this process starts; one server without any where this process sees none.
-
-    Processes that see the same GPUs divide them: the workers of one command, and tasks of SLURM that were not given a
-    GPU each.
+def gpu_groups(tensor_parallel: int, local_rank: int, environ: Mapping[str, str] = os.environ) -> list[list[int]]:
+    """The GPUs of each server that this process starts, by their numbers among the visible ones; one server without any
+    where this process sees none.
 
     Raises:
         UsageError: There are too few for one server.
     """
-    count = visible_gpus(environ)
-    if not count:
+    visible = visible_gpus(environ)
+    if not visible:
         return [[]]
-    listed = next((environ[name] for name in _LIST_VARIABLES if name in environ), "")
-    names = [name.strip() for name in listed.split(",")][:count] if listed else [str(n) for n in range(count)]
-    workers = environ.get(WORKER_VARIABLE, "").partition("/")[2]
-    sharers = int(workers) if workers.isdecimal() else 1
-    on_node = environ.get("SLURM_GPUS_ON_NODE", "")
-    each_has_its_own = "SLURM_GPUS_PER_TASK" in environ or (on_node.isdecimal() and int(on_node) > count)
-    if not each_has_its_own:
-        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
-        sharers *= max([1, *(int(number) for number in re.findall(r"(?:^|,)(\d+)", tasks))])
-    share = len(names) // sharers
-    if share < tensor_parallel:
-        among = f" for {sharers} processes" if sharers > 1 else ""
+    mine = own_gpus(local_rank, environ)
+    if len(mine) < tensor_parallel:
         raise UsageError(
-            f"--tensor_parallel {tensor_parallel}: {len(names)} GPUs can be seen here{among}; start fewer processes "
-            "on a node, with more GPUs for each (--workers 1; sbatch --ntasks-per-node=1 --gpus-per-task=4)"
+            f"--tensor_parallel {tensor_parallel}: of {visible} visible GPUs {len(mine)} are this process's own; start "
+            "fewer processes on a node, with more GPUs for each (--workers 1; sbatch --ntasks-per-node=1 "
+            "--gpus-per-task=4)"
         )
-    first = local_rank % sharers * share
-    mine = names[first : first + share - share % tensor_parallel]
-    return [mine[start : start + tensor_parallel] for start in range(0, len(mine), tensor_parallel)]
+    servers = len(mine) // tensor_parallel
+    return [mine[number * tensor_parallel : (number + 1) * tensor_parallel] for number in range(servers)]
 
 
 class OwnServers:
@@ -240,6 +242,7 @@ class OwnServers:
         allocation: Allocation,
         slots: int | None = None,
         device: str | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -251,6 +254,7 @@ class OwnServers:
             allocation: Of this process.
             slots: Requests of all servers together; None: as many as the kind of server takes.
             device: ``cpu``: no GPU is used.
+            stopping: Whether the servers are waited for no longer.
 
         Raises:
             UsageError: There is no such server, or there are too few GPUs.
@@ -266,7 +270,7 @@ class OwnServers:
             do_without_gpus("no GPU can be seen here", f"--served {options.served} computes on the CPU")
         self.slots = self._kind.slots if slots is None else max(1, -(-slots // len(self._groups)))
         self.key = secrets.token_urlsafe(24)
-        self._folder = folder
+        self._folder, self._stopping = folder, stopping
         self._rank = allocation.local_rank
         self._ended = threading.Event()
         self._changed = threading.Condition()
@@ -280,6 +284,8 @@ class OwnServers:
     def start(self, pool: EndpointPool) -> None:
         """Start all servers, and return when the first of them answers; the pool gets each as soon as it does.
 
+        It also returns when a stop was requested: there is no server then.
+
         Raises InfrastructureError where none of them comes up.
         """
         make_folder(self._folder)
@@ -289,7 +295,8 @@ class OwnServers:
             self._threads.append(thread)
             thread.start()
         with self._changed:
-            self._changed.wait_for(lambda: pool.members() or len(self._trouble) == len(self._groups))
+            while not (pool.members() or len(self._trouble) == len(self._groups) or self._stopping()):
+                self._changed.wait(LOOK_S)
             if not pool.members() and self._trouble:
                 raise InfrastructureError(self._trouble[0])
 
@@ -304,7 +311,10 @@ class OwnServers:
     def _keep_up(self, pool: EndpointPool, number: int) -> None:
         failures, serves = 0, False
         while True:
-            process, url, log = self._launch(number)
+            try:
+                process, url, log, since = self._launch(number)
+            except OSError as error:
+                return self._give_up(pool, f"--served {self._options.served}: the server cannot be started: {error}")
             try:
                 why = self._until_it_answers(process, pool, url)
                 served_since = time.monotonic()
@@ -321,15 +331,16 @@ class OwnServers:
                 _end(process)
             if self._ended.is_set():
                 return self._count(-1)
-            said = last_words(log)
+            said = last_words(log, since)
             trouble = f"--served {self._options.served}: the server {why}; {log} ends with: {said}"
             failures += 1
             if failures > RESTARTS or not (serves or _TAKEN.search(said)):
                 return self._give_up(pool, trouble)
             logger.warning(f"{trouble}; it is started again ({failures} of {RESTARTS} times)")
-            self._ended.wait(min(30.0, float(2**failures)))
+            self._ended.wait(min(30.0, float(2 ** (failures - 1))))
 
-    def _launch(self, number: int) -> tuple[subprocess.Popen[bytes], str, Path]:
+    def _launch(self, number: int) -> tuple[subprocess.Popen[bytes], str, Path, int]:
+        """The keeper of a server, its URL, its log, and where in that its words begin."""
         o, devices = self._options, self._groups[number]
         port = _free_port()
         launch = Launch(
@@ -342,11 +353,12 @@ class OwnServers:
             self._sees,
             shlex.split(o.served_args or ""),
         )
-        where = "gpu" + "+".join(devices) if devices else f"cpu{self._rank}"
+        where = "gpu" + "+".join(str(gpu_name(device)) for device in devices) if devices else f"cpu{self._rank}"
         log = self._folder / re.sub(r"[^\w.+-]", "_", f"{host_identity()[0]}-{where}.log")
         command = self._kind.command(launch)
         with open(log, "ab") as file:
             file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
+            since = file.tell()
         keep = [sys.executable, str(Path(keeper.__file__)), str(log), str(LOG_BYTES), *command]
         process = subprocess.Popen(
             keep,
@@ -356,17 +368,16 @@ class OwnServers:
             env=self._environment(devices),
             start_new_session=True,  # Ctrl-C in a terminal reaches the stage alone
         )
-        return process, f"http://127.0.0.1:{port}", log
+        return process, f"http://127.0.0.1:{port}", log, since
 
-    def _environment(self, devices: Sequence[str]) -> dict[str, str]:
+    def _environment(self, devices: Sequence[int]) -> dict[str, str]:
         """Of a server: without what belongs to this Python, with its own programs first, its key and its GPUs."""
         gone = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", WORKER_VARIABLE)
         kept = {name: value for name, value in os.environ.items() if name not in gone}
         programs = os.pathsep.join(filter(None, (str(Path(self._program).parent), os.environ.get("PATH"))))
         added = {**self._kind.environment, "PATH": programs, self._kind.key: self.key}
         if devices or self._hides_gpus:
-            variable = next((name for name in _LIST_VARIABLES if name in kept), _LIST_VARIABLES[0])
-            added[variable] = ",".join(devices)
+            added |= showing(devices, kept)
         return {**kept, **added}
 
     def _until_it_answers(self, process: subprocess.Popen[bytes], pool: EndpointPool, url: str) -> str:
@@ -411,7 +422,7 @@ class OwnServers:
         if alone:
             pool.doom(trouble)
         else:
-            logger.error(f"{trouble}; the run goes on with the other servers")
+            logger.error(f"{trouble}; the run continues with the other servers")
 
 
 def _free_port() -> int:
@@ -432,14 +443,21 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def last_words(log: Path) -> str:
-    """What a server said at last, in one line: of the lines that tell of an error the last three."""
+def last_words(log: Path, since: int = 0) -> str:
+    """What a server said at last, in one line: the first error that it raised, and the last lines that tell of one.
+
+    since: Where in the file its words begin.
+    """
     try:
         with open(log, "rb") as file:
-            file.seek(max(0, log.stat().st_size - _END_BYTES))
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _END_BYTES, since if since <= size else 0))  # or a new file was begun
             text = file.read().decode("utf-8", "replace")
     except OSError as error:
         return f"nothing that can be read ({error.strerror})"
-    lines = [_COLOURS.sub("", line).strip() for line in text.splitlines() if line.strip()]
+    lines = [_PREFIX.sub("", _PREFIX.sub("", _COLOURS.sub("", line))).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
     telling = [line for line in lines if _TELLS.search(line) and not _ONLY_POINTS.search(line)]
-    return clean_text(" | ".join(dict.fromkeys((telling or lines)[-3:])))[-_WORDS:]
+    raised = [line for line in telling if _RAISED.match(line)][:1]
+    shown = dict.fromkeys([*raised, *(telling[-2:] or lines[-3:])])
+    return clean_text(" | ".join(line[:_WORDS] for line in shown)) or "nothing"

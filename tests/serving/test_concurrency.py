@@ -115,3 +115,16 @@ def test_a_server_that_changes_is_measured_anew(before: int, after: int) -> None
     old, new = slots(before, lambda: 0.05), slots(after, lambda: 0.05)
     concurrency, _, _ = simulate(lambda now, in_flight: (old if now < 5 else new)(now, in_flight), 5 + 3 * FORGET_S)
     assert after < concurrency.limit <= 2 * after + 1
+
+
+def test_a_server_whose_slots_are_known_is_full_from_the_start_until_it_refuses() -> None:
+    known = Concurrency(10.0, slots=32)
+    assert known.limit == 34, "and two more that wait there"
+    for number in range(500):
+        known.answered(34 - number % 34, 1.0, number / 10, full=True)
+    assert known.limit == 34
+    known.refused(20, 60.0)
+    assert known.limit == 20
+    for number in range(200):
+        known.answered(20, 1.0, 70.0 + number, full=True)
+    assert known.limit > 20, "it is measured from then on"

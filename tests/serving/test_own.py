@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from curation.cluster import showing
 from curation.errors import UsageError
 from curation.serving.own import KINDS, Launch, gpu_groups, last_words, program_of
-from tests import EXAMPLES, ROOT
+from tests import EXAMPLES, ROOT, replaced
 from tests.processes import started, wait_until
 from tests.servers import llama_environment
 
@@ -37,27 +38,34 @@ def test_commands() -> None:
     ("environ", "tensor_parallel", "rank", "groups"),
     [
         ({"CUDA_VISIBLE_DEVICES": ""}, 1, 0, [[]]),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 1, 0, [["0"], ["1"], ["2"], ["3"]]),
-        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 2, 0, [["4", "5"], ["6", "7"]]),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"}, 2, 0, [["GPU-a", "GPU-b"]]),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "CURATION_WORKER": "1/2"}, 1, 1, [["2"], ["3"]]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 1, 0, [[0], [1], [2], [3]]),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 2, 0, [[0, 1], [2, 3]]),
+        ({"ROCR_VISIBLE_DEVICES": "0,1,2"}, 2, 0, [[0, 1]]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "CURATION_WORKER": "1/2"}, 1, 1, [[2], [3]]),
         # four tasks that see all GPUs of the node
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "4(x2)"}, 1, 2, [["2"]]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "4(x2)"}, 1, 2, [[2]]),
         # four tasks that see one each
-        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "4", "SLURM_TASKS_PER_NODE": "4"}, 1, 3, [["0"]]),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2", "SLURM_TASKS_PER_NODE": "2"}, 2, 1, [["0", "1"]]),
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "4", "SLURM_TASKS_PER_NODE": "4"}, 1, 3, [[0]]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2", "SLURM_TASKS_PER_NODE": "2"}, 2, 1, [[0, 1]]),
     ],
 )
 def test_each_process_starts_servers_for_its_own_gpus(
-    environ: dict[str, str], tensor_parallel: int, rank: int, groups: list[list[str]]
+    environ: dict[str, str], tensor_parallel: int, rank: int, groups: list[list[int]]
 ) -> None:
     assert gpu_groups(tensor_parallel, rank, environ) == groups
 
 
+def test_a_server_sees_its_gpus_alone() -> None:
+    assert showing([1, 2], {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"}) == {"CUDA_VISIBLE_DEVICES": "GPU-b,GPU-c"}
+    assert showing([1], {"ROCR_VISIBLE_DEVICES": "4,5"}) == {"ROCR_VISIBLE_DEVICES": "5"}
+    assert showing([], {"HIP_VISIBLE_DEVICES": "4,5"}) == {"HIP_VISIBLE_DEVICES": ""}
+    assert showing([], {}) == {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def test_too_few_gpus_are_told() -> None:
-    with pytest.raises(UsageError, match="--tensor_parallel 4: 2 GPUs can be seen here"):
+    with pytest.raises(UsageError, match="--tensor_parallel 4: of 2 visible GPUs 2 are this process's own"):
         gpu_groups(4, 0, {"CUDA_VISIBLE_DEVICES": "0,1"})
-    with pytest.raises(UsageError, match="for 4 processes; start fewer"):
+    with pytest.raises(UsageError, match="0 are this process's own; start fewer processes on a node"):
         gpu_groups(1, 0, {"CUDA_VISIBLE_DEVICES": "0,1", "CURATION_WORKER": "0/4"})
 
 
@@ -80,13 +88,17 @@ def test_where_the_program_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_last_words_are_those_that_tell(tmp_path: Path) -> None:
     log = tmp_path / "log"
+    vllm = "(APIServer pid=7) ERROR 11-29 03:07:53 [registry.py:1120] "
     log.write_text(
-        'INFO all is well\n\x1b[31mValueError: no room for 8 GiB\x1b[0m\n  File "x.py", line 3\n'
-        "RuntimeError: Engine core initialization failed. See root cause above.\nbye\n"
+        f"INFO all is well\n{vllm}ModuleNotFoundError: No module named 'x'\n{vllm}\n"
+        '\x1b[31mValueError: no room for 8 GiB\x1b[0m\n  File "error.py", line 3\n'
+        "(EngineCore pid=8) RuntimeError: Engine core initialization failed. See root cause above.\nbye\n"
     )
-    assert last_words(log) == "ValueError: no room for 8 GiB"
-    log.write_text("one\ntwo\n")
-    assert last_words(log) == "one | two"
+    assert last_words(log) == "ModuleNotFoundError: No module named 'x' | ValueError: no room for 8 GiB"
+    before = log.stat().st_size
+    with open(log, "a") as file:
+        file.write("one\ntwo\n")
+    assert last_words(log, before) == "one | two"
     assert last_words(tmp_path / "none").startswith("nothing that can be read")
 
 
@@ -98,7 +110,7 @@ def flags(root: Path, model: str, *more: object) -> list[str]:
         llama_environment(root / "env")
     (root / "m.gguf").write_text(model)
     own = ["--served", "llama", "--served_python", root / "env", "--model", root / "m.gguf"]
-    return [*map(str, [EXAMPLES, "-o", root / "out", "--batch_size", 4, *own, *more])]
+    return replaced([EXAMPLES, "-o", root / "out", "--batch_size", 4, *own], more)
 
 
 def run(*arguments: str) -> int:
@@ -158,6 +170,9 @@ def receipts_rows(root: Path) -> list[dict[str, Any]]:
         ("stub", ["--served_args", "--die_after 1"], "ended with exit code 1; .*Replies so far are kept"),
         ("stub", ["--endpoints", "http://127.0.0.1:1"], "leave --endpoints and --endpoints_dir out"),
         ("stub", ["--served_args", "'"], "--served_args: No closing quotation"),
+        ("stub", ["--model", "endpoint:m"], "name the model itself, without endpoint:"),
+        ("stub", ["--served", "vllm", "--model", "florence2-large"], "vLLM does not know Florence-2"),
+        ("stub", ["--model", "no.gguf"], "--model no.gguf: --served llama takes a GGUF file"),
     ],
 )
 def test_a_server_that_is_of_no_use_ends_the_run_with_one_line(
@@ -186,6 +201,14 @@ def test_a_server_ends_with_its_stage_however_that_ends(ending: signal.Signals, 
         process.send_signal(ending)  # to it alone
         assert process.wait(60) == (75 if ending == signal.SIGUSR1 else -9)
         wait_until(lambda: not servers(tmp_path), "the server's end")
+
+
+def test_a_stop_does_not_wait_for_a_server_that_starts(tmp_path: Path) -> None:
+    with started([sys.executable, f"{STAGE}.py", *flags(tmp_path, "sleep")]) as process:
+        wait_until(lambda: servers(tmp_path), "the server", while_runs=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+        assert not servers(tmp_path)
 
 
 def test_flags_of_own_servers_need_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,3 +257,44 @@ def test_llama_cpp_captions_as_the_stages_own_server(tmp_path: Path) -> None:
     assert counts["in"] == 1, "and it was answered: random eyes may leave it without a caption"
     assert all(reason.startswith(("empty_caption", "reply_")) for reason in counts["failed"])
     assert not servers(tmp_path)
+
+
+VLLM = ROOT / ".venv-vllm"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_vllm_rewrites_as_the_stages_own_server(tmp_path: Path) -> None:
+    """The real vLLM on the CPU, with a tiny Llama: `make soak` installs it."""
+    if not (VLLM / "bin" / "python").exists():
+        pytest.skip("vLLM is not in .venv-vllm")
+    save_llama(tmp_path / "llama")
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "0.json").write_text('{"a.json": "A red car in front of an old house"}')
+    folders = ["--input", tmp_path / "captions", "--output", tmp_path / "prompts", "--model_name", tmp_path / "llama"]
+    own = ["--served", "vllm", "--served_python", VLLM, "--served_args=--enforce-eager --dtype float32"]
+    more = ["--num_threads", 2, "--max_tokens", 16, "--timeout", 120, "--system_prompt", "model"]
+    command = [sys.executable, "02_captions_processor.py", *folders, *own, *more, "--max_error_rate", 1]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    words = [*map(str, command)]
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"server http://127.0.0.1:\d+: \d+ requests, [\d.]+ requests/s", result.stderr), "it answered all"
+    assert "failed (" not in result.stderr
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1, "all its processes have ended"
+
+
+def save_llama(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.backends.tiny_captioners import _chat_tokenizer
+
+    tokenizer = _chat_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 4096}  # 32 a head: vLLM's least
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

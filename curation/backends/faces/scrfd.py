@@ -27,9 +27,11 @@ from curation.images import Pixels
 from curation.models.batch_size import (
     LARGEST_BATCH,
     FittingBatchSize,
+    Shortage,
     agreed_batch_size,
     find_batch_size,
-    is_out_of_memory,
+    free_memory,
+    shortage_of,
     use_device,
 )
 from curation.models.hub_errors import hub_error_line
@@ -189,7 +191,7 @@ class InTorch:
         noise = np.random.default_rng(0).integers(0, 256, (_MOST_AT_ONCE, self._height, self._width, 3), np.uint8)
 
         def find() -> int:
-            return find_batch_size(lambda size: self._infer(noise[:size]) is not None, _MOST_AT_ONCE)
+            return find_batch_size(lambda size: not isinstance(self._infer(noise[:size]), Shortage), _MOST_AT_ONCE)
 
         return find() if settings.sizes is None else agreed_batch_size(settings.sizes, self._what, find)
 
@@ -211,21 +213,22 @@ class InTorch:
         """See ``BatchDetector``."""
         size, found = (self._width, self._height), list[Boxes | SampleError]()
 
-        def call(start: int, end: int) -> list[Answer] | None:
+        def call(start: int, end: int) -> list[Answer] | Shortage:
             batch = np.zeros((self._limits.limit(*size), self._height, self._width, 3), np.uint8)
             for row, image in enumerate(images[start:end]):
                 batch[row] = image.pixels
             return self._infer(batch)
 
         for start, end, answers in self._limits.split(len(images), size, call, padded=True):
-            if answers is None:
-                found.append(SampleError("out_of_memory", f"{self._width} × {self._height}, on {self.device}"))
+            if isinstance(answers, Shortage):
+                where = f"{self._width} × {self._height}, on {self.device}"
+                found.append(SampleError("out_of_memory", f"{where}: {answers.text}"))
             else:
                 found += [self._boxes(*pair) for pair in zip(images[start:end], answers, strict=False)]
         return found
 
-    def _infer(self, batch: Pixels) -> list[Answer] | None:
-        """For each picture its scored boxes in pixels of the network's input, n × 5; None where memory ran out."""
+    def _infer(self, batch: Pixels) -> list[Answer] | Shortage:
+        """For each picture its scored boxes in pixels of the network's input, n × 5."""
         torch = self._torch
         try:
             with torch.inference_mode():
@@ -233,9 +236,10 @@ class InTorch:
                 parts = self._graph(pixels.to(torch.float32).sub(127.5).div(128))  # insightface's mean and deviation
                 return self._chosen(parts, len(batch))
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if (shortage := shortage_of(error)) is None:
                 raise
-            return None
+        free_memory(self.device)  # outside the handler, whose traceback keeps the tensors alive
+        return shortage
 
     def _chosen(self, parts: Sequence[Any], count: int) -> list[Answer]:
         """Of all places only those above the threshold leave the device."""

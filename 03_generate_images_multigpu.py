@@ -7,6 +7,7 @@ import curation  # noqa: F401 - first: it refuses an old Python, and names packa
 
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import xxhash
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.generate.loading import pipeline_files
-from curation.backends.generate.parts import Parts, Quantize, find_parts, lora_parts, parts_weights
+from curation.backends.generate.parts import Parts, Quantize, few_steps_warnings, find_parts, lora_parts, parts_weights
 from curation.backends.generate.presets import (
     Preset,
     families,
@@ -79,6 +80,7 @@ DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
 ENCODERS = 4  # JPEG threads; one core encodes more pictures than any GPU makes
 MORE_MODELS = "--model also takes the folder or the hub id of any other text-to-image pipeline of diffusers."
 METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
+TEXT_BATCHES = 4  # the default in new folders
 PROMPTS_FOLDER = "prompts"  # in the folder of a whole dataset
 PRESET_FLAGS = ("steps", "guidance", "height", "width", "text_tokens", "dtype", "batch_size", "true_cfg_scale")
 
@@ -169,13 +171,13 @@ class Options(RunOptions):
     """tar: one <shard>.tar.  files: <shard>/<key>.{jpg,txt,json}, three files a sample."""
     compile: Literal["none", "blocks", "full", "max"] = "none"
     """torch.compile with fixed sizes: transformer blocks, the whole denoiser, or that with autotuning."""
-    channels_last: bool = False
-    """Use the memory layout for convolutions that is fastest on tensor cores."""
-    fuse_qkv: bool = False
-    """Use one projection for query, key and value."""
-    text_batches: Annotated[int, at_least(0)] = 0
+    channels_last: bool | None = None
+    """Use the memory layout for convolutions that is fastest on tensor cores.  Default: yes, in new folders."""
+    fuse_qkv: bool | None = None
+    """Use one projection for query, key and value.  Default: yes, in new folders."""
+    text_batches: Annotated[int | None, at_least(0)] = None
     """Encode the prompts of this number of batches at once, before their pictures; 0: encode them within each batch's
-    call."""
+    call.  Default: 4, in new folders."""
 
     def check(self) -> None:
         super().check()
@@ -212,13 +214,21 @@ class GenerateImages(Stage[Options]):
     name = "03_generate_images"
     opening = "loading the image model"
     uses_device = True
+    shards_in_flight = 2  # while the last pictures of one are encoded and written, the device works for the next
+    overlaps_at_ends = True
     later = MappingProxyType(
-        dict.fromkeys(("true_cfg_scale", "config", "lora", "vae", "quantize"), Later(before=None, now=None))
+        {
+            **dict.fromkeys(("true_cfg_scale", "config", "lora", "vae", "quantize"), Later(before=None, now=None)),
+            "channels_last": Later(before=False, now=True, kept=True),
+            "fuse_qkv": Later(before=False, now=True, kept=True),
+            "text_batches": Later(before=0, now=TEXT_BATCHES, kept=True),
+        }
     )
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._encoders = ThreadPoolExecutor(ENCODERS, "jpeg")
+        self._turn = threading.Lock()  # held by the shard for which the device works
         self._compiled = self._compiling = False  # the first pictures compile the model
 
     @cached_property
@@ -316,7 +326,10 @@ class GenerateImages(Stage[Options]):
             prompt_suffix=o.prompt_suffix,
             parts=self.parts,
             speed_ups=SpeedUps(
-                compile=o.compile, channels_last=o.channels_last, fuse_qkv=o.fuse_qkv, code_beside=self.output
+                compile=o.compile,
+                channels_last=bool(o.channels_last),
+                fuse_qkv=bool(o.fuse_qkv),
+                code_beside=self.output,
             ),
             device=device,
             threads=self.threads,
@@ -326,9 +339,10 @@ class GenerateImages(Stage[Options]):
         call = self.backend.call
         if self.preset[0] not in presets() and allocation.rank == 0:
             logger.info(self._cost())
-        for warning in call.warnings:
+        of_loras = few_steps_warnings(o.lora, call.steps) if o.steps is None else []
+        for warning in (*call.warnings, *of_loras):
             logger.warning(warning)
-        if o.text_batches and not call.can_encode_ahead:
+        if o.text_batches not in (None, 0, TEXT_BATCHES) and not call.can_encode_ahead:
             logger.warning(f"--text_batches has no effect: {call.name} encodes prompts within its call")
         self.fixed_size = (call.width, call.height)
         self.sizes = bucket_sizes(*self.fixed_size, call.bucket_multiple) if o.size == "original" else [self.fixed_size]
@@ -367,10 +381,10 @@ class GenerateImages(Stage[Options]):
         work.keep(len(reused))
         jobs = [sample.job for sample in samples if sample.job.key not in reused]
         batches = plan_batches(jobs, self.settings.batch_size)
-        step = max(1, self.options.text_batches)
+        step = max(1, self.options.text_batches or 0)
         groups = [batches[start : start + step] for start in range(0, len(batches), step)]
         pictures = EncodedLog(work, groups, self._encoders, self.options.quality, GENERATED_XMP)
-        make_missing(work, groups, pictures, partial(self._make, work), partial(self._encode_texts, work))
+        make_missing(work, groups, pictures, self._turn, partial(self._make, work), partial(self._encode_texts, work))
         work.note("reused", len(reused))
         work.note("generated", len(jobs))
         work.note("device", self.backend.device_kind)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager
 from typing import Protocol, Self, TypeVar
 
 import orjson
@@ -19,6 +21,7 @@ from curation.run import ShardContext
 _PICTURE, _REFUSED = b"P", b"R"  # the first byte of a record
 _SHA256_BYTES = 32
 _IN_FLIGHT = 1  # batches that are encoded while the device works on another
+_ENDS_SOON_S = 20.0  # in this time the next shard's prompts are read, so that the device has work when this one ends
 
 
 class Pictures(Protocol):
@@ -119,8 +122,9 @@ class EncodedLog:
 
 def make_missing(
     work: ShardContext,
-    groups: Iterable[Sequence[Batch]],
+    groups: Sequence[Sequence[Batch]],
     log: EncodedLog,
+    turn: AbstractContextManager[object],
     make: Callable[[Batch, AnyTexts | None], Pictures],
     encode_texts: Callable[[Sequence[str]], AnyTexts | None],
 ) -> None:
@@ -130,6 +134,7 @@ def make_missing(
         work: The shard's context.
         groups: The shard's batches; batches of one group have their prompts encoded together.
         log: Receives the images.
+        turn: Is held while the device works for this shard: of two shards, the one that began first is made first.
         make: Generates the images of a batch, from encoded prompts if there are any.
         encode_texts: Encodes all prompts of a group at once; None: they are encoded batch by batch.
 
@@ -137,17 +142,34 @@ def make_missing(
         Stopped: A stop was requested; all images that were made are in the log.
     """
     try:
-        for group in groups:
-            missing = [batch for batch in group if not log.has(batch)]
-            texts = encode_texts([job.prompt for batch in group for job in batch.jobs]) if missing else None
-            start = 0
-            for batch in group:
-                count = len(batch.jobs)
-                if batch in missing:
-                    log.take(batch, make(batch, texts.part(start, count) if texts else None))
-                    work.check_stop()
-                start += count
+        with turn:
+            work.check_stop()  # it may have been asked for while another shard had its turn
+            _make_in_turn(work, groups, log, make, encode_texts)
     except Stopped:
         log.finish()
         raise
     log.finish()
+
+
+def _make_in_turn(
+    work: ShardContext,
+    groups: Sequence[Sequence[Batch]],
+    log: EncodedLog,
+    make: Callable[[Batch, AnyTexts | None], Pictures],
+    encode_texts: Callable[[Sequence[str]], AnyTexts | None],
+) -> None:
+    began, made, left = time.monotonic(), 0, sum(len(group) for group in groups)
+    for group in groups:
+        missing = [batch for batch in group if not log.has(batch)]
+        texts = encode_texts([job.prompt for batch in group for job in batch.jobs]) if missing else None
+        start = 0
+        for batch in group:
+            count, left = len(batch.jobs), left - 1
+            if batch in missing:
+                log.take(batch, make(batch, texts.part(start, count) if texts else None))
+                work.check_stop()
+                made += 1
+                if left * (time.monotonic() - began) / made < _ENDS_SOON_S:
+                    work.ends_soon()
+            start += count
+    work.ends_soon()

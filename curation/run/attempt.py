@@ -14,7 +14,7 @@ import os
 import subprocess
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -205,6 +205,10 @@ class _Attempt:
     alone: bool
 
 
+def _nothing() -> None:
+    pass
+
+
 class Attempts:
     """The attempts of one process at shards of one stage, one after the other or in several threads."""
 
@@ -257,13 +261,16 @@ class Attempts:
         """Whether this process should work on the shard alone, because the shard may kill it."""
         return may_be_poison(self._deaths_without_progress(claim))
 
-    def attempt(self, shard: Shard, claim: Claim, *, alone: bool = False) -> Literal["settled", "late", "lost"]:
+    def attempt(
+        self, shard: Shard, claim: Claim, *, alone: bool = False, on_ends_soon: Callable[[], None] = _nothing
+    ) -> Literal["settled", "late", "lost"]:
         """Work on a shard.
 
         Args:
             shard: The shard.
             claim: This process's claim on it.
             alone: This process works on no other shard at the same time.
+            on_ends_soon: Is called when the next shard may begin; see ``ShardContext.ends_soon``.
 
         Returns:
             settled: The shard is done, failed, blocked or left for a later start.  late: Another worker had done it.
@@ -285,7 +292,7 @@ class Attempts:
         except ShardError as error:  # an input was replaced meanwhile, which is not a failure of this stage
             self.count(State("blocked", str(error)), shard)
             return "settled"
-        work = self._work(shard, claim, state)
+        work = self._work(shard, claim, state, on_ends_soon)
         options_version = self._ledger.governing(shard.id).number
         try:
             self._run(_Attempt(work, claim, inputs, options_version, time.time(), alone))
@@ -319,10 +326,10 @@ class Attempts:
             return
         # An attempt that is only presumed dead may be about to commit the next generation, so its files stay.
         dead = [claim.confirmed_dead] if claim.confirmed_dead else []
-        work = self._work(shard, claim, state)
+        work = self._work(shard, claim, state, _nothing)
         self._clear_away(work, claim, state.receipt, StaleTempFiles(), self._places(work), dead)
 
-    def _work(self, shard: Shard, claim: Claim, state: State) -> ShardContext:
+    def _work(self, shard: Shard, claim: Claim, state: State, on_ends_soon: Callable[[], None]) -> ShardContext:
         return ShardContext(
             shard,
             ledger=self._ledger,
@@ -334,6 +341,7 @@ class Attempts:
             previous=state.receipt,
             on_progress=partial(self._on_progress, shard.id),
             on_warning=logger.warning,
+            on_ends_soon=on_ends_soon,
         )
 
     def _run(self, this: _Attempt) -> None:

@@ -458,15 +458,6 @@ def recorded_options(root: Path, stage: str, shards: str | None = None) -> Mappi
     return versions[0].options
 
 
-def lacks_option(root: Path, stage: str, name: str, shards: str | None = None) -> bool:
-    """Whether a stage has begun on ``root`` with options that an older version recorded, which had no option ``name``.
-
-    shards: see ``recorded_options``.
-    """
-    recorded = recorded_options(root, stage, shards)
-    return recorded is not None and name not in recorded
-
-
 def done_receipts(root: Path, stage: str) -> Iterator[dict[str, Any]]:
     """Yield every receipt of a stage below its output folder, done and failed, in the order of the shards."""
     receipts = root / "_receipts" / stage

@@ -247,7 +247,8 @@ class _Run:
         )
         self._tally = Tally(parent)
         self._attempts = Attempts(stage, options, allocation, stop, ledger, claims, self._progress, self._tally)
-        self._slots = threading.Semaphore(stage.shards_in_flight)
+        self._capacity = 1 if stage.overlaps_at_ends else stage.shards_in_flight
+        self._slots = threading.Semaphore(self._capacity)
         self._opened = False
         self._misses = 0
         self._untidy: list[Shard] = []
@@ -426,14 +427,28 @@ class _Run:
     # ---- one shard
 
     def _wait_for_all_slots(self) -> None:
-        """Take all other slots, so that no other shard is in flight."""
-        for _ in range(1, self._stage.shards_in_flight):
+        """Take all other slots, so that no other shard is in flight, nor one that gave up its slot early."""
+        for _ in range(1, self._capacity):
             while not self._slots.acquire(timeout=0.5):
                 pass  # signal handlers run in between
+        while self._in_flight:
+            self._landed.wait(0.5)
+            self._landed.clear()
 
     def _attempt(self, shard: Shard, claim: Claim, alone: bool) -> None:
+        has_slot = True
+
+        def give_up_slot() -> None:
+            nonlocal has_slot
+            with self._lock:
+                may = self._stage.overlaps_at_ends and self._in_flight < self._stage.shards_in_flight
+                if alone or not has_slot or not may:
+                    return
+                has_slot = False
+            self._slots.release()
+
         try:
-            result = self._attempts.attempt(shard, claim, alone=alone)
+            result = self._attempts.attempt(shard, claim, alone=alone, on_ends_soon=give_up_slot)
             if result == "lost":
                 self._lost(shard)
             elif result == "late":
@@ -447,7 +462,8 @@ class _Run:
             self._progress.end(shard.id)
             with self._lock:
                 self._in_flight -= 1
-            self._slots.release(self._stage.shards_in_flight if alone else 1)
+            if has_slot:
+                self._slots.release(self._capacity if alone else 1)
             self._landed.set()
 
     def _lost(self, shard: Shard) -> None:

@@ -23,7 +23,7 @@ from curation.options import AnyOptions, logger, set_up_logging
 from curation.run.checkpoints import PartialLog, Partials
 from curation.run.claims import Claim
 from curation.run.inputs import Input, source_inputs
-from curation.run.ledger import Ledger, lacks_option
+from curation.run.ledger import Ledger, recorded_options
 from curation.shards import Shard
 from curation.storage.buckets import RemoteOutput, place_of
 from curation.storage.files import AtomicFile, AtomicWriter, Published
@@ -41,10 +41,13 @@ class Later:
     Attributes:
         before: The value that gives the bytes that older versions wrote.
         now: The value for a new folder, where the user gives none.
+        kept: Where the user gives none, a folder that records a value goes on with that, whoever chose it.  It is for
+            options whose value of now changed after versions had recorded another.
     """
 
     before: Any
     now: Any
+    kept: bool = False
 
 
 class Stage(ABC, Generic[AnyOptions]):
@@ -58,6 +61,8 @@ class Stage(ABC, Generic[AnyOptions]):
         output: The folder below which receipts, rejects, provenance and claims are.
         other_outputs: Further folders into which it publishes.
         shards_in_flight: How many shards one process works on at the same time.
+        overlaps_at_ends: The next shard is claimed only once ``ShardContext.ends_soon`` says so, and not from the
+            start: a worker holds no shard that another could begin meanwhile.
         kept_by_rerun: A sentence on what ``--rerun`` does not do again, if the stage keeps something.
         later: Options that ``fingerprint`` records and that older versions of the stage did not have.
         opening: What ``open`` does, in words for the log.
@@ -74,6 +79,7 @@ class Stage(ABC, Generic[AnyOptions]):
     output: Path
     other_outputs: tuple[Path, ...] = ()
     shards_in_flight: int = 1
+    overlaps_at_ends: bool = False
     kept_by_rerun: str = ""
     opening: str = "getting ready"
     opens_quickly: bool = False
@@ -101,17 +107,23 @@ class Stage(ABC, Generic[AnyOptions]):
         output: the folder of the receipts; defaults to the option ``output``.
         """
         root = Path(vars(options)["output"] if output is None else output)
-        values = {}
+        recorded = None if options.rerun else recorded_options(root, cls.name, options.shards)
+        values, kept = {}, {}
         for name, option in cls.later.items():
             if getattr(options, name) is None:
-                old = not options.rerun and lacks_option(root, cls.name, name, options.shards)
-                values[name] = option.before if old else option.now
-                if old and option.before != option.now:
-                    set_up_logging(options.quiet)
-                    logger.info(
-                        f"--{name} {option.before}: an older version has begun {root}; new folders and --rerun use "
-                        f"{option.now}"
-                    )
+                values[name] = option.now
+                if recorded is not None and (option.kept or name not in recorded):
+                    values[name] = recorded.get(name, option.before)
+                if values[name] != option.now:
+                    kept[name] = option
+        if kept:
+            set_up_logging(options.quiet)
+        if old := ", ".join(f"--{name} {values[name]}" for name, option in kept.items() if not option.kept):
+            now = ", ".join(str(option.now) for option in kept.values() if not option.kept)
+            logger.info(f"{old}: an older version has begun {root}; new folders and --rerun use {now}")
+        if begun := ", ".join(f"--{name} {values[name]}" for name, option in kept.items() if option.kept):
+            now = ", ".join(str(option.now) for option in kept.values() if option.kept)
+            logger.info(f"{begun}: {root} was begun so and goes on so; new folders and --rerun use {now}")
         return replace(options, **values)
 
     def ledger(self, *, read_only: bool = False) -> Ledger:
@@ -203,6 +215,7 @@ class ShardContext:
         previous: dict[str, Any] | None,
         on_progress: Callable[[int], None],
         on_warning: Callable[[str], None],
+        on_ends_soon: Callable[[], None],
     ) -> None:
         self.shard = shard
         self.root = ledger.root
@@ -225,6 +238,7 @@ class ShardContext:
         self._stop = stop
         self._on_progress = on_progress
         self._on_warning = on_warning
+        self._on_ends_soon = on_ends_soon
         self._lock = threading.Lock()
         self._drops: list[tuple[str, str]] = []
         self._rejects: list[dict[str, Any]] = []
@@ -369,6 +383,10 @@ class ShardContext:
     def progress(self, count: int = 0) -> None:
         """Report progress, also before a sample is finished, so that the process does not count as stalled."""
         self._on_progress(count)
+
+    def ends_soon(self) -> None:
+        """Let the next shard begin, in a stage that ``overlaps_at_ends``.  It may be called again and again."""
+        self._on_ends_soon()
 
     def check_stop(self, *, urgent_only: bool = False) -> None:
         """Raise Stopped if a signal or the deadline asks to end; call it after each batch saved in the partial log.

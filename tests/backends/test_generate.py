@@ -385,6 +385,16 @@ def test_compiling_changes_only_the_rounding(name: str, tiny: Callable[[str], Pa
     assert np.abs(made[0] - made[1]).max() <= 2
 
 
+def test_a_vae_that_is_computed_in_float32_is_told(tiny: Callable[[str], Path]) -> None:
+    """SDXL's overflows in float16; Stable Diffusion's is left as it is."""
+    told = []
+    for name in ("tiny-sdxl-turbo", "tiny-sd"):
+        settings = replace(preset_for(str(tiny(name)))[1], height=SIDE, width=SIDE, dtype="float16")
+        told.append([line for line in Backend(resolve(str(tiny(name))), settings).call.warnings if "float16" in line])
+    assert len(told[0]) == 1 and "--dtype bfloat16 avoids that" in told[0][0]
+    assert told[1] == []
+
+
 def test_the_last_batch_is_padded_to_a_fixed_size_when_compiled(tiny: Callable[[str], Path]) -> None:
     backend = open_backend(tiny("tiny-sd"))
     expected = pixels(backend.generate([*requests(2), *requests(1, 1), *requests(1, 1)], SIDE, SIDE))[:2]

@@ -13,7 +13,15 @@ import pytest
 
 from curation.backends.generate.diffusers import Backend
 from curation.backends.generate.loading import load_pipeline
-from curation.backends.generate.parts import Part, Parts, check_fp8, find_parts, is_large_matrix, lora_parts
+from curation.backends.generate.parts import (
+    Part,
+    Parts,
+    check_fp8,
+    few_steps_warnings,
+    find_parts,
+    is_large_matrix,
+    lora_parts,
+)
 from curation.backends.generate.presets import Preset
 from curation.backends.generate.tiny import build_atomically, save_tiny_sd
 from curation.errors import InfrastructureError, UsageError
@@ -234,6 +242,16 @@ def test_a_lora_changes_the_pictures_by_its_scale(tiny_sd: Path, lora: Path) -> 
     assert 0 < changed[0] < changed[1] < changed[2]
     both = made(tiny_sd, find_parts([f"{lora}:0.5", f"{lora}:1.5"], None, None)).astype(int)
     assert np.abs(both - twice).max() <= 2, "several are added up"
+
+
+def test_a_lora_of_a_distilled_model_needs_few_steps() -> None:
+    """Nothing else says that a picture takes fifty steps of which four are enough."""
+    values = ["/models/sdxl_lightning_4step_lora.safetensors:1", "org/house-style:style.safetensors:0.5"]
+    [line] = few_steps_warnings(values, 50)
+    assert (
+        line.startswith("--lora sdxl_lightning_4step_lora.safetensors: by its name it needs few steps") and "50" in line
+    )
+    assert few_steps_warnings(values, 4) == []
 
 
 @needs_peft

@@ -13,7 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -446,11 +448,109 @@ def test_a_checkpoint_that_was_cut_short_costs_its_last_batch(root: Path, monkey
 
 def test_a_checkpoint_of_other_prompts_is_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with on_batch(monkeypatch, lambda batch: os.kill(os.getpid(), signal.SIGUSR1) if batch == 2 else None):
-        assert run(root) == 75
+        assert run(root, "--text_batches", "0") == 75
     change(root / f"prompts/{SHARD}.json", lambda prompts: prompts.update({next(iter(prompts)): "Another"}))
     with on_batch(monkeypatch) as batches:
         assert run(root) == 0
     assert batches == [4, 2], "the first batch again, the second from the checkpoint"
+
+
+# ---- several shards, and folders of older versions
+
+
+def test_the_next_shard_begins_before_this_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has the next shard's first batch while this one is written, and the bytes are those of one by one."""
+    one, two = (tmp_path / name for name in ("one", "two"))
+    shards = [SHARD, "00000004", "00000005"]
+    for target in (one, two):
+        for shard in shards:
+            make_input(target, 6, shard)
+    told: list[str] = []
+    real_write, real_make = stage.GenerateImages._write, stage.GenerateImages._make
+
+    def write(self: Any, work: Any, *args: Any) -> None:
+        for _ in range(100 if work.shard.id != shards[-1] else 0):  # a slow filesystem, until the next one has begun
+            if any(line == f"make {shards[shards.index(work.shard.id) + 1]}" for line in told):
+                break
+            time.sleep(0.1)
+        told.append(f"write {work.shard.id}")
+        real_write(self, work, *args)
+
+    def make(self: Any, work: Any, *args: Any) -> Any:
+        told.append(f"make {work.shard.id}")
+        return real_make(self, work, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.GenerateImages, "_write", write)
+        patch.setattr(stage.GenerateImages, "_make", make)
+        assert run(one) == 0
+    made = [line.split()[1] for line in told if line.startswith("make")]
+    assert made == [shard for shard in shards for _ in range(2)], "one shard after the other on the device"
+    for first, second in pairwise(shards):
+        assert told.index(f"make {second}") < told.index(f"write {first}")
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.GenerateImages, "shards_in_flight", 1)
+        assert run(two) == 0
+    for shard in shards:
+        assert (one / f"edits/{shard}.tar").read_bytes() == (two / f"edits/{shard}.tar").read_bytes()
+
+
+def test_a_worker_holds_one_shard_until_it_is_nearly_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two workers and two shards, each gets one."""
+    monkeypatch.setattr("curation.generate.encode._ENDS_SOON_S", -1.0)
+    root = tmp_path / "data"
+    for shard in (SHARD, "00000004"):
+        make_input(root, 6, shard)
+    claims = root / "edits" / "_claims" / NAME
+    held: list[int] = []
+    with on_batch(monkeypatch, lambda batch: held.append(len(list(claims.rglob("*0000000*"))))):
+        assert run(root) == 0
+    assert held[:2] == [1, 1], "the other shard is free until the first one is made"
+
+
+def test_a_stop_gives_both_shards_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed, root = tmp_path / "undisturbed", tmp_path / "stopped"
+    shards = [SHARD, "00000004", "00000005"]
+    for target in (undisturbed, root):
+        for shard in shards:
+            make_input(target, 10, shard)
+    assert run(undisturbed) == 0
+    with on_batch(monkeypatch, lambda batch: os.kill(os.getpid(), signal.SIGUSR1) if batch == 5 else None) as batches:
+        assert run(root) == 75
+    assert len(batches) == 5
+    assert not [path for path in (root / f"edits/_claims/{NAME}").rglob("*0000000*") if path.is_file()]
+    with on_batch(monkeypatch) as rest:
+        assert run(root) == 0
+    assert len(batches) + len(rest) == 9, "no batch was lost"
+    for shard in shards:
+        assert (root / f"edits/{shard}.tar").read_bytes() == (undisturbed / f"edits/{shard}.tar").read_bytes()
+
+
+def test_a_folder_of_an_older_version_goes_on_with_its_speed_ups(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They change pictures by rounding, so that a folder has one value throughout; new folders have the new ones."""
+    old = ["--no-channels_last", "--no-fuse_qkv", "--text_batches", "0"]
+    whole, root, new = (tmp_path / name for name in ("whole", "root", "new"))
+    for target in (whole, root, new):
+        for shard in (SHARD, "00000004"):
+            make_input(target, 6, shard)
+    loud = [flag for flag in SMALL if flag != "--quiet"]
+    assert run(whole, *old) == run(root, *old, "--shards", SHARD) == run(new) == 0
+    path = root / f"edits/_receipts/{NAME}/_epoch.1.json"
+    younger = ("true_cfg_scale", "config", "lora", "vae", "quantize")
+    change(path, lambda record: [record["options"].pop(name) for name in younger])
+    capsys.readouterr()
+    assert run(root, small=loud) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "was begun so and goes on so" in line]
+    assert len(told) == 1
+    assert "--channels_last False, --fuse_qkv False, --text_batches 0: " in told[0]
+    assert told[0].endswith("new folders and --rerun use True, True, 4")
+    for shard in (SHARD, "00000004"):
+        assert (root / f"edits/{shard}.tar").read_bytes() == (whole / f"edits/{shard}.tar").read_bytes()
+    assert len(list(path.parent.glob("_epoch.*.json"))) == 1
+    options = json.loads((new / f"edits/_receipts/{NAME}/_epoch.1.json").read_bytes())["options"]
+    assert (options["channels_last"], options["fuse_qkv"], options["text_batches"]) == (True, True, 4)
 
 
 # ---- bad input

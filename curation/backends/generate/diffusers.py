@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -214,9 +215,11 @@ class Backend:
         self.call = PipelineCall(self.pipeline, settings, negative_prompt)
         self.window: TextWindow | None = text_window(self.pipeline, self.call.encode_prompt, self.call.text_tokens)
         self._check_texts()
-        self.batch = FittingBatchSize(
-            settings.batch_size, f"{self.device_kind}\0{source.name}\0{source.revision}\0{settings.dtype}", remember_in
-        )
+        self._warn_of_upcasting(settings.dtype)
+        kind = f"{self.device_kind}\0{source.name}\0{source.revision}\0{settings.dtype}"
+        if record := self.parts.record():  # another VAE needs other memory
+            kind += f"\0{record}"
+        self.batch = FittingBatchSize(settings.batch_size, kind, remember_in)
         if counts_operations:
             self.tflop = tflop_a_picture(self.call, on_cpu=not device.startswith("cuda"))
         self._apply(self.speed_ups)
@@ -228,6 +231,14 @@ class Backend:
             compiling.try_out(self.device, self.source.name)
         except RuntimeError as error:
             raise self._explain(error) from error
+
+    def _warn_of_upcasting(self, dtype: str) -> None:
+        config = getattr(getattr(self.pipeline, "vae", None), "config", None)
+        if dtype == "float16" and hasattr(self.pipeline, "upcast_vae") and getattr(config, "force_upcast", False):
+            self.call.warnings.append(
+                "--dtype float16: the VAE of this model overflows in it and decodes every batch in float32, which is "
+                "several times slower; --dtype bfloat16 avoids that"
+            )
 
     def _check_texts(self) -> None:
         call, window = self.call, self.window
@@ -384,7 +395,8 @@ class Backend:
         if speed_ups.fuse_qkv:
             for module in (denoiser, vae):
                 if fuse := getattr(module, "fuse_qkv_projections", None):
-                    fuse()
+                    with contextlib.suppress(ValueError):  # of a UNet with projections that cannot be put together
+                        fuse()
         if speed_ups.channels_last:
             for module in (getattr(self.pipeline, "unet", None), vae):
                 # the layout is for images; convolutions over time, as in Qwen-Image's VAE, have one more dimension

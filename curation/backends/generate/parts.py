@@ -15,12 +15,13 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from curation.backends.generate.calls import denoiser_of
+from curation.backends.generate.presets import MANY_STEPS, says_few_steps
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import parse_json_object
 from curation.models.hub_cache import file_digest, folder_digest, public_name
 from curation.models.hub_errors import hub_error_line
 from curation.models.needs import WeightsBySource, WeightsNeed
-from curation.models.weights import CACHE, fetch_weights, is_url
+from curation.models.weights import CACHE, fetch_weights, hub_parts
 
 Quantize = Literal["fp8"]
 
@@ -105,6 +106,17 @@ def lora_parts(value: str) -> tuple[str, float]:
     return source, scale
 
 
+def few_steps_warnings(loras: Sequence[str], steps: int) -> list[str]:
+    """Lines about LoRAs of distilled models, such as Lightning, where the model makes many steps."""
+    names = [_name(lora_parts(value)[0]) for value in loras] if steps > MANY_STEPS else []
+    return [
+        f"--lora {name}: by its name it needs few steps, and the model makes {steps}: its card says which --steps and "
+        "--guidance to give"
+        for name in names
+        if says_few_steps(name)
+    ]
+
+
 def vae_source(value: str) -> str:
     """A name for ``--vae`` as its hub id; a path or a hub id stays as it is."""
     return TINY_VAES[value].source if value in TINY_VAES and not Path(value).is_dir() else value
@@ -158,9 +170,10 @@ def _find_vae(value: str) -> Part:
 
 def _name(source: str) -> str:
     """What the dataset records: no path of this machine."""
-    if is_url(source):
-        return source.partition("#")[0].rpartition("/")[2]
-    return public_name(source) if not Path(source).is_file() else Path(source).name
+    path = Path(source).expanduser().absolute()
+    if path.exists():
+        return path.name if path.is_file() else public_name(str(path))
+    return hub_parts("", source)[0]
 
 
 # ---- into the pipeline

@@ -126,7 +126,7 @@ The figures are those of the cards of ByteDance/SDXL-Lightning (4-step checkpoin
 """
 _FEW_STEPS_FIT = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _FEW_STEPS_NAMES = re.compile(r"(?<![a-z0-9])(?:lightning|hyper|lcm|turbo|schnell|dmd2?|flash|distill(?:ed)?)(?![a-z])")
-_MANY_STEPS = 12  # a preset with so many is not distilled
+MANY_STEPS = 12  # a preset with so many is not distilled
 _CONFIG_NAMES = MappingProxyType({"scheduler": "scheduler_config.json"})  # of other parts: config.json
 
 
@@ -204,7 +204,7 @@ def _few_steps(model: str, name: str, files: _PipelineFiles) -> tuple[str | None
 def _steps_in(name: str) -> int | None:
     """The number of steps that a name such as ``sdxl-lightning-4step`` tells, if it is a small one."""
     found = re.search(r"(?<![a-z0-9])(\d{1,2})-?steps?(?![a-z])", name)
-    return int(found[1]) if found and 0 < int(found[1]) <= _MANY_STEPS else None
+    return int(found[1]) if found and 0 < int(found[1]) <= MANY_STEPS else None
 
 
 class _PipelineFiles:

@@ -43,7 +43,7 @@ BROKEN = (
 
 
 def set_up(beside: Path | None, device_kind: str, *, by_timing: bool = False) -> bool:
-    """Prepare this process for ``torch.compile``: to be called before anything is compiled.
+    """Prepare for ``torch.compile``: to be called before anything is compiled, in the thread that will do it.
 
     torch's inductor tries kernels on the device and takes the fastest one, so that two processes may compute with
     different last bits.  Its deterministic mode leaves out the trials on which numbers depend.

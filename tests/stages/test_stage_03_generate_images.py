@@ -672,6 +672,40 @@ def test_blank_pictures_are_told(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(read_tar(root)) == 21
 
 
+def test_compiling_is_recorded_and_its_code_is_no_output(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the compiler itself, which takes minutes: functions are handed back as they are."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    assert run(root, "--compile", "blocks") == 0
+    assert receipt(root)["notes"]["compiled"] == {"how": "blocks", "kernels": "chosen without trials"}
+    assert {metadata["curation"]["compile"] for metadata in metadata_of(root).values()} == {"blocks"}
+    code = root / "edits/_compile_cache"
+    assert code.stat().st_mode & 0o777 == 0o700 and Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == code
+    assert not [output for output in receipt(root)["outputs"] if "_compile_cache" in str(output)]
+    assert run(root, "--rerun") == 0
+    assert receipt(root)["notes"]["reused"] == 0, "those pictures are of compiled code"
+    assert "compiled" not in receipt(root)["notes"]
+    assert not any("compile" in metadata["curation"] for metadata in metadata_of(root).values())
+
+
+def test_a_compiler_that_is_missing_is_told_before_the_model_is_loaded(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def compile_without(*_: Any, **__: Any) -> Any:
+        raise InvalidCxxCompiler()
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.compile", compile_without)
+    monkeypatch.setattr("curation.backends.generate.diffusers.load_pipeline", None)
+    assert run(root, "--compile", "full") == 2
+    told = capsys.readouterr().err
+    assert "cannot be compiled here (InvalidCxxCompiler: " in told and "use --compile none" in told
+
+
 def test_out_of_memory_loses_nothing_and_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -15,7 +15,7 @@ from curation.extract.api import DevicePreparation, Preparation
 from curation.extract.device_jpeg import DeviceDecoder
 from curation.extract.feed import ExtractBatch, ExtractLoader
 from curation.image_files import bare_jpeg
-from curation.models.batch_size import is_out_of_memory
+from curation.models.batch_size import free_memory, is_out_of_memory
 
 MOST_DECODED_PIXELS = 1 << 27  # that lie on the device at a time: 400 MB
 
@@ -59,6 +59,15 @@ class Stager:
 
     def stage(self, batch: ExtractBatch) -> None:
         """Copy and decode the batch; where memory does not suffice, only what is needed on the CPU is done."""
+        staged = self._staged(batch)
+        if staged is None:
+            free_memory(self._device)
+            rows = [row for row, sample in enumerate(batch.samples) if sample.outcome.on_device]
+            self._to_processes(batch, rows, "out_of_memory")
+        batch.staged = staged or Staged()
+
+    def _staged(self, batch: ExtractBatch) -> Staged | None:
+        """None where memory did not suffice."""
         staged = Staged()
         try:
             with self._on_stream():
@@ -73,10 +82,8 @@ class Stager:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            staged = Staged()
-            rows = [row for row, sample in enumerate(batch.samples) if sample.outcome.on_device]
-            self._to_processes(batch, rows, "out_of_memory")
-        batch.staged = staged
+            return None
+        return staged
 
     def tensor(self, batch: ExtractBatch, number: int) -> Any:
         """The array of a preparation on the device; None where it was not staged."""

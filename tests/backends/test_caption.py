@@ -383,6 +383,22 @@ def test_pickled_weights_are_not_loaded(folder: Callable[[str], Path], tmp_path:
         load_florence(copy)
 
 
+def test_a_whole_copy_of_a_repository_loads(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Other formats and a trainer's state beside the safetensors: nobody opens them."""
+    copy = Path(shutil.copytree(folder("florence2"), tmp_path / "copy"))
+    for place in (".", "onnx", "openvino", "checkpoint-500"):
+        (copy / place).mkdir(exist_ok=True)
+        for name in (
+            "pytorch_model.bin",
+            "openvino_model.bin",
+            "training_args.bin",
+            "optimizer.pt",
+            "flax_model.msgpack",
+        ):
+            (copy / place / name).write_bytes(b"\0" * 64)
+    load_florence(copy).close()
+
+
 def test_weights_of_another_layout_are_not_made_up(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """transformers would fill what is missing with random numbers, and caption on."""
     from safetensors.torch import load_file, save_file

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -176,6 +177,22 @@ def test_any_clip_by_folder_has_its_own_size_and_a_short_name(tmp_path: Path) ->
     assert [f.name for f in backend.features] == ["clip-tiny-patch16-image", "clip-tiny-patch16-text"]
     assert backend.preparations[0] == CentreCrop(64)
     assert backend.compute(batch(2))["clip-tiny-patch16-image"].shape == (2, 24)
+
+
+def test_a_whole_copy_of_a_repository_loads(models: Path, tmp_path: Path) -> None:
+    """Other formats and a trainer's state beside the safetensors: nobody opens them."""
+    copy = Path(shutil.copytree(models / "clip", tmp_path / "copy"))
+    for place in (".", "onnx", "openvino", "checkpoint-500"):
+        (copy / place).mkdir(exist_ok=True)
+        for name in (
+            "pytorch_model.bin",
+            "openvino_model.bin",
+            "training_args.bin",
+            "optimizer.pt",
+            "flax_model.msgpack",
+        ):
+            (copy / place / name).write_bytes(b"\0" * 64)
+    clip.Backend("clip:own", settings(copy))
 
 
 def test_weights_saved_before_safetensors_load_and_are_told_apart(models: Path, tmp_path: Path) -> None:

@@ -273,6 +273,8 @@ class Recaption(Stage[Options]):
         served = options.captioner[0].served
         self.opens_quickly, self.uses_device = served and options.served is None, not served
         self._own: OwnServers | None = None
+        if options.served is not None:
+            self.opening = "starting the model's servers"
         if served:
             self.shards_in_flight = SHARDS_AT_SERVERS
 

@@ -359,7 +359,7 @@ class OwnServers:
         with open(log, "ab") as file:
             file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
             since = file.tell()
-        keep = [sys.executable, str(Path(keeper.__file__)), str(log), str(LOG_BYTES), *command]
+        keep = [sys.executable, "-I", str(Path(keeper.__file__)), str(log), str(LOG_BYTES), *command]
         process = subprocess.Popen(
             keep,
             stdin=subprocess.PIPE,  # where it ends, the keeper knows that this process is gone

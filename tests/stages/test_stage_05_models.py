@@ -184,7 +184,7 @@ def test_a_folder_of_an_older_version_goes_on_with_its_prompt(
     assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", 1, "--max_words", "auto") == 2
     assert "max_words: 0" in capsys.readouterr().err
     assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", 1, "--attention", "auto") == 2
-    assert "attention: sdpa" in capsys.readouterr().err, "what gives the bytes of older versions"
+    assert re.search("attention: .?sdpa", capsys.readouterr().err), "what gives the bytes of older versions"
     assert asked("anew", "--rerun") == {" Use at most 70 words."}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from curation.errors import InfrastructureError, UsageError
 from curation.models.batch_size import FittingBatchSize
 from curation.models.hub_cache import hub_config
 from curation.replies import CAPTION, CUT, WHOLE, Reply, judge
+from tests import ROOT
 from tests.backends.conftest import open_captioner
 
 pytest.importorskip("transformers")
@@ -102,6 +104,20 @@ def test_the_type_decides_for_a_folder_and_for_the_hub(tmp_path: Path, monkeypat
     for name in (model, str(snapshot)):
         with pytest.raises(InfrastructureError, match=r"its model_type is 'blip'; the families here load .*gemma4"):
             resolve(name, FAMILIES)
+
+
+def test_the_docs_say_what_came_of_each_type() -> None:
+    """Every type of transformers for image and text is in one row, and the first two rows are what the families say."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    page = (ROOT / "docs" / "stage-05.md").read_text("utf-8")
+    table = page.partition("| what came of it | types |")[2].partition("\n\n")[0]
+    found = [re.findall(r"`([^`]+)`", line.rpartition("| ")[2]) for line in table.splitlines()[2:]]
+    names = [name for row in found for name in row]
+    assert len(set(names)) == len(names) and set(names) == set(KNOWN)
+    assert sorted([*found[0], *found[2]]) == sorted(FAMILIES["chat"].model_types)
+    special = {kind for family in FAMILIES.values() if not family.general for kind in family.model_types}
+    assert special & set(KNOWN) == set(found[1])
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,19 @@ PUBLISHED = (
         images={"size": {"shortest_edge": 112 * 112, "longest_edge": 224 * 224}},
         tokens={"image_token": "<|image|>", "video_token": "<|video|>"},
     ),
+    Published(
+        "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+        "mistral3",
+        DEFAULTS,
+        {
+            "text_config": {"model_type": "mistral", **WIDTHS},
+            "vision_config": {"model_type": "pixtral", **EYE, "head_dim": 16, "image_size": 112, "patch_size": 14},
+            "spatial_merge_size": 2, "vision_feature_layer": -1,
+        },
+        images={"size": {"longest_edge": 112}, "patch_size": 14},
+        processor={"patch_size": 14, "spatial_merge_size": 2},
+        tokens={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+    ),
 )  # fmt: skip
 
 

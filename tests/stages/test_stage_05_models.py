@@ -173,6 +173,7 @@ def test_a_folder_of_an_older_version_goes_on_with_its_prompt(
     epoch = json.loads(record.read_bytes())
     assert epoch["options"].pop("max_words") == 0  # as an older version has recorded it
     assert epoch["options"].pop("gather") == "images"
+    assert epoch["options"].pop("attention") == "auto"
     record.write_text(json.dumps(epoch))
     assert asked("all is done") == set()
     (receipt,) = out.glob(f"_receipts/{NAME}/*/*.json")
@@ -182,6 +183,8 @@ def test_a_folder_of_an_older_version_goes_on_with_its_prompt(
     assert re.search("gather: .?tensors", capsys.readouterr().err)
     assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", 1, "--max_words", "auto") == 2
     assert "max_words: 0" in capsys.readouterr().err
+    assert run(out, "--model", "endpoint:tulu3:fairclip", "--ports", 1, "--attention", "auto") == 2
+    assert re.search("attention: .?sdpa", capsys.readouterr().err), "what gives the bytes of older versions"
     assert asked("anew", "--rerun") == {" Use at most 70 words."}
 
 
@@ -201,6 +204,7 @@ def test_a_server_that_is_too_slow_leaves_it_to_the_others(tmp_path: Path) -> No
         (["--timeout", "0"], "--timeout is more than 0"),
         (["--quantize", "4bit"], "with an endpoint"),
         (["--compile", "decode"], "with an endpoint"),
+        (["--attention", "flash"], "with an endpoint"),
     ],
 )
 def test_flags_of_servers_that_cannot_be(

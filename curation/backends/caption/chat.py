@@ -14,8 +14,10 @@ from curation.errors import InfrastructureError, install
 from curation.models.known import Model
 
 TYPES = (
-    "gemma3n", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "internvl", "lfm2_vl", "minicpmv4_6",
-    "molmo2",
+    "aya_vision", "cohere2_vision", "cosmos3_edge", "exaone4_5", "gemma3n", "gemma4", "gemma4_unified", "glm46v",
+    "glm4v", "glm4v_moe", "glm_ocr", "glmga", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus",
+    "lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "mistral3", "molmo2", "ovis2", "qianfan_ocr",
+    "video_llama_3", "video_llava", "vipllava",
 )  # fmt: skip
 # Names on the hub, for when its config.json cannot be had.
 NAMES = r"(?<![a-z])gemma-?(3n|4)|internvl.*-hf\b|molmo-?2|minicpm-?v-?4[.-]?[67]|lfm-?[23](\.\d)?-?vl|glm-?4\.[156]v"

@@ -52,8 +52,10 @@ class Backend:
             UsageError: The settings ask for what the servers decide themselves.
         """
         s = settings
-        if s.quantize or s.offload or s.dtype != "auto" or s.compile != "none":
-            raise UsageError("--quantize, --offload, --dtype and --compile: with an endpoint the server's own options")
+        if s.quantize or s.offload or s.dtype != "auto" or s.compile != "none" or s.attention == "flash":
+            raise UsageError(
+                "--quantize, --offload, --dtype, --compile and --attention: with an endpoint the server's own options"
+            )
         if s.timeout_s <= 0:
             raise UsageError("--timeout is more than 0 seconds")
         if s.endpoints and s.endpoints_dir is not None:

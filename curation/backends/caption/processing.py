@@ -1,6 +1,6 @@
 """The processors of transformers for images and text alone, whatever else their models take.
 
-Many processors also want a part for videos or for sound, which needs torchvision or other packages, and is not used
+Many processors also want a part for videos or for audio, which needs torchvision or other packages, and is not used
 here.
 """
 

@@ -122,6 +122,11 @@ def pil_to_tensor(image: Any) -> Any:
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
 
+def grayscale_to_rgb(image: Any) -> Any:
+    """Three equal channels in the place of one; any other image as it is."""
+    return image.expand(*image.shape[:-3], 3, *image.shape[-2:]) if image.shape[-3] == 1 else image
+
+
 def find_class(name: str) -> Any:
     """A class of transformers by its name, whether or not torchvision is installed.
 
@@ -156,7 +161,7 @@ def _in_its_place() -> Iterator[None]:
     made = [ModuleType(name) for name in _MODULES]
     for upper, lower in itertools.pairwise(made):
         setattr(upper, lower.__name__.rpartition(".")[2], lower)
-    for part in (InterpolationMode, resize, pad, normalize, crop, pil_to_tensor):
+    for part in (InterpolationMode, resize, pad, normalize, crop, pil_to_tensor, grayscale_to_rgb):
         setattr(made[-1], part.__name__, part)
     # The class that all these image processors derive from was imported without torchvision.
     base.tvF = made[-1]

@@ -244,9 +244,10 @@ def test_a_lora_changes_the_pictures_by_its_scale(tiny_sd: Path, lora: Path) -> 
     assert np.abs(both - twice).max() <= 2, "several are added up"
 
 
-def test_a_lora_of_a_distilled_model_needs_few_steps() -> None:
+def test_a_lora_of_a_distilled_model_needs_few_steps(tmp_path: Path) -> None:
     """Nothing else says that a picture takes fifty steps of which four are enough."""
-    values = ["/models/sdxl_lightning_4step_lora.safetensors:1", "org/house-style:style.safetensors:0.5"]
+    (tmp_path / "sdxl_lightning_4step_lora.safetensors").touch()
+    values = [f"{tmp_path}/sdxl_lightning_4step_lora.safetensors:1", "org/house-style:style.safetensors:0.5"]
     [line] = few_steps_warnings(values, 50)
     assert (
         line.startswith("--lora sdxl_lightning_4step_lora.safetensors: by its name it needs few steps") and "50" in line

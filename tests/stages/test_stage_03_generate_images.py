@@ -916,17 +916,14 @@ def test_a_folder_that_was_begun_without_a_preset_goes_on_without_it(
     assert "1 pending" in capsys.readouterr().out, "--rerun has the preset"
 
 
-def test_a_model_without_a_preset_is_told_with_its_cost(root: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_preset_is_told_with_its_cost(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nobody pays for fifty steps unknowingly."""
     save_tiny_sd(tmp_path / "my-own-turbo")
     flags = ["--model", str(tmp_path / "my-own-turbo"), "--dtype", "float32", "--guidance", "1", "--batch_size", "4"]
-    command = [sys.executable, "03_generate_images_multigpu.py", "--input", f"{root}/prompts", "--output"]
-    done = subprocess.run(
-        [*command, f"{root}/edits", *flags, "--steps", "2", "--height", "64", "--width", "64"],
-        cwd=ROOT, check=False, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    [line] = [line for line in done.stderr.splitlines() if "no preset is known for it" in line]
+    assert run(root, "--steps", "2", small=[*flags, "--height", "64", "--width", "64"]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "no preset is known for it" in line]
     told = re.search(r"2 steps, guidance 1, 64×64, batches of 4: about (\S+) TFLOP a picture", line)
     assert told and 1e-5 < float(told[1]) < 1e-2
     assert str(tmp_path) not in line.split("--model")[1]

@@ -25,7 +25,15 @@ from transformers import AutoTokenizer
 
 from curation.backends.extract import clip, clip_head, pictures, toxicity
 from curation.backends.extract import families as extractor_families
-from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
+from curation.backends.extract.pictures import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    CentreCrop,
+    FastCentreCrop,
+    Normalise,
+    PatchGrid,
+    patch_grid,
+)
 from curation.backends.extract.tokens import OPENCLIP_MARKS, ClipTokens
 from curation.commands.tables.missing import how_to_make
 from curation.errors import InfrastructureError, UsageError
@@ -226,6 +234,44 @@ def test_siglip_scores_as_its_own_model_does(models: Path) -> None:
         own = model(pixel_values=seen, input_ids=words)
     assert np.allclose(found["siglip-probability"], own.logits_per_image.sigmoid().diagonal(), atol=1e-5)
     assert np.allclose(found["siglip-score"], (own.image_embeds * own.text_embeds).sum(1), atol=1e-5)
+
+
+def test_siglip_2_takes_pictures_in_their_own_shape(tmp_path: Path) -> None:
+    """NaFlex: features, score and probability are those of its own model and processor, alone and in a batch."""
+    from transformers import AutoImageProcessor, Siglip2Model
+
+    folder = tiny.save_siglip2(tmp_path / "naflex")
+    shapes = [*PICTURES, (6, 3, 900), (7, 900, 3), (8, 1, 1)]
+    shown, captions = [tiny.picture(*p) for p in shapes], list(tiny.CAPTIONS[: len(shapes)])
+    backend = clip.Backend(f"siglip:{folder}", ModelSettings())
+    found = backend.compute(SampleBatch(shown, captions))
+    model = Siglip2Model.from_pretrained(folder).eval()
+    own = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    seen = own(images=[Image.fromarray(p) for p in shown], return_tensors="pt", input_data_format="channels_last")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")  # as Google's checkpoints say it
+    words = tokenizer(captions, padding="max_length", truncation=True, max_length=16, return_tensors="pt")["input_ids"]
+    assert len({tuple(shape) for shape in seen["spatial_shapes"].tolist()}) >= 5
+    with torch.inference_mode():
+        expected = model(**seen, input_ids=words)
+    assert np.allclose(found["naflex-image"], expected.image_embeds, atol=1e-5)
+    assert np.allclose(found["naflex-probability"], expected.logits_per_image.sigmoid().diagonal(), atol=1e-5)
+    alone = backend.compute(SampleBatch(shown[1:2], captions[1:2]))
+    assert np.allclose(alone["naflex-image"], found["naflex-image"][1:2], atol=1e-6)
+    half = clip.Backend(f"siglip:{folder}", ModelSettings(dtype="bfloat16")).compute(SampleBatch(shown, captions))
+    assert np.abs(half["naflex-score"] - found["naflex-score"]).max() < 0.03
+    unreadable = SampleBatch(shown[:1], captions[:1])
+    grid = backend.preparations[2]
+    assert grid == PatchGrid(16, 36)
+    unreadable._given["image"] = [np.zeros((1, 1, 3), np.uint8)]
+    assert torch.isfinite(backend.compute(unreadable)["naflex-image"]).all()
+
+
+def test_patches_are_never_more_than_there_is_room_for() -> None:
+    rng = np.random.default_rng(3)
+    for height, width in [(1, 60_000), (60_000, 1), (1, 1), *rng.integers(1, 5000, (200, 2)).tolist()]:
+        rows, columns = patch_grid(height, width, 16, 256)
+        assert rows >= 1 <= columns
+        assert rows * columns <= 256, (height, width)
 
 
 # ---- OpenCLIP's checkpoints

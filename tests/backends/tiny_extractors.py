@@ -152,6 +152,24 @@ def save_siglip(folder: Path, seed: int = 2) -> Path:
     return folder
 
 
+def save_siglip2(folder: Path, seed: int = 12) -> Path:
+    """A SigLIP 2 that takes pictures in their own shape (NaFlex): 36 patches of 16 pixels and 16 tokens."""
+    from transformers import Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model
+
+    tokenizer = letter_tokenizer(pad_token="</s>", eos_token="</s>", unk_token="<unk>", ending="</s>")
+    text = {**SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
+    text |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = Siglip2Config(text_config=text, vision_config={**SMALL, "num_patches": 16, "patch_size": 16})
+    model = Siglip2Model(config)
+    fill_with_noise(model, seed)
+    model.logit_scale.data.fill_(2.0)
+    model.logit_bias.data.fill_(-1.5)
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    Siglip2ImageProcessorPil(patch_size=16, max_num_patches=36).save_pretrained(folder)
+    return folder
+
+
 TOXICITY_LABELS = (
     "toxicity", "severe_toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit",
     "male", "female", "homosexual_gay_or_lesbian", "christian", "jewish", "muslim", "black", "white",

@@ -230,7 +230,10 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         ({"models": "oai-clip-vit-b23"}, "did you mean 'oai-clip-vit-b32'"),
         ({"models": "faces"}, "unknown directive 'faces'"),
         ({"models": "clip:"}, "unknown directive"),
-        ({"models": "somebody/clip"}, "for a model of the hub write clip:somebody/clip or siglip:somebody/clip"),
+        (
+            {"models": "somebody/clip"},
+            "for a model of the hub write clip:somebody/clip or openclip:somebody/clip or siglip:somebody/clip",
+        ),
         ({"models": "qqq"}, "; --list_models shows all of them"),
         ({"models": "Statistics,statistics"}, "is there twice"),
         ({"models": "statistics,statistics"}, "is there twice"),

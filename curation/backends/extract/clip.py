@@ -21,6 +21,9 @@ from curation.backends.extract.pictures import (
     CentreCrop,
     FastCentreCrop,
     Normalise,
+    NormalisePatches,
+    Patches,
+    PatchGrid,
     Squeeze,
 )
 from curation.backends.extract.tokens import ClipTokens, FolderTokens, is_clip_vocabulary
@@ -38,6 +41,8 @@ OPENAI = {
 
 
 OPENCLIP = "openclip:"
+
+MAX_PATCHES = 4096  # of a picture: its memory grows with their square
 
 
 def _clip(name: str, source: str = "", parameters: float = 0.0) -> Directive:
@@ -84,11 +89,18 @@ class Backend(Extractor):
             config = model.config
             pictures = _openai_pictures(settings) if directive in OPENAI else _own_pictures(folder, settings)
             self._tokens = _tokens(folder, config)
+        self._grid: PatchGrid | None = None
+        if isinstance(pictures.crop, Patches):
+            self._grid = PatchGrid(pictures.crop.side, pictures.crop.most)
         _check_size(directive, pictures.crop, config)
         self._model: Any = model.to(settings.device).eval()
         self._crop = pictures.crop
-        self._normalise = Normalise(pictures.mean, pictures.deviation, settings.device, dtype)
+        self._normalise: Normalise | NormalisePatches
+        kind = Normalise if self._grid is None else NormalisePatches
+        self._normalise = kind(pictures.mean, pictures.deviation, settings.device, dtype)
         self.preparations: tuple[Preparation, ...] = (self._crop, self._tokens)
+        if self._grid is not None:
+            self.preparations += (self._grid,)
         width = int(getattr(config, "projection_dim", 0) or config.vision_config.hidden_size)
         self.features = (
             Feature(f"{self.name}-image", width, needs_text=False),
@@ -116,8 +128,7 @@ class Backend(Extractor):
         """Features in float32, whatever the model computes in."""
         torch = self._torch
         with torch.inference_mode():
-            pictures = self._normalise(batch.device_tensor(self._crop))
-            image = _unit(self._model.get_image_features(pixel_values=pictures).pooler_output)
+            image = _unit(self._model.get_image_features(**self._picture_inputs(batch)).pooler_output)
             tokens = batch.device_tensor(self._tokens).long()
             text = _unit(self._model.get_text_features(**self._text_inputs(tokens)).pooler_output)
             score = (image * text).sum(1)
@@ -127,6 +138,16 @@ class Backend(Extractor):
                 scale, bias = self._sigmoid
                 found[f"{self.name}-probability"] = torch.sigmoid(score * scale + bias).cpu().numpy()
         return found
+
+    def _picture_inputs(self, batch: Batch) -> dict[str, Any]:
+        pictures = self._normalise(batch.device_tensor(self._crop))
+        if self._grid is None:
+            return {"pixel_values": pictures}
+        shapes = batch.device_tensor(self._grid).long().clamp(min=1)  # of a picture that cannot be read: zeros
+        places = self._torch.arange(pictures.shape[1], device=pictures.device)
+        mask = places < shapes.prod(1, keepdim=True)
+        pictures = pictures * mask[:, :, None].to(pictures.dtype)
+        return {"pixel_values": pictures, "pixel_attention_mask": mask.int(), "spatial_shapes": shapes}
 
     def _text_inputs(self, tokens: Any) -> dict[str, Any]:
         if isinstance(self._tokens, FolderTokens) and self._tokens.masked:
@@ -165,6 +186,14 @@ def _check_family(directive: str, model_type: str, wants_sigmoid: bool) -> None:
 
 
 def _check_size(directive: str, crop: Any, config: Any) -> None:
+    if isinstance(crop, Patches):
+        own, most = int(config.vision_config.patch_size), int(config.vision_config.num_patches)
+        if crop.side != own or not 1 <= crop.most <= MAX_PATCHES:
+            raise InfrastructureError(
+                f"{directive}: the model has {most} patches of {own} pixels, its preprocessing gives {crop.most} of "
+                f"{crop.side}"
+            )
+        return
     side = int(config.vision_config.image_size)
     if crop.side != side:
         raise InfrastructureError(f"{directive}: the model sees {side} pixels, its preprocessing gives {crop.side}")
@@ -181,10 +210,12 @@ def _own_pictures(folder: Path, settings: ModelSettings) -> _Pictures:
 
     try:
         own = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
-        size, resample = own.size, int(own.resample)
+        size, resample = own.size or {}, int(own.resample)
         mean, deviation = tuple(map(float, own.image_mean)), tuple(map(float, own.image_std))
         crop: Preparation
-        if size.get("shortest_edge"):
+        if getattr(own, "max_num_patches", None):
+            crop = Patches(int(own.patch_size), int(own.max_num_patches), resample)
+        elif size.get("shortest_edge"):
             side = int(own.crop_size["height"])
             if side != int(own.crop_size["width"]) or side != int(size["shortest_edge"]) or not own.do_center_crop:
                 raise ValueError("it crops to another size than it resizes to")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from curation.extract.resample import Window, resized
@@ -115,6 +116,55 @@ class Squeeze:
         return resized(pictures, [Window(self.side, self.side)] * len(pictures), self.side, self.resample)
 
 
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """A picture of any shape as ``most`` patches, most × (side · side · 3) bytes, zeros behind them: SigLIP 2's NaFlex.
+
+    It is resized, with nearly its own shape, to the largest whole number of patches that are not more than ``most``.
+    """
+
+    takes: ClassVar[Literal["image"]] = "image"
+    side: int
+    most: int
+    resample: int = int(Image.Resampling.BILINEAR)
+
+    def __call__(self, pixels: Pixels) -> Pixels:
+        height, width = pixels.shape[:2]
+        rows, columns = patch_grid(height, width, self.side, self.most)
+        image = Image.fromarray(pixels).resize((columns * self.side, rows * self.side), self.resample)
+        parts = np.asarray(image).reshape(rows, self.side, columns, self.side, 3).transpose(0, 2, 1, 3, 4)
+        patches = np.zeros((self.most, self.side * self.side * 3), np.uint8)
+        patches[: rows * columns] = parts.reshape(rows * columns, -1)
+        return patches
+
+
+@dataclass(frozen=True, slots=True)
+class PatchGrid:
+    """How many rows and columns of patches ``Patches`` makes of a picture: two int32."""
+
+    takes: ClassVar[Literal["image"]] = "image"
+    side: int
+    most: int
+
+    def __call__(self, pixels: Pixels) -> NDArray[np.int32]:
+        height, width = pixels.shape[:2]
+        return np.array(patch_grid(height, width, self.side, self.most), np.int32)
+
+
+def patch_grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:
+    """Rows and columns of patches: both sides times the largest number for which, rounded up to whole patches, they are
+    not more than ``most``; found by halving between nothing and 100 until 1e-5 is left, as SigLIP 2's authors do."""
+
+    def at(scale: float) -> tuple[int, int]:
+        return max(1, math.ceil(height * scale / side)), max(1, math.ceil(width * scale / side))
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        low, high = (scale, high) if math.prod(at(scale)) <= most else (low, scale)
+    return at(low)
+
+
 class Normalise:
     """Bytes on a device → what the network takes: samples × 3 × side × side, (x / 255 − mean) / deviation.
 
@@ -144,6 +194,14 @@ class Normalise:
     def __call__(self, crops: Any) -> Any:
         numbers = (crops.float() / self._range - self._mean) / self._deviation
         return numbers.permute(0, 3, 1, 2).to(self._dtype).contiguous(memory_format=self._format)
+
+
+class NormalisePatches(Normalise):
+    """The same of patches: samples × patches × (side · side · 3), which stay in their order."""
+
+    def __call__(self, patches: Any) -> Any:
+        colours = patches.unflatten(2, (-1, 3))
+        return ((colours.float() / self._range - self._mean) / self._deviation).flatten(2).to(self._dtype)
 
 
 def _middle_of_a_strip(image: Image.Image, side: int, resample: int) -> Pixels:

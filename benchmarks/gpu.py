@@ -32,6 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ LIMIT_S, MINUTES = 100, 9.5
 BATCH_03, BATCH_05, BATCH_06, QUALITY = 32, 16, 256, 90
 TOKENS, SIDE = 60, 768  # of Florence-2
 COLUMNS = ["stage", "model", "flags", "images/s", "of the loop", "busy", "of the roofline", "cores", "memory"]
-LOOP, AS_IT_IS = "published loop", "as it is"
+LOOP, AS_IT_IS, VLLM = "published loop", "as it is", "--served vllm"
 STAGES = {"03": "03_generate_images", "05": "05_recaption", "06": "06_metadata"}
 
 
@@ -109,31 +110,40 @@ class Place:
 
 ROWS = [
     Row("03", "flux.1-schnell"),
+    Row("03", "flux.1-schnell", "--no-channels_last --no-fuse_qkv --text_batches 0"),
     Row("03", "flux.1-schnell", ""),
-    Row("03", "flux.1-schnell", "--channels_last --text_batches 4"),
-    Row("03", "flux.1-schnell", "--channels_last --text_batches 4 --compile blocks", limit_s=150),
+    Row("03", "flux.1-schnell", "--compile blocks", limit_s=150),
+    Row("03", "flux.1-schnell", "--compile blocks --quantize fp8", "torchao", limit_s=150),
+    Row("03", "flux.1-schnell", "--compile blocks --quantize fp8 --text_tokens 128", "torchao", limit_s=150),
     Row("03", "sd-turbo"),
     Row("03", "sd-turbo", ""),
-    Row("03", "sd-turbo", "--channels_last --text_batches 4"),
-    Row("03", "sd-turbo", "--channels_last --text_batches 4 --compile blocks", limit_s=150),
+    Row("03", "sd-turbo", "--compile blocks", limit_s=150),
+    Row("03", "sd-turbo", "--vae taesd"),
+    Row("03", "sd-turbo", "--vae taesd --compile blocks", limit_s=150),
     Row("03", "sdxl-turbo"),
-    Row("03", "sdxl-turbo", "--channels_last --text_batches 4"),
+    Row("03", "sdxl-turbo", ""),
     Row("03", "flux.2-klein-4b"),
-    Row("03", "flux.2-klein-4b", "--text_batches 4"),
+    Row("03", "flux.2-klein-4b", ""),
     Row("03", "z-image-turbo"),
-    Row("03", "z-image-turbo", "--text_batches 4"),
+    Row("03", "z-image-turbo", ""),
     Row("05", "florence2-base"),
     Row("05", "florence2-base", ""),
     Row("05", "florence2-base", "--batch_size 256"),
     Row("05", "florence2-base", "--batch_size 256 --compile all", limit_s=150),
     Row("05", "qwen2.5-vl-7b", limit_s=150),
+    Row("05", "qwen2.5-vl-7b", "--batch_size 48 --attention sdpa", limit_s=150),
     Row("05", "qwen2.5-vl-7b", "--batch_size 48", limit_s=150),
+    Row("05", "qwen2.5-vl-7b", "--batch_size 48 --attention flash", "flash_attn", limit_s=150),
+    Row("05", "qwen2.5-vl-7b", VLLM, "vllm", limit_s=240),
     Row("06", "clip-b32"),
     Row("06", "clip-b32", ""),
+    Row("06", "clip-b32", "--decode gpu"),
     Row("06", "clip-l14"),
     Row("06", "clip-l14", ""),
     Row("06", "datacomp.yml"),
     Row("06", "datacomp.yml", ""),
+    Row("06", "datacomp.yml", "--dtype half"),
+    Row("06", "datacomp.yml", "--dtype half --decode gpu"),
 ]
 
 
@@ -298,6 +308,7 @@ def measure_03(place: Place, row: Row) -> Measured:
     batch = 2 if place.tiny else BATCH_03 if preset.batch_size >= 16 or row.model == "flux.1-schnell" else 8
     flags += ["--batch_size", batch]
     make_input(place.folder, 2 if place.tiny else SHARDS, place.images(batch))
+    flags = [gpu_models.save_taesd(place.folder / "taesd") if flag == "taesd" else flag for flag in flags]
     flags += ["--model", row.model]
     if place.tiny:
         flags += ["--dtype", "float32", "--height", 64, "--width", 64]
@@ -358,8 +369,13 @@ def measure_05(place: Place, row: Row) -> Measured:
         shards, output = place.folder / "shards", place.folder / "out"
         for number in range(2 if place.tiny else SHARDS):
             _write_photos(shards / f"{number}.tar", place.images(4 if place.tiny else 64), side)
-        flags = [*row.flags.split(), *device_flags(place), "--input", shards, "--output", output, "--model", model]
+        flags = [*row.flags.split(), "--input", shards, "--output", output, "--model", model]
         flags += ["--max_tokens", tokens]
+        if row.flags == VLLM:  # which makes weights of its own
+            flags += ["--served_args", "--load-format dummy --max-model-len 4096"]
+            flags += ["--served_python", place.vllm] if place.vllm else []
+        else:
+            flags += device_flags(place)
         return measure_stage(place, "05_recaption", output, STAGES["05"], *flags)
 
 
@@ -524,7 +540,7 @@ class Table:
 
 def run_apart(row: Row, options: argparse.Namespace, rate: float, limit_s: float) -> Measured:
     """The row in a process of its own.  Raises InfrastructureError, one line, where it fails or takes too long."""
-    if row.needs and subprocess.run([sys.executable, "-c", f"import {row.needs}"], capture_output=True).returncode:
+    if row.needs and not (row.flags == VLLM and options.vllm) and find_spec(row.needs) is None:
         raise InfrastructureError(f"{row.needs} is not installed")
     if options.tiny:
         return measure_here(row, options)

@@ -196,6 +196,16 @@ def build_flux2_klein() -> Any:
     )
 
 
+def save_taesd(folder: Path) -> Path:
+    """madebyollin/taesd: its published configuration is diffusers' default."""
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny()
+    fill(vae)
+    vae.save_pretrained(folder)
+    return folder
+
+
 # Preset → how the pipeline is built, and the tests' tiny one of the same architecture.
 PIPELINES: dict[str, tuple[Callable[[], Any], str]] = {
     "sd-turbo": (build_sd_turbo, "tiny-sd"),
@@ -257,12 +267,14 @@ def in_place_of_the_hub(name: str, device: str, tiny: bool) -> Iterator[None]:
     """Stage 03 gets the pipeline of random weights where it would load the model."""
     ready = pipeline(name, device, tiny)
     backend = "curation.backends.generate.diffusers"
-    source = ModelSource(name=name, location=name, revision="random weights")
     with (
+        tempfile.TemporaryDirectory() as folder,
         mock.patch(f"{backend}.load_pipeline", lambda *_, **__: ready),
-        mock.patch(f"{backend}.resolve", lambda *_, **__: source),
     ):
-        yield
+        source = ModelSource(name=name, location=folder, revision="random weights")
+        (Path(folder) / "model_index.json").write_text(json.dumps({"_class_name": type(ready).__name__}))
+        with mock.patch(f"{backend}.resolve", lambda *_, **__: source):
+            yield
 
 
 # ---- captioners

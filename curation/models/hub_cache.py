@@ -219,7 +219,7 @@ def cached_commit(model: str, revision: str, marker: str) -> str | None:
 
 @cache
 def hub_config(model: str, revision: str) -> dict[str, Any] | None:
-    """The ``config.json`` of a model on the hub: from the hub's cache, else from the hub, which is asked once.
+    """The ``config.json`` of a model on the hub: from the hub's cache, else what the hub says of it.
 
     Args:
         model: The hub id.
@@ -230,22 +230,19 @@ def hub_config(model: str, revision: str) -> dict[str, Any] | None:
     """
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi
 
     unreadable: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
     cached = cached_commit(model, revision, TRANSFORMER[0])
+    config: Any = None
     try:
-        path = hf_hub_download(
-            model,
-            TRANSFORMER[0],
-            revision=cached or revision,
-            etag_timeout=HUB_TIMEOUT_S,
-            local_files_only=bool(cached),
-        )
-        config = json.loads(Path(path).read_bytes())
+        if cached:
+            config = json.loads((snapshot(model, cached) / TRANSFORMER[0]).read_bytes())
+        elif not _offline():  # one request, and no second one where there is no network
+            config = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).config
     except unreadable:
         return None
-    return config if isinstance(config, dict) else None
+    return config if isinstance(config, dict) and "model_type" in config else None
 
 
 def snapshot(model: str, commit: str) -> Path:

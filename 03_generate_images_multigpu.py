@@ -457,7 +457,8 @@ class GenerateImages(Stage[Options]):
         image_model: dict[str, Any] = {"name": source.name, "revision": source.revision, "dtype": self.settings.dtype}
         if source.variant:
             image_model["variant"] = source.variant
-        if config := self._config_record():
+        config = self._config_record()
+        if config:
             image_model["config"] = config
         image_model |= self.parts.record()
         prompt_model = {"prompt": made["model"]} if "model" in made else {}

@@ -41,7 +41,7 @@ class Later:
     Attributes:
         before: The value that gives the bytes that older versions wrote.
         now: The value for a new folder, where the user gives none.
-        kept: Where the user gives none, a folder that records a value continues with that, whoever chose it.  It is for
+        kept: Where the user gives none, a folder that records a value keeps it, whoever chose it.  It is for
             options whose value of now changed after versions had recorded another.
     """
 

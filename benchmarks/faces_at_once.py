@@ -7,7 +7,6 @@ that other work on the machine disturbs little.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -16,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import make_parser, parse, print_table
 
 from curation.backends.faces.scrfd import Backend
 from curation.faces import DetectorSettings
@@ -35,16 +33,16 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
     return min(taken)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=640, help="pixels of the network's square")
-    options = parser.parse_args()
+    options = parse(parser, rounds=1, side=64)
     picture = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         settings = DetectorSettings(save_scrfd_onnx(Path(folder) / "scrfd.onnx"), options.side, 0.9)
         alone = Backend(settings)
-        print(f"onnxruntime, one picture: {seconds(lambda: alone.detect(picture), options.rounds):.3f} s a picture")
+        rows = [("onnxruntime, one picture", f"{seconds(lambda: alone.detect(picture), options.rounds):.3f}")]
         for size in (1, 4, 8):
             batched = Backend(replace(settings, batch_size=size)).batched
             assert batched is not None
@@ -53,8 +51,10 @@ def main() -> None:
             def call(look: Callable[..., object] = batched.detect_all, images: object = fitted) -> object:
                 return look(images)
 
-            print(f"torch, {size} at once: {seconds(call, options.rounds) / size:.3f} s a picture")
+            rows.append((f"torch, {size} at once", f"{seconds(call, options.rounds) / size:.3f}"))
+    print_table(["", "seconds a picture"], rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

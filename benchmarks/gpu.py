@@ -280,7 +280,8 @@ def measure_stage(place: Place, script: str, output: Path, stage: str, *flags: o
     receipts = sorted(StageReceipts.read(output, stage).receipts, key=lambda receipt: receipt["finished"])
     if failed := sum(sum(receipt["counts"]["failed"].values()) for receipt in receipts):
         raise InfrastructureError(f"{failed} samples failed")
-    began, ended = receipts[0]["finished"], receipts[-1]["finished"]
+    began = receipts[0]["finished"]
+    ended = max(receipts[-1]["finished"], began + 0.001)  # receipts tell milliseconds
     images = sum(receipt["counts"]["kept"] for receipt in receipts[1:])
     return Measured(
         images / (ended - began),

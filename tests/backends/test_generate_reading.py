@@ -42,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def open_backend(folder: Path, **more: Any) -> Backend:
-    settings = {name: more.pop(name) for name in ("text_tokens", "guidance", "steps") if name in more}
+    settings = {name: more.pop(name) for name in ("text_tokens", "guidance", "steps", "true_cfg_scale") if name in more}
     preset = replace(preset_for(str(folder))[1], height=SIDE, width=SIDE, dtype="float32", **settings)
     kind: type[Backend] = backends.load("generate", "diffusers")
     return kind(resolve(str(folder)), preset, **more)

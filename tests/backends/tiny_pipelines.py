@@ -5,6 +5,7 @@ They are saved in diffusers format and loaded through the real code; an image of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,10 @@ def save_tiny_qwen_image(folder: Path) -> None:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = qwen_tokenizer()
+    # The pipeline leaves out the first 34 tokens, which are its template up to the prompt: a token a word, as Qwen's.
+    words = "color, shape, size, texture, quantity, text, spatial relationships of the objects and background"
+    words = f"Describe the image by detailing the {words}"
+    tokenizer.add_tokens(["system", "user", *dict.fromkeys(re.findall(r"^\w+| \w+", words))])
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     text_config = {
         "vocab_size": max(len(tokenizer), 300), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,

@@ -32,6 +32,7 @@ FIGURES = {
     "bench_runner": {r"nothing \| 20": NUMBER, r"output \+ provenance \| 40": NUMBER},
     "bench_status": {r"status \| 2,000": NUMBER, r"discovery \| 2,000": NUMBER},
     "bench_verify": {"sha256sum": NUMBER, "verify, 1 process": NUMBER, "verify, 2 processes": NUMBER},
+    "faces_at_once": {"onnxruntime, one picture": NUMBER, "torch, 4 at once": NUMBER},
     "metadata": {"bare model, preloaded tensors": NUMBER, "stage 06, exact": NUMBER, "plain loop, one process": NUMBER},
     "recaption": {"bare model, tensors prepared before": NUMBER, "stage 05": NUMBER, "plain loop": NUMBER},
     "gpu --only sd-turbo qwen clip-b32": {

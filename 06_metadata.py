@@ -223,11 +223,8 @@ class Metadata(Stage[Options]):
 
     def result(self, counts: Mapping[str, int]) -> str:
         scored = f"{counts['kept']:,} scored"
-        if self.config.decode == "cpu":
-            return scored
-        return f"{scored}, images decoded by the device {counts['decoded_by_device']:,}, by the CPU " + (
-            f"{counts['decoded_by_cpu']:,}"
-        )
+        device, cpu = counts["decoded_by_device"], counts["decoded_by_cpu"]  # noted with --decode gpu
+        return f"{scored}, images decoded by the device {device:,}, by the CPU {cpu:,}" if device or cpu else scored
 
     def process(self, work: ShardContext) -> None:
         assert self._extraction is not None

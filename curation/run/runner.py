@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -248,6 +248,7 @@ class _Run:
         self._tally = Tally(parent)
         self._attempts = Attempts(stage, options, allocation, stop, ledger, claims, self._progress, self._tally)
         self._capacity = 1 if stage.overlaps_at_ends else stage.shards_in_flight
+        self._ending: Callable[[], None] | None = None  # gives up the slot of a shard that ends soon, when it may
         self._slots = threading.Semaphore(self._capacity)
         self._opened = False
         self._misses = 0
@@ -441,8 +442,10 @@ class _Run:
         def give_up_slot() -> None:
             nonlocal has_slot
             with self._lock:
-                may = self._stage.overlaps_at_ends and self._in_flight < self._stage.shards_in_flight
-                if alone or not has_slot or not may:
+                if alone or not has_slot or not self._stage.overlaps_at_ends:
+                    return
+                if self._in_flight >= self._stage.shards_in_flight:  # until the shard before this one is written
+                    self._ending = give_up_slot
                     return
                 has_slot = False
             self._slots.release()
@@ -462,8 +465,12 @@ class _Run:
             self._progress.end(shard.id)
             with self._lock:
                 self._in_flight -= 1
-            if has_slot:
-                self._slots.release(self._capacity if alone else 1)
+                ending, self._ending = self._ending, None
+                if has_slot:
+                    has_slot = False  # its own wish to give it up, if that is what waits, is fulfilled
+                    self._slots.release(self._capacity if alone else 1)
+            if ending is not None:
+                ending()
             self._landed.set()
 
     def _lost(self, shard: Shard) -> None:

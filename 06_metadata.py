@@ -58,7 +58,7 @@ from curation.shards import Shard, local_folders
 from curation.tar.samples import read_samples
 from curation.tar.scan import TarReport
 
-MORE_MODELS = "--models also takes clip:<hub id or folder> and siglip:<hub id or folder>."
+MORE_MODELS = "--models also takes clip:, siglip: or openclip: with a hub id or a folder behind it."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from curation.models.batch_size import FittingBatchSize, agreed_batch_size, find
 from curation.options import logger
 from curation.replies import CUT, Reply, Verdict
 from tests import ROOT
+from tests.backends import add_other_formats
 from tests.backends.conftest import accepted, open_captioner
 from tests.servers import ollama_stub
 
@@ -386,16 +387,7 @@ def test_pickled_weights_are_not_loaded(folder: Callable[[str], Path], tmp_path:
 def test_a_whole_copy_of_a_repository_loads(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Other formats and a trainer's state beside the safetensors: nobody opens them."""
     copy = Path(shutil.copytree(folder("florence2"), tmp_path / "copy"))
-    for place in (".", "onnx", "openvino", "checkpoint-500"):
-        (copy / place).mkdir(exist_ok=True)
-        for name in (
-            "pytorch_model.bin",
-            "openvino_model.bin",
-            "training_args.bin",
-            "optimizer.pt",
-            "flax_model.msgpack",
-        ):
-            (copy / place / name).write_bytes(b"\0" * 64)
+    add_other_formats(copy)
     load_florence(copy).close()
 
 

@@ -41,6 +41,7 @@ from curation.extract import Catalogue, ExtractConfig
 from curation.extract.api import order
 from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb, encode_jpeg
+from tests.backends import add_other_formats
 from tests.backends import tiny_extractors as tiny
 from tests.backends.tiny_extractors import SampleBatch
 
@@ -190,16 +191,7 @@ def test_any_clip_by_folder_has_its_own_size_and_a_short_name(tmp_path: Path) ->
 def test_a_whole_copy_of_a_repository_loads(models: Path, tmp_path: Path) -> None:
     """Other formats and a trainer's state beside the safetensors: nobody opens them."""
     copy = Path(shutil.copytree(models / "clip", tmp_path / "copy"))
-    for place in (".", "onnx", "openvino", "checkpoint-500"):
-        (copy / place).mkdir(exist_ok=True)
-        for name in (
-            "pytorch_model.bin",
-            "openvino_model.bin",
-            "training_args.bin",
-            "optimizer.pt",
-            "flax_model.msgpack",
-        ):
-            (copy / place / name).write_bytes(b"\0" * 64)
+    add_other_formats(copy)
     clip.Backend("clip:own", settings(copy))
 
 

@@ -8,14 +8,13 @@ ours: no package carries those of the models.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from curation.backends.caption.chat import image_marks
-from curation.backends.caption.processing import Unused
+from curation.backends.caption.processing import without_other_parts
 from curation.backends.caption.torchless import find_class
 from tests.backends.tiny_captioners import CHAT, TEXT, _chat_tokenizer, _save
 
@@ -208,31 +207,7 @@ def save_chat(model: Published, folder: Path, template: str | None = None) -> No
     named = IMAGE_PROCESSOR_MAPPING_NAMES.get(model.model_type) or {"pil": "Glm4vImageProcessorPil"}
     images = find_class(named.get("pil") or named["torchvision"])(**model.images)
     kind = find_class(model.processor_class or PROCESSOR_MAPPING_NAMES[model.model_type])
-    takes = inspect.signature(kind.__init__).parameters
-
-    class Tiny(kind):  # type: ignore[misc]
-        """Without the parts for videos and sound."""
-
-        _parts = kind.get_attributes()
-
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return list(cls._parts)
-
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return (
-                None
-                if isinstance(argument, Unused)
-                else super().check_argument_for_proper_class(argument_name, argument)
-            )
-
-    Tiny.__name__ = kind.__name__
-    unused = {part: Unused() for part in kind.get_attributes() if part not in ("image_processor", "tokenizer")}
-    given = {part: value for part, value in unused.items() if part in takes}
-    processor = Tiny(image_processor=images, tokenizer=tokenizer, **given, **model.processor)
-    for part in unused:
-        processor.__dict__.pop(part, None)
-    Tiny._parts = ["image_processor", "tokenizer"]
+    processor = without_other_parts(kind, {"image_processor": images, "tokenizer": tokenizer}, model.processor)
     marks = image_marks(processor)
     processor.chat_template = template or CHAT.replace("IMAGE", marks[0])
     config = CONFIG_MAPPING[model.model_type](**_with_vocabulary(model, processor))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from curation.backends.caption.torchless import find_class, has_torchvision
 
 MOST_PIXELS = 1 << 20  # some models would take 16 times as many, and as many tokens
-_USED = ("image_processor", "tokenizer")
 
 
 def load_processor(folder: Path, model_type: str) -> Any:
@@ -43,12 +43,27 @@ def load_processor(folder: Path, model_type: str) -> Any:
         "tokenizer": kind._load_tokenizer_from_pretrained("tokenizer", folder, local_files_only=True),
     }
     settings, _ = kind.get_processor_dict(folder, local_files_only=True)
+    processor = without_other_parts(kind, parts, settings)
+    if processor.chat_template is None:
+        processor.chat_template = settings.get("chat_template") or processor.tokenizer.chat_template
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def without_other_parts(kind: Any, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """A processor of a class of transformers that has an image processor and a tokenizer, and no other parts.
+
+    Args:
+        kind: The class.
+        parts: Those two, by name.
+        settings: Further arguments; those that the class does not take are left out.
+    """
     takes = inspect.signature(kind.__init__).parameters
     given = {name: value for name, value in settings.items() if name in takes and name not in parts}
-    unused = [part for part in kind.get_attributes() if part not in _USED]
+    unused = [part for part in kind.get_attributes() if part not in parts]
     given |= {part: Unused() for part in unused if part in takes}
 
-    class ImagesAndText(kind):  # type: ignore[misc, valid-type]
+    class ImagesAndText(kind):  # type: ignore[misc]
         """It is made with something in the place of the parts that are not used, and has none of them afterwards."""
 
         _parts = kind.get_attributes()
@@ -68,10 +83,7 @@ def load_processor(folder: Path, model_type: str) -> Any:
     processor = ImagesAndText(**parts, **given)
     for part in unused:
         processor.__dict__.pop(part, None)
-    ImagesAndText._parts = [part for part in kind.get_attributes() if part in _USED]
-    if processor.chat_template is None:
-        processor.chat_template = settings.get("chat_template") or processor.tokenizer.chat_template
-    processor.tokenizer.padding_side = "left"
+    ImagesAndText._parts = [part for part in kind.get_attributes() if part in parts]
     return processor
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from curation.backends.extract.layers import NamedTensors, has_16_bits
+from curation.backends.extract.layers import NamedTensors, built, has_16_bits
 from curation.backends.extract.pictures import Normalise, Squeeze
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.api import Batch, Column, Directive, Extractor, Feature, Preparation
@@ -136,11 +136,7 @@ class Backend(Extractor):
         path = fetch_weights(weights.source, weights.sha256, settings.cache, name=directive)
         self.name, self.revision = directive, file_revision(path)
         saved = load_tensors(path, "descriptor network")
-        try:
-            network = IscNetwork(saved.get("state_dict", saved))
-        except (KeyError, ValueError, IndexError, RuntimeError, TypeError, AttributeError) as error:
-            line = " ".join(str(error).split())[:300]
-            raise InfrastructureError(f"{directive}: {path} holds another network's weights: {line}") from error
+        network = built(lambda found: IscNetwork(found.get("state_dict", found)), saved, directive, path)
         dtype = settings.torch_dtype()
         network.move(settings.device, dtype)
         self._network: Any = network

@@ -6,10 +6,35 @@ For architectures that are a hundred lines by themselves and come in packages th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from curation.errors import InfrastructureError
 
 _COUNTERS = ".num_batches_tracked"  # of training, in every batch normalisation
+
+
+Network = TypeVar("Network")
+
+
+def built(network: Callable[[Any], Network], tensors: Any, directive: str, path: Path) -> Network:
+    """Make a network of a file's tensors.
+
+    Args:
+        network: Its class.
+        tensors: What the file holds.
+        directive: The directive that it is for, for the message.
+        path: The file.
+
+    Raises:
+        InfrastructureError: The tensors are of another network.
+    """
+    try:
+        return network(tensors)
+    except (KeyError, ValueError, IndexError, RuntimeError, TypeError, AttributeError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise InfrastructureError(f"{directive}: {path} holds another network's weights: {line}") from error
 
 
 def has_16_bits(dtype: Any) -> bool:

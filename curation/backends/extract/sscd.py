@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from curation.backends.extract.layers import NamedTensors
+from curation.backends.extract.layers import NamedTensors, built
 from curation.backends.extract.pictures import Normalise, Squeeze
 from curation.errors import InfrastructureError
 from curation.extract.api import Batch, Column, Directive, Extractor, Feature, Preparation
@@ -96,11 +96,7 @@ class Backend(Extractor):
                 "ends with .torchvision.pt"
             )
         saved = load_tensors(path, "descriptor network")
-        try:
-            network = SscdNetwork(saved)
-        except (KeyError, ValueError, IndexError, RuntimeError, TypeError, AttributeError) as error:
-            line = " ".join(str(error).split())[:300]
-            raise InfrastructureError(f"{directive}: {path} holds another network's weights: {line}") from error
+        network = built(SscdNetwork, saved, directive, path)
         dtype = settings.torch_dtype()
         network.move(settings.device, dtype)
         self._network: Any = network

@@ -36,6 +36,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from gpu_models import save_clip
 from measuring import (
     ROOT,
     StageReceipts,
@@ -54,14 +55,10 @@ from PIL import Image
 
 from curation.backends.extract import pp_ocr, toxicity
 from curation.backends.extract.pictures import OPENAI_MEAN, OPENAI_STD, CentreCrop, FastCentreCrop, Normalise
-from curation.backends.generate.tiny import fill_with_noise
 from curation.extract.settings import ModelSettings
 from curation.images import decode_rgb, image_size
-from tests.backends.tiny_extractors import MERGES, clip_vocabulary
 
 STAGE, DIRECTIVE = "06_metadata", "oai-clip-vit-b32"
-B32_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-B32_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 EXACT, FAST = CentreCrop(), FastCentreCrop()
 EXAMPLES = sorted((ROOT / "examples" / "shards").glob("*.tar"))
@@ -80,25 +77,6 @@ class Setting:
 
 
 # ---- what is measured
-
-
-def save_model(folder: Path, tiny: bool) -> Path:
-    """CLIP as the hub has it, with random weights."""
-    from transformers import CLIPConfig, CLIPModel
-
-    words = clip_vocabulary()
-    end = 49407
-    marks = {"vocab_size": 49408, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-    for name, number in (("<|startoftext|>", end - 1), ("<|endoftext|>", end)):
-        words[name] = number
-    vision = {**(TINY if tiny else B32_VISION), "patch_size": 32, "image_size": 224, "hidden_act": "quick_gelu"}
-    text = {**(TINY if tiny else B32_TEXT), **marks, "hidden_act": "quick_gelu"}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512))
-    fill_with_noise(model, 1)  # as it is initialised, all pictures would have nearly the same features
-    model.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(words), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, MERGES)) + "\n", "utf-8")
-    return folder
 
 
 def photos(shards: list[Path]) -> list[tuple[bytes, bytes]]:
@@ -381,7 +359,7 @@ def print_text(samples: list[tuple[bytes, bytes]]) -> None:
 
 
 def measure(setting: Setting, options: argparse.Namespace, folder: Path) -> int:
-    model = save_model(folder / "model", options.tiny)
+    model = save_clip(folder / "model", "tiny-b32" if options.tiny else "b32")
     samples = photos(EXAMPLES)
     write_shards(folder / "shards", samples, setting)
     bare = Bare(model, setting.device)
@@ -467,7 +445,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="bench-metadata-", dir=options.folder) as folder:
         if options.distances:
-            bare = Bare(options.clip or save_model(Path(folder), options.tiny), options.device)
+            bare = Bare(options.clip or save_clip(Path(folder), "tiny-b32" if options.tiny else "b32"), options.device)
             bare.torch.set_num_threads(1)
             samples = [s for s in photos(options.distances) if min(image_size(s[0])) >= options.least_side]
             print_distances(samples[: options.images], bare)

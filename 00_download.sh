@@ -4,8 +4,10 @@
 #
 #     URLS=/path/to/tables ROOT=/path/to/root sbatch --array=0-3 00_download.sh
 #     URLS=/path/to/tables TARGET_DIR=/path/to/shards sbatch 00_download.sh --retry_failed_urls
+#     ADOPT=/path/to/folder sbatch 00_download.sh
 #
 # URLS is a table of URLs, a folder of them or a glob in quotes; TARGET_DIR, by default $ROOT/shards, takes the shards.
+# ADOPT is a folder of img2dataset to take over, by default where it lies; URLS may then be left out.
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #
@@ -31,10 +33,15 @@ fi
 [ -f "$PROJECT/slurm_tasks.sh" ] || { echo "error: the project is not in '$PROJECT': set CURATION_HOME to its folder" >&2 && exit 2; }
 source "$PROJECT/slurm_tasks.sh" || exit 2
 
-TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROOT/shards}}
-need URLS "the tables of URLs"
+input=() adopt=()
+if [ -n "${ADOPT:-}" ]; then
+    plain ADOPT
+    adopt=(--adopt "$ADOPT")
+fi
+TARGET_DIR=${TARGET_DIR:-${ADOPT:-${ROOT:+$ROOT/shards}}}
+[ -n "${ADOPT:-}" ] || need URLS "the tables of URLs"
 need TARGET_DIR "the folder for the shards (or ROOT)"
 
-input_from "$URLS" "$@"
-stage=("$PYTHON" "$PROJECT/00_download.py" "${input[@]}" --output "$TARGET_DIR")
+[ -z "${URLS:-}" ] || input_from "$URLS" "$@"
+stage=("$PYTHON" "$PROJECT/00_download.py" "${input[@]}" "${adopt[@]}" --output "$TARGET_DIR")
 run_tasks "$TARGET_DIR" "${stage[@]}" "${workers[@]}" "$@"

@@ -10,21 +10,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from curation import backends
 from curation.backends.faces import defaults_of_all, detector_class, detector_named, here, known_models
 from curation.cluster import Allocation, do_without_gpus
-from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.errors import InfrastructureError, SampleError, ShardError, UsageError, require
 from curation.faces import (
     RECORDED_FIELD,
     Agreement,
@@ -36,6 +35,7 @@ from curation.faces import (
 )
 from curation.images import decode_rgb, image_size
 from curation.jsonio import KEY_SUFFIX, dump_json, parse_json, write_dictionary
+from curation.libraries import np
 from curation.models.known import find
 from curation.models.listing import asks_for_models, list_models
 from curation.models.needs import NothingToFetch, WeightsNeed
@@ -47,19 +47,23 @@ from curation.options import (
     also,
     at_least,
     between,
-    exit_code,
     less_than,
     logger,
     more_than,
     parse_options,
 )
-from curation.run import RunOptions, ShardContext, Stage, run_stage
+from curation.publish.running import published
+from curation.run import RunOptions, ShardContext, Stage, run_stage, stage_main
 from curation.run.checkpoints import Checkpoints
 from curation.run.inputs import check_made_by
-from curation.shards import discover, local_folders
-from curation.tar.samples import Sample, caption_of, check_loose_name, image_of, metadata_of
+from curation.run.work import LATER_PARTS, Later
+from curation.shards import Shard, discover, local_folders, select
+from curation.tar.samples import Sample, caption_of, check_loose_name, image_of, metadata_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
 from curation.threads import prefetch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 EDITS_STAGE = "03_generate_images"  # it writes into --edits too
 NO_DETECTORS = ("auto", "recorded")
@@ -77,6 +81,7 @@ THRESHOLD_HELP = (
     "Lowest score at which a detection counts as a face.  Default: the detector's own, "
     f"{defaults_of_all('default_threshold')}."
 )
+LOOKED_AT = 1000  # samples of a shard in a dry run
 LARGE_PIXELS = 16_000_000  # such images are decoded one at a time: up to 700 MB each while Pillow works on them
 
 BLURRED = (
@@ -94,6 +99,7 @@ class Options(RunOptions):
 
     help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
+            "image_member": "picture and caption",
             "detector": "detector",
             "min_faces": "selection",
             "batch_size": "speed",
@@ -109,6 +115,12 @@ class Options(RunOptions):
     """Folder for the captions, one <shard>.json each."""
     edits: FolderName
     """Folder for the kept samples' metadata, one <shard>.json each; later stages write their edits there too."""
+    image_member: str | None = None
+    """Which of several pictures of a sample is read: auto (key.jpg, else the first, such as key.0.jpg), plain (key.jpg
+    alone), or a name: 0, 0.jpg.  Default: auto; plain in an output folder from an older version."""
+    caption_field: str | None = None
+    """Field of the json with the caption: auto (caption, or text where that is absent), or a name.  Without it the
+    member txt or txt.gz is read.  Default: auto; caption in an output folder from an older version."""
     detector: Annotated[str, Explained(metavar=f"{{{','.join(DETECTORS)}}}")] = "auto"
     """recorded: use face_bboxes in the metadata.  A detector's name: detect faces with it.  auto: recorded if the
     field exists and is not null, otherwise scrfd (with --embedded: centerface)."""
@@ -200,6 +212,7 @@ class FilterFaces(Stage[Options]):
     opening = "loading the face detector"
     opens_quickly = True
     uses_device = True
+    later: ClassVar[Mapping[str, Later]] = LATER_PARTS
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, options.output)
@@ -210,6 +223,7 @@ class FilterFaces(Stage[Options]):
         self._one_large_image = threading.Lock()
         self._lock = threading.Lock()
         self._agreement = Agreement()
+        self.meets_pixels = options.looks_at_every_image  # whether it is known that a sample needs the detector
 
     def fingerprint(self) -> dict[str, object]:
         o = self.options
@@ -222,6 +236,8 @@ class FilterFaces(Stage[Options]):
             "min_faces": o.min_faces,
             "select": o.select,
             "edits_layout": o.edits_layout,
+            "image_member": o.image_member,
+            "caption_field": o.caption_field,
         }
 
     @classmethod
@@ -234,10 +250,15 @@ class FilterFaces(Stage[Options]):
             raise InfrastructureError(f"--model {options.model}: no such file; your own file is not downloaded")
         return [NothingToFetch(f"{options.model}: your own file, nothing to fetch")]
 
+    @classmethod
+    def require(cls, options: Options) -> None:
+        if options.looks_at_every_image:
+            require(*detector_class(str(options.pixel_detector)).packages)
+
     def open(self, allocation: Allocation) -> None:
         self._threads = self.options.threads or allocation.threads
         self._gpu = None if self.options.device == "cpu" else allocation.gpu
-        if self.options.looks_at_every_image:
+        if self.meets_pixels:
             _ = self.detector
 
     @cached_property
@@ -415,7 +436,7 @@ class FilterFaces(Stage[Options]):
             if (faces >= o.min_faces) != (o.select == "face"):
                 work.drop(key, "face" if o.select == "noface" else "too_few_faces" if faces else "no_face")
                 return None
-            caption = caption_of(candidate.metadata, candidate.txt)
+            caption = caption_of(work.sample_parts.told(candidate.metadata), candidate.txt)
             if o.edits_layout == "files":
                 check_loose_name(key)
         except SampleError as error:
@@ -438,7 +459,20 @@ class FilterFaces(Stage[Options]):
             self._agreement += agreement
 
 
-def _rounded(boxes: NDArray[np.float32]) -> Boxes:
+def lacks_boxes(shards: Sequence[Shard]) -> bool:
+    """Whether one of the first samples of the first, the middle or the last shard has no recorded boxes, so that
+    ``--detector auto`` needs its detector.  Only files of this machine are looked at."""
+    there = [shard for shard in shards if isinstance(shard.path, Path)]
+    for shard in [there[n] for n in sorted({0, len(there) // 2, len(there) - 1})] if there else []:
+        with suppress(ShardError):
+            for sample in islice(read_samples(shard.path, ("json",)), LOOKED_AT):
+                with suppress(SampleError):
+                    if recorded_boxes(metadata_of(sample)) is None:
+                        return True
+    return False
+
+
+def _rounded(boxes: "NDArray[np.float32]") -> Boxes:
     """x0, y0, x1, y1 as shares of width and height, and the score, of each face."""
     return [[round(float(value), 4) for value in box] for box in boxes]
 
@@ -462,7 +496,7 @@ def mark(detector: FaceDetector) -> str:
     return f"{detector.name}-{detector.revision[-8:]}"
 
 
-@exit_code
+@stage_main
 def main(argv: Sequence[str] | None = None) -> int:
     if asks_for_models(argv):
         print(list_models("01", known_models(), MORE_MODELS, here, "--detector NAME"))
@@ -471,10 +505,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     check_made_by("--output", Path(options.output), FilterFaces.name)
     check_made_by("--edits", Path(options.edits), EDITS_STAGE, beside=(FilterFaces.name,))
-    shards = discover(options.input, allow_pipe=options.allow_pipe)
+    options = FilterFaces.settled(options)
+    shards = discover(options.input, allow_pipe=options.allow_pipe, begun=(Path(options.output), Path(options.edits)))
     if Path(options.edits).resolve() in local_folders(shards):
         raise UsageError("--edits must not be the folder of the source shards: stage 03 would replace them")
-    return run_stage(FilterFaces(options), options, shards)
+    stage = FilterFaces(options)
+    if options.dry_run and options.detector == "auto":
+        stage.meets_pixels = lacks_boxes(select(shards, options.shards))
+    needed = "stages 02 to 04 read the captions and the edits on this filesystem"
+    return published(options, stage, lambda: run_stage(stage, options, shards), needed_by=needed)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from curation import backends
 from curation.cluster import Allocation
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import KEY_SUFFIX, clean_text, dump_json, read_dictionary, write_dictionary
-from curation.language import Guess, LanguageIdentifier, find_model
+from curation.language import Guess, LanguageIdentifier, find_model, import_fasttext
 from curation.models.hub_cache import public_name
 from curation.models.listing import asks_for_models, list_models
 from curation.models.needs import NothingToFetch, WeightsNeed
@@ -34,12 +34,12 @@ from curation.options import (
     also,
     at_least,
     between,
-    exit_code,
     items_in,
     logger,
     more_than,
     parse_options,
 )
+from curation.publish.running import published
 from curation.replies import PROMPT, judge
 from curation.rewrite.ask import Outcome, Question, request_all
 from curation.rewrite.groups import assign_groups, read_groups
@@ -56,10 +56,10 @@ from curation.rewrite.prompts import (
     read_system_prompt,
 )
 from curation.rewrite.weights import MODELS, here, prompt_model
-from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage, stage_main
 from curation.run.follow import followed_folder
 from curation.run.inputs import check_made_by
-from curation.run.work import Later
+from curation.run.work import LATER_PARTS, Later
 from curation.serving import (
     EndpointPool,
     NoEndpoint,
@@ -68,9 +68,11 @@ from curation.serving import (
     RegistryWatcher,
     Request,
     ServedOptions,
+    Waiting,
     endpoint_urls,
     read_key,
 )
+from curation.serving.own import require_own_server
 from curation.serving.wire import Api, Served
 from curation.shards import TAR, Shard, discover, is_tar, local_folders
 from curation.storage.search import separate
@@ -99,6 +101,7 @@ class Options(ServedOptions, RunOptions):
 
     help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
+            "caption_field": "caption",
             "model_name": "model",
             "num_threads": "server",
             "lang": "language",
@@ -112,6 +115,9 @@ class Options(ServedOptions, RunOptions):
     also several."""
     output: Annotated[FolderName, also("-o")]
     """Folder for the prompts, one <shard>.json each."""
+    caption_field: str | None = None
+    """Of tars: the field of the json with the caption: auto (caption, or text where that is absent), or a name.
+    Without it the member txt or txt.gz is read.  Default: auto; caption in an output folder from an older version."""
     model_name: Annotated[str, also("--model")] = DEFAULT_MODEL
     """The model, as the servers call it.  Ollama gets the default by `ollama create tulu3:fairclip -f
     examples/ollama/Modelfile`; `models fetch 02` prints the complete command for this machine."""
@@ -192,7 +198,10 @@ class RewriteCaptions(Stage[Options]):
     """One shard: captions/<shard>.json → prompts/<shard>.json."""
 
     name = "02_captions_processor"
-    later: ClassVar[Mapping[str, Later]] = {"instruct": Later(before="openai", now="auto")}
+    later: ClassVar[Mapping[str, Later]] = {
+        "instruct": Later(before="openai", now="auto"),
+        "caption_field": LATER_PARTS["caption_field"],
+    }
     opening = "preparing the model server"
     shards_in_flight = 3  # while the last replies for one arrive, the next one's requests are sent
 
@@ -236,13 +245,29 @@ class RewriteCaptions(Stage[Options]):
             return [language, NothingToFetch(f"{options.model_name}: its server fetches it when it starts")]
         return [language, prompt_model(options.model_name)]
 
+    @classmethod
+    def require(cls, options: Options) -> None:
+        find_model(options.lid_model)
+        import_fasttext()
+        if options.embedded:
+            backends.load("llm", "embedded").require()
+        elif options.served is not None:
+            require_own_server(options, options.model_name)
+
     def fingerprint(self) -> dict[str, object]:
         o = self.options
         mine = {name: getattr(o, name) for name in ("lang", "lang_threshold", "lid_model", "seed", "retries")}
         system = self.system if self.system in ("", OWN_SYSTEM) else digest_of(self.system)
         asked = {"model": self.model, "temperature": self.temperature, "system_prompt": system or None}
         tokens = {} if o.max_tokens is None else {"max_tokens": o.max_tokens}
-        return {**mine, **asked, **tokens, "instruct": o.instruct, "groups": list(self.groups)}
+        return {
+            **mine,
+            **asked,
+            **tokens,
+            "instruct": o.instruct,
+            "groups": list(self.groups),
+            "caption_field": o.caption_field,
+        }
 
     def inputs(self, shard: Shard) -> list[Input]:
         return [Input(shard.path, None if is_tar(shard.path) else CAPTIONS_STAGE)]
@@ -281,6 +306,7 @@ class RewriteCaptions(Stage[Options]):
             wait_s=o.endpoint_wait,
             key=key,
             instructed=self._is_instructed,
+            waiting=Waiting(o.stall_s, self.stopping),
             needs_tokens=0 if o.embedded else needed_tokens(self.system, self._max_tokens),
         )
         if self._own is not None:
@@ -377,7 +403,7 @@ class RewriteCaptions(Stage[Options]):
             try:
                 sample.check()
                 metadata = metadata_of(sample) if "json" in sample.members else {}
-                yield sample.key, caption_of(metadata, sample.members.get("txt"))
+                yield sample.key, caption_of(work.sample_parts.told(metadata), sample.members.get("txt"))
             except SampleError as error:
                 work.fail(sample.key, error.reason, error.detail)
 
@@ -502,14 +528,14 @@ def counts_by_group(questions: Mapping[str, Question], outcomes: Mapping[str, Ou
     return {group: dict(counts[group]) for group in sorted(counts)}
 
 
-def find_input(sources: Sequence[str], *, allow_pipe: bool = False) -> list[Shard]:
+def find_input(sources: Sequence[str], *, allow_pipe: bool = False, begun: Sequence[Path] = ()) -> list[Shard]:
     """The caption dictionaries that the sources name, or the tars if a folder has tars.
 
     A folder of tars may also contain a downloader's ``<shard>_stats.json``, so tars take precedence; tars compressed
     with gzip only where the folder has no other JSON file.
     """
     tars = any(_names_tars(word) for source in sources for word in separate(source))
-    return discover(sources, TAR if tars else ".json", inside=CAPTIONS_FOLDER, allow_pipe=allow_pipe)
+    return discover(sources, TAR if tars else ".json", inside=CAPTIONS_FOLDER, allow_pipe=allow_pipe, begun=begun)
 
 
 def _names_tars(source: str) -> bool:
@@ -518,10 +544,12 @@ def _names_tars(source: str) -> bool:
         return is_remote(source) or is_tar(source)
     names = [path.name for path in folder.iterdir()]
     dictionaries = any(name.endswith(".json") and not name.endswith("_stats.json") for name in names)
+    if CAPTIONS_FOLDER not in names and "_receipts" not in names and not any(map(is_tar, names)) and not dictionaries:
+        return any(any(folder.glob(f"{depth}*{TAR}")) for depth in ("[!_.]*/", "[!_.]*/*/"))
     return any(name.endswith(TAR) for name in names) or (any(map(is_tar, names)) and not dictionaries)
 
 
-@exit_code
+@stage_main
 def main(argv: Sequence[str] | None = None) -> int:
     if asks_for_models(argv):
         print(list_models("02", MODELS, MORE_MODELS, here, "--model_name NAME"))
@@ -531,11 +559,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = RewriteCaptions.settled(options)
     folder = followed_folder("--input", options.input, CAPTIONS_FOLDER, waits=options.follow)
     follows = Follows(CAPTIONS_STAGE, folder, ".json")
-    shards = follows.discover() if options.follow else find_input(options.input, allow_pipe=options.allow_pipe)
+    begun = (Path(options.output),)
+    shards = (
+        follows.discover() if options.follow else find_input(options.input, allow_pipe=options.allow_pipe, begun=begun)
+    )
     check_made_by("--output", Path(options.output), RewriteCaptions.name)
     for folder in local_folders(shards):
         check_made_by("--input", folder, CAPTIONS_STAGE, or_by=TAR_STAGES if shards[0].path.name.endswith(TAR) else ())
-    return run_stage(RewriteCaptions(options), options, shards, follows)
+    stage = RewriteCaptions(options)
+    needed = "stages 03 and 04 read the prompts on this filesystem"
+    return published(options, stage, lambda: run_stage(stage, options, shards, follows), needed_by=needed)
 
 
 if __name__ == "__main__":

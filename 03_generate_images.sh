@@ -37,6 +37,8 @@ SRC_DIR=${SRC_DIR:-${ROOT:+$ROOT/prompts}} TARGET_DIR=${TARGET_DIR:-${ROOT:+$ROO
 need SRC_DIR "the folder of prompts that stage 02 wrote (or ROOT)"
 need TARGET_DIR "the folder of metadata that stage 01 wrote (or ROOT)"
 
+# In a new folder each image is checked for a face, and made again without one; docs/stage-03.md, Checks:
+#     sbatch 03_generate_images.sh --check face,prompt,group,safety --tries 4 --on_check_failure reject
 # torch.compile and the like are worth trying on your GPUs (docs/stage-03.md, Speed):
 #     sbatch 03_generate_images.sh --compile blocks --channels_last --fuse_qkv --text_batches 4
 input_from "$SRC_DIR" "$@"

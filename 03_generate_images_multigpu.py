@@ -5,9 +5,11 @@ import curation  # noqa: F401 - first: it refuses an old Python, and names packa
 
 # isort: split
 
+import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import xxhash
 
+from curation.backends import check as checks
 from curation.backends.generate.calls import Texts
 from curation.backends.generate.diffusers import Backend, Images, Request, SpeedUps
 from curation.backends.generate.loading import pipeline_files
@@ -33,7 +36,9 @@ from curation.backends.generate.presets import (
     says_few_steps,
 )
 from curation.backends.generate.reading import Reading
-from curation.cluster import Allocation, visible_gpus, workers_for_gpus
+from curation.check import Asked
+from curation.check.counts import TryCounts, as_sums, in_words
+from curation.cluster import Allocation, parse_deadline, stopped_at_once, torch_devices, visible_gpus, workers_for_gpus
 from curation.edits import (
     GENERATED_XMP,
     EditWriter,
@@ -46,11 +51,24 @@ from curation.edits import (
     recipe,
     txt_of,
 )
-from curation.errors import InfrastructureError, SampleError, ShardError, UsageError
-from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, plan_batches, seed_of, shrunk_batches
-from curation.generate.encode import EncodedLog, make_missing
+from curation.errors import InfrastructureError, SampleError, ShardError, UsageError, require
+from curation.generate.batches import Batch, Job, bucket_sizes, nearest_size, seed_of, shrunk_batches
+from curation.generate.checking import DEFAULT, NONE, Checking, CheckOptions
+from curation.generate.encode import Encoding, TryLog
+from curation.generate.judging import Judge
+from curation.generate.rounds import (
+    RoundPlan,
+    as_curation,
+    failed_tries,
+    group_of,
+    make_in_rounds,
+    rejection,
+    sort_earlier,
+)
+from curation.generate.tries import Outcome, Try
 from curation.jsonio import KEY_SUFFIX, dump_json, read_dictionary
 from curation.models import compiling
+from curation.models.batch_size import use_device
 from curation.models.hub_cache import PIPELINE, ModelSource, public_name
 from curation.models.listing import asks_for_models, list_models, on_this_machine
 from curation.models.needs import WeightsNeed
@@ -62,18 +80,19 @@ from curation.options import (
     also,
     at_least,
     between,
-    exit_code,
     logger,
     parse_options,
     set_up_logging,
 )
-from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage
+from curation.publish.running import published
+from curation.rewrite.groups import Groups, read_groups
+from curation.run import Follows, Input, RunOptions, ShardContext, Stage, run_stage, stage_main
 from curation.run.follow import followed_folder
 from curation.run.inputs import check_made_by, stage_version
 from curation.run.ledger import recorded_options
 from curation.run.work import Later
 from curation.run.workers import is_worker
-from curation.shards import Shard, discover, local_folders
+from curation.shards import Shard, discover, local_folders, record_name
 from curation.tar.samples import metadata_of, read_samples
 
 DEFAULT_MODEL = "black-forest-labs/FLUX.1-schnell"
@@ -82,11 +101,12 @@ MORE_MODELS = "--model also takes the folder or the hub id of any other text-to-
 METADATA_STAGE, PROMPTS_STAGE = "01_filter_noface", "02_captions_processor"
 TEXT_BATCHES = 4  # the default in new folders
 PROMPTS_FOLDER = "prompts"  # in the folder of a whole dataset
+_LOOK_S = 1.0  # between two looks whether stage 02 has begun
 PRESET_FLAGS = ("steps", "guidance", "height", "width", "text_tokens", "dtype", "batch_size", "true_cfg_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class Options(CheckOptions, RunOptions):
     """Generate one image per prompt with a diffusers pipeline; one process per GPU."""
 
     help_groups: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -186,6 +206,13 @@ class Options(RunOptions):
         for value in self.lora:
             lora_parts(value)
         _ = self.named
+        if self.checks is not None:
+            _ = self.checking
+
+    @property
+    def checking(self) -> Checking:
+        """What pictures are checked for; without --check, what they are in a new folder."""
+        return Checking.of(self, default=checks_of_new_folders(self))
 
     @cached_property
     def named(self) -> tuple[str, str]:
@@ -197,6 +224,11 @@ class Options(RunOptions):
         """The backend that runs the model."""
         family: type[Backend] = families()["tiny"] if self.embedded else family_for(self.named[0])
         return family
+
+
+def checks_of_new_folders(options: Options) -> str:
+    """--check where it is not given: noise shows no faces."""
+    return NONE if options.embedded else DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +254,16 @@ class GenerateImages(Stage[Options]):
             "channels_last": Later(before=False, now=True, kept=True),
             "fuse_qkv": Later(before=False, now=True, kept=True),
             "text_batches": Later(before=0, now=TEXT_BATCHES, kept=True),
+            "checks": Later(before=NONE, now=checks_of_new_folders),
+            **dict.fromkeys(("tries", "on_check_failure"), Later(before=None, now=None)),
         }
     )
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, groups: Groups = ()) -> None:
+        """groups: All groups of people that the prompts ask for."""
         super().__init__(options)
+        self.checking, self._groups = options.checking, groups
+        self._judge: Judge | None = None
         self._encoders = ThreadPoolExecutor(ENCODERS, "jpeg")
         self._turn = threading.Lock()  # held by the shard for which the device works
         self._compiled = self._compiling = False  # the first pictures compile the model
@@ -275,7 +312,25 @@ class GenerateImages(Stage[Options]):
     @classmethod
     def weights(cls, options: Options) -> Sequence[WeightsNeed]:
         o = options
-        return [o.family.weights(o.named[0], o.revision, o.variant, o.config), *parts_weights(o.lora, o.vae)]
+        needs = [o.family.weights(o.named[0], o.revision, o.variant, o.config), *parts_weights(o.lora, o.vae)]
+        return [*needs, *checks.weights(o.checking.names, o.checking.settings(()))]
+
+    @classmethod
+    def require(cls, options: Options) -> None:
+        o = options
+        checks.require(o.checking.names, o.checking.settings(()))
+        more = ["peft"] if o.lora else []
+        if o.quantize == "fp8" and not o.embedded and o.dtype in (None, "bfloat16"):  # others are refused for that
+            more.append("torchao")
+        require(*o.family.packages, *more)
+
+    @cached_property
+    def check_record(self) -> Mapping[str, Mapping[str, Any]]:
+        """What each check records of itself, found without loading it."""
+        try:
+            return checks.identify(self.checking.names, self.checking.settings(self._groups))
+        except InfrastructureError as error:  # new folders are checked though nobody has asked for it
+            raise InfrastructureError(f"{error}; or generate without checks: --check none") from error
 
     def fingerprint(self) -> dict[str, object]:
         o, s = self.options, self.settings
@@ -286,6 +341,7 @@ class GenerateImages(Stage[Options]):
                 "config": self._config_record(),
                 **dict.fromkeys(("lora", "vae", "quantize")),
                 **self.parts.record(),
+                **self.checking.as_options(self.check_record),
             }
         except InfrastructureError as error:
             if not o.dry_run:
@@ -312,13 +368,20 @@ class GenerateImages(Stage[Options]):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         given = os.environ.get("OMP_NUM_THREADS", "")
         self.threads = int(given) if given.isdigit() and int(given) else allocation.threads
+        if self.checking.names:  # small models of checks look at pictures in these threads: each core counts
+            self._encoders = ThreadPoolExecutor(max(ENCODERS, self.threads), "jpeg")
         o = self.options
         if o.embedded:
             logger.warning("--embedded: the pictures are noise from random weights with their prompts written over it")
-            device = "cpu" if allocation.gpu is None else f"cuda:{allocation.gpu}"
+            has_gpu = allocation.gpu is not None and torch_devices()[0] == "cuda"
+            device = f"cuda:{allocation.gpu}" if has_gpu else "cpu"
         else:
             slow = f"{self.source.name} on the CPU takes seconds to many minutes a picture"
             device = allocation.device(o.device, slow)
+        if self.checking.names:
+            use_device(device)  # before the first model takes memory there
+            settings = self.checking.settings(self._groups, device=device, threads=self.threads)
+            self._judge = Judge(checks.load_checks(self.checking.names, settings), device)
         self.backend = o.family(
             self.source,
             self.settings,
@@ -366,36 +429,76 @@ class GenerateImages(Stage[Options]):
         if hasattr(self, "backend"):
             self.backend.close()
         self._encoders.shutdown(cancel_futures=True)
+        if self._judge is not None:
+            self._judge.close()
+
+    def sums(self, notes: Mapping[str, Any]) -> dict[str, int]:
+        return super().sums(notes) | (as_sums(notes["checks"]) if "checks" in notes else {})
 
     def result(self, counts: Mapping[str, int]) -> str:
         reused = f", {counts['reused']:,} kept from before" if counts["reused"] else ""
         cut = f", {counts['prompts_cut']:,} prompts longer than what the model reads" if counts["prompts_cut"] else ""
         short = f", {counts['prompts_shortened']:,} shortened for the suffix" if counts["prompts_shortened"] else ""
-        return f"{counts['kept'] - counts['reused']:,} images generated{reused}{cut}{short}"
+        tried = in_words(counts)
+        if counts["without_group"]:
+            tried += f"; {counts['without_group']:,} samples without a group, which --check group did not judge"
+        made = counts["generated"] if tried else counts["kept"] - counts["reused"]
+        return f"{made:,} images generated{reused}{cut}{short}{'; ' if tried else ''}{tried}"
 
     def process(self, work: ShardContext) -> None:
+        o, checking, judge = self.options, self.checking, self._judge
         with work.phase("read"):
             samples = self._read(work)
             earlier = PreviousEdits(self.output, work.shard.id)
-            reused = earlier.matching({s.job.key: recipe(s.curation, self.name) for s in samples}, self.name)
-        work.keep(len(reused))
-        jobs = [sample.job for sample in samples if sample.job.key not in reused]
-        batches = plan_batches(jobs, self.settings.batch_size)
-        step = max(1, self.options.text_batches or 0)
-        groups = [batches[start : start + step] for start in range(0, len(batches), step)]
-        pictures = EncodedLog(work, groups, self._encoders, self.options.quality, GENERATED_XMP)
-        make_missing(work, groups, pictures, self._turn, partial(self._make, work), partial(self._encode_texts, work))
-        work.note("reused", len(reused))
-        work.note("generated", len(jobs))
+            wanted = {sample.job.key: recipe(sample.curation, self.name) for sample in samples}
+            found = earlier.matching(wanted, self.name, any_round=judge is not None)
+        asked = {s.job.key: Asked(s.job.key, s.curation["prompt"], group_of(s.curation)) for s in samples}
+        self._check_groups(work, asked)
+        encoding = Encoding(self._encoders, o.quality, GENERATED_XMP)
+        log = TryLog(work, encoding, judge, asked if judge else {}, keeps=checking.keeps_failed)
+        if judge is None:
+            settled = {key: Outcome(Try(0, sha256=edit.sha256)) for key, edit in found.items()}
+        else:
+            provenance = self.output / "_provenance" / self.name / f"{record_name(work.shard.id)}.jsonl"
+            settled = sort_earlier(log, earlier, found, provenance, self.check_record, asked, checking.tries)
+        work.keep(sum(outcome.kept is not None and outcome.kept.passed for outcome in settled.values()))
+        jobs = [sample.job for sample in samples if sample.job.key not in settled]
+        plan = RoundPlan(checking.tries, self.settings.batch_size, o.text_batches or 0)
+        make, encode_texts = partial(self._make, work), partial(self._encode_texts, work)
+        batches = make_in_rounds(work, jobs, log, plan, self._turn, make, encode_texts)
+        earlier.keep({key for key, outcome in settled.items() if outcome.kept is not None} | log.keeps_earlier())
+        work.note("generated", sum(len(batch.jobs) for batch in batches))
         work.note("device", self.backend.device_kind)
         work.note("threads", self.threads)
-        if self.options.compile != "none":
-            work.note("compiled", compiling.note_of(self.options.compile, self.backend.deterministic))
+        if o.compile != "none":
+            work.note("compiled", compiling.note_of(o.compile, self.backend.deterministic))
         self._note_shrunk_batches(work, batches)
         with work.phase("write"):
-            self._write(work, samples, earlier, reused, pictures)
+            self._write(work, samples, earlier, settled, log)
 
     # ---- what comes in
+
+    def _check_groups(self, work: ShardContext, asked: Mapping[str, Asked]) -> None:
+        """Raise ShardError if a sample is of a group that the check does not know, or if none has a group, before a
+        picture is made."""
+        if "group" not in self.checking.names:
+            return
+        without = sum(one.group is None for one in asked.values())
+        if without:
+            if without == len(asked):
+                raise ShardError(
+                    f"{provenance_path(work.shard)}: no sample has a group, so that --check group has nothing to "
+                    "judge: let stage 02 assign groups, or leave group out of --check"
+                )
+            work.note("without_group", without)
+            work.warn(f"{without:,} of {len(asked):,} samples have no group: --check group does not judge them")
+        known = {None, *self._groups}
+        for key, one in asked.items():
+            if one.group not in known:
+                raise ShardError(
+                    f"{provenance_path(work.shard)}: {key} is of the group {one.group!r}, and --check group decides "
+                    "between the groups that stage 02 has recorded as its options: name all of them with --groups"
+                )
 
     def _read(self, work: ShardContext) -> list[Sample]:
         """The samples to edit, in the order of the prompts; those that cannot be edited are recorded."""
@@ -408,7 +511,7 @@ class GenerateImages(Stage[Options]):
         made = read_provenance(provenance_path(shard))
         versions = {
             METADATA_STAGE: stage_version(self.output, METADATA_STAGE, shard.id),
-            PROMPTS_STAGE: stage_version(shard.file.parent, PROMPTS_STAGE, shard.id),
+            PROMPTS_STAGE: stage_version(shard.home, PROMPTS_STAGE, shard.id),
             self.name: self.version,
         }
         stages = {stage: version for stage, version in versions.items() if version is not None}
@@ -462,12 +565,13 @@ class GenerateImages(Stage[Options]):
             image_model["config"] = config
         image_model |= self.parts.record()
         prompt_model = {"prompt": made["model"]} if "model" in made else {}
+        check_models = {"checks": self.check_record} if self.checking.names else {}
         record = {
             "prompt": prompt,
             "prompt_suffix": o.prompt_suffix,
             "negative_prompt": call.negative_prompt,
             "group": made.get("group"),
-            "models": {**prompt_model, "image": image_model},
+            "models": {**prompt_model, "image": image_model, **check_models},
             "seed": o.seed,
             "steps": call.steps,
             "guidance": call.guidance,
@@ -484,7 +588,8 @@ class GenerateImages(Stage[Options]):
             record["tokens"] = {"given": reading.given, "read": reading.read}
         if reading.shortened is not None:
             record["prompt_shortened"] = reading.shortened
-        digest = xxhash.xxh3_64_hexdigest(dump_json([key, recipe(record, self.name)]))
+        judged_by = [record["group"]] if "group" in self.checking.names else []
+        digest = xxhash.xxh3_64_hexdigest(dump_json([key, recipe(record, self.name), *judged_by]))
         return Sample(Job(key, reading.text, width, height, digest), record, original)
 
     # ---- pictures
@@ -495,8 +600,8 @@ class GenerateImages(Stage[Options]):
         with work.phase("infer"):
             return self.backend.encode(prompts, at_once=len(prompts))
 
-    def _make(self, work: ShardContext, batch: Batch, texts: Texts | None) -> Images:
-        requests = [Request(job.prompt, seed_of(self.options.seed, job.key)) for job in batch.jobs]
+    def _make(self, work: ShardContext, round_number: int, batch: Batch, texts: Texts | None) -> Images:
+        requests = [Request(job.prompt, seed_of(self.options.seed, job.key, round_number)) for job in batch.jobs]
 
         def check_stop() -> None:
             work.check_stop(urgent_only=True)
@@ -521,27 +626,96 @@ class GenerateImages(Stage[Options]):
         work: ShardContext,
         samples: Sequence[Sample],
         earlier: PreviousEdits,
-        reused: Mapping[str, str],
-        pictures: EncodedLog,
+        settled: Mapping[str, Outcome],
+        log: TryLog,
     ) -> None:
         """Write every edited sample, in the shard's order; no file where no sample was edited."""
-        if not work.kept:
-            return
-        with EditWriter(self.output, work.shard.id, self.options.edits_layout, work.output) as writer:
+        counts, reused = TryCounts(), 0
+        writer: EditWriter | None = None
+        with contextlib.ExitStack() as opened:
             for sample in samples:
-                key, job = sample.job.key, sample.job
-                found = (earlier.jpg(key), reused[key]) if key in reused else pictures.picture(key)
-                if found is None:
+                key = sample.job.key
+                outcome = settled.get(key) or log.outcome(key)
+                if self._judge is not None:
+                    self._count(work, sample, outcome, counts)
+                if outcome.kept is None:
                     continue
-                jpg, sha256 = found
-                metadata = edited_metadata(sample.original, sample.curation, sha256, job.width, job.height)
-                writer.add(key, jpg, txt_of(sample.curation["prompt"]), json_of(metadata))
-                work.provenance({"key": key, "sha256": sha256, **sample.curation})
+                if writer is None:
+                    writer = EditWriter(self.output, work.shard.id, self.options.edits_layout, work.output)
+                    opened.enter_context(writer)
+                reused += not outcome.kept.jpg
+                self._write_one(work, writer, sample, outcome, outcome.kept.jpg or earlier.jpg(key))
+        work.note("reused", reused)
+        if self._judge is not None:
+            work.note("checks", counts.note())
+
+    def _write_one(self, work: ShardContext, writer: EditWriter, sample: Sample, outcome: Outcome, jpg: bytes) -> None:
+        kept, job, record, line = outcome.kept, sample.job, dict(sample.curation), {}
+        assert kept is not None
+        if self._judge is not None:
+            record |= as_curation(outcome)
+            line["failed_tries"] = failed_tries(outcome, self.options.seed, job.key)
+        metadata = edited_metadata(sample.original, record, kept.sha256, job.width, job.height, kept.boxes)
+        writer.add(job.key, jpg, txt_of(record["prompt"]), json_of(metadata))
+        work.provenance({"key": job.key, "sha256": kept.sha256, **record, **line})
+
+    def _count(self, work: ShardContext, sample: Sample, outcome: Outcome, counts: TryCounts) -> None:
+        """Count what came of a sample's tries.  One that passed is counted as kept already."""
+        key, kept, group = sample.job.key, outcome.kept, group_of(sample.curation)
+        failed = [one.failures for one in outcome.failed]
+        if kept is not None:
+            if not kept.passed:
+                work.keep()
+            counts.add(group, kept.failures, failed)
+        elif all(one.refused for one in outcome.failed):
+            work.fail(key, *(outcome.failed[0].refused or ()))
+            counts.add(group, None, failed)
+        else:
+            reason, facts = rejection(outcome, self.checking.names)
+            work.reject(key, reason, group=group, **facts)
+            counts.add(group, None, failed, rejected=True)
 
 
 def provenance_path(shard: Shard) -> Path:
     """What stage 02 recorded about each prompt of a shard."""
-    return shard.file.parent / "_provenance" / PROMPTS_STAGE / f"{shard.id}.jsonl"
+    return shard.home / "_provenance" / PROMPTS_STAGE / f"{record_name(shard.id)}.jsonl"
+
+
+def groups_of(options: Options, shards: Sequence[Shard], followed: Path | None = None) -> Groups:
+    """All groups that the prompts ask for, where a check is to decide between them.
+
+    followed: The folder of the stage that is followed, which may not have begun.
+
+    Raises:
+        UsageError: --groups is not given, and stage 02 has not recorded groups where the prompts are.
+    """
+    if "group" not in options.checking.names:
+        return ()
+    if options.groups is not None:
+        groups = read_groups(options.groups)
+    else:
+        folders = local_folders(shards) if followed is None else {followed}
+        recorded = [_options_of_prompts(folder, options if followed else None) or {} for folder in folders]
+        groups = tuple(dict.fromkeys(str(group) for options in recorded for group in options.get("groups") or ()))
+    if len(groups) < 2:
+        raise UsageError(
+            "--check group: decides between two groups or more, and stage 02 has recorded "
+            f"{len(groups) or 'none'} beside the prompts; name them with --groups"
+        )
+    return groups
+
+
+def _options_of_prompts(folder: Path, follows: Options | None) -> Mapping[str, Any] | None:
+    """What stage 02 has recorded of its options; a run that follows it waits until it has, or until it is to end."""
+    end = time.monotonic() + follows.follow_idle_s if follows and not follows.dry_run else 0.0
+    found = recorded_options(folder, PROMPTS_STAGE)
+    if found is not None or follows is None:
+        return found
+    with stopped_at_once(parse_deadline(follows.deadline)):
+        while found is None and time.monotonic() < end:
+            time.sleep(_LOOK_S)
+            found = recorded_options(folder, PROMPTS_STAGE)
+    return found
 
 
 def one_process_per_gpu(options: Options) -> Options:
@@ -577,10 +751,13 @@ def _may_be_edits(path: Path) -> bool:
         return False
 
 
-@exit_code
+@stage_main
 def main(argv: Sequence[str] | None = None) -> int:
     if asks_for_models(argv):
         print(list_models("03", known_models(), MORE_MODELS, on_this_machine(PIPELINE[0])))
+        from curation.backends.check.listing import list_checks  # it imports much that no other run needs
+
+        print(f"\n{list_checks('03')}")
         return 0
     options = parse_options(Options, argv)
     options.check()
@@ -598,7 +775,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.edits_layout == "tar" and not is_worker():
         refuse_other_shards(Path(options.output), shards)
     options = GenerateImages.settled(options)
-    return run_stage(GenerateImages(options), one_process_per_gpu(options), shards, follows)
+    groups = groups_of(options, shards, follows.folder if options.follow else None)
+    stage, of_all = GenerateImages(options, groups), one_process_per_gpu(options)
+    needed = "stage 04 reads the edits on this filesystem"
+    return published(of_all, stage, lambda: run_stage(stage, of_all, shards, follows), needed_by=needed)
 
 
 if __name__ == "__main__":

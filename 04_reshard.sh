@@ -8,7 +8,8 @@
 # One tar by its own files: SRC_DIR=x.tar TARGET_DIR=out/x.tar EDITS_DIR=edits/x 04_reshard.sh.  Its receipts are in out/.
 # SRC_DIR, the source shards, is a folder, a glob in quotes, braces in quotes, or a list file.  EDITS_DIR and PROMPTS_DIR
 # are by default edits/ and prompts/ beside TARGET_DIR; with ROOT, TARGET_DIR is $ROOT/shards.  EDITS_DIR=none leaves
-# the samples unchanged, for a subset (--subset keep.npy) or shards of one size (--shard_size 10000).
+# the samples unchanged, for a subset (--subset keep.npy), shards of one size (--shard_size 10000), or another mix of captions
+# (--captions /path/to/root/recaptions --mix 0.3:web,0.7:synthetic).
 # Without SLURM it runs on this machine, with WORKERS processes.  docs/slurm.md has every variable; those of the site's
 # accounts are sbatch's own: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 #

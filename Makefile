@@ -1,6 +1,7 @@
 # From a fresh clone: `make demo` shows the whole pipeline, `make test` runs everything that must hold.
 .PHONY: demo test newcomer format lint soak bench install gpu clean
 .DELETE_ON_ERROR:
+unexport PYTHONDONTWRITEBYTECODE  # each of the thousands of processes would compile the package anew
 
 PY := .venv/bin/python
 READY := .venv/.installed

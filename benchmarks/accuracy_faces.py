@@ -19,7 +19,7 @@ from pathlib import Path
 from measuring import ROOT, print_table
 
 from curation.backends import load
-from curation.commands.audit.groups import wilson
+from curation.commands.audit.intervals import wilson
 from curation.faces import DetectorSettings, FaceDetector
 from curation.images import Pixels, decode_rgb
 from curation.options import parse_options

@@ -1,11 +1,15 @@
 """What sharing the work by claims costs, and what it saves: many processes on one folder, beside static splits.
 
-    python benchmarks/bench_claims.py [--json] [--folder DIR] [--shards 10000] [--workers 64] [--operations] [--tiny]
+    python benchmarks/bench_claims.py [--json] [--folder DIR] [--shards 10000] [--workers 64] [--operations]
+                                      [--flat 10000 43028 200000] [--tiny]
 
 Aims: 64 processes do each of 10,000 trivial shards exactly once, for under 10 ms of CPU time a shard, all that they
 spend counted; at most 16 filesystem metadata operations a shard of one output, none a listing; and on shards whose cost
 is log-normal (σ = 1; they sleep, so that two cores are enough) the last shard is done within 1.1 of the ideal, which is
 the whole cost shared evenly, or the longest shard.  The static splits run the same code on lists of their own.
+
+``--flat`` runs the many workers alone, on each of these numbers of shards: the CPU time of a shard must not grow with
+their number.  Each run is followed by a second one, whose processes count which records they open and list.
 
 ``--operations`` counts the metadata operations alone, with strace.  What is left of them, for one output and one input
 that was made elsewhere (docs/design.md says what each is for):
@@ -23,6 +27,7 @@ counted apart, because they are no look-up: one a file and one a folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -49,6 +54,7 @@ from curation.run.work import ShardContext, Stage
 from curation.shards import Shard, discover
 
 CPU_MS, OPERATIONS, MAKESPAN = 10.0, 16.0, 1.1
+GROWTH = 1.25  # of the CPU time of a shard, from the smallest number of shards to the largest
 UNEVEN_SHARDS, UNEVEN_WORKERS, MEDIAN_S = 1600, 16, 0.12
 FEW, MANY = 100, 500  # shards of the two runs under strace: their difference is free of what a start costs
 LEASE_S = 120.0
@@ -89,21 +95,51 @@ class ClaimsRun:
     makespan_s: float  # from when all were ready until the last shard was done
     attempts: Counter[str]
     receipts: int
+    megabytes: float  # of the largest worker, what it shares with the others included
+    touched: Counter[str]
 
 
-def run(base: Path, lists: Sequence[Sequence[Shard]], costs: dict[str, float] | None = None) -> ClaimsRun:
-    """One process for each list of shards, all on the same output."""
+class Touched(Counter[str]):
+    """Counts the records that this process opens and lists, as Python's audit events tell: ``opened``, ``listed``, and
+    ``names`` of the listings.  It cannot be switched off again."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__()
+        self._start = f"{output}/_"
+        self._counting = False
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self._counting or event not in ("open", "os.listdir", "os.scandir"):
+            return
+        path = arguments[0]
+        if not isinstance(path, str | Path) or not str(path).startswith(self._start):
+            return
+        self["opened" if event == "open" else "listed"] += 1
+        if event != "open":
+            self._counting = True
+            with contextlib.suppress(OSError):
+                self["names"] += len(os.listdir(path))
+            self._counting = False
+
+
+def run(
+    base: Path, lists: Sequence[Sequence[Shard]], costs: dict[str, float] | None = None, *, count: bool = False
+) -> ClaimsRun:
+    """One process for each list of shards, all on the same output.  count: tell what they touch, which takes time."""
     journal, output = base / "journal", base / "out"
     context = multiprocessing.get_context("fork")  # 64 interpreters would take longer to start than to work
     ready, results = context.Barrier(len(lists)), context.SimpleQueue()
 
     def work(rank: int) -> None:
         stage = Trivial(output, journal, costs)
+        touched: Counter[str] = Touched(output) if count else Counter()
         ready.wait()
         began = time.time()
         allocation = Allocation(rank=rank, world=len(lists), run_id="bench")
         code = run_shards(stage, lists[rank], RunOptions(quiet=True, lease_s=LEASE_S), allocation, StopSignal())
-        results.put((code, began))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        results.put((code, began, peak, dict(touched)))
 
     code_version()  # asks git: once, not 64 times
     before, began = cpu_seconds(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -113,18 +149,20 @@ def run(base: Path, lists: Sequence[Sequence[Shard]], costs: dict[str, float] | 
     ended = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    receipts = [json.loads(path.read_bytes()) for path in (output / "_receipts").rglob("[!_.]*.json")]
+    ends = [json.loads(path.read_bytes())["finished"] for path in (output / "_receipts").rglob("[!_.]*.json")]
     return ClaimsRun(
-        codes=[code for code, _ in ended],
+        codes=[code for code, *_ in ended],
         cpu_s=cpu_seconds(resource.RUSAGE_CHILDREN) - before,
         wall_s=time.perf_counter() - began,
-        makespan_s=max(receipt["finished"] for receipt in receipts) - min(start for _, start in ended),
+        makespan_s=max(ends) - min(start for _, start, *_ in ended),
         attempts=Counter(journal.read_text("utf-8").split()),
-        receipts=len(receipts),
+        receipts=len(ends),
+        megabytes=max(peak for _, _, peak, _ in ended),
+        touched=sum((Counter(touched) for *_, touched in ended), Counter()),
     )
 
 
-# ---- the three parts
+# ---- the parts
 
 
 @dataclass(frozen=True)
@@ -136,6 +174,7 @@ class ManyWorkers:
     codes: list[int]
     cpu_ms_a_shard: float
     wall_s: float
+    megabytes: float
 
 
 @dataclass(frozen=True)
@@ -162,7 +201,24 @@ def many_workers(folder: Path, shards: int, workers: int) -> ManyWorkers:
         codes=sorted(set(outcome.codes)),
         cpu_ms_a_shard=outcome.cpu_s / shards * 1e3,
         wall_s=outcome.wall_s,
+        megabytes=outcome.megabytes,
     )
+
+
+def touched(folder: Path, shards: int, workers: int, of_a_bucket: int = 1000) -> dict[str, float]:
+    """Records that all workers together open and list, a shard: ``opened``, ``listed`` and ``names``.
+
+    of_a_bucket: how many shards share a bucket; with fewer than a thousand, few shards behave like many.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-claims-", dir=folder) as base:
+        source = Path(base) / "in"
+        source.mkdir()
+        for number in range(shards):
+            (source / f"{number // of_a_bucket:05d}{number % of_a_bucket:03d}.tar").touch()
+        outcome = run(Path(base), [discover(str(source))] * workers, count=True)
+    if outcome.codes != [0] * workers or outcome.receipts != shards:
+        raise RuntimeError(f"of {shards} shards {outcome.receipts} are done; exit codes {outcome.codes}")
+    return {what: outcome.touched[what] / shards for what in ("opened", "listed", "names")}
 
 
 def uneven(folder: Path, shards: int, workers: int, median_s: float) -> list[UnevenSplit]:
@@ -301,12 +357,15 @@ def main() -> int:
     parser.add_argument("--uneven_median_s", type=float, default=MEDIAN_S, help="what half of the uneven shards take")
     parser.add_argument("--traced", type=int, nargs=2, default=(FEW, MANY), help="shards of the two runs under strace")
     parser.add_argument("--operations", action="store_true", help="count the metadata operations, and nothing else")
+    parser.add_argument("--flat", type=int, nargs="+", help="numbers of shards; their cost is all that is measured")
     parser.add_argument("--one_worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--outputs", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parse(parser, shards=20, workers=4, uneven_shards=32, uneven_median_s=0.01, traced=(4, 12))
     set_up_logging(quiet=True)
     if arguments.one_worker:
         return one_worker(arguments.one_worker, arguments.outputs)
+    if arguments.flat:
+        return show_flat(arguments)
     few, many_traced = arguments.traced
     calls = operations(arguments.folder, 1, few, many_traced)
     if arguments.operations:
@@ -330,6 +389,37 @@ def main() -> int:
     if calls:
         show_calls(arguments, calls)
     return exit_code(passed, arguments)
+
+
+def show_flat(arguments: argparse.Namespace) -> int:
+    """The cost of a shard for several numbers of shards."""
+    rows, counts = [], []
+    for number in sorted(arguments.flat):
+        rows.append(many_workers(arguments.folder, number, arguments.workers))
+        counts.append(touched(arguments.folder, number, arguments.workers))
+    once = all(row.done == row.shards and not row.worked_on_twice and row.codes == [0] for row in rows)
+    growth = max(row.cpu_ms_a_shard for row in rows) / rows[0].cpu_ms_a_shard
+    if arguments.json:
+        told = [asdict(row) | {"touched": count} for row, count in zip(rows, counts, strict=True)]
+        print(json.dumps({"passed": once and growth <= GROWTH, "growth": growth, "flat": told}, indent=2))
+    else:
+        print(f"in {arguments.folder}, {os.cpu_count()} cores, {arguments.workers} workers; each shard once: {once}\n")
+        heads = ["shards", "CPU ms a shard", "MB of a worker", "records opened a shard", "names listed a shard"]
+        print_table(
+            heads,
+            [
+                (
+                    f"{r.shards:,}",
+                    f"{r.cpu_ms_a_shard:.2f}",
+                    f"{r.megabytes:.0f}",
+                    f"{c['opened']:.1f}",
+                    f"{c['names']:.1f}",
+                )
+                for r, c in zip(rows, counts, strict=True)
+            ],
+        )
+        print(f"\nCPU time of a shard grows to {growth:.2f} of the smallest run's (aim: ≤ {GROWTH:g})")
+    return exit_code(once and growth <= GROWTH, arguments)
 
 
 def show_aims(checked: list[Aim]) -> None:

@@ -22,7 +22,8 @@ import numpy as np
 from measuring import exit_code, make_parser, parse, print_table, run_stage, write_shard
 from PIL import Image
 
-from curation.serving.connection import Session, post
+from curation.serving.connection import post
+from curation.serving.session import Session
 from tests.servers import ollama_stub
 
 SLOTS, LATENCY_S, LOST_AIM = 32, 0.6, 0.02

@@ -90,7 +90,7 @@ def shipped_session(threads: int) -> Any:
 
     from curation.backends.faces import centerface
 
-    model = onnx.load(str(centerface.Backend.packaged_model()))
+    model = onnx.load(str(centerface.Backend.model_file()))
     for value in (model.graph.input[0], *model.graph.output):
         for i in (0, 2, 3):
             value.type.tensor_type.shape.dim[i].dim_param = f"{value.name}_{i}"

@@ -1,15 +1,19 @@
 """How long status takes over 100,000 receipts, how long --watch needs to draw again, and finding 100,000 shards.
 
-    python benchmarks/bench_status.py [--json] [--folder DIR] [--receipts 100000] [--tiny]
+    python benchmarks/bench_status.py [--json] [--folder DIR] [--receipts 100000] [--million] [--tiny]
 
 Aims: status in under 5 s and 300 MB (the whole of its processes), a redraw and discovery in under 2 s.  Receipts are of
 two stages, the second made from the first, so that each of its shards is checked for being stale; they are of the size
 that a stage with a detector leaves, in buckets as the ledger makes them.  A hundred are stale and a hundred have
 failed, and status must say so.
+
+``--million`` measures status, report, plan and discovery on ``--receipts`` receipts and on twice as many (a shard has
+two, one of each stage), by CPU time and memory, and computes a million of them from the slope.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -185,6 +189,90 @@ def measure_discovery(base: Path, shards: int, rounds: int) -> StatusRow:
     return StatusRow("discovery", shards, min(runs), DISCOVERY_S)
 
 
+@dataclass(frozen=True)
+class Cost:
+    cpu_s: float
+    megabytes: float
+
+    def at(self, other: Cost, million: float) -> Cost:
+        """The cost at a million, where ``self`` is that of a number and ``other`` that of twice as many.
+
+        million: a million as a multiple of that number.
+        """
+        steps = million - 1
+        return Cost(
+            self.cpu_s + steps * (other.cpu_s - self.cpu_s), self.megabytes + steps * (other.megabytes - self.megabytes)
+        )
+
+
+MEASURE = """
+import importlib, io, json, os, resource, sys
+sys.stdout, out = io.StringIO(), sys.stdout
+code = importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps([code, sum(one.ru_utime + one.ru_stime for one in both), both[0].ru_maxrss / 1e3]), file=out)
+"""
+
+
+def measure_command(code: str, *arguments: str) -> Cost:
+    """CPU seconds of a command with its children, and the memory of its own process at most."""
+    command = [sys.executable, "-c", code, *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    result, cpu_s, megabytes = json.loads(told)
+    if result != 0:
+        raise RuntimeError(f"{arguments[0]} ended with {result}")
+    return Cost(cpu_s, megabytes)
+
+
+def measure_commands(folder: Path, receipts: int) -> dict[str, Cost]:
+    """What each command costs on so many receipts, two for each shard."""
+    with tempfile.TemporaryDirectory(prefix="bench-status-", dir=folder) as name:
+        base = Path(name)
+        source = base / "shards"
+        make(base, receipts)
+        for shard in range(receipts // 2):
+            source.mkdir(exist_ok=True)
+            (source / f"{shard:08d}.tar").touch()
+        find = MEASURE.replace("importlib.import_module(sys.argv[1]).main", "(lambda argv: discover(argv[0]) and 0)")
+        return {
+            "discover": measure_command(f"from curation.shards import discover\n{find}", "discover", str(source)),
+            "status": measure_command(MEASURE, "curation.commands.status.command", str(base), "--json"),
+            "report": measure_command(
+                MEASURE, "curation.commands.report.command", str(base), "--json", "--no_audit", "--sample_shards", "0"
+            ),
+            "plan": measure_command(MEASURE, "curation.commands.plan.command", str(source), str(base), "--json"),
+        }
+
+
+def show_million(arguments: argparse.Namespace) -> int:
+    number = arguments.receipts
+    one, two = measure_commands(arguments.folder, number), measure_commands(arguments.folder, 2 * number)
+    at_a_million = {name: cost.at(two[name], 1e6 / number) for name, cost in one.items()}
+    if arguments.json:
+        told = {str(number): one, str(2 * number): two, "1000000 (computed)": at_a_million}
+        print(
+            json.dumps({n: {name: vars(cost) for name, cost in costs.items()} for n, costs in told.items()}, indent=2)
+        )
+        return 0
+    sizes = [f"{number:,}", f"{2 * number:,}", "1,000,000 (computed)"]
+    heads = ["command", *(f"{what}, {size}" for size in sizes for what in ("CPU s", "MB"))]
+    print_table(
+        heads,
+        [
+            (
+                name,
+                *(
+                    text
+                    for c in (one[name], two[name], at_a_million[name])
+                    for text in (f"{c.cpu_s:.1f}", f"{c.megabytes:.0f}")
+                ),
+            )
+            for name in one
+        ],
+    )
+    return 0
+
+
 def main() -> int:
     parser = make_parser(__doc__, memory=True)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
@@ -192,7 +280,10 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=3, help="the best counts: the machine may be busy with other things"
     )
+    parser.add_argument("--million", action="store_true", help="compute from --receipts and twice as many")
     arguments = parse(parser, receipts=2000, rounds=1)
+    if arguments.million:
+        return show_million(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-status-", dir=arguments.folder) as base:
         status, size = measure_status(Path(base), arguments.receipts, arguments.rounds)
         redraw = measure_redraw(Path(base), arguments.receipts, arguments.rounds)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 
-__version__ = "0.5.0"
+__version__ = "0.7.0"
 
 # How the commands are called in messages: as the user called the program that says it.
 PROGRAM = "curation" if Path(sys.argv[0]).name == "curation" else "python -m curation"

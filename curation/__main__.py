@@ -46,18 +46,26 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "look at the result": {
         "report": ("commands.report.command", "write an HTML report: funnel, shards, speed, gallery, groups"),
         "audit": ("commands.audit.command", "losses of each group, and which group lost more than the others"),
+        "measure": ("commands.measure", "how often the checks of stage 03 are wrong, on pictures with labels"),
     },
     "check the result": {
-        "verify": ("commands.verify.command", "verify that hybrid shards are their source with the edits applied"),
+        "verify": (
+            "commands.verify.command",
+            "verify hybrid shards by their source, or what lies in a bucket",
+        ),
         "fsck": (
             "commands.fsck.command",
             "find faults in tars, and save the undamaged samples",
         ),
     },
     "use the result": {
-        "select": ("commands.tables.select", "list the uids of the samples whose scores satisfy a condition"),
+        "select": ("commands.tables.select", "list the uids of samples by their scores, or balance them"),
+        "agreement": ("commands.tables.agreement", "say how far two judges of stage 06 agree, with intervals"),
         "neardup": ("commands.tables.neardup", "find groups of near duplicates by features, and keep one of each"),
-        "publish": ("commands.publish", "upload a stage's finished outputs to a dataset repository of the hub"),
+        "centroids": ("commands.tables.centroids", "make the clusters of image features that select's baselines take"),
+        "index": ("commands.search.index", "make a search index of a feature of stage 06"),
+        "search": ("commands.search.command", "find the samples that are nearest to a text, a picture or a sample"),
+        "publish": ("commands.publish", "upload a stage's finished outputs to a bucket, another filesystem or the hub"),
     },
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, (module, _) in group.items()}

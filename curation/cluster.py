@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from curation.errors import EXIT_WORK_LEFT, InfrastructureError, Stopped, UsageError
+from curation.errors import EXIT_WORK_LEFT, InfrastructureError, Stopped, StoppedAtOnce, UsageError
 from curation.options import logger, numbers_in
 
 MAX_GPU = 1023
@@ -255,6 +255,11 @@ class CheckStop(Protocol):
         """Raise Stopped if it is time to end."""
 
 
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
+# The signals that asked this process to end since it began to listen; what comes after the shards asks for them too.
+signals_received: list[int] = []
+
+
 class StopSignal:
     """Whether this process was asked to end, and how soon.
 
@@ -272,13 +277,41 @@ class StopSignal:
         self._urgent = threading.Event()
         self._fatal_signals = 0
         self._last_term = -math.inf
+        self._installed = self._at_once = False
 
     def install(self) -> None:
         """Set the signal handlers.  Call it in the main thread."""
-        for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
+        self._installed = True
+        signals_received.clear()
+        for name in STOP_SIGNALS:
             signal.signal(name, self._received)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While a model is loaded or a server is waited for, and nothing is to be saved: what asks this process to end
+        raises StoppedAtOnce here, in place of being noticed when the waiting is over.
+
+        It is for the main thread, which gets the signals; in another one nothing is different.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        alarm: threading.Timer | None = None
+        if self._installed and self.deadline is not None:  # its handler then finds that the deadline is over
+            me, left_s = threading.main_thread().ident or 0, max(0.0, self.deadline - time.time()) + 0.05
+            alarm = threading.Timer(left_s, signal.pthread_kill, (me, signal.SIGUSR1))
+            alarm.daemon = True
+            alarm.start()
+        try:
+            self._at_once = True
+            yield
+        finally:
+            self._at_once = False
+            if alarm is not None:
+                alarm.cancel()
+
     def _received(self, number: int, frame: FrameType | None) -> None:
+        signals_received.append(number)
         now = time.monotonic()
         echo = number == signal.SIGTERM and now - self._last_term < ONE_SIGNAL_S
         if number == signal.SIGTERM:
@@ -287,7 +320,13 @@ class StopSignal:
             self._fatal_signals += 1
             if self._fatal_signals > 1:
                 os._exit(EXIT_WORK_LEFT)
-        self.ask(signal.Signals(number).name, urgent=number == signal.SIGTERM)
+        if not self.draining:  # else the deadline is the cause
+            self.ask(signal.Signals(number).name)
+        if number == signal.SIGTERM:
+            self._urgent.set()
+        if self._at_once:
+            self._at_once = False
+            raise StoppedAtOnce(self.cause or "asked to stop")
 
     def ask(self, cause: str, *, urgent: bool = False) -> None:
         """Request a stop; the first cause is kept."""
@@ -319,6 +358,30 @@ class StopSignal:
             seconds = max(0.0, min(seconds, self.deadline - time.time() + 0.01))
         self._draining.wait(seconds)
         return self.draining
+
+
+@contextlib.contextmanager
+def stopped_at_once(deadline: float | None = None) -> Iterator[None]:
+    """Within it a signal, or the deadline, that asks this process to end raises StoppedAtOnce in the main thread.
+
+    For what is done before the first shard.  Whoever installs handlers of their own within it has the signals from then
+    on.
+
+    deadline: A Unix time.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stop = StopSignal(deadline)
+    before = {name: signal.getsignal(name) for name in STOP_SIGNALS}
+    stop.install()
+    try:
+        with stop.at_once():
+            yield
+    finally:
+        for name, handler in before.items():
+            if signal.getsignal(name) == stop._received:
+                signal.signal(name, handler)
 
 
 def _array_element(environ: Mapping[str, str]) -> tuple[int, int]:

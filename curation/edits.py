@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Collection, Iterator, KeysView, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 from typing import Any, Protocol, Self
@@ -36,6 +37,8 @@ RECIPE_FIELDS = (
 )  # fmt: skip
 # Later ones.  A sample without them has the recipe that it always had.
 LATER_RECIPE_FIELDS = ("true_cfg_scale", "prompt_shortened", "compile")
+# What checks of the picture said; absent where nothing was checked.
+CHECK_FIELDS = ("check", "tries", "round", "checks")
 
 # IPTC's term for images made by a trained model, in the field where readers expect it: Digital Source Type of the photo
 # metadata standard (Iptc4xmpExt), https://iptc.org/std/photometadata/specification.
@@ -55,11 +58,17 @@ GENERATED_XMP = (
 
 
 def edited_metadata(
-    original: Mapping[str, Any], curation: Mapping[str, Any], sha256: str, width: int, height: int
+    original: Mapping[str, Any],
+    curation: Mapping[str, Any],
+    sha256: str,
+    width: int,
+    height: int,
+    boxes: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """The sample's metadata, updated for the new image and text, with ``curation`` as its last field.
 
-    original: the source sample's whole metadata; every field stays, in its order.  A list of face boxes becomes null,
+    original: the source sample's whole metadata; every field stays, in its order.
+    boxes: the faces of the new image, if somebody has looked for them.  Without, a list of face boxes becomes null,
     because the new image's faces are unknown; readers of DataComp understand null in this way.
     ``curation`` gets the earlier value of each changed field that existed, as ``original_<field>``; the ``curation``
     object of an earlier pass is kept inside it as ``previous``.
@@ -68,7 +77,9 @@ def edited_metadata(
     before = {f"original_{name}": original[name] for name in REPLACED_FIELDS if name in original}
     metadata = {name: value for name, value in original.items() if name != "curation"}
     metadata |= {"caption": curation["prompt"], "sha256": sha256, "width": width, "height": height}
-    if "face_bboxes" in metadata:
+    if boxes is not None:
+        metadata["face_bboxes"] = boxes
+    elif "face_bboxes" in metadata:
         metadata["face_bboxes"] = None
     earlier = {"previous": original["curation"]} if "curation" in original else {}
     metadata["curation"] = {**before, **curation, **earlier}
@@ -91,13 +102,18 @@ def original_metadata(metadata: Mapping[str, Any], stage: str) -> Mapping[str, A
     return restored
 
 
-def recipe(curation: Mapping[str, Any], stage: str) -> list[Any]:
+def recipe(curation: Mapping[str, Any], stage: str, *, any_round: bool = False) -> list[Any]:
     """Everything that determines the image, as one comparable value.  Samples with the same recipe have the same image,
-    except for rounding differences that depend on the other images of the batch."""
+    except for rounding differences that depend on the other images of the batch.
+
+    any_round: The recipe of all tries of the sample: without the round in which this one was made.
+    """
     models, stages = (curation.get(name) for name in ("models", "stages"))
     image_model = models.get("image") if isinstance(models, dict) else None
     version = stages.get(stage) if isinstance(stages, dict) else None
     later = [[name, curation[name]] for name in LATER_RECIPE_FIELDS if curation.get(name) is not None]
+    if curation.get("round") and not any_round:  # the first round is what there was before there were rounds
+        later.append(["round", curation["round"]])
     return [*(curation.get(name) for name in RECIPE_FIELDS), image_model, version, *later]
 
 
@@ -305,7 +321,7 @@ class TarEditReader:
         self._rows: dict[str, int] = {}
         self._places = array("q")  # for each edit, offset and size of its jpg, txt and json: 1 MB for 10,000
         report = TarReport()
-        tar = TarScan(path, report)
+        tar = TarScan(path, report, ahead=False)
         for window in tar.windows():
             for span in window.spans:
                 if span.torn or span.repeated:
@@ -420,6 +436,25 @@ def _short(key: str) -> str:
 # ---- the edits of an earlier run that are still valid
 
 
+@dataclass(frozen=True, slots=True)
+class KeptEdit:
+    """An edit of an earlier run whose image may be kept.
+
+    Attributes:
+        sha256: Of the image, in hex.
+        checked: ``CHECK_FIELDS`` of its json's ``curation``, those that it has.
+        record: What the checks recorded of themselves, if the image was checked.
+        boxes: Its json's ``face_bboxes``.
+        group: That it was made for, as its ``curation`` says.
+    """
+
+    sha256: str
+    checked: Mapping[str, Any]
+    record: Any = None
+    boxes: Any = None
+    group: Any = None
+
+
 class PreviousEdits:
     """The edits that an earlier run left for a shard, as a tar or as loose files.
 
@@ -430,23 +465,51 @@ class PreviousEdits:
     def __init__(self, edits: Path, shard_id: str) -> None:
         self._tar = edits / f"{shard_id}.tar"
         self._folder = edits / shard_id
-        self._matching: dict[str, str] = {}  # key → sha256
+        self._matching: dict[str, KeptEdit] = {}
         self._stream: Iterator[tuple[str, bytes]] | None = None
         self._passed: dict[str, bytes] = {}
 
-    def matching(self, wanted: Mapping[str, list[Any]], stage: str) -> Mapping[str, str]:
-        """Those of ``wanted`` (key → recipe) whose image exists and is intact, with the image's sha256."""
+    def matching(
+        self, wanted: Mapping[str, list[Any]], stage: str, *, any_round: bool = False
+    ) -> Mapping[str, KeptEdit]:
+        """Those of ``wanted`` (key → recipe) whose image exists and is intact.
+
+        any_round: Whether any of a sample's tries will do.
+        """
         try:
             for key, jpg, metadata in self._edits(wanted):
                 curation = metadata.get("curation")
-                if not isinstance(curation, dict) or recipe(curation, stage) != wanted[key]:
+                if not isinstance(curation, dict) or recipe(curation, stage, any_round=any_round) != wanted[key]:
                     continue
                 sha256 = hashlib.sha256(jpg).hexdigest()
                 if sha256 == metadata.get("sha256"):
-                    self._matching[key] = sha256
+                    checked = {name: curation[name] for name in CHECK_FIELDS if name in curation}
+                    record = curation["models"].get("checks") if checked else None
+                    boxes, group = metadata.get("face_bboxes"), curation.get("group")
+                    self._matching[key] = KeptEdit(sha256, checked, record, boxes, group)
         except ShardError:  # the tar ends early; the edits before that point were checked
             pass
-        return self._matching
+        return dict(self._matching)
+
+    def pictures(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """(key, image) of some matching keys, in one pass over the earlier tar.
+
+        Raises LostClaim if an image has changed, because another worker has published this shard.
+        """
+        wanted, found = dict.fromkeys(keys), 0
+        try:
+            for key, jpg, _ in self._edits(wanted) if wanted else ():
+                self._check(key, jpg)
+                found += 1
+                yield key, jpg
+        except ShardError:
+            pass
+        if found < len(wanted):
+            raise LostClaim(f"{self._tar} changed while it was read")
+
+    def keep(self, keys: Collection[str]) -> None:
+        """Only these matching keys are asked for from now on; the images of others are not read into memory."""
+        self._matching = {key: edit for key, edit in self._matching.items() if key in keys}
 
     def jpg(self, key: str) -> bytes:
         """The image of a matching key.  The earlier tar is read in one pass; calls in its order need little memory.
@@ -462,9 +525,12 @@ class PreviousEdits:
         except (StopIteration, ShardError):
             raise LostClaim(f"{self._tar} changed while it was read") from None
         found = self._passed.pop(key)
-        if hashlib.sha256(found).hexdigest() != self._matching[key]:
-            raise LostClaim(f"{self._tar} changed while it was read")
+        self._check(key, found)
         return found
+
+    def _check(self, key: str, jpg: bytes) -> None:
+        if hashlib.sha256(jpg).hexdigest() != self._matching[key].sha256:
+            raise LostClaim(f"{self._tar} changed while it was read")
 
     def _edits(self, keys: Mapping[str, Any]) -> Iterator[tuple[str, bytes, Mapping[str, Any]]]:
         """Yield (key, jpg, metadata) of the samples in ``keys`` that have both, in the order of the tar or ``keys``."""

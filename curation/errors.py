@@ -8,19 +8,20 @@ that is broken or lost) is its process's alone: this one gives its shards back a
 ``redact`` is the one place that takes secrets out of what is said of an error.  The log, the terminal, receipts and
 rejects put every text through it, whichever library it comes from.
 
-``install`` is the one place that knows with which command the user gets a package that is missing.
+``install`` is the one place that knows with which command the user gets a package that is missing, and ``require`` the
+one that looks for packages before the work begins.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import re
 import shutil
 import sys
 import tomllib
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -166,6 +167,7 @@ _PACKAGES: Final = CORE | {
     "cv2": "opencv-python-headless",
     "faiss": "faiss-cpu",
     "fasttext": "fasttext-community",
+    "gcld3": "cld3-py",
     "google": "protobuf",
     "skimage": "scikit-image",
 }
@@ -180,7 +182,7 @@ _EXTRA_OF: Final = {
         "generate": "03 generate",
         "recaption": "05 caption",
         "metadata": "06 extract",
-        "tables": "select neardup",
+        "tables": "select neardup centroids",
         "hub": "publish",
         "report": "report",
     }.items()
@@ -204,6 +206,8 @@ def install(module: str) -> str:
         return f"{_pip()} install {package}"
     program = [Path(sys.argv[0]).name[:2], *Path(sys.argv[0]).name.split()[-1:], *sys.argv[1:2]]
     meant = [extra for word in program if (extra := _EXTRA_OF.get(word)) in extras]
+    from importlib import metadata
+
     installed = any(one.read_text("INSTALLER") for one in metadata.distributions(name="curation"))
     project = "curation" if installed else str(PROJECT)
     return f"{_pip()} install {quote(f'{project}[{next(iter(meant), extras[0])}]')}"
@@ -218,6 +222,34 @@ def install_alone(*packages: str, beside: str) -> str:
     """
     extra = f"{install(beside)} && " if find_spec(beside) is None else ""
     return f"{extra}{_pip()} install --no-deps {' '.join(packages)}"
+
+
+# Packages whose import takes seconds: ``require`` only looks whether they are there.
+_SLOW: Final = ("accelerate", "bitsandbytes", "diffusers", "insightface", "peft", "torch", "torchao", "transformers")
+# Packages that are installed without what they require, and what is needed beside them; model-packages.txt says why.
+_ALONE: Final = {"insightface": "scipy"}
+
+
+def require(*modules: str) -> None:
+    """Look whether packages are on this machine, before the work that needs them begins.
+
+    A dry run calls it in place of the work, and so says the same line.
+
+    Args:
+        modules: The names of modules, each without a dot.
+
+    Raises:
+        InfrastructureError: One is missing, or cannot be imported; the message has the command that installs it.
+    """
+    for module in modules:
+        how = install_alone(module, beside=_ALONE[module]) if module in _ALONE else install(module)
+        try:
+            if module in _SLOW and find_spec(module) is None:
+                raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+            if module not in _SLOW:
+                importlib.import_module(module)
+        except ImportError as error:
+            raise InfrastructureError(f"{module} cannot be imported ({error}): {how}") from None
 
 
 def install_in_place(package: str, *, of: Sequence[str], index: str = "") -> str:
@@ -252,6 +284,8 @@ def _extras() -> dict[str, list[str]]:
         wanted = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"].items()
         pairs = [(extra, line) for extra, lines in wanted for line in lines]
     else:
+        from importlib import metadata
+
         lines = metadata.requires("curation") or []
         pairs = [(found[1], line) for line in lines if (found := re.search(r"extra == ['\"]([\w-]+)", line))]
     extras: dict[str, list[str]] = {}
@@ -313,6 +347,14 @@ def _missing_module(error: BaseException) -> str | None:
 
 class LostClaim(Exception):
     """Another worker has taken or committed this shard: drop the attempt quietly and go on."""
+
+
+class StoppedAtOnce(BaseException):
+    """A signal or the deadline asked to stop while nothing was to be saved: exit code 75.
+
+    It is raised at any line of the main thread, by a signal's handler, and so it is none of the errors that a library
+    or the boundary of a sample catches.
+    """
 
 
 class Stopped(Exception):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from curation.errors import SampleError
 from curation.images import Pixels
+from curation.libraries import np
 
-Boxes = NDArray[np.float32]  # n × 5: x0, y0, x1, y1, score
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Boxes: TypeAlias = "NDArray[np.float32]"  # n × 5: x0, y0, x1, y1, score
 
 RECORDED_FIELD = "face_bboxes"  # in DataComp's metadata: corners as shares of the image, in [0, 1]
 LOWEST, HIGHEST = -1.0, 2.0  # a coordinate outside this range is no share of the image but a number of pixels

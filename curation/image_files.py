@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-import simplejpeg
-
 from curation.errors import SampleError
+from curation.libraries import simplejpeg
 
 # libjpeg's progressive files have 10 scans, and the most elaborate optimisers write a few dozen.
 MAX_SCANS: Final = 100

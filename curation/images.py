@@ -16,19 +16,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
-
-import numpy as np
-import PIL
-import simplejpeg
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from curation.errors import SampleError
 from curation.image_files import check_chunks, check_scans, pixels_alone, unlike_baseline
 from curation.jsonio import clean_text
+from curation.libraries import PIL, ExifTags, Image, PngImagePlugin, features, np, simplejpeg
 
-Pixels = NDArray[np.uint8]  # height × width × 3, RGB
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Pixels: TypeAlias = "NDArray[np.uint8]"  # height × width × 3, RGB
 Found = TypeVar("Found")
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; phone cameras have up to 200 MP, but images on the web are much smaller
@@ -270,7 +268,7 @@ def _opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _as_sample_error(error: Exception, max_pixels: int) -> SampleError:
-    if isinstance(error, UnidentifiedImageError):  # its own text contains a memory address
+    if isinstance(error, PIL.UnidentifiedImageError):  # its own text contains a memory address
         return SampleError("undecodable", f"none of {', '.join(_FORMATS)}")
     if isinstance(error, Image.DecompressionBombError):  # larger than Pillow's own limit
         found = re.search(r"\d+", str(error))

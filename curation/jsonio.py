@@ -30,6 +30,7 @@ _SURROGATES = re.compile(r"[\ud800-\udfff]")
 _STARTS = (b"{", b"[", b'"', b" ", b"\n", b"\r", b"\t")  # of JSON in UTF-8 without a byte order mark
 _DIGITS = bytes(ord("0") if chr(byte).isascii() and chr(byte).isdigit() else 0 for byte in range(256))
 _MANY_DIGITS = b"0" * 19  # as many as the smallest integer of 64 bits has; the largest has one more
+_MOST_DIGITS = 20  # of an integer of 64 bits, with its sign
 _BEFORE_A_NUMBER = (b"", b":", b",", b"[", b" ", b"\t", b"\r", b"\n")
 _ESCAPED_SURROGATE = re.compile(rb"\\[uU][dD][89a-fA-F]|\xed[\xa0-\xbf]")
 _OPENING = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]')
@@ -106,6 +107,54 @@ def parse_json_object(
     if not isinstance(value, dict):
         raise SampleError("json_not_an_object", f"it is a {type(value).__name__}")
     return value
+
+
+def parse_strict_json(data: bytes, max_bytes: int = MAX_SAMPLE_JSON_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+    """Parse untrusted JSON of which a doubtful part must not be guessed: RFC 8259 in UTF-8, with each name of an object
+    once, integers of 64 bits and numbers that a double holds.  A lone surrogate becomes U+FFFD.
+
+    Raises SampleError ``json_too_large``, ``json_too_deep`` or ``bad_json``.
+    """
+    if len(data) > max_bytes:
+        raise SampleError("json_too_large", f"{len(data):,} bytes, the bound is {max_bytes:,}")
+    if not _depth_within_bound(data, max_depth):
+        raise SampleError("json_too_deep", f"nested deeper than {max_depth}")
+    try:
+        value = json.loads(
+            data.decode("utf-8", "surrogatepass"),
+            parse_constant=_refuse_constant,
+            parse_float=_double,
+            parse_int=_integer,
+            object_pairs_hook=_each_once,
+        )
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad_json", str(error)) from None
+    return _map_leaves(value, _without_surrogates)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _double(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"no double holds {text[:40]}")
+    return value
+
+
+def _integer(text: str) -> int:
+    value = int(text) if len(text) <= _MOST_DIGITS else None
+    if value is None or not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"no integer of 64 bits is {text[:40]}")
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object has a name twice: {some(repeated(name for name, _ in pairs))}")
+    return found
 
 
 def dump_json(value: Any, *, indent: bool = False) -> bytes:

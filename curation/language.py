@@ -60,18 +60,23 @@ def find_model(path: str | None = None) -> Path:
     raise InfrastructureError(f"fastText's language model lid.176.ftz is not installed: {how}")
 
 
+def import_fasttext() -> Any:
+    """The module fasttext.  Raises InfrastructureError if it cannot be imported."""
+    try:
+        import fasttext
+    except ImportError as error:
+        how = f"{install('fasttext')} (no other package provides the right module fasttext)"
+        raise InfrastructureError(f"{error}: {how}") from error
+    return fasttext
+
+
 class LanguageIdentifier:
     """fastText's lid.176.  Thread-safe; about 2 MB of memory."""
 
     def __init__(self, model: Path) -> None:
         """Raises InfrastructureError if the module fasttext or the model's file cannot be used."""
         try:
-            import fasttext
-        except ImportError as error:
-            how = f"{install('fasttext')} (no other package provides the right module fasttext)"
-            raise InfrastructureError(f"{error}: {how}") from error
-        try:
-            self._model: Any = fasttext.load_model(str(model))
+            self._model: Any = import_fasttext().load_model(str(model))
             self.identify(["a first line"])
         except (ValueError, RuntimeError, MemoryError, InfrastructureError) as error:
             raise InfrastructureError(f"{model}: not a fastText model ({error})") from error
@@ -92,6 +97,16 @@ class LanguageIdentifier:
         for start in range(0, len(captions), BATCH):
             guesses += self._identify_batch([words_of(caption) for caption in captions[start : start + BATCH]])
         return guesses
+
+    def identify_raw(self, captions: Sequence[str]) -> list[str]:
+        """The most probable language of each caption as it is, newlines apart: as DataComp asks the model.  It is "" if
+        the model has no answer."""
+        found: list[str] = []
+        for start in range(0, len(captions), BATCH):
+            lines = [caption.replace("\n", " ") for caption in captions[start : start + BATCH]]
+            labels, _ = self._model.predict(lines)
+            found += [label[0].removeprefix("__label__") if label else "" for label in labels]
+        return found
 
     def _identify_batch(self, lines: list[str]) -> list[Guess]:
         try:

@@ -8,10 +8,12 @@ cause.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import xxhash
 
 from curation.jsonio import clean_text
 
@@ -56,6 +58,37 @@ class Reply:
     adapted: tuple[str, ...] = ()
 
 
+WARMER, HOTTEST = 0.4, 1.5
+_SEED_BITS = 63  # torch takes seeds of 64 bits with a sign
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which request for one text it is.
+
+    Attributes:
+        longer: The same with twice the tokens, because the reply was cut.
+        warmer: So many replies were of no use.  Each further one is sampled, warmer, and from another seed.
+    """
+
+    longer: bool = False
+    warmer: int = 0
+
+    def tokens(self, first: int) -> int:
+        return 2 * first if self.longer else first
+
+    def temperature(self, first: float) -> float:
+        return round(max(first, min(HOTTEST, first + WARMER * self.warmer)), 3)
+
+    def seeds(self, first: Sequence[int]) -> list[int]:
+        if not self.warmer:
+            return [*first]
+        return [xxhash.xxh3_64_intdigest(f"{seed}\0{self.warmer}".encode()) >> (64 - _SEED_BITS) for seed in first]
+
+
+FIRST = Attempt()
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """What a reply must be like.
@@ -93,6 +126,30 @@ class Verdict(NamedTuple):
     cut: bool = False
 
 
+class Answer(NamedTuple):
+    """A verdict on a reply of which more is known than its text.
+
+    Attributes:
+        text, reason, cut: As of ``Verdict``.
+        detail: What is wrong with the reply in words, where it does not show that at a look.
+        json: The object that was asked for, of which ``text`` is a part.
+        checks: What checks have measured, by their names.
+        round: Of the requests that are not for more tokens alone, the number of the one that it answers, from 0.
+        failed_captions: How many other captions failed a check.
+        failed_checks: How many of them failed each check.
+    """
+
+    text: str | None
+    reason: str = ""
+    cut: bool = False
+    detail: str = ""
+    json: Mapping[str, Any] | None = None
+    checks: Mapping[str, Any] | None = None
+    round: int = 0
+    failed_captions: int = 0
+    failed_checks: Mapping[str, int] | None = None
+
+
 def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "", source: str = "") -> Verdict:
     """Tell whether a reply is a result.
 
@@ -111,8 +168,8 @@ def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "", source:
     cut = reply.ended == CUT
     if not finished or (reply.reasoned and not raw.strip()):
         return Verdict(None, "reply_only_reasoning", cut)
-    if reply.ended not in (WHOLE, CUT):
-        return Verdict(None, _unfinished(reply))
+    if reason := unfinished(reply):
+        return Verdict(None, reason)
     if not raw.strip():
         return Verdict(None, "reply_cut_short" if cut else "reply_empty", cut)
     if form.one_line and len([line for line in _LINES.split(raw) if line.strip()]) > 1:
@@ -124,7 +181,7 @@ def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "", source:
         return Verdict(None, "reply_too_long")
     if reason := _unfit(text, "\n".join(filter(None, map(clean_text, _LINES.split(raw)))), form, asked, source):
         return Verdict(None, reason)
-    if len(text) < form.shortest or not _WORD(text):
+    if len(text) < form.shortest or not has_word(text):
         return Verdict(None, "reply_too_short" if form.one_line else "reply_empty")
     if not cut:
         return Verdict(None, "reply_unfinished") if form.chats and _DANGLING(text) else Verdict(text)
@@ -132,7 +189,10 @@ def judge(reply: Reply, form: Form, *, asked: str = "", begun: str = "", source:
     return Verdict(whole if len(whole) >= max(form.shortest, _SHORTEST_SENTENCE) else None, "reply_cut_short", True)
 
 
-def _unfinished(reply: Reply) -> str:
+def unfinished(reply: Reply) -> str:
+    """The reason why a reply is none that neither the model nor the bound on tokens has ended; "" for any other."""
+    if reply.ended in (WHOLE, CUT):
+        return ""
     if reply.ended in _FILTERED:
         return "reply_filtered"
     return "reply_aborted" if reply.ended in _ABORTED else "reply_unfinished"
@@ -448,6 +508,11 @@ _STRUCTURE = (
         re.NOFLAG,
     ),
 )
+
+
+def has_word(text: str) -> bool:
+    """Whether a text says anything: a word of two letters, or a letter or digit."""
+    return bool(_WORD(text))
 
 
 def _unfit(text: str, raw: str, form: Form, asked: str, source: str) -> str:

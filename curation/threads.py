@@ -62,25 +62,29 @@ class BackgroundCall(Generic[T]):
     """A thread for one call at a time.  If it has not begun the call when the result is needed, the caller makes it.
 
     So with a free core two things happen at once, and on a busy machine nobody waits until the thread wakes up.
+
+    Args:
+        name: The thread's.
+        beside: Whether there is a thread at all; without one, the caller makes each call when it needs the result.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, *, beside: bool = True) -> None:
+        self._name, self._beside = name, beside
         self._pool: ThreadPoolExecutor | None = None
-        self._next: tuple[Callable[[], T], Future[T]] | None = None
+        self._next: tuple[Callable[[], T], Future[T] | None] | None = None
 
     def start(self, call: Callable[[], T]) -> None:
         """Start a call.  ``result`` must be called before the next ``start``."""
         assert self._next is None
-        if self._pool is None:
+        if self._pool is None and self._beside:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix=self._name)
-        self._next = call, self._pool.submit(call)
+        self._next = call, None if self._pool is None else self._pool.submit(call)
 
     def result(self) -> T:
         """The result of the last call; an exception that it raised is raised here."""
         assert self._next is not None
         (call, future), self._next = self._next, None
-        return call() if future.cancel() else future.result()
+        return call() if future is None or future.cancel() else future.result()
 
     def close(self) -> None:
         """Wait for the call if it has begun, ignore its result, and end the thread."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import gc
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from curation.jsonio import clean_text
+from curation.options import logger
 from curation.replies import Verdict
 from tests.commands.synthetic_root import Synthetic, make_root
 from tests.pipeline import Undisturbed, run_undisturbed
@@ -23,10 +26,31 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 leftovers = Leftovers()
+gc.disable()  # while pytest reads the files: it makes millions of objects that stay, and a pass looks at all of them
+# What takes longest begins first, so that at the end of a run no process waits minutes for another one's last file.
+# The cluster comes before the others because its tests mostly wait, and leave the cores to the other processes.
+LONGEST = (
+    "tests/slurm/",
+    "tests/benchmarks/test_tiny.py",
+    "tests/test_readme.py",
+    "tests/test_contributing.py",
+    "tests/backends/test_llm_embedded.py",
+    "tests/commands/test_models.py",
+    "tests/test_kill.py",
+    "tests/run/",
+    "tests/stages/",
+    "tests/publish/",
+    "tests/backends/",
+)
 # Bash cannot trap what its parent ignores, as a shell ignores SIGINT for what it runs in the background.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -52,6 +76,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from tests.sharing import Scheduling
 
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first; the others keep their order."""
+
+    def turn(item: pytest.Item) -> int:
+        return next((number for number, place in enumerate(LONGEST) if item.nodeid.startswith(place)), len(LONGEST))
+
+    items.sort(key=turn)
+
+
+@pytest.fixture(autouse=True)
+def logging_of_a_new_process() -> None:
+    """A stage that runs in the test's process sets up its own logging, which would stay for all later tests."""
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from xdist.scheduler import LoadScopeScheduling
 SHARED = {  # file → what its tests share with those of others
     "tests/slurm/": "one cluster",
 }
-EACH_ALONE = ("tests/run/test_commit_model.py",)  # few and long, without fixtures
 
 
 class Scheduling(LoadScopeScheduling):
@@ -19,6 +18,4 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::", 1)[0]
-        if file in EACH_ALONE:
-            return nodeid
         return next((shared for place, shared in SHARED.items() if file.startswith(place)), file)

@@ -7,6 +7,7 @@ by Python's tarfile, not by the project's own reader.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
@@ -28,7 +29,7 @@ from PIL import Image
 
 from curation.tar.scan import IMAGE_SUFFIXES
 from tests.pipeline import Undisturbed
-from tests.shards import all_samples, decoded, image_of, shards_as
+from tests.shards import all_samples, decoded, image_of, samples_of, shards_as
 
 stage_04 = importlib.import_module("04_reshard")
 
@@ -54,7 +55,18 @@ def write_subset(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
     np.save(path, np.sort(pairs))
 
 
-@pytest.fixture(scope="module", params=["shard by shard", "regrouped jpg", "blurred jpg", "webp", "png"])
+def write_rows(folder: Path, source: Path) -> None:
+    """A synthetic caption for all samples but each seventh, of the pictures of the source."""
+    folder.mkdir(parents=True)
+    for path in sorted(source.glob("*.tar")):
+        lines = []
+        for number, (key, members) in enumerate(samples_of(path).items()):
+            row = {"key": key, "caption": f"seen {key}", "image_sha256": hashlib.sha256(image_of(members)).hexdigest()}
+            lines += [json.dumps(row) + "\n"] if number % 7 else []
+        (folder / f"{path.stem}.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture(scope="module", params=["shard by shard", "regrouped jpg", "blurred jpg", "mixed jpg", "webp", "png"])
 def output(
     request: pytest.FixtureRequest, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory
 ) -> Output:
@@ -71,13 +83,19 @@ def output(
         argv += ["--subset", f"{folder.parent}/keep.npy", "--shard_size", "16", "--shuffle_buffer", "40"]
     if how == "blurred":
         argv += ["--blur_faces", "recorded"]
+    if how == "mixed":
+        write_rows(folder.parent / "recaptions/rows", source)
+        argv += ["--captions", str(folder.parent / "recaptions"), "--mix", "0.4:web,0.6:synthetic"]
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(stage_04.main, argv).result() == 0
     samples = all_samples(folder)
     assert len(samples) == (85 if how == "regrouped" else 76)
     names = {name for members in samples.values() for name in members}
     assert names == {*((kind,) if source != root / "shards" else ("jpg", "webp")), "txt", "json"}
-    check_content(samples, before, all_samples(root / "edits"), how)
+    if how == "mixed":
+        check_captions(samples, before, all_samples(root / "edits"))
+    else:
+        check_content(samples, before, all_samples(root / "edits"), how)
     return Output(folder, samples, len(names) == 3)
 
 
@@ -105,6 +123,22 @@ def check_content(
             assert members.keys() == old.keys()
             assert decoded(image_of(members)).shape == decoded(image_of(old)).shape
     assert edited >= len(edits) > 0 and (blurred > 0) == (how == "blurred")
+
+
+def check_captions(
+    samples: dict[str, dict[str, bytes]], before: dict[str, dict[str, bytes]], edits: dict[str, dict[str, bytes]]
+) -> None:
+    """Each sample has the caption that its json names; all jsons have the same names; pictures are as without a mix."""
+    kinds = Counter[str]()
+    for key, members in samples.items():
+        told = json.loads(members["json"])
+        kinds[told["caption_source"]] += 1
+        assert told["caption"] == members["txt"].decode() == told["caption_choices"][told["caption_source"]]
+        assert list(told["caption_choices"]) == ["web", "prompt", "synthetic"]
+        assert told["caption_choices"]["synthetic"] in ("", f"seen {key}")
+        assert image_of(members) == (edits[key]["jpg"] if key in edits else image_of(before[key]))
+        assert (told["caption_source"] == "prompt") == (key in edits)
+    assert kinds["prompt"] == len(edits) and min(kinds.values()) > 2, kinds
 
 
 def test_webdataset(output: Output) -> None:
@@ -211,6 +245,14 @@ def test_hugging_face_datasets(output: Output, tmp_path: Path, monkeypatch: pyte
                 continue
             assert np.array_equal(picture.convert("RGB"), decoded(image_of(members)))
         output.check(keys)
+
+
+def test_the_sizes_that_open_clip_reads(output: Output) -> None:
+    """By the rule of its ``get_dataset_size``: the file is beside the first shard, and has each shard's file name."""
+    sizes = json.loads((Path(output.tars[0]).parent / "sizes.json").read_bytes())
+    assert sum(int(sizes[os.path.basename(tar)]) for tar in output.tars) == len(output.samples)
+    for tar in output.tars:
+        assert sizes[os.path.basename(tar)] == sum(1 for _ in wds.WebDataset([tar], shardshuffle=False))
 
 
 def test_wids(output: Output, tmp_path: Path) -> None:

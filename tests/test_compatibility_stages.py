@@ -30,7 +30,7 @@ import wids
 
 from curation.__main__ import main as command
 from curation.commands.audit.cards import croissant
-from curation.hub.push import PushOptions, push
+from curation.publish.push import PushOptions, push
 from tests import EXAMPLES, ROOT
 from tests.servers import photo_server
 from tests.servers.hub import serve

@@ -154,7 +154,7 @@ def scrfd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _centerface_file() -> Path:
     from curation.backends.faces import centerface
 
-    return centerface.Backend.packaged_model()
+    return centerface.Backend.model_file()
 
 
 def photos(shard: str, count: int) -> dict[str, tuple[np.ndarray, dict[str, object]]]:
@@ -225,7 +225,7 @@ def test_yunets_boxes_are_opencvs() -> None:
     from curation.backends.faces.yunet import Backend
 
     yunet = load("faces", "yunet")(DetectorSettings(det_size=640, threshold=0.5))
-    theirs = cv2.FaceDetectorYN.create(str(Backend.packaged_model()), "", (640, 640), 0.5, 0.3, 5000)
+    theirs = cv2.FaceDetectorYN.create(str(Backend.model_file()), "", (640, 640), 0.5, 0.3, 5000)
     faces = 0
     for pixels, _ in photos("00000001", 20).values():
         padded, (width, height) = fit(cv2, pixels, 640, 640)

@@ -13,14 +13,18 @@ import random
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from curation.__main__ import main
 from tests.pipeline import StageRun, Undisturbed, copy_tree, start
 from tests.processes import cpu_time_of, ended_at_last, imported_modules
-from tests.stages.harness import hashes
-from tests.test_architecture import HEAVY
+from tests.stages.harness import hashes, read_jsonl
+from tests.test_architecture import HEAVY, UNUSED
 
 SEED = int(os.environ.get("CURATION_KILL_SEED", "20261121"))
 HAVE_TIMES = {"_receipts", "_claims", "_partial"}  # times and hosts stand in receipts only
@@ -35,6 +39,37 @@ def published(root: Path, stage: StageRun) -> list[dict[str, str]]:
 def counts(root: Path, stage: StageRun) -> dict[str, dict[str, object]]:
     receipts = (root / stage.outputs[0]).glob(f"_receipts/{stage.name}/*/*.json")
     return {path.stem: json.loads(path.read_bytes())["counts"] for path in receipts}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+def test_killed_while_it_makes_further_tries(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """With a real check that about half of the stand-in's noise fails.  ``tests/stages/test_stage_03_checks.py`` cuts
+    the checkpoint at each of its ends."""
+    before, plain = undisturbed.before["03_generate_images"], undisturbed.stage("03_generate_images")
+
+    def checked(most: float, root: Path) -> tuple[StageRun, list[dict[str, Any]], float]:
+        """The stage, what its provenance says of the samples that are kept, and its seconds."""
+        flags = ["--check", "safety", "--max_nsfw", str(most), "--tries", "3"]
+        stage = replace(plain, command=lambda root: [*plain.command(root), *flags])
+        copy_tree(before, root)
+        began = time.monotonic()
+        with ended_at_last(start(stage, root)) as process:
+            assert process.wait(timeout=280) == 0
+        seconds = time.monotonic() - began
+        lines = [line for path in root.glob("edits/_provenance/03_generate_images/*") for line in read_jsonl(path)]
+        return stage, lines, seconds
+
+    whole = tmp_path / "whole"
+    scores = sorted(line["checks"]["safety"]["nsfw"] for line in checked(1, tmp_path / "scores")[1])
+    stage, lines, seconds = checked(scores[len(scores) // 2] - 0.00005, whole)
+    assert any(line["failed_tries"] for line in lines)
+    run = replace(undisturbed, stages=[stage], before={stage.name: before}, after={stage.name: whole})
+    run.seconds = {stage.name: seconds}
+    kill_and_go_on(run, stage.name, 8, tmp_path)
+    with ended_at_last(start(undisturbed.stage("04_reshard"), whole)) as process:
+        assert process.wait(timeout=280) == 0
+    assert main(["verify", f"{whole}/shards", f"{whole}/hybrid", "--quiet", "--workers", "1"]) == 0
 
 
 def kill_and_go_on(run: Undisturbed, name: str, moments: int, tmp_path: Path) -> None:
@@ -84,5 +119,6 @@ def test_a_finished_stage_started_again_does_nothing_quickly(
     seconds, said = cpu_time_of(command)
     assert said.returncode == 0
     assert seconds < 5
-    assert not imported_modules(said.stderr) & set(HEAVY), "nothing is pending: no model needs loading"
+    unused = imported_modules(said.stderr) & {*HEAVY, *UNUSED}
+    assert not unused, "nothing is pending: neither a model nor a picture nor a server is needed"
     assert state() == before

@@ -14,7 +14,6 @@ import pytest
 from curation.__main__ import COMMANDS
 from curation.__main__ import main as command
 from curation.errors import UsageError
-from curation.hub.background import HubOptions
 from curation.options import (
     FINITE,
     LISTED,
@@ -32,6 +31,7 @@ from curation.options import (
     parse_options,
     refuse_urls,
 )
+from curation.publish.background import HubOptions
 from curation.run.workers import to_argv
 from tests import EXAMPLES, ROOT
 
@@ -150,14 +150,18 @@ def test_the_bounds_of_a_command_are_checked_when_its_options_are_parsed() -> No
 # ---- URLs
 
 TAKE_URLS = {
-    *{("00_download", name) for name in ("input", "publish_to")},
+    *{(script, "publish_to") for script in SCRIPTS},
+    ("00_download", "input"),
     ("01_filter_noface", "input"),
     *{("02_captions_processor", name) for name in ("input", "endpoints")},
-    *{("04_reshard", name) for name in ("input", "publish_to")},
-    *{("05_recaption", name) for name in ("input", "endpoints", "watermark_model", "prompt", "hf_repo")},
-    *{("06_metadata", name) for name in ("input", "weights", "embeddings")},
+    ("04_reshard", "input"),
+    *{("05_recaption", name) for name in ("input", "endpoints", "watermark_model", "check_model", "prompt", "hf_repo")},
+    *{("06_metadata", name) for name in ("input", "weights", "embeddings", "judge")},
     ("curation.commands.plan.command", "source"),
-    ("curation.commands.publish", "repo"),
+    *{("curation.commands.publish", name) for name in ("repo", "to")},
+    *{("curation.commands.search.command", name) for name in ("text", "weights")},
+    ("curation.commands.tables.select", "out"),
+    *{("curation.commands.tables.neardup", name) for name in ("out", "keep")},
     ("curation.serving.registry", "url"),
 }
 
@@ -190,7 +194,9 @@ def test_a_url_is_no_local_path(module: str, option: str, kind: Any) -> None:
             if (module, option) in TAKE_URLS:
                 refuse_urls(options)
             else:
-                with pytest.raises(UsageError, match=rf"--{option} \w+://…: a URL, but this option needs a path"):
+                with pytest.raises(
+                    UsageError, match=rf"(?:--{option}|[A-Z]+) \w+://…: a URL, but this option needs a path"
+                ):
                     refuse_urls(options)
 
 
@@ -210,9 +216,10 @@ def test_what_looks_a_little_like_a_url_is_a_path() -> None:
     ["status", "s3://bucket"],
     ["report", "s3://bucket"],
     ["select", "s3://bucket", "--where", "x > 1", "--out", "y.npy"],
-    ["select", ".", "--where", "x > 1", "--out", "s3://bucket/y.npy"],
-    ["neardup", ".", "--feature", "f", "--threshold", "0.9", "--out", "s3://bucket/y.parquet"],
-    ["neardup", ".", "--feature", "f", "--threshold", "0.9", "--out", "x.parquet", "--keep", "gs://bucket/y.npy"],
+    ["index", "s3://bucket", "--feature", "f", "--out", "x"],
+    ["index", ".", "--feature", "f", "--out", "s3://bucket/index"],
+    ["search", ".", "--text", "a cat", "--sheet", "s3://bucket/sheet.html"],
+    ["search", ".", "--image", "https://example.org/a.jpg"],
     ["fsck", ".", "--repair", "s3://bucket/fixed"],
     ["register", "--dir", "s3://bucket/servers", "--url", "http://h:1", "--model", "m"],
 ])  # fmt: skip
@@ -222,6 +229,35 @@ def test_commands_make_no_folder_named_like_a_url(
     monkeypatch.chdir(tmp_path)
     assert command(words) == 2
     assert "a URL, but this option needs a path on this machine's filesystem" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [
+    ["04_reshard", "--input", "x", "--output", "https://host/x", "--edits", "e"],
+    ["05_recaption", "x", "-o", "https://host/x", "--work_dir", "w"],
+    ["06_metadata", "--yml", "c.yml"],
+])  # fmt: skip
+def test_an_output_on_a_web_server_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yml").write_text("models: [statistics]\ninput_tars: x\noutput_metadata_dir: https://host/x\n")
+    assert importlib.import_module(words[0]).main(words[1:]) == 2
+    assert "a URL, but this option needs a path on this machine's filesystem" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yml"]
+
+
+@pytest.mark.parametrize("words", [
+    ["select", ".", "--where", "x > 1", "--out", "s3://bucket/y.npy"],
+    ["neardup", ".", "--feature", "f", "--threshold", "0.9", "--out", "s3://bucket/y.parquet"],
+    ["neardup", ".", "--feature", "f", "--threshold", "0.9", "--out", "x.parquet", "--keep", "gs://bucket/y.npy"],
+])  # fmt: skip
+def test_a_result_that_is_a_url_is_made_in_a_folder_that_is_named(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(words) == 2
+    assert "is a URL: add --work_dir FOLDER" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -241,14 +277,14 @@ def test_stages_make_no_folder_named_like_a_url(
     monkeypatch.chdir(tmp_path)
     Path("c.yml").write_text("models: [statistics]\ninput_tars: x\noutput_metadata_dir: s3://bucket/x\n")
     assert importlib.import_module(words[0]).main(words[1:]) == 2
-    assert "a URL, but this option needs a path on this machine's filesystem" in capsys.readouterr().err
+    assert "--output s3://bucket/x is a URL: add --work_dir FOLDER" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["c.yml"]
 
 
 def test_a_flag_behind_a_script_takes_the_place_of_the_scripts_own(tmp_path: Path) -> None:
     """``.sh`` scripts give --workers and --edits themselves, unless the user does."""
     script = ROOT / "01_filter_noface.sh"
-    flags = ["--workers=1", "--edits", str(tmp_path / "e"), "--dry_run"]
+    flags = ["--workers=1", "--edits", str(tmp_path / "e"), "--dry_run", "--embedded"]
     shards = {"SRC_DIR": str(EXAMPLES), "TARGET_DIR": str(tmp_path / "c"), "WORKERS": "2", "PYTHON": sys.executable}
     for more, code in ((), 0), (("--output", str(tmp_path / "other")), 2):
         command = ["bash", str(script), *flags, *more]

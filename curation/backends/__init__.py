@@ -23,7 +23,8 @@ def names(kind: str) -> list[str]:
     """The names of all backends of a kind, found without importing them.
 
     Args:
-        kind: The name of a folder here: ``caption``, ``extract``, ``faces``, ``generate``, ``llm`` or ``watermark``.
+        kind: The name of a folder here: ``caption``, ``check``, ``extract``, ``faces``, ``generate``, ``llm`` or
+            ``watermark``.
     """
     folders = importlib.import_module(f"{__name__}.{kind}").__path__
     files = (file for folder in folders for file in Path(folder).glob("[!_]*.py"))

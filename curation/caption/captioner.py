@@ -6,18 +6,19 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-import xxhash
-
+from curation.caption.schema import AnswerSchema
+from curation.caption.templates import Filled, Template, Values
 from curation.errors import InfrastructureError, SampleError
 from curation.models.hub_cache import TRANSFORMER, hub_config
 from curation.models.known import Model, find, model_of
 from curation.models.needs import WeightsNeed
-from curation.replies import Reply
-from curation.serving import OwnServers
+from curation.replies import FIRST, Attempt, Reply
+from curation.serving import OwnServers, Waiting
+from curation.serving.pool import LONG
 
 Detail = Literal["brief", "detailed", "more_detailed"]
 Quantize = Literal["4bit", "8bit"]
@@ -55,6 +56,7 @@ class Family:
         served: Model servers load the model, and it is named ``<family>:<the server's name for it>``.
         chats: Its models answer as in a chat, so that they may refuse, reason or introduce their answer.
         general: It opens models of many types in the same way.  A type that another family has too belongs to that one.
+        packages: Modules that it imports when a model is loaded.
     """
 
     name: str
@@ -66,37 +68,43 @@ class Family:
     served: bool = False
     chats: bool = True
     general: bool = False
+    packages: tuple[str, ...] = ("torch", "transformers", "safetensors")
 
 
-WARMER, HOTTEST = 0.4, 1.5
-_SEED_BITS = 63  # torch takes seeds of 64 bits with a sign
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """Which request for one caption it is.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One of the captions that every image gets.
 
     Attributes:
-        longer: The same with twice the tokens, because the reply was cut.
-        warmer: So many replies were no captions.  Each further one is sampled, warmer, and from another seed.
+        name: Of the caption; "" where an image gets only one.
+        template: What the model is asked; None: the family's own words for ``detail``.
+        otherwise: What it is asked about a sample that has a value for none of the template's fields, where that would
+            make no sense.
+        detail: See ``CaptionSettings``, as are the following.
+        max_tokens: Length of the caption.
+        temperature: How it is sampled.
     """
 
-    longer: bool = False
-    warmer: int = 0
+    name: str = ""
+    template: Template | None = None
+    otherwise: Template | None = None
+    detail: Detail = "more_detailed"
+    max_tokens: int | None = None
+    temperature: float = 0.0
 
-    def tokens(self, first: int) -> int:
-        return 2 * first if self.longer else first
+    @property
+    def varies(self) -> bool:
+        """Whether it is another text for each sample."""
+        return self.template is not None and bool(self.template.fields)
 
-    def temperature(self, first: float) -> float:
-        return round(max(first, min(HOTTEST, first + WARMER * self.warmer)), 3)
-
-    def seeds(self, first: Sequence[int]) -> list[int]:
-        if not self.warmer:
-            return [*first]
-        return [xxhash.xxh3_64_intdigest(f"{seed}\0{self.warmer}".encode()) >> (64 - _SEED_BITS) for seed in first]
-
-
-FIRST = Attempt()
+    def fill(self, sample: Values) -> Filled | None:
+        """What is asked about a sample; None where it is the same for all."""
+        if self.template is None or not self.varies:
+            return None
+        filled = self.template.fill(sample)
+        if self.otherwise is None or {*self.template.fields} - {*filled.empty}:
+            return filled
+        return replace(self.otherwise.fill(sample), empty=filled.empty)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +113,10 @@ class CaptionSettings:
 
     Attributes:
         revision: Branch, tag or commit of a model on the hub.
-        prompt: What the model is asked, in place of the family's own words for ``detail``.
+        schema: The JSON schema by which servers decode; the models of this process cannot.
+        prompt: What the model is asked, in place of the family's own words for ``detail``, literally.
+        questions: What it is asked about each image, in place of ``prompt``, ``detail``, ``max_tokens`` and
+            ``temperature``.
         max_tokens: Length of a caption; None: the family's.
         max_words: How many words the family's own prompt asks for at most; 0: it does not say; None: what fits.
         temperature: 0 takes the likeliest token; above it, each image's seed decides.
@@ -125,10 +136,13 @@ class CaptionSettings:
         timeout_s: Seconds that a server has for one caption.
         load_timeout_s: Seconds that it has to load its model.
         api_key_env: The environment variable with its key, where one is named; see ``read_key``.
+        waiting: How long a request is sent again and again.
     """
 
     revision: str | None = None
+    schema: AnswerSchema | None = None
     prompt: str | None = None
+    questions: tuple[Question, ...] = ()
     detail: Detail = "more_detailed"
     max_tokens: int | None = None
     max_words: int | None = None
@@ -149,6 +163,29 @@ class CaptionSettings:
     timeout_s: float = 120.0
     load_timeout_s: float = 300.0
     api_key_env: str | None = None
+    waiting: Waiting = LONG
+
+    @property
+    def asked(self) -> tuple[Question, ...]:
+        """The questions about each image, at least one."""
+        if self.questions:
+            return self.questions
+        template = Template.literal(self.prompt) if self.prompt else None
+        return (
+            Question(template=template, detail=self.detail, max_tokens=self.max_tokens, temperature=self.temperature),
+        )
+
+
+class Inquiry(NamedTuple):
+    """A question about one image.
+
+    Attributes:
+        number: Of the question among ``CaptionSettings.asked``.
+        filled: Its text for the image; None where all images have the same.
+    """
+
+    number: int
+    filled: Filled | None = None
 
 
 class Prepared(Protocol):
@@ -169,7 +206,11 @@ class CaptionBackend(Protocol):
         name: The model.
         revision: Which version of it; together they say exactly which model it is.
         device_kind: A GPU's name and memory, on which the fitting batch size and the last bits depend.
-        asked: What the model is asked in words; "" where it is not.
+        asked: What the model is asked in words; "" where it is not.  Of several questions, the first.
+
+    A backend that can ask several questions about an image, or one with fields, takes two more arguments: ``prepare``
+    what is asked about this image, and ``caption`` the number of the question, which is the same for all images of a
+    batch.  They are left out for a single question without fields.
     """
 
     family: Family
@@ -177,6 +218,9 @@ class CaptionBackend(Protocol):
     revision: str
     device_kind: str
     asked: str
+
+    def asked_of(self, number: int) -> str:
+        """What the model is asked in words by the question of this number; "" where it is not."""
 
     @classmethod
     def weights(cls, source: str, revision: str | None) -> WeightsNeed:
@@ -187,7 +231,7 @@ class CaptionBackend(Protocol):
             revision: Branch, tag or commit of a model on the hub.
         """
 
-    def prepare(self, image: Any) -> Any:
+    def prepare(self, image: Any, inquiry: Inquiry | None = None) -> Any:
         """Turn an image into what the model takes.  It is called in many threads at once.
 
         A backend may also have ``pack(batch)``, which is called in another thread than ``caption``, and returns the
@@ -195,16 +239,18 @@ class CaptionBackend(Protocol):
 
         Args:
             image: A Pillow image.
+            inquiry: The question and its text for this image; None: the first one, without fields.
 
         Returns:
             A ``Prepared``.
 
         Raises:
-            SampleError: ``processor_refused``: the model's processor cannot use the image.
+            SampleError: ``processor_refused``: the model's processor cannot use the image.  ``prompt_too_long`` and
+                ``prompt_refused``: the model cannot be asked this.
         """
 
     def caption(
-        self, batch: Sequence[Any], seeds: Sequence[int], attempt: Attempt = FIRST
+        self, batch: Sequence[Any], seeds: Sequence[int], attempt: Attempt = FIRST, number: int = 0
     ) -> Sequence[Reply | str | SampleError]:
         """Caption a batch by one call of the device.  It is called from one thread.
 
@@ -214,6 +260,7 @@ class CaptionBackend(Protocol):
             batch: Images from ``prepare`` that have one shape.
             seeds: One for each image, for models that sample.
             attempt: Which request for their captions it is.
+            number: Of the question.
 
         Returns:
             For each image what the model wrote (a text alone is a whole reply), or the reason why there is nothing.

@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import orjson
-
-from curation.errors import InfrastructureError, SampleError, ShardError, install
+from curation.caption.schema import AnswerSchema
+from curation.captioned.adopted import COLUMN_PREFIX
+from curation.captioned.rows import parse_row
+from curation.errors import InfrastructureError, SampleError, install
 from curation.jsonio import MAX_SAMPLE_JSON_BYTES, BinaryWriter, dump_json, parse_json_object
 from curation.options import items_in
 from curation.run import ShardContext
@@ -23,13 +24,22 @@ from curation.run.merge import merge_parquet
 from curation.storage.files import AtomicFile
 from curation.storage.urls import Source
 from curation.tar.headers import Member
-from curation.tar.samples import caption_of, read_samples
+from curation.tar.samples import Parts, caption_of, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
 from curation.tar.splice import Action, Edit, decided, splice
 
 Row = dict[str, Any]
 """key, shard, url, uid, caption, original_caption, width, height, original_width, original_height, sha256,
-image_sha256, image_size, model, revision, watermark_score, and ``extra``: every other field of the source's json."""
+image_sha256, image_size, model, revision, watermark_score, and ``extra``: every other field of the source's json.  With
+a schema also ``answer``: the object of JSON that the model has written; with ``--check`` also ``checks``: what each has
+measured, and ``tried``: ``round`` (``Answer.round``), failed_captions and failed_checks (of the other captions of the
+image that failed: how many, and how many failed each check).
+
+Where an image gets several captions, ``caption`` is the first of them that there is, and the row has more fields:
+captioned_as (its name), captions (by name; null where there is none), captions_failed (by name, the reason or null),
+captions_checks and captions_tried (by name, of those that were checked) and, of captions that another tool made,
+captions_from (by name, model and revision).  Where the prompt has fields, ``asked`` has a digest of the filled prompt
+by name."""
 
 ROWS_FOLDER = "rows"
 _OWN_FIELDS = ("caption", "url", "uid", "width", "height", "original_width", "original_height", "sha256")
@@ -63,6 +73,8 @@ def make_row(
     image_sha256: str,
     model: Mapping[str, str],
     watermark_score: float | None,
+    answer: Mapping[str, Any] | None = None,
+    checks: Mapping[str, Any] | None = None,
 ) -> Row:
     """The row of one captioned image.
 
@@ -74,6 +86,8 @@ def make_row(
         image_sha256: Of the image in the shard; the row's ``sha256`` is that of what was downloaded, from ``metadata``.
         model: The row's ``model`` and ``revision``.
         watermark_score: How much the image looks watermarked, where it was scored.
+        answer: What the model has written, where that is JSON.
+        checks: What checks have measured.
     """
     width, height = (_side(metadata.get(name)) for name in ("width", "height"))
     if width is None or height is None:
@@ -95,6 +109,8 @@ def make_row(
         **model,
         "watermark_score": watermark_score,
         "extra": {name: value for name, value in metadata.items() if name not in _OWN_FIELDS},
+        **({} if answer is None else {"answer": answer}),
+        **({} if checks is None else {"checks": checks}),
     }
 
 
@@ -111,15 +127,11 @@ def write_rows(file: BinaryWriter, rows: Iterable[Row]) -> None:
 def parse_rows(data: bytes, path: Path) -> Iterator[Row]:
     """The rows of a file that ``write_rows`` wrote.  Raises ShardError, which names ``path``, for any other file."""
     for number, line in enumerate(data.splitlines(), 1):
-        try:
-            row = parse_json_object(line, keep_surrogates=True)
-        except SampleError as error:
-            raise ShardError(f"{path}, line {number}: not a row: {error}") from None
-        yield row
+        yield parse_row(line, f"{path}, line {number}")
 
 
-def jsonl_line(row: Row) -> bytes:
-    """A row's line of ``captions.jsonl``: datacomp-caption's eight keys, in its order."""
+def jsonl_line(row: Row, schema: AnswerSchema | None = None) -> bytes:
+    """A row's line of ``captions.jsonl``: datacomp-caption's eight keys, in its order, and the columns of a schema."""
     line = {
         "key": row["key"],
         "caption": row["caption"],
@@ -130,38 +142,25 @@ def jsonl_line(row: Row) -> bytes:
         "width": row["width"],
         "height": row["height"],
     }
-    return dump_json(line) + b"\n"
+    if schema is not None:
+        line |= schema.cells(row.get("answer"))
+    return dump_json(line | named_columns(row)) + b"\n"
 
 
-def jsonl_lines(data: bytes, path: Path) -> bytes:
-    """The lines of ``captions.jsonl`` for a shard's file of rows."""
-    return b"".join(map(jsonl_line, parse_rows(data, path)))
+def named_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of several captions: ``caption_<name>`` of each, ``captioned_as`` and ``captions_failed``.
 
-
-def reusable_captions(output: Path, receipt: Mapping[str, Any] | None, recipe: str) -> dict[tuple[str, str], Row]:
-    """The rows of an earlier run, so that a new format or new samples in a shard make no caption twice.
-
-    Args:
-        output: The output folder.
-        receipt: Of the earlier run over the shard; None: there was none.
-        recipe: A digest of everything that decides a caption.
-
-    Returns:
-        The rows by key and ``image_sha256``.  Empty where the earlier run had another recipe, or where the file of rows
-        is not the one that the receipt names.
+    Empty for a row with one caption.
     """
-    if receipt is None or receipt.get("status") != "done" or receipt.get("notes", {}).get("recipe") != recipe:
+    if "captions" not in row:
         return {}
-    path = rows_path(output, str(receipt["shard"]))
-    try:
-        data = path.read_bytes()
-        rows = [orjson.loads(line) for line in data.splitlines()]
-    except (OSError, ValueError):
-        return {}
-    named = {out["path"]: out["size"] for out in receipt.get("outputs", [])}
-    if named.get(rows_name(str(receipt["shard"]))) != len(data):
-        return {}
-    return {(row["key"], row["image_sha256"]): row for row in rows}
+    columns = {f"{COLUMN_PREFIX}{name}": text for name, text in row["captions"].items()}
+    return {**columns, "captioned_as": row.get("captioned_as"), "captions_failed": row.get("captions_failed")}
+
+
+def jsonl_lines(data: bytes, path: Path, schema: AnswerSchema | None = None) -> bytes:
+    """The lines of ``captions.jsonl`` for a shard's file of rows."""
+    return b"".join(jsonl_line(row, schema) for row in parse_rows(data, path))
 
 
 def sha256_of(data: bytes | memoryview) -> str:
@@ -180,7 +179,16 @@ PARQUET_COLUMNS = (
 )  # fmt: skip
 # They follow, so that nothing of the source is lost: ``extra`` is its other fields as JSON.
 MORE_COLUMNS = ("uid", "model", "revision", "watermark_score", "extra")
+WEB = "web"  # the name of the source's caption beside several others
+CHECK_COLUMNS = {"caption": ("check_caption", "score"), "repeats": ("check_repeats", "share")}
 _FROM_SOURCE = ("original_key", "md5", "tags", "merged_tags")
+_ARROW_TYPES: Mapping[str, Callable[[Any], Any]] = {
+    "string": lambda arrow: arrow.string(),
+    "json": lambda arrow: arrow.string(),
+    "integer": lambda arrow: arrow.int64(),
+    "number": lambda arrow: arrow.float64(),
+    "boolean": lambda arrow: arrow.bool_(),
+}
 _NUMBERS = ("width", "height", "original_width", "original_height")
 
 _Output = Callable[[Path], AbstractContextManager[AtomicFile]]
@@ -204,7 +212,16 @@ def parse_formats(text: str) -> tuple[Format, ...]:
 
 
 def write_format(
-    name: Format, output: Path, source: Source, shard_id: str, rows: Sequence[Row], work: ShardContext
+    name: Format,
+    output: Path,
+    source: Source,
+    shard_id: str,
+    rows: Sequence[Row],
+    work: ShardContext,
+    *,
+    schema: AnswerSchema | None = None,
+    names: Sequence[str] = (),
+    checks: Sequence[str] = (),
 ) -> None:
     """Write one format of a shard.
 
@@ -215,10 +232,13 @@ def write_format(
         shard_id: Its id.
         rows: Its rows.
         work: Opens the output files.
+        schema: Of the answers.
+        names: Of the captions, where an image gets several.
+        checks: The names of those that captions were checked for.
     """
     if name == "parquet":
         with work.output(output / PARQUET_FOLDER / f"{shard_id}.parquet") as file:
-            file.write(parquet_bytes(rows))
+            file.write(parquet_bytes(rows, schema, names, checks))
     elif name == "tar":
         with work.output(output / TAR_FOLDER / f"{shard_id}.tar") as file:
             if unreadable := write_tar(file, source, rows):
@@ -227,18 +247,39 @@ def write_format(
                     "holds the new caption alone"
                 )
     elif name == "files":
-        write_files(output / FILES_FOLDER / shard_id, source, rows, work.output)
+        write_files(output / FILES_FOLDER / shard_id, source, rows, work.output, work.sample_parts)
 
 
 # ---- parquet
 
 
-def parquet_bytes(rows: Sequence[Row]) -> bytes:
-    """A parquet file of the rows; the same bytes for the same rows and version of pyarrow."""
+def parquet_bytes(
+    rows: Sequence[Row], schema: AnswerSchema | None = None, several: Sequence[str] = (), checks: Sequence[str] = ()
+) -> bytes:
+    """A parquet file of the rows; the same bytes for the same rows and version of pyarrow.
+
+    The scores of checks follow the usual columns, then the columns of a schema; their types are those of the schema,
+    whatever the answers hold.  So do those of several captions, whose names are ``several``.
+    """
     arrow, parquet = import_arrow()
-    columns = {name: [_cell(row, name) for row in rows] for name in (*PARQUET_COLUMNS, *MORE_COLUMNS)}
+    names = (*PARQUET_COLUMNS, *MORE_COLUMNS)
+    columns = {name: arrow.array([_cell(row, name) for row in rows], _type(arrow, name)) for name in names}
+    for check in checks:
+        name, score = CHECK_COLUMNS[check]
+        of_names = {f"{name}_{one}": [row.get("captions_checks", {}).get(one) for row in rows] for one in several}
+        for column_name, told in {name: [row.get("checks") for row in rows], **of_names}.items():
+            scores = [(of_caption or {}).get(check, {}).get(score) for of_caption in told]
+            columns[column_name] = arrow.array(scores, arrow.float64())
+    for column in schema.columns if schema is not None else ():
+        kind = _ARROW_TYPES[column.kind](arrow)
+        values = [column.cell(row.get("answer")) for row in rows]
+        columns[column.name] = arrow.array(values, arrow.list_(kind) if column.many else kind)
+    if several:
+        more = [named_columns(row) for row in rows]
+        for name in (*(f"{COLUMN_PREFIX}{name}" for name in several), "captioned_as", "captions_failed"):
+            columns[name] = arrow.array([_text(told.get(name)) for told in more], arrow.string())
     buffer = io.BytesIO()
-    table = arrow.table({name: arrow.array(values, _type(arrow, name)) for name, values in columns.items()})
+    table = arrow.table(columns)
     parquet.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
@@ -279,21 +320,20 @@ def _type(arrow: Any, name: str) -> Any:
 
 def finish_parquet(ledger: Ledger) -> bool:
     """Merge the parts into ``all_captions.parquet`` once no shard is pending.  Returns whether it is there."""
-    import_arrow()
     return merge_parquet(ledger, lambda shard_id: f"{PARQUET_FOLDER}/{shard_id}.parquet", ALL_PARQUET)
 
 
 # ---- files
 
 
-def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Output) -> None:
+def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Output, parts: Parts) -> None:
     """Write each image unchanged as ``<hash>.<suffix>`` and both captions as ``<hash>.json``.
 
     The hash is the image's sha256.  Where a shard has the same image twice, the second is ``<hash>_1`` and so on.
     """
     by_key = {row["key"]: row for row in rows}
     counts: dict[str, int] = {}
-    for sample in read_samples(source, IMAGE_SUFFIXES.__contains__):
+    for sample in read_samples(source, IMAGE_SUFFIXES.__contains__, parts=parts):
         row = by_key.pop(sample.key, None)
         if row is None:
             continue
@@ -303,8 +343,9 @@ def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Outp
         name = f"{digest}_{number}" if number else digest
         with output(folder / f"{name}.{suffix}") as file:
             file.write(image)
-        captions = {"original": row["original_caption"], "predicted": row["caption"]}
+        captions = {"original": row["original_caption"], "predicted": row["caption"], **named_columns(row)}
         names = ("key", "shard", "url", "uid", "width", "height", "model", "revision", "watermark_score")
+        captions |= {"answer": row["answer"]} if "answer" in row else {}
         with output(folder / f"{name}.json") as file:
             file.write(dump_json({**captions, **{field: row[field] for field in names}}, indent=True) + b"\n")
 
@@ -316,7 +357,9 @@ def write_tar(file: AtomicFile, source: Source, rows: Sequence[Row]) -> int:
     """Copy the source with the new captions as ``.txt`` and as ``caption`` of the ``.json``, where there is one.
 
     Images and other members stay byte for byte.  A sample without a new caption is left out, because its old caption
-    would be taken for a new one.
+    would be taken for a new one.  Where an image gets several captions, each has a member ``<key>.<name>.txt`` too, and
+    the source's caption has ``<key>.web.txt``; one that is missing is an empty text there and in the ``.json``, because
+    ``datasets`` needs the same members and types in every sample.
 
     Returns:
         How many samples have a ``.json`` that cannot be read, which is replaced by one with the new caption alone.
@@ -346,7 +389,8 @@ class _Captions(TarScan):
             return Action.DROP
         assert self._window is not None
         member = next((member for member in span.members if member.suffix == "json"), None)
-        return Edit(None, row["caption"].encode("utf-8", "replace"), self._json(self._window, member, row))
+        new = self._json(self._window, member, row)
+        return Edit(None, row["caption"].encode("utf-8", "replace"), new, more=_more_texts(row))
 
     def _json(self, window: Window, member: Member | None, row: Row) -> bytes | None:
         """The metadata with the new caption; None where the sample has no json.
@@ -364,6 +408,26 @@ class _Captions(TarScan):
             self.unreadable += 1
         record: dict[str, Any] = {"original_caption": row["original_caption"]}
         record |= {"recaptioned_by": {"name": row["model"], "revision": row["revision"]}}
+        if "answer" in row:
+            record["answer"] = row["answer"]
         if metadata.get("curation") is not None:
             record["previous"] = metadata["curation"]
+        if "captions" in row:
+            failed: Mapping[str, str | None] = row.get("captions_failed") or {}
+            record |= {"captioned_as": row.get("captioned_as"), "captions_failed": _told(failed)}
+            if "captions" in metadata:
+                record["original_captions"] = metadata["captions"]
+            metadata["captions"] = _told(row["captions"])
         return dump_json({**metadata, "caption": row["caption"], "curation": record}, indent=True)
+
+
+def _more_texts(row: Row) -> dict[str, bytes | None]:
+    """The members of several captions by suffix."""
+    if "captions" not in row:
+        return {}
+    texts = _told({**row["captions"], WEB: row["original_caption"]})
+    return {f"{name}.txt": text.encode("utf-8", "replace") for name, text in texts.items()}
+
+
+def _told(texts: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: text or "" for name, text in texts.items()}

@@ -18,6 +18,7 @@ from curation.commands.pipeline.command import Options as PipelineOptions
 from curation.commands.pipeline.command import gathered
 from curation.commands.pipeline.file import choose, is_pipeline, read_pipeline
 from curation.commands.stages import find_script, load_script, partial_options, stage_class
+from curation.commands.tables.baselines import BaselineOptions, weights
 from curation.errors import EXIT_OK, EXIT_USAGE, InfrastructureError, UsageError
 from curation.models.needs import WeightsNeed
 from curation.options import RunOptions, exit_code, parse_arguments, say_error
@@ -27,6 +28,7 @@ USAGE = f"""usage: {PROGRAM} models fetch [--dry_run]
        {PROGRAM} models fetch STAGE [--dry_run] [the stage's own flags]
        {PROGRAM} models fetch PIPELINE.yaml [--dry_run] [--stages 01-03] [03.model=NAME]
        {PROGRAM} models fetch CONFIG.yml [--dry_run]
+       {PROGRAM} models fetch select --baseline NAME [--centroids SCALE] [--dry_run]
 
 Fetches the weights that stages need, for nodes without internet.
 
@@ -35,6 +37,8 @@ STAGE          01 to 06, the script's whole name, or the stage's command (faces,
                extract).  Flags that name no model, such as those for folders, may be left out.
 PIPELINE.yaml  a file for `{PROGRAM} run`: what its stages need.  Variables for folders need no value
 CONFIG.yml     a configuration of stage 06
+select         what a baseline of `{PROGRAM} select` needs: DataComp's language model, WordNet 3.0 and the list of
+               ImageNet-21k's synsets, or DataComp's centroids and ImageNet's features
 --dry_run      only say what would be fetched, with sizes where they are known, and what is there already"""
 
 MAIN_STAGES = ("01", "02", "03", "04")
@@ -64,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] != "fetch":
         print(USAGE, file=sys.stderr)
         return EXIT_USAGE
+    if arguments[1:2] == ["select"]:
+        return _fetch_for_select(arguments[2:])
     requests, dry_run = _requests(arguments[1:])
     troubles = [trouble for request in requests for trouble in _fetch(request, dry_run, alone=len(requests) == 1)]
     for trouble in troubles:
@@ -72,6 +78,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     if len(requests) > 1:
         print("\nNothing was fetched: --dry_run." if dry_run else "\nAll the files are now on this machine.")
+    return EXIT_OK
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(BaselineOptions):
+    """Fetch what a baseline of `curation select` needs."""
+
+    dry_run: bool = False
+    """Only say what would be fetched, and what is there already."""
+
+
+def _fetch_for_select(words: Sequence[str]) -> int:
+    options = parse_arguments(SelectOptions, words, "models fetch select")
+    for need in weights(options):
+        need.fetch(dry_run=options.dry_run)
     return EXIT_OK
 
 

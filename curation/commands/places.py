@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,12 +15,14 @@ from typing import Any, Final
 from curation.commands.stages import find_script
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import clean_text, parse_json
-from curation.shards import bucket_of
+from curation.run.ledger import recorded_options
+from curation.shards import record_name, record_path
 from curation.storage.files import read_record
 
 # The stages of the published pipeline, by the names that their receipts give.
 FACES, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
 RECAPTION, METADATA = "05_recaption", "06_metadata"
+INDEX = "04_index"  # of stage 04 where it regroups, in a folder of its output
 
 MAX_LIST_BYTES: Final = 1 << 30  # of a shard's rejects or drops, unpacked
 
@@ -50,11 +52,11 @@ class StagePlace:
         return self.home / "_rejects" / self.stage
 
     def claim(self, shard_id: str) -> Path:
-        return self.claims / bucket_of(shard_id) / f"{shard_id}.claim"
+        return record_path(self.claims, shard_id, ".claim")
 
     def done_receipt(self, shard_id: str) -> dict[str, Any] | None:
         """Returns the receipt of a shard that is done; None for any other."""
-        receipt = read_record(self.receipts / bucket_of(shard_id) / f"{shard_id}.json")
+        receipt = read_record(record_path(self.receipts, shard_id))
         return receipt if receipt is not None and receipt.get("status") == "done" else None
 
 
@@ -67,7 +69,7 @@ def find_stages(root: Path) -> list[StagePlace]:
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder")
     found: dict[str, StagePlace] = {}
-    for folder in [root, *_folders_in(root)]:
+    for folder in homes_below(root):
         for receipts in _folders_in(folder / "_receipts", hidden="."):
             if not (receipts / _POINTER).exists():
                 real = Path(os.path.realpath(receipts))
@@ -75,6 +77,34 @@ def find_stages(root: Path) -> list[StagePlace]:
     if not found:
         raise UsageError(f"{root}: no stage has run here or in a folder in it (there is no _receipts/<stage>/)")
     return sorted(found.values(), key=lambda place: (place.stage, place.home))
+
+
+def chosen_by(hybrid: StagePlace) -> StagePlace:
+    """Returns where stage 04 recorded what happened to the samples of each source shard.
+
+    That is its own receipts.  Where it regrouped them (``--shard_size``), its shards are others than the source shards,
+    and the receipts of its index say it.
+    """
+    regroups = "shard_size" in (recorded_options(hybrid.home, HYBRID) or {})
+    return StagePlace(INDEX, hybrid.home / "_index") if regroups else hybrid
+
+
+def of_the_main_job(places: Sequence[StagePlace]) -> list[StagePlace]:
+    """Returns the places but for those where stage 04 wrote a subset or mixed captions and applied no edits.
+
+    Where it has applied edits nowhere, all of its places stay.
+    """
+    edited = [
+        place
+        for place in places
+        if place.stage == HYBRID and (recorded_options(place.home, HYBRID) or {}).get("edits", True)
+    ]
+    return [place for place in places if place.stage != HYBRID or place in edited or not edited]
+
+
+def homes_below(root: Path) -> list[Path]:
+    """Returns ``root`` and the folders in it, if there are any: where outputs of stages may be."""
+    return [root, *_folders_in(root)]
 
 
 def stage_named(root: Path, stage: str) -> StagePlace:
@@ -111,12 +141,12 @@ def _folders_in(folder: Path, hidden: str = "._") -> list[Path]:
 
 def provenance(place: StagePlace, shard_id: str, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
     """Yields what a stage recorded about each sample of a shard."""
-    return json_lines(place.home / "_provenance" / place.stage / f"{shard_id}.jsonl", max_bytes)
+    return json_lines(place.home / "_provenance" / place.stage / f"{record_name(shard_id)}.jsonl", max_bytes)
 
 
 def rejected(place: StagePlace, shard_id: str, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
     """Yields the samples of a shard that a stage refused, each with its key, reason and detail."""
-    return json_lines(place.rejects / f"{shard_id}.jsonl", max_bytes)
+    return json_lines(place.rejects / f"{record_name(shard_id)}.jsonl", max_bytes)
 
 
 def json_lines(path: Path, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:

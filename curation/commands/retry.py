@@ -21,7 +21,7 @@ from curation.run.attempt import code_version
 from curation.run.claims import is_gone, read_claim
 from curation.run.commit import Commit, requeue
 from curation.run.ledger import MAX_ATTEMPTS, done_receipts
-from curation.shards import Shard, bucket_of, select
+from curation.shards import Shard, bucket_of, id_of_record, select
 
 _KEPT = ("shard", "stage", "version", "epoch", "inputs", "sources", "error")  # of the receipt that is replaced
 
@@ -85,7 +85,7 @@ def _receipts(place: StagePlace, spec: str | None) -> Iterator[dict[str, Any]]:
         yield from done_receipts(place.home, place.stage)
         return
     paths = place.receipts.glob("*/[!.]*.json")
-    shards = sorted((Shard(path.stem, path) for path in paths), key=lambda shard: shard.id)
+    shards = sorted((Shard(id_of_record(path.stem), path) for path in paths), key=lambda shard: shard.id)
     if not shards:
         raise UsageError(f"{place.stage} in {place.home} has no receipts yet: nothing has failed")
     for shard in select(shards, spec):

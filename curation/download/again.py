@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from curation.run.commit import requeue
 from curation.run.ledger import Ledger, done_receipts
-from curation.shards import bucket_of
+from curation.shards import record_path
 
 Redo = Literal["urls", "images"]
 """What to do again of a done shard: ask for its failed rows once more, or decode its stored images."""
@@ -28,7 +28,7 @@ def requeue_all(ledger: Ledger, shards: Collection[str], what: Collection[Redo],
             continue
         if (run_id and receipt.get("run") == run_id) or not ("images" in what or _has_failures(receipt)):
             continue
-        claim = ledger.root / "_claims" / ledger.stage / bucket_of(shard_id) / f"{shard_id}.claim"
+        claim = record_path(ledger.root / "_claims" / ledger.stage, shard_id, ".claim")
         counts[requeue(ledger.commit(shard_id), claim, receipt, {**receipt, "again": asked})] += 1
     return counts
 

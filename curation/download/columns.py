@@ -32,13 +32,15 @@ _MORE_URLS: Final = (*_URLS, "imageurl", "imgurl", "image_src", "img_src", "imag
 class NamedColumns:
     """The columns that the user named; None for the one that is usually called so, or for no hash.
 
-    caption_names: which names are usual for captions; ``few`` are those of versions before 0.3.0.
+    caption_names: which names are usual for captions; ``few`` are those of versions before 0.3.0.  kept: of the other
+    columns those to write; None for all.
     """
 
     url: str | None = None
     caption: str | None = None
     hash: str | None = None
     caption_names: CaptionNames = "many"
+    kept: tuple[str, ...] | None = None
 
 
 def check_columns(source: str, schema: Any, wanted: NamedColumns) -> list[str]:
@@ -52,6 +54,8 @@ def check_columns(source: str, schema: Any, wanted: NamedColumns) -> list[str]:
         raise UsageError(f"{source}: two columns have one name: {_listed(twice)}; rename one of them")
     if wanted.hash is not None:
         _column(source, names, wanted.hash, "--verify_hash")
+    for name in wanted.kept or ():
+        _column(source, names, name, "--save_additional_columns")
     url, caption = url_column_of(source, names, wanted.url), caption_column_of(source, schema, wanted)
     if not _is_text(schema.field(url).type):
         _refuse_kind(source, schema, url, "--url_col")

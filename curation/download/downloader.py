@@ -18,10 +18,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 from curation.download.fetch import NETWORK_REASONS, Fetcher, FetchError, FetchLimits, host_of
+from curation.download.opt_out import LookupCount, OptOutPolicy
 from curation.errors import InfrastructureError
 from curation.storage.retry import RetryPolicy
 
@@ -90,6 +92,15 @@ class HostScheduler(Generic[JobT]):
             return host, job
         return None
 
+    def back(self, host: str, job: JobT) -> None:
+        """Give a job back that ``next`` gave and that has not begun; it is the next one."""
+        entry = self._hosts[host]
+        entry.active -= 1
+        entry.waiting.appendleft(job)
+        if not entry.listed and entry.active < entry.limit:
+            entry.listed = True
+            self._ready.appendleft(host)
+
     def next_at(self) -> float | None:
         """When the first of the waiting jobs and hosts is due, None where none waits."""
         return self._later[0][0] if self._later else None
@@ -149,11 +160,17 @@ class UrlRequest:
         url: As the table has it.
         expected: The name of a hash and the hex digest that the bytes must have.
         tries: Further tries that were made.
+        is_looked_up: Whether the rules of its site were asked for before it.
+        lookups: What was looked up for it.
+        opt_out: The rules of the site that forbid it, None for none.
     """
 
     url: str
     expected: tuple[str, str] | None = None
     tries: int = 0
+    is_looked_up: bool = False
+    lookups: LookupCount = field(default_factory=LookupCount)
+    opt_out: str | None = None
 
 
 Examine = Callable[[UrlRequest, bytes], bytes]  # the record of the bytes that came, for the shard's checkpoint
@@ -214,6 +231,7 @@ class Downloader:
         retries: Further tries of a URL that may yet work.
         max_wait_s: Longest ``Retry-After`` that is waited for; a host that asks for more has failed.
         threads: Size of the pool that examines.
+        opt_out: How the rules of sites are treated; None: only X-Robots-Tag counts.
     """
 
     def __init__(
@@ -226,14 +244,19 @@ class Downloader:
         retries: int,
         max_wait_s: float,
         threads: int,
+        opt_out: OptOutPolicy | None = None,
     ) -> None:
         import aiohttp  # noqa: F401 - for the thread below: if it is missing, the caller learns of it here
 
-        self._limits = limits
+        if opt_out is not None:
+            import protego  # noqa: F401 - likewise
+
+        self._limits, self._opt_out = limits, opt_out
         self._examine, self._refuse = examine, refuse
         self._retries, self._max_wait_s = retries, max_wait_s
         self._scheduler: HostScheduler[_Download] = HostScheduler(per_host)
         self._running: dict[asyncio.Task[None], _Download] = {}
+        self._looking: dict[str, tuple[asyncio.Task[None], list[tuple[str, _Download]]]] = {}  # by origin: who waits
         self._pool = ThreadPoolExecutor(threads, "examine")
         self._lock = threading.Lock()
         self._unread = 0
@@ -298,7 +321,7 @@ class Downloader:
         self._changed.set()
 
     async def _serve(self) -> None:
-        fetcher = Fetcher(self._limits)
+        fetcher = Fetcher(self._limits, self._opt_out)
         try:
             while not self._closing:
                 self._changed.clear()
@@ -309,9 +332,10 @@ class Downloader:
                     async with asyncio.timeout(wait_s):
                         await self._changed.wait()
         finally:
-            for task in self._running:
+            tasks = [*self._running, *(task for task, _ in self._looking.values())]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await fetcher.close()
 
     def _cancel(self, results: ShardResults) -> None:
@@ -321,7 +345,8 @@ class Downloader:
 
     def _begin(self, fetcher: Fetcher) -> None:
         now = time.monotonic()
-        while len(self._running) < self._limits.connections and self._unread <= _UNREAD_BYTES:
+        most = self._limits.connections
+        while len(self._running) < most and len(self._looking) < most and self._unread <= _UNREAD_BYTES:
             found = self._scheduler.next(now)
             if found is None:
                 return
@@ -334,9 +359,33 @@ class Downloader:
                 error = FetchError("host_down", f"{host} failed repeatedly")
                 self._deliver(job[1], job[0], self._refuse(job[0], error))
                 continue
+            origin = None if job[0].is_looked_up else fetcher.unknown_origin(job[0].url)
+            if origin is not None:
+                self._look_up(fetcher, origin, host, job)
+                continue
             task = self._loop.create_task(self._one(fetcher, host, *job))
             self._running[task] = job
             task.add_done_callback(self._task_done)
+
+    def _look_up(self, fetcher: Fetcher, origin: str, host: str, job: _Download) -> None:
+        """Ask for the rules of a site first.  Meanwhile its jobs hold turns of their host, but no slot of a request."""
+        if origin in self._looking:
+            self._looking[origin][1].append((host, job))
+            return
+        task = self._loop.create_task(fetcher.look_up(origin, job[0].lookups))
+        self._looking[origin] = task, [(host, job)]
+        task.add_done_callback(partial(self._looked_up, origin))
+
+    def _looked_up(self, origin: str, task: asyncio.Task[None]) -> None:
+        _, waiting = self._looking.pop(origin)
+        error = None if task.cancelled() else task.exception()
+        for host, job in reversed(waiting):
+            if isinstance(error, FetchError):
+                self._failed(host, *job, error)
+            else:  # also after a bug, which ``fetch`` meets again
+                job[0].is_looked_up = True
+                self._scheduler.back(host, job)
+        self._changed.set()
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         _, results = self._running.pop(task)
@@ -346,7 +395,7 @@ class Downloader:
 
     async def _one(self, fetcher: Fetcher, host: str, request: UrlRequest, results: ShardResults) -> None:
         try:
-            data = await fetcher.fetch(request.url)
+            data, request.opt_out = await fetcher.fetch(request.url, request.lookups)
         except FetchError as error:
             self._failed(host, request, results, error)
             return

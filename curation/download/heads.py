@@ -20,7 +20,7 @@ _END: Final = re.compile(rb"\n\r?\n")
 _STATUS: Final = re.compile(rb"(?i)HTTP(?:/(\d+(?:\.\d+)?))?[ \t]+(\d{3})(?!\d)[ \t]*([^\r\n]*)")
 _CONTROLS: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _FIRST: Final = (b"content-type", b"location", b"retry-after")  # of which the first one counts
-_LISTS: Final = (b"content-encoding", b"x-robots-tag")  # of which each one counts
+_LISTS: Final = (b"content-encoding", b"x-robots-tag", b"tdm-reservation")  # of which each one counts
 _KEPT: Final = {*_FIRST, *_LISTS, b"content-length", b"transfer-encoding", b"connection", b"set-cookie"}
 # Every printable character but those that no URL may hold.  "%" stays: what is quoted already is quoted once.
 _SAFE_IN_URL: Final = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"<>\\^`{|}')

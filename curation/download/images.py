@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-from PIL import Image
+from typing import Final, Literal
 
 from curation.download.whole import is_whole
 from curation.errors import SampleError
-from curation.images import MAX_PIXELS, ImageFacts, Pixels, decode_rgb, encode_jpeg, image_facts
+from curation.images import MAX_PIXELS, ImageFacts, Pixels, decode_rgb, encode_as, encode_jpeg, image_facts
+from curation.libraries import Image, np
 
-Encode = Literal["keep", "jpg"]
+Encode = Literal["keep", "jpg", "png", "webp"]
 Check = Literal["decode", "header"]
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
-ResizeFilter = Literal["hamming", "bilinear", "bicubic", "lanczos", "box"]
-
+ResizeFilter = Literal[
+    "hamming", "bilinear", "bicubic", "lanczos", "box", "nearest", "area", "linear", "cubic", "lanczos4"
+]
+# img2dataset's names, which are OpenCV's.  Its area is the mean over each pixel's area, to which hamming is nearest.
+FILTERS: Final[Mapping[ResizeFilter, ResizeFilter]] = {
+    "area": "hamming",
+    "linear": "bilinear",
+    "cubic": "bicubic",
+    "lanczos4": "lanczos",
+}
 
 _WHITE = 255
 _SPARE = 2  # a JPEG that is reduced while it is decoded keeps so many times the pixels, for the filter to weigh
@@ -29,18 +37,22 @@ class ImagePolicy:
     """What is stored of an image, and which images are refused.
 
     Attributes:
-        encode: ``keep`` stores the bytes as they came; ``jpg`` stores a JPEG, upright and resized.
+        encode: ``keep`` stores the bytes as they came; ``jpg``, ``png`` and ``webp`` store such an image, upright and
+            resized.
         size: In pixels; the mode says of which side, as in img2dataset.
         mode: How the image is resized.
         only_if_bigger: Whether smaller images keep their size.
-        quality: Of a JPEG.
+        quality: Of a JPEG or WebP; the compression of a PNG, from 0 to 9.
         min_size: Pixels that the shorter side of the downloaded image must have.
         max_aspect_ratio: Of the downloaded image.
+        max_area: Of the downloaded image, in pixels.
         check: ``decode`` refuses an image that cannot be decoded to its end.  ``header`` decodes only where the
             structure of the file does not show that it is whole.
         max_pixels: Bound for decoding.
         filter: How an image is made smaller.  ``hamming`` comes closest to the mean over each pixel's area, as OpenCV's
             INTER_AREA and so img2dataset have it.  ``box`` gives the bytes of versions before 0.3.0.
+        enlarge: The filter with which an image is made larger; img2dataset takes Lanczos too.
+        skip_reencode: Store the bytes as they came where the image has the format already and is not resized.
     """
 
     encode: Encode = "keep"
@@ -53,6 +65,9 @@ class ImagePolicy:
     check: Check = "decode"
     max_pixels: int = MAX_PIXELS
     filter: ResizeFilter = "hamming"
+    enlarge: ResizeFilter = "lanczos"
+    skip_reencode: bool = False
+    max_area: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +90,29 @@ def make_stored(data: bytes, policy: ImagePolicy) -> StoredImage:
         raise SampleError("image_too_small", f"{facts.width} × {facts.height} pixels")
     if longer > policy.max_aspect_ratio * shorter:
         raise SampleError("aspect_ratio", f"{facts.width} × {facts.height} pixels")
+    if facts.width * facts.height > policy.max_area:
+        raise SampleError("image_too_large", f"{facts.width} × {facts.height} pixels, more than --max_image_area")
     digest = hashlib.sha256(data).hexdigest()
     if policy.encode == "keep":
         if policy.check == "decode" or not is_whole(data, facts.suffix):
             decode_rgb(data, policy.max_pixels, at_least=_ENOUGH_TO_CHECK)
         return StoredImage(data, facts.suffix, facts.width, facts.height, facts, digest)
     pixels = decode_rgb(data, policy.max_pixels, at_least=_pixels_needed(shorter, longer, policy))
-    pixels = resize(pixels, (facts.width, facts.height), policy)
-    height, width = pixels.shape[:2]
-    return StoredImage(encode_jpeg(pixels, policy.quality), "jpg", width, height, facts, digest)
+    resized = resize(pixels, (facts.width, facts.height), policy)
+    if policy.skip_reencode and resized is pixels and facts.suffix == policy.encode:
+        return StoredImage(data, facts.suffix, facts.width, facts.height, facts, digest)
+    height, width = resized.shape[:2]
+    return StoredImage(_encoded(resized, policy), policy.encode, width, height, facts, digest)
+
+
+def _encoded(pixels: Pixels, policy: ImagePolicy) -> bytes:
+    if policy.encode == "jpg":
+        return encode_jpeg(pixels, policy.quality)
+    if policy.encode == "webp":
+        return encode_as("webp", pixels, policy.quality)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=policy.quality)
+    return buffer.getvalue()
 
 
 def _pixels_needed(shorter: int, longer: int, policy: ImagePolicy) -> int | None:
@@ -119,8 +148,7 @@ def resize(pixels: Pixels, whole: tuple[int, int], policy: ImagePolicy) -> Pixel
     target = (max(1, round(width * scale)), max(1, round(height * scale)))
     if target[0] * target[1] > policy.max_pixels:
         raise SampleError("image_too_large", f"{target[0]:,} × {target[1]:,} pixels after resizing")
-    # To enlarge, img2dataset takes Lanczos.
-    kernel = Image.Resampling[policy.filter.upper()] if scale < 1 else Image.Resampling.LANCZOS
+    kernel = Image.Resampling[(policy.filter if scale < 1 else policy.enlarge).upper()]
     resized = np.asarray(Image.fromarray(pixels).resize(target, kernel)) if pixels.shape[1::-1] != target else pixels
     if policy.mode == "center_crop":
         top, left = ((have - policy.size) // 2 for have in resized.shape[:2])

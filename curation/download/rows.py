@@ -27,6 +27,8 @@ SUCCESS, NOT_DOWNLOADED, NOT_RESIZED = "success", "failed_to_download", "failed_
 OWN_COLUMNS: Final = (
     "key", "status", "error_message", "width", "height", "original_width", "original_height", "exif", "sha256",
 )  # fmt: skip
+HASHES: Final = ("md5", "sha512")  # that a row may hold beside the sha256, each in a column of its name
+OPT_OUT: Final = "opt_out"  # the last column, where the wishes of sites are looked up
 _NUMBERS: Final = ("width", "height", "original_width", "original_height")
 _LENGTH: Final = struct.Struct("<I")
 
@@ -43,6 +45,8 @@ class RowOutcome:
         original_width, original_height: Of the image that was downloaded.
         exif: As JSON.
         sha256: Of the bytes that were downloaded, before any resizing.
+        digest: Another hash of the same bytes, one of ``HASHES``, where one is asked for.
+        opt_out: The rules of the site that forbid the download, None for none.
     """
 
     status: str
@@ -54,6 +58,8 @@ class RowOutcome:
     original_height: int | None = None
     exif: str | None = None
     sha256: str | None = None
+    digest: str | None = None
+    opt_out: str | None = None
 
     @property
     def reason(self) -> str:
@@ -83,19 +89,31 @@ def key_of(shard_id: str, row: int, rows_per_shard: int) -> str:
     return f"{shard_id}{row:0{digits}d}"
 
 
-def renamed_columns(names: Sequence[str], url: str, caption: str | None) -> list[str]:
+def own_columns(*, exif: bool = True, digest: str | None = None, opt_out: bool = False) -> tuple[str, ...]:
+    """The stage's own columns.
+
+    exif: whether there is one for it.  digest: a further hash, one of ``HASHES``.  opt_out: whether the rules of sites
+    are looked up, of which the last column tells.
+    """
+    found = (name for name in OWN_COLUMNS if exif or name != "exif")
+    return (*found, *([digest] if digest else []), *([OPT_OUT] if opt_out else []))
+
+
+def renamed_columns(names: Sequence[str], url: str, caption: str | None, own: Sequence[str] = OWN_COLUMNS) -> list[str]:
     """The names that the table's columns get.
 
     They are ``url``, ``caption``, and others as they are.  Where the stage has a column of that name, the table's
     becomes ``original_<name>``, or ``table_<name>`` where that is taken too.
+
+    own: the stage's columns.
     """
-    taken = {*OWN_COLUMNS, "url", *(("caption",) if caption else ())}
+    taken = {*own, "url", *(("caption",) if caption else ())}
     wanted = {url: "url", **({caption: "caption"} if caption else {})}
     taken |= {name for name in names if name not in wanted and name not in taken}
     found = []
     for name in names:
         target = wanted.get(name, name)
-        if name not in wanted and (name in OWN_COLUMNS or name in wanted.values()):
+        if name not in wanted and (name in own or name in wanted.values()):
             target = f"original_{name}"
             while target in taken:
                 target = f"table_{name}" if target == f"original_{name}" else f"table_{target}"
@@ -104,14 +122,21 @@ def renamed_columns(names: Sequence[str], url: str, caption: str | None) -> list
     return found
 
 
-def metadata_rows(table: Any, keys: Sequence[str], outcomes: Sequence[RowOutcome]) -> Any:
-    """The pyarrow Table of ``<shard>.parquet``.  table: the shard's rows under the names that they get."""
+def metadata_rows(
+    table: Any, keys: Sequence[str], outcomes: Sequence[RowOutcome], own: Sequence[str] = OWN_COLUMNS
+) -> Any:
+    """The pyarrow Table of ``<shard>.parquet``.
+
+    table: the shard's rows under the names that they get.
+    own: the stage's columns.
+    """
     import pyarrow
 
     if not table.num_rows == len(keys) == len(outcomes):
         raise AssertionError(f"{table.num_rows} rows, {len(keys)} keys, {len(outcomes)} outcomes")
-    for name in OWN_COLUMNS:
-        values = list(keys) if name == "key" else [getattr(outcome, name) for outcome in outcomes]
+    for name in own:
+        field = "digest" if name in HASHES else name
+        values = list(keys) if name == "key" else [getattr(outcome, field) for outcome in outcomes]
         kind = pyarrow.int32() if name in _NUMBERS else pyarrow.string()
         table = table.append_column(pyarrow.field(name, kind), pyarrow.array(values, kind))
     return table.replace_schema_metadata(None)
@@ -126,17 +151,35 @@ def parquet_of(table: Any) -> bytes:
     return buffer.getvalue()
 
 
-def read_outcomes(data: bytes) -> dict[str, RowOutcome]:
+def read_outcomes(data: bytes, own: Sequence[str] = OWN_COLUMNS) -> dict[str, RowOutcome]:
     """Key → outcome, from the bytes of a ``<shard>.parquet``, which does not hold the suffix."""
     from pyarrow.parquet import read_table
 
-    names = [name for name in OWN_COLUMNS if name != "key"]
-    rows = read_table(io.BytesIO(data), columns=list(OWN_COLUMNS)).to_pylist()
-    return {row["key"]: RowOutcome(**{name: row[name] for name in names}) for row in rows}
+    return {row["key"]: outcome_of(row) for row in read_table(io.BytesIO(data), columns=list(own)).to_pylist()}
 
 
-def stats_of(outcomes: Iterable[RowOutcome]) -> bytes:
-    """img2dataset's ``<shard>_stats.json``, without its times: the same rows give the same bytes."""
+def outcome_of(row: Mapping[str, Any]) -> RowOutcome:
+    """The outcome in a row of ``<shard>.parquet``, or in a sample's .json, which img2dataset may have written.
+
+    Raises:
+        TypeError: A value is of another type than the stage and img2dataset write.
+    """
+    found: dict[str, Any] = {name: row.get(name) for name in (*OWN_COLUMNS, OPT_OUT) if name != "key"}
+    for name, value in found.items():
+        if value is not None and type(value) is not (int if name in _NUMBERS else str):
+            raise TypeError(f"{name} is {str(value)[:60]!r}")
+    status = found.pop("status")
+    if status is None:
+        raise TypeError("status is missing")
+    digest = next((row[name] for name in HASHES if isinstance(row.get(name), str)), None)
+    return RowOutcome(status, **found, digest=digest)
+
+
+def stats_of(outcomes: Iterable[RowOutcome], opt_outs: Mapping[str, int] | None = None) -> bytes:
+    """img2dataset's ``<shard>_stats.json``, without its times: the same rows give the same bytes.
+
+    opt_outs: Rows by the kind of the rule that forbids them, None where no rules are looked up.
+    """
     found = list(outcomes)
     by_status = Counter(outcome.status for outcome in found)
     reasons = Counter(outcome.reason or SUCCESS for outcome in found)
@@ -146,6 +189,7 @@ def stats_of(outcomes: Iterable[RowOutcome]) -> bytes:
         NOT_DOWNLOADED: by_status[NOT_DOWNLOADED],
         NOT_RESIZED: by_status[NOT_RESIZED],
         "status_dict": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        **({} if opt_outs is None else {OPT_OUT: dict(opt_outs)}),
     }
     return dump_json(stats, indent=True) + b"\n"
 

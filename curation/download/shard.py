@@ -6,18 +6,22 @@ What an earlier attempt published of the shard is read first, so that only the r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from curation.download.downloader import Downloader, Examine, UrlRequest
 from curation.download.fetch import NETWORK_REASONS, FetchError, host_of
 from curation.download.images import ImagePolicy, make_stored
+from curation.download.opt_out import OPT_OUT_KINDS, LookupCount, kinds_of
 from curation.download.rows import (
     NOT_DOWNLOADED,
     NOT_RESIZED,
+    OPT_OUT,
+    OWN_COLUMNS,
     SUCCESS,
     RowOutcome,
     json_of,
@@ -36,9 +40,10 @@ from curation.images import decode_rgb, image_facts
 from curation.jsonio import clean_text, dump_json
 from curation.run.checkpoints import PartialLog
 from curation.run.merge import values_of
+from curation.run.records import place_of
 from curation.run.work import ShardContext
-from curation.storage.buckets import Folder, object_at, place_of
 from curation.storage.files import fast_digest
+from curation.storage.remote_read import read_source
 from curation.storage.urls import Source, Url
 from curation.tar.samples import Sample, TarWriter, read_samples
 from curation.tar.scan import IMAGE_SUFFIXES
@@ -55,7 +60,7 @@ _JSON_ROWS = 256
 
 
 def write_samples(
-    layout: OutputFormat, output: Folder, shard_id: str, samples: Iterable[tuple[str, Members]], work: ShardContext
+    layout: OutputFormat, output: Path, shard_id: str, samples: Iterable[tuple[str, Members]], work: ShardContext
 ) -> None:
     """Write ``<shard>.tar``, or ``<shard>/<key>.<suffix>``, to ``output``."""
     if layout == "files":
@@ -72,32 +77,91 @@ def write_samples(
         tar.close()
 
 
+@dataclass(frozen=True, slots=True)
+class StoredFiles:
+    """Where the samples of a shard lie.
+
+    Attributes:
+        folder: The output folder.
+        tar: The tar; None if there is none.
+        files: Loose files in place of a tar, each as ``<shard>/<name>``.
+    """
+
+    folder: Path
+    tar: Source | None = None
+    files: Sequence[str] = ()
+
+    def samples(self) -> Iterator[Sample]:
+        """Every sample, in the tar's order; that of the keys for loose files.  Damage costs only its own samples."""
+        if isinstance(self.tar, Url) or (self.tar is not None and self.tar.exists()):
+            yield from read_samples(self.tar)
+        by_key: dict[str, list[str]] = {}
+        for path in self.files:
+            by_key.setdefault(path.partition("/")[2].partition(".")[0], []).append(path)
+        for key, paths in sorted(by_key.items()):
+            members = {}
+            for path in sorted(paths, key=_images_first):
+                try:
+                    members[path.rpartition(".")[2]] = (self.folder / path).read_bytes()
+                except OSError:
+                    continue  # its sample lacks it
+            yield Sample(key, members, {}, tuple(members))
+
+
 class PreviousShard:
-    """What the last attempt published of a shard.
+    """What there is of a shard already.
+
+    Args:
+        stored: Its samples.
+        outcomes: What happened to its rows, by key.
+        decode: Decode every image of it, because it may not be what its rows say.
+        in_order: Its samples stand in the order of its rows.
 
     Attributes:
         outcomes: The outcome of every row, by key; with a suffix where ``check`` found its sample to be whole.
         lost: Why the samples of other successful rows are damaged, by key.
+        urls: The URLs of rows, by key, where another table than the one that is read now may have had others.
     """
 
-    def __init__(self, output: Path, shard_id: str, receipt: Mapping[str, Any], layout: OutputFormat) -> None:
-        self._output, self._shard_id, self._layout = output, shard_id, layout
-        named = {entry["path"]: entry for entry in receipt.get("outputs", [])}
-        self._files = sorted(path for path in named if path.startswith(f"{shard_id}/"))
-        tar = next((path for path in named if path.rpartition("/")[2] == f"{shard_id}.tar"), None)
-        self._tar = None if tar is None else place_of(output, tar)
-        table = output / f"{shard_id}.parquet"
+    def __init__(
+        self, stored: StoredFiles, outcomes: dict[str, RowOutcome], *, decode: bool, in_order: bool = True
+    ) -> None:
+        self._stored, self.outcomes, self._decode, self.in_order = stored, outcomes, decode, in_order
         self.lost: dict[str, str] = {}
+        self.urls: dict[str, str] = {}
+
+    @classmethod
+    def of_receipt(
+        cls,
+        output: Path,
+        stage: str,
+        shard_id: str,
+        receipt: Mapping[str, Any],
+        own: Sequence[str] = OWN_COLUMNS,
+        *,
+        in_order: bool = True,
+    ) -> PreviousShard:
+        """What the last attempt published of a shard.  own: the stage's own columns of its table.
+
+        Raises:
+            ShardError: Its table cannot be read.
+        """
+        named = {entry["path"]: entry for entry in receipt.get("outputs", [])}
+        files = sorted(path for path in named if path.startswith(f"{shard_id}/"))
+        places = {path: place_of(output, stage, receipt, entry) for path, entry in named.items()}
+        tar = next((path for path in named if path.rpartition("/")[2] == f"{shard_id}.tar"), None)
+        stored = StoredFiles(output, None if tar is None else places[tar], files)
+        table = places.get(f"{shard_id}.parquet") or output / f"{shard_id}.parquet"
         try:
-            data = table.read_bytes()
-            self.outcomes = read_outcomes(data)
-            self.is_whole = all(_is_whole(place_of(output, path), entry) for path, entry in named.items())
+            outcomes = read_outcomes(read_source(table), own)
+            is_whole = all(_is_whole(places[path], entry) for path, entry in named.items())
         except InfrastructureError:
             raise
         except Exception as error:
             raise ShardError(
                 f"{table}: not what was published: {type(error).__name__}: {error}", "bad_table"
             ) from error
+        return cls(stored, outcomes, decode=not is_whole, in_order=in_order)
 
     def check(self, pool: Executor, threads: int, *, decode: bool, as_it_came: bool) -> None:
         """Find which samples are whole.
@@ -108,14 +172,17 @@ class PreviousShard:
             decode: Decode every image; else only those of a shard whose files are not as they were published.
             as_it_came: Images are stored byte for byte, so that a row's sha256 is that of its image.
         """
-        decode = decode or not self.is_whole
+        decode = decode or self._decode
 
         def begin(sample: Sample) -> Any:
-            outcome = self.outcomes.get(sample.key)
-            return pool.submit(_flaw, sample, outcome, as_it_came) if decode and outcome is not None else None
+            outcome = self._outcome_of(sample)
+            if not decode or outcome is None:
+                return None
+            return pool.submit(_flaw, sample, outcome, as_it_came, self.in_order)
 
         found = set()
-        samples = prefetch(self._read(), begin, lambda s: sum(map(len, s.members.values())), 4 * threads, _AHEAD_BYTES)
+        stored = self._stored.samples()
+        samples = prefetch(stored, begin, lambda s: sum(map(len, s.members.values())), 4 * threads, _AHEAD_BYTES)
         for sample, flaw in samples:
             why = flaw.result() if flaw is not None else sample.problem and ": ".join(sample.problem)
             outcome = self.outcomes.get(sample.key)
@@ -130,47 +197,36 @@ class PreviousShard:
             if outcome.status == SUCCESS and key not in found:
                 self.lost.setdefault(key, "its sample is not there")
 
+    def _outcome_of(self, sample: Sample) -> RowOutcome | None:
+        """What its row says of a sample; None if it has no row."""
+        return self.outcomes.get(sample.key)
+
     def members(self, keys: Collection[str]) -> Iterator[tuple[str, Members]]:
         """The samples with these keys, in order and byte for byte."""
-        for sample in self._read():
+        for sample in self._stored.samples():
             if sample.key in keys and sample.problem is None:
                 yield sample.key, sample.members
-
-    def _read(self) -> Iterator[Sample]:
-        if self._layout == "webdataset":
-            if isinstance(self._tar, Url) or (self._tar is not None and self._tar.exists()):
-                yield from read_samples(self._tar)
-            return
-        by_key: dict[str, list[str]] = {}
-        for path in self._files:
-            by_key.setdefault(path.partition("/")[2].partition(".")[0], []).append(path)
-        for key, paths in sorted(by_key.items()):
-            members = {}
-            for path in sorted(paths, key=_images_first):
-                try:
-                    members[path.rpartition(".")[2]] = (self._output / path).read_bytes()
-                except OSError:
-                    continue  # its sample lacks it
-            yield Sample(key, members, {}, tuple(members))
 
 
 def _images_first(path: str) -> tuple[bool, str]:
     return path.rpartition(".")[2] not in IMAGE_SUFFIXES, path
 
 
-def _is_whole(path: Source, entry: Mapping[str, Any]) -> bool:
-    """Whether a file has its receipt's digest, or an object its size and token: the store has checked its parts."""
-    if isinstance(path, Url):
-        found = object_at(path).info()
-        return found is not None and found.is_of(entry)
+def _is_whole(path: Source | None, entry: Mapping[str, Any]) -> bool:
+    """Whether a file has its receipt's digest.  Of an object in a store this is not known."""
+    if not isinstance(path, Path):
+        return False
     try:
         return bool(path.stat().st_size == entry["size"] and fast_digest(path) == entry["digest"])
     except OSError:
         return False
 
 
-def _flaw(sample: Sample, outcome: RowOutcome, as_it_came: bool) -> str | None:
-    """Why a stored sample is not what its row says; None for a whole one."""
+def _flaw(sample: Sample, outcome: RowOutcome, as_it_came: bool, strict: bool) -> str | None:
+    """Why a stored sample is not what its row says; None for a whole one.
+
+    strict: its row has the size as a viewer shows it; else it may have that of the pixels before they are turned.
+    """
     suffix = sample.image_suffix
     try:
         sample.check()
@@ -181,35 +237,39 @@ def _flaw(sample: Sample, outcome: RowOutcome, as_it_came: bool) -> str | None:
         decode_rgb(data)
     except SampleError as error:
         return clean_text(str(error))
-    if (facts.width, facts.height) != (outcome.width, outcome.height):
+    sizes = (outcome.width, outcome.height)  # none where img2dataset did not look into the image
+    if sizes != (None, None) and (facts.width, facts.height) not in (sizes, sizes[::-1] if not strict else sizes):
         return f"{facts.width} × {facts.height} pixels, its row says {outcome.width} × {outcome.height}"
     if as_it_came and hashlib.sha256(data).hexdigest() != outcome.sha256:
         return "its sha256 differs"
     return None
 
 
-def examine_by(policy: ImagePolicy) -> Examine:
-    """What turns the bytes of a response into a record for the checkpoint."""
+def examine_by(policy: ImagePolicy, digest: str | None = None) -> Examine:
+    """What turns the bytes of a response into a record for the checkpoint.  digest: a further hash of the bytes."""
 
     def examine(request: UrlRequest, data: bytes) -> bytes:
         if request.expected is not None:
             name, wanted = request.expected
             if (found := hashlib.new(name, data, usedforsecurity=False).hexdigest()) != wanted:
-                return pack(RowOutcome(NOT_DOWNLOADED, f"hash_mismatch: {name} {found}"))
+                return pack(RowOutcome(NOT_DOWNLOADED, f"hash_mismatch: {name} {found}", opt_out=request.opt_out))
         try:
             image = make_stored(data, policy)
         except SampleError as error:
-            return pack(RowOutcome(NOT_RESIZED, f"{error.reason}: {clean_text(error.detail)}"))
+            message = f"{error.reason}: {clean_text(error.detail)}"
+            return pack(RowOutcome(NOT_RESIZED, message, opt_out=request.opt_out))
         exif = dump_json(image.facts.exif).decode()
         facts = (image.suffix, image.width, image.height, image.facts.width, image.facts.height, exif, image.sha256)
-        return pack(RowOutcome(SUCCESS, None, *facts), image.data)
+        more = hashlib.new(digest, data, usedforsecurity=False).hexdigest() if digest else None
+        return pack(RowOutcome(SUCCESS, None, *facts, digest=more, opt_out=request.opt_out), image.data)
 
     return examine
 
 
 def refuse(request: UrlRequest, error: FetchError) -> bytes:
     """The record of a URL that gave no bytes."""
-    return pack(RowOutcome(NOT_DOWNLOADED, f"{error.reason}: {error.detail}" if error.detail else error.reason))
+    message = f"{error.reason}: {error.detail}" if error.detail else error.reason
+    return pack(RowOutcome(NOT_DOWNLOADED, message, opt_out=error.opt_out))
 
 
 def _hex(value: Any) -> str:
@@ -227,6 +287,8 @@ class RowDownloads:
         rows: The shard's rows.
         rows_per_shard: Rows of a full shard, which decides how many digits a key has.
         verify: The name of a hash and its column.
+        columns: The table's columns that are written beside those of the URL and the caption; None for all of them.
+        own: The stage's own columns.
     """
 
     def __init__(
@@ -235,15 +297,22 @@ class RowDownloads:
         rows: ShardRows,
         rows_per_shard: int,
         verify: tuple[str, str] | None,
+        columns: Collection[str] | None = None,
+        own: Sequence[str] = OWN_COLUMNS,
     ) -> None:
-        self._work = work
+        self._work, self._own = work, own
+        self._lookups = LookupCount()
         table = rows.table
-        self._table = table.rename_columns(renamed_columns(table.column_names, rows.url, rows.caption))
+        hashes = [_hex(value) for value in values_of(table.column(verify[1]))] if verify else [None] * table.num_rows
+        if columns is not None:
+            wanted = {*columns, rows.url, rows.caption}
+            table = table.select([name for name in table.column_names if name in wanted])
+        self._table = table.rename_columns(renamed_columns(table.column_names, rows.url, rows.caption, own))
         self._has_caption = rows.caption is not None
         if rows.mended:
             work.note("not_utf8", rows.mended)
             work.warn(f"{rows.mended:,} values of its table are no UTF-8; {MENDED}")
-        self._keys = [key_of(work.shard.id, row, rows_per_shard) for row in range(table.num_rows)]
+        self._keys = rows.keys or [key_of(work.shard.id, row, rows_per_shard) for row in range(table.num_rows)]
         self._earlier: PreviousShard | None = None
         self._outcomes: dict[str, RowOutcome] = {}  # of rows that need no request, by key
         self._copied: set[str] = set()
@@ -251,7 +320,6 @@ class RowDownloads:
         self._keys_of: dict[str, list[str]] = {}  # the other way
         self._requests: dict[str, UrlRequest] = {}
         self._heads: dict[str, RowOutcome] = {}  # mark → what became of it
-        hashes = [_hex(value) for value in values_of(table.column(verify[1]))] if verify else [None] * table.num_rows
         for key, text, digest in zip(self._keys, self._table.column("url").to_pylist(), hashes, strict=True):
             if not text or not text.strip():
                 self._outcomes[key] = RowOutcome(NOT_DOWNLOADED, "no_url")
@@ -265,11 +333,24 @@ class RowDownloads:
         work.sample_in(table.num_rows)
 
     def take_over(self, earlier: PreviousShard, *, ask_failed: bool) -> None:
-        """Do not ask for rows whose sample is whole; nor, without ``ask_failed``, for rows that failed before."""
+        """Do not ask for rows whose sample is whole; nor, without ``ask_failed``, for rows that failed before.
+
+        Raises:
+            InfrastructureError: Most rows have other URLs than before, so that the table is another one.
+        """
         self._earlier = earlier
+        urls = dict(zip(self._keys, self._table.column("url").to_pylist(), strict=True))
+        others = {key for key, url in earlier.urls.items() if urls.get(key) != url}
+        if len(others) > len(earlier.urls) // 2:
+            key = min(others)
+            raise InfrastructureError(
+                f"shard {self._work.shard.id}: the table has other rows than the folder: the URL of {key} is "
+                f"{urls.get(key)} in the table and {earlier.urls[key]} in the folder. Give the tables and the "
+                "--number_sample_per_shard that the folder was made with"
+            )
         for key in self._keys:
             outcome = earlier.outcomes.get(key)
-            if outcome is None or key in earlier.lost or (outcome.status != SUCCESS and ask_failed):
+            if key in others or outcome is None or key in earlier.lost or (outcome.status != SUCCESS and ask_failed):
                 continue
             self._outcomes[key] = outcome
             if outcome.status == SUCCESS:
@@ -307,6 +388,8 @@ class RowDownloads:
                 if found:
                     log.append((marks[id(request)], marks[id(request)], record) for request, record in found)
                 for request, record in found:
+                    self._lookups.sites += request.lookups.sites
+                    self._lookups.requests += request.lookups.requests
                     outcome = self._heads[marks[id(request)]] = unpack(record)[0]
                     self._count_all(marks[id(request)], outcome)
                     if outcome.reason not in NETWORK_REASONS:
@@ -338,21 +421,42 @@ class RowDownloads:
 
     # ---- what is published
 
-    def write(self, output: Path, samples: Folder, layout: OutputFormat, log: PartialLog) -> None:
-        """Write the samples to ``samples``, and the table and the counts to ``output``."""
+    def write(self, output: Path, layout: OutputFormat, log: PartialLog, *, replaces: bool = False) -> None:
+        """Write the samples, the table and the counts to ``output``.
+
+        replaces: write a tar without samples too, because it replaces one that is there.
+        """
         shard_id = self._work.shard.id
         outcomes = [self._outcome(key) for key in self._keys]
-        rows = metadata_rows(self._table, self._keys, outcomes)
-        if any(outcome.status == SUCCESS for outcome in outcomes):
-            write_samples(layout, samples, shard_id, self._samples(rows, log), self._work)
+        rows = metadata_rows(self._table, self._keys, outcomes, self._own)
+        if replaces or any(outcome.status == SUCCESS for outcome in outcomes):
+            write_samples(layout, output, shard_id, self._samples(rows, log), self._work)
         with self._work.output(output / f"{shard_id}.parquet") as file:
             file.write(parquet_of(rows))
         with self._work.output(output / f"{shard_id}_stats.json") as file:
-            file.write(stats_of(outcomes))
+            file.write(stats_of(outcomes, self._opt_outs(outcomes)))
+
+    def _opt_outs(self, outcomes: Sequence[RowOutcome]) -> dict[str, int] | None:
+        """Rows by the kind of the rule that forbids them, which the receipt gets too, beside the look-ups."""
+        if OPT_OUT not in self._own:
+            return None
+        found = Counter(kind for outcome in outcomes if outcome.opt_out for kind in kinds_of(outcome.opt_out))
+        for kind in OPT_OUT_KINDS:
+            if found[kind]:
+                self._work.note(f"opt_out_{kind}", found[kind])
+        self._work.note("sites_looked_up", self._lookups.sites)
+        self._work.note("requests_for_rules", self._lookups.requests)
+        return {kind: found[kind] for kind in OPT_OUT_KINDS}
 
     def _samples(self, rows: Any, log: PartialLog) -> Iterator[tuple[str, Members]]:
-        """The samples in the table's order: earlier ones as they are, the others from the log."""
+        """The samples: earlier ones as they are, the others from the log.
+
+        They are in the table's order; where the earlier ones are not, these stand first, in their own order.
+        """
         there = self._earlier.members(self._copied) if self._earlier is not None and self._copied else iter(())
+        first = self._earlier is not None and not self._earlier.in_order
+        if first:
+            yield from self._all_of(there)
         for batch in rows.to_batches(_JSON_ROWS):
             columns = [values_of(column) for column in batch.columns]
             for values in zip(*columns, strict=True):
@@ -361,6 +465,8 @@ class RowDownloads:
                 if row["status"] != SUCCESS:
                     continue
                 if key in self._copied:
+                    if first:
+                        continue
                     found, members = next(there)
                     if found != key:
                         raise InfrastructureError(
@@ -371,6 +477,16 @@ class RowDownloads:
                 mark = self._mark_of[key]
                 outcome, image = unpack(log.get(mark, mark) or b"")
                 yield key, self._members(row, outcome, image)
+
+    def _all_of(self, samples: Iterator[tuple[str, Members]]) -> Iterator[tuple[str, Members]]:
+        """The samples to copy, each once."""
+        count = 0
+        for key, members in samples:
+            count += 1
+            yield key, members
+        if count != len(self._copied):
+            why = f"{count:,} samples found where {len(self._copied):,} were a moment ago"
+            raise InfrastructureError(f"shard {self._work.shard.id}: {why}: does another program write there?")
 
     def _members(self, row: dict[str, Any], outcome: RowOutcome, image: memoryview) -> Members:
         members: dict[str, bytes | memoryview] = {outcome.suffix: image}

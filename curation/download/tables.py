@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Literal
 
 import xxhash
 
@@ -41,6 +41,9 @@ from curation.storage.urls import HTTP, PIPE, Url, error_line, filesystem, is_re
 SUFFIXES: Final = (
     ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".txt", ".txt.gz",
 )  # fmt: skip
+TableKind = Literal[
+    "parquet", "csv", "csv.gz", "tsv", "tsv.gz", "jsonl", "jsonl.gz", "ndjson", "ndjson.gz", "txt", "txt.gz"
+]
 TABLES_FOLDER: Final = "_tables"
 _OWN_FILES: Final = ("00000000.parquet", "full_metadata.parquet", "metadata.csv", f"{TABLES_FOLDER}/0.parquet")
 _FOOTERS_AT_ONCE = 16
@@ -75,12 +78,14 @@ class ShardRows:
         url: The column of URLs, which holds texts.
         caption: The column of captions, which holds texts; None where there is none.
         mended: How many values had to be changed, because they were no UTF-8.
+        keys: The keys of the rows; empty where they follow from the shard's number and the row's.
     """
 
     table: Any
     url: str
     caption: str | None
     mended: int
+    keys: Sequence[str] = ()
 
 
 class UrlTables:
@@ -92,6 +97,8 @@ class UrlTables:
         rows_per_shard: Rows of a full shard.
         columns: The columns that the user named.
         tsv_quotes: What quotation marks mean in a tsv.
+        digits: Of a shard's number in its name.
+        kind: How the names of tables end, such as ``csv.gz``; empty for all kinds.
         dry: Write nothing.
 
     Attributes:
@@ -110,12 +117,15 @@ class UrlTables:
         columns: NamedColumns,
         *,
         tsv_quotes: TsvQuotes = "auto",
+        digits: int = 8,
+        kind: str = "",
         dry: bool = False,
     ) -> None:
         self._output = output
         self._rows = rows_per_shard
         self._columns = columns
         self._tsv_quotes: TsvQuotes = tsv_quotes
+        self._digits, self._kind = digits, kind
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._notes: Counter[str] = Counter()
         self._noted_first: dict[str, str] = {}
@@ -144,7 +154,7 @@ class UrlTables:
         found: dict[str, tuple[UrlTable, int]] = {}
         for table in self.tables:
             for first in range(0, table.rows, self._rows):
-                found[f"{len(found):08d}"] = (table, first)
+                found[f"{len(found):0{self._digits}d}"] = (table, first)
         return found
 
     def shards(self) -> list[Shard]:
@@ -205,8 +215,10 @@ class UrlTables:
         """What an earlier process recorded of the same tables; else each of them is inspected."""
         found = self._found()
         columns = asdict(self._columns)
+        kept = columns.pop("kept")
         younger = [columns.pop("caption_names"), self._tsv_quotes]  # without them, as versions before 0.3.0 name it
         key = [_RULES, found, self._rows, columns, *([] if younger == ["few", "csv"] else [younger])]
+        key += [] if kept is None else [kept]
         record = self._output / TABLES_FOLDER / f"{_digest(key)}.json"
         known = read_record(record)
         if known is not None:
@@ -220,6 +232,10 @@ class UrlTables:
 
     def _found(self) -> list[tuple[str, str]]:
         found = self._place.find()
+        if self._kind:
+            found = [(source, mark) for source, mark in found if _plain(source).endswith(f".{self._kind}")]
+            if not found:
+                raise UsageError(f"--input_format {self._kind}: no table of --input has a name that ends in it")
         self._place.refuse_own_files(self._output, [source for source, _ in found])
         return found
 
@@ -394,7 +410,7 @@ class _Place:
 def _is_own_file(path: str) -> bool:
     """Whether the stage writes a file of that name for a shard or for all of them."""
     name = os.path.basename(path)
-    return name in _OWN_FILES or re.fullmatch(r"\d{8}\.parquet", name) is not None
+    return name in _OWN_FILES or re.fullmatch(r"\d+\.parquet", name) is not None
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:

@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, BinaryIO, Final, Literal, TextIO
 
 import orjson
@@ -80,7 +81,8 @@ class TextTable:
             first = next(self.rows(), None)
             return None if first is None else pyarrow.schema([(name, pyarrow.string()) for name in first])
         types: dict[str, Any] = {}
-        for batch in _batches(self.rows(), _BATCH_ROWS):
+        rows = self.rows()
+        while batch := list(islice(rows, _BATCH_ROWS)):
             for name in {name: None for row in batch for name in row}:
                 types[name] = _common(types.get(name), [row.get(name) for row in batch])
             if len(types) > _MAX_COLUMNS:
@@ -92,9 +94,9 @@ class TextTable:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
 
-        count = 0
+        count, rows = 0, self.rows()
         with ParquetWriter(file, schema, compression="zstd") as writer:
-            for batch in _batches(self.rows(), rows_per_group):
+            while batch := list(islice(rows, rows_per_group)):
                 columns = [_array(field.type, [row.get(field.name) for row in batch]) for field in schema]
                 writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema), row_group_size=rows_per_group)
                 count += len(batch)
@@ -204,17 +206,6 @@ def _without_quotes(field: str) -> str:
     if len(field) < 2 or field[0] != '"' or field[-1] != '"' or '"' in inner.replace('""', ""):
         return field
     return inner.replace('""', '"')
-
-
-def _batches(rows: Iterator[_Row], size: int) -> Iterator[list[_Row]]:
-    batch: list[_Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _common(known: Any, values: list[Any]) -> Any:

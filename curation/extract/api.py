@@ -6,16 +6,20 @@ one sample at a time; its ``compute`` takes a batch of what they made.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from curation.errors import UsageError
+from curation.extract.answers import Answers
 from curation.extract.settings import ModelSettings, WeightSource
+from curation.libraries import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Kind = Literal["float32", "float64", "int64", "bool", "string", "boxes", "hash"]
 
@@ -29,12 +33,14 @@ Takes = Literal["image", "text", "sample"]
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of the parquet.  needs_image, needs_text: whether a sample without a readable image, or without a
-    caption, has null there; None: as the extractor's preparations and needs tell."""
+    caption, has null there; None: as the extractor's preparations and needs tell.  counted: a text that begins with a
+    word; the receipt says how often each word is there."""
 
     name: str
     kind: Kind
     needs_image: bool | None = None
     needs_text: bool | None = None
+    counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +161,47 @@ class Extractor(Protocol):
         """Let go of what was loaded."""
 
 
+class Asker(Extractor):
+    """An extractor that asks model servers about each sample, and does not compute here.
+
+    It comes behind all others, because a part of a batch for which memory was short is computed again.
+
+    Attributes:
+        asks: How many requests are in flight at most.
+        patience_s: How long an answer may take.
+        facts: What the tables say of the model beside its name and revision.
+    """
+
+    asks: int
+    patience_s: float
+    facts: Mapping[str, Any]
+
+    @abstractmethod
+    def ask(self, batch: Batch, keys: Sequence[str], answers: Answers) -> Mapping[str, Future[list[Any]]]:
+        """Begin to ask, and return at once.
+
+        Args:
+            batch: The samples.
+            keys: Of the samples.
+            answers: About the samples of the shard: what is recorded there is not asked again.
+
+        Returns:
+            For each column its values, one per sample.
+        """
+
+    @abstractmethod
+    def adaptations(self) -> dict[str, list[str]]:
+        """How servers are asked that refused the usual request, by name, for receipts."""
+
+    @abstractmethod
+    def doing(self) -> str:
+        """What requests wait for; empty for nothing (``Stage.doing``)."""
+
+    def compute(self, batch: Batch) -> Mapping[str, Any]:
+        """Nothing is computed here."""
+        raise NotImplementedError(f"{self.name} asks servers")
+
+
 class PreparedColumns(Extractor):
     """An extractor whose preparation has computed everything: a dict with the columns' values for each sample."""
 
@@ -184,6 +231,7 @@ class Directive:
         parameters: How many the weights have, in thousand millions; 0 where they are no network.
         bits: Of one parameter on a GPU.
         needs: The directives whose features it computes on.
+        packages: Modules that its extractor imports, beside those that every program of the project needs.
     """
 
     name: str
@@ -194,6 +242,7 @@ class Directive:
     parameters: float = 0.0
     bits: float = 32
     needs: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
 
     @property
     def is_prefix(self) -> bool:
@@ -229,39 +278,56 @@ class ExtractorFamily(Protocol):
         """
 
 
+def packages_of(family: ExtractorFamily, directive: str) -> tuple[str, ...]:
+    """The modules that the extractor of a directive imports; none where the family has no such directive."""
+    names = (directive, f"{directive.partition(':')[0]}:")
+    return next((known.packages for known in family.directives if known.name in names), ())
+
+
 def short_name(directive: str) -> str:
     """What the columns of a model are called: ``clip:organisation/model@revision`` → ``model``."""
     return directive.partition(":")[2].rstrip("/").rpartition("/")[2].partition("@")[0] or directive
 
 
-def order(extractors: Sequence[Extractor]) -> list[Extractor]:
-    """The extractors with each behind those whose features it needs, else as they were given.
+def order(extractors: Sequence[Extractor], directives: Sequence[str] = ()) -> list[Extractor]:
+    """The extractors with each behind those whose features it needs, and those that ask servers behind all others;
+    else as they were given.
 
-    Raises UsageError that names a cycle, a feature that nobody gives or that has another width than the one who needs
-    it takes, or a name that two give.
+    Args:
+        extractors: In the order of the configuration.
+        directives: What each of them is called there, for messages; several may be one model.  Default: the models'.
+
+    Raises:
+        UsageError: It names a cycle, a feature that nobody gives or that has another width than the one who needs it
+            takes, or a name that two give.
     """
+    called = {id(e): name for e, name in zip(extractors, directives or [e.name for e in extractors], strict=True)}
     giver: dict[str, Extractor] = {}
     for extractor in extractors:
         for name in (*(c.name for c in extractor.columns), *(f.name for f in extractor.features)):
             other = giver.setdefault(name, extractor)
             if other is not extractor:
-                raise UsageError(f"{other.name} and {extractor.name} both give {name!r}: leave one of them out")
+                raise UsageError(
+                    f"{called[id(other)]} and {called[id(extractor)]} both give {name!r}: leave one of them out"
+                )
     features = {feature.name: feature.width for extractor in extractors for feature in extractor.features}
     for extractor in extractors:
         for name in extractor.needs:
             if name not in features:
-                raise UsageError(f"{extractor.name} needs the feature {name!r}, which no model of `models` gives")
+                raise UsageError(
+                    f"{called[id(extractor)]} needs the feature {name!r}, which no model of `models` gives"
+                )
             wanted = getattr(extractor, "widths", {}).get(name, features[name])  # a plugin's may have none
             if features[name] != wanted:
                 raise UsageError(
-                    f"{extractor.name} takes {wanted} numbers of {name!r}, and {giver[name].name} gives "
+                    f"{called[id(extractor)]} takes {wanted} numbers of {name!r}, and {called[id(giver[name])]} gives "
                     f"{features[name]}: one of the two has weights for another model"
                 )
     placed: list[Extractor] = []
 
     def place(extractor: Extractor, trail: tuple[Extractor, ...]) -> None:
         if any(extractor is passed for passed in trail):
-            names = [e.name for e in (*trail[trail.index(extractor) :], extractor)]
+            names = [called[id(e)] for e in (*trail[trail.index(extractor) :], extractor)]
             raise UsageError(f"these models need one another's features: {' → '.join(names)}")
         if not any(extractor is done for done in placed):
             for name in extractor.needs:
@@ -270,7 +336,7 @@ def order(extractors: Sequence[Extractor]) -> list[Extractor]:
 
     for extractor in extractors:
         place(extractor, ())
-    return placed
+    return sorted(placed, key=lambda extractor: isinstance(extractor, Asker))
 
 
 def dependents(extractors: Sequence[Extractor], takes: Literal["image", "text"]) -> frozenset[str]:

@@ -7,29 +7,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from curation.errors import InfrastructureError, UsageError
+from curation.errors import InfrastructureError, UsageError, require
 from curation.extract.api import Directive, Extractor, ExtractorFamily
 from curation.extract.config import ALL, ExtractConfig, check_outputs, model_settings, nearest
-from curation.extract.plugins import extractors_of, load_plugin, make_extractor
+from curation.extract.judging import columns_of, is_judge
+from curation.extract.plugins import BuiltIns, Plugin, extractors_of, make_extractor
 from curation.extract.settings import ModelSettings, WeightSource, file_revision
 from curation.models.hub_cache import TRANSFORMER, folder_digest, resolve
 from curation.models.known import Model, find
 from curation.models.listing import on_this_machine
 from curation.models.needs import NothingToFetch, WeightsBySource, WeightsNeed
 from curation.models.weights import cached, is_hub_id, is_url
+from curation.serving.pool import LONG
 
+_READ_BY = {".onnx": "onnxruntime", ".pt": "torch", ".pth": "torch"}  # of directives that take several kinds of files
 _HUB_ID = "<hub id or folder>"  # what stands behind a prefix, in messages
 
 
 class Catalogue:
     """The extractors that a configuration may name."""
 
-    def __init__(self, families: Iterable[ExtractorFamily], config: ExtractConfig) -> None:
+    def __init__(
+        self, families: Iterable[ExtractorFamily], config: ExtractConfig, built_in: BuiltIns | None = None
+    ) -> None:
         """Load the plugin, if the configuration has one, and check every directive.
 
         Args:
             families: Those that have a file in ``curation/backends/extract``.
             config: What the user asks for.
+            built_in: What a plugin may name beside its own.
 
         Raises:
             UsageError: A directive is unknown or there twice, or weights are given for one that is not used.
@@ -37,8 +43,11 @@ class Catalogue:
         """
         self._known = {directive.name: (family, directive) for family in families for directive in family.directives}
         self._plugin: Mapping[str, Callable[[str, ModelSettings], Any]] = {}
+        self.plugin_file: Plugin | None = None
         if config.custom_pypath is not None:
-            self._plugin = extractors_of(load_plugin(config.custom_pypath), config.custom_pypath)
+            self.plugin_file = Plugin(str(Path(config.custom_pypath).expanduser().absolute()), built_in)
+            self._plugin = extractors_of(self.plugin_file)
+        self.waiting = LONG  # how long judges send a request again and again
         self._models = known_models(families)
         self._config = self._by_known_names(config)
         self._check_directives()
@@ -76,7 +85,7 @@ class Catalogue:
         Raises:
             InfrastructureError: The model cannot be loaded.
         """
-        settings = model_settings(self._config, directive, device, threads)
+        settings = replace(model_settings(self._config, directive, device, threads), waiting=self.waiting)
         if directive in self._plugin:
             return make_extractor(self._plugin[directive], directive, settings)
         return self._family(directive)(directive, settings)
@@ -86,9 +95,14 @@ class Catalogue:
         if self._plugin:
             return
         known = [directive for _, directive in map(self._entry, self._config.models)]
-        if not all(directive.columns or directive.features for directive in known):
+        if not all(directive.columns or directive.features or is_judge(directive.name) for directive in known):
             return
-        outputs = [directive.outputs(name) for directive, name in zip(known, self._config.models, strict=True)]
+        outputs = [
+            ([*columns_of(name, self._config.judges[name].axes)], [])
+            if name in self._config.judges
+            else directive.outputs(name)
+            for directive, name in zip(known, self._config.models, strict=True)
+        ]
         for number, key in enumerate(("postprocess_columns", "postprocess_features")):
             asked: tuple[str, ...] = getattr(self._config, key)
             if asked != ALL:
@@ -104,6 +118,29 @@ class Catalogue:
             else:
                 needs.append(_DirectiveWeights(self._family(directive), directive, self._settings(directive)))
         return needs
+
+    def require(self) -> None:
+        """Look whether the packages that load the configuration's models are on this machine.
+
+        Raises:
+            InfrastructureError: One is missing; the message has the command that installs it.
+        """
+        for directive in self._config.models:
+            if directive not in self._plugin:
+                family, entry = self._entry(directive)
+                sources = family.sources(directive, self._settings(directive))
+                named = [source.source.partition("#")[0] for source in sources if not entry.packages]
+                read_by = (_READ_BY.get(Path(name).suffix.lower()) for name in named)
+                require(*entry.packages, *filter(None, read_by))
+
+    def try_judges(self) -> None:
+        """Find the judges' servers, and let go of them again.
+
+        Raises:
+            InfrastructureError: No server answers, or one does not have the model.
+        """
+        for directive in self._config.judges:
+            self.make(directive, "cpu", 1).close()
 
     def identify(self, on_trouble: Callable[[InfrastructureError], None] | None = None) -> dict[str, list[str]]:
         """Which exact weights each directive loads, found without loading them.
@@ -161,7 +198,7 @@ class Catalogue:
             if config.models.count(directive) > 1:
                 raise UsageError(f"models: {directive!r} is there twice")
         for directive in config.weights:
-            if directive not in config.models:
+            if directive not in config.models and not (self._plugin and directive in self._known):
                 raise UsageError(f"weights: {directive!r} is none of the models: {nearest(directive, config.models)}")
 
 

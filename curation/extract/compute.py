@@ -8,32 +8,38 @@ import contextlib
 import logging
 import math
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from curation.errors import ShardError, Stopped, UsageError
-from curation.extract.api import Column, Extractor, Feature, Preparation, dependents, order
+from curation.extract.answers import Answers
+from curation.extract.api import Asker, Column, Extractor, Feature, Preparation, dependents, order
 from curation.extract.catalogue import Catalogue
 from curation.extract.config import ALL, ExtractConfig, check_outputs
 from curation.extract.device_jpeg import DeviceDecoder, open_decoder
 from curation.extract.feed import ExtractBatch, ExtractLoader, ExtractSample
 from curation.extract.outputs import MetadataRow, MetadataTable, Spool
 from curation.extract.staging import Stager, without_device
+from curation.extract.worker import REPLY_S
 from curation.jsonio import dump_json
+from curation.libraries import np
 from curation.models.batch_size import FittingBatchSize, Shortage, free_memory, shortage_of, use_device
 from curation.run import ShardContext
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 logger = logging.getLogger("curation")
 
 MOST_AT_ONCE_ON_CPU = 64  # samples: there memory does not run out with an error that could be caught
+WAIT_S = 0.5  # how often signals are checked while answers are awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +51,14 @@ class SpooledShard:
         batches: How many.
         rows: How many samples.
         missing: How many samples lack each carried field.
+        words: Of each column whose texts are counted, how often each word is there.
     """
 
     spool: Spool
     batches: int
     rows: int
     missing: Counter[str]
+    words: Mapping[str, Counter[str]]
 
 
 class Extraction:
@@ -90,10 +98,14 @@ class Extraction:
             extractors = self._load(catalogue, device, threads)
             columns = {column.name: column for extractor in extractors for column in extractor.columns}
             features = {feature.name: feature for extractor in extractors for feature in extractor.features}
-            ordered = order(extractors)
+            ordered = order(extractors, c.models)
             asked_columns = _asked(c.postprocess_columns, "postprocess_columns", [*columns])
             asked_features = _asked(c.postprocess_features, "postprocess_features", [*features])
-            models = {d: {"name": e.name, "revision": e.revision} for d, e in zip(c.models, extractors, strict=True)}
+            models = {d: _identity(e) for d, e in zip(c.models, extractors, strict=True)}
+            self._askers = [extractor for extractor in extractors if isinstance(extractor, Asker)]
+            self._counted = {
+                c.public_name(name): number for number, name in enumerate(asked_columns) if columns[name].counted
+            }
             self.table = MetadataTable(
                 c.carried_fields,
                 {c.public_name(name): columns[name].kind for name in asked_columns},
@@ -103,7 +115,6 @@ class Extraction:
                 compress=c.compress,
                 metadata={**made_by, "models": models},
             )
-            plugin = c.custom_pypath and str(Path(c.custom_pypath).expanduser().absolute())
             processes = max(1, threads if c.nworkers is None else c.nworkers)
             is_staged = device != "cpu" or c.decode == "gpu"
             self.decoder = _decoder(c, extractors, device)
@@ -111,7 +122,7 @@ class Extraction:
                 distinct(ordered),
                 c.batch_size,
                 processes,
-                plugin,
+                catalogue.plugin_file,
                 least_slots=3 if is_staged else 2,  # one is computed, one staged, and one filled
                 for_device=self.decoder is not None,
             )
@@ -122,10 +133,16 @@ class Extraction:
         except BaseException:
             self.close()
             raise
+        self._patience_s = max([REPLY_S, *(extractor.patience_s for extractor in self._askers)])
         at_once = c.batch_size if device != "cpu" else min(c.batch_size, MOST_AT_ONCE_ON_CPU)
         kind_of_device = "\0".join([use_device(device), _text(c.precision), dump_json(models).decode()])
         self._memory = FittingBatchSize(at_once, kind_of_device, remember_in)
         self._models_mark = xxhash.xxh3_64_hexdigest(dump_json(models))
+
+    def _most_awaited(self) -> int:
+        """Samples of a shard that are awaited at most: so many that servers have enough to do while a few are slow."""
+        most = self._config.batch_size
+        return 2 * (most + max(extractor.asks for extractor in self._askers)) if self._askers else most
 
     def _load(self, catalogue: Catalogue, device: str, threads: int) -> list[Extractor]:
         extractors = []
@@ -148,52 +165,51 @@ class Extraction:
             Stopped: Between two batches; what is computed is kept.
         """
         mark = xxhash.xxh3_64_hexdigest(dump_json([list(work.inputs), self._models_mark]))
-        spool = Spool(work.partial(mark), list(self.table.features))
+        log = work.partial(mark)
+        spool, answers = Spool(log, list(self.table.features)), Answers(log)
+        awaited = _Awaited(self._most_awaited(), answers)
         batches = rows = recovered = 0
-        missing: Counter[str] = Counter()
+        tally = _Tally()
         decoding: Counter[str] = Counter()
-        begun: Begun | None = None  # the batch before, for which processes may still work
         stage = None if self._stager is None else self._stager.stage
-        with self._loader.batches(samples, spool.has, stage) as take:
-            while True:
-                with work.phase("wait"):
-                    taken = take()
-                before, begun = begun, None
-                if taken is not None:
+        try:
+            with self._loader.batches(samples, spool.has, stage) as take:
+                while True:
+                    with work.phase("wait"):
+                        taken = take()
+                    if taken is None:
+                        break
                     batch, seconds = taken
                     work.add_seconds("read", batch.seconds_read)
                     work.add_seconds("decode", seconds)
                     batches, rows = batches + 1, rows + len(batch.samples)
                     if batch.done:
                         recovered += len(batch.samples)
-                        missing += _count(work, batch, spool)
-                    else:
-                        begun = self._begin(work, batch)
-                        decoding += _decoding(batch)
-                        self._loader.release(batch)
-                if before is not None:
-                    missing += self._finish(work, before, spool)
-                if begun is not None and not begun.is_awaited:
-                    missing += self._finish(work, begun, spool)
-                    begun = None
-                if taken is None:
-                    break
-                if not batch.done:
-                    try:
-                        work.check_stop()
-                    except Stopped:
-                        if begun is not None:
-                            self._finish(work, begun, spool)
-                        raise
+                        self._count(work, batch, spool, tally)
+                        continue
+                    awaited.add(self._begin(work, batch, answers))
+                    decoding += _decoding(batch)
+                    self._loader.release(batch)
+                    for begun in awaited.ready(work):
+                        self._finish(work, begun, spool, tally)
+                    work.check_stop()
+            for begun in awaited.rest(work):  # the next shard is computed meanwhile
+                self._finish(work, begun, spool, tally)
+        except Stopped:
+            for begun in awaited.left(work, self._patience_s):
+                self._finish(work, begun, spool, tally)
+            raise
+        finally:
+            answers.close()
         if recovered:
             work.note("recovered", recovered)
         if self.decoder is not None:
             self._note_decoding(work, decoding)
-        return SpooledShard(spool, batches, rows, missing)
+        return SpooledShard(spool, batches, rows, tally.missing, tally.words)
 
-    def _begin(self, work: ShardContext, batch: ExtractBatch) -> Begun:
+    def _begin(self, work: ShardContext, batch: ExtractBatch, answers: Answers) -> Begun:
         with work.phase("infer"):
-            begun = self._computer.begin(batch, self._memory)
+            begun = self._computer.begin(batch, self._memory, answers)
         if (limit := self._memory.limit(0)) < self._memory.planned:
             work.note("batch_shrunk_to", limit)
         return begun
@@ -207,8 +223,8 @@ class Extraction:
         if decoding:
             work.note("decoded_by_cpu_for", dict(sorted(decoding.items())))
 
-    def _finish(self, work: ShardContext, begun: Begun, spool: Spool) -> Counter[str]:
-        """Keep the values of a batch, and count its samples; how many lack a carried field."""
+    def _finish(self, work: ShardContext, begun: Begun, spool: Spool, tally: _Tally) -> None:
+        """Keep the values of a batch, and count its samples."""
         batch = begun.batch
         with work.phase("infer"):
             computed = self._computer.finish(begun)
@@ -216,7 +232,28 @@ class Extraction:
         named = {self._config.public_name(name): array for name, array in computed.features.items()}
         with work.phase("write"):
             spool.put(batch.number, rows, missing, named)
-        return _count(work, batch, spool)
+        self._count(work, batch, spool, tally)
+
+    def _count(self, work: ShardContext, batch: ExtractBatch, spool: Spool, tally: _Tally) -> None:
+        """Count every sample of a batch once, also where an earlier attempt computed it."""
+        rows, missing = spool.rows(batch.number)
+        tally.missing += missing
+        for row in rows:
+            if row.failed is None:
+                work.keep()
+            else:
+                work.fail(row.key, *row.failed)
+        for name, number in self._counted.items():
+            texts = [row.values[number] for row in rows if row.values[number] is not None]
+            tally.words.setdefault(name, Counter()).update(text.partition(":")[0] for text in texts)
+
+    def adaptations(self) -> dict[str, list[str]]:
+        """How model servers are asked that refused the usual request, by name, for receipts."""
+        return {name: changes for extractor in self._askers for name, changes in extractor.adaptations().items()}
+
+    def doing(self) -> str:
+        """What requests to model servers wait for; empty for nothing."""
+        return "; ".join(filter(None, (extractor.doing() for extractor in self._askers)))
 
     def _rows(self, batch: ExtractBatch, computed: Computed) -> tuple[list[MetadataRow], Counter[str]]:
         """The rows of a batch, and how many of its samples lack each carried field."""
@@ -263,9 +300,84 @@ class Begun:
     lost: dict[int, tuple[str, str]]
 
     @property
-    def is_awaited(self) -> bool:
-        """Whether a process may still work for it."""
-        return any(isinstance(part, Future) for parts in self.columns.values() for part in parts)
+    def futures(self) -> list[Future[Any]]:
+        """Of what worker processes or model servers still work for."""
+        return [part for parts in self.columns.values() for part in parts if isinstance(part, Future)]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What is counted of a shard's rows: samples that lack a carried field, and the first words of columns' texts."""
+
+    missing: Counter[str] = field(default_factory=Counter)
+    words: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+class _Awaited:
+    """The batches of a shard that the device has computed, and that worker processes or servers still work for.
+
+    They end in any order, so that one slow answer keeps nothing but its own batch waiting.
+
+    Args:
+        most: Samples that may be in them before the device computes further ones.
+        answers: Of the servers.
+    """
+
+    def __init__(self, most: int, answers: Answers) -> None:
+        self._most = most
+        self._answers = answers
+        self._begun: list[Begun] = []
+
+    def add(self, begun: Begun) -> None:
+        self._begun.append(begun)
+
+    def ready(self, work: ShardContext) -> Iterator[Begun]:
+        """Those that are complete; where there are too many, it waits until some are.  Raises Stopped."""
+        while True:
+            yield from self._complete()
+            if sum(len(begun.batch.samples) for begun in self._begun) <= self._most:
+                return
+            self._wait(work)
+            work.check_stop()
+
+    def rest(self, work: ShardContext) -> Iterator[Begun]:
+        """All of them, as they become complete.  Raises Stopped."""
+        while self._begun:
+            yield from self._complete()
+            if self._begun:
+                self._wait(work)
+                work.check_stop()
+
+    def left(self, work: ShardContext, patience_s: float) -> Iterator[Begun]:
+        """Those that become complete after a stop was requested; answers to other requests are recorded.
+
+        patience_s: How long it waits for them.
+        """
+        self._answers.halt()
+        ends = time.monotonic() + patience_s
+        while True:
+            for begun in self._complete():
+                if not any(future.exception() for future in begun.futures):
+                    yield begun
+            if not (self._begun or self._answers.in_flight) or time.monotonic() > ends:
+                return
+            work.check_stop(urgent_only=True)
+            self._wait(work)
+
+    def _complete(self) -> list[Begun]:
+        found = [begun for begun in self._begun if all(future.done() for future in begun.futures)]
+        self._begun = [begun for begun in self._begun if begun not in found]
+        return found
+
+    def _wait(self, work: ShardContext) -> None:
+        """Until something has come, or for ``WAIT_S``."""
+        due = [future for begun in self._begun for future in begun.futures if not future.done()]
+        with work.phase("wait"):
+            if due:
+                wait(due, WAIT_S, FIRST_COMPLETED)
+            elif self._answers.in_flight:
+                time.sleep(WAIT_S / 10)
+        self._answers.write()
 
 
 class Computer:
@@ -294,8 +406,11 @@ class Computer:
         if device.startswith("cuda"):
             _pin(feed.shared_memory, device)
 
-    def begin(self, batch: ExtractBatch, memory: FittingBatchSize) -> Begun:
-        """All of a batch but what processes do beside.  What does not fit on the device alone is ``out_of_memory``."""
+    def begin(self, batch: ExtractBatch, memory: FittingBatchSize, answers: Answers) -> Begun:
+        """All of a batch but what processes and servers do beside.
+
+        What does not fit on the device alone is ``out_of_memory``.
+        """
         count = len(batch.samples)
         columns: dict[str, list[Any]] = {column.name: [] for column in self._columns}
         features = {f.name: np.empty((count, f.width), self._feature_dtype) for f in self._features}
@@ -303,7 +418,7 @@ class Computer:
 
         def run(start: int, end: int) -> dict[str, Any] | Shortage:
             try:
-                return self._run(batch, start, end)
+                return self._run(batch, start, end, answers)
             except Exception as error:  # onnxruntime's are no RuntimeError
                 if (shortage := shortage_of(error)) is None:
                     raise
@@ -333,12 +448,15 @@ class Computer:
                 raise ShardError(f"{name}: {len(columns[name])} values for {len(begun.batch.samples)} samples")
         return self._judge(begun.batch, columns, begun.features, begun.lost)
 
-    def _run(self, batch: ExtractBatch, start: int, end: int) -> dict[str, Any]:
+    def _run(self, batch: ExtractBatch, start: int, end: int, answers: Answers) -> dict[str, Any]:
         """The columns as lists and the features as arrays in memory, of a part of a batch."""
         view = _View(self._feed, batch, start, end, self._device, self._stager)
         outputs: dict[str, Any] = {}
         for extractor in self._extractors:
-            found = extractor.compute(view)
+            if isinstance(extractor, Asker):
+                found: Mapping[str, Any] = extractor.ask(view, view.keys, answers)
+            else:
+                found = extractor.compute(view)
             named: list[Column | Feature] = [*extractor.columns, *extractor.features]
             for output in named:
                 value = found.get(output.name)
@@ -396,6 +514,7 @@ class _View:
         self._start, self._end = start, end
         self._tensors: dict[Preparation, Any] = {}
         self.features: dict[str, Any] = {}
+        self.keys = [sample.key for sample in batch.samples[start:end]]
         outcomes = [sample.outcome for sample in batch.samples[start:end]]
         self.readable = np.array([o.unreadable is None and o.broken is None for o in outcomes], np.bool_)
 
@@ -430,6 +549,12 @@ class _View:
         return self._feed.beside(function, *arguments)
 
 
+def _identity(extractor: Extractor) -> dict[str, Any]:
+    """Which model it is, for the tables and for what depends on it."""
+    facts = extractor.facts if isinstance(extractor, Asker) else {}
+    return {"name": extractor.name, "revision": extractor.revision, **facts}
+
+
 def _text(precision: str | dict[str, str]) -> str:
     return precision if isinstance(precision, str) else dump_json(precision).decode()
 
@@ -439,17 +564,6 @@ def _asked(names: Sequence[str], key: str, computed: Sequence[str]) -> list[str]
     asked = [*computed] if tuple(names) == ALL else [*names]
     check_outputs(asked, key, computed)
     return asked
-
-
-def _count(work: ShardContext, batch: ExtractBatch, spool: Spool) -> Counter[str]:
-    """Count every sample of a batch once, also where an earlier attempt computed it; how many lack a carried field."""
-    rows, missing = spool.rows(batch.number)
-    for row in rows:
-        if row.failed is None:
-            work.keep()
-        else:
-            work.fail(row.key, *row.failed)
-    return missing
 
 
 def distinct(extractors: Sequence[Extractor]) -> tuple[Preparation, ...]:

@@ -12,10 +12,11 @@ from typing import Any, get_args
 
 from curation.cluster import Allocation, visible_gpus, workers_for_gpus
 from curation.errors import UsageError
+from curation.extract import judging
+from curation.extract.judging import JudgeSettings, is_judge, parse_judge
 from curation.extract.settings import Decode, ModelSettings, Precision, Resize, WeightSource
-from curation.options import items_in, plain_path, plain_source, refuse_url
+from curation.options import items_in, plain_path, plain_source
 from curation.shards import Shard, discover
-from curation.storage.yaml_files import read_yaml
 
 logger = logging.getLogger("curation")
 
@@ -50,6 +51,7 @@ class ExtractConfig:
 
     device: ``cpu`` or a GPU's number among the visible ones; None: the one that this process was given.
     dtypes: directive → the precision that its entry of ``models`` gives it, in place of ``dtype``.
+    judge: keys of all judges.  judges: directive → its settings, where its entry of ``models`` goes before ``judge``.
     postprocess_columns, postprocess_features: ``all`` stands for what the models give, in their order.
     additional_fields: name → type, None where the values tell it.  weights: in place of a directive's own.
     embeddings: of the images that ``dedup-isc-ft-v107`` looks for.
@@ -78,6 +80,8 @@ class ExtractConfig:
     resize: Resize = "exact"
     dtypes: Mapping[str, Precision] = field(default_factory=dict)
     decode: Decode = "cpu"
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    judges: Mapping[str, JudgeSettings] = field(default_factory=dict)
 
     @property
     def precision(self) -> str | dict[str, str]:
@@ -98,7 +102,7 @@ class ExtractConfig:
         Raises:
             UsageError: Two different files are one shard.
         """
-        return discover(self.input_tars, allow_pipe=allow_pipe)
+        return discover(self.input_tars, allow_pipe=allow_pipe, begun=(Path(self.output_metadata_dir),))
 
     def processes(self, workers: int, num_gpus: int | None, gpus: str | None, *, device_is_flag: bool) -> int:
         """How many processes to start on this machine: one for each GPU, unless ``device`` says which one.
@@ -135,7 +139,8 @@ class ExtractConfig:
         return DATACOMP_NAMES.get(name, name) if self.use_datacomp_keys else name
 
 
-KEYS = tuple(item.name for item in fields(ExtractConfig) if item.name != "dtypes")  # that one is part of ``models``
+# Without what the entries of ``models`` say.
+KEYS = tuple(item.name for item in fields(ExtractConfig) if item.name not in ("dtypes", "judges"))
 FLAGS = MappingProxyType({"input_tars": "input", "output_metadata_dir": "output"})  # all others are named as their keys
 
 
@@ -162,10 +167,9 @@ def read_config(yml: str | None, flags: Mapping[str, Any], *, folders: bool = Tr
                 raise UsageError(f"{yml}: unknown key {key!r}: {nearest(str(key), KEYS)}")
             values[key] = _parse(f"{yml}: {key}", key, value)
     for key, value in flags.items():
-        if value is not None:
+        if value is not None and (folders or key not in _REQUIRED[:2]):
             values[key] = _parse(f"--{FLAGS.get(key, key)}", key, value)
     values = {key: value for key, value in values.items() if value is not None}
-    refuse_url("output_metadata_dir", values.get("output_metadata_dir"))
     if not folders:
         values = {"input_tars": (), "output_metadata_dir": "", **values}
     if missing := [key for key in (_REQUIRED if folders else _REQUIRED[-1:]) if not values.get(key)]:
@@ -175,8 +179,33 @@ def read_config(yml: str | None, flags: Mapping[str, Any], *, folders: bool = Tr
             raise UsageError(f"{yml} has no {_listed(missing)}: give {it} there or as {names}")
         raise UsageError(f"give {names}, or a --yml that has {it}")
     models = values.pop("models")
-    dtypes = {name: dtype for name, dtype in models if dtype is not None}
-    return ExtractConfig(models=tuple(name for name, _ in models), dtypes=dtypes, **values)
+    dtypes = {name: keys["dtype"] for name, keys in models if keys.get("dtype") is not None}
+    judges = _judges(yml, models, values.get("judge", {}))
+    return ExtractConfig(models=tuple(name for name, _ in models), dtypes=dtypes, judges=judges, **values)
+
+
+def _judges(
+    yml: str | None, models: Iterable[tuple[str, Mapping[str, Any]]], common: Mapping[str, Any]
+) -> dict[str, JudgeSettings]:
+    """The settings of each judge among the models.
+
+    Raises:
+        UsageError: They make no sense, or there is no judge that ``common`` could be meant for.
+    """
+    found: dict[str, JudgeSettings] = {}
+    giver: dict[str, str] = {}
+    for name, keys in models:
+        if is_judge(name):
+            try:
+                found[name] = parse_judge(common, keys)
+                for column in judging.columns_of(name, found[name].axes):
+                    if (other := giver.setdefault(column, name)) != name:
+                        raise ValueError(f"gives the column {column}, as {other} does: rename one of them, or an axis")
+            except ValueError as error:
+                raise UsageError(f"{f'{yml}: ' if yml else ''}{name}: {error}") from None
+    if common and not found:
+        raise UsageError("judge: none of the models is a judge: add judge to the models, or leave this key out")
+    return found
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -202,6 +231,7 @@ def model_settings(config: ExtractConfig, directive: str, device: str = "cpu", t
         threads=threads,
         dtype=config.dtypes.get(directive, config.dtype),
         resize=config.resize,
+        judge=config.judges.get(directive),
     )
 
 
@@ -217,6 +247,8 @@ def check_outputs(asked: Sequence[str], key: str, given: Sequence[str]) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    from curation.storage.yaml_files import read_yaml
+
     value = read_yaml("--yml", path, MAX_YAML_BYTES)
     if not isinstance(value, dict):
         raise UsageError(f"--yml {path}: no keys in it")
@@ -249,25 +281,45 @@ def _directives(value: Any) -> tuple[str, ...]:
     return _names(items_in(value) if isinstance(value, str) else value)
 
 
-def _models(value: Any) -> tuple[tuple[str, Precision | None], ...]:
-    """Directives, each with its own dtype if it has one: an entry of a list is a name, or ``name: {dtype: …}``."""
+def _models(value: Any) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """Directives, each with its own keys if it has some: an entry of a list is a name, or ``name: {dtype: …}``."""
     entries = value if isinstance(value, list | tuple) else _directives(value)
     return tuple(map(_model, entries))
 
 
-def _model(entry: Any) -> tuple[str, Precision | None]:
+def _model(entry: Any) -> tuple[str, Mapping[str, Any]]:
     name: Any = entry
     keys: Any = {}
     if isinstance(entry, dict) and len(entry) == 1:
         [(name, keys)] = entry.items()
     if not isinstance(name, str) or not name:
         raise ValueError("needs a list of names, or `name: {dtype: …}`")
+    if is_judge(name.strip().lower()):
+        name = name.strip().lower()
+        try:
+            return name, _judge(keys)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     if not isinstance(keys, dict) or set(keys) - {"dtype"}:
         raise ValueError(f"{name}: behind a directive may be {{dtype: …}} and no other key")
     dtype = keys.get("dtype")
     if dtype is not None and dtype not in PRECISIONS:
         raise ValueError(f"{name}: dtype needs one of {', '.join(PRECISIONS)}")
-    return name, dtype
+    return name, keys
+
+
+def _judge(value: Any) -> Mapping[str, Any]:
+    """Keys of a judge, in the YAML or as text: ``{model: …, endpoints: …}``."""
+    if isinstance(value, str):
+        from curation.storage.yaml_files import parse_yaml
+
+        value = parse_yaml("judge", value.encode("utf-8", "replace"))
+    if not isinstance(value, dict):
+        raise ValueError("needs keys: {model: …, endpoints: …}")
+    for key in value:
+        if key not in judging.KEYS:
+            raise ValueError(f"has no key {str(key)[:60]!r}: {nearest(str(key), judging.KEYS)}")
+    return judging.with_one_name(value)
 
 
 def _paths(value: Any) -> tuple[str, ...]:
@@ -376,5 +428,6 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "resize": _one_of("exact", "fast"),
         "decode": _one_of("cpu", "gpu"),
         "dtype": _one_of(*PRECISIONS),
+        "judge": _judge,
     }
 )

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
-import numpy as np
-
 from curation.errors import InfrastructureError, SampleError
 from curation.images import decode_rgb, encode_jpeg
+from curation.libraries import np
 
 logger = logging.getLogger("curation")
 

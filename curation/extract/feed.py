@@ -12,16 +12,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from curation.errors import SampleError
 from curation.extract.api import Preparation
+from curation.extract.plugins import Plugin
 from curation.extract.worker import (
     Errand,
     Lost,
@@ -32,8 +30,12 @@ from curation.extract.worker import (
     WorkerProcess,
 )
 from curation.jsonio import decode_text
-from curation.tar.samples import MAX_CAPTION_CHARACTERS, Sample, caption_of, image_of, lenient_metadata
+from curation.libraries import np
+from curation.tar.samples import MAX_CAPTION_CHARACTERS, USUAL, Parts, Sample, caption_of, image_of, lenient_metadata
 from curation.tar.scan import IMAGE_SUFFIXES
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 logger = logging.getLogger("curation")
 
@@ -89,12 +91,13 @@ class ExtractBatch:
     staged: Any = None
 
 
-def extract_sample(sample: Sample) -> ExtractSample:
+def extract_sample(sample: Sample, parts: Parts = USUAL) -> ExtractSample:
     """What the models are given of a sample: the .txt as it is (as dataset2metadata gives it), else the json's caption;
     and the clean caption that the other stages work on."""
     data = sample.members.get("json")
     metadata = lenient_metadata(data)
-    found = ExtractSample(sample.key, metadata, _caption(sample, metadata), None, _clean_caption(sample, metadata))
+    told = parts.told(metadata)
+    found = ExtractSample(sample.key, metadata, _caption(sample, told), None, _clean_caption(sample, told))
     if sample.problem is not None:
         found.outcome.broken = sample.problem
         return found
@@ -105,7 +108,7 @@ def extract_sample(sample: Sample) -> ExtractSample:
     return found
 
 
-def _caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
+def _caption(sample: Sample, metadata: Mapping[str, Any]) -> str | None:
     txt = sample.members.get("txt")
     told = metadata.get("caption")
     found = None if txt is None else decode_text(txt[: 4 * MAX_CAPTION_CHARACTERS + 4])[:MAX_CAPTION_CHARACTERS]
@@ -114,7 +117,7 @@ def _caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
     return found
 
 
-def _clean_caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
+def _clean_caption(sample: Sample, metadata: Mapping[str, Any]) -> str | None:
     try:
         return caption_of(metadata, sample.members.get("txt"))
     except SampleError:
@@ -188,7 +191,7 @@ class ExtractLoader:
         preparations: Sequence[Preparation],
         batch_size: int,
         processes: int,
-        plugin: str | None = None,
+        plugin: Plugin | None = None,
         *,
         least_slots: int = 2,
         for_device: bool = False,

@@ -12,16 +12,17 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from curation.errors import InfrastructureError, ShardError, install
 from curation.extract.api import Kind
 from curation.jsonio import MAX_DEPTH, dump_json, parse_json
+from curation.libraries import np
 from curation.run.checkpoints import MAX_PAYLOAD_BYTES, PartialLog
 from curation.storage.files import AtomicFile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 OWN_FIELDS = ("uid", "key", "tar")
 
@@ -35,7 +36,7 @@ ROW_GROUP = 16_384  # rows that are in memory at a time
 # Of img2dataset's and DataComp's json, so that every shard's parquet has one schema, whatever its values.
 FIELD_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("uid", "url", "caption", "text", "key", "status", "error_message", "exif"), "string"),
-    **dict.fromkeys(("sha256", "md5", "original_key", "original_caption"), "string"),
+    **dict.fromkeys(("sha256", "md5", "opt_out", "original_key", "original_caption"), "string"),
     **dict.fromkeys(("width", "height", "original_width", "original_height"), "int64"),
     **dict.fromkeys(("similarity", "hash", "punsafe", "pwatermark"), "float64"),
     "face_bboxes": "boxes",
@@ -94,7 +95,7 @@ class Spool:
 
     def has(self, number: int) -> bool:
         """Whether the batch of that number is there, of this attempt or of one before."""
-        return self._log.get(str(number), "rows") is not None
+        return bool(self._log.get(str(number), "rows"))
 
     def put(
         self, number: int, rows: Sequence[MetadataRow], missing: Counter[str], features: Mapping[str, NDArray[Any]]
@@ -103,6 +104,10 @@ class Spool:
         told = {"missing": missing, "rows": [[*_slots_of(row)] for row in rows]}
         parts = [(str(number), mark, features[name].tobytes()) for name, mark in self._features.items()]
         self._log.append([*parts, (str(number), "rows", dump_json(told))])  # last: where it is, the others are
+
+    def forget(self, batches: int) -> None:
+        """Have the first batches computed again by the next attempt.  Recorded answers of model servers stay."""
+        self._log.append((str(number), "rows", b"") for number in range(batches))
 
     def rows(self, number: int) -> tuple[list[MetadataRow], Counter[str]]:
         told = parse_json(self._read(number, "rows"), MAX_PAYLOAD_BYTES, MAX_DEPTH + 4, keep_surrogates=True)

@@ -9,33 +9,58 @@ A file of the latter has four tables: ``model_lookup``, ``preprocessor_lookup``,
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import xxhash
-from PIL import Image
 
 from curation.errors import InfrastructureError, UsageError
 from curation.extract import api
 from curation.extract import settings as model_settings
 from curation.extract.api import Batch, Column, Extractor, Feature, Kind, Preparation, Takes
 from curation.extract.settings import ModelSettings
+from curation.libraries import Image, np
 
-_PACKAGE = "dataset2metadata"
 # Plugins written for version 0.1 import from modules that have other names now.
 _FORMER_MODULES = {"curation.extracting": api, "curation.model_settings": model_settings}
 
 
-def load_plugin(path: str) -> ModuleType:
+class BuiltIns(Protocol):
+    """What plugins in dataset2metadata's style may name or import of it.  Picklable, for the worker processes.
+
+    names: of its preprocessors.
+    """
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def modules(self) -> Mapping[str, ModuleType]:
+        """Modules that plugins import, by name, where they are not installed."""
+
+    def preparation(self, name: str) -> Preparation | None:
+        """What a name in ``preprocessors`` stands for; None for an unknown one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """One file of the user's.  built_in: what it may name beside its own; None for nothing."""
+
+    path: str
+    built_in: BuiltIns | None = None
+
+    def load(self) -> ModuleType:
+        """The module (``load_plugin``)."""
+        return load_plugin(self.path, self.built_in)
+
+
+def load_plugin(path: str, built_in: BuiltIns | None = None) -> ModuleType:
     """The module of the file, run once per process under a name that follows from its path, so that what is made of its
     classes here is understood in the worker processes.  Raises UsageError where it is not there, InfrastructureError
     where it does not load."""
@@ -51,38 +76,17 @@ def load_plugin(path: str) -> ModuleType:
     sys.modules[name] = module
     for former, now in _FORMER_MODULES.items():
         sys.modules.setdefault(former, now)
+    if built_in is not None:
+        sys.modules.update(built_in.modules())
     try:
-        with upstream_modules():
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise InfrastructureError(f"custom_pypath {path}: {type(error).__name__}: {error}") from error
     return module
 
 
-# ---- what plugins import from dataset2metadata where it is not installed
-
-
-@contextlib.contextmanager
-def upstream_modules() -> Iterator[None]:
-    """``from dataset2metadata.postprocessors import select, …`` finds functions that do the same."""
-    if _PACKAGE in sys.modules or _is_installed():
-        yield
-        return
-    package, post = ModuleType(_PACKAGE), ModuleType(f"{_PACKAGE}.postprocessors")
-    for function in (select, identity, batched_dot_product, batched_dot_product_index, transpose_list):
-        setattr(post, function.__name__, function)
-    package.postprocessors = post  # type: ignore[attr-defined]
-    sys.modules |= {package.__name__: package, post.__name__: post}
-    try:
-        yield
-    finally:
-        for module in (package, post):
-            sys.modules.pop(module.__name__, None)
-
-
-def _is_installed() -> bool:
-    return importlib.util.find_spec(_PACKAGE) is not None
+# ---- what dataset2metadata.postprocessors has
 
 
 def select(cache: dict[str, Any], model: str, index: int, to_cpu: bool = True) -> Any:
@@ -111,6 +115,7 @@ def transpose_list(cache: dict[str, Any], model: str) -> list[list[Any]]:
     return [list(column) for column in zip(*cache[model], strict=True)]
 
 
+POSTPROCESSORS = (select, identity, batched_dot_product, batched_dot_product_index, transpose_list)
 OWN_TABLE = "EXTRACTORS"
 
 
@@ -123,8 +128,9 @@ TABLES = ("model_lookup", "preprocessor_lookup", "postprocess_parquet_lookup", "
 _OTHERS_FEATURES = ("oai-clip-vit-b32", "oai-clip-vit-l14")  # whose outputs are an image's and a text's features
 
 
-def extractors_of(module: ModuleType, path: str) -> Mapping[str, Callable[[str, ModelSettings], Any]]:
+def extractors_of(plugin: Plugin) -> Mapping[str, Callable[[str, ModelSettings], Any]]:
     """Directive → what makes its extractor.  Raises UsageError where the file has none."""
+    module, path = plugin.load(), plugin.path
     own = getattr(module, OWN_TABLE, None)
     if isinstance(own, Mapping) and own and all(isinstance(name, str) for name in own):
         return own
@@ -132,7 +138,7 @@ def extractors_of(module: ModuleType, path: str) -> Mapping[str, Callable[[str, 
     if missing:
         tables = f" ({', '.join(missing)} of dataset2metadata's style are missing too)" if len(missing) < 4 else ""
         raise UsageError(f"custom_pypath {path}: it has no {OWN_TABLE} = {{directive: class}}{tables}")
-    return {name: partial(UpstreamExtractor, path) for name in module.model_lookup}
+    return {name: partial(UpstreamExtractor, plugin) for name in module.model_lookup}
 
 
 def make_extractor(kind: Callable[[str, ModelSettings], Any], directive: str, settings: ModelSettings) -> Extractor:
@@ -156,14 +162,14 @@ def make_extractor(kind: Callable[[str, ModelSettings], Any], directive: str, se
 class UpstreamPreparation:
     """A preprocessor of the plugin, on one sample: a picture as a Pillow image, a caption as text."""
 
-    path: str
+    plugin: Plugin
     name: str
     takes: Takes
 
     def __call__(self, given: Any) -> Any:
         made: Any = given if self.takes == "text" else Image.fromarray(given)
         if self.name != "identity":
-            made = load_plugin(self.path).preprocessor_lookup[self.name](made)
+            made = self.plugin.load().preprocessor_lookup[self.name](made)
         if isinstance(made, str):
             return {"value": made}
         array = made.numpy() if callable(getattr(made, "numpy", None)) else np.asarray(made)
@@ -175,11 +181,11 @@ class UpstreamExtractor:
 
     revision = "custom"
 
-    def __init__(self, path: str, directive: str, settings: ModelSettings) -> None:
+    def __init__(self, plugin: Plugin, directive: str, settings: ModelSettings) -> None:
         import torch
 
         self._torch = torch
-        module = load_plugin(path)
+        module = plugin.load()
         kind = module.model_lookup[directive]
         self.name = directive
         for name in kind.dependencies:
@@ -189,7 +195,7 @@ class UpstreamExtractor:
         self.needs = tuple(f"{name}-{part}" for name in self._dependencies for part in ("image", "text"))
         pairs = zip(kind.preprocessors, kind.raw_inputs, strict=True)
         self.preparations: tuple[Preparation, ...] = tuple(
-            _preparation(module, path, directive, name, raw) for name, raw in pairs
+            _preparation(plugin, directive, name, raw) for name, raw in pairs
         )
         self._to_device = bool(kind.to_device)
         self._device = settings.device
@@ -244,12 +250,21 @@ class UpstreamExtractor:
         self._model = None
 
 
-def _preparation(module: ModuleType, path: str, directive: str, name: str, raw: str) -> Preparation:
+def _preparation(plugin: Plugin, directive: str, name: str, raw: str) -> Preparation:
     if raw not in ("image", "text"):
         raise UsageError(f"{directive}: the input {raw!r} is neither image nor text")
-    if name != "identity" and name not in module.preprocessor_lookup:
-        raise UsageError(f"{directive}: the file's preprocessor_lookup has no {name!r}; define it there")
-    return UpstreamPreparation(path, name, "image" if raw == "image" else "text")
+    takes: Takes = "image" if raw == "image" else "text"
+    if name == "identity" or name in plugin.load().preprocessor_lookup:
+        return UpstreamPreparation(plugin, name, takes)
+    found = None if plugin.built_in is None else plugin.built_in.preparation(name)
+    if found is None:
+        known = ", ".join(("identity", *(plugin.built_in.names if plugin.built_in is not None else ())))
+        raise UsageError(
+            f"{directive}: the file's preprocessor_lookup has no {name!r}; define it there, or name one of {known}"
+        )
+    if found.takes != takes:
+        raise UsageError(f"{directive}: the preprocessor {name!r} takes the {found.takes}, not the {raw}")
+    return found
 
 
 def _given(function: Callable[[dict[str, Any]], Any], outputs: dict[str, Any]) -> Any:

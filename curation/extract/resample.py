@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from curation.libraries import Image, np
 
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curation.errors import InfrastructureError
+from curation.extract.judging import JudgeSettings
 from curation.models.hub_cache import TRANSFORMER
+from curation.serving.pool import LONG, Waiting
 
 Precision = Literal["auto", "half", "float32", "float16", "bfloat16"]
 
@@ -42,6 +44,8 @@ class ModelSettings:
     dtype: auto is what upstream computes in: float16 for CLIP on a GPU, float32 elsewhere.  half: float16 on a GPU,
     float32 on the CPU, whatever upstream does.
     resize: ``fast`` lets pictures be shrunk by cheaper means than upstream's.
+    judge: Of a judge: whom to ask, and what.
+    waiting: Of a judge: how long a request is sent again and again.
     cache: the folder that downloads stay in.
     """
 
@@ -54,6 +58,8 @@ class ModelSettings:
     threads: int = 1
     dtype: Precision = "auto"
     resize: Resize = "exact"
+    judge: JudgeSettings | None = None
+    waiting: Waiting = LONG
     cache: Path = Path("~/.cache/curation/weights")
 
     def source(self, default: WeightSource | None) -> WeightSource | None:

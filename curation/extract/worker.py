@@ -21,15 +21,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from curation.errors import InfrastructureError, SampleError, lack_of
 from curation.extract.api import Preparation, SampleFacts
-from curation.extract.plugins import load_plugin
+from curation.extract.plugins import Plugin
 from curation.images import Pixels, decode_rgb, image_size, refused_by_devices
+from curation.libraries import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 LARGE_PIXELS = 16_000_000  # such images are decoded by one process at a time: up to 700 MB each
 
@@ -175,7 +176,7 @@ def main(connection_descriptor: int, memory_descriptor: int) -> None:
         try:
             plugin = connection.recv()
             if plugin is not None:
-                load_plugin(plugin)  # its classes are among the preparations
+                plugin.load()  # its classes are among the preparations
             preparations, layout = connection.recv()
         except (ImportError, AttributeError, InfrastructureError) as error:
             connection.send(str(lack_of(error) or f"{type(error).__name__}: {error}"))
@@ -300,7 +301,7 @@ class Lost(Exception):
 class WorkerProcess:
     """One worker process, started when it is first needed and again after a death."""
 
-    def __init__(self, preparations: tuple[Preparation, ...], slots: Slots, plugin: str | None) -> None:
+    def __init__(self, preparations: tuple[Preparation, ...], slots: Slots, plugin: Plugin | None) -> None:
         self._preparations = preparations
         self._slots = slots
         self._plugin = plugin

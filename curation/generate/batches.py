@@ -72,8 +72,11 @@ def nearest_size(
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), size))
 
 
-def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[Batch]:
-    """Put jobs of one size into batches of ``batch_size``, in the shard's order; batches are sorted by first job."""
+def plan_batches(jobs: Iterable[Job], batch_size: int, round_number: int = 0) -> list[Batch]:
+    """Put jobs of one size into batches of ``batch_size``, in the shard's order; batches are sorted by first job.
+
+    round_number: How many times these samples were tried before; it is part of the batches' digests.
+    """
     waiting: dict[tuple[int, int], list[Job]] = {}
     numbered: list[tuple[int, Batch]] = []
     first: dict[tuple[int, int], int] = {}
@@ -83,9 +86,9 @@ def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[Batch]:
         first.setdefault(size, number)
         row.append(job)
         if len(row) == batch_size:
-            numbered.append((first.pop(size), _batch(row)))
+            numbered.append((first.pop(size), _batch(row, round_number)))
             del waiting[size]
-    numbered += [(first[size], _batch(row)) for size, row in waiting.items()]
+    numbered += [(first[size], _batch(row, round_number)) for size, row in waiting.items()]
     return [batch for _, batch in sorted(numbered, key=lambda item: item[0])]
 
 
@@ -94,17 +97,23 @@ def shrunk_batches(batches: Sequence[Batch], limit: Callable[[int, int], int]) -
 
     limit: (width, height) → how many images of that size fit.
     """
-    fullest = {(batch.width, batch.height): len(batch.jobs) for batch in reversed(batches)}
+    fullest: dict[tuple[int, int], int] = {}
+    for batch in batches:
+        size = (batch.width, batch.height)
+        fullest[size] = max(len(batch.jobs), fullest.get(size, 0))
     limits = {size: limit(*size) for size in fullest}
     return {f"{w}x{h}": most for (w, h), most in limits.items() if most < fullest[w, h]}
 
 
-def seed_of(seed: int, key: str) -> int:
-    """The 63-bit seed of one sample: a hash of the run's seed and the sample's key, independent of its batch."""
-    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def seed_of(seed: int, key: str, round_number: int = 0) -> int:
+    """The 63-bit seed of one try of a sample: a hash of the run's seed, the sample's key and, from the second try on,
+    the number of the round.  It is independent of the batch."""
+    text = f"{seed}\0{key}\0{round_number}" if round_number else f"{seed}\0{key}"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def _batch(jobs: list[Job]) -> Batch:
-    digest = xxhash.xxh3_64_hexdigest("\0".join(job.digest for job in jobs).encode())
+def _batch(jobs: list[Job], round_number: int) -> Batch:
+    parts = [job.digest for job in jobs] + ([f"round {round_number}"] if round_number else [])
+    digest = xxhash.xxh3_64_hexdigest("\0".join(parts).encode())
     return Batch(jobs[0].width, jobs[0].height, tuple(jobs), digest)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from curation.errors import install, install_in_place
@@ -24,6 +23,8 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 def installed_version(package: str) -> str:
     """The version of an installed package; "" where it is not installed."""
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

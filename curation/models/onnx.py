@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.cluster import CPU_ON_PURPOSE, do_without_gpus
-from curation.errors import DeviceError, InfrastructureError, install
+from curation.errors import DeviceError, InfrastructureError, install, require
 from curation.models.builds import onnxruntime_with_cuda
 
 ARENA_BESIDE_TORCH = 4 << 30  # bytes for one session: its models are small, and compute a picture or few at a time
@@ -53,11 +53,12 @@ def open_session(
             this onnxruntime has no CUDA, because a job on a GPU node must not run on the CPU unnoticed.
         DeviceError: This onnxruntime has CUDA, and cannot start it on this device.
     """
-    wanted = "onnxruntime" if gpu is None else "onnxruntime-gpu"
+    if gpu is None:
+        require("onnxruntime")
     try:
         import onnxruntime
     except ImportError as error:
-        raise InfrastructureError(f"onnxruntime cannot be imported ({error}): {install(wanted)}") from None
+        raise InfrastructureError(f"onnxruntime cannot be imported ({error}): {install('onnxruntime-gpu')}") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -11,10 +11,12 @@ so that another graph, or an operation that means something else than is thought
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from curation.libraries import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")  # they move values, and change none
 AGREEMENT = 1e-3  # the largest difference between torch's float32 and onnxruntime's, of answers that are about one

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, ClassVar, get_type_hints
+from typing import Annotated, ClassVar, Literal, get_type_hints
 
 from curation.errors import UsageError
 
@@ -97,6 +97,21 @@ def also(*names: str) -> Also:
 
 
 @dataclass(frozen=True, slots=True)
+class Unless:
+    """In the annotation of a required option's field: it may be left out where another option is given.
+
+    Its value is then that of the other option; nothing, where it takes several values.
+    """
+
+    name: str
+
+
+def unless(name: str) -> Unless:
+    """The option may be left out where the option ``name`` is given."""
+    return Unless(name)
+
+
+@dataclass(frozen=True, slots=True)
 class Positional:
     """In the annotation of an option's field: the value may stand without a flag, where its turn is.
 
@@ -127,22 +142,38 @@ class Explained:
 
 URL = re.compile(r"\s*([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _URL_AS_PATH = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # a Path of s3://bucket is s3:/bucket
+_ANY_URL = re.compile(r"\s*([a-zA-Z][a-zA-Z0-9+.-]+):/+(.*)")
+
+
+def url_in(value: object) -> str:
+    """The URL that an option's value is, also where it was made a Path; empty for a path of this filesystem."""
+    found = _ANY_URL.fullmatch(str(value or ""))
+    return "" if found is None or found[1].lower() == "file" else f"{found[1].lower()}://{found[2].strip()}"
 
 
 def refuse_url(flag: str, value: object) -> None:
     """Raise UsageError if the value is a URL: written as a path, it would make a folder ``./s3:/…`` on this machine."""
     match = (_URL_AS_PATH if isinstance(value, Path) else URL).match(str(value))
     if isinstance(value, str | Path) and match:
-        raise UsageError(f"{flag} {match[1]}://…: a URL, but this option needs a path on this machine's filesystem")
+        hint = (
+            ": if a stage wrote it there, the folder that it got as --work_dir"
+            if match[1] in ("s3", "gs", "hf")
+            else ""
+        )
+        raise UsageError(
+            f"{flag} {match[1]}://…: a URL, but this option needs a path on this machine's filesystem{hint}"
+        )
 
 
-def refuse_urls(options: object) -> None:
-    """Raise UsageError if an option of a dataclass is a URL, unless its annotation has ``URLS``."""
+def refuse_urls(options: object, *, besides: str = "") -> None:
+    """Raise UsageError if an option is a URL, unless its annotation has ``URLS`` or its name is ``besides``."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
-        if URLS not in getattr(hint, "__metadata__", ()):
+        extras = getattr(hint, "__metadata__", ())
+        if URLS not in extras and name != besides:
             value = getattr(options, name, None)
+            shown = next((one.shown or name.upper() for one in extras if isinstance(one, Positional)), f"--{name}")
             for one in value if isinstance(value, tuple) else (value,):
-                refuse_url(f"--{name}", one)
+                refuse_url(shown, one)
 
 
 def check_bounds(options: object) -> None:
@@ -161,7 +192,67 @@ def check_bounds(options: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class PublishOptions:
+    """Whether and where a stage's finished outputs are published, while it runs and at its end."""
+
+    help_group: ClassVar[str] = "publish"
+    overwrites_here: ClassVar[bool] = False  # whether --overwrite is about the stage's output folder too
+
+    publish_to: Annotated[str | None, URLS] = None
+    """Upload every finished shard to this folder in a store: s3://bucket/folder, gs://bucket/folder,
+    hf://datasets/user/name, or a path on another filesystem.  An --output that is a URL means the same."""
+    work_dir: Annotated[str | None, PATH] = None
+    """With a URL as --output: the folder on this filesystem for receipts, claims and files that are not uploaded yet.
+    All processes of the run must share it."""
+    keep_local: Literal["all", "receipts"] | None = None
+    """With --publish_to: what stays on this filesystem when an upload is proved.  Default: all; receipts where --output
+    is a URL, if the stage allows that."""
+    local_budget: str | None = None
+    """With --publish_to: begin no shard while more than this lies here and is not uploaded, such as 500G."""
+    overwrite: bool = False
+    """With --publish_to: replace files in the store that were not put there from this folder."""
+
+    def check_publishing(self, *, needed_by: str = "") -> None:
+        """Check the options that are about publishing.
+
+        needed_by: which later stages read the outputs on this filesystem, for the message; empty for none.
+
+        Raises:
+            UsageError: They do not fit together.
+        """
+        if self.publish_to is None:
+            given = [name for name in ("work_dir", "keep_local", "local_budget") if getattr(self, name) is not None]
+            if given:
+                raise UsageError(f"--{given[0]} needs --publish_to, or a URL as --output")
+            if self.overwrite and not self.overwrites_here:
+                raise UsageError(
+                    "--overwrite is about a store: it needs --publish_to, or a URL as --output; --rerun repeats shards"
+                )
+        if self.work_dir is not None and str(getattr(self, "output", self.work_dir)) != self.work_dir:
+            raise UsageError("--work_dir is for an --output that is a URL: leave one of the two out")
+        if self.keep_local == "receipts" and needed_by:
+            raise UsageError(f"--keep_local receipts: {needed_by}; use --keep_local all")
+        if self.local_budget is not None:
+            bytes_in("--local_budget", self.local_budget)
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtTpP]?)(?:i?[bB])?\s*")
+
+
+def bytes_in(flag: str, text: str) -> int:
+    """The number of bytes of a size such as ``500G`` (thousands, so 500,000,000,000).
+
+    Raises:
+        UsageError: It is no size.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None or float(found[1]) <= 0:
+        raise UsageError(f"{flag} {text}: write a number of bytes such as 500G, 1.5T or 20000000")
+    return int(float(found[1]) * 1000 ** " kmgtp".index(found[2].lower() or " "))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(PublishOptions):
     """Which shards are worked on, by how many workers, and until when."""
 
     help_group: ClassVar[str] = "run"  # the heading under which --help lists the options of this class

@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from curation.errors import UsageError
-from curation.options.declare import LISTED, PATH, Also, Explained, Positional, Sides
+from curation.options.declare import LISTED, PATH, Also, Explained, Positional, Sides, Unless
 from curation.options.values import whole_number
 
 _SHOWN = {str: "STR", Path: "PATH", int: "INT", float: "FLOAT"}
@@ -39,6 +39,7 @@ class Flag:
         explained: What it does, where the field's docstring does not say it.
         sides: The two options that a size as its value stands for.
         told: What ``--help`` shows in the place of a value, where the type does not say it.
+        unless: The option with which this one may be left out, although it is required; empty for none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Flag:
     sides: Sides | None = None
     explained: str = ""
     told: str = ""
+    unless: str = ""
 
     @property
     def is_required(self) -> bool:
@@ -144,6 +146,7 @@ def _flag(name: str, hint: Any, default: Any) -> Flag:
         is_path=PATH in notes or Path in kinds,
         is_list=LISTED in notes,
         sides=next((note for note in notes if isinstance(note, Sides)), None),
+        unless="".join(note.name for note in notes if isinstance(note, Unless)),
         told="".join(note.metavar for note in notes if isinstance(note, Explained)),
         explained="".join(note.text for note in notes if isinstance(note, Explained)),
     )

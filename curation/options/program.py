@@ -13,7 +13,16 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-from curation.errors import EXIT_DEVICE_FAILED, EXIT_OK, EXIT_USAGE, InfrastructureError, lack_of, redact
+from curation.errors import (
+    EXIT_DEVICE_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    EXIT_WORK_LEFT,
+    InfrastructureError,
+    StoppedAtOnce,
+    lack_of,
+    redact,
+)
 from curation.jsonio import clean_text
 
 logger = logging.getLogger("curation")
@@ -58,6 +67,11 @@ def exit_code(main: Callable[[Sequence[str] | None], int]) -> Main:
         try:
             code = main(argv)
             sys.stdout.flush()
+        except StoppedAtOnce as stopped:
+            if not logger.handlers:
+                set_up_logging(quiet=False)
+            logger.warning(f"stopped ({stopped}) before the first shard: run the same command again")
+            return EXIT_WORK_LEFT
         except InfrastructureError as error:
             lack = lack_of(error)
             say_error(error if lack is None or "pip install" in str(error) else f"{error}: {lack}")

@@ -149,7 +149,9 @@ def read_options(kind: type, words: Sequence[str], advice: Advice, *, partial: b
         UsageError: The command line makes no sense, or lacks a required option.
     """
     values = Words(kind, words, advice).read()
-    missing = [flag for flag in flags_of(kind).values() if flag.is_required and flag.name not in values]
+    flags = flags_of(kind).values()
+    values |= {f.name: () if f.many else values[f.unless] for f in flags if f.unless in values and f.name not in values}
+    missing = [flag for flag in flags if flag.is_required and flag.name not in values]
     if missing and not partial:
         raise UsageError(advice.missing(missing))
     return {flag.name: (flag.name,) if flag.many else flag.name for flag in missing} | values

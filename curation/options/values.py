@@ -92,7 +92,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def plain_path(flag: str, text: str) -> str:
+def plain_path(flag: str, text: str, *, variables: bool = False) -> str:
     """The path that was meant by a text that no shell has read: from quotes, a list, a YAML file or an environment.
 
     A file of exactly that name goes first.  Otherwise white space and quotation marks around the text are left out,
@@ -101,6 +101,7 @@ def plain_path(flag: str, text: str) -> str:
     Args:
         flag: Where the text comes from, for the message.
         text: A path, or a pattern of paths.
+        variables: A ``$VARIABLE`` without a value may stay in it: nobody will open the path.
 
     Raises:
         UsageError: The shell did not expand a ``$VARIABLE``, there is no such user, or the file is on another machine.
@@ -117,7 +118,7 @@ def plain_path(flag: str, text: str) -> str:
         return path
     if len(path) > 1 and os.path.lexists(path.rstrip("/")):  # a file, and no folder
         return path.rstrip("/")
-    if variable := _VARIABLE.search(path):
+    if not variables and (variable := _VARIABLE.search(path)):
         raise UsageError(
             f"{flag} {path}: the shell did not put a value in place of {variable[0].lstrip('/')}, because it is "
             'between single quotes or in a file; write the whole path, or use double quotes ("…")'
@@ -138,7 +139,7 @@ def _of_file_url(flag: str, url: str) -> str:
     return path if os.path.lexists(path) else unquote(path)
 
 
-def with_plain_paths(options: Arguments) -> Arguments:
+def with_plain_paths(options: Arguments, *, variables: bool = False) -> Arguments:
     """The options with the paths that were meant (``plain_path``).
 
     Values of type ``str`` without ``PATH`` or ``URLS`` may be no paths: only a ``~`` in front of a path is expanded.
@@ -147,22 +148,24 @@ def with_plain_paths(options: Arguments) -> Arguments:
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         value, marks, flag = getattr(options, name, None), getattr(hint, "__metadata__", ()), f"--{name}"
         if isinstance(value, tuple):
-            found[name] = tuple(plain_source(flag, one) if isinstance(one, str) else one for one in value)
+            found[name] = tuple(
+                plain_source(flag, one, variables=variables) if isinstance(one, str) else one for one in value
+            )
         elif isinstance(value, Path):
-            found[name] = Path(plain_path(flag, str(value)))
+            found[name] = Path(plain_path(flag, str(value), variables=variables))
         elif isinstance(value, str) and PATH in marks:
-            found[name] = plain_path(flag, value)
+            found[name] = plain_path(flag, value, variables=variables)
         elif isinstance(value, str) and URLS not in marks and value.startswith("~") and "/" in value:
             found[name] = os.path.expanduser(value)
     return replace(options, **{name: value for name, value in found.items() if value != getattr(options, name)})  # type: ignore[type-var]
 
 
-def plain_source(flag: str, text: str) -> str:
+def plain_source(flag: str, text: str, *, variables: bool = False) -> str:
     """``plain_path`` of a text that may also be a command (``pipe:``) or a URL of another machine, which stay."""
     source = text.strip()
     if source.startswith("pipe:") or (URL.match(source) and not source.lower().startswith("file:")):
         return source
-    return plain_path(flag, text)
+    return plain_path(flag, text, variables=variables)
 
 
 _NUMBERS = re.compile(r"\d[\d.,:…\u2013-]*")

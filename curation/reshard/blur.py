@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Final
 
 from curation.edits import json_of
-from curation.errors import InfrastructureError, SampleError, install
+from curation.errors import SampleError, require
 from curation.faces import RECORDED_FIELD, FaceDetector, clipped, has_area, recorded_boxes, without_area
 from curation.images import Pixels, decode_rgb
 from curation.jsonio import parse_json_object
+from curation.libraries import np
 from curation.reshard.fitting import QUALITY, Fitting
 from curation.tar.samples import MAX_MEMBER_BYTES
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
 from curation.tar.splice import Edit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _GROWTH = 0.1  # a box grows on each side by this share of its longer side
 _SIGMA = 0.1  # as a share of the largest box's longer side
@@ -40,16 +41,16 @@ class Blur:
 
     def __init__(self, detector: FaceDetector | None, fitting: Fitting) -> None:
         """detector: finds the faces; None: use the boxes that the metadata records.  fitting: encodes the images."""
-        try:
-            import cv2
-        except ImportError as error:
-            raise InfrastructureError(f"--blur_faces needs OpenCV ({error}): {install('cv2')}") from None
+        require("cv2")
+        import cv2
+
         cv2.setNumThreads(1)
         self._cv2 = cv2
         self._detector, self._fitting = detector, fitting
         self.blurred = 0  # number of images
         self.faces = 0  # that were blurred in them
         self.without_area = 0  # recorded boxes that were ignored
+        self.not_looked_at = 0  # samples with further pictures, of which only the one that is read is blurred
         self.unknown = 0  # samples whose metadata does not say whether there are faces
 
     def edit(self, window: Window, span: SampleSpan) -> Edit | None:
@@ -64,7 +65,9 @@ class Blur:
             raise SampleError("blur_failed", f"{type(error).__name__}: {error}") from None
 
     def _edit(self, window: Window, span: SampleSpan) -> Edit | None:
-        image = _read(window, span, IMAGE_SUFFIXES)
+        picture = self._fitting.picture(span)
+        image = _read(window, span, frozenset((picture,)) if picture else IMAGE_SUFFIXES)
+        self.not_looked_at += sum(suffix.rpartition(".")[2] in IMAGE_SUFFIXES for suffix in span.suffixes) > 1
         json = _read(window, span, frozenset(("json",)))
         metadata = parse_json_object(json) if json is not None else {}
         if image is None:
@@ -85,7 +88,9 @@ class Blur:
         new, suffix = self._fitting.encode(span, self._blurred(pixels, boxes))
         self.blurred += 1
         self.faces += len(boxes)
-        return Edit(new, None, self._json(metadata, new, pixels, boxes) if json is not None else None, suffix)
+        return Edit(
+            new, None, self._json(metadata, new, pixels, boxes) if json is not None else None, suffix, replaces=picture
+        )
 
     def _blurred(self, pixels: Pixels, boxes: Sequence[Box]) -> Pixels:
         height, width = pixels.shape[:2]

@@ -18,11 +18,16 @@ from curation.images import Pixels, encode_as, encode_jpeg, encoders, image_size
 from curation.jsonio import parse_json_object
 from curation.run import Later
 from curation.tar.headers import split_name
-from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan
+from curation.tar.runs import Alike
+from curation.tar.samples import AUTO, MAX_MEMBER_BYTES, PLAIN, Parts
+from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
 from curation.tar.splice import Edit
 
 ImageSuffix = Literal["source", "jpg", "png", "webp", "keep"]
-LATER: Final = {"image_suffix": Later(before="keep", now="source")}  # the stages' ``later``
+LATER: Final = {  # the stages' ``later``
+    "image_suffix": Later(before="keep", now="source"),
+    "image_member": Later(before=PLAIN, now=AUTO),
+}
 QUALITY: Final = 95  # of DataComp's shards
 _FORMATS: Final = {"jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp"}
 
@@ -32,6 +37,7 @@ class Fitting:
 
     Args:
         wanted: ``source``: as the source's image; jpg, png or webp; ``keep``: as the edit's own, byte for byte.
+        member: Which of several pictures of a sample was read, and is replaced: ``Parts.image``.
 
     Attributes:
         encoded: Format → how many images were encoded again in it.
@@ -39,31 +45,41 @@ class Fitting:
         sources: Suffix → how many images of the source have it.
     """
 
-    def __init__(self, wanted: ImageSuffix) -> None:
+    def __init__(self, wanted: ImageSuffix, member: str = PLAIN) -> None:
         self._wanted = wanted
+        self._member, self._parts = member, Parts(member)
+        self._by_member = 0  # samples of which the option ``image_member`` decided
         self.encoded: Counter[str] = Counter()
         self.unwritten: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
+        self._seen: tuple[Alike | None, dict[str, bytes]] = None, {}  # the suffixes of the last sample of a run
 
     def look(self, spans: Iterable[SampleSpan]) -> None:
         """Count the image suffixes of the source."""
         if self._wanted == "source":
-            members = (member for span in spans for member in span.members)
-            self.sources.update(member.suffix for member in members if member.suffix in IMAGE_SUFFIXES)
+            for alike, count in Counter([span.alike or span.suffixes for span in spans]).items():
+                for suffix in alike.suffixes if isinstance(alike, Alike) else alike:
+                    if suffix in IMAGE_SUFFIXES:
+                        self.sources[suffix] += count
 
     def fit(self, span: SampleSpan, edit: Edit) -> Edit:
         """The edit as it goes into the shard in place of the sample.
 
         Raises:
-            SampleError: Its image has to be encoded again and cannot be decoded.
+            SampleError: Its image has to be encoded again and cannot be decoded, or the sample lacks the picture that
+                ``image_member`` names, or has another one of the new image's name.
         """
-        if self._wanted == "keep" or edit.image is None:
+        if edit.image is None:
             return edit
+        if self._wanted == "keep":
+            picture = self.picture(span)
+            return replace(edit, image_suffix=self._beside(span, edit.image_suffix, picture), replaces=picture)
         own = written_format(edit.image)
-        suffix, kind = self._place(span, own)
-        names = self._names(span)
+        picture = self.picture(span)
+        suffix, kind = self._place(span, own, picture)
+        names = self._names(span) | {"replaces": picture}
         if kind == own or not kind:
-            return replace(edit, image_suffix=suffix, **names)
+            return Edit(edit.image, edit.txt, edit.json, suffix, **names)
         image = encode_as(kind, edit.image, QUALITY)
         self.encoded[kind] += 1
         json = edit.json if edit.json is None else _brought_up_to_date(bytes(edit.json), edit.image, image, kind)
@@ -71,15 +87,49 @@ class Fitting:
 
     def encode(self, span: SampleSpan, pixels: Pixels) -> tuple[bytes, bytes]:
         """Encode a changed image of the sample itself: (its bytes, what it is called behind the key and a dot)."""
-        suffix, kind = (b"jpg", "jpg") if self._wanted == "keep" else self._place(span, "jpg")
+        picture = self.picture(span)
+        if self._wanted == "keep":
+            suffix, kind = self._beside(span, b"jpg", picture), "jpg"
+        else:
+            suffix, kind = self._place(span, "jpg", picture)
         if kind == "jpg":
             return encode_jpeg(pixels, QUALITY), suffix
         self.encoded[kind] += 1
         return encode_as(kind, pixels, QUALITY), suffix
 
+    def picture(self, span: SampleSpan) -> str:
+        """``Edit.replaces`` of a new image for this sample.
+
+        Raises:
+            SampleError: ``no_image``: it lacks the picture that ``image_member`` names.
+        """
+        is_named = self._member not in (AUTO, PLAIN)
+        chosen = self._parts.picture(span.suffixes)
+        if not is_named and (chosen is None or "." not in chosen):
+            return ""
+        self._by_member += 1
+        if chosen is None:
+            raise SampleError("no_image", f"it has no picture that --image_member {self._member} names")
+        return chosen
+
+    def read_picture(self, window: Window, span: SampleSpan) -> bytes | None:
+        """The bytes of the picture that counts; None if the sample has none that can be read."""
+        chosen = self._parts.picture(span.suffixes)
+        member = next((member for member in span.members if member.suffix == chosen), None)
+        if member is None or not member.regular or member.size > MAX_MEMBER_BYTES:
+            return None
+        return window.read(member.data, member.size)
+
+    def text_suffixes(self, span: SampleSpan) -> dict[str, Any]:
+        """The suffixes of txt and json as the source writes them, as fields of ``Edit``."""
+        raw = self._raw_suffixes(span)
+        return {f"{part}_suffix": raw[part] for part in ("txt", "json") if part in raw}
+
     def notes(self) -> dict[str, Any]:
         """What the receipt says; empty where every image went in as it was."""
         notes: dict[str, Any] = {} if self._wanted == "keep" else {"image_suffix": self._wanted}
+        if self._by_member:
+            notes["image_member"] = self._member
         if self.encoded:
             notes["encoded"] = {**dict(sorted(self.encoded.items())), "by": encoders()}
         if self.unwritten:
@@ -100,24 +150,44 @@ class Fitting:
             )
         return lines
 
-    def _place(self, span: SampleSpan, own: str) -> tuple[bytes, str]:
-        """The suffix of the new image, and the format that belongs to it."""
+    def _place(self, span: SampleSpan, own: str, picture: str) -> tuple[bytes, str]:
+        """The suffix of the new image, and the format that belongs to it.  picture: ``Edit.replaces``."""
         if self._wanted != "source":
-            return self._wanted.encode(), _FORMATS[self._wanted]
-        member = next((member for member in span.members if member.suffix in IMAGE_SUFFIXES), None)
-        if member is None:
-            return (own or "jpg").encode(), own or "jpg"
-        if member.suffix in _FORMATS:
-            return _raw_suffix(member.name), _FORMATS[member.suffix]
-        self.unwritten[member.suffix] += 1
-        return (own or "jpg").encode(), own or "jpg"
+            return self._beside(span, self._wanted.encode(), picture), _FORMATS[self._wanted]
+        raw = self._raw_suffixes(span)
+        source = picture or next((suffix for suffix in raw if suffix in IMAGE_SUFFIXES), None)
+        if source is not None:
+            kind = source.rpartition(".")[2]
+            if kind in _FORMATS:
+                return raw[source], _FORMATS[kind]
+            self.unwritten[kind] += 1
+        return self._beside(span, (own or "jpg").encode(), picture), own or "jpg"
+
+    def _beside(self, span: SampleSpan, suffix: bytes, picture: str) -> bytes:
+        """The suffix of a new image of a format of its own, behind the name of the picture that it replaces."""
+        if not picture:
+            return suffix
+        raw = self._raw_suffixes(span)
+        name, dot, _ = raw[picture].rpartition(b".")
+        new = name + dot + suffix
+        if any(other != picture and kept.lower() == new.lower() for other, kept in raw.items()):
+            shown = new.decode("utf-8", "replace")
+            raise SampleError("duplicate_member", f"the new image would have the name of its other picture .{shown}")
+        return new
 
     def _names(self, span: SampleSpan) -> dict[str, Any]:
         """The suffixes of txt and json, which a source may write in capitals."""
-        if self._wanted != "source":
-            return {}
-        raw = {member.suffix: _raw_suffix(member.name) for member in reversed(span.members)}
-        return {f"{part}_suffix": raw[part] for part in ("txt", "json") if part in raw}
+        return self.text_suffixes(span) if self._wanted == "source" else {}
+
+    def _raw_suffixes(self, span: SampleSpan) -> dict[str, bytes]:
+        """Suffix → the suffix as the source writes it, in the order of the members; the first one of each counts."""
+        if span.alike is not None and span.alike is self._seen[0]:
+            return self._seen[1]
+        found: dict[str, bytes] = {}
+        for member in span.members:
+            found.setdefault(member.suffix, _raw_suffix(member.name))
+        self._seen = span.alike, found
+        return found
 
 
 def _raw_suffix(name: bytes) -> bytes:

@@ -16,7 +16,7 @@ from curation.errors import ShardError, UsageError
 from curation.jsonio import KEY_SUFFIX, read_dictionary
 from curation.reshard.select import ReshardInputs
 from curation.run.inputs import check_made_by, receipts_of
-from curation.shards import TAR, Shard, bucket_of, local_folders
+from curation.shards import TAR, Shard, local_folders, record_path
 from curation.storage.files import names_in, read_record
 from curation.tar.scan import TarScan
 
@@ -41,7 +41,7 @@ def of_one_tar(
     Raises:
         UsageError: ``output`` is named like a tar, and another one would be written.
     """
-    own = shards[0].id if len(shards) == 1 else None
+    own = shards[0].id if len(shards) == 1 and "/" not in shards[0].id else None
     target = Path(output)
     if target.name.lower().endswith((".tar.gz", ".tgz")) and not target.is_dir():
         raise UsageError(f"--output {output}: shards are written as <shard>{TAR}, not packed: give a folder")
@@ -88,7 +88,7 @@ def check_folders(
     if sources.edits is not None:
         _check_edits(sources, *sources.edits, everything, may_come=may_come)
     if not may_come and sources.prompts is not None:
-        _check_has_prompts(*sources.prompts)
+        _check_has_prompts(*sources.prompts, shards)
         _check_prompted(sources, shards)
 
 
@@ -109,10 +109,11 @@ def _check_edits(
         )
 
 
-def _check_has_prompts(folder: Path, stage: str) -> None:
+def _check_has_prompts(folder: Path, stage: str, shards: Sequence[Shard]) -> None:
     """Raise UsageError if there are prompts of no shard at all.  If stage 02 ran there, shards without are blocked."""
-    if receipts_of(folder, stage) is None and not any(
-        name.endswith(".json") and name[0] not in "._" for name in names_in(folder)
+    if receipts_of(folder, stage) is None and not (
+        any(name.endswith(".json") and name[0] not in "._" for name in names_in(folder))
+        or any((folder / f"{shard.id}.json").is_file() for shard in shards if "/" in shard.id)
     ):
         raise UsageError(
             f"--prompts: {folder} holds the prompts of no shard (no <shard>.json, and no receipt of {stage}): run "
@@ -132,7 +133,7 @@ def _check_prompted(sources: ReshardInputs, shards: Sequence[Shard]) -> None:
     receipts = receipts_of(folder, stage)
     for shard in shards:
         if receipts is not None:
-            receipt = read_record(receipts / bucket_of(shard.id) / f"{shard.id}.json")
+            receipt = read_record(record_path(receipts, shard.id))
             if receipt is not None and receipt.get("status") == "done":
                 return
             continue
@@ -175,7 +176,11 @@ def _holds_edits(folder: Path, ids: Collection[str], layout: str) -> bool:
                     return True
     except OSError as error:
         raise UsageError(f"--edits: {folder}: cannot be listed ({error.strerror})") from None
-    return False
+    nested = (folder / shard_id for shard_id in ids if "/" in shard_id)
+    return any(
+        (layout != "tar" and own.is_dir()) or (layout != "files" and own.with_name(f"{own.name}{TAR}").is_file())
+        for own in nested
+    )
 
 
 def _holds_edit_files(folder: Path) -> bool:

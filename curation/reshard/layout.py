@@ -8,20 +8,23 @@ of one size.  So any process can compute the content of any output shard alone.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from curation.errors import ShardError
+from curation.libraries import np
 from curation.shards import Shard
 
-ROW: Final = np.dtype([("start", "<i8"), ("end", "<i8"), ("copies", "<i4"), ("bits", "<i4")])
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ROW: Final = [("start", "<i8"), ("end", "<i8"), ("copies", "<i4"), ("bits", "<i4")]
 
 
 """A byte range of a sample, the number of its copies (0 in all of its ranges except the last), and its kind."""
@@ -30,10 +33,10 @@ ROW: Final = np.dtype([("start", "<i8"), ("end", "<i8"), ("copies", "<i4"), ("bi
 IS_EDITED: Final = 1
 
 
-Rows = NDArray[np.void]
+Rows: TypeAlias = "NDArray[np.void]"
 
 
-Positions = NDArray[np.int64]
+Positions: TypeAlias = "NDArray[np.int64]"
 
 
 class IndexWriter:
@@ -41,6 +44,7 @@ class IndexWriter:
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int]] = []
+        self._copies: Counter[int] = Counter()
         self.samples = 0  # including copies
         self.bytes = 0
 
@@ -48,7 +52,14 @@ class IndexWriter:
         self._rows += [(start, end, 0, bits) for start, end in extents[:-1]]
         self._rows.append((*extents[-1], copies, bits))
         self.samples += copies
+        self._copies[copies] += 1
         self.bytes += copies * sum(end - start for start, end in extents)
+
+    @property
+    def with_copy(self) -> list[int]:
+        """How many samples have a first copy, a second one, and so on."""
+        most = max(self._copies, default=0)
+        return [sum(n for copies, n in self._copies.items() if copies > copy) for copy in range(most)]
 
     def dump(self) -> bytes:
         file = io.BytesIO()
@@ -74,21 +85,30 @@ class IndexReader:
             rows = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ShardError(f"{path}: not an index ({error}); start again with --rerun") from None
-        if not isinstance(rows, np.ndarray) or rows.dtype != ROW or rows.ndim != 1:
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.dtype(ROW) or rows.ndim != 1:
             raise ShardError(f"{path}: not an index of samples; start again with --rerun")
         self._rows: Rows = rows
         self._ends: Positions = np.cumsum(rows["copies"], dtype=np.int64)
+        self._with_copy: dict[int, Positions] = {}
 
     def place(self, number: int) -> Placed:
         """The chosen sample with this number; copies have numbers of their own."""
         last = int(np.searchsorted(self._ends, number, side="right"))
+        return self._at(last, number - (int(self._ends[last]) - int(self._rows[last]["copies"])))
+
+    def place_of_copy(self, copy: int, number: int) -> Placed:
+        """This copy of the chosen sample with this number among those that have it."""
+        if copy not in self._with_copy:
+            self._with_copy[copy] = np.flatnonzero(self._rows["copies"] > copy)
+        return self._at(int(self._with_copy[copy][number]), copy)
+
+    def _at(self, last: int, copy: int) -> Placed:
         first = last
         while first > 0 and self._rows[first - 1]["copies"] == 0:
             first -= 1
         rows = [self._rows[at] for at in range(first, last + 1)]
         copies = int(rows[-1]["copies"])
         extents = [(int(row["start"]), int(row["end"])) for row in rows]
-        copy = number - (int(self._ends[last]) - copies)
         return Placed(extents, copy, copies, bool(rows[-1]["bits"] & IS_EDITED))
 
 
@@ -98,6 +118,7 @@ class Draw:
 
     sources: Positions
     samples: Positions
+    copies: Positions | None = None  # spread copies: which copy of each sample; ``samples`` then counts those with it
 
     @property
     def distinct(self) -> list[int]:
@@ -106,11 +127,32 @@ class Draw:
 
 
 class ShardLayout:
-    """counts: number of chosen samples of each source shard, in order.  shuffle: samples in one shuffled block."""
+    """The samples of all sources in the order in which they are cut into shards.
 
-    def __init__(self, shards: Sequence[Shard], counts: Iterable[int], size: int, shuffle: int, seed: int) -> None:
+    It is a list of runs, each of which is a source, or one copy of the samples of a source that have it.  Spread copies
+    lie evenly over the whole: of n copies, the next one comes about an n-th of all samples later.
+
+    Args:
+        shards: The source shards.
+        counts: How many samples of each were chosen, copies included.
+        size, shuffle, seed: Samples of an output shard, those of one shuffled block, and the seed of the shuffling.
+        spread: To spread the copies: for each source, how many samples have a first copy, a second one, and so on.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        counts: Iterable[int],
+        size: int,
+        shuffle: int,
+        seed: int,
+        spread: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.sources = list(shards)
         self._size, self._shuffle, self._seed = size, shuffle, seed
+        self._runs: tuple[Positions, Positions] | None = None  # source and copy of each run
+        if spread is not None:
+            self._runs, counts = _spread(spread)
         self._ends: Positions = np.cumsum(np.fromiter(counts, np.int64), dtype=np.int64)
         self.total = int(self._ends[-1]) if len(self._ends) else 0
         self.draw = lru_cache(8)(self._draw)
@@ -123,7 +165,10 @@ class ShardLayout:
     def shards(self) -> list[Shard]:
         """The output shards; the path of each is that of its first source."""
         width = max(8, len(str(max(0, len(self) - 1))))
-        return [Shard(f"{number:0{width}d}", self.sources[self._first(number)].path) for number in range(len(self))]
+        return [
+            Shard(f"{number:0{width}d}", self.sources[self._source_of(self._first(number))].path)
+            for number in range(len(self))
+        ]
 
     @property
     def mark(self) -> str:
@@ -132,6 +177,9 @@ class ShardLayout:
         for shard in self.sources:
             digest.update(f"{shard.id}\n".encode())
         return f"{self.total} samples of {len(self.sources)} shards, {digest.hexdigest()}"
+
+    def _source_of(self, run: int) -> int:
+        return run if self._runs is None else int(self._runs[0][run])
 
     def _first(self, number: int) -> int:
         return int(np.searchsorted(self._ends, number * self._size, side="right"))
@@ -142,6 +190,8 @@ class ShardLayout:
             positions = self._shuffled(positions)
         sources = np.searchsorted(self._ends, positions, side="right")
         before = np.concatenate((np.zeros(1, np.int64), self._ends))[sources]
+        if self._runs is not None:
+            return Draw(self._runs[0][sources], positions - before, self._runs[1][sources])
         return Draw(sources, positions - before)
 
     def _shuffled(self, positions: Positions) -> Positions:
@@ -155,6 +205,22 @@ class ShardLayout:
             blocks.append(begin + order.astype(np.int64))
         drawn: Positions = np.concatenate(blocks)[positions - first * self._shuffle]
         return drawn
+
+
+def _spread(with_copy: Sequence[Sequence[int]]) -> tuple[tuple[Positions, Positions], list[int]]:
+    """The runs of spread copies in order: (source and copy of each), and its number of samples.
+
+    A step takes one run of each copy: of the first copy that of the step's source, and of every further copy that of a
+    source which is so much further on that the copies of one sample are evenly spaced, around the end too.
+    """
+    sources, most = len(with_copy), max(map(len, with_copy), default=0)
+    found = []
+    for copy in range(most):
+        shift = copy * sources // most
+        found += [((n - shift) % sources, copy, n, c[copy]) for n, c in enumerate(with_copy) if copy < len(c)]
+    found.sort()
+    runs = np.array([(source, copy) for _, copy, source, _ in found], np.int64).reshape(-1, 2)
+    return (runs[:, 0], runs[:, 1]), [count for *_, count in found]
 
 
 def _scrambled(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:

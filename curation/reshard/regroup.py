@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from curation.captioned.rows import CaptionsOfShard
 from curation.cluster import Allocation
 from curation.edits import EditReader
-from curation.errors import EXIT_OK, EXIT_WORK_LEFT
-from curation.options import logger
+from curation.errors import EXIT_OK, EXIT_WORK_LEFT, UsageError
+from curation.options import logger, set_up_logging
 from curation.reshard.fitting import LATER
-from curation.reshard.layout import IS_EDITED, IndexReader, IndexWriter, ShardLayout
-from curation.reshard.select import Choice, ReshardInputs, copy_keys, records_of, warn_of_pass
-from curation.reshard.write import ShardWriter, words_of_result
+from curation.reshard.layout import IS_EDITED, Draw, IndexReader, IndexWriter, Placed, ShardLayout
+from curation.reshard.select import Choice, Keys, ReshardInputs, copy_keys, records_of, uid_key, warn_of_pass
+from curation.reshard.write import ShardWriter, sums_of, words_of_rejected, words_of_result
 from curation.run import Input, RunOptions, ShardContext, Stage, run_stage
 from curation.run.ledger import receipts_of_all
-from curation.run.output_folder import LAYOUT_NOTE
-from curation.shards import Shard
+from curation.shards import LAYOUT_NOTE, Shard
 from curation.tar.random_access import GatheredScan, Piece
 from curation.tar.scan import SampleSpan, TarReport, TarScan
 from curation.tar.sources import open_blocks
@@ -40,12 +40,14 @@ class Grouping:
         size: The number of samples in each output shard except the last.
         shuffle: The number of samples in one shuffled block; 0 keeps the order.
         seed: The seed of the shuffling.
+        spread_copies: Whether copies of a sample are spread over all shards.
         step: ``index`` the source shards, ``write`` the output shards, or ``all``.
     """
 
     size: int
     shuffle: int
     seed: int
+    spread_copies: bool
     step: Literal["all", "index", "write"]
 
 
@@ -70,13 +72,22 @@ class Index(Stage[RunOptions]):
 
     def result(self, counts: Mapping[str, int]) -> str:
         edited = f", {counts['edited']:,} of them to be replaced" if self.sources.edits is not None else ""
-        return f"{counts['samples_out']:,} samples chosen{edited}"
+        return f"{counts['samples_out']:,} samples chosen{edited}{words_of_rejected(counts)}"
+
+    def sums(self, notes: Mapping[str, Any]) -> dict[str, int]:
+        return super().sums(notes) | sums_of(notes)
 
     def process(self, work: ShardContext) -> None:
         writer, report, foreign = IndexWriter(), TarReport(), 0
-        opened = self.sources.open(work.shard, records_of(self.inputs(work.shard), work))
-        with work.phase("read"), opened as (edits, selector):
-            for window in TarScan(work.shard.path, report, unpack=False).windows():
+        records = records_of(self.inputs(work.shard), work)
+        with (
+            work.phase("read"),
+            self.sources.open(work.shard, records) as (edits, selector),
+            self.sources.open_captions(work.shard, records) as captions,
+        ):
+            acquaintance = self.sources.acquaintance(work.shard, captions)
+            for window in TarScan(work.shard.path, report).windows():
+                acquaintance.meet(window)
                 selector.look(window)
                 chosen = [(span, selector.choose(span)) for span in window.spans if span.key]
                 for span, choice in chosen:
@@ -86,6 +97,7 @@ class Index(Stage[RunOptions]):
                 selector.count(chosen, work)
                 work.check_stop(urgent_only=True)
             warn_of_pass(report, edits, work)
+            acquaintance.check()
             selector.report(work, self.sources.edits_folder)
         if foreign:
             work.warn(f"{foreign:,} members that belong to no sample are left out")
@@ -93,12 +105,14 @@ class Index(Stage[RunOptions]):
             file.write(writer.dump())
         work.note("samples_out", writer.samples)
         work.note("bytes_out", writer.bytes)
+        work.note("with_copy", writer.with_copy)
 
 
 class Regroup(Stage[RunOptions]):
     """Writes one output shard from samples of source shards and their edits → <output>/<number>.tar."""
 
     later = LATER
+    gone = frozenset({"publish_to"})
 
     def __init__(
         self,
@@ -109,9 +123,10 @@ class Regroup(Stage[RunOptions]):
         fingerprint: dict[str, object],
         layout: ShardLayout,
         writer: ShardWriter,
+        keys: Keys,
     ) -> None:
         super().__init__(options, output)
-        self.name = name
+        self.name, self.keys = name, keys
         self.index, self.sources = index, index.sources
         self.layout, self.writer = layout, writer
         self._fingerprint = fingerprint
@@ -133,19 +148,22 @@ class Regroup(Stage[RunOptions]):
     def result(self, counts: Mapping[str, int]) -> str:
         return words_of_result(counts, blurs=self.writer.blurs)
 
+    def sums(self, notes: Mapping[str, Any]) -> dict[str, int]:
+        return super().sums(notes) | sums_of(notes)
+
     def process(self, work: ShardContext) -> None:
         sources, draw = self.layout.sources, self.layout.draw(int(work.shard.id))
         records = records_of(self.inputs(work.shard), work)
         changes = self.writer.changes()
         with contextlib.ExitStack() as stack:
             edits: dict[int, EditReader] = {}
+            captions: dict[int, CaptionsOfShard | None] = {}
             with work.phase("read"):
                 indexes = {n: IndexReader(self.index.output / f"{sources[n].id}.npy") for n in draw.distinct}
                 for n in draw.distinct:
                     edits[n] = stack.enter_context(self.sources.open_edits(sources[n], records))
-                drawn = [
-                    (int(n), indexes[int(n)].place(int(k))) for n, k in zip(draw.sources, draw.samples, strict=True)
-                ]
+                    captions[n] = stack.enter_context(self.sources.open_captions(sources[n], records))
+                drawn = [(n, _placed(indexes[n], draw, at)) for at, n in enumerate(map(int, draw.sources))]
             pieces = [Piece(n, placed.extents) for n, placed in drawn]
 
             def windows(*, counts: bool) -> Iterator[DecidedWindow]:
@@ -157,13 +175,14 @@ class Regroup(Stage[RunOptions]):
                     decisions: list[tuple[SampleSpan, Decision]] = []
                     for span in window.spans:
                         number, placed = next(turn)
-                        key = copy_keys(span.key, placed.copies)[placed.copy] if placed.copies > 1 else span.key
+                        key = span.key if self.keys == "source" else uid_key(window, span)
+                        key = copy_keys(key, placed.copies, self.keys)[placed.copy]
                         while key in taken:  # by a sample of another source shard
-                            key = f"{key}-{sources[number].id}"
+                            key = f"{key}-{sources[number].id.replace('/', '_')}"
                         taken.add(key)
                         keys = () if key == span.key else (key,)
                         choice = Choice(1, edited=placed.is_edited)
-                        choice, decision = changes.decide(window, span, choice, edits[number], keys)
+                        choice, decision = changes.decide(window, span, choice, edits[number], keys, captions[number])
                         chosen.append((span, choice))
                         decisions.append((span, decision))
                     yield window, decisions
@@ -174,6 +193,11 @@ class Regroup(Stage[RunOptions]):
             self.writer.write(work, windows(counts=True), lambda: windows(counts=False), changes)
         work.note(LAYOUT_NOTE, self.layout.mark)
         work.note("edited", sum(placed.is_edited for _, placed in drawn))
+
+
+def _placed(index: IndexReader, draw: Draw, at: int) -> Placed:
+    number = int(draw.samples[at])
+    return index.place(number) if draw.copies is None else index.place_of_copy(int(draw.copies[at]), number)
 
 
 def count(chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext) -> None:
@@ -209,6 +233,7 @@ def regroup(
     Returns:
         The exit code, and the output shards; None if none was to be written.
     """
+    set_up_logging(options.quiet)  # the step "write" alone may end before a stage runs
     claim(None)
     steps: dict[str, Any] = {"step": "index", "shards": None, "rerun": options.rerun and options.shards is None}
     indexing = index(replace(options, **steps))  # --shards selects output shards
@@ -223,7 +248,12 @@ def regroup(
         logger.warning(f"{missing} is not indexed yet: run the same command again")
         return EXIT_WORK_LEFT, None
     counts = [int(receipt["notes"]["samples_out"]) for receipt in receipts]
-    layout = ShardLayout(shards, counts, grouping.size, grouping.shuffle, grouping.seed)
+    spread = None
+    if grouping.spread_copies:
+        spread = [list(map(int, receipt["notes"].get("with_copy", ()))) for receipt in receipts]
+        if sum(map(sum, spread)) != sum(counts):
+            raise UsageError(f"--spread_copies: {indexing.output} was made by an older version: use --rerun")
+    layout = ShardLayout(shards, counts, grouping.size, grouping.shuffle, grouping.seed, spread)
     logger.info(f"{layout.total:,} samples of {len(shards):,} shards make {len(layout):,} of {grouping.size:,}")
     claim(layout.shards)
     writing = output(indexing, layout)

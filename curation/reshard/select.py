@@ -12,18 +12,24 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from curation.captioned.rows import CaptionsOfShard
+from curation.check.counts import REASON
 from curation.edits import EditReader, LooseEditReader, TarEditReader
 from curation.errors import SampleError, ShardError, UsageError
-from curation.jsonio import KEY_SUFFIX, parse_json, parse_json_object, read_dictionary, some
+from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, parse_json_object, read_dictionary, some
 from curation.options import logger
+from curation.reshard.captions import CaptionSource
+from curation.reshard.mix import Acquaintance
 from curation.reshard.uids import Halves, Subset, uid_of
 from curation.run import ShardContext
-from curation.run.inputs import VERIFY_BYTES, Input, Upstream, published_below, source_inputs
-from curation.shards import Shard
+from curation.run.inputs import VERIFY_BYTES, Input, Upstream, published_below, receipts_of, source_inputs
+from curation.shards import Shard, record_name, record_path
+from curation.storage.files import read_record
 from curation.storage.urls import Source
 from curation.tar.samples import MAX_MEMBER_BYTES, problem_of
 from curation.tar.scan import SampleSpan, TarReport, TarScan, Window
@@ -32,13 +38,15 @@ MAX_REJECTS_BYTES: Final = 1 << 30
 
 
 _ROOM_FOR_A_NUMBER = 16  # bytes by which a key may grow
+CHECK_NOTE: Final = "check_rejected"  # of a receipt: original or dropped → group → samples
+_MOST_GROUPS, _MOST_OF_A_GROUP, _OTHER_GROUPS = 200, 100, "(further groups)"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """copies: how often the sample is written.  dropped: why it is not; failed: reason and detail.
 
-    wanted: it has a prompt, so that it should have an edit.
+    wanted: it has a prompt, so that it should have an edit.  rejected: a check of stage 03 rejected its edit.
     """
 
     copies: int
@@ -46,8 +54,25 @@ class Choice:
     wanted: bool = False
     dropped: str = ""
     failed: tuple[str, str] | None = None
+    rejected: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A sample that an earlier stage left out.
+
+    Attributes:
+        stage: The stage.
+        by_check: Whether the picture was made, and a check rejected it.
+        group: The group that it was to portray; empty for none.
+    """
+
+    stage: str
+    by_check: bool = False
+    group: str = ""
+
+
+Keys = Literal["source", "datacomp"]
 AS_IT_IS, _EDITED = Choice(1), Choice(1, edited=True)
 
 
@@ -57,11 +82,16 @@ _MISSED, _LEFT_OUT = Choice(1, wanted=True), Choice(0, wanted=True, dropped="no_
 _NOT_IN_SUBSET = Choice(0, dropped="not_in_subset")
 
 
+_STAYS_A_PHOTO = Choice(1, rejected=True)
+_REJECTED_BY_CHECK = Choice(0, dropped="rejected_by_check", rejected=True)
+
+
 class SampleSelector:
     """Chooses the samples of one shard, and counts the choices.
 
     edited: keys that have an edit.  prompts: "<key>.json" of the samples that should be edited; None: all that have
-    an edit.  rejected: key → the stage that rejected it, for samples that are dropped for this reason.
+    an edit.  rejected: key → why an earlier stage left it out.  drops_rejected: drop these; without it only those
+    count here that a check rejected, which stay the photos that they were.
     """
 
     def __init__(
@@ -70,12 +100,15 @@ class SampleSelector:
         prompts: Collection[str] | None = None,
         *,
         drops_missing: bool = False,
-        rejected: Mapping[str, str] | None = None,
+        rejected: Mapping[str, Rejected] | None = None,
+        drops_rejected: bool = False,
         subset: Subset | None = None,
     ) -> None:
         self._edited, self._prompts, self._drops_missing = edited, prompts, drops_missing
-        self._rejected = rejected or {}
+        self._rejected, self._drops_rejected = rejected or {}, drops_rejected
         self._subset = subset
+        named = (prompt.removesuffix(KEY_SUFFIX) for prompt in prompts or ())
+        self._touched = {*edited, *self._rejected, *named}  # without a subset, all others stay as they are
         self._found: dict[int, int | SampleError] = {}  # offset of a sample in the window → its count
         self.unused = set(edited)  # edits for which no sample was found yet
         self.unasked = 0  # edits without a prompt
@@ -83,6 +116,7 @@ class SampleSelector:
         self.left_out: list[str] = []  # dropped samples that have an edit
         self.missing: list[str] = []  # samples with a prompt, without an edit
         self.copies = 0  # beyond the first of each sample
+        self.by_check: dict[str, Counter[str]] = {"original": Counter(), "dropped": Counter()}  # → group → samples
 
     def look(self, window: Window) -> None:
         """Search the subset for all samples of a window at once; call it before ``choose``."""
@@ -102,6 +136,8 @@ class SampleSelector:
 
     def choose(self, span: SampleSpan) -> Choice:
         """Choose for one sample; repeated calls give the same result.  Of samples with one key, the first is edited."""
+        if self._subset is None and span.key not in self._touched and not span.torn and not span.refused:
+            return AS_IT_IS
         if span.torn:
             return Choice(0, failed=("damaged_tar", span.torn))
         if span.refused:
@@ -148,6 +184,8 @@ class SampleSelector:
             work.warn(f"{len(self.missing):,} samples with a prompt have no edit, {kept}: {some(self.missing)}")
         work.note("edited", self.applied)
         work.note("missing_edits", len(self.missing))
+        if by_check := {became: dict(sorted(groups.items())) for became, groups in self.by_check.items() if groups}:
+            work.note(CHECK_NOTE, by_check)
         if self._subset is not None:
             work.note("copies", self.copies)
             work.note("edits_left_out", len(self.left_out))
@@ -165,7 +203,7 @@ class SampleSelector:
             return Choice(0, failed=problem)
         if len(span.key) + _ROOM_FOR_A_NUMBER > 1000:
             return Choice(0, failed=("key_too_long", "its copies would need longer ones"))
-        return Choice(found, choice.edited, choice.wanted)
+        return replace(choice, copies=found)
 
     def _by_edits(self, span: SampleSpan) -> Choice:
         if span.repeated:
@@ -173,8 +211,10 @@ class SampleSelector:
         wanted = self._prompts is None or span.key + KEY_SUFFIX in self._prompts
         if wanted and span.key in self._edited:
             return _EDITED
-        if (stage := self._rejected.get(span.key)) is not None:
-            return Choice(0, wanted=wanted and self._prompts is not None, dropped=f"rejected_by_{stage}")
+        if (why := self._rejected.get(span.key)) is not None:
+            if why.by_check:
+                return _REJECTED_BY_CHECK if self._drops_rejected else _STAYS_A_PHOTO
+            return Choice(0, wanted=wanted and self._prompts is not None, dropped=f"rejected_by_{why.stage}")
         if not wanted or self._prompts is None:
             return AS_IT_IS
         return _LEFT_OUT if self._drops_missing else _MISSED
@@ -191,40 +231,75 @@ class SampleSelector:
                 self.unasked += 1
             else:
                 self.left_out.append(span.key)
+        elif choice.rejected:
+            groups = self.by_check["original" if choice.copies else "dropped"]
+            group = self._rejected[span.key].group
+            groups[group if group in groups or len(groups) < _MOST_GROUPS else _OTHER_GROUPS] += 1
         elif choice.wanted:
             self.missing.append(span.key)
 
 
-def copy_keys(key: str, copies: int) -> list[str]:
-    """The keys of a sample that is written more than once."""
-    return [f"{key}-{number}" for number in range(copies)]
+def copy_keys(key: str, copies: int, keys: Keys = "source") -> list[str]:
+    """The keys of a sample that is written once or more often.  datacomp: its resharder numbers all samples."""
+    return [f"{key}-{number}" for number in range(copies)] if copies > 1 or keys == "datacomp" else [key]
 
 
-def read_rejected(folders: Iterable[tuple[Path, str]], shard_id: str) -> dict[str, str]:
-    """key → stage that failed or dropped the sample.  folders: (output, stage); the first one that names a sample
+def uid_key(window: Window, span: SampleSpan) -> str:
+    """The uid of a sample as DataComp's resharder writes it in keys; the sample's own key where it has none."""
+    try:
+        high, low = _uid(window, span)
+    except SampleError:
+        return span.key
+    return f"{high:016x}{low:016x}"
+
+
+def read_rejected(folders: Iterable[tuple[Path, str]], shard_id: str) -> dict[str, Rejected]:
+    """key → why a stage failed or dropped the sample.  folders: (output, stage); the first one that names a sample
     counts."""
-    rejected: dict[str, str] = {}
+    rejected: dict[str, Rejected] = {}
     for folder, stage in folders:
-        place = folder / "_rejects" / stage
-        for line in _lines(place / f"{shard_id}.jsonl"):
+        of_stage = read_rejected_by_checks(folder, stage, shard_id)
+        failed, dropped = reject_files(folder, stage, shard_id)
+        for line in _lines(failed):
+            key = str(_record(failed, line).get("key"))
+            of_stage.setdefault(key, Rejected(stage))
+        for line in _lines(dropped):
+            reason, _, text = line.partition(b"\t")
             try:
-                key = parse_json_object(line, keep_surrogates=True).get("key")
-            except SampleError as error:
-                raise ShardError(f"{place / shard_id}.jsonl: {error}") from None
-            rejected.setdefault(str(key), stage)
-        for line in _lines(place / f"{shard_id}.drops.tsv.gz"):
-            try:
-                key = parse_json(line.partition(b"\t")[2], keep_surrogates=True)
+                key = str(parse_json(text, keep_surrogates=True))
             except SampleError:
-                raise ShardError(f"{place / shard_id}.drops.tsv.gz: not a list of dropped keys") from None
-            rejected.setdefault(str(key), stage)
+                raise ShardError(f"{dropped}: not a list of dropped keys") from None
+            of_stage.setdefault(key, Rejected(stage, reason.startswith(REASON.encode())))
+        rejected = of_stage | rejected
     return rejected
+
+
+def read_rejected_by_checks(folder: Path, stage: str, shard_id: str) -> dict[str, Rejected]:
+    """key → the group, of the samples that were left out because their picture did not pass a check."""
+    path = reject_files(folder, stage, shard_id)[0]
+    found: dict[str, Rejected] = {}
+    for line in _lines(path):
+        if REASON.encode() not in line:  # true for nearly all lines of nearly all shards
+            continue
+        record = _record(path, line)
+        if str(record.get("reason")).startswith(REASON):
+            group = record.get("group")
+            told = clean_text(group[:1000])[:_MOST_OF_A_GROUP] if isinstance(group, str) else ""
+            found.setdefault(str(record.get("key")), Rejected(stage, by_check=True, group=told))
+    return found
+
+
+def _record(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        return parse_json_object(line, keep_surrogates=True)
+    except SampleError as error:
+        raise ShardError(f"{path}: {error}") from None
 
 
 def reject_files(folder: Path, stage: str, shard_id: str) -> list[Path]:
     """The files in which a stage that writes below ``folder`` names the samples that it failed or dropped."""
     place = folder / "_rejects" / stage
-    return [place / f"{shard_id}.jsonl", place / f"{shard_id}.drops.tsv.gz"]
+    return [place / f"{record_name(shard_id)}.jsonl", place / f"{record_name(shard_id)}.drops.tsv.gz"]
 
 
 def _uid(window: Window, span: SampleSpan) -> Halves:
@@ -261,7 +336,7 @@ Records = Mapping[Source, Mapping[str, Any]]
 class ReshardInputs:
     """The input folders, and the stages that made their files.
 
-    edits, prompts: (folder, stage), or None.  layout: that of the edits.
+    edits, prompts: (folder, stage), or None.  layout: that of the edits.  captions: what is mixed in, or None.
     """
 
     edits: tuple[Path, str] | None
@@ -270,6 +345,7 @@ class ReshardInputs:
     drops_missing: bool = False
     drops_rejected: bool = False
     subset: Subset | None = None
+    captions: CaptionSource | None = None
 
     def check(self) -> None:
         """Raise UsageError if the records that an option needs do not exist, or a file cannot be used."""
@@ -292,7 +368,7 @@ class ReshardInputs:
         return [made for made in (self.prompts, self.edits) if made is not None]
 
     def sources(self, shard: Shard) -> list[Input]:
-        """The source shard and its edits."""
+        """The source shard, its edits and its captions."""
         inputs = source_inputs(shard)
         if self.edits is not None:
             folder, stage = self.edits
@@ -300,6 +376,8 @@ class ReshardInputs:
                 inputs.append(Input(folder / f"{shard.id}.tar", stage, optional=True))
             if self.layout != "tar":
                 inputs.append(Input(folder / shard.id, stage, optional=True, loose=True))
+        if self.captions is not None:
+            inputs += self.captions.inputs(shard)
         return inputs
 
     def inputs(self, shard: Shard) -> list[Input]:
@@ -310,6 +388,9 @@ class ReshardInputs:
         if self.drops_rejected:
             for folder, stage in self._made:
                 inputs += [Input(path, optional=True) for path in reject_files(folder, stage, shard.id)]
+        elif self.drops_missing and self._is_checked(shard):
+            assert self.edits is not None
+            inputs.append(Input(reject_files(*self.edits, shard.id)[0], optional=True))
         if self.subset is not None:
             inputs.append(Input(self.subset.path))
         return inputs
@@ -324,14 +405,40 @@ class ReshardInputs:
         prompts = None
         if self.prompts is not None:
             prompts = read_dictionary(self.prompts[0] / f"{shard.id}.json").keys()
-        rejected = read_rejected(self._made, shard.id) if self.drops_rejected else None
         with self.open_edits(shard, records) as edits:
             yield (
                 edits,
                 SampleSelector(
-                    edits.keys(), prompts, drops_missing=self.drops_missing, rejected=rejected, subset=self.subset
+                    edits.keys(),
+                    prompts,
+                    drops_missing=self.drops_missing,
+                    rejected=self._rejected(shard),
+                    drops_rejected=self.drops_rejected,
+                    subset=self.subset,
                 ),
             )
+
+    def open_captions(self, shard: Shard, records: Records) -> AbstractContextManager[CaptionsOfShard | None]:
+        """Open the shard's captions; None if there is no mix."""
+        return contextlib.nullcontext() if self.captions is None else self.captions.open(shard, records)
+
+    def acquaintance(self, shard: Shard, captions: CaptionsOfShard | None) -> Acquaintance:
+        """What tells whether the captions are of the shard's samples."""
+        return Acquaintance(captions, "" if self.captions is None else self.captions.where(shard))
+
+    def _rejected(self, shard: Shard) -> Mapping[str, Rejected]:
+        if self.drops_rejected:
+            return read_rejected(self._made, shard.id)
+        return {} if self.edits is None else read_rejected_by_checks(*self.edits, shard.id)
+
+    def _is_checked(self, shard: Shard) -> bool:
+        """Whether stage 03 checked the pictures of the shard.  Without checks the shard has the inputs that it always
+        had, so that nothing is done again in folders of older versions."""
+        folder, stage = self.edits or (Path(), "")
+        receipts = receipts_of(folder, stage)
+        receipt = read_record(record_path(receipts, shard.id)) if receipts is not None else None
+        notes = receipt.get("notes") if receipt is not None else None
+        return isinstance(notes, dict) and "checks" in notes
 
     def open_edits(self, shard: Shard, records: Records) -> EditReader:
         """Open the shard's edits: only files that a receipt names, if a stage of this project made them."""
@@ -405,7 +512,7 @@ def dry_run(material: ReshardInputs, shards: Sequence[Shard], size: int | None, 
             continue
         account = _Tally(shard, tally)
         with material.open(shard, records) as (_, selection):
-            for window in TarScan(shard.path, unpack=False).windows():
+            for window in TarScan(shard.path).windows():
                 selection.look(window)
                 chosen = [(span, selection.choose(span)) for span in window.spans if span.key]
                 selection.count(chosen, account)

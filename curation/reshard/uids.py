@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from curation import PROGRAM
 from curation.errors import SampleError, UsageError
+from curation.libraries import np
 from curation.storage.files import make_folder, storage_errors, whole_file
 
-UID: Final = np.dtype("u8,u8")
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+UID_DTYPE: Final = "u8,u8"
 
 
 _CHUNK = 4 << 20  # uids compared at a time
@@ -56,7 +57,7 @@ class Subset:
             raise UsageError(
                 f"--subset: {path}: not an array that numpy.save wrote, or damaged; `{PROGRAM} select` writes one"
             ) from None
-        if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype != UID:
+        if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype != np.dtype(UID_DTYPE):
             found = f"{getattr(array, 'dtype', type(array).__name__)}, {getattr(array, 'ndim', 0)}-dimensional"
             raise UsageError(
                 f"--subset: {path}: a sorted one-dimensional array of dtype u8,u8 is wanted (high and low half of each "
@@ -90,6 +91,12 @@ class Subset:
         found: list[int] = (self._search(wanted, after=True) - self._search(wanted, after=False)).tolist()
         return found
 
+    def has(self, uids: Uids) -> NDArray[np.bool_]:
+        """Which of the uids are in the array."""
+        wanted = np.ascontiguousarray(uids).view(np.uint64).reshape(-1, 2)
+        there: NDArray[np.bool_] = self._search(wanted, after=True) > self._search(wanted, after=False)
+        return there
+
     def _search(self, wanted: NDArray[np.uint64], *, after: bool) -> NDArray[np.int64]:
         """The index of each one's first occurrence, or after its last.  numpy.searchsorted would copy the columns."""
         high, low = wanted[:, 0], wanted[:, 1]
@@ -107,19 +114,12 @@ class Subset:
         return begin
 
 
-UID_DTYPE = np.dtype("u8,u8")
-
-
 _DIGITS = 32
 
 
-_VALUES = np.full(256, 255, np.uint8)
+_VALUES: Final = bytes(int(chr(byte), 16) if chr(byte) in "0123456789abcdefABCDEF" else 255 for byte in range(256))
 
-
-for _digit in b"0123456789abcdefABCDEF":
-    _VALUES[_digit] = int(chr(_digit), 16)
-
-Uids = NDArray[Any]
+Uids: TypeAlias = "NDArray[Any]"
 
 
 def parse_uids(column: Any) -> tuple[Uids, NDArray[np.bool_]]:
@@ -134,7 +134,7 @@ def parse_uids(column: Any) -> tuple[Uids, NDArray[np.bool_]]:
     right = pc.fill_null(pc.equal(pc.binary_length(column), _DIGITS), False)
     text = pc.if_else(right, column, b"x" * _DIGITS).cast(pa.binary(_DIGITS))
     digits = np.frombuffer(text.buffers()[1], np.uint8)[text.offset * _DIGITS : (text.offset + len(text)) * _DIGITS]
-    values = _VALUES[digits.reshape(-1, _DIGITS)]
+    values = np.frombuffer(_VALUES, np.uint8)[digits.reshape(-1, _DIGITS)]
     bad: NDArray[np.bool_] = (values == 255).any(axis=1)
     values[bad] = 0
     octets = np.ascontiguousarray(values[:, 0::2] << 4 | values[:, 1::2])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import xxhash
 
 from curation.errors import UsageError
 from curation.jsonio import clean_text
-from curation.storage.yaml_files import read_yaml
 
 # The ethnicities and genders of the published pipeline (github.com/lluisgomez/SynthFairCLIP), in its terms
 ETHNICITIES = ("black", "white", "asian", "latino", "middle east", "indian")
 GENDERS = ("male", "female")
+ATTRIBUTES = MappingProxyType({"gender": GENDERS, "ethnicity": ETHNICITIES})
 
 MAX_FILE_BYTES = 64 << 10
 MAX_GROUPS = 10_000
@@ -36,6 +38,8 @@ def read_groups(choice: str) -> Groups:
         return combinations([ETHNICITIES, GENDERS])
     if not Path(choice).is_file():
         raise UsageError(f"--groups {choice}: there is no such file; give default, none or a YAML file")
+    from curation.storage.yaml_files import read_yaml
+
     table = read_yaml("--groups", Path(choice), MAX_FILE_BYTES)
     lists = list(table.values()) if isinstance(table, dict) else [table]
     if not lists or not all(isinstance(values, list) and values for values in lists):
@@ -69,6 +73,24 @@ def assign_groups(keys: Iterable[str], shard_id: str, groups: Groups, seed: int)
         return dict.fromkeys(dealt)
     first = hash_of(seed, "shard", shard_id)
     return {key: groups[(first + number) % len(groups)] for number, key in enumerate(dealt)}
+
+
+@lru_cache(maxsize=1 << 14)
+def attributes_of(group: str) -> tuple[tuple[str, str], ...]:
+    """Returns the (attribute, value) pairs of a group such as "middle east male".
+
+    Words that belong to no known attribute become one value of the attribute "group".
+    """
+    rest, found = f" {group.lower()} ", []
+    for attribute, values in ATTRIBUTES.items():
+        for value in sorted(values, key=len, reverse=True):
+            if f" {value} " in rest:
+                found.append((attribute, value))
+                rest = rest.replace(f" {value} ", " ", 1)
+                break
+    if words := rest.strip():
+        found.append(("group", words))
+    return tuple(found)
 
 
 def hash_of(seed: int, *parts: object) -> int:

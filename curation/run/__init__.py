@@ -9,7 +9,7 @@ under one **options version**.  A **checkpoint** keeps what an attempt has finis
 from curation.options import RunOptions
 from curation.run.follow import Follows
 from curation.run.inputs import Input
-from curation.run.runner import run_stage
+from curation.run.runner import run_stage, stage_main
 from curation.run.work import Later, ShardContext, Stage
 
-__all__ = ["Follows", "Input", "Later", "RunOptions", "ShardContext", "Stage", "run_stage"]
+__all__ = ["Follows", "Input", "Later", "RunOptions", "ShardContext", "Stage", "run_stage", "stage_main"]

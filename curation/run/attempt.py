@@ -33,7 +33,6 @@ from curation.run.progress import Progress, Tally
 from curation.run.work import ShardContext, Stage
 from curation.shards import Shard
 from curation.storage.files import Published, is_storage_trouble, storage_error
-from curation.storage.urls import Source
 
 
 def build_receipt(
@@ -83,7 +82,7 @@ def build_receipt(
             "failed": dict(sorted(work.failed.items())),
         },
         "inputs": list(work.inputs),
-        "sources": [source.origin(work.root) for source in sources],
+        "sources": [source.origin(work.root, work.shard.id) for source in sources],
         "outputs": [output.record() for output in outputs],
         "notes": work.notes,
         "warnings": work.warnings,
@@ -205,8 +204,16 @@ class _Attempt:
     alone: bool
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     pass
+
+
+def _removed_input(inputs: Sequence[Input]) -> Path | None:
+    """An input that is not there any more: a publisher may have removed it after its upload.  That is no failure."""
+    for wanted in inputs:
+        if isinstance(wanted.path, Path) and not wanted.optional and not wanted.path.exists():
+            return wanted.path
+    return None
 
 
 class Attempts:
@@ -222,6 +229,7 @@ class Attempts:
         claims: Claims,
         progress: Progress,
         tally: Tally,
+        on_done: Callable[[str], None] = _nothing,
     ) -> None:
         self._stage = stage
         self._options = options
@@ -231,6 +239,7 @@ class Attempts:
         self._claims = claims
         self._progress = progress
         self._tally = tally
+        self._on_done = on_done  # is called with each shard that is found done, or has been done here
         self._leftovers = StaleTempFiles()
         self._partials = Partials(ledger.root / "_partial" / stage.name)
         self.open_s = 0.0  # seconds that this process needed to start
@@ -256,6 +265,8 @@ class Attempts:
         if state.what in ("blocked", "failed"):
             logger.warning(f"{shard.id} {state.what}: {state.why}")
         self._progress.shard_passed(shard.id)
+        if state.what == "done":
+            self._on_done(shard.id)
 
     def needs_to_be_alone(self, claim: Claim) -> bool:
         """Whether this process should work on the shard alone, because the shard may kill it."""
@@ -311,9 +322,7 @@ class Attempts:
 
     def untidy(self, state: State) -> bool:
         """Whether an output still exists that the newest receipt of the shard no longer names."""
-        return state.what in ("done", "failed") and has_obsolete_outputs(
-            self._ledger.root, state.receipt, self._ledger.presence
-        )
+        return state.what in ("done", "failed") and has_obsolete_outputs(self._ledger.root, state.receipt)
 
     def tidy(self, shard: Shard, claim: Claim) -> None:
         """Remove the leftovers of an attempt that was killed after its commit."""
@@ -339,6 +348,7 @@ class Attempts:
             stop=self._stop,
             inputs=state.inputs,
             previous=state.receipt,
+            sample_parts=self._stage.sample_parts,
             on_progress=partial(self._on_progress, shard.id),
             on_warning=logger.warning,
             on_ends_soon=on_ends_soon,
@@ -365,6 +375,9 @@ class Attempts:
                 raise storage_error(Path(error.filename or self._ledger.root), error) from error
             if lack := lack_of(error):
                 raise InfrastructureError(f"{work.shard.id}: {lack}") from error
+            if gone := _removed_input(this.inputs):
+                self.count(State("blocked", f"{gone}: it was removed while it was read"), work.shard)
+                return
             self._fail(this, error)
 
     def _deaths_without_progress(self, claim: Claim) -> list[LostAttempt]:
@@ -435,9 +448,9 @@ class Attempts:
         self._clear_away(work, claim, receipt, self._leftovers, places, claim.predecessors)
         self._log_done(work, receipt)
 
-    def _places(self, work: ShardContext) -> list[Source]:
+    def _places(self, work: ShardContext) -> list[Path]:
         receipt = self._ledger.commit(work.shard.id).receipt_path
-        return [*work.places(), receipt.with_name(work.shard.id)]  # a prepared receipt has the shard's id as its name
+        return [*work.places(), receipt.with_name(receipt.stem)]  # a prepared receipt has the shard's id as its name
 
     def _clear_away(
         self,
@@ -445,7 +458,7 @@ class Attempts:
         claim: Claim,
         receipt: dict[str, Any],
         leftovers: StaleTempFiles,
-        places: list[Source],
+        places: list[Path],
         dead: list[str],
     ) -> None:
         """After a commit, remove checkpoints, files of dead attempts, and outputs that only the last receipt named.
@@ -453,8 +466,7 @@ class Attempts:
         If this fails, the shard is done nevertheless.
         """
         try:
-            uploads = [output["upload"]["id"] for output in receipt.get("outputs", ()) if "upload" in output]
-            leftovers.clear(places, receipt["token"], dead, uploads)
+            leftovers.clear(places, receipt["token"], dead)
             if receipt["status"] == "done":
                 work.finish()
             commit = self._ledger.commit(work.shard.id)
@@ -470,6 +482,7 @@ class Attempts:
         self._progress.shard_passed(work.shard.id, work.kept + work.dropped.total() + work.failed.total())
         if not done:
             return
+        self._on_done(work.shard.id)
         gone = [f"{count} {reason}" for reason, count in (work.dropped + work.failed).most_common()]
         seconds = receipt["finished"] - receipt["started"]
         logger.info(
@@ -478,4 +491,4 @@ class Attempts:
         )
         dropped, failed = work.dropped.total(), work.failed.total()
         counts = {"in": work.samples_in, "kept": work.kept, "dropped": dropped, "failed": failed}
-        self._tally.samples(counts, work.notes, work.shard.id)
+        self._tally.samples(counts, self._stage.sums(work.notes), work.shard.id)

@@ -20,7 +20,7 @@ import xxhash
 
 from curation.cluster import CheckStop, note_progress
 from curation.errors import LostClaim, Stopped
-from curation.shards import bucket_of
+from curation.shards import bucket_of, id_of_record, record_name
 from curation.storage.files import names_in, storage_error
 
 _HEADER = struct.Struct("<4sIIQQ")  # magic; lengths of key, digest and payload; xxh3-64 of all three
@@ -42,7 +42,7 @@ class PartialLog:
     def __init__(
         self, folder: Path, shard_id: str, fingerprint: str, token: str, names: Iterable[str] | None = None
     ) -> None:
-        self._prefix = f"{shard_id}.{fingerprint}."
+        self._prefix = f"{record_name(shard_id)}.{fingerprint}."
         self._folder = folder
         self._path = folder / f"{self._prefix}{token}"
         self._records: dict[_Key, tuple[BinaryIO, int, int]] = {}  # → file, offset, length
@@ -221,7 +221,7 @@ class Partials:
 
 
 def _shard_of(name: str) -> str:
-    return name.rsplit(".", 2)[0]  # <shard>.<fingerprint>.<token>
+    return id_of_record(name.rsplit(".", 2)[0])  # <shard>.<fingerprint>.<token>
 
 
 class Checkpoints:

@@ -17,7 +17,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,8 +27,8 @@ import orjson
 
 from curation.cluster import Allocation, host_identity, process_is_gone, process_start, slurm_ids
 from curation.jsonio import clean_text
-from curation.shards import is_safe_id
-from curation.storage.files import make_folder, names_in, storage_error
+from curation.shards import is_safe_id, record_name
+from curation.storage.files import make_folder, names_in, storage_error, write_whole
 
 logger = logging.getLogger("curation")
 
@@ -38,6 +38,8 @@ MAX_CLAIM_BYTES = 64 << 10
 MAX_BEAT_BYTES = 32 << 10
 MAX_SHOWN = 64  # a heartbeat names at most so many shards in flight
 MAX_PREDECESSORS = 16  # a claim lists at most so many dead attempts at its shard
+MAX_PEERS = 4096  # a note on a bucket names at most so many processes; further ones look for themselves
+_MAX_NOTE_BYTES = 128 << 10
 _MAX_TEXT = 200
 _NAME = re.compile(r"[0-9A-Za-z]{1,64}")  # tokens and heartbeats become parts of file names
 
@@ -378,7 +380,7 @@ class Claims:
 
     def acquire(self, bucket: str, shard_id: str) -> Claim | None:
         """Claim a shard that is free or whose holder is dead; None while a live process holds it."""
-        path = self._folder / bucket / f"{shard_id}.claim"
+        path = self._folder / bucket / f"{record_name(shard_id)}.claim"
         claim = self._create(path, shard_id)
         if claim is None:
             self._held.add(shard_id)
@@ -408,7 +410,7 @@ class Claims:
                 self._listings[bucket] = set(os.listdir(self._folder / bucket))
             except OSError:
                 self._listings[bucket] = set()
-        return f"{shard_id}.claim" in self._listings[bucket]
+        return f"{record_name(shard_id)}.claim" in self._listings[bucket]
 
     def holds(self, claim: Claim) -> bool:
         """Whether the claim still belongs to this process and no other can have presumed this one dead."""
@@ -527,7 +529,7 @@ class Claims:
             return b""
 
     def _take_over(self, path: Path, shard_id: str, observed: ClaimRecord) -> Claim | None:
-        aside = path.with_name(f".{shard_id}.{secrets.token_hex(8)}.stale")
+        aside = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.stale")
         try:
             os.rename(path, aside)  # one of several processes succeeds; the others get ENOENT
         except FileNotFoundError:
@@ -552,6 +554,88 @@ class Claims:
             if observed.beat:  # the dead holder's; a holder that is alive after all writes it again
                 (self._beats / observed.beat).unlink(missing_ok=True)
         return claim
+
+
+class CheckedBuckets:
+    """Buckets that a worker of the same run has found done, so that not each looks at all shards of the others.
+
+    A look at a shard that is done costs some reads.  If each of 64 workers looked at each shard that the others have
+    done, a shard would cost more for these looks than for its commit.  So the first worker that knows all shards of a
+    bucket to be done notes it in a file beside their claims, and who comes later reads this one file.
+
+    A worker believes a note that is about the same shards and the same run, and that names its own heartbeat: whoever
+    wrote the note listed the heartbeats before its first look, so all these looks came after this worker's start.  No
+    clock is needed for that, and a job that is requeued under its old id believes no older note.  Whoever finds no
+    such note looks at the shards.  Thread-safe.
+
+    folder: of the stage's claims.  beat: the name of this process's heartbeat.
+    """
+
+    def __init__(self, folder: Path, beat: str) -> None:
+        self._folder = folder
+        self._beat = beat
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[str, list[str], set[str]]] = {}  # bucket → subject, peers, shards not known done
+
+    def are_done(self, bucket: str, subject: str, shard_ids: Collection[str]) -> bool:
+        """Whether another worker has found all of them done; if not, this worker begins to look at them.
+
+        subject: what a note has to be about: a digest of the run, the shards and the options that they need.
+        """
+        if self._beat in self._noted(bucket, subject):
+            return True
+        peers = self._peers()[:MAX_PEERS]
+        with self._lock:
+            self._open[bucket] = subject, peers, set(shard_ids)
+        return False
+
+    def found_done(self, bucket: str, shard_id: str) -> None:
+        """This worker knows that a shard is done: it has done the shard, or looked at it."""
+        with self._lock:
+            subject, peers, unknown = self._open.get(bucket, ("", [], {shard_id, ""}))
+            unknown.discard(shard_id)
+            if unknown:
+                return
+            del self._open[bucket]
+        with contextlib.suppress(OSError):  # the others look at the shards then
+            note = orjson.dumps({"checked": subject, "beats": peers})
+            write_whole(self._note(bucket), note, durable=False)
+
+    def passed(self, bucket: str) -> None:
+        """This worker has looked at all shards of a bucket.  Those that were not done it may see again later."""
+        with self._lock:
+            if bucket in self._open:
+                subject, peers, unknown = self._open[bucket]
+                self._open[bucket] = subject, peers, set(unknown)  # a set never gets smaller by itself
+
+    def _noted(self, bucket: str, subject: str) -> Sequence[str]:
+        """The heartbeats in the note on a bucket; none where there is no usable note on this subject."""
+        try:
+            with open(self._note(bucket), "rb") as file:
+                note = orjson.loads(file.read(_MAX_NOTE_BYTES))
+        except (OSError, orjson.JSONDecodeError):
+            return ()
+        if not isinstance(note, dict) or note.get("checked") != subject or not isinstance(note.get("beats"), list):
+            return ()
+        return tuple(map(_name, note["beats"]))
+
+    def clear(self) -> None:
+        """At the end of a process: remove all notes if no other process is there that could read them."""
+        if not self._peers():
+            with contextlib.suppress(OSError):
+                for bucket in os.listdir(self._folder):
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                        self._note(bucket).unlink()
+
+    def _peers(self) -> list[str]:
+        """The names of the heartbeats, in any order."""
+        try:
+            return [name for name in os.listdir(self._folder / "_beats") if _NAME.fullmatch(name)]
+        except OSError:
+            return []
+
+    def _note(self, bucket: str) -> Path:
+        return self._folder / bucket / ".checked"
 
 
 def is_gone(observed: ClaimRecord) -> bool:

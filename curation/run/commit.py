@@ -1,18 +1,19 @@
 """Publishes a shard's outputs: they appear complete or not at all, and only one attempt at a shard can commit.
 
-Every output is written under a temporary name in its own folder, or as an upload that is not completed yet, and is
-hashed while it is written.  The commit is a hard link that only one attempt of a generation can create.  After it the
-files are renamed and the uploads are completed; any process can finish these steps after a crash.
+Every output is written under a temporary name in its own folder and is hashed while it is written.  The commit is a
+hard link that only one attempt of a generation can create.  After it the files are renamed; any process can finish this
+after a crash.
 
 Obsolete outputs are files that the last receipt named and the newest one does not.  Whoever finds one removes it.
 Between reading the receipt and removing the file, another attempt may publish a file of the same name, and no
 filesystem can remove a file on the condition that it is still the same one.  So the file is first renamed to a name
 that only the remover uses, and only then the records are read: if there is no record of a newer commit, the renamed
-file cannot belong to one.  An object in a bucket is checked in its place, in the same order, and removed on the
-condition that it has not changed.
+file cannot belong to one.
 
-Attempts that were killed leave temporary files and uploads.  Each process lists a folder once to find the files, and
-asks the bucket once for each shard to find the uploads.
+Attempts that were killed leave temporary files.  Each process lists a folder once to find them.
+
+What goes to a bucket is uploaded after the commit (``curation.publish``).  Versions before 0.6.0 wrote objects in the
+commit; an object that their receipts name stays where it is and counts as published.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from typing import Any, Literal
 from curation.errors import InfrastructureError, LostClaim
 from curation.jsonio import dump_json
 from curation.run.claims import is_gone, read_claim
-from curation.run.records import read_commit, read_receipt, refuse_outside
-from curation.storage.buckets import Presence, complete_upload, object_at, place_of
+from curation.run.records import is_object, read_commit, read_receipt, refuse_outside
+from curation.shards import record_name
 from curation.storage.files import (
     _TRIES,
     _own_file_error,
@@ -40,7 +41,6 @@ from curation.storage.files import (
     temporary_name,
     write_durably,
 )
-from curation.storage.urls import Source, Url
 
 
 class Commit:
@@ -56,7 +56,8 @@ class Commit:
         self._folder = folder
         self._shard_id = shard_id
         self.stage = folder.parent.name
-        self.receipt_path = folder / f"{shard_id}.json"
+        self._name = record_name(shard_id)
+        self.receipt_path = folder / f"{self._name}.json"
         self.named = False
 
     def read_receipt(self) -> dict[str, Any] | None:
@@ -100,7 +101,7 @@ class Commit:
         if names is None:
             records = [self.record(after_generation + 1)]
         else:
-            prefix = f".{self._shard_id}."
+            prefix = f".{self._name}."
             middles = [n[len(prefix) : -7] for n in names if n.startswith(prefix) and n.endswith(".commit")]
             records = [self.record(int(middle)) for middle in middles if middle.isdecimal()]
         found = False
@@ -148,11 +149,13 @@ class Commit:
         if current is not None and int(current.get("generation", 0)) >= int(value["generation"]):
             record.unlink(missing_ok=True)
             return False
+        outputs = value.get("outputs", [])
+        if any(is_object(output["path"]) for output in outputs):  # an upload of an older version: done again, as a file
+            record.unlink(missing_ok=True)
+            self.prepared(str(value["token"])).unlink(missing_ok=True)
+            return False
         folders: set[Path] = set()
-        for output in value.get("outputs", []):
-            if "upload" in output:
-                complete_upload(output)
-                continue
+        for output in outputs:
             final = self.root / output["path"]
             with contextlib.suppress(FileNotFoundError):  # it was renamed before
                 os.rename(final.with_name(output["temporary"]), final)
@@ -169,17 +172,15 @@ class Commit:
 
     def prepared(self, token: str) -> Path:
         """The receipt of an attempt before it is committed."""
-        return self._folder / temporary_name(self._shard_id, token)
+        return self._folder / temporary_name(self._name, token)
 
     def record(self, generation: int) -> Path:
-        return self._folder / f".{self._shard_id}.{generation}.commit"
+        return self._folder / f".{self._name}.{generation}.commit"
 
 
-def has_obsolete_outputs(root: Path, receipt: Mapping[str, Any] | None, presence: Presence | None = None) -> bool:
-    """Whether an output that ``receipt`` superseded still exists.  presence: which objects exist in buckets."""
-    presence = presence or Presence()
-    places = (place_of(root, path) for path in (receipt or {}).get("superseded", ()))
-    return any(presence.shows(at) if isinstance(at, Url) else os.path.lexists(at) for at in places)
+def has_obsolete_outputs(root: Path, receipt: Mapping[str, Any] | None) -> bool:
+    """Whether an output that ``receipt`` superseded still exists."""
+    return any(os.path.lexists(root / path) for path in (receipt or {}).get("superseded", ()) if not is_object(path))
 
 
 def remove_obsolete(
@@ -187,18 +188,16 @@ def remove_obsolete(
 ) -> None:
     """Remove the outputs that ``receipt`` superseded, if it is the newest one, and those that ``dead`` renamed aside.
 
-    token: that of the attempt that removes them.  Raises OSError, and InfrastructureError if a bucket does not answer.
+    token: that of the attempt that removes them.  Raises OSError.
     """
-    superseded = receipt.get("superseded", [])
+    superseded = [path for path in receipt.get("superseded", []) if not is_object(path)]
     current = commit.read_receipt() if superseded else None
     if current is None or current.get("token") != receipt["token"]:
         return  # the files may belong to a newer receipt
-    places = {path: place_of(root, path) for path in superseded}
-    paths = [path for path, place in places.items() if isinstance(place, Path)]
-    for path in paths:
+    for path in superseded:
         refuse_outside(commit.receipt_path, root, commit.stage, path)
     for source in ("", *dead):
-        moved = [path for path in paths if _move_aside(root / path, token, source)]
+        moved = [path for path in superseded if _move_aside(root / path, token, source)]
         if not moved:
             continue
         named = _named(commit, int(receipt["generation"]))
@@ -208,16 +207,30 @@ def remove_obsolete(
                 with contextlib.suppress(FileExistsError, FileNotFoundError):  # restored or removed by another
                     make_link(aside, root / path)
             aside.unlink(missing_ok=True)
-    for path, place in places.items():
-        if isinstance(place, Url):
-            _remove_object(path, place, commit, int(receipt["generation"]))
 
 
-def _remove_object(path: str, place: Url, commit: Commit, generation: int) -> None:
-    there = object_at(place)
-    found = there.info()
-    if found is not None and all(output["path"] != path for output in _named(commit, generation)):
-        there.remove(found)
+def remove_published(root: Path, commit: Commit, receipt: Mapping[str, Any], token: str, paths: Sequence[str]) -> int:
+    """Remove outputs whose upload is proved, if ``receipt`` is still the newest one; returns how many.
+
+    The order is that of ``remove_obsolete``, so that a file that another attempt publishes meanwhile stays.
+
+    token: that of whoever removes them, used for nothing else.  Raises OSError.
+    """
+    removed = 0
+    for path in paths:
+        refuse_outside(commit.receipt_path, root, commit.stage, path)
+        if not _move_aside(root / path, token, ""):
+            continue
+        aside = _aside(root / path, token)
+        record = read_commit(commit.record(int(receipt["generation"]) + 1), commit.root)
+        now = commit.read_receipt()
+        if record is None and now is not None and now.get("token") == receipt["token"]:
+            removed += 1
+        elif any(_is(aside, output) for output in _named(commit, int(receipt["generation"])) if output["path"] == path):
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                make_link(aside, root / path)
+        aside.unlink(missing_ok=True)
+    return removed
 
 
 def _aside(final: Path, token: str) -> Path:
@@ -264,15 +277,10 @@ class StaleTempFiles:
 
     def __init__(self) -> None:
         self._found: dict[Path, dict[str, list[str]]] = {}  # folder → the name without token → names
-        self._uploads: dict[Url, list[str]] = {}
 
-    def look(self, places: Collection[Source]) -> None:
-        """Before the commit, list the folders of ``places`` that are not listed yet, and the uploads to them."""
-        for place in places:
-            if isinstance(place, Url):  # where listing is not allowed, the bucket's own rules clean up
-                with contextlib.suppress(InfrastructureError):
-                    self._uploads[place] = object_at(place).under_way()
-        for folder in {place.parent for place in places if isinstance(place, Path)} - self._found.keys():
+    def look(self, places: Collection[Path]) -> None:
+        """Before the commit, list the folders of ``places`` that are not listed yet."""
+        for folder in {place.parent for place in places} - self._found.keys():
             found: dict[str, list[str]] = {}
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
@@ -280,24 +288,13 @@ class StaleTempFiles:
                         found.setdefault(_without_token(entry.name), []).append(entry.name)
             self._found[folder] = found
 
-    def clear(
-        self,
-        places: Iterable[Source],
-        own_token: str,
-        dead_tokens: Iterable[str] = (),
-        own_uploads: Collection[str] = (),
-    ) -> None:
+    def clear(self, places: Iterable[Path], own_token: str, dead_tokens: Iterable[str] = ()) -> None:
         """Remove what other attempts left beside ``places``.  ``dead_tokens``: attempts that died since ``look``.
 
-        Raises OSError, and InfrastructureError if a bucket does not answer.
+        Raises OSError.
         """
         dead_tokens = list(dead_tokens)
         for place in places:
-            if isinstance(place, Url):
-                for upload in self._uploads.pop(place, ()):
-                    if upload not in own_uploads:
-                        object_at(place).abort(upload)
-                continue
             own = temporary_name(place.name, own_token)
             names = self._found.get(place.parent, {}).pop(_without_token(own), [])
             for name in {*names, *(temporary_name(place.name, token) for token in dead_tokens)} - {own}:

@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from curation.errors import UsageError
+from curation.errors import UsageError, redact
 from curation.run.claims import COUNTER_DIGITS
 from curation.run.inputs import numbered, receipts_of
 from curation.run.ledger import Ledger
 from curation.run.planned import Plan
-from curation.shards import Shard, bucket_of, discover, select
+from curation.shards import Shard, bucket_of, discover, id_of_record, select
 from curation.storage.files import is_pattern
 
 logger = logging.getLogger("curation")
 
 _LOOK_S, _MAX_LOOK_S = 1.0, 10.0  # time between two looks: while shards arrive, and while none do
+_PAUSES = 5  # the pause after a look is at least so many times as long as the look took
 _MAX_CREDIT_S = 30.0  # longest gap between two looks that counts as idle: this process may have been suspended
 _WATCHED_BEATS = 16
 _LOOKED_AT_AGAIN = 16  # receipts read again at each look although their inode is known: inode numbers are reused
@@ -67,6 +68,11 @@ def followed_folder(flag: str, sources: Sequence[str], inside: str, *, waits: bo
     folder = Path(sources[0])
     if not waits:
         return folder
+    if "://" in sources[0]:
+        raise UsageError(
+            f"--follow waits for receipts on this filesystem, and {flag} {redact(sources[0])} is a URL: give the "
+            "folder that the previous stage got as --work_dir"
+        )
     if len(sources) > 1:
         raise UsageError(f"--follow waits for one folder, and {flag} names {len(sources):,}: start one run for each")
     if not (folder / "_receipts").is_dir() and (folder / inside / "_receipts").is_dir():
@@ -146,7 +152,8 @@ class Follower:
             self._give_up()
         self._looked = now
         self._pause_s = _LOOK_S if grown or news else min(self._pause_s * 1.5, _MAX_LOOK_S, self._idle_s / 4)
-        self._next_look = time.monotonic() + self._pause_s * random.uniform(0.8, 1.2)
+        took = time.monotonic() - now  # which grows with the number of shards that are waited for
+        self._next_look = now + took + max(self._pause_s, _PAUSES * took) * random.uniform(0.8, 1.2)
         return arrived
 
     # ---- the list of shards
@@ -184,7 +191,7 @@ class Follower:
         for bucket, waiting in self._waiting.items():
             with contextlib.suppress(OSError), os.scandir(receipts / bucket) as entries:  # the next look may succeed
                 for entry in entries:
-                    shard_id, inode = entry.name[:-5], entry.inode()
+                    shard_id, inode = id_of_record(entry.name[:-5]), entry.inode()
                     if shard_id not in waiting or not entry.name.endswith(".json"):
                         continue
                     if self._seen.get(shard_id) != inode:  # a rename replaces a receipt

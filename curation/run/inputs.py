@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import xxhash
 
 from curation.errors import ShardError, UsageError
 from curation.run.records import read_receipt
-from curation.shards import TAR, Shard, bucket_of
+from curation.shards import TAR, Shard, folders_of, home_of, record_path
 from curation.storage.files import fast_digest, names_in, read_record
 from curation.storage.remote_read import Unavailable, fetch_info
 from curation.storage.urls import Source, Url
@@ -31,6 +31,7 @@ class Input:
     optional: the input may be absent; its absence is recorded.
     loose: a folder of files, each named in the receipt; the reader compares them (``published_below``).
     shard: the shard whose receipt records it, if that is not the shard being processed.
+    below: the folder within the stage's output folder in which it lies; empty if it lies directly there.
     """
 
     path: Source
@@ -38,20 +39,29 @@ class Input:
     optional: bool = False
     loose: bool = False
     shard: str | None = None
+    below: str = ""
 
-    def origin(self, root: Path) -> dict[str, str]:
+    def home(self, shard_id: str) -> Path:
+        """The folder of all inputs of this kind, for the shard that is processed.  Only for a file, not for a URL."""
+        assert isinstance(self.path, Path)
+        shard_id = shard_id if self.shard is None else self.shard
+        nested = f"{self.path.parent}/".endswith(f"/{folders_of(shard_id)}")  # records lie beside one another
+        folder = home_of(self.path, shard_id) if nested else self.path.parent
+        return folder.parent if self.below else folder
+
+    def origin(self, root: Path, shard_id: str) -> dict[str, str]:
         """For the receipt of a stage whose output folder is ``root``: the stage that records the input, and the
-        input's folder relative to ``root``.
+        folder of its outputs relative to ``root``, with ``below`` if the input lies in a folder there.
 
         Where no receipt records it, the folder is given as an absolute path too, because it may be anywhere: a report
         looks there for the original images.  Empty for a remote file, and for a folder whose name is not text.
         """
         if isinstance(self.path, Url):
             return {}
-        folder = _real(self.path.parent)
+        folder = _real(self.path.parent if self.stage is None else self.home(shard_id))
         relative = os.path.relpath(folder, _real(root))
         if self.stage is not None:
-            return {"stage": self.stage, "folder": relative}
+            return {"stage": self.stage, "folder": relative} | ({"below": self.below} if self.below else {})
         return {"folder": relative, "absolute": folder} if (relative + folder).isprintable() else {}
 
 
@@ -77,7 +87,7 @@ class Upstream:
             return _identify_remote(wanted.path, fresh=fresh)
         shard_id = shard_id if wanted.shard is None else wanted.shard
         name = wanted.path.name
-        receipts = self._receipts(wanted.path.parent, wanted.stage) if wanted.stage else None
+        receipts = self._receipts(wanted.home(shard_id), wanted.stage) if wanted.stage else None
         if receipts is None:
             try:
                 there = os.stat(wanted.path)
@@ -86,7 +96,7 @@ class Upstream:
                     return {"path": name, "absent": True}, ""
                 return None, f"{_first(wanted.stage)}{wanted.path}: {error.strerror}"
             return {"path": name, "size": there.st_size, "mtime_ns": there.st_mtime_ns}, ""
-        receipt = read_receipt(receipts / bucket_of(shard_id) / f"{shard_id}.json")
+        receipt = read_receipt(record_path(receipts, shard_id))
         first = _first(wanted.stage)
         if receipt is None:
             return None, f"{first}{wanted.stage} has no receipt for it yet in {receipts}"
@@ -108,6 +118,12 @@ class Upstream:
         if place is not None:  # if there are none yet, the stage may begin during this run
             self._places[(folder, stage)] = place
         return place
+
+
+def place_below(source: Mapping[str, Any], shard_id: str) -> str:
+    """Where a shard's input lies in the folder that ``Input.origin`` names, with a slash at the end; mostly empty."""
+    below = source.get("below")
+    return f"{below}/{folders_of(shard_id)}" if isinstance(below, str) and below else folders_of(shard_id)
 
 
 def numbered(stage: str | None) -> str:
@@ -230,10 +246,10 @@ def published_below(folder: Path, stage: str, shard_id: str) -> dict[str, tuple[
 
     None if the stage never ran there: the files were made elsewhere.
     """
-    receipts = receipts_of(folder.parent, stage)
+    receipts = receipts_of(home_of(folder, shard_id), stage)
     if receipts is None:
         return None
-    receipt = read_receipt(receipts / bucket_of(shard_id) / f"{shard_id}.json") or {}
+    receipt = read_receipt(record_path(receipts, shard_id)) or {}
     place = f"{_real(folder.parent)}/{folder.name}"
     return _below(place, _real(receipts.parent.parent), receipt.get("outputs", []))
 
@@ -241,7 +257,7 @@ def published_below(folder: Path, stage: str, shard_id: str) -> dict[str, tuple[
 def stage_version(folder: Path, stage: str, shard_id: str) -> int | None:
     """The version of ``stage`` that made a shard's files in ``folder``; None for files made elsewhere."""
     receipts = receipts_of(folder, stage)
-    receipt = read_receipt(receipts / bucket_of(shard_id) / f"{shard_id}.json") if receipts else None
+    receipt = read_receipt(record_path(receipts, shard_id)) if receipts else None
     version = receipt.get("version") if receipt else None
     return version if isinstance(version, int) else None
 

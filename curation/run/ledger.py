@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,9 +28,8 @@ from curation.run.inputs import (
     Upstream,
     numbered,
 )
-from curation.run.records import read_receipt
-from curation.shards import Shard, bucket_of, select
-from curation.storage.buckets import Presence
+from curation.run.records import is_there, read_receipt
+from curation.shards import Shard, bucket_of, record_name, select
 from curation.storage.files import link_exclusively, make_folder, names_in, parse_record, read_record, read_whole
 
 MAX_ATTEMPTS = 3  # a shard that failed so often runs again only if a run names it
@@ -63,14 +62,22 @@ class OptionsVersion:
 
     @staticmethod
     def from_record(
-        number: int, record: dict[str, Any], before: Mapping[str, Any] = MappingProxyType({})
+        number: int,
+        record: dict[str, Any],
+        before: Mapping[str, Any] = MappingProxyType({}),
+        gone: Collection[str] = (),
     ) -> OptionsVersion:
-        """``before``: what options were before they existed, for a record that is older than they are."""
+        """The version in a record.
+
+        before: what options were before they existed, for a record that is older than they are.
+        gone: options that do not count any more.
+        """
         shards = record.get("shards")
+        recorded = {name: value for name, value in dict(record.get("options", {})).items() if name not in gone}
         return OptionsVersion(
             number=number,
             version=int(record.get("version", 0)),
-            options={**before, **record.get("options", {})},
+            options={**before, **recorded},
             shards=None if shards is None else frozenset(shards),
             run_id=str(record.get("run", "")),
         )
@@ -96,6 +103,7 @@ class Ledger:
     kept_by_rerun: what --rerun keeps, for the message about changed options.
     before: for each option that older versions of the stage did not have, the value that gives the bytes that they
         wrote.  A record of options that lacks the option counts as a record of this value.
+    gone: options that older versions recorded and that do not change the output any more.
     read_only: write nothing; otherwise, reading also finishes commits that a dead process left half-done.
     """
 
@@ -108,6 +116,7 @@ class Ledger:
         *,
         kept_by_rerun: str = "",
         before: Mapping[str, Any] = MappingProxyType({}),
+        gone: Collection[str] = (),
         read_only: bool = False,
     ) -> None:
         self.root = root
@@ -120,6 +129,7 @@ class Ledger:
         self.receipts = root / "_receipts" / stage
         self._kept_by_rerun = kept_by_rerun
         self._before = {name: value for name, value in before.items() if name in options}
+        self._gone = frozenset(gone)
         self._read_only = read_only
         self._options_versions: list[OptionsVersion] = []
         self._coming: OptionsVersion | None = None  # the one that this run will begin
@@ -127,7 +137,6 @@ class Ledger:
         self._lock = threading.Lock()
         self._listings: dict[str, _Listing] = {}
         self._upstream = Upstream()
-        self.presence = Presence()
 
     # ---- folders
 
@@ -163,7 +172,7 @@ class Ledger:
 
     def place(self, kind: str, shard_id: str, suffix: str) -> Path:
         """The path of a shard's file in ``_rejects`` or ``_provenance``."""
-        return self.root / f"_{kind}" / self.stage / f"{shard_id}{suffix}"
+        return self.root / f"_{kind}" / self.stage / f"{record_name(shard_id)}{suffix}"
 
     def commit(self, shard_id: str) -> Commit:
         folder = self.receipts / bucket_of(shard_id)
@@ -292,7 +301,7 @@ class Ledger:
                         f"{path}: not a record of options; move it away to start from the beginning"
                     )
                 try:
-                    self._options_versions.append(OptionsVersion.from_record(number, value, self._before))
+                    self._options_versions.append(OptionsVersion.from_record(number, value, self._before, self._gone))
                 except (TypeError, ValueError):
                     raise InfrastructureError(f"{path}: not a record of options; restore it from a copy") from None
                 found = True
@@ -387,7 +396,7 @@ class Ledger:
         same = receipt.get("epoch") == in_force.number and receipt.get("inputs") == list(current)
         if same and receipt.get("status") == "failed":
             return State("failed", str(receipt.get("error", {}).get("message", "")), current, receipt)
-        if same and receipt.get("status") == "done" and self._outputs_are_there(receipt, fresh=fresh):
+        if same and receipt.get("status") == "done" and self._outputs_are_there(receipt):
             return State("done", inputs=current, receipt=receipt)
         if not in_force.same_options(self.options, self.version):
             return State("blocked", _other_rerun(in_force), current, receipt)
@@ -400,16 +409,19 @@ class Ledger:
             listing = self._listing(bucket_of(shard_id))
             if not self._read_only and listing.commits and commit.finish_pending(names=listing.commits):
                 return commit.read_receipt()
-            return commit.read_receipt() if f"{shard_id}.json" in listing.receipts else None
+            return commit.read_receipt() if f"{record_name(shard_id)}.json" in listing.receipts else None
         receipt = commit.read_receipt()
         generation = int(receipt.get("generation", 0)) if receipt else 0
         if not self._read_only and commit.finish_pending(generation):
             return commit.read_receipt()
         return receipt
 
-    def forget_listing(self) -> None:
-        """Forget the listings, so that the next call lists the folders again."""
-        self._listings.clear()
+    def forget_listing(self, bucket: str | None = None) -> None:
+        """Forget the listing of a bucket, or of all, so that the next call lists the folder again."""
+        if bucket is None:
+            self._listings.clear()
+        else:
+            self._listings.pop(bucket, None)
 
     def _listing(self, bucket: str) -> _Listing:
         """The listing of a bucket.  A process lists a bucket once, and again when the listing proves out of date."""
@@ -421,20 +433,12 @@ class Ledger:
             self._listings[bucket] = listing
         return listing
 
-    def _outputs_are_there(self, receipt: dict[str, Any], *, fresh: bool) -> bool:
-        for output in receipt.get("outputs", []):
-            if not output.get("checked", True):
-                continue
-            if "upload" in output:
-                if not self.presence.holds(output, fresh=fresh):
-                    return False
-                continue
-            try:
-                if os.stat(self.root / output["path"]).st_size != output["size"]:
-                    return False
-            except OSError:
-                return False
-        return True
+    def _outputs_are_there(self, receipt: dict[str, Any]) -> bool:
+        return all(
+            is_there(self.root, self.stage, receipt, output)
+            for output in receipt.get("outputs", [])
+            if output.get("checked", True)
+        )
 
 
 def recorded_options(root: Path, stage: str, shards: str | None = None) -> Mapping[str, Any] | None:

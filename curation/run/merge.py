@@ -17,11 +17,12 @@ import contextlib
 import csv
 import errno
 import io
-import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,9 +45,8 @@ from curation.storage.files import (
     whole_file,
 )
 
-logger = logging.getLogger("curation")
-
 MERGE_EVERY_S = 2.0
+SECOND_LOOK_S = 1.0  # a worker that does a shard again publishes its part and then its receipt
 MAX_ENTRY_BYTES = 64 << 20  # of one entry, which the process that writes it holds in memory
 _FOLDER, _DATA = "_merged", "data"
 
@@ -99,6 +99,7 @@ class JsonlMerge:
         self._plan = Plan(ledger.root, ledger.stage)
         self._order: list[str] = []
         self._last_look = -float("inf")
+        self._unreadable = ""  # why a part could not be merged in the last pass
 
     def grow(self) -> None:
         """Merge the shards that are done by now; calls within a few seconds of the last one do nothing."""
@@ -108,12 +109,22 @@ class JsonlMerge:
             self._last_look = time.monotonic()
 
     def finish(self) -> bool:
-        """Merge what is done, from the start if merged shards were done again; returns whether all is merged."""
+        """Merge what is done, from the start if merged shards were done again; returns whether all is merged.
+
+        Raises InfrastructureError where a part is not what its receipt says, so that the file would lack its rows.
+        """
         with storage_errors(self._target):
-            return self._merge(is_last=True)
+            whole = self._merge(is_last=True)
+            if not whole and self._unreadable:
+                time.sleep(SECOND_LOOK_S)
+                whole = self._merge(is_last=True)
+        if not whole and self._unreadable:
+            raise _not_whole(self._target, self._unreadable)
+        return whole
 
     def _merge(self, *, is_last: bool) -> bool:
         """is_last: compare the log with the receipts, and write the last entry's bytes even if another process did."""
+        self._unreadable = ""
         self._ledger.load_options_versions()
         if self._plan.look():
             self._order = sorted(self._plan.ids)
@@ -217,12 +228,15 @@ class JsonlMerge:
         path = self._ledger.root / self._part(shard_id)
         try:
             data = path.read_bytes()
-            if xxhash.xxh3_128_hexdigest(data) != digest:
-                return None
-            return self._transform(data, path)
-        except (OSError, ShardError) as error:
-            logger.warning(f"{path}: cannot be merged: {error}")
-            return None
+            if xxhash.xxh3_128_hexdigest(data) == digest:
+                return self._transform(data, path)
+            error = "it was changed"
+        except OSError as reason:
+            error = str(reason.strerror)
+        except ShardError as reason:
+            error = str(reason)
+        self._unreadable = _unreadable(path, shard_id, error)
+        return None
 
     def _complete_last(self, log: _Log) -> bool:
         """Write the bytes of the last entry, even if another process created it; False if a part of it is gone."""
@@ -261,6 +275,7 @@ class JsonlMerge:
 
 
 _MARK = b"parts"
+_PARQUET_END = struct.Struct("<I4s")  # the length of the footer, and the magic
 _NOT_IN_PYTHON = (ValueError, OverflowError, ArithmeticError, TypeError)  # a date, a time zone or a text that is none
 # What a spreadsheet reads as a formula (OWASP, CSV injection): it skips white space, controls and marks without a width
 # (Unicode's Cc, Cf and Z), and some take the full-width forms for the plain ones.
@@ -271,6 +286,14 @@ _FORMULA = re.compile(
 )
 
 
+def _unreadable(path: Path, shard_id: str, why: str) -> str:
+    return f"{path}: {why}; make this shard again with --rerun --shards {shlex.quote(shard_id)}"
+
+
+def _not_whole(target: Path, why: str) -> InfrastructureError:
+    return InfrastructureError(f"{target} is not whole: {why}")
+
+
 def merge_parquet(
     ledger: Ledger, part_of: Callable[[str], str], name: str, also: Callable[[Path], None] | None = None
 ) -> bool:
@@ -279,26 +302,20 @@ def merge_parquet(
     The process that finishes last writes it, and it appears complete; a file made from the same parts is kept.
     A column whose type differs between the parts becomes text.
     also: called with the file before it appears, to make further files from it.
+
+    Raises InfrastructureError where a part is not what its receipt says.
     """
+    parts = _parquet_parts(ledger, part_of)
+    if not parts:
+        return False
+    mark = xxhash.xxh3_128_hexdigest(dump_json([(part, digest) for _, part, digest in parts])).encode()
+    target = ledger.root / name
+    if _is_marked(target, mark):
+        return True
     import pyarrow
     from pyarrow import parquet
 
-    ledger.load_options_versions()
-    parts = []
-    for shard_id in sorted(planned(ledger.root, ledger.stage)):
-        receipt = ledger.receipt(shard_id)
-        current = receipt is not None and receipt.get("epoch") == ledger.governing(shard_id).number
-        if receipt is None or not current or receipt.get("status") not in ("done", "failed"):
-            return False
-        part = part_of(shard_id)
-        parts += [(part, out["digest"]) for out in receipt.get("outputs", []) if out["path"] == part]
-    if not parts:
-        return False
-    mark = xxhash.xxh3_128_hexdigest(dump_json(parts)).encode()
-    target = ledger.root / name
-    if target.is_file() and (parquet.read_schema(target).metadata or {}).get(_MARK) == mark:
-        return True
-    paths = [ledger.root / part for part, _ in parts]
+    paths = [ledger.root / part for _, part, _ in parts]
     try:
         schema = _common_schema([parquet.read_schema(path) for path in paths]).with_metadata({_MARK: mark})
         with whole_file(target) as file:
@@ -311,9 +328,53 @@ def merge_parquet(
     except (OSError, pyarrow.ArrowException) as error:  # a shard is being done again; its worker will merge too
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ESTALE):
             raise storage_error(target, error) from error
-        logger.warning(f"{target}: not written: {error}")
-        return False
+        time.sleep(SECOND_LOOK_S)
+        if _parquet_parts(ledger, part_of) != parts:
+            return False
+        changed = (
+            _unreadable(ledger.root / part, shard_id, "it was changed")
+            for shard_id, part, digest in parts
+            if not _has_digest(ledger.root / part, digest)
+        )
+        raise _not_whole(target, next(changed, str(error))) from error
     return True
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    try:
+        return xxhash.xxh3_128_hexdigest(path.read_bytes()) == digest
+    except OSError:
+        return False
+
+
+def _parquet_parts(ledger: Ledger, part_of: Callable[[str], str]) -> list[tuple[str, str, str]]:
+    """(shard id, part, its digest) of each part; empty where a shard is pending."""
+    ledger.load_options_versions()
+    parts = []
+    for shard_id in sorted(planned(ledger.root, ledger.stage)):
+        receipt = ledger.receipt(shard_id)
+        current = receipt is not None and receipt.get("epoch") == ledger.governing(shard_id).number
+        if receipt is None or not current or receipt.get("status") not in ("done", "failed"):
+            return []
+        part = part_of(shard_id)
+        parts += [(shard_id, part, out["digest"]) for out in receipt.get("outputs", []) if out["path"] == part]
+    return parts
+
+
+def _is_marked(target: Path, mark: bytes) -> bool:
+    """Whether a parquet file is made of the parts with this mark, which its footer holds.
+
+    It is read without pyarrow, whose import takes longer than all else of a run that has nothing to do.
+    """
+    try:
+        with open(target, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _PARQUET_END.size))
+            length, magic = _PARQUET_END.unpack(file.read())
+            file.seek(max(0, size - _PARQUET_END.size - length))
+            return bool(magic == b"PAR1" and mark in file.read(min(length, size)))
+    except (OSError, struct.error):
+        return False
 
 
 def write_csv(source: Path, target: Path, columns: Sequence[str], where: tuple[str, str]) -> None:

@@ -23,7 +23,7 @@ import orjson
 from curation.cluster import WORKER_VARIABLE, note_progress
 from curation.jsonio import clean_text
 from curation.options import logger, on_terminal
-from curation.shards import bucket_of
+from curation.shards import bucket_of, id_of_record
 
 FIRST_LINES_S = (10.0, 30.0, 60.0)  # after the begin of a run: a log shows early what its job does
 LINE_EVERY_S = 60.0  # after these
@@ -33,6 +33,8 @@ RATE_WINDOW_S = 600.0  # over which the recent rate is measured
 TICK_S, _DRAW_S = 1.0, 0.1  # of the thread: for a log, and for a bar
 _POINT_EVERY_S = 5.0
 _LOOKING_WORKERS = 16  # in a larger job each worker lists receipts less often, so that the filesystem has the same load
+_LOOK_SHARE = 0.005  # of a process's time, which listing the receipts of very many shards may take
+_MAX_LOOK_EVERY_S = 600.0
 _FEW_SHARDS, _LONG_ENOUGH_S = 2, 60.0  # one small shard that took no time says nothing of the others
 _MIN_BETWEEN_LOOKS_S = 30.0  # between the first and the last of the listings from which a rate is taken
 
@@ -82,21 +84,20 @@ class Tally:
         with self._lock:
             self._shards[what] += count
 
-    def samples(self, counts: Mapping[str, int], notes: Mapping[str, Any], shard_id: str) -> None:
+    def samples(self, counts: Mapping[str, int], notes: Mapping[str, int], shard_id: str) -> None:
         """Count the samples of a shard that is done.
 
         Args:
             counts: in, kept, dropped and failed.
-            notes: The notes of its receipt, of which the whole numbers are added up.
+            notes: The numbers of its receipt's notes that are added up (``Stage.sums``).
             shard_id: The shard.
         """
-        whole = {name: value for name, value in notes.items() if type(value) is int}
         with self._lock:
             self._samples.update(counts)
-            self._notes.update(whole)
+            self._notes.update(notes)
         if self._pipe is not None:
             with contextlib.suppress(OSError):  # the parent is gone, or reads nothing any more
-                os.write(self._pipe, orjson.dumps([counts, whole, shard_id]) + b"\n")
+                os.write(self._pipe, orjson.dumps([counts, notes, shard_id]) + b"\n")
 
     def tell_of_failed_device(self, *, computed: bool) -> None:
         """Tell the parent that this process ends because its device has failed.
@@ -182,7 +183,7 @@ class ReceiptsOfAll:
         for bucket in self._buckets:
             with contextlib.suppress(OSError), os.scandir(self._receipts / bucket) as entries:
                 for entry in entries:
-                    shard_id, inode = entry.name[:-5], entry.inode()
+                    shard_id, inode = id_of_record(entry.name[:-5]), entry.inode()
                     if not entry.name.endswith(".json") or shard_id not in self._ids:
                         continue
                     if self._inodes.get(shard_id) != inode:
@@ -496,6 +497,8 @@ class Progress:
         if now >= due and self._pace.receipts is not None:
             self._looked_at = now
             self._pace.receipts.look()
+            took = time.monotonic() - now
+            self._look_every_s = max(self._look_every_s, min(took / _LOOK_SHARE, _MAX_LOOK_EVERY_S))
             with self._lock:
                 self._pace.looked(now)
 

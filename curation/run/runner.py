@@ -6,6 +6,7 @@ Any number of processes on any number of nodes run this loop over the same folde
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import secrets
 import threading
@@ -14,23 +15,33 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import xxhash
 
-from curation.cluster import Allocation, StopSignal, gpu_name, note_broken_device, parse_deadline, run_id
+from curation.cluster import (
+    Allocation,
+    StopSignal,
+    gpu_name,
+    note_broken_device,
+    parse_deadline,
+    run_id,
+    stopped_at_once,
+)
 from curation.errors import (
     EXIT_DEVICE_FAILED,
     EXIT_OK,
     EXIT_SHARDS_FAILED,
     EXIT_WORK_LEFT,
     DeviceError,
+    StoppedAtOnce,
     UsageError,
     device_failure,
 )
-from curation.options import RunOptions, logger, say_error, set_up_logging
+from curation.options import Main, RunOptions, exit_code, logger, say_error, set_up_logging
 from curation.run.attempt import Attempts
-from curation.run.claims import Claim, Claims
+from curation.run.claims import CheckedBuckets, Claim, Claims
 from curation.run.follow import Follower, Follows
 from curation.run.planned import record_plan
 from curation.run.progress import Progress, Tally
@@ -43,6 +54,19 @@ _WATCHED = 16  # claims of other workers that an idle worker checks
 _FOLDERS_OF_SHARDS = ("_claims", "_partial", "_rejects", "_provenance")  # attempts clear them, shard by shard
 _MISSES_BEFORE_RELISTING = 6
 _LOSSES = 3  # after it has lost a shard so often, this process leaves it to others
+
+
+def stage_main(main: Callable[[Sequence[str] | None], int]) -> Main:
+    """Decorate the ``main(argv)`` of a stage: ``exit_code``, and a signal that comes before the first shard, while
+    folders are listed, another stage is waited for or a store is tried, ends it with exit code 75 and a line."""
+
+    @exit_code
+    @functools.wraps(main)
+    def listening(argv: Sequence[str] | None = None) -> int:
+        with stopped_at_once():
+            return main(argv)
+
+    return listening
 
 
 def run_stage(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follows: Follows | None = None) -> int:
@@ -108,7 +132,8 @@ def run_shards(
     """
     allocation = replace(allocation, run_id=allocation.run_id or f"run-{secrets.token_hex(8)}")
     follower = _follower(follows, shards, options)
-    entry = _Entry(stage, shards, options, allocation.run_id, follower)
+    with stop.at_once():  # to find out which model it is may take long
+        entry = _Entry(stage, shards, options, allocation.run_id, follower)
     entry.check()
     claims = Claims(stage.output / "_claims" / stage.name, options.lease_s, options.stall_s)
     claims.heartbeat.start()
@@ -129,6 +154,7 @@ def run_shards(
                 stage.close()
         finally:
             claims.heartbeat.stop()
+            run.checked.clear()
     # Last, so that the run's last line says what came of it.
     return run.conclude() if broken is None else run.leave(broken)
 
@@ -205,7 +231,7 @@ def _record_plan(stage: Stage[Any], shards: Sequence[Shard], follower: Follower 
     if follower is not None:
         shards = [follower.shards[shard_id] for shard_id in follower.planned()]
     if shards:
-        sources = [wanted.origin(stage.output) for wanted in stage.inputs(shards[0])]
+        sources = [wanted.origin(stage.output, shards[0].id) for wanted in stage.inputs(shards[0])]
         record_plan(stage.output, stage.name, (shard.id for shard in shards), sources)
 
 
@@ -246,7 +272,10 @@ class _Run:
             lines=parent is None or follower is not None,
         )
         self._tally = Tally(parent)
-        self._attempts = Attempts(stage, options, allocation, stop, ledger, claims, self._progress, self._tally)
+        self.checked = CheckedBuckets(stage.output / "_claims" / stage.name, claims.heartbeat.name)
+        self._attempts = Attempts(
+            stage, options, allocation, stop, ledger, claims, self._progress, self._tally, self._found_done
+        )
         self._capacity = 1 if stage.overlaps_at_ends else stage.shards_in_flight
         self._ending: Callable[[], None] | None = None  # gives up the slot of a shard that ends soon, when it may
         self._slots = threading.Semaphore(self._capacity)
@@ -286,7 +315,7 @@ class _Run:
     def _claimed(self) -> Iterator[tuple[Shard, Claim]]:
         """Claim pending shards one after the other.  Each takes a slot, which the attempt frees at its end."""
         if self._follower is None:
-            yield from self._try(self._shards)
+            yield from self._pass()
             self._record()
         yield from self._watch()
         self._record()
@@ -296,13 +325,42 @@ class _Run:
 
     def _record(self) -> None:
         """Record the options and the shards also where nothing was to do, because stages that follow wait for them."""
-        if not self._ended():
-            self._entry.record(self._claims)
+        if not (self._entry.recorded or self._ended()):
+            with contextlib.suppress(StoppedAtOnce), self._stop.at_once():
+                self._entry.record(self._claims)
+
+    def _pass(self) -> Iterator[tuple[Shard, Claim]]:
+        """Go once through all shards, bucket by bucket, so that a process keeps the listing of few buckets and renews
+        no other one, and so that it can skip a bucket that another worker of this run has found done."""
+        rest = Counter(bucket_of(shard.id) for shard in self._shards)
+        for bucket, shards in self._by_bucket():
+            rest[bucket] -= len(shards)
+            if self._allocation.world > 1 and not self._ended() and self._others_found_done(bucket, shards):
+                continue
+            yield from self._try(shards)
+            if not rest[bucket]:
+                self.checked.passed(bucket)
+                self._ledger.forget_listing(bucket)
+
+    def _others_found_done(self, bucket: str, shards: Sequence[Shard]) -> bool:
+        ids = sorted(shard.id for shard in shards)
+        needed = [f"{shard_id} {self._ledger.governing(shard_id).number}" for shard_id in ids]
+        subject = xxhash.xxh3_128_hexdigest("\n".join([self._allocation.run_id, *needed]).encode())
+        if not self.checked.are_done(bucket, subject, ids):
+            return False
+        self._tally.shards("done", len(ids))
+        for shard_id in ids:
+            self._progress.shard_passed(shard_id)
+        return True
+
+    def _found_done(self, shard_id: str) -> None:
+        self.checked.found_done(bucket_of(shard_id), shard_id)
 
     def _try(self, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Claim]]:
-        for shard in self._order(shards):
+        for shard in shards:
             while not self._slots.acquire(timeout=0.5):
                 pass  # signal handlers run in between
+            self._wait_for_room()
             if self._ended():
                 self._tally.shards("left")
                 self._slots.release()
@@ -310,6 +368,17 @@ class _Run:
                 yield shard, claim
             else:
                 self._slots.release()
+
+    def _wait_for_room(self) -> None:
+        """Wait, without a claim, while the stage says that no other shard may begin."""
+        waited = False
+        while (why := self._stage.full()) and not self._ended():
+            waited = True
+            self._progress.now(why)
+            self._claims.heartbeat.progress()
+            self._stop.wait(0.5)
+        if waited:
+            self._progress.now("")
 
     def _arrived(self) -> Sequence[Shard]:
         """With ``--follow``: the shards that upstream has just published.  Shards newly planned there are recorded."""
@@ -336,29 +405,38 @@ class _Run:
             if self._attempts.untidy(state) or self._claims.left_behind(bucket_of(shard.id), shard.id):
                 self._untidy.append(shard)
             return None
-        if not self._opened:  # models are loaded only when there is something to do
-            began = time.monotonic()
-            self._progress.now(self._stage.opening)
-            self._stage.open(self._allocation)
-            self._opened = True
-            self._attempts.open_s = time.monotonic() - began
-            if self._ended():  # opening may have taken minutes
-                self._tally.shards("left")
-                return None
-            self._entry.record(self._claims)
+        if not self._opened and not self._open():  # models are loaded only when there is something to do
+            self._tally.shards("left")
+            return None
         claim = self._claims.acquire(bucket_of(shard.id), shard.id)
         if claim is None:
             with self._lock:
                 self._waiting.append(shard)
-            self._missed()
+            self._missed(shard)
         return claim
 
-    def _missed(self) -> None:
+    def _open(self) -> bool:
+        """Load the models and record the options.  Returns False where a stop was requested meanwhile."""
+        began = time.monotonic()
+        self._progress.now(self._stage.opening)
+        with contextlib.suppress(StoppedAtOnce), self._stop.at_once():
+            if self._ended():  # it came just now
+                return False
+            self._stage.require(self._options)
+            self._stage.open(self._allocation)
+            self._opened = True
+            self._attempts.open_s = time.monotonic() - began
+            if not self._ended():
+                self._entry.record(self._claims)
+                return True
+        return False
+
+    def _missed(self, shard: Shard) -> None:
         """Another process had already done a shard that the listing shows as pending; after several, list again."""
         with self._lock:
             self._misses += 1
         if self._misses % (_MISSES_BEFORE_RELISTING + random.randrange(3)) == 0:
-            self._ledger.forget_listing()
+            self._ledger.forget_listing(bucket_of(shard.id))
 
     def _watch(self) -> Iterator[tuple[Shard, Claim]]:
         """Wait for shards that others hold: claim those that they release or die on, until two leases brought none.
@@ -366,7 +444,7 @@ class _Run:
         idle_since = time.monotonic()
         pause_s = min(1.0, self._options.lease_s / 8)
         while not self._ended():
-            yield from self._try(self._arrived())
+            yield from self._try(self._order(self._arrived()))
             expecting = self._follower is not None and self._follower.expecting
             with self._lock:
                 watched = random.sample(self._waiting, min(_WATCHED, len(self._waiting)))
@@ -419,8 +497,22 @@ class _Run:
         """A single worker takes the shards in order.  Each of several has a hashed order, so that they do not race."""
         if self._allocation.world == 1:
             return shards
-        mark = f"{self._claims.heartbeat.name}:".encode()
-        return sorted(shards, key=lambda shard: xxhash.xxh3_64_intdigest(mark + shard.id.encode()))
+        return sorted(shards, key=lambda shard: self._hash(shard.id))
+
+    def _by_bucket(self) -> Iterator[tuple[str, Sequence[Shard]]]:
+        """All shards in this worker's order.  A single worker may come back to a bucket whose ids are of two widths."""
+        if self._allocation.world == 1:
+            for bucket, group in groupby(self._shards, lambda shard: bucket_of(shard.id)):
+                yield bucket, list(group)
+            return
+        buckets: dict[str, list[Shard]] = {}
+        for shard in self._shards:
+            buckets.setdefault(bucket_of(shard.id), []).append(shard)
+        for bucket in sorted(buckets, key=self._hash):
+            yield bucket, self._order(buckets[bucket])
+
+    def _hash(self, name: str) -> int:
+        return xxhash.xxh3_64_intdigest(f"{self._claims.heartbeat.name}:{name}".encode())
 
     def _ended(self) -> bool:
         return self._fatal is not None or self._stop.draining
@@ -455,7 +547,7 @@ class _Run:
             if result == "lost":
                 self._lost(shard)
             elif result == "late":
-                self._missed()
+                self._missed(shard)
         except BaseException as error:  # noqa: BLE001 - the main thread raises it
             with self._lock:
                 self._fatal = self._fatal or error
@@ -546,13 +638,14 @@ class _Run:
 def _dry_run(stage: Stage[Any], options: RunOptions, shards: Sequence[Shard], follower: Follower | None) -> int:
     """Print what would be done, and write nothing.
 
-    Raises InfrastructureError where the real run would: a model, a server or a folder is missing.
+    Raises InfrastructureError where the real run would: a package, a model, a server or a folder is missing.
     """
     counts = _states(stage, options, shards, follower, run_id())
     print(f"{stage.name} into {stage.output}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
     if counts["pending"]:
         if stage.trouble is not None:
             raise stage.trouble
+        stage.require(options)
         if stage.opens_quickly:
             try:
                 stage.open(Allocation.detect(options.workers))

@@ -9,11 +9,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, overload
+from typing import Any, ClassVar, Final, Generic
 
 from curation.cluster import Allocation, StopSignal
 from curation.errors import InfrastructureError, LostClaim, ShardError, redact
@@ -24,11 +23,10 @@ from curation.run.checkpoints import PartialLog, Partials
 from curation.run.claims import Claim
 from curation.run.inputs import Input, source_inputs
 from curation.run.ledger import Ledger, recorded_options
-from curation.shards import Shard
-from curation.storage.buckets import RemoteOutput, place_of
-from curation.storage.files import AtomicFile, AtomicWriter, Published
-from curation.storage.urls import Source, Url
-from curation.tar.samples import Sample, read_samples
+from curation.run.records import is_object
+from curation.shards import Shard, record_name
+from curation.storage.files import AtomicFile, Published
+from curation.tar.samples import AUTO, CAPTION, PLAIN, USUAL, Parts, Sample, read_samples
 from curation.tar.scan import TarReport
 
 MAX_DETAIL = 500  # characters of a reject's detail
@@ -40,7 +38,7 @@ class Later:
 
     Attributes:
         before: The value that gives the bytes that older versions wrote.
-        now: The value for a new folder, where the user gives none.
+        now: The value for a new folder, where the user gives none; a function gets the options and returns it.
         kept: Where the user gives none, a folder that records a value keeps it, whoever chose it.  It is for
             options whose value of now changed after versions had recorded another.
     """
@@ -48,6 +46,12 @@ class Later:
     before: Any
     now: Any
     kept: bool = False
+
+
+# Of stages that read pictures and captions of samples: ``Parts`` of older versions, and of now.
+LATER_PARTS: Final = MappingProxyType(
+    {"image_member": Later(before=PLAIN, now=AUTO), "caption_field": Later(before=CAPTION, now=AUTO)}
+)
 
 
 class Stage(ABC, Generic[AnyOptions]):
@@ -65,12 +69,16 @@ class Stage(ABC, Generic[AnyOptions]):
             start: a worker holds no shard that another could begin meanwhile.
         kept_by_rerun: A sentence on what ``--rerun`` does not do again, if the stage keeps something.
         later: Options that ``fingerprint`` records and that older versions of the stage did not have.
+        gone: Options that older versions recorded and that do not change the output any more.
         opening: What ``open`` does, in words for the log.
         opens_quickly: Whether ``open`` takes seconds at most, so that a dry run can try it.
         uses_device: Whether this process computes on a device, which may fail.  A stage whose models are served by
             other processes does not.
+        full: Why no other shard may begin now, such as a local disk that is waiting for uploads; empty where one may.
+            It is asked before a shard is claimed, and may raise InfrastructureError.
         stopping: Whether a stop was requested, for an ``open`` that takes long: it may return at once then, because
             no shard follows.
+        sample_parts: Which member of a sample is its picture, and what its caption is, as the options say.
         trouble: What a dry run found when it looked for the models, with which the real run would end.
     """
 
@@ -85,13 +93,18 @@ class Stage(ABC, Generic[AnyOptions]):
     opens_quickly: bool = False
     uses_device: bool = False
     trouble: InfrastructureError | None = None
+    sample_parts: Parts = USUAL
     later: ClassVar[Mapping[str, Later]] = MappingProxyType({})
+    gone: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: AnyOptions, output: str | Path | None = None) -> None:
         """output: defaults to the option ``output``."""
         self.options = options
         self.output = Path(vars(options)["output"] if output is None else output)
         self.stopping: Callable[[], bool] = lambda: False
+        self.full: Callable[[], str] = lambda: ""
+        given = vars(options)
+        self.sample_parts = Parts(given.get("image_member") or AUTO, given.get("caption_field") or AUTO)
 
     @abstractmethod
     def fingerprint(self) -> dict[str, object]:
@@ -109,21 +122,22 @@ class Stage(ABC, Generic[AnyOptions]):
         root = Path(vars(options)["output"] if output is None else output)
         recorded = None if options.rerun else recorded_options(root, cls.name, options.shards)
         values, kept = {}, {}
+        now = {name: o.now(options) if callable(o.now) else o.now for name, o in cls.later.items()}
         for name, option in cls.later.items():
             if getattr(options, name) is None:
-                values[name] = option.now
+                values[name] = now[name]
                 if recorded is not None and (option.kept or name not in recorded):
                     values[name] = recorded.get(name, option.before)
-                if values[name] != option.now:
+                if values[name] != now[name]:
                     kept[name] = option
         if kept:
             set_up_logging(options.quiet)
         if old := ", ".join(f"--{name} {values[name]}" for name, option in kept.items() if not option.kept):
-            now = ", ".join(str(option.now) for option in kept.values() if not option.kept)
-            logger.info(f"{old}: an older version has begun {root}; new folders and --rerun use {now}")
+            new = ", ".join(str(now[name]) for name, option in kept.items() if not option.kept)
+            logger.info(f"{old}: an older version has begun {root}; new folders and --rerun use {new}")
         if begun := ", ".join(f"--{name} {values[name]}" for name, option in kept.items() if option.kept):
-            now = ", ".join(str(option.now) for option in kept.values() if option.kept)
-            logger.info(f"{begun}: {root} was begun so and goes on so; new folders and --rerun use {now}")
+            new = ", ".join(str(now[name]) for name, option in kept.items() if option.kept)
+            logger.info(f"{begun}: {root} was begun so and goes on so; new folders and --rerun use {new}")
         return replace(options, **values)
 
     def ledger(self, *, read_only: bool = False) -> Ledger:
@@ -135,6 +149,7 @@ class Stage(ABC, Generic[AnyOptions]):
             dict(self.fingerprint()),
             kept_by_rerun=self.kept_by_rerun,
             before={name: option.before for name, option in self.later.items()},
+            gone=self.gone,
             read_only=read_only,
         )
 
@@ -145,6 +160,18 @@ class Stage(ABC, Generic[AnyOptions]):
         It is called before ``options.check``, and also on machines where the stage's folders do not exist.
         """
         return []
+
+    @classmethod
+    def require(cls, options: AnyOptions) -> None:
+        """Look whether the packages, programs and packaged files that ``open`` needs are on this machine.
+
+        It loads no model, takes a few seconds at most, and changes nothing.  It is called before ``open``, by a dry run
+        in the place of ``open``, and by ``curation run`` for all stages before the first one starts; for that also
+        where the stage's folders do not exist.
+
+        Raises:
+            InfrastructureError: Something is missing; the message has the command that installs it.
+        """
 
     def inputs(self, shard: Shard) -> list[Input]:
         """The files that the shard is made from.  Default: only the shard itself, as a file made elsewhere."""
@@ -183,12 +210,20 @@ class Stage(ABC, Generic[AnyOptions]):
     def close(self) -> None:
         """Free resources; called once per process, after the last shard, even if ``open`` was never called."""
 
+    def sums(self, notes: Mapping[str, Any]) -> dict[str, int]:
+        """The numbers in a receipt's notes (``ShardContext.note``) that a run adds up over its shards for ``result``.
+
+        Returns:
+            Each note that is a whole number.  A stage may add others, under names of their own.
+        """
+        return {name: value for name, value in notes.items() if type(value) is int}
+
     def result(self, counts: Mapping[str, int]) -> str:
         """What came of a run, in the stage's own words, for the last line of the run.
 
         Args:
             counts: The sums over the shards that the run has done: ``in``, ``kept``, ``dropped`` and ``failed``
-                samples, and each note that is a whole number (``ShardContext.note``).  What is not counted is 0.
+                samples, and those of ``sums``.  What is not counted is 0.
 
         Returns:
             A few words such as ``5 replaced, 65 copied``.  Default: the number of samples that were kept.
@@ -213,6 +248,7 @@ class ShardContext:
         stop: StopSignal,
         inputs: tuple[dict[str, Any], ...],
         previous: dict[str, Any] | None,
+        sample_parts: Parts,
         on_progress: Callable[[int], None],
         on_warning: Callable[[str], None],
         on_ends_soon: Callable[[], None],
@@ -222,6 +258,7 @@ class ShardContext:
         self.allocation = allocation
         self.previous = previous  # the shard's last receipt, for a stage that keeps unchanged outputs
         self.inputs = inputs
+        self.sample_parts = sample_parts
         self.samples_in = 0
         self.kept = 0
         self.dropped: Counter[str] = Counter()
@@ -229,9 +266,9 @@ class ShardContext:
         self.seconds: Counter[str] = Counter()
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
-        self.outputs: list[tuple[AtomicWriter, bool]] = []
-        self._finals: set[Source] = set()  # the outputs for this receipt
-        self._touched: set[Source] = set()  # all outputs that this attempt began
+        self.outputs: list[tuple[AtomicFile, bool]] = []
+        self._finals: set[Path] = set()  # the outputs for this receipt
+        self._touched: set[Path] = set()  # all outputs that this attempt began
         self._ledger = ledger
         self._claim = claim
         self._partials = partials
@@ -260,7 +297,7 @@ class ShardContext:
             ShardError: The tar cannot be read to its end.
         """
         report = TarReport()
-        samples = read_samples(self.shard.path, suffixes, report)
+        samples = read_samples(self.shard.path, suffixes, report, parts=self.sample_parts)
         seconds = 0.0
         try:
             while True:
@@ -305,6 +342,19 @@ class ShardContext:
             self._rejects.append(line)
         self._on_progress(1)
 
+    def reject(self, key: str, reason: str, **facts: Any) -> None:
+        """Record a sample that is left out although nothing is wrong with it: a drop with a line in ``_rejects/``.
+
+        It does not count towards ``--max_error_rate``.
+
+        facts: What is told of it, as JSON values.
+        """
+        line = {"key": key, "reason": reason, **facts}
+        dump_json(line)
+        with self._lock:
+            self._rejects.append(line)
+        self.drop(key, reason)
+
     def assert_conservation(self) -> None:
         """Raise ShardError unless in = kept + dropped + failed."""
         out = self.kept + self.dropped.total() + self.failed.total()
@@ -316,15 +366,9 @@ class ShardContext:
 
     # ---- what is written
 
-    @overload
-    def output(self, path: Path, *, checked: bool = True) -> AbstractContextManager[AtomicFile]: ...
-
-    @overload
-    def output(self, path: Source, *, checked: bool = True) -> AbstractContextManager[AtomicWriter]: ...
-
     @contextlib.contextmanager
-    def output(self, path: Source, *, checked: bool = True) -> Iterator[Any]:
-        """Open a binary file, or an object in a bucket, that appears under ``path`` when the shard is committed.
+    def output(self, path: Path, *, checked: bool = True) -> Iterator[AtomicFile]:
+        """Open a binary file that appears under ``path`` when the shard is committed.
 
         checked: whether readers compare its digest; False for a copy that another stage may replace.
         """
@@ -334,9 +378,7 @@ class ShardContext:
             self._finals.add(path)
             self._touched.add(path)
         try:
-            token = self._claim.token
-            file: AtomicWriter = RemoteOutput(path, token) if isinstance(path, Url) else AtomicFile(path, token)
-            with file:
+            with AtomicFile(path, self._claim.token) as file:
                 yield file
         except BaseException:  # an output that an error cut short is discarded and not listed
             with self._lock:
@@ -406,7 +448,7 @@ class ShardContext:
         # A fresh listing, because an attempt that was asked to end a moment ago left nothing but its file.  The folder
         # is small: it holds only the checkpoints of shards in progress.
         names = self._partials.names(self.shard.id, fresh=True)
-        names += [f"{self.shard.id}.{mark}.{token}" for token in self._claim.predecessors]
+        names += [f"{record_name(self.shard.id)}.{mark}.{token}" for token in self._claim.predecessors]
         log = PartialLog(self._partials.folder(self.shard.id), self.shard.id, mark, self._claim.token, names)
         with self._lock:
             self._logs.append(log)
@@ -434,13 +476,13 @@ class ShardContext:
             published.append(file.published(self._ledger.root, checked=checked))
         return published
 
-    def places(self) -> list[Source]:
+    def places(self) -> list[Path]:
         """Every path for which an attempt at this shard may have left a temporary file."""
         own = [self._ledger.place("rejects", self.shard.id, end) for end in (".jsonl", ".drops.tsv.gz")]
         own.append(self._ledger.place("provenance", self.shard.id, ".jsonl"))
         previous = self.previous or {}
         paths = [*(output["path"] for output in previous.get("outputs", [])), *previous.get("superseded", [])]
-        return [*{*self._touched, *own, *(place_of(self._ledger.root, path) for path in paths)}]
+        return [*{*self._touched, *own, *(self._ledger.root / path for path in paths if not is_object(path))}]
 
     def discard(self) -> None:
         """Remove every temporary file of this attempt; the partial log is made durable and stays."""

@@ -17,7 +17,7 @@ from datetime import datetime
 from types import FrameType
 from typing import Any
 
-from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, parse_deadline
+from curation.cluster import RUN_VARIABLE, WORKER_VARIABLE, Allocation, parse_deadline, signals_received
 from curation.errors import EXIT_DEVICE_FAILED, EXIT_OK, EXIT_SHARDS_FAILED, EXIT_USAGE, EXIT_WORK_LEFT
 from curation.options import RunOptions, logger
 from curation.run.progress import Progress, TalliesOfWorkers
@@ -82,9 +82,11 @@ def run_workers(
     began, tallies = time.monotonic(), TalliesOfWorkers()
     slots: list[_Worker] = []
     stopping: list[int] = []
+    signals_received.clear()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         stopping.append(number)
+        signals_received.append(number)
         for slot in slots:
             slot.send(number)
 

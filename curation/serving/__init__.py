@@ -6,13 +6,15 @@ register while they live.  **Own servers** are those that a stage starts and end
 """
 
 from curation.serving.connection import read_key
+from curation.serving.named import NamedServers
 from curation.serving.own import OwnServers, ServedOptions
-from curation.serving.pool import EndpointPool, NoEndpoint, endpoint_urls
+from curation.serving.pool import EndpointPool, NoEndpoint, Waiting, endpoint_urls
 from curation.serving.registry import Registry, RegistryWatcher
 from curation.serving.wire import Request
 
 __all__ = [
     "EndpointPool",
+    "NamedServers",
     "NoEndpoint",
     "OwnServers",
     "Registry",
@@ -20,6 +22,7 @@ __all__ = [
     "Reply",
     "Request",
     "ServedOptions",
+    "Waiting",
     "endpoint_urls",
     "read_key",
 ]

@@ -21,6 +21,11 @@ _FIELD_WORDS = {
     "reasoning_effort": ("reasoning", "think"),
     "chat_template_kwargs": ("chat_template", "chat template"),
 }
+# The field of a schema, in OpenAI's API and in that of an old Ollama, which wants a text there.
+_SCHEMA_FIELDS = {
+    "response_format": re.compile(r"response_format|json_schema"),
+    "format": re.compile(r"\.format of type"),
+}
 _UNKNOWN = re.compile(
     r"support|unknown|unrecogni|unexpected|extra|permitted|allowed|only the default|deprecated|not implemented|"
     r"not available|no such|additional propert|invalid (?:field|param|argument|key|option|request argument)"
@@ -53,6 +58,10 @@ def adapted(manner: Manner, request: Request, error: SampleError | EndpointError
     if "max_completion_tokens" in said and manner.tokens_field == "max_tokens":
         return _changed(replace(manner, tokens_field="max_completion_tokens"), "max_completion_tokens for max_tokens")
     usual = [*(["stop"] if request.stop else []), *request.extra, "seed", "temperature"]
+    if request.schema is not None and not request.schema_needed:
+        for name, words in _SCHEMA_FIELDS.items():
+            if name not in manner.omits and words.search(said):
+                return _without(manner, [name])
     named = [name for name in manner.fields if any(word in said for word in _FIELD_WORDS.get(name, (name,)))]
     if _UNKNOWN.search(said) and not _RANGE.search(said):
         named += [name for name in usual if name not in manner.omits and re.search(rf"(?<!\w){name}(?!\w)", said)]

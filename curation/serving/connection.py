@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import time
-from typing import Any, Final
+from typing import Final, Protocol
 
 import orjson
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.jsonio import clean_text
+from curation.libraries import requests, urllib3
 from curation.storage.addresses import parse_address
 from curation.storage.retry import retry_after_s
 from curation.storage.urls import error_line, redact
@@ -28,15 +24,15 @@ MAX_REPLY_BYTES = 4 << 20
 CHUNK_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 5.0
 KEY_VARIABLE = "CURATION_API_KEY"
+CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _LONGEST_ASKED_S = 60.0  # a model server that asks to be left alone for longer is tried anyway
-_JSON = {"Content-Type": "application/json", "Accept": "application/json"}
+JSON_HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
 _MAX_WORDS = 300  # characters of what a server says
 _MAX_READ = 64 << 10  # bytes in which its words are looked for
 # LM Studio answers 400 to what was waiting while it exchanged one model for another.
 _LOADS_AGAIN = re.compile(
     r"\bmodel (?:is |was |has been )?(?:unloaded|being loaded|loading)\b|\bloading model\b", re.I
 ).search
-_CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class EndpointError(Exception):
@@ -124,66 +120,6 @@ def is_no_server(host: str, *, registered: bool) -> str:
     return ""
 
 
-class _Checked(HTTPConnection):
-    """A connection that looks at the address it leads to, whatever name or spelling led there."""
-
-    registered = False
-
-    def _new_conn(self) -> socket.socket:
-        try:
-            found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            found = []  # the connection says what is wrong with the name
-        for *_, place in found:
-            self._check(str(place[0]))
-        made = super()._new_conn()
-        try:
-            self._check(str(made.getpeername()[0]))  # a name may have another address now
-        except BaseException:
-            made.close()
-            raise
-        return made
-
-    def _check(self, address: str) -> None:
-        if why := is_no_server(address, registered=self.registered):
-            raise EndpointError(f"{why}, not a model server: no request is sent to it", refused=True)
-
-
-class _CheckedTls(_Checked, HTTPSConnection):
-    pass
-
-
-class _CheckedRegistered(_Checked):
-    registered = True
-
-
-class _CheckedRegisteredTls(_CheckedTls):
-    registered = True
-
-
-def _pool_classes(registered: bool) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    class Plain(urllib3.HTTPConnectionPool):
-        ConnectionCls = _CheckedRegistered if registered else _Checked
-
-    class Tls(urllib3.HTTPSConnectionPool):
-        ConnectionCls = _CheckedRegisteredTls if registered else _CheckedTls
-
-    return {"http": Plain, "https": Tls}
-
-
-_POOLS: Final = {registered: _pool_classes(registered) for registered in (False, True)}
-
-
-class _Adapter(HTTPAdapter):
-    def __init__(self, registered: bool) -> None:
-        self._registered = registered
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _POOLS[self._registered]
-
-
 def read_key(name: str | None, *, registered: bool) -> str:
     """The key for model servers, "" where there is none.
 
@@ -210,47 +146,17 @@ def read_key(name: str | None, *, registered: bool) -> str:
 # ---- requests
 
 
-class Session(requests.Session):
-    """A requests session for one thread, without proxies or passwords from the environment.
+class AnySession(Protocol):
+    """What is needed of a ``Session``."""
 
-    Preparing a request costs more time than sending it, and all requests to a URL differ only in their body: each is
-    prepared once.
+    key: str
 
-    Args:
-        key: Sent as ``Authorization: Bearer``, but to URLs that hold a user and a password of their own.
-        registered: The servers come from files that others may write; see ``is_no_server``.
-    """
+    def prepared(self, method: str, url: str, body: bytes | None) -> requests.PreparedRequest: ...
 
-    def __init__(self, key: str = "", *, registered: bool = False) -> None:
-        super().__init__()
-        self.trust_env = False  # no proxies, no .netrc
-        self.key = key
-        self.mount("http://", _Adapter(registered))
-        self.mount("https://", _Adapter(registered))
-        self.certificates: str | bool = next(filter(None, map(os.environ.get, _CA_VARIABLES)), None) or True
-        self._prepared: dict[tuple[str, str], requests.PreparedRequest] = {}
-
-    def prepared(self, method: str, url: str, body: bytes | None) -> requests.PreparedRequest:
-        """A request that is valid until the next one to the same URL.  Raises requests' errors for a malformed URL."""
-        request = self._prepared.get((method, url))
-        if request is None:
-            headers = {**_JSON, "Authorization": f"Bearer {self.key}"} if self.key else _JSON
-            request = self.prepare_request(requests.Request(method, url, headers=headers))
-            self._prepared[method, url] = request
-        if body is not None:
-            request.body = body
-            request.headers["Content-Length"] = str(len(body))
-        return request
-
-    def exchange(self, request: requests.PreparedRequest, timeout_s: float) -> requests.Response:
-        """Send it, and return the answer as soon as its headers are here.  No redirect is followed.  Raises requests'
-        errors, OSError and EndpointError."""
-        timeouts = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
-        adapter = self.get_adapter(str(request.url))
-        return adapter.send(request, stream=True, timeout=timeouts, verify=self.certificates, proxies={})
+    def exchange(self, request: requests.PreparedRequest, timeout_s: float) -> requests.Response: ...
 
 
-def answers(session: Session, url: str, timeout_s: float) -> bool:
+def answers(session: AnySession, url: str, timeout_s: float) -> bool:
     """Whether the server at ``url`` shows any sign of life within ``timeout_s``."""
     try:
         get(session, f"{url}/", timeout_s)
@@ -261,7 +167,7 @@ def answers(session: Session, url: str, timeout_s: float) -> bool:
     return True
 
 
-def post(session: Session, url: str, body: bytes, timeout_s: float) -> bytes:
+def post(session: AnySession, url: str, body: bytes, timeout_s: float) -> bytes:
     """Send a request and return the body of a 200.
 
     Raises:
@@ -272,12 +178,12 @@ def post(session: Session, url: str, body: bytes, timeout_s: float) -> bytes:
     return _call(session, "POST", url, body, timeout_s)
 
 
-def get(session: Session, url: str, timeout_s: float) -> bytes:
+def get(session: AnySession, url: str, timeout_s: float) -> bytes:
     """Like ``post``."""
     return _call(session, "GET", url, None, timeout_s)
 
 
-def _call(session: Session, method: str, url: str, body: bytes | None, timeout_s: float) -> bytes:
+def _call(session: AnySession, method: str, url: str, body: bytes | None, timeout_s: float) -> bytes:
     ends = time.monotonic() + timeout_s
     payload = bytearray()
     try:
@@ -347,7 +253,7 @@ def _connection_error(error: Exception, timeout_s: float) -> EndpointError:
 
 def _why_no_tls(text: str) -> str:
     if "TLS CA certificate" in text:
-        return f"the certificates that {' or '.join(_CA_VARIABLES)} names are not there"
+        return f"the certificates that {' or '.join(CA_VARIABLES)} names are not there"
     if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
         return "it does not speak TLS: write http:// in place of https://"
     found = re.search(r"certificate verify failed: ([^(]{1,200})|(Hostname mismatch[^(]{1,200})", text)

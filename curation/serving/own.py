@@ -39,7 +39,7 @@ from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
 from curation.options import PATH, at_least, more_than
 from curation.serving import keeper
-from curation.serving.connection import Session, answers
+from curation.serving.connection import answers
 from curation.serving.pool import Endpoint, EndpointPool
 from curation.storage.files import make_folder
 
@@ -200,6 +200,23 @@ def program_of(kind: Kind, place: str | None) -> str:
         return on_path
     python = Path(on_path).resolve().parent / "python"  # vllm's own script stands beside its Python
     return str(python) if os.access(python, os.X_OK) else sys.executable
+
+
+def require_own_server(options: ServedOptions, model: str) -> None:
+    """Look whether what starts the stage's own servers is on this machine: the program, and llama-server's model.
+
+    Args:
+        options: The stage's flags, with ``--served``.
+        model: What ``--model`` names.
+
+    Raises:
+        UsageError: The program is not there.
+        InfrastructureError: llama-server has to be given a GGUF file, and there is none.
+    """
+    assert options.served is not None
+    program_of(options.served, options.served_python)
+    if options.served == "llama" and not Path(model).expanduser().is_file():
+        raise InfrastructureError(f"--model {model}: --served llama takes a GGUF file, and there is none")
 
 
 def gpu_groups(tensor_parallel: int, local_rank: int, environ: Mapping[str, str] = os.environ) -> list[list[int]]:
@@ -387,6 +404,8 @@ class OwnServers:
         """
         ends = time.monotonic() + self._options.served_wait
         why = ""
+        from curation.serving.session import Session
+
         with Session(self.key) as session:
             while not self._ended.wait(LOOK_S):
                 if process.poll() is not None:

@@ -24,17 +24,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Literal, NoReturn
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-from curation.errors import InfrastructureError, SampleError, UsageError
+from curation.errors import InfrastructureError, SampleError, Stopped, UsageError
 from curation.jsonio import clean_text
 from curation.options import items_in, numbers_in
 from curation.replies import Reply
 from curation.serving.adapt import adapted, unquieted
-from curation.serving.connection import KEY_VARIABLE, EndpointError, ModelMissing, Refused, Session, post
+from curation.serving.connection import KEY_VARIABLE, EndpointError, ModelMissing, Refused, post
 from curation.serving.service import Service
 from curation.serving.wire import (
     CONTEXT_TOKENS,
@@ -51,6 +51,10 @@ from curation.serving.wire import (
 from curation.storage.retry import RetryPolicy
 from curation.storage.search import expand_braces
 from curation.storage.urls import redact
+from curation.threads import DaemonPool
+
+if TYPE_CHECKING:
+    from curation.serving.session import Session  # it needs requests
 
 MIN_ANSWERS_TO_JUDGE = 8  # before a load is judged: replies differ in length
 WORTH = 0.25  # the share of what more requests could bring that they must bring
@@ -356,6 +360,23 @@ class Endpoint:
         self.leave_alone(now)
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How long a request is sent again and again while servers live, and are too busy for it.
+
+    Attributes:
+        stall_s: Seconds without a reply to any request, after which the run ends; or without one to this request while
+            others get theirs, after which it fails alone.  An answer to a control question is no reply.
+        stopping: Whether the process was asked to end, so that nothing more is sent and no server is waited for.
+    """
+
+    stall_s: float = 1800.0
+    stopping: Callable[[], bool] = lambda: False
+
+
+LONG: Final = Waiting()
+
+
 @dataclass(slots=True)
 class _Tries:
     """What has come of one request so far.
@@ -368,6 +389,7 @@ class _Tries:
         failing_since: When the first of these tries began (monotonic).
         problem: The last failure.
         refusals: How often a server was too busy for it.
+        unanswered_since: When a server first did not take it (monotonic).
     """
 
     last: Endpoint | None = None
@@ -377,6 +399,7 @@ class _Tries:
     failing_since: float = math.inf
     problem: EndpointError | None = None
     refusals: int = 0
+    unanswered_since: float = math.inf
 
     def failed(self, call: Call, error: EndpointError) -> None:
         self.failures += 1
@@ -412,6 +435,7 @@ class EndpointPool:
         key: Sent to every server; see ``Session``.
         instructed: Whether a model, of which a server tells something, has the instruction for the task of its own.
         needs_tokens: About how many tokens each request takes with its reply; a server of a shorter context is refused.
+        waiting: How long a request is sent again and again.
     """
 
     def __init__(
@@ -428,6 +452,7 @@ class EndpointPool:
         key: str = "",
         instructed: Callable[[Api, Served], bool] = lambda api, served: False,
         needs_tokens: int = 0,
+        waiting: Waiting = LONG,
     ) -> None:
         self.model = model
         self._urls = list(urls)
@@ -440,6 +465,7 @@ class EndpointPool:
         self._key = key
         self._instructed = instructed
         self._needs_tokens = needs_tokens
+        self._bounds = waiting
         self.expects: Callable[[], bool] = lambda: False  # whether a server is being started, however long that takes
         self._doom = ""  # why no server will ever answer
         self.absence = "no endpoint is named"  # why there is no server, for the error that ends the run
@@ -454,6 +480,7 @@ class EndpointPool:
         self._askers = 0
         # The first request: later tries are warmer or longer, and may be refused for that.
         self._usual: Request | None = None
+        self._last_reply = -math.inf  # to a request, not to a control question
         self._any_answer = False  # to a request, not to a control question
         self._blamed = 0  # requests, as long as there is none
 
@@ -463,9 +490,19 @@ class EndpointPool:
         Raises InfrastructureError where none answers, or where one of them does not have the model.
         """
         self._opening = True
+        threads, answers = DaemonPool(len(self._urls), "open"), [Future[Endpoint | str]() for _ in self._urls]
+
+        def attempt(url: str, answer: Future[Endpoint | str]) -> None:
+            try:
+                answer.set_result(self.try_to_open(url))
+            except BaseException as error:  # noqa: BLE001 - this thread's caller raises it
+                answer.set_exception(error)
+
         try:
-            with ThreadPoolExecutor(len(self._urls)) as threads:
-                found = list(threads.map(self.try_to_open, self._urls))
+            for url, answer in zip(self._urls, answers, strict=True):
+                threads.submit(partial(attempt, url, answer))
+            threads.shutdown()
+            found = [answer.result() for answer in answers]
         finally:
             self._opening = False
         silent = {redact(url): why for url, why in zip(self._urls, found, strict=True) if isinstance(why, str)}
@@ -473,8 +510,8 @@ class EndpointPool:
         self._endpoints = [endpoint for endpoint in found if isinstance(endpoint, Endpoint)]
         if not self._endpoints:
             raise NoEndpoint(
-                f"no endpoint answers ({reasons}). {self._key_hint(reasons)}Start the servers, or name others with "
-                "--ports or --endpoints"
+                f"no endpoint answers ({reasons}). {self._key_hint(reasons)}Start the servers, or name others by "
+                "ports or endpoints"
             )
         if reasons:
             logger.warning(f"continuing without {reasons}")
@@ -492,6 +529,7 @@ class EndpointPool:
             SampleError: The request keeps failing although servers answer others (``llm_bad_request``,
                 ``llm_timeout``, ``llm_error``).
             InfrastructureError: No server has answered anything for ``patience_s``, or all refuse everything.
+            Stopped: The process was asked to end before the request was sent.
         """
         tries = _Tries()
         with self._asking(request):
@@ -504,6 +542,8 @@ class EndpointPool:
                 except Refused as error:
                     self._judge_refusal(call, tries, error)
                 except EndpointError as error:
+                    tries.unanswered_since = min(tries.unanswered_since, call.began)
+                    self._require_an_end(tries, error)
                     if error.busy:
                         tries.refusals += 1
                         if tries.refusals > 1:  # the first time another server may be free at once
@@ -637,6 +677,8 @@ class EndpointPool:
             while True:
                 if check_stop is not None:
                     check_stop()
+                if self._bounds.stopping():
+                    raise Stopped("the process was asked to end")
                 now = time.monotonic()
                 for endpoint in self._endpoints:
                     if endpoint.is_due(now):
@@ -663,6 +705,27 @@ class EndpointPool:
             reason = "llm_timeout" if tries.problem.timed_out else "llm_error"
             name = tries.last.name if tries.last else ""
             self._blame(SampleError(reason, f"{tries.failures} attempts, the last at {name}: {tries.problem}"))
+
+    def _require_an_end(self, tries: _Tries, error: EndpointError) -> None:
+        """Raise where a request was sent again and again for ``stall_s``, and nothing came of it.
+
+        It is asked after a try, so that the time for which a server wants to be left alone is given to it.
+
+        Raises:
+            SampleError: Other requests were answered meanwhile.
+            InfrastructureError: None was.
+        """
+        stall_s, now = self._bounds.stall_s, time.monotonic()
+        with self._changed:
+            last_reply, name = self._last_reply, tries.last.name if tries.last else ""
+        if now - tries.unanswered_since <= stall_s:
+            return
+        if last_reply > tries.unanswered_since:
+            raise SampleError("llm_error", f"no answer in {stall_s:g} s (--stall_s), the last at {name}: {error}")
+        raise InfrastructureError(
+            f"no request has been answered for {stall_s:g} s (--stall_s), though the model servers live: {name} says "
+            f"{error}. Replies so far are kept: look at the servers and their limits, and run the same command again"
+        )
 
     def _blame(self, error: SampleError) -> NoReturn:
         """Raise it; or InfrastructureError, where every request fails from the first one on: that is a setting."""
@@ -709,20 +772,18 @@ class EndpointPool:
             with self._changed:
                 endpoint.failed(error, call, time.monotonic())
             raise
-        except ModelMissing as error:
-            with self._changed:
-                endpoint.refuse(f"404: {error}", time.monotonic())
-            raise EndpointError(f"404: {error}", refused=True) from None
+        except ModelMissing as error:  # or a gateway that does not find what this request needs: the control tells
+            raise Refused(404, str(error), access=True) from None
         except Refused:
             raise
         except SampleError:  # the server works, the request is at fault
             with self._changed:
-                self._last_success = now = time.monotonic()
+                self._last_success = self._last_reply = now = time.monotonic()
                 endpoint.works(now)
             raise
         else:
             with self._changed:
-                self._last_success = now = time.monotonic()
+                self._last_success = self._last_reply = now = time.monotonic()
                 self._any_answer = True
                 limit = endpoint.concurrency.limit
                 endpoint.succeeded(call, now)
@@ -864,6 +925,8 @@ class EndpointPool:
         return f"A key for them is taken from the environment variable {KEY_VARIABLE}, or another with --api_key_env. "
 
     def _new_session(self) -> Session:
+        from curation.serving.session import Session
+
         return Session(self._key, registered=not self._urls)
 
     def _session(self) -> Session:

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self, get_args
 from urllib.parse import urlsplit
 
 from curation.cluster import slurm_ids
@@ -38,7 +38,6 @@ from curation.options import URLS, parse_arguments
 from curation.serving.connection import (
     EndpointError,
     ModelMissing,
-    Session,
     answers,
     is_no_server,
     read_key,
@@ -47,6 +46,9 @@ from curation.serving.pool import Denied, Endpoint, EndpointPool
 from curation.serving.wire import CONTEXT_TOKENS, SERVER_APIS, Api, detect_api
 from curation.storage.files import make_folder, write_whole
 from curation.storage.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from curation.serving.session import Session  # it needs requests
 
 AnyApi = Literal["auto", "ollama", "openai"]
 SUFFIX = ".json"
@@ -276,6 +278,8 @@ def register(arguments: Options) -> int:
     It is 0 after a signal, 3 where the server does not answer (any more), 2 where it cannot serve the model.
     """
     url = server_url(arguments.url)
+    from curation.serving.session import Session
+
     with Session(read_key(arguments.api_key_env, registered=False)) as session, Session(registered=True) as others:
         api = _wait_for_server(session, url, arguments.api, arguments.start_timeout)
         SERVER_APIS[api].load(session, url, arguments.model, CONTEXT_TOKENS, arguments.load_timeout)

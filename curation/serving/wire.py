@@ -10,15 +10,18 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import orjson
 
 from curation.errors import InfrastructureError, SampleError
 from curation.replies import CUT, WHOLE, Reply, ended_by
-from curation.serving.connection import EndpointError, ModelMissing, Refused, Session, get, post
+from curation.serving.connection import EndpointError, ModelMissing, Refused, get, post
 from curation.serving.ollama import commands
 from curation.storage.urls import redact
+
+if TYPE_CHECKING:
+    from curation.serving.session import Session  # it needs requests
 
 Api = Literal["ollama", "openai"]
 Result = TypeVar("Result")
@@ -46,6 +49,8 @@ class Request:
         context_tokens: The same for every request of a run, because Ollama loads the model again when it changes.
         stop: Texts at which the reply ends.
         jpeg: A picture that ``user`` asks about.
+        schema: A JSON schema by which the server decodes the reply.
+        schema_needed: A server that does not know schemas is of no use; else it is asked without.
         extra: Further sampling options, for servers that know them.
     """
 
@@ -59,6 +64,8 @@ class Request:
     context_tokens: int = CONTEXT_TOKENS
     stop: tuple[str, ...] = ()
     jpeg: bytes = b""
+    schema: Mapping[str, Any] | None = None
+    schema_needed: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def messages(self, system: str, user: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -162,6 +169,7 @@ class Ollama:
     """https://docs.ollama.com/api: /api/chat, /api/generate, /api/show."""
 
     api: Api = "ollama"
+    schema_field = "format"
 
     def body(self, model: str, request: Request, manner: Manner = PLAIN) -> tuple[str, bytes]:
         options: dict[str, Any] = {
@@ -174,6 +182,8 @@ class Ollama:
         if request.stop:
             options["stop"] = list(request.stop)
         common = {"model": model, "stream": False, "keep_alive": KEEP_ALIVE, "options": manner.options(options)}
+        if request.schema is not None and self.schema_field not in manner.omits:
+            common["format"] = request.schema
         if request.prompt:
             return "/api/generate", orjson.dumps({**common, "prompt": request.prompt, "raw": True})
         system, text = manner.texts(request)
@@ -292,6 +302,7 @@ class OpenAI:
     """The API that vLLM, SGLang and llama-server share: /v1/chat/completions, /v1/completions."""
 
     api: Api = "openai"
+    schema_field = "response_format"
 
     def body(self, model: str, request: Request, manner: Manner = PLAIN) -> tuple[str, bytes]:
         common: dict[str, Any] = {
@@ -305,6 +316,9 @@ class OpenAI:
         if request.stop:
             common["stop"] = list(request.stop)
         common = manner.options(common)
+        if request.schema is not None and self.schema_field not in manner.omits:
+            form = {"name": "answer", "strict": True, "schema": request.schema}
+            common["response_format"] = {"type": "json_schema", "json_schema": form}
         if request.prompt:
             return "/v1/completions", orjson.dumps({**common, "prompt": request.prompt})
         system, text = manner.texts(request)

@@ -15,11 +15,10 @@ import re
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -61,12 +60,11 @@ class Published:
     """One output as a receipt names it.
 
     Attributes:
-        path: Relative to the stage's output folder, or the URL of an object in a bucket.
+        path: Relative to the stage's output folder.
         temporary: The file's name until the commit.
         size: In bytes.
         digest: xxh3-128, hex.
         checked: Whether readers may rely on the digest.  They may not for a loose copy that a later stage replaces.
-        upload: What is needed to complete an object's upload.
     """
 
     path: str
@@ -74,11 +72,10 @@ class Published:
     size: int
     digest: str
     checked: bool = True
-    upload: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
         record = {"path": self.path, "temporary": self.temporary, "size": self.size, "digest": self.digest}
-        return {**record, "checked": self.checked, **({"upload": self.upload} if self.upload else {})}
+        return {**record, "checked": self.checked}
 
 
 class AtomicWriter(ABC):
@@ -456,15 +453,16 @@ class AtomicFile(AtomicWriter):
         return Published(path, self.temporary.name, self.size, self.digest, checked)
 
     def _put(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
-        views = deque(memoryview(piece) for piece in pieces)
         try:
-            while views:
-                count = os.writev(self._descriptor, list(islice(views, _MAX_PIECES)))
-                self.size += count
-                while views and count >= len(views[0]):
-                    count -= len(views.popleft())
-                if count:
-                    views[0] = views[0][count:]
+            for first in range(0, len(pieces), _MAX_PIECES):
+                left = pieces[first : first + _MAX_PIECES]
+                missing = sum(map(len, left))
+                while missing:
+                    count = os.writev(self._descriptor, left)
+                    self.size += count
+                    missing -= count
+                    if missing:  # a filesystem may take less than it is given, as at the end of a quota
+                        left = [memoryview(b"".join(left))[count:]]
             if self.size - self._writeback_from >= _WRITEBACK_BYTES:
                 self._start_writeback()
         except OSError as error:

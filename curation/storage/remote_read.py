@@ -10,12 +10,13 @@ import contextlib
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from curation import __version__
 from curation.errors import ShardError
 from curation.storage.retry import RetryPolicy, TransientError, retry_after_s, with_retries
-from curation.storage.urls import HTTP, ObjectInfo, Url, compressions_in, error_line, filesystem, object_info
+from curation.storage.urls import HTTP, ObjectInfo, Source, Url, compressions_in, error_line, filesystem, object_info
 
 RETRIES = RetryPolicy()
 _HTTP_CHUNK: Final = 1 << 20
@@ -345,6 +346,14 @@ def open_remote(file: Url, policy: RetryPolicy | None = None, *, start: int = 0)
     finally:
         reader.close()
         server.close()
+
+
+def read_source(source: Source) -> bytes:
+    """All bytes of a file, which must be small, from a disk or from a server.  Raises OSError or ShardError."""
+    if isinstance(source, Path):
+        return source.read_bytes()
+    with open_remote(source) as reader:
+        return b"".join(iter(reader.read, b""))
 
 
 def fetch_info(file: Url, policy: RetryPolicy | None = None) -> ObjectInfo:

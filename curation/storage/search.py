@@ -10,19 +10,21 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from curation.cluster import WORKER_VARIABLE
 from curation.errors import UsageError
+from curation.jsonio import clean_text
 from curation.options import logger, plain_path, plain_source
-from curation.storage.files import glob_paths, is_pattern
-from curation.storage.urls import PIPE, Source, Url, find_remote, is_remote
+from curation.storage.files import existing_part, glob_paths, is_pattern, read_record
+from curation.storage.urls import MAX_DEPTH, MAX_FOLDERS, PIPE, Source, Url, find_remote, is_remote
 
 TAR: Final = ".tar"
-PACKED_TARS: Final = (".tar.gz", ".tgz")  # read like tars; stage 04 alone takes none
+PACKED_TARS: Final = (".tar.gz", ".tgz")  # read like tars
+Found = tuple[Source, str]  # a file, and the folders between it and what was named, with a slash behind each
 _NO_LISTS: Final = (
     TAR, *PACKED_TARS, ".tar.zst", ".tar.bz2", ".tar.xz", ".zip", ".json", ".jsonl", ".parquet", ".npz", ".npy",
     ".jpg", ".jpeg", ".png", ".webp", ".idx", ".md", ".sh", ".yml", ".yaml", ".log",
@@ -30,8 +32,7 @@ _NO_LISTS: Final = (
 _PACKED_OTHERWISE: Final = (".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 _INCOMPLETE: Final = (".part", ".partial", ".tmp", ".crdownload", ".aria2", ".download", ".filepart")
 _SAMPLE_FILES: Final = frozenset(("jpg", "jpeg", "png", "webp", "txt"))
-_MAX_DEPTH: Final = 4
-_MAX_FOLDERS: Final = 10_000  # looked through for tars: the whole disk was not meant
+_PUBLISHED: Final = "_published"  # receipts of what a publisher has uploaded
 _EDITS: Final = ("edits", "03_generate_images")  # tars of edited samples alone: nobody's source
 
 
@@ -49,19 +50,26 @@ def is_tar(source: Source | str) -> bool:
 def is_loose(path: Path) -> bool:
     """Whether a folder is a shard of loose files (img2dataset): its name is a number, or its table is next to it.
 
-    A folder that holds tars, or nothing but folders, is none: ``shards/000/00000.tar``.
+    A folder that holds tars, or nothing but folders, is none: ``shards/000/00000.tar``.  Nor is an empty one in the
+    output folder of a stage, which is what remains when all tars in it were published and removed.
     """
     if path.name in ("", ".."):  # "." and "/" have no name, and ".." has another one
         path = Path(os.path.abspath(path))
     name = path.name
     if not name:
         return False
-    named = (name.isascii() and name.isdigit()) or path.with_name(f"{name}.parquet").is_file()
-    return named and path.is_dir() and not _holds_shards(path)
+    has_table = path.with_name(f"{name}.parquet").is_file()
+    named = (name.isascii() and name.isdigit()) or has_table
+    # In a stage's output folder, an empty one held tars that were removed after their upload.
+    published = not has_table and any(path.with_name("_receipts").glob("*/*"))
+    return named and path.is_dir() and not _holds_shards(path, empty=published)
 
 
-def _holds_shards(folder: Path) -> bool:
-    """Whether a folder holds a tar, or folders alone.  The first file of a sample ends the search."""
+def _holds_shards(folder: Path, *, empty: bool) -> bool:
+    """Whether a folder holds a tar, or folders alone.  The first file of a sample ends the search.
+
+    empty: the answer for an empty folder.
+    """
     folders = files = 0
     try:
         with os.scandir(folder) as entries:
@@ -76,7 +84,7 @@ def _holds_shards(folder: Path) -> bool:
                 folders, files = folders + is_folder, files + (not is_folder)
     except OSError:
         return False
-    return folders > 0 and files == 0
+    return files == 0 and (folders > 0 or empty)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -124,6 +132,24 @@ def numbered_lines(list_file: Path) -> Iterator[tuple[int, str]]:
         text = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
         if text:
             yield number, text
+
+
+def is_wild(text: str) -> bool:
+    """Whether a text may be a pattern: it has wildcards or braces."""
+    return any(c in text for c in "*?[{")
+
+
+def _fixed_folder(url: str) -> str:
+    """The folder before the first wildcard of a URL."""
+    return re.split(r"[*?\[{]", url, maxsplit=1)[0].rpartition("/")[0]
+
+
+def _folders_between(start: str, folder: str) -> str:
+    """The folders from ``start`` to a folder in it, with a slash behind each; none where the folder lies elsewhere."""
+    above, parts = PurePosixPath(start).parts, PurePosixPath(folder).parts
+    if parts[: len(above)] != above or ".." in parts[len(above) :]:
+        return ""
+    return "".join(f"{part}/" for part in parts[len(above) :])
 
 
 def separate(text: str) -> list[str]:
@@ -176,17 +202,29 @@ class Search:
         inside: What the folder of such files is called inside the folder of a whole dataset.
         allow_pipe: Commands may be run.
         limit: How many files a pattern with braces may name.
+        wrote_into: Whether a stage whose output folder is given has receipts of shards in a folder below it.
+        whole: A stage's output folder, some of whose tars lie in a store alone, is refused.
     """
 
-    def __init__(self, suffix: str, inside: str, *, allow_pipe: bool, limit: int) -> None:
+    def __init__(
+        self,
+        suffix: str,
+        inside: str,
+        *,
+        allow_pipe: bool,
+        limit: int,
+        wrote_into: Callable[[Path, str], bool],
+        whole: bool,
+    ) -> None:
+        self._wrote_into, self._whole = wrote_into, whole
         self._suffix, self._inside = suffix, inside
         self._endings = (suffix, *PACKED_TARS) if suffix == TAR else (suffix,)
         self._allow_pipe, self._limit = allow_pipe, limit
         self._folders = 0
         self._skipped: list[str] = []
 
-    def find(self, sources: Sequence[str], *, may_be_empty: bool) -> Iterator[Source]:
-        """The files that all sources name together, in the sources' order.
+    def find(self, sources: Sequence[str], *, may_be_empty: bool) -> Iterator[Found]:
+        """The files that all sources name together, in the sources' order, each with the folders that its id holds.
 
         Raises:
             UsageError: A source names nothing, and ``may_be_empty`` is not set.
@@ -199,9 +237,9 @@ class Search:
             if not word.strip():  # as a path it would be the folder of this process
                 raise UsageError("a source is empty: perhaps a variable or a pattern of the shell was empty")
             source, found = plain_source("", word), False
-            for path in self._named(source):
+            for one in self._named(source):
                 found = True
-                yield path
+                yield one
             if not found and not may_be_empty:
                 raise UsageError(self._why_none(source))
         if self._skipped:
@@ -219,7 +257,7 @@ class Search:
         self._skipped.append(name)
         return True
 
-    def _named(self, source: str) -> Iterator[Source]:
+    def _named(self, source: str) -> Iterator[Found]:
         if is_remote(source):
             yield from self._remote(source)
             return
@@ -227,11 +265,11 @@ class Search:
         if path.is_dir():
             yield from self._in_folder(path)
         elif source.rstrip("/").endswith(self._endings) and os.path.lexists(path):
-            yield path
+            yield path, ""
         elif path.is_file():
             self._check_list(path)
             yield from self._listed(path)
-        elif "{" in source or any(c in source for c in "*?["):
+        elif is_wild(source):
             yield from self._matching(source)
         else:
             raise UsageError(
@@ -239,32 +277,37 @@ class Search:
                 f"*{self._suffix}"
             )
 
-    def _matching(self, pattern: str) -> Iterator[Source]:
+    def _matching(self, pattern: str) -> Iterator[Found]:
         names = list(islice(_matches(pattern, self._limit), self._limit + 1))
         beside = any(name.endswith(self._endings) for name in names)
+        start = existing_part(pattern)[0]
         for name in names:
             path = Path(name)
+            above = _folders_between(start, os.path.dirname(name))
             if name.endswith(self._endings):
-                yield path  # without a look at each
+                yield path, above  # without a look at each
             elif beside and self._skip(name):
                 continue
             elif is_loose(path) or not path.exists():
-                yield path
+                yield path, above
             elif beside:
                 self._skipped.append(name)
             elif path.is_dir():
-                yield from self._in_folder(path)
+                if not path.name.startswith("_"):
+                    yield from self._in_folder(path, _folders_between(start, name))
             else:
                 self._check_list(path)
                 yield from self._listed(path)
 
-    def _remote(self, text: str) -> Iterator[Url]:
+    def _remote(self, text: str) -> Iterator[Found]:
         if self._suffix != TAR:
             raise UsageError(
                 f"{Url(text)}: only tars are read from a URL or command; copy *{self._suffix} files to this machine"
             )
+        start = "" if text.startswith(PIPE) else _fixed_folder(text) if is_wild(text) else text.rstrip("/")
         for name in islice(expand_braces(text, leave_others=text.startswith(PIPE)), self._limit + 1):
-            yield from find_remote(name, self._endings, allow_pipe=self._allow_pipe)
+            for file in find_remote(name, self._endings, allow_pipe=self._allow_pipe):
+                yield file, _folders_between(start, os.path.dirname(file.target)) if start else ""
 
     # ---- lists
 
@@ -277,68 +320,101 @@ class Search:
             raise UsageError(f"{path}: this kind of archive is not read; unpack it first; {wanted}")
         raise UsageError(f"{path}: {wanted}{_made_by(path.parent)}")
 
-    def _listed(self, list_file: Path) -> Iterator[Source]:
+    def _listed(self, list_file: Path) -> Iterator[Found]:
         for number, name in numbered_lines(list_file):
             if is_remote(name):
                 yield from self._remote(name)
                 continue
             path = list_file.parent / name
             if not os.path.lexists(path):
-                path = list_file.parent / plain_source(f"{list_file}, line {number}:", name)
+                name = plain_source(f"{list_file}, line {number}:", name)
+                path = list_file.parent / name
+            inside = "" if os.path.isabs(name) else f"{self._inside}/"
+            above = "" if os.path.isabs(name) else _folders_between("", os.path.dirname(name)).removeprefix(inside)
             if path.is_file() or is_loose(path) or (path.is_symlink() and is_tar(path)):
-                yield path
+                yield path, above
             elif path.is_dir():
                 yield from self._in_folder(path)
             elif is_pattern(str(path)) and (names := list(_matches(str(path)))):
-                yield from map(Path, names)
+                start = str(list_file.parent) if inside else existing_part(name)[0]
+                yield from (
+                    (Path(one), _folders_between(start, os.path.dirname(one)).removeprefix(inside)) for one in names
+                )
             else:
                 raise UsageError(f"{list_file}, line {number}: no file {name!r}")
 
     # ---- folders
 
-    def _in_folder(self, folder: Path, depth: int = 0) -> Iterator[Path]:
+    def _in_folder(
+        self, folder: Path, above: str = "", depth: int = 0, root: Path | None = None
+    ) -> Iterator[tuple[Path, str]]:
         """The folder's files with the suffix; without tars, its folders of loose files, or itself if it is one, or
-        the tars in its subfolders."""
+        the tars in its subfolders.  With the files of a stage's output go those that it has written below.
+
+        above: the folders that all their ids hold.  root: the output folder of a stage in which it lies.
+        """
         self._folders += 1
-        if self._folders > _MAX_FOLDERS:
-            raise UsageError(f"more than {_MAX_FOLDERS:,} folders were searched for *{self._suffix} files: give a glob")
+        if self._folders > MAX_FOLDERS:
+            raise UsageError(f"more than {MAX_FOLDERS:,} folders were searched for *{self._suffix} files: give a glob")
         try:
             with os.scandir(folder) as entries:  # one listing, no stat per shard
                 every = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             raise UsageError(f"{folder}: cannot be listed ({error.strerror})") from None
+        root = folder if any(entry.name == "_receipts" for entry in every) else root
         named = [entry for entry in every if entry.name.endswith(self._endings)]
         unpacked = {entry.name for entry in named if _is_folder(entry)}
         names = [entry.name for entry in named if entry.name not in unpacked and entry.name.endswith(self._suffix)]
         packed = [entry.name for entry in named if entry.name not in unpacked and not entry.name.endswith(self._suffix)]
+        if names and self._whole and any(entry.name == _PUBLISHED for entry in every):
+            _refuse_removed(folder, set(names))
         if names or packed:
             self._tell_of_others(folder, names, packed, unpacked, [entry.name for entry in every])
-            yield from (folder / name for name in sorted(names or packed))
+            yield from ((folder / name, above) for name in sorted(names or packed))
+            if root is not None:
+                places = sorted(folder / entry.name for entry in every if _is_folder(entry))
+                yield from self._nested(places, above, depth, root)
             return
+        subfolders = sorted(entry.name for entry in every if _is_folder(entry))
         if self._suffix == TAR:
-            names = [entry.name for entry in every if _is_folder(entry) and is_loose(folder / entry.name)]
-            yield from (folder / name for name in sorted(names))
+            names = [name for name in subfolders if is_loose(folder / name)]
+            yield from ((folder / name, above) for name in names)
         if self._suffix == TAR and not names and is_loose(folder):
-            yield folder
+            yield folder, above.removesuffix(f"{folder.name}/")
         elif not names:
-            yield from self._below(folder, sorted(entry.name for entry in every if _is_folder(entry)), depth)
+            yield from self._below(folder, subfolders, above, depth, root)
 
-    def _below(self, folder: Path, subfolders: Sequence[str], depth: int) -> Iterator[Path]:
+    def _below(
+        self, folder: Path, subfolders: Sequence[str], above: str, depth: int, root: Path | None
+    ) -> Iterator[tuple[Path, str]]:
         """The files in a dataset's folder of them, or the tars in all subfolders but those of records and edits."""
-        if self._inside in subfolders and (found := list(self._in_folder(folder / self._inside, _MAX_DEPTH))):
-            tell(f"{folder} has no *{self._suffix} files itself: those in {folder / self._inside} are read")
+        inside = folder / self._inside
+        if self._inside in subfolders and (found := list(self._in_folder(inside, above, MAX_DEPTH - 1))):
+            tell(f"{folder} has no *{self._suffix} files itself: those in {inside} are read")
             yield from found
-        elif self._suffix == TAR and depth < _MAX_DEPTH:
-            places = [folder / name for name in subfolders if not name.startswith("_")]
-            edits = [place for place in places if _holds_edits(place)]
-            found = [path for place in places if place not in edits for path in self._in_folder(place, depth + 1)]
-            if found and depth == 0:
-                left_out = f"; {edits[0]} is not, because it holds edits" if edits else ""
-                tell(
-                    f"{folder} has no tars itself: the {len(found):,} in its subfolders, such as {found[0]}, are "
-                    f"read{left_out}"
-                )
-            yield from found
+            return
+        places = [folder / name for name in subfolders if not name.startswith("_")]
+        if self._suffix != TAR:
+            yield from self._nested(places, above, depth, root)
+            return
+        edits = [place for place in places if _holds_edits(place)]
+        found = list(self._nested([place for place in places if place not in edits], above, depth, None))
+        if found and depth == 0 and not (root is not None and self._wrote_into(root, found[0][1])):
+            left_out = f"; {edits[0]} is not, because it holds edits" if edits else ""
+            tell(
+                f"{folder} has no tars itself: the {len(found):,} in its subfolders, such as {found[0][0]}, are read, "
+                f"with these folders in their ids{left_out}"
+            )
+        yield from found
+
+    def _nested(self, places: Iterable[Path], above: str, depth: int, root: Path | None) -> Iterator[tuple[Path, str]]:
+        """The files in folders, which their ids hold.  root: take only folders into which the stage there has written,
+        and no others of the dataset; None where tars are looked for wherever they are."""
+        if depth >= MAX_DEPTH or (root is None and self._suffix != TAR):
+            return
+        for place in places:
+            if root is None or (place.name[0] != "_" and self._wrote_into(root, f"{place.relative_to(root)}/")):
+                yield from self._in_folder(place, f"{above}{place.name}/", depth + 1, root)
 
     def _tell_of_others(
         self, folder: Path, tars: Iterable[str], packed: Iterable[str], unpacked: Iterable[str], every: Iterable[str]
@@ -390,12 +466,32 @@ def _holds_edits(folder: Path) -> bool:
     return folder.name == name or os.path.isdir(folder / "_receipts" / stage)
 
 
+def _refuse_removed(folder: Path, names: Collection[str]) -> None:
+    """Raise UsageError if tars of a stage's output folder lie in a store alone: the others would seem to be all.
+
+    names: of the tars in the folder.
+    """
+    for record in (folder / _PUBLISHED).glob("*/[0-9]*/[!_]*/*.json"):
+        if f"{record.name.rsplit('.', 2)[0]}{TAR}" in names:
+            continue
+        told = read_record(record) or {}
+        there = [str(file.get("name")) for file in told.get("files") or () if isinstance(file, dict)]
+        if gone := [name for name in there if name.endswith(TAR) and not os.path.lexists(folder / name)]:
+            raise UsageError(
+                f"{folder}: {clean_text(gone[0])} lies only in {clean_text(str(told.get('store')))}: give this as "
+                "--input, or copy the tars back"
+            )
+
+
 def _made_by(folder: Path) -> str:
     """For a message: which stages wrote a folder's files, as their receipts say."""
     stages = [name for name in sorted(_names_in(folder / "_receipts")) if re.fullmatch(r"\d\d_\w+", name)]
-    return (
-        f"; {folder} was written by {' and '.join(stages)}: give the folder that this one is to read" if stages else ""
-    )
+    marks = [folder / _PUBLISHED / name / "_mark.json" for name in sorted(_names_in(folder / _PUBLISHED))]
+    stores = [str(record["store"]) for mark in marks if "store" in (record := read_record(mark) or {})]
+    if not stages:
+        return ""
+    by, also = " and ".join(stages), f", and published to {clean_text(' and '.join(stores))}" if stores else ""
+    return f"; {folder} was written by {by}{also}: give the folder{' or URL' if also else ''} that this one is to read"
 
 
 def _near(source: str) -> str:

@@ -19,8 +19,11 @@ from curation.errors import redact as redact  # it is on the floor of the log, a
 
 PIPE: Final = "pipe:"
 HTTP: Final = frozenset(("http", "https"))
+MAX_DEPTH: Final = 4  # levels of folders below the one that is named
+MAX_FOLDERS: Final = 10_000  # looked through for tars: the whole disk, or store, was not meant
 PACKAGES: Final = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}  # through fsspec
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_COPY_TO_STDOUT = re.compile(r"aws s3 cp ([sS]3://[^\s'\"$`|;&()<>\\]+) -")  # as in the files of dataset2metadata
 _MAX_MESSAGE = 300
 _MAX_HEADER_BYTES = 64 << 10
 _COMPRESSIONS: Final = frozenset(("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "dcb", "dcz"))
@@ -138,6 +141,10 @@ def find_remote(text: str, suffixes: tuple[str, ...], *, allow_pipe: bool) -> It
         InfrastructureError: The store cannot be asked.
     """
     file = Url(text)
+    copied = None if allow_pipe or file.command is None else _COPY_TO_STDOUT.fullmatch(file.command)
+    if copied is not None:  # what the command would do is done here, and no command is run
+        text = copied[1]
+        file = Url(text)
     if file.command is not None:
         if not allow_pipe:
             raise UsageError(f"{file}: commands are run only with --allow_pipe, because they can do anything")
@@ -155,9 +162,7 @@ def find_remote(text: str, suffixes: tuple[str, ...], *, allow_pipe: bool) -> It
         if any(c in text for c in "*?["):
             yield from _listed(file, suffixes)
         elif not text.endswith(suffixes):
-            files = list(_listed(file, suffixes))
-            of_kinds = ([found for found in files if found.name.endswith(suffix)] for suffix in suffixes)
-            yield from next((kind for kind in of_kinds if kind), [])
+            yield from _in_folder(file, suffixes, MAX_DEPTH, [0])
         else:
             yield file
 
@@ -186,7 +191,32 @@ def object_info(info: Mapping[str, Any]) -> ObjectInfo:
     return ObjectInfo(info.get("size"), etag, "" if etag else modified)
 
 
+def _in_folder(folder: Url, suffixes: tuple[str, ...], depth: int, count: list[int]) -> Iterator[Url]:
+    """The files of a store's folder; without any, those of the folders in it, as in folders of this machine.
+
+    depth: how many levels of folders may follow.  count: of the folders that were listed so far.
+    """
+    count[0] += 1
+    if count[0] > MAX_FOLDERS:
+        raise UsageError(f"more than {MAX_FOLDERS:,} folders were searched for *{suffixes[0]} files: give a glob")
+    files, folders = [], []
+    for found, is_file in _entries(folder):
+        if is_file and found.name.endswith(suffixes):
+            files.append(found)
+        elif not is_file and depth and not found.name.startswith("_") and found.target != folder.target.rstrip("/"):
+            folders.append(found)
+    of_kinds = ([found for found in files if found.name.endswith(suffix)] for suffix in suffixes)
+    yield from next((kind for kind in of_kinds if kind), [])
+    for below in () if files else folders:
+        yield from _in_folder(below, suffixes, depth - 1, count)
+
+
 def _listed(file: Url, suffixes: tuple[str, ...]) -> Iterator[Url]:
+    return (found for found, is_file in _entries(file) if is_file and found.name.endswith(suffixes))
+
+
+def _entries(file: Url) -> Iterator[tuple[Url, bool]]:
+    """What a store's folder or a pattern holds, in order, and whether it is a file."""
     store, url = filesystem(file.scheme), file.target
     try:
         is_pattern = any(c in url for c in "*?[")
@@ -205,6 +235,6 @@ def _listed(file: Url, suffixes: tuple[str, ...]) -> Iterator[Url]:
             f"{file}: cannot be listed: {error_line(error)} (credentials come from the environment)"
         ) from error
     for name in sorted(found):
-        base = name.rpartition("/")[2]
-        if found[name].get("type") == "file" and base.endswith(suffixes) and not base.startswith("."):
-            yield Url(f"{file.scheme}://{name}", object_info(found[name]))
+        path, kind = name.rstrip("/"), found[name].get("type")
+        if kind in ("file", "directory") and not path.rpartition("/")[2].startswith("."):
+            yield Url(f"{file.scheme}://{path}", object_info(found[name])), kind == "file"

@@ -36,6 +36,11 @@ def read_yaml(option: str, path: Path, max_bytes: int, *, texts: bool = False) -
         raise UsageError(f"{where}: cannot be read ({error.strerror})") from None
     if len(data) > max_bytes:
         raise UsageError(f"{where}: more than {max_bytes:,} bytes")
+    return parse_yaml(where, data, texts=texts)
+
+
+def parse_yaml(where: str, data: bytes, *, texts: bool = False) -> Any:
+    """What ``read_yaml`` makes of a file's content.  where: what the message calls it."""
     loader: _Loader | None = None
     try:
         loader = (_TextLoader if texts else _Loader)(data)

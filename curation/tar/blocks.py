@@ -12,10 +12,13 @@ from typing import Final, Self
 
 from curation.errors import ShardError
 
-READ_BYTES: Final = 2 << 20  # large enough for a shared filesystem, small enough for a CPU cache
+READ_BYTES: Final = 1 << 20  # large enough for a shared filesystem, small enough for a core's own cache
 
 
+MAX_READ_BYTES: Final = 2 << 20  # where more is kept of the previous block than is read at a time
 MAX_KEPT_BYTES: Final = 4 << 20  # kept from the previous block; a larger part is read again if needed
+_USUALLY_KEPT_BYTES: Final = 256 << 10  # a sample that is cut by the end of a block; there may be more room
+_SKIPPED_BLOCKS: Final = 2  # so many blocks of a large member are not read on the way to the next header
 
 
 _REREAD_BYTES = 1 << 20
@@ -60,17 +63,24 @@ class Block:
 
 
 class Blocks:
-    """One pass over a local or remote file.  It has two buffers, so that a block stays valid while the next is read.
+    """One pass over a local or remote file.
 
-    ``size`` is the file's; it is corrected if the file is shorter.  Raises ShardError if the file cannot be read.
+    Attributes:
+        size: The file's; it is corrected if the file is shorter.
+        ahead: Whether a block stays valid while the next one is read, so that there are two buffers.  One buffer alone
+            stays in a core's own cache.
+
+    Raises ShardError if the file cannot be read.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        capacity = MAX_KEPT_BYTES + min(READ_BYTES, size)
-        self._buffers = bytearray(capacity), bytearray(capacity)  # the system allocates pages only when they are filled
+        self.ahead = True
+        self._read_bytes = min(READ_BYTES, size)
+        self._room = min(_USUALLY_KEPT_BYTES, MAX_KEPT_BYTES)  # for what is kept, at the start of each buffer
+        self._buffers = [bytearray(), bytearray()]
         self._turn = 0
-        self.block = Block(self, self._buffers[0], -MAX_KEPT_BYTES, 0, 0)
+        self.block = Block(self, self._buffers[0], 0, 0, 0)
 
     def advance(self, kept_from: int, wanted: int) -> Block:
         """Read the next block.
@@ -81,19 +91,34 @@ class Blocks:
                 is before the last block, the file is read again from there.
         """
         last = self.block
-        skips = wanted >= last.end + READ_BYTES or wanted < last.begin
+        skips = wanted >= last.end + _SKIPPED_BLOCKS * READ_BYTES or wanted < last.begin
         start = wanted if skips else last.end
         keep = kept_from if last.end - kept_from <= MAX_KEPT_BYTES and not skips else min(wanted, last.end)
-        kept = last.view(keep, last.end) or b""
-        self._turn = 1 - self._turn
-        buffer = self._buffers[self._turn]
-        count = self.fill(memoryview(buffer)[MAX_KEPT_BYTES:], start)
-        buffer[MAX_KEPT_BYTES - len(kept) : MAX_KEPT_BYTES] = kept
+        kept = last.view(keep, last.end) or memoryview(b"")
+        if self.ahead:
+            self._turn = 1 - self._turn
+        if len(kept) > self._room:
+            self._make_room(len(kept))
+        room, buffer = self._room, self._buffers[self._turn]
+        if len(buffer) < room + self._read_bytes:
+            buffer = self._buffers[self._turn] = bytearray(room + self._read_bytes)
+        view = memoryview(buffer)
+        view[room - len(kept) : room] = kept  # may be of the same buffer
+        count = self.fill(view[room : room + self._read_bytes], start)
+        if not count and last.end < start < self.size:  # it became shorter: where, only reading on tells
+            start = last.end
+            count = self.fill(view[room : room + self._read_bytes], start)
         end = start + count
-        if end < min(self.size, start + READ_BYTES):
+        if end < min(self.size, start + self._read_bytes):
             self.size = end  # it became shorter
-        self.block = Block(self, buffer, start - MAX_KEPT_BYTES, start - len(kept), end)
+        self.block = Block(self, buffer, start - room, start - len(kept), end)
         return self.block
+
+    def _make_room(self, size: int) -> None:
+        """Make room for larger samples.  More is read at a time then, because what is kept is copied for each block."""
+        while self._room < size:
+            self._room *= 2
+        self._read_bytes = min(self.size, max(self._read_bytes, min(self._room, MAX_READ_BYTES)))
 
     def fill(self, view: memoryview, start: int) -> int:
         """Fill ``view`` from the file, up to the file's end.  Two threads may call it at once."""

@@ -44,6 +44,7 @@ LONG_NAME, LONG_LINK, GNU_SPARSE = b"LKS"
 
 
 EXTENSIONS: Final = frozenset(b"LKxX")  # they describe the next member; "X" is Solaris's "x"
+PAX: Final = ord("x")
 GLOBAL: Final = ord("g")  # a pax header for all members behind it
 _HARD_KEYWORDS: Final = ("GNU.sparse.", "hdrcharset")  # of pax headers; tarfile itself is asked about these
 WITHOUT_DATA: Final = frozenset(b"123456")  # links, devices, folders, FIFOs: their size field is ignored
@@ -168,8 +169,8 @@ def parse_block(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, 
         _similar[kind] = owner, tail, others, prefix
     plain = (
         others >= 0
-        and (adler32(buffer[at : at + _OFTEN_CHANGED]) & 0xFFFF) + others == _expected(checksum)
-        and _is_plain_time(mtime)
+        and (adler32(buffer[at : at + _OFTEN_CHANGED]) & 0xFFFF) + others == _expected_sum(checksum)
+        and is_plain_time(mtime)
     )
     if not plain and parse_number(checksum) not in _sums(buffer, at):
         raise BadHeader("its checksum does not fit")
@@ -191,8 +192,16 @@ def parse_block(buffer: bytearray | bytes, at: int) -> tuple[bytes, int, bytes, 
 
 
 _Similar = tuple[bytes, bytes, int, bytes]
+"""A header's owner and tail, and what ``_judge`` says of them."""
+
+
+def similar_blocks(kind: int) -> _Similar:
+    """What ``parse_block`` keeps of the last header with a type flag; the sum is -1 where nothing is kept."""
+    return _similar.get(kind, _NOTHING_SIMILAR)
+
+
 _NOTHING_SIMILAR: Final[_Similar] = (b"", b"", -1, b"")
-_similar: dict[int, _Similar] = {}  # type flag → owner and tail of the last header, and what _judge says of them
+_similar: dict[int, _Similar] = {}  # by type flag
 
 
 @lru_cache(_SIMILAR_HEADERS)
@@ -224,7 +233,8 @@ def _prefix_of(tail: bytes) -> bytes:
 
 
 @lru_cache(4096)
-def _is_plain_time(field: bytes) -> bool:
+def is_plain_time(field: bytes) -> bool:
+    """Whether all programs take a header's time field for the same number."""
     return _TIME_FORM.fullmatch(field) is not None
 
 
@@ -263,7 +273,7 @@ def _difference(found: tarfile.TarInfo, name: bytes, size: int) -> str:
 
 
 @lru_cache(4096)
-def _expected(checksum: bytes) -> int:
+def _expected_sum(checksum: bytes) -> int:
     """1 + the sum of a header's bytes as it follows from its checksum field, which counts itself as eight spaces; -1 if
     the field has a form that tarfile does not read."""
     return parse_number(checksum) + sum(checksum) - _SPACES_SUM + 1 if checksum[0] < 0x80 else -1
@@ -314,7 +324,7 @@ def parse_special(buffer: bytearray | bytes, at: int, limit: int) -> tuple[bytes
         name = pax.get("GNU.sparse.name") or pax.get("path") or name
         if pax.get("size", b"").isdigit():
             size = int(pax["size"][:20])
-        mtime = _octal_time(pax.get("mtime", b"")) or mtime
+        mtime = octal_time(pax.get("mtime", b"")) or mtime
         if kind in REGULAR and any(keyword.startswith("GNU.sparse.") for keyword in pax):
             kind = GNU_SPARSE
     elif kind == GNU_SPARSE:
@@ -350,7 +360,18 @@ def _judge_pax(body: bytes) -> tuple[dict[str, bytes], bool, str]:
 
 
 @lru_cache(_SIMILAR_HEADERS)
-def _octal_time(text: bytes) -> bytes | None:
+def pax_bytes(block: bytes) -> int:
+    """The size of the pax header that a block announces for the member behind it; -1 if it announces none, or if a
+    program may read the block in another way."""
+    try:
+        _, size, _, kind, odd = parse_block(block, 0)
+    except BadHeader:
+        return -1
+    return size if kind == PAX and not odd else -1
+
+
+@lru_cache(_SIMILAR_HEADERS)
+def octal_time(text: bytes) -> bytes | None:
     """The mtime field for a pax header's time; None if that one is no number."""
     seconds = text.partition(b".")[0]
     return b"%o" % int(seconds[:20]) if seconds.isdigit() else None

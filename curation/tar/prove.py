@@ -148,8 +148,9 @@ def _stays(member: Member) -> ExpectedMember:
 
 
 def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> list[ExpectedMember]:
-    """The new image takes the place of the first image; the txt and the json take the places of the first txt and json.
-    A new member without a counterpart comes after the last member."""
+    """The new image takes the place of the first image, or of the one that the edit names; the txt and the json take
+    the places of the first txt and json.  A new member without a counterpart comes after the last member.  Members that
+    the edit leaves out are not there."""
     stem, old_stem = (f"{one}.".encode("utf-8", "surrogateescape") for one in (key, old_key))
     expected: list[ExpectedMember] = []
     placed: set[str] = set()
@@ -161,7 +162,10 @@ def _edited(members: Sequence[Member], old_key: str, edit: Edit, key: str) -> li
         expected.append(ExpectedMember(name, len(data), b"".join((header, data, padding(len(data))))))
 
     for member in members:
-        part = "image" if member.suffix in IMAGE_SUFFIXES else member.suffix
+        pictures = {edit.replaces} if edit.replaces else IMAGE_SUFFIXES
+        part = "image" if member.suffix in pictures else member.suffix
+        if member.suffix in edit.more and edit.more[member.suffix] is None:
+            continue
         if part in edit.parts:
             if part not in placed:
                 add_new(part, member.mtime)

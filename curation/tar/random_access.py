@@ -194,6 +194,7 @@ MAX_INDEX_BYTES: Final = 1 << 30
 
 
 WIDS: Final = "wids.json"
+SIZES: Final = "sizes.json"
 
 Entry = tuple[str, int, int]  # key, offset, length
 
@@ -221,18 +222,38 @@ def place_of(shard: Path, key: str) -> tuple[int, int] | None:
 
 
 def write_wids(folder: Path, receipts: Iterable[Mapping[str, Any]]) -> Path:
-    """Write ``wids.json`` for ``wids.ShardListDataset``, with each tar that receipts name.  The same receipts give the
-    same bytes, so any process may write it, and the last one stays."""
+    """Write ``wids.json`` for ``wids.ShardListDataset``, with each tar that receipts name, and ``sizes.json``.  Equal
+    receipts give equal bytes, so any process may write them, and the last ones stay."""
     listed = []
     for receipt in receipts:
-        tar = f"{receipt['shard']}.tar"
+        tar = f"{receipt['shard']}.tar".rpartition("/")[2]
         output = next(output for output in receipt["outputs"] if output["path"].rpartition("/")[2] == tar)
         listed.append({"url": output["path"], "nsamples": receipt["notes"]["samples_out"], "filesize": output["size"]})
     record = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
     path = folder / WIDS
     with storage_errors(path):
         write_whole(path, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+    write_sizes(folder, {entry["url"]: entry["nsamples"] for entry in listed if "://" not in entry["url"]})
     return path
+
+
+def write_sizes(folder: Path, counts: Mapping[str, int]) -> None:
+    """Write ``sizes.json`` for open_clip, in each folder of shards: the name of each tar → how many samples it has.
+
+    open_clip's ``get_dataset_size`` looks for it beside the first shard, and in it for the name of each.
+
+    Args:
+        folder: The output folder.
+        counts: The path of each tar below it, and its samples.
+    """
+    folders: dict[str, dict[str, int]] = {}
+    for path, count in sorted(counts.items()):
+        above, _, name = path.rpartition("/")
+        folders.setdefault(above, {})[name] = count
+    for above, sizes in folders.items():
+        file = folder / above / SIZES
+        with storage_errors(file):
+            write_whole(file, orjson.dumps(sizes, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def _quoted(key: str) -> bytes:

@@ -7,8 +7,9 @@ damage is handled.
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -21,12 +22,70 @@ from curation.tar.headers import MAX_NAME_BYTES, RECORD, BadHeader, Member, make
 from curation.tar.random_access import MAX_SAMPLE_BYTES, parse_span, place_of
 from curation.tar.scan import IMAGE_SUFFIXES, TOGETHER, SampleSpan, TarReport, TarScan, Window
 
+AUTO: Final = "auto"
+PLAIN: Final = "plain"
+CAPTION: Final = "caption"
 MAX_MEMBER_BYTES: Final = 256 << 20  # larger members are not loaded into memory, only copied
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Which member of a sample is its picture, and what its caption is.
+
+    Attributes:
+        image: ``auto``: the first picture that is called after its key alone (``key.jpg``), else the first of any name
+            (``key.0.jpg``).  ``plain``: the former alone.  Otherwise a name, with or without its format: ``0``,
+            ``0.jpg``.
+        caption: ``auto``: the field ``caption`` of the json, or ``text`` where that is absent; then the member ``txt``
+            or ``txt.gz``.  ``caption``: the field ``caption``, then ``txt``.  Otherwise the name of a field.
+    """
+
+    image: str = AUTO
+    caption: str = AUTO
+
+    def picture(self, suffixes: Sequence[str]) -> str | None:
+        """The suffix of the picture among those of a sample."""
+        if self.image in (AUTO, PLAIN):
+            plain = next((suffix for suffix in suffixes if suffix in IMAGE_SUFFIXES), None)
+            if plain is not None or self.image == PLAIN:
+                return plain
+            return next((suffix for suffix in suffixes if _is_picture(suffix)), None)
+        wanted = self.image.lower()
+        named = (suffix for suffix in suffixes if wanted in (suffix, suffix.rpartition(".")[0]) and _is_picture(suffix))
+        return next(named, None)
+
+    def names(self, suffixes: Sequence[str]) -> dict[str, str] | None:
+        """Suffix → what it is called here, without pictures that are not chosen; None where nothing changes."""
+        chosen = self.picture(suffixes)
+        packed = "txt.gz" in suffixes and "txt" not in suffixes and self.caption != CAPTION
+        if not packed and self.image in (AUTO, PLAIN) and (chosen is None or "." not in chosen):
+            return None
+        is_named = self.image not in (AUTO, PLAIN)
+        names = {suffix: suffix for suffix in suffixes if not (is_named and _is_picture(suffix))}
+        if chosen is not None:
+            names[chosen] = chosen.rpartition(".")[2]
+        if packed:
+            names["txt.gz"] = "txt"
+        return names
+
+    def told(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """The metadata with the caption under ``caption``."""
+        if self.caption == AUTO:
+            is_there = metadata.get("caption") is not None or not isinstance(metadata.get("text"), str)
+            return metadata if is_there else {**metadata, "caption": metadata["text"]}
+        return metadata if self.caption == CAPTION else {**metadata, "caption": metadata.get(self.caption)}
+
+
+USUAL: Final = Parts()
+
+
+def _is_picture(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
 
 
 @dataclass(slots=True)
 class Sample:
-    """A sample in memory.
+    """A sample in memory, with the names that ``Parts`` gives to its picture and its caption.
 
     Attributes:
         key: The members' name up to the first dot of the basename, including the folder.
@@ -58,6 +117,7 @@ def read_samples(
     want: Collection[str] | Callable[[str], bool] | None = None,
     report: TarReport | None = None,
     max_member_bytes: int = MAX_MEMBER_BYTES,
+    parts: Parts | None = None,
 ) -> Iterator[Sample]:
     """Yield the samples of a shard in order, including those with a problem.
 
@@ -69,6 +129,7 @@ def read_samples(
         want: The suffixes (lower case) to load, or a function that tests one; default: all.  Others are not copied.
         report: Receives what else was found; it is complete after the last sample.
         max_member_bytes: Larger members are not loaded.
+        parts: Which member is the picture, and which the caption; default: ``USUAL``, where ``want`` is given.
 
     Raises:
         ShardError: The file cannot be read.
@@ -78,11 +139,12 @@ def read_samples(
         wanted = want or (lambda suffix: True)
     else:
         wanted = frozenset(want).__contains__
+    parts = USUAL if parts is None and want is not None else parts
     tar = TarScan(path, report)
     for window in tar.windows():
         for span in window.spans:
             if span.key:
-                sample = _load(window, span, wanted, max_member_bytes)
+                sample = _load(window, span, wanted, max_member_bytes, parts)
                 tar.report.odd_texts += _is_odd_text(sample.members.get("txt"))
                 yield sample
 
@@ -159,19 +221,41 @@ class TarWriter:
         self.size += len(data)
 
 
-def _load(window: Window, span: SampleSpan, wanted: Callable[[str], bool], max_member_bytes: int) -> Sample:
+def load_sample(
+    window: Window, span: SampleSpan, want: Collection[str], max_member_bytes: int = MAX_MEMBER_BYTES
+) -> Sample:
+    """One sample of a window, with the members of these suffixes as all stages call them (``USUAL``)."""
+    return _load(window, span, want.__contains__, max_member_bytes, USUAL)
+
+
+def _load(
+    window: Window,
+    span: SampleSpan,
+    wanted: Callable[[str], bool],
+    max_member_bytes: int,
+    parts: Parts | None = None,
+) -> Sample:
+    suffixes = tuple([member.suffix for member in span.members])
+    names = parts.names(suffixes) if parts is not None else None
     members: dict[str, bytes] = {}
     mtimes: dict[str, int] = {}
     problem = problem_of(span)
     for member in span.members:
-        if not wanted(member.suffix) or not member.regular or member.suffix in members:
+        name = member.suffix if names is None else names.get(member.suffix, "")
+        if not wanted(name) or not member.regular or name in members:
             continue
         if member.size <= max_member_bytes:
-            members[member.suffix] = window.read(member.data, member.size)
-            mtimes[member.suffix] = member.mtime
+            members[name] = window.read(member.data, member.size)
+            mtimes[name] = member.mtime
         elif problem is None:
             problem = "member_too_large", f"{member.text_name}: {member.size:,} bytes, at most {max_member_bytes:,}"
-    return Sample(span.key, members, mtimes, tuple([member.suffix for member in span.members]), problem)
+    if names is not None and names.get("txt.gz") == "txt" and "txt" in members:
+        try:
+            members["txt"] = zlib.decompressobj(_GZIP_ONLY).decompress(members["txt"], _MAX_TXT_BYTES)
+        except zlib.error as error:
+            del members["txt"]
+            problem = problem or ("damaged_gzip", f"its .txt.gz cannot be unpacked ({error})")
+    return Sample(span.key, members, mtimes, suffixes, problem)
 
 
 def problem_of(span: SampleSpan) -> tuple[str, str] | None:
@@ -199,6 +283,10 @@ def _odd_member(members: list[Member]) -> tuple[str, str]:
 
 
 MAX_CAPTION_CHARACTERS = 1 << 20
+
+
+_MAX_TXT_BYTES = 4 * MAX_CAPTION_CHARACTERS + 8
+_GZIP_ONLY = 31  # zlib's window bits for gzip with a header
 
 
 _EMPTY_CHARACTERS = 1000  # a caption whose first characters are all invisible is looked at together with the .txt

@@ -33,7 +33,7 @@ from typing import Final
 
 from curation import PROGRAM
 from curation.storage.urls import Source
-from curation.tar.blocks import Block, Blocks
+from curation.tar.blocks import Block, Blocks, FileBlocks
 from curation.tar.headers import (
     BLOCK,
     GLOBAL,
@@ -49,6 +49,7 @@ from curation.tar.headers import (
     parse_special,
     split_name,
 )
+from curation.tar.runs import Alike, End, Row, alike_of, run_of
 from curation.tar.sources import open_blocks
 from curation.tar.swallowed import HeaderSearch, has_magic, is_archive, marks
 from curation.threads import BackgroundCall
@@ -74,7 +75,6 @@ _NO_PREFIX = b"\0"  # no member's name begins with it
 _FAR: Final = 1 << 63  # behind every mark
 
 
-@dataclass(slots=True)
 class SampleSpan:
     """The place of a sample, from byte ``start`` to byte ``end``.  Only damage and zero blocks are between two spans.
 
@@ -89,20 +89,51 @@ class SampleSpan:
         suspect: Whether a damaged member was removed from ``members``.
         repeated: Whether an earlier sample of the shard that is not torn has the same key.
         damages: The damage inside the sample and next to it.
+        alike: What its members have in common with those of the sample before it; None if it was not parsed in a run
+            (``runs``), or if it has other members after all.
     """
 
-    key: str
-    start: int
-    end: int
-    members: list[Member] = field(default_factory=list)
-    foreign: list[Member] = field(default_factory=list)
-    torn: str = ""
-    suspect: bool = False
-    repeated: bool = False
-    refused: tuple[str, str] | None = None
-    surplus: int = 0
-    verbatim: bool = True
-    damages: list[Damage] = field(default_factory=list)
+    __slots__ = (
+        *("_members", "_row", "alike", "damages", "end", "foreign", "key", "refused", "repeated", "start"),
+        *("surplus", "suspect", "torn", "verbatim"),
+    )
+
+    def __init__(self, key: str, start: int, end: int, members: list[Member] | None = None) -> None:
+        self.key, self.start, self.end = key, start, end
+        self._members: list[Member] | None = [] if members is None else members
+        self.foreign: list[Member] = []
+        self.torn = ""
+        self.suspect = self.repeated = False
+        self.refused: tuple[str, str] | None = None
+        self.surplus = 0
+        self.verbatim = True
+        self.damages: list[Damage] = []
+        self.alike: Alike | None = None
+        self._row: tuple[Row, Alike] | None = None
+
+    @classmethod
+    def of_run(cls, key: str, row: Row, alike: Alike) -> SampleSpan:
+        """A sample that was parsed in a run.  Its members are made when they are asked for: most samples only stay."""
+        span = cls(key, row[1], row[2])
+        span._members, span._row, span.alike = None, (row, alike), alike
+        return span
+
+    @property
+    def members(self) -> list[Member]:
+        if (members := self._members) is None:
+            assert self._row is not None
+            (key, start, _, places), alike = self._row
+            members = self._members = alike.members(key, start, places)
+        return members
+
+    @members.setter
+    def members(self, members: list[Member]) -> None:
+        self._members, self.alike = members, None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Those of its members, in their order."""
+        return self.alike.suffixes if self.alike is not None else tuple([member.suffix for member in self.members])
 
     def hit(self, damage: Damage) -> None:
         """Note damage inside the sample or next to it."""
@@ -188,7 +219,7 @@ class Window:
     """Adjacent samples, and the part of the file that contains them.
 
     ``view``, ``pieces`` and ``read`` return the bytes of its spans (see ``Block``).  The bytes of a very large sample
-    are not in memory and are read again.  A window stays valid while the next one is used, and not longer.
+    are not in memory and are read again.  A window stays valid until the next one is asked for, and not longer.
     """
 
     __slots__ = ("pieces", "read", "spans", "view")
@@ -205,14 +236,16 @@ class TarScan:
     is fixed, whatever the size of the file.
 
     Args:
-        source: A tar on a filesystem, a folder of loose files, or what ``curation.storage.urls`` can read.
+        source: A tar on a filesystem, a folder of loose files, or what ``curation.storage.urls`` can read.  The offsets
+            in one that is compressed with gzip are those of the tar inside.
         report: Receives what is found besides samples; default: a new one.
-        unpack: Whether a shard may be compressed with gzip; the offsets of its spans are those of the tar inside.
+        ahead: Whether a thread reads a local tar ahead.  Without it the kernel alone does so, as for ``cp``: this takes
+            less CPU time, and is as fast where the caller only copies bytes.
     """
 
-    def __init__(self, source: str | Source, report: TarReport | None = None, *, unpack: bool = True) -> None:
+    def __init__(self, source: str | Source, report: TarReport | None = None, *, ahead: bool = True) -> None:
         self.path = str(source)
-        self._source, self._unpack = source, unpack
+        self._source, self._ahead = source, ahead
         self.report = report if report is not None else TarReport()
         self.report.path = self.path
         self._file: Blocks
@@ -239,8 +272,9 @@ class TarScan:
             ShardError: The file cannot be read, or it is no tar.
         """
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open_blocks(self._source, unpack=self._unpack))
-            ahead = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead")))
+            self._file = stack.enter_context(open_blocks(self._source))
+            beside = self._file.ahead = self._ahead or not isinstance(self._file, FileBlocks)
+            ahead = stack.enter_context(contextlib.closing(BackgroundCall[Window]("read-ahead", beside=beside)))
             stack.callback(self._file.cancel)  # runs first at the end, so that nobody waits for unneeded bytes
             self._block, self._search = self._file.block, HeaderSearch(self._file)
             more = self._file.size > 0
@@ -278,7 +312,7 @@ class TarScan:
         buffer, shift, limit, size = self._block.buffer, self._block.shift, self._block.end, self._file.size
         at = self._look_back(self._next) if self._lost is None else self._resume(self._next)
         prefix, span = self._prefix, self._open
-        found, mark = self._marks(at), -1
+        found, mark, runs = self._marks(at), -1, True
         while at + BLOCK <= limit:
             data = at + BLOCK
             try:
@@ -306,6 +340,13 @@ class TarScan:
                 found, mark = self._marks(at), -1
                 continue
             suffix = _suffix_text(name[len(prefix) :]) if name.startswith(prefix) else None
+            if suffix is None and runs and (run := self._run(at)) is not None:
+                at, why = run
+                if why is End.BLOCK and limit < size:
+                    break  # the next sample may be one of the run, and be complete in the next block
+                prefix, span, found, mark = self._prefix, self._open, self._marks(at), -1
+                runs = why is not End.INSIDE  # else a crafted block could be parsed many times
+                continue
             if suffix is None or kind == GLOBAL:
                 name = name if kind != GLOBAL else b""  # its name is that of no file
                 suffix = self._enter(name, at)
@@ -319,6 +360,7 @@ class TarScan:
                 prefix = self._prefix
                 continue
             (span.foreign if suffix is None else span.members).append(member)
+            span.alike = None
             while mark < data:
                 mark = next(found, _FAR)
             if mark < end and (inside := self._swallowed(member, mark, found)) is not None:
@@ -328,6 +370,38 @@ class TarScan:
                     break
                 found, mark = self._marks(at), -1
         self._next, self._looked = at, limit
+
+    def _run(self, at: int) -> tuple[int, End] | None:
+        """Take the samples from ``at`` on that are like the current one; it is complete if the first of them is.
+
+        Returns:
+            Where to continue, and why the run ended; None if there is none.
+        """
+        last = self._open
+        if last is None or not last.key or last.damages or self._zeros[1] == at or self._lost or self._damage:
+            return None
+        if self._suspects or self._unresolved or (alike := last.alike or alike_of(last.members, last.key)) is None:
+            return None
+        rows, why = run_of(self._block, at, alike, last.key.encode("utf-8", "surrogateescape"))
+        if not rows:
+            return (at, why) if why is End.INSIDE else None
+        self._close()
+        keys, spans = self._keys, []
+        for row in rows:
+            key = row[0].decode("utf-8", "surrogateescape")
+            span = SampleSpan.of_run(key, row, alike)
+            mark = hash(key)
+            if mark in keys:
+                span.repeated = True
+                self.report.repeated_keys += 1
+            keys.add(mark)
+            spans.append(span)
+        self.report.samples += len(spans)
+        self._open = spans.pop()  # its next member may come behind the run
+        self._prefix = rows[-1][0] + b"."
+        self._whole.extend(spans)
+        self._done += spans
+        return self._open.end, why
 
     def _marks(self, at: int) -> Iterator[int]:
         """The offsets in the block, from a header on, at which there may be headers."""
@@ -346,8 +420,11 @@ class TarScan:
 
     def _look_back(self, at: int) -> int:
         """Look for headers in the last member, if a part of it was not in memory before.  Returns where to continue."""
-        span, member, looked = self._open, self._member_before(at), self._looked
-        if not span or not member or at <= looked or at > self._file.size:
+        looked = self._looked
+        if at <= looked or at > self._file.size:
+            return at
+        span, member = self._open, self._member_before(at)
+        if not span or not member:
             return at
         found = marks(self._block, max(member.data, looked - BLOCK), at, at)
         inside = self._swallowed(member, next(found, _FAR), found)
@@ -511,7 +588,8 @@ class TarScan:
             if damage is not pending and not damage.explained:
                 damage.explained = True
                 self.report.samples += 1
-                self._done.append(SampleSpan(f"@{damage.offset}", damage.offset, damage.offset, torn=damage.detail))
+                self._done.append(SampleSpan(f"@{damage.offset}", damage.offset, damage.offset))
+                self._done[-1].torn = damage.detail
         self._unresolved = [damage for damage in self._unresolved if not damage.explained]
 
     def _take(self) -> Window:
@@ -569,6 +647,7 @@ class TarScan:
             behind: The end of the member according to its header.
             inside: The offset of a header inside the member, if one is known.
         """
+        span.alike = None
         if span.members and span.members[-1] is member:
             del span.members[-1]
             self._suspects.setdefault(member.suffix, why)

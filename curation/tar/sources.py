@@ -254,30 +254,29 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-def open_blocks(source: str | Source, *, unpack: bool = True) -> Blocks:
+def open_blocks(source: str | Source) -> Blocks:
     """Open a shard for one pass.  What is compressed with gzip is unpacked on the way.
 
     Args:
         source: A tar on a filesystem, a folder of loose files, or what ``curation.storage.urls`` can read.
-        unpack: False refuses what is compressed with gzip.
 
     Raises:
         ShardError: It does not exist, or it is ``not_a_tar``, which the message then describes.
     """
     if isinstance(source, Url):
         stream = PrefetchStream(source) if source.command is None else CommandStream(source)
-        return _checked(StreamBlocks(_Rereadable(stream)), str(source), unpack=unpack)
+        return _checked(StreamBlocks(_Rereadable(stream)), str(source))
     path = os.fspath(source)
     if not path.endswith(TAR) and is_loose(Path(path)):
         return StreamBlocks(LooseStream(path))
-    return _checked(FileBlocks(path), path, unpack=unpack)
+    return _checked(FileBlocks(path), path)
 
 
-def _checked(blocks: Blocks, path: str, *, unpack: bool) -> Blocks:
+def _checked(blocks: Blocks, path: str) -> Blocks:
     """The blocks of the tar that ``blocks`` are, or hold in compressed form.  Raises ShardError ``not_a_tar``."""
     try:
         head = _head_of(blocks)
-        if head.startswith(GZIP) and not_a_tar(head) and unpack:
+        if head.startswith(GZIP) and not_a_tar(head):
             blocks = StreamBlocks(GunzipStream(path, blocks))
             head = _head_of(blocks)
             if problem := _problem_of(blocks, head):

@@ -6,8 +6,8 @@ is written when a member comes behind it, and not at the end of the tar, where P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
@@ -22,6 +22,9 @@ class Edit:
     """The new members of a sample.  Its other members stay, as do those for which there is None here.
 
     image_suffix, txt_suffix, json_suffix: what a new member is called behind the key and a dot (``webp``, ``JPG``).
+    replaces: the suffix, in lower case, of the one picture whose place the new image takes, where the sample's other
+    pictures stay (``0.jpg``); empty: the new image stands for all pictures that are called after the key alone.
+    more: further new members, by suffix in lower case; None: a member of this name is left out.
     """
 
     image: bytes | memoryview | None
@@ -30,17 +33,23 @@ class Edit:
     image_suffix: bytes = b"jpg"
     txt_suffix: bytes = b"txt"
     json_suffix: bytes = b"json"
+    replaces: str = ""
+    more: Mapping[str, bytes | None] = field(default_factory=dict)
 
     @property
     def parts(self) -> list[str]:
-        """Which members are new: image, txt, json."""
-        return [part for part in ("image", "txt", "json") if self.part(part) is not None]
+        """Which members are new: image, txt, json, and the suffixes of further ones."""
+        return [part for part in ("image", "txt", "json", *self.more) if self.part(part) is not None]
 
     def part(self, part: str) -> bytes | memoryview | None:
+        if part in self.more:
+            return self.more[part]
         return self.image if part == "image" else self.txt if part == "txt" else self.json
 
     def suffix(self, part: str) -> bytes:
         """What the new member is called behind the key and a dot."""
+        if part in self.more:
+            return part.encode()
         return self.image_suffix if part == "image" else self.txt_suffix if part == "txt" else self.json_suffix
 
 
@@ -116,8 +125,8 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
     """Write a tar from the samples of ``windows`` and the decisions about them.
 
     In an edited sample the new image takes the place of the first image of any type, under its own suffix, and
-    further images are removed; members that the source lacks come after its last member.  New members have the times
-    of those that they replace.
+    further images are removed; or it takes the place of the one that ``Edit.replaces`` names, and the others stay.
+    Members that the source lacks come after its last member.  New members have the times of those that they replace.
 
     Args:
         windows: The samples.  Each window is written before the next one is read.
@@ -128,6 +137,11 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
     for window, decisions in windows:
         out.window = window
         for span, decision in decisions:
+            if decision is Action.KEEP and span.verbatim and not span.foreign and span.key and not out.holds:
+                if index is not None:
+                    index.append((span.key, out.position, span.end - span.start))
+                out.copy(span.start, span.end)
+                continue
             if span.key and decision is not Action.DROP:
                 out.release()
             begin = 0 if index is None else out.position
@@ -174,6 +188,11 @@ class _Out:
         self._held: list[bytes] = []  # global headers behind which no member was written yet
 
     @property
+    def holds(self) -> bool:
+        """Whether global headers wait for a member behind them."""
+        return bool(self._held)
+
+    @property
     def position(self) -> int:
         """The size of the result so far, in bytes."""
         return self._size + self._done - self._begun
@@ -202,7 +221,7 @@ class _Out:
         stem = (span.key if key is None else key).encode("utf-8", "surrogateescape") + b"."
         suffix_at = len(span.key.encode("utf-8", "surrogateescape")) + 1
         missing = edit.parts
-        parts = frozenset(missing)
+        parts = frozenset((*missing, *edit.more))
         new: list[bytes | memoryview] = []
 
         def replace(part: str, mtime: int) -> None:
@@ -211,7 +230,7 @@ class _Out:
             new.extend((make_header(stem + edit.suffix(part), len(data), mtime), data, padding(len(data))))
 
         for member in span.in_order if key is None else span.members:
-            part = _replaced_by(member)
+            part = member.suffix if member.suffix in edit.more else _replaced_by(member, edit.replaces)
             if part not in parts:
                 self._add(new)
                 self._keep(member, None if key is None else stem + member.name[suffix_at:])
@@ -249,8 +268,8 @@ class _Out:
         if new:
             self.release()
             self._end_run()
-            self._pieces.append(b"".join(new))
-            self._size += len(self._pieces[-1])
+            self._pieces += new
+            self._size += sum(map(len, new))
             new.clear()
 
     def _end_run(self) -> None:
@@ -268,8 +287,8 @@ class _Out:
             self._file.write_pieces([piece])
 
 
-def _replaced_by(member: Member) -> str | None:
-    """The part of an edit that replaces this member; None if the member stays."""
-    if member.suffix in IMAGE_SUFFIXES:
+def _replaced_by(member: Member, picture: str) -> str | None:
+    """The part of an edit that replaces this member; None if the member stays.  picture: ``Edit.replaces``."""
+    if member.suffix == picture or (not picture and member.suffix in IMAGE_SUFFIXES):
         return "image"
     return member.suffix if member.suffix in ("txt", "json") else None

@@ -23,12 +23,11 @@ from PIL import Image
 from curation import backends
 from curation.backends.caption.base import PROMPTS, SquareImages
 from curation.caption.batching import caption_batch
-from curation.caption.captioner import FIRST, Attempt, CaptionSettings, OutOfMemory, resolve
+from curation.caption.captioner import CaptionSettings, OutOfMemory, resolve
 from curation.caption.feed import ShapeGroups
 from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import FittingBatchSize, agreed_batch_size, find_batch_size
-from curation.options import logger
-from curation.replies import CUT, Reply, Verdict
+from curation.replies import CUT, FIRST, Attempt, Reply, Verdict
 from tests import ROOT
 from tests.backends import add_other_formats
 from tests.backends.conftest import accepted, open_captioner
@@ -260,7 +259,7 @@ def test_one_image_that_does_not_fit_costs_its_own_row(
 
 def test_an_empty_caption_is_none(tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     backend = tiny("qwen2_vl")
-    monkeypatch.setattr(backend, "_texts", lambda rows, _: [" \n", " two words "][: len(rows)])
+    monkeypatch.setattr(backend, "_texts", lambda rows, *_: [" \n", " two words "][: len(rows)])
     monkeypatch.setattr(backend, "_ended", lambda rows, *_: [True] * len(rows))
     first, second = caption_batch(backend, FittingBatchSize(2, "cpu"), [backend.prepare(photos[0])] * 2, [0, 0])
     assert isinstance(first, SampleError) and first.reason == "empty_caption"
@@ -519,7 +518,6 @@ def test_the_batch_size_is_found_by_trying(
 def test_one_size_without_gain_does_not_end_the_search(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     device = Timed(monkeypatch, lambda n: 2.5 if n == 2 else 1.0, 10_000)
     with caplog.at_level("INFO"):
         assert find_batch_size(device.fits, 8) == 8
@@ -529,7 +527,6 @@ def test_one_size_without_gain_does_not_end_the_search(
 
 
 def test_the_search_begins_where_it_may(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     device = Timed(monkeypatch, lambda n: 1.0, 40)
     assert find_batch_size(device.fits, first=16) == 32 and set(device.calls) == {16, 32}
     device = Timed(monkeypatch, lambda n: 1.0, 5)

@@ -5,6 +5,7 @@ The families and their model types come from the registry, the tiny models from 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import resource
@@ -17,14 +18,17 @@ from typing import Any
 import pytest
 
 from curation import backends
-from curation.caption.batching import caption_batch
+from curation.backends.caption import base
+from curation.caption.batching import ShardCaptioner, caption_batch
 from curation.caption.captioner import Family, OutOfMemory, known_models, resolve
-from curation.errors import InfrastructureError, SampleError
+from curation.caption.feed import CaptionLoader
+from curation.errors import InfrastructureError, SampleError, UsageError
 from curation.models.batch_size import FittingBatchSize
 from curation.models.known import spelling
 from curation.models.listing import table as lines_of
-from tests import ROOT
-from tests.backends.conftest import accepted, open_captioner
+from curation.replies import FIRST
+from tests import EXAMPLES, ROOT
+from tests.backends.conftest import FIELDS, LONG, accepted, asks, no_value_breaks_out, open_captioner, with_fields
 from tests.servers.hub import Model as HubModel
 from tests.servers.hub import serve
 from tests.test_architecture import HEAVY
@@ -305,7 +309,7 @@ def test_smolvlm_asks_in_the_words_of_its_own_processor(
     own.__init__(backend.processor.image_processor, backend.processor.tokenizer, None, image_seq_len=4)
     for photo in photos:
         made = backend.processor.image_processor([photo], return_row_col_info=True)
-        expected = backend._text.replace("<image>", own.replace_image_token(made, 0))
+        expected = backend.wordings[0].text.replace("<image>", own.replace_image_token(made, 0))
         ids = backend.prepare(photo).tensors["input_ids"][0]
         pad = backend.generation.pad_token_id
         text = backend.processor.tokenizer.decode([int(i) for i in ids if i != pad])
@@ -340,3 +344,98 @@ def test_smolvlm_says_the_same_without_its_mask(
     masks = mask.repeat(len(batch), 1, 1, 1)
     monkeypatch.setattr(backend.model, "generate", lambda **given: generate(**given, pixel_attention_mask=masks))
     assert backend.caption(batch, [0] * len(batch)) == without
+
+
+# ---- prompts with fields
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_each_image_is_asked_with_its_own_words(
+    model_type: str, tiny: Callable[..., Any], photos: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch says what one by one says, padding changes nothing, and a value adds no special token to the prompt."""
+    backend = tiny(model_type, **FIELDS)
+    photo = photos[0]
+    captions = ["", "a cat", "two dogs on a sofa", LONG]
+    prepared = [backend.prepare(photo, asks(caption)) for caption in captions]
+    batch = of_one_shape(prepared)
+    assert len(batch) >= 2, "prompts of different lengths share a batch"
+    together = backend.caption(batch, [0] * len(batch))
+    assert together == [backend.caption([one], [0])[0] for one in batch]
+    assert len({tuple(one.tensors["input_ids"][0].tolist()) for one in prepared}) == len(captions)
+    monkeypatch.setattr(base, "padded_length", lambda length, _: length)
+    plain = backend.prepare(photo, asks("a cat"))
+    assert backend.caption([plain], [0]) == backend.caption([prepared[1]], [0]), "padding changes nothing"
+
+    no_value_breaks_out(backend, photo)
+    assert backend.asked_of(0) in ("", "Alt text: «\n». Describe it.", "». Describe it.\nAlt text: «")
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "gemma3", "qwen2_vl", "paligemma"])
+def test_several_questions_about_one_image(
+    model_type: str, tiny: Callable[..., Any], folder: Callable[[str], Path], photos: list[Any]
+) -> None:
+    """Each is answered as if it were the only one, with its own length."""
+    first, second = "Describe the picture.", "Alt text: «{caption}». Describe it."
+    both = with_fields(first, second)["questions"]
+    both = (both[0], dataclasses.replace(both[1], max_tokens=5))
+    backend = open_captioner(folder(model_type), questions=both)
+    one = backend.prepare(photos[0])
+    other = backend.prepare(photos[0], asks("a cat", 1))
+    alone = tiny(model_type, **FIELDS)
+    assert backend.caption([one], [0]) == tiny(model_type, prompt=first).caption([one], [0])
+    (short,), (whole,) = backend.caption([other], [0], FIRST, 1), alone.caption([other], [0])
+    assert whole.text.startswith(short.text) and len(short.text) < len(whole.text)
+
+
+def test_prompts_that_a_model_cannot_take(
+    tiny: Callable[..., Any], folder: Callable[[str], Path], photos: list[Any]
+) -> None:
+    for model_type in ("florence2", "qwen2_vl"):
+        backend = tiny(model_type, **FIELDS)
+        most = backend._most_positions()
+        if most > 4000:
+            continue
+        with pytest.raises(SampleError) as raised:
+            backend.prepare(photos[0], asks("word " * most))
+        assert raised.value.reason == "prompt_too_long" and f"{most:,}" in raised.value.detail
+    with pytest.raises(UsageError, match="takes no field"):
+        open_captioner(folder("florence2"), **with_fields("<CAPTION> {caption}"))
+    with pytest.raises(UsageError, match="gives no caption"):
+        open_captioner(folder("paligemma"), **with_fields("answer en {caption}"))
+
+
+def test_prompts_of_several_lengths_with_keys_at_fixed_addresses(tiny: Callable[..., Any], photos: list[Any]) -> None:
+    """As ``--compile decode`` keeps them."""
+    plain, static = (tiny("florence2", compile=how, **FIELDS) for how in ("none", "decode"))
+    for caption in ("a cat", LONG * 2, "a dog"):
+        batch = [plain.prepare(photo, asks(caption)) for photo in photos[:2]]
+        assert static.caption(batch, [0, 0]) == plain.caption(batch, [0, 0])
+
+
+def test_the_batch_size_is_tried_with_the_longest_captions(
+    tiny: Callable[..., Any], folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked = with_fields("What is it?", "Alt «{caption}».")["questions"]
+    asked = (asked[0], dataclasses.replace(asked[1], max_tokens=20))
+    backend = open_captioner(folder("qwen2_vl"), questions=asked)
+    loader = CaptionLoader(backend, 1, questions=asked)
+    captioner = ShardCaptioner(backend, loader, batch_size=None, seed_of=len, sizes=tmp_path, what="x", questions=asked)
+    found = captioner._heaviest(EXAMPLES / "00000003.tar")
+    assert found is not None and found[1] == 1
+    loader.close()
+
+
+def test_a_value_that_stays_a_special_token_is_refused(tiny: Callable[..., Any], photos: list[Any]) -> None:
+    """As of a tokenizer with a special token of one letter, which no space can break."""
+    backend = tiny("qwen2_vl", **FIELDS)
+    letter = backend.processor.tokenizer("§", add_special_tokens=False)["input_ids"][-1]
+    before = backend._special
+    backend._special = before | {letter}
+    try:
+        with pytest.raises(SampleError) as raised:
+            backend.prepare(photos[0], asks("a § b"))
+        assert raised.value.reason == "prompt_refused"
+        backend.prepare(photos[0], asks("a b"))
+    finally:
+        backend._special = before

@@ -15,13 +15,13 @@ import pytest
 from curation import backends
 from curation.backends.caption import reasoning
 from curation.caption.batching import caption_batch
-from curation.caption.captioner import Attempt, resolve
+from curation.caption.captioner import resolve
 from curation.errors import InfrastructureError, UsageError
 from curation.models.batch_size import FittingBatchSize
 from curation.models.hub_cache import hub_config
-from curation.replies import CAPTION, CUT, WHOLE, Reply, judge
+from curation.replies import CAPTION, CUT, WHOLE, Attempt, Reply, judge
 from tests import ROOT
-from tests.backends.conftest import open_captioner
+from tests.backends.conftest import FIELDS, no_value_breaks_out, open_captioner
 
 pytest.importorskip("transformers")
 
@@ -67,6 +67,7 @@ def test_a_named_model_opens_and_captions(
     assert together == backend.caption(batch[::-1], [3, 2, 1][-len(batch) :])[::-1]
     first, second = (backend.model(**one.tensors).logits[0, -1] for one in batch[:2])
     assert not bool((first == second).all()), "the image has no part in what is said"
+    no_value_breaks_out(open_captioner(path, **FIELDS), photos[0])
     assert not marker.exists(), "code from the model's folder was run"
 
 
@@ -172,7 +173,7 @@ def test_the_question_is_put_as_the_template_wants_it(template: str, found: str 
             open_captioner(tmp_path)
         return
     backend = open_captioner(tmp_path, max_tokens=4)
-    assert backend._text.count(found) == 1 and backend.asked in backend._text
+    assert backend.wordings[0].text.count(found) == 1 and backend.asked in backend.wordings[0].text
 
 
 # ---- checkpoints that think
@@ -201,19 +202,19 @@ def replies(backend: Any, text: str, ended: str) -> Any:
 def test_a_thinking_checkpoint_is_told_by_its_template(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Qwen3-VL-…-Thinking: the template opens the thought, so that the reply alone does not show it."""
     backend = thinking(ALWAYS, folder, tmp_path)
-    assert backend.thought_tokens == reasoning.THOUGHT_TOKENS
+    assert backend.wordings[0].thought_tokens == reasoning.THOUGHT_TOKENS
     assert replies(backend, "They want a caption.\n</think>\n\nA red kite.", WHOLE).text == "A red kite."
     cut = replies(backend, "They want a caption. The kite is red.", CUT)
     assert (cut.text, cut.reason, cut.cut) == (None, "reply_only_reasoning", True), "a thought is no caption"
     prompt = thinking(ALWAYS, folder, tmp_path, "asked", prompt="Describe it; write no <think> tag.")
-    assert prompt._begun == "<think>"
+    assert prompt.wordings[0].begun == "<think>"
 
 
 def test_thinking_is_turned_off_where_the_template_can(folder: Callable[[str], Path], tmp_path: Path) -> None:
     for name in ("Model-9B", "Model-9B-Thinking"):
         backend = thinking(SWITCH, folder, tmp_path, name)
-        assert backend._text.endswith("<think>\n\n</think>\n\n")
-        assert backend.thought_tokens == 0
+        assert backend.wordings[0].text.endswith("<think>\n\n</think>\n\n")
+        assert backend.wordings[0].thought_tokens == 0
         assert replies(backend, "A red kite.", WHOLE).text == "A red kite."
 
 
@@ -237,7 +238,7 @@ def test_a_thinking_checkpoint_is_told_by_its_name(
     backend.caption(batch, [1])
     backend.caption(batch, [1], Attempt(longer=True))
     assert asked == [4 + 8, 2 * (4 + 8)]
-    assert thinking(CHAT, folder, tmp_path, "Qwen3-VL-8B-Instruct").thought_tokens == 0
+    assert thinking(CHAT, folder, tmp_path, "Qwen3-VL-8B-Instruct").wordings[0].thought_tokens == 0
 
 
 def test_a_thought_that_never_ends_fails_its_sample(

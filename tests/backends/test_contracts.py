@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation import backends
+from curation import CORE, backends
 from curation.backends.extract import families as extractor_families
 from curation.backends.faces import detector_class
 from curation.errors import InfrastructureError
-from curation.extract.api import Directive, ExtractorFamily, dependents
+from curation.extract.answers import Answers
+from curation.extract.api import Asker, Directive, ExtractorFamily, dependents
+from curation.extract.judging import JudgeSettings
 from curation.extract.settings import ModelSettings
 from curation.faces import DetectorSettings, FaceDetector
+from curation.run.checkpoints import PartialLog
+from tests.servers.odd_server import MODEL, Answer, Asked, odd_server
 from tests.test_faces import photos
 
 FACES = backends.names("faces")
@@ -34,7 +42,7 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FaceD
             from curation.backends.faces import centerface
             from tests.backends.scrfd_from_centerface import build_scrfd
 
-            model = build_scrfd(centerface.Backend.packaged_model(), tmp_path_factory.mktemp("scrfd") / "scrfd.onnx")
+            model = build_scrfd(centerface.Backend.model_file(), tmp_path_factory.mktemp("scrfd") / "scrfd.onnx")
         try:
             return detector_class(name)(DetectorSettings(model, **more))
         except InfrastructureError as error:
@@ -97,10 +105,35 @@ def test_a_detectors_model_that_is_not_there_or_is_none(name: str, tmp_path: Pat
         kind(DetectorSettings(tmp_path))
 
 
+def imported_by(kind: type) -> set[str]:
+    """The modules that the file of a backend imports, but for those that every program has."""
+    tree = ast.parse(Path(str(inspect.getsourcefile(kind))).read_bytes())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, *CORE, "curation", "__future__"}
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_a_detector_names_the_packages_that_it_imports(name: str) -> None:
+    kind = detector_class(name)
+    optional = {"torch", "onnx"} if name == "scrfd" else set()  # onnxruntime takes their place
+    assert imported_by(kind) - optional <= {*kind.packages}  # type: ignore[arg-type]
+
+
 # ---- extractors
 
 DIRECTIVES = [(family, directive) for family in extractor_families() for directive in family.directives]
 WHOLE = [(family, directive) for family, directive in DIRECTIVES if not directive.is_prefix]
+COMPUTED = [(family, directive) for family, directive in WHOLE if not issubclass(family, Asker)]
+ASKED = [(family, directive) for family, directive in WHOLE if issubclass(family, Asker)]
+
+
+@pytest.mark.parametrize("family", extractor_families(), ids=lambda family: family.__module__.rpartition(".")[2])
+def test_an_extractor_names_the_packages_that_it_imports(family: Any) -> None:
+    """So that a dry run knows what is missing.  SCRFD's depend on its file: torch's or ONNX."""
+    if not family.__module__.endswith(".scrfd"):
+        assert imported_by(family) <= {package for directive in family.directives for package in directive.packages}
 
 
 def directive_name(value: Any) -> str:
@@ -136,7 +169,7 @@ def test_directives_are_distinct() -> None:
     assert {"statistics", "oai-clip-vit-b32", "clip:"} <= {*names}
 
 
-@pytest.mark.parametrize(("family", "directive"), WHOLE, ids=directive_name)
+@pytest.mark.parametrize(("family", "directive"), COMPUTED, ids=directive_name)
 def test_an_extractor_computes_what_its_directive_says(
     family: ExtractorFamily, directive: Directive, stand_ins: dict[str, Path]
 ) -> None:
@@ -170,6 +203,40 @@ def test_an_extractor_computes_what_its_directive_says(
         assert tuple(found[feature.name].shape) == (3, feature.width)
     assert dependents([extractor], "image") <= {*columns, *features}
     extractor.close()
+
+
+@pytest.mark.parametrize(("family", "directive"), ASKED, ids=directive_name)
+def test_an_extractor_that_asks_servers_answers_what_its_directive_says(
+    family: type[Asker], directive: Directive, tmp_path: Path
+) -> None:
+    """A value of each column for every sample; what is recorded is not asked again."""
+    from tests.backends.tiny_extractors import CAPTIONS, SampleBatch, picture
+
+    def scored(asked: Asked) -> Answer:
+        schema = asked.body["response_format"]["json_schema"]["schema"]
+        return Answer(json.dumps(dict.fromkeys(schema["required"], 4)))
+
+    keys, asked = ["0", "1", "2"], []
+    with odd_server(scored) as server:
+        settings = ModelSettings(judge=JudgeSettings(model=MODEL, endpoints=server.url))
+        assert family.sources(directive.name, settings) == []
+        extractor = family(directive.name, settings)
+        columns, _ = directive.outputs(directive.name)
+        assert {column.name for column in extractor.columns} >= {*columns}
+        assert extractor.asks >= 1
+        for token in "01":
+            batch = SampleBatch([picture(n, 60 + n, 50) for n in range(3)], list(CAPTIONS[:3]), {})
+            log = PartialLog(tmp_path, "0", "fingerprint", token)
+            answers = Answers(log)
+            found = {name: due.result(60) for name, due in extractor.ask(batch, keys, answers).items()}
+            assert {*columns} <= {*found}
+            assert all(len(found[name]) == 3 for name in columns)
+            assert extractor.doing() == ""
+            answers.close()
+            log.close()
+            asked.append(len(server.questions))
+        extractor.close()
+    assert 1 <= asked[0] == asked[1]
 
 
 # ---- presets

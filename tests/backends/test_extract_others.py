@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tiny.save_scrfd(folder / "scrfd.pt")
     tiny.save_isc(folder / "isc.pth.tar")
-    build_scrfd(centerface.Backend.packaged_model(), folder / "scrfd.onnx")
+    build_scrfd(centerface.Backend.model_file(), folder / "scrfd.onnx")
     return folder
 
 
@@ -131,7 +131,7 @@ def test_a_file_that_is_no_scrfd_is_told(models: Path, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match="other weights than SCRFD's"):
         scrfd.Backend("faces-scrfd10g", settings(tiny.save_aesthetic_head(tmp_path / "a.pt")))
     with pytest.raises(InfrastructureError, match="4 outputs; SCRFD"):
-        scrfd.Backend("faces-scrfd10g", settings(centerface.Backend.packaged_model()))
+        scrfd.Backend("faces-scrfd10g", settings(centerface.Backend.model_file()))
 
 
 # ---- copies

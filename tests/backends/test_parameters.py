@@ -107,7 +107,7 @@ def test_extractors_and_detectors() -> None:
     for name in ("centerface", "yunet"):
         kind = detector_class(name)
         assert isinstance(kind, type) and issubclass(kind, PackagedDetector)
-        graph = onnx.load(str(kind.packaged_model())).graph
+        graph = onnx.load(str(kind.model_file())).graph
         assert sum(math.prod(tensor.dims) for tensor in graph.initializer) / 1e9 == pytest.approx(
             kind.parameters, rel=0.02
         )

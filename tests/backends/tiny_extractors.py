@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,37 @@ def save_clip(folder: Path, *, width: int = 64, side: int = 224, patch: int = 32
     CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
         folder
     )
+    return folder
+
+
+def save_planted_clip(folder: Path, shown: Sequence[tuple[Any, Sequence[str]]], **sizes: Any) -> Path:
+    """A CLIP that knows some pictures by heart: the feature of each is the sum of those of the texts that it shows.
+
+    The two projections of a random CLIP are solved for it, so that everything that is loaded and computed is real.  Two
+    different texts have a cosine of 0; at most as many texts and pictures as a tower is wide, 32, can be known.
+
+    shown: pictures, height × width × 3 bytes, each with the texts.
+    """
+    import torch
+
+    from curation.backends.extract.clip import Backend
+    from curation.extract.settings import ModelSettings
+
+    save_clip(folder, **sizes)
+    backend = Backend(f"clip:{folder}", ModelSettings())
+    texts = list(dict.fromkeys(text for _, of_picture in shown for text in of_picture))
+    model: Any = backend._model
+    pictures = SampleBatch([picture for picture, _ in shown], [""] * len(shown))
+    tokens = torch.from_numpy(np.stack([backend._tokens(text) for text in texts])).long()
+    with torch.inference_mode():
+        seen = model.vision_model(**backend._picture_inputs(pictures)).pooler_output.double()
+        read = model.text_model(input_ids=tokens).pooler_output.double()
+    wanted_texts = torch.eye(len(texts), model.config.projection_dim, dtype=torch.float64)
+    wanted = torch.stack([sum(wanted_texts[texts.index(text)] for text in of_picture) for _, of_picture in shown])
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(torch.linalg.pinv(seen).mm(wanted).T.float())
+        model.text_projection.weight.copy_(torch.linalg.pinv(read).mm(wanted_texts).T.float())
+    model.save_pretrained(folder, safe_serialization=True)
     return folder
 
 

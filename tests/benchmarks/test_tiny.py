@@ -21,6 +21,7 @@ NUMBER = r"[\d,]+(\.\d+)?"
 FIGURES = {
     "accuracy_faces": {"00000003": NUMBER, r"\*\*00000003\*\*": NUMBER},
     "accuracy_language": {r"cleaned, most probable \(chosen\)": NUMBER, "00000001": NUMBER},
+    "bench_checks": {"face": NUMBER, "prompt and group": NUMBER, r"sd-turbo \| compiled": NUMBER},
     "bench_claims": {"20 shards, 4 workers: done, worked on twice": "20, 0", "claims": NUMBER, "modulo": NUMBER},
     "bench_download": {rf"{mode} \| stage 00": NUMBER for mode in ("kept, not decoded", "decoded, kept")},
     "bench_endpoint": dict.fromkeys(("stage 05, --batch_size auto", "plain loop, batch by batch"), NUMBER),
@@ -30,6 +31,14 @@ FIGURES = {
     "bench_plan": {r"01_filter_noface \| 2 \| 1": NUMBER, r"02_captions_processor \| 2 \| 1": NUMBER},
     "bench_reshard": dict.fromkeys((r"cp \+ fsync", "tarfile", "webdataset", "stage 04"), NUMBER),
     "bench_runner": {r"nothing \| 20": NUMBER, r"output \+ provenance \| 40": NUMBER},
+    "bench_search": {
+        "index": NUMBER,
+        "a query, median": NUMBER,
+        "of the 20 nearest, found": NUMBER,
+        "select --balance concepts": NUMBER,
+        "select --balance clusters": NUMBER,
+    },
+    "bench_select": dict.fromkeys(("no_filter", "basic", "laion2b", "clip_l14_30", "image_based"), NUMBER),
     "bench_status": {r"status \| 2,000": NUMBER, r"discovery \| 2,000": NUMBER},
     "bench_verify": {"sha256sum": NUMBER, "verify, 1 process": NUMBER, "verify, 2 processes": NUMBER},
     "faces_at_once": {"onnxruntime, one picture": NUMBER, "torch, 4 at once": NUMBER},

@@ -46,8 +46,16 @@ def path(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(undisturbed.root, root)
     for file in (root / "edits" / "_provenance" / "03_generate_images").glob("*.jsonl"):
         lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+        said = {"face": {"passed": False, "faces": 0}, "group": {"passed": True, "probability": 0.4, "seen": HOSTILE}}
+        said["prompt"] = {"passed": False, "score": 0.12}
         changed = [line | {"prompt": HOSTILE + line["prompt"], "group": f"{HOSTILE}{line['group']}"} for line in lines]
+        changed = [line | {"check": "failed", "tries": 2, "round": 1, "checks": said} for line in changed]
         file.write_text("\n".join(map(json.dumps, changed)))
+        [receipt] = file.parents[2].glob(f"_receipts/03_generate_images/*/{file.stem}.json")
+        value = json.loads(receipt.read_bytes())
+        rows = {line["group"]: {"tries": 2, "kept": 1, "failed_tries": 1, "kept_though_failed": 1} for line in lines}
+        value["notes"]["checks"] = {"groups": {name: row | {"by_check": {"face": 2}} for name, row in rows.items()}}
+        receipt.write_text(json.dumps(value))
     receipt = next((root / "prompts" / "_receipts" / "02_captions_processor" / "00000").glob("*.json"))
     value = json.loads(receipt.read_bytes())
     value |= {"status": "failed", "error": {"reason": HOSTILE, "message": "</script>" + HOSTILE}, "host": HOSTILE}
@@ -108,6 +116,22 @@ def test_what_the_data_says_never_runs(browser: Any, path: Path) -> None:
         assert any("Content Security Policy" in text for text in tab.said)
 
 
+def test_the_worst_pictures_are_in_rows_with_their_verdicts(browser: Any, path: Path) -> None:
+    """On a wide screen twelve fit in a row; each has its picture, and words for those who do not see it."""
+    with Opened(browser, path, viewport={"width": 1280, "height": 900}) as tab:
+        strip = tab.page.locator("#pictures ol.strip")
+        assert strip.count() >= 2
+        for picture in strip.locator("img").all():
+            alt = picture.get_attribute("alt") or ""
+            assert "failed: face 0, prompt 0.120" in alt and HOSTILE in alt
+        assert strip.locator("img").count() == strip.locator("> li").count() >= 2
+        shown = strip.locator("img").evaluate_all("all => all.map(e => e.complete && e.naturalWidth > 0)")
+        assert all(shown), "a browser can decode each of them"
+        assert strip.locator(".bad").first.inner_text().startswith("face 0 ✗")
+        columns = strip.first.evaluate("e => getComputedStyle(e).gridTemplateColumns.split(' ').length")
+        assert columns == 12
+
+
 def test_search_by_key_reason_and_group(browser: Any, path: Path) -> None:
     with Opened(browser, path) as tab:
         cards = tab.page.locator("[data-find]")
@@ -116,7 +140,7 @@ def test_search_by_key_reason_and_group(browser: Any, path: Path) -> None:
         field = tab.page.get_by_role("searchbox")
         first = tab.page.locator("#gallery .key").first.inner_text()
         for words, fits in (
-            (first, 1),
+            (first, 2),  # in the gallery, and among the worst pictures of its group
             ("no_face", None),
             ("female", None),
             ("NO_FACE 0000", None),

@@ -19,7 +19,7 @@ from curation.backends.caption.base import padded_length
 from curation.caption.captioner import Family
 from curation.caption.feed import CaptionLoader, CaptionSample, ShapeGroups
 from curation.replies import Verdict
-from curation.tar.samples import TarWriter
+from curation.tar.samples import USUAL, TarWriter
 from curation.tar.scan import TarReport
 
 IMAGES, BOUND = 240, 2_000_000
@@ -82,6 +82,8 @@ class Prepared:
 
 class Quiet:
     """A shard's work that nobody looks at."""
+
+    sample_parts = USUAL
 
     def sample_in(self, count: int = 1) -> None: ...
 

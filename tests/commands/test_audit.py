@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +16,16 @@ import pytest
 
 from curation.__main__ import main
 from curation.commands.audit.cards import croissant
-from curation.commands.audit.command import as_markdown, cell, findings, verdict
-from curation.commands.audit.groups import (
-    EDITS,
-    HYBRID,
-    PROMPTS,
-    attributes_of,
-    difference,
-    mentions,
-    mentions_another,
-    wilson,
-)
+from curation.commands.audit.command import as_markdown, findings, verdict
+from curation.commands.audit.groups import mentions, mentions_another
+from curation.commands.audit.intervals import difference, wilson
+from curation.commands.audit.words import cell
+from curation.commands.places import EDITS, HYBRID, PROMPTS
+from curation.rewrite.groups import attributes_of
 from curation.shards import bucket_of
 from curation.tar.samples import read_samples
+from tests import EXAMPLES
+from tests.commands.checked_root import CheckedRoot, Made, face
 from tests.pipeline import Undisturbed, copy_tree
 
 Audit = Callable[..., dict[str, Any]]
@@ -67,6 +66,45 @@ def test_the_counts_are_those_of_the_hybrid_shards(undisturbed: Undisturbed, aud
     assert not result["warnings"]
 
 
+def test_regrouped_shards(undisturbed: Undisturbed, tmp_path: Path, audit: Audit) -> None:
+    """Their numbers are those of other shards than the source shards; the counts are the same, once all are written."""
+    root = tmp_path / "root"
+    copy_tree(undisturbed.root, root)
+    before = audit(root)
+    shutil.rmtree(root / "hybrid")
+    flags = ["--edits", f"{root}/edits", "--prompts", f"{root}/prompts", "--shard_size", "40", "--quiet"]
+    command = ["--input", f"{root}/shards", "--output", f"{root}/hybrid", *flags]
+    assert importlib.import_module("04_reshard").main(command) == 0
+    after = audit(root)
+    assert (after["all"], after["groups"], after["warnings"]) == (before["all"], before["groups"], before["warnings"])
+    assert after["pictures"] == before["pictures"] == after["all"]["generated"] > 0
+    written = [json.loads(path.read_bytes()) for path in (root / "hybrid/_receipts" / HYBRID).glob("*/0*.json")]
+    [lost] = [one["notes"]["edited"] for one in written if one["shard"] == "00000000"]
+    (root / "hybrid/_receipts" / HYBRID / bucket_of("00000000") / "00000000.json").unlink()
+    assert audit(root)["warnings"] == [
+        f"{HYBRID}: replaced samples whose shards of the new size are not written yet: {lost}"
+    ]
+
+
+def test_a_stage_that_was_not_run_again(undisturbed: Undisturbed, tmp_path: Path, audit: Audit) -> None:
+    """Stage 03 made the edits of one shard again, and the hybrid shard holds the earlier ones."""
+    root = tmp_path / "root"
+    copy_tree(undisturbed.root, root)
+    path = next(
+        path
+        for path in sorted((root / "edits/_receipts" / EDITS).glob("*/0*.json"))
+        if json.loads(path.read_bytes())["outputs"]
+    )
+    told = json.loads(path.read_bytes())
+    later = {"finished": told["finished"] + 1e6}
+    path.write_text(json.dumps(told | later))
+    assert audit(root)["warnings"] == [], "the same bytes as before"
+    path.write_text(json.dumps(told | later | {"outputs": [{**one, "digest": "0" * 32} for one in told["outputs"]]}))
+    assert audit(root)["warnings"] == [
+        f"{HYBRID}: shards that were done before {EDITS} did them again; run {HYBRID} again: 1"
+    ]
+
+
 def test_words_of_a_real_run(undisturbed: Undisturbed, audit: Audit) -> None:
     """The deterministic server names the group in its prompts as it was told it."""
     result = audit(undisturbed.root)
@@ -92,6 +130,28 @@ def test_an_older_receipt_without_groups_is_said(undisturbed: Undisturbed, tmp_p
     result = audit(tmp_path / "root")
     assert result["all"]["accepted"] == result["all"]["assigned"] > 0
     assert any("do not contain the number of refused samples" in warning for warning in result["warnings"])
+
+
+def test_other_outputs_of_stage_04_do_not_count(
+    undisturbed: Undisturbed, tmp_path: Path, audit: Audit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A subset in the same folder is no hybrid dataset; of two hybrid datasets one has to be named."""
+    copy_tree(undisturbed.root, root := tmp_path / "root")
+    shard = min(EXAMPLES.glob("*.tar"))
+    uids = [json.loads(sample.members["json"])["uid"] for sample in read_samples(shard, {"json"})]
+    np.save(tmp_path / "keep.npy", np.sort(np.array([divmod(int(uid, 16), 2**64) for uid in uids], "u8,u8")))
+    for name in ("a_subset", "z_subset"):
+        subset = ["--subset", tmp_path / "keep.npy", "--output", root / name, "--quiet"]
+        assert main(["reshard", "--input", *map(str, [shard, *subset])]) == 0
+    before = audit(undisturbed.root)
+    assert {**audit(root), "root": ""} == {**before, "root": ""}
+    assert main(["report", str(root), "--json", "--no_audit"]) == 0
+    assert json.loads(capsys.readouterr().out)["funnel"][-1]["count"] == before["all"]["hybrid"] > 0
+    copy_tree(root / "hybrid", root / "hybrid2")
+    assert main(["audit", str(root)]) == 2
+    assert "name one of them with --hybrid" in capsys.readouterr().err
+    assert audit(root, "--hybrid", root / "hybrid2")["all"] == before["all"]
+    assert main(["audit", str(root), "--hybrid", str(root / "a_subset" / "_receipts")]) == 2
 
 
 # ---- made-up runs
@@ -237,13 +297,23 @@ def test_a_clip_model_looks_at_the_images(undisturbed: Undisturbed, tmp_path: Pa
     from tests.backends.tiny_extractors import save_clip
 
     model = save_clip(tmp_path / "clip")
-    everything = audit(undisturbed.root, "--clip", f"clip:{model}")["images"]
-    made = audit(undisturbed.root)["all"]["generated"]
-    assert everything["images"] == made
+    result = audit(undisturbed.root, "--clip", f"clip:{model}")
+    everything, made = result["images"], result["all"]["generated"]
+    assert everything["images"] == everything["originals"] == made, "each with the photo that it replaced"
     assert sum(row["images"] for row in everything["shown"] if row["attribute"] == "gender") == made
+    for kind in ("generated", "source"):
+        of_gender = [row[kind] for row in everything["found"] if row["attribute"] == "gender"]
+        assert sum(share["count"] for share in of_gender) == of_gender[0]["of"] == made
+    variety = result["variety"]
+    assert (variety["feature"], variety["sampled"]) == (f"clip:{model}", False), "its features, as there are no others"
+    assert variety["generated"]["all"]["pictures"] == variety["source"]["all"]["pictures"] == made
+    assert 0 < variety["source"]["all"]["distance"] < 1
+    text = "\n".join(as_markdown(result))
+    assert f"in {made} of the photos that were replaced" in text and "originals: mean distance" in text
     assert everything == audit(undisturbed.root, "--clip", f"clip:{model}")["images"], "the same again"
-    few = audit(undisturbed.root, "--clip", f"clip:{model}", "--images", "3")["images"]
-    assert few["images"] <= 3
+    few = audit(undisturbed.root, "--clip", f"clip:{model}", "--images", "3")
+    assert few["images"]["images"] <= 3 and few["variety"]["sampled"]
+    assert "Only a part of the pictures was compared" in "\n".join(as_markdown(few))
 
 
 def test_the_model_is_asked_about_each_image(
@@ -260,7 +330,7 @@ def test_the_model_is_asked_about_each_image(
     answers: list[str] = []
 
     class Knows:
-        described = "one that knows"
+        revision = "one that knows"
 
         def __init__(self, *_: object) -> None:
             pass
@@ -268,21 +338,39 @@ def test_the_model_is_asked_about_each_image(
         def texts(self, texts: list[str]) -> Any:
             return np.array([[1.0, 0.0] if "woman" in text else [0.0, 1.0] for text in texts], np.float32)
 
-        def images(self, pictures: list[Any]) -> Any:
+        def prepare(self, picture: Any) -> Any:
+            return picture
+
+        def pictures(self, pictures: list[Any]) -> Any:
             taken = [answers.pop(0) for _ in pictures]
             return np.array([[1.0, 0.0] if "female" in group else [0.0, 1.0] for group in taken], np.float32)
 
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(zero_shot, "_Model", Knows)
+    monkeypatch.setattr(zero_shot, "ClipFeatures", Knows)
     for turned in (False, True):
         chosen = list(zero_shot._chosen(places, 1000))
-        answers[:] = [("male" if "female" in group else "female") if turned else group for group, _ in chosen]
+        asked = [picture.group for picture in chosen]
+        answers[:] = [("male" if "female" in group else "female") if turned else group for group in asked]
         seen = zero_shot.look_at_images(places, groups, "clip:x", ModelSettings(), 1000)
         for (attribute, _), (count, agreed) in seen.shown.items():
             if attribute == "gender":
                 assert agreed == (0 if turned else count)
+
+
+def test_images_without_a_group_cannot_be_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from curation.commands.audit import zero_shot
+
+    class Silent:
+        revision = "none"
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(zero_shot, "ClipFeatures", Silent)
+    CheckedRoot(tmp_path).add("00000000", [Made("a", "", [{"face": face()}])])
+    assert main(["audit", str(tmp_path), "--clip", "clip:x", "--workers", "1"]) == 2
+    assert "no generated image has a group" in capsys.readouterr().err
 
 
 # ---- cards
@@ -298,6 +386,10 @@ def test_the_card_and_croissant(undisturbed: Undisturbed, tmp_path: Path, audit:
     assert text.count("## Groups") == 1 and "Words of my own." in text
     assert "| group | assigned |" in text and "license: cc-by-4.0" in text
     described = json.loads((card.parent / "croissant.json").read_bytes())
+    measured = {value["name"]: value for value in described["variableMeasured"]}
+    assert measured["diversity and near copies"]["value"] == "not measured"
+    assert any(name.endswith(": samples that got no prompt") and 0 <= measured[name]["value"] <= 1 for name in measured)
+    assert len(described["rai:dataBiases"]) == 1, "the verdict, as no group differs significantly"
     assert described["conformsTo"] == "http://mlcommons.org/croissant/1.0"
     assert [records["name"] for records in described["recordSet"]] == [
         "images-records", "texts-records", "metadata-records"

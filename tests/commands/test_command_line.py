@@ -86,6 +86,8 @@ def test_the_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("--select", "select"),
         ("near-dup", "neardup"),
         ("pub", "publish"),
+        ("balance", "select"),
+        ("bucket", "verify or publish"),
         ("scores", "extract or select"),
         ("clip", "extract"),
         ("hybrid", "reshard or verify"),

@@ -13,18 +13,20 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from curation.backends.faces.scrfd import Pack
-from curation.backends.generate.loading import wanted_files
+from curation.backends.generate.loading import load_pipeline, wanted_files
 from curation.backends.generate.tiny import save_tiny_sd
 from curation.commands.models import main
 from curation.errors import InfrastructureError
+from curation.models.hub_cache import resolve
 from curation.models.needs import HubFile
 from tests import ROOT
+from tests.processes import imported_modules
 from tests.servers.files import file_server
 from tests.servers.hub import TOKEN, Hub, Model, serve
 
@@ -36,9 +38,10 @@ LOAD = """
 import sys
 from curation.backends.generate.loading import load_pipeline
 from curation.models.hub_cache import resolve
-pipeline = load_pipeline(resolve(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None), "float32", "cpu")
-image = pipeline("a", num_inference_steps=1, height=64, width=64, guidance_scale=0).images[0]
-print("loaded", type(pipeline).__name__, image.size)
+for revision in (None, "main", "c" * 40):
+    pipeline = load_pipeline(resolve(sys.argv[1], revision), "float32", "cpu")
+    image = pipeline("a", num_inference_steps=1, height=64, width=64, guidance_scale=0).images[0]
+    print("loaded", revision, type(pipeline).__name__, image.size)
 """
 
 
@@ -72,11 +75,25 @@ def fetch(hub: Hub, home: Path, *arguments: str, **extra: str) -> subprocess.Com
     return python(["-m", "curation", "models", "fetch", *arguments], home, HF_ENDPOINT=hub.url, **extra)
 
 
-def load(home: Path, *model: str) -> str:
-    """Load it with no hub to ask."""
-    done = python(["-c", LOAD, *model], home, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bool]:
+    """Whether a model is whole in the hub's cache: it is loaded with no hub to ask.
+
+    That is done in this process, which has imported diffusers already.
+    """
+    from huggingface_hub import constants
+
+    def load(model: str) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+            found = resolve(model)
+            assert not found.is_folder
+            image = load_pipeline(found, "float32", "cpu")("a", num_inference_steps=1, height=64, width=64).images[0]
+        return bool(image.size == (64, 64))
+
+    return load
 
 
 def snapshot(home: Path, model: str = OPEN) -> set[str]:
@@ -90,11 +107,14 @@ def test_what_was_fetched_loads_without_the_hub(hub: Hub, tmp_path: Path) -> Non
     assert dry.returncode == 0, dry.stderr
     assert "not gated: needs no token" in dry.stdout
     assert not (tmp_path / "hf" / "hub").exists() or not snapshot(tmp_path)
-    done = fetch(hub, tmp_path, "03_generate_images", "--model", OPEN, "--steps", "2", "--batch_size", "4")
+    asked = ["-X", "importtime", "-m", "curation", "models", "fetch", "03_generate_images", "--model", OPEN]
+    done = python([*asked, "--steps", "2", "--batch_size", "4"], tmp_path, HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stderr
-    assert "loaded StableDiffusionPipeline (64, 64)" in load(tmp_path, OPEN)
-    assert "loaded" in load(tmp_path, OPEN, "main")
-    assert "loaded" in load(tmp_path, OPEN, "c" * 40)
+    assert not imported_modules(done.stderr) & {"torch", "transformers", "diffusers"}, "they take seconds"
+    loaded = python(["-c", LOAD, OPEN], tmp_path, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    for revision in (None, "main", "c" * 40):
+        assert f"loaded {revision} StableDiffusionPipeline (64, 64)" in loaded.stdout
     fetched = snapshot(tmp_path)
     assert UNET in fetched
     assert not fetched & {"unet/diffusion_pytorch_model.bin", "tiny-sd.safetensors"}
@@ -102,8 +122,19 @@ def test_what_was_fetched_loads_without_the_hub(hub: Hub, tmp_path: Path) -> Non
     assert listed == fetched
 
 
+def test_a_part_whose_weights_are_a_pickle_is_not_fetched(pipeline: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pipeline, folder, copy_function=os.link)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
+    with serve({OPEN: Model(folder)}) as hub:
+        done = fetch(hub, tmp_path, "03", "--model", OPEN)
+    assert done.returncode == 2
+    assert f"--model {OPEN}: vae/diffusion_pytorch_model.bin is a pickle; only safetensors are loaded" in done.stderr
+    assert snapshot(tmp_path) == {"model_index.json"}
+
+
 @pytest.mark.slow
-def test_a_gated_model(hub: Hub, tmp_path: Path) -> None:
+def test_a_gated_model(hub: Hub, loads: Callable[[str], bool], tmp_path: Path) -> None:
     for arguments in (["--dry_run"], []):
         refused = fetch(hub, tmp_path, "03", "--model", GATED, *arguments)
         assert refused.returncode == 2
@@ -116,11 +147,13 @@ def test_a_gated_model(hub: Hub, tmp_path: Path) -> None:
     assert f"gated; accept its licence at {hub.url}/{GATED}" in other.stderr
     done = fetch(hub, tmp_path, "03", "--model", GATED, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
-    assert "loaded" in load(tmp_path, GATED)
+    assert loads(GATED)
 
 
 @pytest.mark.slow
-def test_a_download_that_breaks_off_goes_on_where_it_was(pipeline: Path, tmp_path: Path) -> None:
+def test_a_download_that_breaks_off_goes_on_where_it_was(
+    pipeline: Path, loads: Callable[[str], bool], tmp_path: Path
+) -> None:
     """The hub's client keeps whole blocks of 10 MB."""
     folder, large = tmp_path / "model", "tokenizer/notes.txt"
     shutil.copytree(pipeline, folder)
@@ -135,11 +168,11 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(pipeline: Path, tmp_pat
         ranges = [headers for method, path, headers in hub.requests if method == "GET" and path.endswith(large)]
     assert ranges[0] == ""
     assert ranges[1:] == [f"bytes={10 << 20}-"]
-    assert "loaded" in load(tmp_path, OPEN)
+    assert loads(OPEN)
 
 
 @pytest.mark.slow
-def test_a_damaged_download_is_found_and_fetched_anew(hub: Hub, tmp_path: Path) -> None:
+def test_a_damaged_download_is_found_and_fetched_anew(hub: Hub, loads: Callable[[str], bool], tmp_path: Path) -> None:
     hub.models[OPEN].damaged.add(UNET)
     done = fetch(hub, tmp_path, "03", "--model", OPEN)
     assert done.returncode == 2
@@ -147,7 +180,7 @@ def test_a_damaged_download_is_found_and_fetched_anew(hub: Hub, tmp_path: Path) 
     assert UNET not in snapshot(tmp_path)
     done = fetch(hub, tmp_path, "03", "--model", OPEN)
     assert done.returncode == 0, done.stderr
-    assert "loaded" in load(tmp_path, OPEN)
+    assert loads(OPEN)
 
 
 def test_wrong_names_are_one_clear_line(hub: Hub, tmp_path: Path) -> None:
@@ -240,6 +273,24 @@ def test_stage_06_without_its_folders(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 # ---- the whole pipeline
+
+
+def test_the_file_of_a_pipeline_without_its_folders(pipeline: Path, tmp_path: Path) -> None:
+    """The variables for folders have no value; that of a model must have one."""
+    clip, file = tmp_path / "clip", tmp_path / "pipeline.yaml"
+    clip.mkdir()
+    for name, size in (("config.json", 500), ("model.safetensors", 2_000_000)):
+        (clip / name).write_bytes(bytes(size))
+    text = (ROOT / "examples" / "pipeline-hybrid.yaml").read_text("utf-8")
+    file.write_text(text.replace("detector: auto", "detector: centerface").replace("z-image-turbo", "${PAINTER}"))
+    with serve({OPEN: Model(pipeline), "openai/clip-vit-base-patch32": Model(clip)}) as hub:
+        dry = fetch(hub, tmp_path, str(file), f"PAINTER={OPEN}", "--dry_run")
+        assert dry.returncode == 0, dry.stderr
+        titles = [line for line in dry.stdout.splitlines() if line[:1] == "0"]
+        assert [title[:2] for title in titles] == ["01", "02", "03", "04", "06", "06"]
+        assert dry.stdout.count("2.0 MB of the hub, would be fetched") == 2
+        unknown = fetch(hub, tmp_path, str(file), "--dry_run")
+        assert unknown.returncode == 2 and "--model ${PAINTER}" in unknown.stderr, unknown.stderr
 
 
 @pytest.mark.slow

@@ -287,7 +287,8 @@ def test_decoded_captions_are_text_on_the_page(undisturbed: Undisturbed, page: P
 
 def test_funnel_gallery_and_groups_come_first_and_speed_last(page: Page) -> None:
     found = [attributes["id"] for attributes in page.all("section") if "id" in attributes]
-    assert found == ["funnel", "gallery", "groups", "rejects", "stages", "made", "shards", "content", "speed"]
+    parts = ["funnel", "gallery", "groups", "pictures", "rejects", "stages", "made", "shards", "content", "speed"]
+    assert found == parts
 
 
 # ---- one file, nothing from outside, nothing from the data but text

@@ -265,6 +265,22 @@ def test_the_example_with_models(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert shown[2][-2:] == ["--steps", "2"]
 
 
+def test_captions_that_an_earlier_stage_will_write_can_be_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pipeline.yaml"
+    for mix in ("0.3:web,0.7:synthetic", "[0.3:web, 0.7:synthetic]"):
+        file.write_text(
+            f"vars: {{ROOT: {tmp_path}}}\nstages:\n"
+            f"  05:\n    input: {EXAMPLES}\n    output: ${{ROOT}}/recaptions\n"
+            f"  04:\n    input: {EXAMPLES}\n    output: ${{ROOT}}/mixed\n"
+            f"    captions: ${{ROOT}}/recaptions\n    mix: {mix}\n"
+        )
+        shown = dry(capsys, file)
+        assert [words[1][:2] for words in shown] == ["05", "04"]
+        assert shown[1][-4:] == ["--captions", f"{tmp_path}/recaptions", "--mix", "0.3:web,0.7:synthetic"]
+
+
 # ---- what is refused before the first stage starts
 
 STAGE_01 = "01: {input: examples/shards, output: c, edits: e"
@@ -300,6 +316,9 @@ BAD = {
     "all: {model: x}\nstages: {%s}}" % STAGE_01: "'model' is no option that all stages have",
     "all: {wokers: 2}\nstages: {%s}}" % STAGE_01: "did you mean 'workers'?",
     "all: {follow: true}\nstages: {%s}}" % STAGE_01: "run_pipeline.sh --follow",
+    "stages: {04: {input: examples/shards, output: o, captions: no, mix: '1:synthetic'}}": "captions",
+    "stages: {04: {input: examples/shards, output: o, captions: docs, mix: '0.5:web,0.4:synthetic'}}": "add up to 1",
+    "stages: {04: {input: examples/shards, output: o, captions: docs}}": "--captions needs --mix",
     "stages: {05: {input: examples/shards, format: pdf}}": "format",
     "stages: {05: {output: x}}": "stage 05: --input is missing",
     "stages: {06: {input: examples/shards, output: x}}": "stage 06: give --models",
@@ -333,6 +352,17 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert words in said
     assert str(file) in said, "the message names the file"
     assert "\x1b" not in said
+
+
+def test_a_missing_package_of_a_later_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    file = tmp_path / "pipeline.yaml"
+    third = "03: {input: p, output: e, embedded: true, check: face}"
+    file.write_text("stages: {%s}, 02: {input: c, output: p, embedded: true}, %s}" % (STAGE_01, third))
+    assert "stage 03: onnxruntime cannot be imported" in refused(capsys, file)
 
 
 def test_many_empty_variables_are_no_bomb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

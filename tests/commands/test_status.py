@@ -136,7 +136,7 @@ def test_quarantined_stand_apart_and_retry_makes_pending(place: Place, status: S
     assert (toy["quarantined"], toy["pending"]) == ({}, 1)
 
 
-def test_what_a_rerun_of_a_subset_makes_stale(place: Place, status: Status) -> None:
+def test_what_a_rerun_of_a_subset_makes_stale(place: Place, status: Status, capsys: pytest.CaptureFixture[str]) -> None:
     place.shards(3)
     assert place.run() == 0
     assert follow(place, "b", place.out, "toy") == 0
@@ -147,6 +147,10 @@ def test_what_a_rerun_of_a_subset_makes_stale(place: Place, status: Status) -> N
     assert found["toy"]["stale"] == {}
     assert (found["b"]["done"], found["b"]["stale"]) == (2, {"inputs": 1})
     assert (found["c"]["done"], found["c"]["stale"]) == (2, {"upstream": 1})
+    for folder, why in (("b", "inputs"), ("c", "upstream")):  # what they read lies elsewhere
+        assert main(["status", str(place.root / folder), "--json"]) == 0
+        [alone] = json.loads(capsys.readouterr().out)["stages"]
+        assert (alone["stage"], alone["done"], alone["stale"]) == (folder, 2, {why: 1})
     assert follow(place, "b", place.out, "toy") == 0
     assert status()["b"]["stale"] == {}
 

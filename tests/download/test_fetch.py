@@ -23,7 +23,7 @@ def fetch(url: str, *, allowed: str = "127.0.0.0/8", times: int = 1, max_bytes: 
     async def one() -> bytes:
         fetcher = Fetcher(limits)
         try:
-            return [await fetcher.fetch(url) for _ in range(times)][-1]
+            return [(await fetcher.fetch(url)).data for _ in range(times)][-1]
         finally:
             await fetcher.close()
 

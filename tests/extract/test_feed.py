@@ -18,7 +18,7 @@ from curation.errors import InfrastructureError, ShardError
 from curation.extract import feed as feed_module
 from curation.extract import worker
 from curation.extract.feed import CHUNK, MAX_SLOTS, WANTED, ExtractLoader, ExtractSample, _most_at_once, extract_sample
-from curation.extract.plugins import load_plugin
+from curation.extract.plugins import Plugin
 from curation.extract.worker import SlotLayout
 from curation.images import decode_rgb
 from curation.tar.samples import TarWriter, read_samples
@@ -27,8 +27,8 @@ from tests.processes import wait_until
 from tests.stages.test_stage_05_recaption import noise, plain
 
 SHARD = ROOT / "examples/shards/00000004.tar"
-PLUGIN = str(ROOT / "tests/extract/stub.py")
-stub = load_plugin(PLUGIN)
+PLUGIN = Plugin(str(ROOT / "tests/extract/stub.py"))
+stub = PLUGIN.load()
 PREPARATIONS = (stub.Crop(), stub.Words(), stub.Facts())
 
 
@@ -219,7 +219,7 @@ def test_few_images_are_in_memory_and_a_large_one_goes_alone(tmp_path: Path, mon
 def test_preparations_that_cannot_be_started_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text("import sys\nif sys.flags.safe_path: raise ImportError('no such library')\n")
-    feed = ExtractLoader(PREPARATIONS, 8, 1, str(plugin))
+    feed = ExtractLoader(PREPARATIONS, 8, 1, Plugin(str(plugin)))
     with pytest.raises(InfrastructureError, match="no such library"):
         collect(feed, SHARD)
     feed.close()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.generate.batches import MIN_AREA, Job, bucket_sizes, nearest_size, plan_batches
+from curation.generate.batches import MIN_AREA, Job, bucket_sizes, nearest_size, plan_batches, seed_of
 
 
 def job(number: int, size: tuple[int, int] = (64, 64)) -> Job:
@@ -90,3 +90,14 @@ def test_a_batchs_digest_covers_all_its_jobs_and_nothing_else() -> None:
         changed = [*jobs[:number], job(100 + rng.randrange(9)), *jobs[number + 1 :]]
         same = [a.digest == b.digest for a, b in zip(plan, plan_batches(changed, 4), strict=True)]
         assert same == [number >= 4, number < 4]
+
+
+def test_a_round_has_its_own_digests_and_seeds_and_round_0_those_of_a_run_without_rounds() -> None:
+    jobs = [job(number) for number in range(6)]
+    plans = [plan_batches(jobs, 4, number) for number in range(3)]
+    assert plans[0] == plan_batches(jobs, 4)
+    assert [batch.jobs for batch in plans[1]] == [batch.jobs for batch in plans[0]]
+    assert len({batch.digest for plan in plans for batch in plan}) == 6
+    assert [batch.digest for batch in plans[0]] == ["d7ec0f2519a7827f", "af5645c54da0ed4d"]
+    assert seed_of(5, "key") == seed_of(5, "key", 0) == 6261027139101277784
+    assert len({seed_of(5, key, number) for key in ("key", "key1") for number in range(12)}) == 24

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from curation import backends
 from curation.backends import faces
+from curation.backends.check.listing import known_models as checks
 from curation.backends.extract import families as extractors
 from curation.backends.generate import presets
 from curation.caption import known_models as captioners
@@ -80,6 +81,7 @@ def page() -> str:
         ("Stage 01: face detectors (`--detector`)", faces.known_models()),
         ("Stage 02: language models (`--model_name`)", PROMPT_MODELS),
         ("Stage 03: text to image (`--model`)", presets.known_models()),
+        ("Stage 03: checks of its pictures (`--check`)", checks()),
         ("Stage 05: captioners (`--model`)", captioners(families)),
         ("Stage 06: scores and features (`--models`)", directives(extractors())),
     ]

@@ -11,7 +11,6 @@ import pytest
 
 from curation.errors import InfrastructureError
 from curation.models import compiling
-from curation.options import logger
 
 torch = pytest.importorskip("torch")
 
@@ -61,7 +60,6 @@ def test_a_torch_without_that_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_is_not_executed_from_where_others_may_have_put_it(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     folder = tmp_path / "_compile_cache"
     if how == "for the group":
         folder.mkdir()
@@ -100,10 +98,11 @@ def test_the_try_at_the_start_tells_the_cause(monkeypatch: pytest.MonkeyPatch, t
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
     torch._dynamo.reset()
     expected = r"^sd-turbo cannot be compiled here \(InvalidCxxCompiler: .*/nowhere/g\+\+.*\); use --compile none$"
-    with pytest.raises(InfrastructureError, match=expected) as caught:
+    # monkeypatch would leave the setting hidden from the tests that come later in this process
+    nowhere = config.patch({"cpp.cxx": (None, "/nowhere/g++")})
+    with nowhere, pytest.raises(InfrastructureError, match=expected) as caught:
         compiling.try_out("cpu", "sd-turbo")
     assert "\n" not in str(caught.value)
 

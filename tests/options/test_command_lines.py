@@ -224,7 +224,7 @@ def test_commands_say_what_to_type(words: list[str], told: str, capsys: pytest.C
     [
         ("02_captions_processor", "--detector", "01_filter_noface takes it"),
         ("01_filter_noface", "--ports", "02_captions_processor, 05_recaption take it"),
-        ("03_generate_images_multigpu", "--groups", "02_captions_processor takes it"),
+        ("03_generate_images_multigpu", "--lang_threshold", "02_captions_processor takes it"),
         ("04_reshard", "--url_list", "00_download takes it"),
         ("06_metadata", "--data_path", "05_recaption takes it"),
     ],

@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from curation.__main__ import COMMANDS
-from curation.hub.background import HubOptions
-from curation.options import POSITIONAL, RunOptions, also, at_least, help_text
+from curation.options import POSITIONAL, PublishOptions, RunOptions, also, at_least, help_text
 from curation.options.flags import flags_of, texts_of
+from curation.publish.background import HubOptions
 from tests import ROOT
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
-SHARED = [field.name for field in fields(RunOptions)]
+PUBLISH = [field.name for field in fields(PublishOptions)]
+SHARED = [field.name for field in fields(RunOptions) if field.name not in PUBLISH]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def test_a_help_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith("usage: toy.py --source STR [options]\n\nOptions of a toy.\n\nrequired options:\n")
     assert text.endswith("\n\nexample: toy.py --source here\n")
     found = groups(text)
-    assert list(found) == ["required", "other", "measure", "hub", "run"]
+    assert list(found) == ["required", "other", "measure", "hub", "publish", "run"]
     assert found["required"] == ["--source"]
     assert found["other"] == ["--count", "--kind", "--many", "--loud", "--no_tidy", "--maybe"]
     assert found["measure"] == ["--share", "--seconds"]

@@ -93,15 +93,16 @@ class Model:
 
     def options(self, state: State, who: int) -> list[tuple[Op, State]]:
         """Its next operation with the state after it: one, or several where the order within a loop is open."""
-        process = state.processes[who]
+        before, after = state.processes[:who], state.processes[who + 1 :]
+        steps = self.steps(state.disk, state.processes[who], who)
+        return [(op, State(disk, (*before, local, *after))) for op, disk, local in steps]
+
+    def steps(self, disk: Disk, process: Process, who: int) -> list[Step]:
+        """The same for the folder and the process alone: it knows of the others only what they leave in the folder."""
         if process.at == "ended":
             return []
         step: Callable[[Disk, Process, Attempt], list[Step]] = getattr(self, "_" + process.at)
-        after = []
-        for op, disk, local in step(state.disk, process, self.attempts[who]):
-            processes = (*state.processes[:who], local, *state.processes[who + 1 :])
-            after.append((op, State(disk, processes)))
-        return after
+        return step(disk, process, self.attempts[who])
 
     def _arrive(self, disk: Disk, p: Process, me: Attempt) -> list[Step]:
         """A process that is new lists the folder and finishes whatever record it finds, valid or void."""

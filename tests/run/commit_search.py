@@ -8,9 +8,10 @@ between two steps is covered without a step of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from tests.run.commit_disk import Disk, Op, generation_of, outputs_are_there, record_of
-from tests.run.commit_model import Attempt, Model, Process, Rules, State
+from tests.run.commit_model import START, Attempt, Model, Process, Rules, State
 
 
 class Violation(AssertionError):
@@ -61,41 +62,105 @@ class Searched:
     folders: int  # different folders that a successor came to
 
 
+Place = tuple[int, ...]  # a state: the number of its folder, then those of its processes
+
+
+class Move(NamedTuple):
+    """What a process does next in a folder.  Wherever the others are meanwhile, it is the same."""
+
+    op: Op
+    disk: int
+    process: int
+    goes_back: bool  # it puts an older receipt back
+
+
+class Numbers:
+    """A number for each folder and each process that states are made of: there are far fewer of them than states.
+
+    So the model is asked once for what a process does next in a folder.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._numbers: dict[Disk | Process, int] = {}
+        self._values: list[Any] = []
+        self._moves: dict[tuple[int, int, int], Move | None] = {}
+
+    def of(self, value: Disk | Process) -> int:
+        if value not in self._numbers:
+            self._numbers[value] = len(self._values)
+            self._values.append(value)
+        return self._numbers[value]
+
+    def place(self, state: State) -> Place:
+        return tuple(self.of(value) for value in (state.disk, *state.processes))
+
+    def state(self, place: Place) -> State:
+        disk, *processes = (self._values[number] for number in place)
+        return State(disk, tuple(processes))
+
+    def moves(self, place: Place) -> list[Move | None]:
+        """One for each process; None for one that has ended."""
+        disk, found = place[0], []
+        for who, process in enumerate(place[1:]):
+            key = (who, disk, process)
+            if key not in self._moves:
+                self._moves[key] = self._move(*key)
+            found.append(self._moves[key])
+        return found
+
+    def _move(self, who: int, disk: int, process: int) -> Move | None:
+        before = self._values[disk]
+        for op, after, local in self._model.steps(before, self._values[process], who):
+            goes_back = generation_of(after.receipt) < generation_of(before.receipt)
+            return Move(op, self.of(after), self.of(local), goes_back)
+        return None
+
+
 def search(model: Model, successor: Attempt) -> Searched:
     """Go through every state.  Each is one in which all the rest may have been killed: there a successor comes alone.
 
     Raises Violation.
     """
-    came_from: dict[State, tuple[State, str, Op] | None] = {model.start: None}
-    pending, folders = [model.start], set()
+    numbers = Numbers(model)
+    first, new = numbers.place(model.start), numbers.of(START)
+    came_from: dict[Place, Place | None] = {first: None}
+    pending, folders = [first], set()
     alike = len({attempt.outputs for attempt in model.attempts}) == 1
     while pending:
-        state = pending.pop()
-        if wrong := check_reader(state.disk) or check_survivors(state):
-            raise Violation(_story(came_from, state, wrong))
-        if state.disk not in folders:
-            folders.add(state.disk)
-            if wrong := _succeed(model, state.disk, successor):
-                raise Violation(_story(came_from, state, f"the rest is killed; after a successor {wrong}"))
-        for who, process in enumerate(state.processes):
-            if alike and who and process.at == "claim" and state.processes[who - 1].at == "claim":
+        place = pending.pop()
+        moves = numbers.moves(place)
+        wrong = "" if any(moves) else check_survivors(numbers.state(place))
+        if place[0] not in folders:
+            folders.add(place[0])
+            disk = numbers.state(place).disk
+            wrong = check_reader(disk) or wrong or _succeed(model, disk, successor)
+        if wrong:
+            raise Violation(_story(model, numbers, came_from, place, wrong))
+        for who, move in enumerate(moves):
+            if alike and who and place[who + 1] == new and place[who] == new:
                 break  # attempts that differ in their names alone begin in one order
-            for op, after in model.options(state, who)[:1]:
-                seen = after in came_from
-                if not seen:
-                    came_from[after] = (state, model.attempts[who].token, op)
-                    pending.append(after)
-                if state.disk.receipt and generation_of(after.disk.receipt) < state.disk.receipt.generation:
-                    wrong = f"then {model.attempts[who].token} puts an older receipt back"
-                    raise Violation(_story(came_from, state, wrong))
+            if move is None:
+                continue
+            after = _after(place, who, move)
+            if after not in came_from:
+                came_from[after] = place
+                pending.append(after)
+            if move.goes_back:
+                wrong = f"then {model.attempts[who].token} puts an older receipt back"
+                raise Violation(_story(model, numbers, came_from, place, wrong))
     return Searched(len(came_from), len(folders))
+
+
+def _after(place: Place, who: int, move: Move) -> Place:
+    return (move.disk, *place[1 : who + 1], move.process, *place[who + 2 :])
 
 
 def _succeed(model: Model, disk: Disk, successor: Attempt) -> str:
     """What is wrong with the folder after a successor ran alone on it; of either kind."""
     for eager in (False, True):
         if wrong := check_end(after_successor(disk, successor, replace(model.rules, eager=eager)), hidden=eager):
-            return wrong
+            return f"the rest is killed; after a successor {wrong}"
     return ""
 
 
@@ -107,9 +172,14 @@ def after_successor(disk: Disk, successor: Attempt, rules: Rules) -> Disk:
     return state.disk
 
 
-def _story(came_from: dict[State, tuple[State, str, Op] | None], state: State, wrong: str) -> str:
+def _story(model: Model, numbers: Numbers, came_from: dict[Place, Place | None], place: Place, wrong: str) -> str:
     lines: list[str] = []
-    while (step := came_from[state]) is not None:
-        state, token, op = step
-        lines.append(f"{token}: {' '.join(op)}")
+    while (before := came_from[place]) is not None:
+        who, op = next(
+            (who, move.op)
+            for who, move in enumerate(numbers.moves(before))
+            if move is not None and _after(before, who, move) == place
+        )
+        lines.append(f"{model.attempts[who].token}: {' '.join(op)}")
+        place = before
     return "\n".join([*reversed(lines), wrong])

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from curation.errors import SampleError
 from curation.jsonio import KEY_SUFFIX, write_dictionary
-from curation.options import exit_code, parse_options
-from curation.run import RunOptions, ShardContext, Stage, run_stage
+from curation.options import parse_options
+from curation.run import RunOptions, ShardContext, Stage, run_stage, stage_main
 from curation.shards import discover
 from curation.tar.samples import caption_of, metadata_of
 
@@ -49,7 +49,7 @@ class CountWords(Stage[Options]):
             write_dictionary(file, counts)
 
 
-@exit_code
+@stage_main
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(Options, argv)
     return run_stage(CountWords(options), options, discover(options.input))

@@ -18,7 +18,7 @@ import pytest
 
 from curation.errors import InfrastructureError
 from curation.run import claims as module
-from curation.run.claims import Claim, Claims, Heartbeat
+from curation.run.claims import CheckedBuckets, Claim, Claims, Heartbeat
 from tests.processes import wait_until
 
 LEASE_S = 60.0
@@ -610,3 +610,62 @@ def test_a_taker_knows_who_died_before(host: Callable[[], Host], clock: Clock) -
     assert fourth is not None
     assert fourth.deaths == (), "who gave it back was not killed by it"
     assert sorted(path.name for path in fourth.path.parent.iterdir()) == ["1.claim"]
+
+
+# ---- buckets that another worker of the run has found done
+
+
+def checked(folder: Path, beat: str) -> CheckedBuckets:
+    """Of a process that has just started."""
+    (folder / "_beats").mkdir(parents=True, exist_ok=True)
+    (folder / "_beats" / beat).touch()
+    (folder / "1").mkdir(exist_ok=True)
+    return CheckedBuckets(folder, beat)
+
+
+def test_one_worker_looks_at_a_bucket_and_the_others_of_its_run_believe_it(folder: Path) -> None:
+    one, other = checked(folder, "one"), checked(folder, "other")
+    assert not one.are_done("1", "run and shards", ["1000", "1001"])
+    one.found_done("1", "1000")
+    one.passed("1")
+    assert not other.are_done("1", "run and shards", ["1000", "1001"]), "the second is not known to be done"
+    one.found_done("1", "1001")
+    assert other.are_done("1", "run and shards", ["1000", "1001"])
+    assert not other.are_done("1", "another run, or other shards", ["1000", "1001"])
+    one.found_done("1", "1001")  # again, and of a bucket that nobody has begun: without effect
+    one.found_done("2", "2000")
+
+
+def test_who_started_after_the_look_looks_again(folder: Path) -> None:
+    """An input may have changed in between; a requeued job has the id of the run before."""
+    one = checked(folder, "one")
+    assert not one.are_done("1", "run", ["1000"])
+    later = checked(folder, "later")
+    one.found_done("1", "1000")
+    assert not later.are_done("1", "run", ["1000"])
+    later.found_done("1", "1000")
+    assert one.are_done("1", "run", ["1000"]), "the later one's looks came after both had started"
+
+
+@pytest.mark.parametrize(
+    "note",
+    [b"", b'{"checked": "ru', b"[]", b'{"checked": "run", "beats": "other"}', b'{"checked": "run"}', b"\xff" * 9],
+)
+def test_a_note_that_is_no_note_counts_for_nothing(folder: Path, note: bytes) -> None:
+    other = checked(folder, "other")
+    (folder / "1" / ".checked").write_bytes(note)
+    assert not other.are_done("1", "run", ["1000"])
+    (folder / "1" / ".checked").write_bytes(b'{"checked": "run", "beats": [7, "other"]}')
+    assert other.are_done("1", "run", ["1000"])
+
+
+def test_the_last_process_removes_the_notes(folder: Path) -> None:
+    one, other = checked(folder, "one"), checked(folder, "other")
+    one.are_done("1", "run", ["1000"])
+    one.found_done("1", "1000")
+    (folder / "_beats" / "one").unlink()
+    one.clear()
+    assert (folder / "1" / ".checked").exists(), "the other one may read it"
+    (folder / "_beats" / "other").unlink()
+    other.clear()
+    assert os.listdir(folder / "1") == []

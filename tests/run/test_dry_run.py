@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curation.errors import InfrastructureError
+from curation.images import encode_jpeg
 from tests.run import toy_stage
 from tests.run.toy_runs import Place
 from tests.shards import member, tar_of
 
+PHOTO = encode_jpeg(np.full((64, 64, 3), 127, np.uint8), 90)
 Err = pytest.CaptureFixture[str]
 
 
@@ -84,3 +87,48 @@ def test_stage_06_without_its_weights(tmp_path: Path, capsys: Err, more: list[st
     weights = ["--models", "oai-clip-vit-b32", "--weights", f"oai-clip-vit-b32={tmp_path}/absent"]
     assert stage.main([*folders, *weights, *more]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_stage_01_whose_samples_need_its_detector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Err, more: list[str]
+) -> None:
+    """auto: only a sample without recorded boxes needs the detector, whose weights are not on this machine."""
+    stage = importlib.import_module("01_filter_noface")
+    told = shard(tmp_path / "told")
+    not_told = shard(tmp_path / "in")
+    (not_told / "1.tar").write_bytes(tar_of([member("b.jpg", PHOTO), member("b.json", b'{"caption": "a woman"}')]))
+    monkeypatch.setattr("curation.backends.faces.scrfd.DEFAULT_MODEL", tmp_path / "absent.onnx")
+
+    def run(source: Path, name: str) -> int:
+        folders = ["--output", str(tmp_path / f"c{name}"), "--edits", str(tmp_path / f"e{name}")]
+        code: int = stage.main(["--input", str(source), *folders, *more])
+        return code
+
+    assert run(not_told, "1") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: SCRFD's model is not there")
+    assert run(told, "2") == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_stage_06_without_its_judge(tmp_path: Path, capsys: Err, more: list[str]) -> None:
+    folders = ["--input", str(shard(tmp_path / "in")), "--output", str(tmp_path / "out")]
+    stage = importlib.import_module("06_metadata")
+    assert (
+        stage.main([*folders, "--models", "judge", "--judge", "{model: m, endpoints: http://127.0.0.1:9}", *more]) == 2
+    )
+    assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_a_stage_without_the_server_program_that_it_is_to_start(tmp_path: Path, capsys: Err, more: list[str]) -> None:
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions/0.json").write_text('{"a.json": "A woman reads a newspaper in the park"}')
+    flags = ["--served", "llama", "--served_python", str(tmp_path / "env"), *more]
+    model = ["--model", str(tmp_path / "captions/0.json")]
+    rewrite, caption = map(importlib.import_module, ("02_captions_processor", "05_recaption"))
+    told = set()
+    for folder, main in ((tmp_path / "captions", rewrite.main), (shard(tmp_path / "in"), caption.main)):
+        assert main(["--input", str(folder), "--output", str(tmp_path / "out"), *model, *flags]) == 2
+        told.add(capsys.readouterr().err.splitlines()[-1])
+    assert told == {f"error: --served_python {tmp_path}/env: there is no program {tmp_path}/llama-server"}

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from curation.cluster import WORKER_VARIABLE, Allocation
 from curation.errors import InfrastructureError, ShardError
-from curation.options import RunOptions, exit_code, parse_options
+from curation.options import RunOptions, parse_options
 from curation.run.follow import Follows
 from curation.run.inputs import Input
-from curation.run.runner import run_stage
+from curation.run.runner import run_stage, stage_main
 from curation.run.work import Later, ShardContext, Stage
 from curation.shards import Shard, discover
 
@@ -208,7 +208,7 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (256 << 20),) * 2)
 
 
-@exit_code
+@stage_main
 def main(argv: Sequence[str] | None = None) -> int:
     options = Toy.settled(parse_options(Options, argv))
     follows = Follows(options.upstream, Path(options.input), options.suffix) if options.upstream else None

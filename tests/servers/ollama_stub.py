@@ -4,6 +4,7 @@ answer in a fixed time, the same to the same question, be busy, load slowly, bre
 Prints its port.  Words in the question choose the reply: REFUSE, PREAMBLE, TWOLINES, EMPTY, ECHO, LENGTH, SENTENCES,
 HANG, BREAK, MIDSTREAM, E500, E400, NOTJSON; behind ONCE- they do so the first time only.  Everything else is answered
 with one line made from the caption and the group; a question about a picture with one made from the picture's bytes.
+A question with a JSON schema is answered with an object of it, whose texts are that line.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import os
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 BUSY = b'{"error":"server busy, please try again.  maximum pending requests exceeded"}'
 WORDS = (
@@ -38,6 +41,8 @@ class Model:
         self.served = 0
         self.loaded_at = 0.0 if flags.load_s == 0 else float("inf")
         self.seen: set[str] = set()
+        self.says: list[str] = json.loads(flags.says)
+        self.times: Counter[str] = Counter()
         self.asked = 0
         self.held: Callable[[], None] | None = None
         self.lengths = random.Random(0)
@@ -71,11 +76,14 @@ class Model:
                 return word
         return ""
 
-    def reply(self, text: str, word: str) -> bytes:
+    def reply(self, text: str, word: str, schema: dict[str, object] | None) -> bytes:
         flags = self.flags
+        self.times[text] += 1
         content = FIXED.get(word, "") if word != "ECHO" else text
         if word not in ("REFUSE", "PREAMBLE", "TWOLINES", "EMPTY", "ECHO", "LENGTH", "SENTENCES"):
             content = prompt_for(text)
+            content = content if schema is None else json.dumps(answer_for(schema, content))
+            content = self.says[self.times[text] - 1] if self.times[text] <= len(self.says) else content
         if flags.api == "openai":
             message = {"role": "assistant", "content": content}
             reason = "length" if word in ("LENGTH", "SENTENCES") else "stop"
@@ -139,17 +147,18 @@ class Connection(asyncio.Protocol):
         if refused:
             return self.send(400, json.dumps({"error": f"Unknown argument: {flags.refuses}"}).encode())
         text = question(request["messages"][-1]) if "messages" in request else request["prompt"]
+        schema = request.get("format") or request.get("response_format", {}).get("json_schema", {}).get("schema")
         self.model.pending += 1
         self.model.asked += 1
         if self.model.asked == flags.holds:
-            self.model.held = partial(self.finish, text)
+            self.model.held = partial(self.finish, text, schema)
             return None
-        return self.later(at, self.finish, text)
+        return self.later(at, self.finish, text, schema)
 
     def later(self, at: float, call: object, *arguments: object) -> None:
         self.loop.call_at(at, call, *arguments)  # type: ignore[arg-type]
 
-    def finish(self, text: str) -> None:
+    def finish(self, text: str, schema: dict[str, object] | None = None) -> None:
         model = self.model
         model.pending -= 1
         model.served += 1
@@ -173,7 +182,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"message":')
             self.transport.close()
         else:
-            self.send(200, model.reply(text, word))
+            self.send(200, model.reply(text, word, schema))
 
     def send(self, status: int, content: bytes) -> None:
         retry = b"Retry-After: %d\r\n" % self.model.flags.retry_after if status == 503 else b""
@@ -200,6 +209,17 @@ def question(message: dict[str, object]) -> str:
     assert isinstance(pictures, list)
     hashes = [hashlib.sha256(base64.b64decode(picture)).hexdigest()[:16] for picture in pictures]
     return " PICTURE ".join([str(content), *hashes])
+
+
+def answer_for(schema: dict[str, Any], text: str) -> Any:
+    """What a server that decodes by a schema could answer; each text of it is ``text``."""
+    if "enum" in schema:
+        return schema["enum"][0]
+    if schema["type"] == "object":
+        return {name: answer_for(inner, text) for name, inner in schema["properties"].items()}
+    if schema["type"] == "array":
+        return [answer_for(schema["items"], text)] * 2
+    return {"string": text, "integer": 3, "number": 0.5, "boolean": True}[schema["type"]]
 
 
 def prompt_for(text: str) -> str:
@@ -230,6 +250,7 @@ async def main() -> None:
     parser.add_argument("--uneven", action="store_true", help="answers differ in length; one in 100 takes 3 × as long")
     parser.add_argument("--holds", type=int, default=0, help="the answer to this request waits for others …")
     parser.add_argument("--holds_until", type=int, default=0, help="… until so many are answered")
+    parser.add_argument("--says", default="[]", help="a JSON list: the first replies to each question, word by word")
     parser.add_argument("--log", default="", help="append every generating request's body to this file")
     flags = parser.parse_args()
     model = Model(flags)

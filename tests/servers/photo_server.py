@@ -4,6 +4,7 @@ Prints its port.
 
 The first part of the path says what becomes of a request, the rest which photo it is: ``/photo/17``, ``/404/3``.
 ``/_seen`` tells, as JSON, how often each path was asked for and how many requests were under way at once.
+The hosts of ``RULES`` have rules for downloaders; how often they were asked for is told with the host too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,16 @@ from curation.tar.scan import IMAGE_SUFFIXES
 BOMB = gzip.compress(bytes(200 << 20), 9)  # 200 kB that inflate to 200 MiB
 ENDLESS = bytes(1 << 16)
 DRIP_S = 0.05
+
+# Host → path → status and body; None: no answer.
+RULES: dict[str, dict[str, tuple[int, bytes] | None]] = {
+    "127.200.2.1": {"/robots.txt": (200, b"User-agent: *\r\nDisallow: /\r\nAllow: /photo/1\r\n")},
+    "127.200.2.2": {"/robots.txt": (503, b"")},
+    "127.200.2.3": {
+        "/.well-known/tdmrep.json": (200, b'[{"location": "/photo/*", "tdm-reservation": 1}]'),
+    },
+    "127.200.2.4": {"/robots.txt": None},
+}
 
 
 class Photos:
@@ -48,7 +59,8 @@ class Connection(asyncio.Protocol):
         self.photos = photos
         self.loop = asyncio.get_running_loop()
         self.buffer = b""
-        self.busy = False
+        self.busy = self.is_head = False
+        self.host = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.WriteTransport = transport  # type: ignore[assignment]
@@ -60,9 +72,13 @@ class Connection(asyncio.Protocol):
         self.buffer += data
         while b"\r\n\r\n" in self.buffer:
             head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
-            path = head.split(b" ", 2)[1].decode("latin-1")
+            method, path = head.decode("latin-1").split(" ", 2)[:2]
+            self.is_head = method == "HEAD"
+            self.host = head.decode("latin-1").lower().partition("host: ")[2].partition(":")[0]
             if path != "/_seen":
                 self.photos.seen[path] += 1
+                if path in ("/robots.txt", "/.well-known/tdmrep.json") or self.is_head:
+                    self.photos.seen[f"{'HEAD ' if self.is_head else ''}{self.host}{path}"] += 1
                 self.begin()
             if self.photos.latency_s and path != "/_seen":
                 self.loop.call_later(self.photos.latency_s, self.answer, path)
@@ -81,11 +97,15 @@ class Connection(asyncio.Protocol):
 
     def answer(self, path: str) -> None:
         kind = path.split("/")[1]
+        if path in RULES.get(self.host, {}):
+            if (found := RULES[self.host][path]) is not None:
+                self.send(*found)
+            return
         getattr(self, f"do_{kind.lstrip('_').replace('-', '_')}", self.do_missing)(path)
 
     def send(self, status: int, body: bytes, *headers: str, length: int | None = None) -> None:
         lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", *headers]
-        self.transport.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        self.transport.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if self.is_head else body))
         self.end()
 
     def first_time(self, path: str) -> bool:
@@ -193,6 +213,9 @@ class Connection(asyncio.Protocol):
 
     def do_noai(self, path: str) -> None:
         self.send(200, self.photos.image(path), "X-Robots-Tag: noarchive, NoAI")
+
+    def do_reserved(self, path: str) -> None:
+        self.send(200, self.photos.image(path), "TDM-Reservation: 1")
 
     def do_otherbot(self, path: str) -> None:
         """Forbids it to another."""

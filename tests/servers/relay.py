@@ -16,12 +16,14 @@ What = Literal["before", "midway", "after"]
 
 @dataclass
 class Rule:
-    """The next ``times`` requests whose first line matches: they are cut, or ``then`` is called before they pass."""
+    """The next ``times`` requests whose first line matches: they are cut, or ``then`` is called before they pass, or
+    ``done`` when their answer has come and has not passed yet."""
 
     pattern: str
     what: What | None = None
     times: int = 1
     then: Callable[[], object] | None = None
+    done: Callable[[], object] | None = None
 
 
 @dataclass
@@ -50,17 +52,22 @@ class Relay:
             except OSError:
                 return
             server = socket.create_connection(("127.0.0.1", self.target))
+            for end in (client, server):  # else small pieces wait 40 ms for an acknowledgement
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             mute = threading.Event()
-            threading.Thread(target=self._requests, args=(client, server, mute), daemon=True).start()
-            threading.Thread(target=self._answers, args=(server, client, mute), daemon=True).start()
+            calls: list[Callable[[], object]] = []  # when the next answer of this connection has come
+            threading.Thread(target=self._requests, args=(client, server, mute, calls), daemon=True).start()
+            threading.Thread(target=self._answers, args=(server, client, mute, calls), daemon=True).start()
 
-    def _requests(self, client: socket.socket, server: socket.socket, mute: threading.Event) -> None:
+    def _requests(
+        self, client: socket.socket, server: socket.socket, mute: threading.Event, calls: list[Callable[[], object]]
+    ) -> None:
         cut: What | None = None
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 16):
                 head = re.match(rb"([A-Z]+ /\S*) HTTP/1\.1\r\n", data)
                 if head:
-                    cut = self._meets(head[1].decode())
+                    cut = self._meets(head[1].decode(), calls)
                     if cut == "before":
                         break
                     if cut == "after":
@@ -73,15 +80,19 @@ class Relay:
         if cut != "after":
             self._end(client, server)
 
-    def _answers(self, server: socket.socket, client: socket.socket, mute: threading.Event) -> None:
+    def _answers(
+        self, server: socket.socket, client: socket.socket, mute: threading.Event, calls: list[Callable[[], object]]
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 16):
+                while calls and not data.startswith(b"HTTP/1.1 100"):
+                    calls.pop()()
                 if mute.is_set() and not data.startswith(b"HTTP/1.1 100"):
                     break
                 client.sendall(data)
         self._end(client, server)
 
-    def _meets(self, line: str) -> What | None:
+    def _meets(self, line: str, calls: list[Callable[[], object]]) -> What | None:
         with self._lock:
             self.asked.append(line)
             rule = next((r for r in self.rules if r.times > 0 and re.search(r.pattern, line)), None)
@@ -91,6 +102,8 @@ class Relay:
             return None
         if rule.then is not None:
             rule.then()
+        if rule.done is not None:
+            calls.append(rule.done)
         return rule.what
 
     @staticmethod

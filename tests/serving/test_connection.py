@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from curation.errors import InfrastructureError, UsageError
-from curation.serving.connection import EndpointError, Session, get, is_no_server, post, read_key, servers_words
+from curation.serving.connection import EndpointError, get, is_no_server, post, read_key, servers_words
 from curation.serving.pool import EndpointPool, endpoint_urls
+from curation.serving.session import Session
 from curation.serving.wire import Request
 from tests.servers.odd_server import MODEL, Answer, Asked, odd_server
 

@@ -95,7 +95,7 @@ def test_the_servers_words_are_one_bounded_clean_line() -> None:
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 413, 422])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 def test_one_of_two_servers_that_refuses_everything_is_set_aside(status: int, said: list[str]) -> None:
     with odd_server(refusing(status)) as bad, odd_server(echo) as good:
         assert ask_all(opened(bad, good)) == ECHOES
@@ -158,7 +158,7 @@ def test_requests_that_all_take_longer_than_the_time_limit_are_not_blamed(slow_s
 # ---- a request
 
 
-@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("place", [0, 20, 39])
 def test_a_request_that_every_server_refuses_fails_alone(status: int, servers: int, place: int) -> None:
@@ -177,7 +177,7 @@ def test_a_request_that_every_server_refuses_fails_alone(status: int, servers: i
             assert len({json.dumps(question.body) for question in asked}) == len(asked), "each server decides once"
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 413, 422])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 def test_a_second_server_decides_before_a_request_is_blamed(status: int) -> None:
     def picky(asked: Asked) -> Answer:
         return Answer("no", status) if "7" in asked.text else echo(asked)

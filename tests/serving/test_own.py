@@ -133,7 +133,9 @@ def servers(root: Path) -> list[str]:
 
 
 def asked(log: Path) -> list[str]:
-    return [json.loads(line)["body"] for line in log.read_text().splitlines()] if log.exists() else []
+    """What a server that may still be writing has been asked."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line)["body"] for line in lines if line.endswith("\n")]
 
 
 @pytest.mark.usefixtures("stage_in_process")

@@ -21,11 +21,11 @@ from curation.serving.connection import (
     EndpointError,
     ModelMissing,
     Refused,
-    Session,
     answers,
     get,
     post,
 )
+from curation.serving.session import Session
 from curation.serving.wire import SERVER_APIS, Manner, Request, Served, detect_api
 
 CHAT = Request(

@@ -17,7 +17,7 @@ import pytest
 
 from tests import processes, replaced
 
-RECORDS = {"_receipts", "_claims", "_plan", "_tables", "_merged", "_batch_sizes"}  # they hold times and hosts
+RECORDS = {"_receipts", "_claims", "_plan", "_tables", "_merged", "_batch_sizes", "_opt_out"}  # with times and hosts
 
 
 def read_json(path: Path) -> dict[str, Any]:

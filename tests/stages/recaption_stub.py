@@ -1,7 +1,10 @@
 """Stage 05 with a captioner whose captions are hashes of the pixels: quick, and the same everywhere.
 
-Everything but the model is the real thing.  Images whose pixels are all of one colour are refused by its processor or
-overflow its memory, by the colour; CURATION_STUB_S is how long one call takes.
+Everything but the model is the real thing.  A caption begins with what was asked.  Images whose pixels are all of one
+colour are refused by its processor or overflow its memory, by the colour.  A question with the word SILENT gets no
+answer for some images, and one with REFUSED is refused for the same ones.  CURATION_STUB_S is how long one call takes,
+and CURATION_STUB_REPEATS how many captions of an image repeat themselves; of several numbers with commas, each image
+has one of them.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ class Pixels:
     colour: tuple[int, ...] | None
     shape: tuple[int, ...]
     nbytes: int = 0
+    said: str = ""
 
 
 class Backend:
@@ -50,17 +54,30 @@ class Backend:
     def __init__(self, source: str, settings: captioner.CaptionSettings) -> None:
         self.settings = settings
 
-    def prepare(self, image: Any) -> Pixels:
+    def prepare(self, image: Any, inquiry: captioner.Inquiry | None = None) -> Pixels:
+        question = self.settings.asked[inquiry.number if inquiry else 0]
+        filled = inquiry.filled if inquiry is not None else None
+        said = filled.text() if filled else question.template.words if question.template else "A photo of"
         array = np.asarray(image)
         first = tuple(int(value) for value in array[0, 0])
         colour = first if bool((array == array[0, 0]).all()) else None
         if colour == REFUSED:
             raise SampleError("processor_refused", "red")
         broad = int(image.width > image.height)
-        return Pixels(hashlib.sha256(array.tobytes()).hexdigest()[:24], colour, (3, 1 + broad), array.nbytes)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:24]
+        if "REFUSED" in said and digest < "4":
+            raise SampleError("prompt_refused", "the stub's processor")
+        return Pixels(digest, colour, (3, 1 + broad), array.nbytes, said)
+
+    def asked_of(self, number: int) -> str:
+        return ""
 
     def caption(
-        self, batch: Sequence[Pixels], seeds: Sequence[int], attempt: captioner.Attempt = captioner.FIRST
+        self,
+        batch: Sequence[Pixels],
+        seeds: Sequence[int],
+        attempt: captioner.Attempt = captioner.FIRST,
+        number: int = 0,
     ) -> list[str]:
         time.sleep(float(os.environ.get("CURATION_STUB_S", "0")))
         assert len({picture.shape for picture in batch}) == 1
@@ -69,9 +86,14 @@ class Backend:
         if (calls := Backend.works - 1) < 0:
             raise RuntimeError("HIP error: an illegal memory access was encountered")
         Backend.works = calls
-        words = self.settings.prompt or "A photo of"
+        repeats = [int(number) for number in os.environ.get("CURATION_STUB_REPEATS", "0").split(",")]
+        loops = [attempt.warmer < repeats[int(one.digest, 16) % len(repeats)] for one in batch]
+        said = ["a red car on a road, " * 3 * loop + one.said for loop, one in zip(loops, batch, strict=True)]
         together = hashlib.sha256("".join(picture.digest for picture in batch).encode()).hexdigest()[:8]
-        return ["" if picture.colour == SILENT else f"{words} {picture.digest} {together}" for picture in batch]
+        silent = [one.colour == SILENT or ("SILENT" in one.said and one.digest < "4") for one in batch]
+        return [
+            "" if no else f"{told} {one.digest} {together}" for told, one, no in zip(said, batch, silent, strict=True)
+        ]
 
     def close(self) -> None:
         pass

@@ -14,7 +14,7 @@ from curation.__main__ import main as command
 from tests.shards import plain, samples_of, write_shard
 
 FACE = {"caption": "a face", "face_bboxes": [[0.1, 0.1, 0.5, 0.5]]}
-ODD = "my_shard_1_-" + xxhash.xxh3_64_hexdigest(b"my shard (1)")
+ODD = "000/my_shard_1_-" + xxhash.xxh3_64_hexdigest(b"my shard (1)")
 
 
 def sample(colour: int) -> dict[str, bytes]:
@@ -36,13 +36,13 @@ def test_a_shard_with_an_odd_name_goes_through_all_stages_beside_good_ones(
     monkeypatch.setenv("HOME", str(tmp_path))
     places = ["--output", captions, "--edits", edits]
     assert run("01_filter_noface", "--input", "~/source", *places, "--detector", "recorded") == 0
-    assert {path.name for path in captions.glob("*.json")} == {"00001.json", f"{ODD}.json"}
+    assert {str(path.relative_to(captions)) for path in captions.glob("0*/*.json")} == {"001/00001.json", f"{ODD}.json"}
 
     new = sample(9)
     facts = {"caption": "new", "width": 32, "height": 32, "sha256": hashlib.sha256(new["jpg"]).hexdigest()}
     write_shard(edits / f"{ODD}.tar", {"a": {**new, "txt": b"new", "json": json.dumps(FACE | facts).encode()}})
-    tars = [source / "000" / "my shard (1).tar", source / "001" / "00001.tar"]
-    assert run("04_reshard", "--input", *tars, "--edits", edits, "--output", hybrid) == 0
+    tars = [source]
+    assert run("04_reshard", "--input", f"{source}/*/*.tar", "--edits", edits, "--output", hybrid) == 0
     assert samples_of(hybrid / f"{ODD}.tar")["a"]["txt"] == b"new"
     assert run("04_reshard", "--input", source, "--edits", edits, "--output", hybrid) == 0
     capsys.readouterr()
@@ -53,7 +53,10 @@ def test_a_shard_with_an_odd_name_goes_through_all_stages_beside_good_ones(
     (source / "001" / "broken.tar").symlink_to("absent")
     (source / "001" / "empty.tar").touch()
     assert run("04_reshard", "--input", source, "--edits", edits, "--output", tmp_path / "new") == 1
-    assert {path.name for path in (tmp_path / "new").glob("*.tar")} == {"00001.tar", f"{ODD}.tar"}
+    assert {str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").glob("0*/*.tar")} == {
+        "001/00001.tar",
+        f"{ODD}.tar",
+    }
 
 
 @pytest.mark.parametrize(("script", "given", "says"), [

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,9 +27,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from curation.__main__ import main as status
 from curation.download.downloader import HostScheduler
-from curation.download.fetch import disallowed_by, is_public
+from curation.download.fetch import is_public
 from curation.download.images import ImagePolicy, make_stored
+from curation.download.opt_out.rules import disallowed_by
 from curation.download.rows import OWN_COLUMNS, renamed_columns
 from curation.images import decode_rgb, image_facts, image_size
 from curation.tar.samples import read_samples
@@ -36,7 +39,7 @@ from curation.tar.scan import IMAGE_SUFFIXES
 from tests import EXAMPLES, ROOT, processes, replaced
 from tests.processes import ended_at_last, wait_until
 from tests.servers import photo_server
-from tests.shards import contents
+from tests.shards import contents, samples_of
 from tests.stages import recaption_stub
 from tests.stages.harness import Records, hashes
 
@@ -168,7 +171,7 @@ def test_images_are_stored_byte_for_byte(thousand: Thousand) -> None:
 
 def test_every_column_keeps_its_name_and_type(thousand: Thousand) -> None:
     schema = pq.read_schema(thousand.out / "00000000.parquet")
-    names = ["url", "caption", "uid", "table_width", "face_bboxes", "seen_at", "md5", *OWN_COLUMNS]
+    names = ["url", "caption", "uid", "table_width", "face_bboxes", "seen_at", "md5", *OWN_COLUMNS, "opt_out"]
     assert schema.names == names
     assert schema.field("table_width").type == pa.int16()
     assert schema.field("width").type == pa.int32()
@@ -198,6 +201,8 @@ def test_receipts_rejects_and_stats_add_up(thousand: Thousand) -> None:
 
 def test_the_tables_of_all_shards_are_one(thousand: Thousand) -> None:
     assert pq.read_table(thousand.out / "full_metadata.parquet").to_pylist() == thousand.rows
+    sizes = json.loads((thousand.out / "sizes.json").read_bytes())
+    assert sizes == {path.name: len(samples_of(path)) for path in sorted(thousand.out.glob("*.tar"))}
     with open(thousand.out / "metadata.csv", newline="") as file:
         told = list(csv.DictReader(file))
     good = [row for row in thousand.rows if row["status"] == "success"]
@@ -357,6 +362,104 @@ def test_without_a_network_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFi
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
+# ---- the wishes of sites
+
+RULED = {  # host → how the message of a row begins; None for an image that may be downloaded
+    "127.200.2.1": "disallowed: robots.txt line 2: Disallow: /",
+    "127.200.2.2": "disallowed: robots.txt cannot be read: http_503",
+    "127.200.2.3": "disallowed: tdmrep.json rule 1: /photo/*",
+    "127.200.2.4": "disallowed: robots.txt cannot be read: timeout",
+    "127.200.2.5": None,
+}
+
+
+def ruled_table(web: Web, path: Path) -> Path:
+    """Four URLs on each host, of which the first one of 127.0.2.1 is allowed there."""
+    urls = [f"http://{host}:{web.port}/photo/{number}" for number in (1, 2, 3, 4) for host in RULED]
+    urls += [f"http://127.200.2.6:{web.port}/{kind}/1" for kind in ("noai", "reserved")]
+    return write_table(path, urls, opt_out=["of the table"] * len(urls))
+
+
+def test_what_sites_forbid_is_not_downloaded(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes ask each site once."""
+    before = web.told()["seen"]
+    table, out = ruled_table(web, tmp_path / "t.parquet"), tmp_path / "out"
+    flags = ("--timeout", 0.5, "--rows_per_shard", 11, "--workers", 2)
+    assert run(table, out, *flags) == 0
+    told = rows(out) + rows(out, "00000001")
+    for row in told[:20]:
+        host = row["url"].split("/")[2].partition(":")[0]
+        expected = None if host == "127.200.2.1" and row["url"].endswith("/1") else RULED[host]
+        assert (row["status"] == "success") == (expected is None)
+        assert (row["error_message"] or "").startswith(expected or "")
+    assert [row["opt_out"] for row in told] == [
+        row["error_message"] and row["error_message"].removeprefix("disallowed: ") for row in told
+    ]
+    assert [row["opt_out"] for row in told[20:]] == ["X-Robots-Tag: noai", "tdmrep header: tdm-reservation: 1"]
+    assert pq.read_schema(out / "00000000.parquet").names[-1] == "opt_out"
+    assert {row["original_opt_out"] for row in told} == {"of the table"}
+
+    stats = [json.loads((out / f"0000000{number}_stats.json").read_text())["opt_out"] for number in (0, 1)]
+    sums = {kind: sum(of_one[kind] for of_one in stats) for kind in stats[0]}
+    assert sums == {"robots": 11, "tdmrep": 5, "x_robots_tag": 1}
+    notes = [records.receipt(out, f"0000000{number}")["notes"] for number in (0, 1)]
+    assert sum(note["sites_looked_up"] for note in notes) == 6
+    assert sum(note["requests_for_rules"] for note in notes) == 10, "two a site, but one where the first forbids all"
+    assert sum(note["opt_out_robots"] for note in notes) == 11
+    seen = {path: count - before.get(path, 0) for path, count in web.told()["seen"].items()}
+    for host in (*RULED, "127.200.2.6"):
+        assert seen[f"{host}/robots.txt"] == 1
+        assert seen.get(f"{host}/.well-known/tdmrep.json", 0) == (host not in ("127.200.2.2", "127.200.2.4"))
+    assert len(list((out / "_opt_out").rglob("*.log"))) <= 6
+
+    capsys.readouterr()
+    assert status(["status", str(out)]) == 0
+    assert "disallowed by their sites: 11 robots, 5 tdmrep, 1 x_robots_tag" in capsys.readouterr().out
+    options = stage.Options(input=[str(table)], output=out, opt_out="respect")
+    result = stage.Download(options, None).result(Counter(kept=5, opt_out_robots=11))
+    assert result == "5 pictures stored, 0 not available; disallowed: 11 by robots.txt"
+
+
+def test_what_sites_forbid_may_be_recorded(web: Web, tmp_path: Path) -> None:
+    table, out = ruled_table(web, tmp_path / "t.parquet"), tmp_path / "out"
+    assert run(table, out, "--timeout", 1, "--opt_out", "record") == 0
+    told = rows(out)
+    assert {row["status"] for row in told} == {"success"}
+    for row in told[:20]:
+        host = row["url"].split("/")[2].partition(":")[0]
+        expected = None if host == "127.200.2.1" and row["url"].endswith("/1") else RULED[host]
+        assert (row["opt_out"] is None) == (expected is None)
+        assert (row["opt_out"] or "").startswith((expected or "").removeprefix("disallowed: "))
+    sample = json.loads(contents(out / "00000000.tar")[f"{told[1]['key']}.json"])
+    assert sample["opt_out"] == told[1]["opt_out"]
+    assert run(table, out, "--opt_out", "respect") == 2
+
+
+def test_sites_may_be_not_asked_at_all(web: Web, tmp_path: Path) -> None:
+    asked = web.told()["seen"].get("/robots.txt", 0)
+    table, out = ruled_table(web, tmp_path / "t.parquet"), tmp_path / "out"
+    assert run(table, out, "--opt_out", "ignore") == 0
+    assert [row["status"] for row in rows(out)] == ["success"] * 20 + ["failed_to_download", "success"]
+    assert web.told()["seen"].get("/robots.txt", 0) == asked
+    assert pq.read_schema(out / "00000000.parquet").names[-1] == "sha256"
+    assert {row["opt_out"] for row in rows(out)} == {"of the table"}
+    assert not (out / "_opt_out").exists()
+
+
+def test_a_name_that_no_site_can_use_is_refused(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path / "t.parquet", [web.url("photo", 1)])
+    assert run(table, tmp_path / "out", "--user_agent_token", "my bot: *") == 2
+    assert "--user_agent_token must be a name" in capsys.readouterr().err
+    assert run(table, tmp_path / "out", "--user_agent_token", "my bot: *", "--opt_out", "ignore") == 0
+    assert run(table, tmp_path / "named", "--user_agent_token", "mybot", "--user_agent", "another") == 0
+    assert "does not hold mybot" in capsys.readouterr().err
+    assert run(table, tmp_path / "told", "--user_agent_token", "mybot") == 0
+    assert "mybot" not in capsys.readouterr().err
+    options = stage.Options(input=("t",), output=Path("o"), user_agent_token="mybot").as_meant()
+    assert options.user_agent.startswith("Mozilla/5.0 (compatible; mybot; curation/"), "as img2dataset names it"
+    assert options.as_meant() == options
+
+
 # ---- going on, and doing again
 
 
@@ -505,10 +608,12 @@ def test_a_table_on_a_web_server_with_a_signature(web: Web, tmp_path: Path) -> N
 def test_tables_in_a_bucket(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a real S3 server."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    s3fs.S3FileSystem.clear_instance_cache()  # those of another server
     told = {"ACCESS_KEY_ID": "me", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
     told["ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
     for name, value in told.items():
@@ -523,6 +628,7 @@ def test_tables_in_a_bucket(web: Web, tmp_path: Path, monkeypatch: pytest.Monkey
         assert run("s3://urls/tables/*.parquet", tmp_path / "glob") == 0
         assert run("s3://urls/nothing", tmp_path / "none") == 2
     finally:
+        s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
     found = [row["status"] for shard in ("00000000", "00000001") for row in rows(tmp_path / "out", shard)]
     assert found == ["success", "failed_to_download", "success"]
@@ -587,8 +693,8 @@ def test_columns_that_clash_are_renamed_and_none_is_lost() -> None:
         ("t.csv", "url,x\na,b\n", ["--caption_col", "caption"], ["no column 'caption'"]),
         ("t.csv", "url,x\na,b\n", ["--verify_hash", "sha256"], ["no column 'sha256'"]),
         ("t.csv", "url,x\na,b\n", ["--verify_hash", "crc=x"], ["hashes are sha256"]),
-        ("t.csv", "url\na\n", ["--image_size", "256"], ["--resize_mode"]),
-        ("t.csv", "url\na\n", ["--image_size", "256", "--resize_mode", "border"], ["--encode jpg"]),
+        ("t.csv", "url\na\n", ["--resize_mode", "border"], ["--image_size"]),
+        ("t.csv", "url\na\n", ["--image_size", "256", "--encode", "keep"], ["--encode jpg"]),
         ("t.csv", "url\na\n", ["--allow_private", "everything"], ["--allow_private"]),
         ("t.csv", "url\na\n", ["--rerun", "--verify"], ["--rerun downloads everything again"]),
     ],
@@ -689,22 +795,29 @@ def test_a_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path, capsy
 # ---- a folder that an older version began
 
 
-def test_an_older_folder_goes_on_as_it_was_begun(web: Web, tmp_path: Path) -> None:
+def test_an_older_folder_goes_on_as_it_was_begun(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the filter, the names of captions and the quotation marks of then; a new folder has those of now."""
     table = tmp_path / "t.tsv"
     table.write_text("title\turl\n" + "".join(f'"two\nlines"\t{web.url("photo", 9000 + i)}\n' for i in range(2)))
     now = ["--encode", "jpg", "--image_size", "64", "--resize_mode", "keep_ratio", "--rows_per_shard", "1"]
-    then = ["--resize_filter", "box", "--caption_names", "few", "--tsv_quotes", "csv"]
+    then = ["--resize_filter", "box", "--caption_names", "few", "--tsv_quotes", "csv", "--opt_out", "ignore"]
     assert run(table, tmp_path / "then", *now, *then) == 0
     expected = {path.name: path.read_bytes() for path in (tmp_path / "then").glob("*.tar")}
     out = tmp_path / "out"
     assert run(table, out, *now, *then, "--shards", "00000000") == 0
     record = out / "_receipts" / NAME / "_epoch.1.json"
     older = json.loads(record.read_bytes())
-    for name in ("resize_filter", "caption_names", "tsv_quotes"):
+    for name in ("resize_filter", "caption_names", "tsv_quotes", "opt_out"):
         assert older["options"].pop(name)
+    assert older["options"]["disallowed_header_directives"] == "noai,noimageai,noindex,noimageindex"
     record.write_text(json.dumps(older))
-    assert run(table, out, *now) == 0
+    asked = web.seen("/robots.txt")
+    capsys.readouterr()
+    loud = [flag for flag in replaced(FLAGS, now) if flag != "--quiet"]
+    assert stage.main(["--input", str(table), "--output", str(out), *loud]) == 0
+    assert "--opt_out ignore: an older version has begun" in capsys.readouterr().err
+    assert web.seen("/robots.txt") == asked
+    assert pq.read_schema(out / "00000001.parquet").names == pq.read_schema(out / "00000000.parquet").names
     assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == expected
     assert run(table, tmp_path / "new", *now) == 2, "two lines are two rows, of which the second has one field"
 

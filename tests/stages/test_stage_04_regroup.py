@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from curation.errors import SampleError, ShardError, UsageError
 from curation.reshard.layout import ShardLayout
-from curation.reshard.uids import UID, Subset
+from curation.reshard.uids import UID_DTYPE as UID
+from curation.reshard.uids import Subset
 from curation.run.output_folder import refuse_foreign_shards
 from curation.shards import Shard
 from curation.storage.files import fast_digest
@@ -251,6 +252,7 @@ def test_regrouping_edits_selects_and_copies_as_shard_by_shard(run: Regroup) -> 
     assert [len(keys) for keys in run.keys().values()] == [4, 4, 2]
     assert run.index_receipt("00005")["notes"] == {
         "copies": 2, "edited": 2, "edits_left_out": 0, "missing_edits": 0, "samples_out": 4,
+        "with_copy": [2, 1, 1],
         "bytes_out": run.index_receipt("00005")["notes"]["bytes_out"],
     }  # fmt: skip
 
@@ -337,12 +339,78 @@ def test_a_layout_has_every_sample_once(counts: list[int], size: int, shuffle: i
     assert all(abs(where[pair] - at) < max(1, shuffle) for at, pair in enumerate(pairs))
 
 
+@settings(max_examples=60)
+@given(
+    copies=st.lists(st.lists(st.integers(0, 5), max_size=12), min_size=1, max_size=8),
+    size=st.integers(1, 40),
+    shuffle=st.integers(0, 70),
+)
+def test_a_layout_of_spread_copies_has_every_copy_once(copies: list[list[int]], size: int, shuffle: int) -> None:
+    spread = [[sum(n > copy for n in one) for copy in range(max(one, default=0))] for one in copies]
+    shards = [Shard(str(n), Path(str(n))) for n in range(len(copies))]
+    layout = ShardLayout(shards, map(sum, copies), size, shuffle, 0, spread)
+    assert layout.total == sum(map(sum, copies)) and len(layout.shards) == len(layout)
+    drawn = []
+    for draw in (layout.draw(number) for number in range(len(layout))):
+        assert draw.copies is not None
+        drawn += list(zip(map(int, draw.sources), map(int, draw.copies), map(int, draw.samples), strict=True))
+    assert sorted(drawn) == [
+        (source, copy, number)
+        for source, one in enumerate(spread)
+        for copy, count in enumerate(one)
+        for number in range(count)
+    ]
+
+
+def test_copies_are_spread_over_the_shards(run: Regroup) -> None:
+    """Of four copies, each lies about a quarter of all samples further on; without the flag they are neighbours."""
+    put_shards(run, 10, 10, 10, 10)
+    subset = put_subset(run, [*range(40), *([3, 25] * 3)])
+    flags = ["--subset", subset, "--shard_size", "10"]
+    assert run(*flags) == 0
+    together = run.keys()
+    assert sum("000003-0" in keys for keys in together.values()) == 1
+    shards_of = {n: {s for s, keys in together.items() if any(k.startswith(f"{n:06d}") for k in keys)} for n in (3, 25)}
+    assert all(len(shards) <= 2 for shards in shards_of.values())
+    assert run(*flags, "--spread_copies") == 2, "other options"
+    assert run(*flags, "--spread_copies", "--index", "--verify", "--rerun", "--overwrite") == 0
+    spread = run.keys()
+    every = [key for keys in spread.values() for key in keys]
+    assert sorted(every) == sorted(key for keys in together.values() for key in keys)
+    for number in (3, 25):
+        places = [every.index(f"{number:06d}-{copy}") for copy in range(4)]
+        gaps = sorted((b - a) % len(every) for a, b in zip(places, [*places[1:], places[0]], strict=True))
+        assert gaps[0] >= len(every) // 4 - 4, places
+    pictures = {name: data for path in run.tars() for name, data in contents(path).items() if name.endswith(".jpg")}
+    assert {pictures[f"000003-{copy}.jpg"] for copy in range(4)} == {pictures["000003-0.jpg"]}
+    assert run("--subset", subset, "--spread_copies") == 2 and "needs --subset and --shard_size" in run.log
+
+
+@pytest.mark.parametrize("more", [(), ("--shard_size", "4"), ("--shard_size", "4", "--spread_copies")])
+def test_datacomps_keys(more: tuple[str, ...], run: Regroup) -> None:
+    """``<uid>-<number>`` for every sample, as in DataComp's shards, and no key twice in a shard."""
+    put_shards(run, 3, 3)
+    again = [part for n in (0, 0, 5) for part in with_uid(f"again{n}", n)]
+    run.put("shards/00077.tar", tar_of([*again[:3], *with_uid("between", 9), *again[3:]]))
+    subset = put_subset(run, [0, 0, *range(1, 6), 9])
+    assert run("--subset", subset, "--keys", "datacomp", "--verify", *more) == 0
+    found = run.keys()
+    every = [key for keys in found.values() for key in keys]
+    assert all(len(set(keys)) == len(keys) for keys in found.values())
+    assert {key[:34] for key in every} >= {f"{uid(n)}-0" for n in (*range(6), 9)} | {f"{uid(0)}-1"}
+    for path in run.tars():
+        for found_one in read_samples(path):
+            assert found_one.key.startswith(json.loads(found_one.members["json"])["uid"] + "-")
+    if not more:  # a uid that comes again in one shard is numbered on
+        assert [key.rpartition("-")[2] for key in found["00077"] if key.startswith(uid(0))] == ["0", "1", "2", "3"]
+
+
 def test_the_result_does_not_depend_on_who_writes_what(run: Regroup) -> None:
     put_shards(run, 20, 20, 20)
     flags = ["--shard_size", "7", "--shuffle_buffer", "25", "--index", "--subset", put_subset(run, [*range(50), 7, 7])]
     assert run(*flags) == 0
     alone = run.files()
-    assert len(alone) == 2 * 8 + 1
+    assert len(alone) == 2 * 8 + 2
     os.rename(run.root / "hybrid", run.root / "alone")
     assert run(*flags, "--shards", "00000003,00000005") == 0
     assert [path.stem for path in run.tars()] == ["00000003", "00000005"]
@@ -402,7 +470,14 @@ def test_another_layout_is_refused_until_it_is_asked_for(run: Regroup) -> None:
     assert run.files() == before
     assert run("--shard_size", "10", "--index", "--rerun", "--overwrite") == 0
     assert [len(keys) for keys in run.keys().values()] == [10, 10]
-    assert sorted(run.files()) == ["00000000.idx", "00000000.tar", "00000001.idx", "00000001.tar", "wids.json"]
+    assert sorted(run.files()) == [
+        "00000000.idx",
+        "00000000.tar",
+        "00000001.idx",
+        "00000001.tar",
+        "sizes.json",
+        "wids.json",
+    ]
     put_shards(run, 10, 9)  # fewer samples: the last shard is another, and so is the layout
     assert run("--shard_size", "10", "--index") == 2
     assert "layout: " in run.log
@@ -428,9 +503,9 @@ def test_a_commit_under_way_is_no_shard_of_others(tmp_path: Path) -> None:
     (tmp_path / "_receipts/s/0").mkdir(parents=True)
     (tmp_path / "_receipts/s/_epoch.1.json").write_bytes(b"{}")
     with pytest.raises(UsageError, match="1 shards that s has not made: 7"):
-        refuse_foreign_shards(tmp_path, tmp_path, "s", {"7"}, regroups=True, overwrite=False)
+        refuse_foreign_shards(tmp_path, "s", {"7"}, regroups=True, overwrite=False)
     (tmp_path / "_receipts/s/0/.7.1.commit").write_bytes(b"{}")
-    refuse_foreign_shards(tmp_path, tmp_path, "s", {"7"}, regroups=True, overwrite=False)
+    refuse_foreign_shards(tmp_path, "s", {"7"}, regroups=True, overwrite=False)
 
 
 def test_the_two_steps_one_by_one(run: Regroup) -> None:

@@ -248,6 +248,30 @@ def test_bytes_that_a_killed_process_did_not_write_are_written_by_the_next(undis
     assert (out / "captions.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("form", "part", "whole"),
+    [
+        ("jsonl", "rows/00000003.jsonl", "captions.jsonl"),
+        ("parquet", "parquet/00000003.parquet", "all_captions.parquet"),
+    ],
+)
+def test_a_part_that_was_changed_ends_the_run_that_would_merge_it(
+    form: str, part: str, whole: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(EXAMPLES, out, "--shards", "00000003", "--format", form) == 0
+    (out / part).write_bytes(bytes((out / part).stat().st_size))  # of another size its shard would be done again
+    (out / whole).unlink()
+    shutil.rmtree(out / "_merged", ignore_errors=True)
+    for _ in range(2):
+        assert run(EXAMPLES, out, "--format", form) == 2
+        assert (
+            f"{part}: it was changed; make this shard again with --rerun --shards 00000003" in capsys.readouterr().err
+        )
+    assert run(EXAMPLES, out, "--format", form, "--rerun", "--shards", "00000003") == 0
+    assert (out / whole).exists()
+
+
 def test_shards_that_are_done_again_take_the_place_of_what_was_merged(tmp_path: Path) -> None:
     assert run(EXAMPLES, tmp_path) == 0
     assert run(EXAMPLES, tmp_path, "--rerun", "--shards", "00000001,00000003", "--prompt", "A picture of") == 0

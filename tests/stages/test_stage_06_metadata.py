@@ -31,6 +31,7 @@ from tests.extract.test_config import BASIC, DATACOMP
 from tests.processes import ended_at_last, wait_until
 from tests.shards import noise, plain, write_shard
 from tests.stages.harness import Records, hashes
+from tests.test_architecture import UNUSED
 
 parquet = pytest.importorskip("pyarrow.parquet")
 PLUGIN = ROOT / "tests/extract/stub.py"
@@ -710,6 +711,94 @@ def test_a_plugin_in_dataset2metadatas_style(tmp_path: Path) -> None:
     assert np.allclose((image * image / 2).sum(1), [row["mine-score"] for row in found], rtol=1e-5)
 
 
+BUILT_IN_PLUGIN = """
+from functools import partial
+import torch, torch.nn as nn
+from clip import clip
+from dataset2metadata.models import OaiClipVitL14Wrapper
+from dataset2metadata.postprocessors import batched_dot_product_index, select
+from dataset2metadata.preprocessors import oai_clip_image
+from dataset2metadata.registry import postprocess_parquet_lookup as known
+
+class Captioner(nn.Module):
+    name = "tagger"
+    raw_inputs = ["image", "image", "text", "image"]
+    preprocessors = ["mine-aug", "clip-aug", "clip-tokens", "dedup-aug"]
+    dependencies = []
+    to_device = True
+    def __init__(self, device):
+        super().__init__()
+        self.b32, self.preprocess = clip.load("ViT-B/32", device=device)
+        self.b32.eval()
+        self.l14 = OaiClipVitL14Wrapper(device)
+        self.device = device
+    def forward(self, mine, x, t, large):
+        assert mine.equal(x), "oai_clip_image and clip-aug are one"
+        assert large.shape[1:] == (3, 512, 512) and -1 <= large.min() and large.max() <= 1
+        said = [f"a photo of {round(float(row.mean()), 2)}" for row in x]
+        image = self.b32.encode_image(x)
+        texts = [self.b32.encode_text(tokens) for tokens in (t, clip.tokenize(said).to(self.device))]
+        unit = [f / f.norm(dim=1, keepdim=True) for f in (image, *texts)]
+        return (*unit, *self.l14(x, t), said)
+
+preprocessor_lookup = {"mine-aug": oai_clip_image}
+model_lookup = {"tagger": Captioner}
+postprocess_parquet_lookup = {
+    "tag": partial(select, model="tagger", index=5, to_cpu=False),
+    "b32-score": partial(batched_dot_product_index, model="tagger", i=0, j=1),
+    "b32-tag-score": partial(batched_dot_product_index, model="tagger", i=0, j=2),
+    "l14-score": partial(batched_dot_product_index, model="tagger", i=3, j=4),
+}
+postprocess_feature_lookup = {"b32-image": partial(select, model="tagger", index=0)}
+assert set(known) >= {"oai-clip-vit-b32-score"}
+"""
+
+
+@pytest.mark.slow
+def test_a_plugin_that_names_what_dataset2metadata_has(tmp_path: Path, tiny: dict[str, Path]) -> None:
+    """In the form of its BLIP-2 examples: its preprocessors by name, its classes, and OpenAI's package clip.  The same
+    CLIP as a directive gives the same numbers, and the same as the plugin's directive."""
+    plugin = tmp_path / "tagger.py"
+    plugin.write_text(BUILT_IN_PLUGIN)
+    both = ("oai-clip-vit-b32", "oai-clip-vit-l14")
+    flags = ["--custom_pypath", plugin, "--models", ",".join(("tagger", *both)), "--feature_dtype", "float32"]
+    flags += ["--weights", ",".join(f"{name}={tiny[name]}" for name in both), "--postprocess_columns", "all"]
+    assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *flags, "--postprocess_features", "all") == 0
+    found = rows(tmp_path / "out", "00000003")
+    with np.load(tmp_path / "out/00000003.npz", allow_pickle=False) as arrays:
+        assert np.allclose(arrays["b32-image"], arrays["oai-clip-vit-b32-image"], atol=1e-5)
+    for row in found:
+        assert row["tag"].startswith("a photo of ")
+        assert row["b32-score"] == pytest.approx(row["oai-clip-vit-b32-score"], abs=1e-5)
+        assert row["l14-score"] == pytest.approx(row["oai-clip-vit-l14-score"], abs=1e-5)
+    assert len({row["b32-tag-score"] for row in found}) > 1
+
+
+def test_names_for_plugins(tmp_path: Path, tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from curation.backends.extract.upstream import BuiltIns
+    from curation.extract.settings import WeightSource
+
+    made = BuiltIns((("oai-clip-vit-b32", WeightSource(str(tiny["oai-clip-vit-b32"]))),)).modules()
+    clip: Any = made["clip"]
+    assert clip.clip.tokenize is not None
+    assert clip.tokenize("a cat").shape == (1, 77)
+    with pytest.raises(RuntimeError, match="too long for context length 77"):
+        clip.tokenize(["word " * 100])
+    assert clip.tokenize(["word " * 100], truncate=True).shape == (1, 77)
+    with pytest.raises(RuntimeError, match="RN50 not found"):
+        clip.load("RN50", device="cpu")
+    with pytest.raises(AttributeError, match="no 'DetoxifyWrapper' here"):
+        made["dataset2metadata.models"].DetoxifyWrapper  # noqa: B018
+    assert [kind.name for kind in made["dataset2metadata.registry"].model_lookup.values()] == [
+        "oai-clip-vit-b32", "oai-clip-vit-l14",
+    ]  # fmt: skip
+    plugin = tmp_path / "odd.py"
+    plugin.write_text(UPSTREAM_PLUGIN.replace('["shrink", "identity"]', '["faces-aug", "identity"]'))
+    flags = ["--custom_pypath", plugin, "--models", "mine"]
+    assert run(EXAMPLES / "00000003.tar", tmp_path / "out", *flags) == 2
+    assert "no 'faces-aug'; define it there, or name one of identity, clip-aug" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_readmes_second_example_runs(tmp_path: Path, tiny: dict[str, Path]) -> None:
     out = tmp_path / "out"
@@ -885,6 +974,48 @@ def test_a_hash_keeps_every_digit(tmp_path: Path) -> None:
     assert str(old.type) == "double"
 
 
+def test_the_column_caption_holds_what_models_see(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Else select and search would find no caption in shards whose json calls it text, or that have only a .txt."""
+    picture = plain((1, 2, 3))
+    samples = {
+        "0": {"png": picture, "json": b'{"text": "told by DataComp"}'},
+        "1": {"png": picture, "txt": b"in a member"},
+        "2": {"png": picture, "txt": b"in a member", "json": b'{"caption": "in the json"}'},
+        "3": {"png": picture, "txt": b"in a member", "json": b'{"caption": null}'},
+        "4": {"png": picture},
+    }
+    write_shard(tmp_path / "in/0.tar", samples)
+    flags = ["--models", "statistics", "--additional_fields", "caption,captoin", "--device", "cpu", "--nworkers", "1"]
+    assert run(tmp_path / "in", tmp_path / "out", *flags) == 0
+    expected = ["told by DataComp", "in a member", "in the json", "in a member", None]
+    assert [row["caption"] for row in rows(tmp_path / "out", "0")] == expected
+    assert "no sample has the field captoin: its column is empty" in capfd.readouterr().err
+    assert records.receipt(tmp_path / "out", "0")["notes"]["missing_fields"]["caption"] == 1
+    (record,) = (tmp_path / "out/_receipts").rglob("_epoch.1.json")
+    told = json.loads(record.read_bytes())
+    del told["options"]["caption_column"]  # as the older version wrote it
+    record.write_bytes(json.dumps(told).encode())
+    write_shard(tmp_path / "in/1.tar", samples)
+    assert run(tmp_path / "in", tmp_path / "out", *flags) == 0
+    assert [row["caption"] for row in rows(tmp_path / "out", "1")] == [None, None, "in the json", None, None]
+
+
+def test_a_run_with_nothing_to_do_imports_no_large_library(tmp_path: Path) -> None:
+    """Stages 06 and 00, whose outputs are parquet files; nor what captions need, though judges ask as captioners do."""
+    write_shard(tmp_path / "in/0.tar", {"0": {"png": plain((1, 2, 3))}})
+    (tmp_path / "urls.txt").write_text("http://127.0.0.1:9/a.jpg\n")
+    extract = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--models", "statistics"]
+    download = ["--input", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "shards"), "--retries", "0"]
+    runs = {NAME: [*extract, "--device", "cpu", "--nworkers", "1", "--quiet"], "00_download": [*download, "--quiet"]}
+    assert [importlib.import_module(name).main(words) for name, words in runs.items()] == [0, 0]
+    code = (
+        f"import sys, importlib; print([importlib.import_module(n).main(words) for n, words in {runs!r}.items()], "
+        f"{set(UNUSED) - {'fsspec'} | {'curation.caption'}!r} & {{*sys.modules}})"  # fsspec is small, and opens tables
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[0, 0] set()\n", done.stderr
+
+
 def test_a_folder_of_an_older_version_keeps_its_type_of_hash(tmp_path: Path) -> None:
     hash_shard(tmp_path / "in/0.tar", 1234567890123456789)
     flags = ["--input", str(tmp_path / "in"), "--models", "statistics", "--device", "cpu", "--nworkers", "1"]
@@ -893,7 +1024,8 @@ def test_a_folder_of_an_older_version_keeps_its_type_of_hash(tmp_path: Path) -> 
     assert stage.main([*flags, "--hash_type", "float64"]) == 0
     (record,) = (tmp_path / "out/_receipts").rglob("_epoch.1.json")
     told = json.loads(record.read_bytes())
-    del told["options"]["hash_type"], told["options"]["decode"]  # as the older version wrote it
+    for option in ("hash_type", "decode", "table_columns"):
+        del told["options"][option]  # as the older version wrote it
     record.write_bytes(json.dumps(told).encode())
     hash_shard(tmp_path / "in/1.tar", 1234567890123456789)
     assert stage.main(flags) == 0

@@ -30,7 +30,7 @@ COUNTS = {"in": 70, "kept": 65, "dropped": 3, "failed": 2, "edited": 5, "reused"
         ("02", "65 captions rewritten"),
         ("03", "61 images generated, 4 kept from before"),
         ("04", "5 replaced, 60 copied, 5 left out"),
-        ("05", "65 captioned"),
+        ("05", "65 captioned, 4 of them kept from before"),
         ("06", "65 scored"),
     ],
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from curation.errors import InfrastructureError
 from curation.storage import files
@@ -137,3 +139,16 @@ def test_a_long_name_and_a_missing_folder(tmp_path: Path) -> None:
     assert files.link_exclusively(tmp_path / "made" / "a", b"1")
     with pytest.raises(InfrastructureError, match="cannot be written"), files.storage_errors(path):
         files.write_whole(path / "a", b"1")
+
+
+def test_a_filesystem_that_takes_less_than_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def some(descriptor: int, pieces: Sequence[bytes]) -> int:
+        return os.write(descriptor, b"".join(pieces)[:1000])
+
+    monkeypatch.setattr(os, "writev", some)
+    pieces = [bytes([number % 251]) * (number % 7) for number in range(3000)]
+    with AtomicFile(tmp_path / "a", "t") as file:
+        file.write_pieces(pieces)
+    assert file.temporary.read_bytes() == b"".join(pieces)
+    assert file.size == sum(map(len, pieces))
+    assert file.digest == xxhash.xxh3_128_hexdigest(b"".join(pieces))

@@ -339,6 +339,11 @@ def test_a_bucket_is_listed(bucket: tuple[Any, Cutter]) -> None:
     assert ids("s3://shards/laion/") == ids("s3://shards/laion") == everything
     assert ids("s3://shards/laion/0000000[01].tar") == ["00000000", "00000001"]
     assert ids("s3://shards/laion/{00000000,00000007}.tar") == ["00000000", "00000007"]
+    client, _ = bucket
+    for key in ("14/1.tar", "15/a/2.tar", "_x/3.tar", ".y/4.tar", "1/2/3/4/5.tar", "1/2/3/4/5/6.tar", "1/"):
+        client.put_object(Bucket="shards", Key=f"nested/{key}", Body=b"")
+    assert sorted(ids("s3://shards/nested")) == ["1/2/3/4/5", "14/1", "15/a/2"], "as a folder of this machine"
+    assert ids("s3://shards/nested/") == ids("s3://shards/nested") and ids("s3://shards/nested/14") == ["1"]
     for missing in ("s3://shards/nothing/", "s3://nobody/"):
         with pytest.raises(UsageError, match=r"not there|no \*\.tar"):
             discover(missing)
@@ -622,9 +627,9 @@ def test_a_file_that_changes_between_two_passes(
     url = web.add("5.tar", DATA)
     write: Callable[..., None] = stub.stage.write_format
 
-    def change_and_write(*args: Any) -> None:
+    def change_and_write(*args: Any, **named: Any) -> None:
         web.add("5.tar", DATA, etags=['"2"'])
-        write(*args)
+        write(*args, **named)
 
     monkeypatch.setattr(stub.stage, "write_format", change_and_write)
     assert run(url, tmp_path / "out", "--format", "tar") == 1

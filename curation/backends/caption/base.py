@@ -10,31 +10,33 @@ import copy
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from curation import backends
 from curation.backends.caption import quantized, reasoning
 from curation.backends.caption.decoding import NoRepeatedNgrams, SeededSampling, StaticCaches, padded_rows
 from curation.backends.caption.packing import Inputs as Inputs
 from curation.backends.caption.packing import Packer, together
+from curation.backends.caption.processing import marks_of
 from curation.caption.captioner import (
-    FIRST,
-    Attempt,
     CaptionSettings,
     Detail,
     Family,
     Gather,
+    Inquiry,
     OutOfMemory,
     Quantize,
+    Question,
     known_models,
 )
+from curation.caption.templates import Filled, Values
 from curation.errors import DeviceError, InfrastructureError, SampleError, UsageError, device_failure, install
+from curation.libraries import np
 from curation.models import compiling
 from curation.models.batch_size import free_memory, shortage_of, use_device
 from curation.models.hub_cache import (
@@ -50,7 +52,7 @@ from curation.models.known import Model
 from curation.models.needs import HubFile, WeightsNeed, whole_model
 from curation.models.weights import MODEL_FILES
 from curation.options import logger
-from curation.replies import CUT, WHOLE, Reply
+from curation.replies import CUT, FIRST, WHOLE, Attempt, Reply
 
 # Modules that keep 16 bits under --quantize, as patterns of their whole names: they are small, and rounding hurts them.
 UNQUANTIZED = ("vision_tower", "visual", "vision_model", "multi_modal_projector", "lm_head")
@@ -65,6 +67,7 @@ PROMPTS: Mapping[Detail, str] = {
     "only, without an introduction.",
 }
 
+_PLACE = "\ue000the question\ue001"  # stands for a question that varies, while the chat template is filled in
 WORDS_PER_TOKEN = 0.6  # English has 0.75; models count badly
 
 _GPU_SHARE = 0.7  # of the free memory, for weights under --offload; the rest is for what they compute
@@ -72,21 +75,58 @@ _LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, Im
 _PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError)
 
 
-def question(settings: CaptionSettings, max_tokens: int, prompts: Mapping[Detail, str] = PROMPTS) -> str:
-    """What a chat model is asked: the user's own prompt, or the family's, which asks for no more than fits.
+def words_of(
+    question: Question, settings: CaptionSettings, max_tokens: int, prompts: Mapping[Detail, str] = PROMPTS
+) -> str:
+    """What a chat model is asked: the user's own prompt without its fields, or the family's, which asks for no more
+    than fits.
 
     Args:
+        question: One of the captioner's.
         settings: The captioner's.
         max_tokens: Of a caption.
         prompts: The family's, by ``detail``.
     """
-    if settings.prompt:
-        return settings.prompt
+    if question.template is not None:
+        return question.template.words
     words = (
         settings.max_words if settings.max_words is not None else max(5, round(max_tokens * WORDS_PER_TOKEN / 5) * 5)
     )
     bound = f" Use at most {words} words." if words else ""
-    return prompts[settings.detail] + bound
+    return prompts[question.detail] + bound
+
+
+def filled_for(question: Question, inquiry: Inquiry | None) -> Filled | None:
+    """What is asked about an image; None where it is the same for all.  Without an inquiry the fields are empty."""
+    if not question.varies or question.template is None:
+        return None
+    filled = None if inquiry is None else inquiry.filled
+    return filled or question.template.fill(Values("", "", {}, None))
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """A question as a family puts it.
+
+    Attributes:
+        question: It.
+        asked: In words, without fields.
+        max_tokens: Of a caption.
+        text: The whole text for the model; a place in it where the question varies.
+        begun: The mark with which the text begins the model's reasoning; "" where it does not.
+        thought_tokens: For the reasoning before a caption, beside the caption's own.
+        tensors: The inputs that are the same for all images.
+        special: The special tokens in the question's own words.
+    """
+
+    question: Question
+    asked: str
+    max_tokens: int
+    text: str
+    begun: str = ""
+    thought_tokens: int = 0
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    special: tuple[int, ...] = ()
 
 
 def padded_length(length: int, gather: Gather) -> int:
@@ -169,13 +209,13 @@ class VisionLanguageModel:
         unquantized: See UNQUANTIZED.
         asked: What the model is asked in words.
         compiled: What a receipt says of compiled code; None where there is none.
-        thought_tokens: For the reasoning before a caption, beside the caption's own.
+        wordings: The questions as the family puts them.
     """
 
     family: Family
     asked = ""
     compiled: Mapping[str, object] | None = None
-    thought_tokens = 0
+    wordings: Sequence[Wording] = ()
     processor_class: str | None = None
     half_overflows = False
     squeezes = False
@@ -205,7 +245,6 @@ class VisionLanguageModel:
             _check_flash(device, s.dtype)
         self.source = resolve(source, s.revision, kind=TRANSFORMER, known=_known())
         self.name, self.revision, self.device = self.source.name, self.source.revision, device
-        self.max_tokens = s.max_tokens or self.family.max_tokens
         self._thread = ThreadPoolExecutor(1, "device")
         try:
             self._thread.submit(self._open, source).result()
@@ -232,7 +271,10 @@ class VisionLanguageModel:
             self.processor = self._load_processor(folder)
             self._squares = SquareImages.of(self.processor.image_processor) if self.squeezes else None
             self.model = self._load_model(folder)
-            self._configure(s.prompt)
+            self._marks = marks_of(self.processor)
+            self._special = special_ids(self.processor.tokenizer, self._marks)
+            self.wordings = [self._with_special(self._configure(question)) for question in s.asked]
+            self.asked = self.wordings[0].asked if self.family.chats else ""
             static = s.compile != "none"
             self._caches = StaticCaches(self.model.config.text_config) if static else None
             self._compile()
@@ -256,21 +298,27 @@ class VisionLanguageModel:
 
     # ---- what a family may override
 
-    def _configure(self, prompt: str | None) -> None:
-        """Prepare the text that goes with every image.  prompt: in place of the family's own."""
+    def _configure(self, question: Question) -> Wording:
+        """Prepare the text that goes with every image."""
         raise NotImplementedError
 
-    def _inputs(self, image: Any) -> Inputs:
-        """Turn an RGB image and that text into the model's inputs."""
+    def _inputs(self, image: Any, wording: Wording, said: str | None) -> Inputs:
+        """Turn an RGB image and a text into the model's inputs.
+
+        Args:
+            image: The image.
+            wording: From ``_configure``.
+            said: The question about this image, where it is not the same for all.
+        """
         raise NotImplementedError
 
-    def _texts(self, sequences: Any, prompt_length: int) -> list[str]:
-        """Read the captions from the tokens that ``generate`` returned."""
+    def _texts(self, sequences: Any, prompt_length: int, number: int) -> list[str]:
+        """Read the captions from the tokens that ``generate`` returned.  number: of the question."""
         # After its end a row is padded, by some models with a word.
         rows = [row[: self._end(row)] for row in sequences[:, prompt_length:].tolist()]
-        return self._decoded(rows)
+        return self._decoded(rows, number)
 
-    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    def _decoded(self, rows: Sequence[Sequence[int]], number: int = 0) -> list[str]:
         texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
@@ -286,29 +334,87 @@ class VisionLanguageModel:
             return self._squares.bytes_of(image)
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
 
+    def _padded(self, made: Mapping[str, Any], *, on_the_right: bool = False) -> dict[str, Any]:
+        """The inputs of one image with all that has a value for each token padded to a length that others share."""
+        length = made["input_ids"].shape[1]
+        more = padded_length(length, self.settings.gather) - length
+        sides = (0, more) if on_the_right else (more, 0)
+        tensors = {}
+        for name, tensor in made.items():
+            if tensor.ndim == 2 and tensor.shape[1] == length and tensor.shape[0] == 1:
+                value = self.generation.pad_token_id if name == "input_ids" else 0
+                tensor = self._torch.nn.functional.pad(tensor, sides, value=value)
+            tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensors
+
     def _images_encoder(self) -> Any:
         """The module that turns pixels into what the language model reads."""
         raise NotImplementedError
 
     # ---- CaptionBackend
 
-    def prepare(self, image: Any) -> Inputs:
+    def prepare(self, image: Any, inquiry: Inquiry | None = None) -> Inputs:
         """See CaptionBackend."""
+        wording = self.wordings[inquiry.number if inquiry else 0]
+        filled = filled_for(wording.question, inquiry)
         try:
-            return self._inputs(image if image.mode == "RGB" else image.convert("RGB"))
+            said = None if filled is None else self._said(filled, wording)
+            inputs = self._inputs(image if image.mode == "RGB" else image.convert("RGB"), wording, said)
         except MemoryError:
             raise SampleError("out_of_memory", f"preparing {image.width}×{image.height}") from None
         except _PROCESSOR_ERRORS as error:
             detail = f"{image.width}×{image.height}: {hub_error_line(error)}"
             raise SampleError("processor_refused", detail) from error
+        if said is not None and (most := self._most_positions()):
+            length, more = inputs.tensors["input_ids"].shape[1], 0 if self._reads_apart else wording.max_tokens
+            if length + more > most:
+                told = f"{length:,} tokens with the image's, and {more:,} for the caption; the model takes {most:,}"
+                raise SampleError("prompt_too_long", told)
+        return inputs
+
+    def asked_of(self, number: int) -> str:
+        """See CaptionBackend."""
+        return self.wordings[number].asked if self.family.chats else ""
+
+    def _said(self, filled: Filled, wording: Wording) -> str:
+        """The question about one image.  Its values add no special token to those of its author.
+
+        Raises:
+            SampleError: ``prompt_refused``: they would, although their marks are broken.
+        """
+        said = filled.text(self._marks)
+        if self._specials_of(said) != wording.special:
+            raise SampleError("prompt_refused", "a field holds what the model's tokenizer reads as a special token")
+        return said
+
+    def _specials_of(self, text: str) -> tuple[int, ...]:
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tuple(token for token in ids if token in self._special)
+
+    def _with_special(self, wording: Wording) -> Wording:
+        if (filled := filled_for(wording.question, None)) is None:
+            return wording
+        return replace(wording, special=self._specials_of(filled.text(self._marks)))
+
+    @property
+    def _reads_apart(self) -> bool:
+        """Whether an encoder reads the prompt, whose positions the caption does not share."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    def _most_positions(self) -> int:
+        """How many tokens the model can take; 0 where it does not say."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", 0)
+        return most if isinstance(most, int) else 0
 
     def pack(self, batch: Sequence[Inputs]) -> list[Inputs]:
         """See CaptionBackend."""
         return self._packer.pack(batch)
 
-    def caption(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt = FIRST) -> list[Reply]:
+    def caption(
+        self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt = FIRST, number: int = 0
+    ) -> list[Reply]:
         """See CaptionBackend."""
-        return self._thread.submit(self._caption_or_explain, batch, seeds, attempt).result()
+        return self._thread.submit(self._caption_or_explain, batch, seeds, attempt, number).result()
 
     def close(self) -> None:
         """See CaptionBackend."""
@@ -317,9 +423,11 @@ class VisionLanguageModel:
 
     # ---- the device, in its thread
 
-    def _caption_or_explain(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt) -> list[Reply]:
+    def _caption_or_explain(
+        self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt, number: int
+    ) -> list[Reply]:
         try:
-            return self._caption(batch, seeds, attempt)
+            return self._caption(batch, seeds, attempt, number)
         except (RuntimeError, MemoryError, AssertionError) as error:
             if (shortage := shortage_of(error)) is None:
                 raise self._explain(error) from error
@@ -330,9 +438,10 @@ class VisionLanguageModel:
         del self.model
         self._release()
 
-    def _caption(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt) -> list[Reply]:
+    def _caption(self, batch: Sequence[Inputs], seeds: Sequence[int], attempt: Attempt, number: int) -> list[Reply]:
         torch = self._torch
-        tokens = attempt.tokens(self.max_tokens + self.thought_tokens)
+        wording = self.wordings[number]
+        tokens = attempt.tokens(wording.max_tokens + wording.thought_tokens)
         rows = [*batch, *[batch[-1]] * (padded_rows(len(batch)) - len(batch) if self._caches else 0)]
         joined = self._joined(rows)
         moved = {name: self._to_device(tensor) for name, tensor in joined.items()}
@@ -345,10 +454,10 @@ class VisionLanguageModel:
                 moved["past_key_values"] = self._caches.get(len(rows), prompt_length, tokens)
             settings = copy.deepcopy(self.generation)
             settings.update(max_new_tokens=tokens)
-            choice = self._choice(seeds, len(rows), attempt)
+            choice = self._choice(seeds, len(rows), attempt, wording.question.temperature, tokens)
             sequences = self.model.generate(**moved, generation_config=settings, logits_processor=choice)
         sequences = sequences[: len(batch)]
-        texts = self._texts(sequences, prompt_length)
+        texts = self._texts(sequences, prompt_length, number)
         ended = self._ended(sequences, prompt_length, tokens)
         return [Reply(text, WHOLE if end else CUT) for text, end in zip(texts, ended, strict=True)]
 
@@ -366,13 +475,15 @@ class VisionLanguageModel:
         ends = set(ends if isinstance(ends, list) else [ends])
         return next((place for place, token in enumerate(row) if token in ends), None)
 
-    def _choice(self, seeds: Sequence[int], rows: int, attempt: Attempt) -> list[Any]:
-        """The logits processors that choose a token, beside those of ``generate`` itself."""
+    def _choice(self, seeds: Sequence[int], rows: int, attempt: Attempt, first: float, tokens: int) -> list[Any]:
+        """The logits processors that choose a token, beside those of ``generate`` itself.
+
+        first: the temperature of the first attempt.  tokens: of a caption.
+        """
         processors: list[Any] = [NoRepeatedNgrams(self._ngram)] if self._ngram else []
-        if (temperature := attempt.temperature(self.settings.temperature)) > 0:
+        if (temperature := attempt.temperature(first)) > 0:
             padded = [*seeds, *[0] * (rows - len(seeds))]
-            most = attempt.tokens(self.max_tokens + self.thought_tokens)
-            processors.append(SeededSampling(temperature, padded, most))
+            processors.append(SeededSampling(temperature, padded, tokens))
         return processors
 
     def _to_device(self, tensor: Any) -> Any:
@@ -511,7 +622,7 @@ class VisionLanguageModel:
     def _generation(self, own: Any) -> Any:
         """The model's own generation config (its stop tokens and penalties) without its sampling and beams."""
         settings = copy.deepcopy(own)
-        settings.update(do_sample=False, num_beams=1, max_new_tokens=self.max_tokens, max_length=None)
+        settings.update(do_sample=False, num_beams=1, max_length=None)
         settings.update(temperature=None, top_k=None, top_p=None, early_stopping=None)
         self._ngram = settings.no_repeat_ngram_size or 0
         settings.update(
@@ -520,6 +631,13 @@ class VisionLanguageModel:
         if settings.pad_token_id is None:
             settings.pad_token_id = self.processor.tokenizer.pad_token_id
         return settings
+
+
+def special_ids(tokenizer: Any, marks: Collection[str]) -> frozenset[int]:
+    """The tokens that no value of a field may add to a prompt: the special ones, and those of marks."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {number for number, token in added.items() if token.special or token.content in marks}
+    return frozenset((found | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id})
 
 
 def _check_flash(device: str, dtype: str) -> None:
@@ -581,63 +699,63 @@ class ChatCaptioner(VisionLanguageModel):
 
     prompts: Mapping[Detail, str] = PROMPTS
 
-    def _configure(self, prompt: str | None) -> None:
-        self.asked = prompt or question(self.settings, self.max_tokens, self.prompts)
+    def _configure(self, question: Question) -> Wording:
         template = self.processor.chat_template or self.processor.tokenizer.chat_template
         if not template:
             raise ValueError("it has no chat template")
-        self._text, self._begun = self._prompt_without_thought(str(template))
-        self._marks = reasoning.special_marks(self.processor.tokenizer)
+        max_tokens = question.max_tokens or self.family.max_tokens
+        asked = words_of(question, self.settings, max_tokens, self.prompts)
+        said = _PLACE if question.varies else asked
+        text, begun, thought_tokens = self._prompt_without_thought(str(template), said)
+        if question.varies and text.count(_PLACE) != 1:
+            raise ValueError("its chat template does not take a question as it is: leave the fields out of the prompt")
         first = self.processor.tokenizer.bos_token
         self._adds_first = not (
-            first and self._text.startswith(first)
+            first and text.startswith(first)
         )  # some templates write it, others leave it to the tokenizer
+        self._thoughts = reasoning.special_marks(self.processor.tokenizer)
+        return Wording(question, asked, max_tokens, text, begun, thought_tokens)
 
-    def _prompt_without_thought(self, template: str) -> tuple[str, str]:
-        """The text for the model, and the mark with which it begins the model's reasoning, "" where it does not.
+    def _prompt_without_thought(self, template: str, said: str) -> tuple[str, str, int]:
+        """The text for the model, the mark with which it begins the model's reasoning, "" where it does not, and the
+        tokens of that reasoning.
 
         The reasoning is turned off where the template can do that.  Else there is room for it, and it is cut from the
         captions.
         """
         off = reasoning.switched_off(template)
-        text = self._prompt(**off)
-        begun = reasoning.begun_by(text, self.asked)
-        if begun or (reasoning.is_thinking_checkpoint(self.name) and not off):
-            self.thought_tokens = reasoning.THOUGHT_TOKENS
-            logger.info(
-                f"{self.name} reasons before it answers, and its chat template cannot turn that off: the reasoning, of "
-                f"up to {self.thought_tokens:,} tokens an image, is cut from the captions.  A checkpoint without it is "
-                "several times as fast"
-            )
-        return text, begun
+        text = self._prompt(said, **off)
+        begun = reasoning.begun_by(text, said)
+        if not begun and (off or not reasoning.is_thinking_checkpoint(self.name)):
+            return text, begun, 0
+        logger.info(
+            f"{self.name} reasons before it answers, and its chat template cannot turn that off: the reasoning, of "
+            f"up to {reasoning.THOUGHT_TOKENS:,} tokens an image, is cut from the captions.  A checkpoint without it "
+            "is several times as fast"
+        )
+        return text, begun, reasoning.THOUGHT_TOKENS
 
-    def _prompt(self, **variables: bool) -> str:
-        """The chat template filled in.  variables: for the template, beside the messages."""
-        content = [{"type": "image"}, {"type": "text", "text": self.asked}]
+    def _prompt(self, said: str, **variables: bool) -> str:
+        """The chat template filled in with a question.  variables: for the template, beside the messages."""
+        content = [{"type": "image"}, {"type": "text", "text": said}]
         text: str = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **variables
         )
         return text
 
-    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return [self._begun + text for text in reasoning.decoded(self.processor.tokenizer, rows, self._marks)]
+    def _decoded(self, rows: Sequence[Sequence[int]], number: int = 0) -> list[str]:
+        begun = self.wordings[number].begun
+        return [begun + text for text in reasoning.decoded(self.processor.tokenizer, rows, self._thoughts)]
 
-    def _inputs(self, image: Any) -> Inputs:
-        made = self._process(image)
-        length = made["input_ids"].shape[1]
-        padded = padded_length(length, self.settings.gather) - length
-        tensors = {}
-        for name, tensor in made.items():
-            if tensor.ndim == 2 and tensor.shape[1] == length and tensor.shape[0] == 1:
-                value = self.generation.pad_token_id if name == "input_ids" else 0
-                tensor = self._torch.nn.functional.pad(tensor, (padded, 0), value=value)
-            tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        return Inputs(tensors, (length + padded, *self._more_shape(tensors)))
+    def _inputs(self, image: Any, wording: Wording, said: str | None) -> Inputs:
+        # The place is in the text once, and what is put there is not looked at again.
+        text = wording.text if said is None else said.join(wording.text.split(_PLACE))
+        made = self._process(image, text)
+        tensors = self._padded(made)
+        return Inputs(tensors, (tensors["input_ids"].shape[1], *self._more_shape(tensors)))
 
-    def _process(self, image: Any) -> Any:
-        return self.processor(
-            images=[image], text=[self._text], return_tensors="pt", add_special_tokens=self._adds_first
-        )
+    def _process(self, image: Any, text: str) -> Any:
+        return self.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=self._adds_first)
 
     def _more_shape(self, tensors: dict[str, Any]) -> tuple[int, ...]:
         """What the inputs of two images must have in common, beside their length, to be joined into a batch."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.backends.caption.base import UNQUANTIZED, ChatCaptioner, Inputs
+from curation.backends.caption.base import UNQUANTIZED, ChatCaptioner, Inputs, Wording
 from curation.backends.caption.processing import at_most_a_megapixel, load_processor
-from curation.caption.captioner import Family
+from curation.caption.captioner import Family, Question
 from curation.errors import InfrastructureError, install
 from curation.models.known import Model
 
@@ -82,14 +82,14 @@ class Backend(ChatCaptioner):
             at_most_a_megapixel(images)
         return processor
 
-    def _prompt(self, **variables: bool) -> str:
+    def _prompt(self, said: str, **variables: bool) -> str:
         """The template filled in, with the question as a list of parts or, where the template wants it, as a text."""
         from jinja2 import TemplateError
 
         marks = image_marks(self.processor)
         contents: tuple[Any, ...] = (
-            [{"type": "image"}, {"type": "text", "text": self.asked}],
-            *(f"{mark}\n{self.asked}" for mark in marks[:1]),
+            [{"type": "image"}, {"type": "text", "text": said}],
+            *(f"{mark}\n{said}" for mark in marks[:1]),
         )
         trouble: Exception | None = None
         for content in contents:
@@ -105,20 +105,20 @@ class Backend(ChatCaptioner):
                 return text
         raise ValueError(f"its chat template takes no image{f' ({trouble})' if trouble else ''}")
 
-    def _configure(self, prompt: str | None) -> None:
-        super()._configure(prompt)
+    def _configure(self, question: Question) -> Wording:
         self._takes = frozenset(inspect.signature(self.model.forward).parameters)
+        return super()._configure(question)
 
-    def _process(self, image: Any) -> Any:
+    def _process(self, image: Any, text: str) -> Any:
         more = {"return_mm_token_type_ids": True} if "mm_token_type_ids" in self._takes else {}
         made = self.processor(
-            images=[image], text=[self._text], return_tensors="pt", add_special_tokens=self._adds_first, **more
+            images=[image], text=[text], return_tensors="pt", add_special_tokens=self._adds_first, **more
         )
         is_tensor = self._torch.is_tensor
         return {name: made[name] for name in made if name in self._takes and is_tensor(made[name])}
 
-    def _inputs(self, image: Any) -> Inputs:
-        inputs = super()._inputs(image)
+    def _inputs(self, image: Any, wording: Wording, said: str | None) -> Inputs:
+        inputs = super()._inputs(image, wording, said)
         length = inputs.tensors["input_ids"].shape[1]
         pad = self._torch.nn.functional.pad
         for name in inputs.tensors.keys() & _BY_TOKEN:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from curation.backends.caption.base import question
-from curation.caption.captioner import FIRST, Attempt, CaptionSettings, Family
+from curation.backends.caption.base import filled_for, words_of
+from curation.caption.captioner import CaptionSettings, Family, Inquiry, Question
+from curation.caption.templates import MAX_VALUE, MAX_VALUES, Filled
 from curation.errors import SampleError, UsageError
 from curation.images import encode_jpeg
+from curation.libraries import np
 from curation.models.needs import NothingToFetch, WeightsNeed
-from curation.options import logger
-from curation.replies import Reply
-from curation.serving import EndpointPool, Registry, RegistryWatcher, Request, endpoint_urls, read_key
+from curation.replies import FIRST, Attempt, Reply
+from curation.serving import NamedServers, Request
 from curation.serving.wire import estimated_tokens
 
 LONGEST_SIDE = 1536  # pixels; vision models look at no more
 QUALITY = 95
+ANSWER_TOKENS = 512  # of an answer as JSON
 SEED_BITS = 31  # servers keep a seed in 32 bits, some of them signed
 
 
 @dataclass(frozen=True, slots=True)
 class SentImage:
-    """An image as it is sent.  All have one shape, because the server decides which images it computes together."""
+    """An image as it is sent, with the question where that varies.  All have one shape, because the server decides
+    which images it computes together."""
 
     jpeg: bytes
+    said: str | None = None
     shape: tuple[int, ...] = ()
 
     @property
@@ -38,7 +41,7 @@ class SentImage:
 class Backend:
     """Servers that have the model ``source``.  They load it, and choose its precision and device, themselves."""
 
-    family = Family(name="endpoint", batch_size=256, max_tokens=120, served=True)
+    family = Family(name="endpoint", batch_size=256, max_tokens=120, served=True, packages=())
 
     def __init__(self, source: str, settings: CaptionSettings) -> None:
         """Find the servers.
@@ -56,65 +59,85 @@ class Backend:
             raise UsageError(
                 "--quantize, --offload, --dtype, --compile and --attention: with an endpoint the server's own options"
             )
-        if s.timeout_s <= 0:
-            raise UsageError("--timeout is more than 0 seconds")
-        if s.endpoints and s.endpoints_dir is not None:
-            raise UsageError("--endpoints_dir names the servers: leave --endpoints out")
         self.name, self.revision, self.device_kind = source, s.revision or "served", "endpoint"
-        self._temperature = s.temperature
-        self._max_tokens = s.max_tokens or self.family.max_tokens
-        self.asked = question(s, self._max_tokens)
-        needs_tokens = estimated_tokens(self.asked) + self._max_tokens
-        self._watch: RegistryWatcher | None = None
-        found = s.endpoints_dir is not None or s.own is not None
-        urls = [] if found else endpoint_urls(s.ports, endpoints=s.endpoints)
-        key = s.own.key if s.own else read_key(s.api_key_env, registered=s.endpoints_dir is not None)
-        self._pool = EndpointPool(
-            urls,
+        self._questions, self._schema, self._last = s.asked, s.schema, threading.local()
+        self._asked = [words_of(one, s, one.max_tokens or self.family.max_tokens) for one in s.asked]
+        if s.schema is not None:
+            self._asked = [f"{asked}\n\n{s.schema.request}" for asked in self._asked]
+        self.asked = self._asked[0]
+        self._servers = NamedServers(
             source,
+            ports=s.ports,
+            endpoints=s.endpoints,
+            endpoints_dir=s.endpoints_dir,
+            own=s.own,
+            api_key_env=s.api_key_env,
             timeout_s=s.timeout_s,
             load_timeout_s=s.load_timeout_s,
-            key=key,
-            needs_tokens=needs_tokens,
+            waiting=s.waiting,
+            needs_tokens=max(map(self._needed, range(len(self._asked)))),
         )
-        if s.own is not None:
-            s.own.start(self._pool)
-        elif s.endpoints_dir is not None:
-            self._watch = RegistryWatcher(self._pool, Registry(s.endpoints_dir)).start()
-        else:
-            self._pool.open()
+        self._pool = self._servers.pool
 
     @classmethod
     def weights(cls, source: str, revision: str | None) -> WeightsNeed:
         """See CaptionBackend."""
         return NothingToFetch(f"{source}: its server loads it, nothing to fetch")
 
-    def prepare(self, image: Any) -> SentImage:
+    def asked_of(self, number: int) -> str:
         """See CaptionBackend."""
+        return self._asked[number]
+
+    def _tokens(self, question: Question) -> int:
+        return question.max_tokens or (self.family.max_tokens if self._schema is None else ANSWER_TOKENS)
+
+    def _needed(self, number: int) -> int:
+        """About how many tokens a question takes with its answer, and with values as long as they may be."""
+        question = self._questions[number]
+        values = 0 if question.template is None else min(MAX_VALUES, MAX_VALUE * len(question.template.fields))
+        return estimated_tokens(self._asked[number]) + estimated_tokens(values) + self._tokens(question)
+
+    def prepare(self, image: Any, inquiry: Inquiry | None = None) -> SentImage:
+        """See CaptionBackend."""
+        filled = filled_for(self._questions[inquiry.number if inquiry else 0], inquiry)
         try:
-            small = image if image.mode == "RGB" else image.convert("RGB")
-            if max(small.size) > LONGEST_SIDE:
-                small = small.copy()
-                small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-            return SentImage(encode_jpeg(np.asarray(small), QUALITY))
+            return SentImage(self._jpeg(image), None if filled is None else self._said(filled))
         except MemoryError:
             raise SampleError("out_of_memory", f"preparing {image.width}×{image.height}") from None
         except (ValueError, OSError) as error:
             raise SampleError("processor_refused", f"{image.width}×{image.height}: {error}") from error
 
+    def _said(self, filled: Filled) -> str:
+        return filled.text() if self._schema is None else f"{filled.text()}\n\n{self._schema.request}"
+
+    def _jpeg(self, image: Any) -> bytes:
+        """The image as it is sent, encoded once for all questions: a thread prepares them one after another."""
+        if getattr(self._last, "image", None) is not image:
+            small = image if image.mode == "RGB" else image.convert("RGB")
+            if max(small.size) > LONGEST_SIDE:
+                small = small.copy()
+                small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            jpeg = encode_jpeg(np.asarray(small), QUALITY)
+            if len(self._questions) == 1:
+                return jpeg
+            self._last.image, self._last.jpeg = image, jpeg
+        return bytes(self._last.jpeg)
+
     def caption(
-        self, batch: Sequence[SentImage], seeds: Sequence[int], attempt: Attempt = FIRST
+        self, batch: Sequence[SentImage], seeds: Sequence[int], attempt: Attempt = FIRST, number: int = 0
     ) -> list[Reply | SampleError]:
         """See CaptionBackend.  An image for which the servers have no answer fails alone."""
-        return [self._ask(image, seed, attempt) for image, seed in zip(batch, seeds, strict=True)]
+        return [self._ask(image, seed, attempt, number) for image, seed in zip(batch, seeds, strict=True)]
 
-    def _ask(self, image: SentImage, seed: int, attempt: Attempt) -> Reply | SampleError:
+    def _ask(self, image: SentImage, seed: int, attempt: Attempt, number: int) -> Reply | SampleError:
+        question = self._questions[number]
         request = Request(
-            user=self.asked,
+            user=self._asked[number] if image.said is None else image.said,
             jpeg=image.jpeg,
-            temperature=attempt.temperature(self._temperature),
+            temperature=attempt.temperature(question.temperature),
             seed=seed & ((1 << SEED_BITS) - 1),
-            max_tokens=attempt.tokens(self._max_tokens),
+            max_tokens=attempt.tokens(self._tokens(question)),
+            schema=self._schema.sent if self._schema is not None else None,
         )
         try:
             return self._pool.ask(request)
@@ -131,7 +154,4 @@ class Backend:
 
     def close(self) -> None:
         """See CaptionBackend.  Answers that are still to come are thrown away."""
-        if self._watch is not None:
-            self._watch.close()
-        for line in self._pool.summary():
-            logger.info(line)
+        self._servers.close()

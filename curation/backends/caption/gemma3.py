@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from curation.backends.caption.base import ChatCaptioner, Inputs
-from curation.caption.captioner import Family
+from curation.backends.caption.base import ChatCaptioner, Inputs, Wording
+from curation.backends.caption.processing import with_one_image
+from curation.caption.captioner import Family, Question
 from curation.models.known import Model
 
 
@@ -31,12 +33,21 @@ class Backend(ChatCaptioner):
     half_overflows = True
     squeezes = True
 
-    def _configure(self, prompt: str | None) -> None:
-        """The text around an image is the same for all images, so it is made once."""
+    def _configure(self, question: Question) -> Wording:
+        """The text around an image is made once, where it is the same for all images."""
         from PIL import Image
 
-        super()._configure(prompt)
-        self._blank = super()._inputs(Image.new("RGB", (64, 64)))
+        blank = Image.new("RGB", (64, 64))
+        self._beside_blank = with_one_image(self.processor, blank)
+        wording = super()._configure(question)
+        if question.varies:
+            return wording
+        return replace(wording, tensors=super()._inputs(blank, wording, None).tensors)
 
-    def _inputs(self, image: Any) -> Inputs:
-        return Inputs({**self._blank.tensors, "pixel_values": self._pixels(image)}, self._blank.shape)
+    def _process(self, image: Any, text: str) -> Any:
+        return self._beside_blank(images=[image], text=[text], return_tensors="pt", add_special_tokens=self._adds_first)
+
+    def _inputs(self, image: Any, wording: Wording, said: str | None) -> Inputs:
+        tensors = wording.tensors if said is None else super()._inputs(image, wording, said).tensors
+        shape = (tensors["input_ids"].shape[1], *tensors["pixel_values"].shape[1:])
+        return Inputs({**tensors, "pixel_values": self._pixels(image)}, shape)

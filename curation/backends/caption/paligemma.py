@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from curation.backends.caption.base import Inputs, VisionLanguageModel
-from curation.backends.caption.processing import load_processor
-from curation.caption.captioner import Family
+from curation.backends.caption.base import Inputs, VisionLanguageModel, Wording
+from curation.backends.caption.processing import load_processor, with_one_image
+from curation.caption.captioner import Family, Question
 from curation.errors import UsageError
 from curation.models.known import Model
 
@@ -43,17 +44,25 @@ class Backend(VisionLanguageModel):
     def _load_processor(self, folder: Path) -> Any:
         return load_processor(folder, "paligemma")
 
-    def _configure(self, prompt: str | None) -> None:
+    def _configure(self, question: Question) -> Wording:
         from PIL import Image
 
-        own = TUNED if "-ft-" in self.name else TASKS[self.settings.detail]
-        self.task = prompt or own
-        if self.task.partition(" ")[0] in NO_CAPTIONS:
-            raise UsageError(f"--prompt {self.task}: gives no caption; such as: caption en, describe en, caption de")
-        text = f"{self.processor.image_token}{self.task}"
-        made = self.processor(images=[Image.new("RGB", (64, 64))], text=[text], return_tensors="pt")
-        self._text = {name: made[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in made}
+        own = TUNED if "-ft-" in self.name else TASKS[question.detail]
+        asked = own if question.template is None else question.template.words
+        begun = own if question.template is None else question.template.source
+        if begun.partition(" ")[0] in NO_CAPTIONS:
+            raise UsageError(f"--prompt {begun}: gives no caption; such as: caption en, describe en, caption de")
+        self._blank = Image.new("RGB", (64, 64))
+        self._beside_blank = with_one_image(self.processor, self._blank)
+        wording = Wording(question, asked, question.max_tokens or self.family.max_tokens, asked)
+        return wording if question.varies else replace(wording, tensors=self._read(asked))
 
-    def _inputs(self, image: Any) -> Inputs:
+    def _read(self, task: str) -> dict[str, Any]:
+        text = f"{self.processor.image_token}{task}"
+        made = self._beside_blank(images=[self._blank], text=[text], return_tensors="pt")
+        return {name: made[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in made}
+
+    def _inputs(self, image: Any, wording: Wording, said: str | None) -> Inputs:
         pixels = self._pixels(image)
-        return Inputs({**self._text, "pixel_values": pixels}, (self._text["input_ids"].shape[1], *pixels.shape[2:]))
+        tensors = wording.tensors if said is None else self._padded(self._read(said))
+        return Inputs({**tensors, "pixel_values": pixels}, (tensors["input_ids"].shape[1], *pixels.shape[2:]))

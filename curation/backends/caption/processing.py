@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Mapping
@@ -99,6 +100,49 @@ def load_image_processor(folder: Path, model_type: str) -> Any:
     if by_torchvision and "pil" not in by_torchvision and not has_torchvision():
         return find_class(by_torchvision["torchvision"]).from_pretrained(folder, local_files_only=True)
     return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+
+
+def marks_of(processor: Any) -> frozenset[str]:
+    """The texts in a prompt that a processor or its tokenizer read as something else: special tokens, and what stands
+    for an image."""
+    tokenizer = processor.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    for owner in (processor, tokenizer):
+        named = (getattr(owner, name, None) for name in dir(owner) if name.endswith(("_token", "_tokens")))
+        found |= {str(value) for value in named if isinstance(value, str)}
+    tasks = getattr(processor, "tasks_answer_post_processing_type", None) or {}  # Florence-2's
+    return frozenset(mark for mark in {*found, *tasks} if len(mark.strip()) > 1)
+
+
+def with_one_image(processor: Any, image: Any) -> Any:
+    """A processor that has processed one image and gives its tensors for every other: for texts that vary, beside
+    images that are prepared in another way.
+
+    Args:
+        processor: Of transformers.
+        image: The image, as a Pillow image.
+    """
+    same = copy.copy(processor)
+    same.image_processor = _OneImage(processor.image_processor, image)
+    return same
+
+
+class _OneImage:
+    """An image processor in front of another, which it calls once for each set of arguments."""
+
+    def __init__(self, inner: Any, image: Any) -> None:
+        self._inner, self._image = inner, image
+        self._made: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, images: Any = None, **arguments: Any) -> Any:
+        mark = repr(sorted(arguments.items(), key=str))
+        if mark not in self._made:
+            self._made[mark] = self._inner([self._image], **arguments)
+        return copy.copy(self._made[mark])
 
 
 class Unused:

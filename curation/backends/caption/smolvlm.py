@@ -32,8 +32,8 @@ class Backend(ChatCaptioner):
     processor_class = "Idefics3Processor"
     unquantized = (*UNQUANTIZED, "connector")
 
-    def _process(self, image: Any) -> Any:
+    def _process(self, image: Any, text: str) -> Any:
         """Without the mask of the padding, which is as large as the pixels: tiles of one image have none."""
-        made = super()._process(image)
+        made = super()._process(image, text)
         del made["pixel_attention_mask"]
         return made

@@ -42,12 +42,14 @@ OPENAI = {
 
 OPENCLIP = "openclip:"
 
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "regex", "ftfy")
+
 MAX_PATCHES = 4096  # of a picture: its memory grows with their square
 
 
 def _clip(name: str, source: str = "", parameters: float = 0.0) -> Directive:
     columns, features = ("{}-score",), ("{}-image", "{}-text")
-    return Directive(name, columns, features, source, "MIT", parameters, bits=16)
+    return Directive(name, columns, features, source, "MIT", parameters, bits=16, packages=_PACKAGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,12 @@ class Backend(Extractor):
         *(_clip(name, *model) for name, model in OPENAI.items()),
         _clip("clip:"),
         _clip(OPENCLIP),
-        Directive("siglip:", ("{}-score", "{}-probability"), ("{}-image", "{}-text")),
+        Directive(
+            "siglip:",
+            ("{}-score", "{}-probability"),
+            ("{}-image", "{}-text"),
+            packages=("torch", "transformers", "safetensors", "tokenizers"),
+        ),
     )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
@@ -128,9 +135,7 @@ class Backend(Extractor):
         """Features in float32, whatever the model computes in."""
         torch = self._torch
         with torch.inference_mode():
-            image = _unit(self._model.get_image_features(**self._picture_inputs(batch)).pooler_output)
-            tokens = batch.device_tensor(self._tokens).long()
-            text = _unit(self._model.get_text_features(**self._text_inputs(tokens)).pooler_output)
+            image, text = self.picture_features(batch), self.text_features(batch)
             score = (image * text).sum(1)
             found = {f"{self.name}-image": image, f"{self.name}-text": text}
             found[f"{self.name}-score"] = score.cpu().numpy()
@@ -138,6 +143,22 @@ class Backend(Extractor):
                 scale, bias = self._sigmoid
                 found[f"{self.name}-probability"] = torch.sigmoid(score * scale + bias).cpu().numpy()
         return found
+
+    def picture_features(self, batch: Batch) -> Any:
+        """Of the pictures alone: samples × width float32 on the device, rows of length one."""
+        with self._torch.inference_mode():
+            return _unit(self._model.get_image_features(**self._picture_inputs(batch)).pooler_output)
+
+    def text_features(self, batch: Batch) -> Any:
+        """Of the captions alone, likewise."""
+        with self._torch.inference_mode():
+            tokens = batch.device_tensor(self._tokens).long()
+            return _unit(self._model.get_text_features(**self._text_inputs(tokens)).pooler_output)
+
+    @property
+    def scale(self) -> float:
+        """What cosines are multiplied by before the softmax or the sigmoid: the inverse of the temperature."""
+        return math.exp(float(self._model.logit_scale.item()))
 
     def _picture_inputs(self, batch: Batch) -> dict[str, Any]:
         pictures = self._normalise(batch.device_tensor(self._crop))
@@ -156,6 +177,29 @@ class Backend(Extractor):
 
     def close(self) -> None:
         self._model = None
+
+
+def load_openai(directive: str, settings: ModelSettings, *, folder_only: bool = False) -> tuple[Any, Path]:
+    """One of ``OPENAI``, as the extractor loads it.
+
+    Args:
+        directive: Its name.
+        settings: How it is loaded.
+        folder_only: Do not load the network, which is then None.
+
+    Returns:
+        transformers' network and the folder of its weights and vocabulary.
+
+    Raises:
+        InfrastructureError: The weights are not there.
+    """
+    quiet_transformers()
+    [source] = Backend.sources(directive, settings)
+    folder = fetch_weights(source.source, source.sha256, settings.cache, name=directive)
+    if folder_only:
+        return None, folder
+    model = _load(directive, folder, settings.torch_dtype(half_on_gpu=True), wants_sigmoid=False)
+    return model.to(settings.device).eval(), folder
 
 
 def _unit(features: Any) -> Any:

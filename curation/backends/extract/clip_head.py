@@ -94,7 +94,16 @@ class Backend(Extractor):
     """One head; it takes the features as they are stored, of length one, as upstream does."""
 
     directives = tuple(
-        Directive(name, (h.column,), (), h.origin, h.licence, h.parameters, needs=(h.model,))
+        Directive(
+            name,
+            (h.column,),
+            (),
+            h.origin,
+            h.licence,
+            h.parameters,
+            needs=(h.model,),
+            packages=("torch",),
+        )
         for name, h in HEADS.items()
     )
     preparations: tuple[Preparation, ...] = ()

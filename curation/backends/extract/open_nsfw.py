@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-from PIL import Image
-
 from curation.errors import InfrastructureError, install_alone
 from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.images import Pixels
+from curation.libraries import Image, np
 from curation.models.onnx import open_session, packaged_file, read_weights
 from curation.models.weights import fetch_weights
 
@@ -50,7 +48,12 @@ class JpegCrop:
 class Backend(Extractor):
     """One session."""
 
-    directives = (Directive("open-nsfw", ("{}-score",), (), f"package {PACKAGE}", "BSD-2-Clause", 0.0059),)
+    package = PACKAGE
+    directives = (
+        Directive(
+            "open-nsfw", ("{}-score",), (), f"package {PACKAGE}", "BSD-2-Clause", 0.0059, packages=("onnxruntime",)
+        ),
+    )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         [source] = self.sources(directive, settings)

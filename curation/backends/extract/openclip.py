@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from curation.backends.extract.pictures import (
     OPENAI_MEAN,
     OPENAI_STD,
@@ -24,6 +22,7 @@ from curation.backends.extract.pictures import (
 from curation.backends.extract.tokens import OPENCLIP_MARKS, ClipTokens, is_clip_vocabulary
 from curation.errors import InfrastructureError
 from curation.extract.api import Preparation
+from curation.extract.resample import BICUBIC, BILINEAR
 from curation.extract.settings import ModelSettings, load_tensors
 from curation.jsonio import clean_text, parse_json
 
@@ -33,7 +32,7 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 MAX_CONFIG_BYTES = 1 << 20
 
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_FILTERS = {"bicubic": BICUBIC, "bilinear": BILINEAR}
 
 # What the configuration may say beside what is read: nothing that changes the network.  Values are OpenCLIP's defaults.
 _OF_TRAINING = {"patch_dropout", "output_tokens", "init_logit_scale", "pad_id", "eos_id", "cast_dtype", "output_dict"}

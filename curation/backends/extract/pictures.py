@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from curation.extract.resample import Window, resized
+from curation.extract.resample import BICUBIC, BILINEAR, Window, resized
 from curation.images import Pixels
+from curation.libraries import Image, np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 OPENAI_SIDE = 224
 
@@ -25,9 +25,6 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-BICUBIC = int(Image.Resampling.BICUBIC)
 
 
 # Of a picture that would have more, only the part that the crop shows is resized: 1 × 20,000,000 pixels would become
@@ -104,7 +101,7 @@ class Squeeze:
 
     takes: ClassVar[Literal["image"]] = "image"
     side: int
-    resample: int = int(Image.Resampling.BILINEAR)
+    resample: int = BILINEAR
 
     def __call__(self, pixels: Pixels) -> Pixels:
         return np.asarray(Image.fromarray(pixels).resize((self.side, self.side), self.resample))
@@ -126,7 +123,7 @@ class Patches:
     takes: ClassVar[Literal["image"]] = "image"
     side: int
     most: int
-    resample: int = int(Image.Resampling.BILINEAR)
+    resample: int = BILINEAR
 
     def __call__(self, pixels: Pixels) -> Pixels:
         height, width = pixels.shape[:2]

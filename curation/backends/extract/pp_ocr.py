@@ -15,18 +15,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
-from curation.errors import InfrastructureError, UsageError, install, install_alone
+from curation.errors import InfrastructureError, UsageError, install_alone, require
 from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
 from curation.images import Pixels
 from curation.jsonio import clean_text
+from curation.libraries import np
 from curation.models.onnx import open_session, packaged_file, read_weights
 from curation.models.weights import fetch_weights
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_PACKAGES = ("cv2", "onnxruntime")
 
 PACKAGE, PACKAGED = "rapidocr", "models/PP-OCRv6_det_small.onnx"
 
@@ -51,15 +54,31 @@ _MAX_CONTOURS, _LEAST_SIDE, _GROWTH, _SAME_ROW = 1000, 3, 1.6, 10
 
 _ARC = 0.25  # pixels between a rounded corner and its arc
 
-Quads = NDArray[np.float32]  # n × 4 × 2: the corners from the upper left one clockwise, x and y in pixels
+Quads: TypeAlias = "NDArray[np.float32]"  # n × 4 × 2: the corners from the upper left one clockwise, x and y in pixels
 
 
 class Backend(Extractor):
     """What the preparation found, as columns."""
 
     directives = (
-        Directive("pp-ocr-boxes", ("text-boxes", "text-area"), (), f"package {PACKAGE}", "Apache-2.0", 0.0025),
-        Directive("pp-ocr", ("text-boxes", "text-area", "image-text"), (), f"package {PACKAGE}", "Apache-2.0", 0.0079),
+        Directive(
+            "pp-ocr-boxes",
+            ("text-boxes", "text-area"),
+            (),
+            f"package {PACKAGE}",
+            "Apache-2.0",
+            0.0025,
+            packages=_PACKAGES,
+        ),
+        Directive(
+            "pp-ocr",
+            ("text-boxes", "text-area", "image-text"),
+            (),
+            f"package {PACKAGE}",
+            "Apache-2.0",
+            0.0079,
+            packages=_PACKAGES,
+        ),
     )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
@@ -135,10 +154,9 @@ class PpOcr:
     """The networks, and what is done around them."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        try:
-            import cv2
-        except ImportError as error:
-            raise InfrastructureError(f"PP-OCR needs OpenCV ({error}): {install('cv2')}") from None
+        require("cv2")
+        import cv2
+
         cv2.setNumThreads(1)  # every CPU has a process of its own
         self._cv2: Any = cv2
         self._detector, *others = [_Network(file) for file in files]

@@ -16,11 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curation.backends.extract.layers import NamedTensors, has_16_bits
 from curation.backends.extract.pictures import Normalise
@@ -30,10 +26,14 @@ from curation.extract.resample import BICUBIC, Window, resized
 from curation.extract.settings import ModelSettings, WeightSource, file_revision, load_tensors
 from curation.faces import non_maximum_suppression
 from curation.images import Pixels
+from curation.libraries import Image, np
 from curation.models.onnx import open_session, read_weights
 from curation.models.onnx_torch import TorchGraph, UnknownGraph
 from curation.models.weights import fetch_weights
 from curation.options import logger
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ANCHORS = 2  # a cell
 

@@ -83,7 +83,11 @@ class SscdNetwork:
 class Backend(Extractor):
     """The network."""
 
-    directives = (Directive("sscd", (), ("{}-image",), "SSCD's release, named by you", "CC-BY-NC-4.0", 0.0246),)
+    directives = (
+        Directive(
+            "sscd", (), ("{}-image",), "SSCD's release, named by you", "CC-BY-NC-4.0", 0.0246, packages=("torch",)
+        ),
+    )
     columns: tuple[Column, ...] = ()
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:

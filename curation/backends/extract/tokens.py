@@ -14,13 +14,14 @@ import html
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curation.errors import InfrastructureError
+from curation.libraries import np
 from curation.models.hub_cache import quiet_transformers
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def byte_letters() -> list[str]:

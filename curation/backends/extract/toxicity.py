@@ -7,17 +7,18 @@ the kinds of toxicity, and never at the other nine, which say whom a text is abo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from curation.backends.extract.tokens import FolderTokens
 from curation.errors import InfrastructureError
 from curation.extract.api import Batch, Column, Directive, Extractor, Preparation
 from curation.extract.settings import ModelSettings, WeightSource
+from curation.libraries import np
 from curation.models.hub_cache import folder_digest, quiet_transformers
 from curation.models.weights import fetch_weights
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SOURCE = WeightSource("unitary/multilingual-toxic-xlm-roberta")
 
@@ -36,7 +37,17 @@ _OTHER_NAMES = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe
 class Backend(Extractor):
     """The classifier of one folder."""
 
-    directives = (Directive("nsfw-detoxify", ("{}-score",), (), SOURCE.source, "Apache-2.0", 0.278),)
+    directives = (
+        Directive(
+            "nsfw-detoxify",
+            ("{}-score",),
+            (),
+            SOURCE.source,
+            "Apache-2.0",
+            0.278,
+            packages=("torch", "transformers", "tokenizers"),
+        ),
+    )
 
     def __init__(self, directive: str, settings: ModelSettings) -> None:
         import torch

@@ -7,6 +7,7 @@ its default size and threshold, and where its weights come from.  ``fitting`` ha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from curation import backends
@@ -30,6 +31,7 @@ class DetectorClass(Protocol):
     source: str  # where the weights come from
     default_det_size: int  # pixels
     default_threshold: float
+    packages: tuple[str, ...]  # modules that it imports when it is loaded
 
     def __call__(self, settings: DetectorSettings = AS_PUBLISHED) -> FaceDetector:
         """Load the detector.
@@ -40,6 +42,13 @@ class DetectorClass(Protocol):
 
     def is_here(self) -> bool:
         """Whether the weights are on this machine."""
+
+    def model_file(self) -> Path:
+        """The file with the detector's own weights.
+
+        Raises:
+            InfrastructureError: It is not on this machine.
+        """
 
     def weights(self) -> WeightsNeed:
         """Where the detector's own weights come from.
@@ -70,7 +79,7 @@ def here(model: Model) -> str:
     return "yes" if detector_class(model.short).is_here() else "no"
 
 
-def detector_named(name: str, others: Sequence[str] = ()) -> str:
+def detector_named(name: str, others: Sequence[str] = (), flag: str = "--detector") -> str:
     """The detector, or one of the other words that a flag takes, that a name in whatever spelling stands for.
 
     Raises:
@@ -82,7 +91,7 @@ def detector_named(name: str, others: Sequence[str] = ()) -> str:
         return found
     meant = nearest(name, words) or words
     raise UsageError(
-        f"--detector {name}: there is no such detector.  Did you mean {' or '.join(meant)}?  --list_models shows them"
+        f"{flag} {name}: there is no such detector.  Did you mean {' or '.join(meant)}?  --list_models shows them"
     )
 
 

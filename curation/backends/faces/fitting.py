@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from curation.errors import InfrastructureError, install, install_alone
+from curation.errors import InfrastructureError, install_alone, require
 from curation.faces import AS_PUBLISHED, DetectorSettings
 from curation.images import Pixels
 from curation.models.needs import NothingToFetch, WeightsNeed
@@ -27,6 +27,7 @@ class PackagedDetector(ABC):
     packaged: ClassVar[tuple[str, str]]
     default_det_size: int
     default_threshold: float
+    packages: ClassVar[tuple[str, ...]] = ("cv2", "onnx", "onnxruntime")
     batched: ClassVar[None] = None
 
     def __init__(self, settings: DetectorSettings = AS_PUBLISHED) -> None:
@@ -34,7 +35,7 @@ class PackagedDetector(ABC):
         self.det_size = settings.det_size or self.default_det_size
         self.threshold = settings.threshold or self.default_threshold
         self.wants_pixels = self.det_size
-        path = settings.model or self.packaged_model()
+        path = settings.model or self.model_file()
         weights, self.revision = read_weights(path)
         self._session, self.device = open_session(self._adapted(weights, path), path, settings.threads, settings.gpu)
 
@@ -45,11 +46,11 @@ class PackagedDetector(ABC):
     @classmethod
     def weights(cls) -> WeightsNeed:
         return NothingToFetch(
-            f"{cls.packaged_model()}: {cls.title} came with the package {cls.packaged[0]}, nothing to fetch"
+            f"{cls.model_file()}: {cls.title} came with the package {cls.packaged[0]}, nothing to fetch"
         )
 
     @classmethod
-    def packaged_model(cls) -> Path:
+    def model_file(cls) -> Path:
         """The ONNX file in the package.
 
         Raises:
@@ -78,10 +79,9 @@ class PackagedDetector(ABC):
         """
 
     def _adapted(self, weights: bytes, path: Path) -> bytes:
-        try:
-            import onnx
-        except ImportError as error:
-            raise InfrastructureError(f"onnx cannot be imported ({error}): {install('onnx')}") from None
+        require("onnx")
+        import onnx
+
         try:
             model = onnx.load_model_from_string(weights)
             mismatch = self.adapt(model.graph)
@@ -101,10 +101,9 @@ def import_cv2() -> Any:
     Raises:
         InfrastructureError: It is not installed.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise InfrastructureError(f"cv2 cannot be imported ({error}): {install('cv2')}") from None
+    require("cv2")
+    import cv2
+
     cv2.setNumThreads(1)
     return cv2
 

@@ -13,10 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from curation import PROGRAM
 from curation.backends.faces.fitting import import_cv2
@@ -24,6 +21,7 @@ from curation.cluster import torch_devices
 from curation.errors import InfrastructureError, SampleError, install, install_alone
 from curation.faces import AS_PUBLISHED, Boxes, DetectorSettings, FittedImage, normalised
 from curation.images import Pixels
+from curation.libraries import np
 from curation.models.batch_size import (
     LARGEST_BATCH,
     FittingBatchSize,
@@ -41,6 +39,9 @@ from curation.models.onnx_torch import TorchGraph, UnknownGraph
 from curation.models.weights import megabytes, open_url, save, sha256_of
 from curation.options import logger
 from curation.storage.files import storage_errors, whole_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 DEFAULT_MODEL = Path("~/.insightface/models/buffalo_l/det_10g.onnx")
 
@@ -69,7 +70,7 @@ _MOST_AT_ONCE = 128  # pictures: more of them bring nothing, and wait long for t
 _TRIAL_SIDE = 320  # pixels of the noise on which torch and onnxruntime are compared
 
 
-Answer = NDArray[np.float32]
+Answer: TypeAlias = "NDArray[np.float32]"
 
 
 class Backend:
@@ -80,6 +81,7 @@ class Backend:
     parameters, source = 0.0042, "insightface's pack buffalo_l"  # det_10g.onnx: 17 MB of float32
     default_det_size = 640
     default_threshold = 0.5  # insightface's
+    packages = ("onnxruntime", "insightface")
 
     def __init__(self, settings: DetectorSettings = AS_PUBLISHED) -> None:
         det_size, path = settings.det_size, settings.model or _buffalo_l()
@@ -141,6 +143,10 @@ class Backend:
     @staticmethod
     def is_here() -> bool:
         return DEFAULT_MODEL.expanduser().is_file()
+
+    @staticmethod
+    def model_file() -> Path:
+        return _buffalo_l()
 
     @staticmethod
     def weights() -> WeightsNeed:
@@ -211,7 +217,8 @@ class InTorch:
 
     def detect_all(self, images: Sequence[FittedImage]) -> list[Boxes | SampleError]:
         """See ``BatchDetector``."""
-        size, found = (self._width, self._height), list[Boxes | SampleError]()
+        size = (self._width, self._height)
+        found: list[Boxes | SampleError] = []
 
         def call(start: int, end: int) -> list[Answer] | Shortage:
             batch = np.zeros((self._limits.limit(*size), self._height, self._width, 3), np.uint8)

@@ -6,14 +6,15 @@ which nothing else is used or imported.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from curation.backends.faces.fitting import PackagedDetector
 from curation.faces import Boxes, non_maximum_suppression, normalised
 from curation.images import Pixels
+from curation.libraries import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _STRIDES = (8, 16, 32)
 

@@ -7,10 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curation.backends.generate.calls import PipelineCall, Texts, denoiser_of
 from curation.backends.generate.cost import tflop_a_picture
@@ -22,10 +19,14 @@ from curation.backends.generate.single_file import config_weights, find_single_f
 from curation.backends.generate.text_lengths import pad_texts
 from curation.edits import with_suffix
 from curation.errors import DeviceError, InfrastructureError, SampleError, UsageError, device_failure
+from curation.libraries import np
 from curation.models import compiling
 from curation.models.batch_size import FittingBatchSize, Shortage, free_memory, shortage_of, use_device
 from curation.models.hub_cache import ModelSource, resolve
 from curation.models.needs import WeightsNeed
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Compile = Literal["none", "blocks", "full", "max"]
 
@@ -112,6 +113,7 @@ class Backend:
             order, the names under which the pipeline's call takes the results back; None where the call makes one
             again.
         is_stand_in: Whether it only runs a model of its own, for trying out.
+        packages: Modules that it imports when it is loaded.
         call: The pipeline's call, with every setting resolved.
         deterministic: With ``compile``, whether the kernels are chosen without trials on the device.
         window: How much of a prompt the pipeline reads; None where it does not show that.
@@ -122,6 +124,7 @@ class Backend:
     presets: ClassVar[Mapping[str, Preset]] = {}
     text_results: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
     is_stand_in: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors")
 
     def __init__(
         self,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import unicodedata
 from functools import cache
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Final
 
 from curation.jsonio import clean_text
+from curation.libraries import np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 MIN_SIZE: Final = 8  # pixels: smaller type cannot be read
 LINES: Final = 14  # about how many lines of type are as high as the picture's shorter side

@@ -5,6 +5,7 @@ Only safetensors are ever read, and no code that a model brings along is run.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from curation.errors import InfrastructureError, SampleError
 from curation.jsonio import parse_json_object
 from curation.models.hub_cache import PIPELINE, ModelSource, import_bitsandbytes, quiet_transformers, snapshot
 from curation.models.hub_errors import hub_error_line, hub_errors, hub_trouble
-from curation.models.needs import HubFile, WeightsNeed, is_other_weight, whole_model
+from curation.models.needs import HubFile, WeightsNeed, is_other_weight, list_model, whole_model
 
 # The names under which diffusers and transformers look for the weights of a part: whole, of a variant, or in shards.
 _SAFETENSORS = re.compile(r"(diffusion_pytorch_model|model)([.-].+)?\.safetensors")
@@ -118,11 +119,32 @@ def pipeline_files(source: ModelSource) -> Path | None:
 def pipeline_weights(model: str, revision: str | None, variant: str | None) -> WeightsNeed:
     """A diffusers pipeline, in the hub's cache or in a folder."""
 
-    def folder(source: ModelSource) -> Path:
-        return Path(download(source))
-
     wanted = partial(wanted_files, variant=variant)
-    return whole_model(model, revision, variant, PIPELINE, wanted, folder, known_models())
+    return whole_model(model, revision, variant, PIPELINE, wanted, _fetch, known_models())
+
+
+def _fetch(source: ModelSource) -> Path:
+    """Fetch the files of a hub model's pipeline into the hub's cache.
+
+    The hub's client does it alone, because to import diffusers takes seconds, and a login node need not have it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InfrastructureError: One of the parts that the pipeline's index names has its weights in a pickle only.
+        Exception: What the hub's client raises.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    folder = Path(hf_hub_download(source.location, PIPELINE[0], revision=source.revision)).parent
+    files, parts = list_model(source.location, source.revision).files, _named(folder)
+    for part in parts:
+        inside = [file.path.removeprefix(f"{part}/") for file in files if file.path.startswith(f"{part}/")]
+        _refuse_pickled(part, inside, source)
+    wanted = [file.path for file in wanted_files(files, source.variant) if file.path.rpartition("/")[0] in ("", *parts)]
+    snapshot_download(source.location, revision=source.revision, allow_patterns=[glob.escape(path) for path in wanted])
+    return folder
 
 
 def wanted_files(files: Sequence[HubFile], variant: str | None) -> list[HubFile]:
@@ -153,23 +175,28 @@ def _refuse_pickles(folder: Path, source: ModelSource) -> None:
     repositories hold more, such as OpenVINO's ``openvino_model.bin``, which is no pickle, and a trainer's
     ``optimizer.pt``; nothing opens these.
     """
-    for part in sorted(_parts(folder)):
-        names = sorted(entry.name for entry in (folder / part).iterdir())
-        pickled = [name for name in names if _PICKLE.fullmatch(name)]
-        if pickled and not any(map(_SAFETENSORS.fullmatch, names)):
-            raise InfrastructureError(
-                f"--model {source.location}: {part}/{pickled[0]} is a pickle; only safetensors are loaded"
-            )
+    for part in _named(folder):
+        if (folder / part).is_dir():
+            _refuse_pickled(part, sorted(entry.name for entry in (folder / part).iterdir()), source)
 
 
-def _parts(folder: Path) -> list[str]:
-    """The folders of the parts that a pipeline's index names; none where it is no index, which diffusers will say."""
+def _refuse_pickled(part: str, names: Sequence[str], source: ModelSource) -> None:
+    """names: of the files in the part's folder."""
+    pickled = [name for name in names if _PICKLE.fullmatch(name)]
+    if pickled and not any(map(_SAFETENSORS.fullmatch, names)):
+        raise InfrastructureError(
+            f"--model {source.location}: {part}/{pickled[0]} is a pickle; only safetensors are loaded"
+        )
+
+
+def _named(folder: Path) -> list[str]:
+    """The parts that a pipeline's index names, sorted; none where it is no index, which diffusers will say."""
     try:
         index = parse_json_object((folder / "model_index.json").read_bytes())
     except (OSError, SampleError):
         return []
     named = [name for name, what in index.items() if isinstance(what, list) and what and what[0]]
-    return [name for name in named if name == Path(name).name and (folder / name).is_dir()]
+    return sorted(name for name in named if name == Path(name).name)
 
 
 def quiet_libraries() -> None:

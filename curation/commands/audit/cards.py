@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
 
 from curation.commands.places import StagePlace
 from curation.errors import InfrastructureError
-from curation.hub.card import write_card
-from curation.hub.parts import DATA_FOLDER, collect
 from curation.jsonio import clean_text
+from curation.publish.card import write_card
+from curation.publish.parts import DATA_FOLDER, collect
 from curation.storage.files import write_whole
 
 CARD, CROISSANT = "README.md", "croissant.json"
@@ -25,6 +26,15 @@ _SETS = (
     (_TEXTS, "text/plain", ("txt",)),
     (_METADATA, "application/json", ("json",)),
 )
+
+
+_MAX_GROUPS = 200  # in the Croissant file
+_LOSSES = {
+    "prompt": "samples that got no prompt",
+    "image": "samples that got no image",
+    "check": "samples that a check rejected",
+    "hybrid": "samples that did not reach the hybrid shards",
+}
 
 
 _CONTENTS = {
@@ -79,12 +89,17 @@ _CONTEXT: Mapping[str, Any] = {
 
 
 def write_cards(
-    folder: Path, hybrid: StagePlace, manifest: Path | None, audit: Iterable[str], licence: str | None
+    folder: Path,
+    hybrid: StagePlace,
+    manifest: Path | None,
+    audit: Iterable[str],
+    licence: str | None,
+    said: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Path]:
     """Write the card and the Croissant file into ``folder``; what others wrote in the card stays.
 
     manifest: ``verify``'s list of SHA-256, which Croissant asks for; without it the shards are a set without digests.
-    audit: lines of Markdown.
+    audit: lines of Markdown.  said: fields for the Croissant file, as ``figures`` gives them.
     """
     found = collect(hybrid.home, hybrid.stage)
     card = folder / CARD
@@ -98,11 +113,58 @@ def write_cards(
         else:
             text = f"{text.rstrip()}\n\n{block}\n"
         write_whole(card, text.encode())
-        described = croissant(hybrid.home.name, found.shards, found.counts["kept"], _digests(manifest), licence)
+        described = croissant(hybrid.home.name, found.shards, found.counts["kept"], _digests(manifest), licence) | dict(
+            said
+        )
         write_whole(folder / CROISSANT, orjson.dumps(described, option=orjson.OPT_INDENT_2) + b"\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InfrastructureError(f"{folder}: the cards cannot be written ({error})") from error
     return [card, folder / CROISSANT]
+
+
+def figures(result: Mapping[str, Any], findings: Iterable[str]) -> dict[str, Any]:
+    """The audit's figures as fields of a Croissant file.
+
+    Args:
+        result: Of the audit.
+        findings: Sentences about groups.
+
+    Returns:
+        ``variableMeasured`` of schema.org, a value with its interval for each group and figure, and ``dataBiases`` of
+        Croissant's vocabulary for responsible AI.
+    """
+    values = []
+    for group in result["groups"][:_MAX_GROUPS]:
+        for name, loss in group["losses"].items():
+            values.append(_figure(group["group"], _LOSSES[name], loss["share"], loss["low"], loss["high"]))
+    checked = result["checks"]
+    for group in checked["groups"][:_MAX_GROUPS] if checked else ():
+        for name, share in group["by_check"].items():
+            values.append(_figure(group["group"], f"tries that failed the check {name}", *_shares(share)))
+        values.append(_figure(group["group"], "pictures in which the check sees the group", *_shares(group["agreed"])))
+        for name, mean in group["scores"].items():
+            values.append(_figure(group["group"], f"mean of {name}", mean["mean"], mean["low"], mean["high"]))
+    variety = result["variety"]
+    for group in variety["generated"]["groups"][:_MAX_GROUPS] if variety else ():
+        distance = (group["distance"], group["distance_low"], group["distance_high"])
+        values.append(_figure(group["group"], "mean distance of the pictures", *distance))
+        values.append(_figure(group["group"], "pictures with a near copy", *_shares(group["near"])))
+    for name, part in (("checks of the pictures", checked), ("diversity and near copies", variety)):
+        if not part:
+            values.append({"@type": "sc:PropertyValue", "name": name, "value": "not measured"})
+    return {"variableMeasured": values, "rai:dataBiases": [clean_text(text) for text in findings]}
+
+
+def _shares(share: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
+    return share["share"], share["low"], share["high"]
+
+
+def _figure(group: str, what: str, value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"@type": "sc:PropertyValue", "name": clean_text(f"{group}: {what}")[:300]}
+    told["value"] = "not measured" if value is None else round(value, 6)
+    if low is not None and high is not None:
+        told |= {"minValue": round(low, 6), "maxValue": round(high, 6)}
+    return told
 
 
 def croissant(name: str, shards: int, count: int, digests: Mapping[str, str], licence: str | None) -> dict[str, Any]:

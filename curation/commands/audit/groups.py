@@ -1,24 +1,49 @@
 """Counts the samples of each group from the receipts and the provenance of stages 02 to 04.
 
-It answers three questions: how many samples of a group reached each step; whether the share of one group differs
-significantly from that of the others; and whether a prompt mentions the group that it should portray, or another one.
+It answers three questions: how many samples of a group reached each step; what the checks of stage 03 said of its
+pictures; and whether a prompt mentions the group that it should portray, or another one.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import NormalDist
+from types import MappingProxyType
 from typing import Any
 
+from curation import PROGRAM
+from curation.check.counts import REASON
+from curation.commands.audit.checks import (
+    CheckCounts,
+    add_seen,
+    adds_up,
+    natural,
+    noted_groups,
+    rejected_groups,
+    seen_in,
+)
 from curation.commands.findings import results_in_order
-from curation.commands.places import EDITS, HYBRID, PROMPTS, StagePlace, find_stages, provenance, rejected
+from curation.commands.places import (
+    EDITS,
+    HYBRID,
+    INDEX,
+    PROMPTS,
+    StagePlace,
+    chosen_by,
+    find_stages,
+    of_the_main_job,
+    provenance,
+    rejected,
+)
 from curation.errors import UsageError
+from curation.rewrite.groups import attributes_of
+from curation.shards import id_of_record
+
+FLAGS = {PROMPTS: "prompts", EDITS: "edits", HYBRID: "hybrid"}  # stage → the option that names its output folder
 
 # Words that mention a value of an attribute, as regular expressions between word boundaries, for the groups of the
 # published pipeline.  A value that is not listed is looked for by its own words.
@@ -44,24 +69,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-@lru_cache(maxsize=4096)
-def attributes_of(group: str) -> tuple[tuple[str, str], ...]:
-    """Returns the (attribute, value) pairs of a group such as "middle east male".
-
-    Words that belong to no known attribute become one value of the attribute "group".
-    """
-    rest, found = f" {group.lower()} ", []
-    for attribute, values in WORDS.items():
-        for value in sorted(values, key=len, reverse=True):
-            if f" {value} " in rest:
-                found.append((attribute, value))
-                rest = rest.replace(f" {value} ", " ", 1)
-                break
-    if words := rest.strip():
-        found.append(("group", words))
-    return tuple(found)
-
-
 def mentions(prompt: str, attribute: str, value: str) -> bool:
     """Returns whether the prompt has a word for the value."""
     return _pattern(attribute, value).search(prompt) is not None
@@ -72,7 +79,7 @@ def mentions_another(prompt: str, attribute: str, value: str) -> bool:
     return any(other != value and mentions(prompt, attribute, other) for other in WORDS.get(attribute, {}))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 14)
 def _pattern(attribute: str, value: str) -> re.Pattern[str]:
     words = WORDS.get(attribute, {}).get(value) or re.escape(value)
     return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
@@ -88,7 +95,8 @@ class GroupCounts:
     """The counts of one group.
 
     steps: step → how many samples reached it; to_generate and to_hybrid are the accepted and the generated samples in
-    shards that the next stage has done.  refused: "stage: reason" → samples.
+    shards that the next stage has done, to_check those of to_generate in shards that were checked, and not_rejected
+    those of them that no check rejected.  refused: "stage: reason" → samples.
     stated, contradicted: "attribute=value" → prompts that mention it, or that mention another value.
     """
 
@@ -106,16 +114,31 @@ class GroupCounts:
 class Tallies:
     """Counts over many shards.
 
-    groups: name → its counts.  shards: stage → shards that are done.  warnings: what is not counted → times.
+    groups: name → its counts.  checks: the same of what checks said; "" for samples without a group.
+    seen: group → kept pictures, of any group, in which the group check sees it.
+    shards: stage → shards that are done.  checked: how many of stage 03's were checked.  pictures: those that stage 03
+    made and stage 04 has not left out.  edited: samples that stage 04 replaces.  warnings: what is not counted → times.
     """
 
     groups: dict[str, GroupCounts] = field(default_factory=dict)
+    checks: dict[str, CheckCounts] = field(default_factory=dict)
+    seen: Counter[str] = field(default_factory=Counter)
+    checked: int = 0
+    pictures: int = 0
+    edited: int = 0
     shards: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Tallies) -> None:
         for name, counts in other.groups.items():
             self.groups.setdefault(name, GroupCounts()).add(counts)
+        for name, said in other.checks.items():
+            self.checks.setdefault(name, CheckCounts()).add(said)
+        for name, number in other.seen.items():
+            add_seen(self.seen, name, number)
+        self.checked += other.checked
+        self.pictures += other.pictures
+        self.edited += other.edited
         self.shards.update(other.shards)
         self.warnings.update(other.warnings)
 
@@ -123,21 +146,35 @@ class Tallies:
         return self.groups.setdefault(group, GroupCounts())
 
 
-def stage_places(root: Path) -> dict[str, StagePlace]:
-    """Returns the one place of each stage below a folder.
+def stage_places(root: Path, named: Mapping[str, Path | None] = MappingProxyType({})) -> dict[str, StagePlace]:
+    """Returns the one place of each of stages 02 to 04 below a folder.
+
+    Args:
+        root: The folder of the dataset.
+        named: By the option of ``audit`` that names one (``FLAGS``): a stage's output folder.
 
     Raises:
-        UsageError: Stage 02 is missing, or a stage ran on two folders.
+        UsageError: Stage 02 is missing, one of the stages ran on two folders, or has not run on the one that is named.
     """
+    found = of_the_main_job(find_stages(root))
     places: dict[str, StagePlace] = {}
-    for place in find_stages(root):
-        if place.stage in places:
-            raise UsageError(
-                f"{root}: {place.stage} ran on {places[place.stage].home} and {place.home}; give one of them"
-            )
-        places[place.stage] = place
+    for stage, flag in FLAGS.items():
+        if folder := named.get(flag):
+            mine = [place for place in find_stages(folder) if place.stage == stage]
+            if not mine:
+                raise UsageError(f"--{flag} {folder}: {stage} has not run here")
+        else:
+            mine = [place for place in found if place.stage == stage]
+        if len(mine) > 1:
+            homes = " and ".join(str(place.home) for place in mine)
+            raise UsageError(f"{root}: {stage} ran on {homes}; name one of them with --{flag} of {PROGRAM} audit")
+        if mine:
+            places[stage] = mine[0]
     if PROMPTS not in places:
-        raise UsageError(f"{root}: there is no {PROMPTS}, which assigns groups")
+        raise UsageError(
+            f"{root}: there is no {PROMPTS}, which assigns groups, in it; give the folder of the whole dataset, or the "
+            "stage's own folder with --prompts"
+        )
     return places
 
 
@@ -145,11 +182,22 @@ def tally(places: Mapping[str, StagePlace], workers: int) -> Tallies:
     """Counts the samples of all shards that stage 02 has done, in ``workers`` processes."""
     ids = sorted(shards_tried(places[PROMPTS]))
     total = Tallies()
-    one = partial(tally_shards, dict(places))
+    chosen = {HYBRID: chosen_by(places[HYBRID])} if HYBRID in places else {}
+    one = partial(tally_shards, {**places, **chosen})
     chunks = [ids[begin : begin + _CHUNK] for begin in range(0, len(ids), _CHUNK)]
     for result in results_in_order(one, chunks, min(workers, len(chunks))):
         total.add(result)
+    if chosen and chosen[HYBRID].stage == INDEX and (written := _written(places[HYBRID])) < total.edited:
+        total.warnings[f"{HYBRID}: replaced samples whose shards of the new size are not written yet"] += (
+            total.edited - written
+        )
     return total
+
+
+def _written(hybrid: StagePlace) -> int:
+    """How many replaced samples the hybrid shards hold that are done."""
+    receipts = (_receipt(hybrid, shard_id) for shard_id in shards_tried(hybrid))
+    return sum(natural(receipt["notes"].get("edited")) for receipt in receipts if receipt is not None)
 
 
 def tally_shards(places: Mapping[str, StagePlace], ids: Iterable[str]) -> Tallies:
@@ -186,7 +234,10 @@ def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies
     total.shards[EDITS] += 1
     for group in groups.values():
         total.of(group).steps["to_generate"] += 1
-    generated = {key for line in provenance(places[EDITS], shard_id) if (key := str(line.get("key"))) in groups}
+    pictures = _tally_pictures(places[EDITS], shard_id, edits, groups, total)
+    _warn_if_older(edits, prompts, EDITS, PROMPTS, total)
+    total.pictures += len(pictures)
+    generated = pictures & groups.keys()
     for key in generated:
         total.of(groups[key]).steps["generated"] += 1
     for line in rejected(places[EDITS], shard_id):
@@ -196,16 +247,79 @@ def _tally_shard(places: Mapping[str, StagePlace], shard_id: str, total: Tallies
     if hybrid is None:
         return
     total.shards[HYBRID] += 1
+    for became, group, number in rejected_groups(hybrid["notes"].get("check_rejected")):
+        total.checks.setdefault(group, CheckCounts()).add_rejected(became, number)
     lost = {str(line.get("key")) for line in rejected(places[HYBRID], shard_id)}
     for key in generated:
         total.of(groups[key]).steps["to_hybrid"] += 1
     for key in generated - lost:
         total.of(groups[key]).steps["hybrid"] += 1
-    edited = hybrid.get("notes", {}).get("edited")
-    if edited != len(generated - lost):
+    _warn_if_older(hybrid, edits, HYBRID, EDITS, total)
+    total.pictures -= len(pictures & lost)
+    edited = hybrid["notes"].get("edited")
+    total.edited += natural(edited)
+    if edited != len(pictures - lost):
         total.warnings[
             f"{HYBRID}: shards in which the number of edits differs from the number of generated images"
         ] += 1
+
+
+def _tally_pictures(
+    place: StagePlace, shard_id: str, receipt: Mapping[str, Any], groups: Mapping[str, str], total: Tallies
+) -> set[str]:
+    """Counts what the checks said of a shard's pictures.  Returns the keys of all of them."""
+    noted = receipt["notes"].get("checks")
+    checked = isinstance(noted, dict)
+    total.checked += checked
+    pictures = set()
+    for line in provenance(place, shard_id):
+        pictures.add(key := str(line.get("key")))
+        if checked:
+            asked = groups.get(key, line.get("group"))
+            group = asked if isinstance(asked, str) else ""
+            if total.checks.setdefault(group, CheckCounts()).add_picture(shard_id, line, group) and (
+                seen := seen_in(line)
+            ):
+                add_seen(total.seen, seen)
+    if not checked:
+        return pictures
+    if not adds_up(noted):
+        total.warnings[f"{EDITS}: shards whose numbers of tries do not add up; curation verify names them"] += 1
+    for group, row in noted_groups(noted):
+        total.checks.setdefault(group, CheckCounts()).add_noted(row)
+    refused = {str(line.get("key")) for line in rejected(place, shard_id) if _by_check(line)}
+    for key, group in groups.items():
+        total.of(group).steps.update(to_check=1, not_rejected=int(key not in refused))
+    return pictures
+
+
+def _warn_if_older(
+    receipt: Mapping[str, Any], upstream: Mapping[str, Any], stage: str, of: str, total: Tallies
+) -> None:
+    if is_older(receipt, upstream):
+        total.warnings[f"{stage}: shards that were done before {of} did them again; run {stage} again"] += 1
+
+
+def is_older(receipt: Mapping[str, Any], upstream: Mapping[str, Any]) -> bool:
+    """Returns whether a stage was done with a shard before the stage that made its input did that shard again.
+
+    It was not if its receipt names the outputs that are there now.  Where it has no digest of them, the times decide.
+    """
+    read = {record.get("digest") for record in _records(receipt, "inputs")}
+    made = [record.get("digest") for record in _records(upstream, "outputs") if not str(record["path"]).startswith("_")]
+    if made and all(digest is not None and digest in read for digest in made):
+        return False
+    then, now = receipt.get("finished"), upstream.get("finished")
+    return isinstance(then, int | float) and isinstance(now, int | float) and then < now
+
+
+def _records(receipt: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    records = receipt.get(name)
+    return [one for one in records if isinstance(one, dict) and "path" in one] if isinstance(records, list) else []
+
+
+def _by_check(line: Mapping[str, Any]) -> bool:
+    return str(line.get("reason")).startswith(REASON)
 
 
 def _add_noted(noted: Mapping[str, Any], total: Tallies) -> None:
@@ -241,68 +355,4 @@ def shards_tried(place: StagePlace) -> Iterator[str]:
     """Yields the ids of the shards that have a receipt, whatever it says."""
     for path in place.receipts.glob("[!_.]*/*.json"):
         if not path.name.startswith("."):
-            yield path.stem
-
-
-CONFIDENCE = 0.95
-MIN_COMPARED = 20  # samples on each side of a comparison; fewer give no verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """The share in one group minus the share in the others, with its confidence interval."""
-
-    share: float
-    others: float
-    low: float
-    high: float
-
-    compared: bool = True
-    """Whether both sides have ``MIN_COMPARED`` samples.  The interval of a single sample can exclude 0 as well."""
-
-    @property
-    def value(self) -> float:
-        return self.share - self.others
-
-    @property
-    def beyond_chance(self) -> bool:
-        """Whether the interval excludes 0, of samples that are enough to be compared."""
-        return self.compared and (self.low > 0 or self.high < 0)
-
-
-def wilson(hits: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Returns the confidence interval of a share: E. B. Wilson, JASA 22 (1927).
-
-    It is (0, 1) where nothing was counted.
-    """
-    if count == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = hits / count
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def difference(hits: int, count: int, other_hits: int, other_count: int, comparisons: int = 1) -> Difference | None:
-    """Compares two shares by Newcombe's hybrid score interval (Statistics in Medicine 17 (1998), method 10).
-
-    Args:
-        hits, count: Of the group.
-        other_hits, other_count: Of all other groups.
-        comparisons: How many are made together: 95 % holds for all of them (Bonferroni).
-
-    Returns:
-        The difference, or None where one side has no sample.
-    """
-    if not count or not other_count:
-        return None
-    level = 1 - (1 - CONFIDENCE) / max(1, comparisons)
-    share, others = hits / count, other_hits / other_count
-    low, high = wilson(hits, count, level)
-    other_low, other_high = wilson(other_hits, other_count, level)
-    below = math.hypot(share - low, other_high - others)
-    above = math.hypot(high - share, others - other_low)
-    enough = min(count, other_count) >= MIN_COMPARED
-    return Difference(share, others, share - others - below, share - others + above, enough)
+            yield id_of_record(path.stem)

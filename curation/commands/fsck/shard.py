@@ -16,7 +16,7 @@ from curation.commands.fsck.samples import Kinds, Pictures, sample_problems
 from curation.errors import ShardError
 from curation.jsonio import clean_text
 from curation.run.inputs import receipts_of, vouched_for
-from curation.shards import bucket_of
+from curation.shards import home_of, record_path
 from curation.storage.files import fast_digest, read_record
 from curation.tar.headers import BLOCK, Member
 from curation.tar.scan import Damage, SampleSpan, TarScan, Window
@@ -203,15 +203,15 @@ def padding_of(window: Window, member: Member) -> bytes:
 
 def _check_receipts(task: Task, findings: Findings) -> None:
     """If a stage has published the file, compare it with the size and digest in its receipt."""
-    folder = task.path.parent
+    folder = home_of(task.path, task.shard_id)
     try:
         stages = sorted(entry.name for entry in os.scandir(folder / "_receipts") if entry.is_dir())
     except OSError:
         return
-    place = f"{os.path.realpath(folder)}/{task.path.name}"
+    place = f"{os.path.realpath(task.path.parent)}/{task.path.name}"
     for stage in stages:
         receipts = receipts_of(folder, stage)
-        receipt = read_record(receipts / bucket_of(task.shard_id) / f"{task.shard_id}.json") if receipts else None
+        receipt = read_record(record_path(receipts, task.shard_id)) if receipts else None
         if receipts is None or receipt is None:
             continue
         home = os.path.realpath(receipts.parent.parent)

@@ -18,7 +18,7 @@ from curation.commands.stages import commands_of_scripts, load_script, stage_cla
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.config import nearest
 from curation.jsonio import clean_text
-from curation.options import RunOptions, parse_options
+from curation.options import PublishOptions, RunOptions, parse_options
 from curation.options.flags import Flag, flags_of
 from curation.run import Stage
 
@@ -27,6 +27,10 @@ NOT_SHARED = {
     "dry_run": "`curation run … --dry_run` prints the commands",
     "follow": "the stages of a pipeline run one after the other; run_pipeline.sh --follow runs them at the same time",
     "follow_idle_s": "the stages of a pipeline run one after the other",
+    **{
+        field.name: f"each stage publishes to a place of its own: give it to the stage, such as 04.{field.name}"
+        for field in fields(PublishOptions)
+    },
 }
 # Options with which a stage does not run, so that the pipeline would seem to be done.
 _NO_RUN = {
@@ -35,7 +39,7 @@ _NO_RUN = {
 }
 _SHARED = {field.name for field in fields(RunOptions)}
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_READ = ("input", "data", "prompts", "edits")  # options that name what a stage reads …
+_READ = ("input", "data", "prompts", "edits", "captions")  # options that name what a stage reads …
 _WRITTEN = {"01": ("output", "edits")}  # … and what it writes, where that is not only its output
 _NO_PATH = re.compile(r"[*?\[{]|://|^pipe:")
 
@@ -172,6 +176,7 @@ def _check(where: str, command: StageCommand, earlier: Sequence[StageCommand]) -
                 raise UsageError(f"{name} is missing")
         options.check()
         command.kind.weights(options)
+        command.kind.require(options)
     except InfrastructureError as error:
         raise UsageError(f"{where}: {error}") from None
     written = [path for one in earlier for path in _paths(one, _WRITTEN.get(one.script.name[:2], ("output",)))]

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import orjson
 
 from curation import PROGRAM, PROJECT
-from curation.commands.places import find_stages
+from curation.commands.places import find_stages, homes_below
 from curation.commands.plan.cost import Estimate, ShardSizes, StageCost, evenly, sizes_of, stage_cost
 from curation.commands.plan.site import JobShape, Quota, array_commands, job_shape, max_array_size, quotas
 from curation.commands.plan.write import write_pipeline
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.sample < 0 or options.within <= 0:
         raise UsageError("--sample must not be negative, and --within must be above 0")
     tasks = parse_tasks(options.tasks)
-    shards = select(discover(options.source), options.shards)
+    shards = select(discover(options.source, begun=homes_below(options.root)), options.shards)
     code = EXIT_OK
     if options.write is not None:
         write_pipeline(options.write, options.source, options.root, options.shards)

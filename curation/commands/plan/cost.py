@@ -16,7 +16,7 @@ from typing import Any
 from curation.commands.places import StagePlace
 from curation.commands.status.scan import covered_seconds
 from curation.errors import UsageError
-from curation.shards import Shard, bucket_of, files_of
+from curation.shards import Shard, bucket_of, files_of, id_of_record
 
 # The 97.5 % quantile of Student's t by degrees of freedom; t_quantile approximates those beyond the table.
 _T = (
@@ -257,7 +257,8 @@ def _with_receipts(place: StagePlace, ids: set[str]) -> set[str]:
     found: set[str] = set()
     for bucket in sorted({bucket_of(shard_id) for shard_id in ids}):
         try:
-            found.update(name[:-5] for name in os.listdir(place.receipts / bucket) if name.endswith(".json"))
+            names = os.listdir(place.receipts / bucket)
+            found.update(id_of_record(name[:-5]) for name in names if name.endswith(".json"))
         except OSError:  # no shard of it has been done
             continue
     return found

@@ -6,7 +6,7 @@ Every chart has a title and a description for those who do not see it.  The page
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 400, 210  # of a drawing, in its own units; the other lengths ar
 _MARGIN, _FOOT = 14, 24
 _LETTER = 6.5  # about the width of a character of a label: 11 units high
 _TICKS = 5
+_MOST_BINS = 48
 _LAST_S = 1e11  # Unix time: the year 5138
 _LENGTHS = (  # seconds that a clock shows as round
     *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30),
@@ -94,6 +95,32 @@ def histogram(
         rows[-1] = (f"{show(bars[-1][1])} and more", rows[-1][1])
     spoken = f"Histogram. {note}. {_peak(rows)}"
     return Chart(title, note, spoken, _draw(bars, show, _nice, counts=True), (unit or "value", "count"), rows)
+
+
+def counted(title: str, counts: Mapping[int, int], width: float, unit: str) -> Chart | None:
+    """Draws how often values occur that somebody has counted in bins.
+
+    Args:
+        title: The chart's name.
+        counts: Number of a bin → values in it; the bin n goes from n × width to (n + 1) × width.
+        width: Of a bin.
+        unit: Of the values, in words.
+    """
+    total = sum(counts.values())
+    if not total:
+        return None
+    low, high = min(counts), max(counts)
+    together = max(1, math.ceil((high - low + 1) / _MOST_BINS))  # bins that share a bar
+    tallied: dict[int, int] = {}
+    for number, count in counts.items():
+        tallied[(number - low) // together] = tallied.get((number - low) // together, 0) + count
+    edges = [(low + together * place) * width for place in range((high - low) // together + 2)]
+    bars = [(float(tallied.get(place, 0)), edges[place], edges[place + 1]) for place in range(len(edges) - 1)]
+    rows = [(f"{short_number(a)} to {short_number(b)}", f"{count:,.0f}") for count, a, b in bars]
+    mean = sum((number + 0.5) * count for number, count in counts.items()) * width / total
+    note = f"{total:,} values, mean {short_number(mean)}"
+    spoken = f"Histogram. {note}. {_peak(rows)}"
+    return Chart(title, note, spoken, _draw(bars, short_number, _nice, counts=True), (unit, "count"), rows)
 
 
 def over_time(title: str, spans: Sequence[float], *, bins: int = 48) -> Chart | None:

@@ -10,8 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from curation.commands.audit.command import Options as AuditOptions
 from curation.commands.audit.command import audit as audit_groups
-from curation.commands.places import EDITS, FACES, HYBRID, PROMPTS, RECAPTION, StagePlace, find_stages
+from curation.commands.audit.command import variety_of
+from curation.commands.audit.groups import stage_places
+from curation.commands.places import (
+    EDITS,
+    FACES,
+    HYBRID,
+    PROMPTS,
+    RECAPTION,
+    StagePlace,
+    find_stages,
+    of_the_main_job,
+)
 from curation.commands.report.originals import Originals
 from curation.commands.report.receipts import MAX_NAME, GridCell, ReceiptBounds, ReceiptStats, add_cell, cell_of, merged
 from curation.commands.report.recipe import models_before, recipes, stand_ins
@@ -19,11 +31,12 @@ from curation.commands.report.samples import SampleStats, look
 from curation.commands.status.command import add_names_and_limits, stage_result
 from curation.commands.status.live_claims import ClaimWatcher
 from curation.commands.status.scan import ReceiptScan, ScannedStage
-from curation.errors import UsageError
+from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text
 
 REPORT_FORMAT = 1
 CLOSE = 8  # shards whose samples are shown: each costs one pass over its tars
+MAX_COMPARED = 20_000  # pictures whose features are compared with one another
 MAX_HOSTS = 10
 MAX_REASONS = 40
 TITLES = {
@@ -91,13 +104,14 @@ def gather(
     looked = look(places, chosen, 500, CLOSE)
     for stage, stage_stats, shown in zip(scan.stages, stats, stages, strict=True):
         shown["made"] = recipes(stage, stage_stats.epochs, looked.models)
+    main_job = of_the_main_job(places)
     told: dict[str, Any] = {
         "format": REPORT_FORMAT,
         "root": clean_text(str(root.resolve())),
         "made": round(time.time(), 3),
         "stages": stages,
         "stand_ins": stand_ins(stages, looked.models.keys() | models_before(scan.stages)),
-        "funnel": _funnel(stages),
+        "funnel": _funnel([shown for stage, shown in zip(scan.stages, stages, strict=True) if stage.place in main_job]),
         "looked_at": dict(looked.shards),
         "faces": dict(sorted(looked.faces.items())),
         "languages": _languages(stages),
@@ -211,7 +225,12 @@ def _languages(stages: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def _add_audit(root: Path, told: dict[str, Any]) -> None:
     try:
-        told["audit"] = audit_groups(root)
+        places = stage_places(root)
+        told["audit"] = found = audit_groups(root, places)
     except UsageError as error:  # no groups, or no stage that assigns them
         told["audit_missing"] = clean_text(str(error))
         return
+    try:
+        found["variety"] = variety_of(AuditOptions(root=root), places, found, MAX_COMPARED)
+    except (UsageError, InfrastructureError) as error:  # several features, or files that do not belong together
+        found["warnings"].append(clean_text(f"diversity and near copies are not measured: {error}")[:400])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -17,16 +18,22 @@ from markupsafe import Markup
 
 from curation import __version__
 from curation.caption.preview import PAGE_NAME as COMPARISON
+from curation.commands.audit.checks import LOSSES as CHECK_LOSSES
+from curation.commands.audit.checks import WORST
 from curation.commands.audit.command import LOSSES, verdict
-from curation.commands.places import METADATA, RECAPTION, StagePlace
+from curation.commands.audit.words import reservations
+from curation.commands.places import FACES, METADATA, RECAPTION, StagePlace
 from curation.commands.report.charts import Chart, histogram, over_time, short_time
+from curation.commands.report.checked import copy_rows, places_of, prompt_scores, seen_instead, worst_rows
 from curation.commands.report.facts import ReportFacts
 from curation.commands.report.pictures import Known, Thumbnails
 from curation.commands.report.receipts import MAX_SECONDS, STATES, GridCell, ReceiptStats, merged
 from curation.commands.report.samples import MAX_REASONS, GallerySample, decoded, in_order, with_captions
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
+from curation.run.ledger import recorded_options
 from curation.shards import bucket_of
+from curation.tar.samples import AUTO, PLAIN
 
 MAX_CELLS: Final = 16_000  # on the page, of all stages together: 130 bytes each
 FEW: Final = 150  # cells that are drawn larger
@@ -93,26 +100,34 @@ def _fill(
         version=__version__,
         style=Markup(style),  # noqa: S704 - the package's own files
         script=Markup(script),  # noqa: S704
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
+        style_hash=csp_hash(style),
+        script_hash=csp_hash(script),
         charts=charts,
         looks=looks,
         grids=grids,
         states=STATES,
         links=[_links(place, page) for place in facts.places],
         samples=samples,
+        scores=prompt_scores(facts.told["audit"]),
         omitted=pictures.omitted,
         picture=pictures.get,
         again_s=again_s,
         own_shards=_OWN_SHARDS,
         software=sorted({code for stage in facts.told["stages"] for code in stage["code"]} - {"(unknown)"})[:10],
-        losses={name: words for name, (_, _, words) in LOSSES.items()},
+        losses={name: words for name, (_, _, words) in (*LOSSES.items(), *CHECK_LOSSES.items())},
+        instead=seen_instead,
+        reservations=_reservations(facts.told["audit"]),
         verdict=verdict(facts.told["audit"]) if facts.told["audit"] else "",
     )
     return html.encode("utf-8", "replace")
 
 
-def _csp_hash(text: str) -> str:
+def _reservations(audit: Mapping[str, Any] | None) -> list[str]:
+    variety = audit["variety"] if audit else None
+    return [*reservations(variety)] if variety else []
+
+
+def csp_hash(text: str) -> str:
     """Returns the name of an inline style or script for a Content-Security-Policy (CSP level 2, 4.2.5)."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
@@ -205,9 +220,12 @@ def _samples(facts: ReportFacts, gallery: int, pictures: Thumbnails) -> dict[str
     edited = in_order(looked.edited)[:gallery]
     rejected = {name: in_order(heap)[: 4 if gallery else 0] for name, heap in looked.rejected.items()}
     recaptioned = in_order(looked.recaptioned)[: min(12, gallery)]
+    worst = worst_rows(facts.told["audit"], min(WORST, gallery))
+    copies = copy_rows(facts.told["audit"], min(WORST, gallery))
     refused = [one for ones in list(rejected.values())[:MAX_REASONS] for one in ones]
     if pictures.left:
-        _take_pictures(facts, edited, refused + recaptioned, pictures)
+        rows = places_of([*worst, *copies])
+        _take_pictures(facts, edited, refused + recaptioned, rows, pictures)
     plain = with_captions(refused, facts.places)
     captions = {place: decoded(caption) for place, caption in plain.items()}
     told = []
@@ -219,14 +237,36 @@ def _samples(facts: ReportFacts, gallery: int, pictures: Thumbnails) -> dict[str
         "edited": edited,
         "rejected": told,
         "recaptioned": recaptioned,
+        "worst": worst,
+        "copies": copies,
         "captions": captions,
         "decoded": plain != captions or any(one.decoded for one in (*edited, *recaptioned)),
     }
 
 
+def _usual(stage: str) -> str:
+    return AUTO  # an edit has one picture
+
+
+def _member_of(facts: ReportFacts, stage: str) -> str:
+    """Which of several pictures of a sample a stage read; the stages after 01 in the main job have its pictures."""
+    for name in (stage, FACES):
+        for place in facts.places:
+            recorded = recorded_options(place.home, name) if place.stage == name else None
+            member = (recorded or {}).get("image_member")
+            if isinstance(member, str):
+                return AUTO if member == PLAIN else member
+    return AUTO
+
+
 def _take_pictures(
-    facts: ReportFacts, edited: Sequence[GallerySample], others: Sequence[GallerySample], pictures: Thumbnails
+    facts: ReportFacts,
+    edited: Sequence[GallerySample],
+    others: Sequence[GallerySample],
+    rows: Sequence[tuple[str, str, str]],
+    pictures: Thumbnails,
 ) -> None:
+    """rows: (stage, shard, key) of generated pictures that are shown in rows."""
     find = facts.originals
     own = [one for one in others if one.stage in _OWN_SHARDS]
     of_main_job = [*edited, *(one for one in others if one.stage not in _OWN_SHARDS)]
@@ -235,7 +275,10 @@ def _take_pictures(
         ("old", find.source, of_main_job),
         ("seen", find.source, own),
     ):
-        for trouble in pictures.add(kind, path_of, [(one.stage, one.shard, one.key) for one in shown]):
+        places = [(one.stage, one.shard, one.key) for one in shown]
+        if kind == "new":  # each once
+            places = list(dict.fromkeys([*places, *rows]))
+        for trouble in pictures.add(kind, path_of, places, partial(_member_of, facts) if kind != "new" else _usual):
             facts.looked.trouble(trouble)
     for folder in sorted(find.away)[:5]:
         facts.looked.trouble(

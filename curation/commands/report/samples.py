@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import xxhash
 
+from curation.caption.preview import all_captions
 from curation.caption.rows import rows_path
 from curation.commands.places import (
     EDITS,
@@ -36,6 +37,7 @@ from curation.commands.report.scores import ScoreValues
 from curation.errors import SampleError, ShardError
 from curation.faces import RECORDED_FIELD, clipped, recorded_boxes
 from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, read_dictionary
+from curation.shards import record_name
 
 MAX_FILE_BYTES: Final = 256 << 20  # of a shard's provenance, rejects or drops; the rest of a larger file is not read
 MAX_VALUES: Final = 1_000_000  # of one distribution
@@ -239,7 +241,7 @@ def _look_at_recaptions(place: StagePlace, shard_id: str, looked: SampleStats, g
     for line in json_lines(rows_path(place.home, shard_id), MAX_FILE_BYTES):
         _extend(looked.recaptions, [len(str(line.get("caption", "")))])
         if gallery:
-            before, after = _text(line.get("original_caption")), _text(line.get("caption"))
+            before, after = _text(line.get("original_caption")), _text(all_captions(line).replace("\n", " · "))
             key, plain = str(line.get("key")), decoded(before)
             shown = GallerySample(
                 "recaptioned", place.stage, shard_id, key, before=plain, after=after, decoded=plain != before
@@ -264,7 +266,7 @@ def _gone(place: StagePlace, shard_id: str) -> Iterator[tuple[str, str, str]]:
     for line in rejected(place, shard_id, MAX_FILE_BYTES):
         yield _text(line.get("reason"), 80), str(line.get("key")), _text(line.get("detail"), 300)
     try:
-        with gzip.open(place.rejects / f"{shard_id}.drops.tsv.gz") as file:
+        with gzip.open(place.rejects / f"{record_name(shard_id)}.drops.tsv.gz") as file:
             data = file.read(MAX_FILE_BYTES)
     except (FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile):
         return

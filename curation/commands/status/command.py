@@ -115,6 +115,10 @@ def _details(stage: dict[str, Any]) -> Iterator[str]:
     for failure in stage["failures"]:
         states = f" [{', '.join(failure['slurm_states'])}]" if failure["slurm_states"] else ""
         yield f"{failure['shard']} {failure['reason']}{states}: {failure['message']}"
+    if opt_outs := stage["samples"].get("opt_out"):
+        yield f"disallowed by their sites: {', '.join(f'{count:,} {kind}' for kind, count in opt_outs.items())}"
+    if captions := stage["samples"].get("captions"):
+        yield f"captions: {', '.join(f'{count:,} {name}' for name, count in captions.items())}"
     for path in stage["unreadable"]:
         yield f"not a receipt, although it has the name of one: {path}"
 
@@ -279,6 +283,8 @@ def stage_result(
     lively = [claim for claim in held if claim.life != "gone"]
     waiting = pending + len(held)
     eta_s = waiting / fast.shards_per_s if lively and fast.shards_per_s else None
+    opt_outs = {kind: count for kind, count in counts.opt_outs.most_common() if count}
+    captions = {name: count for name, count in counts.captions.most_common() if count}
     causes: dict[str, Counter[str]] = {}
     for (reason, job), number in counts.jobs.items():
         if job in states:
@@ -308,6 +314,8 @@ def stage_result(
             "kept": counts.kept,
             "dropped": dict(counts.dropped.most_common()),
             "failed": dict(counts.samples_failed.most_common()),
+            **({"opt_out": opt_outs} if opt_outs else {}),
+            **({"captions": captions} if captions else {}),
         },
         "samples_per_s": _rounded(fast.samples_per_s),
         "samples_per_s_recent": _rounded(fast.recent),

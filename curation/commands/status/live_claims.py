@@ -19,7 +19,7 @@ from pathlib import Path
 from curation.cluster import host_identity
 from curation.commands.places import StagePlace
 from curation.run.claims import MAX_BEAT_BYTES, ClaimRecord, is_gone, parse_beat, read_claim
-from curation.shards import is_safe_id
+from curation.shards import id_of_record, is_safe_id
 
 MAX_CLAIMS = 100_000  # of one stage that are read
 
@@ -81,7 +81,8 @@ class ClaimWatcher:
             life = "gone"
         else:
             life = "alive" if moved else "unknown"
-        return LiveClaim(path, path.name.removesuffix(".claim"), holder, life, working.get(path.stem), silent_s)
+        shard_id = id_of_record(path.stem)
+        return LiveClaim(path, shard_id, holder, life, working.get(shard_id), silent_s)
 
     def _read_beat(self, path: Path) -> dict[str, int]:
         data = b""
@@ -103,7 +104,7 @@ def _claims(place: StagePlace) -> list[tuple[Path, ClaimRecord]]:
             with contextlib.suppress(OSError):
                 for name in os.listdir(place.claims / bucket):
                     path = place.claims / bucket / name
-                    if len(found) < MAX_CLAIMS and name.endswith(".claim") and is_safe_id(name[:-6]):
+                    if len(found) < MAX_CLAIMS and name.endswith(".claim") and is_safe_id(id_of_record(name[:-6])):
                         holder = read_claim(path)
                         if holder is not None:
                             found.append((path, holder))

@@ -7,12 +7,11 @@ Only sums are kept; sums of parts can be added.  Nothing is written, and no file
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -24,16 +23,19 @@ import orjson
 from curation.commands.places import StagePlace
 from curation.errors import InfrastructureError
 from curation.jsonio import clean_text
-from curation.run.inputs import receipts_of, vouched_for
+from curation.run.inputs import place_below, receipts_of, vouched_for
 from curation.run.ledger import MAX_ATTEMPTS, OptionsVersion, done_receipts
 from curation.run.planned import Plan
-from curation.shards import bucket_of, is_safe_id
+from curation.shards import LAYOUT_NOTE, bucket_of, id_of_record, is_safe_id, record_name
 from curation.storage.files import MAX_RECEIPT_BYTES, read_record
 
+_OPT_OUT_KINDS = ("robots", "tdmrep", "x_robots_tag")  # of stage 00
 EXAMPLES = 5  # failed shards that are shown for each reason
 WINDOW_S = 600.0  # over which the recent speed is measured, at least
 _MAX_MESSAGE = 300
 _MAX_PHASES = 20
+_MAX_NAMES = 100  # of captions
+_MADE = ("made", "reused", "adopted")  # how stage 05 came by a caption
 _MAX_SECONDS = 1e9
 
 
@@ -55,7 +57,7 @@ class StageCounts:
     done: shards that are done and up to date.  stale: why (epoch, inputs, upstream) → shards that are done but not up
     to date.  failed, quarantined: reason → shards.  again: shards to be tried again.  untouched: planned shards without
     a receipt.  The last two leave out shards that a worker has claimed.  jobs: (reason, SLURM job) → failures.
-    spent: phase → seconds, summed over threads.
+    spent: phase → seconds, summed over threads.  opt_outs: kind of a site's rule → samples that one forbids.
     spans: when each finished attempt started and finished and how many samples it read, one after the other, in Unix
     time by the clocks of the nodes.
     """
@@ -74,6 +76,8 @@ class StageCounts:
     gpu_seconds: float = 0.0
     jobs: Counter[tuple[str, str]] = field(default_factory=Counter)
     spent: Counter[str] = field(default_factory=Counter)
+    opt_outs: Counter[str] = field(default_factory=Counter)
+    captions: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     spans: array[float] = field(default_factory=lambda: array("d"))
 
@@ -84,7 +88,17 @@ class StageCounts:
         self.samples_in += other.samples_in
         self.kept += other.kept
         self.gpu_seconds += other.gpu_seconds
-        for name in ("stale", "failed", "quarantined", "dropped", "samples_failed", "jobs", "spent"):
+        for name in (
+            "stale",
+            "failed",
+            "quarantined",
+            "dropped",
+            "samples_failed",
+            "jobs",
+            "spent",
+            "opt_outs",
+            "captions",
+        ):
             getattr(self, name).update(getattr(other, name))
         self.unreadable = (self.unreadable + other.unreadable)[:EXAMPLES]
         self.spans.extend(other.spans)
@@ -106,6 +120,10 @@ class StageCounts:
                 if reasons and isinstance(reasons, dict):
                     for reason, number in reasons.items():
                         tally[reason] += whole(number)
+            notes = receipt.get("notes")
+            if isinstance(notes, dict):
+                self.opt_outs.update({kind: whole(notes.get(f"opt_out_{kind}")) for kind in _OPT_OUT_KINDS})
+                self._add_captions(notes.get("captions"))
             self._add_phases(receipt.get("seconds"))
             if self._add_time(receipt):
                 self.spans.extend((receipt["started"], receipt["finished"], count))
@@ -126,6 +144,13 @@ class StageCounts:
                 {"shard": shard_id, "reason": reason, "message": message, "host": str(receipt.get("host", "")),
                  "jobs": jobs, "quarantined": held}
             )  # fmt: skip
+
+    def _add_captions(self, by_name: Any) -> None:
+        for name, number in islice(by_name.items(), _MAX_NAMES) if isinstance(by_name, dict) else ():
+            told = clean_text(str(name)[:100])
+            made = [number.get(how) for how in _MADE] if isinstance(number, dict) else [number]  # stage 05's, or 04's
+            if told in self.captions or len(self.captions) < _MAX_NAMES:
+                self.captions[told] += sum(map(whole, made))
 
     def _add_phases(self, seconds: Any) -> None:
         for phase, spent in islice(seconds.items(), _MAX_PHASES) if isinstance(seconds, dict) else ():
@@ -150,12 +175,21 @@ def attempt_seconds(receipt: dict[str, Any]) -> float | None:
 
 
 def covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
-    """Returns how long at least one of the spans (from, to) was under way."""
-    covered, until = 0.0, -math.inf
-    for began, ended in sorted(spans):
-        covered += max(0.0, ended - max(began, until))
-        until = max(until, ended)
-    return covered
+    """Returns how long at least one of the spans (from, to) was under way.
+
+    Nothing was under way before beginning number ``n`` where all ``n`` earlier ones had ended: beginnings and ends are
+    sorted apart, in a third of the memory of the spans as tuples.
+    """
+    began, ended = array("d"), array("d")
+    for start, end in spans:
+        if start <= end:
+            began.append(start)
+            ended.append(end)
+    if not began:
+        return 0.0
+    began, ended = array("d", sorted(began)), array("d", sorted(ended))
+    pauses = sum(max(0.0, start - end) for start, end in zip(islice(began, 1, None), ended, strict=False))
+    return ended[-1] - began[0] - pauses
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,18 +208,17 @@ class StageSpeed:
 
 def speed(spans: array[float]) -> StageSpeed:
     """Returns the speed by the times of the attempts, as ``StageCounts.spans`` has them."""
-    rows = sorted(zip(spans[0::3], spans[1::3], spans[2::3], strict=True))
-    if not rows:
+    started, finished, samples = spans[0::3], spans[1::3], spans[2::3]
+    if not started:
         return StageSpeed()
-    covered = covered_seconds((started, finished) for started, finished, _ in rows)
-    last = max(finished for _, finished, _ in rows)
-    mean_s = sum(finished - started for started, finished, _ in rows) / len(rows)
-    window_s = min(max(WINDOW_S, 2 * mean_s), last - rows[0][0])
-    within = [samples for _, finished, samples in rows if finished > last - window_s]
-    total = sum(samples for _, _, samples in rows)
+    covered = covered_seconds(zip(started, finished, strict=True))
+    last = max(finished)
+    mean_s = (sum(finished) - sum(started)) / len(started)
+    window_s = min(max(WINDOW_S, 2 * mean_s), last - min(started))
+    within = [count for end, count in zip(finished, samples, strict=True) if end > last - window_s]
     if covered <= 0 or window_s <= 0:
         return StageSpeed()
-    return StageSpeed(total / covered, sum(within) / window_s, len(within) / window_s, window_s)
+    return StageSpeed(sum(samples) / covered, sum(within) / window_s, len(within) / window_s, window_s)
 
 
 def _jobs_of_failure(receipt: dict[str, Any], error: dict[str, Any]) -> list[str]:
@@ -202,6 +235,7 @@ def whole(value: Any) -> int:
 MAX_PROCESSES = 8  # a shared filesystem answers several at once, but others use the login node too
 _BUCKETS_A_PROCESS = 4  # a process is not worth starting for fewer
 _READ_BYTES = 256 << 10
+_MOST_ELSEWHERE = 20  # stages that are not below the folder
 
 
 @dataclass(slots=True)
@@ -272,6 +306,9 @@ class ReceiptScan:
         self.warnings: list[str] = []
         self.stages = [ScannedStage(place, self._epochs(place), *self._planned(place)) for place in places]
         self._index = {str(place.receipts): number for number, place in enumerate(places)}
+        self._all = [*self.stages]  # and those that are elsewhere and made what these read
+        self._files: dict[str, dict[str, Any]] = {}  # what many shards read, as it is now
+        self._find_those_elsewhere()
         self._origins: dict[tuple[int, str, str], tuple[int | None, str]] = {}
         self._upstream = [self._upstream_of(number) for number in range(len(self.stages))]
 
@@ -319,7 +356,7 @@ class ReceiptScan:
         """Whether most receipts were read before.  What was read under other options says nothing any more."""
         if self._memory is None:
             return False
-        basis = [(stage.place, [(e.number, e.shards) for e in stage.epochs]) for stage in self.stages]
+        basis = [(stage.place, [(e.number, e.shards) for e in stage.epochs]) for stage in self._all]
         if self._memory.basis != basis:
             self._memory.basis, self._memory.shards = basis, {}
         return bool(self._memory.shards)
@@ -345,7 +382,7 @@ class ReceiptScan:
         with contextlib.ExitStack() as stack:
             folders: list[int | None] = []
             inodes: list[dict[str, int]] = []
-            for stage in self.stages:
+            for stage in self._all:
                 folder = _open_folder(stage.place.receipts / bucket)
                 if folder is not None:
                     stack.callback(os.close, folder)
@@ -354,7 +391,7 @@ class ReceiptScan:
             done: list[set[str]] = [set() for _ in self.stages]
             before = {} if self._memory is None else self._memory.shards.get(bucket, {})
             after: dict[str, tuple[tuple[int, ...], bytes]] = {}
-            for shard_id in set[str]().union(*inodes):
+            for shard_id in set[str]().union(*inodes[: len(self.stages)]):
                 signature = tuple(known.get(shard_id, 0) for known in inodes)
                 kept = before.get(shard_id)
                 if kept is not None and kept[0] == signature:
@@ -379,12 +416,14 @@ class ReceiptScan:
         looked: _Looked = []
         for number, folder in enumerate(folders):
             if folder is not None and inodes[number]:
-                receipt = _read_receipt(folder, f"{shard_id}.json")
+                receipt = _read_receipt(folder, f"{record_name(shard_id)}.json")
                 if receipt is None:
                     looked.append((number, "", None))
                 else:
                     seen[number] = _ScannedReceipt(receipt)
         for number, this in seen.items():
+            if number >= len(self.stages):
+                continue
             try:
                 why = self._why_stale(number, shard_id, seen) if this.receipt.get("status") == "done" else ""
             except (TypeError, ValueError, KeyError, AttributeError):  # not a receipt that a stage has written
@@ -410,7 +449,7 @@ class ReceiptScan:
                 elif shard_id not in self.stages[number].claimed:
                     counts.again += 1
             except (TypeError, ValueError, KeyError, AttributeError):  # not a receipt that a stage has written
-                counts.unreadable.append(str(self.stages[number].place.receipts / bucket / shard_id))
+                counts.unreadable.append(str(self.stages[number].place.receipts / bucket / record_name(shard_id)))
 
     def _why_stale(self, number: int, shard_id: str, seen: dict[int, _ScannedReceipt]) -> str:
         """Returns why a shard that is done is stale: ``epoch`` | ``inputs`` | ``upstream``; empty where it is not."""
@@ -421,22 +460,33 @@ class ReceiptScan:
         return this.why
 
     def _find_why(self, number: int, shard_id: str, receipt: dict[str, Any], seen: dict[int, _ScannedReceipt]) -> str:
-        if receipt.get("epoch") != self.stages[number].governing(shard_id):
+        if receipt.get("epoch") != self._all[number].governing(shard_id):
             return "epoch"
+        if LAYOUT_NOTE in receipt.get("notes", {}):  # made from several shards, whose receipts are not read together
+            return ""
         why = ""
         for record, source in zip(receipt.get("inputs", ()), receipt.get("sources", ()), strict=False):
             if "stage" not in source:
+                if self._has_changed(number, shard_id, record, source):
+                    return "inputs"
                 continue
             upstream, folder = self._origin(number, source["stage"], source["folder"])
-            if upstream is None or upstream == number:  # that stage is not below the folder that is read
+            if upstream is None:  # that stage has left no receipts: its files were made elsewhere
+                if self._has_changed(number, shard_id, record, source):
+                    return "inputs"
+                continue
+            if upstream == number:
                 continue
             theirs = seen.get(upstream)
             if theirs is None or theirs.receipt.get("status") != "done":
                 return "inputs"
-            home = str(self.stages[upstream].place.home)
-            name, absent = record["path"], record.get("absent") is True
+            home = str(self._all[upstream].place.home)
+            name, absent = f"{place_below(source, shard_id)}{record['path']}", record.get("absent") is True
             now = vouched_for(
-                f"{folder}/{name.rstrip('/')}", home, theirs.receipt["outputs"], loose=absent or name.endswith("/")
+                f"{folder}/{name.rstrip('/')}",
+                home,
+                theirs.receipt["outputs"],
+                loose=absent or name.endswith("/"),
             )
             if now != (None if absent else record):
                 return "inputs"
@@ -444,11 +494,47 @@ class ReceiptScan:
                 why = "upstream"
         return why
 
+    def _has_changed(self, number: int, shard_id: str, record: Mapping[str, Any], source: Mapping[str, Any]) -> bool:
+        """Whether a file that no receipt records is another one now, as the stage's next run would find it.
+
+        Source shards, what was made elsewhere, tables of captions, subsets and lists of rejects count by size and time.
+        """
+        folder, name = source.get("folder"), record.get("path")
+        if not (isinstance(folder, str) and isinstance(name, str)) or "\0" in folder + name:
+            return False
+        below = place_below(source, shard_id) if "stage" in source else ""
+        path = os.path.join(self._all[number].place.home, folder, f"{below}{name.rstrip('/')}")
+        now = self._files.get(path) or _as_it_is(path, name)
+        if name.partition(".")[0] != os.path.basename(shard_id).partition(".")[0]:  # many shards read it
+            self._files[path] = now
+        is_optional = "_rejects" in folder.split("/")
+        if "absent" in now and not is_optional:  # perhaps it cannot be seen from here; a run would be blocked
+            return False
+        return now != record
+
+    def _find_those_elsewhere(self) -> None:
+        """Add the stages that are not below the folder, and whose outputs stages there have read."""
+        number = 0
+        while number < len(self._all) < len(self.stages) + _MOST_ELSEWHERE:
+            stage = self._all[number]
+            named = set(stage.sources)
+            for receipt in islice(done_receipts(stage.place.home, stage.place.stage), 1):
+                with contextlib.suppress(TypeError, KeyError, AttributeError):  # no receipt that a stage has written
+                    named |= {(s["stage"], s["folder"]) for s in receipt["sources"] if "stage" in s}
+            for name, folder in sorted(named):
+                receipts = receipts_of(Path(os.path.realpath(stage.place.home / folder)), name)
+                real = None if receipts is None else os.path.realpath(receipts)
+                if real is not None and real not in self._index:
+                    self._index[real] = len(self._all)
+                    place = StagePlace(name, Path(real).parent.parent)
+                    self._all.append(ScannedStage(place, self._epochs(place), None, self._planned(place)[1]))
+            number += 1
+
     def _origin(self, number: int, stage: str, folder: str) -> tuple[int | None, str]:
         """Returns the number of the stage that wrote the inputs in ``folder``, and the folder's real path."""
         key = (number, stage, folder)
         if key not in self._origins:
-            real = os.path.realpath(self.stages[number].place.home / folder)
+            real = os.path.realpath(self._all[number].place.home / folder)
             receipts = receipts_of(Path(real), stage)
             place = None if receipts is None else self._index.get(os.path.realpath(receipts))
             self._origins[key] = (place, real)
@@ -465,7 +551,7 @@ class ReceiptScan:
         if not sources:
             return self._maker_of_files(number)
         found = {self._origin(number, stage, folder)[0] for stage, folder in sources}
-        return sorted(place for place in found if place is not None and place != number)
+        return sorted(place for place in found if place is not None and place != number and place < len(self.stages))
 
     def _maker_of_files(self, number: int) -> list[int]:
         """Returns the stage that published the very file from which a stage made one of its shards, if there is one.
@@ -504,6 +590,15 @@ class ReceiptScan:
         return found or None, plan.sources
 
 
+def _as_it_is(path: str, name: str) -> dict[str, Any]:
+    """What a receipt would record of a file that no receipt records; nothing where it cannot be seen from here."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return {"path": name, "absent": True}
+    return {"path": name, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
 def _buckets(receipts: Path) -> Iterator[str]:
     with contextlib.suppress(OSError), os.scandir(receipts) as entries:
         for entry in entries:
@@ -521,7 +616,7 @@ def _open_folder(folder: Path) -> int | None:
 def _receipt_inodes(folder: int) -> dict[str, int]:
     """Returns shard → the inode of its receipt."""
     with os.scandir(folder) as entries:
-        return {e.name[:-5]: e.inode() for e in entries if e.name.endswith(".json") and e.name[0] != "."}
+        return {id_of_record(e.name[:-5]): e.inode() for e in entries if e.name.endswith(".json") and e.name[0] != "."}
 
 
 def _read_receipt(folder: int, name: str) -> dict[str, Any] | None:

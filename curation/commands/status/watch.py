@@ -23,6 +23,7 @@ _WORDS = {  # phase of a receipt → what it is
     "language": "finding the language",
     "infer": "the model",
     "encode": "encoding",
+    "check": "checking what was made",
     "write": "writing",
     "commit": "committing",
     "verify": "checking what was written",

@@ -7,7 +7,7 @@ none, and change no setting.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from curation.jsonio import clean_text
 
 MAX_CONDITION_CHARS = 1 << 20
 _ROWS = 1 << 16  # of a block of results
-_SPACE = (
+SPACE = (
     r"\t-\r\x1c-\x20\x85\xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"  # as str.split has it
 )
 
@@ -32,22 +32,8 @@ _TOP = re.compile(r"\btop\(\s*(?P<column>\"(?:[^\"]|\"\")+\"|\w+)\s*,\s*(?P<shar
 _NOT_FOUND = re.compile(r'column "?((?:[^"\s]|"")+)"? not found')
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
 
-_WORDS = f"length(regexp_extract_all(text, '[^{_SPACE}]+'))"
-BASELINES: Mapping[str, str] = MappingProxyType(
-    {
-        "no_filter": "true",
-        "basic": (
-            f"language = 'en' and {_WORDS} > 2 and length(text) > 5 "
-            "and original_width >= 200 and original_height >= 200 "
-            "and original_width <= 3 * original_height and original_height <= 3 * original_width"
-        ),
-        "clip_b32_30": "top(clip_b32_similarity_score, 0.3)",
-        "clip_l14_30": "top(clip_l14_similarity_score, 0.3)",
-        "clip_b32_0.28": "clip_b32_similarity_score >= 0.28",
-        "clip_l14_0.28": "clip_l14_similarity_score >= 0.28",
-        "laion2b": "language = 'en' and clip_b32_similarity_score >= 0.28",
-    }
-)
+TABLE, ROW = "curation_table", "curation_row"  # columns of a filter with positions
+_POSITIONS = {"file_index": TABLE, "file_row_number": ROW}  # DuckDB's names of them
 
 
 # Names under which conditions may ask for a column, beside its own: the first of the columns that is there.
@@ -58,8 +44,10 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """expression: what DuckDB gets, with every name resolved.  thresholds: the value of each ``top(column, share)``."""
+    """text: as it was given.  expression: what DuckDB gets, with every name resolved.  thresholds: the value of each
+    ``top(column, share)``."""
 
+    text: str
     expression: str
     thresholds: Mapping[str, float | None]
 
@@ -67,10 +55,13 @@ class Condition:
 class SqlFilter:
     """The rows of the tables ``paths`` as one table.
 
-    memory_mb: DuckDB's limit; what does not fit goes to the folder ``spill``.
+    memory_mb: DuckDB's limit; what does not fit goes to the folder ``spill``.  positions: whether each row has the
+    columns ``TABLE``, the number of its table among ``paths``, and ``ROW``, its number in the table, both from 0 on.
     """
 
-    def __init__(self, paths: Sequence[Path], spill: Path, *, memory_mb: int, threads: int) -> None:
+    def __init__(
+        self, paths: Sequence[Path], spill: Path, *, memory_mb: int, threads: int, positions: bool = False
+    ) -> None:
         self._duckdb = import_duckdb()
         listed = f"[{', '.join(_text(str(path)) for path in paths)}]"
         self._connection = self._duckdb.connect(":memory:")
@@ -85,9 +76,12 @@ class SqlFilter:
                 ("lock_configuration", "true"),
             ):
                 self._connection.execute(f"SET {setting} = {value}")
-            self._ask(f"CREATE TEMP VIEW all_rows AS SELECT * FROM read_parquet({listed}, union_by_name = true)")
-            described = self._ask("DESCRIBE all_rows").fetchall()
+            tables = f"read_parquet({listed}, union_by_name = true)"
+            described = self._ask(f"DESCRIBE SELECT * FROM {tables}").fetchall()
             self.columns = tuple(row[0] for row in described)
+            self._refuse_columns(_POSITIONS.items() if positions else ())
+            placed = [f"{own} AS {name}" for own, name in _POSITIONS.items() if positions]
+            self._ask(f"CREATE TEMP VIEW all_rows AS SELECT {', '.join(['*', *placed])} FROM {tables}")
             known = {name.lower() for name in self.columns}
             aliases = [f"{_name(own)} AS {_name(other)}" for other, own in self._aliases(known)]
             floats = [row[0] for row in described if row[1] in ("FLOAT", "DOUBLE")]
@@ -121,6 +115,15 @@ class SqlFilter:
                 known.add(other.lower())
                 yield other, own
 
+    def _refuse_columns(self, names: Iterable[tuple[str, str]]) -> None:
+        """Raise UsageError if the tables have columns with names that are needed for something else."""
+        taken = {name for pair in names for name in pair}
+        for column in self.columns:
+            if column.lower() in taken:
+                raise UsageError(
+                    f"the tables have a column {clean_text(column)!r}, a name that is needed here; rename it"
+                )
+
     def count(self) -> int:
         return int(self._ask("SELECT count(*) FROM all_rows").fetchall()[0][0])
 
@@ -130,6 +133,7 @@ class SqlFilter:
         Raises:
             UsageError: It is not a condition, or names a column that is not there.
         """
+        given = text
         if len(text) > MAX_CONDITION_CHARS:
             raise UsageError(f"the condition is longer than {MAX_CONDITION_CHARS:,} characters")
         text = self._quote_dashed(text)
@@ -148,7 +152,7 @@ class SqlFilter:
         except self._duckdb.Error as error:
             raise UsageError(f"--where: not one SQL condition: {_first_line(error)}") from None
         self._ask(f"EXPLAIN {_rows_where(text)}")
-        return Condition(text, thresholds)
+        return Condition(given, text, thresholds)
 
     def _refuse_missing(self, text: str) -> None:
         """Raise UsageError that names every column of the condition that is not there, and how each is made."""
@@ -183,8 +187,10 @@ class SqlFilter:
         return found
 
     def rows(self, condition: Condition, columns: str, *, order: str) -> Iterator[Any]:
-        """Yields Arrow record batches of the rows that fulfil it; columns and order are the caller's own SQL."""
-        query = f"SELECT {columns} FROM ({_rows_where(condition.expression)}) ORDER BY {order}"
+        """Yields Arrow record batches of the rows that fulfil it; columns and order are the caller's own SQL.  With no
+        order the rows come as they are read."""
+        query = f"SELECT {columns} FROM ({_rows_where(condition.expression)})"
+        query += f" ORDER BY {order}" if order else ""
         with self._clear_errors():
             yield from self._connection.sql(query).to_arrow_reader(_ROWS)
 

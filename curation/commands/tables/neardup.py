@@ -17,6 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from curation.commands.tables.results import ResultOptions, as_given, results_in_stores
 from curation.commands.tables.similarity import (
     BLOCK_ROWS,
     EXACT_ROWS,
@@ -33,7 +34,7 @@ from curation.commands.tables.similarity import (
 )
 from curation.commands.tables.tables import FolderTables, ShardTable, check_columns, find_tables, with_features
 from curation.errors import EXIT_OK, InfrastructureError, UsageError
-from curation.options import POSITIONAL, exit_code, parse_arguments
+from curation.options import POSITIONAL, URLS, exit_code, parse_arguments
 from curation.reshard.uids import UID_DTYPE, Uids, parse_uids, sort_uids, write_subset
 from curation.storage.files import make_folder, storage_errors, whole_file
 
@@ -42,7 +43,7 @@ _SIZES = (("original_width", "original_height"), ("width", "height"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ResultOptions):
     """Find near duplicates among the samples of a folder, or of an evaluation set among them."""
 
     folder: Annotated[Path, POSITIONAL]
@@ -51,9 +52,10 @@ class Options:
     """The feature of the npz files that is compared, such as dedup-isc-ft-v107-image."""
     threshold: float
     """Samples with at least this cosine are near duplicates."""
-    out: Path
-    """The parquet to write: one row for each sample in a group; with --against, for every sample."""
-    keep: Path | None = None
+    out: Annotated[Path, URLS]
+    """The parquet to write: one row for each sample in a group; with --against, for every sample.  It and --keep may be
+    URLs such as s3://bucket/near.parquet with --work_dir."""
+    keep: Annotated[Path | None, URLS] = None
     """The subset file (uids, as `select` writes them) to write: one sample of each group, and all samples in no
     group."""
     against: Path | None = None
@@ -86,22 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not -1 <= options.threshold <= 1:
         raise UsageError("--threshold is a cosine, between -1 and 1")
     began = time.monotonic()
-    tables = find_tables(options.folder)
-    for warning in tables.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    check_columns(tables.tables, "--keep" if options.keep is not None else "")
-    scratch = options.scratch or options.out.parent
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".neardup.", dir=scratch) as folder:
-        work = _within_the_dataset if options.against is None else _against
-        result = work(options, tables, Path(folder))
+    with results_in_stores(options, ("out", "keep")) as local:
+        tables = find_tables(options.folder)
+        for warning in tables.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        check_columns(tables.tables, "--keep" if options.keep is not None else "")
+        scratch = local.scratch or local.out.parent
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".neardup.", dir=scratch) as folder:
+            work = _within_the_dataset if local.against is None else _against
+            result = work(local, tables, Path(folder))
     result = {"feature": options.feature, "threshold": options.threshold, **result, "warnings": list(tables.warnings)}
     result["seconds"] = round(time.monotonic() - began, 3)
     if options.json:
         print(orjson.dumps(result).decode())
     else:
         print(", ".join(f"{name} {value:,}" for name, value in result.items() if isinstance(value, int)))
-        print(f"written: {options.out}" + (f", {options.keep}" if options.keep else ""))
+        print(f"written: {', '.join(as_given(path) for path in (options.out, options.keep) if path is not None)}")
     return EXIT_OK
 
 

@@ -26,6 +26,7 @@ BLOCK_ROWS = 2048
 MAX_WIDTH = 1 << 16
 MAX_COLUMNS_BYTES = 4 << 30  # of an array that is stored column by column
 _HEADER_BYTES = 4096
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError)
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 Rows = NDArray[np.float32]
@@ -38,15 +39,44 @@ def feature_blocks(path: Path, name: str, rows: int = BLOCK_ROWS) -> Iterator[Ro
     Raises UsageError where the file has no such feature, InfrastructureError where it is damaged.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [entry.removesuffix(".npy") for entry in archive.namelist()]
-            found = next((one for one in (name, other_name(name)) if one in names), None)
-            if found is None:
-                raise UsageError(f"{path}: {what_is_missing('feature', [name], names)}")
-            with archive.open(f"{found}.npy") as file:
-                yield from _blocks(file, f"{path}: {name}", rows)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+        with zipfile.ZipFile(path) as archive, archive.open(_member(archive, path, name)) as file:
+            yield from _blocks(file, f"{path}: {name}", rows)
+    except _DAMAGED as error:
         raise InfrastructureError(f"{path}: cannot be read: {error}; run the stage again for this shard") from None
+
+
+def feature_dtype(path: Path, name: str) -> tuple[np.dtype[Any], int]:
+    """Of the feature ``name`` of an npz: in which type its numbers are stored, and how many a row has.
+
+    Raises as ``feature_blocks``.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(_member(archive, path, name)) as file:
+            shape, _, dtype = _array_header(file, f"{path}: {name}")
+    except _DAMAGED as error:
+        raise InfrastructureError(f"{path}: cannot be read: {error}; run the stage again for this shard") from None
+    return dtype, int(shape[1])
+
+
+def feature_shape(path: Path, name: str) -> tuple[int, int]:
+    """Of the feature ``name`` of an npz: how many rows it has, and how many numbers a row has.
+
+    Raises as ``feature_blocks``.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(_member(archive, path, name)) as file:
+            shape, _, _ = _array_header(file, f"{path}: {name}")
+    except _DAMAGED as error:
+        raise InfrastructureError(f"{path}: cannot be read: {error}; run the stage again for this shard") from None
+    return int(shape[0]), int(shape[1])
+
+
+def _member(archive: zipfile.ZipFile, path: Path, name: str) -> str:
+    names = [entry.removesuffix(".npy") for entry in archive.namelist()]
+    found = next((one for one in (name, other_name(name)) if one in names), None)
+    if found is None:
+        raise UsageError(f"{path}: {what_is_missing('feature', [name], names)}")
+    return f"{found}.npy"
 
 
 def array_blocks(path: Path, rows: int = BLOCK_ROWS) -> Iterator[Rows]:
@@ -59,12 +89,7 @@ def array_blocks(path: Path, rows: int = BLOCK_ROWS) -> Iterator[Rows]:
 
 
 def _blocks(file: Any, what: str, rows: int) -> Iterator[Rows]:
-    reader = _READERS.get(np.lib.format.read_magic(file))
-    if reader is None:
-        raise ValueError(f"{what} has an unknown NumPy format")
-    shape, fortran, dtype = reader(file, max_header_size=_HEADER_BYTES)
-    if len(shape) != 2 or dtype.kind != "f" or not 0 < shape[1] <= MAX_WIDTH:
-        raise ValueError(f"{what} is no table of numbers, one row a sample (shape {shape}, {dtype})")
+    shape, fortran, dtype = _array_header(file, what)
     if fortran:
         yield from _blocks_of_columns(file, what, rows, shape, dtype)
         return
@@ -74,6 +99,17 @@ def _blocks(file: Any, what: str, rows: int) -> Iterator[Rows]:
         data = _read_fully(file, count * shape[1] * dtype.itemsize)
         yield np.frombuffer(data, dtype).reshape(count, shape[1]).astype(np.float32)
         left -= count
+
+
+def _array_header(file: Any, what: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it is stored column by column, and type."""
+    reader = _READERS.get(np.lib.format.read_magic(file))
+    if reader is None:
+        raise ValueError(f"{what} has an unknown NumPy format")
+    shape, fortran, dtype = reader(file, max_header_size=_HEADER_BYTES)
+    if len(shape) != 2 or dtype.kind != "f" or not 0 < shape[1] <= MAX_WIDTH:
+        raise ValueError(f"{what} is no table of numbers, one row a sample (shape {shape}, {dtype})")
+    return shape, fortran, dtype
 
 
 def _blocks_of_columns(file: Any, what: str, rows: int, shape: tuple[int, ...], dtype: Any) -> Iterator[Rows]:
@@ -143,6 +179,11 @@ class Vectors:
         mapped = np.memmap(self.path, np.float32, "r", shape=(self._count, self.width))
         return np.array(mapped[places])
 
+    def mapped(self) -> Rows:
+        """Returns all rows; the system reads them when they are looked at, and may forget them again."""
+        self._file.flush()
+        return np.memmap(self.path, np.float32, "r", shape=(self._count, self.width))
+
     def close(self) -> None:
         self._file.close()
 
@@ -206,7 +247,7 @@ def cell_pairs(vectors: Vectors, threshold: float, scratch: Path, probes: int = 
 
     The cells are k-means centroids of a sample, found with a fixed seed on one thread.
     """
-    faiss = _import_faiss()
+    faiss = import_faiss("--index cells")
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)  # sums in the same order everywhere
     try:
@@ -308,11 +349,11 @@ def nearest_of(rows: Rows, others: Vectors) -> tuple[NDArray[np.float32], NDArra
     return best, places
 
 
-def _import_faiss() -> Any:
+def import_faiss(what: str) -> Any:
+    """Returns the module.  what: needs it, for the InfrastructureError that is raised where it is not installed."""
     try:
         import faiss
     except ImportError:
-        raise InfrastructureError(
-            f"--index cells needs the package faiss: {install('faiss')}, or --index exact"
-        ) from None
+        instead = ", or --index exact" if what == "--index cells" else ""
+        raise InfrastructureError(f"{what} needs the package faiss: {install('faiss')}{instead}") from None
     return faiss

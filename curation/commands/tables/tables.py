@@ -13,6 +13,7 @@ from curation.commands.tables.missing import what_is_missing
 from curation.errors import InfrastructureError, UsageError
 from curation.jsonio import clean_text, repeated
 from curation.run.ledger import done_receipts
+from curation.run.records import place_of
 
 _READING_THREADS = 16  # a shared filesystem answers them at once
 _SUFFIX, _FEATURES = ".parquet", ".npz"
@@ -29,10 +30,12 @@ class ShardTable:
 
 @dataclass(frozen=True, slots=True)
 class FolderTables:
-    """tables: in the order of the shards.  warnings: what was left out, in whole sentences."""
+    """tables: in the order of the shards.  warnings: what was left out, in whole sentences.  stage: whose receipts name
+    the tables; "" where they were made elsewhere."""
 
     tables: tuple[ShardTable, ...]
     warnings: tuple[str, ...] = ()
+    stage: str = ""
 
 
 def find_tables(folder: Path) -> FolderTables:
@@ -45,6 +48,8 @@ def find_tables(folder: Path) -> FolderTables:
         UsageError: There are no tables.
         InfrastructureError: A table does not have the size that its receipt says.
     """
+    if folder.is_file():
+        raise UsageError(f"{folder}: a file; give its folder, whose tables are read")
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
     stages = _stages(folder)
@@ -81,8 +86,8 @@ def _of_stage(folder: Path, stage: str) -> FolderTables:
                 features = path.removesuffix(_SUFFIX) + _FEATURES
                 table = ShardTable(
                     str(receipt["shard"]),
-                    _whole(folder, outputs[path]),
-                    _whole(folder, outputs[features]) if features in outputs else None,
+                    _whole(folder, stage, receipt, outputs[path]),
+                    _whole(folder, stage, receipt, outputs[features]) if features in outputs else None,
                 )
                 tables.append(table)
                 named.add(table.parquet)
@@ -91,14 +96,19 @@ def _of_stage(folder: Path, stage: str) -> FolderTables:
     if strays:
         first = clean_text(str(strays[0]))
         warnings.append(f"ignored {len(strays):,} tables that no done receipt names (the first: {first})")
-    return FolderTables(tuple(sorted(tables, key=lambda table: (table.shard_id, table.parquet))), tuple(warnings))
+    in_order = sorted(tables, key=lambda table: (table.shard_id, table.parquet))
+    return FolderTables(tuple(in_order), tuple(warnings), stage)
 
 
-def _whole(folder: Path, output: dict[str, Any]) -> Path:
+def _whole(folder: Path, stage: str, receipt: dict[str, Any], output: dict[str, Any]) -> Path:
     path = folder / str(output["path"])
     try:
         size = path.stat().st_size
     except OSError as error:
+        if (there := place_of(folder, stage, receipt, output)) is not None:
+            raise InfrastructureError(
+                f"{path}: it was removed after its upload; copy the tables back from {there} and its like"
+            ) from None
         raise InfrastructureError(f"{path}: {error.strerror}, but its receipt is there; run the stage again") from None
     if size != output["size"]:
         raise InfrastructureError(

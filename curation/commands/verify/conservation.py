@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from curation.check.counts import REASON
 from curation.commands.findings import Findings
 from curation.commands.places import MAX_LIST_BYTES
 from curation.errors import SampleError, ShardError
 from curation.jsonio import KEY_SUFFIX, clean_text, parse_json, parse_json_object
-from curation.run.inputs import receipts_of, vouched_for
-from curation.shards import bucket_of
+from curation.run.inputs import place_below, receipts_of, vouched_for
+from curation.run.records import is_there
+from curation.shards import record_name, record_path
 from curation.storage.files import fast_digest, read_record
 
 _MAX_NAMED = 3
@@ -28,12 +30,19 @@ _MAX_NAMED = 3
 
 @dataclass(slots=True)
 class Record:
-    """A stage's records of one shard.  home: its output folder.  gone: key → how often it was dropped or failed."""
+    """A stage's records of one shard.
+
+    Attributes:
+        home: Its output folder.
+        gone: Key → how often it was dropped or failed.
+        rejected: What ``_rejects`` tells of samples that were dropped because a check failed.
+    """
 
     stage: str
     home: Path
     receipt: dict[str, Any]
     gone: Counter[str] = field(default_factory=Counter)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -55,7 +64,7 @@ def read_stage(folder: Path, stage: str, shard_id: str, findings: Findings) -> R
     receipts = receipts_of(folder, stage)
     if receipts is None:
         return None
-    receipt = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json")
+    receipt = read_record(record_path(receipts, shard_id))
     if receipt is None:
         findings.add("no_receipt", "", f"{stage} has no receipt of it in {receipts}")
         return None
@@ -85,7 +94,8 @@ def check_outputs(record: Record, known: dict[Path, tuple[int, str]], findings: 
             if size == output["size"]:
                 digest = digest or fast_digest(path)
         except OSError as error:
-            findings.add("missing_output", "", f"{path}, which {record.stage} published: {error.strerror}")
+            if not is_there(record.home, record.stage, record.receipt, output):
+                findings.add("missing_output", "", f"{path}, which {record.stage} published: {error.strerror}")
             continue
         if (size, digest) != (output["size"], output["digest"]):
             said = f"{output['size']:,} bytes, {output['digest']}"
@@ -119,10 +129,10 @@ def names_to_keys(names: Iterable[str]) -> Iterator[str]:
     return (name.removesuffix(KEY_SUFFIX) for name in names)
 
 
-def provenance_keys(record: Record, shard_id: str) -> list[str]:
-    """The keys of a shard's lines in ``_provenance``.  Raises ShardError."""
-    path = record.home / "_provenance" / record.stage / f"{shard_id}.jsonl"
-    return [str(line.get("key", "")) for line in _lines(path, path.read_bytes() if path.exists() else b"")]
+def provenance_lines(record: Record, shard_id: str) -> Iterator[dict[str, Any]]:
+    """A shard's lines in ``_provenance``.  Raises ShardError."""
+    path = record.home / "_provenance" / record.stage / f"{record_name(shard_id)}.jsonl"
+    yield from _lines(path, path.read_bytes() if path.exists() else b"")
 
 
 def _check_counts(record: Record, shard_id: str, findings: Findings) -> None:
@@ -135,12 +145,22 @@ def _check_counts(record: Record, shard_id: str, findings: Findings) -> None:
     folder = record.home / "_rejects" / record.stage
     listed: dict[str, list[tuple[str, str]]] = {"failed": [], "dropped": []}
     try:
-        if failed:
-            path = folder / f"{shard_id}.jsonl"
-            lines = _lines(path, path.read_bytes())
-            listed["failed"] = [(str(line.get("reason")), str(line.get("key"))) for line in lines]
+        by_checks = {reason for reason in dropped if reason.startswith(REASON)}
+        if failed or by_checks:
+            path = folder / f"{record_name(shard_id)}.jsonl"
+            for line in _lines(path, path.read_bytes()):
+                if line.get("reason") in by_checks:
+                    record.rejected.append(line)
+                else:
+                    listed["failed"].append((str(line.get("reason")), str(line.get("key"))))
+        check_count(
+            f"{record.stage} dropped for a check, lines in its rejects",
+            sum(dropped[reason] for reason in by_checks),
+            len(record.rejected),
+            findings,
+        )
         if dropped:
-            listed["dropped"] = list(_drops(folder / f"{shard_id}.drops.tsv.gz"))
+            listed["dropped"] = list(_drops(folder / f"{record_name(shard_id)}.drops.tsv.gz"))
     except FileNotFoundError as error:
         findings.add("missing_output", "", f"{error.filename}: the receipt of {record.stage} counts lines of it")
     except (OSError, ShardError) as error:
@@ -163,12 +183,12 @@ def _check_inputs(record: Record, shard_id: str, findings: Findings) -> None:
         receipts = receipts_of(folder, source["stage"])
         if receipts is None:  # it has been made elsewhere, or its receipts were not brought along
             continue
-        theirs = read_record(receipts / bucket_of(shard_id) / f"{shard_id}.json")
+        theirs = read_record(record_path(receipts, shard_id))
         now = None
         absent = was.get("absent") is True
         if theirs is not None and theirs.get("status") == "done":
             home = os.path.realpath(receipts.parent.parent)
-            place = f"{folder}/{was['path'].rstrip('/')}"
+            place = f"{folder}/{place_below(source, shard_id)}{was['path'].rstrip('/')}"
             now = vouched_for(place, home, theirs["outputs"], loose=absent or was["path"].endswith("/"))
         if now != (None if absent else was):
             findings.add(
@@ -195,8 +215,9 @@ def _drops(path: Path) -> Iterator[tuple[str, str]]:
         yield reason.decode("utf-8", "replace"), str(key)
 
 
-def _lines(path: Path, data: bytes) -> list[dict[str, Any]]:
+def _lines(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
     try:
-        return [parse_json_object(line, keep_surrogates=True) for line in data.splitlines()]
+        for line in data.splitlines():
+            yield parse_json_object(line, keep_surrogates=True)
     except SampleError as error:
         raise ShardError(f"{path}: not lines of JSON objects ({error})") from None

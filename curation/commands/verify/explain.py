@@ -4,7 +4,7 @@ it is only done for shards that did not pass the proof."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from curation.tar.prove import ExpectedMember, expected_members
 from curation.tar.random_access import RangeReader
 from curation.tar.samples import MAX_MEMBER_BYTES
 from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, TarScan, Window
-from curation.tar.splice import Action, Decide, Edit
+from curation.tar.splice import Action, Decision, Edit
 
 _PIECE_BYTES = 1 << 20
 
@@ -34,8 +34,14 @@ class _Due:
     digest: bytes
 
 
-def explain(source: Path, hybrid: Path, decide: Decide, findings: Findings, *, provenance: bool) -> None:
-    """Add a finding for every difference; at least one, because the caller knows that there is one."""
+Decide = Callable[[Window, SampleSpan], Decision]
+
+
+def explain(source: Path, hybrid: Path, decide: Decide, findings: Findings, *, provenance: bool, mixed: bool) -> None:
+    """Add a finding for every difference; at least one, because the caller knows that there is one.
+
+    mixed: captions were mixed, so that the text of each sample may be another one.
+    """
     before = findings.counts.total()
     due, gone = _due(source, decide)
     found, strays = _found(hybrid, findings)
@@ -47,9 +53,9 @@ def explain(source: Path, hybrid: Path, decide: Decide, findings: Findings, *, p
         for key, wanted in _by_key(due).items():
             for one, other in zip(wanted, here.get(key, ()), strict=False):
                 if one.digest != other.digest:
-                    _tell(key, one, other.span, old, new, findings)
-                    if one.edited:
-                        _tell_of_edit(key, one.span, other.span, old, new, findings, provenance)
+                    _tell(key, one, other.span, old, new, findings, mixed=mixed)
+                    if one.edited and not mixed:
+                        _tell_of_edit(key, one, other.span, old, new, findings, provenance)
     if findings.counts.total() == before:
         findings.add("bytes_differ", "", "it is not what its source and its edits make, outside of any sample")
 
@@ -59,12 +65,13 @@ def _due(source: Path, decide: Decide) -> tuple[list[_Due], set[str]]:
     due, gone = [], set()
     for window in TarScan(source).windows():
         for span in window.spans:
-            decision = decide(span) if span.key else Action.DROP
+            decision = decide(window, span) if span.key else Action.DROP
             if decision is Action.DROP:
                 gone.add(span.key)
                 continue
             members = expected_members(span, decision)
-            due.append(_Due(span, members, isinstance(decision, Edit), _digest(window, members)))
+            edited = isinstance(decision, Edit) and decision.image is not None
+            due.append(_Due(span, members, edited, _digest(window, members)))
     return due, gone
 
 
@@ -139,14 +146,16 @@ def _by_key(samples: list[_Due]) -> dict[str, list[_Due]]:
     return grouped
 
 
-def _tell(key: str, due: _Due, found: SampleSpan, old: RangeReader, new: RangeReader, findings: Findings) -> None:
+def _tell(
+    key: str, due: _Due, found: SampleSpan, old: RangeReader, new: RangeReader, findings: Findings, *, mixed: bool
+) -> None:
     """Report which member of a sample differs, and where."""
     names = [member.name for member in due.members]
     members = found.in_order
     if due.edited and _same(due.span.in_order, old, found, new):
         findings.add("not_the_edit", key, "the original is still there: the edit was not applied")
         return
-    if not due.edited and _says_edited(members, new):
+    if not due.edited and not mixed and _says_edited(members, new):
         findings.add("bytes_differ", key, "it was replaced, but there is no edit of it (or no prompt)")
         return
     if names != [member.name for member in members]:
@@ -159,13 +168,15 @@ def _tell(key: str, due: _Due, found: SampleSpan, old: RangeReader, new: RangeRe
         if offset is not None:
             kind = "not_the_edit" if wanted_member.new else "bytes_differ"
             whose = "the edit's" if wanted_member.new else "the source's"
+            if mixed and wanted_member.new and member.suffix in ("txt", "json"):
+                kind, whose = "wrong_caption", "what --mix and the captions give"
             where = f"first at its byte {offset:,}, header included"
             findings.add(kind, key, f"{member.text_name} is not {whose}, {where}")
 
 
 def _tell_of_edit(
     key: str,
-    span: SampleSpan,
+    due: _Due,
     found: SampleSpan,
     old: RangeReader,
     new: RangeReader,
@@ -174,15 +185,18 @@ def _tell_of_edit(
 ) -> None:
     """What the edited sample in the hybrid says of itself."""
     parts: dict[str, bytes] = {}
+    written = {one.name for one in due.members if one.new}
     for member in found.members:
-        part = "image" if member.suffix in IMAGE_SUFFIXES else member.suffix
+        if member.name not in written:
+            continue  # a picture that stays, or which is not the edit's
+        part = "image" if member.suffix.rpartition(".")[2] in IMAGE_SUFFIXES else member.suffix
         if part in ("image", "txt", "json") and part not in parts:
             parts[part] = _read(new, member)
     if len(parts) < 3:
         return
     for kind, detail in self_problems(parts["image"], parts["txt"], parts["json"], provenance=provenance):
         findings.add(kind, key, detail)
-    original = next((_read(old, m) for m in span.members if m.suffix == "json" and m.regular), None)
+    original = next((_read(old, m) for m in due.span.members if m.suffix == "json" and m.regular), None)
     if original is not None:
         for kind, detail in original_problems(parts["json"], original):
             findings.add(kind, key, detail)

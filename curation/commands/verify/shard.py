@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_args
 
 from curation import PROGRAM
+from curation.captioned.rows import CaptionsOfShard
 from curation.commands.findings import Findings
 from curation.commands.verify.conservation import (
     Record,
@@ -18,20 +21,26 @@ from curation.commands.verify.conservation import (
     check_keys,
     check_outputs,
     names_to_keys,
-    provenance_keys,
+    provenance_lines,
     read_stage,
 )
 from curation.commands.verify.edited_samples import original_problems, self_problems
 from curation.commands.verify.explain import explain
+from curation.commands.verify.tries import Mark, check_mark, check_tries
 from curation.edits import EditReader, LooseEditReader, TarEditReader
-from curation.errors import InfrastructureError, SampleError, ShardError
+from curation.errors import InfrastructureError, SampleError, ShardError, UsageError
 from curation.images import encoders
 from curation.jsonio import KEY_SUFFIX, MAX_SAMPLE_JSON_BYTES, clean_text, read_dictionary
+from curation.reshard.captions import CAPTIONS_STAGE, CaptionSource
 from curation.reshard.fitting import Fitting, ImageSuffix
+from curation.reshard.mix import CAPTIONS_NOTE, Mix, Mixer
 from curation.run.inputs import published_below
+from curation.run.records import is_there, place_of
+from curation.shards import Shard, home_of
 from curation.tar.prove import Proof, prove_splice
+from curation.tar.samples import AUTO, PLAIN
 from curation.tar.scan import SampleSpan, TarScan, Window
-from curation.tar.splice import Action, DecidedWindow, Decision, Edit, Neighbours, decided
+from curation.tar.splice import Action, DecidedWindow, Decision, Edit, Neighbours
 
 # The stages of the main job, whose receipts are compared with one another.
 CAPTIONS, PROMPTS, EDITS, HYBRID = "01_filter_noface", "02_captions_processor", "03_generate_images", "04_reshard"
@@ -46,6 +55,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "other_encoder": "run verify with the software that stage 04 used, or stage 04 again with the software here",
     "bytes_differ": "run stage 04 again for the shard (--rerun --shards <shard>), and check the disk that contained it",
     "wrong_members": "run stage 04 again for the shard: --rerun --shards <shard>",
+    "wrong_caption": "run stage 04 again for the shard: --rerun --shards <shard>",
     "not_the_edit": "run stage 04 again for the shard: --rerun --shards <shard>",
     "readers_differ": "run stage 04 again for the shard: --rerun --shards <shard>",
     "damaged_tar": f"run stage 04 again for the shard; `{PROGRAM} fsck` lists its undamaged samples",
@@ -65,6 +75,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "bad_record": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "missing_output": "run the stage that is named again for the shard",
     "wrong_digest": "run the stage that is named again for the shard: --rerun --shards <shard>",
+    "tries_differ": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
     "counts_differ": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "lost_between_stages": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "from_nowhere": "run the stage that is named again for the shard: --rerun --shards <shard>",
@@ -72,6 +83,26 @@ REMEDIES: Final[Mapping[str, str]] = {
     "unreadable": "check the file and the disk; copy it again",
     "stray_edits": "move them away: the source has no such shard",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class MixTask:
+    """How stage 04 mixed captions into a shard.
+
+    Attributes:
+        captions: Its ``--captions``.
+        weights, seed: As its options record them.
+        scratch: A folder for an index of another tool's captions.
+    """
+
+    captions: str
+    weights: str
+    seed: int
+    scratch: Path
+
+    def source(self) -> CaptionSource:
+        """The captions.  Raises UsageError."""
+        return CaptionSource(self.captions, self.scratch, Mix.parse(self.weights, self.seed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +116,28 @@ class Task:
     prompts: Path | None
     captions: Path | None
     provenance: bool
+    mix: MixTask | None = None
 
 
 @dataclass(slots=True)
 class Verdict:
-    """The result for one shard.  sha256: that of the hybrid tar; empty if it could not be read."""
+    """The result for one shard.
+
+    sha256: that of the hybrid tar; empty if it could not be read.  elsewhere: where the tar lies, if it was published
+    and removed from this filesystem; its bytes are not compared then.  captions: how many samples should have which, if
+    captions were mixed.
+    """
 
     shard_id: str
     findings: Findings = field(default_factory=Findings)
     sha256: str = ""
+    elsewhere: str = ""
     samples: int = 0
     edited: int = 0
     hybrid_bytes: int = 0
     source_bytes: int = 0
     seconds: float = 0.0
+    captions: Counter[str] = field(default_factory=Counter)
 
 
 class Expectation:
@@ -106,18 +145,36 @@ class Expectation:
 
     prompts: "<key>.json" → prompt, of the samples that were to be edited; None: those that have an edit.
     dropped: what stage 04 says it left out.  fitting: how it fitted the edits' images into the shard.
+    mixer, captions: how it mixed captions; None if it did not.
+
+    Attributes:
+        edit: Of the sample that was asked for last, as it is without a mix; None if the sample has none.
     """
 
     def __init__(
-        self, edits: EditReader, prompts: Mapping[str, Any] | None, dropped: Collection[str], fitting: Fitting
+        self,
+        edits: EditReader,
+        prompts: Mapping[str, Any] | None,
+        dropped: Collection[str],
+        fitting: Fitting,
+        mixer: Mixer | None,
+        captions: CaptionsOfShard | None,
     ) -> None:
         self._edits, self._prompts, self._dropped, self._fitting = edits, prompts, dropped, fitting
+        self._mixer, self._captions = mixer, captions
         self._edited = edits.keys()
         self._kept = Neighbours()
+        self.edit: Edit | None = None
 
-    def __call__(self, span: SampleSpan) -> Edit | Action:
+    def __call__(self, window: Window, span: SampleSpan) -> Edit | Action:
         decision = self._decide(span)
-        return Action.DROP if decision is not Action.DROP and self._kept.meet(span) else decision
+        if decision is not Action.DROP and self._kept.meet(span):
+            decision = Action.DROP
+        self.edit = decision if isinstance(decision, Edit) else None
+        if decision is Action.DROP or self._mixer is None or self._captions is None:
+            return decision
+        edited = self.edit is not None
+        return self._mixer.mix(window, span, self.edit, self._captions, edited=edited) or Action.KEEP
 
     def _decide(self, span: SampleSpan) -> Edit | Action:
         if span.torn or span.refused:
@@ -141,11 +198,11 @@ class Samples:
     edited: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def add(self, key: str, decision: Decision) -> None:
+    def add(self, key: str, decision: Decision, *, edited: bool) -> None:
         self.keys.append(key)
         if decision is Action.DROP:
             self.left_out.append(key)
-        elif isinstance(decision, Edit):
+        elif edited:
             self.edited.append(key)
 
     @property
@@ -171,11 +228,14 @@ def verify_shard(task: Task) -> Verdict:
 
 def _verify(task: Task, verdict: Verdict) -> None:
     findings, shard_id = verdict.findings, task.shard_id
-    last = read_stage(task.hybrid.parent, HYBRID, shard_id, findings)
+    home = home_of(task.hybrid, shard_id)
+    last = read_stage(home, HYBRID, shard_id, findings)
     if last is None and not findings:
-        findings.add("no_receipt", "", f"there are no receipts of {HYBRID} in {task.hybrid.parent}")
+        findings.add("no_receipt", "", f"there are no receipts of {HYBRID} in {home}")
     if not task.hybrid.is_file():
-        findings.add("missing_shard", "", f"there is no {task.hybrid}")
+        verdict.elsewhere = _published_at(last, f"{shard_id}.tar")
+        if not verdict.elsewhere:
+            findings.add("missing_shard", "", f"there is no {task.hybrid}")
         return
     verdict.source_bytes = task.source.stat().st_size
     prompts = None if task.prompts is None else read_dictionary(task.prompts / f"{shard_id}.json")
@@ -184,19 +244,29 @@ def _verify(task: Task, verdict: Verdict) -> None:
     except ShardError as error:
         findings.add("bad_edits", "", str(error))
         return
-    with edits:
-        fitting = Fitting(_image_suffix(last))
-        expect = Expectation(edits, prompts, last.gone if last is not None else (), fitting)
+    third = read_stage(task.edits, EDITS, shard_id, findings)
+    lines = provenance_lines(third, shard_id) if third is not None and third.done else ()
+    told = [(str(line.get("key", "")), Mark.of(line)) for line in lines]
+    marks = dict(told)
+    with edits, _open_captions(task) as captions:
+        fitting = Fitting(_image_suffix(last), _image_member(last))
+        mixer = None if task.mix is None else Mixer(Mix.parse(task.mix.weights, task.mix.seed), fitting)
+        expect = Expectation(edits, prompts, last.gone if last is not None else (), fitting, mixer, captions)
 
         samples = Samples()
 
         def counted() -> Iterator[DecidedWindow]:
-            for window, decisions in decided(TarScan(task.source), expect):
-                for span, decision in decisions:
+            for window in TarScan(task.source).windows():
+                decisions: list[tuple[SampleSpan, Decision]] = []
+                for span in window.spans:
+                    decision: Decision = Action.KEEP
                     if span.key:
-                        samples.add(span.key, decision)
-                    if isinstance(decision, Edit):
-                        _check_edit(task, span.key, decision, _source_json(window, span), prompts, findings)
+                        decision = expect(window, span)
+                        samples.add(span.key, decision, edited=expect.edit is not None)
+                        if expect.edit is not None:
+                            _check_edit(task, span.key, expect.edit, _source_json(window, span), prompts, findings)
+                            check_mark(span.key, bytes(expect.edit.json or b""), marks, findings)
+                    decisions.append((span, decision))
                 yield window, decisions
 
         proof = prove_splice(counted(), task.hybrid)
@@ -204,15 +274,49 @@ def _verify(task: Task, verdict: Verdict) -> None:
         verdict.samples, verdict.edited = len(samples.keys), len(samples.edited)
         if proof.readers:
             findings.add("readers_differ", "", proof.readers)
+        if mixer is not None:
+            verdict.captions = mixer.taken.copy()
+            _check_captions(last, verdict.captions, findings)
         other = _other_encoder(last) if fitting.encoded else ""
         if not proof.equal and other:
             findings.add("other_encoder", "", other)
         elif not proof.equal:
-            explain(task.source, task.hybrid, expect, findings, provenance=task.provenance)
+            explain(task.source, task.hybrid, expect, findings, provenance=task.provenance, mixed=task.mix is not None)
         for key in edits.keys() - set(samples.keys):
             findings.add("edit_without_sample", key, f"the source has no such sample; the edit is in {task.edits}")
         edited = [key for key in sorted(edits.keys()) if prompts is None or key + KEY_SUFFIX in prompts]
-    _check_stages(task, proof, samples, prompts, edited, last, findings)
+    if third is not None and third.done:
+        _check_edits(third, told, edited, last, findings)
+    _check_stages(task, proof, samples, prompts, edited, third, last, findings)
+
+
+def _open_captions(task: Task) -> AbstractContextManager[CaptionsOfShard | None]:
+    if task.mix is None:
+        return contextlib.nullcontext()
+    try:
+        return task.mix.source().open(Shard(task.shard_id, task.source), {})
+    except UsageError as error:
+        raise ShardError(str(error)) from None
+
+
+def _check_captions(last: Record | None, taken: Mapping[str, int], findings: Findings) -> None:
+    """Check that stage 04 counted as many captions of each kind as there should be."""
+    noted = _noted(last, CAPTIONS_NOTE)
+    said = noted if isinstance(noted, dict) else {}
+    for name in sorted({*map(str, said), *taken}):
+        number = said.get(name, 0)
+        check_count(f"{HYBRID}, samples with the caption {name}", number if isinstance(number, int) else -1,
+                    taken.get(name, 0), findings)  # fmt: skip
+
+
+def _published_at(last: Record | None, name: str) -> str:
+    """Where a hybrid shard lies whose file was removed after its upload; empty for nowhere."""
+    if last is None or not last.done:
+        return ""
+    for output in last.receipt.get("outputs", ()):
+        if output.get("path") == name and is_there(last.home, HYBRID, last.receipt, output):
+            return str(place_of(last.home, HYBRID, last.receipt, output))
+    return ""
 
 
 def _image_suffix(last: Record | None) -> ImageSuffix:
@@ -221,6 +325,14 @@ def _image_suffix(last: Record | None) -> ImageSuffix:
         return "source"
     noted = _noted(last, "image_suffix")
     return next((known for known in get_args(ImageSuffix) if known == noted), "keep")
+
+
+def _image_member(last: Record | None) -> str:
+    """Which picture stage 04 replaced.  Its receipt tells it where the option decided of any sample of the shard."""
+    if last is None:
+        return AUTO
+    noted = _noted(last, "image_member")
+    return noted if isinstance(noted, str) else PLAIN
 
 
 def _other_encoder(last: Record | None) -> str:
@@ -283,11 +395,14 @@ def _check_stages(
     samples: Samples,
     prompts: Mapping[str, Any] | None,
     edited: list[str],
+    third: Record | None,
     last: Record | None,
     findings: Findings,
 ) -> None:
     """What each stage kept is what the next took in, by its counts and by the keys."""
     shard_id = task.shard_id
+    if task.mix is not None and Path(task.mix.captions).is_dir():
+        read_stage(Path(task.mix.captions), CAPTIONS_STAGE, shard_id, findings)
     known: dict[Path, tuple[int, str]] = {}
     if last is not None and last.done:
         path = Path(os.path.normpath(last.home / task.hybrid.name))
@@ -295,16 +410,6 @@ def _check_stages(
         _check_last(last, samples, findings)
         _check_source(last, task, findings)
         check_outputs(last, known, findings)
-    third = read_stage(task.edits, EDITS, shard_id, findings)
-    if third is not None and third.done:
-        check_outputs(third, {}, findings)
-        check_count(f"{EDITS} kept, edits that are there", third.count("kept"), len(edited), findings)
-        if last is not None and last.done:
-            check_count(f"{HYBRID} replaced, {EDITS} kept", last.note("edited"), third.count("kept"), findings)
-        made = provenance_keys(third, shard_id)
-        if Counter(made) != Counter(edited):
-            odd = sorted(set(made) ^ set(edited))[:3]
-            findings.add("no_provenance", "", f"{EDITS}'s _provenance is not of the edits that are there: {odd}")
     if task.prompts is None or prompts is None:
         return
     check_keys(EDITS, names_to_keys(prompts), edited, third, findings)
@@ -326,6 +431,21 @@ def _check_stages(
         check_outputs(first, {}, findings)
         check_count(f"{CAPTIONS} kept, captions", first.count("kept"), len(captions), findings)
         check_count(f"{CAPTIONS} took in, samples of the source", first.count("in"), len(samples.keys), findings)
+
+
+def _check_edits(
+    third: Record, told: Sequence[tuple[str, Mark]], edited: list[str], last: Record | None, findings: Findings
+) -> None:
+    """What stage 03 counts, and what its provenance tells, is what is there.  told: the lines of its provenance."""
+    check_outputs(third, {}, findings)
+    check_count(f"{EDITS} kept, edits that are there", third.count("kept"), len(edited), findings)
+    if last is not None and last.done:
+        check_count(f"{HYBRID} replaced, {EDITS} kept", last.note("edited"), third.count("kept"), findings)
+    made = Counter(key for key, _ in told)
+    if made != Counter(edited):
+        odd = sorted({*made} ^ {*edited})[:3]
+        findings.add("no_provenance", "", f"{EDITS}'s _provenance is not of the edits that are there: {odd}")
+    check_tries(third, dict(told), findings)
 
 
 def _check_last(last: Record, samples: Samples, findings: Findings) -> None:

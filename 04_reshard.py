@@ -49,7 +49,7 @@ from curation.run.workers import is_worker
 from curation.shards import Shard, discover, local_folders, select
 from curation.tar.random_access import write_wids
 from curation.tar.samples import AUTO
-from curation.tar.scan import SampleSpan, TarReport, TarScan, Window
+from curation.tar.scan import Run, SampleSpan, TarReport, TarScan, Window
 from curation.tar.splice import Action, DecidedWindow, Decision
 
 PROMPTS_STAGE = "02_captions_processor"
@@ -283,15 +283,21 @@ class Reshard(Stage[Options]):
 
             def windows(report: TarReport | None = None) -> Iterator[DecidedWindow]:
                 """Yield the samples with their decisions.  The pass with the report also counts them."""
-                plain = self.options.is_plain
+                plain = self.options.is_plain and not self.writer.changes_all
                 last = ""  # the key of the last sample that is kept
                 numbers = Counter[str]()
                 for window in TarScan(work.shard.path, report, ahead=report is None).windows():
                     selector.look(window)
                     acquaintance.meet(window)
                     chosen: list[tuple[SampleSpan, Choice]] = []
-                    decisions: list[tuple[SampleSpan, Decision]] = []
-                    for span in window.spans:
+                    decisions: list[tuple[SampleSpan, Decision] | tuple[Run, Literal[Action.KEEP]]] = []
+                    staying = 0  # samples of runs
+                    for span in selector.parts(window) if plain else window.spans:
+                        if isinstance(span, Run):
+                            staying += len(span)
+                            last = span.keys[-1]
+                            decisions.append((span, Action.KEEP))
+                            continue
                         decision: Decision = Action.KEEP
                         if span.key:
                             choice = selector.choose(span)
@@ -299,15 +305,15 @@ class Reshard(Stage[Options]):
                                 if span.key == last:
                                     choice = BEHIND_ITS_OWN_KEY
                                 last = span.key
-                            if not plain or self.writer.changes_all or choice is not AS_IT_IS:  # few samples change
+                            if not plain or choice is not AS_IT_IS:  # few samples change
                                 keys = self._keys(window, span, choice, numbers)
                                 choice, decision = changes.decide(window, span, choice, edits, keys, captions)
                             chosen.append((span, choice))
                         decisions.append((span, decision))
                     yield window, decisions
                     if report is not None:
-                        changes.fitting.look(window.spans)
-                        selector.count(chosen, work)
+                        changes.fitting.look(window.parts)
+                        selector.count(chosen, work, staying)
                         work.check_stop(urgent_only=True)
 
             self.writer.write(work, windows(report), windows, changes)

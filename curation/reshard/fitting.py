@@ -20,7 +20,7 @@ from curation.run import Later
 from curation.tar.headers import split_name
 from curation.tar.runs import Alike
 from curation.tar.samples import AUTO, MAX_MEMBER_BYTES, PLAIN, Parts
-from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
+from curation.tar.scan import IMAGE_SUFFIXES, Run, SampleSpan, Window
 from curation.tar.splice import Edit
 
 ImageSuffix = Literal["source", "jpg", "png", "webp", "keep"]
@@ -54,11 +54,17 @@ class Fitting:
         self.sources: Counter[str] = Counter()
         self._seen: tuple[Alike | None, dict[str, bytes]] = None, {}  # the suffixes of the last sample of a run
 
-    def look(self, spans: Iterable[SampleSpan]) -> None:
-        """Count the image suffixes of the source."""
+    def look(self, parts: Iterable[SampleSpan | Run]) -> None:
+        """Count the image suffixes of the source.  parts: the samples, one by one or in runs."""
         if self._wanted == "source":
-            for alike, count in Counter([span.alike or span.suffixes for span in spans]).items():
-                for suffix in alike.suffixes if isinstance(alike, Alike) else alike:
+            found = Counter[tuple[str, ...]]()
+            for part in parts:
+                if isinstance(part, Run):
+                    found[part.alike.suffixes] += len(part)
+                else:
+                    found[part.suffixes] += 1
+            for suffixes, count in found.items():
+                for suffix in suffixes:
                     if suffix in IMAGE_SUFFIXES:
                         self.sources[suffix] += count
 

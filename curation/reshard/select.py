@@ -32,7 +32,7 @@ from curation.shards import Shard, record_name, record_path
 from curation.storage.files import read_record
 from curation.storage.urls import Source
 from curation.tar.samples import MAX_MEMBER_BYTES, problem_of
-from curation.tar.scan import SampleSpan, TarReport, TarScan, Window
+from curation.tar.scan import Run, SampleSpan, TarReport, TarScan, Window
 
 MAX_REJECTS_BYTES: Final = 1 << 30
 
@@ -134,6 +134,18 @@ class SampleSelector:
                     self._found[span.start] = error
         self._found.update(zip(starts, self._subset.counts(uids), strict=True))
 
+    def parts(self, window: Window) -> Iterator[SampleSpan | Run]:
+        """The window's samples in their order.  Those that stay as they are, if nothing else changes all samples,
+        may come in runs: they need not be chosen one by one, and ``count`` is told how many they are."""
+        if self._subset is not None:
+            yield from window.spans
+            return
+        for part in window.parts:
+            if isinstance(part, Run):
+                yield from part.without(self._touched)
+            else:
+                yield part
+
     def choose(self, span: SampleSpan) -> Choice:
         """Choose for one sample; repeated calls give the same result.  Of samples with one key, the first is edited."""
         if self._subset is None and span.key not in self._touched and not span.torn and not span.refused:
@@ -146,10 +158,9 @@ class SampleSelector:
             return self._by_subset(span, self._found[span.start])
         return self._by_edits(span)
 
-    def count(self, chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext) -> None:
-        """Count every sample once: kept, dropped or failed."""
-        work.sample_in(len(chosen))
-        kept = 0
+    def count(self, chosen: Sequence[tuple[SampleSpan, Choice]], work: ShardContext, kept: int = 0) -> None:
+        """Count every sample once: kept, dropped or failed.  kept: how many more there were, in runs."""
+        work.sample_in(kept + len(chosen))
         for span, choice in chosen:
             if choice is AS_IT_IS and span.key not in self.unused:  # true for nearly all samples
                 kept += 1

@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,76 +75,6 @@ class Published:
     def record(self) -> dict[str, Any]:
         record = {"path": self.path, "temporary": self.temporary, "size": self.size, "digest": self.digest}
         return {**record, "checked": self.checked}
-
-
-class AtomicWriter(ABC):
-    """Gathers the small writes of one output and hashes everything.  Nobody sees the bytes before the commit."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._digest = xxhash.xxh3_128()
-        self._pending = bytearray()
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        if len(data) + len(self._pending) < _BUFFER_BYTES:
-            self._pending += data
-        else:
-            self._drain()
-            self._write(data)
-        return len(data)
-
-    def write_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Write several pieces by one system call; they are not copied."""
-        self._drain()
-        for piece in pieces:
-            self._digest.update(piece)
-        self._put(pieces)
-
-    def tell(self) -> int:
-        return self.size + len(self._pending)
-
-    @property
-    def digest(self) -> str:
-        """xxh3-128, hex."""
-        return self._digest.hexdigest()
-
-    @abstractmethod
-    def close(self) -> None:
-        """Flush the bytes and make them durable.  Size and digest are final after this."""
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Close and keep nothing."""
-
-    @abstractmethod
-    def published(self, root: Path, *, checked: bool) -> Published:
-        """What the receipt says of this output.  Called after ``close``; ``root`` is the stage's output folder."""
-
-    @abstractmethod
-    def _put(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
-        """Write bytes that are hashed already and count them in ``size``.  The caller may change them afterwards."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
-        try:
-            if exc_type is None:
-                self.close()
-        except BaseException:
-            self.discard()
-            raise
-        if exc_type is not None:
-            self.discard()
-
-    def _drain(self) -> None:
-        if self._pending:
-            self._write(self._pending)
-            self._pending = bytearray()
-
-    def _write(self, data: bytes | bytearray | memoryview) -> None:
-        self._digest.update(data)
-        self._put([data])
 
 
 class _OpenFolder:
@@ -409,12 +338,19 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-class AtomicFile(AtomicWriter):
-    """An output on the filesystem.  ``ShardContext.output`` makes it, and the commit gives it its final name."""
+class AtomicFile:
+    """An output of a shard, whose bytes are hashed as they are written.  Nobody sees them before the commit gives the
+    file its final name.  ``ShardContext.output`` makes it.
+
+    Attributes:
+        size: In bytes; final after ``close``.
+    """
 
     def __init__(self, final: Path, token: str) -> None:
-        super().__init__()
         self.final = final
+        self.size = 0
+        self._digest = xxhash.xxh3_128()
+        self._pending = bytearray()  # small pieces that are not written yet
         if len(os.fsencode(final.name)) > _MAX_NAME_BYTES:  # a rename to it could never be finished
             raise ShardError(f"{final.parent}: no file can have the name {final.name[:60]!r}..., it is too long")
         self.temporary = final.with_name(temporary_name(final.name, token))
@@ -422,12 +358,38 @@ class AtomicFile(AtomicWriter):
         with storage_errors(self.temporary):
             self._descriptor = _create(self.temporary)
 
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        if len(self._pending) + len(data) < _BUFFER_BYTES:
+            self._pending += data
+        else:
+            self.write_pieces((data,))
+        return len(data)
+
+    def write_pieces(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Write several pieces by one system call; they are not copied.  The caller may change them afterwards.
+
+        Raises InfrastructureError or LostClaim.
+        """
+        if self._pending:
+            self._put((self._pending,))
+            self._pending = bytearray()
+        self._put(pieces)
+
+    def tell(self) -> int:
+        return self.size + len(self._pending)
+
+    @property
+    def digest(self) -> str:
+        """xxh3-128, hex; final after ``close``."""
+        return self._digest.hexdigest()
+
     def close(self) -> None:
+        """Write what waits and make the file durable.  Raises InfrastructureError or LostClaim."""
         if self._descriptor < 0:
             return
         try:
             try:
-                self._drain()
+                self.write_pieces(())
                 os.fsync(self._descriptor)
             finally:
                 descriptor, self._descriptor = self._descriptor, -1
@@ -436,6 +398,7 @@ class AtomicFile(AtomicWriter):
             raise _own_file_error(self.temporary, error) from error
 
     def discard(self) -> None:
+        """Close the file and keep nothing of it."""
         with contextlib.suppress(OSError):
             if self._descriptor >= 0:
                 descriptor, self._descriptor = self._descriptor, -1
@@ -449,10 +412,14 @@ class AtomicFile(AtomicWriter):
         fsync_folder(self.final.parent)
 
     def published(self, root: Path, *, checked: bool) -> Published:
+        """What the receipt says of this output.  Called after ``close``; ``root`` is the stage's output folder."""
         path = os.path.normpath(f"{_relative(self.final.parent, root)}/{self.final.name}")
         return Published(path, self.temporary.name, self.size, self.digest, checked)
 
     def _put(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Hash bytes, write them and count them in ``size``."""
+        for piece in pieces:
+            self._digest.update(piece)
         try:
             for first in range(0, len(pieces), _MAX_PIECES):
                 left = pieces[first : first + _MAX_PIECES]
@@ -476,6 +443,19 @@ class AtomicFile(AtomicWriter):
         begun, self._writeback_from = self._writeback_from, self.size
         with contextlib.suppress(OSError):  # a filesystem that takes no advice
             os.posix_fadvise(self._descriptor, begun, self.size - begun, os.POSIX_FADV_DONTNEED)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
+        try:
+            if exc_type is None:
+                self.close()
+        except BaseException:
+            self.discard()
+            raise
+        if exc_type is not None:
+            self.discard()
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

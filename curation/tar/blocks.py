@@ -12,13 +12,10 @@ from typing import Final, Self
 
 from curation.errors import ShardError
 
-READ_BYTES: Final = 1 << 20  # large enough for a shared filesystem, small enough for a core's own cache
-
-
-MAX_READ_BYTES: Final = 2 << 20  # where more is kept of the previous block than is read at a time
+READ_BYTES: Final = 2 << 20  # large enough for a shared filesystem, small enough for a core's own cache
 MAX_KEPT_BYTES: Final = 4 << 20  # kept from the previous block; a larger part is read again if needed
 _USUALLY_KEPT_BYTES: Final = 256 << 10  # a sample that is cut by the end of a block; there may be more room
-_SKIPPED_BLOCKS: Final = 2  # so many blocks of a large member are not read on the way to the next header
+_SKIPPED_BLOCKS: Final = 1  # so many blocks of a large member are not read on the way to the next header
 
 
 _REREAD_BYTES = 1 << 20
@@ -115,10 +112,9 @@ class Blocks:
         return self.block
 
     def _make_room(self, size: int) -> None:
-        """Make room for larger samples.  More is read at a time then, because what is kept is copied for each block."""
+        """Make room for larger samples."""
         while self._room < size:
             self._room *= 2
-        self._read_bytes = min(self.size, max(self._read_bytes, min(self._room, MAX_READ_BYTES)))
 
     def fill(self, view: memoryview, start: int) -> int:
         """Fill ``view`` from the file, up to the file's end.  Two threads may call it at once."""

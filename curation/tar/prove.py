@@ -21,7 +21,7 @@ import xxhash
 
 from curation.errors import ShardError
 from curation.tar.headers import MAX_EXTENSION_BYTES, RECORD, Member, make_header, padding, split_name
-from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
+from curation.tar.scan import IMAGE_SUFFIXES, Run, SampleSpan, Window
 from curation.tar.splice import Action, Copies, DecidedWindow, Decision, Edit, ends_in_global
 
 READ_BYTES: Final = 1 << 20
@@ -82,7 +82,11 @@ def prove_splice(windows: Iterable[DecidedWindow], result: Path, *, digests: boo
         for window, decisions in windows:
             expected.window = window
             for span, decision in decisions:
-                if decision is Action.KEEP and span.verbatim and not ends_in_global(span):
+                if isinstance(span, Run):
+                    expected.add(span.start, span.end)
+                    for member in (member for sample in span.spans for member in sample.members):
+                        due.add(member.name, member.size)
+                elif decision is Action.KEEP and span.verbatim and not ends_in_global(span):
                     expected.add(span.start, span.end)
                     for member in span.in_order:
                         due.add(member.name, member.size if member.regular else 0)

@@ -25,10 +25,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, repeat
 from typing import Final
 
 from curation import PROGRAM
@@ -164,6 +164,58 @@ class SampleSpan:
         return frozenset("image" if m.suffix in IMAGE_SUFFIXES else m.suffix for m in self.members)
 
 
+class Run:
+    """Adjacent samples that were parsed in a run (``runs``).  They are complete and verbatim, there is nothing between
+    them, and no sample before them has one of their keys.
+
+    Attributes:
+        keys: Theirs, in the shard's order; at least one.
+    """
+
+    __slots__ = ("_rows", "alike", "keys")
+
+    def __init__(self, keys: list[str], rows: list[Row], alike: Alike) -> None:
+        """rows: of each sample, as its key.  alike: what they have in common."""
+        self.keys, self._rows, self.alike = keys, rows, alike
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def start(self) -> int:
+        return self._rows[0][1]
+
+    @property
+    def end(self) -> int:
+        return self._rows[-1][2]
+
+    @property
+    def places(self) -> list[tuple[str, int, int]]:
+        """Of each sample the key, the start and the end."""
+        return [(key, row[1], row[2]) for key, row in zip(self.keys, self._rows, strict=True)]
+
+    @property
+    def spans(self) -> list[SampleSpan]:
+        """The samples, one by one."""
+        return [SampleSpan.of_run(key, row, self.alike) for key, row in zip(self.keys, self._rows, strict=True)]
+
+    def without(self, keys: Collection[str]) -> Iterator[Run | SampleSpan]:
+        """Yield the samples in their order: those with one of ``keys`` alone, and the others in runs."""
+        begin = 0
+        for number in [number for number, key in enumerate(self.keys) if key in keys]:
+            if begin < number:
+                yield self._part(begin, number)
+            yield SampleSpan.of_run(self.keys[number], self._rows[number], self.alike)
+            begin = number + 1
+        if begin == 0:
+            yield self
+        elif begin < len(self.keys):
+            yield self._part(begin, len(self.keys))
+
+    def _part(self, begin: int, end: int) -> Run:
+        return Run(self.keys[begin:end], self._rows[begin:end], self.alike)
+
+
 @dataclass(slots=True)
 class Damage:
     """Bytes that are not a valid member.  ``explained``: a torn sample accounts for them."""
@@ -220,13 +272,29 @@ class Window:
 
     ``view``, ``pieces`` and ``read`` return the bytes of its spans (see ``Block``).  The bytes of a very large sample
     are not in memory and are read again.  A window stays valid until the next one is asked for, and not longer.
+
+    Attributes:
+        parts: The samples, in the shard's order: in runs where they are alike, else one by one.
     """
 
-    __slots__ = ("pieces", "read", "spans", "view")
+    __slots__ = ("_spans", "parts", "pieces", "read", "view")
 
-    def __init__(self, spans: list[SampleSpan], block: Block) -> None:
-        self.spans = spans
+    def __init__(self, parts: Sequence[SampleSpan | Run], block: Block) -> None:
+        self.parts = parts
+        self._spans: list[SampleSpan] | None = None
         self.view, self.pieces, self.read = block.view, block.pieces, block.read
+
+    @property
+    def spans(self) -> list[SampleSpan]:
+        """The samples, one by one."""
+        if (spans := self._spans) is None:
+            spans = self._spans = []
+            for part in self.parts:
+                if isinstance(part, Run):
+                    spans += part.spans
+                else:
+                    spans.append(part)
+        return spans
 
 
 class TarScan:
@@ -263,7 +331,7 @@ class TarScan:
         self._looked = 0  # headers' marks were looked for up to here
         self._zeros = (-1, -1)  # the last run of zero blocks
         self._archive = 0  # start of the current archive, if several were concatenated
-        self._done: list[SampleSpan] = []
+        self._done: list[SampleSpan | Run] = []
 
     def windows(self) -> Iterator[Window]:
         """Yield the samples in the shard's order, a few megabytes at a time.
@@ -386,22 +454,31 @@ class TarScan:
         if not rows:
             return (at, why) if why is End.INSIDE else None
         self._close()
-        keys, spans = self._keys, []
-        for row in rows:
-            key = row[0].decode("utf-8", "surrogateescape")
-            span = SampleSpan.of_run(key, row, alike)
-            mark = hash(key)
-            if mark in keys:
-                span.repeated = True
-                self.report.repeated_keys += 1
-            keys.add(mark)
-            spans.append(span)
-        self.report.samples += len(spans)
-        self._open = spans.pop()  # its next member may come behind the run
+        self.report.samples += len(rows)
+        keys = [row[0].decode("utf-8", "surrogateescape") for row in rows]
         self._prefix = rows[-1][0] + b"."
-        self._whole.extend(spans)
-        self._done += spans
-        return self._open.end, why
+        self._open = span = SampleSpan.of_run(keys.pop(), rows.pop(), alike)  # its next member may come behind the run
+        if rows:
+            run = Run(keys, rows, alike)
+            marks = set(map(hash, keys))
+            if len(marks) == len(keys) and self._keys.isdisjoint(marks):
+                self._keys |= marks
+                self._done.append(run)
+            else:
+                self._done += map(self._begun, run.spans)
+            one = SampleSpan.of_run(keys[-1], rows[-1], alike)
+            self._whole.extend(repeat(one, min(len(rows), _NEIGHBOURS)))  # what counts of them is alike
+        self._begun(span)
+        return span.end, why
+
+    def _begun(self, span: SampleSpan) -> SampleSpan:
+        """Note whether an earlier sample has the key of one that begins.  Returns the sample."""
+        mark = hash(span.key)
+        if mark in self._keys:
+            span.repeated = True
+            self.report.repeated_keys += 1
+        self._keys.add(mark)
+        return span
 
     def _marks(self, at: int) -> Iterator[int]:
         """The offsets in the block, from a header on, at which there may be headers."""
@@ -501,11 +578,7 @@ class TarScan:
         if self._open is None:
             self._open = span = SampleSpan(key, at, at)
             self.report.samples += 1
-            mark = hash(key)
-            if mark in self._keys:
-                span.repeated = True
-                self.report.repeated_keys += 1
-            self._keys.add(mark)
+            self._begun(span)
             if self._damage:
                 span.hit(self._damage)
         self._damage = None
@@ -588,8 +661,9 @@ class TarScan:
             if damage is not pending and not damage.explained:
                 damage.explained = True
                 self.report.samples += 1
-                self._done.append(SampleSpan(f"@{damage.offset}", damage.offset, damage.offset))
-                self._done[-1].torn = damage.detail
+                lost = SampleSpan(f"@{damage.offset}", damage.offset, damage.offset)
+                lost.torn = damage.detail
+                self._done.append(lost)
         self._unresolved = [damage for damage in self._unresolved if not damage.explained]
 
     def _take(self) -> Window:

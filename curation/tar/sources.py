@@ -502,6 +502,10 @@ class PrefetchStream:
 
     def _again(self, view: memoryview, start: int) -> int:
         """Fetch bytes again that were read before, for a sample that is too large to stay in memory."""
+        if self.size is not None:  # a server refuses to begin at the end
+            view = view[: max(0, self.size - start)]
+        if not view:
+            return 0
         again = ResumingReader(
             self._file,
             self._server,

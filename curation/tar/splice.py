@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from curation.tar.headers import MAX_EXTENSION_BYTES, RECORD, Member, make_header, padding
-from curation.tar.scan import IMAGE_SUFFIXES, SampleSpan, Window
+from curation.tar.scan import IMAGE_SUFFIXES, Run, SampleSpan, Window
 
 END_OF_ARCHIVE: Final = 2 * 512
 
@@ -80,8 +80,8 @@ Decision = Edit | Copies | Action
 Decide = Callable[[SampleSpan], Decision]
 
 
-DecidedWindow = tuple[Window, Sequence[tuple[SampleSpan, Decision]]]
-"""A window, and the decision about each of its spans.  Spans without a key are always kept."""
+DecidedWindow = tuple[Window, Sequence[tuple[SampleSpan, Decision] | tuple[Run, Literal[Action.KEEP]]]]
+"""A window, and the decision about each of its spans; a run always stays.  Spans without a key are always kept."""
 
 
 class Windows(Protocol):
@@ -137,9 +137,11 @@ def splice(windows: Iterable[DecidedWindow], file: Target, index: list[tuple[str
     for window, decisions in windows:
         out.window = window
         for span, decision in decisions:
-            if decision is Action.KEEP and span.verbatim and not span.foreign and span.key and not out.holds:
+            if isinstance(span, Run):
+                out.release()
                 if index is not None:
-                    index.append((span.key, out.position, span.end - span.start))
+                    moved = out.position - span.start
+                    index += [(key, start + moved, end - start) for key, start, end in span.places]
                 out.copy(span.start, span.end)
                 continue
             if span.key and decision is not Action.DROP:
@@ -186,11 +188,6 @@ class _Out:
         self._begun = self._done = 0  # a range of source bytes that is not in the pieces yet
         self._size = 0
         self._held: list[bytes] = []  # global headers behind which no member was written yet
-
-    @property
-    def holds(self) -> bool:
-        """Whether global headers wait for a member behind them."""
-        return bool(self._held)
 
     @property
     def position(self) -> int:

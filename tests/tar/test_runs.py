@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import random
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from curation.errors import ShardError
 from curation.tar import blocks, runs, scan
 from curation.tar.headers import BLOCK, make_header, padding
-from curation.tar.scan import SampleSpan, TarReport, TarScan
+from curation.tar.prove import prove_splice
+from curation.tar.scan import Run, SampleSpan, TarReport, TarScan
+from curation.tar.splice import Action, DecidedWindow, decided, splice
 
 KEYS = [f"{number:08x}" for number in range(40)]
 Shard = Callable[[random.Random], bytes]
@@ -99,6 +102,22 @@ def records(**values: str) -> bytes:
     return told
 
 
+def other_kinds(dice: random.Random) -> bytes:
+    """Samples of four members, and then of two: what the samples around damage have tells whether one was lost."""
+    return plain(dice, KEYS[:30], ("jpg", "json", "txt", "cls")) + plain(dice, KEYS[30:], ("jpg", "txt"))
+
+
+def with_globals(dice: random.Random) -> bytes:
+    """Global headers between the samples."""
+    text = records(comment="of all that come")
+    block = bytearray(make_header("pax_global_header", len(text)))
+    block[156:157] = b"g"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    parts = [plain(dice, KEYS[begin : begin + 8]) for begin in range(0, 40, 8)]
+    return (bytes(block) + text + padding(len(text))).join(parts)
+
+
 HOSTILE: dict[str, dict[str, object]] = {
     "a name": {"body": records(path="other.jpg")},
     "a name beside the time": {"body": records(mtime="1700000000.5", path="other.jpg")},
@@ -150,6 +169,8 @@ SHARDS: dict[str, Shard] = {
     "pax": by_tarfile(tarfile.PAX_FORMAT),
     "mixed": mixed,
     "stored": stored,
+    "globals": with_globals,
+    "kinds": other_kinds,
 }
 
 
@@ -207,12 +228,86 @@ def test_a_run_tells_what_the_careful_way_tells(
         assert found(path) == careful(path, monkeypatch), number
 
 
+class Kept:
+    """A target that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
+        self.data += b"".join(pieces)
+
+
+def in_runs(path: Path, left_out: set[str]) -> Iterator[DecidedWindow]:
+    """Windows whose samples stay in runs, but for those that are left out."""
+    for window in TarScan(path).windows():
+        parts = [one for part in window.parts for one in (part.without(left_out) if isinstance(part, Run) else (part,))]
+        yield (
+            window,
+            [
+                (part, Action.KEEP)
+                if isinstance(part, Run)
+                else (part, Action.DROP if part.key in left_out else Action.KEEP)
+                for part in parts
+            ],
+        )
+
+
+@pytest.mark.parametrize("window", [2 << 20, 8192], ids=["as it is", "small windows"])
+@pytest.mark.parametrize("name", SHARDS)
+def test_runs_are_copied_and_proved_as_their_samples_are(
+    name: str, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "READ_BYTES", window)
+    dice, path, result = random.Random(name), tmp_path / "00000000.tar", tmp_path / "result.tar"
+    for number in range(30):
+        data = SHARDS[name](dice) + bytes(10240)
+        path.write_bytes(data if number < 3 else harm(data, dice))
+        left_out = set(dice.sample(KEYS, dice.choice((0, 1, 5, 20))))
+        kept, indexes = [Kept(), Kept()], [list[tuple[str, int, int]]() for _ in range(2)]
+        one_by_one = partial(decided, decide=lambda span: Action.DROP if span.key in left_out else Action.KEEP)  # noqa: B023
+        for windows, target, index in zip(
+            (one_by_one(TarScan(path)), in_runs(path, left_out)), kept, indexes, strict=True
+        ):
+            splice(windows, target, index)
+        assert kept[0].data == kept[1].data, number
+        assert indexes[0] == indexes[1], number
+        result.write_bytes(kept[0].data)
+        proof = prove_splice(in_runs(path, left_out), result)
+        assert proof.equal, number
+        assert proof == prove_splice(one_by_one(TarScan(path)), result), number
+        result.write_bytes(kept[0].data[:-1] + b"x")
+        assert not prove_splice(in_runs(path, left_out), result).equal, number
+
+
+def test_a_run_has_no_key_that_an_earlier_sample_has(tmp_path: Path) -> None:
+    keys = [f"{number:08d}" for number in range(500)]
+    path = tmp_path / "00000000.tar"
+    path.write_bytes(plain(random.Random(1), [*keys, *keys[:100:7], "last"]) + bytes(10240))
+    report, met = TarReport(), list[str]()
+    for window in TarScan(path, report).windows():
+        for part in window.parts:
+            if isinstance(part, Run):
+                assert not {*part.keys} & {*met}
+                assert len(part) == len({*part.keys}) == len(part.spans)
+                assert [(span.key, span.start, span.end) for span in part.spans] == part.places
+                met += part.keys
+            else:
+                assert part.repeated == (part.key in met)
+                met.append(part.key)
+    assert met == [*keys, *keys[:100:7], "last"]
+    assert report.repeated_keys == len(keys[:100:7])
+
+
 def test_nearly_all_samples_are_parsed_in_runs(tmp_path: Path) -> None:
     path = tmp_path / "00000000.tar"
     path.write_bytes(plain(random.Random(1), [f"{number:08d}" for number in range(3000)]) + bytes(10240))
     spans = [span for window in TarScan(path).windows() for span in window.spans]
     assert len(spans) == 3000
     assert sum(span.alike is not None for span in spans) == 2999, "only the first one is parsed by itself"
+    parts = [part for window in TarScan(path).windows() for part in window.parts]
+    blocks_read = -(-path.stat().st_size // blocks.READ_BYTES)
+    assert sum(isinstance(part, SampleSpan) for part in parts) <= 1 + blocks_read, "the first, and the last of a block"
 
 
 def test_times_in_pax_headers_are_parsed_in_runs(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from curation.errors import SampleError, ShardError
 from curation.storage.files import AtomicFile
 from curation.tar import blocks
+from curation.tar.blocks import Block
 from curation.tar.headers import (
     BLOCK,
     RECORD,
@@ -32,7 +33,7 @@ from curation.tar.headers import (
 )
 from curation.tar.prove import prove_splice, verify_splice
 from curation.tar.samples import Sample, TarWriter, is_safe_name, read_samples
-from curation.tar.scan import TOGETHER, SampleSpan, TarReport, TarScan
+from curation.tar.scan import TOGETHER, SampleSpan, TarReport, TarScan, Window
 from curation.tar.splice import Action, decided, splice
 from tests import EXAMPLES
 
@@ -815,9 +816,8 @@ def test_a_proof_reads_as_readers_do(tmp_path: Path) -> None:
     path.write_bytes(a_sample("000") + bytes(1024) + a_sample("001") + END)
     spans = [SampleSpan("000", 0, path.stat().st_size - len(END))]
     windows = list(TarScan(path).windows())
-    window = windows[-1]
     spans[0].members = [member for one in windows for span in one.spans for member in span.members]
-    window.spans = spans
+    window = Window(spans, Block(None, bytearray(path.read_bytes()), 0, 0, path.stat().st_size))
     proof = prove_splice([(window, [(spans[0], Action.KEEP)])], path)
     assert proof.readers == "Python's tarfile reads 1 of its 2 samples"
 

@@ -302,13 +302,15 @@ class Acquaintance:
 
     def meet(self, window: Window) -> None:
         """Look at the samples of a window.  Once a caption is of one of them, no other is looked at."""
+        if self._met or self._captions is None:
+            return
         for span in window.spans:
-            if self._met or self._captions is None:
-                return
             if span.key and not span.torn:
                 self._samples += 1
                 json = load_sample(window, span, ("json",), MAX_SAMPLE_JSON_BYTES).members.get("json")
                 self._met = self._captions.find(span.key, lenient_metadata(json)) is not None
+                if self._met:
+                    return
 
     def check(self) -> None:
         """Raise ShardError if there are samples, and no caption is of any of them."""

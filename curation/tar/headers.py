@@ -137,10 +137,7 @@ class Member:
     @property
     def mtime(self) -> int:
         """The time in whole seconds since 1970; 0 if the field is invalid."""
-        try:
-            return max(0, parse_number(self.mtime_field))
-        except BadHeader:
-            return 0
+        return _seconds(self.mtime_field)
 
     @property
     def text_name(self) -> str:
@@ -480,6 +477,15 @@ def parse_number(field: bytes) -> int:
         return int(text, 8)
     except ValueError:
         raise BadHeader("a field of it is no number") from None
+
+
+@lru_cache(64)
+def _seconds(field: bytes) -> int:
+    """``Member.mtime``; most members of a shard have few times."""
+    try:
+        return max(0, parse_number(field))
+    except BadHeader:
+        return 0
 
 
 def parse_pax(data: bytes) -> dict[str, bytes]:

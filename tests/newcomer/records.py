@@ -26,14 +26,15 @@ DIFFERS = {
 def records_of(root: Path) -> dict[str, Any]:
     """The path of each file below a folder → its content.
 
-    Of receipts and records of options, the content is the JSON value without the fields of ``DIFFERS``.
+    Of receipts and records of options, the content is the JSON value without the fields of ``DIFFERS``.  What sites
+    said is left out: who asked and when stands between it, in a folder of the day.
     """
     return {
         str(path.relative_to(root)): _constant(json.loads(path.read_bytes()))
         if path.suffix == ".json" and "_receipts" in path.parts
         else path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file()
+        if path.is_file() and "_opt_out" not in path.relative_to(root).parts
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -329,13 +330,25 @@ _ABROAD = (
     r"|przepraszam\b|przykro mi\b|nie mogę\b|omlouvám se|nemohu\b|üzgünüm|maaf,|saya tidak (?:bisa|dapat)|beklager\b"
     r"|tyvärr kan jag|jag kan inte\b|undskyld\b|olen pahoillani|λυπάμαι|îmi pare rău|sajnálom"
 )
+
+
+def _found(pattern: str, flags: re.RegexFlag = re.IGNORECASE) -> Callable[[str], bool]:
+    """Whether a text has the pattern.  It is compiled when the first text comes: all of them take 13 ms, for which runs
+    with nothing to do would wait too."""
+
+    @cache
+    def search() -> Callable[[str], object]:
+        return re.compile(pattern, flags).search
+
+    return lambda text: bool(search()(text))
+
+
 # What carries such words when a caption begins with them.
-_PRINTED = re.compile(
+_PRINTED = _found(
     r"\b(?:t-?shirts?|shirts?|tees?|hoodies?|sweat(?:er|shirt)s?|mugs?|cups?|posters?|signs?|stickers?|cards?|prints?|caps?|hats?"
     r"|bags?|totes?|memes?|quotes?|lyrics|tattoos?|books?|albums?|covers?|banners?|slogans?|aprons?|magnets?)\b",
-    re.IGNORECASE,
-).search
-_SORRY = re.compile(
+)
+_SORRY = _found(
     r"^\W*(?:(?:(?:I'm|I am|we're|we are) (?:\w+ ){0,2}(?:sorry|afraid)|sorry|my apologies|unfortunately"
     r"|(?:I|we) (?:must )?apologi[sz]e)\b(?=\W*(?:but\b|for\b|I\b|as\b|that\b|no\b|the\b|this\b|we\b|it\b|$|[,.!]))"
     rf"|{_CANNOT}\b"
@@ -345,9 +358,8 @@ _SORRY = re.compile(
     r"|it(?:'s| is) (?:not possible|impossible) (?:for me )?to (?:describe|determine|identif|rewrit|tell|say|see)"
     r"|(?:the |your |this )?request (?:was |is |has been )?(?:declined|denied|refused|rejected)\W*$"
     rf"|(?:no|nope)\W*$|{_ABROAD})",
-    re.IGNORECASE,
-).search
-_REFUSAL = re.compile(
+)
+_REFUSAL = _found(
     rf"(?:^|[.!?]\W{{0,4}}\s|[,;]\s(?:but\s|so\s)?)(?:{_CANNOT}|I(?: prefer|'d rather| would rather) not){_HELP}"
     r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model|text-based|vision model)\b"
     r"|\b(?:no|without an?) (?:image|picture|photo)s? (?:(?:was|is|has been|were) )?"
@@ -366,19 +378,13 @@ _REFUSAL = re.compile(
     r" (?:perpetuat|reinforc|promot)\w+\b[^.]{0,30}\b(?:stereotyp|bias|discriminat|harm)"
     r"|\b(?:against|violates?) (?:my|our|the|openai's?) (?:\w+ )?(?:guidelines|polic(?:y|ies))\b"
     r"|^\W*leider kann ich",
-    re.IGNORECASE,
-).search
+)
 
 
 def _refuses(plain: str) -> bool:
     if _REFUSAL(plain):
         return True
-    return bool(_SORRY(plain)) and not _PRINTED(plain)
-
-
-def _found(pattern: str, flags: re.RegexFlag = re.IGNORECASE) -> Callable[[str], bool]:
-    search = re.compile(pattern, flags).search
-    return lambda text: bool(search(text))
+    return _SORRY(plain) and not _PRINTED(plain)
 
 
 _RESULT = r"(?:sentence|caption|description|version|prompt|text|summary|title|rewrite|response|answer|output|result)"

@@ -137,6 +137,36 @@ def test_a_missing_package_is_one_line_with_the_right_extra(
     assert capsys.readouterr().err.splitlines()[-1] == said, "a dry run ends as the run itself"
 
 
+@pytest.mark.parametrize("scheme", ["gs", "gcs"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "faces --input {url} --output out --edits edits --embedded",
+        "reshard --input {url} --output out",
+        "caption {url} --output out --model {model}",
+        "extract --input {url} --output out --models statistics --device cpu",
+        "download --input {url} --output out",
+    ],
+    ids=lambda words: words.split()[0],
+)
+def test_a_bucket_of_google_needs_a_package_that_is_in_no_extra(
+    command: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line names it, and nothing is begun."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # it is in no installation that the project describes
+    monkeypatch.delitem(loaded_clients, scheme, raising=False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    given = command.format(url=f"{scheme}://bucket/laion/", model=tmp_path / "model").split()
+    for more in ([], ["--dry_run"]):
+        monkeypatch.setattr(sys, "argv", ["curation", *given, *more])
+        assert main() == 2
+        [said] = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"error: {scheme}://") and said.endswith("pip install gcsfs")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize(
     ("program", "module", "extra"),
     [

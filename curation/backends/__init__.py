@@ -7,8 +7,8 @@ file that is put into the folder is found without any other change.
 
 from __future__ import annotations
 
-import ast
 import importlib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from curation.errors import InfrastructureError
 
 __all__ = ["families", "load", "names"]
+
+_BACKEND = re.compile(rb"^class Backend\b", re.MULTILINE)
 
 
 @cache
@@ -57,6 +59,6 @@ def families(kind: str) -> dict[str, Any]:
 
 
 def _has_a_backend(file: Path) -> bool:
-    """Read from the source, because the module of a backend may need a library that is not installed."""
-    body = ast.parse(file.read_bytes()).body
-    return any(isinstance(node, ast.ClassDef) and node.name == "Backend" for node in body)
+    """Read from the source, because the module of a backend may need a library that is not installed.  It is not
+    parsed: for the extractors that takes 40 ms, and a run with nothing to do takes 230 ms."""
+    return _BACKEND.search(file.read_bytes()) is not None

@@ -76,16 +76,32 @@ def problems_of(note: Mapping[str, Any]) -> Iterator[str]:
     groups = note[GROUPS]
     for name, row in (("", note), *groups.items()):
         where = f"of the group {name!r} " if row is not note else ""
-        if row[TRIES] != row[KEPT] + row[FAILED_TRIES]:
-            yield f"{row[TRIES]:,} tries {where}are not {row[KEPT]:,} kept + {row[FAILED_TRIES]:,} failed"
-        if row[KEPT_THOUGH_FAILED] > row[KEPT]:
-            yield f"{row[KEPT_THOUGH_FAILED]:,} pictures {where}were kept though they failed, of {row[KEPT]:,} kept"
-        bad, found = row[FAILED_TRIES] + row[KEPT_THOUGH_FAILED], row[BY_CHECK].values()
-        if not max(found, default=0) <= bad <= sum(found):
-            yield f"{bad:,} pictures {where}failed, but the checks failed {dict(row[BY_CHECK])}"
+        yield from _problems_of_row(row, row[KEPT_THOUGH_FAILED], "pictures", where)
     for name in _NUMBERS:
         if note[name] != (total := sum(row[name] for row in groups.values())):
             yield f"{name} is {note[name]:,}, and {total:,} over all groups"
+
+
+def problems_of_captions(note: Mapping[str, Any]) -> Iterator[str]:
+    """The same of a stage whose tries are captions: they have no groups, and none is kept though it failed.
+
+    Raises:
+        KeyError, TypeError, AttributeError: It is no such note.
+    """
+    yield from _problems_of_row(note, 0, "captions")
+    if note[REJECTED] > note[FAILED_TRIES]:
+        yield f"{note[REJECTED]:,} captions were rejected, of {note[FAILED_TRIES]:,} that failed"
+
+
+def _problems_of_row(row: Mapping[str, Any], though: int, what: str, where: str = "") -> Iterator[str]:
+    """though: how many were kept though they failed."""
+    if row[TRIES] != row[KEPT] + row[FAILED_TRIES]:
+        yield f"{row[TRIES]:,} tries {where}are not {row[KEPT]:,} kept + {row[FAILED_TRIES]:,} failed"
+    if though > row[KEPT]:
+        yield f"{though:,} {what} {where}were kept though they failed, of {row[KEPT]:,} kept"
+    bad, found = row[FAILED_TRIES] + though, row[BY_CHECK].values()
+    if not max(found, default=0) <= bad <= sum(found):
+        yield f"{bad:,} {what} {where}failed, but the checks failed {dict(row[BY_CHECK])}"
 
 
 def as_sums(note: Mapping[str, Any]) -> dict[str, int]:

@@ -103,9 +103,9 @@ class Extraction:
             asked_features = _asked(c.postprocess_features, "postprocess_features", [*features])
             models = {d: _identity(e) for d, e in zip(c.models, extractors, strict=True)}
             self._askers = [extractor for extractor in extractors if isinstance(extractor, Asker)]
-            self._counted = {
-                c.public_name(name): number for number, name in enumerate(asked_columns) if columns[name].counted
-            }
+            beside = _counted_beside(columns, asked_columns)
+            computed = [columns[name] for name in (*asked_columns, *beside)]
+            self._counted = {c.public_name(column.name): at for at, column in enumerate(computed) if column.counted}
             self.table = MetadataTable(
                 c.carried_fields,
                 {c.public_name(name): columns[name].kind for name in asked_columns},
@@ -128,8 +128,8 @@ class Extraction:
             )
             self._closing.insert(0, self._loader)
             self._stager = Stager(self._loader, device, self.decoder) if is_staged else None
-            chosen = [columns[name] for name in asked_columns], [features[name] for name in asked_features]
-            self._computer = Computer(ordered, self._loader, *chosen, c.feature_dtype, device, self._stager)
+            vectors = [features[name] for name in asked_features]
+            self._computer = Computer(ordered, self._loader, computed, vectors, c.feature_dtype, device, self._stager)
         except BaseException:
             self.close()
             raise
@@ -137,7 +137,7 @@ class Extraction:
         at_once = c.batch_size if device != "cpu" else min(c.batch_size, MOST_AT_ONCE_ON_CPU)
         kind_of_device = "\0".join([use_device(device), _text(c.precision), dump_json(models).decode()])
         self._memory = FittingBatchSize(at_once, kind_of_device, remember_in)
-        self._models_mark = xxhash.xxh3_64_hexdigest(dump_json(models))
+        self._models_mark = xxhash.xxh3_64_hexdigest(dump_json([models, beside] if beside else models))
 
     def _most_awaited(self) -> int:
         """Samples of a shard that are awaited at most: so many that servers have enough to do while a few are slow."""
@@ -274,6 +274,14 @@ class Extraction:
             )
             missing.update(name for name in {"uid", *fields} if name not in sample.metadata)
         return rows, missing
+
+
+def _counted_beside(columns: Mapping[str, Column], asked: Sequence[str]) -> list[str]:
+    """The columns that are computed only to be counted: without them, a table of nulls would look like a result.
+
+    They are a part of what a shard's checkpoint is of: one that an older version has left lacks them.
+    """
+    return [name for name, column in columns.items() if column.counted and name not in asked]
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ _MAX_DOUBLE = sys.float_info.max
 
 @dataclass(slots=True)
 class MetadataRow:
-    """One sample in the parquet.  fields: the carried ones; values: of the columns; both in their order.
+    """One sample in the parquet.  fields: the carried ones; values: of the columns, and after them of what is only
+    counted; both in their order.
     failed: why it counts as failed, None for a sample that is kept."""
 
     key: str

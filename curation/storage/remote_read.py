@@ -204,9 +204,20 @@ class BucketServer:
         except Exception as error:
             if {type(error).__name__, type(error.__cause__).__name__} & _EXPIRED or getattr(error, "errno", 0) == 16:
                 raise ShardError(f"{self._file}: it changed while it was read; start again", "changed") from error
+            if (refusal := _refusal_of_google(error)) is not None:
+                raise Unavailable(self._file, f"{refusal} ({error_line(error)})") from None
             if "Credentials" in type(error).__name__:
                 raise Unavailable(self._file, f"{error_line(error)} (credentials come from the environment)") from None
             raise TransientError(error_line(error)) from error
+
+
+def _refusal_of_google(error: Exception) -> str | None:
+    """What gcsfs says with errors of its own where trying again would not help: a 403 is an OSError with that word
+    alone, any other status its HttpError's ``code``.  None for everything else."""
+    if type(error) is OSError and str(error).startswith("Forbidden"):
+        return "403 Forbidden"
+    code = getattr(error, "code", None) if type(error).__name__ == "HttpError" else None
+    return str(code) if str(code) in map(str, _GONE) else None
 
 
 class _BucketConnection:

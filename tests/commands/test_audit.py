@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curation import PROGRAM
 from curation.__main__ import main
 from curation.commands.audit.cards import croissant
 from curation.commands.audit.command import as_markdown, findings, verdict
@@ -152,6 +153,40 @@ def test_other_outputs_of_stage_04_do_not_count(
     assert "name one of them with --hybrid" in capsys.readouterr().err
     assert audit(root, "--hybrid", root / "hybrid2")["all"] == before["all"]
     assert main(["audit", str(root), "--hybrid", str(root / "a_subset" / "_receipts")]) == 2
+
+
+def test_a_report_counts_the_hybrid_dataset_that_is_named(
+    undisturbed: Undisturbed, tmp_path: Path, audit: Audit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two in the root, and of one that lies elsewhere."""
+    copy_tree(undisturbed.root, root := tmp_path / "root")
+    before = audit(root)
+    copy_tree(root / "hybrid", root / "hybrid2")
+    copy_tree(root / "hybrid", tmp_path / "elsewhere")
+    written = (root / "hybrid" / "_receipts" / HYBRID).glob("*/0*.json")
+    next(path for path in written if json.loads(path.read_bytes())["notes"]["edited"]).unlink()
+
+    def told(*more: object) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(["report", str(root), "--json", *map(str, more)]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    without = told()
+    assert without["audit"] is None and f"--hybrid of {PROGRAM} audit or {PROGRAM} report" in without["audit_missing"]
+    fewer = told("--hybrid", root / "hybrid")
+    assert fewer["funnel"][-1]["count"] == fewer["audit"]["all"]["hybrid"] < before["all"]["hybrid"]
+    for folder in (root / "hybrid2", tmp_path / "elsewhere"):
+        named = told("--hybrid", folder)
+        assert named["funnel"][-1]["count"] == named["audit"]["all"]["hybrid"] == before["all"]["hybrid"] > 0
+        homes = [stage["folder"] for stage in named["stages"] if stage["stage"] == HYBRID]
+        assert homes[0] == str(folder.resolve()) and len(homes) == 2 + (folder.parent == tmp_path)
+    page = tmp_path / "report.html"
+    assert main(["report", str(root), "-o", str(page), "--hybrid", str(tmp_path / "elsewhere"), "--quiet"]) == 0
+    assert f'"elsewhere/_receipts/{HYBRID}' in page.read_text(), "links are relative to the page"
+    for wrong, says in ((root / "edits", "has not run here"), (tmp_path / "none", "no such folder")):
+        assert main(["report", str(root), "-o", str(page), "--hybrid", str(wrong)]) == 2
+        assert says in capsys.readouterr().err
 
 
 # ---- made-up runs

@@ -206,6 +206,70 @@ def test_what_cannot_be_compared(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("spoil", "which", "says"),
+    [
+        ("widths", "source", "has 4 numbers a picture, and 3 in --features"),
+        ("widths of shards", "features", "has 4 numbers a picture, and 3 in the shards before"),
+        ("feature", "source", "there is no feature 'oai-clip-vit-b32-image'"),
+        ("feature", "features", "name the feature of the pictures with --feature"),
+        ("rows", "source", "1 rows, 00000000.parquet has 2; run stage 06 again for this shard"),
+        ("rows", "features", "1 rows, 00000000.parquet has 2; run stage 06 again for this shard"),
+        ("strangers", "source", "no row belongs to a photo that was replaced"),
+        ("no npz", "source", "shard 00000001 has no 00000001.npz"),
+        ("no key", "features", "has no column key"),
+        ("no table", "source", "there is no *.parquet"),
+    ],
+)
+def test_runs_that_do_not_fit_are_told_by_their_flag(
+    spoil: str, which: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of both runs can be the one that was computed otherwise; the message says which flag names it."""
+    root, folder = CheckedRoot(tmp_path / "root"), tmp_path / which
+    for number, shard in enumerate(("00000000", "00000001")):
+        keys = [f"{number}-{n}" for n in range(2)]
+        root.add(shard, [Made(key, A, [{"face": face()}]) for key in keys])
+        for name in ("features", "source"):
+            wide = 3 + (name == which and (spoil == "widths" or (spoil == "widths of shards" and number)))
+            mine = ["x", "y"] if spoil == "strangers" and name == which else keys
+            write_features(tmp_path / name, shard, mine, np.eye(2, wide, dtype=np.float32))
+    if spoil == "feature":
+        for path in folder.glob("*.npz"):
+            np.savez(path, other=np.eye(2, 3, dtype=np.float32))
+    elif spoil == "rows":
+        np.savez(folder / "00000000.npz", **{FEATURE: np.eye(1, 3, dtype=np.float32)})
+    elif spoil == "no npz":
+        (folder / "00000001.npz").unlink()
+    elif spoil == "no key":
+        pq.write_table(pa.table({"uid": ["a", "b"]}), folder / "00000000.parquet")
+    elif spoil == "no table":
+        for path in folder.glob("*.parquet"):
+            path.unlink()
+    given = ("--features", str(tmp_path / "features"), "--source_features", str(tmp_path / "source"))
+    assert main(["audit", str(root.root), *given]) == 2
+    said = capsys.readouterr().err
+    flag = "--source_features" if which == "source" else "--features"
+    assert said.startswith(f"error: {flag}") and says in said and said.count("\n") == 1, said
+
+
+def test_runs_that_were_found_and_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody gave a flag: the message names the one that helps.  A run on other shards costs only the comparison."""
+    root = CheckedRoot(tmp_path / "root")
+    root.add("00000000", [Made(key, A, [{"face": face()}]) for key in ("a", "b")])
+    rows = np.eye(2, 3, dtype=np.float32)
+    write_features(root.root / "scores", "00000000", ["a", "b"], rows, root.root / "edits")
+    write_features(root.root / "photos", "00000000", ["a", "b"], np.eye(2, 5, dtype=np.float32), root.root / "shards")
+    assert main(["audit", str(root.root)]) == 2
+    said = capsys.readouterr().err
+    assert "5 numbers a picture, and 3 in" in said and "--source_features" in said and "(found)" in said
+    write_features(root.root / "photos", "00000000", ["x", "y"], rows, root.root / "shards")
+    assert main(["audit", str(root.root), "--json"]) == 0
+    told, warned = capsys.readouterr()
+    variety = json.loads(told)["variety"]
+    assert variety["generated"]["all"]["pictures"] == 2 and variety["source"] is None
+    assert "no row belongs to a photo that was replaced" in warned and "with --source_features" in warned
+
+
 def test_few_pictures_and_many_groups(tmp_path: Path) -> None:
     """One picture has no pair, two have no interval; groups beyond a bound count among all."""
     pictures = PictureFeatures(tmp_path)

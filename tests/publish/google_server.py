@@ -223,9 +223,11 @@ def _handler() -> Any:
                     raise _Answer(416, "The requested range cannot be satisfied.")
 
         def _listed(self, server: GoogleServer, bucket: str, query: dict[str, str]) -> dict[str, Any]:
-            found, _ = self.storage.get_file_list(bucket, query.get("prefix"))
+            found, folders = self.storage.get_file_list(bucket, query.get("prefix"), query.get("delimiter"))
             start, size = int(query.get("pageToken", 0)), min(server.page, int(query.get("maxResults", 1000)))
-            more = {"nextPageToken": str(start + size)} if start + size < len(found) else {}
+            more: dict[str, Any] = {"nextPageToken": str(start + size)} if start + size < len(found) else {}
+            if folders and not start:
+                more["prefixes"] = folders
             return {"kind": "storage#objects", "items": found[start : start + size], **more}
 
         def _answer(self, answer: _Answer) -> None:

@@ -351,6 +351,31 @@ def test_too_many_samples_without_an_answer_fail_the_shard(
     assert reasons == [None, None, None, "reply_not_json", None, None]
 
 
+def test_missing_scores_are_counted_where_the_column_with_the_reasons_is_not_asked_for(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table has the columns that were asked for, and a table of nulls fails as ever."""
+
+    def one_silent(asked: Asked) -> Answer:
+        return Answer("I see a cat.") if texts(asked)["caption"] == "picture 3" else scores(asked)
+
+    asked_for = ["--postprocess_columns", "judge_formatting,judge_aesthetics", "--quiet"]
+    with odd_server(one_silent) as server:
+        where = ["--input", str(few), "--output", str(tmp_path / "out"), "--judge", judge_flag(server, tries=1)]
+        loud = [flag for flag in (*FLAGS, *asked_for) if flag != "--quiet"]
+        assert stage.main([*where, *loud]) == 0
+    assert "1 judgements without all scores (1 reply_not_json)" in capsys.readouterr().err.splitlines()[-1]
+    notes = records.receipt(tmp_path / "out")["notes"]
+    assert notes["judge_reason"] == {"reply_not_json": 1} and notes["not_judged"] == 1
+    found = rows(tmp_path / "out")
+    assert [*found["0003"]] == ["uid", "key", "tar", "judge_formatting", "judge_aesthetics", "status"]
+    assert found["0003"]["judge_formatting"] is None
+    assert found["0004"]["judge_formatting"] == planted("picture 4")["formatting"]
+    with odd_server(Judging(lambda asked: Answer("I see a cat."))) as server:
+        assert run(few, tmp_path / "nulls", server, *asked_for[:2], tries=1) == 1
+    assert "judge_reason: 6 of 6 samples have no answer of the judge (6 reply_not_json)" in capsys.readouterr().err
+
+
 def test_rate_limits_and_errors_of_servers_are_tried_again(few: Path, tmp_path: Path) -> None:
     busy = Answer('{"error": "rate limit"}', 429, {"Retry-After": "0"})
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.registry import _registry as loaded_clients
 
 from curation.errors import InfrastructureError, ShardError, UsageError
 from curation.shards import discover
@@ -395,7 +396,9 @@ def test_the_hub_gives_what_the_file_has(tmp_path: Path) -> None:
     assert set(ranges) == {f"bytes={at}-{min(at + 400_000, len(DATA)) - 1}" for at in range(0, len(DATA), 400_000)}
 
 
-def test_a_package_that_is_missing_is_named() -> None:
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed, which is usual
+    monkeypatch.delitem(loaded_clients, "gs", raising=False)
     with pytest.raises(InfrastructureError, match=r"pip install gcsfs$"):
         discover("gs://bucket/0.tar")
 

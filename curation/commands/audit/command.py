@@ -145,7 +145,7 @@ def variety_of(
     Raises:
         UsageError: The features are not of the generated pictures.
     """
-    from curation.commands.audit.features import GroupedShards, feature_folders, measure_variety
+    from curation.commands.audit.features import FeatureRun, GroupedShards, feature_folders, measure_variety
 
     found = feature_folders(options.root, places) if EDITS in places else (None, None)
     folder, source = options.features or found[0], options.source_features or found[1]
@@ -156,7 +156,13 @@ def variety_of(
     if EDITS not in places:
         raise UsageError(f"{options.root}: --features compares generated images, but {EDITS} has made none")
     grouped = GroupedShards(places, most, result["pictures"])
-    return measure_variety(folder, source, options.feature, options.near, grouped, options.scratch)
+    run = FeatureRun(folder, "--features", options.features is not None, "the generated pictures")
+    on_photos = (
+        FeatureRun(source, "--source_features", options.source_features is not None, "the source shards")
+        if source is not None
+        else None
+    )
+    return measure_variety(run, on_photos, options.feature, options.near, grouped, options.scratch)
 
 
 def _look_at_images(places: Mapping[str, StagePlace], result: dict[str, Any], options: Options) -> None:

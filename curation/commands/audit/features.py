@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,11 +16,12 @@ import xxhash
 from curation.commands.audit.groups import is_older
 from curation.commands.audit.variety import PictureFeatures, Place
 from curation.commands.places import EDITS, HYBRID, METADATA, StagePlace, chosen_by, find_stages, provenance, rejected
-from curation.commands.tables.similarity import BLOCK_ROWS, feature_blocks
+from curation.commands.tables.similarity import BLOCK_ROWS, feature_blocks, feature_shape
 from curation.commands.tables.tables import ShardTable, find_tables, with_features
 from curation.errors import InfrastructureError, UsageError
 from curation.extract.outputs import import_arrow
 from curation.jsonio import clean_text
+from curation.options import logger
 from curation.shards import id_of_record
 
 _ENDS: Final = ("-image", "_img")
@@ -89,36 +92,85 @@ class GroupedShards:
         return receipt is not None and edits is not None and is_older(receipt, edits)
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureRun:
+    """The output of a run of stage 06.
+
+    Attributes:
+        folder: It.
+        flag: Of ``audit`` that names it.
+        named: Whether the user has named it; otherwise it was found.
+        reads: What stage 06 should have been run on, in words.
+    """
+
+    folder: Path
+    flag: str
+    named: bool
+    reads: str
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.folder}" + ("" if self.named else " (found)")
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Names the flag in every error about these files, because nobody may have given the folder."""
+        try:
+            yield
+        except InfrastructureError as error:
+            if self.named:
+                text = f"{self.flag}: {error}; the flag takes stage 06's output on {self.reads}"
+            else:
+                text = f"the run of stage 06 that was found on {self.reads} does not fit: {error}; or give another"
+                text += f" run's output with {self.flag}"
+            raise type(error)(text) from None
+
+
 def measure_variety(
-    folder: Path, source: Path | None, feature: str | None, near: float, grouped: GroupedShards, scratch: Path | None
+    run: FeatureRun,
+    source: FeatureRun | None,
+    feature: str | None,
+    near: float,
+    grouped: GroupedShards,
+    scratch: Path | None,
 ) -> dict[str, Any]:
     """Returns the diversity and the near copies of the generated pictures, and of the photos that they replace.
 
     Args:
-        folder: Of stage 06's run on the edits or the hybrid shards.
-        source: Of its run on the source shards; None: the photos are not compared.
+        run: Stage 06's on the edits or the hybrid shards.
+        source: Its run on the source shards; None: the photos are not compared.
         feature: The feature; None: the one that there is.
         near: The least cosine of near copies.
         grouped: Which pictures count.
         scratch: A folder for the vectors; None: the system's temporary folder.
 
     Raises:
-        UsageError: There is no such feature, or no row belongs to a generated picture.
+        UsageError: There is no such feature, the runs have features of different widths, or no row belongs to a
+            generated picture, or to a photo in a run that the user has named.
     """
-    feature = feature or the_feature(folder)
+    with run.named_in_errors():
+        feature = feature or the_feature(run.folder)
+        tables = find_tables(run.folder).tables
+    if source is not None:
+        _check_alike(run, source, feature)
+    originals = None
     with tempfile.TemporaryDirectory(prefix=".audit.", dir=scratch) as temporary:
-        generated = _measure(folder, feature, near, grouped, Path(temporary) / "generated")
-        found = generated["all"]["pictures"] + generated["without_feature"]
+        generated = _measure(run, feature, near, grouped, Path(temporary) / "generated")
+        found = _rows_of(generated)
         if not found:
             raise UsageError(
-                f"{folder}: no row belongs to a generated picture by its shard and key; run stage 06 on the folder of "
+                f"{run}: no row belongs to a generated picture by its shard and key; run stage 06 on the folder of "
                 "the edits (--input) and give its output as --features"
             )
-        originals = None
         if source is not None:
             originals = _measure(source, feature, near, grouped, Path(temporary) / "source")
-    here = StagePlace(METADATA, folder)
-    older = sum(grouped.made_again(table.shard_id, here) for table in find_tables(folder).tables)
+    if source is not None and originals is not None and not _rows_of(originals):
+        what = f"{source}: no row belongs to a photo that was replaced, by its shard and key"
+        if source.named:
+            raise UsageError(f"{what}; run stage 06 on the source shards (--input) and give its output")
+        logger.warning(f"{what}: the photos are not compared; name the run on the source shards with {source.flag}")
+        originals = None
+    here = StagePlace(METADATA, run.folder)
+    older = sum(grouped.made_again(table.shard_id, here) for table in tables)
     return {
         "feature": feature,
         "near": near,
@@ -128,6 +180,26 @@ def measure_variety(
         "generated": generated,
         "source": originals,
     }
+
+
+def _check_alike(run: FeatureRun, source: FeatureRun, feature: str) -> None:
+    """Looks before hours of work whether both runs have the feature, from models of one size.  Raises UsageError."""
+    widths = []
+    for one in (run, source):
+        with one.named_in_errors():
+            _, path = next(with_features(find_tables(one.folder).tables, one.folder, feature))
+            widths.append(feature_shape(path, feature)[1])
+    if widths[0] != widths[1]:
+        raise UsageError(
+            f"{source}: {feature} has {widths[1]:,} numbers a picture, and {widths[0]:,} in {run}, so that two models "
+            "made them; run stage 06 on one of the two again, with the same --models and weights as on the other, and "
+            f"give its output with {run.flag} or {source.flag}"
+        )
+
+
+def _rows_of(measured: Mapping[str, Any]) -> int:
+    rows: int = measured["all"]["pictures"] + measured["without_feature"]
+    return rows
 
 
 def the_feature(folder: Path) -> str:
@@ -151,13 +223,14 @@ def the_feature(folder: Path) -> str:
     return fit[0]
 
 
-def _measure(folder: Path, feature: str, near: float, grouped: GroupedShards, scratch: Path) -> dict[str, Any]:
-    tables = find_tables(folder).tables
+def _measure(run: FeatureRun, feature: str, near: float, grouped: GroupedShards, scratch: Path) -> dict[str, Any]:
     pictures = PictureFeatures(scratch)
     try:
-        for table, path in with_features(tables, folder, feature):
-            if groups := grouped.groups_of(table.shard_id):
-                _add(table, path, feature, groups, pictures)
+        with run.named_in_errors():
+            tables = find_tables(run.folder).tables
+            for table, path in with_features(tables, run.folder, feature):
+                if groups := grouped.groups_of(table.shard_id):
+                    _add(table, path, feature, groups, pictures)
         return pictures.measure(near, _finder(tables))
     finally:
         pictures.close()
@@ -167,6 +240,11 @@ def _add(table: ShardTable, path: Path, feature: str, groups: Mapping[str, str],
     keys, start = _keys(table), 0
     for block in feature_blocks(path, feature, BLOCK_ROWS):
         mine = [row for row in range(len(block)) if start + row < len(keys) and keys[start + row] in groups]
+        if mine and pictures.width not in (0, block.shape[1]):
+            raise InfrastructureError(
+                f"{path}: {feature} has {block.shape[1]:,} numbers a picture, and {pictures.width:,} in the shards "
+                "before; run stage 06 again with one model for all shards (--rerun)"
+            )
         if mine:
             numbers = [start + row for row in mine]
             pictures.add(table.shard_id, numbers, [groups[keys[number]] for number in numbers], block[mine])
@@ -181,7 +259,9 @@ def _keys(table: ShardTable) -> list[str]:
     pa, pq = import_arrow()
     try:
         if "key" not in pq.read_schema(table.parquet).names:
-            raise UsageError(f"{table.parquet}: has no column key, which tells the group of a picture")
+            raise UsageError(
+                f"{table.parquet}: has no column key, which tells the group of a picture; stage 06 writes it"
+            )
         found = pq.read_table(table.parquet, columns=["key"], partitioning=None)["key"].cast(pa.string())
     except (OSError, pa.ArrowException) as error:
         raise InfrastructureError(f"{table.parquet}: cannot be read: {error}") from None

@@ -160,14 +160,13 @@ def stage_places(root: Path, named: Mapping[str, Path | None] = MappingProxyType
     places: dict[str, StagePlace] = {}
     for stage, flag in FLAGS.items():
         if folder := named.get(flag):
-            mine = [place for place in find_stages(folder) if place.stage == stage]
-            if not mine:
-                raise UsageError(f"--{flag} {folder}: {stage} has not run here")
-        else:
-            mine = [place for place in found if place.stage == stage]
+            places[stage] = place_named(stage, folder)
+            continue
+        mine = [place for place in found if place.stage == stage]
         if len(mine) > 1:
             homes = " and ".join(str(place.home) for place in mine)
-            raise UsageError(f"{root}: {stage} ran on {homes}; name one of them with --{flag} of {PROGRAM} audit")
+            commands = f"{PROGRAM} audit" + (f" or {PROGRAM} report" if stage == HYBRID else "")
+            raise UsageError(f"{root}: {stage} ran on {homes}; name one of them with --{flag} of {commands}")
         if mine:
             places[stage] = mine[0]
     if PROMPTS not in places:
@@ -176,6 +175,21 @@ def stage_places(root: Path, named: Mapping[str, Path | None] = MappingProxyType
             "stage's own folder with --prompts"
         )
     return places
+
+
+def place_named(stage: str, folder: Path) -> StagePlace:
+    """Returns the one place of a stage in the folder that an option of ``FLAGS`` names.
+
+    Raises:
+        UsageError: The stage has not run there, or ran on several folders in it.
+    """
+    mine = [place for place in find_stages(folder) if place.stage == stage]
+    if len(mine) == 1:
+        return mine[0]
+    if not mine:
+        raise UsageError(f"--{FLAGS[stage]} {folder}: {stage} has not run here")
+    homes = " and ".join(str(place.home) for place in mine)
+    raise UsageError(f"--{FLAGS[stage]} {folder}: {stage} ran on {homes}; name one of them")
 
 
 def tally(places: Mapping[str, StagePlace], workers: int) -> Tallies:

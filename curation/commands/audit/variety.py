@@ -53,6 +53,11 @@ class PictureFeatures:
     def __len__(self) -> int:
         return len(self._vectors)
 
+    @property
+    def width(self) -> int:
+        """How many numbers a picture has; 0 as long as there is none."""
+        return self._vectors.width
+
     def add(self, shard_id: str, rows: Sequence[int], groups: Sequence[str], features: Rows) -> None:
         """Adds pictures of one shard.
 

@@ -40,6 +40,9 @@ class Options:
     source: Path | None = None
     """The source shards, for the original images.  Default: the folders in the receipts; if the shards are not there,
     ROOT/shards, unless that is the hybrid dataset."""
+    hybrid: Path | None = None
+    """Stage 04's output folder, if the stage ran on several folders in ROOT, or on one elsewhere.  Without it, folders
+    that were written without edits do not count."""
     shards_page: int = 2000
     """Largest number of shards of a stage that are shown one by one; if there are more, neighbouring shards share a
     cell."""
@@ -98,8 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _facts(options: Options, claims: ClaimWatcher | None = None) -> ReportFacts:
     from curation.commands.report.facts import gather
 
-    audit = not options.no_audit
-    return gather(options.root, options.source, options.shards_page, options.sample_shards, audit=audit, claims=claims)
+    return gather(
+        options.root,
+        options.source,
+        options.shards_page,
+        options.sample_shards,
+        audit=not options.no_audit,
+        hybrid=options.hybrid,
+        claims=claims,
+    )
 
 
 def _make_page(

@@ -13,7 +13,7 @@ from typing import Any
 from curation.commands.audit.command import Options as AuditOptions
 from curation.commands.audit.command import audit as audit_groups
 from curation.commands.audit.command import variety_of
-from curation.commands.audit.groups import stage_places
+from curation.commands.audit.groups import FLAGS, place_named, stage_places
 from curation.commands.places import (
     EDITS,
     FACES,
@@ -71,6 +71,7 @@ def gather(
     sample_shards: int,
     *,
     audit: bool,
+    hybrid: Path | None = None,
     claims: ClaimWatcher | None = None,
 ) -> ReportFacts:
     """Reads the dataset: receipts in several processes, and the samples of some shards.
@@ -82,10 +83,11 @@ def gather(
         shards_page: Shards of a stage that are shown one by one.
         sample_shards: Shards of each stage whose samples are read.
         audit: Whether the groups are counted too, which reads the provenance of all shards.
+        hybrid: Stage 04's output folder that counts, in the root or elsewhere; None: the one that there is.
         claims: The watcher that earlier pages used, which knows which heartbeats have changed.
     """
     began = time.monotonic()
-    places = find_stages(root)
+    places, main_job = _places(root, hybrid)
     claims = claims or ClaimWatcher([])
     claims.follow(places)
     held_first = claims.look()
@@ -104,7 +106,6 @@ def gather(
     looked = look(places, chosen, 500, CLOSE)
     for stage, stage_stats, shown in zip(scan.stages, stats, stages, strict=True):
         shown["made"] = recipes(stage, stage_stats.epochs, looked.models)
-    main_job = of_the_main_job(places)
     told: dict[str, Any] = {
         "format": REPORT_FORMAT,
         "root": clean_text(str(root.resolve())),
@@ -119,9 +120,24 @@ def gather(
         "warnings": [clean_text(warning) for warning in scan.warnings][:20],
     }
     if audit:
-        _add_audit(root, told)
+        _add_audit(root, hybrid, told)
     told["seconds"] = round(time.monotonic() - began, 3)
     return ReportFacts(told, places, stats, looked, Originals(root, places, source))
+
+
+def _places(root: Path, hybrid: Path | None) -> tuple[list[StagePlace], list[StagePlace]]:
+    """Returns all stages, and those of the main job.  Of stage 04's places the one that is named comes first, so that
+    what is looked up by the stage's name is found there.
+
+    Raises:
+        UsageError: No stage has run in the root, or not stage 04 in the folder that is named.
+    """
+    places = find_stages(root)
+    if hybrid is None:
+        return places, of_the_main_job(places)
+    named = place_named(HYBRID, hybrid)
+    ordered = sorted({*places, named}, key=lambda place: (place.stage, place != named, place.home))
+    return ordered, [place for place in ordered if place.stage != HYBRID or place == named]
 
 
 def _shards_a_cell(scan: ReceiptScan, shards_page: int) -> int:
@@ -223,9 +239,9 @@ def _languages(stages: Sequence[dict[str, Any]]) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def _add_audit(root: Path, told: dict[str, Any]) -> None:
+def _add_audit(root: Path, hybrid: Path | None, told: dict[str, Any]) -> None:
     try:
-        places = stage_places(root)
+        places = stage_places(root, {FLAGS[HYBRID]: hybrid})
         told["audit"] = found = audit_groups(root, places)
     except UsageError as error:  # no groups, or no stage that assigns them
         told["audit_missing"] = clean_text(str(error))

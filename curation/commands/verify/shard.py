@@ -26,12 +26,12 @@ from curation.commands.verify.conservation import (
 )
 from curation.commands.verify.edited_samples import original_problems, self_problems
 from curation.commands.verify.explain import explain
-from curation.commands.verify.tries import Mark, check_mark, check_tries
+from curation.commands.verify.tries import Mark, check_caption_tries, check_mark, check_tries
 from curation.edits import EditReader, LooseEditReader, TarEditReader
 from curation.errors import InfrastructureError, SampleError, ShardError, UsageError
 from curation.images import encoders
 from curation.jsonio import KEY_SUFFIX, MAX_SAMPLE_JSON_BYTES, clean_text, read_dictionary
-from curation.reshard.captions import CAPTIONS_STAGE, CaptionSource
+from curation.reshard.captions import CAPTIONS_STAGE, ROWS, CaptionSource
 from curation.reshard.fitting import Fitting, ImageSuffix
 from curation.reshard.mix import CAPTIONS_NOTE, Mix, Mixer
 from curation.run.inputs import published_below
@@ -75,7 +75,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "bad_record": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "missing_output": "run the stage that is named again for the shard",
     "wrong_digest": "run the stage that is named again for the shard: --rerun --shards <shard>",
-    "tries_differ": "run stage 03 again for the shard (--rerun --shards <shard>), then stage 04",
+    "tries_differ": "run stage 03, or 05 if it is named, again for the shard (--rerun --shards <shard>), then stage 04",
     "counts_differ": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "lost_between_stages": "run the stage that is named again for the shard: --rerun --shards <shard>",
     "from_nowhere": "run the stage that is named again for the shard: --rerun --shards <shard>",
@@ -401,8 +401,8 @@ def _check_stages(
 ) -> None:
     """What each stage kept is what the next took in, by its counts and by the keys."""
     shard_id = task.shard_id
-    if task.mix is not None and Path(task.mix.captions).is_dir():
-        read_stage(Path(task.mix.captions), CAPTIONS_STAGE, shard_id, findings)
+    if task.mix is not None:
+        _check_stage_05(Path(task.mix.captions), shard_id, findings)
     known: dict[Path, tuple[int, str]] = {}
     if last is not None and last.done:
         path = Path(os.path.normpath(last.home / task.hybrid.name))
@@ -431,6 +431,15 @@ def _check_stages(
         check_outputs(first, {}, findings)
         check_count(f"{CAPTIONS} kept, captions", first.count("kept"), len(captions), findings)
         check_count(f"{CAPTIONS} took in, samples of the source", first.count("in"), len(samples.keys), findings)
+
+
+def _check_stage_05(captions: Path, shard_id: str, findings: Findings) -> None:
+    """What stage 05 says of the captions that were mixed in.  captions: its output folder, or the rows in it; or the
+    captions of another tool, of which nothing is known."""
+    home = captions.parent if captions.name == ROWS else captions
+    record = read_stage(home, CAPTIONS_STAGE, shard_id, findings) if home.is_dir() else None
+    if record is not None and record.done:
+        check_caption_tries(record, home / ROWS / f"{shard_id}.jsonl", findings)
 
 
 def _check_edits(

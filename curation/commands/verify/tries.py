@@ -1,4 +1,6 @@
-"""Checks what stage 03 says of its tries: receipts, provenance and the edits themselves must agree."""
+"""Checks what stage 03 says of its tries: receipts, provenance and the edits themselves must agree.  So must what
+stage 05 says of the tries for its captions: receipts, rows and rejects.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,22 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
-from curation.check.counts import BY_CHECK, GROUPS, KEPT, KEPT_THOUGH_FAILED, REASON, REJECTED, TRIES, problems_of
+from curation.captioned.rows import parse_row
+from curation.check.counts import (
+    BY_CHECK,
+    FAILED_TRIES,
+    GROUPS,
+    KEPT,
+    KEPT_THOUGH_FAILED,
+    REASON,
+    REJECTED,
+    TRIES,
+    problems_of,
+    problems_of_captions,
+)
 from curation.commands.findings import Findings
 from curation.commands.verify.conservation import Record
 from curation.edits import CHECK_FIELDS
@@ -134,6 +149,56 @@ def _compare(
             if _differs(by_check.get(name, 0), failed[group][name], is_at_least=is_at_least):
                 told = f"{by_check.get(name, 0):,}, counted {failed[group][name]:,}"
                 findings.add("tries_differ", "", f"tries that failed {name}{whose}: {told}")
+
+
+def check_caption_tries(record: Record, rows: Path, findings: Findings) -> None:
+    """Check that the numbers of a receipt of stage 05 add up, and that they are those of its rows and rejects.
+
+    Args:
+        record: The stage's.
+        rows: The file with the captions of the shard.
+        findings: What is found.
+
+    Raises:
+        OSError, ShardError: The rows cannot be read.
+    """
+    notes = record.receipt.get("notes")
+    if not isinstance(notes, dict) or (note := notes.get("checks")) is None:
+        return
+    try:
+        for problem in problems_of_captions(note):
+            findings.add("tries_differ", "", f"the receipt of {record.stage}: {problem}")
+        found, by_check = _tries_in(rows)
+        for line in record.rejected:
+            found.update({FAILED_TRIES: int(line["tries"]), REJECTED: 1})
+        # Of an image with several captions, what was tried for the rejected ones is not listed.
+        has_several = "captions" in notes
+        told = [
+            (name, note[name], found[name], has_several and name != KEPT) for name in (KEPT, FAILED_TRIES, REJECTED)
+        ]
+        for name in sorted({*note[BY_CHECK], *by_check}):
+            # Nor is how often a rejected caption failed each check.
+            is_at_least = has_several or bool(record.rejected)
+            told.append((f"that failed {name}", note[BY_CHECK].get(name, 0), by_check[name], is_at_least))
+        for name, said, counted, is_at_least in told:
+            if _differs(said, counted, is_at_least=is_at_least):
+                findings.add("tries_differ", "", f"{record.stage}, captions {name}: {said:,}, counted {counted:,}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        findings.add("bad_record", "", f"the receipt of {record.stage} has no valid note of checks: {error!r}")
+
+
+def _tries_in(rows: Path) -> tuple[Counter[str], Counter[str]]:
+    """The captions in rows that were checked, with the others that failed before them; and how many of these failed
+    each check.  Raises OSError, ShardError."""
+    found, by_check = Counter[str](), Counter[str]()
+    with rows.open("rb") as lines:
+        for line in lines:
+            row = parse_row(line, str(rows))
+            of_names = row.get("captions_tried")
+            for tried in of_names.values() if isinstance(of_names, dict) else filter(None, (row.get("tried"),)):
+                found.update({KEPT: 1, FAILED_TRIES: tried["failed_captions"]})
+                by_check.update(tried["failed_checks"])
+    return found, by_check
 
 
 def _differs(said: int, counted: int, *, is_at_least: bool) -> bool:

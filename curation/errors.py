@@ -278,7 +278,10 @@ def _package_of(module: str) -> str:
 
 @lru_cache(maxsize=1)
 def _extras() -> dict[str, list[str]]:
-    """Each package that is in an extra → these extras, in the order of pyproject.toml."""
+    """Each package that is in an extra → these extras, in the order of pyproject.toml.
+
+    Without ``dev``, which is for those who change this package.
+    """
     project = PROJECT / "pyproject.toml"
     if project.is_file():
         wanted = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"].items()
@@ -290,6 +293,8 @@ def _extras() -> dict[str, list[str]]:
         pairs = [(found[1], line) for line in lines if (found := re.search(r"extra == ['\"]([\w-]+)", line))]
     extras: dict[str, list[str]] = {}
     for extra, line in pairs:
+        if extra == "dev":
+            continue
         package = re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-")
         extras.setdefault(package, []).append(extra)
     return extras

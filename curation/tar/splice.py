@@ -286,6 +286,6 @@ class _Out:
 
 def _replaced_by(member: Member, picture: str) -> str | None:
     """The part of an edit that replaces this member; None if the member stays.  picture: ``Edit.replaces``."""
-    if member.suffix == picture or (not picture and member.suffix in IMAGE_SUFFIXES):
+    if member.suffix == picture if picture else member.suffix in IMAGE_SUFFIXES:
         return "image"
     return member.suffix if member.suffix in ("txt", "json") else None

@@ -71,7 +71,8 @@ def make_shard(dice: random.Random, number: int) -> tuple[bytes, list[tuple[str,
     if not whole and dice.random() < 0.4:
         parts.insert(dice.randrange(len(parts)), dice.choice(parts))
     data = b"".join(parts) + bytes(dice.choice((1024, 10240)) if whole else 0)
-    return (data if whole or dice.random() < 0.3 else harm(data, dice)), samples, whole
+    is_harmed = not whole and len(data) > 20_000 and dice.random() < 0.7  # else it could lose all its bytes
+    return harm(data, dice) if is_harmed else data, samples, whole
 
 
 def random_flags(dice: random.Random, root: Path, uids: list[str]) -> list[str]:

@@ -723,7 +723,8 @@ def test_the_embedded_pipeline_where_nothing_can_be_written(monkeypatch: pytest.
 
 
 def test_the_embedded_pipeline_writes_each_prompt_over_its_picture() -> None:
-    """The same picture in any batch and at any place in it; and the picture under the type is the pipeline's own."""
+    """The same picture in any batch and at any place in it, but for rounding, which depends on the kind of CPU; and the
+    picture under the type is the pipeline's own."""
     source = embedded_source()
     build_embedded(source)
     preset = replace(presets()[EMBEDDED], height=SIDE, width=SIDE, batch_size=4)
@@ -732,7 +733,8 @@ def test_the_embedded_pipeline_writes_each_prompt_over_its_picture() -> None:
     wanted = [Request("A photo of a nurse", 1), Request("A photo of a farmer", 1), *requests(3)]
     made = pixels(backend.generate(wanted, SIDE, SIDE))
     assert len(made) == 5
-    assert np.array_equal(made[2:], pixels(backend.generate(wanted[2:], SIDE, SIDE))), "batches of 4 and 1, and of 3"
+    differs = np.abs(made[2:].astype(int) - pixels(backend.generate(wanted[2:], SIDE, SIDE)))
+    assert differs.max() <= 1 and (differs > 0).mean() < 0.01, "batches of 4 and 1, and of 3"
     texts = backend.encode([request.prompt for request in wanted], at_once=4)
     assert np.array_equal(made[:4], pixels(backend.generate(wanted[:4], SIDE, SIDE, texts.part(0, 4))))
     for picture, under, request in zip(made, pixels(bare.generate(wanted, SIDE, SIDE)), wanted, strict=True):

@@ -138,7 +138,7 @@ def _captions(path: Path) -> dict[tuple[str, str], str]:
 def _thumbnails(source: Source, keys: set[str], parts: Parts) -> Iterator[tuple[str, str]]:
     """The images of some samples as small JPEGs in base64.  Those that cannot be decoded are left out."""
     for sample in read_samples(source, IMAGE_SUFFIXES.__contains__, parts=parts):
-        if sample.key not in keys:
+        if sample.problem or sample.key not in keys:
             continue
         keys.discard(sample.key)
         try:

@@ -334,7 +334,7 @@ def write_files(folder: Path, source: Source, rows: Sequence[Row], output: _Outp
     by_key = {row["key"]: row for row in rows}
     counts: dict[str, int] = {}
     for sample in read_samples(source, IMAGE_SUFFIXES.__contains__, parts=parts):
-        row = by_key.pop(sample.key, None)
+        row = None if sample.problem else by_key.pop(sample.key, None)  # a damaged one may have the key of a whole one
         if row is None:
             continue
         suffix, image = next(iter(sample.members.items()))

@@ -370,6 +370,27 @@ def test_equal_images_in_a_shard_are_two_files(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out/files/0").glob("*.png"))) == 2
 
 
+def test_a_damaged_sample_is_not_taken_for_a_whole_one_of_its_key(tmp_path: Path) -> None:
+    """The files and the page of a comparison read the shard once more, and find samples by their keys."""
+    samples = [{key: {"png": noise(number), "txt": b"x"}} for number, key in enumerate(("a", "b", "a"))]
+    parts = []
+    for number, sample in enumerate(samples):
+        write_shard(tmp_path / f"{number}.tar", sample)
+        parts.append((tmp_path / f"{number}.tar").read_bytes().rstrip(b"\0"))
+    parts = [part + bytes(-len(part) % 512) for part in parts]
+    parts[0] = parts[0][:1024] + parts[0][1536:]  # bytes of the first picture are lost
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.tar").write_bytes(b"".join(parts) + bytes(1024))
+    flags = ["--format", "files,jsonl", "--max_error_rate", "1"]
+    assert run(tmp_path / "in", tmp_path / "out", *flags) == 0
+    assert run(tmp_path / "in", tmp_path / "out", *flags, "--compare", tmp_path / "out/captions.jsonl") == 0
+    assert (tmp_path / "out/compare.html").read_text().count("base64,") == 2
+    rows = {row["key"]: row for row in read_jsonl(tmp_path / "out/captions.jsonl")}
+    assert rows.keys() == {"a", "b"}
+    pictures = {path.read_bytes() for path in (tmp_path / "out/files/0").glob("*.png")}
+    assert pictures == {noise(1), noise(2)}
+
+
 def test_another_format_later_costs_no_caption_twice(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

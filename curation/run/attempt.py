@@ -14,7 +14,7 @@ import os
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -245,6 +245,8 @@ class Attempts:
         self.open_s = 0.0  # seconds that this process needed to start
         self.saved = False  # whether an attempt has left checkpoints
         self.to_run_first: set[str] = set()  # the stages that blocked shards wait for
+        self.quarantined = 0  # failed shards that are tried again only if a run names them
+        self.a_quarantined = ""  # one of these
 
     def wanted(self, state: State) -> bool:
         """Whether this run should work on a shard in that state."""
@@ -264,9 +266,16 @@ class Attempts:
             self.to_run_first.add(state.first)
         if state.what in ("blocked", "failed"):
             logger.warning(f"{shard.id} {state.what}: {state.why}")
+        if state.what == "failed":
+            self._note_quarantine(shard.id, state.receipt or {})
         self._progress.shard_passed(shard.id)
         if state.what == "done":
             self._on_done(shard.id)
+
+    def _note_quarantine(self, shard_id: str, receipt: Mapping[str, Any]) -> None:
+        if int(receipt.get("attempts", 1)) >= MAX_ATTEMPTS:
+            self.quarantined += 1
+            self.a_quarantined = self.a_quarantined or shard_id
 
     def needs_to_be_alone(self, claim: Claim) -> bool:
         """Whether this process should work on the shard alone, because the shard may kill it."""
@@ -481,6 +490,7 @@ class Attempts:
         self._tally.shards("worked" if done else "failed")
         self._progress.shard_passed(work.shard.id, work.kept + work.dropped.total() + work.failed.total())
         if not done:
+            self._note_quarantine(work.shard.id, receipt)
             return
         self._on_done(work.shard.id)
         gone = [f"{count} {reason}" for reason, count in (work.dropped + work.failed).most_common()]

@@ -627,8 +627,14 @@ class _Run:
         return EXIT_DEVICE_FAILED
 
     def _say_what_to_do(self) -> None:
-        if self._tally["failed"]:
-            logger.warning(f"receipts of failed shards are in {self._ledger.receipts}; --retry_failed tries them again")
+        if failed := self._tally["failed"]:
+            kept, example = self._attempts.quarantined, f"as with --shards {self._attempts.a_quarantined}"
+            again = "--retry_failed tries them again"
+            if kept == failed:
+                again = f"they failed three times or killed three workers: name them to try them again, {example}"
+            elif kept:
+                again += f", but for {kept:,} that failed three times or killed three workers: name these, {example}"
+            logger.warning(f"receipts of failed shards are in {self._ledger.receipts}; {again}")
         if blocked := self._tally["blocked"]:
             first = ", ".join(sorted(self._attempts.to_run_first))
             what = f"run {first} first" if first else "follow the instructions above"

@@ -40,7 +40,10 @@ def test_a_shard_that_kills_three_workers_is_failed_by_the_fourth(tmp_path: Path
     assert place.receipt("00000001")["status"] == "done"
     assert not place.lines("begin 00000000"), "the fourth did not try it"
     assert place.litter() == []
-    assert finish(place.start("--retry_failed")) == 1
+    again = place.start("--retry_failed")
+    said = again.communicate(timeout=120)
+    assert again.returncode == 1
+    assert any("name them to try them again, as with --shards 00000000" in text for text in said if text), said
     assert not place.lines("begin 00000000")
     assert finish(place.start("--shards", "00000000")) == -signal.SIGKILL, "asked for by name, it is tried"
 

@@ -178,6 +178,23 @@ def test_max_error_rate(place: Place) -> None:
     assert (place.out / "2.txt").exists()
 
 
+def test_the_last_lines_tell_which_failed_shards_are_tried_again(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.shard("1", "keep", "lose")
+    for _ in range(2):
+        assert place.run("--retry_failed") == 1
+        assert "; --retry_failed tries them again\n" in capsys.readouterr().err
+    place.shard("2", "keep", "lose")
+    assert place.run("--retry_failed") == 1
+    said = capsys.readouterr().err
+    assert "tries them again, but for 1 that failed three times or killed three workers: name these" in said
+    assert "as with --shards 1\n" in said
+    for _ in range(2):
+        assert place.run("--retry_failed") == 1
+    assert "they failed three times or killed three workers: name them to try them again" in capsys.readouterr().err
+
+
 def test_half_an_output_is_not_published(place: Place) -> None:
     place.shard("1", "keep", "half")
     assert place.run() == 1

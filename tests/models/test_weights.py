@@ -54,7 +54,7 @@ def test_a_url_is_downloaded_once_and_checked_on_every_use(files: FileServer, tm
     assert fetch(files, tmp_path / "cache", SHA256.upper()) == path
     assert fetch_weights(f"{files.url}/release/scrfd.pt#sha256={SHA256}", None, tmp_path / "cache") == path
     assert len(served(files).asked) == 1
-    path.write_bytes(CONTENT[:-1] + b"x")
+    path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
     assert fetch(files, tmp_path / "cache").read_bytes() == CONTENT, "a damaged file in the cache is fetched anew"
     assert len(served(files).asked) == 2
     assert left(tmp_path / "cache") == [path.name]

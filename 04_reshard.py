@@ -50,7 +50,7 @@ from curation.shards import Shard, discover, local_folders, select
 from curation.tar.random_access import write_wids
 from curation.tar.samples import AUTO
 from curation.tar.scan import Run, SampleSpan, TarReport, TarScan, Window
-from curation.tar.splice import Action, DecidedWindow, Decision
+from curation.tar.splice import Action, Decided, DecidedWindow, Decision
 
 PROMPTS_STAGE = "02_captions_processor"
 EDITS_STAGE = "03_generate_images"
@@ -290,7 +290,7 @@ class Reshard(Stage[Options]):
                     selector.look(window)
                     acquaintance.meet(window)
                     chosen: list[tuple[SampleSpan, Choice]] = []
-                    decisions: list[tuple[SampleSpan, Decision] | tuple[Run, Literal[Action.KEEP]]] = []
+                    decisions: list[Decided] = []
                     staying = 0  # samples of runs
                     for span in selector.parts(window) if plain else window.spans:
                         if isinstance(span, Run):

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Self
 import xxhash
 
 from curation.cluster import host_identity, process_is_gone, process_start
-from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError
+from curation.errors import InfrastructureError, LostClaim, SampleError, ShardError, UsageError
 from curation.jsonio import parse_json
 
 _LEFTOVER = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{16})[0-9a-f]{8}\.tmp")
@@ -456,6 +456,22 @@ class AtomicFile:
             raise
         if exc_type is not None:
             self.discard()
+
+
+def read_given(where: str, path: Path, max_bytes: int) -> bytes:
+    """The bytes of a file that the user gives.  where: what messages call it, as a rule its flag and its path.
+
+    Raises:
+        UsageError: It cannot be read, or it is larger than ``max_bytes``.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UsageError(f"{where}: cannot be read ({error.strerror})") from None
+    if len(data) > max_bytes:
+        raise UsageError(f"{where}: has more than {max_bytes:,} bytes")
+    return data
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from curation.errors import UsageError
+from curation.storage.files import read_given
 
 MAX_VALUES = 10_000_000  # with those that an alias stands for
 
@@ -29,14 +30,7 @@ def read_yaml(option: str, path: Path, max_bytes: int, *, texts: bool = False) -
         UsageError: The file cannot be read, is too large, or is not YAML.
     """
     where = f"{option} {path}".strip()
-    try:
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UsageError(f"{where}: cannot be read ({error.strerror})") from None
-    if len(data) > max_bytes:
-        raise UsageError(f"{where}: more than {max_bytes:,} bytes")
-    return parse_yaml(where, data, texts=texts)
+    return parse_yaml(where, read_given(where, path, max_bytes), texts=texts)
 
 
 def parse_yaml(where: str, data: bytes, *, texts: bool = False) -> Any:

@@ -15,7 +15,6 @@ from curation.errors import ShardError
 READ_BYTES: Final = 2 << 20  # large enough for a shared filesystem, small enough for a core's own cache
 MAX_KEPT_BYTES: Final = 4 << 20  # kept from the previous block; a larger part is read again if needed
 _USUALLY_KEPT_BYTES: Final = 256 << 10  # a sample that is cut by the end of a block; there may be more room
-_SKIPPED_BLOCKS: Final = 1  # so many blocks of a large member are not read on the way to the next header
 
 
 _REREAD_BYTES = 1 << 20
@@ -88,7 +87,7 @@ class Blocks:
                 is before the last block, the file is read again from there.
         """
         last = self.block
-        skips = wanted >= last.end + _SKIPPED_BLOCKS * READ_BYTES or wanted < last.begin
+        skips = wanted >= last.end + READ_BYTES or wanted < last.begin  # a block or more of a large member
         start = wanted if skips else last.end
         keep = kept_from if last.end - kept_from <= MAX_KEPT_BYTES and not skips else min(wanted, last.end)
         kept = last.view(keep, last.end) or memoryview(b"")

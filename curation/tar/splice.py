@@ -80,8 +80,12 @@ Decision = Edit | Copies | Action
 Decide = Callable[[SampleSpan], Decision]
 
 
-DecidedWindow = tuple[Window, Sequence[tuple[SampleSpan, Decision] | tuple[Run, Literal[Action.KEEP]]]]
-"""A window, and the decision about each of its spans; a run always stays.  Spans without a key are always kept."""
+Decided = tuple[SampleSpan, Decision] | tuple[Run, Literal[Action.KEEP]]
+"""A sample and the decision about it; a run of samples always stays.  Spans without a key are always kept."""
+
+
+DecidedWindow = tuple[Window, Sequence[Decided]]
+"""A window, and the decisions about its samples."""
 
 
 class Windows(Protocol):

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
+from curation.publish.store import Changed, Stamp, Store, Upload
 from tests.processes import wait_until
 from tests.servers.relay import Relay
 
@@ -54,6 +56,25 @@ class S3Server:
             self.client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
         for key in self.objects():
             self.client.delete_object(Bucket=BUCKET, Key=key)
+
+
+def upload_of(data: bytes, name: str = "a/1.tar", generation: int = 1, replaces: str | None = "") -> Upload:
+    stamp = Stamp(xxhash.xxh3_128_hexdigest(data), generation, f"mark-{generation}")
+    return Upload(name, data, len(data), stamp, replaces)
+
+
+CHANGES = ("other bytes", "longer", "shorter", "gone")  # of a file that is to be sent
+
+
+def send_what_has_changed(store: Store, data: bytes, how: str, path: Path) -> None:
+    """A store sends nothing of a file that is not what its receipt says."""
+    wanted = upload_of(data)
+    other = {"other bytes": data[:-1] + b"?", "longer": data + b"?", "shorter": data[:-1]}
+    if how in other:
+        path.write_bytes(other[how])
+    with pytest.raises(Changed) as changed:
+        store.send([Upload(wanted.name, path, wanted.size, wanted.stamp, "")])
+    assert changed.value.name == "a/1.tar"
 
 
 @contextlib.contextmanager

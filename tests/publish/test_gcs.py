@@ -14,7 +14,6 @@ from typing import Any
 
 import google_crc32c
 import pytest
-import xxhash
 from google.cloud.storage import blob as google_blob
 
 from curation.commands.publish import main as publish
@@ -25,12 +24,12 @@ from curation.publish import gcs
 from curation.publish.gcs import GoogleStore
 from curation.publish.open_store import store_name
 from curation.publish.publisher import Publisher, PublisherOptions
-from curation.publish.store import Changed, Moved, Stamp, Upload, proof_of
+from curation.publish.store import Moved, proof_of
 from curation.storage.retry import RetryPolicy
 from tests.processes import PATIENCE_S, wait_until
 from tests.publish.buckets import GOOGLE_PART, NAME, Place, local_tars, stage_04
 from tests.publish.google_server import GoogleServer, serve_google
-from tests.publish.servers import BUCKET
+from tests.publish.servers import BUCKET, CHANGES, send_what_has_changed, upload_of
 from tests.servers.relay import Rule, What
 
 URL = "gs://out/hybrid"
@@ -65,11 +64,6 @@ def store(server: GoogleServer) -> Iterator[GoogleStore]:
     made.conditional = True  # as its check finds out
     yield made
     made.close()
-
-
-def upload_of(data: bytes, *, name: str = "a/1.tar", generation: int = 1, replaces: str | None = "") -> Upload:
-    stamp = Stamp(xxhash.xxh3_128_hexdigest(data), generation, f"mark-{generation}")
-    return Upload(name, data, len(data), stamp, replaces)
 
 
 # ---- the store
@@ -193,17 +187,11 @@ def test_bytes_that_change_on_the_way(store: GoogleStore, server: GoogleServer, 
 
 
 @SIZES
-@pytest.mark.parametrize("how", ["other bytes", "longer", "shorter", "gone"])
+@pytest.mark.parametrize("how", CHANGES)
 def test_a_file_that_changed_is_never_seen(
     store: GoogleStore, server: GoogleServer, data: bytes, how: str, tmp_path: Path
 ) -> None:
-    path, wanted = tmp_path / "file", upload_of(data)
-    other = {"other bytes": data[:-1] + b"?", "longer": data + b"?", "shorter": data[:-1]}
-    if how in other:
-        path.write_bytes(other[how])
-    with pytest.raises(Changed) as changed:
-        store.send([Upload(wanted.name, path, wanted.size, wanted.stamp, "")])
-    assert changed.value.name == "a/1.tar"
+    send_what_has_changed(store, data, how, tmp_path / "file")
     assert server.objects() == {}
 
 

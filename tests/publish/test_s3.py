@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 
 from curation.errors import InfrastructureError, UsageError
 from curation.publish import s3
 from curation.publish.s3 import S3Store
-from curation.publish.store import Changed, Moved, Stamp, StoredFile, Upload, proof_of
+from curation.publish.store import Moved, Stamp, StoredFile, Upload, proof_of
 from curation.storage.retry import RetryPolicy
-from tests.publish.servers import BUCKET, KINDS, S3Server, keep_if_match, serve_s3
+from tests.publish.servers import (
+    BUCKET,
+    CHANGES,
+    KINDS,
+    S3Server,
+    keep_if_match,
+    send_what_has_changed,
+    serve_s3,
+    upload_of,
+)
 from tests.servers.relay import Rule, What
 
 PART = 64 << 10
@@ -54,11 +62,6 @@ def opened(served: S3Server) -> Iterator[S3Store]:
 @pytest.fixture
 def store(server: S3Server, opened: S3Store) -> S3Store:
     return opened
-
-
-def upload_of(data: bytes, *, name: str = "a/1.tar", generation: int = 1, replaces: str | None = "") -> Upload:
-    stamp = Stamp(xxhash.xxh3_128_hexdigest(data), generation, f"mark-{generation}")
-    return Upload(name, data, len(data), stamp, replaces)
 
 
 SMALL, LARGE = b"small", random.Random(1).randbytes(5 * PART + 17)
@@ -155,17 +158,11 @@ def test_a_store_that_stays_away(store: S3Store, server: S3Server) -> None:
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "in parts"])
-@pytest.mark.parametrize("how", ["other bytes", "longer", "shorter", "gone"])
+@pytest.mark.parametrize("how", CHANGES)
 def test_a_file_that_changed_is_never_seen(
     store: S3Store, server: S3Server, data: bytes, how: str, tmp_path: Path
 ) -> None:
-    path, wanted = tmp_path / "file", upload_of(data)
-    other = {"other bytes": data[:-1] + b"?", "longer": data + b"?", "shorter": data[:-1]}
-    if how in other:
-        path.write_bytes(other[how])
-    with pytest.raises(Changed) as changed:
-        store.send([Upload(wanted.name, path, wanted.size, wanted.stamp, "")])
-    assert changed.value.name == "a/1.tar"
+    send_what_has_changed(store, data, how, tmp_path / "file")
     assert server.objects() == {} and server.uploads() == []
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 from huggingface_hub import constants
 
 from curation.commands.verify import command, stored
@@ -25,7 +24,7 @@ from curation.publish.s3 import S3Store
 from curation.publish.store import Changed, Moved, Stamp, Store, StoredFile, Upload
 from curation.storage.retry import RetryPolicy
 from tests.publish.google_server import serve_google
-from tests.publish.servers import BUCKET, serve_s3
+from tests.publish.servers import BUCKET, serve_s3, upload_of
 from tests.servers.hub import Hub, serve
 from tests.servers.hub_datasets import Fault
 
@@ -89,12 +88,6 @@ def test_urls_and_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 # ---- another filesystem
-
-
-def upload_of(data: bytes, name: str = "a/1.tar", generation: int = 1, replaces: str | None = "") -> Upload:
-    return Upload(
-        name, data, len(data), Stamp(xxhash.xxh3_128_hexdigest(data), generation, f"m-{generation}"), replaces
-    )
 
 
 def test_a_folder(tmp_path: Path) -> None:

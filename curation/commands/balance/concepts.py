@@ -18,6 +18,7 @@ from curation.commands.balance.rows import Balanced, BalanceRows, KeptUids, draw
 from curation.errors import SampleError, UsageError
 from curation.jsonio import clean_text, decode_text, parse_json
 from curation.reshard.uids import UID_DTYPE, Uids
+from curation.storage.files import read_given
 
 MAX_FILE_BYTES = 1 << 30
 MAX_ENTRIES = 10_000_000
@@ -73,13 +74,7 @@ def read_entries(path: Path) -> Entries:
     Raises:
         UsageError: It is neither, or too large.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"--entries {path}: cannot be read ({error.strerror})") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise UsageError(f"--entries {path}: has more than {MAX_FILE_BYTES:,} bytes")
+    data = read_given(f"--entries {path}", path, MAX_FILE_BYTES)
     if data.lstrip()[:1] in (b"[", b"{"):
         try:
             told = parse_json(data, MAX_FILE_BYTES)

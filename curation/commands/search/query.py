@@ -20,6 +20,7 @@ from curation.extract.catalogue import Catalogue
 from curation.extract.config import read_config
 from curation.images import MAX_PIXELS, Pixels, decode_rgb
 from curation.jsonio import clean_text
+from curation.storage.files import read_given
 
 MAX_TEXT = 10_000  # characters; CLIP's models read 77 tokens at most
 MAX_IMAGE_BYTES = 256 << 20
@@ -82,13 +83,7 @@ class QueryModel:
 
     def of_image(self, path: Path) -> NDArray[np.float64]:
         """Returns the vector of a picture.  Raises UsageError where it cannot be read, or the model sees none."""
-        try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_IMAGE_BYTES + 1)
-        except OSError as error:
-            raise UsageError(f"--image {path}: cannot be read ({error.strerror})") from None
-        if len(data) > MAX_IMAGE_BYTES:
-            raise UsageError(f"--image {path}: has more than {MAX_IMAGE_BYTES:,} bytes")
+        data = read_given(f"--image {path}", path, MAX_IMAGE_BYTES)
         try:
             pixels = decode_rgb(data, MAX_PIXELS, on_white=False)
         except SampleError as error:

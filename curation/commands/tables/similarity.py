@@ -13,8 +13,9 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,11 +39,8 @@ def feature_blocks(path: Path, name: str, rows: int = BLOCK_ROWS) -> Iterator[Ro
 
     Raises UsageError where the file has no such feature, InfrastructureError where it is damaged.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(_member(archive, path, name)) as file:
-            yield from _blocks(file, f"{path}: {name}", rows)
-    except _DAMAGED as error:
-        raise InfrastructureError(f"{path}: cannot be read: {error}; run the stage again for this shard") from None
+    with _opened(path, name) as file:
+        yield from _blocks(file, f"{path}: {name}", rows)
 
 
 def feature_dtype(path: Path, name: str) -> tuple[np.dtype[Any], int]:
@@ -50,11 +48,7 @@ def feature_dtype(path: Path, name: str) -> tuple[np.dtype[Any], int]:
 
     Raises as ``feature_blocks``.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(_member(archive, path, name)) as file:
-            shape, _, dtype = _array_header(file, f"{path}: {name}")
-    except _DAMAGED as error:
-        raise InfrastructureError(f"{path}: cannot be read: {error}; run the stage again for this shard") from None
+    shape, dtype = _header_of(path, name)
     return dtype, int(shape[1])
 
 
@@ -63,12 +57,25 @@ def feature_shape(path: Path, name: str) -> tuple[int, int]:
 
     Raises as ``feature_blocks``.
     """
+    shape, _ = _header_of(path, name)
+    return int(shape[0]), int(shape[1])
+
+
+def _header_of(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape and the type of a feature.  Raises as ``feature_blocks``."""
+    with _opened(path, name) as file:
+        shape, _, dtype = _array_header(file, f"{path}: {name}")
+    return shape, dtype
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """The array of a feature in an npz.  Raises as ``feature_blocks``, in the block too."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(_member(archive, path, name)) as file:
-            shape, _, _ = _array_header(file, f"{path}: {name}")
+            yield file
     except _DAMAGED as error:
         raise InfrastructureError(f"{path}: cannot be read: {error}; run the stage again for this shard") from None
-    return int(shape[0]), int(shape[1])
 
 
 def _member(archive: zipfile.ZipFile, path: Path, name: str) -> str:

@@ -108,6 +108,16 @@ class Place:
         return {path.name: json.loads(path.read_text()) for path in found}
 
 
+def flags_of_select(folder: Path) -> list[str]:
+    """What ``select`` needs to choose 4 of the 9 rows of a table, which is written into the folder."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = {"uid": [f"{number:032x}" for number in range(9)], "score": [number / 10 for number in range(9)]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "a.parquet")
+    return [str(folder), "--where", "score > 0.45"]
+
+
 def local_tars(place: Place) -> dict[str, bytes]:
     """The tars that stage 04 has written, under their names in the store."""
     return {f"hybrid/{path.name}": path.read_bytes() for path in sorted(place.out.glob("*.tar"))}

@@ -27,7 +27,7 @@ from curation.publish.publisher import Publisher, PublisherOptions
 from curation.publish.store import Moved, proof_of
 from curation.storage.retry import RetryPolicy
 from tests.processes import PATIENCE_S, wait_until
-from tests.publish.buckets import GOOGLE_PART, NAME, Place, local_tars, stage_04
+from tests.publish.buckets import GOOGLE_PART, NAME, Place, flags_of_select, local_tars, stage_04
 from tests.publish.google_server import GoogleServer, serve_google
 from tests.publish.servers import BUCKET, CHANGES, send_what_has_changed, upload_of
 from tests.servers.relay import Rule, What
@@ -423,13 +423,8 @@ def test_only_a_store_with_conditions_costs_a_local_file(
 
 
 def test_a_subset_goes_to_a_bucket(tmp_path: Path, server: GoogleServer, capsys: pytest.CaptureFixture[str]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = {"uid": [f"{number:032x}" for number in range(9)], "score": [number / 10 for number in range(9)]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
     here = tmp_path / "here.npy"
-    flags = [str(tmp_path), "--where", "score > 0.45", "--out"]
+    flags = [*flags_of_select(tmp_path), "--out"]
     assert select([*flags, str(here)]) == 0
     in_store = [*flags, "gs://out/subsets/keep.npy", "--work_dir", str(tmp_path / "work")]
     assert select(in_store) == 0

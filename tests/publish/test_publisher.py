@@ -34,7 +34,7 @@ from curation.storage.retry import RetryPolicy
 from curation.tar.samples import read_samples
 from tests import EXAMPLES, ROOT
 from tests.processes import PATIENCE_S, wait_until
-from tests.publish.buckets import NAME, PART, Bucket, Place, local_tars, s3_server, stage_04
+from tests.publish.buckets import NAME, PART, Bucket, Place, flags_of_select, local_tars, s3_server, stage_04
 from tests.servers.hub import Hub, serve
 from tests.servers.relay import Rule
 from tests.stages import recaption_stub
@@ -718,15 +718,10 @@ def test_a_stage_does_not_follow_a_url(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_subset_goes_to_a_bucket(tmp_path: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     from curation.commands.tables.select import main as select
 
-    rows = {"uid": [f"{number:032x}" for number in range(9)], "score": [number / 10 for number in range(9)]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
     here = tmp_path / "here.npy"
-    flags = [str(tmp_path), "--where", "score > 0.45", "--out"]
+    flags = [*flags_of_select(tmp_path), "--out"]
     assert select([*flags, str(here)]) == 0
     in_store = [*flags, "s3://out/subsets/keep.npy", "--work_dir", str(tmp_path / "work")]
     for _ in range(2):  # what such a command has put there, it may replace

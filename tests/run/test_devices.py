@@ -85,9 +85,14 @@ def held_by_worker_0(place: Place, *arguments: object, more: tuple[str, ...] = (
     ids = place.shards(4, BROKEN_IN_1, "keep", *more)
     process = place.start("--workers", 2, "--hold", ",".join(ids), *arguments)
     place.wait_for("close", process)
+    assert process.stderr is not None
+    lines: list[str] = []
+    while not lines or "has ended because its device failed" not in lines[-1]:  # else both could have ended by then
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
     place.let_go()
     _, said = process.communicate(timeout=60)
-    return process.returncode, said
+    return process.returncode, "".join(lines) + said
 
 
 def test_the_others_do_the_shards_of_a_worker_whose_device_fails(place: Place) -> None:

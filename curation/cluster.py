@@ -324,9 +324,17 @@ class StopSignal:
             self.ask(signal.Signals(number).name)
         if number == signal.SIGTERM:
             self._urgent.set()
-        if self._at_once:
+        if self._at_once and _swallows_errors(frame):
+            again = threading.Timer(0.05, self._remind)
+            again.daemon = True
+            again.start()
+        elif self._at_once:
             self._at_once = False
             raise StoppedAtOnce(self.cause or "asked to stop")
+
+    def _remind(self) -> None:
+        if self._at_once:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def ask(self, cause: str, *, urgent: bool = False) -> None:
         """Request a stop; the first cause is kept."""
@@ -358,6 +366,16 @@ class StopSignal:
             seconds = max(0.0, min(seconds, self.deadline - time.time() + 0.01))
         self._draining.wait(seconds)
         return self.draining
+
+
+def _swallows_errors(frame: FrameType | None) -> bool:
+    """Whether Python ignores what is raised there: in a finalizer, or where an import gives its lock back."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or (code.co_name == "cb" and code.co_filename.startswith("<frozen importlib")):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager

@@ -170,3 +170,25 @@ def test_the_deadline_is_an_alarm() -> None:
     with pytest.raises(StoppedAtOnce, match="deadline"), stopped_at_once(time.time() + 0.1):
         time.sleep(30)
     assert time.monotonic() - began < 20
+
+
+def test_a_signal_that_comes_in_a_finalizer_is_not_lost() -> None:
+    """Python ignores what is raised in one, as where an import gives its lock back: the wait would go on for ever."""
+    program = """
+import signal, time
+from curation.cluster import stopped_at_once
+from curation.errors import StoppedAtOnce
+
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+try:
+    with stopped_at_once():
+        del [Dying()][0]
+        time.sleep(60)
+except StoppedAtOnce as stopped:
+    print("stopped by", stopped)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr, done.returncode) == ("stopped by SIGTERM\n", "", 0)
